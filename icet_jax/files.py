@@ -1,0 +1,51 @@
+"""Writing files so that a reader never meets half of one: write beside, then rename."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from icet_jax.errors import UserError
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> None:
+    """Writes `data` to `path`; `path` holds either its old content or all of the new.
+
+    Raises:
+      UserError: the folder cannot be written to or the disk is full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place or free space") from error
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """`write_bytes_atomic` of UTF-8 text."""
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def replace_dir_atomic(temporary: str | Path, final: str | Path) -> None:
+    """Moves a finished folder into place, replacing an older one of the same name.
+
+    The older folder is moved aside first and removed last, so that a crash leaves one complete folder under either name.
+    """
+    temporary, final = Path(temporary), Path(final)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.replace(old)
+    temporary.replace(final)
+    shutil.rmtree(old, ignore_errors=True)
