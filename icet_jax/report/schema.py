@@ -1,0 +1,186 @@
+"""The files of a run directory, as the report reads them.
+
+    config.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json
+    sweeps/{before,after}[.DATASET].json      sweeps/difference[.DATASET].json
+    transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
+    seed_K/...                                the same, once per training seed
+
+Every file is optional except one sweep. A share, an accuracy and a toxicity are 0..1; a missing or failed number is
+`null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, the scorer to its exact model, and the family
+says how it is read: `METRIC_FAMILIES`. Extra keys are kept and ignored. Layers (exits) are numbered from 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
+
+SCHEMA = 1
+
+
+class Estimate(TypedDict):
+    """One number with its interval. `ci95` is clustered by prompt, or absent where no interval exists."""
+
+    mean: float | None
+    ci95: NotRequired[list[float] | None]
+    n_error: NotRequired[int]  # rows the scorer could not judge; they are not in `mean`
+    n: NotRequired[int]
+
+
+class Layer(TypedDict):
+    """Everything measured at one exit. `n` counts generated responses."""
+
+    layer: int
+    n: int
+    metrics: dict[str, Estimate]
+
+
+class Group(TypedDict):
+    """Average over the exits of a group; `average` is the mean of the three groups and has no `layers`."""
+
+    layers: NotRequired[list[int]]
+    metrics: dict[str, Estimate]
+
+
+class Sweep(TypedDict):
+    """`sweeps/{before,after}[.DATASET].json`: one data set at every exit, before or after training.
+
+    `kind` says what the rows ask for: "forbidden" (a refusal is right), "benign" (a refusal is over-refusal) or "vqa".
+    """
+
+    schema: int
+    model: str
+    dataset: str
+    kind: str
+    exit_definition: str
+    num_exits: int
+    default_exit: int
+    seed: int
+    generation: dict[str, Any]
+    layers: list[Layer]
+    groups: dict[str, Group]  # early, middle, late, average
+
+
+class Difference(TypedDict):
+    """`sweeps/difference[.DATASET].json`: after - before on the same rows, with paired intervals."""
+
+    schema: int
+    dataset: str
+    kind: str
+    layers: list[Layer]  # n = pairs
+    groups: dict[str, Group]
+
+
+class Utility(TypedDict):
+    """`utility.json`: what the model can still do. Each value maps a data set's name to an object of the sweep's form.
+
+    Its `layers` may cover the default exit alone. Accuracies are `accuracy/SCORER`, over-refusal `refusal/SCORER`.
+    """
+
+    schema: int
+    before: dict[str, Sweep]
+    after: NotRequired[dict[str, Sweep]]
+    difference: NotRequired[dict[str, Difference]]
+
+
+class GeometryLayer(TypedDict):
+    """How far P(e_l) lies from the default exit's P(e_L). Plain numbers; a mean over `n_images` images."""
+
+    layer: int
+    norm_ratio: float | None  # mean token norm at exit l over that at the default exit
+    cosine: float | None  # mean cosine between the same token at the two exits
+    cka: float | None  # linear centred kernel alignment, 0..1
+
+
+class Geometry(TypedDict):
+    """`geometry.json`. Tower and projector are frozen, so one file serves before and after."""
+
+    schema: int
+    exit_definition: str
+    num_exits: int
+    default_exit: int
+    n_images: int
+    layers: list[GeometryLayer]
+
+
+class Phase(TypedDict):
+    """One stretch of the run: "sweep_before", "train", "sweep_after", "utility", "export", "report", ..."""
+
+    name: str
+    seconds: float
+    tokens: NotRequired[int | None]  # tokens generated
+    tokens_per_second: NotRequired[float | None]
+    compilations: NotRequired[int | None]
+    compile_seconds: NotRequired[float | None]
+
+
+class Cost(TypedDict):
+    """`cost.json`. `device` is a plain description ("cpu, 2 cores"), `versions` maps a package to its version."""
+
+    schema: int
+    phases: list[Phase]
+    total_seconds: NotRequired[float]
+    device: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    peak_bytes: NotRequired[int | None]
+
+
+class Organism(TypedDict):
+    """`organism.json`: present when the model is the embedded organism; it makes the report say what is planted."""
+
+    schema: int
+    name: str  # "vlm" or "control"
+    planted_exits: list[int]  # exits that got helpful-only replay; empty for the un-planted control
+    notes: NotRequired[list[str]]  # further plain sentences from the builder
+
+
+class Transcript(TypedDict):
+    """One line of `transcripts/{before,after}[.DATASET].jsonl`: one response. Raw text: the report redacts, not the file.
+
+    `scores` holds the row's own numbers under the metrics' names; `asr/NAME` >= 0.5 means NAME judged it unsafe.
+    `image` is a path relative to the run directory (png, jpeg, gif or webp) or null.
+    """
+
+    id: str
+    layer: int
+    prompt: str
+    response: str
+    kind: NotRequired[str]
+    scores: NotRequired[dict[str, float | None]]
+    image: NotRequired[str | None]
+
+
+@dataclass(frozen=True)
+class MetricFamily:
+    """How a metric family is shown.
+
+    Attributes:
+      title: what a chart of it is called.
+      share: True for 0..1 numbers shown as percent.
+      better: "low", "high" or "" (neither).
+    """
+
+    title: str
+    share: bool
+    better: str
+
+
+METRIC_FAMILIES = {
+    "asr": MetricFamily("Attack success rate", share=True, better="low"),
+    "tr": MetricFamily("Reward-model score", share=False, better="high"),
+    "ts": MetricFamily("Toxicity", share=True, better="low"),
+    "refusal": MetricFamily("Refusals", share=True, better=""),
+    "accuracy": MetricFamily("Accuracy", share=True, better="high"),
+    "degenerate": MetricFamily("Degenerate responses", share=True, better="low"),
+    "empty": MetricFamily("Empty responses", share=True, better="low"),
+    "length": MetricFamily("Response length", share=False, better=""),
+}
+
+
+def metric_family(name: str) -> MetricFamily:
+    """The family of `FAMILY/SCORER`; an unknown family is shown as a plain number under its own name."""
+    family = name.partition("/")[0]
+    return METRIC_FAMILIES.get(family, MetricFamily(family, share=False, better=""))
+
+
+def metric_scorer(name: str) -> str:
+    """The scorer part of `FAMILY/SCORER`; empty where the name has none."""
+    return name.partition("/")[2]
