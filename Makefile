@@ -1,0 +1,38 @@
+# Needs Python 3.11 to 3.13 (with venv and pip), git and make. Another interpreter: make demo PYTHON=python3.13
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A CPU build of torch is enough: the tests only compare with it.
+TORCH := 2.13.0
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
+	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism
+
+test: $(VENV)/.installed-test  ## environment, install, lint, types, import contracts, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "icet-jax needs Python 3.11 to 3.13; name one: make demo PYTHON=python3.13"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# The CPU build where pip already finds one, else from PyTorch's CPU index, else whatever pip finds.
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
+	  $(BIN)/python -m pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu || \
+	  $(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $(VENV)/.installed $@
