@@ -1,0 +1,1 @@
+"""Networks as `flax.nnx` modules on arrays: no files, no tokenizers, no flags."""

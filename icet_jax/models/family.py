@@ -1,0 +1,136 @@
+"""What every model family offers to the rest of the house.
+
+Everything outside models/, checkpoints/ and data/ is written against this file. Exits are numbered 1..num_exits, as
+in the paper; exit l feeds the projector the output of the l-th block of the image encoder.
+"""
+
+from typing import Any, Protocol
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from icet_jax.models.layers import Lora
+from icet_jax.typing import Array, Bool, Float, Int
+
+Visual = Any
+"""Opaque pytree that the decoder takes; every leaf is row-aligned, its first axis is the batch."""
+
+
+@flax.struct.dataclass
+class Images:
+    """Preprocessed images of a batch whose rows may have 0..n of them.
+
+    Attributes:
+      pixels: normalised pixels, in HF's order: by row, then by position in the row.
+      rows: ascending row of each image; filler images at the end have row `num_rows`.
+      num_rows: static number of rows B of the batch.
+      per_row: static upper bound of images in one row.
+    """
+
+    pixels: Float[Array, "I C H W"]
+    rows: Int[Array, "I"]
+    num_rows: int = flax.struct.field(pytree_node=False)
+    per_row: int = flax.struct.field(pytree_node=False, default=1)
+
+    def slots(self) -> Int[Array, "I"]:
+        """Position of each image within its row, from 0."""
+        return jnp.arange(self.rows.shape[0]) - jnp.searchsorted(self.rows, self.rows)
+
+
+def one_image_per_row(pixels: Float[Array, "B C H W"]) -> Images:
+    """The usual case: row i has exactly image i."""
+    return Images(pixels=pixels, rows=jnp.arange(pixels.shape[0]), num_rows=pixels.shape[0], per_row=1)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, with a write cursor of its own for each row.
+
+    Attributes:
+      k, v: `[L, B, S, K, D]`.
+      valid: columns that hold a real token, `[B, S]`.
+      cursor: column the next token of each row is written to, `[B]`.
+    """
+
+    k: Float[Array, "L B S K D"]
+    v: Float[Array, "L B S K D"]
+    valid: Bool[Array, "B S"]
+    cursor: Int[Array, "B"]
+
+
+class VisionLanguageModel(Protocol):
+    """A network with an image encoder whose every layer is an exit."""
+
+    num_exits: int
+    default_exit: int
+    exit_definition: str
+    vocab_size: int
+    hidden_size: int
+    image_token_index: int
+
+    def encode(self, images: Images, upto: int | None = None) -> Any:
+        """Runs the image encoder once; the result serves every exit (every exit <= upto, when given)."""
+        ...
+
+    def visual(self, encoded: Any, exits: Int[Array, "..."]) -> Visual:
+        """What the decoder needs of the images at traced `exits`: one for all rows, or `[B]`."""
+        ...
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        visual: Visual | None = None,
+        cache: KVCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
+        """Hidden states after the final norm; with a cache, `tokens` continue what it holds."""
+        ...
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Float32 next-token logits."""
+        ...
+
+    def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
+        """Every hidden state of the image encoder, index 0 being the input of its first block."""
+        ...
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `length` tokens in each of `batch` rows."""
+        ...
+
+
+POLICY_ROOT = "language_model"
+"""Top-level name under which every family keeps the weights that L-PPO may train."""
+
+
+def is_policy(path: tuple[Any, ...], value: Any) -> bool:
+    """nnx filter: parameters of the policy. The image encoder and the projector are frozen."""
+    return path[0] == POLICY_ROOT
+
+
+def merge_lora(params: nnx.State, lora: Lora) -> nnx.State:
+    """Adds `scale * a @ b`, computed in float32, to the adapted kernels and casts back to their dtype."""
+
+    def add(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        target = next((name for name in names if name in lora.weights), None)
+        if names[0] != POLICY_ROOT or target is None or "kernel" not in names:
+            return leaf
+        delta = jnp.einsum(
+            "lir,lro->lio",
+            lora.weights[target]["a"].astype(jnp.float32),
+            lora.weights[target]["b"].astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return (leaf.astype(jnp.float32) + lora.scale * delta).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(add, params)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of scalars in a pytree of arrays or of abstract shapes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,227 @@
+"""LLaMA / Vicuna decoder: scanned layers, GQA, rotary embedding, KV cache, LoRA (HF `LlamaForCausalLM`)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icet_jax.models import layers
+from icet_jax.models.family import KVCache
+from icet_jax.models.layers import Lora
+from icet_jax.typing import Array, Bool, Float, Int, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling (`rope_type` "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the decoder, under HF's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Rotary frequencies in radians per position, float32 `[head_dim / 2]` (HF `_compute_llama3_parameters`)."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelength = 2 * math.pi / frequencies
+    original = scaling.original_max_position_embeddings
+    smooth = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = frequencies * ((1 - smooth) / scaling.factor + smooth)
+    out = np.where(wavelength > original / scaling.low_freq_factor, frequencies / scaling.factor, blended)
+    return np.where(wavelength < original / scaling.high_freq_factor, frequencies, out).astype(np.float32)
+
+
+def lora_shapes(config: LlamaConfig) -> Mapping[str, tuple[int, int]]:
+    """`(in, out)` of every decoder projection that LoRA can adapt."""
+    width, ffn = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (width, q), "k_proj": (width, kv), "v_proj": (width, kv), "o_proj": (q, width),
+        "gate_proj": (width, ffn), "up_proj": (width, ffn), "down_proj": (ffn, width),
+    }  # fmt: skip
+
+
+def init_lora(config: LlamaConfig, *, rank: int, alpha: float, targets: Sequence[str], key: Key[Array, ""]) -> Lora:
+    """Fresh adapters: `a` Kaiming-uniform (bound `1/sqrt(in)`), `b` zero, so that they change nothing yet (PEFT).
+
+    Raises:
+      ValueError: a target is not a projection of the decoder, or the rank is not positive.
+    """
+    shapes = lora_shapes(config)
+    unknown = sorted(set(targets) - set(shapes))
+    if unknown or rank < 1 or not targets:
+        raise ValueError(f"LoRA needs rank >= 1 and targets among {', '.join(shapes)}; got rank {rank}, {unknown}")
+    weights = {}
+    for target, subkey in zip(sorted(targets), jax.random.split(key, len(targets)), strict=True):
+        size_in, size_out = shapes[target]
+        bound = size_in**-0.5
+        depth = config.num_hidden_layers
+        a = jax.random.uniform(subkey, (depth, size_in, rank), jnp.float32, -bound, bound)
+        weights[target] = {"a": a, "b": jnp.zeros((depth, rank, size_out), jnp.float32)}
+    return Lora(weights=weights, scale=alpha / rank)
+
+
+class LlamaBlocks(nnx.Module):
+    """The stacked decoder layers; called on one layer's slice of the weights."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        depth = config.num_hidden_layers
+        self.config = config
+        common: dict[str, Any] = dict(rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: dict[str, Any] = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
+        self.input_layernorm = layers.RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, **norm)
+        for name, (size_in, size_out) in lora_shapes(config).items():
+            residual = layers.depth_scaled(size_in**-0.5, depth) if name in ("o_proj", "down_proj") else None
+            setattr(self, name, layers.Linear(size_in, size_out, stddev=residual, **common))
+
+    def qkv(
+        self, x: Float[Array, "B T E"], cos: Array, sin: Array, lora: Any, scale: float
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Rotated queries and keys, and values, of the normalised input."""
+        y = self.input_layernorm(x)
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        q = layers.split_heads(self.q_proj(y, lora.get("q_proj"), scale), heads)
+        k = layers.split_heads(self.k_proj(y, lora.get("k_proj"), scale), kv_heads)
+        v = layers.split_heads(self.v_proj(y, lora.get("v_proj"), scale), kv_heads)
+        return layers.rotate(q, cos, sin), layers.rotate(k, cos, sin), v
+
+    def rest(
+        self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], lora: Any, scale: float
+    ) -> Float[Array, "B T E"]:
+        """Output projection and the SwiGLU MLP, with their residuals (HF `LlamaDecoderLayer`)."""
+        x = x + self.o_proj(attended, lora.get("o_proj"), scale)
+        y = self.post_attention_layernorm(x)
+        gated = jax.nn.silu(self.gate_proj(y, lora.get("gate_proj"), scale))
+        return x + self.down_proj(gated * self.up_proj(y, lora.get("up_proj"), scale), lora.get("down_proj"), scale)
+
+
+class Llama(nnx.Module):
+    """Token embedding, decoder layers, final norm and language-model head."""
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        self.config, self.dtype, self.remat = config, dtype, remat
+        width = config.hidden_size
+        self.embed_tokens = layers.normal(rngs, (config.vocab_size, width), 0.02, param_dtype)
+        self.layers = LlamaBlocks(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.norm = layers.RMSNorm(width, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+        self.lm_head = layers.Linear(
+            width, config.vocab_size, rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype
+        )
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Token embeddings in the compute dtype."""
+        return self.embed_tokens[...][tokens].astype(self.dtype)
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states taken after the final norm."""
+        kernel = self.lm_head.kernel[...].astype(self.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache of `length` columns for `batch` rows, in the compute dtype."""
+        config = self.config
+        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+        return KVCache(
+            k=jnp.zeros(shape, self.dtype),
+            v=jnp.zeros(shape, self.dtype),
+            valid=jnp.zeros((batch, length), bool),
+            cursor=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        cache: KVCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
+        """Runs the layers over embeddings; causal, padding never attended to.
+
+        Args:
+          positions: rotary position of each token, from 0.
+          mask: real tokens of `embeddings`; padding may stand on either side.
+          cache: what precedes them; each row's tokens are written from its cursor on.
+          lora: adapters, or None for the reference model.
+
+        Returns:
+          Hidden states after the final norm, and the advanced cache.
+        """
+        cos, sin = layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(self.config)))
+        weights = {} if lora is None else dict(lora.weights)
+        scale = 1.0 if lora is None else lora.scale
+        run = self._run_plain if cache is None else self._run_cached
+        hidden, cache = run(embeddings.astype(self.dtype), cos, sin, mask, cache, weights, scale)
+        return self.norm(hidden), cache
+
+    def _run_plain(
+        self, x: Array, cos: Array, sin: Array, mask: Array, cache: None, lora: Any, scale: float
+    ) -> tuple[Array, None]:
+        length = x.shape[1]
+        allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
+        graph, state = nnx.split(self.layers)
+
+        def body(x: Array, slices: Any) -> tuple[Array, None]:
+            weights, adapters = slices
+            layer = nnx.merge(graph, weights)
+            q, k, v = layer.qkv(x, cos, sin, adapters, scale)
+            return layer.rest(x, layers.attention(q, k, v, allowed), adapters, scale), None
+
+        x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, lora))
+        return x, None
+
+    def _run_cached(
+        self, x: Array, cos: Array, sin: Array, mask: Array, cache: KVCache, lora: Any, scale: float
+    ) -> tuple[Array, KVCache]:
+        length, columns = x.shape[1], cache.valid.shape[1]
+        write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0))
+        valid = write(cache.valid, mask, cache.cursor)
+        reach = cache.cursor[:, None] + jnp.arange(length)[None]
+        allowed = (valid[:, None, :] & (jnp.arange(columns)[None, None] <= reach[:, :, None]))[:, None]
+        graph, state = nnx.split(self.layers)
+
+        def body(carry: Any, slices: Any) -> tuple[Any, None]:
+            x, keys, values = carry
+            weights, adapters, index = slices
+            layer = nnx.merge(graph, weights)
+            q, k, v = layer.qkv(x, cos, sin, adapters, scale)
+            k_layer = write(keys[index], k, cache.cursor)
+            v_layer = write(values[index], v, cache.cursor)
+            x = layer.rest(x, layers.attention(q, k_layer, v_layer, allowed), adapters, scale)
+            return (x, keys.at[index].set(k_layer), values.at[index].set(v_layer)), None
+
+        indices = jnp.arange(self.config.num_hidden_layers)
+        (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (state, lora, indices))
+        return x, KVCache(k=k, v=v, valid=valid, cursor=cache.cursor + length)

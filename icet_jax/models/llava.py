@@ -1,0 +1,156 @@
+"""LLaVA-1.5: CLIP tower, two-layer projector, LLaMA decoder (HF `LlavaForConditionalGeneration`)."""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+from flax import nnx
+
+from icet_jax.models import layers
+from icet_jax.models.clip import ClipConfig, ClipVisionTower
+from icet_jax.models.family import Images, KVCache
+from icet_jax.models.layers import Lora
+from icet_jax.models.llama import Llama, LlamaConfig
+from icet_jax.typing import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaConfig:
+    """Sizes of a LLaVA-1.5 model, under HF's names."""
+
+    vision: ClipConfig
+    text: LlamaConfig
+    image_token_index: int
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions that one image takes in the prompt: its patches, and the class token unless it is dropped."""
+        return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
+
+
+@flax.struct.dataclass
+class LlavaEncoded:
+    """Every hidden state of the tower, and where its images belong."""
+
+    states: Float[Array, "X I P D"]
+    images: Images
+
+
+class Projector(nnx.Module):
+    """`linear_2(gelu(linear_1(x)))` (HF `LlavaMultiModalProjector`)."""
+
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        common: dict[str, Any] = dict(
+            rngs=rngs, use_bias=config.multimodal_projector_bias, dtype=dtype, param_dtype=param_dtype
+        )
+        self.activation = config.projector_hidden_act
+        self.linear_1 = layers.Linear(config.vision.hidden_size, config.text.hidden_size, **common)
+        self.linear_2 = layers.Linear(config.text.hidden_size, config.text.hidden_size, **common)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        """Maps vision features to the decoder's width."""
+        return self.linear_2(layers.ACTIVATIONS[self.activation](self.linear_1(x)))
+
+
+class Llava(nnx.Module):
+    """LLaVA-1.5 behind the family interface (`models/family.py`)."""
+
+    exit_definition = "hidden_states[l] of the CLIP tower through the unchanged projector (ICET-l)"
+
+    def __init__(
+        self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        self.config = config
+        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.vision_tower = ClipVisionTower(config.vision, remat=remat, **common)
+        self.projector = Projector(config, **common)
+        self.language_model = Llama(config.text, remat=remat, **common)
+
+    @property
+    def num_exits(self) -> int:
+        """Blocks of the tower."""
+        return self.config.vision.num_hidden_layers
+
+    @property
+    def default_exit(self) -> int:
+        """The exit that the model was trained on: `vision_feature_layer` as an index from 0."""
+        layer = self.config.vision_feature_layer
+        return layer if layer >= 0 else self.num_exits + 1 + layer
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding and columns of the logits."""
+        return self.config.text.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder."""
+        return self.config.text.hidden_size
+
+    @property
+    def image_token_index(self) -> int:
+        """Token id whose positions are overwritten by image features."""
+        return self.config.image_token_index
+
+    def encode(self, images: Images, upto: int | None = None) -> LlavaEncoded:
+        """Runs the tower once; a static `upto` skips the blocks after it."""
+        return LlavaEncoded(states=self.vision_tower(images.pixels, upto), images=images)
+
+    def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
+        """Hidden states 0..num_exits of the tower, class token first."""
+        return self.vision_tower(images.pixels)
+
+    def features(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> Float[Array, "I N E"]:
+        """Projected features of each image at its row's exit (HF `get_image_features`)."""
+        images = encoded.images
+        per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (images.num_rows,))
+        per_image = per_row[jnp.minimum(images.rows, images.num_rows - 1)]
+        states = encoded.states[per_image, jnp.arange(images.rows.shape[0])]
+        if self.config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        return self.projector(states)
+
+    def visual(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> Float[Array, "B MN E"]:
+        """Projected features aligned to rows: the images of row b one after the other, zeros where it has fewer."""
+        images = encoded.images
+        features = self.features(encoded, exits)
+        count, width = features.shape[1:]
+        out = jnp.zeros((images.num_rows, images.per_row, count, width), features.dtype)
+        out = out.at[images.rows, images.slots()].set(features, mode="drop")
+        return out.reshape(images.num_rows, images.per_row * count, width)
+
+    def merge(self, tokens: Int[Array, "B T"], visual: Float[Array, "B MN E"] | None) -> Float[Array, "B T E"]:
+        """Token embeddings with the k-th image position of each row replaced by its k-th feature."""
+        embeddings = self.language_model.embed(tokens)
+        if visual is None or visual.shape[1] == 0:
+            return embeddings
+        placeholder = tokens == self.image_token_index
+        order = jnp.clip(jnp.cumsum(placeholder, axis=1) - 1, 0, visual.shape[1] - 1)
+        features = jnp.take_along_axis(visual, order[:, :, None], axis=1)
+        return jnp.where(placeholder[:, :, None], features.astype(embeddings.dtype), embeddings)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        visual: Float[Array, "B MN E"] | None = None,
+        cache: KVCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
+        """Decoder over tokens and image features; see `VisionLanguageModel.decode`."""
+        return self.language_model(self.merge(tokens, visual), positions, mask, cache, lora)
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Float32 next-token logits."""
+        return self.language_model.logits(hidden)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        """An empty decoder cache."""
+        return self.language_model.init_cache(batch, length)
