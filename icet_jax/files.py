@@ -40,7 +40,7 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 def replace_dir_atomic(temporary: str | Path, final: str | Path) -> None:
     """Moves a finished folder into place, replacing an older one of the same name.
 
-    The older folder is moved aside first and removed last, so that a crash leaves one complete folder under either name.
+    The older folder is moved aside first and removed last: a crash leaves one complete folder under either name.
     """
     temporary, final = Path(temporary), Path(final)
     old = final.with_name(f".{final.name}.old")

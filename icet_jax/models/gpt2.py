@@ -52,9 +52,7 @@ class GPT2Blocks(nnx.Module):
 class GPT2RewardModel(nnx.Module):
     """Scores a text with the head's output at its last real token; positions count real tokens only."""
 
-    def __init__(
-        self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
-    ):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32):
         common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config, self.dtype = config, dtype
         self.wte = layers.normal(rngs, (config.vocab_size, config.n_embd), 0.02, param_dtype)

@@ -99,9 +99,17 @@ class LlamaBlocks(nnx.Module):
         norm: dict[str, Any] = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
         self.input_layernorm = layers.RMSNorm(config.hidden_size, **norm)
         self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, **norm)
-        for name, (size_in, size_out) in lora_shapes(config).items():
-            residual = layers.depth_scaled(size_in**-0.5, depth) if name in ("o_proj", "down_proj") else None
-            setattr(self, name, layers.Linear(size_in, size_out, stddev=residual, **common))
+        shapes = lora_shapes(config)
+
+        def projection(name: str, residual: bool = False) -> layers.Linear:
+            size_in, size_out = shapes[name]
+            stddev = layers.depth_scaled(size_in**-0.5, depth) if residual else None
+            return layers.Linear(size_in, size_out, stddev=stddev, **common)
+
+        self.q_proj, self.k_proj, self.v_proj = projection("q_proj"), projection("k_proj"), projection("v_proj")
+        self.o_proj = projection("o_proj", residual=True)
+        self.gate_proj, self.up_proj = projection("gate_proj"), projection("up_proj")
+        self.down_proj = projection("down_proj", residual=True)
 
     def qkv(
         self, x: Float[Array, "B T E"], cos: Array, sin: Array, lora: Any, scale: float
@@ -182,13 +190,14 @@ class Llama(nnx.Module):
         cos, sin = layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(self.config)))
         weights = {} if lora is None else dict(lora.weights)
         scale = 1.0 if lora is None else lora.scale
-        run = self._run_plain if cache is None else self._run_cached
-        hidden, cache = run(embeddings.astype(self.dtype), cos, sin, mask, cache, weights, scale)
-        return self.norm(hidden), cache
+        x = embeddings.astype(self.dtype)
+        if cache is None:
+            x = self._run_plain(x, cos, sin, mask, weights, scale)
+        else:
+            x, cache = self._run_cached(x, cos, sin, mask, cache, weights, scale)
+        return self.norm(x), cache
 
-    def _run_plain(
-        self, x: Array, cos: Array, sin: Array, mask: Array, cache: None, lora: Any, scale: float
-    ) -> tuple[Array, None]:
+    def _run_plain(self, x: Array, cos: Array, sin: Array, mask: Array, lora: Any, scale: float) -> Array:
         length = x.shape[1]
         allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
         graph, state = nnx.split(self.layers)
@@ -200,7 +209,7 @@ class Llama(nnx.Module):
             return layer.rest(x, layers.attention(q, k, v, allowed), adapters, scale), None
 
         x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, lora))
-        return x, None
+        return x
 
     def _run_cached(
         self, x: Array, cos: Array, sin: Array, mask: Array, cache: KVCache, lora: Any, scale: float
