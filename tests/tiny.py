@@ -1,8 +1,8 @@
 """Tiny HF checkpoints for the tests: a LLaVA-1.5 and a GPT-2 reward model, with tokenizer and processor files.
 
-    directory = tiny.save_llava(tmp_path / "vlm")                 # a checkpoint as the hub has it (old layout, old config)
-    model = tiny.llava(num_key_value_heads=2, head_dim=10)        # the torch model itself, every parameter random
-    batch = tiny.batch(model.config, [2, 0, 1], pad="left")       # numpy inputs: rows with 2, 0 and 1 images
+    directory = tiny.save_llava(tmp_path / "vlm")           # a checkpoint as on the hub (old layout and config)
+    model = tiny.llava(num_key_value_heads=2, head_dim=10)  # the torch model itself, every parameter random
+    batch = tiny.batch(model.config, [2, 0, 1], pad="left") # numpy inputs: rows with 2, 0 and 1 images
 
 torch and transformers are imported inside the functions; nothing here imports icet_jax, so that a reader of the tests
 can trust these files to be what transformers itself would have written.
@@ -25,7 +25,8 @@ GPT2_VOCAB = 257
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
