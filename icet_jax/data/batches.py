@@ -1,0 +1,86 @@
+"""Training batches: a mixture of kinds whose order is a pure function of (seed, global index).
+
+Any batch can be asked for at any time, so a resumed run needs one integer: the number of its next batch.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+
+
+def quotas(mixture: Mapping[str, float | int], batch_size: int) -> dict[str, int]:
+    """How many rows of each kind every batch holds: the shares of `batch_size`, rounded by largest remainder.
+
+    Shares are relative (they need not sum to 1); kinds with share 0 are left out. Ties go to the kind named first.
+
+    Raises:
+      UserError: a negative share, no positive share, or a share too small to get a row.
+    """
+    shares = {kind: float(share) for kind, share in mixture.items()}
+    for kind, share in shares.items():
+        if not math.isfinite(share) or share < 0:
+            raise UserError(f"config.data.mixture: the share of '{kind}' is {share}; give a number >= 0")
+    total = sum(shares.values())
+    if total <= 0:
+        raise UserError("config.data.mixture: no kind has a share above 0; give one, for example forbidden: 1.0")
+    exact = {kind: batch_size * share / total for kind, share in shares.items() if share > 0}
+    counts = {kind: math.floor(rows) for kind, rows in exact.items()}
+    by_remainder = sorted(exact, key=lambda kind: counts[kind] - exact[kind])
+    for kind in by_remainder[: batch_size - sum(counts.values())]:
+        counts[kind] += 1
+    for kind, count in counts.items():
+        if count == 0:
+            raise UserError(
+                f"config.data.mixture: '{kind}' gets no row of a batch of {batch_size}; "
+                "raise its share or config.data.batch_size"
+            )
+    return counts
+
+
+class Batches:
+    """Random access to an endless sequence of batches.
+
+    Within a kind the rows are shuffled anew each epoch (`grain.MapDataset`, seeded by (seed, kind)); a kind's order
+    does not depend on the other kinds. The rows of a batch are in seeded random order, so that neither exits nor
+    mini-batches line up with kinds.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], *, mixture: Mapping[str, float | int], batch_size: int, seed: int
+    ) -> None:
+        """Splits the examples by kind.
+
+        Raises:
+          UserError: the mixture asks for a kind that no example has, or see `quotas`.
+        """
+        import grain
+
+        self.batch_size = batch_size
+        self.quotas = quotas(mixture, batch_size)
+        self._seed = seed
+        self._rows = {}
+        for kind in self.quotas:
+            rows = [example for example in examples if example.kind == kind]
+            if not rows:
+                raise UserError(f"config.data.mixture: the training data has no '{kind}' rows; set its share to 0")
+            kind_seed = int(np.random.SeedSequence([seed, zlib.crc32(kind.encode())]).generate_state(1)[0])
+            self._rows[kind] = grain.MapDataset.source(rows).seed(kind_seed).shuffle().repeat()
+
+    def batch(self, index: int) -> list[Example]:
+        """Batch number `index` (from 0): `batch_size` examples holding each kind's quota exactly."""
+        chosen = [
+            self._rows[kind][index * quota + offset] for kind, quota in self.quotas.items() for offset in range(quota)
+        ]
+        order = np.random.default_rng([self._seed, index]).permutation(len(chosen))
+        return [chosen[position] for position in order]
+
+    def iterate(self, start: int = 0) -> Iterator[list[Example]]:
+        """Batches `start`, `start + 1`, ... without end."""
+        while True:
+            yield self.batch(start)
+            start += 1

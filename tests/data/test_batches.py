@@ -1,0 +1,70 @@
+"""Batches hold exact quotas, in an order that depends on (seed, index) alone."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from icet_jax.data.batches import Batches, quotas
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+
+
+def rows(**counts):
+    return [Example(f"{kind}{i}", "p", kind=kind, answer="x") for kind, count in counts.items() for i in range(count)]
+
+
+def ids(batch):
+    return [example.id for example in batch]
+
+
+def test_quotas_round_by_largest_remainder():
+    assert quotas({"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}, 128) == {"forbidden": 64, "benign": 26, "vqa": 38}
+    assert quotas({"forbidden": 2, "benign": 1, "vqa": 0}, 10) == {"forbidden": 7, "benign": 3}
+    assert quotas({"forbidden": 1, "benign": 1, "vqa": 1}, 4) == {"forbidden": 2, "benign": 1, "vqa": 1}
+
+
+@pytest.mark.parametrize(
+    "mixture", [{}, {"vqa": 0}, {"vqa": -1, "benign": 2}, {"vqa": float("nan")}, {"vqa": 1, "benign": 99}]
+)
+def test_bad_mixtures(mixture):
+    with pytest.raises(UserError, match=r"config\.data\.mixture"):
+        quotas(mixture, 4)
+
+
+def test_kind_without_rows():
+    with pytest.raises(UserError, match="'vqa' rows"):
+        Batches(rows(benign=3), mixture={"benign": 1, "vqa": 1}, batch_size=4, seed=0)
+
+
+def test_every_batch_has_the_quota_and_every_epoch_every_row():
+    batches = Batches(rows(forbidden=6, benign=4), mixture={"forbidden": 3, "benign": 2}, batch_size=5, seed=1)
+    seen = Counter()
+    for index in range(4):
+        batch = batches.batch(index)
+        assert Counter(example.kind for example in batch) == {"forbidden": 3, "benign": 2}
+        seen.update(ids(batch))
+    assert set(seen.values()) == {2}
+
+
+def test_random_access_equals_iteration_and_resume_is_one_integer():
+    def make(seed=3):
+        return Batches(rows(forbidden=7, vqa=5), mixture={"forbidden": 1, "vqa": 1}, batch_size=4, seed=seed)
+
+    walked = [ids(batch) for batch in islice(make().iterate(), 9)]
+    assert [ids(make().batch(index)) for index in reversed(range(9))] == walked[::-1]
+    assert [ids(batch) for batch in islice(make().iterate(start=4), 5)] == walked[4:]
+    assert [ids(batch) for batch in islice(make(seed=4).iterate(), 9)] != walked
+
+
+def test_epochs_differ_and_other_kinds_do_not_matter():
+    alone = Batches(rows(forbidden=8), mixture={"forbidden": 1}, batch_size=8, seed=0)
+    epochs = [sorted(ids(alone.batch(i))) for i in range(2)]
+    assert epochs[0] == epochs[1]
+    mixed = Batches(rows(forbidden=8, benign=3), mixture={"forbidden": 2, "benign": 1}, batch_size=3, seed=0)
+    order = [example.id for i in range(4) for example in mixed.batch(i) if example.kind == "forbidden"]
+    assert sorted(order) == epochs[0]
+    first = Batches(rows(forbidden=8), mixture={"forbidden": 1}, batch_size=1, seed=0)
+    one_by_one = [first.batch(i)[0].id for i in range(24)]
+    assert len({tuple(one_by_one[k : k + 8]) for k in (0, 8, 16)}) == 3
+    assert [set(order[k : k + 2]) for k in (0, 2, 4, 6)] == [set(one_by_one[k : k + 2]) for k in (0, 2, 4, 6)]
