@@ -6,7 +6,14 @@ annotations fall back to `Any`, so that `icet_jax.models` and `icet_jax.lppo` ne
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax import Array
+
+ArrayLike = Array | np.ndarray
+"""What public array functions accept where a notebook may hand over numpy: `Float[ArrayLike, "B A"]`."""
+
+Scalar = Any
+"""A Python number, or a possibly traced array without axes."""
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped
@@ -24,4 +31,4 @@ else:
         Bool = Float = Int = Key = Shaped = _Unchecked
         PyTree = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "PyTree", "Shaped"]
+__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "Key", "PyTree", "Scalar", "Shaped"]

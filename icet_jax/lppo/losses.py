@@ -1,0 +1,89 @@
+"""The two losses of L-PPO. Both are token means inside the mask and return (loss, stats)."""
+
+import jax.numpy as jnp
+
+from icet_jax.typing import Array, ArrayLike, Bool, Float, Scalar, Shaped
+
+Stats = dict[str, Array]
+
+
+def masked_mean(x: Shaped[Array, "B A"], mask: Bool[Array, "B A"]) -> Float[Array, ""]:
+    """Mean over the true positions; zero where there are none. `x` must be finite where gradients are wanted."""
+    return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def policy_loss(
+    log_probs: Float[ArrayLike, "B A"],
+    old_log_probs: Float[ArrayLike, "B A"],
+    advantages: Float[ArrayLike, "B A"],
+    mask: Bool[ArrayLike, "B A"],
+    *,
+    clip_range: Scalar,
+) -> tuple[Float[Array, ""], Stats]:
+    """E[max(-K A, -clip(K, 1 - eps, 1 + eps) A)] with K = exp(log_probs - old_log_probs) (paper; Schulman 2017, eq. 7).
+
+    Args:
+      log_probs: of the response tokens under the policy being updated, conditioned on the row's exit.
+      old_log_probs: of the same tokens under the policy that sampled them, conditioned on the same exit.
+      advantages: constants; no gradient is asked of them.
+      mask: true on the response tokens; entries outside it may be anything, NaN included.
+      clip_range: eps.
+
+    Returns:
+      (loss, stats): stats are scalar token means, `ratio`, `ratio_var`, `clipfrac` (share of tokens where the clipped
+      term is the larger) and `approxkl` = mean (log-ratio)^2 / 2 (TRL's).
+    """
+    mask = jnp.asarray(mask, bool)
+    # Zeroed before exp as well as after: 0 * NaN in the backward pass is NaN.
+    log_ratio = jnp.where(mask, jnp.asarray(log_probs, jnp.float32), 0.0) - jnp.where(
+        mask, jnp.asarray(old_log_probs, jnp.float32), 0.0
+    )
+    advantages = jnp.where(mask, jnp.asarray(advantages, jnp.float32), 0.0)
+    ratio = jnp.exp(log_ratio)
+    unclipped = -ratio * advantages
+    clipped = -jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range) * advantages
+    loss = masked_mean(jnp.maximum(unclipped, clipped), mask)
+    mean_ratio = masked_mean(ratio, mask)
+    stats = {
+        "ratio": mean_ratio,
+        "ratio_var": masked_mean(jnp.square(ratio - mean_ratio), mask),
+        "clipfrac": masked_mean(clipped > unclipped, mask),
+        "approxkl": 0.5 * masked_mean(jnp.square(log_ratio), mask),
+    }
+    return loss, stats
+
+
+def value_loss(
+    values: Float[ArrayLike, "B A"],
+    old_values: Float[ArrayLike, "B A"],
+    returns: Float[ArrayLike, "B A"],
+    mask: Bool[ArrayLike, "B A"],
+    *,
+    clip_range: Scalar | None = None,
+) -> tuple[Float[Array, ""], Stats]:
+    """E[(V - returns)^2], the plain squared error without a factor 1/2 (paper).
+
+    With `clip_range` c the larger of that and (clip(V, V_old - c, V_old + c) - returns)^2 is taken per token, as in
+    OpenAI's baselines.
+
+    Args:
+      values: of the value head being updated.
+      old_values: at the time of the rollout; read only with `clip_range`.
+      returns: constants, from `gae`.
+      mask: true on the response tokens; entries outside it may be anything, NaN included.
+      clip_range: None is off.
+
+    Returns:
+      (loss, stats): stats has the scalar `clipfrac`, the share of tokens where the clipped error is the larger.
+    """
+    mask = jnp.asarray(mask, bool)
+    values = jnp.where(mask, jnp.asarray(values, jnp.float32), 0.0)
+    returns = jnp.where(mask, jnp.asarray(returns, jnp.float32), 0.0)
+    error = jnp.square(values - returns)
+    if clip_range is None:
+        return masked_mean(error, mask), {"clipfrac": jnp.zeros((), jnp.float32)}
+    old_values = jnp.where(mask, jnp.asarray(old_values, jnp.float32), 0.0)
+    clipped_values = jnp.clip(values, old_values - clip_range, old_values + clip_range)
+    clipped_error = jnp.square(clipped_values - returns)
+    stats = {"clipfrac": masked_mean(clipped_error > error, mask)}
+    return masked_mean(jnp.maximum(error, clipped_error), mask), stats
