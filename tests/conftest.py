@@ -1,4 +1,4 @@
-"""Every test runs on the CPU in full float32, with every array annotation of the package checked at run time."""
+"""Every test runs on the CPU in full float32, and every array annotation is checked at run time."""
 
 import os
 

@@ -1,0 +1,124 @@
+"""The front door: flags -> config -> one of the runs.
+
+    python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism [--config.lppo.kl_coef=0.1]
+    python -m icet_jax.main --mode=ask --checkpoint=DIR --image=cat.png --prompt="what is this" --exits=12,23
+
+Nothing heavy is imported before the flags and the config have been checked.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from icet_jax.errors import UserError
+
+EXAMPLE = "python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism"
+
+MODES = {
+    "align": "sweep all exits, train, sweep again, utility, export, report (the default)",
+    "sweep": "measure every exit of a checkpoint, and report",
+    "ask": "answer one prompt at chosen exits, side by side",
+    "export": "write a run's aligned model in the Hugging Face layout",
+    "verify": "compare a checkpoint with transformers (needs the `test` extra)",
+}
+_OVERRIDE = "--config."
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors that fit one line and say what to type."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; type: {EXAMPLE} (or --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    modes = "\n".join(f"  {name:8}{what}" for name, what in MODES.items())
+    parser = _Parser(
+        prog="icet-jax",
+        usage=f"{EXAMPLE} [--config.FIELD=VALUE ...]",
+        description=f"Measures and repairs the early-exit hole of vision-language models.\n\nmodes:\n{modes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE[:VARIANT]", help="the experiment; any of its fields can be overridden"
+    )
+    parser.add_argument("--mode", default="align", choices=MODES)
+    parser.add_argument("--workdir", type=Path, help="run directory; the same command resumes there")
+    parser.add_argument("--checkpoint", help="model instead of config.model.checkpoint; stands in for --config as well")
+    parser.add_argument("--image", action="append", default=[], type=Path, help="ask: image file; may be repeated")
+    parser.add_argument("--prompt", help="ask: the question")
+    parser.add_argument("--exits", help='ask, verify: "all", or exits such as 1,12,23')
+    parser.add_argument("--out", type=Path, help="export: where to, instead of workdir/hf")
+    return parser
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separates `--config.FIELD=VALUE` (or two words) from the other flags."""
+    rest: list[str] = []
+    overrides: list[tuple[str, str]] = []
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith(_OVERRIDE):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix(_OVERRIDE).partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise UserError(f"{word} has no value; type {word}=VALUE")
+            value = queue.pop(0)
+        overrides.append((name, value))
+    return rest, overrides
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parses `arguments`, checks the config and starts the mode's run; returns its exit code.
+
+    Raises:
+      UserError: wrong usage, config or input.
+    """
+    from icet_jax.runs import config_files
+
+    rest, overrides = _split_overrides(arguments)
+    options = _parser().parse_args(rest)
+    if options.config is None and options.checkpoint is None:
+        raise UserError(f"no --config (nor --checkpoint); type: {EXAMPLE}")
+    if options.config is None and options.mode == "align":
+        raise UserError(f"--mode=align needs --config; type: {EXAMPLE}")
+    if options.mode in ("align", "sweep") and options.workdir is None:
+        raise UserError(f"--mode={options.mode} needs --workdir, the folder to write to; type: {EXAMPLE}")
+    if options.checkpoint is not None:
+        overrides.append(("model.checkpoint", options.checkpoint))
+    config = config_files.load(options.config, overrides)
+    module = importlib.import_module(f"icet_jax.runs.{options.mode}")
+    return module.run(config, options.workdir, options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`run`, with bad input as one line on stderr (exit code 2) and Ctrl-C without a traceback (130)."""
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"icet-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nicet-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output is gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def console() -> NoReturn:
+    """The `icet-jax` command."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,1 @@
+"""One file per mode of the front door; each `run(config, workdir, options)` reads top to bottom."""

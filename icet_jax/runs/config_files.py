@@ -1,0 +1,141 @@
+"""From `--config=configs/NAME.py[:variant]` and `--config.FIELD=VALUE` to a checked config."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import icet_jax
+from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, default, flatten, unknown_field
+from icet_jax.errors import UserError
+
+
+def load(spec: str | None, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+    """Reads `configs/NAME.py[:variant]`, applies `overrides` and checks the result.
+
+    Args:
+      spec: a path with an optional variant; a relative path is looked for in the working directory, then in the
+        repository, then in the installed package. None stands for the defaults.
+      overrides: (dotted field, text) pairs, in order.
+
+    Raises:
+      UserError: no such file, a broken file, an unknown field (the nearest is named) or a wrong value.
+    """
+    if spec is None:
+        config = default()
+    else:
+        path, _, variant = spec.partition(":")
+        config = _run_config_file(_find(path), variant)
+    for name, text in overrides:
+        override(config, name, text)
+    check(config)
+    return config.lock()
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets the dotted field `name` from the command line's `text`, in place.
+
+    Numbers, true/false and words are read by the field's own type; tuples are comma-separated; `none` unsets an
+    optional field; an open field takes a Python dict, or one key as `data.mixture.vqa=0.3`.
+
+    Raises:
+      UserError: the field is unknown (the nearest is named) or the text does not fit its type.
+    """
+    values = flatten(config)
+    parent, _, key = name.rpartition(".")
+    if name in values:
+        target, reference = name, values[name]
+        kind = type(reference) if reference is not None else _placeholder_type(config, parent, key)
+    elif parent in OPEN_FIELDS:
+        target, kind = name, float if parent == "data.mixture" else str
+    else:
+        raise unknown_field(name)
+    optional = name in values and flatten(default())[name] is None
+    value = None if optional and text.lower() == "none" else _parse(target, text, kind)
+    section = config[parent] if parent else config
+    with section.unlocked():
+        section[key] = value
+
+
+def _placeholder_type(config: ConfigDict, parent: str, key: str) -> type:
+    return (config[parent] if parent else config).get_type(key)
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind in (int, float):
+            return kind(text)
+        if kind is dict:
+            value = ast.literal_eval(text)
+            if not isinstance(value, dict):
+                raise ValueError
+            return ConfigDict(value)
+        if kind is tuple:
+            return _parse_tuple(text)
+        if name == "sweep.exits":
+            return text if text == "all" else _parse_tuple(text)
+        return text
+    except (KeyError, ValueError, SyntaxError, TypeError) as error:
+        raise UserError(f"--config.{name}={text}: must be {TYPE_NAMES[kind]}") from error
+
+
+def _parse_tuple(text: str) -> tuple[Any, ...]:
+    items = [item.strip(" '\"") for item in text.strip("()[] ").split(",")]
+    return tuple(int(item) if re.fullmatch(r"-?\d+", item) else item for item in items if item)
+
+
+def _find(path: str) -> Path:
+    package = Path(icet_jax.__file__).parent
+    for folder in (Path.cwd(), package.parent, package):
+        if (folder / path).is_file():
+            return folder / path
+    known = sorted(f.name for folder in (package.parent, package) for f in (folder / "configs").glob("[!_]*.py"))
+    listed = ", ".join(f"configs/{name}" for name in dict.fromkeys(known))
+    raise UserError(f"--config={path}: no such file; this project has {listed or 'no configs'}")
+
+
+def _run_config_file(path: Path, variant: str) -> ConfigDict:
+    """Runs the file's `get_config`; what goes wrong inside it becomes one line."""
+    spec = importlib.util.spec_from_file_location(f"_icet_jax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: not a Python file; a config is configs/NAME.py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise UserError(f"{path}: has no get_config(variant); see the files in configs/")
+        takes_variant = bool(inspect.signature(get_config).parameters)
+        if variant and not takes_variant:
+            raise UserError(f"{path}: has no variants, so ':{variant}' is wrong")
+        config = get_config(variant) if takes_variant else get_config()
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+    except Exception as error:
+        raise _from_config_error(path, error) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{path}: get_config returned {type(config).__name__}; return icet_jax.config.default(), changed"
+        )
+    return config
+
+
+def _from_config_error(path: Path, error: Exception) -> UserError:
+    """ml_collections' complaint about a field, or any other exception of the file, as one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), "?")
+    missing = re.search(r"Key \"(\w+)\" does not exist|^\"?'(\w+)'\"?$", str(error))
+    if isinstance(error, AttributeError | KeyError) and missing:
+        return UserError(f"{path}:{line}: {unknown_field(missing[1] or missing[2])}")
+    mistyped = re.search(r"field '(\w+)' .*?\. (.*) is of original type .* casted to type <class '(\w+)'>", str(error))
+    if isinstance(error, TypeError) and mistyped:
+        return UserError(f"{path}:{line}: {mistyped[1]} is {mistyped[2]!r}, but must be of type {mistyped[3]}")
+    return UserError(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())}")
