@@ -4,7 +4,7 @@ Everything outside models/, checkpoints/ and data/ is written against this file.
 in the paper; exit l feeds the projector the output of the l-th block of the image encoder.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax
 import jax
@@ -60,6 +60,7 @@ class KVCache:
     cursor: Int[Array, "B"]
 
 
+@runtime_checkable
 class VisionLanguageModel(Protocol):
     """A network with an image encoder whose every layer is an exit."""
 

@@ -1,0 +1,161 @@
+"""Which token comes next: the one distribution that rollout, old, reference and update share, and drawing from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icet_jax.errors import UserError
+from icet_jax.models.family import VisionLanguageModel
+from icet_jax.typing import Array, Bool, Float, Int, Key
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a response is drawn. Hashable: it is a static argument of a jitted phase.
+
+    Attributes:
+      max_new_tokens: A, at least 1.
+      temperature: divides the logits; 0 means greedy.
+      top_k: keep the k likeliest tokens; 0 = off.
+      top_p: keep the likeliest tokens that together reach this probability; 1 = off.
+      eos_ids: tokens that end a response.
+      suppress_ids: tokens that are never sampled (see `suppress_ids`).
+      pad_id: what follows the end of a response.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    eos_ids: tuple[int, ...] = (2,)
+    suppress_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens: {self.max_new_tokens} given; at least 1 is needed")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature: {self.temperature} given; use 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            raise UserError(f"top_k: {self.top_k} given; use 0 (off) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: {self.top_p} given; use a number above 0 and up to 1 (off)")
+
+
+def suppress_ids(image_token: int, pad_id: int | None, eos_ids: Sequence[int]) -> tuple[int, ...]:
+    """The tokens a model must never sample: the image placeholder, and the pad unless it is an EOS."""
+    if pad_id is None or pad_id in eos_ids:
+        return (image_token,)
+    return (image_token, pad_id)
+
+
+def process_logits(
+    logits: Float[Array, "*rows V"], temperature: float, suppress_ids: Sequence[int]
+) -> Float[Array, "*rows V"]:
+    """The sampling distribution's logits: divided by the temperature (unless it is 0), suppressed tokens at the floor.
+
+    The floor is the dtype's lowest finite number, which has probability 0 exactly and keeps entropies and gradients
+    finite. It is set after the division, which could otherwise push it to -inf.
+    """
+    if temperature > 0:
+        logits = logits / temperature
+    vocab_size = logits.shape[-1]
+    suppressed = np.zeros(vocab_size, dtype=bool)
+    # A placeholder may lie beyond the head's rows (Llama 3.2): nothing to suppress there.
+    suppressed[[token for token in suppress_ids if 0 <= token < vocab_size]] = True
+    return jnp.where(suppressed, jnp.finfo(logits.dtype).min, logits)
+
+
+def truncate_logits(logits: Float[Array, "*rows V"], top_k: int = 0, top_p: float = 1.0) -> Float[Array, "*rows V"]:
+    """Sets all but the likeliest tokens to -inf: first the `top_k`, then, among those, the nucleus of mass `top_p`.
+
+    The order and the thresholds are those of HF's TopKLogitsWarper and TopPLogitsWarper; tokens that tie with the last
+    one kept are kept.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    if top_p < 1:
+        descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        # A token is kept while the mass of the tokens before it is short of top_p; the first always is.
+        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def sample_tokens(
+    logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """Draws one token per row, each with its own key, and its log-prob.
+
+    The log-prob is that of the un-truncated distribution of `process_logits` (temperature 1 when greedy): top-k and
+    top-p decide what is chosen, never what is reported.
+    """
+    logits = process_logits(logits, sampling.temperature, sampling.suppress_ids)
+    if sampling.temperature == 0:
+        tokens = jnp.argmax(logits, axis=-1)
+    else:
+        truncated = truncate_logits(logits, sampling.top_k, sampling.top_p)
+        tokens = jax.vmap(jax.random.categorical)(keys, truncated)
+    return tokens, _select(jax.nn.log_softmax(logits, axis=-1), tokens)
+
+
+def token_log_probs(
+    model: VisionLanguageModel,
+    hidden: Float[Array, "B A E"],
+    targets: Int[Array, "B A"],
+    *,
+    temperature: float,
+    suppress_ids: Sequence[int],
+    chunk: int,
+) -> tuple[Float[Array, "B A"], Float[Array, "B A"]]:
+    """Log-probs of `targets` and entropies, in nats, under the sampling distribution.
+
+    The head runs on `chunk` response positions at a time and is recomputed in the backward pass, so that nothing of
+    shape [B, A, V] is ever formed.
+
+    Args:
+      model: the network; only its head is used.
+      hidden: final states at the positions whose logits predict `targets`.
+      targets: token ids; where they are meaningless (after the end) so is the result.
+      temperature: that of the rollout; 0 (greedy) counts as 1.
+      suppress_ids: as in `process_logits`.
+      chunk: response positions per step, at least 1.
+
+    Returns:
+      (log_probs, entropy), float32.
+    """
+    batch, length = targets.shape
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+    padding = count * chunk - length
+
+    @jax.checkpoint
+    def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
+        states, tokens = block
+        logits = process_logits(model.logits(states), temperature, suppress_ids)
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
+        return _select(log_probs, tokens), -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+    states = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, count, chunk, -1).swapaxes(0, 1)
+    tokens = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, count, chunk).swapaxes(0, 1)
+    log_probs, entropy = jax.lax.map(score, (states, tokens))
+
+    def join(x: Float[Array, "C B chunk"]) -> Float[Array, "B A"]:
+        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+    return join(log_probs), join(entropy)
+
+
+def is_eos(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
+    """True where a token ends its response."""
+    return jnp.isin(tokens, jnp.asarray(eos_ids, dtype=tokens.dtype))
+
+
+def _select(values: Float[Array, "*rows V"], tokens: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    return jnp.take_along_axis(values, tokens[..., None], axis=-1, mode="clip")[..., 0]
