@@ -132,7 +132,7 @@ def _from_config_error(path: Path, error: Exception) -> UserError:
     """ml_collections' complaint about a field, or any other exception of the file, as one line."""
     frames = traceback.extract_tb(error.__traceback__)
     line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), "?")
-    missing = re.search(r"Key \"(\w+)\" does not exist|^\"?'(\w+)'\"?$", str(error))
+    missing = re.search(r"Key \"(\w+)\" does not exist|^[\"'\\]*(\w+)[\"'\\]*(?:\\n|\n|$)", str(error))
     if isinstance(error, AttributeError | KeyError) and missing:
         return UserError(f"{path}:{line}: {unknown_field(missing[1] or missing[2])}")
     mistyped = re.search(r"field '(\w+)' .*?\. (.*) is of original type .* casted to type <class '(\w+)'>", str(error))

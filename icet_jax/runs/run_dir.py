@@ -1,0 +1,128 @@
+"""The run directory: whose it is, what it cost, and which of its parts are finished."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from icet_jax.config import flatten
+from icet_jax.errors import UserError
+from icet_jax.files import write_text_atomic
+
+SCHEMA = 1
+_SHOWN_FIELDS = 4
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes `workdir` the run directory of `config`, or checks that it already is.
+
+    Raises:
+      UserError: it cannot be written to, or it holds a run of another config (the fields that differ are named).
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: cannot be written to ({error.strerror}); choose another folder"
+        ) from error
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(flatten(config)))
+    if not path.exists():
+        write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
+        return
+    theirs = json.loads(json.dumps(flatten(read_config(path))))
+    differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    if differing:
+        shown = ", ".join(
+            f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} now)" for name in differing[:_SHOWN_FIELDS]
+        )
+        more = f" and {len(differing) - _SHOWN_FIELDS} more" if len(differing) > _SHOWN_FIELDS else ""
+        raise UserError(f"--workdir={workdir} holds a run of another config: {shown}{more}; choose another folder")
+
+
+def read_config(path: Path) -> ConfigDict:
+    """A run's config.json.
+
+    Raises:
+      UserError: it is not readable.
+    """
+    try:
+        return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a run's config ({error}); choose another --workdir") from error
+
+
+class Costs:
+    """`cost.json`: seconds and compilations of every phase, added up over restarts.
+
+    What a killed process spent since its last finished phase is not in it.
+    """
+
+    def __init__(self, workdir: Path):
+        self._path = workdir / "cost.json"
+        self._phases: dict[str, dict[str, Any]] = {}
+        if self._path.exists():
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            self._phases = {phase["name"]: phase for phase in stored["phases"]}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[dict[str, Any]]:
+        """Times the block, also when it fails; further numbers ("tokens") may be put in the dict it yields."""
+        from icet_jax.runs.compilations import CompilationCounter
+
+        extra: dict[str, Any] = {}
+        start = time.perf_counter()
+        with CompilationCounter() as compilations:
+            try:
+                yield extra
+            finally:
+                entry = self._phases.setdefault(name, {"name": name, "seconds": 0.0})
+                numbers = {
+                    "seconds": time.perf_counter() - start,
+                    "compilations": compilations.count,
+                    "compile_seconds": compilations.seconds,
+                    **extra,
+                }
+                for key, value in numbers.items():
+                    entry[key] = entry.get(key, 0) + value
+                if entry.get("tokens"):
+                    entry["tokens_per_second"] = entry["tokens"] / entry["seconds"]
+                self._write()
+
+    def _write(self) -> None:
+        phases = list(self._phases.values())
+        content = {
+            "schema": SCHEMA,
+            "phases": phases,
+            "total_seconds": sum(phase["seconds"] for phase in phases),
+            "device": _device(),
+            "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+            "peak_bytes": _peak_bytes(),
+        }
+        write_text_atomic(self._path, json.dumps(content, indent=1) + "\n")
+
+
+def _device() -> str:
+    import jax
+
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return f"cpu, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _peak_bytes() -> int | None:
+    """The largest device's peak; None where the platform does not say."""
+    import jax
+
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)

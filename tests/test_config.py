@@ -1,0 +1,169 @@
+"""Every wrong field and value is one line that names the field, and the nearest one where it is misspelt."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icet_jax import config as icet_config
+from icet_jax.errors import UserError
+from icet_jax.runs import config_files
+
+CONFIGS = sorted(path.stem for path in (Path(icet_config.__file__).parent.parent / "configs").glob("*.py"))
+
+
+def write_config(folder: Path, body: str) -> str:
+    path = folder / "mine.py"
+    indented = "\n".join("    " + line for line in body.splitlines())
+    path.write_text(
+        "from icet_jax import config as icet_config\n\n\n"
+        f"def get_config(variant=''):\n    config = icet_config.default()\n{indented}\n    return config\n"
+    )
+    return str(path)
+
+
+def test_the_defaults_are_valid():
+    icet_config.check(icet_config.default())
+    icet_config.check(icet_config.organism())
+
+
+def test_every_rule_names_a_field():
+    assert set(icet_config._RULES) <= set(icet_config.flatten(icet_config.default()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_loads_from_any_working_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_files.load(f"configs/{name}.py")
+    icet_config.require(config, "model.checkpoint", "data.train", "reward.model", "sweep.datasets")
+
+
+@pytest.mark.parametrize("variant", ["default_exit", "per_example", "stratified"])
+def test_variants_change_the_exit_schedule(variant):
+    expected = "fixed" if variant == "default_exit" else variant
+    assert config_files.load(f"configs/organism_lppo.py:{variant}").lppo.exits == expected
+    lsft = config_files.load(f"configs/organism_lsft.py:{variant}")
+    assert (lsft.algorithm, lsft.lsft.exits) == ("lsft", expected)
+
+
+def test_a_config_is_read_without_jax():
+    code = (
+        "import sys; from icet_jax.runs import config_files; config_files.load('configs/organism_lppo.py');"
+        "bad = {'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_overrides_are_read_by_the_type_of_the_field():
+    overrides = {
+        "lppo.kl_coef": "0.1",
+        "lppo.iterations": "7",
+        "lppo.kl_adaptive": "false",
+        "lppo.fixed_exit": "5",
+        "data.image_root": "photos",
+        "lora.targets": "q_proj,v_proj",
+        "seeds": "(1, 2)",
+        "data.mixture.vqa": "0.25",
+        "sweep.datasets": "{'mine': 'mine.csv'}",
+        "sweep.utility.more": "more.jsonl",
+        "sweep.exits": "1,12,23",
+        "sweep.limit": "none",
+    }
+    config = config_files.load("configs/llava15_lppo.py", overrides.items())
+    assert (config.lppo.kl_coef, config.lppo.iterations, config.lppo.kl_adaptive) == (0.1, 7, False)
+    assert (config.lppo.fixed_exit, config.data.image_root, config.seeds) == (5, "photos", (1, 2))
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert config.data.mixture.to_dict() == {"forbidden": 1.0, "vqa": 0.25}
+    assert config.sweep.datasets.to_dict() == {"mine": "mine.csv"}
+    assert config.sweep.utility.to_dict() == {"more": "more.jsonl"}
+    assert (config.sweep.exits, config.sweep.limit) == ((1, 12, 23), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("lppo.kl_coeff", "1", "nearest is config.lppo.kl_coef"),
+        ("kl_coef", "1", "nearest is config.lppo.kl_coef"),
+        ("lpo.kl_coef", "1", "nearest is config.lppo.kl_coef"),
+        ("learning_rate", "1", "nearest is config.optimizer.learning_rate"),
+        ("lppo.kl_coef.x", "1", "config.lppo.kl_coef"),
+        ("lppo", "1", "not a field"),
+        ("zzzzzz", "1", "see icet_jax/config.py"),
+        ("lppo.kl_coef", "abc", "a number"),
+        ("lppo.kl_coef", "nan", "must be a number"),
+        ("lppo.kl_coef", "-1", "0 or more"),
+        ("lppo.iterations", "2.5", "a whole number"),
+        ("lppo.kl_adaptive", "maybe", "true or false"),
+        ("lppo.kl_kind", "k4", "one of k1, k2, k3"),
+        ("lppo.fixed_exit", "0", "from 1"),
+        ("lppo.minibatches", "3", "does not divide"),
+        ("model.dtype", "float16", "one of float32, bfloat16"),
+        ("lora.targets", "q_proj,qproj", "distinct names"),
+        ("seeds", "1,1", "distinct"),
+        ("sweep.exits", "0,1", "from 1"),
+        ("sweep.exits", "late", "from 1"),
+        ("sweep.top_k", "5", "need config.sweep.temperature"),
+        ("sweep.scorers", "", "at least one"),
+        ("sweep.datasets", "[1]", "a dict"),
+        ("sweep.datasets.a/b", "x.csv", "letters, digits"),
+        ("data.mixture.vqu", "0.3", "did you mean vqa"),
+        ("data.mixture.vqa", "-0.3", "a share"),
+        ("data.mixture", "{'forbidden': 0}", "no rows"),
+        ("reward.by_kind.vqa", "gold", "one of reward_model, exact_match, none"),
+        ("mesh.fsdp", "-1", "only one axis"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(name, text, says):
+    with pytest.raises(UserError, match=says) as caught:
+        config_files.load("configs/organism_lppo.py", [(name, text)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("config.lppo.kl_coeff = 0.1", r"mine.py:6: config.kl_coeff .*nearest is config.lppo.kl_coef"),
+        ("config.lppo.kl_coef = 'x'", r"mine.py:6: .*float"),
+        ("config.lppo.kl_coef = config.lppo.kl_coeff", r"mine.py:6: .*nearest is config.lppo.kl_coef"),
+        ("config.lppo.epochs = True", "config.lppo.epochs is True, but must be a whole number"),
+        ("config.lppo = {'kl_coef': 0.1}", "config.lppo.accumulation is missing"),
+        ("config.data.mixture = {'harmful': 1.0}", "config.data.mixture.harmful"),
+        ("1 / 0", "mine.py:6: ZeroDivisionError"),
+        ("return None", "returned NoneType"),
+    ],
+)
+def test_a_wrong_config_file_is_one_clear_line(body, says, tmp_path):
+    with pytest.raises(UserError, match=says) as caught:
+        config_files.load(write_config(tmp_path, body))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_config_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"no such file; this project has .*configs/organism_lppo.py"):
+        config_files.load("configs/organism_lpo.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match="has no get_config"):
+        config_files.load(str(tmp_path / "empty.py"))
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    with pytest.raises(UserError, match="SyntaxError"):
+        config_files.load(str(tmp_path / "broken.py"))
+    with pytest.raises(UserError, match="variant 'stratifed'.*did you mean stratified"):
+        config_files.load("configs/organism_lppo.py:stratifed")
+    with pytest.raises(UserError, match="has no variants"):
+        config_files.load("configs/organism_control.py:smoke")
+
+
+def test_exits_are_checked_against_the_model():
+    config = config_files.load("configs/organism_lppo.py", [("lppo.fixed_exit", "8")])
+    icet_config.check_exits(config, 8)
+    with pytest.raises(UserError, match="config.lppo.fixed_exit names exit 8, but this model's exits are 1 to 7"):
+        icet_config.check_exits(config, 7)
+    config = config_files.load("configs/organism_lppo.py", [("sweep.exits", "1,9")])
+    with pytest.raises(UserError, match="config.sweep.exits names exit 9"):
+        icet_config.check_exits(config, 8)
+
+
+def test_a_missing_field_says_how_to_give_it():
+    with pytest.raises(UserError, match="config.model.checkpoint is not set.*--config.model.checkpoint="):
+        icet_config.require(icet_config.default(), "seed", "model.checkpoint")
