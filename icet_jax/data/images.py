@@ -1,0 +1,89 @@
+"""Opening images: whatever a user has, as the pixels that transformers would see."""
+
+import io
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from icet_jax.errors import UserError
+
+ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
+    """Opens an image as 8-bit RGB, with the pixels HF's processors see for the same object.
+
+    A file (path or bytes) is turned upright by its EXIF tag and loses its alpha channel (HF's `load_image`); an image
+    in memory is taken as it is, transparency composited over white (HF's `convert_to_rgb`).
+
+    Args:
+      source: path, encoded bytes, PIL image, or uint8 array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+      name: what an error calls the image; a path names itself.
+
+    Raises:
+      UserError: not an image, truncated, too large to be decoded safely, or an array of another kind.
+    """
+    if isinstance(source, (str, PathLike)):
+        return _decode(Path(source), name or str(source))
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), name or "image")
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name or "image")
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, name or getattr(source, "filename", "") or "image")
+    raise UserError(
+        f"{name or 'image'}: {type(source).__name__} is not an image; give a path, bytes, PIL image or array"
+    )
+
+
+def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: no such image file") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: not an image, or of a kind that Pillow cannot read") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: too large to be decoded safely ({error}); make it smaller first") from error
+    except MemoryError as error:
+        raise UserError(f"{name}: not enough memory to decode it; make it smaller first") from error
+    # Pillow's decoders report damage in many ways (OSError, SyntaxError, struct.error, zlib.error, ...).
+    except Exception as error:
+        raise UserError(f"{name}: cannot be read, truncated or damaged ({error})") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    try:
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image).convert("RGB")
+        return image.convert("RGB")
+    # A lazily opened file is decoded here, with the decoders' many errors.
+    except Exception as error:
+        raise UserError(f"{name}: cannot be read, truncated or damaged ({error})") from error
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.size == 0:
+        raise UserError(f"{name}: an array of {array.dtype} and shape {array.shape} is no image; give uint8 (H, W, 3)")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif array.shape[0] in (1, 3, 4):
+        # As HF does, channels-first wins where both ends could be channels.
+        array = np.moveaxis(array, 0, -1)
+    channels = array.shape[-1]
+    if channels not in (1, 3, 4):
+        raise UserError(
+            f"{name}: an image array has 1, 3 or 4 channels, first or last; this one's shape is {array.shape}"
+        )
+    if channels == 1:
+        array = np.repeat(array, 3, axis=-1)
+    if channels == 4:
+        alpha = array[..., 3:] / 255
+        array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
