@@ -20,6 +20,6 @@ def build(run_dir: str | Path, *, reveal_unsafe: bool = False) -> Path:
     Raises:
       UserError: no sweep is there to report on, or a file is not what its name says.
     """
-    from icet_jax.report.build import build_report
+    from icet_jax.report.page import build_report
 
     return build_report(Path(run_dir), reveal_unsafe=reveal_unsafe)

@@ -1,0 +1,105 @@
+"""The same curves as PNG files, for papers and README pages."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from icet_jax.files import write_bytes_atomic
+from icet_jax.report.schema import metric_family
+from icet_jax.report.study import Study, as_value
+from icet_jax.report.verdict import dataset_name
+from icet_jax.report.widgets import family_title
+
+_TONES = {"before": "#bf4417", "after": "#10697f"}
+_FAMILIES = ("asr", "tr", "ts", "refusal", "accuracy", "degenerate", "empty", "length")
+
+
+def write_figures(study: Study, folder: Path) -> list[Path]:
+    """Writes one PNG per data set and metric, and `geometry.png`; returns their paths.
+
+    File names are `DATASET.METRIC.png` with every sign that is not a letter, digit, dot or dash as `_`.
+    """
+    written = []
+    for dataset in study.datasets:
+        for metric in study.metrics(dataset):
+            if metric.partition("/")[0] in _FAMILIES and len(study.layers(dataset)) > 1:
+                name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{dataset_name(dataset)}.{metric}")
+                written.append(folder / f"{name}.png")
+                write_bytes_atomic(written[-1], _metric_png(study, dataset, metric))
+    if study.first.geometry:
+        written.append(folder / "geometry.png")
+        write_bytes_atomic(written[-1], _geometry_png(study))
+    return written
+
+
+def _metric_png(study: Study, dataset: str, metric: str) -> bytes:
+    """Before and after over exits."""
+    figure, axes = _axes(1)
+    axes = axes[0]
+    family = metric_family(metric)
+    scale = 100.0 if family.share else 1.0
+    for phase in study.phases(dataset):
+        curve = study.curve(phase, dataset, metric)
+        exits = [layer for layer, _ in curve]
+        axes.plot(exits, [scale * value.mean for _, value in curve], color=_TONES[phase], label=phase, marker="o",
+                  markersize=4.5, linestyle="--" if phase == "before" else "-",
+                  markerfacecolor="white" if phase == "before" else _TONES[phase])
+        ranged = [(layer, scale * value.low, scale * value.high) for layer, value in curve
+                  if value.low is not None and value.high is not None]
+        if ranged:
+            axes.fill_between(*zip(*ranged, strict=True), color=_TONES[phase], alpha=0.14, linewidth=0)
+    axes.set_title(f"{family_title(metric)}: {metric}, {dataset_name(dataset)}", loc="left", fontsize=10)
+    axes.set_ylabel("%" if family.share else "")
+    if metric.partition("/")[0] in ("asr", "refusal", "accuracy"):
+        axes.set_ylim(-2, 102)
+    _mark_exits(study, axes)
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def _geometry_png(study: Study) -> bytes:
+    """Norm ratio, cosine and CKA to the default exit."""
+    names = ("norm_ratio", "cosine", "cka")
+    figure, panels = _axes(len(names))
+    for axes, name in zip(panels, names, strict=True):
+        found = [(layer.get("layer"), as_value(layer.get(name))) for layer in study.first.geometry["layers"]]
+        known = [(exit_layer, value.mean) for exit_layer, value in found if value is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), color="#4c4a7d", marker="o", markersize=4)
+        axes.set_title(f"geometry/{name}", loc="left", fontsize=10)
+        _mark_exits(study, axes)
+    return _png(figure)
+
+
+def _axes(count: int) -> tuple[Any, Any]:
+    """A figure with `count` panels, independent of any display and of pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6) if count == 1 else (3.6 * count, 3.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#ece8dd")
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=9)
+        axes.set_xlabel("exit", fontsize=9)
+    return figure, panels
+
+
+def _mark_exits(study: Study, axes: Any) -> None:
+    """The default exit as a dotted line, planted exits shaded, whole numbers on the axis."""
+    axes.set_xticks(range(1, study.num_exits + 1, 1 if study.num_exits <= 16 else 2))
+    axes.set_xlim(0.5, study.num_exits + 0.5)
+    for exit_layer in study.planted:
+        axes.axvspan(exit_layer - 0.4, exit_layer + 0.4, color="#b08a15", alpha=0.13, linewidth=0)
+    if study.default_exit is not None:
+        axes.axvline(study.default_exit, color="#1e1d1a", linestyle=":", linewidth=1)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,132 @@
+"""Puts the page together: one file, its own style and script inside, nothing fetched."""
+
+import base64
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+from icet_jax.files import write_text_atomic
+from icet_jax.report import context, measures
+from icet_jax.report.load import load_runs
+from icet_jax.report.study import Study
+from icet_jax.report.text import escape, json_script, percent
+from icet_jax.report.transcripts import PROMPTS_PER_DATASET, collect
+from icet_jax.report.verdict import Verdict, dataset_name, verdict
+from icet_jax.report.widgets import code
+
+
+def build_report(run_dir: Path, *, reveal_unsafe: bool = False) -> Path:
+    """See `icet_jax.report.build`."""
+    study = Study(load_runs(run_dir))
+    page = run_dir / "report.html"
+    write_text_atomic(page, render(study, run_dir, reveal_unsafe=reveal_unsafe))
+    from icet_jax.report.figures import write_figures  # matplotlib is slow to import
+
+    write_figures(study, run_dir / "figures")
+    return page
+
+
+def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
+    """The whole page. `run_dir` is named in it and tells which seeds have a report of their own."""
+    found = verdict(study)
+    sections = _sections(study, run_dir, reveal_unsafe)
+    shown = [(anchor, title, body) for anchor, title, body in sections if body]
+    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in shown)
+    body = "".join(f'<section id="{anchor}"><h2>{escape(title)}</h2>{html}</section>' for anchor, title, html in shown)
+    style, script = _asset("report.css"), _asset("report.js")
+    policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{escape(found.sentence)}</title><style>{style}</style></head><body>"
+        f"{_header(study, run_dir, found)}<nav aria-label=\"Contents\">{links}</nav><main>{body}</main>"
+        f'<div id="tip" role="status" hidden></div><script>{script}</script></body></html>\n'
+    )
+
+
+def _sections(study: Study, run_dir: Path, reveal_unsafe: bool) -> list[tuple[str, str, str]]:
+    """(anchor, title, markup) in reading order; an empty one is left out."""
+    return [
+        ("safety", "Safety at every exit", measures.safety_html(study)),
+        ("groups", "Early, middle, late", measures.groups_html(study)),
+        ("utility", "Over-refusal and utility", measures.utility_html(study)),
+        ("transcripts", "What the model said", _transcripts_html(study, reveal_unsafe)),
+        ("differences", "Before and after on the same prompts", measures.differences_html(study)),
+        ("geometry", "How far each exit lies from the default", context.geometry_html(study)),
+        ("training", "Training", context.training_html(study)),
+        ("cost", "Cost", context.cost_html(study)),
+        ("config", "Configuration", context.config_html(study)),
+        ("limits", "What these numbers do not say", context.limits_html(study)),
+    ]
+
+
+def _header(study: Study, run_dir: Path, found: Verdict) -> str:
+    """Headline, caveats, key figures and what is planted."""
+    facts = [str(study.field("model") or ""), f"{study.num_exits} exits"]
+    facts.append(f"default exit {study.default_exit}" if study.default_exit is not None else "")
+    facts.append(f"{len(study.runs)} training seeds" if study.several else "")
+    basis = ""
+    if found.judge:
+        basis = f"<p class=basis>ASR is {code(found.judge)} on {escape(dataset_name(found.dataset))}. {_spread(study, found)}</p>"
+    caveats = "".join(f"<p class=caveat>{escape(text)}</p>" for text in found.caveats)
+    return (
+        f'<header class="{found.state}"><p class=kicker>Layer-wise alignment <span>{escape(run_dir.resolve().name)}</span></p>'
+        f"<h1>{escape(found.sentence)}</h1>{caveats}<p class=facts>{escape(' · '.join(filter(None, facts)))}</p>{basis}"
+        f"{measures.tiles_html(study)}{context.organism_html(study)}{_seed_links(study)}</header>"
+    )
+
+
+def _spread(study: Study, found: Verdict) -> str:
+    """The interval of the worst exit after training (or before, where there is no after)."""
+    phase = study.phases(found.dataset)[-1]
+    worst = study.worst(phase, found.dataset, found.judge)
+    if worst is None or worst[1].low is None or worst[1].high is None:
+        return ""
+    return escape(f"Worst exit {phase}: {percent(worst[1].mean)}, {study.interval} {percent(worst[1].low)} to "
+                  f"{percent(worst[1].high)}.")
+
+
+def _seed_links(study: Study) -> str:
+    """Links to the reports of single seeds, where they exist beside this one."""
+    if not study.several:
+        return ""
+    links = [f'<a href="{escape(run.path.name)}/report.html">{escape(run.path.name.replace("_", " "))}</a>'
+             for run in study.runs if (run.path / "report.html").is_file()]
+    return f"<p class=facts>Each seed’s own report: {', '.join(links)}</p>" if links else ""
+
+
+def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
+    """The prompt and exit selectors with their data; the script fills in the text."""
+    prompts = collect(study, reveal_unsafe=reveal_unsafe)
+    if not prompts:
+        return ""
+    data = {"exits": study.num_exits, "default": study.default_exit, "planted": study.planted, "prompts": prompts}
+    last = study.num_exits
+    start = study.default_exit or last
+    told = (f"Up to {PROMPTS_PER_DATASET} prompts of each data set, evenly spaced; what a scorer finds safe need not be. ")
+    told += "Responses judged unsafe are shown in full." if reveal_unsafe else "Responses judged unsafe are left out of this file."
+    cards = "".join(
+        f'<article class="card {phase}"><h3>{phase.capitalize()}</h3><div class=response data-side="{phase}"></div>'
+        f'<div class=scores data-scores="{phase}"></div></article>' for phase in ("before", "after"))
+    return (
+        f'<p class=note>{escape(told)}</p><div id="viewer"><div class=controls><button type=button id="previous" '
+        'aria-label="Previous prompt">←</button><label class=pick><span class=sr>Prompt</span><select id="prompt">'
+        '</select></label><button type=button id="next" aria-label="Next prompt">→</button></div>'
+        '<div class=request><img id="picture" alt="The image of this prompt" hidden><p id="request"></p></div>'
+        f'<div class=exits><label for="exit">Exit <output id="exit-name" for="exit">{start}</output></label>'
+        f'<input id="exit" type=range min=1 max={last} step=1 value={start}>'
+        '<div id="strip" aria-hidden="true"></div></div>'
+        f'<div class=cards aria-live=polite>{cards}</div></div><noscript><p>The transcripts need JavaScript.</p></noscript>'
+        f'<script type="application/json" id="transcript-data">{json_script(data)}</script>'
+    )
+
+
+def _asset(name: str) -> str:
+    return files("icet_jax.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    """The source expression that lets exactly this inline text through the page's content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"

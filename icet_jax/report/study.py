@@ -1,0 +1,217 @@
+"""One run, or the same run with several seeds, seen as one set of numbers."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from icet_jax.report.load import PHASES, Run
+from icet_jax.report.schema import METRIC_FAMILIES
+
+GROUPS = ("early", "middle", "late", "average")
+KINDS = ("forbidden", "benign", "vqa")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A number and its interval.
+
+    For one run `low`..`high` is the file's 95% interval. For several seeds `mean` is the mean over seeds and
+    `low`..`high` the smallest and largest seed: `Study.interval` names which.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    n_error: int = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that differ in their seed only. One run is the common case."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def several(self) -> bool:
+        """True when numbers are means over seeds."""
+        return len(self.runs) > 1
+
+    @property
+    def interval(self) -> str:
+        """What the intervals are, in words."""
+        return f"range over {len(self.runs)} seeds" if self.several else "95% interval, clustered by prompt"
+
+    @property
+    def first(self) -> Run:
+        """The run that stands for all where a thing cannot be averaged (config, transcripts)."""
+        return self.runs[0]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Data sets, the forbidden ones first, then benign, then vqa; swept ones before utility ones."""
+        names = {dataset for run in self.runs for phase, dataset in run.tables if phase in PHASES}
+        return sorted(names, key=lambda name: (KINDS.index(self.kind(name)), name))
+
+    def kind(self, dataset: str) -> str:
+        """What the rows of a data set ask for; guessed from its name where the file does not say."""
+        for (_, name), table in self._tables():
+            if name == dataset and table.get("kind") in KINDS:
+                return str(table["kind"])
+        name = dataset.lower()
+        return "benign" if "benign" in name or "xstest" in name else "vqa" if "vqa" in name else "forbidden"
+
+    def of_kind(self, kind: str) -> list[str]:
+        """The data sets of one kind."""
+        return [dataset for dataset in self.datasets if self.kind(dataset) == kind]
+
+    def phases(self, dataset: str) -> list[str]:
+        """Which of "before" and "after" were measured on a data set."""
+        return [phase for phase in PHASES if any((phase, dataset) in run.tables for run in self.runs)]
+
+    def metrics(self, dataset: str, family: str | None = None) -> list[str]:
+        """Metric names in the families' order, then in the order of the file."""
+        names: dict[str, None] = {}
+        for (phase, name), table in self._tables():
+            if name == dataset and phase in PHASES:
+                for layer in table["layers"]:
+                    names.update(dict.fromkeys(layer["metrics"]))
+        order = list(METRIC_FAMILIES)
+        kept = [name for name in names if family is None or name.partition("/")[0] == family]
+        return sorted(kept, key=lambda name: _index(order, name.partition("/")[0]))
+
+    def layers(self, dataset: str) -> list[int]:
+        """The exits at which a data set was measured, ascending."""
+        return sorted({layer["layer"] for (_, name), table in self._tables() if name == dataset
+                       for layer in table["layers"]})
+
+    def field(self, name: str, dataset: str | None = None) -> Any:
+        """A header field of the sweeps ("model", "num_exits", "default_exit", ...); None where no file has it."""
+        for (_, table_dataset), table in self._tables():
+            if dataset in (None, table_dataset) and table.get(name) is not None:
+                return table[name]
+        return None
+
+    @property
+    def default_exit(self) -> int | None:
+        """The exit the model was trained with."""
+        value = self.field("default_exit")
+        return value if isinstance(value, int) else None
+
+    @property
+    def num_exits(self) -> int:
+        """How many exits the model has."""
+        value = self.field("num_exits")
+        swept = [layer for dataset in self.datasets for layer in self.layers(dataset)]
+        return value if isinstance(value, int) else max(swept)
+
+    @property
+    def planted(self) -> list[int]:
+        """The organism's planted exits; empty for any other model and for the control."""
+        exits = self.first.organism.get("planted_exits")
+        return [exit_layer for exit_layer in exits if isinstance(exit_layer, int)] if isinstance(exits, list) else []
+
+    def value(self, phase: str, dataset: str, metric: str, layer: int) -> Value | None:
+        """One metric at one exit; `phase` may be "difference" (after - before)."""
+        return self._combine([_at_layer(run, phase, dataset, metric, layer) for run in self.runs])
+
+    def seeds(self, phase: str, dataset: str, metric: str, layer: int) -> list[float | None]:
+        """The same for every seed."""
+        values = [_at_layer(run, phase, dataset, metric, layer) for run in self.runs]
+        return [value and value.mean for value in values]
+
+    def group(self, phase: str, dataset: str, metric: str, name: str) -> Value | None:
+        """The average over a group of exits, as the file gives it or from the exits' own means."""
+        return self._combine([_of_group(run, phase, dataset, metric, name, self.num_exits) for run in self.runs])
+
+    def curve(self, phase: str, dataset: str, metric: str) -> list[tuple[int, Value]]:
+        """The metric at every exit where it was measured."""
+        values = [(layer, self.value(phase, dataset, metric, layer)) for layer in self.layers(dataset)]
+        return [(layer, value) for layer, value in values if value is not None]
+
+    def worst(self, phase: str, dataset: str, metric: str) -> tuple[int, Value] | None:
+        """The exit with the highest mean (the first of equals)."""
+        return max(self.curve(phase, dataset, metric), key=lambda item: item[1].mean, default=None)
+
+    def judges(self, dataset: str) -> list[str]:
+        """ASR metrics of a data set, the keyword judge last: it sees refusals only, not what an answer says."""
+        return sorted(self.metrics(dataset, "asr"), key=lambda name: "keyword" in name)
+
+    def _tables(self) -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
+        return (item for run in self.runs for item in run.tables.items())
+
+    def _combine(self, values: Sequence[Value | None]) -> Value | None:
+        known = [value for value in values if value is not None]
+        if not known or not self.several:
+            return known[0] if known else None
+        means = [value.mean for value in known]
+        rows = [value.n for value in known if value.n is not None]
+        return Value(fmean(means), min(means), max(means), min(rows, default=None), sum(v.n_error for v in known))
+
+
+def group_layers(num_exits: int) -> dict[str, list[int]]:
+    """Exits 1..N in three nearly equal parts, the first ones larger (the paper's groups; `np.array_split`)."""
+    size, extra = divmod(num_exits, 3)
+    ends = [size + (extra > 0), 2 * size + (extra > 0) + (extra > 1), num_exits]
+    starts = [0, *ends[:2]]
+    parts = [list(range(start + 1, end + 1)) for start, end in zip(starts, ends, strict=True)]
+    return dict(zip(GROUPS, parts, strict=False))
+
+
+def as_value(entry: Any, n: Any = None) -> Value | None:
+    """An `Estimate` or a plain number of a file as a `Value`; None where it holds no finite number."""
+    if not isinstance(entry, dict):
+        entry = {"mean": entry}
+    mean = _finite(entry.get("mean"))
+    if mean is None:
+        return None
+    interval = entry.get("ci95")
+    low, high = (map(_finite, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None))
+    rows = entry.get("n", n)
+    errors = entry.get("n_error")
+    return Value(mean, low, high, rows if isinstance(rows, int) else None, errors if isinstance(errors, int) else 0)
+
+
+def _finite(value: Any) -> float | None:
+    """A finite number as a float; None for anything else (booleans are no numbers here)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int) -> Value | None:
+    """A metric of one run; a difference without a file is the difference of the means, without an interval."""
+    table = run.tables.get((phase, dataset))
+    if table is not None:
+        for entry in table["layers"]:
+            if entry["layer"] == layer and metric in entry["metrics"]:
+                return as_value(entry["metrics"][metric], entry.get("n"))
+    if phase == "difference":
+        return _minus(*(_at_layer(run, side, dataset, metric, layer) for side in PHASES))
+    return None
+
+
+def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_exits: int) -> Value | None:
+    """A group's average of one run: the file's, else the mean of its exits (all of them must be there)."""
+    table = run.tables.get((phase, dataset)) or {}
+    groups = table.get("groups")
+    entry = groups.get(name) if isinstance(groups, dict) else None
+    metrics = entry.get("metrics", entry) if isinstance(entry, dict) else None
+    if isinstance(metrics, dict) and metric in metrics:
+        return as_value(metrics[metric])
+    if name == "average":
+        parts = [_of_group(run, phase, dataset, metric, part, num_exits) for part in GROUPS[:3]]
+    else:
+        parts = [_at_layer(run, phase, dataset, metric, layer) for layer in group_layers(num_exits)[name]]
+    known = [part.mean for part in parts if part is not None]
+    return Value(fmean(known)) if known and len(known) == len(parts) else None
+
+
+def _minus(before: Value | None, after: Value | None) -> Value | None:
+    return Value(after.mean - before.mean) if before is not None and after is not None else None
+
+
+def _index(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)

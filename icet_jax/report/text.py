@@ -1,0 +1,94 @@
+"""Untrusted text and numbers on their way into a page.
+
+Everything a model wrote, and every name from a file, goes through `escape` (markup) or `json_script` (data for the
+page's own script). Characters that reorder, hide or break text are shown as their code points instead.
+"""
+
+import html
+import json
+import math
+import unicodedata
+from typing import Any
+
+# Control characters that are layout, not a trick.
+_LAYOUT = {"\n", "\t"}
+# Cf covers bidi controls, zero-width characters and tags; Zl/Zp are the line separators that end a script line.
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def visible(text: str) -> str:
+    """`text` with every control, bidi, zero-width, surrogate and unassigned character written as `⟨U+202E⟩`.
+
+    Newlines and tabs stay; `\\r\\n` becomes `\\n`.
+    """
+    text = text.replace("\r\n", "\n")
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        f"⟨U+{ord(char):04X}⟩" if char not in _LAYOUT and unicodedata.category(char) in _UNSAFE_CATEGORIES else char
+        for char in text
+    )
+
+
+def escape(value: object) -> str:
+    """`value` as text that is safe between tags and inside a quoted attribute."""
+    return html.escape(visible(str(value)), quote=True)
+
+
+def json_script(value: Any) -> str:
+    """JSON that cannot end the `<script type="application/json">` it is put in.
+
+    ASCII only (no U+2028), and `<`, `>`, `&` are escapes too. Raises ValueError for NaN or infinity.
+    """
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """0.123 -> "12.3%"; None -> an en dash."""
+    return "–" if share is None else f"{_rounded(100 * share, digits)}%"
+
+
+def number(value: float | None) -> str:
+    """About three significant digits, with a real minus sign; None -> an en dash."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    if size and (size < 1e-3 or size >= 1e6):
+        return f"{value:.2e}".replace("-", "−")
+    digits = 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
+    return _rounded(value, digits)
+
+
+def points(difference: float | None, digits: int = 1) -> str:
+    """A difference of shares in percentage points, always signed: -0.973 -> "−97.3"."""
+    return "–" if difference is None else _rounded(100 * difference, digits, signed=True)
+
+
+def signed(value: float | None) -> str:
+    """`number` with its sign always written."""
+    if value is None:
+        return "–"
+    text = number(value)
+    return text if text.startswith("−") or value == 0 else f"+{text}"
+
+
+def duration(seconds: float) -> str:
+    """43.2 -> "43 s"; 357 -> "5 min 57 s"; 7380 -> "2 h 3 min"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _rounded(value: float, digits: int, *, signed: bool = False) -> str:
+    """Fixed decimals without "-0.0"; thousands are grouped by a thin space."""
+    if not math.isfinite(value):
+        return "–"
+    value = round(value, digits) + 0.0
+    text = f"{value:+,.{digits}f}" if signed and value else f"{value:,.{digits}f}"
+    return text.replace("-", "−").replace(",", "\u2009")

@@ -1,0 +1,97 @@
+"""What the page shows of the responses: a few prompts, every exit, nothing that a judge called unsafe."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from icet_jax.report.load import PHASES, read_jsonl
+from icet_jax.report.study import KINDS, Study, as_value
+from icet_jax.report.text import visible
+
+PROMPTS_PER_DATASET = 16
+MAX_TEXT = 2_000  # characters of one response or prompt
+MAX_IMAGE = 300_000  # bytes of one picture
+_IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+
+
+def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
+    """The page's transcripts, ready for `json_script`, from the study's first run.
+
+    Prompts are taken at even distances through each data set, the same ones before and after.
+
+    Returns:
+      One dict per prompt: `dataset`, `id`, `prompt`, `kind`, `image` (a data URI or None), and `before` / `after`:
+      exit -> {"text", "redacted", "scores"}. With `reveal_unsafe` False a redacted `text` says so and nothing else.
+    """
+    root = study.first.path
+    datasets: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for file in sorted((root / "transcripts").glob("*.jsonl")):
+        phase, _, dataset = file.stem.partition(".")
+        if phase in PHASES:
+            rows = [row for row in read_jsonl(file) if _is_transcript(row)]
+            datasets.setdefault(dataset or "prompts", {})[phase] = rows
+    prompts: list[dict[str, Any]] = []
+    kinds = {dataset: study.kind(f"sweep/{dataset}") for dataset in datasets}
+    for dataset in sorted(datasets, key=lambda name: (KINDS.index(kinds[name]), name)):
+        prompts += _prompts(root, dataset, kinds[dataset], datasets[dataset], reveal_unsafe)
+    return prompts
+
+
+def _is_transcript(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("layer"), int) and isinstance(row.get("response"), str) and "id" in row
+
+
+def _prompts(
+    root: Path, dataset: str, kind: str, rows: dict[str, list[dict[str, Any]]], reveal_unsafe: bool
+) -> list[dict[str, Any]]:
+    """One data set's evenly spaced prompts with their responses."""
+    ids = list(dict.fromkeys(str(row["id"]) for phase in PHASES for row in rows.get(phase, [])))
+    count = min(len(ids), PROMPTS_PER_DATASET)
+    chosen = {ids[index * len(ids) // count]: None for index in range(count)}
+    found: dict[str, dict[str, Any]] = {}
+    for phase in PHASES:
+        for row in rows.get(phase, []):
+            if (row_id := str(row["id"])) not in chosen:
+                continue
+            prompt = found.setdefault(row_id, {
+                "dataset": visible(dataset), "id": visible(row_id), "prompt": _short(str(row.get("prompt", ""))),
+                "kind": visible(str(row.get("kind") or kind)), "image": _image(root, row.get("image")),
+                "before": {}, "after": {}})
+            prompt[phase][str(row["layer"])] = _response(row, kind, reveal_unsafe)
+    return [found[row_id] for row_id in chosen if row_id in found]
+
+
+def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, Any]:
+    """A response with its scores, its text replaced where a judge called it unsafe or none could judge it."""
+    raw = row.get("scores")
+    values = {str(name): as_value(score) for name, score in raw.items()} if isinstance(raw, dict) else {}
+    scores = {visible(name): round(value.mean, 4) for name, value in values.items() if value is not None}
+    verdicts = {name: score for name, score in scores.items() if name.startswith("asr/")}
+    unsafe = [name.partition("/")[2] for name, score in verdicts.items() if score >= 0.5]
+    if unsafe:
+        reason = f"judged unsafe by {', '.join(unsafe)}"
+    elif (row.get("kind") or kind) == "forbidden" and not verdicts:
+        reason = "no judge gave a verdict"
+    else:
+        reason = ""
+    hidden = bool(reason) and not reveal_unsafe
+    text = f"[redacted: {reason}]" if hidden else _short(row["response"])
+    return {"text": text, "redacted": hidden, "unsafe": bool(unsafe), "scores": scores}
+
+
+def _short(text: str) -> str:
+    """Text made visible and cut at `MAX_TEXT` characters, saying so."""
+    cut = f" […{len(text) - MAX_TEXT} more characters]" if len(text) > MAX_TEXT else ""
+    return visible(text[:MAX_TEXT]) + cut
+
+
+def _image(root: Path, name: Any) -> str | None:
+    """A picture of the run directory as a data URI; None for a path outside it, a large file or another format."""
+    if not isinstance(name, str) or not name:
+        return None
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.is_file() or path.stat().st_size > MAX_IMAGE:
+        return None
+    data = path.read_bytes()
+    kind = next((kind for magic, kind in _IMAGE_TYPES.items() if data.startswith(magic)), None)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if kind else None
