@@ -44,7 +44,7 @@ def sample(
       UserError: an unknown schedule, or an exit outside 1..num_exits.
     """
     if schedule == "fixed":
-        exit_layer = check_exit(default_exit if fixed_exit is None else fixed_exit, num_exits, "lppo.fixed_exit")
+        exit_layer = check_exit(default_exit if fixed_exit is None else fixed_exit, num_exits, "config.lppo.fixed_exit")
         return jnp.full((batch,), exit_layer, jnp.int32)
     if schedule == "per_batch":
         drawn = jax.random.randint(key, (), 1, num_exits + 1, jnp.int32)
@@ -53,7 +53,7 @@ def sample(
         return jax.random.randint(key, (batch,), 1, num_exits + 1, jnp.int32)
     if schedule == "stratified":
         return _stratified(key, batch, num_exits)
-    raise UserError(f"lppo.exits: unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    raise UserError(f"config.lppo.exits: unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
 
 
 def check_exit(exit_layer: int, num_exits: int, field: str) -> int:

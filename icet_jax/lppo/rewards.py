@@ -34,7 +34,7 @@ def kl_penalty(
     if kind == "k3":
         # expm1: an error of eps * |d| rather than eps, where the two distributions nearly agree.
         return _finite_gradient(lambda x: jnp.expm1(-x) + x, d, jnp.isfinite(d) & (d > -_EXP_LIMIT))
-    raise UserError(f"lppo.kl_kind: unknown estimator {kind!r}; choose k1, k2 or k3")
+    raise UserError(f"config.lppo.kl_kind: unknown estimator {kind!r}; choose k1, k2 or k3")
 
 
 def _finite_gradient(function: Callable[[Array], Array], x: Array, finite: Array) -> Array:

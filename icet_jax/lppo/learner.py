@@ -1,0 +1,484 @@
+"""The jitted phases of L-PPO: rollout, prepare, update; pure functions over explicit pytrees.
+
+    graphdef, params = nnx.split(model)                    # frozen: tower, projector and the reference policy
+    settings = from_config(config, eos_ids=..., suppress_ids=..., pad_id=...)
+    state = init_state(params, lora, hidden_size=model.hidden_size, optimizer=settings.optimizer, kl_coef=...)
+    phases = build(graphdef, settings)                     # lora: models.llama.init_lora(...), None = full fine-tuning
+    run_key = jax.random.key(seed)
+
+    while int(state.iteration) < iterations:
+        exits = draw_exits(settings, run_key, state.iteration, batch=B, num_exits=.., default_exit=..)    # int32 [B]
+        rollout = phases.rollout(params, state, images, tokens, mask, exits, run_key)
+        scores, learned = ...                              # host: decode rollout.tokens by rollout.mask, score the text
+        state, batch, metrics = phases.prepare(params, state, rollout, scores, learned)
+        state, more = phases.update(params, state, batch, run_key)        # donates `state`
+        row = host_metrics(metrics, more); require_finite(row, iteration)
+
+`images` is `models.family.Images` with num_rows == B; `tokens`, `mask` [B, P] are left-padded prompts; a filler row has
+an all-false mask. `scores` float32 [B]: NaN is a row that could not be scored, which trains nothing; `learned` bool [B]:
+rows scored by a reward model (only these are normalised; a row without a reward has score 0). The policy as something to
+generate with: `forward.with_policy(params, state.trainable, settings.lora_scale)` -> (params, lora).
+
+The state of shared structure with L-SFT is `state.TrainState`; `state.to_arrays` / `from_arrays` serve checkpoints.
+Every phase compiles once, whatever exit is drawn: exits are traced.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icet_jax.errors import UserError
+from icet_jax.generation.decode import generate
+from icet_jax.generation.sampling import Sampling, is_eos
+from icet_jax.lppo import exits as exit_schedules
+from icet_jax.lppo import losses, rewards
+from icet_jax.lppo.advantages import gae, whiten
+from icet_jax.lppo.forward import Scored, score_responses, with_policy
+from icet_jax.lppo.state import Controls, OptimizerSettings, TrainState, learning_rate, make_optimizer
+from icet_jax.lppo.updates import Outcome, optimise, shuffled_order
+from icet_jax.models.family import Images
+from icet_jax.typing import Array, Bool, Float, Int, Key
+
+# Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
+_EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the phases are compiled for. Fields without a comment are those of `config.lppo` and `config.reward`.
+
+    Attributes:
+      sampling: the rollout's; its temperature and suppressed tokens hold for every log-prob.
+      optimizer: see `OptimizerSettings`.
+      lora_scale: alpha / rank; None is full fine-tuning.
+      exits: the schedule, with `fixed_exit`.
+    """
+
+    sampling: Sampling
+    optimizer: OptimizerSettings
+    lora_scale: float | None
+    exits: str = "per_example"
+    fixed_exit: int | None = None
+    kl_kind: str = "k1"
+    kl_adaptive: bool = False
+    kl_target: float = 6.0
+    kl_horizon: float = 10000.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip_range: float = 0.2
+    value_clip_range: float = 0.0
+    value_coef: float = 0.1
+    value_stop_gradient: bool = False
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    epochs: int = 4
+    minibatches: int = 1
+    accumulation: int = 1
+    target_kl: float = 0.0
+    log_prob_chunk: int = 16
+    entropy_coef: float = 0.0
+    normalise: bool = False
+    clip: float = 0.0
+    missing_eos_penalty: float = 0.0
+
+
+@flax.struct.dataclass
+class Rollout:
+    """One batch of sampled responses; every leaf is row-aligned.
+
+    Attributes:
+      prompts, prompt_mask: [B, P], left-padded.
+      visual: what the decoder takes at each row's exit (the tower is not run again).
+      exits: int32 [B].
+      tokens: int32 [B, A].
+      log_probs: float32 [B, A], as the sampler saw them.
+      mask: bool [B, A], up to and including EOS; all false for filler rows.
+    """
+
+    prompts: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    visual: Any
+    exits: Int[Array, " B"]
+    tokens: Int[Array, "B A"]
+    log_probs: Float[Array, "B A"]
+    mask: Bool[Array, "B A"]
+
+
+@flax.struct.dataclass
+class TrainBatch:
+    """A rollout with everything the update needs held constant; every leaf is row-aligned."""
+
+    prompts: Int[Array, "B P"]
+    prompt_mask: Bool[Array, "B P"]
+    visual: Any
+    responses: Int[Array, "B A"]
+    mask: Bool[Array, "B A"]
+    old_log_probs: Float[Array, "B A"]
+    old_values: Float[Array, "B A"]
+    advantages: Float[Array, "B A"]
+    returns: Float[Array, "B A"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """The compiled phases; see the module's docstring for their arguments."""
+
+    rollout: Callable[..., Rollout]
+    prepare: Callable[..., tuple[TrainState, TrainBatch, dict[str, Any]]]
+    update: Callable[..., tuple[TrainState, dict[str, Any]]]
+
+
+def from_config(
+    config: Any, *, eos_ids: Sequence[int], suppress_ids: Sequence[int], pad_id: int, iterations: int | None = None
+) -> Settings:
+    """`Settings` from a whole config; token ids come from the model's generation config and tokenizer.
+
+    Args:
+      config: `icet_jax.config`'s tree.
+      eos_ids: tokens that end a response.
+      suppress_ids: tokens never sampled (`generation.suppress_ids`).
+      pad_id: fills responses after their end.
+      iterations: length of the run, for the learning-rate schedule; None is `config.lppo.iterations`.
+    """
+    lppo, rank = config.lppo, config.lora.rank
+    steps = (lppo.iterations if iterations is None else iterations) * lppo.epochs * lppo.minibatches
+    own = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "optimizer", "lora_scale"}
+    shared = {name: section[name] for section in (lppo, config.reward) for name in section if name in own}
+    return Settings(
+        sampling=Sampling(
+            max_new_tokens=lppo.max_new_tokens,
+            temperature=lppo.temperature,
+            eos_ids=tuple(eos_ids),
+            suppress_ids=tuple(suppress_ids),
+            pad_id=pad_id,
+        ),
+        optimizer=OptimizerSettings(**dict(config.optimizer), total_steps=steps),
+        lora_scale=config.lora.alpha / rank if rank else None,
+        **shared,
+    )
+
+
+def draw_exits(
+    settings: Settings,
+    run_key: Key[Array, ""],
+    iteration: int | Int[Array, ""],
+    *,
+    batch: int,
+    num_exits: int,
+    default_exit: int,
+) -> Int[Array, " B"]:
+    """The exits of one iteration's rows, a pure function of (run key, iteration)."""
+    key = jax.random.fold_in(jax.random.fold_in(run_key, _EXIT_STREAM), iteration)
+    return exit_schedules.sample(
+        settings.exits,
+        key,
+        batch=batch,
+        num_exits=num_exits,
+        default_exit=default_exit,
+        fixed_exit=settings.fixed_exit,
+    )
+
+
+def build(graphdef: Any, settings: Settings) -> Phases:
+    """Jits the phases for one model structure and one `Settings`; nothing is compiled before the first call."""
+    prepare_arrays = jax.jit(lambda *arrays: _prepare(graphdef, settings, *arrays))
+
+    def prepare(
+        params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any
+    ) -> tuple[TrainState, TrainBatch, dict[str, Any]]:
+        scores, learned = np.asarray(scores, np.float32), np.asarray(learned, bool)
+        batch, controls, metrics = prepare_arrays(params, state.trainable, state.controls, rollout, scores, learned)
+        return state.replace(controls=controls), batch, metrics
+
+    return Phases(
+        rollout=jax.jit(lambda params, state, *rest: _rollout(graphdef, settings, params, state, *rest)),
+        prepare=prepare,
+        update=jax.jit(lambda *arrays: _update(graphdef, settings, *arrays), donate_argnums=1),
+    )
+
+
+def encode_visual(model: Any, images: Images | None, exits: Int[Array, " B"]) -> Any:
+    """The tower once, then each row's exit through the projector; constants for everything that follows."""
+    if images is None:
+        return None
+    return jax.lax.stop_gradient(model.visual(model.encode(images), exits))
+
+
+def _rollout(
+    graphdef: Any, settings: Settings, params: Any, state: TrainState, images: Any, tokens: Array, mask: Array,
+    exits: Array, run_key: Array,
+) -> Rollout:  # fmt: skip
+    """Encode, pick the exits, sample. Row keys depend on (run key, iteration, row) alone."""
+    policy, lora = with_policy(params, state.trainable, settings.lora_scale)
+    model = nnx.merge(graphdef, policy)
+    visual = encode_visual(model, images, exits)
+    iteration_key = jax.random.fold_in(run_key, state.iteration)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(iteration_key, jnp.arange(tokens.shape[0]))
+    out = generate(model, tokens, mask, visual, row_keys, settings.sampling, lora)
+    return Rollout(
+        prompts=tokens,
+        prompt_mask=mask,
+        visual=visual,
+        exits=exits,
+        tokens=out.tokens,
+        log_probs=out.log_probs,
+        mask=out.mask,
+    )
+
+
+def _score_slice(graphdef: Any, settings: Settings, params: Any, trainable: Any, rows: Rollout) -> tuple[Scored, Array]:
+    """The policy's and the reference's view of some rows: (old log-probs, entropy, values), reference log-probs."""
+    sampling = settings.sampling
+    shared: dict[str, Any] = dict(
+        temperature=sampling.temperature, suppress_ids=sampling.suppress_ids, chunk=settings.log_prob_chunk
+    )
+    inputs = (rows.prompts, rows.prompt_mask, rows.tokens, rows.mask, rows.visual)
+    policy, lora = with_policy(params, trainable, settings.lora_scale)
+    old = score_responses(nnx.merge(graphdef, policy), lora, trainable["value_head"], *inputs, **shared)
+    reference = score_responses(nnx.merge(graphdef, params), None, None, *inputs, **shared)
+    return old, reference.log_probs
+
+
+def _in_slices(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
+    """`function` on `count` slices of the rows in turn, so that no phase holds more activations than an update does.
+
+    Slice i takes rows i, i + count, ...: a batch that is sharded over devices stays so in every slice.
+    """
+
+    def split(leaf: Array) -> Array:
+        return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]).swapaxes(0, 1)
+
+    def join(leaf: Array) -> Array:
+        return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, rows)))
+
+
+def _prepare(
+    graphdef: Any, settings: Settings, params: Any, trainable: Any, controls: Controls, rollout: Rollout,
+    scores: Array, learned: Array,
+) -> tuple[TrainBatch, Controls, dict[str, Any]]:  # fmt: skip
+    """Old and reference log-probs, values, token rewards, advantages; whitened over the whole rollout batch."""
+    scored = jnp.isfinite(scores) & rollout.mask.any(axis=1)
+    mask = rollout.mask & scored[:, None]
+    _check_divides(settings, mask.shape[0])
+    old, ref_log_probs = _in_slices(
+        lambda rows: _score_slice(graphdef, settings, params, trainable, rows),
+        rollout,
+        settings.minibatches * settings.accumulation,
+    )
+    last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
+    last_token = jnp.take_along_axis(rollout.tokens, last[:, None], axis=1)[:, 0]
+    has_eos = is_eos(last_token, settings.sampling.eos_ids) & scored
+    shaped, normaliser = rewards.shape_scores(
+        scores,
+        has_eos,
+        controls.normaliser,
+        learned=learned,
+        valid=scored,
+        normalise=settings.normalise,
+        clip=settings.clip,
+        missing_eos_penalty=settings.missing_eos_penalty,
+    )
+    kl = rewards.kl_penalty(old.log_probs, ref_log_probs, settings.kl_kind)
+    reward = rewards.token_rewards(shaped, kl, mask, kl_coef=controls.kl_coef)
+    advantages, returns = gae(
+        whiten(reward, mask, shift_mean=False) if settings.whiten_rewards else reward,
+        old.values,
+        mask,
+        gamma=settings.gamma,
+        lam=settings.lam,
+    )
+    batch = TrainBatch(
+        prompts=rollout.prompts,
+        prompt_mask=rollout.prompt_mask,
+        visual=rollout.visual,
+        responses=rollout.tokens,
+        mask=mask,
+        old_log_probs=old.log_probs,
+        old_values=old.values,
+        advantages=whiten(advantages, mask) if settings.whiten_advantages else advantages,
+        returns=returns,
+    )
+    sequence_kl = rewards.sequence_kl(old.log_probs, ref_log_probs, mask)
+    metrics = _rollout_metrics(rollout, mask, scored, scores, shaped, kl, sequence_kl, old, has_eos, controls)
+    kl_coef = controls.kl_coef
+    if settings.kl_adaptive:
+        kl_coef = rewards.adaptive_kl_coef(
+            kl_coef,
+            metrics["objective/kl"],
+            jnp.sum(scored),
+            target=settings.kl_target,
+            horizon=settings.kl_horizon,
+        )
+    return batch, Controls(kl_coef=kl_coef, normaliser=normaliser), metrics
+
+
+def _rollout_metrics(
+    rollout: Rollout, mask: Array, scored: Array, scores: Array, shaped: Array, kl: Array, sequence_kl: Array,
+    old: Scored, has_eos: Array, controls: Controls,
+) -> dict[str, Any]:  # fmt: skip
+    """TRL's `objective/*` (means over sequences), and sums by exit; `exit` is unpacked by `host_metrics`."""
+    count = jnp.maximum(jnp.sum(scored), 1)
+
+    def row_mean(per_row: Array) -> Array:
+        return jnp.sum(jnp.where(scored, per_row, 0.0)) / count
+
+    def row_sums(per_token: Array) -> Array:
+        return jnp.sum(jnp.where(mask, per_token, 0.0), axis=1)
+
+    def by_exit(per_row: Array) -> Array:
+        # One slot per possible exit would need the model's depth; a row's exit and value travel to the host instead.
+        return jnp.where(scored, per_row, jnp.nan)
+
+    non_score = row_mean(-controls.kl_coef * row_sums(kl))
+    return {
+        "objective/kl": row_mean(sequence_kl),
+        "objective/entropy": row_mean(-row_sums(old.log_probs)),
+        "objective/non_score_reward": non_score,
+        "objective/rlhf_reward": non_score + row_mean(shaped),
+        "objective/scores": row_mean(scores),
+        "objective/shaped_scores": row_mean(shaped),
+        "objective/kl_coef": controls.kl_coef,
+        "objective/unscored": jnp.sum(rollout.mask.any(axis=1) & ~scored).astype(jnp.float32),
+        "val/num_eos_tokens": jnp.sum(has_eos).astype(jnp.float32),
+        "val/response_length": row_mean(jnp.sum(mask, axis=1)),
+        "val/sampler_gap": losses.masked_mean(jnp.abs(old.log_probs - rollout.log_probs), mask),
+        "rows": {"exit": rollout.exits, "scores": by_exit(scores), "kl": by_exit(sequence_kl)},
+    }
+
+
+def _check_divides(settings: Settings, rows: int) -> None:
+    if rows % (settings.minibatches * settings.accumulation):
+        raise UserError(
+            f"config.data.batch_size {rows} does not divide into {settings.minibatches} mini-batches "
+            f"of {settings.accumulation} slices; change lppo.minibatches or lppo.accumulation"
+        )
+
+
+def lppo_loss(
+    graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: TrainBatch
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """L = L_policy + c1 * L_value - entropy_coef * entropy (paper), token means over `rows`, and TRL's statistics."""
+    policy, lora = with_policy(params, trainable, settings.lora_scale)
+    new = score_responses(
+        nnx.merge(graphdef, policy),
+        lora,
+        trainable["value_head"],
+        rows.prompts,
+        rows.prompt_mask,
+        rows.responses,
+        rows.mask,
+        rows.visual,
+        temperature=settings.sampling.temperature,
+        suppress_ids=settings.sampling.suppress_ids,
+        chunk=settings.log_prob_chunk,
+        value_stop_gradient=settings.value_stop_gradient,
+    )
+    policy_term, stats = losses.policy_loss(
+        new.log_probs, rows.old_log_probs, rows.advantages, rows.mask, clip_range=settings.clip_range
+    )
+    value_term, value_stats = losses.value_loss(
+        new.values, rows.old_values, rows.returns, rows.mask, clip_range=settings.value_clip_range or None
+    )
+    entropy = losses.masked_mean(new.entropy, rows.mask)
+    loss = policy_term + settings.value_coef * value_term
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * entropy
+    return loss, stats | {
+        "policy": policy_term,
+        "value": value_term,
+        "entropy": entropy,
+        "value_clipfrac": value_stats["clipfrac"],
+    }
+
+
+def _update(
+    graphdef: Any, settings: Settings, params: Any, state: TrainState, batch: TrainBatch, run_key: Array
+) -> tuple[TrainState, dict[str, Any]]:
+    """K epochs of clipped updates on one rollout; advances the iteration."""
+    key = jax.random.fold_in(jax.random.fold_in(run_key, _SHUFFLE_STREAM), state.iteration)
+    order = shuffled_order(
+        key,
+        rows=batch.mask.shape[0],
+        epochs=settings.epochs,
+        minibatches=settings.minibatches,
+        accumulation=settings.accumulation,
+    )
+    outcome = optimise(
+        lambda trainable, rows: lppo_loss(graphdef, settings, params, trainable, rows),
+        make_optimizer(settings.optimizer),
+        state.trainable,
+        state.opt_state,
+        batch,
+        jnp.sum(batch.mask, axis=1),
+        order,
+        target_kl=settings.target_kl,
+    )
+    stats = outcome.stats
+    metrics = {
+        "policy/approxkl_avg": stats["approxkl"],
+        "policy/clipfrac_avg": stats["clipfrac"],
+        "policy/entropy_avg": stats["entropy"],
+        "loss/policy_avg": stats["policy"],
+        "loss/value_avg": stats["value"],
+        "val/ratio": stats["ratio"],
+        "val/ratio_var": stats["ratio_var"],
+        "val/clipfrac_avg": stats["value_clipfrac"],
+        "policy/early_stop": outcome.stopped.astype(jnp.float32),
+    }
+    return advance(state, outcome), metrics | step_metrics(state, outcome, settings.optimizer)
+
+
+def advance(state: TrainState, outcome: Outcome) -> TrainState:
+    """The state after an iteration's updates."""
+    return state.replace(
+        trainable=outcome.trainable,
+        opt_state=outcome.opt_state,
+        iteration=state.iteration + 1,
+        updates=state.updates + outcome.applied,
+    )
+
+
+def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettings) -> dict[str, Any]:
+    """What every algorithm reports of its updates; `train/nonfinite` is 1 where a loss or gradient was NaN or infinite."""
+    return {
+        "loss/total_avg": outcome.stats["loss"],
+        "train/grad_norm": outcome.stats["grad_norm"],
+        "train/updates": outcome.applied.astype(jnp.float32),
+        "train/learning_rate": jnp.asarray(learning_rate(optimizer)(state.updates), jnp.float32),
+        "train/nonfinite": outcome.nonfinite.astype(jnp.float32),
+    }
+
+
+def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
+    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` for the exits that were drawn."""
+    merged = {name: value for part in jax.device_get(parts) for name, value in part.items()}
+    rows = merged.pop("rows", None)
+    flat = {name: float(value) for name, value in merged.items()}
+    if rows is not None:
+        present = np.isfinite(rows["scores"])
+        for layer in np.unique(rows["exit"][present]):
+            chosen = present & (rows["exit"] == layer)
+            for name in ("scores", "kl"):
+                flat[f"exit/{layer}/{name}"] = float(np.mean(rows[name][chosen]))
+    return flat
+
+
+def require_finite(row: dict[str, float], iteration: int) -> None:
+    """Stops a run whose loss is not a number any more; the update that met it was not applied.
+
+    Raises:
+      UserError: `train/nonfinite` is set; names the iteration.
+    """
+    if row["train/nonfinite"]:
+        raise UserError(
+            f"iteration {iteration}: the loss or its gradient is NaN or infinite; the last checkpoint is untouched, "
+            "try a smaller config.optimizer.learning_rate or config.model.dtype=float32"
+        )

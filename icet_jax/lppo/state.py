@@ -1,0 +1,171 @@
+"""What training changes: the explicit train state, how it starts, and how it becomes plain arrays for a checkpoint."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from icet_jax.errors import UserError
+from icet_jax.lppo.rewards import ScoreNormaliser, init_normaliser
+from icet_jax.models.family import POLICY_ROOT
+from icet_jax.models.heads import init_value_head
+from icet_jax.models.layers import Lora
+from icet_jax.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule; the fields are those of `config.optimizer`, plus the length of the run.
+
+    Attributes:
+      total_steps: optimizer steps after which `linear` and `cosine` reach zero.
+    """
+
+    learning_rate: float
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    total_steps: int = 1
+
+
+@flax.struct.dataclass
+class Controls:
+    """The numbers that steer the reward from one iteration to the next.
+
+    Attributes:
+      kl_coef: the coefficient of the next rollout's KL penalty, per nat.
+      normaliser: running statistics of the reward model's scores.
+    """
+
+    kl_coef: Float[Array, ""]
+    normaliser: ScoreNormaliser
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a resumed run needs; nothing else changes during training.
+
+    Attributes:
+      trainable: `{"policy": ..., "value_head": ...}`, float32. The policy is LoRA's `weights`, or under full
+        fine-tuning the parameters under `language_model` as a pure dict.
+      opt_state: optax's.
+      controls: see `Controls`.
+      iteration: rollouts (or supervised batches) finished; it seeds what the next one draws.
+      updates: optimizer steps applied.
+    """
+
+    trainable: dict[str, Any]
+    opt_state: Any
+    controls: Controls
+    iteration: Int[Array, ""]
+    updates: Int[Array, ""]
+
+
+def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then constant, or linear or cosine to 0 at `total_steps`.
+
+    Raises:
+      UserError: an unknown schedule.
+    """
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    rest = max(settings.total_steps - warmup, 1)
+    if settings.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif settings.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, rest)
+    elif settings.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest)
+    else:
+        raise UserError(
+            f"config.optimizer.schedule: unknown schedule {settings.schedule!r}; choose constant, linear or cosine"
+        )
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Clipping by global norm (0 = off), then AdamW."""
+    adamw = optax.adamw(
+        learning_rate(settings),
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    if not settings.max_grad_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), adamw)
+
+
+def init_state(
+    params: Any, lora: Lora | None, *, hidden_size: int, optimizer: OptimizerSettings, kl_coef: float
+) -> TrainState:
+    """The state before the first iteration; it shares no buffer with `params` or `lora`, so that it can be donated.
+
+    Args:
+      params: the whole model as `nnx.split` gives it; read only under full fine-tuning.
+      lora: fresh adapters, or None for full fine-tuning, which copies the language model into float32 masters.
+      hidden_size: the decoder's width, for the value head.
+      optimizer: see `OptimizerSettings`.
+      kl_coef: initial coefficient of the KL penalty.
+    """
+    source = pure_dict(params[POLICY_ROOT]) if lora is None else lora.weights
+    policy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), source)
+    trainable = {"policy": policy, "value_head": init_value_head(hidden_size)}
+    return TrainState(
+        trainable=trainable,
+        opt_state=make_optimizer(optimizer).init(trainable),
+        controls=Controls(kl_coef=jnp.asarray(kl_coef, jnp.float32), normaliser=init_normaliser()),
+        iteration=jnp.zeros((), jnp.int32),
+        updates=jnp.zeros((), jnp.int32),
+    )
+
+
+def pure_dict(state: Any) -> dict[Any, Any]:
+    """A nested dict of arrays from an nnx state (or from such a dict)."""
+    return {
+        key: pure_dict(value) if isinstance(value, Mapping) else getattr(value, "get_value", lambda v=value: v)()
+        for key, value in state.items()
+    }
+
+
+def to_arrays(state: TrainState) -> dict[str, np.ndarray]:
+    """The state as host arrays under '/'-joined paths, for a checkpoint; `from_arrays` is its inverse."""
+    return {path: np.asarray(leaf) for path, leaf in _named_leaves(state)[0]}
+
+
+def from_arrays(template: TrainState, arrays: Mapping[str, Any]) -> TrainState:
+    """Fills a state of `template`'s structure, dtypes and (where it holds arrays) shardings with saved arrays.
+
+    Raises:
+      UserError: names are missing or left over, or a shape differs; all are listed.
+    """
+    named, treedef = _named_leaves(template)
+    problems = [f"{path} is missing" for path, _ in named if path not in arrays]
+    problems += [f"{path} is unknown" for path in sorted(set(arrays) - {path for path, _ in named})]
+    problems += [
+        f"{path} has shape {np.shape(arrays[path])}, not {leaf.shape}"
+        for path, leaf in named
+        if path in arrays and np.shape(arrays[path]) != leaf.shape
+    ]
+    if problems:
+        raise UserError(f"train state: {'; '.join(problems)}; was it saved by a run with another config?")
+    leaves = [jnp.asarray(arrays[path], leaf.dtype) for path, leaf in named]
+    shardings = [getattr(leaf, "sharding", None) if getattr(leaf, "committed", False) else None for _, leaf in named]
+    placed = [
+        leaf if where is None else jax.device_put(leaf, where) for leaf, where in zip(leaves, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, placed)
+
+
+def _named_leaves(state: TrainState) -> tuple[list[tuple[str, Any]], Any]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves], treedef

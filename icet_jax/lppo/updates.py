@@ -1,0 +1,124 @@
+"""Epochs x mini-batches x accumulation, as one scan; L-PPO and L-SFT share it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from icet_jax.typing import Array, Int, Key
+
+LossFunction = Callable[[dict[str, Any], Any], tuple[Array, dict[str, Array]]]
+"""(trainable, rows) -> (token-mean loss, token-mean stats); `rows` has the batch's fields with fewer rows."""
+
+
+class Outcome(NamedTuple):
+    """What `optimise` returns.
+
+    Attributes:
+      trainable, opt_state: after the last applied step.
+      applied: int32, steps applied.
+      stopped: bool, `target_kl` was exceeded.
+      nonfinite: bool, a loss or a gradient was NaN or infinite.
+      stats: means over the steps that were evaluated.
+    """
+
+    trainable: dict[str, Any]
+    opt_state: Any
+    applied: Array
+    stopped: Array
+    nonfinite: Array
+    stats: dict[str, Array]
+
+
+def shuffled_order(
+    key: Key[Array, ""], *, rows: int, epochs: int, minibatches: int, accumulation: int
+) -> Int[Array, "S G M"]:
+    """Row numbers of every step's slices: a new permutation of the batch for each epoch.
+
+    Returns:
+      int32 [epochs * minibatches, accumulation, rows / (minibatches * accumulation)].
+    """
+    keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(jnp.arange(epochs))
+    order = jax.vmap(lambda epoch_key: jax.random.permutation(epoch_key, rows))(keys)
+    return order.reshape(epochs * minibatches, accumulation, -1).astype(jnp.int32)
+
+
+def take_rows(batch: Any, rows: Int[Array, " M"]) -> Any:
+    """The given rows of every leaf; all leaves have the batch as their first axis, visual features included."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), batch)
+
+
+def gradients(
+    loss_function: LossFunction, trainable: dict[str, Any], batch: Any, row_tokens: Array, slices: Array
+) -> tuple[Array, dict[str, Array], dict[str, Any]]:
+    """(loss, stats, gradients) of one mini-batch, slice by slice; each slice weighs by its share of the tokens.
+
+    Args:
+      loss_function: see `LossFunction`.
+      trainable: what to differentiate with respect to.
+      batch: the whole rollout batch.
+      row_tokens: [B], response tokens of each row.
+      slices: int32 [G, M], row numbers.
+    """
+    counts = jnp.sum(row_tokens[slices], axis=1)
+    weights = counts / jnp.maximum(jnp.sum(counts), 1)
+    evaluate = jax.value_and_grad(loss_function, has_aux=True)
+
+    def one(index: Array) -> Any:
+        (loss, stats), grads = evaluate(trainable, take_rows(batch, slices[index]))
+        return jax.tree.map(lambda x: weights[index] * x, (loss, stats, grads))
+
+    def add(total: Any, index: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(index)), None
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
+    return jax.lax.scan(add, zeros, jnp.arange(slices.shape[0]))[0]
+
+
+def optimise(
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    trainable: dict[str, Any],
+    opt_state: Any,
+    batch: Any,
+    row_tokens: Int[Array, " B"],
+    order: Int[Array, "S G M"],
+    *,
+    target_kl: float = 0.0,
+) -> Outcome:
+    """Runs every step of `order`, unless one of them shows a reason to stop.
+
+    A step whose `approxkl` exceeds `target_kl` (0 = off), or whose loss or gradient is not finite, is not applied, and
+    the remaining steps of this call are skipped: the weights stay the last good ones.
+    """
+
+    def evaluate(carry: Any, slices: Array) -> tuple[Any, Any]:
+        trainable, opt_state, applied, stopped, nonfinite = carry
+        loss, stats, grads = gradients(loss_function, trainable, batch, row_tokens, slices)
+        norm = optax.global_norm(grads)
+        stats = stats | {"loss": loss, "grad_norm": norm}
+        bad = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
+        far = stats["approxkl"] > target_kl if target_kl else jnp.zeros((), bool)
+
+        def apply(_: Any) -> Any:
+            updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
+            return optax.apply_updates(trainable, updates), new_opt_state
+
+        good = ~bad & ~far
+        trainable, opt_state = jax.lax.cond(good, apply, lambda _: (trainable, opt_state), None)
+        return (trainable, opt_state, applied + good, stopped | (far & ~bad), nonfinite | bad), stats
+
+    def step(carry: Any, slices: Array) -> tuple[Any, Any]:
+        halted = carry[3] | carry[4]
+        shapes = jax.eval_shape(evaluate, carry, slices)[1]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        carry, stats = jax.lax.cond(halted, lambda c: (c, zeros), lambda c: evaluate(c, slices), carry)
+        return carry, (stats, ~halted)
+
+    start = (trainable, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros((), bool))
+    (trainable, opt_state, applied, stopped, nonfinite), (stats, ran) = jax.lax.scan(step, start, order)
+    evaluated = jnp.sum(ran)
+    means = jax.tree.map(lambda x: jnp.sum(x) / evaluated, stats)
+    return Outcome(trainable, opt_state, applied, stopped, nonfinite, means)
