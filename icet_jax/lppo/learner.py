@@ -1,9 +1,9 @@
 """The jitted phases of L-PPO: rollout, prepare, update; pure functions over explicit pytrees.
 
     graphdef, params = nnx.split(model)                    # frozen: tower, projector and the reference policy
-    settings = from_config(config, eos_ids=..., suppress_ids=..., pad_id=...)
-    state = init_state(params, lora, hidden_size=model.hidden_size, optimizer=settings.optimizer, kl_coef=...)
-    phases = build(graphdef, settings)                     # lora: models.llama.init_lora(...), None = full fine-tuning
+    settings = settings.from_config(config, eos_ids=..., suppress_ids=..., pad_id=...)
+    state = state.init_state(params, lora, hidden_size=model.hidden_size, optimizer=settings.optimizer, kl_coef=...)
+    phases = learner.build(graphdef, settings)             # lora: models.llama.init_lora(...), None = full fine-tuning
     run_key = jax.random.key(seed)
 
     while int(state.iteration) < iterations:
@@ -12,19 +12,20 @@
         scores, learned = ...                              # host: decode rollout.tokens by rollout.mask, score the text
         state, batch, metrics = phases.prepare(params, state, rollout, scores, learned)
         state, more = phases.update(params, state, batch, run_key)        # donates `state`
-        row = host_metrics(metrics, more); require_finite(row, iteration)
+        row = metrics.host_metrics(metrics, more); metrics.require_finite(row, iteration)
 
-`images` is `models.family.Images` with num_rows == B; `tokens`, `mask` [B, P] are left-padded prompts; a filler row has
-an all-false mask. `scores` float32 [B]: NaN is a row that could not be scored, which trains nothing; `learned` bool [B]:
-rows scored by a reward model (only these are normalised; a row without a reward has score 0). The policy as something to
-generate with: `forward.with_policy(params, state.trainable, settings.lora_scale)` -> (params, lora).
+`images` is `models.family.Images` with num_rows == B, or None where no row has one; `tokens`, `mask` [B, P] are
+left-padded prompts; a filler row has an all-false mask. `scores` is float32 [B]: NaN marks a row that could not be
+scored, which trains nothing. `learned` is bool [B]: rows scored by a reward model; only these are normalised (a row
+without a reward has score 0). The policy as something to generate with is `forward.with_policy(params,
+state.trainable, settings.lora_scale)` -> (params, lora). `state.to_arrays` / `from_arrays` serve checkpoints.
 
-The state of shared structure with L-SFT is `state.TrainState`; `state.to_arrays` / `from_arrays` serve checkpoints.
-Every phase compiles once, whatever exit is drawn: exits are traced.
+Every phase compiles once per shape, whatever exit is drawn: exits are traced. The tower runs once per rollout; its
+features stay with the rollout, row-aligned, and no gradient reaches tower or projector.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -35,57 +36,20 @@ from flax import nnx
 
 from icet_jax.errors import UserError
 from icet_jax.generation.decode import generate
-from icet_jax.generation.sampling import Sampling, is_eos
+from icet_jax.generation.sampling import is_eos
 from icet_jax.lppo import exits as exit_schedules
 from icet_jax.lppo import losses, rewards
 from icet_jax.lppo.advantages import gae, whiten
 from icet_jax.lppo.forward import Scored, score_responses, with_policy
-from icet_jax.lppo.state import Controls, OptimizerSettings, TrainState, learning_rate, make_optimizer
+from icet_jax.lppo.metrics import policy_metrics, rollout_metrics, step_metrics
+from icet_jax.lppo.settings import Settings
+from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
 _EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the phases are compiled for. Fields without a comment are those of `config.lppo` and `config.reward`.
-
-    Attributes:
-      sampling: the rollout's; its temperature and suppressed tokens hold for every log-prob.
-      optimizer: see `OptimizerSettings`.
-      lora_scale: alpha / rank; None is full fine-tuning.
-      exits: the schedule, with `fixed_exit`.
-    """
-
-    sampling: Sampling
-    optimizer: OptimizerSettings
-    lora_scale: float | None
-    exits: str = "per_example"
-    fixed_exit: int | None = None
-    kl_kind: str = "k1"
-    kl_adaptive: bool = False
-    kl_target: float = 6.0
-    kl_horizon: float = 10000.0
-    gamma: float = 1.0
-    lam: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float = 0.0
-    value_coef: float = 0.1
-    value_stop_gradient: bool = False
-    whiten_advantages: bool = True
-    whiten_rewards: bool = False
-    epochs: int = 4
-    minibatches: int = 1
-    accumulation: int = 1
-    target_kl: float = 0.0
-    log_prob_chunk: int = 16
-    entropy_coef: float = 0.0
-    normalise: bool = False
-    clip: float = 0.0
-    missing_eos_penalty: float = 0.0
 
 
 @flax.struct.dataclass
@@ -134,36 +98,6 @@ class Phases:
     update: Callable[..., tuple[TrainState, dict[str, Any]]]
 
 
-def from_config(
-    config: Any, *, eos_ids: Sequence[int], suppress_ids: Sequence[int], pad_id: int, iterations: int | None = None
-) -> Settings:
-    """`Settings` from a whole config; token ids come from the model's generation config and tokenizer.
-
-    Args:
-      config: `icet_jax.config`'s tree.
-      eos_ids: tokens that end a response.
-      suppress_ids: tokens never sampled (`generation.suppress_ids`).
-      pad_id: fills responses after their end.
-      iterations: length of the run, for the learning-rate schedule; None is `config.lppo.iterations`.
-    """
-    lppo, rank = config.lppo, config.lora.rank
-    steps = (lppo.iterations if iterations is None else iterations) * lppo.epochs * lppo.minibatches
-    own = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "optimizer", "lora_scale"}
-    shared = {name: section[name] for section in (lppo, config.reward) for name in section if name in own}
-    return Settings(
-        sampling=Sampling(
-            max_new_tokens=lppo.max_new_tokens,
-            temperature=lppo.temperature,
-            eos_ids=tuple(eos_ids),
-            suppress_ids=tuple(suppress_ids),
-            pad_id=pad_id,
-        ),
-        optimizer=OptimizerSettings(**dict(config.optimizer), total_steps=steps),
-        lora_scale=config.lora.alpha / rank if rank else None,
-        **shared,
-    )
-
-
 def draw_exits(
     settings: Settings,
     run_key: Key[Array, ""],
@@ -194,7 +128,7 @@ def build(graphdef: Any, settings: Settings) -> Phases:
     ) -> tuple[TrainState, TrainBatch, dict[str, Any]]:
         scores, learned = np.asarray(scores, np.float32), np.asarray(learned, bool)
         batch, controls, metrics = prepare_arrays(params, state.trainable, state.controls, rollout, scores, learned)
-        return state.replace(controls=controls), batch, metrics
+        return dataclasses.replace(state, controls=controls), batch, metrics
 
     return Phases(
         rollout=jax.jit(lambda params, state, *rest: _rollout(graphdef, settings, params, state, *rest)),
@@ -307,7 +241,21 @@ def _prepare(
         returns=returns,
     )
     sequence_kl = rewards.sequence_kl(old.log_probs, ref_log_probs, mask)
-    metrics = _rollout_metrics(rollout, mask, scored, scores, shaped, kl, sequence_kl, old, has_eos, controls)
+    metrics = rollout_metrics(
+        exits=rollout.exits,
+        num_exits=nnx.merge(graphdef, params).num_exits,
+        mask=mask,
+        scored=scored,
+        unscored=rollout.mask.any(axis=1) & ~scored,
+        has_eos=has_eos,
+        scores=scores,
+        shaped=shaped,
+        kl=kl,
+        sequence_kl=sequence_kl,
+        kl_coef=controls.kl_coef,
+        log_probs=old.log_probs,
+        sampled_log_probs=rollout.log_probs,
+    )
     kl_coef = controls.kl_coef
     if settings.kl_adaptive:
         kl_coef = rewards.adaptive_kl_coef(
@@ -318,40 +266,6 @@ def _prepare(
             horizon=settings.kl_horizon,
         )
     return batch, Controls(kl_coef=kl_coef, normaliser=normaliser), metrics
-
-
-def _rollout_metrics(
-    rollout: Rollout, mask: Array, scored: Array, scores: Array, shaped: Array, kl: Array, sequence_kl: Array,
-    old: Scored, has_eos: Array, controls: Controls,
-) -> dict[str, Any]:  # fmt: skip
-    """TRL's `objective/*` (means over sequences), and sums by exit; `exit` is unpacked by `host_metrics`."""
-    count = jnp.maximum(jnp.sum(scored), 1)
-
-    def row_mean(per_row: Array) -> Array:
-        return jnp.sum(jnp.where(scored, per_row, 0.0)) / count
-
-    def row_sums(per_token: Array) -> Array:
-        return jnp.sum(jnp.where(mask, per_token, 0.0), axis=1)
-
-    def by_exit(per_row: Array) -> Array:
-        # One slot per possible exit would need the model's depth; a row's exit and value travel to the host instead.
-        return jnp.where(scored, per_row, jnp.nan)
-
-    non_score = row_mean(-controls.kl_coef * row_sums(kl))
-    return {
-        "objective/kl": row_mean(sequence_kl),
-        "objective/entropy": row_mean(-row_sums(old.log_probs)),
-        "objective/non_score_reward": non_score,
-        "objective/rlhf_reward": non_score + row_mean(shaped),
-        "objective/scores": row_mean(scores),
-        "objective/shaped_scores": row_mean(shaped),
-        "objective/kl_coef": controls.kl_coef,
-        "objective/unscored": jnp.sum(rollout.mask.any(axis=1) & ~scored).astype(jnp.float32),
-        "val/num_eos_tokens": jnp.sum(has_eos).astype(jnp.float32),
-        "val/response_length": row_mean(jnp.sum(mask, axis=1)),
-        "val/sampler_gap": losses.masked_mean(jnp.abs(old.log_probs - rollout.log_probs), mask),
-        "rows": {"exit": rollout.exits, "scores": by_exit(scores), "kl": by_exit(sequence_kl)},
-    }
 
 
 def _check_divides(settings: Settings, rows: int) -> None:
@@ -421,64 +335,16 @@ def _update(
         order,
         target_kl=settings.target_kl,
     )
-    stats = outcome.stats
-    metrics = {
-        "policy/approxkl_avg": stats["approxkl"],
-        "policy/clipfrac_avg": stats["clipfrac"],
-        "policy/entropy_avg": stats["entropy"],
-        "loss/policy_avg": stats["policy"],
-        "loss/value_avg": stats["value"],
-        "val/ratio": stats["ratio"],
-        "val/ratio_var": stats["ratio_var"],
-        "val/clipfrac_avg": stats["value_clipfrac"],
-        "policy/early_stop": outcome.stopped.astype(jnp.float32),
-    }
-    return advance(state, outcome), metrics | step_metrics(state, outcome, settings.optimizer)
+    metrics = policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
+    return advance(state, outcome), metrics
 
 
 def advance(state: TrainState, outcome: Outcome) -> TrainState:
     """The state after an iteration's updates."""
-    return state.replace(
+    return dataclasses.replace(
+        state,
         trainable=outcome.trainable,
         opt_state=outcome.opt_state,
         iteration=state.iteration + 1,
         updates=state.updates + outcome.applied,
     )
-
-
-def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettings) -> dict[str, Any]:
-    """What every algorithm reports of its updates; `train/nonfinite` is 1 where a loss or gradient was NaN or infinite."""
-    return {
-        "loss/total_avg": outcome.stats["loss"],
-        "train/grad_norm": outcome.stats["grad_norm"],
-        "train/updates": outcome.applied.astype(jnp.float32),
-        "train/learning_rate": jnp.asarray(learning_rate(optimizer)(state.updates), jnp.float32),
-        "train/nonfinite": outcome.nonfinite.astype(jnp.float32),
-    }
-
-
-def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
-    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` for the exits that were drawn."""
-    merged = {name: value for part in jax.device_get(parts) for name, value in part.items()}
-    rows = merged.pop("rows", None)
-    flat = {name: float(value) for name, value in merged.items()}
-    if rows is not None:
-        present = np.isfinite(rows["scores"])
-        for layer in np.unique(rows["exit"][present]):
-            chosen = present & (rows["exit"] == layer)
-            for name in ("scores", "kl"):
-                flat[f"exit/{layer}/{name}"] = float(np.mean(rows[name][chosen]))
-    return flat
-
-
-def require_finite(row: dict[str, float], iteration: int) -> None:
-    """Stops a run whose loss is not a number any more; the update that met it was not applied.
-
-    Raises:
-      UserError: `train/nonfinite` is set; names the iteration.
-    """
-    if row["train/nonfinite"]:
-        raise UserError(
-            f"iteration {iteration}: the loss or its gradient is NaN or infinite; the last checkpoint is untouched, "
-            "try a smaller config.optimizer.learning_rate or config.model.dtype=float32"
-        )

@@ -1,0 +1,113 @@
+"""What the phases report, under TRL's names, and how it reaches the host."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icet_jax.errors import UserError
+from icet_jax.lppo.losses import masked_mean
+from icet_jax.lppo.state import OptimizerSettings, TrainState, learning_rate
+from icet_jax.lppo.updates import Outcome
+from icet_jax.typing import Array, Bool, Float, Int
+
+
+def rollout_metrics(
+    *,
+    exits: Int[Array, " B"],
+    num_exits: int,
+    mask: Bool[Array, "B A"],
+    scored: Bool[Array, " B"],
+    unscored: Bool[Array, " B"],
+    has_eos: Bool[Array, " B"],
+    scores: Float[Array, " B"],
+    shaped: Float[Array, " B"],
+    kl: Float[Array, "B A"],
+    sequence_kl: Float[Array, " B"],
+    kl_coef: Float[Array, ""],
+    log_probs: Float[Array, "B A"],
+    sampled_log_probs: Float[Array, "B A"],
+) -> dict[str, Any]:
+    """Means over the scored sequences, and sums by exit (under `exit`, which `host_metrics` unpacks).
+
+    `objective/kl` is the mean of the summed k1, `objective/scores` the scorer's own scale, `objective/rlhf_reward` the
+    shaped score plus the KL terms, `val/sampler_gap` the mean |teacher-forced - sampled| log-prob per token, in nats.
+    """
+    count = jnp.maximum(jnp.sum(scored), 1)
+
+    def row_mean(per_row: Array) -> Array:
+        return jnp.sum(jnp.where(scored, per_row, 0.0)) / count
+
+    def row_sums(per_token: Array) -> Array:
+        return jnp.sum(jnp.where(mask, per_token, 0.0), axis=1)
+
+    def by_exit(per_row: Array) -> Array:
+        return jax.ops.segment_sum(jnp.where(scored, per_row, 0.0), exits, num_exits + 1)
+
+    non_score = row_mean(-kl_coef * row_sums(kl))
+    return {
+        "objective/kl": row_mean(sequence_kl),
+        "objective/entropy": row_mean(-row_sums(log_probs)),
+        "objective/non_score_reward": non_score,
+        "objective/rlhf_reward": non_score + row_mean(shaped),
+        "objective/scores": row_mean(scores),
+        "objective/shaped_scores": row_mean(shaped),
+        "objective/kl_coef": kl_coef,
+        "objective/unscored": jnp.sum(unscored),
+        "val/num_eos_tokens": jnp.sum(has_eos),
+        "val/response_length": row_mean(jnp.sum(mask, axis=1)),
+        "val/sampler_gap": masked_mean(jnp.abs(log_probs - sampled_log_probs), mask),
+        "exit": {"n": by_exit(jnp.ones_like(scores)), "scores": by_exit(scores), "kl": by_exit(sequence_kl)},
+    }
+
+
+def policy_metrics(outcome: Outcome) -> dict[str, Any]:
+    """TRL's statistics of the clipped updates: means over the evaluated steps."""
+    stats = outcome.stats
+    return {
+        "policy/approxkl_avg": stats["approxkl"],
+        "policy/clipfrac_avg": stats["clipfrac"],
+        "policy/entropy_avg": stats["entropy"],
+        "policy/early_stop": outcome.stopped,
+        "loss/policy_avg": stats["policy"],
+        "loss/value_avg": stats["value"],
+        "val/ratio": stats["ratio"],
+        "val/ratio_var": stats["ratio_var"],
+        "val/clipfrac_avg": stats["value_clipfrac"],
+    }
+
+
+def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettings) -> dict[str, Any]:
+    """What every algorithm reports of its updates; `train/nonfinite` is 1 where a loss or gradient was not a number."""
+    return {
+        "loss/total_avg": outcome.stats["loss"],
+        "train/grad_norm": outcome.stats["grad_norm"],
+        "train/updates": outcome.applied,
+        "train/learning_rate": jnp.asarray(learning_rate(optimizer)(state.updates), jnp.float32),
+        "train/nonfinite": outcome.nonfinite,
+    }
+
+
+def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
+    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` for the exits that were drawn."""
+    merged = {name: value for part in jax.device_get(parts) for name, value in part.items()}
+    by_exit = merged.pop("exit", None)
+    flat = {name: float(value) for name, value in merged.items()}
+    for layer in np.flatnonzero(by_exit["n"]) if by_exit is not None else ():
+        for name in ("scores", "kl"):
+            flat[f"exit/{layer}/{name}"] = float(by_exit[name][layer] / by_exit["n"][layer])
+    return flat
+
+
+def require_finite(row: dict[str, float], iteration: int) -> None:
+    """Stops a run whose loss is not a number any more; the update that met it was not applied.
+
+    Raises:
+      UserError: `train/nonfinite` is set; names the iteration.
+    """
+    if row["train/nonfinite"]:
+        raise UserError(
+            f"iteration {iteration}: the loss or its gradient is NaN or infinite; the last checkpoint is untouched, "
+            "try a smaller config.optimizer.learning_rate or config.model.dtype=float32"
+        )
