@@ -1,0 +1,167 @@
+"""Means with 95% intervals, clustered by prompt; paired differences; the paper's layer groups.
+
+Rows that share a prompt are not independent (10 prompts x 10 images are not 100 answers), so every interval is built
+from the prompts: a mean over rows, layers or groups is a weighted sum of observations, its variance is the sum over
+prompts of the squared sum of their influences (the cluster-robust "sandwich" with the factor G / (G - 1) for G
+prompts), and its quantile is Student's with G - 1 degrees of freedom.
+
+Shares get an interval that is never empty: Wilson's, with the effective number of rows p (1 - p) / variance. It is
+kept between the effective number of prompts (all rows of a prompt agree) and that of rows (no two rows are related);
+where every row is 0, or every row is 1, the data cannot say how much the rows of a prompt agree, and the lower bound,
+the number of prompts, is taken. Differences of shares get the same with Bonett and Price's (2012) added pairs.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from icet_jax.lppo.exits import groups
+
+GROUP_NAMES = ("early", "middle", "late")
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its 95% interval. NaN: no observation (mean), or fewer than two prompts (the ends)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(
+    values: np.ndarray, clusters: Sequence[Hashable], *, share: bool, weights: np.ndarray | None = None
+) -> Interval:
+    """Weighted mean of the layers' means.
+
+    Args:
+      values: float [E, n] (or [n]) of n rows at E layers; NaN is left out (not measured, or an error).
+      clusters: [n] what makes rows dependent: their prompts.
+      share: the values are 0 or 1 (see the module's text); the interval then stays within 0..1.
+      weights: [E], sum 1; equal if None.
+    """
+    table = _Table(np.atleast_2d(values), clusters, weights)
+    if not table.complete:
+        return Interval(math.nan, math.nan, math.nan)
+    if table.prompts < 2:
+        return Interval(table.mean, math.nan, math.nan)
+    quantile = student_quantile(table.prompts - 1)
+    if not share:
+        half = quantile * math.sqrt(table.variance)
+        return Interval(table.mean, table.mean - half, table.mean + half)
+    rows = table.effective_rows(table.mean * (1 - table.mean))
+    squared = quantile**2 / rows
+    centre = (table.mean + squared / 2) / (1 + squared)
+    half = math.sqrt(squared * table.mean * (1 - table.mean) + squared**2 / 4) / (1 + squared)
+    return Interval(table.mean, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def paired_interval(
+    before: np.ndarray,
+    after: np.ndarray,
+    clusters: Sequence[Hashable],
+    *,
+    share: bool,
+    weights: np.ndarray | None = None,
+) -> Interval:
+    """Mean of `after - before` over the rows measured in both; arguments as in `mean_interval`."""
+    change = np.atleast_2d(np.asarray(after, np.float64) - np.asarray(before, np.float64))
+    if not share:
+        return mean_interval(change, clusters, share=False, weights=weights)
+    table = _Table(change, clusters, weights)
+    if not table.complete:
+        return Interval(math.nan, math.nan, math.nan)
+    if table.prompts < 2:
+        return Interval(table.mean, math.nan, math.nan)
+    up, down = (float(table.mean_of(change == sign)) for sign in (1, -1))
+    rows = table.effective_rows(up + down - table.mean**2)
+    up, down = (rows * up + 1) / (rows + 2), (rows * down + 1) / (rows + 2)
+    centre = up - down
+    half = student_quantile(table.prompts - 1) * math.sqrt((up + down - centre**2) / (rows + 2))
+    return Interval(table.mean, max(-1.0, min(centre - half, table.mean)), min(1.0, max(centre + half, table.mean)))
+
+
+def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]:
+    """Weights [E] over `exits` of the paper's group means ("early", "middle", "late") and of "average", their mean.
+
+    A group is given only where all of its layers were measured, "average" only where all groups are: a mean over some
+    of the layers would carry the name of another number.
+    """
+    exits = list(exits)
+    members = dict(zip(GROUP_NAMES, groups(num_exits), strict=False))
+    weights = {
+        name: np.isin(exits, layers) / len(layers) for name, layers in members.items() if set(layers) <= set(exits)
+    }
+    if len(weights) == len(members):
+        weights["average"] = np.mean(list(weights.values()), axis=0)
+    return weights
+
+
+@lru_cache(maxsize=4096)
+def student_quantile(degrees: int, confidence: float = 0.95) -> float:
+    """Two-sided quantile of Student's t (12.71 for 1 degree of freedom, 1.96 for many), by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_mass(middle, degrees) < confidence else (low, middle)
+    return (low + high) / 2
+
+
+def _student_mass(t: float, degrees: int) -> float:
+    """P(|T| < t), by the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    steps = np.arange(2 + odd, degrees - 1, 2)
+    terms = np.cumprod(np.concatenate([[cosine if odd else 1.0], (steps - 1) / steps * cosine**2]))
+    if not odd:
+        return sine * float(terms.sum())
+    return 2 / math.pi * (angle + (sine * float(terms.sum()) if degrees > 1 else 0.0))
+
+
+class _Table:
+    """Observations [E, n] as one weighted sum: each observation weighs (its layer's weight) / (its layer's rows)."""
+
+    def __init__(self, values: np.ndarray, clusters: Sequence[Hashable], weights: np.ndarray | None) -> None:
+        values = np.asarray(values, np.float64)
+        layers, rows = values.shape
+        if len(clusters) != rows:
+            raise ValueError(f"{rows} rows need as many clusters, not {len(clusters)}")
+        weights = np.full(layers, 1 / layers) if weights is None else np.asarray(weights, np.float64)
+        used = np.isfinite(values) & (weights[:, None] != 0)
+        counts = used.sum(axis=1)
+        self.complete = bool(rows) and bool(np.all(counts[weights != 0] > 0))
+        if not self.complete:
+            return
+        self._share = used * weights[:, None] / np.maximum(counts, 1)[:, None]
+        filled = np.where(used, values, 0.0)
+        self.mean = float(self.mean_of(filled))
+        layer_means = filled.sum(axis=1) / np.maximum(counts, 1)
+        codes = np.unique(_codes(clusters), return_inverse=True)[1]
+        present = used.any(axis=0)
+        self.prompts = int(np.unique(codes[present]).size)
+        influence = self._by_prompt(codes, self._share * (filled - layer_means[:, None]))
+        self.variance = self.prompts / max(self.prompts - 1, 1) * float(np.sum(influence**2))
+        self._fewest = 1 / float(np.sum(self._by_prompt(codes, self._share) ** 2))
+        self._most = 1 / float(np.sum(self._share**2))
+
+    def mean_of(self, values: np.ndarray) -> float:
+        """The same weighted mean of other values [E, n] of the same observations."""
+        return float(np.sum(self._share * values))
+
+    def effective_rows(self, row_variance: float) -> float:
+        """How many unrelated rows of variance `row_variance` would give the mean its variance, within bounds."""
+        if row_variance <= 1e-12:
+            return self._fewest
+        ratio = row_variance / self.variance if self.variance > 0 else math.inf
+        return min(max(ratio, self._fewest), self._most)
+
+    def _by_prompt(self, codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.bincount(codes, weights=values.sum(axis=0))
+
+
+def _codes(clusters: Sequence[Hashable]) -> np.ndarray:
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], int)
