@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from icet_jax.checkpoints.hf_config import llava_from_hf, read_hf_config
 from icet_jax.data.images import ImageLike, open_image
 from icet_jax.data.templates import IMAGE_TOKEN, llava_15
 from icet_jax.errors import UserError
@@ -67,21 +68,22 @@ class Processor:
             )
 
     @classmethod
-    def from_directory(cls, directory: str | Path, config: LlavaConfig) -> "Processor":
-        """Reads tokenizer and image-processor files.
+    def from_directory(cls, directory: str | Path) -> "Processor":
+        """Reads the tokenizer, image-processor and config files of a checkpoint; the weights may be elsewhere.
 
         Raises:
           UserError: files are missing, unreadable, or do not fit the model's config.
         """
         directory = Path(directory)
+        config = llava_from_hf(read_hf_config(directory), str(directory / "config.json"))
         if not any((directory / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(
                 f"{directory}: no tokenizer files (tokenizer.json); copy them from the checkpoint's source, "
                 "or work on token ids"
             )
-        image_processor = _load_image_processor(directory / "preprocessor_config.json")
         # Without torch, transformers warns that it cannot run models; nobody asked it to.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        image_processor = _load_image_processor(directory / "preprocessor_config.json")
         from transformers import AutoTokenizer
 
         try:

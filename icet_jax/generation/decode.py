@@ -32,7 +32,7 @@ class _State(NamedTuple):
     token: Int[Array, "B"]  # the last sampled token, not yet in the cache
     position: Int[Array, "B"]  # its rotary position
     done: Bool[Array, "B"]
-    cache: KVCache
+    cache: KVCache | None
     out: Generation
 
 
@@ -62,8 +62,8 @@ def generate(
     """
     batch, prompt_length = tokens.shape
     length = sampling.max_new_tokens
-    cache = model.init_cache(batch, prompt_length + length)
-    hidden, cache = model.decode(tokens, positions_from_mask(mask), mask, visual, cache, lora)
+    empty = model.init_cache(batch, prompt_length + length)
+    hidden, cache = model.decode(tokens, positions_from_mask(mask), mask, visual, empty, lora)
     last = prompt_length - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
     out = Generation(
         tokens=jnp.full((batch, length), sampling.pad_id, dtype=tokens.dtype),
@@ -76,7 +76,7 @@ def generate(
         position: Int[Array, "B"],
         step: Array,
         done: Array,
-        cache: KVCache,
+        cache: KVCache | None,
         out: Generation,
     ) -> _State:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, step)
