@@ -1,0 +1,1 @@
+"""HF checkpoints in and out through one invertible key table per family; run state in between."""

@@ -1,0 +1,316 @@
+"""HF `config.json` <-> the models' config dataclasses.
+
+Import takes the old keys, transformers 5's `rope_parameters` and `dtype`, and the hub's sparse sub-configs, whose
+absent fields mean the HF class defaults. Export writes the old keys, which every transformers from 4.46 to 5.x reads.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from icet_jax.errors import UserError
+from icet_jax.models.clip import ClipConfig
+from icet_jax.models.gpt2 import GPT2Config
+from icet_jax.models.layers import ACTIVATIONS
+from icet_jax.models.llama import LlamaConfig, RopeScaling
+from icet_jax.models.llava import LlavaConfig
+
+SUPPORTED = {"llava": "LLaVA-1.5", "gpt2": "GPT-2 reward model"}
+
+# What transformers fills in where a sub-config is present but sparse (the class defaults) ...
+_TEXT_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+}  # fmt: skip
+_VISION_DEFAULTS = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32, "num_channels": 3, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+}  # fmt: skip
+# ... and where the vision config is absent altogether (CLIP ViT-L/14-336).
+_VISION_ABSENT = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+_LLAVA_DEFAULTS = {
+    "image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
+}  # fmt: skip
+_GPT2_DEFAULTS = {
+    "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+_CLIP_FIELDS = tuple(_VISION_DEFAULTS)
+
+
+class _Fields:
+    """Reads one (sub-)config and reports problems under its file and field."""
+
+    def __init__(self, values: Any, defaults: dict[str, Any], where: str):
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: must be a mapping, not {values!r}")
+        # An explicit null means the default, as an absent key does.
+        self.values = defaults | {key: value for key, value in values.items() if value is not None}
+        self.where = where
+
+    def fail(self, field: str, wanted: str) -> UserError:
+        return UserError(f"{self.where}: {field}={self.values.get(field)!r} is not supported; needs {wanted}")
+
+    def size(self, field: str) -> int:
+        value = self.values.get(field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.fail(field, "a positive integer")
+        return value
+
+    def number(self, field: str) -> float:
+        value = self.values.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.fail(field, "a number")
+        return float(value)
+
+    def choice(self, field: str, allowed: Any) -> Any:
+        value = self.values.get(field)
+        if value not in tuple(allowed):
+            raise self.fail(field, " or ".join(repr(item) for item in allowed))
+        return value
+
+    def only(self, field: str, *allowed: Any) -> None:
+        """Rejects a value that would change the network; an absent field is fine."""
+        if field in self.values and self.values[field] not in allowed:
+            raise self.fail(field, " or ".join(repr(item) for item in allowed))
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint directory.
+
+    Raises:
+      UserError: no directory, no such file, or not a JSON object with a `model_type`.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; give a Hugging Face model directory")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable JSON ({error}); download it again") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"{path}: has no model_type; supported are {_supported()}")
+    return values
+
+
+def _supported() -> str:
+    return ", ".join(f"{name} ({what})" for name, what in SUPPORTED.items())
+
+
+def require_model_type(values: dict[str, Any], wanted: str, where: str = "config.json") -> None:
+    """Checks `model_type`.
+
+    Raises:
+      UserError: it is not `wanted`; the line names what is supported.
+    """
+    found = values.get("model_type")
+    if found == wanted:
+        return
+    if found in SUPPORTED:
+        raise UserError(f"{where}: model_type '{found}' is a {SUPPORTED[found]}; a {SUPPORTED[wanted]} is needed here")
+    raise UserError(f"{where}: model_type '{found}' is not supported; supported are {_supported()}")
+
+
+def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+    """Base and scaling from old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) keys."""
+    values = fields.values
+    new = values.get("rope_parameters") or {}
+    scaling = {**(values.get("rope_scaling") or {}), **new}
+    theta = float(new.get("rope_theta", values.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(f"{fields.where}: rope_type '{kind}' is not supported; needs 'default' or 'llama3'")
+    inner = _Fields(scaling, {}, f"{fields.where}: rope_scaling")
+    return theta, RopeScaling(
+        factor=inner.number("factor"),
+        low_freq_factor=inner.number("low_freq_factor"),
+        high_freq_factor=inner.number("high_freq_factor"),
+        original_max_position_embeddings=inner.size("original_max_position_embeddings"),
+    )
+
+
+def _text(values: Any, tied: bool, where: str) -> LlamaConfig:
+    fields = _Fields(values, _TEXT_DEFAULTS, where)
+    fields.only("model_type", "llama")
+    fields.only("hidden_act", "silu")
+    fields.only("attention_bias", False)
+    fields.only("mlp_bias", False)
+    fields.only("partial_rotary_factor", 1, 1.0)
+    heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
+    fields.values.setdefault("num_key_value_heads", heads)
+    if "head_dim" not in fields.values:
+        if width % heads:
+            raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+        fields.values["head_dim"] = width // heads
+    if heads % fields.size("num_key_value_heads"):
+        raise fields.fail("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
+    if fields.size("head_dim") % 2:
+        raise fields.fail("head_dim", "an even number")
+    theta, scaling = _rope(fields)
+    return LlamaConfig(
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=width,
+        intermediate_size=fields.size("intermediate_size"),
+        num_hidden_layers=fields.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=fields.size("num_key_value_heads"),
+        head_dim=fields.size("head_dim"),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=tied or bool(fields.values.get("tie_word_embeddings", False)),
+    )
+
+
+def _vision(values: Any, where: str) -> ClipConfig:
+    fields = _Fields(_VISION_ABSENT if values is None else values, _VISION_DEFAULTS, where)
+    fields.only("model_type", "clip_vision_model")
+    heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
+    if width % heads:
+        raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    if fields.size("patch_size") > fields.size("image_size"):
+        raise fields.fail("patch_size", f"at most image_size={fields.size('image_size')}")
+    return ClipConfig(
+        hidden_size=width,
+        intermediate_size=fields.size("intermediate_size"),
+        num_hidden_layers=fields.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        image_size=fields.size("image_size"),
+        patch_size=fields.size("patch_size"),
+        num_channels=fields.size("num_channels"),
+        layer_norm_eps=fields.number("layer_norm_eps"),
+        hidden_act=fields.choice("hidden_act", ACTIVATIONS),
+    )
+
+
+def llava_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaConfig:
+    """The network's config from a LLaVA-1.5 `config.json` (HF `LlavaConfig`).
+
+    Args:
+      values: the parsed file.
+      where: its name in error lines.
+
+    Raises:
+      UserError: another model type, or a value under which the network would differ from this one.
+    """
+    require_model_type(values, "llava", where)
+    fields = _Fields(values, _LLAVA_DEFAULTS, where)
+    if "image_token_id" in fields.values and "image_token_index" not in values:
+        fields.values["image_token_index"] = fields.values["image_token_id"]
+    vision = _vision(values.get("vision_config"), f"{where}: vision_config")
+    layer, depth = fields.values["vision_feature_layer"], vision.num_hidden_layers
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+        raise fields.fail("vision_feature_layer", f"one integer in -{depth + 1}..{depth}")
+    tied = bool(fields.values["tie_word_embeddings"])
+    return LlavaConfig(
+        vision=vision,
+        text=_text(values.get("text_config") or {}, tied, f"{where}: text_config"),
+        image_token_index=fields.size("image_token_index"),
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=fields.choice("vision_feature_select_strategy", ("default", "full")),
+        projector_hidden_act=fields.choice("projector_hidden_act", ACTIVATIONS),
+        multimodal_projector_bias=fields.choice("multimodal_projector_bias", (True, False)),
+    )
+
+
+def gpt2_from_hf(values: dict[str, Any], where: str = "config.json") -> GPT2Config:
+    """The network's config from a GPT-2 sequence classifier's `config.json` (HF `GPT2Config`).
+
+    Raises:
+      UserError: another model type, or a value under which the network would differ from this one.
+    """
+    require_model_type(values, "gpt2", where)
+    fields = _Fields(values, _GPT2_DEFAULTS, where)
+    fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    fields.only("scale_attn_weights", True)
+    fields.only("scale_attn_by_inverse_layer_idx", False)
+    fields.only("reorder_and_upcast_attn", False)
+    fields.only("add_cross_attention", False)
+    if len(fields.values.get("id2label", "1")) != 1:
+        raise fields.fail("id2label", "one label")
+    width, heads = fields.size("n_embd"), fields.size("n_head")
+    if width % heads:
+        raise fields.fail("n_head", f"a divisor of n_embd={width}")
+    fields.values.setdefault("n_inner", 4 * width)
+    return GPT2Config(
+        vocab_size=fields.size("vocab_size"),
+        n_positions=fields.size("n_positions"),
+        n_embd=width,
+        n_layer=fields.size("n_layer"),
+        n_head=heads,
+        n_inner=fields.size("n_inner"),
+        layer_norm_epsilon=fields.number("layer_norm_epsilon"),
+    )
+
+
+def _drop_new_keys(values: dict[str, Any]) -> None:
+    """Removes the transformers-5 spellings of what the old keys say."""
+    for key in ("rope_parameters", "dtype", "image_token_id"):
+        values.pop(key, None)
+
+
+def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """`config.json` with the old keys.
+
+    Args:
+      config: of the network.
+      source: the `config.json` that it came from, whose other keys are kept; None for a model made here.
+      dtype: torch name of the stored weights, "float16".
+    """
+    out = copy.deepcopy(source or {})
+    text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
+    for values in (out, text, vision):
+        _drop_new_keys(values)
+    rope = config.text.rope_scaling
+    text |= {
+        "model_type": "llama",
+        **{field: getattr(config.text, field) for field in _TEXT_DEFAULTS if field != "hidden_act"},
+        "hidden_act": "silu",
+        "num_key_value_heads": config.text.num_key_value_heads,
+        "head_dim": config.text.head_dim,
+        "rope_theta": config.text.rope_theta,
+        "rope_scaling": None if rope is None else {"rope_type": "llama3", **vars(rope)},
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "torch_dtype": dtype,
+    }
+    vision |= {"model_type": "clip_vision_model", **{field: getattr(config.vision, field) for field in _CLIP_FIELDS}}
+    out |= {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        **{field: getattr(config, field) for field in _LLAVA_DEFAULTS if field != "tie_word_embeddings"},
+        "image_seq_length": config.image_tokens,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    return out
+
+
+def gpt2_to_hf(config: GPT2Config, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """`config.json` with the old keys; `pad_token_id` is always there, as padded batches need it in transformers.
+
+    Args:
+      config: of the network.
+      source: the `config.json` that it came from, whose other keys are kept; None for a model made here.
+      dtype: torch name of the stored weights.
+    """
+    out = copy.deepcopy(source or {})
+    _drop_new_keys(out)
+    out |= {
+        "architectures": ["GPT2ForSequenceClassification"],
+        "model_type": "gpt2",
+        **{field: getattr(config, field) for field in _GPT2_DEFAULTS},
+        "n_inner": config.n_inner,
+        "torch_dtype": dtype,
+    }
+    defaults = {"activation_function": "gelu_new", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    end = {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}
+    out = defaults | end | {key: value for key, value in out.items() if value is not None}
+    return {"pad_token_id": out["eos_token_id"]} | out

@@ -1,0 +1,186 @@
+"""Loads HF checkpoint directories: LLaVA-1.5 and GPT-2 reward models, tensor by tensor, straight onto the mesh."""
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from icet_jax.checkpoints import hf_config, tables
+from icet_jax.checkpoints.problems import Problems
+from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files
+from icet_jax.checkpoints.tables import Slot, Table
+from icet_jax.models.gpt2 import GPT2RewardModel
+from icet_jax.models.llava import Llava
+from icet_jax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded network, split for pure functions.
+
+    Attributes:
+      graphdef: static structure; `nnx.merge(graphdef, params)` is the model.
+      params: every parameter, under the paths of the models' docstrings.
+      config: `LlavaConfig` or `GPT2Config`.
+      hf_config: the `config.json` as read.
+      directory: where it came from; `save_llava(..., source_dir=directory)` copies what was not changed.
+    """
+
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    config: Any
+    hf_config: dict[str, Any]
+    directory: Path
+
+    @property
+    def model(self) -> Any:
+        """The network with its weights."""
+        return nnx.merge(self.graphdef, self.params)
+
+
+def load_llava(
+    directory: str | Path, *, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None,
+    remat: str = "none",
+) -> Checkpoint:  # fmt: skip
+    """Loads a LLaVA-1.5 directory in any of the layouts that transformers 4.46 to 5.x write.
+
+    Args:
+      directory: with config.json and safetensors weights, one file or shards.
+      dtype: compute dtype, "float32" or "bfloat16".
+      param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
+      mesh: where to put the parameters (`icet_jax.parallel.sharding.RULES`); None for the default device.
+      remat: what the backward pass keeps, see `icet_jax.models.layers.REMAT_POLICIES`.
+
+    Raises:
+      UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,
+        duplicate or of a wrong shape or dtype, all listed together.
+    """
+    directory = Path(directory)
+    values = hf_config.read_hf_config(directory)
+    config = hf_config.llava_from_hf(values, str(directory / "config.json"))
+    make = functools.partial(Llava, config, remat=remat)
+    graphdef, params = _load(directory, make, tables.llava_table(config), dtype, param_dtype or dtype, mesh)
+    return Checkpoint(graphdef, params, config, values, directory)
+
+
+def load_gpt2_reward(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
+    """Loads a GPT-2 sequence classifier with one label, with or without the `transformer.` prefix in its keys.
+
+    Raises:
+      UserError: as `load_llava`.
+    """
+    directory = Path(directory)
+    values = hf_config.read_hf_config(directory)
+    config = hf_config.gpt2_from_hf(values, str(directory / "config.json"))
+    make = functools.partial(GPT2RewardModel, config)
+    graphdef, params = _load(directory, make, tables.gpt2_table(config), dtype, dtype, mesh)
+    return Checkpoint(graphdef, params, config, values, directory)
+
+
+def abstract_params(make: Callable[..., nnx.Module], dtype: str, param_dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and shapes of a network, without any weight.
+
+    Args:
+      make: the module's class with everything but `rngs`, `dtype` and `param_dtype` bound.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters.
+    """
+    dtypes = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(param_dtype)}
+    return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0), **dtypes)))
+
+
+def _load(
+    directory: Path, make: Callable[..., nnx.Module], table: Table, dtype: str, param_dtype: str, mesh: Mesh | None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    graphdef, abstract = abstract_params(make, dtype, param_dtype)
+    with TensorReader(safetensors_files(directory)) as reader:
+        keys = match(table, sharding.flatten_with_names(abstract), reader, str(directory))
+        return graphdef, fill(table, abstract, reader, keys, mesh)
+
+
+def match(table: Table, shapes: dict[str, Any], reader: TensorReader, where: str) -> dict[str, str]:
+    """Finds the file's key of every slot.
+
+    Args:
+      table: of the family.
+      shapes: abstract parameters by path.
+      reader: the open files.
+      where: their directory, for the error line.
+
+    Returns:
+      OLD key -> key in the file; a tied slot without a tensor has its fallback's.
+
+    Raises:
+      UserError: every missing, unexpected, duplicate, mis-shaped or non-floating tensor, in one line.
+    """
+    problems = Problems()
+    keys: dict[str, str] = {}
+    for key in reader.duplicates:
+        problems.add("in more than one file", key)
+    wanted = {slot.key: slot for slot in table.slots}
+    for key in reader.shapes:
+        old = table.normalise(key)
+        if old is None:
+            continue
+        if old not in wanted:
+            problems.add("unexpected", key)
+        elif old in keys:
+            problems.add("duplicate", f"{key} and {keys[old]}")
+        else:
+            keys[old] = key
+    for slot in table.slots:
+        key = keys.get(slot.key) or keys.get(slot.fallback or "")
+        if key is None:
+            problems.add("missing", slot.key)
+            continue
+        keys[slot.key] = key
+        wanted_shape = hf_shape(slot, shapes[slot.path].shape)
+        if reader.shapes[key] != wanted_shape:
+            problems.add(f"of shape {list(reader.shapes[key])} instead of {list(wanted_shape)}", key)
+        if reader.dtypes[key] not in DTYPES:
+            problems.add(f"of dtype {reader.dtypes[key]} (quantised weights are not supported)", key)
+    problems.raise_if_any(where)
+    return keys
+
+
+def hf_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the tensor that fills (a layer of) a parameter of `shape`."""
+    return slot.transform.hf_shape(shape if slot.layer is None else shape[1:])
+
+
+def fill(table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None) -> nnx.State:
+    """Reads every tensor into its place; at most one (stacked) parameter is on the host at a time.
+
+    Args:
+      table: of the family.
+      abstract: shapes and dtypes of the parameters.
+      reader: the open files.
+      keys: OLD key -> key in the file, from `match`.
+      mesh: for placement, or None.
+    """
+    slots: dict[str, list[Slot]] = defaultdict(list)
+    for slot in table.slots:
+        slots[slot.path].append(slot)
+    placed = None if mesh is None else sharding.flatten_with_names(sharding.shardings(abstract, mesh))
+    leaves = []
+    for path, leaf in sharding.flatten_with_names(abstract).items():
+        buffer = np.empty(leaf.shape, leaf.dtype)
+        for slot in slots[path]:
+            target = buffer if slot.layer is None else buffer[slot.layer]
+            target[...] = slot.transform.to_param(reader.read(keys[slot.key]))
+        leaves.append(_place(buffer, None if placed is None else placed[path]))
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _place(buffer: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
+    if where is None:
+        return jnp.asarray(buffer)
+    return jax.make_array_from_callback(buffer.shape, where, lambda index: buffer[index])

@@ -1,0 +1,179 @@
+"""Safetensors files without torch: read tensor by tensor, write as a stream."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from icet_jax.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Dtypes of weights under safetensors' names; anything else (integers of quantised checkpoints) is refused."""
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
+
+
+def safetensors_files(directory: Path) -> list[Path]:
+    """The weight files of a checkpoint directory: the single file, or the shards that its index names.
+
+    Raises:
+      UserError: no safetensors weights (pickled ones are refused: opening them can run code), a broken index, or
+        missing shards.
+    """
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    index = directory / INDEX
+    if not index.is_file():
+        pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{directory}: only pickled weights ({', '.join(pickled)}), which may run code when opened; save the "
+                "model again as safetensors (transformers: save_pretrained)"
+            )
+        raise UserError(f"{directory}: has neither {SINGLE} nor {INDEX}; give a Hugging Face model directory")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not an index of safetensors shards; download it again") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside or not names:
+        raise UserError(f"{index}: names no shards of this directory {outside}; download it again")
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{directory}: missing shard{'s' * (len(missing) > 1)} {', '.join(missing)} (of {len(names)} in {INDEX}); "
+            "download them again"
+        )
+    return [directory / name for name in names]
+
+
+class TensorReader:
+    """The tensors of several safetensors files under their keys, read one at a time.
+
+    Attributes:
+      shapes: shape of every tensor.
+      dtypes: its dtype under safetensors' name, "F16".
+      duplicates: keys that more than one file holds.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        """Opens the files and reads their headers.
+
+        Raises:
+          UserError: a file is missing, corrupt or truncated.
+        """
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.duplicates: list[str] = []
+        self._where: dict[str, tuple[Path, Any]] = {}
+        self._stack = contextlib.ExitStack()
+        for path in files:
+            try:
+                opened = self._stack.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                self.close()
+                raise UserError(
+                    f"{path}: corrupt or truncated safetensors file ({error}); download or copy it again"
+                ) from error
+            keys: list[str] = opened.keys()
+            for key in keys:
+                view = opened.get_slice(key)
+                if key in self._where:
+                    self.duplicates.append(key)
+                self._where[key] = path, opened
+                self.shapes[key], self.dtypes[key] = tuple(view.get_shape()), view.get_dtype()
+
+    def __enter__(self) -> "TensorReader":
+        """Closes the files at the end of a `with` block."""
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """See `__enter__`."""
+        self.close()
+
+    def close(self) -> None:
+        """Releases the files."""
+        self._stack.close()
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor `key` in its stored dtype.
+
+        Raises:
+          UserError: its bytes cannot be read.
+        """
+        path, opened = self._where[key]
+        try:
+            return opened.get_tensor(key)
+        except (SafetensorError, OSError, TypeError) as error:
+            raise UserError(f"{path}: tensor {key} cannot be read ({error}); download or copy it again") from error
+
+
+def write_safetensors(
+    path: Path, specs: dict[str, tuple[str, tuple[int, ...]]], read: Callable[[str], np.ndarray]
+) -> None:
+    """Writes one file, asking for one tensor at a time.
+
+    Args:
+      path: the file to make.
+      specs: dtype under safetensors' name and shape of each tensor.
+      read: returns the tensor of a key; called once for each, in the file's order.
+    """
+    # Wider elements first, as safetensors itself orders them, so that every tensor starts aligned.
+    keys = sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key in keys:
+        dtype, shape = specs[key]
+        end = offset + tensor_bytes(dtype, shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for key in keys:
+            tensor = np.ascontiguousarray(read(key)).reshape(specs[key][1])
+            if tensor.dtype != DTYPES[specs[key][0]]:
+                raise ValueError(f"{key}: {tensor.dtype} given where {specs[key][0]} was announced")
+            file.write(tensor.view(np.uint8).reshape(-1).data if tensor.size else b"")
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Size of a tensor's data in bytes."""
+    return DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+
+
+def dtype_name(dtype: Any) -> str:
+    """Safetensors' name of a numpy or jax floating dtype."""
+    return _NAMES[np.dtype(dtype)]
+
+
+def shard(specs: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> Iterator[list[str]]:
+    """Cuts keys, in their order, into groups of at most `limit` bytes (a larger tensor gets a group of its own)."""
+    group: list[str] = []
+    size = 0
+    for key, (dtype, shape) in specs.items():
+        more = tensor_bytes(dtype, shape)
+        if group and size + more > limit:
+            yield group
+            group, size = [], 0
+        group.append(key)
+        size += more
+    if group:
+        yield group

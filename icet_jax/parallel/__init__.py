@@ -1,0 +1,1 @@
+"""The device mesh and the table that places every array on it."""

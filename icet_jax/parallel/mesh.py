@@ -1,0 +1,45 @@
+"""The device mesh: `data` splits rows, `fsdp` rows and weights, `tensor` heads and feed-forward columns."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from icet_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def mesh_shape(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+    """Devices along `AXES` for `count` devices in all; one size may be -1 and takes what the others leave.
+
+    Raises:
+      UserError: a size is neither positive nor -1, several are -1, or the sizes do not multiply to `count`.
+    """
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"mesh.{axis}={size}: must be a positive number of devices, or -1 for the rest")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"mesh ({asked}): only one axis may be -1")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if count % taken or (not free and taken != count):
+        raise UserError(f"mesh ({asked}) does not fit {count} devices; the sizes must multiply to that number")
+    for axis in free:
+        sizes[axis] = count // taken
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (all of this job's by default) with automatic sharding along `AXES`.
+
+    Raises:
+      UserError: see `mesh_shape`.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,0 +1,118 @@
+"""Where every array lives: one table from parameter path to `PartitionSpec`.
+
+Kernels are split Megatron-fashion (columns, then rows, over `tensor`) and over `fsdp` along their other axis; rows of a
+batch are split over `data` and `fsdp`. Patterns match the end of a path, so the moments of an optimizer, whose paths
+end as those of their parameters do, are placed with them.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+P = PartitionSpec
+ROWS = ("data", "fsdp")
+"""Mesh axes over which the rows of a batch are split."""
+
+_COLUMNS = "(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|c_fc)"
+_BACK = "(o_proj|out_proj|down_proj|fc2|mlp_proj)"
+
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    # LoRA: a [L, in, r], b [L, r, out], split as the kernel they adapt.
+    (rf"{_COLUMNS}/a", P(None, "fsdp", None)),
+    (rf"{_COLUMNS}/b", P(None, None, "tensor")),
+    (rf"{_BACK}/a", P(None, "tensor", None)),
+    (rf"{_BACK}/b", P(None, None, "fsdp")),
+    # Stacked layers of the decoder, the vision tower and GPT-2: kernels [L, in, out], biases [L, out].
+    (rf"layers/{_COLUMNS}/kernel", P(None, "fsdp", "tensor")),
+    (rf"layers/{_COLUMNS}/bias", P(None, "tensor")),
+    (rf"layers/{_BACK}/kernel", P(None, "tensor", "fsdp")),
+    (rf"layers/{_BACK}/bias", P()),
+    # GPT-2's fused q, k, v cannot be cut by heads, so its attention stays whole over `tensor`.
+    (r"layers/c_attn/kernel", P(None, "fsdp", None)),
+    (r"layers/c_proj/kernel", P(None, None, "fsdp")),
+    (r"layers/(c_attn|c_proj)/bias", P()),
+    (r"projector/linear_1/kernel", P("fsdp", "tensor")),
+    (r"projector/linear_1/bias", P("tensor")),
+    (r"projector/linear_2/kernel", P("tensor", "fsdp")),
+    (r"projector/linear_2/bias", P()),
+    (r"embed_tokens", P("tensor", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r"wte|wpe", P(None, "fsdp")),
+    (r"patch_embedding/kernel", P(None, "fsdp")),
+    (r"class_embedding|position_embedding", P()),
+    (r"\w*(norm|norm1|norm2|layrnorm|ln_1|ln_2|ln_f)/(scale|bias)", P()),
+    (r"score/kernel", P()),
+    (r"value_head/(kernel|bias)", P()),
+    # KV cache: k, v [L, B, S, K, D]; valid [B, S]; cursor [B].
+    (r"cache/(k|v)", P(None, ROWS, None, "tensor", None)),
+    (r"cache/(valid|cursor)", P(ROWS)),
+)
+_COMPILED = tuple((re.compile(rf"(.*/)?({pattern})"), spec) for pattern, spec in RULES)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A `jax.tree_util` key path as `language_model/layers/q_proj/kernel` (an nnx parameter's `.value` is dropped)."""
+    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    if names and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        names.pop()
+    return "/".join(names)
+
+
+def flatten_with_names(tree: Any) -> dict[str, Any]:
+    """Leaves of a pytree by `path_name`, in tree order."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def partition_spec(name: str) -> PartitionSpec:
+    """The rule for the array at path `name`.
+
+    Raises:
+      ValueError: no rule covers it; a new parameter needs a line in `RULES`.
+    """
+    for pattern, spec in _COMPILED:
+        if pattern.fullmatch(name):
+            return spec
+    raise ValueError(f"no sharding rule for '{name}'; add one to icet_jax.parallel.sharding.RULES")
+
+
+def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """`spec` without the mesh axes that do not divide their array axis: toy models of odd widths stay whole there."""
+    kept = []
+    for axis, size in zip(spec, shape, strict=False):
+        names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
+        kept.append(axis if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    return P(*kept)
+
+
+def shardings(tree: Any, mesh: Mesh, prefix: str = "") -> Any:
+    """A `NamedSharding` for every leaf of a pytree of arrays or abstract shapes; scalars are replicated.
+
+    Args:
+      tree: parameters, adapters, a value head, a KV cache, or an optimizer state over them.
+      mesh: from `mesh.make_mesh`.
+      prefix: put before the paths where the tree has no root of its own: "value_head", "cache".
+
+    Raises:
+      ValueError: a leaf that no rule covers.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if not leaf.shape:
+            return NamedSharding(mesh, P())
+        name = "/".join(filter(None, (prefix, path_name(path))))
+        return NamedSharding(mesh, fit(partition_spec(name), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays whose first axis is the rows of a batch (tokens, masks, visual features, scores)."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """For arrays that every device holds whole."""
+    return NamedSharding(mesh, P())
