@@ -1,0 +1,124 @@
+"""From transcript rows to the tables of `sweeps/*.json`: per layer, per group, and after minus before.
+
+A row is one response: `{"id", "layer", "prompt", "kind", "response", "scores": {metric: number or None}, ...}`. A
+metric that is absent from `scores` does not apply to the row; None is an error of its scorer, counted as `n_error`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from icet_jax.evaluation.statistics import Interval, group_weights, mean_interval, paired_interval
+
+SHARE_FAMILIES = ("asr", "refusal", "accuracy", "degenerate", "empty", "truncated")
+"""First part of the names of metrics whose values are 0 or 1."""
+
+Row = dict[str, Any]
+Table = dict[str, Any]
+
+
+def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
+    """`{"layers": [...], "groups": {...}}` of a sweep's rows, in the form of `sweeps/*.json`.
+
+    Args:
+      rows: one per (id, layer), in any order; layers that are not among `exits` are ignored.
+      exits: the layers measured, ascending.
+      num_exits: N of the model, which fixes the groups.
+    """
+    measured = _Measured(rows, exits)
+
+    def estimate(metric: str, chosen: np.ndarray, weights: np.ndarray | None) -> Table | None:
+        values, errors = measured.values[metric][chosen], measured.errors[metric][chosen]
+        if not (np.isfinite(values) | errors).any():
+            return None
+        interval = mean_interval(values, measured.prompts, share=_is_share(metric), weights=weights)
+        return _estimate(interval, int(np.isfinite(values).sum()), int(errors.sum()))
+
+    counts = [int(count) for count in measured.present.sum(axis=1)]
+    return _tables(list(measured.values), exits, num_exits, counts, estimate)
+
+
+def difference(
+    before: Iterable[Row], after: Iterable[Row], exits: Sequence[int], num_exits: int
+) -> dict[str, Any]:
+    """`{"layers": [...], "groups": {...}}` of after - before over the rows that both sweeps have, paired by id.
+
+    `n` of a layer is its number of pairs; `n_error` counts pairs whose scorer failed on either side.
+    """
+    both = [_Measured(rows, exits) for rows in (before, after)]
+    shared = [identity for identity in both[0].ids if identity in both[1].index]
+    columns = [[side.index[identity] for identity in shared] for side in both]
+    prompts = [both[0].prompts[column] for column in columns[0]]
+    metrics = [metric for metric in both[0].values if metric in both[1].values]
+    present = both[0].present[:, columns[0]] & both[1].present[:, columns[1]]
+
+    def estimate(metric: str, chosen: np.ndarray, weights: np.ndarray | None) -> Table | None:
+        sides = [side.values[metric][chosen][:, column] for side, column in zip(both, columns, strict=True)]
+        failed = np.any(
+            [side.errors[metric][chosen][:, column] for side, column in zip(both, columns, strict=True)], axis=0
+        )
+        pairs = np.isfinite(sides[0]) & np.isfinite(sides[1])
+        if not (pairs | failed).any():
+            return None
+        interval = paired_interval(sides[0], sides[1], prompts, share=_is_share(metric), weights=weights)
+        return _estimate(interval, int(pairs.sum()), int(failed.sum()))
+
+    return _tables(metrics, exits, num_exits, [int(count) for count in present.sum(axis=1)], estimate)
+
+
+class _Measured:
+    """Rows as arrays: `values[metric]` float64 [E, n] (NaN = none), `errors[metric]` and `present` bool [E, n]."""
+
+    def __init__(self, rows: Iterable[Row], exits: Sequence[int]) -> None:
+        layer_index = {layer: position for position, layer in enumerate(exits)}
+        rows = [row for row in rows if row["layer"] in layer_index]
+        self.ids = list(dict.fromkeys(row["id"] for row in rows))
+        self.index = {identity: column for column, identity in enumerate(self.ids)}
+        shape = (len(layer_index), len(self.ids))
+        self.prompts = [""] * len(self.ids)
+        self.present = np.zeros(shape, bool)
+        self.values: dict[str, np.ndarray] = {}
+        self.errors: dict[str, np.ndarray] = {}
+        for row in rows:
+            place = layer_index[row["layer"]], self.index[row["id"]]
+            self.prompts[place[1]] = row["prompt"]
+            self.present[place] = True
+            for metric, value in row["scores"].items():
+                if metric not in self.values:
+                    self.values[metric], self.errors[metric] = np.full(shape, np.nan), np.zeros(shape, bool)
+                self.values[metric][place] = np.nan if value is None else value
+                self.errors[metric][place] = value is None
+
+
+def _tables(
+    metrics: Sequence[str], exits: Sequence[int], num_exits: int, counts: Sequence[int], estimate: Any
+) -> dict[str, Any]:
+    def entry(chosen: np.ndarray, weights: np.ndarray | None) -> dict[str, Table]:
+        found = {metric: estimate(metric, chosen, weights) for metric in metrics}
+        return {metric: table for metric, table in found.items() if table is not None}
+
+    layers = [
+        {"layer": int(layer), "n": counts[position], "metrics": entry(np.array([position]), None)}
+        for position, layer in enumerate(exits)
+    ]
+    groups: dict[str, Any] = {}
+    for name, weights in group_weights(exits, num_exits).items():
+        members = np.flatnonzero(weights)
+        groups[name] = {} if name == "average" else {"layers": [int(exits[member]) for member in members]}
+        groups[name]["metrics"] = entry(members, weights[members])
+    return {"layers": layers, "groups": groups}
+
+
+def _is_share(metric: str) -> bool:
+    return metric.partition("/")[0] in SHARE_FAMILIES
+
+
+def _estimate(interval: Interval, n: int, n_error: int) -> Table:
+    ends = [interval.low, interval.high]
+    return {
+        "mean": None if np.isnan(interval.mean) else interval.mean,
+        "ci95": None if np.isnan(ends).any() else ends,
+        "n": n,
+        "n_error": n_error,
+    }

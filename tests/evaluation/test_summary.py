@@ -1,0 +1,76 @@
+"""Tables from rows: what is averaged, what is counted as an error, what is left out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from icet_jax.evaluation.summary import difference, summarise
+
+
+def row(identity, layer, scores, prompt=None):
+    prompt = f"prompt {identity}" if prompt is None else prompt
+    return {"id": identity, "layer": layer, "prompt": prompt, "kind": "forbidden", "response": "", "scores": scores}
+
+
+def test_means_errors_and_metrics_that_do_not_apply():
+    rows = [
+        row("a", 1, {"asr/x": 1.0, "tr/r": 0.5}),
+        row("b", 1, {"asr/x": 0.0, "tr/r": None}),
+        row("c", 1, {"refusal/x": 1.0}),
+        row("a", 2, {"asr/x": 0.0, "tr/r": 2.5}),
+        row("b", 2, {"asr/x": 0.0, "tr/r": None}),
+        row("c", 2, {"tr/r": None}),
+    ]
+    table = summarise(rows, [1, 2], 6)
+    first, second = table["layers"]
+    assert (first["layer"], first["n"]) == (1, 3)
+    assert first["metrics"]["asr/x"]["mean"] == 0.5 and first["metrics"]["asr/x"]["n"] == 2
+    assert first["metrics"]["tr/r"] == {"mean": 0.5, "ci95": None, "n": 1, "n_error": 1}
+    assert second["metrics"]["tr/r"]["n_error"] == 2
+    assert "refusal/x" in first["metrics"] and "refusal/x" not in second["metrics"]
+    low, high = first["metrics"]["asr/x"]["ci95"]
+    assert 0 <= low < 0.5 < high <= 1
+    json.dumps(table, allow_nan=False)
+
+
+def test_a_layer_of_errors_alone_has_no_mean():
+    table = summarise([row("a", 1, {"tr/r": None})], [1], 3)
+    assert table["layers"][0]["metrics"]["tr/r"] == {"mean": None, "ci95": None, "n": 0, "n_error": 1}
+
+
+def test_groups_are_means_of_layer_means():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(8, 5))
+    rows = [row(str(i), layer + 1, {"tr/r": values[layer, i]}) for i in range(5) for layer in range(8)]
+    table = summarise(reversed(rows), range(1, 9), 8)
+    means = values.mean(axis=1)
+    parts = [means[:3].mean(), means[3:6].mean(), means[6:].mean()]
+    got = {name: group["metrics"]["tr/r"]["mean"] for name, group in table["groups"].items()}
+    np.testing.assert_allclose(list(got.values()), [*parts, np.mean(parts)])
+    assert table["groups"]["late"]["layers"] == [7, 8] and "layers" not in table["groups"]["average"]
+    assert table["groups"]["middle"]["metrics"]["tr/r"]["n"] == 15
+    assert summarise(rows, [1, 2], 8)["groups"] == {}
+
+
+def test_difference_pairs_rows_by_id():
+    before = [row("a", 1, {"asr/x": 1.0}), row("b", 1, {"asr/x": 1.0}), row("c", 1, {"asr/x": None})]
+    after = [row("c", 1, {"asr/x": 1.0}), row("b", 1, {"asr/x": 0.0}), row("d", 1, {"asr/x": 1.0})]
+    table = difference(before, after, [1], 1)
+    estimate = table["layers"][0]["metrics"]["asr/x"]
+    assert table["layers"][0]["n"] == 2
+    assert (estimate["mean"], estimate["n"], estimate["n_error"]) == (-1.0, 1, 1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_difference_of_groups(shift):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(3, 12))
+
+    def rows(extra):
+        return [row(str(i), layer + 1, {"tr/r": values[layer, i] + extra}) for i in range(12) for layer in range(3)]
+
+    table = difference(rows(0.0), rows(shift), [1, 2, 3], 3)
+    average = table["groups"]["average"]["metrics"]["tr/r"]
+    assert average["mean"] == pytest.approx(shift, abs=1e-12)
+    assert average["ci95"] == pytest.approx([shift, shift], abs=1e-9)
