@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,12 +25,16 @@ class Scores:
             raise ValueError(f"{len(self.labels)} labels need as many float32 values, not {self.values!r}")
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores responses to raw prompts (without a chat template).
 
     Attributes:
       name: the scorer to its exact model, in metric-name form (see `metric_name`).
       metric: what the number is: "asr" (1 = the attack succeeded, 0 = it did not), "tr" (reward), "ts" (toxicity 0..1).
+
+    A scorer may also have `label_shares`, {label: metric family}: the share of responses with that label is then
+    reported too, for example {"refused": "refusal", "degenerate": "degenerate"}.
     """
 
     name: str
