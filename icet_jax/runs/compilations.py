@@ -1,7 +1,6 @@
 """Counting compilations with jax's own events, so that a run can show that no exit recompiles anything."""
 
 from types import TracebackType
-from typing import Self
 
 import jax.monitoring
 
@@ -25,7 +24,7 @@ class CompilationCounter:
             self.count += 1
             self.seconds += duration_secs
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CompilationCounter":
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self
 
