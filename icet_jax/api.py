@@ -1,0 +1,290 @@
+"""The Python surface: a vision-language model as one object, for notebooks, scripts and our own runs.
+
+vlm = icet_jax.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+inputs = vlm.processor(images=["cat.png"], prompts=["What is this?"])
+for exit_layer in (6, 18, vlm.default_exit):
+    print(exit_layer, vlm.generate(inputs, exit_layer=exit_layer).texts)
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icet_jax.checkpoints.hf_export import save_llava
+from icet_jax.checkpoints.hf_import import Checkpoint, load_llava
+from icet_jax.checkpoints.source import generation_tokens, local_directory
+from icet_jax.data.processor import Processor, image_rows
+from icet_jax.errors import UserError
+from icet_jax.evaluation.batching import place
+from icet_jax.evaluation.sweep import answer, encode
+from icet_jax.generation.sampling import Sampling, suppress_ids
+from icet_jax.judges.base import Scorer
+from icet_jax.lppo.exits import check_exit
+from icet_jax.models.family import Images
+from icet_jax.models.layers import positions_from_mask
+from icet_jax.typing import Array, Bool, Float, Int
+
+Inputs = Mapping[str, Any]
+"""What HF's processor returns: input_ids and attention_mask [B, T]; pixel_values [I, C, H, W] if there are images."""
+
+
+def load(
+    path_or_id: str | Path,
+    dtype: Any = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    param_dtype: Any = None,
+    remat: str = "none",
+) -> "VLM":
+    """Loads a vision-language model with its weights; tokenizer and image processor follow when they are first used.
+
+    Args:
+      path_or_id: a checkpoint directory in the Hugging Face layout, or a hub id.
+      dtype: of the computation, "float32" or "bfloat16".
+      mesh: devices to spread the weights over (`icet_jax.parallel.mesh.make_mesh`); None is the default device.
+      param_dtype: of the stored weights; `dtype` by default.
+      remat: what a backward pass keeps: "none" (everything), "dots" (kernels' outputs), "full" (layers' inputs alone).
+
+    Raises:
+      UserError: no such checkpoint, an unsupported model, or broken files; one line.
+    """
+    names = [None if name is None else _dtype_name(name) for name in (dtype, param_dtype)]
+    directory = local_directory(path_or_id)
+    return VLM(load_llava(directory, dtype=str(names[0]), param_dtype=names[1], mesh=mesh, remat=remat), mesh)
+
+
+def load_scorer(
+    path_or_id: str | Path, kind: str | None = None, template: Callable[[str, str], str] | str | None = None
+) -> Scorer:
+    """Loads what judges responses: `score(prompts, responses)` -> {name: `Scores`}, prompts raw, not chat-templated.
+
+    Args:
+      path_or_id: a scorer's name ("refusal_keywords"), a checkpoint directory or a hub id.
+      kind: what the checkpoint is, where its config does not tell.
+      template: how prompt and response become the scorer's text, instead of its own way.
+
+    Raises:
+      UserError: no such scorer, or broken files.
+    """
+    from icet_jax.judges.load import load_scorer as load_judge
+
+    return load_judge(str(path_or_id), kind=kind, template=template)
+
+
+class VLM:
+    """A network with its weights and, on first use, its processor.
+
+    Attributes:
+      graphdef, params: `nnx.merge(graphdef, params)` is the model, for pure functions of your own.
+      config: sizes of the network.
+      directory: where it came from.
+      mesh: where the weights are, None on the default device.
+      eos_ids, pad_id: tokens that end and pad a response.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None) -> None:
+        self.graphdef, self.params = checkpoint.graphdef, checkpoint.params
+        self.config, self.directory, self.mesh = checkpoint.config, checkpoint.directory, mesh
+        self.eos_ids, self.pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config)
+        model = checkpoint.model
+        self.num_exits: int = model.num_exits
+        self.default_exit: int = model.default_exit
+        self.exit_definition: str = model.exit_definition
+        self.image_token_index: int = model.image_token_index
+        self.vocab_size: int = model.vocab_size
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """`processor(images=[...], prompts=[...])` -> inputs.
+
+        Raises:
+          UserError: the checkpoint has no tokenizer or image-processor files, or broken ones.
+        """
+        return Processor.from_directory(self.directory)
+
+    def sampling(self, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
+        """How this model's responses are drawn: its own EOS and pad tokens, placeholder and pad never sampled."""
+        suppressed = suppress_ids(self.image_token_index, self.pad_id, self.eos_ids)
+        return Sampling(max_new_tokens, temperature, top_k, top_p, self.eos_ids, suppressed, self.pad_id)
+
+    def encode(self, inputs: Inputs) -> Any:
+        """The images of `inputs` encoded for every exit (the tower runs once); None where there are none.
+
+        `logits` and `generate` take it as `encoded`, so that several exits share one pass.
+        """
+        images = self._images(inputs)
+        return None if images is None else encode(self.graphdef, self.params, images)
+
+    def logits(self, inputs: Inputs, exit_layer: int | None = None, *, encoded: Any = None) -> Float[Array, "B T V"]:
+        """Float32 next-token logits at every position; those at padding mean nothing.
+
+        Args:
+          inputs: see `Inputs`; padding on either side.
+          exit_layer: 1..num_exits; None is the default exit.
+          encoded: of the same inputs, from `encode`.
+
+        Raises:
+          UserError: an exit out of range, or inputs that do not fit each other or the model.
+        """
+        tokens, mask = self._text(inputs)
+        exit_index = self._exit(exit_layer)
+        encoded = self.encode(inputs) if encoded is None else encoded
+        return _logits(self.graphdef, self.params, encoded, exit_index, tokens, mask)
+
+    def hidden_states(self, inputs: Inputs) -> Float[Array, "X I P D"]:
+        """States 0..num_exits of the image encoder, class token first; index 0 is what enters its first block.
+
+        Raises:
+          UserError: `inputs` has no images.
+        """
+        images = self._images(inputs)
+        if images is None:
+            raise UserError("hidden_states: these inputs have no images (pixel_values)")
+        return _hidden_states(self.graphdef, self.params, images)
+
+    def generate(
+        self,
+        inputs: Inputs,
+        exit_layer: int | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        encoded: Any = None,
+    ) -> "Responses":
+        """Answers every row. A row's answer depends on its prompt, images, number and the seed alone.
+
+        Args:
+          inputs: see `Inputs`; padding on either side.
+          exit_layer: 1..num_exits; None is the default exit.
+          max_new_tokens: A, the longest answer.
+          temperature: 0 is greedy.
+          top_k: sample among the k likeliest tokens; 0 = off.
+          top_p: sample among the likeliest tokens that together have this probability; 1 = off.
+          seed: of the sampling.
+          encoded: of the same inputs, from `encode`.
+
+        Raises:
+          UserError: an exit or a setting out of range, or inputs that do not fit each other or the model.
+        """
+        tokens, mask = self._text(inputs)
+        exit_index = self._exit(exit_layer)
+        sampling = self.sampling(max_new_tokens, temperature, top_k, top_p)
+        encoded = self.encode(inputs) if encoded is None else encoded
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens.shape[0]))
+        out = answer(self.graphdef, self.params, None, encoded, exit_index, tokens, mask, keys, sampling)
+        return Responses(*map(np.asarray, out), decode=lambda tokens, mask: self.processor.decode(tokens, mask))
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the model to a new directory in the Hugging Face layout; transformers 4.46 to 5.x load it.
+
+        Raises:
+          UserError: it cannot be written there.
+        """
+        return save_llava(directory, self.config, self.params, source_dir=self.directory)
+
+    def _exit(self, exit_layer: int | None) -> Int[Array, ""]:
+        if exit_layer is None:
+            return jnp.int32(self.default_exit)
+        if not isinstance(exit_layer, int | np.integer) or isinstance(exit_layer, bool):
+            raise UserError(f"exit_layer: {exit_layer!r} given; this model has exits 1..{self.num_exits}")
+        return jnp.int32(check_exit(int(exit_layer), self.num_exits, "exit_layer"))
+
+    def _text(self, inputs: Inputs) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+        tokens = np.asarray(_entry(inputs, "input_ids"))
+        mask = np.asarray(inputs["attention_mask"]) if "attention_mask" in inputs else np.ones_like(tokens)
+        if tokens.ndim != 2 or tokens.shape != mask.shape:
+            raise UserError(f"inputs: input_ids {tokens.shape} and attention_mask {mask.shape} must both be [B, T]")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise UserError(
+                f"inputs: input_ids reach {tokens.max()}, but this model's tokens are 0..{self.vocab_size - 1}"
+            )
+        return place((tokens.astype(np.int32), mask.astype(bool)), self.mesh)
+
+    def _images(self, inputs: Inputs) -> Images | None:
+        tokens, pixels = np.asarray(_entry(inputs, "input_ids")), inputs.get("pixel_values")
+        rows = image_rows(tokens, 0 if pixels is None else len(pixels), self.config)
+        if pixels is None or not len(pixels):
+            return None
+        pixels, vision = np.asarray(pixels, np.float32), self.config.vision
+        shape = (vision.num_channels, vision.image_size, vision.image_size)
+        if pixels.shape[1:] != shape:
+            raise UserError(f"inputs: pixel_values have shape {pixels.shape}; this model needs {('I', *shape)}")
+        per_row = int(np.bincount(rows).max())
+        return place(
+            Images(pixels=jnp.asarray(pixels), rows=jnp.asarray(rows), num_rows=len(tokens), per_row=per_row), self.mesh
+        )
+
+
+class Responses:
+    """What `VLM.generate` returns.
+
+    Attributes:
+      tokens: int [B, A]; the pad token after the end.
+      log_probs: float32 [B, A] of the tokens, in nats, at the temperature used (1 when greedy), before top-k and top-p.
+      mask: bool [B, A]: the response, up to and including its EOS.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        log_probs: np.ndarray,
+        mask: np.ndarray,
+        *,
+        decode: Callable[[np.ndarray, np.ndarray], list[str]],
+    ) -> None:
+        self.tokens, self.log_probs, self.mask = tokens, log_probs, mask
+        self._decode = decode
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """The responses as text, without special tokens.
+
+        Raises:
+          UserError: the checkpoint has no tokenizer files.
+        """
+        return self._decode(self.tokens, self.mask)
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype: {name} given; use float32 or bfloat16")
+    return name
+
+
+def _entry(inputs: Inputs, name: str) -> Any:
+    if name not in inputs:
+        raise UserError(f"inputs: '{name}' is missing; give what the processor returns")
+    return inputs[name]
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _logits(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    encoded: Any,
+    exit_index: Int[Array, ""],
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+) -> Float[Array, "B T V"]:
+    model = nnx.merge(graphdef, params)
+    visual = None if encoded is None else model.visual(encoded, exit_index)
+    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, visual)
+    return model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _hidden_states(graphdef: nnx.GraphDef, params: nnx.State, images: Images) -> Float[Array, "X I P D"]:
+    return nnx.merge(graphdef, params).hidden_states(images)
