@@ -14,10 +14,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from icet_jax.checkpoints import hf_config, tables
+from icet_jax.checkpoints.adapters import read_adapter
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files
 from icet_jax.checkpoints.tables import Slot, Table
+from icet_jax.models.family import POLICY_ROOT
 from icet_jax.models.gpt2 import GPT2RewardModel
+from icet_jax.models.layers import Lora
 from icet_jax.models.llava import Llava
 from icet_jax.parallel import sharding
 
@@ -48,7 +51,7 @@ class Checkpoint:
 
 def load_llava(
     directory: str | Path, *, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None,
-    remat: str = "none",
+    remat: str = "none", adapter: str | Path | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Loads a LLaVA-1.5 directory in any of the layouts that transformers 4.46 to 5.x write.
 
@@ -58,6 +61,7 @@ def load_llava(
       param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
       mesh: where to put the parameters (`icet_jax.parallel.sharding.RULES`); None for the default device.
       remat: what the backward pass keeps, see `icet_jax.models.layers.REMAT_POLICIES`.
+      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read.
 
     Raises:
       UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,
@@ -67,7 +71,8 @@ def load_llava(
     values = hf_config.read_hf_config(directory)
     config = hf_config.llava_from_hf(values, str(directory / "config.json"))
     make = functools.partial(Llava, config, remat=remat)
-    graphdef, params = _load(directory, make, tables.llava_table(config), dtype, param_dtype or dtype, mesh)
+    lora = None if adapter is None else read_adapter(adapter, config.text)
+    graphdef, params = _load(directory, make, tables.llava_table(config), dtype, param_dtype or dtype, mesh, lora)
     return Checkpoint(graphdef, params, config, values, directory)
 
 
@@ -98,12 +103,18 @@ def abstract_params(make: Callable[..., nnx.Module], dtype: str, param_dtype: st
 
 
 def _load(
-    directory: Path, make: Callable[..., nnx.Module], table: Table, dtype: str, param_dtype: str, mesh: Mesh | None
+    directory: Path,
+    make: Callable[..., nnx.Module],
+    table: Table,
+    dtype: str,
+    param_dtype: str,
+    mesh: Mesh | None,
+    lora: Lora | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     graphdef, abstract = abstract_params(make, dtype, param_dtype)
     with TensorReader(safetensors_files(directory)) as reader:
         keys = match(table, sharding.flatten_with_names(abstract), reader, str(directory))
-        return graphdef, fill(table, abstract, reader, keys, mesh)
+        return graphdef, fill(table, abstract, reader, keys, mesh, lora)
 
 
 def match(table: Table, shapes: dict[str, Any], reader: TensorReader, where: str) -> dict[str, str]:
@@ -147,7 +158,7 @@ def match(table: Table, shapes: dict[str, Any], reader: TensorReader, where: str
             problems.add(f"of shape {list(reader.shapes[key])} instead of {list(wanted_shape)}", key)
         if reader.dtypes[key] not in DTYPES:
             problems.add(f"of dtype {reader.dtypes[key]} (quantised weights are not supported)", key)
-    problems.raise_if_any(where)
+    problems.raise_if_any(where, "the weights do not fit config.json")
     return keys
 
 
@@ -156,7 +167,10 @@ def hf_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
     return slot.transform.hf_shape(shape if slot.layer is None else shape[1:])
 
 
-def fill(table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None) -> nnx.State:
+def fill(
+    table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None,
+    lora: Lora | None = None,
+) -> nnx.State:  # fmt: skip
     """Reads every tensor into its place; at most one (stacked) parameter is on the host at a time.
 
     Args:
@@ -165,6 +179,7 @@ def fill(table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str
       reader: the open files.
       keys: OLD key -> key in the file, from `match`.
       mesh: for placement, or None.
+      lora: adapters to merge, or None.
     """
     slots: dict[str, list[Slot]] = defaultdict(list)
     for slot in table.slots:
@@ -175,9 +190,25 @@ def fill(table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str
         buffer = np.empty(leaf.shape, leaf.dtype)
         for slot in slots[path]:
             target = buffer if slot.layer is None else buffer[slot.layer]
-            target[...] = slot.transform.to_param(reader.read(keys[slot.key]))
+            tensor = slot.transform.to_param(reader.read(keys[slot.key]))
+            delta = lora_delta(lora, slot)
+            target[...] = tensor if delta is None else tensor.astype(np.float32) + delta
         leaves.append(_place(buffer, None if placed is None else placed[path]))
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def lora_delta(lora: Lora | None, slot: Slot) -> np.ndarray | None:
+    """`scale * a @ b`, float32 `[in, out]`, for the kernel of `slot`; None where the adapters add nothing."""
+    parts = slot.path.split("/")
+    if lora is None or parts[:2] != [POLICY_ROOT, "layers"] or parts[2] not in lora.weights or parts[3] != "kernel":
+        return None
+    a, b = (on_host(lora.weights[parts[2]][name], slot.layer).astype(np.float32) for name in "ab")
+    return np.float32(lora.scale) * (a @ b) if b.any() else None
+
+
+def on_host(array: Any, layer: int | None) -> np.ndarray:
+    """An array, or one layer of it, as numpy."""
+    return np.asarray(array if layer is None else jax.lax.dynamic_index_in_dim(array, jnp.int32(layer), keepdims=False))
 
 
 def _place(buffer: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:

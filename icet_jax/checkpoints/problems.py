@@ -45,8 +45,8 @@ class Problems:
         """Notes that `key` is "missing", "unexpected", ..."""
         self._keys[kind].append(key)
 
-    def raise_if_any(self, where: str) -> None:
-        """Raises what was collected.
+    def raise_if_any(self, where: str, what: str) -> None:
+        """Raises what was collected: `where: what: missing (2): ...`.
 
         Raises:
           UserError: one line with every kind, its number of tensors and all their keys.
@@ -54,4 +54,4 @@ class Problems:
         if not self._keys:
             return
         parts = [f"{kind} ({len(keys)}): {', '.join(compact(keys))}" for kind, keys in self._keys.items()]
-        raise UserError(f"{where}: the weights do not fit config.json: {'; '.join(parts)}")
+        raise UserError(f"{where}: {what}: {'; '.join(parts)}")
