@@ -9,7 +9,7 @@ for exit_layer in (6, 18, vlm.default_exit):
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from icet_jax.checkpoints.source import generation_tokens, local_directory
 from icet_jax.data.processor import Processor, image_rows
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import place
-from icet_jax.evaluation.sweep import answer, encode
+from icet_jax.evaluation.sweep import answer
 from icet_jax.generation.sampling import Sampling, suppress_ids
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
@@ -86,6 +86,7 @@ class VLM:
       directory: where it came from.
       mesh: where the weights are, None on the default device.
       eos_ids, pad_id: tokens that end and pad a response.
+      suppress_ids: tokens that are never sampled.
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -96,8 +97,8 @@ class VLM:
         self.num_exits: int = model.num_exits
         self.default_exit: int = model.default_exit
         self.exit_definition: str = model.exit_definition
-        self.image_token_index: int = model.image_token_index
         self.vocab_size: int = model.vocab_size
+        self.suppress_ids = suppress_ids(model.image_token_index, self.pad_id, self.eos_ids)
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -109,19 +110,24 @@ class VLM:
         return Processor.from_directory(self.directory)
 
     def sampling(self, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
-        """How this model's responses are drawn: its own EOS and pad tokens, placeholder and pad never sampled."""
-        suppressed = suppress_ids(self.image_token_index, self.pad_id, self.eos_ids)
-        return Sampling(max_new_tokens, temperature, top_k, top_p, self.eos_ids, suppressed, self.pad_id)
+        """How this model's responses are drawn: its own EOS and pad tokens; placeholder and pad are never sampled."""
+        return Sampling(max_new_tokens, temperature, top_k, top_p, self.eos_ids, self.suppress_ids, self.pad_id)
 
-    def encode(self, inputs: Inputs) -> Any:
-        """The images of `inputs` encoded for every exit (the tower runs once); None where there are none.
+    def encode(self, inputs: Inputs, upto: int | None = None) -> "Encoding":
+        """Runs the image encoder once for all exits, or for those up to `upto` (the blocks after it are skipped).
 
-        `logits` and `generate` take it as `encoded`, so that several exits share one pass.
+        `logits` and `generate` take the result as `encoded`, so that several exits share one pass.
+
+        Raises:
+          UserError: `upto` is no exit, or the inputs do not fit each other or the model.
         """
+        last = self.num_exits if upto is None else check_exit(upto, self.num_exits, "upto")
         images = self._images(inputs)
-        return None if images is None else encode(self.graphdef, self.params, images)
+        return Encoding(None if images is None else _encode(self.graphdef, self.params, images, last), last)
 
-    def logits(self, inputs: Inputs, exit_layer: int | None = None, *, encoded: Any = None) -> Float[Array, "B T V"]:
+    def logits(
+        self, inputs: Inputs, exit_layer: int | None = None, *, encoded: "Encoding | None" = None
+    ) -> Float[Array, "B T V"]:
         """Float32 next-token logits at every position; those at padding mean nothing.
 
         Args:
@@ -133,9 +139,9 @@ class VLM:
           UserError: an exit out of range, or inputs that do not fit each other or the model.
         """
         tokens, mask = self._text(inputs)
-        exit_index = self._exit(exit_layer)
         encoded = self.encode(inputs) if encoded is None else encoded
-        return _logits(self.graphdef, self.params, encoded, exit_index, tokens, mask)
+        exit_index = self._exit(exit_layer, encoded.upto)
+        return _logits(self.graphdef, self.params, encoded.images, exit_index, tokens, mask)
 
     def hidden_states(self, inputs: Inputs) -> Float[Array, "X I P D"]:
         """States 0..num_exits of the image encoder, class token first; index 0 is what enters its first block.
@@ -158,7 +164,7 @@ class VLM:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        encoded: Any = None,
+        encoded: "Encoding | None" = None,
     ) -> "Responses":
         """Answers every row. A row's answer depends on its prompt, images, number and the seed alone.
 
@@ -176,11 +182,11 @@ class VLM:
           UserError: an exit or a setting out of range, or inputs that do not fit each other or the model.
         """
         tokens, mask = self._text(inputs)
-        exit_index = self._exit(exit_layer)
         sampling = self.sampling(max_new_tokens, temperature, top_k, top_p)
         encoded = self.encode(inputs) if encoded is None else encoded
+        exit_index = self._exit(exit_layer, encoded.upto)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens.shape[0]))
-        out = answer(self.graphdef, self.params, None, encoded, exit_index, tokens, mask, keys, sampling)
+        out = answer(self.graphdef, self.params, None, encoded.images, exit_index, tokens, mask, keys, sampling)
         return Responses(*map(np.asarray, out), decode=lambda tokens, mask: self.processor.decode(tokens, mask))
 
     def save(self, directory: str | Path) -> Path:
@@ -191,12 +197,15 @@ class VLM:
         """
         return save_llava(directory, self.config, self.params, source_dir=self.directory)
 
-    def _exit(self, exit_layer: int | None) -> Int[Array, ""]:
-        if exit_layer is None:
-            return jnp.int32(self.default_exit)
-        if not isinstance(exit_layer, int | np.integer) or isinstance(exit_layer, bool):
+    def _exit(self, exit_layer: int | None, upto: int) -> Int[Array, ""]:
+        number = self.default_exit if exit_layer is None else exit_layer
+        if not isinstance(number, int | np.integer) or isinstance(number, bool):
             raise UserError(f"exit_layer: {exit_layer!r} given; this model has exits 1..{self.num_exits}")
-        return jnp.int32(check_exit(int(exit_layer), self.num_exits, "exit_layer"))
+        if exit_layer is not None:
+            check_exit(int(number), self.num_exits, "exit_layer")
+        if number > upto:
+            raise UserError(f"exit_layer: {number} is beyond `upto` ({upto}), where this encoding stopped")
+        return jnp.int32(number)
 
     def _text(self, inputs: Inputs) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
         tokens = np.asarray(_entry(inputs, "input_ids"))
@@ -222,6 +231,18 @@ class VLM:
         return place(
             Images(pixels=jnp.asarray(pixels), rows=jnp.asarray(rows), num_rows=len(tokens), per_row=per_row), self.mesh
         )
+
+
+class Encoding(NamedTuple):
+    """Images encoded once for many exits.
+
+    Attributes:
+      images: the family's own pytree; None where the inputs have no images.
+      upto: the last exit it serves.
+    """
+
+    images: Any
+    upto: int
 
 
 class Responses:
@@ -268,6 +289,11 @@ def _entry(inputs: Inputs, name: str) -> Any:
     if name not in inputs:
         raise UserError(f"inputs: '{name}' is missing; give what the processor returns")
     return inputs[name]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "upto"))
+def _encode(graphdef: nnx.GraphDef, params: nnx.State, images: Images, upto: int) -> Any:
+    return nnx.merge(graphdef, params).encode(images, upto)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -121,6 +121,19 @@ def test_one_encoding_serves_every_exit_and_no_exit_compiles(vlm, hf_model):
     assert compilations.count == 0
 
 
+def test_a_shorter_encoding_serves_its_exits(vlm, hf_model):
+    inputs = tiny.batch(hf_model.config, IMAGES)
+    encoded = vlm.encode(inputs, upto=2)
+    for exit_layer in (1, 2):
+        expected = vlm.logits(inputs, exit_layer=exit_layer)
+        np.testing.assert_allclose(vlm.logits(inputs, exit_layer=exit_layer, encoded=encoded), expected, atol=1e-5)
+    for exit_layer in (3, None):
+        with pytest.raises(UserError, match="3 is beyond `upto`"):
+            vlm.logits(inputs, exit_layer=exit_layer, encoded=encoded)
+    with pytest.raises(UserError, match="upto: exit 5 is out of range"):
+        vlm.encode(inputs, upto=5)
+
+
 def test_bfloat16_and_meshes(directory, vlm, hf_model):
     inputs = tiny.batch(hf_model.config, IMAGES)
     real = inputs["attention_mask"] == 1

@@ -1,0 +1,1 @@
+"""Rows, images and prompts on their way to the model."""
