@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.errors import UserError
@@ -169,10 +170,15 @@ def _describe(array: Any) -> dict[str, Any]:
 
 def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
     leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(
-        structure,
-        [
-            type(old)(array.item()) if isinstance(old, bool | int | float) else array
-            for old, array in zip(leaves, (arrays[name] for name in _named(like)), strict=True)
-        ],
-    )
+    restored = (arrays[name] for name in _named(like))
+    return jax.tree.unflatten(structure, [_as(old, array) for old, array in zip(leaves, restored, strict=True)])
+
+
+def _as(old: Any, array: Any) -> Any:
+    """`array` in the form of the leaf that it replaces."""
+    if isinstance(old, bool | int | float):
+        return type(old)(array.item())
+    if isinstance(old, jax.Array) and not old.committed:
+        # Orbax pins what it restores to a device; this one has to follow the arrays it is used with.
+        return jnp.asarray(np.asarray(array))
+    return array
