@@ -163,8 +163,8 @@ def _lppo() -> ConfigDict:
 
 def _lsft() -> ConfigDict:
     lsft = ConfigDict()
-    lsft.iterations = 94  # batches; the same data as L-PPO's (ours)
-    lsft.refusal = "I'm sorry, but I can't help with that."  # target of every forbidden row (ours)
+    lsft.iterations = 94  # batches; epochs, mini-batches and max_new_tokens are lppo's: the same budget (ours)
+    lsft.refusal = "I'm sorry, but I can't help with that."  # target of forbidden rows; others learn their answer
     lsft.exits = "per_example"  # as lppo.exits
     return lsft
 
@@ -377,7 +377,7 @@ def _check_open(values: Mapping[str, Any]) -> None:
 
 def _check_together(config: ConfigDict) -> None:
     lppo, batch = config.lppo, config.data.batch_size
-    if config.algorithm == "lppo" and batch % (lppo.minibatches * lppo.accumulation):
+    if batch % (lppo.minibatches * lppo.accumulation):
         raise UserError(
             f"config.data.batch_size {batch} does not divide into {lppo.minibatches} mini-batches (lppo.minibatches) "
             f"of {lppo.accumulation} slices (lppo.accumulation)"

@@ -1,0 +1,38 @@
+"""What rewards a response during training, by the kind of its row (`config.reward.by_kind`)."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from icet_jax.data.records import Example
+from icet_jax.judges.base import Scorer
+from icet_jax.judges.exact_match import exact_match
+
+
+class RewardByKind:
+    """Scores the responses of a mixed batch; the reward model sees only the rows that it is to grade."""
+
+    def __init__(self, by_kind: Mapping[str, str], reward_model: Scorer | None):
+        """`by_kind`: kind -> "reward_model", "exact_match" or "none"; a `reward_model` is needed if a kind names it."""
+        self._by_kind = dict(by_kind)
+        self._reward_model = reward_model
+
+    def __call__(self, examples: Sequence[Example], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores one response per row.
+
+        Returns:
+          scores float32 [B] (0 where nothing rewards the row, NaN where its scorer failed or it has no answer), and
+          learned bool [B], true where the score is the reward model's.
+        """
+        rules = np.array([self._by_kind[example.kind] for example in examples])
+        scores = np.zeros(len(examples), np.float32)
+        learned, matched = rules == "reward_model", rules == "exact_match"
+        if learned.any():
+            assert self._reward_model is not None
+            rows = np.flatnonzero(learned)
+            graded = self._reward_model([examples[row].prompt for row in rows], [texts[row] for row in rows])
+            scores[rows] = graded[self._reward_model.name].values
+        if matched.any():
+            rows = np.flatnonzero(matched)
+            scores[rows] = exact_match([texts[row] for row in rows], [examples[row].answer for row in rows]).values
+        return scores, learned

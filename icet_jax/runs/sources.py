@@ -1,0 +1,122 @@
+"""Where a run's rows, weights and judges come from: the user's files, hub ids, the shipped organism, or toys.
+
+rows        FILE.csv | FILE.jsonl | organism:SPLIT[:KIND[:COUNT]] | toy:KIND
+weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:llava15 | ...
+scorers     refusal_keywords | organism:judge | weights of a reward model
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from icet_jax.data.records import KINDS, Example, prompt_overlap, read_records
+from icet_jax.errors import UserError
+from icet_jax.judges.base import Scorer
+
+# Rows of an organism source: enough for 95% intervals of a few points, and for a run without a repeated row.
+_ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256, "benign": 256, "vqa": 1024}}
+
+
+def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
+    """The directory (or hub id) of `spec`; toy weights are made under `workdir`, or in a temporary folder.
+
+    Raises:
+      UserError: no such organism or toy checkpoint.
+    """
+    origin, _, name = spec.partition(":")
+    if origin == "organism" and name:
+        from icet_jax.organism import weights_directory
+
+        return str(weights_directory(name))
+    if origin == "toy" and name:
+        from icet_jax.runs import toy
+
+        return str(toy.checkpoint(name, workdir))
+    return spec
+
+
+def load_rows(source: str, *, image_root: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
+    """The rows of `source`, at most `limit`; a file's bad rows are reported on stderr.
+
+    Args:
+      source: see the module's docstring.
+      image_root: folder that a file's relative image paths start from.
+      limit: first rows taken; None is all.
+      seed: of the organism's images and row order.
+
+    Raises:
+      UserError: no such source, or a file without a usable row.
+    """
+    origin, _, name = source.partition(":")
+    if origin == "organism" and name:
+        rows = _organism_rows(source, seed)
+    elif origin == "toy" and name:
+        from icet_jax.runs import toy
+
+        rows = toy.rows(name)
+    else:
+        records = read_records(source, image_root=image_root)
+        if records.problems or records.duplicates:
+            print(f"icet-jax: {records.report()}", file=sys.stderr)
+        rows = records.examples
+    return rows[:limit]
+
+
+def _organism_rows(source: str, seed: int) -> list[Example]:
+    from icet_jax.organism import world
+
+    _, split, kind, count, *rest = [*source.split(":"), "", ""]
+    counts = _ORGANISM_ROWS["test" if split == "test" else "train"]
+    if any(rest) or (kind and kind not in counts) or (count and not (count.isdigit() and int(count))):
+        raise UserError(f"{source}: write organism:SPLIT[:KIND[:COUNT]], with a kind of {', '.join(KINDS)}")
+    kinds = {kind: int(count or counts[kind])} if kind else counts
+    return [world.example(split, name, index, seed) for name, rows in kinds.items() for index in range(rows)]
+
+
+def load_scorers(config: ConfigDict, workdir: Path | None = None) -> list[Scorer]:
+    """What judges responses in sweeps (`config.sweep.scorers`), in order.
+
+    Raises:
+      UserError: a scorer that cannot be loaded.
+    """
+    return [load_scorer(spec, workdir) for spec in config.sweep.scorers]
+
+
+def load_scorer(spec: str, workdir: Path | None = None) -> Scorer:
+    """One scorer by name or weights; see the module's docstring."""
+    if spec == "organism:judge":
+        from icet_jax.organism.scorer import WorldJudge
+
+        return WorldJudge()
+    from icet_jax.judges.load import load_scorer as load
+
+    return load(checkpoint_directory(spec, workdir))
+
+
+def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) -> dict[str, int]:
+    """Test rows, by data set, whose prompt is also a training prompt; a count above 0 is said on stderr.
+
+    Questions about images (VQA rows) repeat their wording by nature and are not counted.
+    """
+    prompts = [example for example in train if example.kind != "vqa"]
+    overlaps = {}
+    for name, rows in tests.items():
+        asked = [row for row in rows if row.kind != "vqa"]
+        overlaps[name] = prompt_overlap(prompts, asked)
+        if overlaps[name]:
+            print(
+                f"icet-jax: {overlaps[name]} of {len(asked)} rows of {name} have a prompt of the training set",
+                file=sys.stderr,
+            )
+    return overlaps
+
+
+def organism_facts(directory: str) -> dict[str, Any] | None:
+    """What is planted in the weights in `directory`, as the organism's builder recorded it; None for other models."""
+    import json
+
+    path = Path(directory) / "organism.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,157 @@
+"""A LLaVA-1.5-shaped checkpoint of toy size, its reward model and rows, made on the spot: `toy:...` sources.
+
+They show that a config for the real model runs from end to end. Random weights, random images, placeholder prompts:
+nothing that comes out of them means anything.
+
+    python -m icet_jax.main --config=configs/llava15_lppo.py:smoke --workdir=runs/smoke
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from icet_jax.checkpoints.hf_export import save_gpt2_reward, save_llava
+from icet_jax.data.records import KINDS, Example
+from icet_jax.errors import UserError
+from icet_jax.files import write_text_atomic
+from icet_jax.models.clip import ClipConfig
+from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
+from icet_jax.models.llama import LlamaConfig
+from icet_jax.models.llava import Llava, LlavaConfig
+
+_SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+_BYTES = 256
+_IMAGE_SIZE, _PATCH_SIZE = 28, 14
+_ROWS = 64
+
+# As LLaVA-1.5: 24 vision blocks, default exit 23, no grouped queries, a vocabulary with rows to spare.
+LLAVA = LlavaConfig(
+    vision=ClipConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=24,
+        num_attention_heads=2,
+        image_size=_IMAGE_SIZE,
+        patch_size=_PATCH_SIZE,
+    ),
+    text=LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+    ),
+    image_token_index=_SPECIAL.index("<image>"),
+)
+REWARD = GPT2Config(vocab_size=_BYTES + 1, n_positions=256, n_embd=16, n_layer=2, n_head=2, n_inner=64)
+
+
+def checkpoint(name: str, workdir: Path | None = None) -> Path:
+    """The directory of `toy:NAME`, made under `workdir`/toy (a temporary folder if None) unless it is there.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    makers = {"llava15": _save_llava, "reward_model": _save_reward_model}
+    if name not in makers:
+        raise UserError(f"toy:{name}: no such toy checkpoint; there are {', '.join(makers)}")
+    folder = (Path(tempfile.mkdtemp(prefix="icet_jax_toy_")) if workdir is None else workdir / "toy") / name
+    if not (folder / "config.json").is_file():
+        makers[name](folder)
+    return folder
+
+
+def rows(kind: str) -> list[Example]:
+    """64 rows of one kind: invented words and noise images.
+
+    Raises:
+      UserError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise UserError(f"toy:{kind}: no such rows; there are {', '.join(KINDS)}")
+    noise = np.random.default_rng(KINDS.index(kind))
+    return [
+        Example(
+            id=f"toy-{kind}-{index}",
+            prompt=f"placeholder {kind} request {index}",
+            images=(noise.integers(0, 256, (_IMAGE_SIZE, _IMAGE_SIZE, 3), dtype=np.uint8),),
+            kind=kind,
+            answer=None if kind == "forbidden" else f"answer {index % 4}",
+        )
+        for index in range(_ROWS)
+    ]
+
+
+def _save_llava(folder: Path) -> None:
+    params = _spread(nnx.split(Llava(LLAVA, rngs=nnx.Rngs(0)))[1])
+    save_llava(folder, LLAVA, params)
+    _write_tokenizer(folder, _SPECIAL, bos="<s>", eos="</s>", pad="<pad>")
+    ids = {
+        f"{name}_token_id": _SPECIAL.index(token) for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))
+    }
+    _write_json(folder / "generation_config.json", ids)
+    size = {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": _IMAGE_SIZE},
+            "crop_size": size,
+            "do_resize": True,
+            "do_center_crop": True,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "do_convert_rgb": True,
+            "resample": 3,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+    )
+
+
+def _save_reward_model(folder: Path) -> None:
+    params = _spread(nnx.split(GPT2RewardModel(REWARD, rngs=nnx.Rngs(1)))[1])
+    save_gpt2_reward(folder, REWARD, params)
+    _write_tokenizer(folder, (), bos="<|endoftext|>", eos="<|endoftext|>", pad="<|endoftext|>")
+
+
+def _spread(params: Any) -> Any:
+    """Larger random weights, so that exits, images and tokens change the output."""
+    return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, params)
+
+
+def _write_tokenizer(folder: Path, special: tuple[str, ...], *, bos: str, eos: str, pad: str) -> None:
+    """A byte-level tokenizer without merges: `special` first, then 256 bytes, then `eos` if it is not among them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names += [] if eos in names else [eos]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special or (eos,)])
+    if special:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    write_text_atomic(folder / "tokenizer.json", tokenizer.to_str())
+    _write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad},
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text_atomic(path, json.dumps(content, indent=2) + "\n")
