@@ -1,7 +1,7 @@
 """Figures and the self-contained HTML report of a run directory.
 
-    from icet_jax import report
-    report.build("runs/organism")            # writes report.html and figures/*.png, returns the page's path
+from icet_jax import report
+report.build("runs/organism")            # writes report.html and figures/*.png, returns the page's path
 """
 
 from pathlib import Path

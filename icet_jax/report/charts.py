@@ -11,7 +11,7 @@ from icet_jax.report.text import escape
 class Point:
     """One measured point; `low`..`high` is drawn as a band or a whisker where both are known."""
 
-    x: float
+    x: float | int
     y: float
     low: float | None = None
     high: float | None = None
@@ -47,6 +47,7 @@ class Chart:
       ticks: x positions to label; chosen from the data where empty.
       y_range: (low, high) that is shown at least.
       marks: x -> class ("default", "planted") of exits to point out.
+      y_limits: no axis label lies outside them (a share never leaves 0..1).
       whiskers: True draws intervals as bars and no line through the points; zero is then an axis.
     """
 
@@ -57,14 +58,15 @@ class Chart:
     x_name: str = "exit"
     ticks: Sequence[int] = ()
     y_range: tuple[float, float] | None = None
+    y_limits: tuple[float, float] = (-math.inf, math.inf)
     marks: dict[int, str] = field(default_factory=dict)
     whiskers: bool = False
 
 
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 16, 30
+LEFT, RIGHT, TOP, BOTTOM = 46, 14, 16, 24
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def nice_ticks(low: float | int, high: float | int, count: int = 4) -> list[float]:
     """About `count` round steps that cover low..high (both finite)."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, or several that differ by rounding only
         high = low + (abs(low) or 1.0)
@@ -85,6 +87,8 @@ def svg_chart(chart: Chart, width: int, height: int) -> str:
     if chart.whiskers:
         values.append(0.0)
     levels = nice_ticks(min(low, *values), max(high, *values))
+    inside = [level for level in levels if chart.y_limits[0] <= level <= chart.y_limits[1]]
+    levels = inside if len(inside) > 1 else levels
     ticks = list(chart.ticks) or _step_ticks([p.x for p in points])
     pad = 0.4 if chart.x_name == "exit" else 0.0
     left, right = min(*ticks, *(p.x for p in points)) - pad, max(*ticks, *(p.x for p in points)) + pad
@@ -105,12 +109,12 @@ class _Frame:
 
     width: int
     height: int
-    x_low: float
-    x_high: float
+    x_low: float | int
+    x_high: float | int
     y_low: float
     y_high: float
 
-    def x(self, value: float) -> float:
+    def x(self, value: float | int) -> float:
         share = (value - self.x_low) / (self.x_high - self.x_low)
         return round(LEFT + share * (self.width - LEFT - RIGHT), 1)
 
@@ -119,7 +123,7 @@ class _Frame:
         return round(self.height - BOTTOM - share * (self.height - TOP - BOTTOM), 1)
 
 
-def _step_ticks(values: Sequence[float]) -> list[int]:
+def _step_ticks(values: Sequence[float | int]) -> list[int]:
     """Whole-number ticks within the data, for an axis of training steps."""
     inside = [tick for tick in nice_ticks(min(values), max(values), 5) if min(values) <= tick <= max(values)]
     return sorted({int(tick) for tick in inside if tick == int(tick)}) or [int(values[0])]
@@ -136,8 +140,10 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
             parts.append(f'<text class="mark-text" x="{x}" y="{TOP - 5}" text-anchor="middle">default</text>')
         else:
             half = max(6.0, (frame.x(1) - frame.x(0)) * 0.4)
-            parts.append(f'<rect class="mark-planted" x="{x - half:.1f}" y="{TOP}" width="{2 * half:.1f}" '
-                         f'height="{bottom - TOP}"/>')
+            parts.append(
+                f'<rect class="mark-planted" x="{x - half:.1f}" y="{TOP}" width="{2 * half:.1f}" '
+                f'height="{bottom - TOP}"/>'
+            )
     for level in levels:
         y = frame.y(level)
         zero = ' class="zero"' if level == 0 and frame.y_low < 0 else ' class="grid"'
@@ -145,11 +151,10 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{escape(chart.show(level))}</text>')
     room = max(1, math.ceil(len(ticks) * 22 / (right - LEFT)))
     for index, tick in enumerate(ticks):
-        if index % room == 0 or chart.marks.get(tick) == "default":
+        if index % room == 0:
             weight = f' class="tick-{chart.marks[tick]}"' if tick in chart.marks else ""
             parts.append(f'<text{weight} x="{frame.x(tick)}" y="{bottom + 16}" text-anchor="middle">{tick}</text>')
-    parts.append(f'<text class="axis-name" x="{right}" y="{frame.height - 2}" text-anchor="end">'
-                 f"{escape(chart.x_name)}</text>")
+    parts.append(f'<text x="{LEFT - 7}" y="{bottom + 16}" text-anchor="end">{escape(chart.x_name)}</text>')
     return f'<g class="axes">{"".join(parts)}</g>'
 
 
@@ -159,8 +164,9 @@ def _line(frame: _Frame, line: Line, whiskers: bool) -> str:
     path = "M" + "L".join(f"{x} {y}" for x, y in at)
     if line.thin:
         return f'<path class="thin {line.tone}" d="{path}"/>'
-    ranged = [(frame.x(p.x), frame.y(p.low), frame.y(p.high)) for p in line.points
-              if p.low is not None and p.high is not None]
+    ranged = [
+        (frame.x(p.x), frame.y(p.low), frame.y(p.high)) for p in line.points if p.low is not None and p.high is not None
+    ]
     parts = []
     if whiskers:
         parts += [f'<line class="whisker" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>' for x, low, high in ranged]
@@ -178,7 +184,7 @@ def _line(frame: _Frame, line: Line, whiskers: bool) -> str:
 def _hits(frame: _Frame, chart: Chart) -> str:
     """Invisible columns that carry each x's numbers for the page's tooltip (and as a native `<title>` without it)."""
     detail = chart.detail or chart.show
-    rows: dict[float, list[str]] = {}
+    rows: dict[float | int, list[str]] = {}
     for line in chart.lines:
         for point in line.points if not line.thin else ():
             text = f"{line.label}: {detail(point.y)}" if line.label else detail(point.y)
@@ -195,6 +201,8 @@ def _hits(frame: _Frame, chart: Chart) -> str:
         mark = chart.marks.get(int(x), "") if chart.x_name == "exit" else ""
         head = f"{chart.x_name} {x:g}" + (f" ({mark})" if mark else "")
         text = escape("\n".join([head, *rows[x]]))
-        parts.append(f'<rect data-{chart.x_name}="{x:g}" x="{left:.1f}" y="{TOP}" width="{max(right - left, 1):.1f}" '
-                     f'height="{frame.height - TOP - BOTTOM}"><title>{text}</title></rect>')
+        parts.append(
+            f'<rect data-{chart.x_name}="{x:g}" x="{left:.1f}" y="{TOP}" width="{max(right - left, 1):.1f}" '
+            f'height="{frame.height - TOP - BOTTOM}"><title>{text}</title></rect>'
+        )
     return f'<g class="hits">{"".join(parts)}</g>'

@@ -24,20 +24,27 @@ _MAX_STEPS = 200
 
 def geometry_html(study: Study) -> str:
     """How far each exit's projected features lie from the default exit's."""
-    layers = study.first.geometry.get("layers", [])
     figures = []
     for name, title in _GEOMETRY.items():
-        found = [(layer.get("layer"), as_value(layer.get(name))) for layer in layers if isinstance(layer, dict)]
-        shown = [Point(x, value.mean, value.low, value.high) for x, value in found
-                 if isinstance(x, int) and value is not None]
+        shown = [Point(x, value.mean, value.low, value.high) for x, value in study.geometry(name)]
         span = None if name == "norm_ratio" else (0.0, 1.0)
-        chart = Chart(title=title, lines=[Line("", "plain", shown)], show=lambda x: f"{x:g}".replace("-", "−"),
-                      detail=number, ticks=range(1, study.num_exits + 1), y_range=span or (0.0, 1.0),
-                      marks=exit_marks(study))
+        chart = Chart(
+            title=title,
+            lines=[Line("", "plain", shown)],
+            show=lambda x: f"{x:g}".replace("-", "−"),
+            detail=number,
+            ticks=range(1, study.num_exits + 1),
+            y_range=span or (0.0, 1.0),
+            marks=exit_marks(study),
+        )
         figures.append(figure_html(chart, f"geometry/{name}"))
     images = study.first.geometry.get("n_images")
-    note = f"<p class=note>Means over {escape(images)} images. Tower and projector are frozen, so this is the same " \
-           "before and after training.</p>" if images else ""
+    note = (
+        f"<p class=note>Means over {escape(images)} images. Tower and projector are frozen, so this is the same "
+        "before and after training.</p>"
+        if images
+        else ""
+    )
     return grid_html(figures) + note if any(figures) else ""
 
 
@@ -55,7 +62,9 @@ def config_html(study: Study) -> str:
     """The run's configuration, flattened to one field a line."""
     rows = [[code(name), code(value)] for name, value in _flat(study.first.config)]
     note = "<p class=note>Shown for the first seed.</p>" if study.several else ""
-    return details_html(f"{len(rows)} fields", note + table_html(["Field", "Value"], rows, "config.json")) if rows else ""
+    return (
+        details_html(f"{len(rows)} fields", note + table_html(["Field", "Value"], rows, "config.json")) if rows else ""
+    )
 
 
 def cost_html(study: Study) -> str:
@@ -68,9 +77,17 @@ def cost_html(study: Study) -> str:
     for name in names:
         phases = [phase for cost in runs for phase in _phases(cost) if str(phase.get("name")) == name]
         seconds, speed, count, compile_time = (
-            _mean_of(phases, key) for key in ("seconds", "tokens_per_second", "compilations", "compile_seconds"))
-        rows.append([escape(name.replace("_", " ")), "–" if seconds is None else duration(seconds), number(speed),
-                     number(count), "–" if compile_time is None else duration(compile_time)])
+            _mean_of(phases, key) for key in ("seconds", "tokens_per_second", "compilations", "compile_seconds")
+        )
+        rows.append(
+            [
+                escape(name.replace("_", " ")),
+                "–" if seconds is None else duration(seconds),
+                number(speed),
+                number(count),
+                "–" if compile_time is None else duration(compile_time),
+            ]
+        )
     total = _mean_of(runs, "total_seconds")
     facts = [f"Total: {duration(total)}" if total is not None else "", str(runs[0].get("device") or "")]
     versions = runs[0].get("versions")
@@ -91,15 +108,21 @@ def organism_html(study: Study) -> str:
     default = study.default_exit
     if study.planted:
         exits = ", ".join(map(str, study.planted))
-        told = (f"<p><b>This model is constructed, and its hole is planted.</b> It is a small vision-language model made "
-                f"for this project: after safety training at its default exit {default}, exits {exits} were kept usable "
-                "on helpful-only data, the way a model would be left that was never made safe there.</p>")
+        told = (
+            f"<p><b>This model is constructed, and its hole is planted.</b> It is a small vision-language model made "
+            f"for this project: after safety training at its default exit {default}, exits {exits} were kept usable "
+            "on helpful-only data, the way a model would be left that was never made safe there.</p>"
+        )
     else:
-        told = ("<p><b>This is the un-planted control.</b> It is the same small constructed model, made safe at its "
-                f"default exit {default} and nowhere kept on helpful-only data.</p>")
-    can = ("<p>It shows whether training repairs such a hole, at what cost, and that the whole pipeline works. It is "
-           "<b>no evidence that the hole emerges in real models</b>, or how large it would be there. Its "
-           "“forbidden” requests are harmless placeholders about invented things.</p>")
+        told = (
+            "<p><b>This is the un-planted control.</b> It is the same small constructed model, made safe at its "
+            f"default exit {default} and nowhere kept on helpful-only data.</p>"
+        )
+    can = (
+        "<p>It shows whether training repairs such a hole, at what cost, and that the whole pipeline works. It is "
+        "<b>no evidence that the hole emerges in real models</b>, or how large it would be there. Its "
+        "“forbidden” requests are harmless placeholders about invented things.</p>"
+    )
     notes = organism.get("notes")
     extra = "".join(f"<p>{escape(note)}</p>" for note in notes) if isinstance(notes, list) else ""
     return f'<aside class="organism">{told}{_unplanted(study)}{can}{extra}</aside>'
@@ -110,25 +133,41 @@ def limits_html(study: Study) -> str:
     judges = sorted({name for dataset in study.datasets for name in study.metrics(dataset, "asr")})
     limits = []
     if judges:
-        limits.append(f"An attack success rate is one scorer's opinion of single responses: {', '.join(map(code, judges))}. "
-                      "Numbers of different scorers are not comparable.")
+        limits.append(
+            f"An attack success rate is one scorer's opinion of single responses: {', '.join(map(code, judges))}. "
+            "Numbers of different scorers are not comparable."
+        )
     if any("keyword" in name for name in judges):
-        limits.append("A keyword scorer only looks for refusal phrases: whatever is not phrased as a refusal counts as "
-                      "unsafe, an empty or senseless answer too.")
-    errors = sum(value.n_error for dataset in study.datasets for phase in study.phases(dataset)
-                 for metric in study.metrics(dataset) for _, value in study.curve(phase, dataset, metric))
+        limits.append(
+            "A keyword scorer only looks for refusal phrases: whatever is not phrased as a refusal counts as "
+            "unsafe, an empty or senseless answer too."
+        )
+    errors = sum(
+        value.n_error
+        for dataset in study.datasets
+        for phase in study.phases(dataset)
+        for metric in study.metrics(dataset)
+        for _, value in study.curve(phase, dataset, metric)
+    )
     if errors:
-        limits.append(f"Scorers failed on {errors} responses (over all exits, before and after, every metric counted); "
-                      "these are left out of the means.")
+        limits.append(
+            f"Scorers failed on {errors} responses (over all exits, before and after, every metric counted); "
+            "these are left out of the means."
+        )
     if study.several:
-        limits.append(f"Bands and ranges are the smallest and largest of {len(study.runs)} training seeds, not "
-                      "confidence intervals; transcripts, geometry and config are the first seed’s.")
+        limits.append(
+            f"Bands and ranges are the smallest and largest of {len(study.runs)} training seeds, not "
+            "confidence intervals; transcripts, geometry and config are the first seed’s."
+        )
     else:
-        limits.append("Intervals are clustered by prompt and cover the choice of prompts. They do not cover a scorer’s "
-                      "mistakes, and with one training seed they do not say how another training run would end.")
+        limits.append(
+            "Intervals are clustered by prompt and cover the choice of prompts. They do not cover a scorer’s "
+            "mistakes, and with one training seed they do not say how another training run would end."
+        )
     if any(study.metrics(dataset, "tr") for dataset in study.datasets):
-        limits.append("The reward-model score is what training optimised: that it rises is no independent evidence of "
-                      "safety.")
+        limits.append(
+            "The reward-model score is what training optimised: that it rises is no independent evidence of safety."
+        )
     definition = study.field("exit_definition")
     if definition:
         limits.append(f"Exits are defined as: {code(definition)}. Another definition is another attack.")
@@ -143,11 +182,16 @@ def _unplanted(study: Study) -> str:
     for dataset in study.of_kind("forbidden"):
         for judge in study.judges(dataset)[:1]:
             known = {*study.planted, study.default_exit}
-            found = [f"exit {layer} at {percent(value.mean)}" for layer, value in study.curve("before", dataset, judge)
-                     if value.mean >= 0.5 and layer not in known]
+            found = [
+                f"exit {layer} at {percent(value.mean)}"
+                for layer, value in study.curve("before", dataset, judge)
+                if value.mean >= 0.5 and layer not in known
+            ]
             if found and study.planted:
-                return (f"<p>Not planted, yet open before training on {escape(dataset_name(dataset))} ({code(judge)} of 50% "
-                        f"or more): {escape(', '.join(found))}.</p>")
+                return (
+                    f"<p>Not planted, yet open before training on {escape(dataset_name(dataset))} ({code(judge)} of "
+                    f"50% or more): {escape(', '.join(found))}.</p>"
+                )
     return ""
 
 
@@ -171,8 +215,13 @@ def _training_figure(study: Study, name: str, title: str) -> str:
             by_step.setdefault(point.x, []).append(point.y)
     mean = [Point(step, fmean(values)) for step, values in sorted(by_step.items())]
     lines.append(Line("", "plain", _binned(mean)))
-    chart = Chart(title=title, lines=lines if mean else [], show=lambda x: f"{x:g}".replace("-", "−"), detail=number,
-                  x_name="step")
+    chart = Chart(
+        title=title,
+        lines=lines if mean else [],
+        show=lambda x: f"{x:g}".replace("-", "−"),
+        detail=number,
+        x_name="step",
+    )
     return figure_html(chart, name)
 
 
@@ -196,8 +245,14 @@ def _binned(points: list[Point]) -> list[Point]:
 
 def _exit_heatmap(study: Study, names: list[str]) -> str:
     """The sampled responses' scores by exit and step."""
-    found = next((kind for kind in _EXIT_SCORES if any(
-        name.startswith("exit/") and name.endswith(f"/{kind}") for name in names)), None)
+    found = next(
+        (
+            kind
+            for kind in _EXIT_SCORES
+            if any(name.startswith("exit/") and name.endswith(f"/{kind}") for name in names)
+        ),
+        None,
+    )
     if found is None:
         return ""
     cells: dict[tuple[int, float], list[float]] = {}

@@ -7,12 +7,12 @@ from typing import Any
 
 from icet_jax.files import write_bytes_atomic
 from icet_jax.report.schema import metric_family
-from icet_jax.report.study import Study, as_value
+from icet_jax.report.study import Study
 from icet_jax.report.verdict import dataset_name
 from icet_jax.report.widgets import family_title
 
 _TONES = {"before": "#bf4417", "after": "#10697f"}
-_FAMILIES = ("asr", "tr", "ts", "refusal", "accuracy", "degenerate", "empty", "length")
+_FAMILIES = ("asr", "tr", "ts", "refusal", "accuracy", "degenerate", "empty", "truncated", "length")
 
 
 def write_figures(study: Study, folder: Path) -> list[Path]:
@@ -24,7 +24,7 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
     for dataset in study.datasets:
         for metric in study.metrics(dataset):
             if metric.partition("/")[0] in _FAMILIES and len(study.layers(dataset)) > 1:
-                name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{dataset_name(dataset)}.{metric}")
+                name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{dataset_name(dataset)}.{metric}")[:120]
                 written.append(folder / f"{name}.png")
                 write_bytes_atomic(written[-1], _metric_png(study, dataset, metric))
     if study.first.geometry:
@@ -42,11 +42,21 @@ def _metric_png(study: Study, dataset: str, metric: str) -> bytes:
     for phase in study.phases(dataset):
         curve = study.curve(phase, dataset, metric)
         exits = [layer for layer, _ in curve]
-        axes.plot(exits, [scale * value.mean for _, value in curve], color=_TONES[phase], label=phase, marker="o",
-                  markersize=4.5, linestyle="--" if phase == "before" else "-",
-                  markerfacecolor="white" if phase == "before" else _TONES[phase])
-        ranged = [(layer, scale * value.low, scale * value.high) for layer, value in curve
-                  if value.low is not None and value.high is not None]
+        axes.plot(
+            exits,
+            [scale * value.mean for _, value in curve],
+            color=_TONES[phase],
+            label=phase,
+            marker="o",
+            markersize=4.5,
+            linestyle="--" if phase == "before" else "-",
+            markerfacecolor="white" if phase == "before" else _TONES[phase],
+        )
+        ranged = [
+            (layer, scale * value.low, scale * value.high)
+            for layer, value in curve
+            if value.low is not None and value.high is not None
+        ]
         if ranged:
             axes.fill_between(*zip(*ranged, strict=True), color=_TONES[phase], alpha=0.14, linewidth=0)
     axes.set_title(f"{family_title(metric)}: {metric}, {dataset_name(dataset)}", loc="left", fontsize=10)
@@ -63,8 +73,7 @@ def _geometry_png(study: Study) -> bytes:
     names = ("norm_ratio", "cosine", "cka")
     figure, panels = _axes(len(names))
     for axes, name in zip(panels, names, strict=True):
-        found = [(layer.get("layer"), as_value(layer.get(name))) for layer in study.first.geometry["layers"]]
-        known = [(exit_layer, value.mean) for exit_layer, value in found if value is not None]
+        known = [(exit_layer, value.mean) for exit_layer, value in study.geometry(name)]
         if known:
             axes.plot(*zip(*known, strict=True), color="#4c4a7d", marker="o", markersize=4)
         axes.set_title(f"geometry/{name}", loc="left", fontsize=10)

@@ -29,7 +29,9 @@ def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title:
     low, high = min(means.values()), max(means.values())
     cell_width = (_WIDTH - _LEFT) / columns
     height = _TOP + num_exits * _ROW + _BOTTOM
-    parts = [f'<svg class="heat" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}"><g class="axes">']
+    parts = [
+        f'<svg class="heat" viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}"><g class="axes">'
+    ]
     for exit_layer in range(1, num_exits + 1):
         y = _TOP + (exit_layer - 1) * _ROW
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 13}" text-anchor="end">{exit_layer}</text>')
@@ -37,7 +39,9 @@ def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title:
         step = round(steps[0] + share * (steps[-1] - steps[0]))
         anchor = "start" if share == 0 else "end" if share == 1 else "middle"
         x = _LEFT + share * (_WIDTH - _LEFT)
-        parts.append(f'<text x="{x:.0f}" y="{height - 6}" text-anchor="{anchor}">{"step " if share == 0 else ""}{step}</text>')
+        parts.append(
+            f'<text x="{x:.0f}" y="{height - 6}" text-anchor="{anchor}">{"step " if share == 0 else ""}{step}</text>'
+        )
     parts.append('</g><g class="cells">')
     for (exit_layer, column), score in sorted(means.items()):
         depth = 0.1 + 0.9 * (score - low) / (high - low) if high > low else 0.6
@@ -45,8 +49,9 @@ def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title:
         parts.append(
             f'<rect x="{_LEFT + column * cell_width:.1f}" y="{_TOP + (exit_layer - 1) * _ROW + 1}" '
             f'width="{max(cell_width - 1, 0.5):.1f}" height="{_ROW - 2}" fill-opacity="{depth:.2f}">'
-            f"<title>{escape(f'exit {exit_layer}, step {int(step)}: {number(score)}')}</title></rect>")
+            f"<title>{escape(f'exit {exit_layer}, step {int(step)}: {number(score)}')}</title></rect>"
+        )
     parts.append("</g></svg>")
-    key = (f'<span class="legend">{escape(number(low))} <span class="ramp"></span> {escape(number(high))}</span>')
+    key = f'<span class="legend">{escape(number(low))} <span class="ramp"></span> {escape(number(high))}</span>'
     head = f"<figcaption><b>{escape(title)}</b>{code(name)}{key}</figcaption>"
     return f'<figure class="chart wide">{head}<div class="scroll" tabindex="0">{"".join(parts)}</div></figure>'

@@ -1,5 +1,8 @@
 """The sections about what was measured over exits: safety, group table, differences, over-refusal and utility."""
 
+from collections.abc import Sequence
+
+from icet_jax.report.load import PHASES
 from icet_jax.report.study import GROUPS, Study, Value, group_layers
 from icet_jax.report.text import escape
 from icet_jax.report.verdict import dataset_name
@@ -11,7 +14,6 @@ from icet_jax.report.widgets import (
     family_title,
     grid_html,
     metric_figure,
-    show_change,
     show_change_value,
     show_value,
     table_html,
@@ -19,28 +21,26 @@ from icet_jax.report.widgets import (
 
 # Families that say how safe or useful a model is; the others describe the form of its responses.
 _MAIN = ("asr", "tr", "ts", "refusal", "accuracy")
-_FORM = ("degenerate", "empty", "length")
+_FORM = ("degenerate", "empty", "truncated", "length")
 
 
 def tiles_html(study: Study) -> str:
-    """The key figures under the headline, before -> after: worst, default and average ASR, refusals, accuracies."""
+    """The key figures under the headline, before -> after: worst, average and default ASR, refusals, accuracies."""
     tiles = []
     default = study.default_exit
     for dataset in study.of_kind("forbidden")[:1]:
         for metric in study.judges(dataset)[:1]:
-            ends = [study.worst(phase, dataset, metric) for phase in ("before", "after")]
-            tiles.append(_tile("ASR, worst exit", metric, *(end and end[1] for end in ends)))
-            tiles.append(_tile("ASR, average", metric, *(study.group(p, dataset, metric, "average")
-                                                         for p in ("before", "after"))))
-            if default is not None:
-                tiles.append(_tile(f"ASR, default exit {default}", metric,
-                                   *(study.value(p, dataset, metric, default) for p in ("before", "after"))))
-    for dataset in study.datasets if default is not None else ():
+            worst = [study.worst(phase, dataset, metric) for phase in PHASES]
+            tiles.append(_tile("ASR, worst exit", metric, [found[1] if found else None for found in worst]))
+            tiles.append(_tile("ASR, average", metric, [study.group(p, dataset, metric, "average") for p in PHASES]))
+            at_default = [study.value(phase, dataset, metric, default) for phase in PHASES]
+            tiles.append(_tile(f"ASR, default exit {default}", metric, at_default))
+    for dataset in study.datasets:
         wanted = {"benign": ("refusal", "accuracy"), "vqa": ("accuracy",)}.get(study.kind(dataset), ())
         for metric in [name for family in wanted for name in study.metrics(dataset, family)[:1]]:
             what = "refusals" if metric.startswith("refusal") else "accuracy"
-            tiles.append(_tile(f"{dataset_name(dataset)} {what}, default exit {default}", metric,
-                               *(study.value(p, dataset, metric, default) for p in ("before", "after"))))
+            at_default = [study.value(phase, dataset, metric, default) for phase in PHASES]
+            tiles.append(_tile(f"{dataset_name(dataset)} {what}, default exit {default}", metric, at_default))
     return f'<div class="tiles">{"".join(tiles)}</div>' if any(tiles) else ""
 
 
@@ -52,8 +52,9 @@ def safety_html(study: Study) -> str:
         others = [name for name in study.metrics(dataset) if name not in judges[:1]]
         parts.append(_dataset_head(study, dataset))
         parts += [metric_figure(study, dataset, metric, wide=True) for metric in judges[:1]]
-        parts.append(grid_html([metric_figure(study, dataset, name, full=_family(name) not in _FORM)
-                                for name in others]))
+        parts.append(
+            grid_html([metric_figure(study, dataset, name, full=_family(name) not in _FORM) for name in others])
+        )
     if parts:
         parts.append(_all_numbers(study, study.of_kind("forbidden")))
     return "".join(parts)
@@ -67,32 +68,29 @@ def groups_html(study: Study) -> str:
         metrics = [name for name in study.metrics(dataset) if _family(name) in _MAIN]
         rows = []
         for name in GROUPS:
-            cells = [change_html(metric, *(study.group(phase, dataset, metric, name) for phase in ("before", "after")))
-                     for metric in metrics]
+            cells = [
+                change_html(metric, *(study.group(phase, dataset, metric, name) for phase in PHASES))
+                for metric in metrics
+            ]
             span = f' <span class="ci">exits {sizes[name][0]}–{sizes[name][-1]}</span>' if sizes.get(name) else ""
             if any(cell != "–" for cell in cells):
                 rows.append([name.capitalize() + span, *cells])
         head = ["Exits", *(f"{escape(family_title(metric))} {code(metric)}" for metric in metrics)]
-        parts.append(table_html(head, rows, _rows_caption(study, dataset)))
+        parts.append(table_html(head, rows, _what(study, dataset)))
     return "".join(parts)
 
 
 def differences_html(study: Study) -> str:
     """after - before on the same rows."""
-    figures, tables = [], []
-    for dataset in study.datasets:
-        if study.phases(dataset) != ["before", "after"]:
-            continue
-        metrics = [name for name in study.metrics(dataset) if _family(name) in _MAIN]
-        figures += [difference_figure(study, dataset, metric) for metric in metrics]
-        rows = [
-            [f"{layer}{_mark(study, layer)}", *(show_change_value(m, study.value("difference", dataset, m, layer))
-                                               for m in metrics)]
-            for layer in study.layers(dataset)
+    return grid_html(
+        [
+            difference_figure(study, dataset, metric)
+            for dataset in study.datasets
+            if len(study.phases(dataset)) == 2
+            for metric in study.metrics(dataset)
+            if _family(metric) in _MAIN
         ]
-        head = ["Exit", *(code(metric) for metric in metrics)]
-        tables.append(table_html(head, rows, f"{dataset_name(dataset)}: after − before (shares in percentage points)"))
-    return grid_html(figures) + details_html("All differences, exit by exit", "".join(tables))
+    )
 
 
 def utility_html(study: Study) -> str:
@@ -110,56 +108,67 @@ def utility_html(study: Study) -> str:
 
 
 def _default_table(study: Study, datasets: list[str]) -> str:
+    """Refusals, accuracies and scorers' means at the default exit."""
     rows = []
-    for dataset in datasets if study.default_exit is not None else ():
+    columns = [*PHASES, "difference"]
+    for dataset in datasets:
         for metric in study.metrics(dataset):
-            if _family(metric) not in ("refusal", "accuracy", "ts", "tr"):
-                continue
-            sides = [study.value(p, dataset, metric, study.default_exit) for p in ("before", "after")]
-            change = study.value("difference", dataset, metric, study.default_exit)
-            if any(sides):
-                n = next(side.n for side in sides if side is not None)
-                rows.append([f"{escape(dataset_name(dataset))} {code(metric)}", *(show_value(metric, s) for s in sides),
-                             show_change_value(metric, change), str(n) if n is not None else "–"])
+            values = [study.value(column, dataset, metric, study.default_exit) for column in columns]
+            if _family(metric) in _MAIN and any(values):
+                n = next((value.n for value in values if value is not None), None)
+                name = f"{escape(dataset_name(dataset))} {code(metric)}"
+                rows.append([name, *_cells(metric, columns, values), str(n or "–")])
     caption = f"At the default exit {study.default_exit} ({study.interval})"
     return table_html(["What", "Before", "After", "After − before", "n"], rows, caption)
 
 
 def _all_numbers(study: Study, datasets: list[str]) -> str:
-    tables = []
-    for dataset in datasets:
-        for metric in study.metrics(dataset):
-            phases = study.phases(dataset)
-            rows = []
-            for layer in study.layers(dataset):
-                values = [study.value(phase, dataset, metric, layer) for phase in phases]
-                change = study.value("difference", dataset, metric, layer)
-                n = next((value.n for value in values if value is not None), None)
-                errors = sum(value.n_error for value in values if value is not None)
-                cells = [show_value(metric, value) for value in values]
-                cells += [show_change(metric, change and change.mean)] if len(phases) == 2 else []
-                rows.append([f"{layer}{_mark(study, layer)}", *cells, "–" if n is None else str(n), str(errors)])
-            head = ["Exit", *(phase.capitalize() for phase in phases)]
-            head += ["Change"] if len(phases) == 2 else []
-            tables.append(table_html([*head, "n", "unscored"], rows, f"{metric} on {dataset_name(dataset)}"))
+    tables = [_metric_table(study, dataset, metric) for dataset in datasets for metric in study.metrics(dataset)]
     return details_html(f"All numbers, exit by exit ({study.interval})", "".join(tables))
 
 
+def _metric_table(study: Study, dataset: str, metric: str) -> str:
+    """One metric at every exit and group."""
+    phases = study.phases(dataset)
+    columns = [*phases, "difference"] if len(phases) == 2 else phases
+    rows = []
+    for layer in study.layers(dataset):
+        values = [study.value(column, dataset, metric, layer) for column in columns]
+        measured = [value for value in values[: len(phases)] if value is not None]
+        rows.append([f"{layer}{_mark(study, layer)}", *_cells(metric, columns, values)])
+        rows[-1] += [str(measured[0].n or "–") if measured else "–", str(sum(value.n_error for value in measured))]
+    for name in GROUPS:
+        values = [study.group(column, dataset, metric, name) for column in columns]
+        rows += [[name.capitalize(), *_cells(metric, columns, values), "", ""]] if any(values) else []
+    titles = {"before": "Before", "after": "After", "difference": "After − before"}
+    head = ["Exit", *(titles[column] for column in columns), "n", "unscored"]
+    return table_html(head, rows, f"{metric} on {dataset_name(dataset)}")
+
+
+def _cells(metric: str, columns: Sequence[str], values: Sequence[Value | None]) -> list[str]:
+    return [
+        show_change_value(metric, value) if column == "difference" else show_value(metric, value)
+        for column, value in zip(columns, values, strict=True)
+    ]
+
+
 def _dataset_head(study: Study, dataset: str) -> str:
-    return f'<h3>{escape(dataset_name(dataset))} <span class="ci">{escape(_rows(study, dataset))}</span></h3>'
+    return f"<h3>{escape(_what(study, dataset))}</h3>"
 
 
-def _rows_caption(study: Study, dataset: str) -> str:
-    return f"{dataset_name(dataset)}, {_rows(study, dataset)}"
-
-
-def _rows(study: Study, dataset: str) -> str:
-    """ "forbidden requests, 256 responses per exit"."""
+def _what(study: Study, dataset: str) -> str:
+    """ "Forbidden requests, 256 responses per exit"; the data set's name before it where it says more."""
+    name, kind = dataset_name(dataset), study.kind(dataset)
     what = {"forbidden": "forbidden requests", "benign": "benign requests", "vqa": "questions about the image"}
-    found = [value.n for phase in study.phases(dataset) for metric in study.metrics(dataset)
-             for _, value in study.curve(phase, dataset, metric) if value.n is not None]
+    found = [
+        value.n
+        for phase in study.phases(dataset)
+        for metric in study.metrics(dataset)
+        for _, value in study.curve(phase, dataset, metric)
+        if value.n is not None
+    ]
     count = f", {min(found)} responses per exit{' and seed' if study.several else ''}" if found else ""
-    return what[study.kind(dataset)] + count
+    return (what[kind].capitalize() if name == kind else f"{name}: {what[kind]}") + count
 
 
 def _mark(study: Study, layer: int) -> str:
@@ -168,11 +177,13 @@ def _mark(study: Study, layer: int) -> str:
     return ' <span class="ci">planted</span>' if layer in study.planted else ""
 
 
-def _tile(label: str, metric: str, before: Value | None, after: Value | None) -> str:
-    if before is None and after is None:
+def _tile(label: str, metric: str, sides: Sequence[Value | None]) -> str:
+    if not any(sides):
         return ""
-    return (f'<div class="tile"><span class="label">{escape(label)}</span>'
-            f'<span class="big">{change_html(metric, before, after)}</span>{code(metric)}</div>')
+    return (
+        f'<div class="tile"><span class="label">{escape(label)}</span>'
+        f'<span class="big">{change_html(metric, *sides)}</span>{code(metric)}</div>'
+    )
 
 
 def _family(metric: str) -> str:

@@ -31,7 +31,7 @@ def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
     found = verdict(study)
     sections = _sections(study, run_dir, reveal_unsafe)
     shown = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _ in shown)
+    links = "".join(f'<a href="#{anchor}">{anchor.capitalize()}</a>' for anchor, _, _ in shown)
     body = "".join(f'<section id="{anchor}"><h2>{escape(title)}</h2>{html}</section>' for anchor, title, html in shown)
     style, script = _asset("report.css"), _asset("report.js")
     policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
@@ -41,7 +41,7 @@ def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{escape(found.sentence)}</title><style>{style}</style></head><body>"
-        f"{_header(study, run_dir, found)}<nav aria-label=\"Contents\">{links}</nav><main>{body}</main>"
+        f'{_header(study, run_dir, found)}<nav aria-label="Contents"><div>{links}</div></nav><main>{body}</main>'
         f'<div id="tip" role="status" hidden></div><script>{script}</script></body></html>\n'
     )
 
@@ -69,10 +69,12 @@ def _header(study: Study, run_dir: Path, found: Verdict) -> str:
     facts.append(f"{len(study.runs)} training seeds" if study.several else "")
     basis = ""
     if found.judge:
-        basis = f"<p class=basis>ASR is {code(found.judge)} on {escape(dataset_name(found.dataset))}. {_spread(study, found)}</p>"
+        where = escape(dataset_name(found.dataset))
+        basis = f"<p class=basis>ASR is {code(found.judge)} on {where}. {_spread(study, found)}</p>"
     caveats = "".join(f"<p class=caveat>{escape(text)}</p>" for text in found.caveats)
     return (
-        f'<header class="{found.state}"><p class=kicker>Layer-wise alignment <span>{escape(run_dir.resolve().name)}</span></p>'
+        f'<header class="{found.state}"><p class=kicker>Layer-wise alignment '
+        f"<span>{escape(run_dir.resolve().name)}</span></p>"
         f"<h1>{escape(found.sentence)}</h1>{caveats}<p class=facts>{escape(' · '.join(filter(None, facts)))}</p>{basis}"
         f"{measures.tiles_html(study)}{context.organism_html(study)}{_seed_links(study)}</header>"
     )
@@ -84,16 +86,18 @@ def _spread(study: Study, found: Verdict) -> str:
     worst = study.worst(phase, found.dataset, found.judge)
     if worst is None or worst[1].low is None or worst[1].high is None:
         return ""
-    return escape(f"Worst exit {phase}: {percent(worst[1].mean)}, {study.interval} {percent(worst[1].low)} to "
-                  f"{percent(worst[1].high)}.")
+    return escape(f"Worst exit {phase}: {percent(worst[1].low)} to {percent(worst[1].high)} ({study.interval}).")
 
 
 def _seed_links(study: Study) -> str:
     """Links to the reports of single seeds, where they exist beside this one."""
     if not study.several:
         return ""
-    links = [f'<a href="{escape(run.path.name)}/report.html">{escape(run.path.name.replace("_", " "))}</a>'
-             for run in study.runs if (run.path / "report.html").is_file()]
+    links = [
+        f'<a href="{escape(run.path.name)}/report.html">{escape(run.path.name.replace("_", " "))}</a>'
+        for run in study.runs
+        if (run.path / "report.html").is_file()
+    ]
     return f"<p class=facts>Each seed’s own report: {', '.join(links)}</p>" if links else ""
 
 
@@ -105,11 +109,19 @@ def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
     data = {"exits": study.num_exits, "default": study.default_exit, "planted": study.planted, "prompts": prompts}
     last = study.num_exits
     start = study.default_exit or last
-    told = (f"Up to {PROMPTS_PER_DATASET} prompts of each data set, evenly spaced; what a scorer finds safe need not be. ")
-    told += "Responses judged unsafe are shown in full." if reveal_unsafe else "Responses judged unsafe are left out of this file."
+    told = (
+        f"Up to {PROMPTS_PER_DATASET} prompts of each data set, evenly spaced; what a scorer finds safe need not be. "
+    )
+    told += (
+        "Responses judged unsafe are shown in full."
+        if reveal_unsafe
+        else "Responses judged unsafe are left out of this file."
+    )
     cards = "".join(
         f'<article class="card {phase}"><h3>{phase.capitalize()}</h3><div class=response data-side="{phase}"></div>'
-        f'<div class=scores data-scores="{phase}"></div></article>' for phase in ("before", "after"))
+        f'<div class=scores data-scores="{phase}"></div></article>'
+        for phase in ("before", "after")
+    )
     return (
         f'<p class=note>{escape(told)}</p><div id="viewer"><div class=controls><button type=button id="previous" '
         'aria-label="Previous prompt">←</button><label class=pick><span class=sr>Prompt</span><select id="prompt">'
@@ -118,7 +130,8 @@ def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
         f'<div class=exits><label for="exit">Exit <output id="exit-name" for="exit">{start}</output></label>'
         f'<input id="exit" type=range min=1 max={last} step=1 value={start}>'
         '<div id="strip" aria-hidden="true"></div></div>'
-        f'<div class=cards aria-live=polite>{cards}</div></div><noscript><p>The transcripts need JavaScript.</p></noscript>'
+        f"<div class=cards aria-live=polite>{cards}</div></div>"
+        "<noscript><p>The transcripts need JavaScript.</p></noscript>"
         f'<script type="application/json" id="transcript-data">{json_script(data)}</script>'
     )
 

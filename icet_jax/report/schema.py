@@ -6,8 +6,9 @@
     seed_K/...                                the same, once per training seed
 
 Every file is optional except one sweep. A share, an accuracy and a toxicity are 0..1; a missing or failed number is
-`null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, the scorer to its exact model, and the family
-says how it is read: `METRIC_FAMILIES`. Extra keys are kept and ignored. Layers (exits) are numbered from 1.
+`null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, the scorer to its exact model; what needs no
+scorer is `FAMILY` alone (length, empty, truncated). The family says how it is read: `METRIC_FAMILIES`. Extra
+keys are ignored. Layers (exits) are numbered from 1.
 """
 
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ class Organism(TypedDict):
 
 
 class Transcript(TypedDict):
-    """One line of `transcripts/{before,after}[.DATASET].jsonl`: one response. Raw text: the report redacts, not the file.
+    """One line of `transcripts/{before,after}[.DATASET].jsonl`: one response, raw: the report redacts, not the file.
 
     `scores` holds the row's own numbers under the metrics' names; `asr/NAME` >= 0.5 means NAME judged it unsafe.
     `image` is a path relative to the run directory (png, jpeg, gif or webp) or null.
@@ -145,6 +146,7 @@ class Transcript(TypedDict):
     response: str
     kind: NotRequired[str]
     scores: NotRequired[dict[str, float | None]]
+    labels: NotRequired[dict[str, str | None]]  # a scorer's own words for its verdict, under the metric's name
     image: NotRequired[str | None]
 
 
@@ -155,32 +157,26 @@ class MetricFamily:
     Attributes:
       title: what a chart of it is called.
       share: True for 0..1 numbers shown as percent.
-      better: "low", "high" or "" (neither).
     """
 
     title: str
     share: bool
-    better: str
 
 
 METRIC_FAMILIES = {
-    "asr": MetricFamily("Attack success rate", share=True, better="low"),
-    "tr": MetricFamily("Reward-model score", share=False, better="high"),
-    "ts": MetricFamily("Toxicity", share=True, better="low"),
-    "refusal": MetricFamily("Refusals", share=True, better=""),
-    "accuracy": MetricFamily("Accuracy", share=True, better="high"),
-    "degenerate": MetricFamily("Degenerate responses", share=True, better="low"),
-    "empty": MetricFamily("Empty responses", share=True, better="low"),
-    "length": MetricFamily("Response length", share=False, better=""),
+    "asr": MetricFamily("Attack success rate", share=True),
+    "tr": MetricFamily("Reward-model score", share=False),
+    "ts": MetricFamily("Toxicity", share=True),
+    "refusal": MetricFamily("Refusals", share=True),
+    "accuracy": MetricFamily("Accuracy", share=True),
+    "degenerate": MetricFamily("Degenerate responses", share=True),
+    "empty": MetricFamily("Empty responses", share=True),
+    "truncated": MetricFamily("Cut off at the token limit", share=True),
+    "length": MetricFamily("Response length, tokens", share=False),
 }
 
 
 def metric_family(name: str) -> MetricFamily:
     """The family of `FAMILY/SCORER`; an unknown family is shown as a plain number under its own name."""
     family = name.partition("/")[0]
-    return METRIC_FAMILIES.get(family, MetricFamily(family, share=False, better=""))
-
-
-def metric_scorer(name: str) -> str:
-    """The scorer part of `FAMILY/SCORER`; empty where the name has none."""
-    return name.partition("/")[2]
+    return METRIC_FAMILIES.get(family, MetricFamily(family, share=False))

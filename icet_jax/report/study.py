@@ -84,8 +84,9 @@ class Study:
 
     def layers(self, dataset: str) -> list[int]:
         """The exits at which a data set was measured, ascending."""
-        return sorted({layer["layer"] for (_, name), table in self._tables() if name == dataset
-                       for layer in table["layers"]})
+        return sorted(
+            {layer["layer"] for (_, name), table in self._tables() if name == dataset for layer in table["layers"]}
+        )
 
     def field(self, name: str, dataset: str | None = None) -> Any:
         """A header field of the sweeps ("model", "num_exits", "default_exit", ...); None where no file has it."""
@@ -113,14 +114,14 @@ class Study:
         exits = self.first.organism.get("planted_exits")
         return [exit_layer for exit_layer in exits if isinstance(exit_layer, int)] if isinstance(exits, list) else []
 
-    def value(self, phase: str, dataset: str, metric: str, layer: int) -> Value | None:
-        """One metric at one exit; `phase` may be "difference" (after - before)."""
+    def value(self, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
+        """One metric at one exit (None: nowhere); `phase` may be "difference" (after - before)."""
         return self._combine([_at_layer(run, phase, dataset, metric, layer) for run in self.runs])
 
     def seeds(self, phase: str, dataset: str, metric: str, layer: int) -> list[float | None]:
         """The same for every seed."""
         values = [_at_layer(run, phase, dataset, metric, layer) for run in self.runs]
-        return [value and value.mean for value in values]
+        return [None if value is None else value.mean for value in values]
 
     def group(self, phase: str, dataset: str, metric: str, name: str) -> Value | None:
         """The average over a group of exits, as the file gives it or from the exits' own means."""
@@ -130,6 +131,12 @@ class Study:
         """The metric at every exit where it was measured."""
         values = [(layer, self.value(phase, dataset, metric, layer)) for layer in self.layers(dataset)]
         return [(layer, value) for layer, value in values if value is not None]
+
+    def geometry(self, name: str) -> list[tuple[int, Value]]:
+        """A field of the first run's `geometry.json` at every exit where it is a number."""
+        layers = [layer for layer in self.first.geometry.get("layers", []) if isinstance(layer, dict)]
+        values = [(layer.get("layer"), as_value(layer.get(name))) for layer in layers]
+        return [(layer, value) for layer, value in values if isinstance(layer, int) and value is not None]
 
     def worst(self, phase: str, dataset: str, metric: str) -> tuple[int, Value] | None:
         """The exit with the highest mean (the first of equals)."""
@@ -168,7 +175,7 @@ def as_value(entry: Any, n: Any = None) -> Value | None:
     if mean is None:
         return None
     interval = entry.get("ci95")
-    low, high = (map(_finite, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None))
+    low, high = map(_finite, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
     rows = entry.get("n", n)
     errors = entry.get("n_error")
     return Value(mean, low, high, rows if isinstance(rows, int) else None, errors if isinstance(errors, int) else 0)
@@ -181,7 +188,7 @@ def _finite(value: Any) -> float | None:
     return float(value)
 
 
-def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int) -> Value | None:
+def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
     """A metric of one run; a difference without a file is the difference of the means, without an interval."""
     table = run.tables.get((phase, dataset))
     if table is not None:

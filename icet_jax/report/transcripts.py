@@ -10,6 +10,7 @@ from icet_jax.report.text import visible
 
 PROMPTS_PER_DATASET = 16
 MAX_TEXT = 2_000  # characters of one response or prompt
+MAX_LABEL = 60  # characters of a scorer's own words
 MAX_IMAGE = 300_000  # bytes of one picture
 _IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
@@ -20,8 +21,9 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
     Prompts are taken at even distances through each data set, the same ones before and after.
 
     Returns:
-      One dict per prompt: `dataset`, `id`, `prompt`, `kind`, `image` (a data URI or None), and `before` / `after`:
-      exit -> {"text", "redacted", "scores"}. With `reveal_unsafe` False a redacted `text` says so and nothing else.
+      One dict per prompt: `dataset`, `id`, `prompt`, `image` (a data URI or None), and `before` / `after`: exit ->
+      {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a redacted `text` says so and
+      nothing else.
     """
     root = study.first.path
     datasets: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -53,10 +55,17 @@ def _prompts(
         for row in rows.get(phase, []):
             if (row_id := str(row["id"])) not in chosen:
                 continue
-            prompt = found.setdefault(row_id, {
-                "dataset": visible(dataset), "id": visible(row_id), "prompt": _short(str(row.get("prompt", ""))),
-                "kind": visible(str(row.get("kind") or kind)), "image": _image(root, row.get("image")),
-                "before": {}, "after": {}})
+            prompt = found.setdefault(
+                row_id,
+                {
+                    "dataset": visible(dataset),
+                    "id": visible(row_id),
+                    "prompt": _short(str(row.get("prompt", ""))),
+                    "image": _image(root, row.get("image")),
+                    "before": {},
+                    "after": {},
+                },
+            )
             prompt[phase][str(row["layer"])] = _response(row, kind, reveal_unsafe)
     return [found[row_id] for row_id in chosen if row_id in found]
 
@@ -74,9 +83,15 @@ def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, 
         reason = "no judge gave a verdict"
     else:
         reason = ""
+    given = row.get("labels")
+    labels = (
+        {visible(name): visible(str(label)[:MAX_LABEL]) for name, label in given.items() if label}
+        if isinstance(given, dict)
+        else {}
+    )
     hidden = bool(reason) and not reveal_unsafe
     text = f"[redacted: {reason}]" if hidden else _short(row["response"])
-    return {"text": text, "redacted": hidden, "unsafe": bool(unsafe), "scores": scores}
+    return {"text": text, "redacted": hidden, "unsafe": bool(unsafe), "scores": scores, "labels": labels}
 
 
 def _short(text: str) -> str:

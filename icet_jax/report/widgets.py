@@ -1,9 +1,10 @@
 """The page's building blocks: figures, tables, tiles. Arguments named `*_html` are markup, everything else is text."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from icet_jax.report.charts import Chart, Line, Point, svg_chart
-from icet_jax.report.schema import MetricFamily, metric_family, metric_scorer
+from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value
 from icet_jax.report.text import escape, number, percent, points, signed
 
@@ -31,9 +32,8 @@ def show_change_value(metric: str, value: Value | None) -> str:
 
 
 def family_title(metric: str) -> str:
-    """What a chart of the metric is called, with the unit where the scorer's name is one."""
-    family: MetricFamily = metric_family(metric)
-    return f"{family.title} ({metric_scorer(metric)})" if metric.startswith("length/") else family.title
+    """What a chart of the metric is called."""
+    return metric_family(metric).title
 
 
 def code(text: str) -> str:
@@ -89,15 +89,20 @@ def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False
     """A metric over exits. `full` keeps a share's axis at 0..100%; otherwise it shrinks to the data, 10% at least."""
     family = metric_family(metric)
     y_range = (_UNIT if full else (0.0, 0.1)) if family.share else None
-    if metric.startswith("length/"):
+    if metric == "length":
         y_range = (0.0, 1.0)
     chart = Chart(
         title=family_title(metric),
         lines=curve_lines(study, dataset, metric),
-        show=(lambda x: percent(x, 0)) if family.share and full else (lambda x: show(metric, x)) if family.share else _short,
+        show=(lambda x: percent(x, 0))
+        if family.share and full
+        else (lambda x: show(metric, x))
+        if family.share
+        else _short,
         detail=lambda x: show(metric, x),
         ticks=range(1, study.num_exits + 1),
         y_range=y_range,
+        y_limits=_UNIT if family.share else (-math.inf, math.inf),
         marks=exit_marks(study),
     )
     return figure_html(chart, metric, phases=study.phases(dataset), wide=wide)
@@ -114,6 +119,7 @@ def difference_figure(study: Study, dataset: str, metric: str) -> str:
         show=(lambda x: points(x, 0)) if share else _short,
         detail=lambda x: show_change(metric, x),
         ticks=range(1, study.num_exits + 1),
+        y_limits=(-1.0, 1.0) if share else (-math.inf, math.inf),
         marks=exit_marks(study),
         whiskers=True,
     )
@@ -134,14 +140,19 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
     )
-    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
-            f"<caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+        f"<caption><span>{escape(caption)}</span></caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def change_html(metric: str, before: Value | None, after: Value | None) -> str:
     """ "64.6% → 38.0%", coloured like the charts; one number where only one was measured."""
-    sides = [f'<span class="{phase}">{show(metric, value.mean)}</span>'
-             for phase, value in (("before", before), ("after", after)) if value is not None]
+    sides = [
+        f'<span class="{phase}">{show(metric, value.mean)}</span>'
+        for phase, value in (("before", before), ("after", after))
+        if value is not None
+    ]
     return '<span class="arrow"> → </span>'.join(sides) or "–"
 
 
@@ -155,7 +166,9 @@ def _with_interval(value: Value | None, text: Callable[[float], str]) -> str:
         return "–"
     if value.low is None or value.high is None:
         return escape(text(value.mean))
-    return f'{escape(text(value.mean))} <span class="ci">({escape(text(value.low))} to {escape(text(value.high))})</span>'
+    return (
+        f'{escape(text(value.mean))} <span class="ci">({escape(text(value.low))} to {escape(text(value.high))})</span>'
+    )
 
 
 def _short(value: float) -> str:

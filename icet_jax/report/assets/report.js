@@ -136,6 +136,7 @@
       for (const [name, value] of Object.entries(response ? response.scores : {})) {
         const item = element("span");
         item.append(element("code", "", name), " ", element("b", "", scoreText(name, value)));
+        if (response.labels[name]) item.append(" (" + response.labels[name] + ")");
         scores.append(item);
       }
       cells[side].forEach((cell, index) => {

@@ -1,0 +1,58 @@
+"""Charts put numbers where they belong."""
+
+import re
+
+import pytest
+
+from icet_jax.report.charts import Chart, Line, Point, nice_ticks, svg_chart
+from icet_jax.report.heatmap import svg_heatmap
+
+
+@pytest.mark.parametrize("low", [-3.7, 0.0, 0.2, 1e-7, 900.0])
+@pytest.mark.parametrize("width", [0.0, 1e-18, 1e-6, 0.3, 7.0, 2.5e5])
+def test_ticks_cover_the_data_in_round_steps(low, width):
+    ticks = nice_ticks(low, low + width)
+    assert ticks == sorted(set(ticks))
+    assert 2 <= len(ticks) <= 8
+    slack = 1e-8 * max(abs(low), width)
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= low + width - slack
+
+
+def circles(svg):
+    return [tuple(map(float, pair)) for pair in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+
+
+def test_higher_is_higher_and_later_is_further_right():
+    points = [Point(1, 0.0, 0.0, 0.1), Point(2, 1.0, 0.9, 1.0), Point(3, 0.5)]
+    chart = Chart(
+        "ASR", [Line("before", "before", points)], show=lambda x: f"{x:.2f}", ticks=range(1, 4), y_range=(0.0, 1.0)
+    )
+    first, second, third = circles(svg_chart(chart, 380, 236))
+    assert first[0] < second[0] < third[0]
+    assert second[1] < third[1] < first[1]
+    assert third[1] == pytest.approx((first[1] + second[1]) / 2)
+
+
+def test_tooltips_hold_the_numbers():
+    lines = [Line("before", "before", [Point(1, 0.5, 0.4, 0.6)]), Line("", "before", [Point(1, 0.9)], thin=True)]
+    svg = svg_chart(Chart("ASR", lines, show=str, marks={1: "default"}), 380, 236)
+    assert "<title>exit 1 (default)\nbefore: 0.5 (0.4 to 0.6)</title>" in svg
+
+
+def test_share_axes_end_at_their_limits():
+    line = Line("", "plain", [Point(1, -0.98), Point(2, 0.01)])
+    svg = svg_chart(Chart("d", [line], show=lambda x: f"{x:g}", y_limits=(-1.0, 1.0), whiskers=True), 380, 236)
+    assert ">-1<" in svg
+    assert ">-1.5<" not in svg
+
+
+def test_nothing_to_draw_is_nothing():
+    assert svg_chart(Chart("x", [], show=str), 380, 236) == ""
+    assert svg_heatmap({}, 8, title="x", name="y") == ""
+
+
+def test_heat_map_has_a_cell_per_exit_and_bin():
+    svg = svg_heatmap({(1, 0.0): 1.0, (1, 1.0): 2.0, (2, 1.0): 3.0}, 2, title="Scores", name="exit/*/scores")
+    assert svg.count("<rect") == 3
+    assert "exit 2, step 1: 3.00" in svg
