@@ -1,0 +1,95 @@
+"""Rows of a data set as batches of fixed shapes: same batch size, few prompt lengths, a fixed number of images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from icet_jax.data.processor import image_rows
+from icet_jax.data.records import Example
+from icet_jax.models.family import Images
+from icet_jax.parallel.sharding import batch_sharding
+
+_FINEST = 16  # positions; short prompts are padded to a multiple of it
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """B rows ready for the model; the last batch of a data set is filled up with empty rows.
+
+    Attributes:
+      examples: the real rows, first in the batch.
+      tokens: int32 [B, P], left-padded (with token 0, which the mask hides).
+      mask: bool [B, P]; all false for filler rows.
+      images: B * per_row images, fillers included; None where the data set has none.
+    """
+
+    examples: list[Example]
+    tokens: Any
+    mask: Any
+    images: Images | None
+
+
+def prompt_bucket(length: int) -> int:
+    """The padded length for prompts of up to `length` positions: at most an eighth longer (or the next 16)."""
+    step = max(_FINEST, 1 << max(length.bit_length() - 4, 0))
+    return -(-length // step) * step
+
+
+def batch_indices(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Numbers of the rows of each batch: every row once, rows of similar length (in characters) together."""
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def prompt_batch(
+    vlm: Any, examples: Sequence[Example], batch_size: int, per_row: int, *, length: int | None = None
+) -> PromptBatch:
+    """Tokens and images of rows, filled up to a fixed shape.
+
+    Args:
+      vlm: the model, an `icet_jax.api.VLM`.
+      examples: at most `batch_size` rows.
+      batch_size: B.
+      per_row: most images that any row of the data set has.
+      length: P; the `prompt_bucket` of the longest row if None.
+
+    Raises:
+      UserError: an image that cannot be opened, or a prompt that the processor rejects or that `length` cannot hold.
+    """
+    images, prompts = [list(row.images) for row in examples], [row.prompt for row in examples]
+    inputs = vlm.processor(images=images, prompts=prompts, pad_to=length)
+    ids, attention = inputs["input_ids"], inputs["attention_mask"]
+    width = ids.shape[1]
+    fill = ((0, batch_size - len(examples)), ((prompt_bucket(width) if length is None else length) - width, 0))
+    tokens = np.pad(ids.astype(np.int32), fill)
+    mask = np.pad(attention.astype(bool), fill)
+    pictures = _images(inputs.get("pixel_values"), ids, vlm, batch_size, per_row) if per_row else None
+    tokens, mask = place((tokens, mask), vlm.mesh)
+    return PromptBatch(list(examples), tokens, mask, pictures)
+
+
+def _images(pixels: np.ndarray | None, ids: np.ndarray, vlm: Any, batch_size: int, per_row: int) -> Images:
+    """Real images, then fillers, whose row is `batch_size`: one past the last."""
+    vision = vlm.config.vision
+    shape = (vision.num_channels, vision.image_size, vision.image_size)
+    count = 0 if pixels is None else len(pixels)
+    rows = image_rows(ids, count, vlm.config)
+    filled = np.zeros((batch_size * per_row, *shape), np.float32)
+    if pixels is not None:
+        filled[:count] = pixels
+    rows = np.pad(rows, (0, batch_size * per_row - count), constant_values=batch_size)
+    placed = place((filled, rows.astype(np.int32)), vlm.mesh)
+    return Images(pixels=placed[0], rows=placed[1], num_rows=batch_size, per_row=per_row)
+
+
+def place(tree: Any, mesh: Any) -> Any:
+    """Arrays on the device, their first axis split over the mesh's row axes where it divides."""
+    if mesh is None:
+        return jax.device_put(tree)
+    sharding = batch_sharding(mesh)
+    rows = int(np.prod([mesh.shape[axis] for axis in sharding.spec[0]]))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, whole if leaf.shape[0] % rows else sharding), tree)

@@ -1,0 +1,164 @@
+"""The sweep: one encode for all exits, the same answers whatever the batch, killed and resumed equals never killed."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+from icet_jax.evaluation import sweep as sweeping
+from icet_jax.evaluation.sweep import sweep
+from icet_jax.judges.base import Scores
+from icet_jax.judges.keywords import RefusalKeywords
+from icet_jax.models.llama import init_lora
+from tests.evaluation import bundle
+
+
+class Lengths:
+    """A scorer that fails on every third text it is given and labels the rest."""
+
+    name, metric, label_shares = "toy", "tr", {"long": "longwinded"}
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, prompts, responses):
+        self.calls += 1
+        values = np.array([len(p) for p in prompts], np.float32)
+        values[::3] = np.nan
+        return {"toy": Scores(values, [None if np.isnan(v) else "long" if v > 6 else "brief" for v in values])}
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory):
+    return bundle.tiny_vlm(tmp_path_factory.mktemp("vlm"))
+
+
+def run(vlm, **changes):
+    settings = dict(exits="all", sampling=vlm.sampling(6), scorers=[RefusalKeywords()], batch_size=3)
+    return sweep(vlm, changes.pop("rows", bundle.rows()), **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def plain(vlm):
+    return run(vlm)
+
+
+def texts(result):
+    return {(row["id"], row["layer"]): row["response"] for row in result.rows}
+
+
+def test_answers_are_those_of_one_row_at_one_exit(vlm, plain):
+    for example in bundle.rows():
+        inputs = vlm.processor(images=[list(example.images)], prompts=[example.prompt], pad_to=72)
+        encoded = vlm.encode(inputs)
+        for layer in range(1, 5):
+            alone = vlm.generate(inputs, exit_layer=layer, max_new_tokens=6, encoded=encoded)
+            assert texts(plain)[example.id, layer] == alone.texts[0]
+    assert len(set(texts(plain).values())) > 10
+
+
+def test_result_has_the_form_of_the_run_directory(plain):
+    table = plain.sweep
+    assert table["schema"] == 1 and table["kind"] == "mixed"
+    assert (table["num_exits"], table["default_exit"]) == (4, 3)
+    assert [layer["layer"] for layer in table["layers"]] == [1, 2, 3, 4]
+    assert set(table["groups"]) == {"early", "middle", "late", "average"}
+    assert all(layer["n"] == 7 for layer in table["layers"])
+    metrics = table["layers"][0]["metrics"]
+    assert metrics["asr/refusal_keywords"]["n"] == 3
+    assert metrics["refusal/refusal_keywords"]["n"] == 4
+    assert metrics["accuracy/vqa_exact"]["n"] == metrics["accuracy/benign_exact"]["n"] == 1
+    assert {"length", "empty", "truncated", "degenerate/text_rules"} <= set(metrics)
+    json.dumps(table, allow_nan=False)
+    assert [(row["id"], row["layer"]) for row in plain.rows[:5]] == [("a", 1), ("a", 2), ("a", 3), ("a", 4), ("b", 1)]
+    assert plain.tokens == sum(row["scores"]["length"] for row in plain.rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 9])
+def test_batching_does_not_change_an_answer(vlm, plain, batch_size):
+    assert texts(run(vlm, batch_size=batch_size)) == texts(plain)
+
+
+def test_sampled_answers_depend_on_seed_and_row_alone(vlm):
+    sampling = vlm.sampling(6, temperature=1.0)
+    first = texts(run(vlm, sampling=sampling, exits=[2], seed=5))
+    assert texts(run(vlm, sampling=sampling, exits=[4, 2], seed=5)).items() >= first.items()
+    assert texts(run(vlm, sampling=sampling, exits=[2], seed=6)) != first
+    doubled = [*bundle.rows(), Example("again", "short", (bundle.picture(0),))]
+    again = texts(run(vlm, sampling=sampling, exits=[2], seed=5, rows=doubled))
+    assert again.items() >= first.items() and again["again", 2] != again["a", 2]
+
+
+def test_each_batch_is_encoded_once_and_an_exit_compiles_nothing(vlm, monkeypatch):
+    encode, calls = sweeping.encode, []
+    monkeypatch.setattr(sweeping, "encode", lambda *args: calls.append(1) or encode(*args))
+    run(vlm, exits=[1])
+    compiled = sweeping.answer._cache_size()
+    assert len(calls) == 3
+    run(vlm, exits=[2, 3, 4])
+    assert len(calls) == 6 and sweeping.answer._cache_size() == compiled
+
+
+def test_adapters_change_the_answers(vlm, plain):
+    adapters = init_lora(vlm.config.text, rank=2, alpha=4.0, targets=("q_proj",), key=jax.random.key(0))
+    assert texts(run(vlm, lora=adapters)) == texts(plain)
+    noisy = adapters.replace(weights=jax.tree.map(lambda leaf: leaf + 1.0, adapters.weights))
+    assert texts(run(vlm, lora=noisy)) != texts(plain)
+
+
+def test_scorers_errors_and_labels(vlm):
+    result = run(vlm, scorers=[Lengths(), RefusalKeywords()], exits=[2], batch_size=7)
+    metrics = result.sweep["layers"][0]["metrics"]
+    assert metrics["tr/toy"]["n"] == 4 and metrics["tr/toy"]["n_error"] == 3
+    assert metrics["longwinded/toy"]["n"] == 4 and metrics["longwinded/toy"]["n_error"] == 3
+    failed = [row for row in result.rows if row["scores"]["tr/toy"] is None]
+    assert len(failed) == 3 and all("tr/toy" not in row["labels"] for row in failed)
+
+
+def test_killed_and_resumed_equals_never_killed(vlm, tmp_path):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    expected = run(vlm, transcript_path=whole)
+
+    class Killed(Exception):
+        pass
+
+    def kill(progress):
+        if progress.done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(vlm, transcript_path=part, progress=kill)
+    part.write_bytes(part.read_bytes()[:-20])
+    seen = []
+    scorer = Lengths()
+    resumed = run(vlm, transcript_path=part, progress=seen.append)
+    assert part.read_bytes() == whole.read_bytes()
+    assert resumed.sweep == expected.sweep and resumed.rows == expected.rows
+    assert len(seen) == 12 - 4 and seen[0].done == 5 and seen[-1].done == seen[-1].total == 12
+    assert seen[0].seconds_left is None and seen[-1].seconds_left == 0
+    again = run(vlm, transcript_path=part)
+    assert again.tokens == 0 and again.rows == expected.rows and scorer.calls == 0
+
+
+def test_foreign_transcripts_are_refused(vlm, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    run(vlm, transcript_path=path, exits=[1])
+    with pytest.raises(UserError, match="another sweep"):
+        run(vlm, transcript_path=path, exits=[1], tag="after")
+    with pytest.raises(UserError, match="another sweep"):
+        run(vlm, transcript_path=path, exits=[1], rows=[Example("a", "other", (bundle.picture(0),))])
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(UserError, match="line 1 is no transcript row"):
+        run(vlm, transcript_path=path)
+
+
+def test_bad_input_is_one_line(vlm):
+    with pytest.raises(UserError, match="exit 5"):
+        run(vlm, exits=[1, 5])
+    with pytest.raises(UserError, match="no rows"):
+        run(vlm, rows=[])
+    with pytest.raises(UserError, match="repeat an id"):
+        run(vlm, rows=[Example("a", "x"), Example("a", "y")])
