@@ -26,9 +26,8 @@ features stay with the rollout, row-aligned, and no gradient reaches tower or pr
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,14 +45,13 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
-from icet_jax.typing import Array, Bool, Float, Int, Key
+from icet_jax.typing import Array, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
 _EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
-@flax.struct.dataclass
-class Rollout:
+class Rollout(NamedTuple):
     """One batch of sampled responses; every leaf is row-aligned.
 
     Attributes:
@@ -65,37 +63,40 @@ class Rollout:
       mask: bool [B, A], up to and including EOS; all false for filler rows.
     """
 
-    prompts: Int[Array, "B P"]
-    prompt_mask: Bool[Array, "B P"]
+    prompts: Array
+    prompt_mask: Array
     visual: Any
-    exits: Int[Array, " B"]
-    tokens: Int[Array, "B A"]
-    log_probs: Float[Array, "B A"]
-    mask: Bool[Array, "B A"]
+    exits: Array
+    tokens: Array
+    log_probs: Array
+    mask: Array
 
 
-@flax.struct.dataclass
-class TrainBatch:
+class TrainBatch(NamedTuple):
     """A rollout with everything the update needs held constant; every leaf is row-aligned."""
 
-    prompts: Int[Array, "B P"]
-    prompt_mask: Bool[Array, "B P"]
+    prompts: Array
+    prompt_mask: Array
     visual: Any
-    responses: Int[Array, "B A"]
-    mask: Bool[Array, "B A"]
-    old_log_probs: Float[Array, "B A"]
-    old_values: Float[Array, "B A"]
-    advantages: Float[Array, "B A"]
-    returns: Float[Array, "B A"]
+    responses: Array
+    mask: Array
+    old_log_probs: Array
+    old_values: Array
+    advantages: Array
+    returns: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """The compiled phases; see the module's docstring for their arguments."""
+    """The compiled phases; see the module's docstring for their arguments.
+
+    `compile` takes what `rollout` takes and compiles all three for these shapes without running any.
+    """
 
     rollout: Callable[..., Rollout]
     prepare: Callable[..., tuple[TrainState, TrainBatch, dict[str, Any]]]
     update: Callable[..., tuple[TrainState, dict[str, Any]]]
+    compile: Callable[..., None]
 
 
 def draw_exits(
@@ -119,6 +120,11 @@ def draw_exits(
     )
 
 
+def shuffle_key(run_key: Key[Array, ""], iteration: Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one iteration's permutations."""
+    return jax.random.fold_in(jax.random.fold_in(run_key, _SHUFFLE_STREAM), iteration)
+
+
 def build(graphdef: Any, settings: Settings) -> Phases:
     """Jits the phases for one model structure and one `Settings`; nothing is compiled before the first call."""
     prepare_arrays = jax.jit(lambda *arrays: _prepare(graphdef, settings, *arrays))
@@ -128,13 +134,30 @@ def build(graphdef: Any, settings: Settings) -> Phases:
     ) -> tuple[TrainState, TrainBatch, dict[str, Any]]:
         scores, learned = np.asarray(scores, np.float32), np.asarray(learned, bool)
         batch, controls, metrics = prepare_arrays(params, state.trainable, state.controls, rollout, scores, learned)
-        return dataclasses.replace(state, controls=controls), batch, metrics
+        return state._replace(controls=controls), batch, metrics
 
-    return Phases(
-        rollout=jax.jit(lambda params, state, *rest: _rollout(graphdef, settings, params, state, *rest)),
-        prepare=prepare,
-        update=jax.jit(lambda *arrays: _update(graphdef, settings, *arrays), donate_argnums=1),
-    )
+    rollout = jax.jit(lambda params, state, *rest: _rollout(graphdef, settings, params, state, *rest))
+    update = jax.jit(lambda *arrays: _update(graphdef, settings, *arrays), donate_argnums=1)
+
+    def compile_all(params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any) -> None:
+        made = _outputs(rollout.lower(params, state, images, tokens, mask, exits, key).compile())
+        per_row = (np.zeros(tokens.shape[0], np.float32), np.zeros(tokens.shape[0], bool))
+        batch, controls, _ = _outputs(
+            prepare_arrays.lower(params, state.trainable, state.controls, made, *per_row).compile()
+        )
+        update.lower(params, state._replace(controls=controls), batch, key).compile()
+
+    return Phases(rollout=rollout, prepare=prepare, update=update, compile=compile_all)
+
+
+def _outputs(compiled: Any) -> Any:
+    """What a compiled phase returns, abstractly; on several devices also where it lies."""
+
+    def abstract(info: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        where = sharding if sharding.num_devices > 1 else None
+        return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=where)
+
+    return jax.tree.map(abstract, compiled.out_info, compiled.output_shardings)
 
 
 def encode_visual(model: Any, images: Images | None, exits: Int[Array, " B"]) -> Any:
@@ -201,7 +224,7 @@ def _prepare(
     """Old and reference log-probs, values, token rewards, advantages; whitened over the whole rollout batch."""
     scored = jnp.isfinite(scores) & rollout.mask.any(axis=1)
     mask = rollout.mask & scored[:, None]
-    _check_divides(settings, mask.shape[0])
+    check_divides(settings, mask.shape[0])
     old, ref_log_probs = _in_slices(
         lambda rows: _score_slice(graphdef, settings, params, trainable, rows),
         rollout,
@@ -268,7 +291,8 @@ def _prepare(
     return batch, Controls(kl_coef=kl_coef, normaliser=normaliser), metrics
 
 
-def _check_divides(settings: Settings, rows: int) -> None:
+def check_divides(settings: Settings, rows: int) -> None:
+    """Raises a `UserError` where the rows of a batch do not divide into mini-batches and slices."""
     if rows % (settings.minibatches * settings.accumulation):
         raise UserError(
             f"config.data.batch_size {rows} does not divide into {settings.minibatches} mini-batches "
@@ -317,9 +341,8 @@ def _update(
     graphdef: Any, settings: Settings, params: Any, state: TrainState, batch: TrainBatch, run_key: Array
 ) -> tuple[TrainState, dict[str, Any]]:
     """K epochs of clipped updates on one rollout; advances the iteration."""
-    key = jax.random.fold_in(jax.random.fold_in(run_key, _SHUFFLE_STREAM), state.iteration)
     order = shuffled_order(
-        key,
+        shuffle_key(run_key, state.iteration),
         rows=batch.mask.shape[0],
         epochs=settings.epochs,
         minibatches=settings.minibatches,
@@ -341,8 +364,7 @@ def _update(
 
 def advance(state: TrainState, outcome: Outcome) -> TrainState:
     """The state after an iteration's updates."""
-    return dataclasses.replace(
-        state,
+    return state._replace(
         trainable=outcome.trainable,
         opt_state=outcome.opt_state,
         iteration=state.iteration + 1,

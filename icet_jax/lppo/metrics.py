@@ -90,7 +90,7 @@ def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettin
 
 
 def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
-    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` for the exits that were drawn."""
+    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` of the exits drawn."""
     merged = {name: value for part in jax.device_get(parts) for name, value in part.items()}
     by_exit = merged.pop("exit", None)
     flat = {name: float(value) for name, value in merged.items()}

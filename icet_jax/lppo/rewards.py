@@ -1,8 +1,8 @@
 """Rewards: KL estimators, score shaping, per-token rewards and the KL coefficient's controllers."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 
@@ -76,13 +76,12 @@ def sequence_kl(
     return jnp.sum(jnp.where(mask, kl_penalty(log_probs, ref_log_probs, "k1"), 0.0), axis=1)
 
 
-@flax.struct.dataclass
-class ScoreNormaliser:
+class ScoreNormaliser(NamedTuple):
     """Running mean and squared deviation of the scores seen so far; part of the train state and of checkpoints."""
 
-    count: Float[Array, ""]
-    mean: Float[Array, ""]
-    m2: Float[Array, ""]
+    seen: Array
+    mean: Array
+    m2: Array
 
 
 def init_normaliser() -> ScoreNormaliser:
@@ -99,13 +98,13 @@ def update_normaliser(
     count = jnp.sum(valid).astype(jnp.float32)
     mean = jnp.sum(scores) / jnp.maximum(count, 1.0)
     m2 = jnp.sum(jnp.where(valid, jnp.square(scores - mean), 0.0))
-    total = normaliser.count + count
+    total = normaliser.seen + count
     safe_total = jnp.maximum(total, 1.0)
     delta = mean - normaliser.mean
     return ScoreNormaliser(
-        count=total,
+        seen=total,
         mean=normaliser.mean + delta * count / safe_total,
-        m2=normaliser.m2 + m2 + jnp.square(delta) * normaliser.count * count / safe_total,
+        m2=normaliser.m2 + m2 + jnp.square(delta) * normaliser.seen * count / safe_total,
     )
 
 
@@ -139,7 +138,7 @@ def shape_scores(
     scores = jnp.where(valid, jnp.asarray(scores, jnp.float32), 0.0)
     if normalise:
         normaliser = update_normaliser(normaliser, scores, valid & learned)
-        variance = normaliser.m2 / jnp.maximum(normaliser.count, 1.0)
+        variance = normaliser.m2 / jnp.maximum(normaliser.seen, 1.0)
         normalised = (scores - normaliser.mean) * jax.lax.rsqrt(variance + _NORMALISE_EPS)
         scores = jnp.where(learned, normalised, scores)
     if clip:

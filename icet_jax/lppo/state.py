@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +14,7 @@ from icet_jax.lppo.rewards import ScoreNormaliser, init_normaliser
 from icet_jax.models.family import POLICY_ROOT
 from icet_jax.models.heads import init_value_head
 from icet_jax.models.layers import Lora
-from icet_jax.typing import Array, Float, Int
+from icet_jax.typing import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +36,7 @@ class OptimizerSettings:
     total_steps: int = 1
 
 
-@flax.struct.dataclass
-class Controls:
+class Controls(NamedTuple):
     """The numbers that steer the reward from one iteration to the next.
 
     Attributes:
@@ -46,12 +44,11 @@ class Controls:
       normaliser: running statistics of the reward model's scores.
     """
 
-    kl_coef: Float[Array, ""]
+    kl_coef: Array
     normaliser: ScoreNormaliser
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """Everything that a resumed run needs; nothing else changes during training.
 
     Attributes:
@@ -66,8 +63,8 @@ class TrainState:
     trainable: dict[str, Any]
     opt_state: Any
     controls: Controls
-    iteration: Int[Array, ""]
-    updates: Int[Array, ""]
+    iteration: Array
+    updates: Array
 
 
 def learning_rate(settings: OptimizerSettings) -> optax.Schedule:

@@ -33,7 +33,7 @@ def test_normaliser_equals_the_statistics_of_everything_seen():
         state = update_normaliser(state, np.where(valid, scores, np.nan).astype(np.float32), valid)
         seen.extend(scores[:size])
         np.testing.assert_allclose(state.mean, np.mean(seen), rtol=1e-5)
-        np.testing.assert_allclose(state.m2 / state.count, np.var(seen), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.m2 / state.seen, np.var(seen), rtol=1e-4, atol=1e-6)
 
 
 def test_shaping_order_is_normalise_clip_penalty():
@@ -48,13 +48,13 @@ def test_only_learned_scores_are_normalised():
     learned = np.array([True, True, False, False])
     got, state = shape([1.0, 3.0, 1.0, 0.0], learned=learned, normalise=True)
     np.testing.assert_allclose(got, [-1.0, 1.0, 1.0, 0.0], rtol=1e-5)
-    assert state.count == 2
+    assert state.seen == 2
 
 
 def test_rows_without_a_score_come_back_as_zero_and_are_not_counted():
     valid = np.array([True, True, True, False])
     got, state = shape([1.0, 2.0, 3.0, np.nan], valid=valid, normalise=True, missing_eos_penalty=1.0)
-    assert got[3] == 0 and np.all(np.isfinite(got)) and state.count == 3
+    assert got[3] == 0 and np.all(np.isfinite(got)) and state.seen == 3
 
 
 def test_adaptive_controller():

@@ -1,0 +1,282 @@
+"""The phases of L-PPO and L-SFT on a toy LLaVA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from icet_jax.errors import UserError
+from icet_jax.lppo import learner, lsft
+from icet_jax.lppo.metrics import host_metrics, require_finite
+from icet_jax.lppo.state import from_arrays, pure_dict, to_arrays
+from icet_jax.lppo.updates import gradients, shuffled_order
+from tests.lppo import toy
+
+RUN_KEY = jax.random.key(0)
+EXITS = np.array([1, 2, 3, 4, 1, 2, 3, 4], np.int32)
+ONE_STEP = dict(epochs=1, minibatches=1, accumulation=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toy.model()
+
+
+def iterate(phases, params, state, exits=EXITS, seed=0, score=toy.token_score):
+    rollout = phases.rollout(params, state, *toy.inputs(seed), exits, RUN_KEY)
+    state, batch, metrics = phases.prepare(params, state, rollout, score(rollout), np.ones(toy.ROWS, bool))
+    state, more = phases.update(params, state, batch, RUN_KEY)
+    return state, rollout, host_metrics(metrics, more)
+
+
+def moved(before, after):
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return max(float(np.max(np.abs(a - b))) for a, b in pairs)
+
+
+@pytest.mark.parametrize("lora_scale", [2.0, None], ids=["lora", "full"])
+def test_before_the_first_update_ratio_is_one_and_kl_zero(model, lora_scale):
+    """With the rollout's temperature (0.7) in every pass: TRL's rule."""
+    graphdef, params = model
+    settings = toy.settings(lora_scale=lora_scale, **ONE_STEP)
+    phases = toy.phases(settings)
+    state, rollout, row = iterate(phases, params, toy.state(params, settings))
+    assert abs(row["val/ratio"] - 1) < 1e-6 and row["val/ratio_var"] < 1e-10
+    assert row["policy/approxkl_avg"] < 1e-10 and row["policy/clipfrac_avg"] == 0
+    assert row["objective/kl"] == 0 and row["objective/non_score_reward"] == 0
+    assert row["val/sampler_gap"] < 1e-5
+    assert row["train/updates"] == 1 and int(state.iteration) == 1
+
+
+def test_the_rollout_keeps_the_contract(model):
+    graphdef, params = model
+    phases = toy.phases(toy.SETTINGS)
+    rollout = phases.rollout(params, toy.state(params), *toy.inputs(), EXITS, RUN_KEY)
+    mask, tokens = np.asarray(rollout.mask), np.asarray(rollout.tokens)
+    assert not mask[-1].any() and mask[:-1, 0].all()  # the filler row is empty
+    assert np.all(mask[:, 1:] <= mask[:, :-1])
+    # The image placeholder in a response would give the next pass too many image positions.
+    assert not np.isin(tokens[mask], [toy.IMAGE, toy.PAD]).any()
+
+
+def test_the_exit_matters_where_there_is_an_image_and_only_there(model):
+    graphdef, params = model
+    phases = toy.phases(toy.SETTINGS)
+    first, last = (
+        phases.rollout(params, toy.state(params), *toy.inputs(), np.full(toy.ROWS, layer, np.int32), RUN_KEY)
+        for layer in (1, 4)
+    )
+    changed = np.any(np.asarray(first.log_probs != last.log_probs), axis=1)
+    np.testing.assert_array_equal(changed, [True, False, True, True, True, False, True, False])
+
+
+def test_drawing_every_exit_compiles_nothing_after_the_first_iteration(model):
+    graphdef, params = model
+    phases, state = toy.phases(toy.SETTINGS), toy.state(params)
+    durations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: durations.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
+    )
+    draw = dict(batch=toy.ROWS, num_exits=4, default_exit=3)
+    state, *_ = iterate(phases, params, state, learner.draw_exits(toy.SETTINGS, RUN_KEY, state.iteration, **draw))
+    compiled = len(durations)
+    assert compiled > 0
+    for exit_layer in range(1, 5):
+        drawn = learner.draw_exits(toy.SETTINGS, RUN_KEY, state.iteration, **draw)
+        assert drawn.shape == (toy.ROWS,)
+        state, _, row = iterate(phases, params, state, jnp.full_like(drawn, exit_layer), seed=exit_layer)
+        assert {name for name in row if name.startswith("exit/")} == {
+            f"exit/{exit_layer}/scores", f"exit/{exit_layer}/kl"
+        }  # fmt: skip
+    assert len(durations) == compiled
+
+
+def test_accumulation_gives_the_same_gradients(model):
+    """Slices of unequal token counts: weighting by tokens, not by slices."""
+    graphdef, params = model
+    phases, state = toy.phases(toy.SETTINGS), toy.state(params)
+    rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    rng = np.random.default_rng(0)
+    _, batch, _ = phases.prepare(params, state, rollout, rng.normal(size=8), np.ones(8, bool))
+    lengths = rng.permutation([0, 1, 2, 3, 4, 5, 5, 1])
+    batch = batch._replace(mask=batch.mask & (np.arange(5) < lengths[:, None]))
+    trainable = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), state.trainable)
+
+    def loss(trainable, rows):
+        return learner.lppo_loss(graphdef, toy.settings(entropy_coef=0.1), params, trainable, rows)
+
+    order = rng.permutation(8).astype(np.int32)
+    results = [
+        jax.jit(lambda slices: gradients(loss, trainable, batch, batch.mask.sum(1), slices))(order.reshape(n, -1))
+        for n in (1, 2, 4)
+    ]
+    for result in results[1:]:
+        for mine, theirs in zip(jax.tree.leaves(result[::2]), jax.tree.leaves(results[0][::2]), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_masked_garbage_does_not_reach_the_gradients(model):
+    graphdef, params = model
+    phases, state = toy.phases(toy.SETTINGS), toy.state(params)
+    rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    _, batch, _ = phases.prepare(params, state, rollout, np.arange(8.0), np.ones(8, bool))
+    batch = batch._replace(mask=batch.mask & (np.arange(5) < 3))
+
+    def poisoned(x):
+        return jnp.where(batch.mask, x, jnp.nan)
+
+    dirty = batch._replace(
+        responses=jnp.where(batch.mask, batch.responses, 11),
+        old_log_probs=poisoned(batch.old_log_probs),
+        old_values=poisoned(batch.old_values),
+        advantages=poisoned(batch.advantages),
+        returns=poisoned(batch.returns),
+    )
+    grad = jax.jit(jax.grad(lambda t, b: learner.lppo_loss(graphdef, toy.SETTINGS, params, t, b)[0]))
+    for mine, theirs in zip(
+        jax.tree.leaves(grad(state.trainable, dirty)), jax.tree.leaves(grad(state.trainable, batch)), strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("lora_scale", [2.0, None], ids=["lora", "full"])
+def test_only_the_policy_and_the_value_head_move(model, lora_scale):
+    graphdef, params = model
+    settings = toy.settings(lora_scale=lora_scale)
+    before = jax.device_get(pure_dict(params))
+    state = toy.state(params, settings)
+    start = jax.device_get(state.trainable)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(start))
+    state, _, row = iterate(toy.phases(settings), params, state)
+    assert row["train/updates"] == 4 == int(state.updates)
+    assert moved(start["policy"], state.trainable["policy"]) > 0
+    assert moved(start["value_head"], state.trainable["value_head"]) > 0
+    assert moved(before, pure_dict(params)) == 0
+    merged, lora = learner.with_policy(params, state.trainable, lora_scale)
+    frozen = {name: merged[name] for name in ("vision_tower", "projector")}
+    assert moved({name: before[name] for name in frozen}, frozen) == 0
+    assert (lora is None) == (lora_scale is None)
+
+
+def test_a_toy_reward_is_learned(model):
+    graphdef, params = model
+    settings = toy.settings(epochs=4, accumulation=1, optimizer=toy.OptimizerSettings(learning_rate=2e-2))
+    phases, state = toy.phases(settings), toy.state(params, settings)
+    scores = []
+    for _ in range(30):
+        state, rollout, row = iterate(phases, params, state)
+        scores.append(row["objective/scores"])
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.3
+    assert row["objective/kl"] > 0
+
+
+def test_unscored_rows_train_nothing(model):
+    graphdef, params = model
+    phases, state = toy.phases(toy.settings(normalise=True)), toy.state(params)
+    rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    scores = np.array([1, np.nan, 2, np.nan, 0, 1, 1, np.nan], np.float32)
+    state, batch, metrics = phases.prepare(params, state, rollout, scores, np.ones(8, bool))
+    row = host_metrics(metrics)
+    assert row["objective/unscored"] == 2 and row["objective/scores"] == 1
+    assert not batch.mask[[1, 3, 7]].any() and state.controls.normaliser.seen == 5
+    np.testing.assert_array_equal(np.isfinite(batch.advantages), True)
+
+
+def test_nan_stops_the_run_and_leaves_the_weights(model):
+    graphdef, params = model
+    phases, state = toy.phases(toy.SETTINGS), toy.state(params)
+    rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    state, batch, _ = phases.prepare(params, state, rollout, np.ones(8), np.ones(8, bool))
+    before = jax.device_get(state.trainable)
+    batch = batch._replace(advantages=batch.advantages.at[0, 0].set(jnp.nan))
+    state, metrics = phases.update(params, state, batch, RUN_KEY)
+    row = host_metrics(metrics)
+    assert row["train/updates"] < 4 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.trainable))
+    if row["train/updates"] == 0:
+        assert moved(before, state.trainable) == 0
+    with pytest.raises(UserError, match="iteration 12.*NaN"):
+        require_finite(row, 12)
+
+
+def test_target_kl_skips_the_remaining_updates(model):
+    graphdef, params = model
+    settings = toy.settings(epochs=4, target_kl=1e-6)
+    state, _, row = iterate(toy.phases(settings), params, toy.state(params))
+    assert row["policy/early_stop"] == 1 and 1 <= row["train/updates"] < 8
+    assert int(state.updates) == row["train/updates"]
+
+
+def test_adaptive_coefficient_moves_after_the_rewards(model):
+    graphdef, params = model
+    settings = toy.settings(kl_adaptive=True, kl_target=6.0, kl_horizon=100.0)
+    state, _, row = iterate(toy.phases(settings), params, toy.state(params))
+    np.testing.assert_allclose(row["objective/kl_coef"], 0.1)
+    np.testing.assert_allclose(state.controls.kl_coef, 0.1 * (1 - 0.2 * 7 / 100), rtol=1e-6)
+
+
+@pytest.mark.parametrize("lora_scale", [2.0, None], ids=["lora", "full"])
+def test_restored_state_continues_bit_for_bit(model, lora_scale):
+    graphdef, params = model
+    settings = toy.settings(lora_scale=lora_scale, kl_adaptive=True, normalise=True)
+    phases, state = toy.phases(settings), toy.state(params, settings)
+    state, *_ = iterate(phases, params, state)
+    saved = to_arrays(state)
+    assert all(type(array) is np.ndarray for array in saved.values())
+    straight, *_ = iterate(phases, params, state, seed=1)
+    template = jax.eval_shape(lambda: toy.state(params, settings, seed=9))
+    resumed, *_ = iterate(phases, params, from_arrays(template, saved), seed=1)
+    for mine, theirs in zip(to_arrays(resumed).values(), to_arrays(straight).values(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_state_of_another_config_is_refused(model):
+    _, params = model
+    state = toy.state(params)
+    arrays = to_arrays(state)
+    name = "trainable/value_head/kernel"
+    arrays[name] = arrays[name][:3]
+    arrays["extra"] = np.zeros(1)
+    del arrays["updates"]
+    with pytest.raises(UserError, match="updates is missing; extra is unknown; trainable/value_head/kernel has shape"):
+        from_arrays(state, arrays)
+
+
+def test_every_epoch_has_its_own_permutation():
+    """lm-human-preference-details used one key, hence one order, for all epochs."""
+    order = np.asarray(shuffled_order(RUN_KEY, rows=12, epochs=3, minibatches=2, accumulation=3))
+    assert order.shape == (6, 3, 2)
+    epochs = order.reshape(3, 12)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(12), (3, 1)))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_batch_that_does_not_divide_is_refused(model):
+    graphdef, params = model
+    with pytest.raises(UserError, match="batch_size 8 does not divide into 3 mini-batches"):
+        iterate(toy.phases(toy.settings(minibatches=3)), params, toy.state(params))
+
+
+def test_lsft_learns_its_targets_at_every_exit(model):
+    graphdef, params = model
+    settings = toy.settings(epochs=4, optimizer=toy.OptimizerSettings(learning_rate=2e-2))
+    update, state = lsft.build(graphdef, settings), toy.state(params, settings)
+    ids = [[5, 6, 7], [8], None, [5, 6, 7], [5, 6, 7, 9], [8], [9], [4]]
+    targets, target_mask = lsft.pad_targets(ids, eos_id=toy.EOS, length=toy.NEW_TOKENS, pad_id=toy.PAD)
+    np.testing.assert_array_equal(targets[1], [8, toy.EOS, toy.PAD, toy.PAD, toy.PAD])
+    np.testing.assert_array_equal(target_mask.sum(1), [4, 2, 0, 4, 5, 2, 2, 2])
+    before, rows = jax.device_get(state.trainable["value_head"]), []
+    for step in range(12):
+        exits = np.full(toy.ROWS, 1 + step % 4, np.int32)
+        state, metrics = update(params, state, *toy.inputs(), exits, targets, target_mask, RUN_KEY)
+        rows.append(host_metrics(metrics))
+    assert rows[-1]["loss/policy_avg"] < 0.5 * rows[0]["loss/policy_avg"]
+    assert rows[0]["train/updates"] == 8 and int(state.iteration) == 12
+    assert moved(before, state.trainable["value_head"]) == 0
+    policy, lora = learner.with_policy(params, state.trainable, settings.lora_scale)
+    assert lora is not None and nnx.merge(graphdef, policy).num_exits == 4
+
+
+def test_a_target_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="row 1: 5 tokens . EOS exceed"):
+        lsft.pad_targets([[1], [1] * 5], eos_id=2, length=5, pad_id=0)
