@@ -15,14 +15,13 @@ import numpy as np
 from icet_jax.checkpoints.hf_config import llava_from_hf, read_hf_config
 from icet_jax.data.images import ImageLike, open_image
 from icet_jax.data.templates import IMAGE_TOKEN, llava_15
+from icet_jax.data.tokenizer import load_tokenizer
 from icet_jax.errors import UserError
 from icet_jax.models.llava import LlavaConfig
 
 RowImages: TypeAlias = ImageLike | Sequence[ImageLike] | None
 Inputs: TypeAlias = dict[str, np.ndarray]
 
-# Any of these makes a directory one that has a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # The short side is resized to the model's and the long side with it: beyond this ratio that would take gigabytes.
 MAX_ASPECT_RATIO = 500
 
@@ -76,21 +75,8 @@ class Processor:
         """
         directory = Path(directory)
         config = llava_from_hf(read_hf_config(directory), str(directory / "config.json"))
-        if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-            raise UserError(
-                f"{directory}: no tokenizer files (tokenizer.json); copy them from the checkpoint's source, "
-                "or work on token ids"
-            )
-        # Without torch, transformers warns that it cannot run models; nobody asked it to.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        tokenizer = load_tokenizer(directory)
         image_processor = _load_image_processor(directory / "preprocessor_config.json")
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # damaged files surface as any of OSError, ValueError, KeyError, Exception
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{directory}: the tokenizer files cannot be read ({reason})") from error
         return cls(tokenizer, image_processor, config)
 
     def __call__(self, images: Sequence[RowImages], prompts: Sequence[str], *, pad_to: int | None = None) -> Inputs:
