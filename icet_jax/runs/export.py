@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 
 from icet_jax import api
 from icet_jax.checkpoints.hf_export import save_llava
+from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import with_policy
 from icet_jax.lppo.settings import from_config
 from icet_jax.lppo.state import TrainState
 from icet_jax.runs import run_dir
-from icet_jax.runs.run_state import RunState
 from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.runs.training import initial_state
 
@@ -50,18 +50,24 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
     Raises:
       UserError: see `run`.
     """
-    if not any((workdir / "checkpoints").glob("[0-9]*")):
-        raise UserError(f"{workdir / 'checkpoints'}: no complete checkpoint yet; run --mode=align first")
-    vlm = api.load(checkpoint_directory(config.model.checkpoint, workdir), dtype=config.model.dtype)
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir}: has no checkpoints to export; run --mode=align first")
+    vlm = api.load(
+        checkpoint_directory(config.model.checkpoint, workdir),
+        dtype=config.model.dtype,
+        param_dtype=None if config.lora.rank else "float32",
+    )
     settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
-    checkpoints = RunState(workdir, keep=config.checkpoint.keep)
+    checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
     try:
-        state = checkpoints.restore(initial_state(config, vlm, settings))
+        restored = checkpoints.restore(like=initial_state(config, vlm, settings))
     finally:
         checkpoints.close()
+    if restored is None:
+        raise UserError(f"{workdir}: has no complete checkpoint yet; run --mode=align on")
+    step, state, _ = restored
     write_model(vlm, state, settings.lora_scale, out)
-    iterations = config[config.algorithm].iterations
-    print(f"{out}: the model after iteration {int(state.iteration)} of {iterations}", file=sys.stderr)
+    print(f"{out}: the model after iteration {step} of {config[config.algorithm].iterations}", file=sys.stderr)
 
 
 def write_model(vlm: api.VLM, state: TrainState, lora_scale: float | None, out: Path) -> Path:

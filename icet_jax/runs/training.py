@@ -1,6 +1,6 @@
 """The training loop: batch -> algorithm's step -> log -> checkpoint, from wherever the last process stopped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from icet_jax.api import VLM
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.data.batches import Batches
 from icet_jax.data.records import Example
-from icet_jax.evaluation import batching
+from icet_jax.evaluation.batching import PromptBatch, prompt_batch
 from icet_jax.lppo.metrics import require_finite
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
@@ -32,49 +32,92 @@ _SHOWN = {
 _INIT_STREAM = 2**32 - 3
 
 
-def train(
-    config: ConfigDict, workdir: Path, vlm: VLM, examples: Sequence[Example], reward: RewardByKind
-) -> tuple[TrainState, Settings]:
-    """Trains to the last iteration; returns the final state and what it was trained with.
+class Trainer:
+    """One training run in one directory. What is wrong with its rows is found when it is made, before any work."""
 
-    Resumes from the last complete checkpoint in `workdir`. A run that was killed ends with the same bits as one that
-    was not: rows, exits, samples and permutations depend on (seed, iteration) alone.
+    def __init__(
+        self, config: ConfigDict, workdir: Path, vlm: VLM, examples: Sequence[Example], reward: RewardByKind
+    ) -> None:
+        """Prepares the phases and the first batch.
 
-    Args:
-      config: checked.
-      workdir: claimed by this config.
-      vlm: the model before training; its weights stay as they are.
-      examples: the training rows.
-      reward: scores responses (L-PPO).
+        Args:
+          config: checked.
+          workdir: claimed by this config.
+          vlm: the model before training; its weights stay as they are.
+          examples: the training rows.
+          reward: scores responses (L-PPO).
 
-    Raises:
-      UserError: the mixture asks for rows that are not there, a prompt does not fit, an image is broken, or the loss is
-        not finite (the last good checkpoint stays).
-    """
-    algorithm: Algorithm = Lppo(config, vlm, reward) if config.algorithm == "lppo" else Lsft(config, vlm)
-    state = initial_state(config, vlm, algorithm.settings)
-    batches = Batches(examples, mixture=config.data.mixture, batch_size=config.data.batch_size, seed=config.seed)
-    per_row = max(len(example.images) for example in examples)
+        Raises:
+          UserError: the mixture asks for rows that are not there, a prompt does not fit, or an image is broken.
+        """
+        self._config, self._workdir, self._vlm = config, workdir, vlm
+        self.algorithm: Algorithm = Lppo(config, vlm, reward) if config.algorithm == "lppo" else Lsft(config, vlm)
+        size = config.data.batch_size
+        self._batches = Batches(examples, mixture=config.data.mixture, batch_size=size, seed=config.seed)
+        self._images_per_row = max(len(example.images) for example in examples)
+        self.batch(0)
 
-    def prepare(index: int) -> batching.PromptBatch:
-        rows = batches.batch(index)
-        return batching.prepare(
-            vlm, rows, range(len(rows)), batch_size=len(rows), per_row=per_row, length=config.data.max_prompt_tokens
+    def batch(self, index: int) -> PromptBatch:
+        """Batch `index` of the run, a pure function of (seed, index), as arrays of one fixed shape."""
+        rows = self._batches.batch(index)
+        return prompt_batch(
+            self._vlm, rows, len(rows), self._images_per_row, length=self._config.data.max_prompt_tokens
         )
 
-    checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
-    try:
-        restored = checkpoints.restore(like=state)
-        state = state if restored is None else restored[1]
-        if int(state.iteration) < algorithm.iterations:
-            log = MetricsLog(workdir, config, step=int(state.iteration))
-            try:
-                state = _iterate(config, algorithm, state, prepare, checkpoints, log)
-            finally:
-                log.close()
-    finally:
-        checkpoints.close()
-    return state, algorithm.settings
+    def run(self) -> TrainState:
+        """Trains to the last iteration, from the last complete checkpoint of the run directory.
+
+        A run that was killed ends with the same bits as one that was not: rows, exits, samples and permutations depend
+        on (seed, iteration) alone.
+
+        Raises:
+          UserError: the loss is not finite (the last good checkpoint stays), or the directory cannot be written to.
+        """
+        config, algorithm = self._config, self.algorithm
+        checkpoints = RunState(self._workdir / "checkpoints", keep=config.checkpoint.keep)
+        try:
+            state = newest_state(config, self._vlm, algorithm.settings, checkpoints)
+            if int(state.iteration) < algorithm.iterations:
+                log = MetricsLog(self._workdir, config, step=int(state.iteration))
+                try:
+                    state = self._iterate(state, checkpoints, log)
+                finally:
+                    log.close()
+            return state
+        finally:
+            checkpoints.close()
+
+    def _iterate(self, state: TrainState, checkpoints: RunState, log: MetricsLog) -> TrainState:
+        """Every iteration that `state` has not had yet; the host prepares one batch ahead of the device."""
+        config, start, total = self._config, int(state.iteration), self.algorithm.iterations
+        with ThreadPoolExecutor(1) as background, Progress(config.algorithm, total, start=start) as progress:
+            batch = self.batch(start)
+            self.algorithm.compile(state, batch)
+            progress.restart_clock()
+            for finished in range(start + 1, total + 1):
+                coming = background.submit(self.batch, finished) if finished < total else None
+                state, row = self.algorithm.step(state, batch)
+                require_finite(row, finished)
+                last = finished == total
+                if last or finished % config.log.every == 0:
+                    log.write(finished, row)
+                if last or finished % config.checkpoint.every == 0:
+                    checkpoints.save(finished, state, {})
+                progress.advance({name: row[metric] for name, metric in _SHOWN.items() if metric in row})
+                if coming is not None:
+                    batch = coming.result()
+        return state
+
+
+def newest_state(config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState) -> TrainState:
+    """The state of the newest complete checkpoint, or the one before the first iteration where there is none.
+
+    Raises:
+      UserError: a checkpoint of another config, or every one is damaged.
+    """
+    state = initial_state(config, vlm, settings)
+    restored = checkpoints.restore(like=state)
+    return state if restored is None else restored[1]
 
 
 def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainState:
@@ -92,32 +135,3 @@ def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainStat
         optimizer=settings.optimizer,
         kl_coef=config.lppo.kl_coef,
     )
-
-
-def _iterate(
-    config: ConfigDict,
-    algorithm: Algorithm,
-    state: TrainState,
-    prepare: Callable[[int], batching.PromptBatch],
-    checkpoints: RunState,
-    log: MetricsLog,
-) -> TrainState:
-    """Every iteration that `state` has not had yet; the host opens and tokenises one batch ahead of the device."""
-    start, total = int(state.iteration), algorithm.iterations
-    with ThreadPoolExecutor(1) as background, Progress(config.algorithm, total, start=start) as progress:
-        batch = prepare(start)
-        algorithm.compile(state, batch)
-        progress.restart_clock()
-        for finished in range(start + 1, total + 1):
-            coming = background.submit(prepare, finished) if finished < total else None
-            state, row = algorithm.step(state, batch)
-            require_finite(row, finished)
-            last = finished == total
-            if last or finished % config.log.every == 0:
-                log.write(finished, row)
-            if last or finished % config.checkpoint.every == 0:
-                checkpoints.save(finished, state, {})
-            progress.advance({name: row[metric] for name, metric in _SHOWN.items() if metric in row})
-            if coming is not None:
-                batch = coming.result()
-    return state

@@ -1,0 +1,99 @@
+"""`--mode=align`: measure every exit, train, measure again, export, report."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from icet_jax import report
+from icet_jax.config import require
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+from icet_jax.files import write_text_atomic
+from icet_jax.lppo.forward import with_policy
+from icet_jax.runs import common, sources
+from icet_jax.runs.export import write_model
+from icet_jax.runs.measure import Measurements, Policy
+from icet_jax.runs.reward import RewardByKind
+from icet_jax.runs.run_dir import Costs
+from icet_jax.runs.training import Trainer
+
+
+def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
+    """The whole loop, once or once per seed; goes on wherever an earlier process in `workdir` stopped.
+
+    Raises:
+      UserError: bad input of any kind, before anything is done where it can be known; a loss that is not finite.
+    """
+    require(config, "model.checkpoint", "data.train", "sweep.datasets")
+    if _asks_reward_model(config):
+        require(config, "reward.model")
+    common.for_each_seed(config, workdir, align)
+    return 0
+
+
+def align(config: ConfigDict, workdir: Path) -> None:
+    """One run in `workdir`, which `config` has claimed."""
+    setting = common.load_setting(config, workdir)
+    examples = sources.load_rows(config.data.train, image_root=config.data.image_root)
+    trainer = Trainer(config, workdir, setting.vlm, examples, _reward(config, workdir))
+    _write_data_facts(workdir, examples, setting.tests)
+    costs = Costs(workdir)
+    measurements = Measurements(config, workdir, setting.scorers, setting.tests)
+    name = common.model_name(config)
+
+    before = Policy(setting.vlm, None, name)
+    measurements.reuse_before_of_other_seeds()
+    with costs.phase("sweep_before") as cost:
+        cost["tokens"] = measurements.sweeps("before", before)
+    with costs.phase("utility") as cost:
+        cost["tokens"] = measurements.utility("before", before)
+
+    with costs.phase("train"):
+        state = trainer.run()
+
+    lora_scale = trainer.algorithm.settings.lora_scale
+    params, lora = with_policy(setting.vlm.params, state.trainable, lora_scale)
+    after = Policy(setting.vlm if lora is not None else common.with_params(setting.vlm, params), lora, name)
+    with costs.phase("sweep_after") as cost:
+        cost["tokens"] = measurements.sweeps("after", after)
+    with costs.phase("utility") as cost:
+        cost["tokens"] = measurements.utility("after", after)
+    measurements.differences()
+
+    with costs.phase("export"):
+        if not (workdir / "hf" / "config.json").is_file():
+            write_model(setting.vlm, state, lora_scale, workdir / "hf")
+    page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
+    print(f"model: {workdir / 'hf'}\nreport: {page}", file=sys.stderr)
+
+
+def _asks_reward_model(config: ConfigDict) -> bool:
+    """Whether L-PPO draws rows that the reward model is to grade."""
+    drawn = [kind for kind, share in config.data.mixture.items() if share > 0]
+    return config.algorithm == "lppo" and any(config.reward.by_kind[kind] == "reward_model" for kind in drawn)
+
+
+def _reward(config: ConfigDict, workdir: Path) -> RewardByKind:
+    """Loads (and compiles) the reward model if it is needed."""
+    if not _asks_reward_model(config):
+        return RewardByKind(config.reward.by_kind, None)
+    model = sources.load_scorer(config.reward.model, workdir)
+    if model.metric != "tr":
+        raise UserError(f"config.reward.model={config.reward.model}: is a judge, not a reward model")
+    model.warm_up(config.data.max_prompt_tokens + config.lppo.max_new_tokens)
+    return RewardByKind(config.reward.by_kind, model)
+
+
+def _write_data_facts(workdir: Path, examples: Sequence[Example], tests: dict[str, list[Example]]) -> None:
+    """`data.json`: rows of each set by kind, and how many test prompts are training prompts."""
+    sets = {"train": examples, **tests}
+    counts = {
+        name: {kind: sum(row.kind == kind for row in rows) for kind in {row.kind for row in rows}}
+        for name, rows in sets.items()
+    }
+    content = {"rows": counts, "prompts_shared_with_train": sources.report_overlap(examples, tests)}
+    write_text_atomic(workdir / "data.json", json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,88 @@
+"""What every run that measures starts with: the model, its judges and its rows, all loaded before anything is done."""
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from icet_jax import api, report
+from icet_jax.config import check_exits
+from icet_jax.data.records import Example
+from icet_jax.files import write_text_atomic
+from icet_jax.judges.base import Scorer
+from icet_jax.parallel.mesh import make_mesh
+from icet_jax.runs import run_dir, sources
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a run works with.
+
+    Attributes:
+      vlm: the model before training.
+      scorers: judges of the sweeps, in the config's order.
+      tests: rows by data set, those of `config.sweep.datasets` and `config.sweep.utility`.
+    """
+
+    vlm: api.VLM
+    scorers: list[Scorer]
+    tests: dict[str, list[Example]]
+
+
+def load_setting(config: ConfigDict, workdir: Path) -> Setting:
+    """Loads model, judges and rows, and checks the exits that the config names.
+
+    Raises:
+      UserError: anything that is missing, broken or does not fit.
+    """
+    directory = sources.checkpoint_directory(config.model.checkpoint, workdir)
+    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    vlm = api.load(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat)
+    check_exits(config, vlm.num_exits)
+    limits = {"image_root": config.data.image_root, "limit": config.sweep.limit}
+    named = {**config.sweep.datasets, **config.sweep.utility}
+    tests = {name: sources.load_rows(source, **limits) for name, source in named.items()}
+    facts = sources.organism_facts(directory)
+    if facts is not None:
+        write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")
+    return Setting(vlm, sources.load_scorers(config, workdir), tests)
+
+
+def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, Path], None]) -> None:
+    """Runs once in `workdir`, or once per seed of `config.seeds` under workdir/seed_K, then writes the report.
+
+    Raises:
+      UserError: the folder cannot be written to or is another config's; whatever a run raises.
+    """
+    run_dir.claim(workdir, config)
+    for seed in config.seeds:
+        single = copy.deepcopy(config).unlock()
+        single.seed, single.seeds = seed, ()
+        folder = workdir / f"seed_{seed}"
+        print(f"seed {seed}: {folder}", file=sys.stderr)
+        run_dir.claim(folder, single.lock())
+        run(single, folder)
+    if not config.seeds:
+        run(config, workdir)
+    else:
+        page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
+        print(f"report over {len(config.seeds)} seeds: {page}")
+
+
+def model_name(config: ConfigDict) -> str:
+    """How reports call the model: the last part of its path, or its organism or toy name."""
+    spec: str = config.model.checkpoint
+    return spec if ":" in spec else Path(spec).name or spec
+
+
+def with_params(vlm: api.VLM, params: Any) -> api.VLM:
+    """The same bundle on other weights (after full fine-tuning)."""
+    other = copy.copy(vlm)
+    other.params = params
+    return other

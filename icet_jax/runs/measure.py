@@ -1,0 +1,146 @@
+"""Sweeps of a run: every data set before and after training, their paired differences, utility."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from icet_jax.api import VLM
+from icet_jax.data.records import Example
+from icet_jax.evaluation.summary import difference
+from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
+from icet_jax.files import write_text_atomic
+from icet_jax.judges.base import Scorer
+from icet_jax.models.layers import Lora
+from icet_jax.runs.progress import Progress
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """What answers: a bundle, with adapters or without.
+
+    Attributes:
+      vlm: graphdef, params, processor and config.
+      lora: trained adapters; None is the bundle as it is.
+      name: the model's name in reports.
+    """
+
+    vlm: VLM
+    lora: Lora | None
+    name: str
+
+
+class Measurements:
+    """The sweeps and utility files of one run directory. A finished file is never measured again."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, scorers: Sequence[Scorer], tests: dict[str, list[Example]]):
+        """`tests`: the rows of every data set that `config.sweep.datasets` and `.utility` name."""
+        self._config, self._workdir = config, workdir
+        self._scorers, self._tests = scorers, tests
+
+    def sweeps(self, phase: str, policy: Policy) -> int:
+        """Writes `sweeps/PHASE.DATASET.json` for each data set ("before" or "after"); returns the tokens generated."""
+        return sum(
+            self._measure(phase, name, policy, self._workdir / "sweeps" / f"{phase}.{name}.json")
+            for name in self._config.sweep.datasets
+        )
+
+    def utility(self, phase: str, policy: Policy) -> int:
+        """Adds the utility sets to `utility.json`; returns the tokens generated."""
+        names, path = list(self._config.sweep.utility), self._workdir / "utility.json"
+        if not names:
+            return 0
+        content: dict[str, Any] = _read(path) if path.exists() else {"schema": SCHEMA}
+        parts = {name: self._workdir / "sweeps" / ".utility" / f"{phase}.{name}.json" for name in names}
+        tokens = sum(self._measure(phase, name, policy, part) for name, part in parts.items())
+        content[phase] = {name: _read(part) for name, part in parts.items()}
+        if phase == "after":
+            content["difference"] = {name: self._difference(name, content["after"][name]) for name in names}
+        _write(path, content)
+        return tokens
+
+    def differences(self) -> None:
+        """Writes `sweeps/difference.DATASET.json`, after - before on the same rows."""
+        for name in self._config.sweep.datasets:
+            after = _read(self._workdir / "sweeps" / f"after.{name}.json")
+            _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
+
+    def reuse_before_of_other_seeds(self) -> None:
+        """Takes what another seed's run beside this one measured before training: greedy answers have no seed."""
+        if self._config.sweep.temperature > 0 or not re.fullmatch(r"seed_\d+", self._workdir.name):
+            return
+        for sweep_file in self._workdir.parent.glob("seed_*/sweeps/**/before.*.json"):
+            other = next(folder for folder in sweep_file.parents if folder.parent == self._workdir.parent)
+            transcripts = other / "transcripts" / f"{sweep_file.stem}.jsonl"
+            # The sweep's file last: it is what says that its transcripts are complete.
+            for source in (transcripts, sweep_file):
+                target = self._workdir / source.relative_to(other)
+                if not target.exists():
+                    write_text_atomic(target, source.read_text(encoding="utf-8"))
+
+    def _measure(self, phase: str, name: str, policy: Policy, path: Path) -> int:
+        if path.exists():
+            return 0
+        settings = self._config.sweep
+        result: SweepResult = sweep(
+            policy.vlm,
+            self._tests[name],
+            exits=settings.exits,
+            sampling=policy.vlm.sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p),
+            scorers=self._scorers,
+            batch_size=settings.batch_size,
+            lora=policy.lora,
+            transcript_path=self._transcripts(phase, name),
+            progress=_show(f"{phase} {name}"),
+            dataset=name,
+            model=policy.name,
+            seed=self._config.seed,
+            tag=phase,
+        )
+        _write(path, result.sweep)
+        return result.tokens
+
+    def _difference(self, name: str, after: dict[str, Any]) -> dict[str, Any]:
+        rows = {
+            phase: [
+                json.loads(line) for line in self._transcripts(phase, name).read_text(encoding="utf-8").splitlines()
+            ]
+            for phase in ("before", "after")
+        }
+        exits = [layer["layer"] for layer in after["layers"]]
+        tables = difference(rows["before"], rows["after"], exits, after["num_exits"])
+        return {"schema": SCHEMA, "dataset": name, "kind": after["kind"], **tables}
+
+    def _transcripts(self, phase: str, name: str) -> Path:
+        return self._workdir / "transcripts" / f"{phase}.{name}.jsonl"
+
+
+def _show(what: str) -> Callable[[SweepProgress], None]:
+    """Shows a sweep's progress, and says how long it will take as soon as one step has been timed."""
+    bar: list[Progress] = []
+    announced: list[float] = []
+
+    def show(state: SweepProgress) -> None:
+        if not bar:
+            bar.append(Progress(what, state.total, start=state.done - 1))
+        if state.seconds_left is not None and not announced:
+            announced.append(state.seconds_left)
+            print(f"{what}: about {state.seconds_left:.0f} s", file=sys.stderr)
+        bar[0].advance()
+
+    return show
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_text_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

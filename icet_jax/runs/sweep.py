@@ -1,0 +1,38 @@
+"""`--mode=sweep`: measure every exit of a model as it is, and report."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from icet_jax import report
+from icet_jax.config import require
+from icet_jax.runs import common
+from icet_jax.runs.measure import Measurements, Policy
+from icet_jax.runs.run_dir import Costs
+
+
+def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
+    """Sweeps and utility of `config.model.checkpoint`; goes on wherever an earlier process in `workdir` stopped.
+
+    Raises:
+      UserError: bad input of any kind.
+    """
+    require(config, "model.checkpoint", "sweep.datasets")
+    common.for_each_seed(config, workdir, measure)
+    return 0
+
+
+def measure(config: ConfigDict, workdir: Path) -> None:
+    """One run in `workdir`, which `config` has claimed."""
+    setting = common.load_setting(config, workdir)
+    costs = Costs(workdir)
+    measurements = Measurements(config, workdir, setting.scorers, setting.tests)
+    policy = Policy(setting.vlm, None, common.model_name(config))
+    with costs.phase("sweep_before") as cost:
+        cost["tokens"] = measurements.sweeps("before", policy)
+    with costs.phase("utility") as cost:
+        cost["tokens"] = measurements.utility("before", policy)
+    page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
+    print(f"report: {page}", file=sys.stderr)

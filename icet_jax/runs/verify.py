@@ -1,0 +1,189 @@
+"""`--mode=verify`: does a checkpoint give here what it gives in transformers?
+
+Token ids, pixels, every hidden state of the image encoder, logits and greedy tokens at several exits; float32 on both
+sides. Needs the `test` extra (torch).
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from icet_jax import api
+from icet_jax.config import require
+from icet_jax.data.processor import Inputs
+from icet_jax.errors import UserError
+from icet_jax.runs.ask import parse_exits
+from icet_jax.runs.sources import checkpoint_directory
+
+NEW_TOKENS = 32
+TOLERANCE = 2e-5  # float32, for values that spread by about 1; larger ones in proportion
+TIE = 5e-5  # logits closer than this may change places
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the table."""
+
+    what: str
+    found: str
+    allowed: str
+    passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What one side says about the same inputs.
+
+    Attributes:
+      hidden: [X, I, P, D], or None without images.
+      logits: float32 [B, T, V] of each exit.
+      tokens: [B, 32] of each exit, padded after the end.
+    """
+
+    hidden: np.ndarray | None
+    logits: dict[int, np.ndarray]
+    tokens: dict[int, np.ndarray]
+
+
+def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
+    """Prints the table; 0 if everything agrees, 1 if not.
+
+    Args:
+      config: its `model.checkpoint` is compared.
+      workdir: where toy weights go; else unused.
+      options: `exits` to compare at, and `image` and `prompt` for one more row beside the built-in ones.
+
+    Raises:
+      UserError: torch is not installed, or the checkpoint cannot be loaded.
+    """
+    _require_torch()
+    require(config, "model.checkpoint")
+    with jax.default_matmul_precision("highest"):
+        vlm = api.load(checkpoint_directory(config.model.checkpoint, workdir), dtype="float32")
+        exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
+        inputs, checks = _inputs(vlm, *_questions(options))
+        ours = _ours(vlm, inputs, exits)
+    theirs, gaps = _theirs(vlm, inputs, exits)
+    checks += compare(ours, theirs, gaps, inputs["attention_mask"] == 1)
+    print(_table(checks))
+    failed = [check.what for check in checks if not check.passed]
+    print(f"FAILED: {', '.join(failed)}" if failed else f"{vlm.directory} agrees with transformers")
+    return 1 if failed else 0
+
+
+def compare(
+    ours: Answers, theirs: Answers, gaps: dict[int, np.ndarray], real: np.ndarray
+) -> list[Check]:
+    """Differences of hidden states, logits and tokens, each with what is allowed.
+
+    Args:
+      ours: from this project.
+      theirs: from transformers.
+      gaps: of each exit, float32 [B, 32]: the distance of their two largest logits before each token.
+      real: bool [B, T], positions that are not padding.
+    """
+    checks = []
+    if ours.hidden is not None and theirs.hidden is not None:
+        worst = max(range(len(theirs.hidden)), key=lambda i: _excess(ours.hidden[i], theirs.hidden[i]))
+        what = f"hidden states 0..{len(theirs.hidden) - 1} (worst: {worst})"
+        checks.append(_close(what, ours.hidden[worst], theirs.hidden[worst]))
+    for layer, expected in theirs.logits.items():
+        got = ours.logits[layer][real]
+        checks.append(_close(f"logits, exit {layer}", got, expected[real]))
+        checks.append(_same_choice(f"likeliest token, exit {layer}", got, expected[real]))
+    for layer, tokens in theirs.tokens.items():
+        checks.append(_same_tokens(f"{NEW_TOKENS} greedy tokens, exit {layer}", ours.tokens[layer], tokens, gaps[layer]))
+    return checks
+
+
+def _tolerance(expected: np.ndarray) -> float:
+    return TOLERANCE * max(1.0, float(expected.std()))
+
+
+def _excess(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(got - expected).max()) / _tolerance(expected)
+
+
+def _close(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
+    difference, allowed = float(np.abs(got - expected).max()), _tolerance(expected)
+    return Check(what, f"{difference:.1e}", f"{allowed:.1e}", difference <= allowed)
+
+
+def _equal(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
+    if got.shape != expected.shape:
+        return Check(what, f"shape {got.shape}, not {expected.shape}", "0", False)
+    difference = float(np.abs(got.astype(np.float64) - expected).max(initial=0))
+    return Check(what, f"{difference:g}", "0", difference == 0)
+
+
+def _same_choice(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
+    """Argmax over the vocabulary at every position whose two largest logits are further apart than `TIE`."""
+    top = np.partition(expected, -2, axis=-1)[..., -2:]
+    clear = top[..., 1] - top[..., 0] > TIE
+    share = float((got.argmax(-1) == expected.argmax(-1))[clear].mean()) if clear.any() else 1.0
+    return Check(what, f"{share:.2%} equal", "100%", share == 1)
+
+
+def _same_tokens(what: str, got: np.ndarray, expected: np.ndarray, gaps: np.ndarray) -> Check:
+    """Rows are compared up to their first difference; it must be at a tie."""
+    for row in range(len(expected)):
+        wrong = np.flatnonzero(got[row] != expected[row])
+        if len(wrong) and gaps[row, wrong[0]] > TIE:
+            return Check(what, f"row {row} differs at token {wrong[0]}", "identical", False)
+    return Check(what, "identical", "identical", True)
+
+
+def _table(checks: Sequence[Check]) -> str:
+    rows = [("", "found", "allowed", ""), *((c.what, c.found, c.allowed, "ok" if c.passed else "FAIL") for c in checks)]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UserError("--mode=verify compares with torch, which is missing: pip install 'icet-jax[test]'") from error
+
+
+def _questions(options: argparse.Namespace) -> tuple[list[list[Any]], list[str]]:
+    """Rows with one, no and two images (noise of awkward sizes), and the user's own."""
+    noise = np.random.default_rng(0)
+    pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((97, 61), (64, 64), (33, 150))]
+    images: list[list[Any]] = [[pictures[0]], [], [pictures[1], pictures[2]]]
+    prompts = ["What is in this picture?", "Hello, how are you today?", "Which of the two is larger, and why?"]
+    if options.prompt or options.image:
+        images.append(list(options.image))
+        prompts.append(options.prompt or prompts[0])
+    return images, prompts
+
+
+def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[Inputs, list[Check]]:
+    """Our inputs and their comparison with HF's; random token ids where the checkpoint has no tokenizer."""
+    if not any((vlm.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        skipped = Check("token ids, pixels", "skipped: no tokenizer files", "", True)
+        return _random_inputs(vlm, [len(row) for row in images]), [skipped]
+    from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
+
+    ours = vlm.processor(images=images, prompts=prompts)
+    processor = LlavaProcessor(
+        AutoImageProcessor.from_pretrained(vlm.directory, backend="pil"),
+        AutoTokenizer.from_pretrained(vlm.directory, padding_side="left"),
+        patch_size=vlm.config.vision.patch_size,
+        vision_feature_select_strategy=vlm.config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+    )
+    texts = [_hf_text(processor, len(row), prompt) for row, prompt in zip(images, prompts, strict=True)]
+    flat = [image for row in vlm.processor.open_images(images) for image in row]
+    theirs = processor(text=texts, images=flat or None, padding=True, return_tensors="np")
+    return ours, [
+        _equal("token ids", ours["input_ids"], theirs["input_ids"]),
+        _equal("pixels", ours["pixel_values"], theirs["pixel_values"]),
+    ]
