@@ -79,7 +79,9 @@ class ClipVisionTower(nnx.Module):
         """Patches (row-major, class token first) plus positions, after `pre_layrnorm`: hidden state 0."""
         count, channels, height, width = pixels.shape
         size = self.config.patch_size
-        patches = pixels.reshape(count, channels, height // size, size, width // size, size)
+        rows, columns = height // size, width // size
+        # What does not fill a patch at the bottom and right is left out, as torch's strided convolution does.
+        patches = pixels[:, :, : rows * size, : columns * size].reshape(count, channels, rows, size, columns, size)
         patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * size * size)
         x = self.patch_embedding(patches)
         first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (count, 1, x.shape[-1]))
