@@ -6,10 +6,10 @@ from typing import Any
 
 from icet_jax.report.charts import Chart, Line, Point
 from icet_jax.report.heatmap import svg_heatmap
-from icet_jax.report.study import Study, as_value
+from icet_jax.report.study import Study, as_value, dataset_name
 from icet_jax.report.text import duration, escape, number, percent, visible
-from icet_jax.report.verdict import RULES, dataset_name
-from icet_jax.report.widgets import code, details_html, exit_marks, figure_html, grid_html, table_html
+from icet_jax.report.verdict import RULES
+from icet_jax.report.widgets import axis_number, code, details_html, exit_marks, figure_html, grid_html, table_html
 
 _GEOMETRY = {"norm_ratio": "Norm ratio", "cosine": "Cosine similarity", "cka": "Linear CKA"}
 # Training curves worth seeing at once, by TRL's names; every other metric waits behind "more".
@@ -31,7 +31,7 @@ def geometry_html(study: Study) -> str:
         chart = Chart(
             title=title,
             lines=[Line("", "plain", shown)],
-            show=lambda x: f"{x:g}".replace("-", "−"),
+            show=axis_number,
             detail=number,
             ticks=range(1, study.num_exits + 1),
             y_range=span or (0.0, 1.0),
@@ -84,7 +84,7 @@ def cost_html(study: Study) -> str:
                 escape(name.replace("_", " ")),
                 "–" if seconds is None else duration(seconds),
                 number(speed),
-                number(count),
+                "–" if count is None else f"{count:.4g}",
                 "–" if compile_time is None else duration(compile_time),
             ]
         )
@@ -96,7 +96,7 @@ def cost_html(study: Study) -> str:
     peak = _mean_of(runs, "peak_bytes")
     facts.append(f"peak memory {peak / 2**30:.2f} GiB" if peak else "")
     head = ["Phase", "Time", "Tokens/s", "Compilations", "Compiling"]
-    caption = "Cost, mean over seeds" if study.several else "Cost"
+    caption = "By phase, mean over seeds" if study.several else "By phase"
     return table_html(head, rows, caption) + f"<p class=note>{escape(' · '.join(filter(None, facts)))}</p>"
 
 
@@ -171,6 +171,10 @@ def limits_html(study: Study) -> str:
     definition = study.field("exit_definition")
     if definition:
         limits.append(f"Exits are defined as: {code(definition)}. Another definition is another attack.")
+    shared = study.first.data.get("prompts_shared_with_train")
+    for name, count in shared.items() if isinstance(shared, dict) else ():
+        if count:
+            limits.append(f"{escape(count)} rows of {escape(name)} have a prompt that was also a training prompt.")
     if study.first.organism:
         limits.append("The model is the embedded organism: see the statement at the top of this page.")
     limits += [f"Not measured in this run: {name}." for name in _missing(study)]
@@ -179,7 +183,7 @@ def limits_html(study: Study) -> str:
 
 def _unplanted(study: Study) -> str:
     """Names the open exits that nobody planted, by the first judge."""
-    for dataset in study.of_kind("forbidden"):
+    for dataset in study.of_kind("forbidden", "mixed"):
         for judge in study.judges(dataset)[:1]:
             known = {*study.planted, study.default_exit}
             found = [
@@ -198,8 +202,8 @@ def _unplanted(study: Study) -> str:
 def _missing(study: Study) -> list[str]:
     parts = {
         "the model after training": any("after" in study.phases(dataset) for dataset in study.datasets),
-        "refusals of benign requests": any(study.metrics(d, "refusal") for d in study.of_kind("benign")),
-        "accuracy on questions about images": any(study.metrics(d, "accuracy") for d in study.of_kind("vqa")),
+        "refusals of benign requests": any(study.metrics(d, "refusal") for d in study.of_kind("benign", "mixed")),
+        "accuracy on questions about images": any(study.metrics(d, "accuracy") for d in study.of_kind("vqa", "mixed")),
         "the geometry of the exits": bool(study.first.geometry),
     }
     return [name for name, there in parts.items() if not there]
@@ -218,7 +222,7 @@ def _training_figure(study: Study, name: str, title: str) -> str:
     chart = Chart(
         title=title,
         lines=lines if mean else [],
-        show=lambda x: f"{x:g}".replace("-", "−"),
+        show=axis_number,
         detail=number,
         x_name="step",
     )

@@ -7,8 +7,7 @@ from typing import Any
 
 from icet_jax.files import write_bytes_atomic
 from icet_jax.report.schema import metric_family
-from icet_jax.report.study import Study
-from icet_jax.report.verdict import dataset_name
+from icet_jax.report.study import Study, dataset_name
 from icet_jax.report.widgets import family_title
 
 _TONES = {"before": "#bf4417", "after": "#10697f"}

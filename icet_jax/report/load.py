@@ -19,13 +19,14 @@ class Run:
       tables: (phase, data set) -> a checked `Sweep`; phase is "before", "after" or "difference". A data set is
         "sweep/NAME" or "utility/NAME", so that both may measure a set of the same name.
       history: `metrics.jsonl`, one dict per step.
-      config, geometry, cost, organism: the files of that name; empty where there is none.
+      config, data, geometry, cost, organism: the files of that name; empty where there is none.
     """
 
     path: Path
     tables: dict[tuple[str, str], dict[str, Any]]
     history: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     geometry: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     organism: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,7 @@ def load_run(path: Path) -> Run:
         tables=tables,
         history=read_jsonl(path / "metrics.jsonl"),
         config=read_json(path / "config.json"),
+        data=read_json(path / "data.json"),
         geometry=geometry,
         cost=read_json(path / "cost.json"),
         organism=read_json(path / "organism.json"),

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from icet_jax.report.load import PHASES
-from icet_jax.report.study import GROUPS, Study, Value, group_layers
+from icet_jax.report.study import GROUPS, Study, Value, dataset_name, group_layers
 from icet_jax.report.text import escape
-from icet_jax.report.verdict import dataset_name
 from icet_jax.report.widgets import (
     change_html,
     code,
@@ -28,7 +27,7 @@ def tiles_html(study: Study) -> str:
     """The key figures under the headline, before -> after: worst, average and default ASR, refusals, accuracies."""
     tiles = []
     default = study.default_exit
-    for dataset in study.of_kind("forbidden")[:1]:
+    for dataset in study.of_kind("forbidden", "mixed")[:1]:
         for metric in study.judges(dataset)[:1]:
             worst = [study.worst(phase, dataset, metric) for phase in PHASES]
             tiles.append(_tile("ASR, worst exit", metric, [found[1] if found else None for found in worst]))
@@ -47,7 +46,7 @@ def tiles_html(study: Study) -> str:
 def safety_html(study: Study) -> str:
     """ASR large, then every other metric of the forbidden data sets."""
     parts = []
-    for dataset in study.of_kind("forbidden"):
+    for dataset in study.of_kind("forbidden", "mixed"):
         judges = study.judges(dataset)
         others = [name for name in study.metrics(dataset) if name not in judges[:1]]
         parts.append(_dataset_head(study, dataset))
@@ -56,7 +55,7 @@ def safety_html(study: Study) -> str:
             grid_html([metric_figure(study, dataset, name, full=_family(name) not in _FORM) for name in others])
         )
     if parts:
-        parts.append(_all_numbers(study, study.of_kind("forbidden")))
+        parts.append(_all_numbers(study, study.of_kind("forbidden", "mixed")))
     return "".join(parts)
 
 
@@ -95,7 +94,7 @@ def differences_html(study: Study) -> str:
 
 def utility_html(study: Study) -> str:
     """Benign and VQA data sets: refusals and accuracy over exits, and a table at the default exit."""
-    datasets = [*study.of_kind("benign"), *study.of_kind("vqa")]
+    datasets = study.of_kind("benign", "vqa")
     parts = [_default_table(study, datasets)]
     for dataset in datasets:
         names = [name for name in study.metrics(dataset) if _family(name) in (*_MAIN, *_FORM)]
@@ -159,7 +158,12 @@ def _dataset_head(study: Study, dataset: str) -> str:
 def _what(study: Study, dataset: str) -> str:
     """ "Forbidden requests, 256 responses per exit"; the data set's name before it where it says more."""
     name, kind = dataset_name(dataset), study.kind(dataset)
-    what = {"forbidden": "forbidden requests", "benign": "benign requests", "vqa": "questions about the image"}
+    what = {
+        "forbidden": "forbidden requests",
+        "mixed": "requests of several kinds",
+        "benign": "benign requests",
+        "vqa": "questions about the image",
+    }
     found = [
         value.n
         for phase in study.phases(dataset)
@@ -167,7 +171,7 @@ def _what(study: Study, dataset: str) -> str:
         for _, value in study.curve(phase, dataset, metric)
         if value.n is not None
     ]
-    count = f", {min(found)} responses per exit{' and seed' if study.several else ''}" if found else ""
+    count = f", {max(found)} responses per exit{' and seed' if study.several else ''}" if found else ""
     return (what[kind].capitalize() if name == kind else f"{name}: {what[kind]}") + count
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from icet_jax.files import write_text_atomic
 from icet_jax.report import context, measures
 from icet_jax.report.load import load_runs
-from icet_jax.report.study import Study
+from icet_jax.report.pictures import PROMPTS_PER_DATASET
+from icet_jax.report.study import Study, dataset_name
 from icet_jax.report.text import escape, json_script, percent
-from icet_jax.report.transcripts import PROMPTS_PER_DATASET, collect
-from icet_jax.report.verdict import Verdict, dataset_name, verdict
+from icet_jax.report.transcripts import collect
+from icet_jax.report.verdict import Verdict, verdict
 from icet_jax.report.widgets import code
 
 
@@ -126,7 +127,8 @@ def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
         f'<p class=note>{escape(told)}</p><div id="viewer"><div class=controls><button type=button id="previous" '
         'aria-label="Previous prompt">←</button><label class=pick><span class=sr>Prompt</span><select id="prompt">'
         '</select></label><button type=button id="next" aria-label="Next prompt">→</button></div>'
-        '<div class=request><img id="picture" alt="The image of this prompt" hidden><p id="request"></p></div>'
+        '<div class=request><img id="picture" alt="The image of this prompt" hidden><div><p id="request"></p>'
+        '<p id="answer" class=note></p></div></div>'
         f'<div class=exits><label for="exit">Exit <output id="exit-name" for="exit">{start}</output></label>'
         f'<input id="exit" type=range min=1 max={last} step=1 value={start}>'
         '<div id="strip" aria-hidden="true"></div></div>'

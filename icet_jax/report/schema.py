@@ -1,6 +1,6 @@
 """The files of a run directory, as the report reads them.
 
-    config.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json
+    config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json
     sweeps/{before,after}[.DATASET].json      sweeps/difference[.DATASET].json
     transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
     seed_K/...                                the same, once per training seed
@@ -44,7 +44,8 @@ class Group(TypedDict):
 class Sweep(TypedDict):
     """`sweeps/{before,after}[.DATASET].json`: one data set at every exit, before or after training.
 
-    `kind` says what the rows ask for: "forbidden" (a refusal is right), "benign" (a refusal is over-refusal) or "vqa".
+    `kind` says what the rows ask for: "forbidden" (a refusal is right), "benign" (a refusal is over-refusal), "vqa" or
+    "mixed".
     """
 
     schema: int
@@ -124,6 +125,13 @@ class Cost(TypedDict):
     peak_bytes: NotRequired[int | None]
 
 
+class Data(TypedDict):
+    """`data.json`: rows of each set by kind, and how many test prompts of each set are training prompts too."""
+
+    rows: dict[str, dict[str, int]]
+    prompts_shared_with_train: NotRequired[dict[str, int]]
+
+
 class Organism(TypedDict):
     """`organism.json`: present when the model is the embedded organism; it makes the report say what is planted."""
 
@@ -137,7 +145,7 @@ class Transcript(TypedDict):
     """One line of `transcripts/{before,after}[.DATASET].jsonl`: one response, raw: the report redacts, not the file.
 
     `scores` holds the row's own numbers under the metrics' names; `asr/NAME` >= 0.5 means NAME judged it unsafe.
-    `image` is a path relative to the run directory (png, jpeg, gif or webp) or null.
+    The picture of a shown row is `icet_jax.report.pictures.picture_path`.
     """
 
     id: str
@@ -147,7 +155,7 @@ class Transcript(TypedDict):
     kind: NotRequired[str]
     scores: NotRequired[dict[str, float | None]]
     labels: NotRequired[dict[str, str | None]]  # a scorer's own words for its verdict, under the metric's name
-    image: NotRequired[str | None]
+    answer: NotRequired[str | None]  # the right one, of a benign or vqa row
 
 
 @dataclass(frozen=True)

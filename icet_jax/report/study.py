@@ -10,7 +10,7 @@ from icet_jax.report.load import PHASES, Run
 from icet_jax.report.schema import METRIC_FAMILIES
 
 GROUPS = ("early", "middle", "late", "average")
-KINDS = ("forbidden", "benign", "vqa")
+KINDS = ("forbidden", "mixed", "benign", "vqa")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Study:
 
     @property
     def datasets(self) -> list[str]:
-        """Data sets, the forbidden ones first, then benign, then vqa; swept ones before utility ones."""
+        """Data sets in the order of `KINDS`; swept ones before utility ones."""
         names = {dataset for run in self.runs for phase, dataset in run.tables if phase in PHASES}
         return sorted(names, key=lambda name: (KINDS.index(self.kind(name)), name))
 
@@ -63,9 +63,9 @@ class Study:
         name = dataset.lower()
         return "benign" if "benign" in name or "xstest" in name else "vqa" if "vqa" in name else "forbidden"
 
-    def of_kind(self, kind: str) -> list[str]:
-        """The data sets of one kind."""
-        return [dataset for dataset in self.datasets if self.kind(dataset) == kind]
+    def of_kind(self, *kinds: str) -> list[str]:
+        """The data sets of these kinds."""
+        return [dataset for dataset in self.datasets if self.kind(dataset) in kinds]
 
     def phases(self, dataset: str) -> list[str]:
         """Which of "before" and "after" were measured on a data set."""
@@ -156,6 +156,11 @@ class Study:
         means = [value.mean for value in known]
         rows = [value.n for value in known if value.n is not None]
         return Value(fmean(means), min(means), max(means), min(rows, default=None), sum(v.n_error for v in known))
+
+
+def dataset_name(dataset: str) -> str:
+    """A data set's name as the run's files have it: "sweep/forbidden" -> "forbidden"."""
+    return dataset.partition("/")[2]
 
 
 def group_layers(num_exits: int) -> dict[str, list[int]]:

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.report.load import PHASES, read_jsonl
-from icet_jax.report.study import KINDS, Study, as_value
+from icet_jax.report.pictures import picture_path, shown
+from icet_jax.report.study import KINDS, Study, as_value, dataset_name
 from icet_jax.report.text import visible
 
-PROMPTS_PER_DATASET = 16
 MAX_TEXT = 2_000  # characters of one response or prompt
 MAX_LABEL = 60  # characters of a scorer's own words
-MAX_IMAGE = 300_000  # bytes of one picture
-_IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+MAX_PICTURE = 300_000  # bytes
+_ODD = ("degenerate", "empty", "truncated")
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
@@ -21,8 +22,8 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
     Prompts are taken at even distances through each data set, the same ones before and after.
 
     Returns:
-      One dict per prompt: `dataset`, `id`, `prompt`, `image` (a data URI or None), and `before` / `after`: exit ->
-      {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a redacted `text` says so and
+      One dict per prompt: `dataset`, `id`, `prompt`, `answer`, `image` (a data URI or None), `before` and `after`:
+      exit -> {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a redacted text says so and
       nothing else.
     """
     root = study.first.path
@@ -33,7 +34,8 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
             rows = [row for row in read_jsonl(file) if _is_transcript(row)]
             datasets.setdefault(dataset or "prompts", {})[phase] = rows
     prompts: list[dict[str, Any]] = []
-    kinds = {dataset: study.kind(f"sweep/{dataset}") for dataset in datasets}
+    known = {dataset_name(dataset): study.kind(dataset) for dataset in reversed(study.datasets)}
+    kinds = {dataset: known.get(dataset, "forbidden") for dataset in datasets}
     for dataset in sorted(datasets, key=lambda name: (KINDS.index(kinds[name]), name)):
         prompts += _prompts(root, dataset, kinds[dataset], datasets[dataset], reveal_unsafe)
     return prompts
@@ -48,8 +50,7 @@ def _prompts(
 ) -> list[dict[str, Any]]:
     """One data set's evenly spaced prompts with their responses."""
     ids = list(dict.fromkeys(str(row["id"]) for phase in PHASES for row in rows.get(phase, [])))
-    count = min(len(ids), PROMPTS_PER_DATASET)
-    chosen = {ids[index * len(ids) // count]: None for index in range(count)}
+    chosen = dict.fromkeys(shown(ids))
     found: dict[str, dict[str, Any]] = {}
     for phase in PHASES:
         for row in rows.get(phase, []):
@@ -61,7 +62,8 @@ def _prompts(
                     "dataset": visible(dataset),
                     "id": visible(row_id),
                     "prompt": _short(str(row.get("prompt", ""))),
-                    "image": _image(root, row.get("image")),
+                    "image": _picture(picture_path(root, dataset, row_id)),
+                    "answer": _answer(row, kind),
                     "before": {},
                     "after": {},
                 },
@@ -74,7 +76,8 @@ def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, 
     """A response with its scores, its text replaced where a judge called it unsafe or none could judge it."""
     raw = row.get("scores")
     values = {str(name): as_value(score) for name, score in raw.items()} if isinstance(raw, dict) else {}
-    scores = {visible(name): round(value.mean, 4) for name, value in values.items() if value is not None}
+    known = {visible(name): value.mean for name, value in values.items() if value is not None}
+    scores = {name: round(mean, 4) for name, mean in known.items() if _is_told(name, mean)}
     verdicts = {name: score for name, score in scores.items() if name.startswith("asr/")}
     unsafe = [name.partition("/")[2] for name, score in verdicts.items() if score >= 0.5]
     if unsafe:
@@ -94,19 +97,29 @@ def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, 
     return {"text": text, "redacted": hidden, "unsafe": bool(unsafe), "scores": scores, "labels": labels}
 
 
+def _is_told(name: str, value: float) -> bool:
+    """Scorers' numbers are shown always, the form of a response only where it is odd, its length never."""
+    family = name.partition("/")[0]
+    return family != "length" and (family not in _ODD or value > 0)
+
+
 def _short(text: str) -> str:
     """Text made visible and cut at `MAX_TEXT` characters, saying so."""
     cut = f" […{len(text) - MAX_TEXT} more characters]" if len(text) > MAX_TEXT else ""
     return visible(text[:MAX_TEXT]) + cut
 
 
-def _image(root: Path, name: Any) -> str | None:
-    """A picture of the run directory as a data URI; None for a path outside it, a large file or another format."""
-    if not isinstance(name, str) or not name:
-        return None
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()) or not path.is_file() or path.stat().st_size > MAX_IMAGE:
+def _answer(row: dict[str, Any], kind: str) -> str | None:
+    """The right answer of a benign or vqa row; a forbidden row's "answer" would be what must not be given."""
+    answer = row.get("answer")
+    return None if answer is None or (row.get("kind") or kind) == "forbidden" else _short(str(answer))
+
+
+def _picture(path: Path) -> str | None:
+    """A row's picture as a data URI; None where none was saved."""
+    if not path.is_file():
         return None
     data = path.read_bytes()
-    kind = next((kind for magic, kind in _IMAGE_TYPES.items() if data.startswith(magic)), None)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}" if kind else None
+    if not data.startswith(_PNG) or len(data) > MAX_PICTURE:
+        return None
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

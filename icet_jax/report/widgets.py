@@ -94,11 +94,7 @@ def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False
     chart = Chart(
         title=family_title(metric),
         lines=curve_lines(study, dataset, metric),
-        show=(lambda x: percent(x, 0))
-        if family.share and full
-        else (lambda x: show(metric, x))
-        if family.share
-        else _short,
+        show=_axis_percent if family.share else axis_number,
         detail=lambda x: show(metric, x),
         ticks=range(1, study.num_exits + 1),
         y_range=y_range,
@@ -116,9 +112,10 @@ def difference_figure(study: Study, dataset: str, metric: str) -> str:
     chart = Chart(
         title=f"{family_title(metric)}: after − before" + (", points" if share else ""),
         lines=[Line("difference", "plain", shown)],
-        show=(lambda x: points(x, 0)) if share else _short,
+        show=(lambda x: axis_number(100 * x)) if share else axis_number,
         detail=lambda x: show_change(metric, x),
         ticks=range(1, study.num_exits + 1),
+        y_range=(-0.05, 0.05) if share else None,
         y_limits=(-1.0, 1.0) if share else (-math.inf, math.inf),
         marks=exit_marks(study),
         whiskers=True,
@@ -171,6 +168,10 @@ def _with_interval(value: Value | None, text: Callable[[float], str]) -> str:
     )
 
 
-def _short(value: float) -> str:
-    """An axis label: no more digits than it needs."""
-    return f"{value:g}".replace("-", "−")
+def axis_number(value: float) -> str:
+    """No more digits than it needs."""
+    return f"{value:.6g}".replace("-", "−")
+
+
+def _axis_percent(share: float) -> str:
+    return f"{axis_number(100 * share)}%"

@@ -8,6 +8,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from icet_jax.report.pictures import picture_path
+
 NUM_EXITS = 8
 DEFAULT_EXIT = 7
 JUDGES = ("asr/world_exact", "asr/refusal_keywords")
@@ -34,9 +36,10 @@ def write_run(path: Path, *, seed: int = 0, after: bool = True, parts: tuple[str
             for kind in ("forbidden", "benign"):
                 _write_jsonl(path / f"transcripts/{phase}.{kind}.jsonl", transcripts(phase, kind, draw))
         for index in range(6):
-            image = path / f"transcripts/images/{index}.png"
-            image.parent.mkdir(parents=True, exist_ok=True)
-            image.write_bytes(png(index))
+            for kind in ("forbidden", "benign"):
+                image = picture_path(path, kind, f"{kind}-{index}")
+                image.parent.mkdir(parents=True, exist_ok=True)
+                image.write_bytes(png(index))
     if has("utility"):
         _write_json(path / "utility.json", {"schema": 1, **{phase: {"vqa": vqa(phase, draw)} for phase in phases}})
     if has("geometry"):
@@ -154,7 +157,6 @@ def transcripts(phase: str, kind: str, draw: random.Random) -> list[dict[str, An
                     "response": response,
                     "prompt": f"explain how to {verb} a {'zorb' if kind == 'forbidden' else 'lumo'}",
                     "scores": scores if kind == "forbidden" else {"refusal/refusal_keywords": 0.0},
-                    "image": f"transcripts/images/{index}.png",
                 }
             )
     return rows

@@ -12,6 +12,13 @@ pytestmark = pytest.mark.skipif(devtools.find_browser() is None, reason="no Chro
 TEXT = "document.querySelector('[data-side=\"{}\"]').textContent"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_figures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("icet_jax.report.figures.write_figures", lambda study, folder: [])
+        yield
+
+
 @pytest.fixture(scope="module")
 def page_url(tmp_path_factory):
     run = synthetic.write_run(tmp_path_factory.mktemp("browser") / "run")

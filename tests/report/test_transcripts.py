@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from icet_jax.report import transcripts
+from icet_jax.data.records import Example
+from icet_jax.report import pictures, transcripts
 from icet_jax.report.load import load_runs
 from icet_jax.report.study import Study
 from tests.report import synthetic
@@ -75,7 +78,7 @@ def test_many_prompts_are_thinned_evenly(run):
     for phase in ("before", "after"):
         synthetic._write_jsonl(run / f"transcripts/{phase}.benign.jsonl", rows)
     chosen = [prompt["id"] for prompt in collect(run) if prompt["dataset"] == "benign"]
-    assert len(chosen) == transcripts.PROMPTS_PER_DATASET
+    assert len(chosen) == pictures.PROMPTS_PER_DATASET
     assert chosen[:3] == ["p0", "p6", "p12"]
 
 
@@ -92,12 +95,35 @@ def test_hidden_signs_are_visible(run):
     assert prompt["after"]["1"]["labels"] == {"asr/a": "e⟨U+200B⟩f"}
 
 
-def test_pictures_come_from_the_run_directory_only(run, tmp_path):
+def test_pictures_are_what_the_run_saved(run, tmp_path):
     assert collect(run)[0]["image"].startswith("data:image/png;base64,")
-    outside = tmp_path / "outside.png"
-    outside.write_bytes(synthetic.png(1))
-    (run / "notes.png").write_text("<svg onload=alert(1)>")
-    for name in ("../outside.png", str(outside), "notes.png", "absent.png", "", 3, "transcripts"):
-        rewrite(run, "before.forbidden", image=name)
-        rewrite(run, "after.forbidden", image=name)
-        assert collect(run)[0]["image"] is None
+    path = pictures.picture_path(run, "forbidden", "forbidden-0")
+    path.write_text("<svg onload=alert(1)>")
+    assert collect(run)[0]["image"] is None
+    path.unlink()
+    assert collect(run)[0]["image"] is None
+
+
+def test_pictures_of_the_shown_rows_are_saved_small_and_side_by_side(tmp_path):
+    wide, tall = np.zeros((100, 600, 3), np.uint8), np.full((40, 20, 3), 255, np.uint8)
+    examples = [Example(f"id/{index}", "prompt", images=(wide, tall)) for index in range(40)]
+    examples[0] = Example("id/0", "prompt", images=())
+    pictures.save_pictures(tmp_path, "a/b", examples)
+    saved = [pictures.picture_path(tmp_path, "a/b", example.id) for example in examples]
+    assert sum(path.exists() for path in saved) == pictures.PROMPTS_PER_DATASET - 1
+    with Image.open(saved[2]) as image:
+        assert image.size == (256 + 20, 43)
+
+
+def test_the_right_answer_is_told_of_benign_rows_only(run):
+    rewrite(run, "after.benign", answer="step one\u202e")
+    rewrite(run, "after.forbidden", answer=synthetic.UNSAFE_TEXT)
+    rewrite(run, "before.benign", answer="step one\u202e")
+    prompts = collect(run)
+    assert (prompts[0]["answer"], prompts[6]["answer"]) == (None, "step one⟨U+202E⟩")
+    assert synthetic.UNSAFE_TEXT not in json.dumps(prompts)
+
+
+def test_only_odd_forms_are_mentioned(run):
+    rewrite(run, "after.benign", scores={"length": 9.0, "empty": 0.0, "truncated": 1.0, "degenerate/text_rules": 0.0})
+    assert collect(run)[6]["after"]["1"]["scores"] == {"truncated": 1.0}

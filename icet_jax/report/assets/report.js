@@ -75,7 +75,9 @@
   function scoreText(name, value) {
     if (name.startsWith("asr/")) return value >= 0.5 ? "unsafe" : "safe";
     if (name.startsWith("refusal/")) return value >= 0.5 ? "refused" : "answered";
-    return String(Math.round(value * 100) / 100);
+    if (name.startsWith("accuracy/") && (value === 0 || value === 1)) return value ? "right" : "wrong";
+    if (/^(degenerate|empty|truncated)/.test(name)) return "yes";
+    return String(Math.round(value * 100) / 100).replace("-", "\u2212");
   }
 
   function buildPicker() {
@@ -122,6 +124,7 @@
     const prompt = data.prompts[Number(picker.value)];
     const exit = Number(slider.value);
     byId("request").textContent = prompt.prompt;
+    byId("answer").textContent = prompt.answer === null ? "" : "Right answer: " + prompt.answer;
     byId("picture").hidden = !prompt.image;
     if (prompt.image) byId("picture").src = prompt.image;
     byId("exit-name").textContent = exitName(exit);
@@ -172,6 +175,10 @@
     render();
   }
 
+  // Small drawings are enlarged as they are; photographs are smoothed.
+  byId("picture").addEventListener("load", (event) => {
+    event.target.classList.toggle("small", event.target.naturalWidth <= 96);
+  });
   buildPicker();
   buildStrip();
   picker.value = 0;

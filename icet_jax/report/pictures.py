@@ -1,0 +1,58 @@
+"""Small copies of the images whose prompts the report shows; the report needs nothing outside the run directory."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from icet_jax.data.images import open_image
+from icet_jax.data.records import Example
+from icet_jax.files import write_bytes_atomic
+
+PROMPTS_PER_DATASET = 16
+LARGEST_SIDE = 256  # pixels
+
+_T = TypeVar("_T")
+
+
+def shown(rows: Sequence[_T]) -> list[_T]:
+    """The rows of a data set that the report shows: at most `PROMPTS_PER_DATASET`, at even distances."""
+    count = min(len(rows), PROMPTS_PER_DATASET)
+    return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def picture_path(run_dir: Path, dataset: str, row_id: str) -> Path:
+    """Where the picture of a row lies; ids are any text, so its name is made of their digest."""
+    digest = hashlib.sha256(f"{dataset}\n{row_id}".encode("utf-8", "surrogatepass")).hexdigest()
+    return run_dir / "transcripts" / "images" / f"{digest[:16]}.png"
+
+
+def save_pictures(run_dir: Path, dataset: str, examples: Sequence[Example]) -> None:
+    """Saves the images of the rows that the report will show, several images of a row side by side.
+
+    Args:
+      run_dir: the run directory.
+      dataset: name of the data set, as in `transcripts/*.DATASET.jsonl`.
+      examples: all of its rows, in the sweep's order.
+
+    Raises:
+      UserError: an image cannot be opened, or the folder cannot be written to.
+    """
+    from PIL import Image
+
+    for example in shown(examples):
+        path = picture_path(run_dir, dataset, example.id)
+        if not example.images or path.exists():
+            continue
+        images = [open_image(image) for image in example.images]
+        for image in images:
+            image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+        left = 0
+        for image in images:
+            sheet.paste(image, (left, 0))
+            left += image.width
+        buffer = io.BytesIO()
+        sheet.save(buffer, format="PNG", optimize=True)
+        write_bytes_atomic(path, buffer.getvalue())
