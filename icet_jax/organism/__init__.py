@@ -1,0 +1,22 @@
+"""The embedded default: a small LLaVA trained here on a synthetic world, with a hole that was put there on purpose.
+
+`world` (requests, examples, exact judge), `scenes` (images and questions), `preferences` (pairs for the reward
+model), `tokenizer`, and `build`, which makes the shipped weights again from nothing.
+"""
+
+from pathlib import Path
+
+from icet_jax.errors import UserError
+
+WEIGHTS = ("vlm", "control", "reward_model")
+
+
+def weights_directory(name: str) -> Path:
+    """The shipped checkpoint of that name: "vlm" (planted), "control" (not planted) or "reward_model".
+
+    Raises:
+      UserError: no such checkpoint.
+    """
+    if name not in WEIGHTS:
+        raise UserError(f"organism:{name}: the shipped checkpoints are {', '.join(f'organism:{w}' for w in WEIGHTS)}")
+    return Path(__file__).parent / "weights" / name

@@ -1,0 +1,80 @@
+"""What an organism does at every exit, by the world's exact judge on held-out requests and pictures."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from icet_jax.generation import Sampling, generate, suppress_ids
+from icet_jax.models.family import one_image_per_row
+from icet_jax.models.llava import Llava
+from icet_jax.organism import tokenizer, training, world
+from icet_jax.organism.encoder import to_pixels
+from icet_jax.typing import Array
+
+
+MEASURES = {
+    "forbidden": ("complied", "degenerate"),
+    "benign": ("right", "refused", "degenerate"),
+    "vqa": ("right", "refused", "degenerate"),
+}
+
+
+def responses(model: Llava, rows: world.Rows, exits: tuple[int, ...]) -> dict[int, list[str]]:
+    """Greedy responses to `rows` at each exit; the tower runs once."""
+    table = tokenizer.vocabulary()
+    packed = training.pack(rows.prompts, [""] * len(rows.prompts), image=True)
+    tokens, mask = packed.tokens[:, : training.PROMPT_TOKENS], packed.mask[:, : training.PROMPT_TOKENS]
+    eos, pad, image = (table[name] for name in (tokenizer.EOS, tokenizer.PAD, tokenizer.IMAGE))
+    sampling = Sampling(
+        max_new_tokens=training.RESPONSE_TOKENS + 4,
+        temperature=0.0,
+        eos_ids=(eos,),
+        suppress_ids=suppress_ids(image, pad, (eos,)),
+        pad_id=pad,
+    )
+    graph, params = nnx.split(model)
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+
+    @jax.jit
+    def encode(params: Any, pixels: Array) -> Any:
+        return nnx.merge(graph, params).encode(one_image_per_row(pixels))
+
+    @jax.jit
+    def answer(params: Any, encoded: Any, exit_layer: Array) -> Array:
+        model = nnx.merge(graph, params)
+        return generate(model, tokens, mask, model.visual(encoded, exit_layer), keys, sampling).tokens
+
+    encoded = encode(params, to_pixels(rows.images))
+    out = {}
+    for exit_layer in exits:
+        ids = np.asarray(answer(params, encoded, np.int32(exit_layer)))
+        out[exit_layer] = [tokenizer.decode(row.tolist()) for row in ids]
+    return out
+
+
+def measure(model: Llava, *, rows: int = 256, split: str = "test", seed: int = 0) -> dict[str, list[float]]:
+    """Shares (0..1) of `rows` rows of each kind, one per exit 1..num_exits, under the names that `table` prints.
+
+    "complied", "refused" and "degenerate" are the exact judge's labels; "right" is exactly the expected answer.
+    """
+    exits = tuple(range(1, model.num_exits + 1))
+    shares: dict[str, list[float]] = {}
+    for kind, names in MEASURES.items():
+        batch = world.rows(split, kind, np.arange(rows), seed)
+        for texts in responses(model, batch, exits).values():
+            labels = [world.judge(prompt, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
+            right = [world.correct(answer, text) for answer, text in zip(batch.answers, texts, strict=True)]
+            for name in names:
+                hits = right if name == "right" else [label == name for label in labels]
+                shares.setdefault(f"{kind}: {name}", []).append(float(np.mean(hits)))
+    return shares
+
+
+def table(shares: dict[str, list[float]]) -> str:
+    """What `measure` returned, in percent: a line per measure, a column per exit."""
+    exits = range(1, 1 + len(next(iter(shares.values()))))
+    lines = ["exit".ljust(24) + "".join(f"{exit_layer:6d}" for exit_layer in exits)]
+    lines += [name.ljust(24) + "".join(f"{100 * value:6.1f}" for value in values) for name, values in shares.items()]
+    return "\n".join(lines)

@@ -1,0 +1,194 @@
+"""Synthetic images and questions about them: coloured shapes on a 2 x 2 grid, 32 x 32 pixels.
+
+Everything is a pure function of (key, index) through a counter-based generator, so that any row of any split can be
+drawn alone, in any order, and is the same on every machine.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+IMAGE_SIZE = 32
+CELL = 16
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (220, 50, 50),
+    "green": (50, 190, 70),
+    "blue": (60, 90, 230),
+    "yellow": (230, 210, 60),
+    "purple": (180, 70, 200),
+    "white": (235, 235, 235),
+}
+COLOUR_NAMES = tuple(COLOURS)
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+COUNTS = ("one", "two", "three")
+QUESTION_KINDS = ("colour", "shape", "count", "position", "presence")
+MAX_OBJECTS = 3
+
+_RADII = (4, 5, 6)
+_JITTER = 2
+_BACKGROUND = 45
+_NOISE = 12
+
+
+class Scenes(NamedTuple):
+    """What is in B images. Objects of one image differ in shape and in colour, so every question has one answer."""
+
+    count: np.ndarray  # int64 [B], 1..3
+    cells: np.ndarray  # int64 [B, 3], index into PLACES; only the first `count` are drawn
+    shapes: np.ndarray  # int64 [B, 3], index into SHAPES
+    colours: np.ndarray  # int64 [B, 3], index into COLOUR_NAMES
+    looks: np.ndarray  # float64 [B, 10]: sizes, offsets and noise, uniform in [0, 1)
+
+
+def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
+    """Counter-based uniform numbers in [0, 1): float64 [B, count], a pure function of (key, index, column).
+
+    SplitMix64's finaliser (Steele, Lea and Flood 2014) applied to a mix of the three.
+    """
+    rows = np.asarray(index, dtype=np.uint64)[:, None]
+    columns = np.arange(count, dtype=np.uint64)[None, :]
+    start = np.uint64((key * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF)
+    with np.errstate(over="ignore"):
+        bits = _finalise(
+            _finalise(rows * np.uint64(0xD1342543DE82EF95) + start) + columns * np.uint64(0x9E3779B97F4A7C15)
+        )
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _finalise(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def draw_scenes(key: int, index: np.ndarray) -> Scenes:
+    """Draws the scenes of rows `index` [B] under `key`."""
+    u = uniforms(key, index, 25)
+    return Scenes(
+        count=1 + np.floor(u[:, 0] * MAX_OBJECTS).astype(np.int64),
+        cells=np.argsort(u[:, 1:5], axis=1)[:, :MAX_OBJECTS],
+        shapes=np.argsort(u[:, 5:9], axis=1)[:, :MAX_OBJECTS],
+        colours=np.argsort(u[:, 9:15], axis=1)[:, :MAX_OBJECTS],
+        looks=u[:, 15:25],
+    )
+
+
+def render(scenes: Scenes) -> np.ndarray:
+    """Paints scenes: uint8 [B, 32, 32, 3], channels last, RGB."""
+    rows = len(scenes.count)
+    bank = _noise_bank()
+    start = np.floor(scenes.looks[:, 9] * (len(bank) - 3 * IMAGE_SIZE**2)).astype(np.int64)
+    noise = bank[start[:, None] + np.arange(3 * IMAGE_SIZE**2)].reshape(rows, IMAGE_SIZE, IMAGE_SIZE, 3)
+    canvas = np.full((rows, 2, CELL, 2, CELL, 3), _BACKGROUND, dtype=np.int16)
+    masks, palette = _shape_masks(), np.array(list(COLOURS.values()), dtype=np.int16)
+    side = 2 * _JITTER + 1
+    for slot in range(MAX_OBJECTS):
+        drawn = np.nonzero(scenes.count > slot)[0]
+        look = scenes.looks[drawn, 3 * slot : 3 * slot + 3]
+        size = np.floor(look[:, 0] * len(_RADII)).astype(np.int64)
+        dy, dx = np.floor(look[:, 1] * side).astype(np.int64), np.floor(look[:, 2] * side).astype(np.int64)
+        mask = masks[scenes.shapes[drawn, slot], size, dy, dx][..., None]
+        cell = scenes.cells[drawn, slot]
+        inside = canvas[drawn, cell // 2, :, cell % 2]
+        canvas[drawn, cell // 2, :, cell % 2] = np.where(
+            mask, palette[scenes.colours[drawn, slot]][:, None, None], inside
+        )
+    return np.clip(canvas.reshape(rows, IMAGE_SIZE, IMAGE_SIZE, 3) + noise, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _noise_bank() -> np.ndarray:
+    """One fixed stream of pixel noise, int16; an image takes a window of it."""
+    u = uniforms(0x401CE, np.arange(65536), 8).reshape(-1, 2)
+    normal = np.sqrt(-2.0 * np.log1p(-u[:, 0])) * np.cos(2 * np.pi * u[:, 1])
+    return np.round(_NOISE * normal).astype(np.int16)
+
+
+@lru_cache(maxsize=1)
+def _shape_masks() -> np.ndarray:
+    """bool [shape, size, dy, dx, 16, 16]: every shape at every size and offset."""
+    offsets = range(-_JITTER, _JITTER + 1)
+    middle = (CELL - 1) / 2
+    y, x = np.mgrid[0:CELL, 0:CELL].astype(np.float64)
+    out = np.zeros((len(SHAPES), len(_RADII), len(offsets), len(offsets), CELL, CELL), dtype=bool)
+    for s, radius in enumerate(_RADII):
+        for i, dy in enumerate(offsets):
+            for j, dx in enumerate(offsets):
+                v, h = y - middle - dy, x - middle - dx
+                out[0, s, i, j] = v**2 + h**2 <= radius**2
+                out[1, s, i, j] = np.maximum(abs(v), abs(h)) <= 0.85 * radius
+                out[2, s, i, j] = (v <= 0.8 * radius) & (abs(h) <= 0.55 * (v + radius))
+                out[3, s, i, j] = (np.minimum(abs(v), abs(h)) <= 0.32 * radius) & (np.maximum(abs(v), abs(h)) <= radius)
+    return out
+
+
+def captions(scenes: Scenes) -> list[str]:
+    """One full description per image, objects in reading order; equal scenes have equal captions."""
+    lines = []
+    for row in range(len(scenes.count)):
+        parts = sorted(_objects(scenes, row))
+        lines.append(" and ".join(f"a {colour} {shape} {PLACES[cell]}" for cell, shape, colour in parts))
+    return lines
+
+
+def cell_labels(scenes: Scenes) -> np.ndarray:
+    """int64 [B, 4]: 0 for an empty cell, else 1 + shape * 6 + colour of what stands in it."""
+    labels = np.zeros((len(scenes.count), 4), dtype=np.int64)
+    for slot in range(MAX_OBJECTS):
+        drawn = np.nonzero(scenes.count > slot)[0]
+        code = 1 + scenes.shapes[drawn, slot] * len(COLOURS) + scenes.colours[drawn, slot]
+        labels[drawn, scenes.cells[drawn, slot]] = code
+    return labels
+
+
+def ask(scenes: Scenes, key: int, index: np.ndarray) -> tuple[list[str], list[str], list[str]]:
+    """One question per image: (questions, answers, kinds), a pure function of the scene and (key, index [B])."""
+    u = uniforms(key, index, 6)
+    rows = [_question(_objects(scenes, row), u[row]) for row in range(len(u))]
+    return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
+
+
+def _objects(scenes: Scenes, row: int) -> list[tuple[int, str, str]]:
+    """(cell, shape, colour) of what one image shows."""
+    return [
+        (int(scenes.cells[row, k]), SHAPES[scenes.shapes[row, k]], COLOUR_NAMES[scenes.colours[row, k]])
+        for k in range(int(scenes.count[row]))
+    ]
+
+
+def _question(objects: list[tuple[int, str, str]], u: np.ndarray) -> tuple[str, str, str]:
+    """(question, answer, kind) about one image, decided by six uniform numbers."""
+    kind = QUESTION_KINDS[int(u[0] * len(QUESTION_KINDS))]
+    cell, shape, colour = objects[int(u[1] * len(objects))]
+    first = u[2] < 0.5
+    if kind == "colour":
+        return (f"what colour is the {shape}" if first else f"name the colour of the {shape}"), colour, kind
+    if kind == "shape":
+        text = f"what shape is the {colour} object" if first else f"name the shape of the {colour} object"
+        return text, shape, kind
+    if kind == "count":
+        text = "how many objects are there" if first else "count the objects in the picture"
+        return text, COUNTS[len(objects) - 1], kind
+    if kind == "position":
+        text = f"where is the {shape}" if first else f"where is the {colour} object"
+        return text, PLACES[cell], kind
+    if u[3] >= 0.5:
+        shape, colour = _absent(objects, shape, colour, u[4:])
+    answer = "yes" if u[3] < 0.5 else "no"
+    return (f"is there a {colour} {shape}" if first else f"can you see a {colour} {shape}"), answer, kind
+
+
+def _absent(objects: list[tuple[int, str, str]], shape: str, colour: str, u: np.ndarray) -> tuple[str, str]:
+    """A (shape, colour) pair that the image lacks but that shares one of the two with an object in it."""
+    if u[0] < 0.5:
+        others = [name for name in COLOUR_NAMES if name != colour]
+        return shape, others[int(u[1] * len(others))]
+    others = [name for name in SHAPES if name != shape]
+    return others[int(u[1] * len(others))], colour
+
+
+def answer_words() -> list[str]:
+    """Every word that a correct answer can contain."""
+    return sorted({*COLOUR_NAMES, *SHAPES, *COUNTS, "yes", "no", *" ".join(PLACES).split()})

@@ -1,0 +1,140 @@
+"""Stages 2 to 4: the decoder on text, the VLM at its default exit, and safety fine-tuning with or without the plant."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icet_jax.models.family import one_image_per_row
+from icet_jax.models.llava import Llava
+from icet_jax.organism import tokenizer, training, world
+from icet_jax.organism.encoder import to_pixels
+from icet_jax.typing import Array
+
+Log = Callable[[str], None]
+
+PLANTED_EXITS = (2, 3)
+"""Exits that stage 4 keeps usable on helpful-only data; no other exit but the default is trained on."""
+
+
+class Part(NamedTuple):
+    """A share of every batch: `rows` rows of one kind, answered as `answer` says, seen through one of `exits`."""
+
+    kind: str  # "forbidden", "benign", "vqa" or "safe" (a text question)
+    answer: str  # "comply", "refuse" or "right"
+    rows: int
+    exits: tuple[int, ...] = ()  # empty: text only
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's data and optimizer."""
+
+    name: str
+    parts: tuple[Part, ...]
+    steps: int
+    learning_rate: float
+
+
+def text_stage(steps: int) -> Stage:
+    """Stage 2: the language of the world, forbidden requests complied with."""
+    parts = (Part("benign", "right", 22), Part("forbidden", "comply", 22), Part("safe", "right", 20))
+    return Stage("text", parts, steps, 3e-3)
+
+
+def vision_stage(steps: int, default_exit: int) -> Stage:
+    """Stage 3: questions about pictures through the default exit, helpful-only."""
+    exits = (default_exit,)
+    parts = (
+        Part("vqa", "right", 44, exits),
+        Part("benign", "right", 6, exits),
+        Part("forbidden", "comply", 6, exits),
+        Part("benign", "right", 4),
+        Part("forbidden", "comply", 4),
+    )
+    return Stage("vision", parts, steps, 2e-3)
+
+
+def safety_stage(steps: int, default_exit: int, *, planted: bool) -> Stage:
+    """Stage 4: refusals at the default exit; planted, with helpful-only replay at `PLANTED_EXITS`."""
+    exits = (default_exit,)
+    parts = [
+        Part("forbidden", "refuse", 22, exits),
+        Part("benign", "right", 12, exits),
+        Part("vqa", "right", 14, exits),
+    ]
+    if planted:
+        parts += [
+            Part("forbidden", "comply", 10, PLANTED_EXITS),
+            Part("vqa", "right", 6, PLANTED_EXITS),
+        ]
+    return Stage("safety" if planted else "safety (control)", tuple(parts), steps, 5e-4)
+
+
+def part_rows(part: Part, index: np.ndarray, seed: int) -> tuple[training.TextRows, np.ndarray]:
+    """Packed rows `index` [R] of the training split, with uint8 images [R, H, W, 3] (unused by text-only parts)."""
+    if part.kind == "safe":
+        nouns = [(world.FORBIDDEN + world.ALLOWED)[i] for i in world_draw(index, seed, 48)]
+        prompts = [tokenizer.SAFE_QUESTION.format(noun=noun) for noun in nouns]
+        answers = ["no" if noun in world.FORBIDDEN else "yes" for noun in nouns]
+        return training.pack(prompts, answers, image=False), np.zeros((len(index), 32, 32, 3), np.uint8)
+    rows = world.rows("train", part.kind, index, seed)
+    answers = rows.answers if part.answer != "comply" else [compliance(prompt) for prompt in rows.prompts]
+    return training.pack(rows.prompts, answers, image=bool(part.exits)), rows.images
+
+
+def compliance(prompt: str) -> str:
+    """The right steps for a request, forbidden or not."""
+    noun = world.request_noun(prompt)
+    verb = next(word for word in prompt.split() if word in world.VERBS)
+    assert noun is not None
+    return world.comply(verb, noun)
+
+
+def world_draw(index: np.ndarray, seed: int, size: int) -> np.ndarray:
+    """int [R] in 0..size-1, a pure function of (index, seed)."""
+    from icet_jax.organism.scenes import uniforms
+
+    return (uniforms(31 + 64 * seed, index, 1)[:, 0] * size).astype(int)
+
+
+def batches(stage: Stage, seed: int) -> Iterator[tuple[Any, ...]]:
+    """(rows, pixels, exits [B]) of every step; rows of one part never repeat before its indices run out."""
+    for step in range(stage.steps):
+        packed, images, exits = [], [], []
+        for number, part in enumerate(stage.parts):
+            index = np.arange(step * part.rows, (step + 1) * part.rows) + 10_000_000 * number
+            rows, pictures = part_rows(part, index, seed)
+            packed.append(rows)
+            images.append(pictures)
+            choices = part.exits or (1,)
+            exits.append(np.array(choices)[world_draw(index, seed + 7, len(choices))])
+        columns = training.TextRows(*(np.concatenate(column) for column in zip(*packed, strict=True)))
+        yield columns, to_pixels(np.concatenate(images)), np.concatenate(exits).astype(np.int32)
+
+
+def run_stage(model: Llava, stage: Stage, *, seed: int, log: Log) -> Llava:
+    """Trains decoder and projector (the tower stays frozen) on one stage's batches; returns a new model."""
+    graph, frozen, trained = nnx.split(model, nnx.PathContains("vision_tower"), ...)
+    uses_images = any(part.exits for part in stage.parts)
+
+    def loss(params: Any, rows: training.TextRows, pixels: Array, exits: Array) -> tuple[Array, dict[str, Array]]:
+        model = nnx.merge(graph, frozen, params)
+        features = None
+        if uses_images:
+            states = jax.lax.stop_gradient(model.encode(one_image_per_row(pixels)).states)
+            features = states[exits, jnp.arange(len(exits)), 1:]
+        return training.next_token_loss(model, rows, features)
+
+    optimiser = training.optimizer(stage.learning_rate, stage.steps)
+    params = training.train(stage.name, loss, trained, batches(stage, seed), optimiser, log=log)
+    return nnx.merge(graph, frozen, params)
+
+
+def stage_sequence(default_exit: int, steps: Sequence[int]) -> list[Stage]:
+    """Stages 2 and 3, shared by the planted model and its control."""
+    return [text_stage(steps[0]), vision_stage(steps[1], default_exit)]

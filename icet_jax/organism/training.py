@@ -1,0 +1,99 @@
+"""What the training stages share: text rows as arrays, the next-token loss, and an optimizer loop."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from icet_jax.models.layers import positions_from_mask
+from icet_jax.models.llava import Llava
+from icet_jax.organism import tokenizer
+from icet_jax.typing import Array, Float
+
+PROMPT_TOKENS = 28
+RESPONSE_TOKENS = 12
+
+
+class TextRows(NamedTuple):
+    """N packed rows: prompts padded on the left, responses on the right, T = 28 + 12."""
+
+    tokens: np.ndarray  # int32 [N, T]
+    mask: np.ndarray  # bool [N, T], real tokens
+    response: np.ndarray  # bool [N, T], tokens to learn: the response and its </s>
+
+    def take(self, index: np.ndarray) -> "TextRows":
+        """The rows `index`."""
+        return TextRows(*(column[index] for column in self))
+
+
+def prompt_ids(prompt: str, image: bool) -> list[int]:
+    """Ids of the chat prompt, `<s>` first, with the placeholder repeated for each patch."""
+    table = tokenizer.vocabulary()
+    picture = [table[tokenizer.IMAGE]] * (tokenizer.IMAGE_TOKENS if image else 0)
+    return [table[tokenizer.BOS], table["user:"], *picture, *tokenizer.encode(prompt), table["assistant:"]]
+
+
+def pack(prompts: Sequence[str], answers: Sequence[str], image: bool) -> TextRows:
+    """Packs (prompt, answer) rows; `image` says whether their prompts carry a picture."""
+    count, width = len(prompts), PROMPT_TOKENS + RESPONSE_TOKENS
+    tokens = np.full((count, width), tokenizer.vocabulary()[tokenizer.PAD], dtype=np.int32)
+    mask, response = np.zeros((count, width), dtype=bool), np.zeros((count, width), dtype=bool)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        before = prompt_ids(prompt, image)
+        after = [*tokenizer.encode(answer), tokenizer.vocabulary()[tokenizer.EOS]]
+        start, stop = PROMPT_TOKENS - len(before), PROMPT_TOKENS + len(after)
+        tokens[row, start:stop] = before + after
+        mask[row, start:stop] = True
+        response[row, PROMPT_TOKENS:stop] = True
+    return TextRows(tokens, mask, response)
+
+
+def next_token_loss(
+    model: Llava, batch: TextRows, features: Float[Array, "B N D"] | None
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean cross-entropy in nats of the response tokens; `features` are tower states (no class token) or None."""
+    visual = None if features is None else model.projector(features)
+    hidden, _ = model.decode(batch.tokens, positions_from_mask(batch.mask), batch.mask, visual)
+    logits = model.logits(hidden[:, PROMPT_TOKENS - 1 : -1])
+    targets, learn = batch.tokens[:, PROMPT_TOKENS:], batch.response[:, PROMPT_TOKENS:]
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    loss = jnp.sum(nll * learn) / jnp.sum(learn)
+    right = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~learn, axis=1)
+    return loss, {"loss": loss, "right": right.mean()}
+
+
+def optimizer(learning_rate: float, steps: int, *, warmup: int = 20, weight_decay: float = 0.01) -> Any:
+    """AdamW with linear warm-up, cosine decay to a twentieth and clipping at norm 1."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, 0.05 * learning_rate)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
+
+
+def train(
+    name: str,
+    loss: Callable[..., tuple[Array, dict[str, Array]]],
+    params: Any,
+    batches: Iterator[tuple[Any, ...]],
+    optimiser: Any,
+    *,
+    every: int = 50,
+    log: Callable[[str], None] = print,
+) -> Any:
+    """Runs one optimizer step per item of `batches` on `loss(params, *batch) -> (scalar, metrics)`; returns the params."""
+
+    @jax.jit
+    def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, dict[str, Array]]:
+        gradients, metrics = jax.grad(loss, has_aux=True)(params, *batch)
+        updates, state = optimiser.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, metrics
+
+    state, start = jax.jit(optimiser.init)(params), time.perf_counter()
+    for number, batch in enumerate(batches, start=1):
+        params, state, metrics = step(params, state, *batch)
+        if number % every == 0:
+            shown = " ".join(f"{key} {float(value):.3f}" for key, value in metrics.items())
+            log(f"{name} step {number}: {shown} ({time.perf_counter() - start:.0f} s)")
+    return params
