@@ -13,6 +13,7 @@ from icet_jax.config import require
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
+from icet_jax.judges.reward_model import RewardModel
 from icet_jax.lppo.forward import with_policy
 from icet_jax.runs import common, sources
 from icet_jax.runs.export import write_model
@@ -80,12 +81,12 @@ def _asks_reward_model(config: ConfigDict) -> bool:
 def _reward(config: ConfigDict, workdir: Path) -> RewardByKind:
     """Loads (and compiles) the reward model if it is needed."""
     if not _asks_reward_model(config):
-        return RewardByKind(config.reward.by_kind, None)
+        return RewardByKind(config.reward.by_kind.to_dict(), None)
     model = sources.load_scorer(config.reward.model, workdir)
-    if model.metric != "tr":
+    if not isinstance(model, RewardModel):
         raise UserError(f"config.reward.model={config.reward.model}: is a judge, not a reward model")
     model.warm_up(config.data.max_prompt_tokens + config.lppo.max_new_tokens)
-    return RewardByKind(config.reward.by_kind, model)
+    return RewardByKind(config.reward.by_kind.to_dict(), model)
 
 
 def _write_data_facts(workdir: Path, examples: Sequence[Example], tests: dict[str, list[Example]]) -> None:

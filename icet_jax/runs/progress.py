@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
@@ -45,7 +44,7 @@ class Progress:
         pace = (time.monotonic() - self._began) / max(self._done - self._start, 1)
         return pace * (self._total - self._done)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(

@@ -5,6 +5,8 @@ weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:rewa
 scorers     refusal_keywords | organism:judge | weights of a reward model
 """
 
+import functools
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -85,8 +87,9 @@ def load_scorers(config: ConfigDict, workdir: Path | None = None) -> list[Scorer
     return [load_scorer(spec, workdir) for spec in config.sweep.scorers]
 
 
+@functools.cache
 def load_scorer(spec: str, workdir: Path | None = None) -> Scorer:
-    """One scorer by name or weights; see the module's docstring."""
+    """One scorer by name or weights, loaded and compiled once however often it is asked for; see the module's text."""
     if spec == "organism:judge":
         from icet_jax.organism.scorer import WorldJudge
 
@@ -116,7 +119,5 @@ def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) ->
 
 def organism_facts(directory: str) -> dict[str, Any] | None:
     """What is planted in the weights in `directory`, as the organism's builder recorded it; None for other models."""
-    import json
-
     path = Path(directory) / "organism.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

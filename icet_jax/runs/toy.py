@@ -72,13 +72,15 @@ def checkpoint(name: str, workdir: Path | None = None) -> Path:
 
 
 def rows(kind: str) -> list[Example]:
-    """64 rows of one kind: invented words and noise images.
+    """64 rows of one kind ("mixed": 64 of each): invented words and noise images.
 
     Raises:
       UserError: an unknown kind.
     """
+    if kind == "mixed":
+        return [row for kind in KINDS for row in rows(kind)]
     if kind not in KINDS:
-        raise UserError(f"toy:{kind}: no such rows; there are {', '.join(KINDS)}")
+        raise UserError(f"toy:{kind}: no such rows; there are mixed, {', '.join(KINDS)}")
     noise = np.random.default_rng(KINDS.index(kind))
     return [
         Example(

@@ -53,7 +53,8 @@ class Trainer:
         self._config, self._workdir, self._vlm = config, workdir, vlm
         self.algorithm: Algorithm = Lppo(config, vlm, reward) if config.algorithm == "lppo" else Lsft(config, vlm)
         size = config.data.batch_size
-        self._batches = Batches(examples, mixture=config.data.mixture, batch_size=size, seed=config.seed)
+        mixture = config.data.mixture.to_dict()
+        self._batches = Batches(examples, mixture=mixture, batch_size=size, seed=config.seed)
         self._images_per_row = max(len(example.images) for example in examples)
         self.batch(0)
 

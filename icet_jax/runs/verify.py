@@ -18,6 +18,8 @@ from PIL import Image
 from icet_jax import api
 from icet_jax.config import require
 from icet_jax.data.processor import Inputs
+from icet_jax.data.templates import llava_15
+from icet_jax.data.tokenizer import has_tokenizer
 from icet_jax.errors import UserError
 from icet_jax.runs.ask import parse_exits
 from icet_jax.runs.sources import checkpoint_directory
@@ -42,12 +44,12 @@ class Answers:
     """What one side says about the same inputs.
 
     Attributes:
-      hidden: [X, I, P, D], or None without images.
+      hidden: [X, I, P, D] of the image encoder.
       logits: float32 [B, T, V] of each exit.
       tokens: [B, 32] of each exit, padded after the end.
     """
 
-    hidden: np.ndarray | None
+    hidden: np.ndarray
     logits: dict[int, np.ndarray]
     tokens: dict[int, np.ndarray]
 
@@ -78,9 +80,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     return 1 if failed else 0
 
 
-def compare(
-    ours: Answers, theirs: Answers, gaps: dict[int, np.ndarray], real: np.ndarray
-) -> list[Check]:
+def compare(ours: Answers, theirs: Answers, gaps: dict[int, np.ndarray], real: np.ndarray) -> list[Check]:
     """Differences of hidden states, logits and tokens, each with what is allowed.
 
     Args:
@@ -89,17 +89,17 @@ def compare(
       gaps: of each exit, float32 [B, 32]: the distance of their two largest logits before each token.
       real: bool [B, T], positions that are not padding.
     """
-    checks = []
-    if ours.hidden is not None and theirs.hidden is not None:
-        worst = max(range(len(theirs.hidden)), key=lambda i: _excess(ours.hidden[i], theirs.hidden[i]))
-        what = f"hidden states 0..{len(theirs.hidden) - 1} (worst: {worst})"
-        checks.append(_close(what, ours.hidden[worst], theirs.hidden[worst]))
+    worst = max(range(len(theirs.hidden)), key=lambda i: _excess(ours.hidden[i], theirs.hidden[i]))
+    what = f"hidden states 0..{len(theirs.hidden) - 1} (worst: {worst})"
+    checks = [_close(what, ours.hidden[worst], theirs.hidden[worst])]
     for layer, expected in theirs.logits.items():
         got = ours.logits[layer][real]
         checks.append(_close(f"logits, exit {layer}", got, expected[real]))
         checks.append(_same_choice(f"likeliest token, exit {layer}", got, expected[real]))
     for layer, tokens in theirs.tokens.items():
-        checks.append(_same_tokens(f"{NEW_TOKENS} greedy tokens, exit {layer}", ours.tokens[layer], tokens, gaps[layer]))
+        checks.append(
+            _same_tokens(f"{NEW_TOKENS} greedy tokens, exit {layer}", ours.tokens[layer], tokens, gaps[layer])
+        )
     return checks
 
 
@@ -143,7 +143,9 @@ def _same_tokens(what: str, got: np.ndarray, expected: np.ndarray, gaps: np.ndar
 def _table(checks: Sequence[Check]) -> str:
     rows = [("", "found", "allowed", ""), *((c.what, c.found, c.allowed, "ok" if c.passed else "FAIL") for c in checks)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _require_torch() -> None:
@@ -156,7 +158,8 @@ def _require_torch() -> None:
 def _questions(options: argparse.Namespace) -> tuple[list[list[Any]], list[str]]:
     """Rows with one, no and two images (noise of awkward sizes), and the user's own."""
     noise = np.random.default_rng(0)
-    pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((97, 61), (64, 64), (33, 150))]
+    sizes = ((97, 61), (64, 64), (33, 150))
+    pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     images: list[list[Any]] = [[pictures[0]], [], [pictures[1], pictures[2]]]
     prompts = ["What is in this picture?", "Hello, how are you today?", "Which of the two is larger, and why?"]
     if options.prompt or options.image:
@@ -167,23 +170,82 @@ def _questions(options: argparse.Namespace) -> tuple[list[list[Any]], list[str]]
 
 def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[Inputs, list[Check]]:
     """Our inputs and their comparison with HF's; random token ids where the checkpoint has no tokenizer."""
-    if not any((vlm.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(vlm.directory):
         skipped = Check("token ids, pixels", "skipped: no tokenizer files", "", True)
         return _random_inputs(vlm, [len(row) for row in images]), [skipped]
-    from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
+    from transformers import AutoImageProcessor, LlavaProcessor
 
     ours = vlm.processor(images=images, prompts=prompts)
-    processor = LlavaProcessor(
-        AutoImageProcessor.from_pretrained(vlm.directory, backend="pil"),
-        AutoTokenizer.from_pretrained(vlm.directory, padding_side="left"),
-        patch_size=vlm.config.vision.patch_size,
-        vision_feature_select_strategy=vlm.config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
-    )
+    processor = LlavaProcessor.from_pretrained(vlm.directory)
+    # The backend that does not depend on what is installed, and the counts of the model's own config: hub files differ.
+    processor.image_processor = AutoImageProcessor.from_pretrained(vlm.directory, backend="pil")
+    processor.tokenizer.padding_side = "left"
+    processor.patch_size = vlm.config.vision.patch_size
+    processor.vision_feature_select_strategy = vlm.config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1
     texts = [_hf_text(processor, len(row), prompt) for row, prompt in zip(images, prompts, strict=True)]
-    flat = [image for row in vlm.processor.open_images(images) for image in row]
-    theirs = processor(text=texts, images=flat or None, padding=True, return_tensors="np")
+    flat = [str(image) if isinstance(image, Path) else image for row in images for image in row]
+    theirs = processor(text=texts, images=flat, padding=True, return_tensors="np")
     return ours, [
         _equal("token ids", ours["input_ids"], theirs["input_ids"]),
         _equal("pixels", ours["pixel_values"], theirs["pixel_values"]),
     ]
+
+
+def _hf_text(processor: Any, num_images: int, prompt: str) -> str:
+    """The checkpoint's own chat template where it has one."""
+    if processor.chat_template is None:
+        return llava_15(prompt, num_images)
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _random_inputs(vlm: api.VLM, images: list[int]) -> Inputs:
+    noise = np.random.default_rng(0)
+    allowed = np.setdiff1d(np.arange(vlm.vocab_size), [*vlm.suppress_ids, *vlm.eos_ids])
+    placeholders = [np.full(count * vlm.config.image_tokens, vlm.config.image_token_index) for count in images]
+    rows = [np.concatenate([part, noise.choice(allowed, 9 + i)]) for i, part in enumerate(placeholders)]
+    length = max(map(len, rows))
+    ids, mask = np.full((len(rows), length), vlm.pad_id), np.zeros((len(rows), length), np.int64)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
+    size = vlm.config.vision.image_size
+    pixels = noise.normal(size=(sum(images), vlm.config.vision.num_channels, size, size)).astype(np.float32)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def _ours(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
+    encoded = vlm.encode(inputs)
+    return Answers(
+        hidden=np.asarray(vlm.hidden_states(inputs)),
+        logits={layer: np.asarray(vlm.logits(inputs, layer, encoded=encoded)) for layer in exits},
+        tokens={layer: vlm.generate(inputs, layer, NEW_TOKENS, encoded=encoded).tokens for layer in exits},
+    )
+
+
+def _theirs(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> tuple[Answers, dict[int, np.ndarray]]:
+    """Transformers' answers (eager attention, float32) and, of each exit, the top-2 gaps before each greedy token."""
+    import torch
+    from transformers import GenerationConfig, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(
+        vlm.directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=list(vlm.eos_ids), pad_token_id=vlm.pad_id,
+        suppress_tokens=list(vlm.suppress_ids), output_scores=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    logits, tokens, gaps = {}, {}, {}
+    with torch.no_grad():
+        states = model.model.vision_tower(tensors["pixel_values"], output_hidden_states=True).hidden_states
+        for layer in exits:
+            model.config.vision_feature_layer = layer
+            logits[layer] = model(**tensors).logits.numpy()
+            out = model.generate(**tensors)
+            found = out.sequences[:, tensors["input_ids"].shape[1] :].numpy()
+            missing = ((0, 0), (0, NEW_TOKENS - found.shape[1]))
+            tokens[layer] = np.pad(found, missing, constant_values=vlm.pad_id)
+            top = torch.stack(out.scores, dim=1).topk(2, dim=-1).values
+            gaps[layer] = np.pad((top[..., 0] - top[..., 1]).numpy(), missing, constant_values=np.inf)
+    return Answers(np.stack([state.numpy() for state in states]), logits, tokens), gaps

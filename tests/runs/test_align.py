@@ -1,0 +1,141 @@
+"""The whole loop on a toy: what it writes, what it compiles, and how it stops."""
+
+import json
+
+import numpy as np
+import pytest
+
+import icet_jax
+from icet_jax import main as front_door
+from icet_jax.runs import algorithms
+from icet_jax.runs.compilations import CompilationCounter
+from tests.runs import smoke
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, and the compilations of each of its iterations."""
+    workdir = tmp_path_factory.mktemp("runs") / "smoke"
+    compilations = []
+    step = algorithms.Lppo.step
+
+    def counted(self, state, batch):
+        with CompilationCounter() as counter:
+            result = step(self, state, batch)
+        compilations.append(counter.count)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(algorithms.Lppo, "step", counted)
+        # Every iteration draws its own exits.
+        assert front_door.main(smoke.arguments(workdir, lppo__exits="per_batch", log__tensorboard="true")) == 0
+    return workdir, compilations
+
+
+def test_it_leaves_a_whole_run_directory(finished):
+    workdir, _ = finished
+    for name in ("config.json", "metrics.jsonl", "cost.json", "data.json", "utility.json", "report.html"):
+        assert (workdir / name).stat().st_size > 0, name
+    for phase in ("before", "after", "difference"):
+        for dataset in ("forbidden", "benign"):
+            table = json.loads((workdir / "sweeps" / f"{phase}.{dataset}.json").read_text())
+            assert [layer["layer"] for layer in table["layers"]] == [1, 23]
+    utility = json.loads((workdir / "utility.json").read_text())
+    assert all("vqa" in utility[phase] for phase in ("before", "after", "difference"))
+    assert any(path.name.startswith("events.") for path in workdir.iterdir())
+    phases = [phase["name"] for phase in json.loads((workdir / "cost.json").read_text())["phases"]]
+    assert phases == ["sweep_before", "utility", "train", "sweep_after", "export"]
+
+
+def test_metrics_have_the_names_that_users_know(finished):
+    workdir, _ = finished
+    history = smoke.rows(workdir)
+    assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 6]
+    expected = {
+        *(f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward", "scores", "kl_coef")),
+        *(f"policy/{name}" for name in ("approxkl_avg", "clipfrac_avg", "entropy_avg")),
+        *(f"loss/{name}" for name in ("policy_avg", "value_avg")),
+        *(f"val/{name}" for name in ("ratio", "ratio_var", "clipfrac_avg", "num_eos_tokens")),
+        *(f"perf/{name}" for name in ("samples_per_sec", "tokens_per_sec", "time_rollout", "time_update")),
+        "objective/asr_refusal_keywords",
+    }
+    for row in history:
+        assert expected <= set(row)
+        layers = {name.split("/")[1] for name in row if name.startswith("exit/")}
+        assert len(layers) == 1 and 1 <= int(layers.pop()) <= 24
+    assert history[0]["objective/kl"] == 0.0
+
+
+def test_drawing_other_exits_compiles_nothing_after_the_first_iteration(finished):
+    workdir, compilations = finished
+    drawn = {name for row in smoke.rows(workdir) for name in row if name.endswith("/kl") and name.startswith("exit/")}
+    assert len(drawn) > 1 and len(compilations) == 6
+    assert compilations[1:] == [0] * 5
+
+
+def test_the_export_is_the_model_that_was_measured(finished):
+    workdir, _ = finished
+    before = icet_jax.load(workdir / "toy" / "llava15")
+    after = icet_jax.load(workdir / "hf")
+    inputs = after.processor(images=[np.zeros((28, 28, 3), np.uint8)], prompts=["placeholder"])
+    assert np.abs(np.asarray(after.logits(inputs, 5) - before.logits(inputs, 5))).max() > 0
+
+
+def test_the_same_command_on_a_finished_run_does_nothing_again(finished, capsys):
+    workdir, compilations = finished
+    kept = {path: path.read_bytes() for path in (workdir / "sweeps").glob("*.json")}
+    history = (workdir / "metrics.jsonl").read_bytes()
+    assert front_door.main(smoke.arguments(workdir, lppo__exits="per_batch", log__tensorboard="true")) == 0
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert (workdir / "metrics.jsonl").read_bytes() == history
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path, capsys):
+    arguments = smoke.arguments(
+        tmp_path / "run", optimizer__learning_rate="1e30", optimizer__max_grad_norm="0", sweep__utility="{}"
+    )
+    assert front_door.main(arguments) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    steps = [row["step"] for row in smoke.rows(tmp_path / "run")]
+    assert printed.startswith(f"icet-jax: iteration {steps[-1] + 1}: the loss or its gradient is NaN")
+    saved = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved[-1] == steps[-1]
+    assert not (tmp_path / "run" / "hf").exists() and not (tmp_path / "run" / "report.html").exists()
+
+
+def test_lsft_runs_on_several_seeds_and_reports_over_all(tmp_path):
+    workdir = tmp_path / "seeds"
+    arguments = smoke.arguments(workdir, algorithm="lsft", seeds="3,5", lppo__max_new_tokens="48", sweep__utility="{}")
+    assert front_door.main(arguments) == 0
+    assert (workdir / "report.html").exists()
+    for seed in (3, 5):
+        stored = json.loads((workdir / f"seed_{seed}" / "config.json").read_text())
+        assert (stored["seed"], stored["seeds"]) == (seed, [])
+        assert (workdir / f"seed_{seed}" / "report.html").exists()
+        losses = [row["loss/total_avg"] for row in smoke.rows(workdir / f"seed_{seed}")]
+        assert len(losses) == 6 and np.isfinite(losses).all()
+    first, second = (
+        json.loads((workdir / f"seed_{s}" / "sweeps" / "before.forbidden.json").read_text()) for s in (3, 5)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lppo__fixed_exit": "25"}, "config.lppo.fixed_exit names exit 25, but this model's exits are 1 to 24"),
+        ({"sweep__exits": "1,99"}, "config.sweep.exits names exit 99"),
+        ({"data__train": "nothing.csv"}, "nothing.csv"),
+        ({"data__train": "toy:vqa"}, "the training data has no 'forbidden' rows"),
+        ({"data__max_prompt_tokens": "8"}, "prompt takes"),
+        ({"reward__model": "none"}, "config.reward.model is not set"),
+        ({"reward__model": "refusal_keywords"}, "is a judge, not a reward model"),
+        ({"model__checkpoint": "toy:llava16"}, "toy:llava16: no such toy checkpoint"),
+        ({"sweep__scorers": "no/such/judge"}, "no/such/judge"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(changes, says, tmp_path, capsys):
+    assert front_door.main(smoke.arguments(tmp_path / "run", **changes)) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert printed.startswith("icet-jax: ") and says in printed
+    assert not (tmp_path / "run" / "sweeps").exists()

@@ -1,0 +1,93 @@
+"""Verification passes on a faithful port and fails on each kind of mistake."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from icet_jax import main
+from icet_jax.models import layers
+from icet_jax.runs import verify
+from tests import tiny
+
+pytest.importorskip("torch")
+
+
+def verified(directory, *more):
+    return main.main(["--mode=verify", f"--checkpoint={directory}", *more])
+
+
+def test_a_faithful_port_passes(tmp_path, capsys):
+    directory = tiny.save_llava(tmp_path / "model", dtype="float16")
+    Image.new("RGBA", (50, 20), (1, 2, 3, 4)).save(tmp_path / "mine.png")
+    assert verified(directory, f"--image={tmp_path / 'mine.png'}", "--prompt=and this one?", "--exits=1,4") == 0
+    table = capsys.readouterr().out
+    for line in ("token ids", "pixels", "hidden states 0..4", "logits, exit 4", "32 greedy tokens, exit 1"):
+        assert line in table
+    assert "FAIL" not in table and "agrees with transformers" in table
+
+
+def test_a_wrong_activation_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(layers.ACTIVATIONS, "quick_gelu", layers.gelu_erf)
+    model = tiny.llava(vision={"intermediate_size": 41})  # a shape of its own: nothing is compiled for it yet
+    assert verified(tiny.save_llava(tmp_path, model, processor=False), "--exits=4") == 1
+    table = capsys.readouterr().out
+    assert "skipped: no tokenizer files" in table
+    failed = table.splitlines()[-1]
+    assert failed.startswith("FAILED") and "hidden states" in failed and "logits, exit 4" in failed
+
+
+def test_another_template_or_normalisation_shows(tmp_path, capsys, monkeypatch):
+    directory = tiny.save_llava(tmp_path)
+    template = tiny.CHAT_TEMPLATE.replace("USER: ", "Human: ")
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (directory / "chat_template.jinja").write_text(template)
+    assert verified(directory, "--exits=4") == 1
+    assert "token ids" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_without_torch_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert verified(tmp_path) == 2
+    assert "pip install 'icet-jax[test]'" in capsys.readouterr().err
+
+
+def answers(**changes):
+    noise = np.random.default_rng(0)
+    hidden, logits = noise.normal(size=(3, 1, 4, 5)), noise.normal(size=(2, 6, 7))
+    base = verify.Answers(hidden=hidden, logits={2: logits}, tokens={2: noise.integers(0, 7, (2, 32))})
+    return dataclasses.replace(base, **changes)
+
+
+def failures(ours, theirs, gaps=None):
+    gaps = np.full((2, 32), 1.0) if gaps is None else gaps
+    real = np.ones((2, 6), bool)
+    real[0, 0] = False
+    return [check.what for check in verify.compare(ours, theirs, {2: gaps}, real) if not check.passed]
+
+
+def test_only_what_differs_fails():
+    theirs = answers()
+    assert failures(answers(), theirs) == []
+    hidden = theirs.hidden.copy()
+    hidden[1, 0, 2, 3] += 1e-4
+    assert failures(answers(hidden=hidden), theirs) == ["hidden states 0..2 (worst: 1)"]
+    logits = theirs.logits[2].copy()
+    logits[0, 0] += 5  # padding
+    logits[1, 1, 1] += 1e-5  # within the tolerance
+    assert failures(answers(logits={2: logits}), theirs) == []
+    logits[1, 1, logits[1, 1].argmin()] = 9
+    assert failures(answers(logits={2: logits}), theirs) == ["logits, exit 2", "likeliest token, exit 2"]
+
+
+def test_a_token_may_differ_at_a_tie_alone():
+    theirs = answers()
+    tokens = theirs.tokens[2].copy()
+    tokens[1, 5:] += 1
+    assert failures(answers(tokens={2: tokens}), theirs) == ["32 greedy tokens, exit 2"]
+    gaps = np.full((2, 32), 1.0)
+    gaps[1, 5] = 1e-6
+    assert failures(answers(tokens={2: tokens}), theirs, gaps) == []
