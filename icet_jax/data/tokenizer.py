@@ -10,6 +10,11 @@ from icet_jax.errors import UserError
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a directory carries tokenizer files."""
+    return any((Path(directory) / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(directory: str | Path) -> Any:
     """`AutoTokenizer` over a directory's own files.
 
@@ -17,7 +22,7 @@ def load_tokenizer(directory: str | Path) -> Any:
       UserError: it has no tokenizer files, or they cannot be read.
     """
     directory = Path(directory)
-    if not any((directory / name).is_file() for name in _FILES):
+    if not has_tokenizer(directory):
         raise UserError(
             f"{directory}: no tokenizer files (tokenizer.json); copy them from the checkpoint's source, "
             "or work on token ids"
