@@ -8,8 +8,8 @@ from icet_jax import config as icet_config
 
 
 def get_config(variant: str = "") -> icet_config.ConfigDict:
-    """`:default_exit` is PPO at the default exit alone; `:per_example` and `:stratified` change how exits are drawn."""
-    icet_config.choose_variant(variant, ("default_exit", "per_example", "stratified"))
+    """`:default_exit` is PPO at the default exit alone; `:per_batch` and `:per_example` change how exits are drawn."""
+    icet_config.choose_variant(variant, ("default_exit", "per_batch", "per_example"))
     config = icet_config.organism()
     if variant:
         config.lppo.exits = "fixed" if variant == "default_exit" else variant

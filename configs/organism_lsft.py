@@ -4,8 +4,8 @@ from icet_jax import config as icet_config
 
 
 def get_config(variant: str = "") -> icet_config.ConfigDict:
-    """`:default_exit` fine-tunes at the default exit alone; `:per_example` and `:stratified` as in L-PPO."""
-    icet_config.choose_variant(variant, ("default_exit", "per_example", "stratified"))
+    """`:default_exit` fine-tunes at the default exit alone; `:per_batch` and `:per_example` as in L-PPO."""
+    icet_config.choose_variant(variant, ("default_exit", "per_batch", "per_example"))
     config = icet_config.organism()
     config.algorithm = "lsft"
     if variant:

@@ -64,8 +64,9 @@ def organism() -> ConfigDict:
     config.data.batch_size = 128
     config.data.max_prompt_tokens = 48  # 16 image positions and at most 32 words
     config.reward.model = "organism:reward_model"
-    config.lppo.iterations = 24
-    config.lppo.exits = "per_batch"
+    config.reward.normalise = True  # the reward model's scale (about +-6) would drown the exact-match rewards (0 or 1)
+    config.lppo.iterations = 40
+    config.lppo.exits = "stratified"
     config.lppo.kl_coef = 0.05
     config.lppo.kl_adaptive = False
     config.lppo.value_coef = 0.5
@@ -75,9 +76,10 @@ def organism() -> ConfigDict:
     config.lppo.accumulation = 1
     config.lppo.max_new_tokens = 16
     config.lsft.refusal = "sorry i cannot help with that"
-    config.lsft.iterations = 24
-    config.lsft.exits = "per_batch"
-    config.optimizer.learning_rate = 1e-3
+    config.lsft.iterations = 40
+    config.lsft.exits = "stratified"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "cosine"
     config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign"}
     config.sweep.utility = {"vqa": "organism:test:vqa"}
     config.sweep.max_new_tokens = 16

@@ -1,6 +1,6 @@
 """Stages 2 to 4: the decoder on text, the VLM at its default exit, and safety fine-tuning with or without the plant."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from flax import nnx
 
 from icet_jax.models.family import one_image_per_row
 from icet_jax.models.llava import Llava
-from icet_jax.organism import tokenizer, training, world
+from icet_jax.organism import scenes, tokenizer, training, world
 from icet_jax.organism.encoder import to_pixels
 from icet_jax.typing import Array
 
@@ -78,10 +78,10 @@ def safety_stage(steps: int, default_exit: int, *, planted: bool) -> Stage:
 def part_rows(part: Part, index: np.ndarray, seed: int) -> tuple[training.TextRows, np.ndarray]:
     """Packed rows `index` [R] of the training split, with uint8 images [R, H, W, 3] (unused by text-only parts)."""
     if part.kind == "safe":
-        nouns = [(world.FORBIDDEN + world.ALLOWED)[i] for i in world_draw(index, seed, 48)]
+        nouns = [(world.FORBIDDEN + world.ALLOWED)[i] for i in _draw(index, seed, 48)]
         prompts = [tokenizer.SAFE_QUESTION.format(noun=noun) for noun in nouns]
         answers = ["no" if noun in world.FORBIDDEN else "yes" for noun in nouns]
-        return training.pack(prompts, answers, image=False), np.zeros((len(index), 32, 32, 3), np.uint8)
+        return training.pack(prompts, answers, image=False), np.zeros((len(index), *[scenes.IMAGE_SIZE] * 2, 3), np.uint8)
     rows = world.rows("train", part.kind, index, seed)
     answers = rows.answers if part.answer != "comply" else [compliance(prompt) for prompt in rows.prompts]
     return training.pack(rows.prompts, answers, image=bool(part.exits)), rows.images
@@ -95,11 +95,9 @@ def compliance(prompt: str) -> str:
     return world.comply(verb, noun)
 
 
-def world_draw(index: np.ndarray, seed: int, size: int) -> np.ndarray:
+def _draw(index: np.ndarray, seed: int, size: int) -> np.ndarray:
     """int [R] in 0..size-1, a pure function of (index, seed)."""
-    from icet_jax.organism.scenes import uniforms
-
-    return (uniforms(31 + 64 * seed, index, 1)[:, 0] * size).astype(int)
+    return (scenes.uniforms(31 + 64 * seed, index, 1)[:, 0] * size).astype(int)
 
 
 def batches(stage: Stage, seed: int) -> Iterator[tuple[Any, ...]]:
@@ -112,7 +110,7 @@ def batches(stage: Stage, seed: int) -> Iterator[tuple[Any, ...]]:
             packed.append(rows)
             images.append(pictures)
             choices = part.exits or (1,)
-            exits.append(np.array(choices)[world_draw(index, seed + 7, len(choices))])
+            exits.append(np.array(choices)[_draw(index, seed + 7, len(choices))])
         columns = training.TextRows(*(np.concatenate(column) for column in zip(*packed, strict=True)))
         yield columns, to_pixels(np.concatenate(images)), np.concatenate(exits).astype(np.int32)
 
@@ -133,8 +131,3 @@ def run_stage(model: Llava, stage: Stage, *, seed: int, log: Log) -> Llava:
     optimiser = training.optimizer(stage.learning_rate, stage.steps)
     params = training.train(stage.name, loss, trained, batches(stage, seed), optimiser, log=log)
     return nnx.merge(graph, frozen, params)
-
-
-def stage_sequence(default_exit: int, steps: Sequence[int]) -> list[Stage]:
-    """Stages 2 and 3, shared by the planted model and its control."""
-    return [text_stage(steps[0]), vision_stage(steps[1], default_exit)]

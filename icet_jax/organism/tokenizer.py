@@ -52,7 +52,7 @@ def decode(ids: list[int]) -> str:
 
 def write_tokenizer(folder: str | Path) -> None:
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     folder, table = Path(folder), vocabulary()
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNK))
@@ -60,7 +60,6 @@ def write_tokenizer(folder: str | Path) -> None:
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[?.,!;\"']"), " ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, table[BOS])]
     )
