@@ -39,7 +39,7 @@ def test_every_config_loads_from_any_working_directory(name, tmp_path, monkeypat
     icet_config.require(config, "model.checkpoint", "data.train", "reward.model", "sweep.datasets")
 
 
-@pytest.mark.parametrize("variant", ["default_exit", "per_example", "stratified"])
+@pytest.mark.parametrize("variant", ["default_exit", "per_batch", "per_example"])
 def test_variants_change_the_exit_schedule(variant):
     expected = "fixed" if variant == "default_exit" else variant
     assert config_files.load(f"configs/organism_lppo.py:{variant}").lppo.exits == expected
@@ -148,8 +148,8 @@ def test_a_file_that_is_no_config_is_one_clear_line(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     with pytest.raises(UserError, match="SyntaxError"):
         config_files.load(str(tmp_path / "broken.py"))
-    with pytest.raises(UserError, match="variant 'stratifed'.*did you mean stratified"):
-        config_files.load("configs/organism_lppo.py:stratifed")
+    with pytest.raises(UserError, match="variant 'per_exampel'.*did you mean per_example"):
+        config_files.load("configs/organism_lppo.py:per_exampel")
     with pytest.raises(UserError, match="has no variants"):
         config_files.load("configs/organism_control.py:smoke")
 
