@@ -52,6 +52,8 @@ def align(config: ConfigDict, workdir: Path) -> None:
         cost["tokens"] = measurements.sweeps("before", before)
     with costs.phase("utility") as cost:
         cost["tokens"] = measurements.utility("before", before)
+    with costs.phase("geometry"):
+        measurements.geometry(setting.vlm)
 
     with costs.phase("train"):
         state = trainer.run()

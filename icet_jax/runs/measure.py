@@ -12,11 +12,13 @@ from ml_collections import ConfigDict
 
 from icet_jax.api import VLM
 from icet_jax.data.records import Example
+from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.models.layers import Lora
+from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.progress import Progress
 
 SCHEMA = 1
@@ -72,6 +74,13 @@ class Measurements:
             after = _read(self._workdir / "sweeps" / f"after.{name}.json")
             _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
 
+    def geometry(self, vlm: VLM) -> None:
+        """Writes `geometry.json`, how far P(e_l) lies from the default exit's; training cannot change it."""
+        path = self._workdir / "geometry.json"
+        rows = [row for examples in self._tests.values() for row in examples if row.images]
+        if rows and not path.exists():
+            _write(path, geometry(vlm, rows))
+
     def reuse_before_of_other_seeds(self) -> None:
         """Takes what another seed's run beside this one measured before training: greedy answers have no seed."""
         if self._config.sweep.temperature > 0 or not re.fullmatch(r"seed_\d+", self._workdir.name):
@@ -104,6 +113,7 @@ class Measurements:
             seed=self._config.seed,
             tag=phase,
         )
+        save_pictures(self._workdir, name, self._tests[name])
         _write(path, result.sweep)
         return result.tokens
 

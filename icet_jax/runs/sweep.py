@@ -34,5 +34,7 @@ def measure(config: ConfigDict, workdir: Path) -> None:
         cost["tokens"] = measurements.sweeps("before", policy)
     with costs.phase("utility") as cost:
         cost["tokens"] = measurements.utility("before", policy)
+    with costs.phase("geometry"):
+        measurements.geometry(setting.vlm)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
     print(f"report: {page}", file=sys.stderr)

@@ -34,7 +34,15 @@ def finished(tmp_path_factory):
 
 def test_it_leaves_a_whole_run_directory(finished):
     workdir, _ = finished
-    for name in ("config.json", "metrics.jsonl", "cost.json", "data.json", "utility.json", "report.html"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "cost.json",
+        "data.json",
+        "utility.json",
+        "geometry.json",
+        "report.html",
+    ):
         assert (workdir / name).stat().st_size > 0, name
     for phase in ("before", "after", "difference"):
         for dataset in ("forbidden", "benign"):
@@ -44,7 +52,7 @@ def test_it_leaves_a_whole_run_directory(finished):
     assert all("vqa" in utility[phase] for phase in ("before", "after", "difference"))
     assert any(path.name.startswith("events.") for path in workdir.iterdir())
     phases = [phase["name"] for phase in json.loads((workdir / "cost.json").read_text())["phases"]]
-    assert phases == ["sweep_before", "utility", "train", "sweep_after", "export"]
+    assert phases == ["sweep_before", "utility", "geometry", "train", "sweep_after", "export"]
 
 
 def test_metrics_have_the_names_that_users_know(finished):
