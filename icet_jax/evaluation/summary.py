@@ -105,7 +105,7 @@ def _tables(
     groups: dict[str, Any] = {}
     for name, weights in group_weights(exits, num_exits).items():
         members = np.flatnonzero(weights)
-        groups[name] = {} if name == "average" else {"layers": [int(exits[member]) for member in members]}
+        groups[name] = {} if name == "average" else {"layers": [int(exits[int(member)]) for member in members]}
         groups[name]["metrics"] = entry(members, weights[members])
     return {"layers": layers, "groups": groups}
 

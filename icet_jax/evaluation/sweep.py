@@ -105,9 +105,7 @@ def sweep(
       UserError: no rows, an exit out of range, an image that cannot be opened, a transcript file of another sweep.
     """
     began = time.monotonic()
-    layers = list(range(1, vlm.num_exits + 1)) if exits == "all" else sorted(set(exits))
-    for layer in layers:
-        check_exit(layer, vlm.num_exits, "sweep.exits")
+    layers = _layers(exits, vlm.num_exits)
     if not examples:
         raise UserError(f"sweep of {dataset}: no rows; give a data set with at least one")
     mark = fingerprint(sampling, [scorer.name for scorer in scorers], seed, tag)
@@ -128,6 +126,14 @@ def sweep(
         **summarise(rows, layers, vlm.num_exits),
     }
     return SweepResult(result, rows, tokens, time.monotonic() - began)
+
+
+def _layers(exits: Sequence[int] | str, num_exits: int) -> list[int]:
+    if isinstance(exits, str):
+        if exits != "all":
+            raise UserError(f'sweep.exits: {exits!r} given; use "all" or numbers from 1')
+        return list(range(1, num_exits + 1))
+    return sorted({check_exit(layer, num_exits, "sweep.exits") for layer in exits})
 
 
 def _generation_settings(sampling: Sampling) -> dict[str, Any]:

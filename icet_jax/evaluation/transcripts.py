@@ -67,7 +67,7 @@ class TranscriptFile:
         return [self._rows[example.id, layer] for example in self._examples for layer in layers]
 
     def _line(self, row: Row) -> str:
-        return json.dumps({**row, "sweep": self._mark}, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps({**row, "sweep": self._mark}, allow_nan=False) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> None:
         data = path.read_bytes()

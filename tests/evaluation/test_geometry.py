@@ -1,0 +1,71 @@
+"""Distances between exits: known cases, and the tiny model against plain numpy."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+from icet_jax.evaluation.geometry import geometry, linear_cka
+from tests.evaluation import bundle
+
+
+def cka(x, y):
+    return float(linear_cka(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)))
+
+
+def test_cka_knows_rotation_scale_and_shift():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 12)) * np.linspace(0.1, 3, 12)
+    rotation = np.linalg.qr(rng.normal(size=(12, 12)))[0]
+    assert cka(x, x) == pytest.approx(1, abs=1e-5)
+    assert cka(x, 1e4 * x @ rotation + 50) == pytest.approx(1, abs=1e-4)
+
+
+def test_cka_of_unrelated_features_is_near_zero_in_many_dimensions():
+    rng = np.random.default_rng(0)
+    assert cka(rng.normal(size=(60, 400)), rng.normal(size=(60, 400))) < 0.05
+
+
+def hsic(a, b):
+    """Song et al. 2012, equation 5."""
+    n = len(a)
+    a, b = a - np.diag(np.diag(a)), b - np.diag(np.diag(b))
+    one = np.ones(n)
+    trace, middle = np.trace(a @ b), (one @ a @ one) * (one @ b @ one) / ((n - 1) * (n - 2))
+    return (trace + middle - 2 / (n - 2) * (one @ a @ b @ one)) / (n * (n - 3))
+
+
+def test_cka_is_the_published_estimator():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(9, 5)) + 1
+    y = x[:, :3] @ rng.normal(size=(3, 5)) + 0.5 * rng.normal(size=(9, 5))
+    a, b = x @ x.T, y @ y.T
+    assert cka(x, y) == pytest.approx(hsic(a, b) / np.sqrt(hsic(a, a) * hsic(b, b)), abs=1e-5)
+
+
+def test_geometry_of_a_model(tmp_path):
+    vlm = bundle.tiny_vlm(tmp_path)
+    rows = [Example(str(i), "p", (bundle.picture(i),)) for i in range(3)] + [Example("none", "p")]
+    table = geometry(vlm, rows)
+    assert table["n_images"] == 3 and [layer["layer"] for layer in table["layers"]] == [1, 2, 3, 4]
+    default = table["layers"][vlm.default_exit - 1]
+    assert all(default[name] == pytest.approx(1, abs=1e-5) for name in ("norm_ratio", "cosine", "cka"))
+
+    inputs = vlm.processor(images=[row.images[0] for row in rows[:3]], prompts=["p"] * 3)
+    states = np.asarray(vlm.hidden_states(inputs))[:, :, 1:]
+    projector = nnx.merge(vlm.graphdef, vlm.params).projector
+    x, y = (np.asarray(projector(jnp.asarray(states[layer]))).reshape(48, -1) for layer in (1, 3))
+    norms = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    assert table["layers"][0]["norm_ratio"] == pytest.approx(norms[0].mean() / norms[1].mean(), rel=1e-4)
+    assert table["layers"][0]["cosine"] == pytest.approx(np.mean((x * y).sum(1) / norms[0] / norms[1]), abs=1e-4)
+    assert table["layers"][0]["cka"] == pytest.approx(cka(x, y), abs=1e-3)
+    json.dumps(table, allow_nan=False)
+
+
+def test_no_images():
+    with pytest.raises(UserError, match="no row has an image"):
+        geometry(None, [Example("a", "p")])
