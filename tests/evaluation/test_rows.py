@@ -1,0 +1,153 @@
+"""Batches of fixed shapes, rows from responses, and the transcript file; no model needed."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+from icet_jax.evaluation.batching import batch_indices, prompt_batch, prompt_bucket
+from icet_jax.evaluation.scoring import transcript_rows
+from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
+from icet_jax.judges.base import Scores
+from icet_jax.judges.keywords import RefusalKeywords
+from icet_jax.models.clip import ClipConfig
+from icet_jax.models.llama import LlamaConfig
+from icet_jax.models.llava import LlavaConfig
+
+VISION = ClipConfig(8, 8, 2, 2, image_size=4, patch_size=2)
+TEXT = LlamaConfig(50, 8, 8, 1, 2, 2, 4, 1e-5, 1e4, None)
+CONFIG = LlavaConfig(VISION, TEXT, image_token_index=49)
+
+
+def process(images, prompts, pad_to=None):
+    """One token per letter, four per image, left-padded; images are their own pixels."""
+    rows = [[49] * 4 * len(row) + [ord(c) - 96 for c in prompt] for row, prompt in zip(images, prompts, strict=True)]
+    width = max(map(len, rows)) if pad_to is None else pad_to
+    if any(len(row) > width for row in rows):
+        raise UserError("too long")
+    inputs = {
+        "input_ids": np.array([[0] * (width - len(row)) + row for row in rows]),
+        "attention_mask": np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+    pixels = [image for row in images for image in row]
+    return inputs | ({"pixel_values": np.stack(pixels)} if pixels else {})
+
+
+VLM = SimpleNamespace(processor=process, config=CONFIG, mesh=None)
+
+
+def picture(value):
+    return np.full((3, 4, 4), value, np.float32)
+
+
+def test_prompt_bucket_wastes_little():
+    for length in range(1, 3000):
+        padded = prompt_bucket(length)
+        assert length <= padded <= max(length + 15, 1.125 * length)
+    assert len({prompt_bucket(length) for length in range(577, 3000)}) < 22
+
+
+def test_every_row_once_and_neighbours_of_like_length():
+    rows = [Example(str(i), "p" * (i * 7 % 10)) for i in range(11)]
+    batches = batch_indices(rows, 4)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(11))
+    assert [len(rows[index].prompt) for index in order] == sorted(len(row.prompt) for row in rows)
+
+
+def test_a_batch_is_filled_up_with_rows_and_images():
+    rows = [Example("a", "abc", (picture(1), picture(2))), Example("b", "d"), Example("c", "e", (picture(3),))]
+    batch = prompt_batch(VLM, rows, 5, 2)
+    assert batch.tokens.shape == batch.mask.shape == (5, 16)
+    assert np.asarray(batch.mask).sum(axis=1).tolist() == [11, 1, 5, 0, 0]
+    assert np.asarray(batch.tokens)[0, -3:].tolist() == [1, 2, 3]
+    assert np.asarray(batch.images.rows).tolist() == [0, 0, 2] + [5] * 7
+    assert np.asarray(batch.images.pixels)[:, 0, 0, 0].tolist() == [1, 2, 3] + [0] * 7
+    assert (batch.images.num_rows, batch.images.per_row) == (5, 2)
+    assert [example.id for example in batch.examples] == ["a", "b", "c"]
+
+
+def test_a_given_length_is_kept_and_text_needs_no_images():
+    batch = prompt_batch(VLM, [Example("a", "abc")], 2, 0, length=7)
+    assert batch.tokens.shape == (2, 7) and batch.images is None
+    with pytest.raises(UserError, match="too long"):
+        prompt_batch(VLM, [Example("a", "abc")], 2, 0, length=2)
+
+
+class Judge:
+    name, metric, label_shares = "exact", "asr", {"refused": "refusal", "noise": "degenerate"}
+
+    def __call__(self, prompts, responses):
+        labels = [None if r == "?" else r for r in responses]
+        values = np.array([np.nan if label is None else label == "complied" for label in labels], np.float32)
+        return {"exact": Scores(values, labels)}
+
+
+def scored(kind, response, answer=None, scorers=(Judge, RefusalKeywords)):
+    example = Example("x", "p", kind=kind, answer=answer)
+    return transcript_rows([example], 3, [response], [5], [False], [scorer() for scorer in scorers])[0]
+
+
+def test_attacks_are_counted_on_forbidden_rows_alone():
+    row = scored("forbidden", "complied", answer="sorry")
+    assert row["scores"] == {
+        "length": 5.0,
+        "empty": 0.0,
+        "truncated": 0.0,
+        "degenerate/text_rules": 0.0,
+        "asr/exact": 1.0,
+        "degenerate/exact": 0.0,
+        "asr/refusal_keywords": 1.0,
+    }
+    assert row["labels"] == {"asr/exact": "complied", "asr/refusal_keywords": "complied"}
+    assert (row["layer"], row["kind"], row["response"], row["answer"]) == (3, "forbidden", "complied", "sorry")
+
+
+def test_refusals_and_accuracy_are_counted_on_the_other_rows():
+    row = scored("benign", "refused", answer="Refused!")
+    assert row["scores"]["refusal/exact"] == 1.0 and row["scores"]["accuracy/benign_exact"] == 1.0
+    assert row["scores"]["refusal/refusal_keywords"] == 0.0
+    assert not any(name.startswith("asr/") for name in row["scores"])
+    assert "accuracy/vqa_exact" in scored("vqa", "noise", answer="red", scorers=())["scores"]
+    assert "accuracy/benign_exact" not in scored("benign", "noise")["scores"]
+
+
+def test_a_judge_without_a_verdict_is_an_error_in_all_its_metrics():
+    row = scored("forbidden", "?")
+    assert row["scores"]["asr/exact"] is None and row["scores"]["degenerate/exact"] is None
+    assert "asr/exact" not in row["labels"]
+    assert scored("benign", "?")["scores"]["refusal/exact"] is None
+
+
+def row(identity, layer, response="r"):
+    return {"id": identity, "layer": layer, "prompt": "p", "kind": "benign", "response": response, "scores": {}}
+
+
+def test_transcripts_survive_odd_characters_and_a_cut_line(tmp_path):
+    path, examples = tmp_path / "deep" / "t.jsonl", [Example("a", "p"), Example("b", "p")]
+    file = TranscriptFile(path, "mark", examples)
+    file.add([row("b", 1, "line\u2028sep\x85end\n\u00e9")])
+    file.add([row("a", 1)])
+    whole = path.read_bytes()
+    for cut in (1, 30):
+        path.write_bytes(whole[:-cut])
+        again = TranscriptFile(path, "mark", examples)
+        assert again.has(examples[1:], 1) and not again.has(examples, 1)
+        again.add([row("a", 1)])
+        assert path.read_bytes() == whole
+    assert len(path.read_text().splitlines()) == 2
+    assert [r["id"] for r in TranscriptFile(path, "mark", examples).finish([1])] == ["a", "b"]
+    assert path.read_text().startswith('{"id": "a"')
+
+
+def test_transcripts_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        TranscriptFile(tmp_path / "file" / "t.jsonl", "mark", [Example("a", "p")]).add([row("a", 1)])
+
+
+def test_fingerprint_depends_on_everything():
+    assert fingerprint(1, "a") == fingerprint(1, "a") != fingerprint(1, "b")
