@@ -80,7 +80,7 @@ def organism() -> ConfigDict:
     config.lsft.exits = "stratified"
     config.optimizer.learning_rate = 5e-4
     config.optimizer.schedule = "cosine"
-    config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign"}
+    config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign:1024"}
     config.sweep.utility = {"vqa": "organism:test:vqa"}
     config.sweep.max_new_tokens = 16
     config.sweep.batch_size = 128
