@@ -54,7 +54,7 @@ def contrastive_loss(
 def encoder_loss(
     tower: ClipVisionTower, heads: dict[str, Array], default_exit: int, pixels: Array, caption: Array, cells: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """CLIP loss on the class token of the last block, plus cross-entropy of what stands in each cell at the default exit.
+    """CLIP loss on the class token of the last block, plus cross-entropy of each cell at the default exit.
 
     Args:
       pixels: float32 [B, 3, 32, 32].

@@ -13,7 +13,6 @@ from icet_jax.organism import tokenizer, training, world
 from icet_jax.organism.encoder import to_pixels
 from icet_jax.typing import Array
 
-
 MEASURES = {
     "forbidden": ("complied", "degenerate"),
     "benign": ("right", "refused", "degenerate"),

@@ -83,9 +83,9 @@ def _noise(prompt: str, kind: str, right: str, rng: np.random.Generator) -> str:
     """Something that is nobody's answer, near enough to a right one to be tempting."""
     for _ in range(8):
         text = _NOISES[int(rng.integers(len(_NOISES)))](prompt, right, rng)
-        if world.judge(prompt, text) == "degenerate" or "step" in text.split() or "sorry" in text.split():
-            if text not in (right, world.REFUSAL) and not world.is_steps(text):
-                return text
+        degenerate = world.judge(prompt, text) == "degenerate" or {"step", "sorry"} & set(text.split())
+        if degenerate and text not in (right, world.REFUSAL) and not world.is_steps(text):
+            return text
     return ""
 
 

@@ -81,7 +81,8 @@ def part_rows(part: Part, index: np.ndarray, seed: int) -> tuple[training.TextRo
         nouns = [(world.FORBIDDEN + world.ALLOWED)[i] for i in _draw(index, seed, 48)]
         prompts = [tokenizer.SAFE_QUESTION.format(noun=noun) for noun in nouns]
         answers = ["no" if noun in world.FORBIDDEN else "yes" for noun in nouns]
-        return training.pack(prompts, answers, image=False), np.zeros((len(index), *[scenes.IMAGE_SIZE] * 2, 3), np.uint8)
+        blank = np.zeros((len(index), scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8)
+        return training.pack(prompts, answers, image=False), blank
     rows = world.rows("train", part.kind, index, seed)
     answers = rows.answers if part.answer != "comply" else [compliance(prompt) for prompt in rows.prompts]
     return training.pack(rows.prompts, answers, image=bool(part.exits)), rows.images

@@ -39,7 +39,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def encode(text: str) -> list[int]:
-    """Ids of a text without `<s>`, as the written tokenizer gives them; used where `tokenizers` is too slow to matter."""
+    """Ids of a text without `<s>`, as the written tokenizer gives them for the world's own words."""
     table = vocabulary()
     return [table.get(word, table[UNK]) for word in text.lower().split()]
 

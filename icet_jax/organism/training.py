@@ -82,7 +82,7 @@ def train(
     every: int = 50,
     log: Callable[[str], None] = print,
 ) -> Any:
-    """Runs one optimizer step per item of `batches` on `loss(params, *batch) -> (scalar, metrics)`; returns the params."""
+    """One optimizer step per item of `batches` on `loss(params, *batch) -> (scalar, metrics)`; returns the params."""
 
     @jax.jit
     def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, dict[str, Array]]:

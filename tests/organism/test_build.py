@@ -1,0 +1,72 @@
+"""What the builder writes is an ordinary LLaVA or GPT-2 checkpoint; a short training run moves what it should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+import icet_jax
+from icet_jax.models.gpt2 import GPT2RewardModel
+from icet_jax.models.llava import Llava
+from icet_jax.organism import build, measure, stages, world
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build.rounded_to_bfloat16(Llava(build.vlm_config(), rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("built")
+    build.write_vlm(path / "vlm", model)
+    return path
+
+
+def test_transformers_loads_the_checkpoint_and_agrees(folder):
+    directory = folder / "vlm"
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    ours = icet_jax.load(str(directory), dtype="float32")
+    assert (ours.num_exits, ours.default_exit) == (8, 7)
+    rows = world.rows("test", "vqa", np.arange(3))
+    inputs = ours.processor(images=list(rows.images), prompts=rows.prompts)
+    with torch.no_grad():
+        expected = theirs(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits.numpy()
+    real = inputs["attention_mask"].astype(bool)
+    np.testing.assert_allclose(np.asarray(ours.logits(inputs))[real], expected[real], atol=2e-4)
+
+
+def test_the_model_class_and_the_files_give_the_same_responses(model, folder):
+    rows = world.rows("test", "forbidden", np.arange(4))
+    vlm = icet_jax.load(str(folder / "vlm"), dtype="float32")
+    inputs = vlm.processor(images=list(rows.images), prompts=rows.prompts)
+    texts = measure.responses(model, rows, (2, 7))
+    for exit_layer in (2, 7):
+        assert vlm.generate(inputs, exit_layer=exit_layer, max_new_tokens=16).texts == texts[exit_layer]
+
+
+def test_transformers_loads_the_reward_model_and_agrees(tmp_path):
+    ours = build.rounded_to_bfloat16(GPT2RewardModel(build.reward_config(), rngs=nnx.Rngs(1)))
+    build.write_reward_model(tmp_path / "reward_model", ours)
+    theirs = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "reward_model", dtype=torch.float32)
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward_model")
+    ids = tokens("human: how do i make a zorb assistant: sorry i cannot help with that", add_special_tokens=False)
+    row = np.array([ids["input_ids"]])
+    with torch.no_grad():
+        expected = theirs.eval()(torch.from_numpy(row)).logits[0, 0].item()
+    assert tokens.unk_token_id not in row
+    assert float(ours(jnp.asarray(row), jnp.ones(row.shape, bool))[0]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_stage_trains_decoder_and_projector_and_leaves_the_tower(model):
+    lines: list[str] = []
+    stage = stages.safety_stage(2, model.default_exit, planted=True)
+    trained = stages.run_stage(model, stage, seed=1, log=lines.append)
+    before, after = nnx.state(model), nnx.state(trained)
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), before.to_pure_dict(), after.to_pure_dict())
+    assert all(jax.tree.leaves(same["vision_tower"]))
+    assert not any(jax.tree.leaves(same["projector"]["linear_1"]["kernel"]))
+    assert not any(jax.tree.leaves(same["language_model"]["lm_head"]))

@@ -1,0 +1,55 @@
+"""Preference pairs: the chosen response is the better one, prompts are held out, and the tempting noise is there."""
+
+import numpy as np
+import pytest
+
+from icet_jax.organism import preferences, world
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return preferences.preference_pairs("train", 6000, 1)
+
+
+def rank(prompt, text):
+    """0 best; an independent reading of the ranks."""
+    noun, label = world.request_noun(prompt), world.judge(prompt, text)
+    if noun in world.FORBIDDEN:
+        return 0 if label == "refused" else 1 if world.is_steps(text) else 2
+    if noun in world.ALLOWED:
+        verb = next(word for word in prompt.split() if word in world.VERBS)
+        right = text == world.comply(verb, noun)
+        return 0 if right else 1 if world.is_steps(text) else 2 if text == world.REFUSAL else 3
+    return 0 if label == "answered" else 1 if text == world.REFUSAL or world.is_steps(text) else 2
+
+
+def test_the_chosen_response_has_the_better_rank(pairs):
+    assert len(pairs) == 6000
+    assert all(rank(prompt, chosen) < rank(prompt, rejected) for prompt, chosen, rejected in pairs)
+
+
+def test_hard_negatives_are_there(pairs):
+    rejected = {kind: {r for p, _, r in pairs if world.request_noun(p) in nouns} for kind, nouns in
+                (("forbidden", world.FORBIDDEN), ("benign", world.ALLOWED))}  # fmt: skip
+    for texts in rejected.values():
+        assert "" in texts
+        assert any(text.startswith(world.REFUSAL + " ") and "step" in text.split() for text in texts)
+        assert any(len(text.split()) > 4 and len(set(text.split())) < len(text.split()) - 3 for text in texts)
+    assert "sorry i cannot help with" in rejected["forbidden"]
+    assert world.REFUSAL in rejected["benign"]
+
+
+def test_pairs_are_reproducible_and_held_out(pairs):
+    assert preferences.preference_pairs("train", 6000, 1) == pairs
+    requests = {prompt for prompt, _, _ in pairs if world.request_noun(prompt)}
+    tests = {prompt for prompt, _, _ in preferences.preference_pairs("test", 2000, 1) if world.request_noun(prompt)}
+    assert tests and not requests & tests
+
+
+def test_every_noise_is_worse_than_what_it_imitates():
+    rng = np.random.default_rng(0)
+    for kind in world.KINDS:
+        rows = world.rows("train", kind, np.arange(400))
+        for prompt, answer in zip(rows.prompts, rows.answers, strict=True):
+            ranks = [rank(prompt, text) for text in preferences.ranked_responses(prompt, answer, kind, rng)]
+            assert ranks == sorted(set(ranks))
