@@ -1,5 +1,7 @@
 """The phases of L-PPO and L-SFT on a toy LLaVA."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,6 @@ from tests.lppo import toy
 
 RUN_KEY = jax.random.key(0)
 EXITS = np.array([1, 2, 3, 4, 1, 2, 3, 4], np.int32)
-ONE_STEP = dict(epochs=1, minibatches=1, accumulation=1)
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +40,16 @@ def moved(before, after):
 def test_before_the_first_update_ratio_is_one_and_kl_zero(model, lora_scale):
     """With the rollout's temperature (0.7) in every pass: TRL's rule."""
     graphdef, params = model
-    settings = toy.settings(lora_scale=lora_scale, **ONE_STEP)
-    phases = toy.phases(settings)
-    state, rollout, row = iterate(phases, params, toy.state(params, settings))
-    assert abs(row["val/ratio"] - 1) < 1e-6 and row["val/ratio_var"] < 1e-10
-    assert row["policy/approxkl_avg"] < 1e-10 and row["policy/clipfrac_avg"] == 0
+    settings = toy.settings(lora_scale=lora_scale)
+    phases, state = toy.phases(settings), toy.state(params, settings)
+    rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    _, batch, metrics = phases.prepare(params, state, rollout, toy.token_score(rollout), np.ones(8, bool))
+    row = host_metrics(metrics)
     assert row["objective/kl"] == 0 and row["objective/non_score_reward"] == 0
     assert row["val/sampler_gap"] < 1e-5
-    assert row["train/updates"] == 1 and int(state.iteration) == 1
+    _, stats = jax.jit(lambda *a: learner.lppo_loss(graphdef, settings, *a))(params, state.trainable, batch)
+    assert abs(stats["ratio"] - 1) < 1e-6 and stats["ratio_var"] < 1e-10
+    assert stats["approxkl"] < 1e-10 and stats["clipfrac"] == 0
 
 
 def test_the_rollout_keeps_the_contract(model):
@@ -85,7 +88,7 @@ def test_drawing_every_exit_compiles_nothing_after_the_first_iteration(model):
     for exit_layer in range(1, 5):
         drawn = learner.draw_exits(toy.SETTINGS, RUN_KEY, state.iteration, **draw)
         assert drawn.shape == (toy.ROWS,)
-        state, _, row = iterate(phases, params, state, jnp.full_like(drawn, exit_layer), seed=exit_layer)
+        state, _, row = iterate(phases, params, state, np.full(toy.ROWS, exit_layer, np.int32), seed=exit_layer)
         assert {name for name in row if name.startswith("exit/")} == {
             f"exit/{exit_layer}/scores", f"exit/{exit_layer}/kl"
         }  # fmt: skip
@@ -109,11 +112,11 @@ def test_accumulation_gives_the_same_gradients(model):
     order = rng.permutation(8).astype(np.int32)
     results = [
         jax.jit(lambda slices: gradients(loss, trainable, batch, batch.mask.sum(1), slices))(order.reshape(n, -1))
-        for n in (1, 2, 4)
+        for n in (1, 4)
     ]
-    for result in results[1:]:
-        for mine, theirs in zip(jax.tree.leaves(result[::2]), jax.tree.leaves(results[0][::2]), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+    whole, sliced = ((loss, grads) for loss, _, grads in results)
+    for mine, theirs in zip(jax.tree.leaves(sliced), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_masked_garbage_does_not_reach_the_gradients(model):
@@ -160,12 +163,10 @@ def test_only_the_policy_and_the_value_head_move(model, lora_scale):
 
 
 def test_a_toy_reward_is_learned(model):
-    graphdef, params = model
-    settings = toy.settings(epochs=4, accumulation=1, optimizer=toy.OptimizerSettings(learning_rate=2e-2))
-    phases, state = toy.phases(settings), toy.state(params, settings)
-    scores = []
+    _, params = model
+    phases, state, scores = toy.phases(toy.SETTINGS), toy.state(params), []
     for _ in range(30):
-        state, rollout, row = iterate(phases, params, state)
+        state, _, row = iterate(phases, params, state)
         scores.append(row["objective/scores"])
     assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.3
     assert row["objective/kl"] > 0
@@ -173,13 +174,13 @@ def test_a_toy_reward_is_learned(model):
 
 def test_unscored_rows_train_nothing(model):
     graphdef, params = model
-    phases, state = toy.phases(toy.settings(normalise=True)), toy.state(params)
+    phases, state = toy.phases(toy.SETTINGS), toy.state(params)
     rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
     scores = np.array([1, np.nan, 2, np.nan, 0, 1, 1, np.nan], np.float32)
     state, batch, metrics = phases.prepare(params, state, rollout, scores, np.ones(8, bool))
     row = host_metrics(metrics)
     assert row["objective/unscored"] == 2 and row["objective/scores"] == 1
-    assert not batch.mask[[1, 3, 7]].any() and state.controls.normaliser.seen == 5
+    assert not np.asarray(batch.mask)[[1, 3, 7]].any() and state.controls.normaliser.seen == 5
     np.testing.assert_array_equal(np.isfinite(batch.advantages), True)
 
 
@@ -200,25 +201,26 @@ def test_nan_stops_the_run_and_leaves_the_weights(model):
 
 
 def test_target_kl_skips_the_remaining_updates(model):
-    graphdef, params = model
-    settings = toy.settings(epochs=4, target_kl=1e-6)
-    state, _, row = iterate(toy.phases(settings), params, toy.state(params))
+    _, params = model
+    stopping = dataclasses.replace(
+        toy.phases(toy.SETTINGS), update=toy.phases(toy.settings(epochs=4, target_kl=1e-6)).update
+    )
+    state, _, row = iterate(stopping, params, toy.state(params))
     assert row["policy/early_stop"] == 1 and 1 <= row["train/updates"] < 8
     assert int(state.updates) == row["train/updates"]
 
 
 def test_adaptive_coefficient_moves_after_the_rewards(model):
-    graphdef, params = model
-    settings = toy.settings(kl_adaptive=True, kl_target=6.0, kl_horizon=100.0)
-    state, _, row = iterate(toy.phases(settings), params, toy.state(params))
-    np.testing.assert_allclose(row["objective/kl_coef"], 0.1)
-    np.testing.assert_allclose(state.controls.kl_coef, 0.1 * (1 - 0.2 * 7 / 100), rtol=1e-6)
+    _, params = model
+    state, _, row = iterate(toy.phases(toy.SETTINGS), params, toy.state(params))
+    np.testing.assert_allclose(row["objective/kl_coef"], 0.02)
+    np.testing.assert_allclose(state.controls.kl_coef, 0.02 * (1 - 0.2 * 7 / 100), rtol=1e-6)
 
 
 @pytest.mark.parametrize("lora_scale", [2.0, None], ids=["lora", "full"])
 def test_restored_state_continues_bit_for_bit(model, lora_scale):
     graphdef, params = model
-    settings = toy.settings(lora_scale=lora_scale, kl_adaptive=True, normalise=True)
+    settings = toy.settings(lora_scale=lora_scale)
     phases, state = toy.phases(settings), toy.state(params, settings)
     state, *_ = iterate(phases, params, state)
     saved = to_arrays(state)
@@ -252,14 +254,15 @@ def test_every_epoch_has_its_own_permutation():
 
 
 def test_a_batch_that_does_not_divide_is_refused(model):
-    graphdef, params = model
+    _, params = model
+    uneven = dataclasses.replace(toy.phases(toy.SETTINGS), prepare=toy.phases(toy.settings(minibatches=3)).prepare)
     with pytest.raises(UserError, match="batch_size 8 does not divide into 3 mini-batches"):
-        iterate(toy.phases(toy.settings(minibatches=3)), params, toy.state(params))
+        iterate(uneven, params, toy.state(params))
 
 
 def test_lsft_learns_its_targets_at_every_exit(model):
     graphdef, params = model
-    settings = toy.settings(epochs=4, optimizer=toy.OptimizerSettings(learning_rate=2e-2))
+    settings = toy.SETTINGS
     update, state = lsft.build(graphdef, settings), toy.state(params, settings)
     ids = [[5, 6, 7], [8], None, [5, 6, 7], [5, 6, 7, 9], [8], [9], [4]]
     targets, target_mask = lsft.pad_targets(ids, eos_id=toy.EOS, length=toy.NEW_TOKENS, pad_id=toy.PAD)
@@ -270,8 +273,8 @@ def test_lsft_learns_its_targets_at_every_exit(model):
         exits = np.full(toy.ROWS, 1 + step % 4, np.int32)
         state, metrics = update(params, state, *toy.inputs(), exits, targets, target_mask, RUN_KEY)
         rows.append(host_metrics(metrics))
-    assert rows[-1]["loss/policy_avg"] < 0.5 * rows[0]["loss/policy_avg"]
-    assert rows[0]["train/updates"] == 8 and int(state.iteration) == 12
+    assert rows[-1]["loss/policy_avg"] < 0.7 * rows[0]["loss/policy_avg"]
+    assert rows[0]["train/updates"] == 4 and int(state.iteration) == 12
     assert moved(before, state.trainable["value_head"]) == 0
     policy, lora = learner.with_policy(params, state.trainable, settings.lora_scale)
     assert lora is not None and nnx.merge(graphdef, policy).num_exits == 4

@@ -44,6 +44,9 @@ SETTINGS = Settings(
     minibatches=2,
     accumulation=2,
     log_prob_chunk=2,
+    kl_adaptive=True,
+    kl_horizon=100.0,
+    normalise=True,
 )
 
 
@@ -89,12 +92,12 @@ def state(params, config=SETTINGS, seed=0):
     if config.lora_scale is not None:
         targets = ("q_proj", "v_proj", "down_proj")
         lora = init_lora(TEXT, rank=2, alpha=2 * config.lora_scale, targets=targets, key=jax.random.key(seed))
-    return init_state(params, lora, hidden_size=TEXT.hidden_size, optimizer=config.optimizer, kl_coef=0.1)
+    return init_state(params, lora, hidden_size=TEXT.hidden_size, optimizer=config.optimizer, kl_coef=0.02)
 
 
-def token_score(rollout, token=7):
-    """Share of each response's tokens that are `token`."""
-    hits = (np.asarray(rollout.tokens) == token) & np.asarray(rollout.mask)
+def token_score(rollout):
+    """Share of each response's tokens with an id below 12: about a third for the untrained model."""
+    hits = (np.asarray(rollout.tokens) < 12) & np.asarray(rollout.mask)
     return (hits.sum(1) / np.maximum(np.asarray(rollout.mask).sum(1), 1)).astype(np.float32)
 
 
