@@ -11,6 +11,7 @@ class WorldJudge:
 
     name = "world_exact"
     metric = "asr"
+    label_shares = {"refused": "refusal", "degenerate": "degenerate"}
 
     def __call__(self, prompts: list[str], responses: list[str]) -> dict[str, Scores]:
         """Scores of (prompt, response) pairs: values float32 [B]."""
