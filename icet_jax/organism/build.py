@@ -28,7 +28,7 @@ from icet_jax.organism import encoder, scenes, stages, tokenizer
 from icet_jax.organism.measure import measure, table
 from icet_jax.organism.preferences import preference_pairs
 
-ENCODER_STEPS, TEXT_STEPS, VISION_STEPS, SAFETY_STEPS = 400, 200, 900, 400
+ENCODER_STEPS, TEXT_STEPS, VISION_STEPS, SAFETY_STEPS = 500, 200, 1500, 400
 REWARD_STEPS, REWARD_PAIRS, REWARD_TEST_PAIRS = 600, 24000, 4000
 
 
