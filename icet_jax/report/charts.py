@@ -150,8 +150,9 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
         parts.append(f'<line{zero} x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{escape(chart.show(level))}</text>')
     room = max(1, math.ceil(len(ticks) * 22 / (right - LEFT)))
-    for index, tick in enumerate(ticks):
-        if index % room == 0:
+    anchor = next((tick for tick, mark in chart.marks.items() if mark == "default"), ticks[0])
+    for tick in ticks:
+        if chart.x_name != "exit" or (tick - anchor) % room == 0:
             weight = f' class="tick-{chart.marks[tick]}"' if tick in chart.marks else ""
             parts.append(f'<text{weight} x="{frame.x(tick)}" y="{bottom + 16}" text-anchor="middle">{tick}</text>')
     parts.append(f'<text x="{LEFT - 7}" y="{bottom + 16}" text-anchor="end">{escape(chart.x_name)}</text>')

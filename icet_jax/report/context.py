@@ -8,7 +8,7 @@ from icet_jax.report.charts import Chart, Line, Point
 from icet_jax.report.heatmap import svg_heatmap
 from icet_jax.report.study import Study, as_value, dataset_name
 from icet_jax.report.text import duration, escape, number, percent, visible
-from icet_jax.report.verdict import RULES
+from icet_jax.report.verdict import RULES, algorithm
 from icet_jax.report.widgets import axis_number, code, details_html, exit_marks, figure_html, grid_html, table_html
 
 _GEOMETRY = {"norm_ratio": "Norm ratio", "cosine": "Cosine similarity", "cka": "Linear CKA"}
@@ -49,13 +49,13 @@ def geometry_html(study: Study) -> str:
 
 
 def training_html(study: Study) -> str:
-    """Curves of `metrics.jsonl` and the scores of each exit over training."""
+    """What was trained on what reward, the curves of `metrics.jsonl` and each exit's scores over training."""
     names = list(dict.fromkeys(name for run in study.runs for row in run.history for name in row))
     plain = [name for name in names if "/" in name and not name.startswith("exit/")]
     first = [_training_figure(study, name, title) for name, title in _TRAINING.items() if name in plain]
     rest = [_training_figure(study, name, name) for name in plain if name not in _TRAINING]
     heat = _exit_heatmap(study, names)
-    return grid_html(first) + heat + details_html("More training curves", grid_html(rest))
+    return _recipe(study) + grid_html(first) + heat + details_html("More training curves", grid_html(rest))
 
 
 def config_html(study: Study) -> str:
@@ -207,6 +207,28 @@ def _missing(study: Study) -> list[str]:
         "the geometry of the exits": bool(study.first.geometry),
     }
     return [name for name, there in parts.items() if not there]
+
+
+def _recipe(study: Study) -> str:
+    """One paragraph: the algorithm, how exits were drawn, and what rewarded each kind of row."""
+    config = study.first.config
+    settings = config.get(str(config.get("algorithm")))
+    if not isinstance(settings, dict) or not any("after" in study.phases(dataset) for dataset in study.datasets):
+        return ""
+    schedule = str(settings.get("exits")).replace("_", " ")
+    told = [f"{algorithm(study)}, {settings.get('iterations')} iterations, exits drawn {schedule}."]
+    reward, mixture = config.get("reward"), config.get("data", {}).get("mixture")
+    if config.get("algorithm") == "lppo" and isinstance(reward, dict) and isinstance(mixture, dict):
+        names = {
+            "reward_model": f"the reward model ({reward.get('model')})",
+            "exact_match": "exact match with the training answers",
+            "none": "nothing",
+        }
+        for kind, share in mixture.items():
+            by = reward.get("by_kind", {}).get(kind)
+            rows = f"{'VQA' if kind == 'vqa' else kind.capitalize()} rows ({percent(float(share), 0)})"
+            told += [f"{rows} are rewarded by {names.get(by, by)}."] if share else []
+    return f"<p class=note>{escape(' '.join(told))}</p>"
 
 
 def _training_figure(study: Study, name: str, title: str) -> str:

@@ -36,9 +36,16 @@ class Verdict:
 
 
 def algorithm(study: Study) -> str:
-    """The training's name as a reader knows it."""
-    name = str(study.first.config.get("algorithm", ""))
-    return _ALGORITHMS.get(name, "Training")
+    """The training's name as a reader knows it; with one fixed exit it says so, that being another method."""
+    config = study.first.config
+    name = str(config.get("algorithm", ""))
+    settings = config.get(name)
+    shown = _ALGORITHMS.get(name, "Training")
+    if isinstance(settings, dict) and settings.get("exits") == "fixed":
+        exit_layer = settings.get("fixed_exit") or config.get("lppo", {}).get("fixed_exit")
+        alone = exit_layer in (None, study.default_exit)
+        return f"{shown.removeprefix('L-')} at {'the default exit' if alone else f'exit {exit_layer}'} alone"
+    return shown
 
 
 def verdict(study: Study) -> Verdict:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -44,17 +45,15 @@ def browser(profile: Path) -> Iterator["Page"]:
     with subprocess.Popen(command, **quiet, start_new_session=True) as child:
         try:
             port = _wait_for(lambda: (profile / "DevToolsActivePort").read_text().split()[0])
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=20) as reply:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=120) as reply:
                 target = next(target for target in json.load(reply) if target["type"] == "page")
             page = Page(target["webSocketDebuggerUrl"])
             yield page
-            page.close()
+            page.send("Browser.close")
+            child.wait(60)
         finally:
-            child.terminate()
-            try:
-                child.wait(20)
-            except subprocess.TimeoutExpired:
-                child.kill()
+            if child.poll() is None:  # the group it leads: Chromium is many processes
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 class Page:
@@ -120,10 +119,6 @@ class Page:
         data = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
-    def close(self) -> None:
-        """Lets go of the tab."""
-        self._socket.close()
-
     def _note(self, message: dict[str, Any]) -> None:
         method, values = message.get("method"), message.get("params", {})
         if method == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning", "assert"):
@@ -141,7 +136,7 @@ class _WebSocket:
 
     def __init__(self, url: str) -> None:
         place = urlparse(url)
-        self._socket = socket.create_connection((place.hostname, place.port), timeout=30)
+        self._socket = socket.create_connection((place.hostname, place.port), timeout=120)
         key = base64.b64encode(os.urandom(16)).decode()
         self._socket.sendall(
             f"GET {place.path} HTTP/1.1\r\nHost: {place.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -172,12 +167,8 @@ class _WebSocket:
                 if first & 0x80:
                     return b"".join(parts).decode()
 
-    def close(self) -> None:
-        self._file.close()
-        self._socket.close()
 
-
-def _wait_for(read: Any, seconds: float = 30.0) -> Any:
+def _wait_for(read: Any, seconds: float = 120.0) -> Any:
     """`read()` as soon as it neither raises nor returns None."""
     end = time.monotonic() + seconds
     while True:

@@ -166,7 +166,8 @@ def vqa(phase: str, draw: random.Random) -> dict[str, Any]:
     """Accuracy at every exit, best at the default one."""
     layers = []
     for layer in range(1, NUM_EXITS + 1):
-        right = 0.84 - 0.07 * abs(layer - DEFAULT_EXIT) - 0.02 * (phase == "after") + draw.uniform(-0.01, 0.01)
+        right = 0.84 - 0.5 * abs(layer - DEFAULT_EXIT) / NUM_EXITS + draw.uniform(-0.01, 0.01)
+        right -= 0.02 * (phase == "after")
         layers.append({"layer": layer, "n": 1024, "metrics": {"accuracy/vqa_exact": estimate(right, 1024)}})
     return header("vqa") | {"layers": layers, "groups": groups(layers)}
 
@@ -177,8 +178,8 @@ def geometry() -> dict[str, Any]:
         {
             "layer": layer,
             "norm_ratio": 0.4 + 0.6 * layer / DEFAULT_EXIT,
-            "cosine": 1 - 0.13 * abs(layer - DEFAULT_EXIT),
-            "cka": 1 - 0.1 * abs(layer - DEFAULT_EXIT),
+            "cosine": 1 - abs(layer - DEFAULT_EXIT) / NUM_EXITS,
+            "cka": 1 - 0.8 * abs(layer - DEFAULT_EXIT) / NUM_EXITS,
         }
         for layer in range(1, NUM_EXITS + 1)
     ]
@@ -239,6 +240,7 @@ def config(seed: int) -> dict[str, Any]:
         "seed": seed,
         "model": {"checkpoint": "organism/vlm", "dtype": "float32"},
         "lppo": {"iterations": 48, "exits": "stratified", "kl_coef": 0.05},
+        "data": {"mixture": {"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}},
         "lora": {"rank": 8, "alpha": 16},
         "reward": {
             "model": "organism/reward_model",

@@ -68,6 +68,7 @@ def test_a_whole_run(tmp_path):
     ]
     assert [name for name in page.ids if name in sections] == sections
     assert len(page.ids) == len(set(page.ids))
+    assert "VQA rows (30%) are rewarded by exact match with the training answers." in text
     assert "no evidence that the hole emerges in real models" in text
     assert {path.name for path in (run / "figures").iterdir()} >= {"forbidden.asr_world_exact.png", "geometry.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").iterdir())

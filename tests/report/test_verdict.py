@@ -41,6 +41,21 @@ def test_closed(run):
     assert found.caveats == ()
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"algorithm": "lsft"}, "L-SFT"),
+        ({"algorithm": "lppo", "lppo": {"exits": "fixed", "fixed_exit": None}}, "PPO at the default exit alone"),
+        ({"algorithm": "lppo", "lppo": {"exits": "fixed", "fixed_exit": 7}}, "PPO at the default exit alone"),
+        ({"algorithm": "lppo", "lppo": {"exits": "fixed", "fixed_exit": 2}}, "PPO at exit 2 alone"),
+        ({}, "Training"),
+    ],
+)
+def test_the_training_is_called_what_it_is(run, config, name):
+    (run / "config.json").write_text(json.dumps(config))
+    assert judged(run).sentence.startswith(f"{name} closed the hole: ")
+
+
 def test_a_second_judge_can_keep_it_open(run):
     set_metric(run, "after.forbidden", synthetic.JUDGES[1], [0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02, 0.02])
     found = judged(run)
