@@ -143,7 +143,7 @@ def _lppo() -> ConfigDict:
     lppo.kl_kind = "k1"  # per-token estimator: d, d^2/2 or exp(-d)-1+d; TRL: k1
     lppo.kl_adaptive = True  # TRL: the coefficient follows kl_target
     lppo.kl_target = 6.0  # nats per sequence; TRL
-    lppo.kl_horizon = 10000  # sequences; TRL
+    lppo.kl_horizon = 10000.0  # sequences; TRL
     lppo.gamma = 1.0  # discount; TRL
     lppo.lam = 0.95  # GAE's lambda; TRL
     lppo.clip_range = 0.2  # the paper's epsilon; value from TRL

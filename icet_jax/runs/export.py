@@ -15,7 +15,7 @@ from icet_jax.lppo.settings import from_config
 from icet_jax.lppo.state import TrainState
 from icet_jax.runs import run_dir
 from icet_jax.runs.sources import checkpoint_directory
-from icet_jax.runs.training import initial_state
+from icet_jax.runs.training import newest_state
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
@@ -60,14 +60,16 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
     settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
     checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
     try:
-        restored = checkpoints.restore(like=initial_state(config, vlm, settings))
+        if not checkpoints.steps:
+            raise UserError(f"{workdir}: has no complete checkpoint yet; let --mode=align go on")
+        state = newest_state(config, vlm, settings, checkpoints)
     finally:
         checkpoints.close()
-    if restored is None:
-        raise UserError(f"{workdir}: has no complete checkpoint yet; run --mode=align on")
-    step, state, _ = restored
     write_model(vlm, state, settings.lora_scale, out)
-    print(f"{out}: the model after iteration {step} of {config[config.algorithm].iterations}", file=sys.stderr)
+    print(
+        f"{out}: the model after iteration {int(state.iteration)} of {config[config.algorithm].iterations}",
+        file=sys.stderr,
+    )
 
 
 def write_model(vlm: api.VLM, state: TrainState, lora_scale: float | None, out: Path) -> Path:

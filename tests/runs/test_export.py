@@ -1,7 +1,6 @@
 """The exported model is the trained policy: adapters merged or masters cast, loadable anywhere."""
 
 import argparse
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,12 @@ def directory(tmp_path_factory):
 
 def a_run(workdir, directory, rank):
     """A run directory whose newest checkpoint holds a changed policy; returns the policy's merged parameters."""
-    overrides = {"model.checkpoint": str(directory), "model.dtype": "float32", "lora.rank": str(rank)}
+    overrides = {
+        "model.checkpoint": str(directory),
+        "model.dtype": "float32",
+        "lora.rank": str(rank),
+        "lora.alpha": "8",
+    }
     config = config_files.load(None, overrides.items())
     run_dir.claim(workdir, config)
     vlm = icet_jax.load(directory)
@@ -40,7 +44,7 @@ def a_run(workdir, directory, rank):
     trainable = jax.tree.map(
         lambda leaf: leaf + jnp.asarray(noise.normal(size=leaf.shape) * 0.05, leaf.dtype), state.trainable
     )
-    state = dataclasses.replace(state, trainable=trainable, iteration=jnp.int32(3))
+    state = state._replace(trainable=trainable, iteration=jnp.int32(3))
     checkpoints = RunState(workdir / "checkpoints", keep=2)
     checkpoints.save(3, state, {})
     checkpoints.close()
