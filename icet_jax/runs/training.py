@@ -16,6 +16,7 @@ from icet_jax.lppo.metrics import require_finite
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
 from icet_jax.models.llama import init_lora
+from icet_jax.parallel.sharding import shardings
 from icet_jax.runs.algorithms import Algorithm, Lppo, Lsft
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
@@ -129,10 +130,11 @@ def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainStat
         lora = init_lora(
             vlm.config.text, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, key=key
         )
-    return init_state(
+    state = init_state(
         vlm.params,
         lora,
         hidden_size=vlm.config.text.hidden_size,
         optimizer=settings.optimizer,
         kl_coef=config.lppo.kl_coef,
     )
+    return state if vlm.mesh is None else jax.device_put(state, shardings(state, vlm.mesh))
