@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 P = PartitionSpec
 ROWS = ("data", "fsdp")
@@ -78,7 +78,7 @@ def partition_spec(name: str) -> PartitionSpec:
     raise ValueError(f"no sharding rule for '{name}'; add one to icet_jax.parallel.sharding.RULES")
 
 
-def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """`spec` without the mesh axes that do not divide their array axis: toy models of odd widths stay whole there."""
     kept = []
     for axis, size in zip(spec, shape, strict=False):
@@ -87,12 +87,12 @@ def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpe
     return P(*kept)
 
 
-def shardings(tree: Any, mesh: Mesh, prefix: str = "") -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, prefix: str = "") -> Any:
     """A `NamedSharding` for every leaf of a pytree of arrays or abstract shapes; scalars are replicated.
 
     Args:
       tree: parameters, adapters, a value head, a KV cache, or an optimizer state over them.
-      mesh: from `mesh.make_mesh`.
+      mesh: from `mesh.make_mesh`; an abstract one plans for devices that are not here.
       prefix: put before the paths where the tree has no root of its own: "value_head", "cache".
 
     Raises:

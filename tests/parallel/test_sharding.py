@@ -1,0 +1,145 @@
+"""The mesh's errors, and a place for every array: checked on abstract 7B and 13B models over 8 devices."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from icet_jax.checkpoints.hf_import import abstract_params
+from icet_jax.errors import UserError
+from icet_jax.models.clip import ClipConfig
+from icet_jax.models.family import count_parameters
+from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
+from icet_jax.models.heads import init_value_head
+from icet_jax.models.llama import LlamaConfig, init_lora, lora_shapes
+from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.parallel import sharding
+from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+
+CLIP_LARGE = ClipConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
+VICUNA_7B = LlamaConfig(32064, 4096, 11008, 32, 32, 32, 128)
+VICUNA_13B = LlamaConfig(32064, 5120, 13824, 40, 40, 40, 128)
+LLAVA_7B = LlavaConfig(vision=CLIP_LARGE, text=VICUNA_7B, image_token_index=32000)
+LLAVA_13B = dataclasses.replace(LLAVA_7B, text=VICUNA_13B)
+GPT2_LARGE = GPT2Config(50257, 1024, 1280, 36, 20, 5120)
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)]
+
+
+def abstract(module, config):
+    return abstract_params(functools.partial(module, config), "bfloat16", "bfloat16")[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "count", "published"),
+    [
+        (Llava, LLAVA_7B, 39, 7_063_427_072),
+        (Llava, LLAVA_13B, 39, 13_351_494_656),
+        (GPT2RewardModel, GPT2_LARGE, 17, 774_031_360),
+    ],
+    ids=["llava-7b", "llava-13b", "gpt2-large"],
+)
+def test_parameter_counts_are_the_published_ones(module, config, count, published):
+    params = abstract(module, config)
+    assert len(jax.tree.leaves(params)) == count
+    assert count_parameters(params) == published
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [(Llava, LLAVA_7B), (Llava, LLAVA_13B), (GPT2RewardModel, GPT2_LARGE)],
+    ids=["llava-7b", "llava-13b", "gpt2-large"],
+)
+def test_every_parameter_has_a_rule_that_divides(module, config, shape):
+    mesh = AbstractMesh(shape, AXES)
+    for name, leaf in sharding.flatten_with_names(abstract(module, config)).items():
+        spec = sharding.partition_spec(name)
+        assert sharding.fit(spec, leaf.shape, mesh) == spec, name
+
+
+def test_large_parameters_are_spread_over_all_fsdp_and_tensor_devices():
+    mesh = AbstractMesh((1, 4, 2), AXES)
+    for name, leaf in sharding.flatten_with_names(abstract(Llava, LLAVA_7B)).items():
+        used = [axis for axis in sharding.partition_spec(name) if axis]
+        parts = math.prod(mesh.shape[axis] for axis in used)
+        assert parts == 8 or leaf.size < 2**21, f"{name} {leaf.shape} is split over {parts} devices only"
+
+
+def trainable():
+    targets = tuple(lora_shapes(VICUNA_7B))
+    policy = jax.eval_shape(
+        lambda key: init_lora(VICUNA_7B, rank=16, alpha=32.0, targets=targets, key=key).weights, jax.random.key(0)
+    )
+    return {"policy": policy, "value_head": jax.eval_shape(lambda: init_value_head(4096))}
+
+
+def test_adapters_value_head_and_their_optimizer_state_have_rules():
+    mesh = AbstractMesh((1, 4, 2), AXES)
+    params = trainable()
+    placed = sharding.flatten_with_names(sharding.shardings(params, mesh))
+    assert placed["policy/q_proj/a"].spec == PartitionSpec(None, "fsdp", None)
+    assert placed["policy/down_proj/a"].spec == PartitionSpec(None, "tensor", None)
+    moments = jax.eval_shape(optax.adamw(1e-3).init, params)
+    for name, where in sharding.flatten_with_names(sharding.shardings(moments, mesh)).items():
+        if "/mu/" in name or "/nu/" in name:
+            assert where == placed[name.split("u/", 1)[1]]
+        else:
+            assert where.spec == PartitionSpec()
+
+
+def test_the_cache_is_split_by_rows_and_heads():
+    mesh = AbstractMesh((2, 2, 2), AXES)
+    network = nnx.eval_shape(lambda: Llava(LLAVA_7B, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    cache = jax.eval_shape(lambda: vars(network.init_cache(8, 128)))
+    placed = sharding.shardings(cache, mesh, prefix="cache")
+    assert placed["k"].spec == PartitionSpec(None, ("data", "fsdp"), None, "tensor", None)
+    assert placed["cursor"].spec == PartitionSpec(("data", "fsdp"))
+
+
+def test_axes_that_do_not_divide_are_left_whole():
+    mesh = AbstractMesh((1, 4, 2), AXES)
+    assert sharding.fit(PartitionSpec("fsdp", "tensor"), (37, 32), mesh) == PartitionSpec(None, "tensor")
+    assert sharding.fit(PartitionSpec(("data", "fsdp")), (6,), mesh) == PartitionSpec(None)
+
+
+def test_an_unknown_parameter_is_an_error():
+    with pytest.raises(ValueError, match="no sharding rule for 'mystery/kernel'"):
+        sharding.partition_spec("mystery/kernel")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [({}, (8, 1, 1)), ({"tensor": 2}, (4, 1, 2)), ({"data": 1, "fsdp": -1}, (1, 8, 1)), ({"data": 8}, (8, 1, 1))],
+)
+def test_mesh_shape_infers_the_rest(sizes, shape):
+    assert mesh_shape(8, **sizes) == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, "does not fit 8 devices"),
+        ({"data": 2, "fsdp": 2}, "does not fit 8 devices"),
+        ({"fsdp": -1}, "only one axis may be -1"),
+        ({"tensor": 0}, "mesh.tensor=0"),
+        ({"data": -2}, "mesh.data=-2"),
+    ],
+)
+def test_mesh_shapes_that_cannot_be_are_one_line(sizes, message):
+    with pytest.raises(UserError, match=message):
+        mesh_shape(8, **sizes)
+
+
+def test_arrays_can_be_placed_on_a_real_mesh():
+    mesh = make_mesh()
+    x = jax.device_put(np.arange(4.0), sharding.batch_sharding(mesh))
+    assert mesh.shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    np.testing.assert_array_equal(np.asarray(x), np.arange(4.0))
