@@ -23,14 +23,15 @@ class Images:
     """Preprocessed images of a batch whose rows may have 0..n of them.
 
     Attributes:
-      pixels: normalised pixels, in HF's order: by row, then by position in the row.
-      rows: ascending row of each image; filler images at the end have row `num_rows`.
+      pixels: Float[I, C, H, W], normalised, in HF's order: by row, then by position in the row.
+      rows: Int[I], ascending row of each image; filler images at the end have row `num_rows`.
       num_rows: static number of rows B of the batch.
       per_row: static upper bound of images in one row.
     """
 
-    pixels: Float[Array, "I C H W"]
-    rows: Int[Array, "I"]
+    # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
+    pixels: Any
+    rows: Any
     num_rows: int = flax.struct.field(pytree_node=False)
     per_row: int = flax.struct.field(pytree_node=False, default=1)
 
