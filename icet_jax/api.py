@@ -45,7 +45,7 @@ def load(
     """Loads a vision-language model with its weights; tokenizer and image processor follow when they are first used.
 
     Args:
-      path_or_id: a checkpoint directory in the Hugging Face layout, or a hub id.
+      path_or_id: a checkpoint directory in the Hugging Face layout, a hub id, or "organism:vlm", which ships with us.
       dtype: of the computation, "float32" or "bfloat16".
       mesh: devices to spread the weights over (`icet_jax.parallel.mesh.make_mesh`); None is the default device.
       param_dtype: of the stored weights; `dtype` by default.
@@ -55,7 +55,7 @@ def load(
       UserError: no such checkpoint, an unsupported model, or broken files; one line.
     """
     names = [None if name is None else _dtype_name(name) for name in (dtype, param_dtype)]
-    directory = local_directory(path_or_id)
+    directory = local_directory(_shipped(path_or_id))
     return VLM(load_llava(directory, dtype=str(names[0]), param_dtype=names[1], mesh=mesh, remat=remat), mesh)
 
 
@@ -65,7 +65,7 @@ def load_scorer(
     """Loads what judges responses: `score(prompts, responses)` -> {name: `Scores`}, prompts raw, not chat-templated.
 
     Args:
-      path_or_id: a scorer's name ("refusal_keywords"), a checkpoint directory or a hub id.
+      path_or_id: a scorer's name ("refusal_keywords"), a checkpoint directory, a hub id, or "organism:reward_model".
       kind: what the checkpoint is, where its config does not tell.
       template: how prompt and response become the scorer's text, instead of its own way.
 
@@ -74,7 +74,17 @@ def load_scorer(
     """
     from icet_jax.judges.load import load_scorer as load_judge
 
-    return load_judge(str(path_or_id), kind=kind, template=template)
+    return load_judge(_shipped(path_or_id), kind=kind, template=template)
+
+
+def _shipped(path_or_id: str | Path) -> str | Path:
+    """The directory of an "organism:NAME"; anything else as it is."""
+    origin, _, name = str(path_or_id).partition(":")
+    if origin != "organism" or not name:
+        return path_or_id
+    from icet_jax.organism import weights_directory
+
+    return weights_directory(name)
 
 
 class VLM:

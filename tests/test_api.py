@@ -207,6 +207,7 @@ def test_hidden_states_need_images(vlm, hf_model):
     [
         (("/no/such/place",), "no such directory"),
         (("nobody/nothing-7b",), "not to be had from the Hugging Face hub"),
+        (("organism:dragon",), "the shipped checkpoints are organism:vlm"),
         (("here", "float16"), "dtype: float16"),
         (("here", "no-such"), "dtype: no-such"),
     ],
@@ -223,3 +224,12 @@ def test_a_model_is_not_saved_over_itself(tmp_path, hf_model):
     with pytest.raises(UserError, match="source"):
         vlm.save(tmp_path / "model")
     shutil.rmtree(tmp_path / "model")
+
+
+def test_scorers_are_loaded_by_name_or_directory(tmp_path):
+    keywords = icet_jax.load_scorer("refusal_keywords")(["a", "b"], ["I'm sorry, I can't.", "Sure, here it is."])
+    assert keywords["refusal_keywords"].values.tolist() == [0.0, 1.0]
+    (scores,) = icet_jax.load_scorer(tiny.save_reward_model(tmp_path / "rm"))(["what?"], ["this"]).values()
+    assert scores.values.shape == (1,) and np.isfinite(scores.values).all()
+    with pytest.raises(UserError, match="the shipped checkpoints are"):
+        icet_jax.load_scorer("organism:dragon")
