@@ -119,8 +119,10 @@ class Measurements:
 
     def _difference(self, name: str, after: dict[str, Any]) -> dict[str, Any]:
         rows = {
-            phase: [
-                json.loads(line) for line in self._transcripts(phase, name).read_text(encoding="utf-8").splitlines()
+            phase: [  # not splitlines(): a response may hold U+2028 and its like
+                json.loads(line)
+                for line in self._transcripts(phase, name).read_text(encoding="utf-8").split("\n")
+                if line
             ]
             for phase in ("before", "after")
         }
