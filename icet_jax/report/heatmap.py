@@ -10,7 +10,7 @@ _WIDTH, _LEFT, _TOP, _BOTTOM, _ROW = 1080, 46, 6, 24, 18
 
 
 def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title: str, name: str) -> str:
-    """A figure with one row per exit (1 at the top) and at most 60 columns of steps; a gap is an exit not drawn then.
+    """A figure with one row per exit (1 at the top) and at most 60 columns of steps; a gap: the exit was not drawn then.
 
     Args:
       cells: (exit, step) -> score.
@@ -35,13 +35,10 @@ def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title:
     for exit_layer in range(1, num_exits + 1):
         y = _TOP + (exit_layer - 1) * _ROW
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 13}" text-anchor="end">{exit_layer}</text>')
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        step = round(steps[0] + share * (steps[-1] - steps[0]))
-        anchor = "start" if share == 0 else "end" if share == 1 else "middle"
-        x = _LEFT + share * (_WIDTH - _LEFT)
-        parts.append(
-            f'<text x="{x:.0f}" y="{height - 6}" text-anchor="{anchor}">{"step " if share == 0 else ""}{step}</text>'
-        )
+    for step in sorted({round(steps[0] + share * (steps[-1] - steps[0])) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}):
+        x = _LEFT + (int((step - steps[0]) / span * columns) + 0.5) * cell_width
+        parts.append(f'<text x="{x:.0f}" y="{height - 6}" text-anchor="middle">{step}</text>')
+    parts.append(f'<text x="{_LEFT - 8}" y="{height - 6}" text-anchor="end">step</text>')
     parts.append('</g><g class="cells">')
     for (exit_layer, column), score in sorted(means.items()):
         depth = 0.1 + 0.9 * (score - low) / (high - low) if high > low else 0.6
@@ -54,4 +51,4 @@ def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title:
     parts.append("</g></svg>")
     key = f'<span class="legend">{escape(number(low))} <span class="ramp"></span> {escape(number(high))}</span>'
     head = f"<figcaption><b>{escape(title)}</b>{code(name)}{key}</figcaption>"
-    return f'<figure class="chart wide">{head}<div class="scroll" tabindex="0">{"".join(parts)}</div></figure>'
+    return f'<figure class="chart wide">{head}<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">{"".join(parts)}</div></figure>'

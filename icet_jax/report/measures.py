@@ -81,15 +81,13 @@ def groups_html(study: Study) -> str:
 
 def differences_html(study: Study) -> str:
     """after - before on the same rows."""
-    return grid_html(
-        [
-            difference_figure(study, dataset, metric)
-            for dataset in study.datasets
-            if len(study.phases(dataset)) == 2
-            for metric in study.metrics(dataset)
-            if _family(metric) in _MAIN
-        ]
-    )
+    parts = []
+    for dataset in study.datasets:
+        metrics = [name for name in study.metrics(dataset) if _family(name) in _MAIN]
+        if len(study.phases(dataset)) == 2 and metrics:
+            parts.append(_dataset_head(study, dataset))
+            parts.append(grid_html([difference_figure(study, dataset, metric) for metric in metrics]))
+    return "".join(parts)
 
 
 def utility_html(study: Study) -> str:
@@ -97,7 +95,7 @@ def utility_html(study: Study) -> str:
     datasets = study.of_kind("benign", "vqa")
     parts = [_default_table(study, datasets)]
     for dataset in datasets:
-        names = [name for name in study.metrics(dataset) if _family(name) in (*_MAIN, *_FORM)]
+        names = [name for name in _useful_first(study, dataset) if _family(name) in (*_MAIN, *_FORM)]
         figures = [metric_figure(study, dataset, name, full=_family(name) not in _FORM) for name in names]
         if len(study.layers(dataset)) > 1:
             parts += [_dataset_head(study, dataset), grid_html(figures)]
@@ -111,7 +109,7 @@ def _default_table(study: Study, datasets: list[str]) -> str:
     rows = []
     columns = [*PHASES, "difference"]
     for dataset in datasets:
-        for metric in study.metrics(dataset):
+        for metric in _useful_first(study, dataset):
             values = [study.value(column, dataset, metric, study.default_exit) for column in columns]
             if _family(metric) in _MAIN and any(values):
                 n = next((value.n for value in values if value is not None), None)
@@ -119,6 +117,11 @@ def _default_table(study: Study, datasets: list[str]) -> str:
                 rows.append([name, *_cells(metric, columns, values), str(n or "–")])
     caption = f"At the default exit {study.default_exit} ({study.interval})"
     return table_html(["What", "Before", "After", "After − before", "n"], rows, caption)
+
+
+def _useful_first(study: Study, dataset: str) -> list[str]:
+    """A data set's metrics, refusals and accuracies before the scorers' means."""
+    return sorted(study.metrics(dataset), key=lambda name: _family(name) not in ("refusal", "accuracy"))
 
 
 def _all_numbers(study: Study, datasets: list[str]) -> str:
