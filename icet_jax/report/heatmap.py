@@ -10,7 +10,7 @@ _WIDTH, _LEFT, _TOP, _BOTTOM, _ROW = 1080, 46, 6, 24, 18
 
 
 def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title: str, name: str) -> str:
-    """A figure with one row per exit (1 at the top) and at most 60 columns of steps; a gap: the exit was not drawn then.
+    """A figure with one row per exit (1 at the top) and at most 60 columns of steps; gaps are exits not drawn then.
 
     Args:
       cells: (exit, step) -> score.
@@ -51,4 +51,5 @@ def svg_heatmap(cells: dict[tuple[int, float], float], num_exits: int, *, title:
     parts.append("</g></svg>")
     key = f'<span class="legend">{escape(number(low))} <span class="ramp"></span> {escape(number(high))}</span>'
     head = f"<figcaption><b>{escape(title)}</b>{code(name)}{key}</figcaption>"
-    return f'<figure class="chart wide">{head}<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">{"".join(parts)}</div></figure>'
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">{"".join(parts)}</div>'
+    return f'<figure class="chart wide">{head}{scroll}</figure>'

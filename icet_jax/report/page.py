@@ -35,7 +35,7 @@ def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
     links = "".join(f'<a href="#{anchor}">{anchor.capitalize()}</a>' for anchor, _, _ in shown)
     body = "".join(f'<section id="{anchor}"><h2>{escape(title)}</h2>{html}</section>' for anchor, title, html in shown)
     style, script = _asset("report.css"), _asset("report.js")
-    policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -43,7 +43,7 @@ def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{escape(found.sentence)}</title><style>{style}</style></head><body>"
         f'{_header(study, run_dir, found)}<nav aria-label="Contents"><div>{links}</div></nav><main>{body}</main>'
-        f'<div id="tip" role="status" hidden></div><script>{script}</script></body></html>\n'
+        f'<div id="tip" aria-hidden="true" hidden></div><script>{script}</script></body></html>\n'
     )
 
 

@@ -10,7 +10,7 @@ from icet_jax.report.study import KINDS, Study, as_value, dataset_name
 from icet_jax.report.text import visible
 
 MAX_TEXT = 2_000  # characters of one response or prompt
-MAX_LABEL = 60  # characters of a scorer's own words
+MAX_LABEL = 24  # characters of a scorer's own words
 MAX_PICTURE = 300_000  # bytes
 _ODD = ("degenerate", "empty", "truncated")
 _PNG = b"\x89PNG\r\n\x1a\n"
