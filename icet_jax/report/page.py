@@ -35,7 +35,10 @@ def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
     links = "".join(f'<a href="#{anchor}">{anchor.capitalize()}</a>' for anchor, _, _ in shown)
     body = "".join(f'<section id="{anchor}"><h2>{escape(title)}</h2>{html}</section>' for anchor, title, html in shown)
     style, script = _asset("report.css"), _asset("report.js")
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"style-src {_digest(style)}; script-src {_digest(script)}"
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
