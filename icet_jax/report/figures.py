@@ -41,6 +41,10 @@ def _metric_png(study: Study, dataset: str, metric: str) -> bytes:
     for phase in study.phases(dataset):
         curve = study.curve(phase, dataset, metric)
         exits = [layer for layer, _ in curve]
+        for seed in range(len(study.runs)) if study.several else ():
+            values = [study.seeds(phase, dataset, metric, layer)[seed] for layer in exits]
+            known = [(layer, scale * value) for layer, value in zip(exits, values, strict=True) if value is not None]
+            axes.plot(*zip(*known, strict=True), color=_TONES[phase], linewidth=0.8, alpha=0.45)
         axes.plot(
             exits,
             [scale * value.mean for _, value in curve],
@@ -102,9 +106,10 @@ def _mark_exits(study: Study, axes: Any) -> None:
     axes.set_xticks(range(1, study.num_exits + 1, 1 if study.num_exits <= 16 else 2))
     axes.set_xlim(0.5, study.num_exits + 0.5)
     for exit_layer in study.planted:
-        axes.axvspan(exit_layer - 0.4, exit_layer + 0.4, color="#b08a15", alpha=0.13, linewidth=0)
+        label = "planted exit" if exit_layer == study.planted[0] else None
+        axes.axvspan(exit_layer - 0.4, exit_layer + 0.4, color="#b08a15", alpha=0.13, linewidth=0, label=label)
     if study.default_exit is not None:
-        axes.axvline(study.default_exit, color="#1e1d1a", linestyle=":", linewidth=1)
+        axes.axvline(study.default_exit, color="#1e1d1a", linestyle=":", linewidth=1, label="default exit")
 
 
 def _png(figure: Any) -> bytes:
