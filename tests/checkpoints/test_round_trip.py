@@ -54,7 +54,7 @@ def model():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_export_is_byte_identical_in_the_old_layout(tmp_path, model, layout, dtype):
     old = tiny.save_llava(tmp_path / "old", model, dtype=dtype, processor=False)
-    source = tiny.save_llava(tmp_path / layout, model, layout=layout, dtype=dtype, shards=3, processor=False)
+    source = tiny.save_llava(tmp_path / "in", model, layout=layout, dtype=dtype, shards=3, processor=False)
     loaded = load_llava(source)
     out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     assert tensors(out) == tensors(old)

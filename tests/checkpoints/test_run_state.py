@@ -11,6 +11,9 @@ import pytest
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
 
+# Orbax abandons its other reads when one fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def make_state(seed=0):
     """A pytree with everything that a run may hold."""
