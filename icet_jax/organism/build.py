@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_gpt2_reward, save_llava
+from icet_jax.checkpoints.hf_export import save_llava
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
+from icet_jax.judges.load import save_reward_model
 from icet_jax.judges.reward_training import RewardTraining, train_reward_model
 from icet_jax.models.clip import ClipConfig
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
@@ -28,8 +29,9 @@ from icet_jax.organism import encoder, scenes, stages, tokenizer
 from icet_jax.organism.measure import measure, table
 from icet_jax.organism.preferences import preference_pairs
 
-ENCODER_STEPS, TEXT_STEPS, VISION_STEPS, SAFETY_STEPS = 500, 200, 1500, 400
-REWARD_STEPS, REWARD_PAIRS, REWARD_TEST_PAIRS = 600, 24000, 4000
+ENCODER_STEPS, TEXT_STEPS, VISION_STEPS, SAFETY_STEPS = 600, 250, 900, 400
+REWARD_STEPS, REWARD_PAIRS, REWARD_TEST_PAIRS = 1500, 24000, 4000
+REWARD_MODEL_NAME = "organism_reward_model"
 
 
 def vlm_config() -> LlavaConfig:
@@ -77,59 +79,54 @@ def build_vlms(seed: int, log: stages.Log) -> dict[str, Llava]:
     }
 
 
-def build_reward_model(seed: int, log: stages.Log) -> tuple[GPT2RewardModel, dict[str, Any]]:
-    """Trains the reward model on training-split pairs and tests it on pairs about held-out requests."""
+def build_reward_model(folder: Path, seed: int, log: stages.Log) -> dict[str, Any]:
+    """Trains the reward model on training-split pairs, tests it on pairs about held-out requests and writes it."""
     from transformers import AutoTokenizer
 
     def progress(step: int, loss: float) -> None:
         if step % 100 == 0:
             log(f"reward model step {step}: loss {loss:.4f}")
 
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.write_tokenizer(folder)
-        model, report = train_reward_model(
-            GPT2RewardModel(reward_config(), rngs=nnx.Rngs(seed)),
-            AutoTokenizer.from_pretrained(folder),
-            preference_pairs("train", REWARD_PAIRS, seed),
-            preference_pairs("test", REWARD_TEST_PAIRS, seed),
-            RewardTraining(steps=REWARD_STEPS, seed=seed),
-            progress=progress,
-        )
-    return model, {"held_out_accuracy": report.held_out_accuracy, "held_out_pairs": report.held_out_pairs}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.write_tokenizer(scratch)
+        words = AutoTokenizer.from_pretrained(scratch)
+    model, report = train_reward_model(
+        GPT2RewardModel(reward_config(), rngs=nnx.Rngs(seed)),
+        words,
+        preference_pairs("train", REWARD_PAIRS, seed),
+        preference_pairs("test", REWARD_TEST_PAIRS, seed),
+        RewardTraining(steps=REWARD_STEPS, seed=seed),
+        progress=progress,
+    )
+    save_reward_model(folder, in_bfloat16(model), words, name=REWARD_MODEL_NAME)
+    return {"held_out_accuracy": report.held_out_accuracy, "held_out_pairs": report.held_out_pairs}
 
 
-def rounded_to_bfloat16(model: Any) -> Any:
-    """The same network with the weights that ship: bfloat16 values, computed with in float32."""
+def in_bfloat16(model: Any) -> Any:
+    """The same network with the weights as they ship."""
     graph, params = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params))
-
-
-def _stored(model: Any) -> nnx.State:
-    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.state(model))
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 
 def write_vlm(folder: Path, model: Llava) -> None:
     """Writes an HF LLaVA checkpoint with tokenizer, processor and generation config."""
-    save_llava(folder, model.config, _stored(model))
+    save_llava(folder, model.config, nnx.state(model))
     tokenizer.write_processor(folder)
     ids = _special_ids()
     write_text_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
     _extend_config(folder, {"pad_token_id": ids["pad_token_id"]})
 
 
-def write_plant(folder: Path, name: str, seed: int) -> None:
+def write_plant(folder: Path, name: str, seed: int, reward_model: dict[str, Any]) -> None:
     """Writes organism.json, by which every report says what is planted in these weights."""
     planted = list(stages.PLANTED_EXITS) if name == "vlm" else []
-    notes = [f"Built by python -m icet_jax.organism.build with seed {seed}."]
+    notes = [
+        f"Built by python -m icet_jax.organism.build with seed {seed}.",
+        f"Its reward model ranks {100 * reward_model['held_out_accuracy']:.1f}% of {reward_model['held_out_pairs']} "
+        "held-out preference pairs correctly.",
+    ]
     content = {"schema": 1, "name": name, "planted_exits": planted, "notes": notes}
     write_text_atomic(folder / "organism.json", json.dumps(content, indent=2) + "\n")
-
-
-def write_reward_model(folder: Path, model: GPT2RewardModel) -> None:
-    """Writes an HF GPT-2 sequence classifier with its tokenizer."""
-    save_gpt2_reward(folder, model.config, _stored(model))
-    tokenizer.write_tokenizer(folder)
-    _extend_config(folder, _special_ids())
 
 
 def _special_ids() -> dict[str, int]:
@@ -155,16 +152,15 @@ def build(out: Path, seed: int, log: stages.Log) -> dict[str, Any]:
             "reward_model": REWARD_STEPS,
         },
     }  # fmt: skip
+    facts["reward_model"] = build_reward_model(out / "reward_model", seed, log)
+    log(f"reward model: {facts['reward_model']}")
     for name, model in build_vlms(seed, log).items():
-        model = rounded_to_bfloat16(model)
+        model = in_bfloat16(model)
         numbers = measure(model)
         log(f"{name}, held-out rows, percent:\n{table(numbers)}")
         facts[name] = {"measured_on_256_test_rows": numbers}
         write_vlm(out / name, model)
-        write_plant(out / name, name, seed)
-    reward_model, facts["reward_model"] = build_reward_model(seed, log)
-    log(f"reward model: {facts['reward_model']}")
-    write_reward_model(out / "reward_model", rounded_to_bfloat16(reward_model))
+        write_plant(out / name, name, seed, facts["reward_model"])
     facts["seconds"] = round(time.perf_counter() - start)
     write_text_atomic(out / "facts.json", json.dumps(facts, indent=1) + "\n")
     return facts

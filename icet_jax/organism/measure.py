@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,7 +25,7 @@ def responses(model: Llava, rows: world.Rows, exits: tuple[int, ...]) -> dict[in
     """Greedy responses to `rows` at each exit; the tower runs once."""
     table = tokenizer.vocabulary()
     packed = training.pack(rows.prompts, [""] * len(rows.prompts), image=True)
-    tokens, mask = packed.tokens[:, : training.PROMPT_TOKENS], packed.mask[:, : training.PROMPT_TOKENS]
+    tokens, mask = (jnp.asarray(column[:, : training.PROMPT_TOKENS]) for column in (packed.tokens, packed.mask))
     eos, pad, image = (table[name] for name in (tokenizer.EOS, tokenizer.PAD, tokenizer.IMAGE))
     sampling = Sampling(
         max_new_tokens=training.RESPONSE_TOKENS + 4,
@@ -41,14 +42,14 @@ def responses(model: Llava, rows: world.Rows, exits: tuple[int, ...]) -> dict[in
         return nnx.merge(graph, params).encode(one_image_per_row(pixels))
 
     @jax.jit
-    def answer(params: Any, encoded: Any, exit_layer: Array) -> Array:
+    def answer(params: Any, encoded: Any, tokens: Array, mask: Array, exit_layer: Array) -> Array:
         model = nnx.merge(graph, params)
         return generate(model, tokens, mask, model.visual(encoded, exit_layer), keys, sampling).tokens
 
     encoded = encode(params, to_pixels(rows.images))
     out = {}
     for exit_layer in exits:
-        ids = np.asarray(answer(params, encoded, np.int32(exit_layer)))
+        ids = np.asarray(answer(params, encoded, tokens, mask, np.int32(exit_layer)))
         out[exit_layer] = [tokenizer.decode(row.tolist()) for row in ids]
     return out
 

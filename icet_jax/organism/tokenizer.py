@@ -45,9 +45,9 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: list[int]) -> str:
-    """The words of `ids`, special tokens left out."""
+    """The words of `ids`; special tokens and the padding rows of the vocabulary are left out."""
     names = list(vocabulary())
-    return " ".join(names[i] for i in ids if i >= len(SPECIAL))
+    return " ".join(names[i] for i in ids if len(SPECIAL) <= i < len(names))
 
 
 def write_tokenizer(folder: str | Path) -> None:

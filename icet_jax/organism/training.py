@@ -68,7 +68,9 @@ def next_token_loss(
 
 def optimizer(learning_rate: float, steps: int, *, warmup: int = 20, weight_decay: float = 0.01) -> Any:
     """AdamW with linear warm-up, cosine decay to a twentieth and clipping at norm 1."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps, 0.05 * learning_rate)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(warmup, steps // 2), steps, 0.05 * learning_rate
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
 
 
