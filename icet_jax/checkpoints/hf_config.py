@@ -117,16 +117,19 @@ def require_model_type(values: dict[str, Any], wanted: str, where: str = "config
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling from old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) keys."""
-    values = fields.values
-    new = values.get("rope_parameters") or {}
-    scaling = {**(values.get("rope_scaling") or {}), **new}
-    theta = float(new.get("rope_theta", values.get("rope_theta", 10000.0)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    merged: dict[str, Any] = {"rope_theta": fields.values.get("rope_theta", 10000.0)}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = fields.values.get(name, {})
+        if not isinstance(part, dict):
+            raise fields.fail(name, "a mapping")
+        merged |= part
+    inner = _Fields(merged, {}, f"{fields.where}: rope")
+    theta = inner.number("rope_theta")
+    kind = merged.get("rope_type", merged.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UserError(f"{fields.where}: rope_type '{kind}' is not supported; needs 'default' or 'llama3'")
-    inner = _Fields(scaling, {}, f"{fields.where}: rope_scaling")
     return theta, RopeScaling(
         factor=inner.number("factor"),
         low_freq_factor=inner.number("low_freq_factor"),

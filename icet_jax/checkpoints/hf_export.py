@@ -215,7 +215,7 @@ def _write_tensors(folder: Path, export: _Export, max_shard_bytes: int) -> str:
     specs = {key: (export.dtype(slot), shapes[key]) for key, slot in slots.items()}
     sizes = {key: safetensors_io.tensor_bytes(*spec) for key, spec in specs.items()}
     groups = list(safetensors_io.shard(specs, max_shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         name = safetensors_io.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         part = {key: specs[key] for key in group}

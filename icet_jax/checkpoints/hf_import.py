@@ -148,16 +148,16 @@ def match(table: Table, shapes: dict[str, Any], reader: TensorReader, where: str
         else:
             keys[old] = key
     for slot in table.slots:
-        key = keys.get(slot.key) or keys.get(slot.fallback or "")
-        if key is None:
+        found = keys.get(slot.key) or keys.get(slot.fallback or "")
+        if found is None:
             problems.add("missing", slot.key)
             continue
-        keys[slot.key] = key
+        keys[slot.key] = found
         wanted_shape = hf_shape(slot, shapes[slot.path].shape)
-        if reader.shapes[key] != wanted_shape:
-            problems.add(f"of shape {list(reader.shapes[key])} instead of {list(wanted_shape)}", key)
-        if reader.dtypes[key] not in DTYPES:
-            problems.add(f"of dtype {reader.dtypes[key]} (quantised weights are not supported)", key)
+        if reader.shapes[found] != wanted_shape:
+            problems.add(f"of shape {list(reader.shapes[found])} instead of {list(wanted_shape)}", found)
+        if reader.dtypes[found] not in DTYPES:
+            problems.add(f"of dtype {reader.dtypes[found]} (quantised weights are not supported)", found)
     problems.raise_if_any(where, "the weights do not fit config.json")
     return keys
 

@@ -133,6 +133,8 @@ def edit(directory, change):
         ("text_config", "hidden_act", "relu", "text_config: hidden_act='relu' is not supported; needs 'silu'"),
         ("text_config", "model_type", "mistral", "text_config: model_type='mistral' is not supported; needs 'llama'"),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
+        ("text_config", "rope_theta", "big", "rope_theta='big' is not supported; needs a number"),
+        ("text_config", "rope_parameters", [1], "rope_parameters=[1] is not supported; needs a mapping"),
         ("text_config", "hidden_size", "32", "hidden_size='32' is not supported; needs a positive integer"),
         ("text_config", "num_key_value_heads", 3, "a divisor of num_attention_heads=4"),
         ("vision_config", "hidden_act", "tanh", "vision_config: hidden_act='tanh' is not supported"),
