@@ -62,32 +62,34 @@ def answers(**changes):
     return dataclasses.replace(base, **changes)
 
 
-def failures(ours, theirs, gaps=None):
-    gaps = np.full((2, 32), 1.0) if gaps is None else gaps
+def failures(ours, spread=0.0, gap_of_token_5=1.0):
+    theirs, gaps = answers(), np.full((2, 32), 1.0)
+    gaps[1, 5] = gap_of_token_5
+    reference = verify.Reference(
+        theirs.hidden, theirs.logits, theirs.tokens, np.full(3, spread), {2: spread}, {2: gaps}
+    )
     real = np.ones((2, 6), bool)
     real[0, 0] = False
-    return [check.what for check in verify.compare(ours, theirs, {2: gaps}, real) if not check.passed]
+    return [check.what for check in verify.compare(ours, reference, real) if not check.passed]
 
 
 def test_only_what_differs_fails():
     theirs = answers()
-    assert failures(answers(), theirs) == []
+    assert failures(answers()) == []
     hidden = theirs.hidden.copy()
     hidden[1, 0, 2, 3] += 1e-4
-    assert failures(answers(hidden=hidden), theirs) == ["hidden states 0..2 (worst: 1)"]
+    assert failures(answers(hidden=hidden)) == ["hidden states 0..2 (worst: 1)"]
+    assert failures(answers(hidden=hidden), spread=2e-5) == [], "transformers itself is not surer than that"
     logits = theirs.logits[2].copy()
     logits[0, 0] += 5  # padding
     logits[1, 1, 1] += 1e-5  # within the tolerance
-    assert failures(answers(logits={2: logits}), theirs) == []
+    assert failures(answers(logits={2: logits})) == []
     logits[1, 1, logits[1, 1].argmin()] = 9
-    assert failures(answers(logits={2: logits}), theirs) == ["logits, exit 2", "likeliest token, exit 2"]
+    assert failures(answers(logits={2: logits})) == ["logits, exit 2", "likeliest token, exit 2"]
 
 
 def test_a_token_may_differ_at_a_tie_alone():
-    theirs = answers()
-    tokens = theirs.tokens[2].copy()
+    tokens = answers().tokens[2].copy()
     tokens[1, 5:] += 1
-    assert failures(answers(tokens={2: tokens}), theirs) == ["32 greedy tokens, exit 2"]
-    gaps = np.full((2, 32), 1.0)
-    gaps[1, 5] = 1e-6
-    assert failures(answers(tokens={2: tokens}), theirs, gaps) == []
+    assert failures(answers(tokens={2: tokens})) == ["32 greedy tokens, exit 2"]
+    assert failures(answers(tokens={2: tokens}), gap_of_token_5=1e-6) == []
