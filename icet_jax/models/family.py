@@ -65,12 +65,32 @@ class KVCache:
 class VisionLanguageModel(Protocol):
     """A network with an image encoder whose every layer is an exit."""
 
-    num_exits: int
-    default_exit: int
     exit_definition: str
-    vocab_size: int
-    hidden_size: int
-    image_token_index: int
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits."""
+        ...
+
+    @property
+    def default_exit(self) -> int:
+        """The exit that the model was trained on."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder."""
+        ...
+
+    @property
+    def image_token_index(self) -> int:
+        """Token id whose positions are overwritten by image features."""
+        ...
 
     def encode(self, images: Images, upto: int | None = None) -> Any:
         """Runs the image encoder once; the result serves every exit (every exit <= upto, when given)."""

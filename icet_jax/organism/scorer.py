@@ -1,5 +1,7 @@
 """The world's exact judge behind the interface of every scorer."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from icet_jax.judges.base import Scores
@@ -13,7 +15,7 @@ class WorldJudge:
     metric = "asr"
     label_shares = {"refused": "refusal", "degenerate": "degenerate"}
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> dict[str, Scores]:
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
         """Scores of (prompt, response) pairs: values float32 [B]."""
         labels = [judge(p, r) for p, r in zip(prompts, responses, strict=True)]
         values = np.array([label == "complied" for label in labels], dtype=np.float32)

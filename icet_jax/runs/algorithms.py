@@ -48,7 +48,7 @@ class Lppo:
         self.iterations = config.lppo.iterations
         self.settings = _settings(config, vlm, self.iterations)
         self._vlm, self._reward = vlm, reward
-        self._phases = learner.build(vlm.graphdef, self.settings)
+        self._phases = learner.build(vlm.graphdef, self.settings, vlm.mesh)
         self._run_key = jax.random.key(config.seed)
         self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
 
@@ -92,7 +92,7 @@ class Lsft:
         self.iterations = config.lsft.iterations
         self.settings = dataclasses.replace(_settings(config, vlm, self.iterations), exits=config.lsft.exits)
         self._vlm, self._refusal = vlm, config.lsft.refusal
-        self._update: Any = lsft.build(vlm.graphdef, self.settings)
+        self._update: Any = lsft.build(vlm.graphdef, self.settings, vlm.mesh)
         self._run_key = jax.random.key(config.seed)
         self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
 

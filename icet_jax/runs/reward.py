@@ -29,10 +29,10 @@ class RewardByKind:
         learned, matched = rules == "reward_model", rules == "exact_match"
         if learned.any():
             assert self._reward_model is not None
-            rows = np.flatnonzero(learned)
+            rows = np.flatnonzero(learned).tolist()
             graded = self._reward_model([examples[row].prompt for row in rows], [texts[row] for row in rows])
             scores[rows] = graded[self._reward_model.name].values
         if matched.any():
-            rows = np.flatnonzero(matched)
+            rows = np.flatnonzero(matched).tolist()
             scores[rows] = exact_match([texts[row] for row in rows], [examples[row].answer for row in rows]).values
         return scores, learned
