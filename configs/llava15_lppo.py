@@ -13,8 +13,6 @@ def get_config(variant: str = "") -> icet_config.ConfigDict:
     config = icet_config.default()
     config.model.checkpoint = "llava-hf/llava-1.5-7b-hf"
     config.reward.model = "Ray2333/gpt2-large-harmless-reward_model"
-    config.data.train = "data/redteam_2k.csv"
-    config.sweep.datasets = {"custom_prompts": "data/custom_prompts.csv"}
     config.sweep.scorers = ("refusal_keywords", "Ray2333/gpt2-large-harmless-reward_model")
     return _smoke(config) if variant == "smoke" else config
 

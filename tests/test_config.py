@@ -36,7 +36,15 @@ def test_every_rule_names_a_field():
 def test_every_config_loads_from_any_working_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = config_files.load(f"configs/{name}.py")
-    icet_config.require(config, "model.checkpoint", "data.train", "reward.model", "sweep.datasets")
+    icet_config.require(config, "model.checkpoint", "reward.model")
+
+
+def test_rows_for_the_real_model_are_the_users_to_bring():
+    config = config_files.load("configs/llava15_lppo.py")
+    with pytest.raises(UserError, match="config.data.train is not set.*--config.data.train="):
+        icet_config.require(config, "data.train")
+    config = config_files.load("configs/llava15_lppo.py:smoke")
+    icet_config.require(config, "data.train", "sweep.datasets")
 
 
 @pytest.mark.parametrize("variant", ["default_exit", "per_batch", "per_example"])
