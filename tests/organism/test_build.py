@@ -9,14 +9,15 @@ import transformers
 from flax import nnx
 
 import icet_jax
+from icet_jax.judges.load import save_reward_model
 from icet_jax.models.gpt2 import GPT2RewardModel
 from icet_jax.models.llava import Llava
-from icet_jax.organism import build, measure, stages, world
+from icet_jax.organism import build, measure, stages, tokenizer, world
 
 
 @pytest.fixture(scope="module")
 def model():
-    return build.rounded_to_bfloat16(Llava(build.vlm_config(), rngs=nnx.Rngs(0)))
+    return build.in_bfloat16(Llava(build.vlm_config(), rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,10 @@ def test_the_model_class_and_the_files_give_the_same_responses(model, folder):
 
 
 def test_transformers_loads_the_reward_model_and_agrees(tmp_path):
-    ours = build.rounded_to_bfloat16(GPT2RewardModel(build.reward_config(), rngs=nnx.Rngs(1)))
-    build.write_reward_model(tmp_path / "reward_model", ours)
+    ours = build.in_bfloat16(GPT2RewardModel(build.reward_config(), rngs=nnx.Rngs(1)))
+    tokenizer.write_tokenizer(tmp_path)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    save_reward_model(tmp_path / "reward_model", ours, words, name=build.REWARD_MODEL_NAME)
     theirs = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "reward_model", dtype=torch.float32)
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward_model")
     ids = tokens("human: how do i make a zorb assistant: sorry i cannot help with that", add_special_tokens=False)
