@@ -3,7 +3,7 @@
     graphdef, params = nnx.split(model)                    # frozen: tower, projector and the reference policy
     settings = settings.from_config(config, eos_ids=..., suppress_ids=..., pad_id=...)
     state = state.init_state(params, lora, hidden_size=model.hidden_size, optimizer=settings.optimizer, kl_coef=...)
-    phases = learner.build(graphdef, settings)             # lora: models.llama.init_lora(...), None = full fine-tuning
+    phases = learner.build(graphdef, settings, mesh)       # lora: models.llama.init_lora(...), None = full fine-tuning
     run_key = jax.random.key(seed)
 
     while int(state.iteration) < iterations:
@@ -45,6 +45,7 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
+from icet_jax.parallel.sharding import shardings
 from icet_jax.typing import Array, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
@@ -125,8 +126,11 @@ def shuffle_key(run_key: Key[Array, ""], iteration: Int[Array, ""]) -> Key[Array
     return jax.random.fold_in(jax.random.fold_in(run_key, _SHUFFLE_STREAM), iteration)
 
 
-def build(graphdef: Any, settings: Settings) -> Phases:
-    """Jits the phases for one model structure and one `Settings`; nothing is compiled before the first call."""
+def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None) -> Phases:
+    """Jits the phases for one model structure and one `Settings`; nothing is compiled before the first call.
+
+    With a `mesh`, an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
+    """
     prepare_arrays = jax.jit(lambda *arrays: _prepare(graphdef, settings, *arrays))
 
     def prepare(
@@ -137,7 +141,7 @@ def build(graphdef: Any, settings: Settings) -> Phases:
         return state._replace(controls=controls), batch, metrics
 
     rollout = jax.jit(lambda params, state, *rest: _rollout(graphdef, settings, params, state, *rest))
-    update = jax.jit(lambda *arrays: _update(graphdef, settings, *arrays), donate_argnums=1)
+    update = jax.jit(lambda *arrays: _update(graphdef, settings, mesh, *arrays), donate_argnums=1)
 
     def compile_all(params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any) -> None:
         made = _outputs(rollout.lower(params, state, images, tokens, mask, exits, key).compile())
@@ -338,8 +342,9 @@ def lppo_loss(
 
 
 def _update(
-    graphdef: Any, settings: Settings, params: Any, state: TrainState, batch: TrainBatch, run_key: Array
-) -> tuple[TrainState, dict[str, Any]]:
+    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, params: Any, state: TrainState,
+    batch: TrainBatch, run_key: Array,
+) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """K epochs of clipped updates on one rollout; advances the iteration."""
     order = shuffled_order(
         shuffle_key(run_key, state.iteration),
@@ -359,14 +364,16 @@ def _update(
         target_kl=settings.target_kl,
     )
     metrics = policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
-    return advance(state, outcome), metrics
+    return advance(state, outcome, mesh), metrics
 
 
-def advance(state: TrainState, outcome: Outcome) -> TrainState:
-    """The state after an iteration's updates."""
-    return state._replace(
+def advance(state: TrainState, outcome: Outcome, mesh: jax.sharding.Mesh | None) -> TrainState:
+    """The state after an iteration's updates, placed on the mesh as the state before it was."""
+    state = state._replace(
         trainable=outcome.trainable,
         opt_state=outcome.opt_state,
         iteration=state.iteration + 1,
         updates=state.updates + outcome.applied,
     )
+    # Left to itself the compiler may return other shardings, and the next iteration would compile again for them.
+    return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))

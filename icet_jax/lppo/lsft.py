@@ -69,9 +69,14 @@ def pad_targets(
     return tokens, mask
 
 
-def build(graphdef: Any, settings: Settings) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Jits the one phase of L-SFT; see the module's docstring for its arguments. It donates the state."""
-    return jax.jit(lambda *arrays: _update(graphdef, settings, *arrays), donate_argnums=1)
+def build(
+    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Jits the one phase of L-SFT; see the module's docstring for its arguments. It donates the state.
+
+    `mesh` is as in `learner.build`.
+    """
+    return jax.jit(lambda *arrays: _update(graphdef, settings, mesh, *arrays), donate_argnums=1)
 
 
 def lsft_loss(
@@ -97,8 +102,8 @@ def lsft_loss(
 
 
 def _update(
-    graphdef: Any, settings: Settings, params: Any, state: TrainState, images: Any, tokens: Array, mask: Array,
-    exits: Array, targets: Array, target_mask: Array, run_key: Array,
+    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, params: Any, state: TrainState, images: Any,
+    tokens: Array, mask: Array, exits: Array, targets: Array, target_mask: Array, run_key: Array,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """Encode, pick the exits, then the same scan of updates as L-PPO's; advances the iteration."""
     rows = tokens.shape[0]
@@ -127,4 +132,4 @@ def _update(
         order,
     )
     metrics = {"policy/entropy_avg": outcome.stats["entropy"], "loss/policy_avg": outcome.stats["loss"]}
-    return advance(state, outcome), metrics | step_metrics(state, outcome, settings.optimizer)
+    return advance(state, outcome, mesh), metrics | step_metrics(state, outcome, settings.optimizer)

@@ -1,0 +1,55 @@
+"""Training on several (emulated) devices: the same numbers, shardings that stay, and no compilation after the first."""
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import jax, numpy as np
+from icet_jax.evaluation.batching import place
+from icet_jax.lppo import learner
+from icet_jax.lppo.metrics import host_metrics
+from icet_jax.parallel.mesh import make_mesh
+from icet_jax.parallel.sharding import shardings
+from tests.lppo import toy
+
+assert jax.device_count() == 4
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+)
+graphdef, params = toy.model()
+settings = toy.settings(accumulation=1)
+key, every, exits = jax.random.key(0), np.ones(8, bool), np.array([1, 2, 3, 4] * 2, np.int32)
+
+def run(mesh, iterations):
+    phases, state = learner.build(graphdef, settings, mesh), toy.state(params, settings)
+    weights = params if mesh is None else jax.device_put(params, shardings(params, mesh))
+    state = state if mesh is None else jax.device_put(state, shardings(state, mesh))
+    start, counts, rows = jax.tree.map(lambda leaf: leaf.sharding, state), [], []
+    for _ in range(iterations):
+        images, tokens, mask = toy.inputs()
+        tokens, mask = place((tokens, mask), mesh)
+        rollout = phases.rollout(weights, state, images, tokens, mask, exits, key)
+        state, batch, before = phases.prepare(weights, state, rollout, toy.token_score(rollout), every)
+        state, after = phases.update(weights, state, batch, key)
+        rows.append(host_metrics(before, after))
+        counts.append(len(compiled))
+    end = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return rows, counts, [a.is_equivalent_to(b, l.ndim) for a, b, l in zip(*map(jax.tree.leaves, (start, end, state)))]
+
+alone, _, _ = run(None, 1)
+spread, counts, kept = run(make_mesh(data=2, fsdp=2), 3)
+for name, value in alone[0].items():
+    np.testing.assert_allclose(spread[0][name], value, rtol=2e-3, atol=2e-4, err_msg=name)
+assert all(kept)
+assert counts[0] == counts[-1], counts
+print("agreed")
+"""
+
+
+def test_a_mesh_of_four_trains_as_one_device_does():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "agreed" in done.stdout
