@@ -265,6 +265,9 @@ def save_processor(directory: str | Path, config: Any) -> None:
     directory = Path(directory)
     size = config.vision_config.image_size
     tokenizer().save_pretrained(directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4.x does not know
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     images = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     images.save_pretrained(directory)
     settings = json.loads((directory / "preprocessor_config.json").read_text())
