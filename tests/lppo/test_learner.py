@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -170,6 +171,31 @@ def test_a_toy_reward_is_learned(model):
         scores.append(row["objective/scores"])
     assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.3
     assert row["objective/kl"] > 0
+
+
+@pytest.mark.parametrize("lora_scale", [2.0, None], ids=["lora", "full"])
+def test_bfloat16_trains_float32_weights_and_forms_no_logits_of_whole_responses(lora_scale):
+    """Traced only: the state keeps its shapes and dtypes, and logits exist for `log_prob_chunk` positions at a time."""
+    settings = toy.settings(lora_scale=lora_scale)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: toy.llava(jnp.bfloat16)))
+    state = jax.eval_shape(lambda params: toy.state(params, settings), params)
+    phases = learner.build(graphdef, settings)
+    rollout = jax.eval_shape(phases.rollout, params, state, *toy.inputs(), EXITS, RUN_KEY)
+    scores, every = np.zeros(8, np.float32), np.ones(8, bool)
+    _, batch, _ = jax.eval_shape(lambda *args: phases.prepare(*args, scores, every), params, state, rollout)
+    jaxpr, (after, _) = jax.make_jaxpr(phases.update, return_shape=True)(params, state, batch, RUN_KEY)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert batch.visual.dtype == jnp.bfloat16
+    positions = {shape[-2] for shape in shapes(jaxpr.jaxpr) if shape[-1:] == (32,) and len(shape) > 2}
+    assert max(positions) == settings.log_prob_chunk
+
+
+def shapes(jaxpr):
+    """Shapes of every intermediate value, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from shapes(getattr(inner, "jaxpr", inner))
 
 
 def test_unscored_rows_train_nothing(model):

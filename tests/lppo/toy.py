@@ -54,11 +54,19 @@ def settings(**changes):
     return dataclasses.replace(SETTINGS, **changes)
 
 
+def llava(dtype=jnp.float32):
+    return Llava(
+        LlavaConfig(vision=VISION, text=TEXT, image_token_index=IMAGE),
+        rngs=nnx.Rngs(0),
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+
+
 @functools.cache
-def model(seed=0):
+def model():
     """(graphdef, params) with weights large enough that exits and images matter."""
-    llava = Llava(LlavaConfig(vision=VISION, text=TEXT, image_token_index=IMAGE), rngs=nnx.Rngs(seed))
-    graphdef, params = nnx.split(llava)
+    graphdef, params = nnx.split(llava())
     return graphdef, jax.tree.map(lambda x: 1.5 * x, params)
 
 
