@@ -42,11 +42,19 @@ TRANSFER = {
 """PPO at one exit alone, for the map of train exit x test exit; one seed each."""
 
 
+SMALLER_SWEEPS = [
+    "--config.sweep.datasets={'forbidden': 'organism:test:forbidden:256', 'benign': 'organism:test:benign:256'}",
+    "--config.sweep.utility={'vqa': 'organism:test:vqa:512'}",
+]
+"""Rows per exit of an ablation; the main job measures utility on 1,024."""
+
+
 def run(name: str, out: Path, seeds: list[int]) -> None:
     """Runs (or resumes) one setup over all seeds."""
     config, overrides = {**SETUPS, **TRANSFER}[name]
     command = [sys.executable, "-m", "icet_jax.main", f"--config={config}", f"--workdir={out / name}"]
-    command += [f"--config.seeds={','.join(map(str, seeds))},", "--config.log.tensorboard=false", *overrides]
+    command += [f"--config.seeds={','.join(map(str, seeds))},", "--config.log.tensorboard=false"]
+    command += [*SMALLER_SWEEPS, *overrides]
     print("+", *command, flush=True)
     subprocess.run(command, check=True)
 
