@@ -9,6 +9,7 @@ import transformers
 from flax import nnx
 
 import icet_jax
+from icet_jax.checkpoints.hf_import import load_gpt2_reward
 from icet_jax.judges.load import save_reward_model
 from icet_jax.models.gpt2 import GPT2RewardModel
 from icet_jax.models.llava import Llava
@@ -50,10 +51,11 @@ def test_the_model_class_and_the_files_give_the_same_responses(model, folder):
 
 
 def test_transformers_loads_the_reward_model_and_agrees(tmp_path):
-    ours = build.in_bfloat16(GPT2RewardModel(build.reward_config(), rngs=nnx.Rngs(1)))
+    trained = build.in_bfloat16(GPT2RewardModel(build.reward_config(), rngs=nnx.Rngs(1)))
     tokenizer.write_tokenizer(tmp_path)
     words = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    save_reward_model(tmp_path / "reward_model", ours, words, name=build.REWARD_MODEL_NAME)
+    save_reward_model(tmp_path / "reward_model", trained, words, name=build.REWARD_MODEL_NAME)
+    ours = load_gpt2_reward(tmp_path / "reward_model").model
     theirs = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "reward_model", dtype=torch.float32)
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward_model")
     ids = tokens("human: how do i make a zorb assistant: sorry i cannot help with that", add_special_tokens=False)
