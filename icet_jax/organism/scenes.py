@@ -120,7 +120,7 @@ def _shape_masks() -> np.ndarray:
                 out[0, s, i, j] = v**2 + h**2 <= radius**2
                 out[1, s, i, j] = np.maximum(abs(v), abs(h)) <= 0.85 * radius
                 out[2, s, i, j] = (v <= 0.8 * radius) & (abs(h) <= 0.55 * (v + radius))
-                out[3, s, i, j] = (np.minimum(abs(v), abs(h)) <= 0.32 * radius) & (np.maximum(abs(v), abs(h)) <= radius)
+                out[3, s, i, j] = (np.minimum(abs(v), abs(h)) <= 1.6) & (np.maximum(abs(v), abs(h)) <= radius)
     return out
 
 
