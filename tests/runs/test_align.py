@@ -136,7 +136,7 @@ def test_lsft_runs_on_several_seeds_and_reports_over_all(tmp_path):
         ({"lppo__fixed_exit": "25"}, "config.lppo.fixed_exit names exit 25, but this model's exits are 1 to 24"),
         ({"sweep__exits": "1,99"}, "config.sweep.exits names exit 99"),
         ({"data__train": "nothing.csv"}, "nothing.csv"),
-        ({"data__train": "toy:vqa"}, "the training data has no 'forbidden' rows"),
+        ({"data__train": "toy:vqa"}, "the training data has no 'benign' rows"),
         ({"data__max_prompt_tokens": "8"}, "prompt takes"),
         ({"reward__model": "none"}, "config.reward.model is not set"),
         ({"reward__model": "refusal_keywords"}, "is a judge, not a reward model"),
