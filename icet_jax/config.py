@@ -128,7 +128,7 @@ def _reward() -> ConfigDict:
     reward.model = config_dict.placeholder(str)
     # What rewards a row of each kind. A text-only reward model cannot grade an answer about an image.
     reward.by_kind = ConfigDict({"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"})
-    reward.normalise = False  # divide scores by their running standard deviation; TRL: off
+    reward.normalise = False  # reward-model scores minus their running mean, over their standard deviation; TRL: off
     reward.clip = 0.0  # scores are clipped to +-clip after normalising; 0 = off, as in TRL
     reward.missing_eos_penalty = 0.0  # subtracted from the score of a response without EOS; 0 = off, as in TRL
     return reward

@@ -71,7 +71,7 @@ class GPT2RewardModel(nnx.Module):
         if length > self.config.n_positions:
             raise ValueError(f"{length} tokens exceed the {self.config.n_positions} positions of the reward model")
         positions = layers.positions_from_mask(mask)
-        x = (self.wte[...][tokens] + self.wpe[...][positions]).astype(self.dtype)
+        x = self.wte[...][tokens].astype(self.dtype) + self.wpe[...][positions].astype(self.dtype)
         allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
         graph, state = nnx.split(self.layers)
 
