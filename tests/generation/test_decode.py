@@ -12,7 +12,7 @@ from icet_jax.generation import Sampling, generate, suppress_ids, token_log_prob
 from icet_jax.models.clip import ClipConfig
 from icet_jax.models.family import Images
 from icet_jax.models.layers import positions_from_mask
-from icet_jax.models.llama import LlamaConfig
+from icet_jax.models.llama import LlamaConfig, init_lora, lora_shapes
 from icet_jax.models.llava import Llava, LlavaConfig
 
 IMAGE, PAD, VOCAB, PATCHES = 40, 41, 43, 4
@@ -59,14 +59,23 @@ def features(model, images, pixels, exits=2):
 
 
 @partial(jax.jit, static_argnums=(0, 6))
-def run(graph, params, tokens, mask, visual, keys, sampling):
-    return generate(nnx.merge(graph, params), tokens, mask, visual, keys, sampling)
+def run(graph, params, tokens, mask, visual, keys, sampling, lora=None):
+    return generate(nnx.merge(graph, params), tokens, mask, visual, keys, sampling, lora)
 
 
-def respond(model, rows, images, image_pixels, keys, sampling=SAMPLED, side="left", length=None):
+def respond(model, rows, images, image_pixels, keys, sampling=SAMPLED, side="left", length=None, lora=None):
     tokens, mask = padded(rows, side, length)
     graph, params = nnx.split(model)
-    return run(graph, params, tokens, mask, features(model, images, image_pixels), keys, sampling)
+    return run(graph, params, tokens, mask, features(model, images, image_pixels), keys, sampling, lora)
+
+
+def random_lora():
+    """Adapters on every projection that change what the model says."""
+    targets = tuple(lora_shapes(CONFIG.text))
+    lora = init_lora(CONFIG.text, rank=3, alpha=6.0, targets=targets, key=jax.random.key(3))
+    noise = np.random.default_rng(3)
+    fill = lambda leaf: jnp.asarray(0.1 * noise.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
+    return lora.replace(weights=jax.tree.map(fill, lora.weights))
 
 
 IMAGES, LENGTHS = [1, 0, 2, 1], [5, 9, 3, 7]
@@ -92,24 +101,25 @@ def test_the_mask_is_a_prefix_that_ends_with_the_eos(batch):
     assert ended, "the test needs a row that ends early"
 
 
-@pytest.mark.parametrize("sampling", [SAMPLED, Sampling(12, 0.6, 6, 0.9, (2, 5), SUPPRESSED, PAD)])
-def test_sampled_log_probs_equal_teacher_forcing(model, sampling):
+@pytest.mark.parametrize(
+    "sampling, lora",
+    [(SAMPLED, None), (SAMPLED, random_lora()), (Sampling(12, 0.6, 6, 0.9, (2, 5), SUPPRESSED, PAD), None)],
+    ids=["plain", "adapters", "truncated"],
+)
+def test_sampled_log_probs_equal_teacher_forcing(model, batch, sampling, lora):
     rows = prompts(IMAGES, LENGTHS)
-    out = respond(model, rows, IMAGES, pixels(4), KEYS, sampling)
+    out = respond(model, rows, IMAGES, pixels(4), KEYS, sampling, lora=lora)
     tokens, mask = padded(rows)
     tokens = jnp.concatenate([tokens, out.tokens], axis=1)
     mask = jnp.concatenate([mask, out.mask], axis=1)
-    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, features(model, IMAGES, pixels(4)))
-    length = sampling.max_new_tokens
+    visual = features(model, IMAGES, pixels(4))
+    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, visual, None, lora)
+    length, temperature = sampling.max_new_tokens, sampling.temperature
     log_probs, _ = token_log_probs(
-        model,
-        hidden[:, -length - 1 : -1],
-        out.tokens,
-        temperature=sampling.temperature,
-        suppress_ids=SUPPRESSED,
-        chunk=5,
+        model, hidden[:, -length - 1 : -1], out.tokens, temperature=temperature, suppress_ids=SUPPRESSED, chunk=5
     )
     np.testing.assert_allclose(np.where(out.mask, log_probs, 0), out.log_probs, atol=1e-5)
+    assert lora is None or (out.tokens != batch.tokens).any(), "the adapters must matter"
 
 
 @pytest.mark.parametrize("row", range(4))
