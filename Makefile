@@ -31,7 +31,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
 
 # The CPU build where pip already finds one, else from PyTorch's CPU index, else whatever pip finds.
 $(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" || \
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu || \
 	  $(BIN)/python -m pip install --quiet torch
 	$(BIN)/python -m pip install --quiet --editable ".[test]"

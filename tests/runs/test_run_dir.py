@@ -1,0 +1,45 @@
+"""cost.json adds up over restarts and counts compilations."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from icet_jax.runs.run_dir import Costs
+
+
+def phases(folder):
+    return {phase["name"]: phase for phase in json.loads((folder / "cost.json").read_text())["phases"]}
+
+
+def test_costs_add_up_over_restarts(tmp_path):
+    with Costs(tmp_path).phase("train") as cost:
+        cost["tokens"] = 10
+    first = phases(tmp_path)["train"]
+    costs = Costs(tmp_path)
+    with costs.phase("train") as cost:
+        cost["tokens"] = 5
+    with costs.phase("export"):
+        pass
+    both = phases(tmp_path)
+    assert list(both) == ["train", "export"]
+    assert both["train"]["tokens"] == 15 and both["train"]["seconds"] > first["seconds"]
+    assert both["train"]["tokens_per_second"] == pytest.approx(15 / both["train"]["seconds"])
+
+
+def test_a_phase_that_fails_is_counted_too(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Costs(tmp_path).phase("train"):
+        raise KeyboardInterrupt
+    assert "train" in phases(tmp_path)
+
+
+def test_compilations_are_counted_by_jaxs_own_events(tmp_path):
+    function = jax.jit(lambda x: jnp.sin(x) * 3)
+    x = jnp.arange(7.0)
+    costs = Costs(tmp_path)
+    for name in ("first", "second"):
+        with costs.phase(name):
+            function(x).block_until_ready()
+    assert phases(tmp_path)["first"]["compilations"] >= 1
+    assert phases(tmp_path)["second"]["compilations"] == 0

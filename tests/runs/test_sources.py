@@ -1,0 +1,50 @@
+"""Rows and weights by their source strings."""
+
+import pytest
+
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+from icet_jax.runs import sources
+
+
+def test_organism_rows_by_split_kind_and_count():
+    rows = sources.load_rows("organism:test:forbidden")
+    assert len(rows) == 256 and {row.kind for row in rows} == {"forbidden"}
+    assert len({row.id for row in rows}) == len(rows)
+    assert len(sources.load_rows("organism:test:vqa:7")) == 7
+    assert len(sources.load_rows("organism:test:benign", limit=3)) == 3
+    assert [row.prompt for row in rows[:3]] == [row.prompt for row in sources.load_rows("organism:test:forbidden:3")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["organism:test:harmful", "organism:test:vqa:0", "organism:test:vqa:x", "organism:test:vqa:3:4", "toy:cats"],
+)
+def test_a_wrong_source_is_one_line(source):
+    with pytest.raises(UserError, match=source):
+        sources.load_rows(source)
+
+
+@pytest.mark.parametrize("spec", ["organism:llama", "toy:llama"])
+def test_wrong_weights_are_one_line(spec):
+    with pytest.raises(UserError, match=spec):
+        sources.checkpoint_directory(spec)
+
+
+def test_a_directory_or_hub_id_is_passed_on():
+    assert sources.checkpoint_directory("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_toy_weights_are_made_once(tmp_path):
+    folder = sources.checkpoint_directory("toy:reward_model", tmp_path)
+    assert folder == str(tmp_path / "toy" / "reward_model")
+    made = (tmp_path / "toy" / "reward_model" / "model.safetensors").stat().st_mtime_ns
+    sources.checkpoint_directory("toy:reward_model", tmp_path)
+    assert (tmp_path / "toy" / "reward_model" / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_test_prompts_that_are_training_prompts_are_counted(capsys):
+    train = [Example("1", "first"), Example("2", "what is this", kind="vqa")]
+    tests = {"seen": [Example("a", "first"), Example("b", "second")], "vqa": [Example("c", "what is this", kind="vqa")]}
+    assert sources.report_overlap(train, tests) == {"seen": 1, "vqa": 0}
+    assert "1 of 2 rows of seen" in capsys.readouterr().err
