@@ -87,6 +87,7 @@ def save_reward_model(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         folder = save_gpt2_reward(Path(scratch) / "model", model.config, nnx.split(model)[1])
         tokenizer.save_pretrained(folder)
+        _name_tokenizer_class(folder / "tokenizer_config.json")
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         eos = tokenizer.eos_token_id
@@ -96,6 +97,14 @@ def save_reward_model(
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replace_dir_atomic(folder, directory)
     return directory
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """Writes transformers 5's class of tokenizer.json under the name that transformers 4 knows too."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _kind(config: dict[str, Any], directory: Path) -> str:

@@ -111,9 +111,7 @@ class RewardModel:
         self.pairs = PairTokenizer(tokenizer, template=template, max_length=model.config.n_positions)
         graphdef, self._params = nnx.split(model)
 
-        def score(
-            params: nnx.State, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
-        ) -> Float[Array, "B"]:
+        def score(params: nnx.State, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
             return nnx.merge(graphdef, params)(tokens, mask)
 
         self._score = jax.jit(score)

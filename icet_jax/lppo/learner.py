@@ -18,7 +18,7 @@
 left-padded prompts; a filler row has an all-false mask. `scores` is float32 [B]: NaN marks a row that could not be
 scored, which trains nothing. `learned` is bool [B]: rows scored by a reward model; only these are normalised (a row
 without a reward has score 0). The policy as something to generate with is `forward.with_policy(params,
-state.trainable, settings.lora_scale)` -> (params, lora). `state.to_arrays` / `from_arrays` serve checkpoints.
+state.trainable, settings.lora_scale)` -> (params, lora).
 
 Every phase compiles once per shape, whatever exit is drawn: exits are traced. The tower runs once per rollout; its
 features stay with the rollout, row-aligned, and no gradient reaches tower or projector.

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from icet_jax.errors import UserError
@@ -132,37 +131,3 @@ def pure_dict(state: Any) -> dict[Any, Any]:
         key: pure_dict(value) if isinstance(value, Mapping) else getattr(value, "get_value", lambda v=value: v)()
         for key, value in state.items()
     }
-
-
-def to_arrays(state: TrainState) -> dict[str, np.ndarray]:
-    """The state as host arrays under '/'-joined paths, for a checkpoint; `from_arrays` is its inverse."""
-    return {path: np.asarray(leaf) for path, leaf in _named_leaves(state)[0]}
-
-
-def from_arrays(template: TrainState, arrays: Mapping[str, Any]) -> TrainState:
-    """Fills a state of `template`'s structure, dtypes and (where it holds arrays) shardings with saved arrays.
-
-    Raises:
-      UserError: names are missing or left over, or a shape differs; all are listed.
-    """
-    named, treedef = _named_leaves(template)
-    problems = [f"{path} is missing" for path, _ in named if path not in arrays]
-    problems += [f"{path} is unknown" for path in sorted(set(arrays) - {path for path, _ in named})]
-    problems += [
-        f"{path} has shape {np.shape(arrays[path])}, not {leaf.shape}"
-        for path, leaf in named
-        if path in arrays and np.shape(arrays[path]) != leaf.shape
-    ]
-    if problems:
-        raise UserError(f"train state: {'; '.join(problems)}; was it saved by a run with another config?")
-    leaves = [jnp.asarray(arrays[path], leaf.dtype) for path, leaf in named]
-    shardings = [getattr(leaf, "sharding", None) if getattr(leaf, "committed", False) else None for _, leaf in named]
-    placed = [
-        leaf if where is None else jax.device_put(leaf, where) for leaf, where in zip(leaves, shardings, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, placed)
-
-
-def _named_leaves(state: TrainState) -> tuple[list[tuple[str, Any]], Any]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves], treedef

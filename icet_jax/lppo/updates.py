@@ -97,7 +97,7 @@ def optimise(
     def evaluate(carry: Any, slices: Array) -> tuple[Any, Any]:
         trainable, opt_state, applied, stopped, nonfinite = carry
         loss, stats, grads = gradients(loss_function, trainable, batch, row_tokens, slices)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         stats = stats | {"loss": loss, "grad_norm": norm}
         bad = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
         far = stats["approxkl"] > target_kl if target_kl else jnp.zeros((), bool)
