@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A CPU build of torch is enough: the tests only compare with it.
-TORCH := 2.13.0
+# A CPU build of torch is enough: the tests only compare with it. Yours may be named: make test TORCH="torch --index-url ..."
+TORCH ?= torch
 
 .PHONY: demo test clean
 
@@ -15,7 +15,7 @@ test: $(VENV)/.installed-test  ## environment, install, lint, types, import cont
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -29,10 +29,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-# The CPU build where pip already finds one, else from PyTorch's CPU index, else whatever pip finds.
+# The CPU build where pip finds one, else whatever it finds.
 $(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || \
-	  $(BIN)/python -m pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu || \
-	  $(BIN)/python -m pip install --quiet torch
+	$(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $(VENV)/.installed $@
