@@ -122,7 +122,7 @@ def test_sampled_log_probs_equal_teacher_forcing(model, batch, sampling, lora):
     assert lora is None or (out.tokens != batch.tokens).any(), "the adapters must matter"
 
 
-@pytest.mark.parametrize("row", range(4))
+@pytest.mark.parametrize("row", range(3))
 def test_a_row_alone_says_what_it_says_in_a_batch(model, batch, row):
     first = sum(IMAGES[:row])
     rows, images = prompts(IMAGES, LENGTHS)[row : row + 1], IMAGES[row : row + 1]
@@ -131,7 +131,7 @@ def test_a_row_alone_says_what_it_says_in_a_batch(model, batch, row):
     np.testing.assert_allclose(alone.log_probs[0], batch.log_probs[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("side, length", [("right", None), ("left", 40), ("right", 40)])
+@pytest.mark.parametrize("side, length", [("right", None), ("left", 40)])
 def test_padding_does_not_matter(model, batch, side, length):
     out = respond(model, prompts(IMAGES, LENGTHS), IMAGES, pixels(4), KEYS, side=side, length=length)
     np.testing.assert_array_equal(out.tokens, batch.tokens)
@@ -176,20 +176,17 @@ def test_a_pad_that_ends_responses_may_be_sampled(model):
     assert (np.asarray(out.tokens)[np.arange(64), lengths - 1] == PAD)[lengths < 40].all() and (lengths < 40).any()
 
 
-def test_the_loop_stops_when_every_row_is_done(model):
+def test_the_loop_stops_when_every_row_is_done():
     """Any token ends a response here, so of a budget of a thousand tokens one is spent."""
     settings = Sampling(max_new_tokens=1000, temperature=0.0, eos_ids=tuple(range(VOCAB)), pad_id=PAD)
     steps = []
 
-    class Counting:
-        def __getattr__(self, name):
-            return getattr(model, name)
-
+    class Counting(Llava):
         def decode(self, tokens, *args):
             jax.debug.callback(lambda: steps.append(tokens.shape[1]))
-            return model.decode(tokens, *args)
+            return super().decode(tokens, *args)
 
     tokens, mask = padded(prompts([0, 0], [3, 4]))
-    out = generate(Counting(), tokens, mask, None, KEYS[:2], settings)
+    out = generate(Counting(CONFIG, rngs=nnx.Rngs(0)), tokens, mask, None, KEYS[:2], settings)
     jax.effects_barrier()
     assert out.mask.sum(1).tolist() == [1, 1] and steps == [4]
