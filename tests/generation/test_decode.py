@@ -50,17 +50,40 @@ def pixels(count, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(count, 3, 8, 8)), jnp.float32)
 
 
-def features(model, images, pixels, exits=2):
+@partial(jax.jit, static_argnums=0)
+def encoded_features(graph, params, images):
+    model = nnx.merge(graph, params)
+    return model.visual(model.encode(images), jnp.int32(2))
+
+
+def features(model, images, pixels):
     if not sum(images):
         return None
-    rows = jnp.repeat(jnp.arange(len(images)), jnp.asarray(images), total_repeat_length=sum(images))
-    encoded = model.encode(Images(pixels=pixels, rows=rows, num_rows=len(images), per_row=max(images)))
-    return model.visual(encoded, jnp.int32(exits))
+    rows = np.repeat(np.arange(len(images)), images)
+    return encoded_features(
+        *nnx.split(model), Images(pixels=pixels, rows=jnp.asarray(rows), num_rows=len(images), per_row=max(images))
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 6))
 def run(graph, params, tokens, mask, visual, keys, sampling, lora=None):
     return generate(nnx.merge(graph, params), tokens, mask, visual, keys, sampling, lora)
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def teacher_forced(graph, params, prompts, prompt_mask, visual, out, sampling, lora):
+    model, length = nnx.merge(graph, params), sampling.max_new_tokens
+    tokens = jnp.concatenate([prompts, out.tokens], axis=1)
+    mask = jnp.concatenate([prompt_mask, out.mask], axis=1)
+    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, visual, None, lora)
+    return token_log_probs(
+        model,
+        hidden[:, -length - 1 : -1],
+        out.tokens,
+        temperature=sampling.temperature,
+        suppress_ids=sampling.suppress_ids,
+        chunk=5,
+    )[0]
 
 
 def respond(model, rows, images, image_pixels, keys, sampling=SAMPLED, side="left", length=None, lora=None):
@@ -109,15 +132,8 @@ def test_the_mask_is_a_prefix_that_ends_with_the_eos(batch):
 def test_sampled_log_probs_equal_teacher_forcing(model, batch, sampling, lora):
     rows = prompts(IMAGES, LENGTHS)
     out = respond(model, rows, IMAGES, pixels(4), KEYS, sampling, lora=lora)
-    tokens, mask = padded(rows)
-    tokens = jnp.concatenate([tokens, out.tokens], axis=1)
-    mask = jnp.concatenate([mask, out.mask], axis=1)
     visual = features(model, IMAGES, pixels(4))
-    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, visual, None, lora)
-    length, temperature = sampling.max_new_tokens, sampling.temperature
-    log_probs, _ = token_log_probs(
-        model, hidden[:, -length - 1 : -1], out.tokens, temperature=temperature, suppress_ids=SUPPRESSED, chunk=5
-    )
+    log_probs = teacher_forced(*nnx.split(model), *padded(rows), visual, out, sampling, lora)
     np.testing.assert_allclose(np.where(out.mask, log_probs, 0), out.log_probs, atol=1e-5)
     assert lora is None or (out.tokens != batch.tokens).any(), "the adapters must matter"
 
@@ -187,6 +203,6 @@ def test_the_loop_stops_when_every_row_is_done():
             return super().decode(tokens, *args)
 
     tokens, mask = padded(prompts([0, 0], [3, 4]))
-    out = generate(Counting(CONFIG, rngs=nnx.Rngs(0)), tokens, mask, None, KEYS[:2], settings)
+    out = run(*nnx.split(Counting(CONFIG, rngs=nnx.Rngs(0))), tokens, mask, None, KEYS[:2], settings)
     jax.effects_barrier()
     assert out.mask.sum(1).tolist() == [1, 1] and steps == [4]
