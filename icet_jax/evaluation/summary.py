@@ -39,9 +39,7 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict
     return _tables(list(measured.values), exits, num_exits, counts, estimate)
 
 
-def difference(
-    before: Iterable[Row], after: Iterable[Row], exits: Sequence[int], num_exits: int
-) -> dict[str, Any]:
+def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
     """`{"layers": [...], "groups": {...}}` of after - before over the rows that both sweeps have, paired by id.
 
     `n` of a layer is its number of pairs; `n_error` counts pairs whose scorer failed on either side.

@@ -35,7 +35,7 @@ _NOISE = 12
 class Scenes(NamedTuple):
     """What is in B images. Objects of one image differ in shape and in colour, so every question has one answer."""
 
-    count: np.ndarray  # int64 [B], 1..3
+    count: np.ndarray  # type: ignore[assignment]  # int64 [B], 1..3; hides tuple.count
     cells: np.ndarray  # int64 [B, 3], index into PLACES; only the first `count` are drawn
     shapes: np.ndarray  # int64 [B, 3], index into SHAPES
     colours: np.ndarray  # int64 [B, 3], index into COLOUR_NAMES

@@ -118,7 +118,8 @@ def batches(stage: Stage, seed: int) -> Iterator[tuple[Any, ...]]:
 
 def run_stage(model: Llava, stage: Stage, *, seed: int, log: Log) -> Llava:
     """Trains decoder and projector (the tower stays frozen) on one stage's batches; returns a new model."""
-    graph, frozen, trained = nnx.split(model, nnx.PathContains("vision_tower"), ...)
+    parts: Any = nnx.split(model, nnx.PathContains("vision_tower"), ...)
+    graph, frozen, trained = parts
     uses_images = any(part.exits for part in stage.parts)
 
     def loss(params: Any, rows: training.TextRows, pixels: Array, exits: Array) -> tuple[Array, dict[str, Array]]:

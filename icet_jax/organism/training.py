@@ -57,7 +57,8 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross-entropy in nats of the response tokens; `features` are tower states (no class token) or None."""
     visual = None if features is None else model.projector(features)
-    hidden, _ = model.decode(batch.tokens, positions_from_mask(batch.mask), batch.mask, visual)
+    mask = jnp.asarray(batch.mask)
+    hidden, _ = model.decode(jnp.asarray(batch.tokens), positions_from_mask(mask), mask, visual)
     logits = model.logits(hidden[:, PROMPT_TOKENS - 1 : -1])
     targets, learn = batch.tokens[:, PROMPT_TOKENS:], batch.response[:, PROMPT_TOKENS:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

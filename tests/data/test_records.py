@@ -23,7 +23,7 @@ def write(path, text):
 
 
 def test_csv_rows_and_defaults(folder):
-    records = read_records(write(folder / "rows.csv", "Prompt,image,extra\nfirst one,a.png,x\n\"two\nlines\",b.jpg,\n"))
+    records = read_records(write(folder / "rows.csv", 'Prompt,image,extra\nfirst one,a.png,x\n"two\nlines",b.jpg,\n'))
     assert [e.prompt for e in records.examples] == ["first one", "two\nlines"]
     assert [e.id for e in records.examples] == ["1", "2"]
     assert records.examples[0].images == (folder / "a.png",)
