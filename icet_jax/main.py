@@ -87,7 +87,7 @@ def run(arguments: Sequence[str]) -> int:
 
     rest, overrides = _split_overrides(arguments)
     options = _parser().parse_args(rest)
-    if options.config is None and options.checkpoint is None:
+    if options.config is None and options.checkpoint is None and options.mode != "export":
         raise UserError(f"no --config (nor --checkpoint); type: {EXAMPLE}")
     if options.config is None and options.mode == "align":
         raise UserError(f"--mode=align needs --config; type: {EXAMPLE}")

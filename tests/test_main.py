@@ -31,6 +31,7 @@ def run(*arguments: str, **kwargs):
         ([CONFIG, "--workdir=x", "--config.lppo.kl_coef"], "has no value"),
         ([CONFIG, "--workdir=x", "--config.lppo.kl_coef", "-1"], "must be 0 or more"),
         (["--checkpoint=somewhere", "--workdir=x"], "--mode=align needs --config"),
+        (["--mode=export"], "--mode=export needs --workdir"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, says, capsys, tmp_path, monkeypatch):
