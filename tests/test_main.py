@@ -74,8 +74,15 @@ def test_an_unwritable_workdir_is_one_line(tmp_path):
     assert "cannot be written to" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_run_that_never_began_gives_its_folder_up(tmp_path):
+    run_dir.claim(tmp_path, load("configs/organism_lppo.py"))
+    run_dir.claim(tmp_path, load("configs/organism_lsft.py"))
+    assert run_dir.read_config(tmp_path / "config.json").algorithm == "lsft"
+
+
 def test_a_workdir_of_another_config_is_refused(tmp_path, capsys):
     run_dir.claim(tmp_path, load("configs/organism_lppo.py"))
+    (tmp_path / "metrics.jsonl").touch()
     before = (tmp_path / "config.json").read_bytes()
     run_dir.claim(tmp_path, load("configs/organism_lppo.py"))
     arguments = [CONFIG, f"--workdir={tmp_path}", "--config.lppo.kl_coef=0.5", "--config.sweep.utility.more=a.csv"]
@@ -83,7 +90,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "lppo.kl_coef (0.05 there, 0.5 now)" in printed and "sweep.utility" in printed
     assert (tmp_path / "config.json").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.jsonl"}
 
 
 def test_a_broken_config_json_is_named(tmp_path, capsys):

@@ -22,6 +22,8 @@ _SHOWN_FIELDS = 4
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run directory of `config`, or checks that it already is.
 
+    A run that stopped before it measured anything (on a mistyped field, say) gives its folder up to any config.
+
     Raises:
       UserError: it cannot be written to, or it holds a run of another config (the fields that differ are named).
     """
@@ -41,12 +43,20 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         return
     theirs = json.loads(json.dumps(flatten(read_config(path))))
     differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
-    if differing:
+    if differing and not _has_begun(workdir):
+        write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    elif differing:
         shown = ", ".join(
             f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} now)" for name in differing[:_SHOWN_FIELDS]
         )
         more = f" and {len(differing) - _SHOWN_FIELDS} more" if len(differing) > _SHOWN_FIELDS else ""
         raise UserError(f"--workdir={workdir} holds a run of another config: {shown}{more}; choose another folder")
+
+
+def _has_begun(workdir: Path) -> bool:
+    """Whether a run has left any result in `workdir`, or in the folder of one of its seeds."""
+    results = ("transcripts", "sweeps", "metrics.jsonl", "checkpoints")
+    return any((workdir / name).exists() for name in results) or any(map(_has_begun, workdir.glob("seed_*")))
 
 
 def read_config(path: Path) -> ConfigDict:
