@@ -42,11 +42,13 @@ TRANSFER = {
 """PPO at one exit alone, for the map of train exit x test exit; one seed each."""
 
 
-SMALLER_SWEEPS = [
-    "--config.sweep.datasets={'forbidden': 'organism:test:forbidden:256', 'benign': 'organism:test:benign:256'}",
-    "--config.sweep.utility={'vqa': 'organism:test:vqa:512'}",
-]
-"""Rows per exit of an ablation; the main job measures utility on 1,024."""
+def sweeps(utility_rows: int) -> list[str]:
+    """Rows per exit: 256 forbidden ones, and as many benign and VQA rows as asked (the main job: 1,024)."""
+    datasets = {"forbidden": "organism:test:forbidden:256", "benign": f"organism:test:benign:{utility_rows}"}
+    return [
+        f"--config.sweep.datasets={datasets}",
+        f"--config.sweep.utility={ {'vqa': f'organism:test:vqa:{2 * utility_rows}'} }",
+    ]
 
 
 def run(name: str, out: Path, seeds: list[int]) -> None:
@@ -54,7 +56,7 @@ def run(name: str, out: Path, seeds: list[int]) -> None:
     config, overrides = {**SETUPS, **TRANSFER}[name]
     command = [sys.executable, "-m", "icet_jax.main", f"--config={config}", f"--workdir={out / name}"]
     command += [f"--config.seeds={','.join(map(str, seeds))},", "--config.log.tensorboard=false"]
-    command += [*SMALLER_SWEEPS, *overrides]
+    command += [*sweeps(256 if name in SETUPS else 64), *overrides]
     print("+", *command, flush=True)
     subprocess.run(command, check=True)
 
