@@ -38,8 +38,9 @@ SETUPS: dict[str, tuple[str, list[str]]] = {
 TRANSFER = {
     f"train_at_{number}": (CONFIG, ["--config.lppo.exits=fixed", f"--config.lppo.fixed_exit={number}"])
     for number in range(1, NUM_EXITS + 1)
+    if number != DEFAULT_EXIT
 }
-"""PPO at one exit alone, for the map of train exit x test exit; one seed each."""
+"""PPO at one exit alone, for the map of train exit x test exit; one seed each. `default_exit` is the row of exit 7."""
 
 
 def sweeps(utility_rows: int) -> list[str]:
@@ -130,13 +131,16 @@ def tables(found: dict[str, dict[str, dict[str, object]]]) -> str:
                 spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.1f}{spread}")
             lines.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
-    rows = [(name, row) for name in TRANSFER if name in found for row in found[name].values()]
+    rows = {int(name.rpartition("_")[2]): next(iter(found[name].values())) for name in TRANSFER if name in found}
+    if rows and "default_exit" in found:
+        rows[DEFAULT_EXIT] = next(iter(found["default_exit"].values()))
     if rows:
         lines += ["", "| trained at | " + " | ".join(f"test {number}" for number in range(1, NUM_EXITS + 1)) + " |"]
         lines += ["|---" * (NUM_EXITS + 1) + "|"]
-        lines += ["| (before) | " + " | ".join(f"{value:.0f}" for value in rows[0][1]["asr_before"]) + " |"]
-        for name, row in rows:
-            number = name.removeprefix("train_at_")
+        lines += [
+            "| (before) | " + " | ".join(f"{value:.0f}" for value in next(iter(rows.values()))["asr_before"]) + " |"
+        ]
+        for number, row in sorted(rows.items()):
             lines.append(f"| {number} | " + " | ".join(f"{value:.0f}" for value in row["asr"]) + " |")
     return "\n".join(lines)
 
