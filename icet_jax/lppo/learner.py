@@ -43,7 +43,7 @@ from icet_jax.lppo.forward import Scored, score_responses, with_policy
 from icet_jax.lppo.metrics import policy_metrics, rollout_metrics, step_metrics
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import Controls, TrainState, make_optimizer
-from icet_jax.lppo.updates import Outcome, optimise, shuffled_order
+from icet_jax.lppo.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
 from icet_jax.parallel.sharding import shardings
 from icet_jax.typing import Array, Float, Int, Key
@@ -346,6 +346,36 @@ def _update(
     batch: TrainBatch, run_key: Array,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """K epochs of clipped updates on one rollout; advances the iteration."""
+    new_state, outcome = run_epochs(
+        lambda trainable, rows: lppo_loss(graphdef, settings, params, trainable, rows),
+        settings,
+        mesh,
+        state,
+        batch,
+        run_key,
+        target_kl=settings.target_kl,
+    )
+    return new_state, policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
+
+
+def run_epochs(
+    loss_function: LossFunction, settings: Settings, mesh: jax.sharding.Mesh | None, state: TrainState, batch: Any,
+    run_key: Array, *, target_kl: float = 0.0,
+) -> tuple[TrainState, Outcome]:  # fmt: skip
+    """One iteration's epochs x mini-batches x accumulation; L-PPO and L-SFT share it.
+
+    Args:
+      loss_function: see `LossFunction`.
+      settings: sizes and optimizer.
+      mesh: where the state lies, or None on one device.
+      state: before the iteration.
+      batch: row-aligned, with a `mask` of response tokens, [B, A].
+      run_key: of the run.
+      target_kl: see `optimise`.
+
+    Returns:
+      (the state after the iteration, placed on the mesh as the one before it was; the outcome of its steps).
+    """
     order = shuffled_order(
         shuffle_key(run_key, state.iteration),
         rows=batch.mask.shape[0],
@@ -354,21 +384,15 @@ def _update(
         accumulation=settings.accumulation,
     )
     outcome = optimise(
-        lambda trainable, rows: lppo_loss(graphdef, settings, params, trainable, rows),
+        loss_function,
         make_optimizer(settings.optimizer),
         state.trainable,
         state.opt_state,
         batch,
         jnp.sum(batch.mask, axis=1),
         order,
-        target_kl=settings.target_kl,
+        target_kl=target_kl,
     )
-    metrics = policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
-    return advance(state, outcome, mesh), metrics
-
-
-def advance(state: TrainState, outcome: Outcome, mesh: jax.sharding.Mesh | None) -> TrainState:
-    """The state after an iteration's updates, placed on the mesh as the state before it was."""
     state = state._replace(
         trainable=outcome.trainable,
         opt_state=outcome.opt_state,
@@ -376,4 +400,5 @@ def advance(state: TrainState, outcome: Outcome, mesh: jax.sharding.Mesh | None)
         updates=state.updates + outcome.applied,
     )
     # Left to itself the compiler may return other shardings, and the next iteration would compile again for them.
-    return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
+    placed = state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
+    return placed, outcome

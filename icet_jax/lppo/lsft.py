@@ -13,18 +13,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import score_responses, with_policy
-from icet_jax.lppo.learner import advance, check_divides, encode_visual, shuffle_key
+from icet_jax.lppo.learner import check_divides, encode_visual, run_epochs
 from icet_jax.lppo.losses import masked_mean
 from icet_jax.lppo.metrics import step_metrics
 from icet_jax.lppo.settings import Settings
-from icet_jax.lppo.state import TrainState, make_optimizer
-from icet_jax.lppo.updates import optimise, shuffled_order
+from icet_jax.lppo.state import TrainState
 from icet_jax.typing import Array, Float
 
 
@@ -106,8 +104,7 @@ def _update(
     tokens: Array, mask: Array, exits: Array, targets: Array, target_mask: Array, run_key: Array,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """Encode, pick the exits, then the same scan of updates as L-PPO's; advances the iteration."""
-    rows = tokens.shape[0]
-    check_divides(settings, rows)
+    check_divides(settings, tokens.shape[0])
     batch = TargetBatch(
         prompts=tokens,
         prompt_mask=mask,
@@ -115,21 +112,13 @@ def _update(
         responses=targets,
         mask=target_mask & mask.any(axis=1, keepdims=True),
     )
-    order = shuffled_order(
-        shuffle_key(run_key, state.iteration),
-        rows=rows,
-        epochs=settings.epochs,
-        minibatches=settings.minibatches,
-        accumulation=settings.accumulation,
-    )
-    outcome = optimise(
+    new_state, outcome = run_epochs(
         lambda trainable, rows: lsft_loss(graphdef, settings, params, trainable, rows),
-        make_optimizer(settings.optimizer),
-        state.trainable,
-        state.opt_state,
+        settings,
+        mesh,
+        state,
         batch,
-        jnp.sum(batch.mask, axis=1),
-        order,
+        run_key,
     )
     metrics = {"policy/entropy_avg": outcome.stats["entropy"], "loss/policy_avg": outcome.stats["loss"]}
-    return advance(state, outcome, mesh), metrics | step_metrics(state, outcome, settings.optimizer)
+    return new_state, metrics | step_metrics(state, outcome, settings.optimizer)
