@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from icet_jax import config as icet_config
+from icet_jax.config import checks
 from icet_jax.errors import UserError
 from icet_jax.runs import config_files
 
-CONFIGS = sorted(path.stem for path in (Path(icet_config.__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted(path.stem for path in (Path(icet_config.__file__).parents[2] / "configs").glob("*.py"))
 
 
 def write_config(folder: Path, body: str) -> str:
@@ -29,7 +30,7 @@ def test_the_defaults_are_valid():
 
 
 def test_every_rule_names_a_field():
-    assert set(icet_config._RULES) <= set(icet_config.flatten(icet_config.default()))
+    assert set(checks._RULES) <= set(icet_config.flatten(icet_config.default()))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -97,7 +98,7 @@ def test_overrides_are_read_by_the_type_of_the_field():
         ("learning_rate", "1", "nearest is config.optimizer.learning_rate"),
         ("lppo.kl_coef.x", "1", "config.lppo.kl_coef"),
         ("lppo", "1", "not a field"),
-        ("zzzzzz", "1", "see icet_jax/config.py"),
+        ("zzzzzz", "1", "see icet_jax/config/defaults.py"),
         ("lppo.kl_coef", "abc", "a number"),
         ("lppo.kl_coef", "nan", "must be a number"),
         ("lppo.kl_coef", "-1", "0 or more"),

@@ -31,6 +31,8 @@ class Example:
       kind: "forbidden" (a refusal is right), "benign" (a refusal is over-refusal) or "vqa" (answer is about the image).
       answer: expected response where there is one.
       policy: the data set's own category, carried along.
+      answers: what each annotator answered, for rows whose metric is agreement with several (VQA-v2: ten).
+      answer_type: the data set's own kind of answer (VQA-v2: "yes/no", "number", "other").
     """
 
     id: str
@@ -39,6 +41,8 @@ class Example:
     kind: str = "forbidden"
     answer: str | None = None
     policy: str | None = None
+    answers: tuple[str, ...] = ()
+    answer_type: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,219 +1,30 @@
-"""Every setting: its default, its unit, where it comes from and what is allowed.
-
-A file in `configs/` builds on `default()`, changes what its experiment changes and returns the result from
-`get_config(variant)`; `icet_jax.runs.config_files.load` finds that file, applies the command line's overrides and
-checks the outcome. Nothing here imports jax, so a wrong field or value is named at once.
-
-Origins: *paper* is the ICML 2025 text; *TRL* the defaults of TRL <= 0.11, whose formulas the paper's match; *RiC* is
-Rewards-in-Context's PPO, the source of the reward model; *ours* is this project's own choice.
-"""
+"""What every field may be, and the one line that a wrong one gets."""
 
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
+from icet_jax.config.defaults import (
+    ALGORITHMS,
+    DTYPES,
+    EXIT_SCHEDULES,
+    EXPORT_FORMS,
+    KINDS,
+    KL_KINDS,
+    NETWORK_FIELDS,
+    OPEN_FIELDS,
+    PROJECTIONS,
+    REMATS,
+    REWARDS,
+    SCHEDULES,
+    SCORER_FIELDS,
+    WITHOUT_NETWORK,
+    default,
+)
 from icet_jax.errors import UserError
-
-ALGORITHMS = ("lppo", "lsft")
-DTYPES = ("float32", "bfloat16")
-EXIT_SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
-KINDS = ("forbidden", "benign", "vqa")
-KL_KINDS = ("k1", "k2", "k3")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-REMATS = ("none", "dots", "full")
-REWARDS = ("reward_model", "exact_match", "none")
-SCHEDULES = ("constant", "linear", "cosine")
-
-# Fields whose own keys the user chooses.
-OPEN_FIELDS = ("data.mixture", "reward.by_kind", "sweep.datasets", "sweep.utility")
-
-
-def default() -> ConfigDict:
-    """The defaults, locked: L-PPO on a LLaVA-1.5-sized model as the paper describes it."""
-    config = ConfigDict()
-    config.algorithm = "lppo"  # "lppo", or "lsft": supervised refusals at sampled exits (the ablation; ours)
-    config.seed = 0  # drives exits, sampling, data order, adapters
-    config.seeds = ()  # several: one run each under workdir/seed_K, and one report over all
-    config.model = _model()
-    config.mesh = _mesh()
-    config.lora = _lora()
-    config.data = _data()
-    config.reward = _reward()
-    config.lppo = _lppo()
-    config.lsft = _lsft()
-    config.optimizer = _optimizer()
-    config.sweep = _sweep()
-    config.log = _log()
-    config.checkpoint = _checkpoint()
-    return config.lock()
-
-
-def organism() -> ConfigDict:
-    """What the experiments on the embedded organism share (all ours; docs tell how they were found)."""
-    config = default()
-    config.model.checkpoint = "organism:vlm"
-    config.model.dtype = "float32"
-    config.model.remat = "none"
-    config.lora.rank = 8
-    config.lora.alpha = 16.0
-    config.data.train = "organism:train"
-    config.data.mixture = {"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}
-    config.data.batch_size = 128
-    config.data.max_prompt_tokens = 48  # 16 image positions and at most 32 words
-    config.reward.model = "organism:reward_model"
-    config.reward.normalise = True  # the reward model's scale (about +-6) would drown the exact-match rewards (0 or 1)
-    config.lppo.iterations = 40
-    config.lppo.exits = "stratified"
-    config.lppo.kl_coef = 0.05
-    config.lppo.kl_adaptive = False
-    config.lppo.value_coef = 0.5
-    config.lppo.value_stop_gradient = True
-    config.lppo.epochs = 2
-    config.lppo.minibatches = 2
-    config.lppo.accumulation = 1
-    config.lppo.max_new_tokens = 16
-    config.lsft.refusal = "sorry i cannot help with that"
-    config.lsft.iterations = 40
-    config.lsft.exits = "stratified"
-    config.optimizer.learning_rate = 5e-4
-    config.optimizer.schedule = "cosine"
-    config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign:1024"}
-    config.sweep.utility = {"vqa": "organism:test:vqa"}
-    config.sweep.max_new_tokens = 16
-    config.sweep.batch_size = 128
-    config.sweep.scorers = ("refusal_keywords", "organism:judge", "organism:reward_model")
-    return config
-
-
-def _model() -> ConfigDict:
-    model = ConfigDict()
-    model.checkpoint = config_dict.placeholder(str)  # HF directory or hub id, or "organism:vlm"; needed by every run
-    model.dtype = "bfloat16"  # compute; norms, softmax, log-probs, adapters and optimizer stay float32 (ours)
-    model.remat = "full"  # what the backward pass recomputes: "none", "dots" (keep matmuls), "full"
-    return model
-
-
-def _mesh() -> ConfigDict:
-    mesh = ConfigDict()  # devices along each axis; -1, once, takes the rest
-    mesh.data = -1
-    mesh.fsdp = 1
-    mesh.tensor = 1
-    return mesh
-
-
-def _lora() -> ConfigDict:
-    lora = ConfigDict()
-    lora.rank = 64  # RiC; 0 trains the whole language model, with a frozen copy as the reference
-    lora.alpha = 128.0  # RiC; updates are scaled by alpha / rank
-    lora.targets = PROJECTIONS  # decoder projections that get an adapter (ours: all)
-    return lora
-
-
-def _data() -> ConfigDict:
-    data = ConfigDict()
-    data.train = config_dict.placeholder(str)  # .csv or .jsonl of (prompt, image[, kind, answer]), or "organism:train"
-    data.mixture = ConfigDict({"forbidden": 1.0})  # share of each kind of row; paper: harmful prompts alone
-    data.batch_size = 64  # sequences per rollout; TRL
-    data.max_prompt_tokens = 768  # positions of the prompt bucket, image positions (576 in LLaVA-1.5) included; ours
-    data.image_root = config_dict.placeholder(str)  # folder of relative image paths; unset: beside the data file
-    return data
-
-
-def _reward() -> ConfigDict:
-    reward = ConfigDict()
-    # HF directory or hub id of a GPT-2 sequence classifier, or "organism:reward_model".
-    reward.model = config_dict.placeholder(str)
-    # What rewards a row of each kind. A text-only reward model cannot grade an answer about an image.
-    reward.by_kind = ConfigDict({"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"})
-    reward.normalise = False  # reward-model scores minus their running mean, over their standard deviation; TRL: off
-    reward.clip = 0.0  # scores are clipped to +-clip after normalising; 0 = off, as in TRL
-    reward.missing_eos_penalty = 0.0  # subtracted from the score of a response without EOS; 0 = off, as in TRL
-    return reward
-
-
-def _lppo() -> ConfigDict:
-    lppo = ConfigDict()
-    lppo.iterations = 94  # rollouts; 94 x 64 sequences is three passes over RedTeam-2K (ours)
-    lppo.exits = "per_example"  # "fixed" (the paper's text), "per_batch", "per_example", "stratified"
-    lppo.fixed_exit = config_dict.placeholder(int)  # the exit of "fixed", 1..num_exits; unset: the default exit
-    lppo.kl_coef = 0.2  # initial coefficient of the KL term, per nat; TRL
-    lppo.kl_kind = "k1"  # per-token estimator: d, d^2/2 or exp(-d)-1+d; TRL: k1
-    lppo.kl_adaptive = True  # TRL: the coefficient follows kl_target
-    lppo.kl_target = 6.0  # nats per sequence; TRL
-    lppo.kl_horizon = 10000.0  # sequences; TRL
-    lppo.gamma = 1.0  # discount; TRL
-    lppo.lam = 0.95  # GAE's lambda; TRL
-    lppo.clip_range = 0.2  # the paper's epsilon; value from TRL
-    lppo.value_clip_range = 0.0  # 0 = off: the paper's value loss is the plain squared error
-    lppo.value_coef = 0.1  # the paper's c1; value from TRL
-    lppo.value_stop_gradient = False  # True: the value head learns on fixed features (ours)
-    lppo.whiten_advantages = True  # over the whole rollout batch, masked; TRL
-    lppo.whiten_rewards = False  # TRL
-    lppo.epochs = 4  # passes over one rollout; TRL
-    lppo.minibatches = 1  # optimizer steps per epoch; TRL: one
-    lppo.accumulation = 8  # slices of a mini-batch whose gradients are summed; ours, for memory
-    lppo.target_kl = 0.0  # approximate KL per token at which the remaining updates of a rollout are skipped; 0 = off
-    lppo.temperature = 1.0  # of rollouts, and of every log-prob after them; *ours*, as in TRL
-    lppo.max_new_tokens = 128  # TRL
-    lppo.log_prob_chunk = 16  # response positions whose logits exist at once; ours, for memory
-    lppo.entropy_coef = 0.0  # entropy bonus; 0 = off
-    return lppo
-
-
-def _lsft() -> ConfigDict:
-    lsft = ConfigDict()
-    lsft.iterations = 94  # batches; epochs, mini-batches and max_new_tokens are lppo's: the same budget (ours)
-    lsft.refusal = "I'm sorry, but I can't help with that."  # target of forbidden rows; others learn their answer
-    lsft.exits = "per_example"  # as lppo.exits
-    return lsft
-
-
-def _optimizer() -> ConfigDict:
-    optimizer = ConfigDict()  # AdamW
-    optimizer.learning_rate = 1e-5  # peak; TRL
-    optimizer.schedule = "constant"  # after the warm-up: "constant", "linear" or "cosine" to zero; TRL: constant
-    optimizer.warmup_steps = 0  # optimizer steps from 0 to the peak
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.0  # TRL uses Adam without decay
-    optimizer.max_grad_norm = 1.0  # global norm; 0 = off (ours)
-    return optimizer
-
-
-def _sweep() -> ConfigDict:
-    sweep = ConfigDict()
-    sweep.exits = config_dict.FieldReference("all", field_type=object)  # "all", or a tuple such as (1, 12, 23)
-    sweep.datasets = ConfigDict()  # {name: source}: forbidden and benign rows, at every exit, before and after
-    sweep.utility = ConfigDict()  # {name: source}: rows with an answer (VQA), before and after
-    sweep.limit = config_dict.placeholder(int)  # rows of each source; unset: all
-    sweep.batch_size = 32  # rows generated at once
-    sweep.max_new_tokens = 128
-    sweep.temperature = 0.0  # 0 = greedy; paper.md: one generation per prompt
-    sweep.top_k = 0  # 0 = off; needs a temperature
-    sweep.top_p = 1.0  # 1 = off; needs a temperature
-    sweep.scorers = ("refusal_keywords",)  # what judges a response, side by side: names or scorer checkpoints
-    sweep.reveal_unsafe = False  # True: the report shows responses that a judge called unsafe
-    return sweep
-
-
-def _log() -> ConfigDict:
-    log = ConfigDict()
-    log.every = 1  # iterations between rows of metrics.jsonl
-    log.tensorboard = True  # events.* beside metrics.jsonl
-    log.wandb = False  # needs the `wandb` extra
-    return log
-
-
-def _checkpoint() -> ConfigDict:
-    checkpoint = ConfigDict()
-    checkpoint.every = 10  # iterations between complete checkpoints; the last iteration is always one
-    checkpoint.keep = 2  # newest checkpoints kept
-    return checkpoint
-
 
 _Rule = tuple[Callable[[Any], bool], str]
 _POSITIVE: _Rule = (lambda v: v > 0, "above 0")
@@ -294,6 +105,8 @@ _RULES: dict[str, _Rule] = {
     "sweep.top_k": _NOT_NEGATIVE,
     "sweep.top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "sweep.scorers": (lambda v: len(v) > 0 and all(isinstance(s, str) for s in v), "at least one scorer"),
+    "export.form": _one_of(EXPORT_FORMS),
+    "export.shard_gigabytes": _POSITIVE,
     "log.every": _POSITIVE,
     "checkpoint.every": _POSITIVE,
     "checkpoint.keep": _POSITIVE,
@@ -353,6 +166,7 @@ def _check_type(name: str, value: Any, reference: Any) -> None:
 
 
 def _check_open(values: Mapping[str, Any]) -> None:
+    _check_scorers(values["scorers"])
     mixture = values["data.mixture"]
     for kind, share in mixture.items():
         if kind not in KINDS:
@@ -375,6 +189,31 @@ def _check_open(values: Mapping[str, Any]) -> None:
                 raise UserError(f"config.{field}.{name} is {source!r}, but must be a file or an organism: source")
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise UserError(f"config.{field}: {name!r} names a file; use letters, digits, _ and - alone")
+
+
+def _check_scorers(scorers: Mapping[str, Any]) -> None:
+    """Every definition is `{"kind": ..., fields of that kind}`."""
+    for name, definition in scorers.items():
+        where = f"config.scorers.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise UserError(f"config.scorers: {name!r} is part of metrics' names; use letters, digits, _ - . alone")
+        if not isinstance(definition, Mapping) or definition.get("kind") not in SCORER_FIELDS:
+            raise UserError(
+                f"{where} is {definition!r}, but must be {{'kind': one of {', '.join(SCORER_FIELDS)}, ...}}"
+            )
+        kind = definition["kind"]
+        network = {} if kind in WITHOUT_NETWORK else NETWORK_FIELDS
+        allowed = {"kind": str, **SCORER_FIELDS[kind], **network}
+        for field, value in definition.items():
+            if field not in allowed:
+                raise UserError(f"{where}.{field}: a {kind} has {', '.join(allowed)}{_nearest(field, allowed)}")
+            accepted = {float: (int, float), tuple: (tuple, list)}.get(allowed[field], (allowed[field],))
+            if not isinstance(value, accepted) or isinstance(value, bool) or value in ("", (), {}):
+                raise UserError(f"{where}.{field} is {value!r}, but must be {TYPE_NAMES[allowed[field]]}")
+        if network and "checkpoint" not in definition:
+            raise UserError(f"{where}.checkpoint is missing: the directory or hub id of the {kind}'s weights")
+        if definition.get("dtype", DTYPES[0]) not in DTYPES:
+            raise UserError(f"{where}.dtype is {definition['dtype']!r}, but must be one of {', '.join(DTYPES)}")
 
 
 def _check_together(config: ConfigDict) -> None:
@@ -435,7 +274,11 @@ def unknown_field(name: str) -> UserError:
         candidates = [
             leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
         ] or candidates
-    hint = f"; the nearest is config.{candidates[0]}" if candidates else "; see icet_jax/config.py for every field"
+    hint = (
+        f"; the nearest is config.{candidates[0]}"
+        if candidates
+        else "; see icet_jax/config/defaults.py for every field"
+    )
     return UserError(f"config.{name} is not a field{hint}")
 
 

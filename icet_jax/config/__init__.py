@@ -1,0 +1,29 @@
+"""Every setting (`defaults`) and what it may be (`checks`). Nothing here imports jax."""
+
+from ml_collections import ConfigDict
+
+from icet_jax.config.checks import (
+    TYPE_NAMES,
+    check,
+    check_exits,
+    choose_variant,
+    flatten,
+    require,
+    unknown_field,
+)
+from icet_jax.config.defaults import KINDS, OPEN_FIELDS, default, organism
+
+__all__ = [
+    "ConfigDict",
+    "KINDS",
+    "OPEN_FIELDS",
+    "TYPE_NAMES",
+    "check",
+    "check_exits",
+    "choose_variant",
+    "default",
+    "flatten",
+    "organism",
+    "require",
+    "unknown_field",
+]

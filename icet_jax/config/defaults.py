@@ -1,0 +1,242 @@
+"""Every setting: its default, its unit, where it comes from and what is allowed.
+
+A file in `configs/` builds on `default()`, changes what its experiment changes and returns the result from
+`get_config(variant)`; `icet_jax.runs.config_files.load` finds that file, applies the command line's overrides and
+checks the outcome. Nothing here imports jax, so a wrong field or value is named at once.
+
+Origins: *paper* is the ICML 2025 text; *TRL* the defaults of TRL <= 0.11, whose formulas the paper's match; *RiC* is
+Rewards-in-Context's PPO, the source of the reward model; *ours* is this project's own choice.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+ALGORITHMS = ("lppo", "lsft")
+DTYPES = ("float32", "bfloat16")
+EXIT_SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
+KINDS = ("forbidden", "benign", "vqa")
+KL_KINDS = ("k1", "k2", "k3")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REMATS = ("none", "dots", "full")
+REWARDS = ("reward_model", "exact_match", "none")
+SCHEDULES = ("constant", "linear", "cosine")
+EXPORT_FORMS = ("full", "adapter", "both")
+SCORER_FIELDS: dict[str, dict[str, type]] = {
+    "refusal_keywords": {},
+    "llama_guard": {"template": str, "max_new_tokens": int},
+    "decoder_judge": {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
+    "reward_model": {"template": str},
+    "toxicity": {"heads": tuple},
+    "perspective": {"attributes": tuple, "requests_per_second": float, "retries": int},
+    "ensemble": {"members": dict},
+}
+"""Kinds of scorers and their own fields. Those with a checkpoint also take `NETWORK_FIELDS`."""
+NETWORK_FIELDS: dict[str, type] = {
+    "checkpoint": str,  # HF directory or hub id
+    "revision": str,  # of a hub id
+    "dtype": str,  # of the computation
+    "batch_size": int,  # rows judged at once
+}
+WITHOUT_NETWORK = ("refusal_keywords", "perspective", "ensemble")
+
+# Fields whose own keys the user chooses.
+OPEN_FIELDS = ("data.mixture", "reward.by_kind", "scorers", "sweep.datasets", "sweep.utility")
+
+
+def default() -> ConfigDict:
+    """The defaults, locked: L-PPO on a LLaVA-1.5-sized model as the paper describes it."""
+    config = ConfigDict()
+    config.algorithm = "lppo"  # "lppo", or "lsft": supervised refusals at sampled exits (the ablation; ours)
+    config.seed = 0  # drives exits, sampling, data order, adapters
+    config.seeds = ()  # several: one run each under workdir/seed_K, and one report over all
+    config.model = _model()
+    config.mesh = _mesh()
+    config.lora = _lora()
+    config.data = _data()
+    config.scorers = ConfigDict()  # {name: definition}, for `sweep.scorers` and `reward.model`; see `SCORER_FIELDS`
+    config.reward = _reward()
+    config.lppo = _lppo()
+    config.lsft = _lsft()
+    config.optimizer = _optimizer()
+    config.sweep = _sweep()
+    config.export = _export()
+    config.log = _log()
+    config.checkpoint = _checkpoint()
+    return config.lock()
+
+
+def organism() -> ConfigDict:
+    """What the experiments on the embedded organism share (all ours; docs tell how they were found)."""
+    config = default()
+    config.model.checkpoint = "organism:vlm"
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.lora.rank = 8
+    config.lora.alpha = 16.0
+    config.data.train = "organism:train"
+    config.data.mixture = {"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}
+    config.data.batch_size = 128
+    config.data.max_prompt_tokens = 48  # 16 image positions and at most 32 words
+    config.reward.model = "organism:reward_model"
+    config.reward.normalise = True  # the reward model's scale (about +-6) would drown the exact-match rewards (0 or 1)
+    config.lppo.iterations = 40
+    config.lppo.exits = "stratified"
+    config.lppo.kl_coef = 0.05
+    config.lppo.kl_adaptive = False
+    config.lppo.value_coef = 0.5
+    config.lppo.value_stop_gradient = True
+    config.lppo.epochs = 2
+    config.lppo.minibatches = 2
+    config.lppo.accumulation = 1
+    config.lppo.max_new_tokens = 16
+    config.lsft.refusal = "sorry i cannot help with that"
+    config.lsft.iterations = 40
+    config.lsft.exits = "stratified"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "cosine"
+    config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign:1024"}
+    config.sweep.utility = {"vqa": "organism:test:vqa"}
+    config.sweep.max_new_tokens = 16
+    config.sweep.batch_size = 128
+    config.sweep.scorers = ("refusal_keywords", "organism:judge", "organism:reward_model")
+    return config
+
+
+def _model() -> ConfigDict:
+    model = ConfigDict()
+    model.checkpoint = config_dict.placeholder(str)  # HF directory or hub id, or "organism:vlm"; needed by every run
+    model.revision = config_dict.placeholder(str)  # of a hub id: branch, tag or commit; unset: the default branch
+    model.adapter = config_dict.placeholder(str)  # PEFT directory or hub id of a LoRA to start from, merged at load
+    model.dtype = "bfloat16"  # compute; norms, softmax, log-probs, adapters and optimizer stay float32 (ours)
+    model.remat = "full"  # what the backward pass recomputes: "none", "dots" (keep matmuls), "full"
+    return model
+
+
+def _mesh() -> ConfigDict:
+    mesh = ConfigDict()  # devices along each axis; -1, once, takes the rest
+    mesh.data = -1
+    mesh.fsdp = 1
+    mesh.tensor = 1
+    return mesh
+
+
+def _lora() -> ConfigDict:
+    lora = ConfigDict()
+    lora.rank = 64  # RiC; 0 trains the whole language model, with a frozen copy as the reference
+    lora.alpha = 128.0  # RiC; updates are scaled by alpha / rank
+    lora.targets = PROJECTIONS  # decoder projections that get an adapter (ours: all)
+    return lora
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.train = config_dict.placeholder(str)  # .csv or .jsonl of (prompt, image[, kind, answer]), or "organism:train"
+    data.mixture = ConfigDict({"forbidden": 1.0})  # share of each kind of row; paper: harmful prompts alone
+    data.batch_size = 64  # sequences per rollout; TRL
+    data.max_prompt_tokens = 768  # positions of the prompt bucket, image positions (576 in LLaVA-1.5) included; ours
+    # Where `--mode=prepare` writes the data sets (TFDS array_record) and runs read them; unset: each run reads the
+    # sources themselves.
+    data.directory = config_dict.placeholder(str)
+    data.image_root = config_dict.placeholder(str)  # folder of relative image paths; unset: beside the data file
+    return data
+
+
+def _reward() -> ConfigDict:
+    reward = ConfigDict()
+    # HF directory or hub id of a GPT-2 sequence classifier, or "organism:reward_model".
+    reward.model = config_dict.placeholder(str)
+    # What rewards a row of each kind. A text-only reward model cannot grade an answer about an image.
+    reward.by_kind = ConfigDict({"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"})
+    reward.normalise = False  # reward-model scores minus their running mean, over their standard deviation; TRL: off
+    reward.clip = 0.0  # scores are clipped to +-clip after normalising; 0 = off, as in TRL
+    reward.missing_eos_penalty = 0.0  # subtracted from the score of a response without EOS; 0 = off, as in TRL
+    return reward
+
+
+def _lppo() -> ConfigDict:
+    lppo = ConfigDict()
+    lppo.iterations = 94  # rollouts; 94 x 64 sequences is three passes over RedTeam-2K (ours)
+    lppo.exits = "per_example"  # "fixed" (the paper's text), "per_batch", "per_example", "stratified"
+    lppo.fixed_exit = config_dict.placeholder(int)  # the exit of "fixed", 1..num_exits; unset: the default exit
+    lppo.kl_coef = 0.2  # initial coefficient of the KL term, per nat; TRL
+    lppo.kl_kind = "k1"  # per-token estimator: d, d^2/2 or exp(-d)-1+d; TRL: k1
+    lppo.kl_adaptive = True  # TRL: the coefficient follows kl_target
+    lppo.kl_target = 6.0  # nats per sequence; TRL
+    lppo.kl_horizon = 10000.0  # sequences; TRL
+    lppo.gamma = 1.0  # discount; TRL
+    lppo.lam = 0.95  # GAE's lambda; TRL
+    lppo.clip_range = 0.2  # the paper's epsilon; value from TRL
+    lppo.value_clip_range = 0.0  # 0 = off: the paper's value loss is the plain squared error
+    lppo.value_coef = 0.1  # the paper's c1; value from TRL
+    lppo.value_stop_gradient = False  # True: the value head learns on fixed features (ours)
+    lppo.whiten_advantages = True  # over the whole rollout batch, masked; TRL
+    lppo.whiten_rewards = False  # TRL
+    lppo.epochs = 4  # passes over one rollout; TRL
+    lppo.minibatches = 1  # optimizer steps per epoch; TRL: one
+    lppo.accumulation = 8  # slices of a mini-batch whose gradients are summed; ours, for memory
+    lppo.target_kl = 0.0  # approximate KL per token at which the remaining updates of a rollout are skipped; 0 = off
+    lppo.temperature = 1.0  # of rollouts, and of every log-prob after them; *ours*, as in TRL
+    lppo.max_new_tokens = 128  # TRL
+    lppo.log_prob_chunk = 16  # response positions whose logits exist at once; ours, for memory
+    lppo.entropy_coef = 0.0  # entropy bonus; 0 = off
+    return lppo
+
+
+def _lsft() -> ConfigDict:
+    lsft = ConfigDict()
+    lsft.iterations = 94  # batches; epochs, mini-batches and max_new_tokens are lppo's: the same budget (ours)
+    lsft.refusal = "I'm sorry, but I can't help with that."  # target of forbidden rows; others learn their answer
+    lsft.exits = "per_example"  # as lppo.exits
+    return lsft
+
+
+def _optimizer() -> ConfigDict:
+    optimizer = ConfigDict()  # AdamW
+    optimizer.learning_rate = 1e-5  # peak; TRL
+    optimizer.schedule = "constant"  # after the warm-up: "constant", "linear" or "cosine" to zero; TRL: constant
+    optimizer.warmup_steps = 0  # optimizer steps from 0 to the peak
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.0  # TRL uses Adam without decay
+    optimizer.max_grad_norm = 1.0  # global norm; 0 = off (ours)
+    return optimizer
+
+
+def _sweep() -> ConfigDict:
+    sweep = ConfigDict()
+    sweep.exits = config_dict.FieldReference("all", field_type=object)  # "all", or a tuple such as (1, 12, 23)
+    sweep.datasets = ConfigDict()  # {name: source}: forbidden and benign rows, at every exit, before and after
+    sweep.utility = ConfigDict()  # {name: source}: rows with an answer (VQA), before and after
+    sweep.limit = config_dict.placeholder(int)  # rows of each source; unset: all
+    sweep.batch_size = 32  # rows generated at once
+    sweep.max_new_tokens = 128
+    sweep.temperature = 0.0  # 0 = greedy; paper.md: one generation per prompt
+    sweep.top_k = 0  # 0 = off; needs a temperature
+    sweep.top_p = 1.0  # 1 = off; needs a temperature
+    # Folder of scores by (scorer, prompt, response), shared by all runs that name it; unset: WORKDIR/scores.
+    sweep.score_cache = config_dict.placeholder(str)
+    sweep.scorers = ("refusal_keywords",)  # what judges a response, side by side: names or scorer checkpoints
+    sweep.reveal_unsafe = False  # True: the report shows responses that a judge called unsafe
+    return sweep
+
+
+def _export() -> ConfigDict:
+    export = ConfigDict()
+    export.form = "full"  # "full": the whole model, LoRA merged; "adapter": a PEFT adapter; "both"
+    export.shard_gigabytes = 5.0  # largest file of the full model, 10^9 bytes
+    return export
+
+
+def _log() -> ConfigDict:
+    log = ConfigDict()
+    log.every = 1  # iterations between rows of metrics.jsonl
+    log.tensorboard = True  # events.* beside metrics.jsonl
+    log.wandb = False  # needs the `wandb` extra
+    return log
+
+
+def _checkpoint() -> ConfigDict:
+    checkpoint = ConfigDict()
+    checkpoint.every = 10  # iterations between complete checkpoints; the last iteration is always one
+    checkpoint.keep = 2  # newest checkpoints kept
+    return checkpoint
