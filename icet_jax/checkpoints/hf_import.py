@@ -72,7 +72,9 @@ def load_llava(
     config = hf_config.llava_from_hf(values, str(directory / "config.json"))
     make = functools.partial(Llava, config, remat=remat)
     lora = None if adapter is None else read_adapter(adapter, config.text)
-    graphdef, params = _load(directory, make, tables.llava_table(config), dtype, param_dtype or dtype, mesh, lora)
+    graphdef, params = load_network(
+        directory, make, tables.llava_table(config), dtype=dtype, param_dtype=param_dtype or dtype, mesh=mesh, lora=lora
+    )
     return Checkpoint(graphdef, params, config, values, directory)
 
 
@@ -86,7 +88,9 @@ def load_gpt2_reward(directory: str | Path, *, dtype: str = "float32", mesh: Mes
     values = hf_config.read_hf_config(directory)
     config = hf_config.gpt2_from_hf(values, str(directory / "config.json"))
     make = functools.partial(GPT2RewardModel, config)
-    graphdef, params = _load(directory, make, tables.gpt2_table(config), dtype, dtype, mesh)
+    graphdef, params = load_network(
+        directory, make, tables.gpt2_table(config), dtype=dtype, param_dtype=dtype, mesh=mesh
+    )
     return Checkpoint(graphdef, params, config, values, directory)
 
 
@@ -102,15 +106,28 @@ def abstract_params(make: Callable[..., nnx.Module], dtype: str, param_dtype: st
     return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0), **dtypes)))
 
 
-def _load(
-    directory: Path,
-    make: Callable[..., nnx.Module],
-    table: Table,
-    dtype: str,
-    param_dtype: str,
-    mesh: Mesh | None,
+def load_network(
+    directory: Path, make: Callable[..., nnx.Module], table: Table, *, dtype: str, param_dtype: str, mesh: Mesh | None,
     lora: Lora | None = None,
-) -> tuple[nnx.GraphDef, nnx.State]:
+) -> tuple[nnx.GraphDef, nnx.State]:  # fmt: skip
+    """Builds a network from the safetensors of a checkpoint directory: what the loaders of all families share.
+
+    Args:
+      directory: with safetensors weights, one file or shards.
+      make: the module's class with everything but `rngs`, `dtype` and `param_dtype` bound.
+      table: the family's key table for this config.
+      dtype: compute dtype.
+      param_dtype: dtype of the parameters; tensors are converted as they are read.
+      mesh: where to put the parameters (every path needs a rule in `icet_jax.parallel.sharding`); None for the default
+        device.
+      lora: adapters to merge in float32, or None.
+
+    Returns:
+      graphdef and parameters: `nnx.merge` of them is the network.
+
+    Raises:
+      UserError: missing, corrupt or truncated files; tensors that do not fit the table, all listed together.
+    """
     graphdef, abstract = abstract_params(make, dtype, param_dtype)
     with TensorReader(safetensors_files(directory)) as reader:
         keys = match(table, sharding.flatten_with_names(abstract), reader, str(directory))
