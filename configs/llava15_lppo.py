@@ -1,44 +1,34 @@
-"""L-PPO on LLaVA-1.5-7B with the paper's setting; trained on RedTeam-2K prompts with benign images.
+"""L-PPO on LLaVA-1.5 with the paper's setting: sweep, train on RedTeam-2K at sampled exits, sweep again, export.
 
-The rows are yours to bring (none may be vendored): `--config.data.train=FILE` and `--config.sweep.datasets.NAME=FILE`,
-each a .csv or .jsonl of prompt, image[, id, policy, kind, answer].
+    python -m icet_jax.main --config=configs/llava15_lppo.py --config.data.root=DATA --workdir=runs/llava15
+
+DATA holds the published files (docs/data.md): RedTeam_2K.csv, mini_JailBreakV_28K.csv and its images,
+harmful_behaviors.csv, xstest_prompts.csv, VQA-v2's questions and annotations, and val2014/ (MS-COCO). What all
+experiments on LLaVA-1.5 share is in `icet_jax.config.paper`, the rest of the defaults in `icet_jax.config.defaults`.
 """
 
 from icet_jax import config as icet_config
 
 
 def get_config(variant: str = "") -> icet_config.ConfigDict:
-    """`:smoke` runs every step of it in a minute on a LLaVA-1.5-shaped model of toy size, made on the spot."""
-    icet_config.choose_variant(variant, ("smoke",))
-    config = icet_config.default()
-    config.model.checkpoint = "llava-hf/llava-1.5-7b-hf"
-    config.reward.model = "Ray2333/gpt2-large-harmless-reward_model"
-    config.sweep.scorers = ("refusal_keywords", "Ray2333/gpt2-large-harmless-reward_model")
+    """`:13b` is the larger model; `:smoke` runs every step in minutes on miniatures made on the spot."""
+    icet_config.choose_variant(variant, ("13b", "smoke"))
+    config = icet_config.paper.llava15("13b" if variant == "13b" else "7b")
+    config.algorithm = "lppo"
+    config.lppo.exits = "per_example"  # ours: each sequence its own exit (paper: one layer a run, or sampled ones)
+    config.lppo.iterations = 94  # ours: 94 x 64 sequences are three passes over RedTeam-2K
+    config.lppo.max_new_tokens = 128  # TRL <= 0.11
+    config.optimizer.learning_rate = 1e-5  # TRL <= 0.11
+    config.lora.rank = 64  # Rewards-in-Context's PPO, the source of the reward model
+    config.lora.alpha = 128.0  # as above
+    config.export.form = "both"  # ours: the merged model, and a PEFT adapter
     return _smoke(config) if variant == "smoke" else config
 
 
 def _smoke(config: icet_config.ConfigDict) -> icet_config.ConfigDict:
-    """The same run on `icet_jax.runs.toy`: 24 exits, random weights, random images, placeholder prompts."""
-    config.model.checkpoint = "toy:llava15"
-    config.model.dtype = "float32"
-    config.reward.model = "toy:reward_model"
-    config.lora.rank = 4
-    config.lora.alpha = 8.0
-    config.data.train = "toy:forbidden"
-    config.data.batch_size = 8
-    config.data.max_prompt_tokens = 64
-    config.lppo.iterations = 2
-    config.lppo.epochs = 2
-    config.lppo.minibatches = 2
-    config.lppo.accumulation = 2
-    config.lppo.max_new_tokens = 8
-    config.lsft.iterations = 2
-    config.sweep.datasets = {"forbidden": "toy:forbidden", "benign": "toy:benign"}
-    config.sweep.utility = {"vqa": "toy:vqa"}
-    config.sweep.exits = (1, 12, 23)
-    config.sweep.limit = 4
-    config.sweep.batch_size = 4
-    config.sweep.max_new_tokens = 8
-    config.sweep.scorers = ("refusal_keywords", "toy:reward_model")
-    config.checkpoint.every = 1
+    """Every kind of scorer that there is, on every data set, at three exits."""
+    config.scorers.llama_reward = {"kind": "reward_model", "checkpoint": "toy:llama_reward"}
+    config.scorers.mixed_reward = {"kind": "ensemble", "members": {"harmless_reward": 0.5, "general_reward": 0.5}}
+    config = icet_config.paper.miniature(config)
+    config.sweep.scorers = ("refusal_keywords", *config.scorers)
     return config

@@ -40,12 +40,32 @@ def test_every_config_loads_from_any_working_directory(name, tmp_path, monkeypat
     icet_config.require(config, "model.checkpoint", "reward.model")
 
 
-def test_rows_for_the_real_model_are_the_users_to_bring():
-    config = config_files.load("configs/llava15_lppo.py")
-    with pytest.raises(UserError, match="config.data.train is not set.*--config.data.train="):
-        icet_config.require(config, "data.train")
-    config = config_files.load("configs/llava15_lppo.py:smoke")
-    icet_config.require(config, "data.train", "sweep.datasets")
+@pytest.mark.parametrize("variant", ["", ":13b", ":smoke"])
+def test_the_papers_experiment_names_its_sets_and_defines_its_scorers(variant):
+    for file in ("llava15_lppo", "llava15_sweep"):
+        config = config_files.load(f"configs/{file}.py{variant}")
+        icet_config.require(config, "data.train", "sweep.datasets", "sweep.utility", "reward.model")
+        used = {*config.sweep.scorers, *config.sweep.utility_scorers, config.reward.model} - {"refusal_keywords"}
+        assert used <= set(config.scorers)
+    assert ("13b" in config.model.checkpoint) == (variant == ":13b")
+
+
+@pytest.mark.parametrize(
+    ("definition", "says"),
+    [
+        ({"kind": "lama_guard"}, "must be {'kind': one of"),
+        ({"kind": "toxicity"}, "checkpoint is missing"),
+        ({"kind": "toxicity", "checkpoint": "x", "head": ("a",)}, "did you mean heads"),
+        ({"kind": "toxicity", "checkpoint": "x", "dtype": "float16"}, "one of float32, bfloat16"),
+        ({"kind": "decoder_judge", "checkpoint": "x", "max_new_tokens": "5"}, "a whole number"),
+        ({"kind": "ensemble", "members": {}}, "a dict such as"),
+        ("llama_guard", "must be {'kind': one of"),
+    ],
+)
+def test_a_wrong_scorer_is_one_clear_line(definition, says):
+    with pytest.raises(UserError, match=says) as caught:
+        config_files.load("configs/llava15_sweep.py", [("scorers", repr({"mine": definition}))])
+    assert "config.scorers.mine" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("variant", ["default_exit", "per_batch", "per_example"])
@@ -85,7 +105,7 @@ def test_overrides_are_read_by_the_type_of_the_field():
     assert config.lora.targets == ("q_proj", "v_proj")
     assert config.data.mixture.to_dict() == {"forbidden": 1.0, "vqa": 0.25}
     assert config.sweep.datasets.to_dict() == {"mine": "mine.csv"}
-    assert config.sweep.utility.to_dict() == {"more": "more.jsonl"}
+    assert config.sweep.utility.to_dict() == {"vqa_v2": config.sweep.utility.vqa_v2, "more": "more.jsonl"}
     assert (config.sweep.exits, config.sweep.limit) == ((1, 12, 23), None)
 
 

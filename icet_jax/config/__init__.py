@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from icet_jax.config import paper
 from icet_jax.config.checks import (
     TYPE_NAMES,
     check,
@@ -24,6 +25,7 @@ __all__ = [
     "default",
     "flatten",
     "organism",
+    "paper",
     "require",
     "unknown_field",
 ]

@@ -107,6 +107,7 @@ _RULES: dict[str, _Rule] = {
     "sweep.scorers": (lambda v: len(v) > 0 and all(isinstance(s, str) for s in v), "at least one scorer"),
     "export.form": _one_of(EXPORT_FORMS),
     "export.shard_gigabytes": _POSITIVE,
+    "sweep.utility_scorers": (lambda v: all(isinstance(s, str) for s in v), "scorers' names"),
     "log.every": _POSITIVE,
     "checkpoint.every": _POSITIVE,
     "checkpoint.keep": _POSITIVE,

@@ -130,6 +130,7 @@ def _lora() -> ConfigDict:
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.train = config_dict.placeholder(str)  # .csv or .jsonl of (prompt, image[, kind, answer]), or "organism:train"
+    data.root = config_dict.placeholder(str)  # folder that relative paths of sources start from; unset: where you are
     data.mixture = ConfigDict({"forbidden": 1.0})  # share of each kind of row; paper: harmful prompts alone
     data.batch_size = 64  # sequences per rollout; TRL
     data.max_prompt_tokens = 768  # positions of the prompt bucket, image positions (576 in LLaVA-1.5) included; ours
@@ -142,7 +143,7 @@ def _data() -> ConfigDict:
 
 def _reward() -> ConfigDict:
     reward = ConfigDict()
-    # HF directory or hub id of a GPT-2 sequence classifier, or "organism:reward_model".
+    # A name of `config.scorers`, HF directory or hub id of a sequence classifier, or "organism:reward_model".
     reward.model = config_dict.placeholder(str)
     # What rewards a row of each kind. A text-only reward model cannot grade an answer about an image.
     reward.by_kind = ConfigDict({"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"})
@@ -216,6 +217,7 @@ def _sweep() -> ConfigDict:
     # Folder of scores by (scorer, prompt, response), shared by all runs that name it; unset: WORKDIR/scores.
     sweep.score_cache = config_dict.placeholder(str)
     sweep.scorers = ("refusal_keywords",)  # what judges a response, side by side: names or scorer checkpoints
+    sweep.utility_scorers = ()  # judges of the utility rows' answers; empty: those of `sweep.scorers`
     sweep.reveal_unsafe = False  # True: the report shows responses that a judge called unsafe
     return sweep
 

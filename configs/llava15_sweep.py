@@ -1,0 +1,18 @@
+"""Which exits of LLaVA-1.5 are unsafe: every exit on the paper's data sets by the paper's scorers, nothing trained.
+
+    python -m icet_jax.main --mode=sweep --config=configs/llava15_sweep.py --config.data.root=DATA --workdir=runs/sweep
+
+For DATA see configs/llava15_lppo.py; what both share is in `icet_jax.config.paper`.
+"""
+
+from icet_jax import config as icet_config
+
+
+def get_config(variant: str = "") -> icet_config.ConfigDict:
+    """`:13b` is the larger model; `:smoke` runs every step in a minute on miniatures made on the spot."""
+    icet_config.choose_variant(variant, ("13b", "smoke"))
+    config = icet_config.paper.llava15("13b" if variant == "13b" else "7b")
+    config.sweep.exits = "all"  # paper: 1..24
+    config.sweep.temperature = 0.0  # ours: greedy, one response per prompt (paper: one)
+    config.sweep.batch_size = 32  # ours: rows answered at once
+    return icet_config.paper.miniature(config) if variant == "smoke" else config
