@@ -42,7 +42,7 @@ _GPT2_DEFAULTS = {
 _CLIP_FIELDS = tuple(_VISION_DEFAULTS)
 
 
-class _Fields:
+class Fields:
     """Reads one (sub-)config and reports problems under its file and field."""
 
     def __init__(self, values: Any, defaults: dict[str, Any], where: str):
@@ -53,21 +53,25 @@ class _Fields:
         self.where = where
 
     def fail(self, field: str, wanted: str) -> UserError:
+        """The error for a field's value, to be raised; says what is `wanted` instead."""
         return UserError(f"{self.where}: {field}={self.values.get(field)!r} is not supported; needs {wanted}")
 
     def size(self, field: str) -> int:
+        """A positive integer."""
         value = self.values.get(field)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.fail(field, "a positive integer")
         return value
 
     def number(self, field: str) -> float:
+        """A number, as float."""
         value = self.values.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fail(field, "a number")
         return float(value)
 
     def choice(self, field: str, allowed: Any) -> Any:
+        """One of the `allowed` values."""
         value = self.values.get(field)
         if value not in tuple(allowed):
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
@@ -115,7 +119,7 @@ def require_model_type(values: dict[str, Any], wanted: str, where: str = "config
     raise UserError(f"{where}: model_type '{found}' is not supported; supported are {_supported()}")
 
 
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling from old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) keys."""
     merged: dict[str, Any] = {"rope_theta": fields.values.get("rope_theta", 10000.0)}
     for name in ("rope_scaling", "rope_parameters"):
@@ -123,7 +127,7 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         if not isinstance(part, dict):
             raise fields.fail(name, "a mapping")
         merged |= part
-    inner = _Fields(merged, {}, f"{fields.where}: rope")
+    inner = Fields(merged, {}, f"{fields.where}: rope")
     theta = inner.number("rope_theta")
     kind = merged.get("rope_type", merged.get("type", "default"))
     if kind == "default":
@@ -138,8 +142,18 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _text(values: Any, tied: bool, where: str) -> LlamaConfig:
-    fields = _Fields(values, _TEXT_DEFAULTS, where)
+def llama_text(values: Any, tied: bool, where: str) -> LlamaConfig:
+    """A Llama decoder's config (HF `LlamaConfig`).
+
+    Args:
+      values: the parsed `config.json`, or the part of it that describes the decoder.
+      tied: whether an outer config ties the head to the embeddings.
+      where: name of `values` in error lines.
+
+    Raises:
+      UserError: a value under which the network would differ from this one.
+    """
+    fields = Fields(values, _TEXT_DEFAULTS, where)
     fields.only("model_type", "llama")
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
@@ -172,7 +186,7 @@ def _text(values: Any, tied: bool, where: str) -> LlamaConfig:
 
 
 def _vision(values: Any, where: str) -> ClipConfig:
-    fields = _Fields(_VISION_ABSENT if values is None else values, _VISION_DEFAULTS, where)
+    fields = Fields(_VISION_ABSENT if values is None else values, _VISION_DEFAULTS, where)
     fields.only("model_type", "clip_vision_model")
     heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
     if width % heads:
@@ -203,7 +217,7 @@ def llava_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaCo
       UserError: another model type, or a value under which the network would differ from this one.
     """
     require_model_type(values, "llava", where)
-    fields = _Fields(values, _LLAVA_DEFAULTS, where)
+    fields = Fields(values, _LLAVA_DEFAULTS, where)
     if "image_token_id" in fields.values and "image_token_index" not in values:
         fields.values["image_token_index"] = fields.values["image_token_id"]
     vision = _vision(values.get("vision_config"), f"{where}: vision_config")
@@ -213,7 +227,7 @@ def llava_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaCo
     tied = bool(fields.values["tie_word_embeddings"])
     return LlavaConfig(
         vision=vision,
-        text=_text(values.get("text_config") or {}, tied, f"{where}: text_config"),
+        text=llama_text(values.get("text_config") or {}, tied, f"{where}: text_config"),
         image_token_index=fields.size("image_token_index"),
         vision_feature_layer=layer,
         vision_feature_select_strategy=fields.choice("vision_feature_select_strategy", ("default", "full")),
@@ -229,7 +243,7 @@ def gpt2_from_hf(values: dict[str, Any], where: str = "config.json") -> GPT2Conf
       UserError: another model type, or a value under which the network would differ from this one.
     """
     require_model_type(values, "gpt2", where)
-    fields = _Fields(values, _GPT2_DEFAULTS, where)
+    fields = Fields(values, _GPT2_DEFAULTS, where)
     fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
     fields.only("scale_attn_weights", True)
     fields.only("scale_attn_by_inverse_layer_idx", False)

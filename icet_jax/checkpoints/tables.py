@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from icet_jax.models.gpt2 import GPT2Config
+from icet_jax.models.llama import LlamaConfig
 from icet_jax.models.llava import LlavaConfig
 
 
@@ -70,7 +71,7 @@ class Table:
     normalise: Callable[[str], str | None]
 
 
-def _stacked(
+def stacked(
     keys: str, paths: str, modules: tuple[tuple[str, str], ...], leaves: tuple[Any, ...], depth: int
 ) -> Iterator[Slot]:
     """Slots of `depth` equal layers: every module (HF name, our name) has the same leaves (HF, ours, transform)."""
@@ -80,14 +81,16 @@ def _stacked(
                 yield Slot(f"{keys}.{layer}.{theirs}.{leaf}", f"{paths}/{ours}/{name}", layer, transform)
 
 
-def _single(modules: tuple[tuple[str, str], ...], leaves: tuple[Any, ...]) -> Iterator[Slot]:
+def single(modules: tuple[tuple[str, str], ...], leaves: tuple[Any, ...]) -> Iterator[Slot]:
+    """Slots of modules that are not stacked, as `stacked` takes them."""
     for theirs, ours in modules:
         for leaf, name, transform in leaves:
             yield Slot(f"{theirs}.{leaf}", f"{ours}/{name}", None, transform)
 
 
-_LINEAR = (("weight", "kernel", TRANSPOSED), ("bias", "bias", SAME))
-_NORM = (("weight", "scale", SAME), ("bias", "bias", SAME))
+# (HF leaf, our leaf, transform) of a torch Linear and a norm, for `stacked` and `single`.
+LINEAR = (("weight", "kernel", TRANSPOSED), ("bias", "bias", SAME))
+NORM = (("weight", "scale", SAME), ("bias", "bias", SAME))
 
 
 def _clip_slots(config: LlavaConfig) -> Iterator[Slot]:
@@ -98,28 +101,36 @@ def _clip_slots(config: LlavaConfig) -> Iterator[Slot]:
     yield Slot(f"{root}.embeddings.patch_embedding.weight", f"{own}/patch_embedding/kernel", None, convolution)
     yield Slot(f"{root}.embeddings.position_embedding.weight", f"{own}/position_embedding", None, SAME)
     norms = tuple((f"{root}.{name}", f"{own}/{name}") for name in ("pre_layrnorm", "post_layernorm"))
-    yield from _single(norms, _NORM)
+    yield from single(norms, NORM)
     attention = tuple((f"self_attn.{name}", name) for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
     linears = (*attention, ("mlp.fc1", "fc1"), ("mlp.fc2", "fc2"))
     norms = (("layer_norm1", "layer_norm1"), ("layer_norm2", "layer_norm2"))
     keys, paths, depth = f"{root}.encoder.layers", f"{own}/layers", vision.num_hidden_layers
-    yield from _stacked(keys, paths, norms, _NORM, depth)
-    yield from _stacked(keys, paths, linears, _LINEAR, depth)
+    yield from stacked(keys, paths, norms, NORM, depth)
+    yield from stacked(keys, paths, linears, LINEAR, depth)
 
 
-def _llama_slots(config: LlavaConfig) -> Iterator[Slot]:
-    root, own = "language_model.model", "language_model"
+def llama_slots(config: LlamaConfig, root: str, own: str, head: str | None) -> Iterator[Slot]:
+    """Slots of a Llama decoder (HF `LlamaModel`).
+
+    Args:
+      config: of the decoder.
+      root: prefix of its keys, "model" or "language_model.model".
+      own: our prefix of its paths.
+      head: key of the language-model head, or None where the network has none.
+    """
     embedding = f"{root}.embed_tokens.weight"
     yield Slot(embedding, f"{own}/embed_tokens", None, SAME)
     yield Slot(f"{root}.norm.weight", f"{own}/norm/scale", None, SAME)
     attention = tuple((f"self_attn.{name}", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     linears = (*attention, *((f"mlp.{name}", name) for name in ("gate_proj", "up_proj", "down_proj")))
     norms = tuple((name, name) for name in ("input_layernorm", "post_attention_layernorm"))
-    keys, paths, depth = f"{root}.layers", f"{own}/layers", config.text.num_hidden_layers
-    yield from _stacked(keys, paths, norms, _NORM[:1], depth)
-    yield from _stacked(keys, paths, linears, _LINEAR[:1], depth)
-    tied = embedding if config.text.tie_word_embeddings else None
-    yield Slot("language_model.lm_head.weight", f"{own}/lm_head/kernel", None, TRANSPOSED, fallback=tied)
+    keys, paths, depth = f"{root}.layers", f"{own}/layers", config.num_hidden_layers
+    yield from stacked(keys, paths, norms, NORM[:1], depth)
+    yield from stacked(keys, paths, linears, LINEAR[:1], depth)
+    if head is not None:
+        tied = embedding if config.tie_word_embeddings else None
+        yield Slot(head, f"{own}/lm_head/kernel", None, TRANSPOSED, fallback=tied)
 
 
 _LLAVA_IGNORED = re.compile(r".*(\.position_ids|rotary_emb\.inv_freq)")
@@ -147,9 +158,10 @@ def normalise_llava(key: str) -> str | None:
 
 def llava_table(config: LlavaConfig) -> Table:
     """LLaVA-1.5 (HF `LlavaForConditionalGeneration`): 686 tensors at 7B."""
-    leaves = _LINEAR if config.multimodal_projector_bias else _LINEAR[:1]
+    leaves = LINEAR if config.multimodal_projector_bias else LINEAR[:1]
     projector = tuple((f"multi_modal_projector.{name}", f"projector/{name}") for name in ("linear_1", "linear_2"))
-    slots = (*_clip_slots(config), *_single(projector, leaves), *_llama_slots(config))
+    text = llama_slots(config.text, "language_model.model", "language_model", "language_model.lm_head.weight")
+    slots = (*_clip_slots(config), *single(projector, leaves), *text)
     return Table(slots, normalise_llava)
 
 
@@ -171,9 +183,9 @@ def gpt2_table(config: GPT2Config) -> Table:
     slots = (
         Slot("transformer.wte.weight", "wte", None, SAME),
         Slot("transformer.wpe.weight", "wpe", None, SAME),
-        *_stacked("transformer.h", "layers", (("ln_1", "ln_1"), ("ln_2", "ln_2")), _NORM, config.n_layer),
-        *_stacked("transformer.h", "layers", modules, conv1d, config.n_layer),
-        *_single((("transformer.ln_f", "ln_f"),), _NORM),
+        *stacked("transformer.h", "layers", (("ln_1", "ln_1"), ("ln_2", "ln_2")), NORM, config.n_layer),
+        *stacked("transformer.h", "layers", modules, conv1d, config.n_layer),
+        *single((("transformer.ln_f", "ln_f"),), NORM),
         Slot("score.weight", "score/kernel", None, TRANSPOSED),
     )
     return Table(slots, normalise_gpt2)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from icet_jax.generation.sampling import Sampling, is_eos, sample_tokens
-from icet_jax.models.family import KVCache, VisionLanguageModel
+from icet_jax.models.family import KVCache, LanguageModel
 from icet_jax.models.layers import Lora, positions_from_mask
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
@@ -37,7 +37,7 @@ class _State(NamedTuple):
 
 
 def generate(
-    model: VisionLanguageModel,
+    model: LanguageModel,
     tokens: Int[Array, "B P"],
     mask: Bool[Array, "B P"],
     visual: Any,

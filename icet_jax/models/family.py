@@ -62,20 +62,8 @@ class KVCache:
 
 
 @runtime_checkable
-class VisionLanguageModel(Protocol):
-    """A network with an image encoder whose every layer is an exit."""
-
-    exit_definition: str
-
-    @property
-    def num_exits(self) -> int:
-        """Number of exits."""
-        ...
-
-    @property
-    def default_exit(self) -> int:
-        """The exit that the model was trained on."""
-        ...
+class LanguageModel(Protocol):
+    """What generation needs of a network: it decodes tokens, with a cache or without."""
 
     @property
     def vocab_size(self) -> int:
@@ -85,19 +73,6 @@ class VisionLanguageModel(Protocol):
     @property
     def hidden_size(self) -> int:
         """Width of the decoder."""
-        ...
-
-    @property
-    def image_token_index(self) -> int:
-        """Token id whose positions are overwritten by image features."""
-        ...
-
-    def encode(self, images: Images, upto: int | None = None) -> Any:
-        """Runs the image encoder once; the result serves every exit (every exit <= upto, when given)."""
-        ...
-
-    def visual(self, encoded: Any, exits: Int[Array, "..."]) -> Visual:
-        """What the decoder needs of the images at traced `exits`: one for all rows, or `[B]`."""
         ...
 
     def decode(
@@ -116,12 +91,42 @@ class VisionLanguageModel(Protocol):
         """Float32 next-token logits."""
         ...
 
-    def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
-        """Every hidden state of the image encoder, index 0 being the input of its first block."""
-        ...
-
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `length` tokens in each of `batch` rows."""
+        ...
+
+
+@runtime_checkable
+class VisionLanguageModel(LanguageModel, Protocol):
+    """A language model with an image encoder whose every layer is an exit."""
+
+    exit_definition: str
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits."""
+        ...
+
+    @property
+    def default_exit(self) -> int:
+        """The exit that the model was trained on."""
+        ...
+
+    @property
+    def image_token_index(self) -> int:
+        """Token id whose positions are overwritten by image features."""
+        ...
+
+    def encode(self, images: Images, upto: int | None = None) -> Any:
+        """Runs the image encoder once; the result serves every exit (every exit <= upto, when given)."""
+        ...
+
+    def visual(self, encoded: Any, exits: Int[Array, "..."]) -> Visual:
+        """What the decoder needs of the images at traced `exits`: one for all rows, or `[B]`."""
+        ...
+
+    def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
+        """Every hidden state of the image encoder, index 0 being the input of its first block."""
         ...
 
 

@@ -132,8 +132,8 @@ class LlamaBlocks(nnx.Module):
         return x + self.down_proj(gated * self.up_proj(y, lora.get("up_proj"), scale), lora.get("down_proj"), scale)
 
 
-class Llama(nnx.Module):
-    """Token embedding, decoder layers, final norm and language-model head."""
+class LlamaDecoder(nnx.Module):
+    """Token embedding, decoder layers and final norm (HF `LlamaModel`)."""
 
     def __init__(
         self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
@@ -144,18 +144,10 @@ class Llama(nnx.Module):
         self.embed_tokens = layers.normal(rngs, (config.vocab_size, width), 0.02, param_dtype)
         self.layers = LlamaBlocks(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.norm = layers.RMSNorm(width, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
-        self.lm_head = layers.Linear(
-            width, config.vocab_size, rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype
-        )
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Token embeddings in the compute dtype."""
         return self.embed_tokens[...][tokens].astype(self.dtype)
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states taken after the final norm."""
-        kernel = self.lm_head.kernel[...].astype(self.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` columns for `batch` rows, in the compute dtype."""
@@ -234,3 +226,20 @@ class Llama(nnx.Module):
         indices = jnp.arange(self.config.num_hidden_layers)
         (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (state, lora, indices))
         return x, KVCache(k=k, v=v, valid=valid, cursor=cache.cursor + length)
+
+
+class Llama(LlamaDecoder):
+    """The decoder with its language-model head."""
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        super().__init__(config, remat=remat, **common)
+        self.lm_head = layers.Linear(config.hidden_size, config.vocab_size, use_bias=False, **common)
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states taken after the final norm."""
+        kernel = self.lm_head.kernel[...].astype(self.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
