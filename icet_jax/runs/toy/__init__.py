@@ -1,6 +1,6 @@
-"""A LLaVA-1.5-shaped checkpoint of toy size, its reward model and rows, made on the spot: `toy:...` sources.
+"""Networks of toy size and small data sets in the published formats, made on the spot: `toy:...` sources.
 
-They show that a config for the real model runs from end to end. Random weights, random images, placeholder prompts:
+They show that a config for the real models runs from end to end. Random weights, random images, placeholder prompts:
 nothing that comes out of them means anything.
 
     python -m icet_jax.main --config=configs/llava15_lppo.py:smoke --workdir=runs/smoke
@@ -18,14 +18,13 @@ from flax import nnx
 from icet_jax.checkpoints.hf_export import save_gpt2_reward, save_llava
 from icet_jax.data.records import KINDS, Example
 from icet_jax.errors import UserError
-from icet_jax.files import write_text_atomic
 from icet_jax.models.clip import ClipConfig
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.models.llama import LlamaConfig
 from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.runs.toy.tokenizers import BYTES, write_json, write_tokenizer
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-_BYTES = 256
 _IMAGE_SIZE, _PATCH_SIZE = 28, 14
 _ROWS = 64
 
@@ -53,7 +52,7 @@ LLAVA = LlavaConfig(
     ),
     image_token_index=_SPECIAL.index("<image>"),
 )
-REWARD = GPT2Config(vocab_size=_BYTES + 1, n_positions=256, n_embd=16, n_layer=2, n_head=2, n_inner=64)
+REWARD = GPT2Config(vocab_size=BYTES + 1, n_positions=256, n_embd=16, n_layer=2, n_head=2, n_inner=64)
 
 
 def checkpoint(name: str, workdir: Path | None = None) -> Path:
@@ -97,13 +96,11 @@ def rows(kind: str) -> list[Example]:
 def _save_llava(folder: Path) -> None:
     params = _spread(nnx.split(Llava(LLAVA, rngs=nnx.Rngs(0)))[1])
     save_llava(folder, LLAVA, params)
-    _write_tokenizer(folder, _SPECIAL, bos="<s>", eos="</s>", pad="<pad>")
-    ids = {
-        f"{name}_token_id": _SPECIAL.index(token) for name, token in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))
-    }
-    _write_json(folder / "generation_config.json", ids)
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    write_tokenizer(folder, _SPECIAL, single="<s> $A", pair="<s> $A $B", settings=roles)
+    write_json(folder / "generation_config.json", {f"{role}_id": _SPECIAL.index(name) for role, name in roles.items()})
     size = {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
-    _write_json(
+    write_json(
         folder / "preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
@@ -125,35 +122,12 @@ def _save_llava(folder: Path) -> None:
 def _save_reward_model(folder: Path) -> None:
     params = _spread(nnx.split(GPT2RewardModel(REWARD, rngs=nnx.Rngs(1)))[1])
     save_gpt2_reward(folder, REWARD, params)
-    _write_tokenizer(folder, (), bos="<|endoftext|>", eos="<|endoftext|>", pad="<|endoftext|>")
+    end = "<|endoftext|>"
+    write_tokenizer(folder, (end,), settings={"bos_token": end, "eos_token": end, "pad_token": end})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
 
 
 def _spread(params: Any) -> Any:
     """Larger random weights, so that exits, images and tokens change the output."""
     return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, params)
-
-
-def _write_tokenizer(folder: Path, special: tuple[str, ...], *, bos: str, eos: str, pad: str) -> None:
-    """A byte-level tokenizer without merges: `special` first, then 256 bytes, then `eos` if it is not among them."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    names = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    names += [] if eos in names else [eos]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special or (eos,)])
-    if special:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-        )
-    write_text_atomic(folder / "tokenizer.json", tokenizer.to_str())
-    _write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": pad},
-    )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text_atomic(path, json.dumps(content, indent=2) + "\n")

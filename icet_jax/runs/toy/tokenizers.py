@@ -1,0 +1,59 @@
+"""Tokenizers of toy checkpoints: bytes, or byte pairs learnt from a text, with each family's special tokens."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icet_jax.files import write_text_atomic
+
+BYTES = 256
+
+
+def write_tokenizer(
+    folder: Path,
+    special: Sequence[str],
+    *,
+    single: str | None = None,
+    pair: str | None = None,
+    text: str | None = None,
+    words: Sequence[str] = (),
+    settings: dict[str, Any],
+) -> int:
+    """Writes tokenizer.json and tokenizer_config.json, and returns the size of the vocabulary.
+
+    Args:
+      folder: of the checkpoint.
+      special: special tokens, in the order of their ids from 0.
+      single: what stands around a text, as `tokenizers`' TemplateProcessing says it ("[CLS] $A [SEP]"); None: nothing.
+      pair: the same for two texts.
+      text: where given, byte pairs are learnt from it, so that it takes a fifth of its bytes.
+      words: further words that are one token each.
+      settings: of tokenizer_config.json: the special tokens' roles, a chat template.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: index for index, name in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if text is not None:
+        trainer = trainers.BpeTrainer(
+            vocab_size=len(vocabulary) + 512, special_tokens=list(special), initial_alphabet=alphabet,
+            show_progress=False,
+        )  # fmt: skip
+        tokenizer.train_from_iterator([text], trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    if single is not None:
+        known = [(name, tokenizer.token_to_id(name)) for name in special]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
+    write_text_atomic(folder / "tokenizer.json", tokenizer.to_str())
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
+    return tokenizer.get_vocab_size()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file."""
+    write_text_atomic(path, json.dumps(content, indent=2) + "\n")
