@@ -21,13 +21,13 @@ from icet_jax.checkpoints.hf_import import Checkpoint, load_llava
 from icet_jax.checkpoints.source import generation_tokens, local_directory
 from icet_jax.data.processor import Processor, image_rows
 from icet_jax.errors import UserError
-from icet_jax.evaluation.batching import place
 from icet_jax.evaluation.sweep import answer
 from icet_jax.generation.sampling import Sampling, suppress_ids
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
 from icet_jax.models.family import Images
 from icet_jax.models.layers import positions_from_mask
+from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import Array, Bool, Float, Int
 
 Inputs = Mapping[str, Any]
@@ -226,7 +226,7 @@ class VLM:
             raise UserError(
                 f"inputs: input_ids reach {tokens.max()}, but this model's tokens are 0..{self.vocab_size - 1}"
             )
-        return place((tokens.astype(np.int32), mask.astype(bool)), self.mesh)
+        return place_rows((tokens.astype(np.int32), mask.astype(bool)), self.mesh)
 
     def _images(self, inputs: Inputs) -> Images | None:
         tokens, pixels = np.asarray(_entry(inputs, "input_ids")), inputs.get("pixel_values")
@@ -238,7 +238,7 @@ class VLM:
         if pixels.shape[1:] != shape:
             raise UserError(f"inputs: pixel_values have shape {pixels.shape}; this model needs {('I', *shape)}")
         per_row = int(np.bincount(rows).max())
-        return place(
+        return place_rows(
             Images(pixels=jnp.asarray(pixels), rows=jnp.asarray(rows), num_rows=len(tokens), per_row=per_row), self.mesh
         )
 

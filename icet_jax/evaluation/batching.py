@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from icet_jax.data.processor import image_rows
 from icet_jax.data.records import Example
 from icet_jax.models.family import Images
-from icet_jax.parallel.sharding import batch_sharding
+from icet_jax.parallel.sharding import place_rows
 
 _FINEST = 16  # positions; short prompts are padded to a multiple of it
 
@@ -67,7 +66,7 @@ def prompt_batch(
     tokens = np.pad(ids.astype(np.int32), fill)
     mask = np.pad(attention.astype(bool), fill)
     pictures = _images(inputs.get("pixel_values"), ids, vlm, batch_size, per_row) if per_row else None
-    tokens, mask = place((tokens, mask), vlm.mesh)
+    tokens, mask = place_rows((tokens, mask), vlm.mesh)
     return PromptBatch(list(examples), tokens, mask, pictures)
 
 
@@ -81,15 +80,5 @@ def _images(pixels: np.ndarray | None, ids: np.ndarray, vlm: Any, batch_size: in
     if pixels is not None:
         filled[:count] = pixels
     rows = np.pad(rows, (0, batch_size * per_row - count), constant_values=batch_size)
-    placed = place((filled, rows.astype(np.int32)), vlm.mesh)
+    placed = place_rows((filled, rows.astype(np.int32)), vlm.mesh)
     return Images(pixels=placed[0], rows=placed[1], num_rows=batch_size, per_row=per_row)
-
-
-def place(tree: Any, mesh: Any) -> Any:
-    """Arrays on the device, their first axis split over the mesh's row axes where it divides."""
-    if mesh is None:
-        return jax.device_put(tree)
-    sharding = batch_sharding(mesh)
-    rows = int(np.prod([mesh.shape[axis] for axis in sharding.spec[0]]))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, whole if leaf.shape[0] % rows else sharding), tree)

@@ -1,6 +1,15 @@
 """Prompts to responses: prefill, decode loop, sampling, and the log-probs that training recomputes."""
 
-from icet_jax.generation.decode import Generation, generate
+from icet_jax.generation.decode import Generation, continue_from, generate, prefill
 from icet_jax.generation.sampling import Sampling, process_logits, suppress_ids, token_log_probs
 
-__all__ = ["Generation", "Sampling", "generate", "process_logits", "suppress_ids", "token_log_probs"]
+__all__ = [
+    "Generation",
+    "Sampling",
+    "continue_from",
+    "generate",
+    "prefill",
+    "process_logits",
+    "suppress_ids",
+    "token_log_probs",
+]

@@ -1,4 +1,4 @@
-"""Prefill and the decode loop on a static cache."""
+"""Prefill and the decode loop on a static cache: of a vision-language model, or of a judge that reads text alone."""
 
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ def generate(
     sampling: Sampling,
     lora: Lora | None = None,
 ) -> Generation:
-    """Samples a response per row: one prefill over the prompts, then one position at a time until all rows are done.
+    """Samples a response per row: `prefill`, then `continue_from` its logits.
 
     Token t of a row is drawn with `fold_in(row_key, t)`, so a row's response depends on its prompt, images and key
     alone: not on its batch, its place there, its neighbours, or the side and amount of padding. Pure; callers jit it
@@ -60,13 +60,42 @@ def generate(
       sampling: how tokens are drawn.
       lora: adapters of the decoder; None is the reference.
     """
+    logits, cache = prefill(model, tokens, mask, visual, sampling.max_new_tokens, lora)
+    return continue_from(model, logits, cache, mask, row_keys, sampling, lora)
+
+
+def prefill(
+    model: LanguageModel,
+    tokens: Int[Array, "B P"],
+    mask: Bool[Array, "B P"],
+    visual: Any,
+    max_new_tokens: int,
+    lora: Lora | None = None,
+) -> tuple[Float[Array, "B V"], KVCache | None]:
+    """Runs the prompts once: the logits of each row's first new token, and a cache with room for `max_new_tokens`."""
     batch, prompt_length = tokens.shape
-    length = sampling.max_new_tokens
-    empty = model.init_cache(batch, prompt_length + length)
+    empty = model.init_cache(batch, prompt_length + max_new_tokens)
     hidden, cache = model.decode(tokens, positions_from_mask(mask), mask, visual, empty, lora)
     last = prompt_length - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
+    return model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+
+
+def continue_from(
+    model: LanguageModel,
+    logits: Float[Array, "B V"],
+    cache: KVCache | None,
+    mask: Bool[Array, "B P"],
+    row_keys: Key[Array, "B"],
+    sampling: Sampling,
+    lora: Lora | None = None,
+) -> Generation:
+    """Samples one position at a time until all rows are done, from what `prefill` returned for prompts of `mask`.
+
+    Arguments as in `generate`.
+    """
+    batch, length = mask.shape[0], sampling.max_new_tokens
     out = Generation(
-        tokens=jnp.full((batch, length), sampling.pad_id, dtype=tokens.dtype),
+        tokens=jnp.full((batch, length), sampling.pad_id, dtype=jnp.int32),
         log_probs=jnp.zeros((batch, length), dtype=jnp.float32),
         mask=jnp.zeros((batch, length), dtype=bool),
     )
@@ -81,7 +110,7 @@ def generate(
     ) -> _State:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, step)
         token, log_prob = sample_tokens(logits, keys, sampling)
-        token = jnp.where(done, sampling.pad_id, token).astype(tokens.dtype)
+        token = jnp.where(done, sampling.pad_id, token).astype(jnp.int32)
         out = Generation(
             tokens=out.tokens.at[:, step].set(token),
             log_probs=out.log_probs.at[:, step].set(jnp.where(done, 0.0, log_prob)),
@@ -99,7 +128,6 @@ def generate(
         logits = model.logits(hidden[:, 0])
         return sample(logits, state.position + 1, state.step, state.done, cache, state.out)
 
-    logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
     prompt_tokens = mask.sum(axis=1).astype(jnp.int32)
     first = sample(logits, prompt_tokens, jnp.int32(0), ~mask.any(axis=1), cache, out)
     return jax.lax.while_loop(unfinished, advance, first).out

@@ -40,10 +40,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"projector/linear_2/bias", P()),
     (r"embed_tokens", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
+    # Tables whose number of rows no mesh divides: GPT-2's, BERT's, RoBERTa's and DeBERTa's.
     (r"wte|wpe", P(None, "fsdp")),
+    (r"(word|position|token_type|rel)_embeddings", P(None, "fsdp")),
     (r"patch_embedding/kernel", P(None, "fsdp")),
     (r"class_embedding|position_embedding", P()),
     (r"\w*(norm|norm1|norm2|layrnorm|ln_1|ln_2|ln_f)/(scale|bias)", P()),
+    (r"pooler/kernel", P("fsdp", "tensor")),
+    (r"pooler/bias", P("tensor")),
+    (r"classifier/(kernel|bias)", P()),
     (r"score/kernel", P()),
     (r"value_head/(kernel|bias)", P()),
     # KV cache: k, v [L, B, S, K, D]; valid [B, S]; cursor [B].
@@ -116,3 +121,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """For arrays that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays on the device, their first axis split over the mesh's row axes where it divides, whole elsewhere."""
+    if mesh is None:
+        return jax.device_put(tree)
+    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, whole if leaf.shape[0] % rows else split), tree)

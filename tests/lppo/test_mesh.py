@@ -6,11 +6,10 @@ import sys
 
 PROGRAM = """
 import jax, numpy as np
-from icet_jax.evaluation.batching import place
 from icet_jax.lppo import learner
 from icet_jax.lppo.metrics import host_metrics
 from icet_jax.parallel.mesh import make_mesh
-from icet_jax.parallel.sharding import shardings
+from icet_jax.parallel.sharding import place_rows, shardings
 from tests.lppo import toy
 
 assert jax.device_count() == 4
@@ -29,7 +28,7 @@ def run(mesh, iterations):
     start, counts, rows = jax.tree.map(lambda leaf: leaf.sharding, state), [], []
     for _ in range(iterations):
         images, tokens, mask = toy.inputs()
-        tokens, mask = place((tokens, mask), mesh)
+        tokens, mask = place_rows((tokens, mask), mesh)
         rollout = phases.rollout(weights, state, images, tokens, mask, exits, key)
         state, batch, before = phases.prepare(weights, state, rollout, toy.token_score(rollout), every)
         state, after = phases.update(weights, state, batch, key)
