@@ -1,0 +1,205 @@
+"""Scores kept on disk, so that judging the same (prompt, response) again with the same scorer costs nothing.
+
+    FOLDER/NAME-DIGEST/TOKEN.jsonl      {"key": KEY, "scores": {scorer name: [value, label]}}
+
+DIGEST is of the scorer's name and fingerprint, KEY of prompt and response: no text is stored. Every process appends to
+a file of its own (TOKEN) and reads all files, so that no two ever write to the same one. A line that a killed process
+left half written is a row not yet scored. Errors (NaN) are never stored: the next run asks again.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icet_jax.errors import UserError
+from icet_jax.judges.base import Scorer, Scores
+
+_FORMAT = "1"  # part of every digest: another layout of the files starts anew
+_WHOLE = 1 << 20  # bytes; files up to this size are read in full for a fingerprint, and the start of larger ones
+_BLOCK = 4096  # bytes of each further block that is read of a larger file
+_BLOCKS = 256  # how many, at even distances
+
+Entry = dict[str, tuple[float, str | None]]
+"""One row's scores: scorer name -> (value, label)."""
+
+
+class ScoreCache:
+    """The scores in a folder, by scorer; several processes may use it at once."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """`folder` is made when the first score is stored."""
+        self.folder = Path(folder)
+        self._tables: dict[Path, _Table] = {}
+
+    def table(self, scorer: Scorer) -> "_Table":
+        """The scores of one scorer that has a fingerprint; read once, whole lines alone."""
+        digest = _digest(scorer.name, scorer.metric, getattr(scorer, "fingerprint", ""))[:16]
+        path = self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', scorer.name)}-{digest}"
+        if path not in self._tables:
+            self._tables[path] = _Table(path)
+        return self._tables[path]
+
+
+def cached(scorer: Scorer, cache: ScoreCache) -> Scorer:
+    """The same scorer, asked only for rows that `cache` does not hold.
+
+    A scorer without a `fingerprint` says nothing of what its numbers depend on, and comes back as it is (the refusal
+    keywords are as fast as the cache).
+    """
+    return CachedScorer(scorer, cache) if getattr(scorer, "fingerprint", None) else scorer
+
+
+class CachedScorer:
+    """A scorer behind a cache; made by `cached`.
+
+    A scorer may say `reads_prompts = False` (its score depends on the response alone: one entry serves all prompts) and
+    `remote = True` (each process asks for itself; otherwise all processes of a run agree on which rows are known,
+    because they must enter the same jitted calls).
+
+    Attributes:
+      name, metric, fingerprint, label_shares: the scorer's own.
+      scorer: what is asked where the cache has no answer.
+      hits: rows answered from the cache.
+      misses: rows asked.
+    """
+
+    def __init__(self, scorer: Scorer, cache: ScoreCache) -> None:
+        """`scorer` has a `fingerprint`."""
+        self.scorer, self.name, self.metric = scorer, scorer.name, scorer.metric
+        self.fingerprint: str = getattr(scorer, "fingerprint")  # noqa: B009 (optional in the protocol)
+        self.label_shares: Mapping[str, str] = getattr(scorer, "label_shares", {})
+        self.hits = self.misses = 0
+        self._table = cache.table(scorer)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
+        """Scores B pairs; see `Scorer`.
+
+        Raises:
+          UserError: the cache cannot be written, or holds entries of other names than the scorer gives.
+        """
+        reads_prompts = getattr(self.scorer, "reads_prompts", True)
+        keys = [
+            _digest(prompt if reads_prompts else "", response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        known = np.array([key in self._table.entries for key in keys], bool)
+        if not getattr(self.scorer, "remote", False):
+            known = _agreed(known)
+        entries: list[Entry] = [self._table.entries[key] if here else {} for key, here in zip(keys, known, strict=True)]
+        asked = np.flatnonzero(~known).tolist()
+        self.hits, self.misses = self.hits + len(keys) - len(asked), self.misses + len(asked)
+        if asked:
+            results = self.scorer([prompts[row] for row in asked], [responses[row] for row in asked])
+            for place, row in enumerate(asked):
+                entries[row] = {name: (float(s.values[place]), s.labels[place]) for name, s in results.items()}
+            self._table.add((keys[row], entries[row]) for row in asked)
+        return self._joined(entries)
+
+    def _joined(self, entries: Sequence[Entry]) -> dict[str, Scores]:
+        names = list(entries[0]) if entries else [self.name]
+        if any(set(entry) != set(names) for entry in entries):
+            raise UserError(f"{self._table.folder}: holds scores of other names than {self.name} gives; remove it")
+        return {
+            name: Scores(np.array([e[name][0] for e in entries], np.float32), [e[name][1] for e in entries])
+            for name in names
+        }
+
+
+class _Table:
+    """One scorer's entries, in memory and on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        self._own = folder / f"{secrets.token_hex(8)}.jsonl"
+        for path in sorted(folder.glob("*.jsonl")):
+            self._read(path)
+
+    def add(self, rows: Iterable[tuple[str, Entry]]) -> None:
+        """Keeps the rows that hold no error."""
+        new = {key: entry for key, entry in rows if all(math.isfinite(value) for value, _ in entry.values())}
+        if not new:
+            return
+        self.entries |= new
+        lines = "".join(json.dumps({"key": key, "scores": entry}) + "\n" for key, entry in new.items())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._own.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        except OSError as error:
+            raise UserError(
+                f"{self._own}: cannot be written ({error.strerror}); choose another score cache or free space"
+            ) from error
+
+    def _read(self, path: Path) -> None:
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was never finished
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); choose another score cache") from error
+        for line in lines:
+            try:
+                row = json.loads(line)
+                key, entry = row["key"], {name: _checked(*pair) for name, pair in row["scores"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # damaged: the row is scored again
+            if isinstance(key, str) and entry:
+                self.entries[key] = entry
+
+
+def _checked(value: Any, label: Any) -> tuple[float, str | None]:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(value)
+    if label is not None and not isinstance(label, str):
+        raise ValueError(label)
+    return float(value), label
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:32]
+
+
+def _agreed(known: np.ndarray) -> np.ndarray:
+    """Which rows every process of the run knows."""
+    import jax
+
+    if jax.process_count() == 1:
+        return known
+    from jax.experimental import multihost_utils
+
+    return np.array(multihost_utils.process_allgather(known).all(axis=0), bool)
+
+
+def directory_fingerprint(directory: str | os.PathLike[str]) -> str:
+    """A short mark of a checkpoint's content, the same for a copy of it elsewhere.
+
+    Of every file (hidden ones and *.md apart): its name and size, all of it up to 1 MiB, and of a larger one the
+    first MiB (a safetensors header) and 256 blocks of 4 KiB spread evenly, the last bytes among them. Seconds for any
+    size; a change between the blocks of a large file that keeps its size goes unseen.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    root, mark = Path(directory), hashlib.sha256()
+    try:
+        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        for name in names:
+            if name.endswith(".md") or any(part.startswith(".") for part in name.split("/")):
+                continue
+            size = (root / name).stat().st_size
+            mark.update(f"{name}\0{size}\0".encode())
+            with (root / name).open("rb") as file:
+                mark.update(file.read(_WHOLE))
+                for block in range(_BLOCKS if size > _WHOLE else 0):
+                    file.seek(_WHOLE + (size - _WHOLE - min(_BLOCK, size - _WHOLE)) * block // (_BLOCKS - 1))
+                    mark.update(file.read(_BLOCK))
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read ({error.strerror}); check the files' permissions") from error
+    return mark.hexdigest()[:16]
