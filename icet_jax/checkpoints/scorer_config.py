@@ -1,0 +1,109 @@
+"""HF `config.json` -> the configs of the scorers' networks.
+
+A field that the file lacks has its transformers class default, which for DeBERTa-v2 is not what the v3 checkpoints use.
+"""
+
+from typing import Any
+
+from icet_jax.checkpoints.hf_config import Fields, llama_text
+from icet_jax.models.bert import BertConfig
+from icet_jax.models.layers import ACTIVATIONS
+from icet_jax.models.llama import LlamaConfig
+
+_BERT_DEFAULTS = {
+    "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+_ROBERTA_DEFAULTS = _BERT_DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1}
+
+
+def label_count(fields: Fields) -> int:
+    """Number of labels: of `id2label`, else `num_labels`, else transformers' 2.
+
+    Raises:
+      UserError: either field is not of its type.
+    """
+    labels = fields.values.get("id2label")
+    if labels is None:
+        fields.values.setdefault("num_labels", 2)
+        return fields.size("num_labels")
+    if not isinstance(labels, dict) or not labels:
+        raise fields.fail("id2label", "a mapping of label numbers to names")
+    return len(labels)
+
+
+def heads_of(fields: Fields) -> int:
+    """`num_attention_heads`, which divides `hidden_size`.
+
+    Raises:
+      UserError: it does not.
+    """
+    heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
+    if width % heads:
+        raise fields.fail("num_attention_heads", f"a divisor of hidden_size={width}")
+    return heads
+
+
+def bert_from_hf(values: dict[str, Any], where: str = "config.json") -> BertConfig:
+    """The config of a BERT or RoBERTa sequence classifier (HF `BertConfig`, `RobertaConfig`).
+
+    Args:
+      values: the parsed file; its `model_type` is "bert" or "roberta".
+      where: its name in error lines.
+
+    Raises:
+      UserError: a value under which the network would differ from this one.
+    """
+    kind = values["model_type"]
+    fields = Fields(values, _ROBERTA_DEFAULTS if kind == "roberta" else _BERT_DEFAULTS, where)
+    fields.only("position_embedding_type", "absolute")
+    fields.only("is_decoder", False)
+    fields.only("add_cross_attention", False)
+    pad = fields.values["pad_token_id"]
+    positions = fields.size("max_position_embeddings")
+    if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < positions - 1:
+        raise fields.fail("pad_token_id", "a token id below max_position_embeddings")
+    return BertConfig(
+        kind=kind,
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=fields.size("hidden_size"),
+        num_hidden_layers=fields.size("num_hidden_layers"),
+        num_attention_heads=heads_of(fields),
+        intermediate_size=fields.size("intermediate_size"),
+        max_position_embeddings=positions,
+        type_vocab_size=fields.size("type_vocab_size"),
+        num_labels=label_count(fields),
+        pad_token_id=pad,
+        hidden_act=fields.choice("hidden_act", ACTIVATIONS),
+        layer_norm_eps=fields.number("layer_norm_eps"),
+    )
+
+
+def llama_from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
+    """The config of a Llama language model (HF `LlamaConfig`).
+
+    Raises:
+      UserError: a value under which the network would differ from this one.
+    """
+    return llama_text(values, False, where)
+
+
+def llama_reward_from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
+    """The config of a Llama sequence classifier with one label.
+
+    Raises:
+      UserError: another number of labels, or a value under which the network would differ from this one.
+    """
+    require_one_label(Fields(values, {}, where))
+    return llama_text(values, False, where)
+
+
+def require_one_label(fields: Fields) -> None:
+    """Checks that a reward model has one label.
+
+    Raises:
+      UserError: it has several.
+    """
+    if label_count(fields) != 1:
+        raise fields.fail("id2label" if "id2label" in fields.values else "num_labels", "one label (a reward model)")

@@ -1,0 +1,85 @@
+"""Key tables of the scorers' networks: BERT, RoBERTa, Llama (language model and reward model)."""
+
+import re
+from collections.abc import Callable, Iterator
+
+from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, TRANSPOSED, Slot, Table, llama_slots, single, stacked
+from icet_jax.models.bert import BertConfig
+from icet_jax.models.llama import LlamaConfig
+
+_LEGACY_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
+
+
+def modern_norm(key: str) -> str:
+    """`LayerNorm.gamma` and `.beta` of checkpoints converted from TensorFlow, under their present names."""
+    return _LEGACY_NORM.sub(lambda match: "LayerNorm." + ("weight" if match[1] == "gamma" else "bias"), key)
+
+
+def normaliser(prefix: str, heads: tuple[str, ...], ignored: str) -> Callable[[str], str | None]:
+    """A table's `normalise` for a body whose prefix some files lack.
+
+    Args:
+      prefix: of the body's keys, with its dot: "bert.".
+      heads: beginnings of the keys that stand outside the body.
+      ignored: pattern of keys (without the prefix) that the network does not use.
+    """
+    unused = re.compile(ignored)
+
+    def normalise(key: str) -> str | None:
+        bare = modern_norm(key.removeprefix(prefix))
+        if unused.fullmatch(bare):
+            return None
+        return bare if bare.startswith(heads) and not key.startswith(prefix) else prefix + bare
+
+    return normalise
+
+
+def encoder_slots(keys: str, projections: tuple[str, str, str], depth: int) -> Iterator[Slot]:
+    """Slots of `depth` post-LN encoder layers (`PostNormBlocks`); `projections` are HF's names of q, k and v."""
+    attention = zip((f"attention.self.{name}" for name in projections), ("q_proj", "k_proj", "v_proj"), strict=True)
+    linears = (
+        *attention,
+        ("attention.output.dense", "out_proj"),
+        ("intermediate.dense", "fc1"),
+        ("output.dense", "fc2"),
+    )
+    norms = (("attention.output.LayerNorm", "attention_norm"), ("output.LayerNorm", "output_norm"))
+    yield from stacked(keys, "layers", linears, LINEAR, depth)
+    yield from stacked(keys, "layers", norms, NORM, depth)
+
+
+def bert_table(config: BertConfig) -> Table:
+    """BERT or RoBERTa classifier: 201 tensors at base size. RoBERTa's unused pooler is ignored."""
+    root = config.kind
+    names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    if root == "bert":
+        heads = (("bert.pooler.dense", "pooler"), ("classifier", "classifier"))
+        ignored = r".*position_ids"
+    else:
+        heads = (("classifier.dense", "pooler"), ("classifier.out_proj", "classifier"))
+        ignored = r".*position_ids|pooler\..*"
+    slots = (
+        *(Slot(f"{root}.embeddings.{name}.weight", name, None, SAME) for name in names),
+        *single(((f"{root}.embeddings.LayerNorm", "embeddings_norm"),), NORM),
+        *encoder_slots(f"{root}.encoder.layer", ("query", "key", "value"), config.num_hidden_layers),
+        *single(heads, LINEAR),
+    )
+    return Table(slots, normaliser(f"{root}.", ("classifier.",), ignored))
+
+
+_LLAMA_IGNORED = r".*rotary_emb\.inv_freq"
+
+
+def llama_table(config: LlamaConfig) -> Table:
+    """Llama language model (HF `LlamaForCausalLM`); a tied head has no tensor of its own."""
+    slots = tuple(llama_slots(config, "model", "language_model", "lm_head.weight"))
+    return Table(slots, normaliser("model.", ("lm_head.",), _LLAMA_IGNORED))
+
+
+def llama_reward_table(config: LlamaConfig) -> Table:
+    """Llama reward model (HF `LlamaForSequenceClassification`, one label); a left-over LM head is ignored."""
+    slots = (
+        *llama_slots(config, "model", "language_model", None),
+        Slot("score.weight", "score/kernel", None, TRANSPOSED),
+    )
+    return Table(slots, normaliser("model.", ("score.",), rf"{_LLAMA_IGNORED}|lm_head\.weight"))

@@ -1,0 +1,96 @@
+"""Loads the network of a text scorer: whatever `architectures` in its config.json says it is."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from icet_jax.checkpoints import hf_config, scorer_config, scorer_tables, tables
+from icet_jax.checkpoints.hf_import import Checkpoint, load_network
+from icet_jax.checkpoints.tables import Table
+from icet_jax.errors import UserError
+from icet_jax.models.bert import BertClassifier
+from icet_jax.models.gpt2 import GPT2RewardModel
+from icet_jax.models.llama_text import LlamaLM, LlamaRewardModel
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """How one HF architecture is loaded: its config's reader, its network and its key table."""
+
+    model_type: str
+    from_hf: Callable[[dict[str, Any], str], Any]
+    network: Callable[..., Any]
+    table: Callable[[Any], Table]
+
+
+_BERT = (scorer_config.bert_from_hf, BertClassifier, scorer_tables.bert_table)
+_FAMILIES = {
+    "BertForSequenceClassification": _Family("bert", *_BERT),
+    "RobertaForSequenceClassification": _Family("roberta", *_BERT),
+    "GPT2ForSequenceClassification": _Family("gpt2", hf_config.gpt2_from_hf, GPT2RewardModel, tables.gpt2_table),
+    "LlamaForCausalLM": _Family("llama", scorer_config.llama_from_hf, LlamaLM, scorer_tables.llama_table),
+    "LlamaForSequenceClassification": _Family(
+        "llama", scorer_config.llama_reward_from_hf, LlamaRewardModel, scorer_tables.llama_reward_table
+    ),
+}
+ARCHITECTURES = tuple(_FAMILIES)
+"""HF classes that `load_scorer_network` loads."""
+
+
+def architecture(values: dict[str, Any], where: str = "config.json") -> str:
+    """The HF class of a scorer's `config.json`.
+
+    A file without `architectures` is taken for the one class that its `model_type` has here; a Llama file has two.
+
+    Args:
+      values: the parsed file.
+      where: its name in error lines.
+
+    Raises:
+      UserError: the class is not among `ARCHITECTURES`, does not fit `model_type`, or cannot be told.
+    """
+    model_type, named = values.get("model_type"), values.get("architectures")
+    if named:
+        found = named[0] if isinstance(named, list) else named
+        if found not in _FAMILIES:
+            raise UserError(
+                f"{where}: architecture '{found}' is not a scorer; supported are {', '.join(ARCHITECTURES)}"
+            )
+        if _FAMILIES[found].model_type != model_type:
+            raise UserError(f"{where}: model_type '{model_type}' does not fit architecture '{found}'")
+        return found
+    fitting = [name for name, family in _FAMILIES.items() if family.model_type == model_type]
+    if len(fitting) != 1:
+        names = ", ".join(fitting or ARCHITECTURES)
+        raise UserError(f"{where}: model_type '{model_type}' without architectures; set it to one of {names}")
+    return fitting[0]
+
+
+def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
+    """Loads a classifier, reward model or judging language model from a HF checkpoint directory.
+
+    Args:
+      directory: with config.json and safetensors weights, one file or shards.
+      dtype: of parameters and compute, "float32" or "bfloat16".
+      mesh: where to put the parameters; None for the default device.
+
+    Returns:
+      The checkpoint; its `config` is the network's (`BertConfig`, `GPT2Config`, `LlamaConfig`) and
+      `architecture(checkpoint.hf_config)` says what the model computes; labels are in `hf_config["id2label"]`.
+
+    Raises:
+      UserError: an unsupported architecture or config value; missing, corrupt or truncated files; tensors that do not
+        fit, all listed together.
+    """
+    directory = Path(directory)
+    where = str(directory / "config.json")
+    values = hf_config.read_hf_config(directory)
+    family = _FAMILIES[architecture(values, where)]
+    config = family.from_hf(values, where)
+    make = functools.partial(family.network, config)
+    graphdef, params = load_network(directory, make, family.table(config), dtype=dtype, param_dtype=dtype, mesh=mesh)
+    return Checkpoint(graphdef, params, config, values, directory)
