@@ -113,11 +113,7 @@ class Perspective:
         self.requests = 0
         self.last_failure: str | None = None
         days = (LAST_DAY - today()).days
-        print(
-            f"icet-jax: the Perspective API ends on {LAST_DAY} (in {days} days); {INSTEAD} for numbers that can be "
-            "measured again",
-            file=sys.stderr,
-        )
+        print(f"icet-jax: the Perspective API ends on {LAST_DAY} (in {days} days); then {INSTEAD}", file=sys.stderr)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
         """Scores B responses; the prompts are not looked at, and equal responses are sent once.
