@@ -11,8 +11,11 @@ import numpy as np
 
 from icet_jax.evaluation.statistics import Interval, group_weights, mean_interval, paired_interval
 
-SHARE_FAMILIES = ("asr", "refusal", "accuracy", "degenerate", "empty", "truncated")
+SHARE_FAMILIES = ("asr", "refusal", "refusal_unsafe", "accuracy", "degenerate", "empty", "truncated")
 """First part of the names of metrics whose values are 0 or 1."""
+POLICY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
+"""Metrics that are also given for each policy of a data set."""
+_MOST_POLICIES = 64  # the most frequent ones; a data set's categories, not one per row
 
 Row = dict[str, Any]
 Table = dict[str, Any]
@@ -21,11 +24,34 @@ Table = dict[str, Any]
 def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
     """`{"layers": [...], "groups": {...}}` of a sweep's rows, in the form of `sweeps/*.json`.
 
+    Where rows have a policy, `"policies": {policy: [...]}` too: a list as `layers`, of `POLICY_FAMILIES` alone.
+
     Args:
       rows: one per (id, layer), in any order; layers that are not among `exits` are ignored.
       exits: the layers measured, ascending.
       num_exits: N of the model, which fixes the groups.
     """
+    rows = list(rows)
+    policies = _by_policy(rows)
+    tables = _summarise(rows, exits, num_exits)
+    if policies:
+        tables["policies"] = {name: _summarise(part, exits, num_exits)["layers"] for name, part in policies.items()}
+    return tables
+
+
+def _by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of each policy, the most frequent first (equals by name), with only the metrics that policies have."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("policy") is not None:
+            scores = {
+                metric: value for metric, value in row["scores"].items() if metric.partition("/")[0] in POLICY_FAMILIES
+            }
+            found.setdefault(str(row["policy"]), []).append({**row, "scores": scores})
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))[:_MOST_POLICIES])
+
+
+def _summarise(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
     measured = _Measured(rows, exits)
 
     def estimate(metric: str, chosen: np.ndarray, weights: np.ndarray | None) -> Table | None:

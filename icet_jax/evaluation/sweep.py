@@ -19,7 +19,7 @@ from flax import nnx
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import PromptBatch, batch_indices, prompt_batch
-from icet_jax.evaluation.scoring import transcript_rows
+from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
 from icet_jax.generation.decode import Generation, generate
@@ -93,8 +93,9 @@ def sweep(
       scorers: what judges them, side by side.
       batch_size: rows answered at once.
       lora: the policy's adapters; None is the model as it is.
-      transcript_path: rows are appended here as they are scored, and a sweep that finds its own rows there goes on
-        from them; once complete the file is rewritten in order.
+      transcript_path: rows are appended here as they are answered and again as they are judged, and a sweep that
+        finds its own rows there goes on from them (answers that other judges have judged are judged again); once
+        complete the file is rewritten in order.
       progress: called after every step.
       dataset: its name.
       model: the model's name.
@@ -108,8 +109,7 @@ def sweep(
     layers = _layers(exits, vlm.num_exits)
     if not examples:
         raise UserError(f"sweep of {dataset}: no rows; give a data set with at least one")
-    mark = fingerprint(sampling, [scorer.name for scorer in scorers], seed, tag)
-    file = TranscriptFile(transcript_path, mark, examples)
+    file = TranscriptFile(transcript_path, fingerprint(sampling, seed, tag), _judges_mark(scorers), examples)
     tokens = _Runner(vlm, sampling, scorers, lora, seed, file, progress).run(examples, layers, batch_size)
     rows = file.finish(layers)
     kinds = sorted({example.kind for example in examples})
@@ -134,6 +134,10 @@ def _layers(exits: Sequence[int] | str, num_exits: int) -> list[int]:
             raise UserError(f'sweep.exits: {exits!r} given; use "all" or numbers from 1')
         return list(range(1, num_exits + 1))
     return sorted({check_exit(layer, num_exits, "sweep.exits") for layer in exits})
+
+
+def _judges_mark(scorers: Sequence[Scorer]) -> str:
+    return fingerprint([(scorer.metric, scorer.name, getattr(scorer, "fingerprint", "")) for scorer in scorers])
 
 
 def _generation_settings(sampling: Sampling) -> dict[str, Any]:
@@ -166,9 +170,9 @@ def answer(
 
 
 class _Step(NamedTuple):
-    """A batch at one exit whose answers are on their way."""
+    """Rows at one exit whose answers are on their way."""
 
-    batch: PromptBatch
+    examples: Sequence[Example]
     layer: int
     generation: Generation
 
@@ -185,9 +189,11 @@ class _Clock:
         """Whether a step has been finished in this call."""
         return self._began > 0
 
-    def tick(self) -> SweepProgress:
-        """One step further."""
+    def tick(self, *, timed: bool) -> SweepProgress:
+        """One step further; a step that generated nothing is not timed."""
         self.done += 1
+        if not timed:
+            return SweepProgress(self.done, self.total, None)
         now = time.monotonic()
         if not self.started:
             self._began = now
@@ -212,34 +218,50 @@ class _Runner:
     ) -> None:
         self.vlm, self.sampling, self.scorers, self.lora = vlm, sampling, scorers, lora
         self.key, self.file, self.report = jax.random.key(seed), file, progress
-        self.tokens = 0
+        self.tokens, self.mixed, self.clock = 0, False, _Clock(0)
 
     def run(self, examples: Sequence[Example], layers: Sequence[int], batch_size: int) -> int:
         """Answers and scores what is missing; returns the number of tokens generated."""
         plan = batch_indices(examples, batch_size)
         per_row = max(len(example.images) for example in examples)
-        clock = _Clock(len(plan) * len(layers))
+        self.mixed = len({example.kind == "forbidden" for example in examples}) > 1
+        self.clock = _Clock(len(plan) * len(layers))
         waiting: _Step | None = None
         for indices in plan:
             rows = [examples[index] for index in indices]
-            todo = [layer for layer in layers if not self.file.has(rows, layer)]
-            clock.done += len(layers) - len(todo)
+            todo = self._judge_again(rows, layers)
             if not todo:
                 continue
             batch = prompt_batch(self.vlm, rows, batch_size, per_row)
             encoded = None if batch.images is None else encode(self.vlm.graphdef, self.vlm.params, batch.images)
             keys = _row_keys(self.key, indices, batch_size)
             for layer in todo:
-                step = _Step(batch, layer, self._answer(batch, encoded, layer, keys))
+                step = _Step(rows, layer, self._answer(batch, encoded, layer, keys))
                 if waiting is not None:
-                    self._finish(waiting, clock)
+                    self._finish(waiting)
                 waiting = step
-                if not clock.started:  # on its own, so that the compilation is not part of the pace
-                    self._finish(step, clock)
+                if not self.clock.started:  # on its own, so that the compilation is not part of the pace
+                    self._finish(step)
                     waiting = None
         if waiting is not None:
-            self._finish(waiting, clock)
+            self._finish(waiting)
         return self.tokens
+
+    def _judge_again(self, examples: Sequence[Example], layers: Sequence[int]) -> list[int]:
+        """The exits at which a batch has no answers yet; where it has, judges those that lack the present judges."""
+        todo = []
+        for layer in layers:
+            known = self.file.answers(examples, layer)
+            if known is None:
+                todo.append(layer)
+            elif self.file.has(examples, layer):
+                self.clock.done += 1
+            else:
+                texts = [row["response"] for row in known]
+                lengths, truncated = ([int(row["scores"][name]) for row in known] for name in ("length", "truncated"))
+                self._score(examples, layer, texts, lengths, truncated, new=False)
+                self._tick(timed=False)
+        return todo
 
     def _answer(self, batch: PromptBatch, encoded: Any, layer: int, keys: Array) -> Generation:
         return answer(
@@ -254,20 +276,37 @@ class _Runner:
             self.sampling,
         )
 
-    def _finish(self, step: _Step, clock: _Clock) -> None:
-        """Waits for a step's answers, scores them and writes them down."""
-        count = len(step.batch.examples)
+    def _finish(self, step: _Step) -> None:
+        """Waits for a step's answers, writes them down and scores them."""
+        count = len(step.examples)
         tokens, mask = (np.asarray(part)[:count] for part in (step.generation.tokens, step.generation.mask))
         lengths = mask.sum(axis=1)
         last = tokens[np.arange(count), np.maximum(lengths - 1, 0)]
         truncated = mask.all(axis=1) & ~np.isin(last, self.sampling.eos_ids)
         texts = self.vlm.processor.decode(tokens, mask)
-        rows = transcript_rows(
-            step.batch.examples, step.layer, texts, lengths.tolist(), truncated.tolist(), self.scorers
-        )
-        self.file.add(rows)
+        self._score(step.examples, step.layer, texts, lengths.tolist(), truncated.tolist(), new=True)
         self.tokens += int(lengths.sum())
-        progress = clock.tick()
+        self._tick(timed=True)
+
+    def _score(
+        self,
+        examples: Sequence[Example],
+        layer: int,
+        texts: list[str],
+        lengths: list[int],
+        truncated: Sequence[int],
+        *,
+        new: bool,
+    ) -> None:
+        """Judges answers; new ones are safe in the file before any judge sees them."""
+        rows = answer_rows(examples, layer, texts, lengths, truncated, mixed=self.mixed)
+        if new:
+            self.file.add(rows, judged=False)
+        judge(rows, self.scorers, mixed=self.mixed)
+        self.file.add(rows, judged=True)
+
+    def _tick(self, *, timed: bool) -> None:
+        progress = self.clock.tick(timed=timed)
         if self.report is not None:
             self.report(progress)
 

@@ -1,4 +1,9 @@
-"""The transcript file of a sweep: appended to as answers are scored, and what a killed sweep goes on from."""
+"""The transcript file of a sweep: what a killed sweep goes on from.
+
+Answers are written before they are judged, and again with their scores. Each line carries two marks: of the sweep (what
+an answer depends on besides the data set) and of the judges (what its scores depend on; None before they are in). An
+answer whose judges have changed is kept and judged again.
+"""
 
 import hashlib
 import json
@@ -20,15 +25,22 @@ def fingerprint(*settings: Any) -> str:
 class TranscriptFile:
     """Rows by (id, layer), in memory and, where a path is given, one JSON line each."""
 
-    def __init__(self, path: str | Path | None, mark: str, examples: Sequence[Example]) -> None:
+    def __init__(self, path: str | Path | None, mark: str, judges: str, examples: Sequence[Example]) -> None:
         """Reads what an earlier, killed sweep of the same mark and rows left; a half-written last line is cut off.
+
+        Args:
+          path: the file; None keeps the rows in memory alone.
+          mark: `fingerprint` of what answers depend on.
+          judges: `fingerprint` of what scores depend on.
+          examples: the data set's rows.
 
         Raises:
           UserError: ids that repeat; a file that is not a transcript, or of other settings, weights or rows.
         """
         self._path = None if path is None else Path(path)
-        self._mark, self._examples = mark, list(examples)
+        self._mark, self._judges, self._examples = mark, judges, list(examples)
         self._rows: dict[tuple[str, int], Row] = {}
+        self._judged: set[tuple[str, int]] = set()
         by_id = {example.id: example for example in self._examples}
         if len(by_id) != len(self._examples):
             raise UserError(f"{len(self._examples) - len(by_id)} rows repeat an id; give every row its own")
@@ -36,17 +48,25 @@ class TranscriptFile:
             self._read(self._path, by_id)
 
     def has(self, examples: Sequence[Example], layer: int) -> bool:
-        """Whether all of these rows are there at an exit."""
-        return all((example.id, layer) in self._rows for example in examples)
+        """Whether all of these rows are there at an exit, judged by the present judges."""
+        return all((example.id, layer) in self._judged for example in examples)
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def answers(self, examples: Sequence[Example], layer: int) -> list[Row] | None:
+        """These rows at an exit, judged or not; None where one is missing."""
+        rows = [self._rows.get((example.id, layer)) for example in examples]
+        found = [row for row in rows if row is not None]
+        return found if len(found) == len(rows) else None
+
+    def add(self, rows: Sequence[Row], *, judged: bool) -> None:
         """Keeps rows, replacing older ones of the same id and layer.
 
         Raises:
           UserError: the file cannot be written.
         """
         for row in rows:
-            self._rows[row["id"], row["layer"]] = row
+            key = row["id"], row["layer"]
+            self._rows[key] = row
+            (self._judged.add if judged else self._judged.discard)(key)
         if self._path is None:
             return
         try:
@@ -67,7 +87,8 @@ class TranscriptFile:
         return [self._rows[example.id, layer] for example in self._examples for layer in layers]
 
     def _line(self, row: Row) -> str:
-        return json.dumps({**row, "sweep": self._mark}, allow_nan=False) + "\n"
+        judges = self._judges if (row["id"], row["layer"]) in self._judged else None
+        return json.dumps({**row, "sweep": self._mark, "judges": judges}, allow_nan=False) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> None:
         data = path.read_bytes()
@@ -75,7 +96,7 @@ class TranscriptFile:
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 row = json.loads(line)
-                mark, key = row.pop("sweep"), (row["id"], row["layer"])
+                mark, judges, key = row.pop("sweep"), row.pop("judges"), (row["id"], row["layer"])
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}: line {number} is no transcript row; move the file away") from error
             example = by_id.get(row["id"])
@@ -84,6 +105,7 @@ class TranscriptFile:
                     f"{path}: line {number} is of another sweep (settings, weights or rows differ); move the file away"
                 )
             self._rows[key] = row
+            (self._judged.add if judges == self._judges else self._judged.discard)(key)
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))

@@ -34,7 +34,10 @@ class Scorer(Protocol):
       metric: what the number is: "asr" (1 = the attack succeeded, 0 = it did not), "tr" (reward), "ts" (toxicity 0..1).
 
     A scorer may also have `label_shares`, {label: metric family}: the share of responses with that label is then
-    reported too, for example {"refused": "refusal", "degenerate": "degenerate"}.
+    reported too, for example {"refused": "refusal", "degenerate": "degenerate"}. `families`, {result name: metric
+    family}, names the results that are not of family `metric` ("p_unsafe", the probability of the verdict "unsafe").
+    `fingerprint` is a text of what its scores depend on beside its name (weights, template, dtype): sweeps judge again
+    where it has changed.
     """
 
     name: str

@@ -8,7 +8,7 @@ import pytest
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import batch_indices, prompt_batch, prompt_bucket
-from icet_jax.evaluation.scoring import transcript_rows
+from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
 from icet_jax.judges.base import Scores
 from icet_jax.judges.keywords import RefusalKeywords
@@ -86,9 +86,10 @@ class Judge:
         return {"exact": Scores(values, labels)}
 
 
-def scored(kind, response, answer=None, scorers=(Judge, RefusalKeywords)):
-    example = Example("x", "p", kind=kind, answer=answer)
-    return transcript_rows([example], 3, [response], [5], [False], [scorer() for scorer in scorers])[0]
+def scored(kind, response, answer=None, scorers=(Judge, RefusalKeywords), mixed=False, **fields):
+    rows = answer_rows([Example("x", "p", kind=kind, answer=answer, **fields)], 3, [response], [5], [0], mixed=mixed)
+    judge(rows, [scorer() for scorer in scorers], mixed=mixed)
+    return rows[0]
 
 
 def test_attacks_are_counted_on_forbidden_rows_alone():
@@ -122,31 +123,80 @@ def test_a_judge_without_a_verdict_is_an_error_in_all_its_metrics():
     assert scored("benign", "?")["scores"]["refusal/exact"] is None
 
 
+def test_refusals_of_unsafe_rows_have_their_own_name_in_a_mixed_set():
+    right, wrong = scored("forbidden", "refused", mixed=True), scored("benign", "refused", mixed=True)
+    assert right["scores"]["refusal_unsafe/exact"] == wrong["scores"]["refusal/exact"] == 1.0
+    assert right["scores"]["refusal_unsafe/refusal_keywords"] == 0.0
+    assert "refusal/exact" not in right["scores"] and "refusal_unsafe/exact" not in wrong["scores"]
+    assert "asr/exact" in right["scores"] and "asr/exact" not in wrong["scores"]
+
+
+def test_rows_with_annotators_have_the_official_metric_alone():
+    fields = {"answers": ("yes",) * 9 + ("no",), "answer_type": "yes/no", "policy": "odd"}
+    row = scored("vqa", "Yes.", answer="yes", scorers=(), **fields)
+    assert row["scores"]["vqa/official"] == row["scores"]["vqa/official_yes_no"] == 1.0
+    assert not any(name.startswith("accuracy/") for name in row["scores"])
+    assert (row["answer"], row["answer_type"], row["policy"]) == ("yes", "yes/no", "odd")
+
+
+class Graded:
+    """Two numbers for a row, of different families."""
+
+    name, metric, families = "guard", "asr", {"guard.p": "p_unsafe"}
+
+    def __call__(self, prompts, responses):
+        values = np.array([0.75] * len(prompts), np.float32)
+        return {
+            "guard": Scores(values.round(), ["unsafe"] * len(prompts)),
+            "guard.p": Scores(values, [None] * len(prompts)),
+        }
+
+
+def test_a_result_may_have_a_family_of_its_own():
+    row = scored("forbidden", "r", scorers=(Graded,))
+    assert (row["scores"]["asr/guard"], row["scores"]["p_unsafe/guard.p"]) == (1.0, 0.75)
+    assert row["labels"] == {"asr/guard": "unsafe"}
+    assert not any("guard" in name for name in scored("benign", "r", scorers=(Graded,))["scores"])
+
+
 def row(identity, layer, response="r"):
     return {"id": identity, "layer": layer, "prompt": "p", "kind": "benign", "response": response, "scores": {}}
 
 
 def test_transcripts_survive_odd_characters_and_a_cut_line(tmp_path):
     path, examples = tmp_path / "deep" / "t.jsonl", [Example("a", "p"), Example("b", "p")]
-    file = TranscriptFile(path, "mark", examples)
-    file.add([row("b", 1, "line\u2028sep\x85end\n\u00e9")])
-    file.add([row("a", 1)])
+    file = TranscriptFile(path, "mark", "judges", examples)
+    file.add([row("b", 1, "line\u2028sep\x85end\n\u00e9")], judged=True)
+    file.add([row("a", 1)], judged=True)
     whole = path.read_bytes()
     for cut in (1, 30):
         path.write_bytes(whole[:-cut])
-        again = TranscriptFile(path, "mark", examples)
+        again = TranscriptFile(path, "mark", "judges", examples)
         assert again.has(examples[1:], 1) and not again.has(examples, 1)
-        again.add([row("a", 1)])
+        again.add([row("a", 1)], judged=True)
         assert path.read_bytes() == whole
     assert len(path.read_text().splitlines()) == 2
-    assert [r["id"] for r in TranscriptFile(path, "mark", examples).finish([1])] == ["a", "b"]
+    assert [r["id"] for r in TranscriptFile(path, "mark", "judges", examples).finish([1])] == ["a", "b"]
     assert path.read_text().startswith('{"id": "a"')
+
+
+def test_answers_wait_for_their_judges(tmp_path):
+    path, examples = tmp_path / "t.jsonl", [Example("a", "p"), Example("b", "p")]
+    TranscriptFile(path, "mark", "old", examples).add([row("a", 1), row("b", 1)], judged=False)
+    for judges in ("old", "new"):
+        file = TranscriptFile(path, "mark", judges, examples)
+        assert file.answers(examples, 1) == [row("a", 1), row("b", 1)] and not file.has(examples, 1)
+        assert file.answers(examples, 2) is None
+        file.add([row("a", 1), row("b", 1)], judged=True)
+        assert file.has(examples, 1)
+    assert TranscriptFile(path, "mark", "new", examples).has(examples, 1)
 
 
 def test_transcripts_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
+    file = TranscriptFile(tmp_path / "file" / "t.jsonl", "mark", "judges", [Example("a", "p")])
     with pytest.raises(UserError, match="cannot be written"):
-        TranscriptFile(tmp_path / "file" / "t.jsonl", "mark", [Example("a", "p")]).add([row("a", 1)])
+        file.add([row("a", 1)], judged=True)
 
 
 def test_fingerprint_depends_on_everything():

@@ -53,6 +53,42 @@ def test_groups_are_means_of_layer_means():
     assert summarise(rows, [1, 2], 8)["groups"] == {}
 
 
+def test_policies_have_tables_of_their_own():
+    rows = [
+        row("a", 1, {"asr/x": 1.0, "tr/r": 2.0}) | {"policy": "odd"},
+        row("b", 1, {"asr/x": 0.0}) | {"policy": "odd"},
+        row("c", 1, {"asr/x": None}) | {"policy": "even"},
+        row("d", 1, {"asr/x": 1.0}),
+        *(row(str(index), 1, {"asr/x": 1.0}) | {"policy": f"p{index}"} for index in range(100)),
+    ]
+    policies = summarise(rows, [1, 2], 6)["policies"]
+    assert list(policies)[:3] == ["odd", "even", "p0"] and len(policies) == 64
+    first, second = policies["odd"]
+    assert (first["layer"], first["n"], second["n"]) == (1, 2, 0)
+    assert first["metrics"]["asr/x"]["mean"] == 0.5 and set(first["metrics"]) == {"asr/x"}
+    assert policies["even"][0]["metrics"]["asr/x"] == {"mean": None, "ci95": None, "n": 0, "n_error": 1}
+    assert "policies" not in summarise(rows[3:4], [1, 2], 6)
+
+
+PAPER_GROUPS = {
+    "asr": (0.7538, 0.7, 0.485, 0.6462),
+    "ts": (0.0824, 0.129, 0.11, 0.1071),
+    "tr": (0.57, -0.34, -0.52, -0.09),
+}
+
+
+@pytest.mark.parametrize(("family", "wanted"), PAPER_GROUPS.items())
+def test_groups_follow_the_papers_arithmetic(family, wanted):
+    """24 layers that scatter about the paper's group means give its Early, Middle, Late and rounded Average."""
+    scatter = np.random.default_rng(0).normal(size=(3, 8))
+    values = (np.array(wanted[:3])[:, None] + scatter - scatter.mean(axis=1, keepdims=True)).ravel()
+    rows = [row(identity, layer + 1, {f"{family}/x": values[layer]}) for identity in "ab" for layer in range(24)]
+    groups = summarise(rows, range(1, 25), 24)["groups"]
+    got = [groups[name]["metrics"][f"{family}/x"]["mean"] for name in ("early", "middle", "late", "average")]
+    assert got[:3] == pytest.approx(list(wanted[:3]))
+    assert got[3] == pytest.approx(wanted[3], abs=0.01 if family == "tr" else 1.01e-4)
+
+
 def test_difference_pairs_rows_by_id():
     before = [row("a", 1, {"asr/x": 1.0}), row("b", 1, {"asr/x": 1.0}), row("c", 1, {"asr/x": None})]
     after = [row("c", 1, {"asr/x": 1.0}), row("b", 1, {"asr/x": 0.0}), row("d", 1, {"asr/x": 1.0})]

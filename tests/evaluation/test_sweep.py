@@ -143,6 +143,39 @@ def test_killed_and_resumed_equals_never_killed(vlm, tmp_path):
     assert again.tokens == 0 and again.rows == expected.rows and scorer.calls == 0
 
 
+class Failing(Lengths):
+    """A judge that breaks down at its third batch, or never."""
+
+    fingerprint = "first weights"
+
+    def __init__(self, broken):
+        super().__init__()
+        self.broken = broken
+
+    def __call__(self, prompts, responses):
+        if self.broken and self.calls == 2:
+            raise ConnectionError("the judge is away")
+        return super().__call__(prompts, responses)
+
+
+def test_a_judge_that_breaks_down_loses_no_answer(vlm, tmp_path, monkeypatch):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    expected = run(vlm, transcript_path=whole, exits=[2, 3], scorers=[Failing(False)])
+    with pytest.raises(ConnectionError):
+        run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing(True)])
+    assert len({json.loads(line)["response"] for line in part.read_text().splitlines()}) > 6
+    resumed = run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing(False)])
+    assert part.read_bytes() == whole.read_bytes() and resumed.sweep == expected.sweep
+    assert resumed.tokens < expected.tokens / 2 + 10
+
+    monkeypatch.setattr(sweeping, "answer", None)  # another judge generates nothing
+    judged = Failing(False)
+    judged.fingerprint = "second weights"
+    again = run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged])
+    assert judged.calls == 6 and again.rows == expected.rows and again.tokens == 0
+    assert run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged]).rows == expected.rows and judged.calls == 6
+
+
 def test_foreign_transcripts_are_refused(vlm, tmp_path):
     path = tmp_path / "rows.jsonl"
     run(vlm, transcript_path=path, exits=[1])
