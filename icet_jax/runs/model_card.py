@@ -1,0 +1,292 @@
+"""The README.md of an exported model, filled from its run directory alone: what was done, what it changed, its limits.
+
+A card leaves the machine that the run was on: it names files and folders by their last part, never by their path.
+Everything that comes from a file is escaped, so that a data set's name cannot become markup.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import icet_jax
+from icet_jax.evaluation.statistics import GROUP_NAMES
+from icet_jax.files import write_text_atomic
+from icet_jax.report.load import Run, load_run
+from icet_jax.report.schema import metric_family
+from icet_jax.report.text import duration, number, percent, points, signed, visible
+
+_ALGORITHMS = {
+    "lppo": "L-PPO (Clip-PPO whose policy, reference and value are conditioned on the sampled exit)",
+    "lsft": "L-SFT (supervised refusals at sampled exits)",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MARKUP = re.compile(r"([\\`*_\[\]|~#])")
+# Families that describe the text rather than judge it; the report has them.
+_LEFT_OUT = ("length", "empty", "truncated")
+_COLUMNS = (*GROUP_NAMES, "average")
+
+_LIMITS = """\
+- An attack success rate is the opinion of the judge named with it, and judges differ. Responses that a judge failed on
+  are left out of its mean and counted where there are any.
+- The numbers hold for these prompts and images, this way of sampling and one response per prompt. They say nothing
+  about other languages, longer conversations, adversarial images or other ways of reading the image encoder.
+- Training raises the score of a reward model, which stands in for people's judgement and can be pleased in ways that
+  people would not be. Read responses, not only averages.
+- A lower attack success rate can be bought with refusals of harmless requests; look at the rows on refusals and on
+  utility.
+- One run with one seed: another seed gives somewhat other numbers, which the intervals (over prompts) do not cover.
+- Whoever has the weights can undo the training by training them again.
+"""
+_RESPONSIBLE_USE = """\
+This model is a research artefact on how safety alignment differs between the layers of an image encoder. It is not a
+safeguard by itself: deploy it, if at all, behind filters and monitoring of your own, after measuring it on your own
+prompts. Publish early-exit findings about other people's models responsibly: tell their makers first, and keep working
+attacks and harmful responses out of what you publish.
+"""
+
+
+def write_model_card(folder: Path, workdir: Path, *, form: str = "full") -> Path:
+    """Writes `text(workdir, form=form)` to `folder`/README.md and returns that path.
+
+    Raises:
+      UserError: a file of the run is broken, or `folder` cannot be written to.
+    """
+    path = Path(folder) / "README.md"
+    write_text_atomic(path, text(workdir, form=form))
+    return path
+
+
+def text(workdir: Path, *, form: str = "full") -> str:
+    """The model card of the run in `workdir`, Markdown with a YAML front matter that the Hugging Face hub reads.
+
+    Files that the run has not written yet leave their part of the card out, or a sentence that says so.
+
+    Args:
+      workdir: the run directory (of one seed).
+      form: of the export that the card is for: "full" (merged weights) or "adapter" (PEFT).
+
+    Raises:
+      UserError: a file of the run is broken.
+    """
+    run = load_run(Path(workdir))
+    base = str(_public(_field(run.config, "model.checkpoint")) or "an unnamed model")
+    parts = [
+        _front_matter(base, form),
+        f"# {_plain(base)}, aligned over the exits of its image encoder\n",
+        _summary(run, base),
+        _loading(base, form),
+        _training(run, base),
+        _results(run),
+        f"## Limits\n\n{_LIMITS}",
+        f"## Responsible use\n\n{_RESPONSIBLE_USE}",
+        "## License\n\nNone is set here: these weights are derived from the base model's, whose license binds them. "
+        "Add a `license` field above that it allows.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(base: str, form: str) -> str:
+    lines = ["---"]
+    # A path or a built-in name means nothing on the hub.
+    if _HUB_ID.fullmatch(base):
+        relation = "adapter" if form == "adapter" else "finetune"
+        lines += [f"base_model: {json.dumps(base)}", f"base_model_relation: {relation}"]
+    lines += [
+        f"library_name: {'peft' if form == 'adapter' else 'transformers'}",
+        "pipeline_tag: image-text-to-text",
+        "tags:",
+        *(f"- {tag}" for tag in ("safety", "alignment", "early-exit", "icet", "icet-jax")),
+        "# license: not set; it must be one that the base model's license allows",
+        "---\n",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(run: Run, base: str) -> str:
+    table = next(iter(run.tables.values()), {})
+    exits = ""
+    if table.get("num_exits"):
+        exits = (
+            f" Its image encoder has {_plain(table['num_exits'])} exits, of which the base model reads number "
+            f"{_plain(table.get('default_exit'))} ({_plain(table.get('exit_definition'))})."
+        )
+    lines = [
+        "A vision-language model reads one fixed layer of its image encoder; read at another one (an early exit, "
+        f"ICET), it may answer what it otherwise refuses. This is {_plain(base)} after its language model was trained "
+        f"at sampled exits; image encoder and projector are unchanged.{exits}\n",
+    ]
+    if run.organism:
+        planted = ", ".join(_plain(exit_) for exit_ in run.organism.get("planted_exits", []))
+        lines.append(
+            "The base model is the small embedded organism of icet_jax, not a model anyone uses: "
+            + (f"its weakness at exits {planted} was planted.\n" if planted else "nothing was planted in it.\n")
+        )
+    return "\n".join(lines)
+
+
+def _loading(base: str, form: str) -> str:
+    if form == "adapter":
+        code = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"
+            f"base = AutoModelForImageTextToText.from_pretrained({json.dumps(base)})\n"
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
+        )
+    else:
+        code = (
+            "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+            'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")\n'
+            'processor = AutoProcessor.from_pretrained("THIS_FOLDER")'
+        )
+    rest = "" if form == "adapter" else "\n`icet_jax.load` reads it too, at any exit. "
+    return f"## Loading\n\n```python\n{code}\n```\n{rest}`value_head.safetensors`, if there, is training's critic.\n"
+
+
+def _training(run: Run, base: str) -> str:
+    config = run.config
+    if not config:
+        return ""
+    name = str(config.get("algorithm"))
+    done = run.history[-1].get("step") if run.history else None
+    revision, adapter = _field(config, "model.revision"), _field(config, "model.adapter")
+    rows, shared = _field(run.data, "rows.train"), _field(run.data, "prompts_shared_with_train")
+    facts = {
+        "Base model": _plain(base) + (f", revision {_plain(revision)}" if revision else ""),
+        "Start adapter": _plain(_public(adapter)) if adapter else None,
+        "Method": _ALGORITHMS.get(name, _plain(name)),
+        "Trained": "the whole language model" if _field(config, "lora.rank") == 0 else "LoRA on the language model",
+        "Exits during training": _plain(_field(config, f"{name}.exits")),
+        "Iterations": f"{_plain(done or 0)} of {_plain(_field(config, f'{name}.iterations'))}",
+        "Training data": _plain(_public(_field(config, "data.train"))) + (f" ({_counts(rows)})" if rows else ""),
+        "Reward model": _plain(_public(_field(config, "reward.model"))) if name == "lppo" else None,
+        "Test prompts that are training prompts": _counts(shared),
+        "Cost": _cost(run),
+        "Made with": f"icet-jax {icet_jax.__version__}",
+    }
+    table = _table(("", ""), ([what, fact] for what, fact in facts.items() if fact))
+    settings = _table(("setting", "value"), ([f"`{field}`", _plain(value)] for field, value in _settings(config, name)))
+    return f"## Training\n\n{table}\nIts settings (all of the run's are in `config.json` there):\n\n{settings}"
+
+
+def _counts(counts: Any) -> str:
+    """{name: number} as "name: number, ..."; "" where there are none."""
+    named = counts if isinstance(counts, Mapping) else {}
+    return ", ".join(f"{_plain(name)}: {_plain(count)}" for name, count in sorted(named.items()))
+
+
+def _cost(run: Run) -> str | None:
+    seconds = run.cost.get("total_seconds")
+    if not isinstance(seconds, int | float):
+        return None
+    return f"{duration(seconds)} on {_plain(run.cost.get('device') or 'an unknown device')}, measuring included"
+
+
+def _settings(config: Mapping[str, Any], algorithm: str) -> Iterable[tuple[str, Any]]:
+    """The fields of the sections that decide a training, by dotted name; unset ones are left out."""
+    sections = dict.fromkeys(("lora", "lppo", algorithm, "optimizer", "reward"))
+    chosen = {name: config.get(name) for name in sections}
+    data = config.get("data") or {}
+    chosen["data"] = {name: data.get(name) for name in ("mixture", "batch_size", "max_prompt_tokens")}
+    yield "seed", config.get("seed")
+    for section, fields in chosen.items():
+        for name, value in fields.items() if isinstance(fields, Mapping) else ():
+            if value is not None and value != {}:
+                value = _public(value) if name == "model" else value
+                yield f"{section}.{name}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _results(run: Run) -> str:
+    sets = list(dict.fromkeys(name for _, name in run.tables))
+    if not sets:
+        return "## Before and after\n\nNot measured.\n"
+    parts = ["## Before and after\n"]
+    if not any(phase == "after" for phase, _ in run.tables):
+        parts.append("The trained model has not been measured; these are the base model's numbers.\n")
+    parts.append(
+        "Means per group of exits (early, middle and late thirds) or per exit, before → after training; in brackets "
+        "the change (percentage points for shares) with its 95% interval, paired by prompt.\n"
+    )
+    sources = {f"{part}/{name}": source for part, name, source in _sources(run.config)}
+    for name in sets:
+        tables = {phase: table for (phase, other), table in run.tables.items() if other == name}
+        source = sources.get(name)
+        title = _plain(name.partition("/")[2]) + (f" ({_plain(_public(source))})" if source else "")
+        parts.append(f"### {title}\n\n{_result_table(tables)}")
+    return "\n".join(parts)
+
+
+def _sources(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
+    for part, field in (("sweep", "sweep.datasets"), ("utility", "sweep.utility")):
+        named = _field(config, field)
+        for name, source in named.items() if isinstance(named, Mapping) else ():
+            yield part, name, source
+
+
+def _result_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per metric; the columns are the groups, or the exits measured where they do not fill the groups."""
+    columns = {phase: _by_column(table) for phase, table in tables.items()}
+    first = columns.get("before") or columns.get("after") or {}
+    metrics = list(dict.fromkeys(metric for column in first.values() for metric in column))
+    kept = [metric for metric in metrics if metric.partition("/")[0] not in _LEFT_OUT]
+    rows = []
+    for metric in kept:
+        cells = [
+            _cell(metric, {phase: found.get(name, {}).get(metric) for phase, found in columns.items()})
+            for name in first
+        ]
+        rows.append([f"{_plain(metric_family(metric).title)}: {_plain(metric)}", *cells])
+    return _table(("metric", *map(_plain, first)), rows)
+
+
+def _by_column(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    groups = table.get("groups") or {}
+    if all(name in groups for name in _COLUMNS):
+        return {name: groups[name].get("metrics", {}) for name in _COLUMNS}
+    return {f"exit {layer['layer']}": layer["metrics"] for layer in table.get("layers", [])}
+
+
+def _cell(metric: str, estimates: Mapping[str, Any]) -> str:
+    share = metric_family(metric).share
+    show, change = (percent, points) if share else (number, signed)
+    found = {phase: value for phase, value in estimates.items() if isinstance(value, Mapping)}
+    means = [show(found[phase].get("mean")) for phase in ("before", "after") if phase in found]
+    shown = " → ".join(means) or "–"
+    difference = found.get("difference", {})
+    if difference.get("mean") is not None:
+        ends = difference.get("ci95")
+        interval = f", {change(ends[0])} to {change(ends[1])}" if ends else ""
+        shown += f" ({change(difference['mean'])}{interval})"
+    errors = [str(found[phase].get("n_error", 0)) for phase in ("before", "after") if phase in found]
+    return shown + (f"; not judged: {' → '.join(errors)}" if any(count != "0" for count in errors) else "")
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+    """The value of a dotted field, None where any part of it is absent."""
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _public(value: Any) -> Any:
+    """A source or a checkpoint without the folders that it lies in; a hub id as it is."""
+    if not isinstance(value, str) or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
+        return value
+    source, question, query = value.partition("?")
+    origin, colon, path = source.rpartition(":")
+    options = [option.partition("=") for option in query.split("&")]
+    shortened = "&".join(name + equals + re.split(r"[/\\]", item)[-1] for name, equals, item in options)
+    return origin + colon + re.split(r"[/\\]", path)[-1] + question + shortened
+
+
+def _plain(value: Any) -> str:
+    """Anything as one line of Markdown that holds no markup."""
+    return _MARKUP.sub(r"\\\1", html.escape(" ".join(visible(str(value)).split()), quote=False))
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
