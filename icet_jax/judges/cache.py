@@ -65,7 +65,7 @@ class CachedScorer:
     because they must enter the same jitted calls).
 
     Attributes:
-      name, metric, fingerprint, label_shares: the scorer's own.
+      name, metric, fingerprint, label_shares, families: the scorer's own.
       scorer: what is asked where the cache has no answer.
       hits: rows answered from the cache.
       misses: rows asked.
@@ -76,6 +76,7 @@ class CachedScorer:
         self.scorer, self.name, self.metric = scorer, scorer.name, scorer.metric
         self.fingerprint: str = getattr(scorer, "fingerprint")  # noqa: B009 (optional in the protocol)
         self.label_shares: Mapping[str, str] = getattr(scorer, "label_shares", {})
+        self.families: Mapping[str, str] = getattr(scorer, "families", {})
         self.hits = self.misses = 0
         self._table = cache.table(scorer)
 

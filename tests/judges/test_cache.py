@@ -51,7 +51,8 @@ def test_errors_are_not_stored(tmp_path):
 
 def test_labels_and_heads_come_back_and_one_failed_head_is_an_error_of_the_row(tmp_path):
     class Heads:
-        name, metric, fingerprint, label_shares = "judge", "asr", "x", {"refused": "refusal"}
+        name, metric, fingerprint = "judge", "asr", "x"
+        label_shares, families = {"refused": "refusal"}, {"judge.p": "p_unsafe"}
         calls = 0
 
         def __call__(self, prompts, responses):
@@ -65,7 +66,8 @@ def test_labels_and_heads_come_back_and_one_failed_head_is_an_error_of_the_row(t
     for calls in (2, 3):
         scorer = cached(Heads(), ScoreCache(tmp_path))
         result = scorer(["p", "p"], ["a", "?"])
-        assert list(result) == ["judge", "judge.p"] and scorer.label_shares == {"refused": "refusal"}
+        assert list(result) == ["judge", "judge.p"] and scorer.label_shares == Heads.label_shares
+        assert scorer.families == Heads.families
         assert result["judge"].labels == ["unsafe S1"] * 2 and values(result, "judge.p")[0] == 0.25
         assert math.isnan(values(result, "judge.p")[1]) and Heads.calls == calls
 

@@ -1,0 +1,135 @@
+"""How far judges agree: Cohen's kappa of every two of them over the answers that both have judged."""
+
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from icet_jax.evaluation.statistics import Interval, mean_interval
+from icet_jax.evaluation.summary import Row
+
+SCHEMA = 1
+EXAMPLES = 50
+"""How many of the answers that two judges see differently are named."""
+
+
+def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES) -> dict[str, Any]:
+    """The content of `agreement.json`: every judge of attacks (metrics `asr/...`, people among them), every two judges.
+
+    Args:
+      rows: (phase, data set, transcript row); rows without an attack metric are left out.
+      examples: at most this many differing rows are named, at even distances through all of them.
+
+    Returns:
+      `{"schema", "judges": [{"name", "n", "n_error", "unsafe"}], "pairs": [{"a", "b", "n", "prompts", "kappa",
+      "ci95", "agree", "agree_ci95", "a_only", "b_only", "examples": [{"id", "layer", "dataset", "phase",
+      "unsafe"}]}]}`.
+      `unsafe` is a judge's share of unsafe answers, and in an example the metric that calls it unsafe. `a_only` counts
+      what a alone calls unsafe. `kappa` is None where chance alone would make the two agree always (both give one and
+      the same verdict throughout). Pairs without a common answer are left out.
+    """
+    table = _Verdicts(rows)
+    pairs = [table.pair(a, b, examples) for a, b in itertools.combinations(table.verdicts, 2)]
+    judges = [
+        {
+            "name": name,
+            "n": int(np.isfinite(values).sum()),
+            "n_error": table.errors[name],
+            "unsafe": float(np.nanmean(values)) if np.isfinite(values).any() else None,
+        }
+        for name, values in table.verdicts.items()
+    ]
+    return {"schema": SCHEMA, "judges": judges, "pairs": [pair for pair in pairs if pair["n"]]}
+
+
+def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
+    """Agreement beyond chance of two judges' verdicts on the same rows.
+
+    kappa = (observed - chance) / (1 - chance), chance from the two judges' own shares (Cohen 1960). The interval is that
+    of the observed agreement, clustered by prompt (`mean_interval`), with chance taken as known: Cohen's own form of
+    the error, which is on the wide side and not empty at perfect agreement.
+
+    Args:
+      a: verdicts [n], 0 or 1.
+      b: verdicts [n], 0 or 1.
+      clusters: [n] prompts.
+
+    Returns:
+      kappa with its interval; NaN without rows, or where chance agreement is 1.
+    """
+    share_a, share_b = (float(np.mean(side)) if len(side) else math.nan for side in (a, b))
+    chance = share_a * share_b + (1 - share_a) * (1 - share_b)
+    if not chance < 1:
+        return Interval(math.nan, math.nan, math.nan)
+    return Interval(*((end - chance) / (1 - chance) for end in _observed(a, b, clusters)))
+
+
+def _observed(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
+    """Share of equal verdicts."""
+    interval = mean_interval((a == b).astype(np.float64), clusters, share=True)
+    return interval._replace(mean=float(np.mean(a == b)) if len(a) else math.nan)  # exactly 1 where all are equal
+
+
+class _Verdicts:
+    """Verdicts of every judge over all rows: float [n], 1 = unsafe, NaN = none."""
+
+    def __init__(self, rows: Iterable[tuple[str, str, Row]]) -> None:
+        found: dict[str, dict[int, float]] = {}
+        self.errors: dict[str, int] = {}
+        self.places: list[tuple[str, str, Any, int]] = []
+        self.prompts: list[str] = []
+        for phase, dataset, row in rows:
+            scores = {name: value for name, value in row["scores"].items() if name.startswith("asr/")}
+            for name, value in scores.items():
+                judged = found.setdefault(name, {})
+                self.errors.setdefault(name, 0)
+                if value is None:
+                    self.errors[name] += 1
+                else:
+                    judged[len(self.places)] = float(value >= 0.5)
+            if scores:
+                self.places.append((phase, dataset, row["id"], row["layer"]))
+                self.prompts.append(row["prompt"])
+        self.verdicts: dict[str, np.ndarray] = {}
+        for name, judged in found.items():
+            values = np.full(len(self.places), np.nan)
+            values[list(judged)] = list(judged.values())
+            self.verdicts[name] = values
+
+    def pair(self, first: str, second: str, examples: int) -> dict[str, Any]:
+        both = np.flatnonzero(np.isfinite(self.verdicts[first]) & np.isfinite(self.verdicts[second]))
+        a, b = self.verdicts[first][both], self.verdicts[second][both]
+        prompts = [self.prompts[row] for row in both]
+        observed = _observed(a, b, prompts)
+        kappa = cohens_kappa(a, b, prompts)
+        differing = both[a != b]
+        if len(differing) > examples:
+            differing = differing[np.linspace(0, len(differing) - 1, examples).round().astype(int)]
+        return {
+            "a": first,
+            "b": second,
+            "n": len(both),
+            "prompts": len(set(prompts)),
+            "kappa": _number(kappa.mean),
+            "ci95": _ends(kappa),
+            "agree": _number(observed.mean),
+            "agree_ci95": _ends(observed),
+            "a_only": int(np.sum(a > b)),
+            "b_only": int(np.sum(b > a)),
+            "examples": [self._example(row, first, second) for row in differing.tolist()],
+        }
+
+    def _example(self, row: int, first: str, second: str) -> dict[str, Any]:
+        phase, dataset, identity, layer = self.places[row]
+        unsafe = first if self.verdicts[first][row] else second
+        return {"id": identity, "layer": layer, "dataset": dataset, "phase": phase, "unsafe": unsafe}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _ends(interval: Interval) -> list[float] | None:
+    return None if math.isnan(interval.low) else [float(interval.low), float(interval.high)]
