@@ -86,6 +86,18 @@ def roberta(
     return randomise(model.float(), seed, scale)
 
 
+def deberta(seed: int = 0, *, scale: float = 1.0, **config: Any) -> Any:
+    """A `DebertaV2ForSequenceClassification` with one label, set up as v3: 8 buckets each way, 64 positions."""
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    settings = {"vocab_size": DEBERTA_VOCAB, "max_position_embeddings": 64, "position_buckets": 8, "num_labels": 1}
+    settings |= {"relative_attention": True, "position_biased_input": False, "share_att_key": True}
+    settings |= {"norm_rel_ebd": "layer_norm", "pos_att_type": ["p2c", "c2p"], "max_relative_positions": -1}
+    hf_config = DebertaV2Config(**SIZES | settings | config)
+    hf_config.pooler_hidden_size = hf_config.hidden_size
+    return randomise(DebertaV2ForSequenceClassification(hf_config).float(), seed, scale)
+
+
 def _llama_config(config: dict[str, Any]) -> Any:
     from transformers import LlamaConfig
 
@@ -129,6 +141,15 @@ def _roberta_tokenizer() -> Any:
     return RobertaTokenizerFast(vocab=vocab, merges=[], model_max_length=64)
 
 
+def _deberta_tokenizer() -> Any:
+    from transformers import DebertaV2TokenizerFast
+
+    specials = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [(piece, 0.0) for piece in specials] + [(letter, -3.0) for letter in ["\u2581", *letters]]
+    return DebertaV2TokenizerFast(vocab=[*pieces, ("[MASK]", 0.0)], model_max_length=64)
+
+
 def _llama_tokenizer() -> Any:
     fast = tiny.tokenizer()
     fast.chat_template = LLAMA_TEMPLATE
@@ -138,6 +159,7 @@ def _llama_tokenizer() -> Any:
 _TOKENIZERS = {
     "bert": _bert_tokenizer,
     "roberta": _roberta_tokenizer,
+    "deberta-v2": _deberta_tokenizer,
     "llama": _llama_tokenizer,
 }
 

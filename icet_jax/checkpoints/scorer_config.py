@@ -7,6 +7,7 @@ from typing import Any
 
 from icet_jax.checkpoints.hf_config import Fields, llama_text
 from icet_jax.models.bert import BertConfig
+from icet_jax.models.deberta import DebertaConfig
 from icet_jax.models.layers import ACTIVATIONS
 from icet_jax.models.llama import LlamaConfig
 
@@ -14,6 +15,13 @@ _BERT_DEFAULTS = {
     "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
     "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512, "type_vocab_size": 2,
     "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+_DEBERTA_DEFAULTS = {
+    "vocab_size": 128100, "hidden_size": 1536, "num_hidden_layers": 24, "num_attention_heads": 24,
+    "intermediate_size": 6144, "hidden_act": "gelu", "pooler_hidden_act": "gelu", "max_position_embeddings": 512,
+    "type_vocab_size": 0, "layer_norm_eps": 1e-7, "relative_attention": False, "position_biased_input": True,
+    "share_att_key": False, "norm_rel_ebd": "none", "position_buckets": -1, "max_relative_positions": -1,
+    "conv_kernel_size": 0, "pos_att_type": [],
 }  # fmt: skip
 _ROBERTA_DEFAULTS = _BERT_DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1}
 
@@ -76,6 +84,44 @@ def bert_from_hf(values: dict[str, Any], where: str = "config.json") -> BertConf
         num_labels=label_count(fields),
         pad_token_id=pad,
         hidden_act=fields.choice("hidden_act", ACTIVATIONS),
+        layer_norm_eps=fields.number("layer_norm_eps"),
+    )
+
+
+def deberta_from_hf(values: dict[str, Any], where: str = "config.json") -> DebertaConfig:
+    """The config of a DeBERTa-v2 or -v3 reward model (HF `DebertaV2Config`): the variant that v3 checkpoints use.
+
+    Raises:
+      UserError: another number of labels, or a value under which the network would differ from this one.
+    """
+    fields = Fields(values, _DEBERTA_DEFAULTS, where)
+    require_one_label(fields)
+    width, heads = fields.size("hidden_size"), heads_of(fields)
+    for field, wanted in {
+        "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0, "share_att_key": True,
+        "norm_rel_ebd": "layer_norm", "conv_kernel_size": 0, "embedding_size": width, "pooler_hidden_size": width,
+        "attention_head_size": width // heads,
+    }.items():  # fmt: skip
+        fields.only(field, wanted)
+    terms = fields.values["pos_att_type"]
+    if sorted(terms.split("|") if isinstance(terms, str) else terms) != ["c2p", "p2c"]:
+        raise fields.fail("pos_att_type", "c2p and p2c")
+    distance = fields.values["max_relative_positions"]
+    if distance == -1:
+        distance = fields.size("max_position_embeddings")
+    buckets = fields.size("position_buckets")
+    if buckets < 4 or buckets % 2 or distance <= buckets // 2 + 1:
+        raise fields.fail("position_buckets", f"an even number from 4 to about twice the {distance} positions")
+    return DebertaConfig(
+        vocab_size=fields.size("vocab_size"),
+        hidden_size=width,
+        num_hidden_layers=fields.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        intermediate_size=fields.size("intermediate_size"),
+        position_buckets=buckets,
+        max_relative_positions=distance,
+        hidden_act=fields.choice("hidden_act", ACTIVATIONS),
+        pooler_hidden_act=fields.choice("pooler_hidden_act", ACTIVATIONS),
         layer_norm_eps=fields.number("layer_norm_eps"),
     )
 

@@ -1,10 +1,11 @@
-"""Key tables of the scorers' networks: BERT, RoBERTa, Llama (language model and reward model)."""
+"""Key tables of the scorers' networks: BERT, RoBERTa, DeBERTa-v2, Llama (language model and reward model)."""
 
 import re
 from collections.abc import Callable, Iterator
 
 from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, TRANSPOSED, Slot, Table, llama_slots, single, stacked
 from icet_jax.models.bert import BertConfig
+from icet_jax.models.deberta import DebertaConfig
 from icet_jax.models.llama import LlamaConfig
 
 _LEGACY_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
@@ -65,6 +66,21 @@ def bert_table(config: BertConfig) -> Table:
         *single(heads, LINEAR),
     )
     return Table(slots, normaliser(f"{root}.", ("classifier.",), ignored))
+
+
+def deberta_table(config: DebertaConfig) -> Table:
+    """DeBERTa-v2 reward model: 394 tensors at v3-large. Position tables and pre-training heads are ignored."""
+    projections = ("query_proj", "key_proj", "value_proj")
+    norms = (("deberta.embeddings.LayerNorm", "embeddings_norm"), ("deberta.encoder.LayerNorm", "rel_norm"))
+    slots = (
+        Slot("deberta.embeddings.word_embeddings.weight", "word_embeddings", None, SAME),
+        Slot("deberta.encoder.rel_embeddings.weight", "rel_embeddings", None, SAME),
+        *single(norms, NORM),
+        *encoder_slots("deberta.encoder.layer", projections, config.num_hidden_layers),
+        *single((("pooler.dense", "pooler"), ("classifier", "classifier")), LINEAR),
+    )
+    ignored = r".*position_(ids|embeddings.*)|(lm|mask)_predictions\..*"
+    return Table(slots, normaliser("deberta.", ("pooler.", "classifier."), ignored))
 
 
 _LLAMA_IGNORED = r".*rotary_emb\.inv_freq"

@@ -13,6 +13,7 @@ from icet_jax.checkpoints.hf_import import Checkpoint, load_network
 from icet_jax.checkpoints.tables import Table
 from icet_jax.errors import UserError
 from icet_jax.models.bert import BertClassifier
+from icet_jax.models.deberta import DebertaRewardModel
 from icet_jax.models.gpt2 import GPT2RewardModel
 from icet_jax.models.llama_text import LlamaLM, LlamaRewardModel
 
@@ -31,6 +32,9 @@ _BERT = (scorer_config.bert_from_hf, BertClassifier, scorer_tables.bert_table)
 _FAMILIES = {
     "BertForSequenceClassification": _Family("bert", *_BERT),
     "RobertaForSequenceClassification": _Family("roberta", *_BERT),
+    "DebertaV2ForSequenceClassification": _Family(
+        "deberta-v2", scorer_config.deberta_from_hf, DebertaRewardModel, scorer_tables.deberta_table
+    ),
     "GPT2ForSequenceClassification": _Family("gpt2", hf_config.gpt2_from_hf, GPT2RewardModel, tables.gpt2_table),
     "LlamaForCausalLM": _Family("llama", scorer_config.llama_from_hf, LlamaLM, scorer_tables.llama_table),
     "LlamaForSequenceClassification": _Family(
@@ -79,7 +83,7 @@ def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: 
       mesh: where to put the parameters; None for the default device.
 
     Returns:
-      The checkpoint; its `config` is the network's (`BertConfig`, `GPT2Config`, `LlamaConfig`) and
+      The checkpoint; its `config` is the network's (`BertConfig`, `DebertaConfig`, ...) and
       `architecture(checkpoint.hf_config)` says what the model computes; labels are in `hf_config["id2label"]`.
 
     Raises:
