@@ -1,17 +1,21 @@
-"""Reads a PEFT LoRA adapter, to be merged into the decoder as it is loaded."""
+"""PEFT LoRA adapters: read, to be merged into the decoder as it is loaded, joined and written."""
 
+import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader
+from icet_jax.checkpoints.streaming import to_host
+from icet_jax.checkpoints.tables import Slot
 from icet_jax.errors import UserError
+from icet_jax.models.family import POLICY_ROOT
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import LlamaConfig, lora_shapes
 
@@ -35,8 +39,70 @@ _KEY = re.compile(
 )
 
 
-def read_adapter(directory: str | Path, config: LlamaConfig) -> Lora:
-    """The adapter in a PEFT directory, stacked over layers, float32; layers that it leaves alone are zero.
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Low-rank updates of decoder projections, `W += scale * a @ b`, of which one layer is on the host at a time.
+
+    Attributes:
+      rank: r, of every target.
+      scale: alpha / r (or alpha / sqrt(r)).
+      targets: adapted projections.
+      factors: (target, layer) -> float32 `a [in, r]` and `b [r, out]`, in the order x @ a @ b; zero where that layer of
+        the target is left alone. With several processes it may be collective: all must ask in the same order.
+    """
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+    factors: Callable[[str, int], tuple[np.ndarray, np.ndarray]]
+
+    def delta(self, slot: Slot) -> np.ndarray | None:
+        """The float32 update `[in, out]` of the kernel that `slot` fills; None where there is none."""
+        root, *rest = slot.path.split("/")
+        if root != POLICY_ROOT or slot.layer is None or len(rest) != 3 or (rest[0], rest[2]) != ("layers", "kernel"):
+            return None
+        if rest[1] not in self.targets:
+            return None
+        a, b = self.factors(rest[1], slot.layer)
+        return np.float32(self.scale) * (a @ b) if b.any() else None
+
+
+def of_lora(lora: Lora) -> Adapter:
+    """Trained LoRA weights, wherever their devices are, as an `Adapter`."""
+    rank = next(iter(lora.weights.values()))["a"].shape[-1]
+
+    def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        a, b = (to_host(lora.weights[target][side], layer).astype(np.float32) for side in "ab")
+        return a, b
+
+    return Adapter(rank, lora.scale, tuple(sorted(lora.weights)), factors)
+
+
+def concatenate(first: Adapter, second: Adapter, config: LlamaConfig) -> Adapter:
+    """One adapter with the sum of both updates: `[a1 | a2] @ [b1 ; b2]`, the scales brought to the second's.
+
+    Args:
+      first, second: adapters of the same decoder; a target that one of them lacks is zero there.
+      config: of the decoder.
+    """
+    shapes, ratio = lora_shapes(config), np.float32(first.scale / second.scale)
+
+    def part(adapter: Adapter, target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        if target in adapter.targets:
+            return adapter.factors(target, layer)
+        size_in, size_out = shapes[target]
+        return np.zeros((size_in, adapter.rank), np.float32), np.zeros((adapter.rank, size_out), np.float32)
+
+    def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        (a1, b1), (a2, b2) = part(first, target, layer), part(second, target, layer)
+        return np.concatenate([a1, a2], axis=1), np.concatenate([b1 * ratio, b2], axis=0)
+
+    targets = tuple(sorted({*first.targets, *second.targets}))
+    return Adapter(first.rank + second.rank, second.scale, targets, factors)
+
+
+def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
+    """The adapter in a PEFT directory; its file stays mapped while the adapter is in use.
 
     A file may hold the tensors under the names before and since transformers 4.52, or under both.
 
@@ -53,19 +119,18 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Lora:
     rank, scale = _read_config(directory / CONFIG)
     if not (directory / WEIGHTS).is_file():
         raise UserError(f"{directory / WEIGHTS}: not found; adapters are read from safetensors only")
-    with TensorReader([directory / WEIGHTS]) as reader:
-        tensors = _collect(reader, config, rank, str(directory / WEIGHTS))
-    shapes, depth = lora_shapes(config), config.num_hidden_layers
-    weights = {}
-    for target in sorted({target for target, _, _ in tensors}):
-        size_in, size_out = shapes[target]
-        a = np.zeros((depth, size_in, rank), np.float32)
-        b = np.zeros((depth, rank, size_out), np.float32)
-        for layer in range(depth):
-            if (target, layer, "A") in tensors:
-                a[layer], b[layer] = tensors[target, layer, "A"].T, tensors[target, layer, "B"].T
-        weights[target] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
-    return Lora(weights=weights, scale=scale)
+    reader = TensorReader([directory / WEIGHTS])
+    keys = _match(reader, config, rank, str(directory / WEIGHTS))
+    shapes = lora_shapes(config)
+
+    def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        if (target, layer, "A") not in keys:
+            size_in, size_out = shapes[target]
+            return np.zeros((size_in, rank), np.float32), np.zeros((rank, size_out), np.float32)
+        a, b = (reader.read(keys[target, layer, side]).T.astype(np.float32) for side in "AB")
+        return a, b
+
+    return Adapter(rank, scale, tuple(sorted({target for target, _, _ in keys})), factors)
 
 
 def _read_config(path: Path) -> tuple[int, float]:
@@ -97,13 +162,11 @@ def _is_plain(name: str, value: Any) -> bool:
     return name in _NEUTRAL or not value
 
 
-def _collect(
-    reader: TensorReader, config: LlamaConfig, rank: int, where: str
-) -> dict[tuple[str, int, str], np.ndarray]:
-    """Float32 tensors by (target, layer, side)."""
+def _match(reader: TensorReader, config: LlamaConfig, rank: int, where: str) -> dict[tuple[str, int, str], str]:
+    """The file's key of every (target, layer, side)."""
     problems = Problems()
     shapes = lora_shapes(config)
-    tensors: dict[tuple[str, int, str], np.ndarray] = {}
+    keys: dict[tuple[str, int, str], str] = {}
     for key, shape in reader.shapes.items():
         match = _KEY.fullmatch(key)
         if match is None or match["target"] not in shapes or int(match["layer"]) >= config.num_hidden_layers:
@@ -115,14 +178,13 @@ def _collect(
             problems.add(f"{reader.dtypes[key]} {list(shape)} instead of floating {list(wanted)}", key)
             continue
         place = match["target"], int(match["layer"]), match["side"]
-        tensor = reader.read(key).astype(np.float32)
-        if place in tensors and not np.array_equal(tensors[place], tensor):
+        if place in keys and not np.array_equal(reader.read(keys[place]), reader.read(key)):
             problems.add("different under its two names", key)
-        tensors[place] = tensor
-    for target, layer, side in tensors:
-        if (target, layer, "B" if side == "A" else "A") not in tensors:
+        keys[place] = key
+    for target, layer, side in keys:
+        if (target, layer, "B" if side == "A" else "A") not in keys:
             problems.add("without its other half", f"layers.{layer}.{target}.lora_{side}")
     problems.raise_if_any(where, "the adapter does not fit the model")
-    if not tensors:
+    if not keys:
         raise UserError(f"{where}: holds no tensors")
-    return tensors
+    return keys

@@ -1,15 +1,14 @@
 """Writes HF checkpoint directories in the OLD layout with old config keys: transformers 4.46 to 5.x load them.
 
 Tensors that training did not touch are copied from the source byte for byte; the others are cast to the source's
-dtype. Files are streamed tensor by tensor into a folder beside the target, which is renamed at the end.
+dtype. Tensors go to the disk one by one, whatever mesh the parameters are spread over: one piece at a time comes to the
+host. With several processes all of them call an export and the first one writes.
 """
 
 import contextlib
 import dataclasses
-import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints import hf_config, safetensors_io, tables
-from icet_jax.checkpoints.hf_import import hf_shape, lora_delta, match, on_host
+from icet_jax.checkpoints import folder, hf_config, safetensors_io, tables
+from icet_jax.checkpoints.adapters import Adapter, of_lora
+from icet_jax.checkpoints.folder import VALUE_HEAD
+from icet_jax.checkpoints.hf_import import hf_shape, match
+from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
+from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot, Table
-from icet_jax.errors import UserError
-from icet_jax.files import replace_dir_atomic
 from icet_jax.models.gpt2 import GPT2Config
 from icet_jax.models.layers import Lora
 from icet_jax.models.llava import LlavaConfig
 from icet_jax.parallel.sharding import flatten_with_names
 
 MAX_SHARD_BYTES = 5_000_000_000
-VALUE_HEAD = "value_head.safetensors"
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
@@ -48,14 +48,18 @@ class _Export:
       params: parameters by path.
       reader: the open source, or None.
       keys: OLD key -> key in the source.
-      lora: adapters to merge, or None.
+      start: adapter that was merged when the source was loaded, or None.
+      lora: adapter to merge into the parameters, or None.
+      trained: roots of the paths that may differ from the source, or None: any may.
     """
 
     table: Table
     params: dict[str, jax.Array]
     reader: TensorReader | None
     keys: dict[str, str]
-    lora: Lora | None
+    start: Adapter | None
+    lora: Adapter | None
+    trained: Sequence[str] | None
 
     def dtype(self, slot: Slot) -> str:
         """The source tensor's dtype, or the parameter's."""
@@ -64,22 +68,29 @@ class _Export:
         return safetensors_io.dtype_name(self.params[slot.path].dtype)
 
     def tensor(self, slot: Slot) -> np.ndarray:
-        """The HF tensor of a slot, adapters merged in float32."""
-        tensor = slot.transform.to_hf(on_host(self.params[slot.path], slot.layer))
+        """The HF tensor of a slot, adapters added in float32; every process calls it for the same slots in turn."""
+        deltas = [] if self.lora is None else [self.lora.delta(slot)]
+        tensor = None
+        if self._may_differ(slot):
+            tensor = slot.transform.to_hf(to_host(self.params[slot.path], slot.layer))
         if self.reader is not None:
             source = self.reader.read(self.keys[slot.key])
+            start = None if self.start is None else self.start.delta(slot)
             # A parameter that still equals what was loaded stands for the source's own bits, of which a bfloat16
             # parameter holds only a part.
-            if np.array_equal(source.astype(tensor.dtype), tensor):
-                tensor = source
-        delta = lora_delta(self.lora, slot)
-        if delta is not None:
-            tensor = tensor.astype(np.float32) + slot.transform.to_hf(delta)
-        return tensor.astype(safetensors_io.DTYPES[self.dtype(slot)])
+            if tensor is None or np.array_equal(_sum(slot, source, [start]).astype(tensor.dtype), tensor):
+                tensor, deltas = source, [start, *deltas]
+        assert tensor is not None
+        return _sum(slot, tensor, deltas).astype(safetensors_io.DTYPES[self.dtype(slot)], copy=False)
 
-    def tied(self) -> list[Slot]:
-        """Slots that the file may leave out: the source lacked them, and they still equal what they are tied to."""
-        return [slot for slot in self.table.slots if slot.fallback and self._is_tied(slot)]
+    def _may_differ(self, slot: Slot) -> bool:
+        if self.reader is None or self.trained is None:
+            return True
+        return any(slot.path == root or slot.path.startswith(f"{root}/") for root in self.trained)
+
+    def tied(self) -> set[str]:
+        """Keys that the file may leave out: the source lacked them, and they still equal what they are tied to."""
+        return {slot.key for slot in self.table.slots if slot.fallback and self._is_tied(slot)}
 
     def _is_tied(self, slot: Slot) -> bool:
         if self.reader is not None and self.keys[slot.key] != self.keys[slot.fallback or ""]:
@@ -88,14 +99,25 @@ class _Export:
         return np.array_equal(self.tensor(slot), self.tensor(other))
 
 
+def _sum(slot: Slot, tensor: np.ndarray, deltas: Sequence[np.ndarray | None]) -> np.ndarray:
+    """A tensor of the file plus updates of the parameter; itself where there are none."""
+    for delta in deltas:
+        if delta is not None:
+            tensor = tensor.astype(np.float32, copy=False) + slot.transform.to_hf(delta)
+    return tensor
+
+
 def save_llava(
     out_dir: str | Path,
     config: LlavaConfig,
     params: nnx.State,
     *,
     source_dir: str | Path | None = None,
+    start: Adapter | None = None,
     lora: Lora | None = None,
+    trained: Sequence[str] | None = None,
     value_head: dict[str, jax.Array] | None = None,
+    texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Writes a LLaVA-1.5 checkpoint directory, all of it or nothing.
@@ -106,8 +128,12 @@ def save_llava(
       params: its parameters, as `load_llava` returned or training left them.
       source_dir: the directory they were loaded from: gives dtypes, untouched tensors, config keys unknown here,
         generation config, tokenizer and processor files. None for a network made here: dtypes are the parameters'.
-      lora: adapters to merge, in float32, into the source's weights.
+      start: the adapter that was merged when they were loaded (`Checkpoint.adapter`); the export contains it.
+      lora: trained adapters to merge, in float32, into the source's weights.
+      trained: roots of the paths that training may have changed: () for none (LoRA on a frozen base), in which case no
+        parameter is looked at; ("language_model",). None compares every parameter with its source, one at a time.
       value_head: saved beside the model as `value_head.safetensors`, which transformers does not read.
+      texts: further files by name, such as the model card.
       max_shard_bytes: larger models are cut into shards with an index.
 
     Returns:
@@ -117,16 +143,18 @@ def save_llava(
       UserError: the directory cannot be written or holds something else; the source does not fit `config`.
     """
 
-    def write(folder: Path, export: _Export, values: dict[str, Any] | None, dtype: str) -> None:
+    def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
         out = hf_config.llava_to_hf(config, values, dtype)
-        if config.text.tie_word_embeddings and not export.tied():
+        if config.text.tie_word_embeddings and not tied:
             out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False
-        _write_json(folder / "config.json", out)
-        if value_head is not None:
-            _write_value_head(folder / VALUE_HEAD, value_head)
+        return out
 
+    adapter = None if lora is None else of_lora(lora)
     source = None if source_dir is None else Path(source_dir)
-    return _save(Path(out_dir), tables.llava_table(config), params, source, lora, max_shard_bytes, write)
+    head = folder.head_on_host(value_head)
+    with _opened(tables.llava_table(config), params, source, start, adapter, trained) as export:
+        _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {})
+    return Path(out_dir)
 
 
 def save_gpt2_reward(
@@ -135,11 +163,13 @@ def save_gpt2_reward(
 ) -> Path:  # fmt: skip
     """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`); see `save_llava`."""
 
-    def write(folder: Path, export: _Export, values: dict[str, Any] | None, dtype: str) -> None:
-        _write_json(folder / "config.json", hf_config.gpt2_to_hf(config, values, dtype))
+    def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
+        return hf_config.gpt2_to_hf(config, values, dtype)
 
     source = None if source_dir is None else Path(source_dir)
-    return _save(Path(out_dir), tables.gpt2_table(config), params, source, None, max_shard_bytes, write)
+    with _opened(tables.gpt2_table(config), params, source, None, None, None) as export:
+        _save(Path(out_dir), export, source, max_shard_bytes, config_json, None, {})
+    return Path(out_dir)
 
 
 def load_value_head(directory: str | Path) -> dict[str, jax.Array]:
@@ -149,92 +179,77 @@ def load_value_head(directory: str | Path) -> dict[str, jax.Array]:
       UserError: the file is missing or broken.
     """
     with TensorReader([Path(directory) / VALUE_HEAD]) as reader:
-        return {name: jnp.asarray(reader.read(name)) for name in reader.shapes}
+        return {name: jnp.asarray(reader.read(name).copy()) for name in reader.shapes}
+
+
+@contextlib.contextmanager
+def _opened(
+    table: Table, params: nnx.State, source: Path | None, start: Adapter | None, lora: Adapter | None,
+    trained: Sequence[str] | None,
+) -> Any:  # fmt: skip
+    by_path = flatten_with_names(params)
+    if source is None:
+        yield _Export(table, by_path, None, {}, start, lora, trained)
+        return
+    with TensorReader(safetensors_files(source)) as reader:
+        yield _Export(table, by_path, reader, match(table, by_path, reader, str(source)), start, lora, trained)
 
 
 def _save(
     out_dir: Path,
-    table: Table,
-    params: nnx.State,
+    export: _Export,
     source: Path | None,
-    lora: Lora | None,
     max_shard_bytes: int,
-    write_rest: Callable[[Path, _Export, dict[str, Any] | None, str], None],
-) -> Path:
-    _check_target(out_dir, source)
-    by_path = flatten_with_names(params)
-    with contextlib.ExitStack() as stack:
-        reader, keys, values = None, {}, None
-        if source is not None:
-            values = hf_config.read_hf_config(source)
-            reader = stack.enter_context(TensorReader(safetensors_files(source)))
-            keys = match(table, by_path, reader, str(source))
-        export = _Export(table, by_path, reader, keys, lora)
-        folder = stack.enter_context(_beside(out_dir))
-        dtype = _write_tensors(folder, export, max_shard_bytes)
-        write_rest(folder, export, values, dtype)
-        for path in [source / name for name in COPIED] if source is not None else ():
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    return out_dir
-
-
-def _check_target(out_dir: Path, source: Path | None) -> None:
-    if source is not None and out_dir.resolve() == source.resolve():
-        raise UserError(f"{out_dir}: is the model's own source; export to another directory")
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"{out_dir}: is a file; give a directory")
-    if out_dir.is_dir() and any(out_dir.iterdir()) and not (out_dir / "config.json").is_file():
-        raise UserError(f"{out_dir}: holds something else than an exported model; give a new directory")
-
-
-@contextlib.contextmanager
-def _beside(out_dir: Path) -> Iterator[Path]:
-    """A folder next to `out_dir` that takes its place if the block succeeds and vanishes otherwise."""
-    folder: Path | None = None
-    try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out_dir.parent, prefix=f".{out_dir.name}."))
-        folder.chmod(0o755)
-        yield folder
-        replace_dir_atomic(folder, out_dir)
-    except OSError as error:
-        raise UserError(
-            f"{out_dir}: cannot be written ({error.strerror}); choose another place or free space"
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_tensors(folder: Path, export: _Export, max_shard_bytes: int) -> str:
-    """Writes the weight files; returns the torch name of the dtype that most bytes have."""
-    left_out = {slot.key for slot in export.tied()}
-    slots = {slot.key: slot for slot in export.table.slots if slot.key not in left_out}
-    shapes = {key: hf_shape(slot, export.params[slot.path].shape) for key, slot in slots.items()}
-    specs = {key: (export.dtype(slot), shapes[key]) for key, slot in slots.items()}
-    sizes = {key: safetensors_io.tensor_bytes(*spec) for key, spec in specs.items()}
+    config_json: Callable[[dict[str, Any] | None, str, set[str]], dict[str, Any]],
+    head: dict[str, np.ndarray] | None,
+    texts: Mapping[str, str],
+) -> None:
+    tied = export.tied()
+    slots = {slot.key: slot for slot in export.table.slots if slot.key not in tied}
+    specs = {key: (export.dtype(slot), hf_shape(slot, export.params[slot.path].shape)) for key, slot in slots.items()}
     groups = list(safetensors_io.shard(specs, max_shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, start=1):
-        name = safetensors_io.SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        part = {key: specs[key] for key in group}
-        safetensors_io.write_safetensors(folder / name, part, lambda key: export.tensor(slots[key]))
-        weight_map |= dict.fromkeys(group, name)
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        _write_json(folder / safetensors_io.INDEX, index)
+    files = {_file_name(number, len(groups)): group for number, group in enumerate(groups, start=1)}
+    progress = ByteProgress("writing weights", sum(safetensors_io.tensor_bytes(*spec) for spec in specs.values()))
+
+    def read(key: str) -> np.ndarray:
+        progress.advance(safetensors_io.tensor_bytes(*specs[key]))
+        return export.tensor(slots[key])
+
+    if jax.process_index() == 0:
+        folder.check_target(out_dir, source, "config.json")
+        with folder.beside(out_dir) as unfinished:
+            for name, group in files.items():
+                safetensors_io.write_safetensors(unfinished / name, {key: specs[key] for key in group}, read)
+            _write_index(unfinished, files, specs)
+            folder.write_beside_weights(unfinished, head, texts)
+            for path in [source / name for name in COPIED] if source is not None else ():
+                if path.is_file():
+                    shutil.copyfile(path, unfinished / path.name)
+            # Last: a folder without config.json is no model to anyone.
+            values = None if source is None else hf_config.read_hf_config(source)
+            folder.write_json(unfinished / "config.json", config_json(values, _main_dtype(specs), tied))
+    else:
+        for group in files.values():
+            for key in safetensors_io.file_order({key: specs[key] for key in group}):
+                read(key)
+    folder.wait_for_writer()
+
+
+def _file_name(number: int, count: int) -> str:
+    return safetensors_io.SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _write_index(unfinished: Path, files: dict[str, list[str]], specs: dict[str, safetensors_io.Spec]) -> None:
+    if len(files) == 1:
+        return
+    total = sum(safetensors_io.tensor_bytes(*spec) for spec in specs.values())
+    weight_map = {key: name for name, group in files.items() for key in group}
+    folder.write_json(unfinished / safetensors_io.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _main_dtype(specs: dict[str, safetensors_io.Spec]) -> str:
+    """Torch name of the dtype that most bytes have."""
     by_dtype: dict[str, int] = {}
-    for key, size in sizes.items():
-        by_dtype[specs[key][0]] = by_dtype.get(specs[key][0], 0) + size
+    for dtype, shape in specs.values():
+        by_dtype[dtype] = by_dtype.get(dtype, 0) + safetensors_io.tensor_bytes(dtype, shape)
     return safetensors_io.TORCH_NAMES[max(by_dtype, key=lambda name: by_dtype[name])]
-
-
-def _write_value_head(path: Path, head: dict[str, jax.Array]) -> None:
-    arrays = {name: np.asarray(array) for name, array in head.items()}
-    specs = {name: (safetensors_io.dtype_name(array.dtype), array.shape) for name, array in arrays.items()}
-    safetensors_io.write_safetensors(path, specs, lambda name: arrays[name])
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -2,25 +2,20 @@
 
 import dataclasses
 import functools
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from icet_jax.checkpoints import hf_config, tables
-from icet_jax.checkpoints.adapters import read_adapter
+from icet_jax.checkpoints import hf_config, streaming, tables
+from icet_jax.checkpoints.adapters import Adapter, read_adapter
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files
 from icet_jax.checkpoints.tables import Slot, Table
-from icet_jax.models.family import POLICY_ROOT
 from icet_jax.models.gpt2 import GPT2RewardModel
-from icet_jax.models.layers import Lora
 from icet_jax.models.llava import Llava
 from icet_jax.parallel import sharding
 
@@ -35,6 +30,7 @@ class Checkpoint:
       config: `LlavaConfig` or `GPT2Config`.
       hf_config: the `config.json` as read.
       directory: where it came from; `save_llava(..., source_dir=directory)` copies what was not changed.
+      adapter: what was merged while it was loaded, or None.
     """
 
     graphdef: nnx.GraphDef
@@ -42,6 +38,7 @@ class Checkpoint:
     config: Any
     hf_config: dict[str, Any]
     directory: Path
+    adapter: Adapter | None = None
 
     @property
     def model(self) -> Any:
@@ -61,7 +58,8 @@ def load_llava(
       param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
       mesh: where to put the parameters (`icet_jax.parallel.sharding.RULES`); None for the default device.
       remat: what the backward pass keeps, see `icet_jax.models.layers.REMAT_POLICIES`.
-      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read.
+      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept
+        as `Checkpoint.adapter`.
 
     Raises:
       UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,
@@ -71,11 +69,10 @@ def load_llava(
     values = hf_config.read_hf_config(directory)
     config = hf_config.llava_from_hf(values, str(directory / "config.json"))
     make = functools.partial(Llava, config, remat=remat)
-    lora = None if adapter is None else read_adapter(adapter, config.text)
-    graphdef, params = load_network(
-        directory, make, tables.llava_table(config), dtype=dtype, param_dtype=param_dtype or dtype, mesh=mesh, lora=lora
-    )
-    return Checkpoint(graphdef, params, config, values, directory)
+    start = None if adapter is None else read_adapter(adapter, config.text)
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
+    graphdef, params = load_network(directory, make, tables.llava_table(config), **dtypes, mesh=mesh, adapter=start)
+    return Checkpoint(graphdef, params, config, values, directory, start)
 
 
 def load_gpt2_reward(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
@@ -108,7 +105,7 @@ def abstract_params(make: Callable[..., nnx.Module], dtype: str, param_dtype: st
 
 def load_network(
     directory: Path, make: Callable[..., nnx.Module], table: Table, *, dtype: str, param_dtype: str, mesh: Mesh | None,
-    lora: Lora | None = None,
+    adapter: Adapter | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State]:  # fmt: skip
     """Builds a network from the safetensors of a checkpoint directory: what the loaders of all families share.
 
@@ -120,7 +117,7 @@ def load_network(
       param_dtype: dtype of the parameters; tensors are converted as they are read.
       mesh: where to put the parameters (every path needs a rule in `icet_jax.parallel.sharding`); None for the default
         device.
-      lora: adapters to merge in float32, or None.
+      adapter: to be merged in float32, or None.
 
     Returns:
       graphdef and parameters: `nnx.merge` of them is the network.
@@ -131,7 +128,8 @@ def load_network(
     graphdef, abstract = abstract_params(make, dtype, param_dtype)
     with TensorReader(safetensors_files(directory)) as reader:
         keys = match(table, sharding.flatten_with_names(abstract), reader, str(directory))
-        return graphdef, fill(table, abstract, reader, keys, mesh, lora)
+        delta = adapter.delta if adapter is not None else lambda slot: None
+        return graphdef, streaming.fill(table, abstract, reader, keys, mesh, delta)
 
 
 def match(table: Table, shapes: dict[str, Any], reader: TensorReader, where: str) -> dict[str, str]:
@@ -182,53 +180,3 @@ def match(table: Table, shapes: dict[str, Any], reader: TensorReader, where: str
 def hf_shape(slot: Slot, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the tensor that fills (a layer of) a parameter of `shape`."""
     return slot.transform.hf_shape(shape if slot.layer is None else shape[1:])
-
-
-def fill(
-    table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None,
-    lora: Lora | None = None,
-) -> nnx.State:  # fmt: skip
-    """Reads every tensor into its place; at most one (stacked) parameter is on the host at a time.
-
-    Args:
-      table: of the family.
-      abstract: shapes and dtypes of the parameters.
-      reader: the open files.
-      keys: OLD key -> key in the file, from `match`.
-      mesh: for placement, or None.
-      lora: adapters to merge, or None.
-    """
-    slots: dict[str, list[Slot]] = defaultdict(list)
-    for slot in table.slots:
-        slots[slot.path].append(slot)
-    placed = None if mesh is None else sharding.flatten_with_names(sharding.shardings(abstract, mesh))
-    leaves = []
-    for path, leaf in sharding.flatten_with_names(abstract).items():
-        buffer = np.empty(leaf.shape, leaf.dtype)
-        for slot in slots[path]:
-            target = buffer if slot.layer is None else buffer[slot.layer]
-            tensor = slot.transform.to_param(reader.read(keys[slot.key]))
-            delta = lora_delta(lora, slot)
-            target[...] = tensor if delta is None else tensor.astype(np.float32) + delta
-        leaves.append(_place(buffer, None if placed is None else placed[path]))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def lora_delta(lora: Lora | None, slot: Slot) -> np.ndarray | None:
-    """`scale * a @ b`, float32 `[in, out]`, for the kernel of `slot`; None where the adapters add nothing."""
-    parts = slot.path.split("/")
-    if lora is None or parts[:2] != [POLICY_ROOT, "layers"] or parts[2] not in lora.weights or parts[3] != "kernel":
-        return None
-    a, b = (on_host(lora.weights[parts[2]][name], slot.layer).astype(np.float32) for name in "ab")
-    return np.float32(lora.scale) * (a @ b) if b.any() else None
-
-
-def on_host(array: Any, layer: int | None) -> np.ndarray:
-    """An array, or one layer of it, as numpy."""
-    return np.asarray(array if layer is None else jax.lax.dynamic_index_in_dim(array, jnp.int32(layer), keepdims=False))
-
-
-def _place(buffer: np.ndarray, where: jax.sharding.Sharding | None) -> jax.Array:
-    if where is None:
-        return jnp.asarray(buffer)
-    return jax.make_array_from_callback(buffer.shape, where, lambda index: buffer[index])

@@ -1,7 +1,7 @@
 """Safetensors files without torch: read tensor by tensor, write as a stream."""
 
-import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ DTYPES: dict[str, np.dtype] = {
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+Spec = tuple[str, tuple[int, ...]]
+"""Dtype under safetensors' name, and shape, of a tensor."""
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
@@ -42,8 +45,8 @@ def safetensors_files(directory: Path) -> list[Path]:
         pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
         if pickled:
             raise UserError(
-                f"{directory}: only pickled weights ({', '.join(pickled)}), which may run code when opened; save the "
-                "model again as safetensors (transformers: save_pretrained)"
+                f"{directory}: only pickled weights ({', '.join(pickled)}), which may run code when opened; convert "
+                f"them: python scripts/convert_pickle.py {directory}"
             )
         raise UserError(f"{directory}: has neither {SINGLE} nor {INDEX}; give a Hugging Face model directory")
     try:
@@ -63,7 +66,7 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 class TensorReader:
-    """The tensors of several safetensors files under their keys, read one at a time.
+    """The tensors of several safetensors files under their keys, mapped into memory: nothing is read before it is used.
 
     Attributes:
       shapes: shape of every tensor.
@@ -72,7 +75,7 @@ class TensorReader:
     """
 
     def __init__(self, files: Sequence[Path]):
-        """Opens the files and reads their headers.
+        """Maps the files and reads their headers.
 
         Raises:
           UserError: a file is missing, corrupt or truncated.
@@ -80,26 +83,30 @@ class TensorReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.duplicates: list[str] = []
-        self._where: dict[str, tuple[Path, Any]] = {}
-        self._stack = contextlib.ExitStack()
+        self._data: dict[str, np.ndarray] = {}
         for path in files:
             try:
-                opened = self._stack.enter_context(safe_open(path, framework="numpy"))
+                # The library checks the header against the file's size; the file is then mapped here, because the
+                # library's own arrays are copies.
+                with safe_open(path, framework="numpy"):
+                    pass
+                mapped = np.memmap(path, np.uint8, mode="r")
             except (SafetensorError, OSError) as error:
-                self.close()
                 raise UserError(
                     f"{path}: corrupt or truncated safetensors file ({error}); download or copy it again"
                 ) from error
-            keys: list[str] = opened.keys()
-            for key in keys:
-                view = opened.get_slice(key)
-                if key in self._where:
+            start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+            header = json.loads(mapped[8:start].tobytes())
+            header.pop("__metadata__", None)
+            for key, entry in header.items():
+                if key in self._data:
                     self.duplicates.append(key)
-                self._where[key] = path, opened
-                self.shapes[key], self.dtypes[key] = tuple(view.get_shape()), view.get_dtype()
+                first, end = entry["data_offsets"]
+                self._data[key] = mapped[start + first : start + end]
+                self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), entry["dtype"]
 
     def __enter__(self) -> "TensorReader":
-        """Closes the files at the end of a `with` block."""
+        """Unmaps the files at the end of a `with` block."""
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -107,25 +114,16 @@ class TensorReader:
         self.close()
 
     def close(self) -> None:
-        """Releases the files."""
-        self._stack.close()
+        """Unmaps the files, as soon as no array of theirs is in use."""
+        self._data.clear()
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor `key` in its stored dtype.
-
-        Raises:
-          UserError: its bytes cannot be read.
-        """
-        path, opened = self._where[key]
-        try:
-            return opened.get_tensor(key)
-        except (SafetensorError, OSError, TypeError) as error:
-            raise UserError(f"{path}: tensor {key} cannot be read ({error}); download or copy it again") from error
+        """The tensor `key` in its stored dtype: a read-only view of the file. Copy what outlives the reader."""
+        # A plain ndarray: the class np.memmap would go through every operation, and keep more than it needs.
+        return np.asarray(self._data[key]).view(DTYPES[self.dtypes[key]]).reshape(self.shapes[key])
 
 
-def write_safetensors(
-    path: Path, specs: dict[str, tuple[str, tuple[int, ...]]], read: Callable[[str], np.ndarray]
-) -> None:
+def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], np.ndarray]) -> None:
     """Writes one file, asking for one tensor at a time.
 
     Args:
@@ -133,8 +131,7 @@ def write_safetensors(
       specs: dtype under safetensors' name and shape of each tensor.
       read: returns the tensor of a key; called once for each, in the file's order.
     """
-    # Wider elements first, as safetensors itself orders them, so that every tensor starts aligned.
-    keys = sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
+    keys = file_order(specs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key in keys:
@@ -152,6 +149,13 @@ def write_safetensors(
             if tensor.dtype != DTYPES[specs[key][0]]:
                 raise ValueError(f"{key}: {tensor.dtype} given where {specs[key][0]} was announced")
             file.write(tensor.view(np.uint8).reshape(-1).data if tensor.size else b"")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_order(specs: dict[str, Spec]) -> list[str]:
+    """Keys as a file holds them: wider elements first, as safetensors itself orders them, so that each is aligned."""
+    return sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -164,7 +168,7 @@ def dtype_name(dtype: Any) -> str:
     return _NAMES[np.dtype(dtype)]
 
 
-def shard(specs: dict[str, tuple[str, tuple[int, ...]]], limit: int) -> Iterator[list[str]]:
+def shard(specs: dict[str, Spec], limit: int) -> Iterator[list[str]]:
     """Cuts keys, in their order, into groups of at most `limit` bytes (a larger tensor gets a group of its own)."""
     group: list[str] = []
     size = 0

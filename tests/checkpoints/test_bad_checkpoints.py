@@ -73,7 +73,9 @@ def test_a_broken_index_is_named(directory, text):
 
 def test_pickled_weights_are_refused(single):
     (single / "model.safetensors").rename(single / "pytorch_model.bin")
-    assert "only pickled weights (pytorch_model.bin)" in error(single)
+    line = error(single)
+    assert "only pickled weights (pytorch_model.bin)" in line
+    assert line.endswith(f"python scripts/convert_pickle.py {single}")
 
 
 def test_a_directory_without_weights_or_config(single, tmp_path):
@@ -189,12 +191,12 @@ def test_an_export_is_all_or_nothing(tmp_path, single, monkeypatch):
     loaded = load_llava(single)
     out = save_llava(tmp_path / "out", loaded.config, loaded.params)
     before = sorted(path.name for path in out.iterdir())
-    from icet_jax.checkpoints import hf_export
+    from icet_jax.checkpoints import folder
 
     def fail(path, values):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf_export, "_write_json", fail)
+    monkeypatch.setattr(folder, "write_json", fail)
     with pytest.raises(UserError, match="No space left"):
         save_llava(out, loaded.config, loaded.params)
     assert sorted(path.name for path in out.iterdir()) == before

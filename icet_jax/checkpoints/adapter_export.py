@@ -1,0 +1,117 @@
+"""Writes LoRA weights as a PEFT adapter that every transformers from 4.46 and peft from 0.13 load alike."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from icet_jax.checkpoints import folder, safetensors_io
+from icet_jax.checkpoints.adapters import CONFIG, WEIGHTS, Adapter, concatenate, of_lora
+from icet_jax.errors import UserError
+from icet_jax.models.layers import Lora
+from icet_jax.models.llama import LlamaConfig, lora_shapes
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "old": ("base_model.model.language_model.model.layers",),
+    "new": ("base_model.model.model.language_model.layers",),
+}
+"""Where the decoder's layers are before transformers 4.52, and since. A file under one name alone is ignored by the
+other versions, in part without a word; a file under both loads everywhere."""
+NAMES["both"] = (*NAMES["old"], *NAMES["new"])
+
+
+def save_adapter(
+    out_dir: str | Path,
+    lora: Lora,
+    config: LlamaConfig,
+    *,
+    base: str,
+    revision: str | None = None,
+    start: Adapter | None = None,
+    names: str = "both",
+    value_head: dict[str, jax.Array] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a PEFT adapter directory, all of it or nothing, float32. It touches the language model alone.
+
+    Args:
+      out_dir: new, or an earlier adapter, which is replaced.
+      lora: the trained adapters.
+      config: of the decoder.
+      base: directory or hub id of the model that they adapt.
+      revision: of the hub id.
+      start: the adapter that the training began from. The one that is written holds both side by side (the ranks add
+        up), so that it makes the final model from the original base.
+      names: "both" for every version of transformers; "old" (before 4.52) or "new" at half the size.
+      value_head: saved beside it, which PEFT does not read.
+      texts: further files by name, such as the model card.
+
+    Returns:
+      `out_dir`.
+
+    Raises:
+      UserError: unknown `names`; the directory cannot be written or holds something else.
+    """
+    if names not in NAMES:
+        raise UserError(f"names={names!r}: an adapter's tensors are named {', '.join(NAMES)}")
+    out_dir = Path(out_dir)
+    adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
+    tensors = dict(_tensors(adapter, config, names))
+    shapes = lora_shapes(config)
+    specs: dict[str, safetensors_io.Spec] = {
+        key: ("F32", (adapter.rank, shapes[target][0]) if side == "A" else (shapes[target][1], adapter.rank))
+        for key, (target, _, side) in tensors.items()
+    }
+
+    def read(key: str) -> np.ndarray:
+        target, layer, side = tensors[key]
+        return adapter.factors(target, layer)["AB".index(side)].T
+
+    head = folder.head_on_host(value_head)
+    if jax.process_index() == 0:
+        folder.check_target(out_dir, None, CONFIG)
+        with folder.beside(out_dir) as unfinished:
+            safetensors_io.write_safetensors(unfinished / WEIGHTS, specs, read)
+            folder.write_beside_weights(unfinished, head, texts or {})
+            folder.write_json(unfinished / CONFIG, _config(adapter, base, revision))
+    else:
+        for key in safetensors_io.file_order(specs):
+            read(key)
+    folder.wait_for_writer()
+    return out_dir
+
+
+def _tensors(adapter: Adapter, config: LlamaConfig, names: str) -> Iterator[tuple[str, tuple[str, int, str]]]:
+    """File key -> (target, layer, side)."""
+    for root in NAMES[names]:
+        for layer in range(config.num_hidden_layers):
+            for target in adapter.targets:
+                for side in "AB":
+                    yield f"{root}.{layer}.{_block(target)}.{target}.lora_{side}.weight", (target, layer, side)
+
+
+def _block(target: str) -> str:
+    return "self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+
+
+def _config(adapter: Adapter, base: str, revision: str | None) -> dict[str, Any]:
+    """The fields that every peft knows: an older one refuses a file with a field it does not."""
+    alpha = adapter.scale * adapter.rank
+    # A regular expression: a list of names would adapt the image encoder's projections of those names too.
+    modules = "|".join(adapter.targets)
+    pattern = rf"(model\.language_model|language_model\.model)\.layers\.\d+\.(self_attn|mlp)\.({modules})"
+    config = {
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "target_modules": pattern,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": base,
+    }
+    return config if revision is None else config | {"revision": revision}

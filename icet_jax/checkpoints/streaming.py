@@ -1,0 +1,160 @@
+"""Between safetensors and a mesh, a few tensors at a time: no parameter is ever whole on the host or on one device.
+
+Import allocates each parameter where it is to live and fills it block by block (some layers of a stacked one) with
+updates that donate the old buffer; of a block, a process reads what its own devices hold. Export brings one layer of
+one parameter to the host at a time.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from icet_jax.checkpoints.progress import ByteProgress
+from icet_jax.checkpoints.safetensors_io import TensorReader, tensor_bytes
+from icet_jax.checkpoints.tables import Slot, Table
+from icet_jax.parallel import sharding
+
+BLOCK_BYTES = 128 * 2**20
+"""Layers of a stacked parameter travel together up to this size; a larger layer travels alone."""
+
+Index = tuple[slice, ...]
+
+
+def fill(
+    table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None,
+    delta: Callable[[Slot], np.ndarray | None],
+) -> nnx.State:  # fmt: skip
+    """Reads every tensor into its place; beyond the arrays themselves the host holds about two blocks.
+
+    Args:
+      table: of the family.
+      abstract: shapes and dtypes of the parameters.
+      reader: the open files.
+      keys: OLD key -> key in the file.
+      mesh: for placement (`icet_jax.parallel.sharding.RULES`), or None for the default device.
+      delta: float32 update to be added to the parameter (of that layer) that a slot fills, or None.
+    """
+    slots: dict[str, list[Slot]] = defaultdict(list)
+    for slot in table.slots:
+        slots[slot.path].append(slot)
+    placed = None if mesh is None else sharding.flatten_with_names(sharding.shardings(abstract, mesh))
+    sizes = {slot.key: _bytes(reader, keys[slot.key]) for slot in table.slots}
+    progress = ByteProgress("loading weights", sum(sizes.values()))
+
+    def parts(block: Sequence[Slot]) -> list[np.ndarray]:
+        progress.advance(sum(sizes[slot.key] for slot in block))
+        return [_with_delta(slot.transform.to_param(reader.read(keys[slot.key])), delta(slot)) for slot in block]
+
+    leaves = []
+    for path, leaf in sharding.flatten_with_names(abstract).items():
+        where = None if placed is None else placed[path]
+        leaves.append(_parameter(leaf.shape, leaf.dtype, where, slots[path], parts))
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _bytes(reader: TensorReader, key: str) -> int:
+    return tensor_bytes(reader.dtypes[key], reader.shapes[key])
+
+
+def _with_delta(tensor: np.ndarray, delta: np.ndarray | None) -> np.ndarray:
+    return tensor if delta is None else tensor.astype(np.float32) + delta
+
+
+def _parameter(
+    shape: tuple[int, ...], dtype: Any, where: NamedSharding | None, slots: Sequence[Slot],
+    parts: Callable[[Sequence[Slot]], list[np.ndarray]],
+) -> jax.Array:  # fmt: skip
+    """One parameter, filled from its slots: a single one, or one per layer."""
+    if slots[0].layer is None:
+        (whole,) = parts(slots)
+        return jax.block_until_ready(_place(shape, where, lambda index: np.array(whole[index], dtype, order="C")))
+    if [slot.layer for slot in slots] != list(range(shape[0])):
+        raise ValueError(f"{slots[0].path}: the table must give its {shape[0]} layers in order")
+    depth = min(shape[0], max(1, BLOCK_BYTES // (int(np.prod(shape[1:])) * np.dtype(dtype).itemsize)))
+    array = None if depth == shape[0] else _zeros(shape, np.dtype(dtype), where)()
+    for start in range(0, shape[0], depth):
+        tensors = parts(slots[start : start + depth])
+        block = _place((len(tensors), *shape[1:]), where, functools.partial(_stack, tensors, dtype))
+        # The block above was made while the update before it was still under way; more than one would pile up.
+        jax.block_until_ready(array)
+        array = block if array is None else _update(where)(array, block, jnp.int32(start))
+    return jax.block_until_ready(array)
+
+
+def _stack(tensors: Sequence[np.ndarray], dtype: Any, index: Index) -> np.ndarray:
+    """The part `index` of the stack of `tensors`, whose first axis is always taken whole."""
+    first = tensors[0][index[1:]]
+    out = np.empty((len(tensors), *first.shape), dtype)
+    for layer, tensor in enumerate(tensors):
+        out[layer] = tensor[index[1:]]
+    return out
+
+
+def _place(shape: tuple[int, ...], where: NamedSharding | None, part: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array of which every device gets `part(its index)`; equal parts are made once.
+
+    `part` returns memory of its own: on the CPU the array may be just that, and must not be the mapped file.
+    """
+    if where is None:
+        return jnp.asarray(part((slice(None),) * len(shape)))
+    made: dict[str, np.ndarray] = {}
+
+    def once(index: Index | None) -> np.ndarray:
+        assert index is not None  # it is None for arrays without axes alone
+        key = str(index)
+        if key not in made:
+            made[key] = part(index)
+        return made[key]
+
+    return jax.make_array_from_callback(shape, where, once)
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, where: NamedSharding | None) -> Callable[[], jax.Array]:
+    """Allocates on the devices; nothing of it is made on the host."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+
+
+@functools.cache
+def _update(where: NamedSharding | None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """`array[start : start + len(block)] = block` in the array's own memory; the layers' axis is never split."""
+
+    def update(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
+
+    return jax.jit(update, donate_argnums=0, out_shardings=where)
+
+
+def to_host(array: jax.Array, layer: int | None) -> np.ndarray:
+    """An array, or one layer of it, on this host; with several processes all of them must call it, in one order.
+
+    What lives on other processes' devices is replicated, this one piece alone.
+    """
+    replicate = not array.is_fully_addressable
+    piece = _piece(_piece_sharding(array, layer, replicate), layer is not None)(array, jnp.int32(layer or 0))
+    return np.asarray(piece.addressable_data(0) if replicate else piece)
+
+
+def _piece_sharding(array: jax.Array, layer: int | None, replicate: bool) -> NamedSharding | None:
+    where = array.sharding
+    if not isinstance(where, NamedSharding):
+        return None
+    spec = PartitionSpec() if replicate else where.spec if layer is None else PartitionSpec(*where.spec[1:])
+    return NamedSharding(where.mesh, spec)
+
+
+@functools.cache
+def _piece(where: NamedSharding | None, stacked: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A piece in memory of its own, so that the host's copy goes when it does."""
+
+    def piece(array: jax.Array, layer: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if stacked else jnp.copy(array)
+
+    return jax.jit(piece, out_shardings=where)
