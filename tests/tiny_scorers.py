@@ -170,8 +170,9 @@ def old_config(model: Any) -> dict[str, Any]:
     config.architectures = [type(model).__name__]
     values = config.to_diff_dict() | {"torch_dtype": "float32", "model_type": config.model_type}
     values.pop("dtype", None)
-    values["id2label"] = {str(number): name for number, name in config.id2label.items()}
-    values["label2id"] = config.label2id
+    if "SequenceClassification" in type(model).__name__:
+        values["id2label"] = {str(number): name for number, name in config.id2label.items()}
+        values["label2id"] = config.label2id
     rope = dict(values.pop("rope_parameters", None) or {})
     if rope:
         values["rope_theta"] = rope.pop("rope_theta")

@@ -91,6 +91,10 @@ def bert_from_hf(values: dict[str, Any], where: str = "config.json") -> BertConf
 def deberta_from_hf(values: dict[str, Any], where: str = "config.json") -> DebertaConfig:
     """The config of a DeBERTa-v2 or -v3 reward model (HF `DebertaV2Config`): the variant that v3 checkpoints use.
 
+    Args:
+      values: the parsed file; what it lacks has the class default, most of which v3 does not use.
+      where: its name in error lines.
+
     Raises:
       UserError: another number of labels, or a value under which the network would differ from this one.
     """
@@ -104,14 +108,15 @@ def deberta_from_hf(values: dict[str, Any], where: str = "config.json") -> Deber
     }.items():  # fmt: skip
         fields.only(field, wanted)
     terms = fields.values["pos_att_type"]
-    if sorted(terms.split("|") if isinstance(terms, str) else terms) != ["c2p", "p2c"]:
-        raise fields.fail("pos_att_type", "c2p and p2c")
-    distance = fields.values["max_relative_positions"]
-    if distance == -1:
-        distance = fields.size("max_position_embeddings")
-    buckets = fields.size("position_buckets")
-    if buckets < 4 or buckets % 2 or distance <= buckets // 2 + 1:
-        raise fields.fail("position_buckets", f"an even number from 4 to about twice the {distance} positions")
+    named = terms.lower().replace(" ", "").split("|") if isinstance(terms, str) else terms
+    if named not in (["c2p", "p2c"], ["p2c", "c2p"]):
+        raise fields.fail("pos_att_type", "both c2p and p2c")
+    if fields.values["max_relative_positions"] in (-1, 0):
+        fields.values["max_relative_positions"] = fields.size("max_position_embeddings")
+    distance, buckets = fields.size("max_relative_positions"), fields.size("position_buckets")
+    # The logarithmic rows need a positive logarithm: (distance - 1) / (buckets / 2) above 1.
+    if buckets < 4 or buckets % 2 or distance - 1 <= buckets // 2:
+        raise fields.fail("position_buckets", f"an even number from 4 to {2 * distance - 4}")
     return DebertaConfig(
         vocab_size=fields.size("vocab_size"),
         hidden_size=width,
