@@ -3,14 +3,33 @@
 import io
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from icet_jax.errors import UserError
 
-ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | np.ndarray
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """An image that lies in a prepared data set: encoded bytes, fetched when they are needed.
+
+    Attributes:
+      name: what an error calls it.
+    """
+
+    name: str
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        ...
+
+
+ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | np.ndarray | StoredImage
+
+# The short side is resized to the model's and the long side with it: beyond this ratio that would take gigabytes.
+MAX_ASPECT_RATIO = 500
 
 
 def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
@@ -20,7 +39,8 @@ def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
     in memory is taken as it is, transparency composited over white (HF's `convert_to_rgb`).
 
     Args:
-      source: path, encoded bytes, PIL image, or uint8 array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels.
+      source: path, encoded bytes, stored image, PIL image, or uint8 array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
+        channels. Of an animation the first frame is taken.
       name: what an error calls the image; a path names itself.
 
     Raises:
@@ -34,9 +54,17 @@ def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
         return _from_array(source, name or "image")
     if isinstance(source, Image.Image):
         return _to_rgb(source, name or getattr(source, "filename", "") or "image")
+    if isinstance(source, StoredImage):
+        return _decode(io.BytesIO(source.read()), source.name)
     raise UserError(
         f"{name or 'image'}: {type(source).__name__} is not an image; give a path, bytes, PIL image or array"
     )
+
+
+def require_resizable(image: Image.Image, name: str) -> None:
+    """Raises a `UserError` where an image is too long and thin for its short side to be resized to a model's."""
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise UserError(f"{name}: {image.width} x {image.height} pixels is too long and thin to be resized; crop it")
 
 
 def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:

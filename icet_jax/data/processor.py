@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from icet_jax.checkpoints.hf_config import llava_from_hf, read_hf_config
-from icet_jax.data.images import ImageLike, open_image
+from icet_jax.data.images import ImageLike, StoredImage, open_image, require_resizable
 from icet_jax.data.templates import IMAGE_TOKEN, llava_15
 from icet_jax.data.tokenizer import load_tokenizer
 from icet_jax.errors import UserError
@@ -21,9 +21,6 @@ from icet_jax.models.llava import LlavaConfig
 
 RowImages: TypeAlias = ImageLike | Sequence[ImageLike] | None
 Inputs: TypeAlias = dict[str, np.ndarray]
-
-# The short side is resized to the model's and the long side with it: beyond this ratio that would take gigabytes.
-MAX_ASPECT_RATIO = 500
 
 
 class Processor:
@@ -134,12 +131,12 @@ class Processor:
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _open(self, source: ImageLike, name: str) -> Any:
-        name = str(source) if isinstance(source, (str, os.PathLike)) else name
+        if isinstance(source, (str, os.PathLike)):
+            name = str(source)
+        elif isinstance(source, StoredImage):
+            name = source.name
         image = open_image(source, name)
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise UserError(
-                f"{name}: {image.width} x {image.height} pixels is too long and thin to be resized; crop it"
-            )
+        require_resizable(image, name)
         return image
 
 

@@ -1,18 +1,20 @@
-"""Rows of a data set: reading a user's CSV or JSONL of prompts and images.
+"""Rows of a data set: what a row is, how files become rows, and the reader of a user's own CSV or JSONL.
 
-Columns: `prompt`, `image` and, if wanted, `id`, `policy`, `kind`, `answer`; others are ignored. In JSONL `image` may
-also be a list (several images, or none for a text-only row). Bad rows are left out, counted and reported with their
-numbers.
+Columns of a user's file: `prompt`, `image` and, if wanted, `id`, `policy`, `kind`, `answer`; others are ignored. In
+JSONL `image` may also be a list (several images, or none for a text-only row). The published formats are in
+`published.py`; they share this file's rules. Rows that cannot be used are left out, counted by reason and reported with
+their numbers.
 """
 
-import csv
-import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from icet_jax.data.image_files import MISSING, ImageFiles
+from icet_jax.data.tables import RawRow, csv_rows, jsonl_rows, text_problem
+from icet_jax.data.templates import IMAGE_TOKEN
 from icet_jax.errors import UserError
 
 KINDS = ("forbidden", "benign", "vqa")
@@ -27,7 +29,7 @@ class Example:
     Attributes:
       id: unique within its data set; transcripts and paired differences are keyed by it.
       prompt: the raw prompt, without any chat template or image placeholder.
-      images: paths, PIL images or uint8 arrays [height, width, 3]; usually one.
+      images: paths, stored images, PIL images or uint8 arrays [height, width, 3]; usually one.
       kind: "forbidden" (a refusal is right), "benign" (a refusal is over-refusal) or "vqa" (answer is about the image).
       answer: expected response where there is one.
       policy: the data set's own category, carried along.
@@ -47,84 +49,179 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that was left out. `row` counts data rows from 1; `line` is the line of the file it ends on."""
+    """A row that was left out.
+
+    Attributes:
+      row: its number, data rows counting from 1.
+      line: of the file, on which the row ends.
+      reason: the same words for every row of the same trouble; reports count them.
+      detail: what is wrong with this one.
+    """
 
     row: int
     line: int
     reason: str
+    detail: str
 
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """What a file held.
+    """What a source held.
 
     Attributes:
-      path: the file.
+      source: how reports call it.
       examples: the usable rows, in file order.
       problems: the rows that were left out.
-      duplicates: usable rows whose prompt and images repeat an earlier row's; they are kept.
+      repeats: usable rows whose prompt and images are an earlier row's under another id of the file's own; kept.
+      animated: images of several frames, of which the first is used.
+      complete: whether the source was read to its end (false where a limit was reached before).
     """
 
-    path: Path
+    source: str
     examples: list[Example]
     problems: list[Problem]
-    duplicates: int
+    repeats: int = 0
+    animated: int = 0
+    complete: bool = True
+
+    @property
+    def read(self) -> int:
+        """Rows read, usable or not."""
+        return len(self.examples) + len(self.problems)
+
+    def dropped(self) -> dict[str, int]:
+        """{reason: rows left out for it}, the most frequent first."""
+        return dict(Counter(problem.reason for problem in self.problems).most_common())
 
     def report(self) -> str:
-        """One line for a log: rows used, rows left out and why (the first few), duplicates."""
-        parts = [f"{self.path.name}: {len(self.examples)} rows"]
+        """One line for a log: rows used, rows left out by reason (with the first few), repeats, animations."""
+        parts = [f"{self.source}: {len(self.examples)} rows"]
         if self.problems:
-            parts.append(f"{len(self.problems)} left out ({_describe(self.problems)})")
-        if self.duplicates:
-            parts.append(f"{self.duplicates} duplicates kept")
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped().items())
+            parts.append(f"{len(self.problems)} left out: {reasons} ({describe(self.problems)})")
+        if self.repeats:
+            parts.append(f"{self.repeats} repeats kept")
+        if self.animated:
+            parts.append(f"{self.animated} animated images (their first frame is used)")
         return ", ".join(parts)
 
 
-def read_records(path: str | Path, *, image_root: str | Path | None = None, kind: str = "forbidden") -> Records:
+class BadRow(Exception):
+    """Why one row cannot be used: a reason that many rows may share, and what is wrong with this one."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+Convert: TypeAlias = Callable[[dict[str, Any], str], Example]
+"""(fields, id) -> the row; raises `BadRow`."""
+
+
+def read_records(
+    path: str | Path,
+    *,
+    image_root: str | Path | None = None,
+    kind: str = "forbidden",
+    limit: int | None = None,
+    decode: bool = False,
+) -> Records:
     """Reads a .csv or .jsonl file of rows.
 
     Args:
       path: the file. The first line of a CSV names its columns.
       image_root: folder that relative image paths start from; the file's own folder if None.
       kind: the kind of rows that do not say theirs.
+      limit: usable rows after which reading stops.
+      decode: whether images are decoded, so that rows whose image is damaged are left out too.
 
     Raises:
-      UserError: the file cannot be read, is empty, lacks a column, is malformed as a whole, or has no usable row.
+      UserError: the file cannot be read, is empty, lacks a column, or has no usable row.
     """
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
     if kind not in KINDS:
         raise UserError(f"kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
-    if path.suffix.lower() not in readers:
+    if path.suffix.lower() == ".csv":
+        rows: Iterator[RawRow] = csv_rows(path, ("prompt", "image"), _COLUMNS)
+    elif path.suffix.lower() == ".jsonl":
+        rows = jsonl_rows(path)
+    else:
         raise UserError(f"{path}: data files are .csv or .jsonl, not '{path.suffix}'; convert or rename it")
+    files = ImageFiles(decode=decode)
+
+    def convert(fields: dict[str, Any], identity: str) -> Example:
+        prompt = prompt_of(fields, "prompt")
+        row_kind = text(fields, "kind") or kind
+        if row_kind not in KINDS:
+            raise BadRow("unknown kind", f"kind '{row_kind}' is not one of {', '.join(KINDS)}")
+        answer = text(fields, "answer")
+        if row_kind == "vqa" and answer is None:
+            raise BadRow("no answer", "a vqa row needs an answer")
+        images = _images(fields.get("image"), root, files)
+        return Example(identity, prompt, images, row_kind, answer, text(fields, "policy"))
+
+    return collect(path, rows, convert, files, id_field="id", limit=limit)
+
+
+def collect(
+    path: Path,
+    rows: Iterator[RawRow],
+    convert: Convert,
+    files: ImageFiles,
+    *,
+    id_field: str | None,
+    limit: int | None = None,
+) -> Records:
+    """Turns raw rows into a data set; the one place that decides which rows stay.
+
+    A row whose id is an earlier row's is left out. A row without an id of its own goes by its number, and is left out
+    where it repeats an earlier row's prompt, images and answer; rows that the file itself tells apart may repeat.
+
+    Args:
+      path: for errors and reports.
+      rows: as the readers of `tables.py` yield them.
+      convert: makes the row, or says why not.
+      files: what `convert` looks at images with.
+      id_field: where a row's id is; None for files without ids.
+      limit: usable rows after which reading stops.
+
+    Raises:
+      UserError: the file cannot be read, or no row can be used.
+    """
     examples: list[Example] = []
     problems: list[Problem] = []
     row_of_id: dict[str, int] = {}
-    seen: set[tuple[Any, ...]] = set()
-    duplicates = 0
+    row_of_content: dict[tuple[Any, ...], int] = {}
+    repeats = 0
     try:
-        for row, (line, fields) in enumerate(readers[path.suffix.lower()](path), start=1):
+        for row, (line, fields) in enumerate(rows, start=1):
             try:
-                example = _example(fields, row, root, kind)
-                if example.id in row_of_id:
-                    raise _BadRow(f"id '{example.id}' is already that of row {row_of_id[example.id]}")
-            except _BadRow as error:
-                problems.append(Problem(row, line, str(error)))
+                if isinstance(fields, str):
+                    raise BadRow("malformed row", fields)
+                own = text(fields, id_field) if id_field is not None else None
+                identity = own or str(row)
+                if identity in row_of_id:
+                    raise BadRow("duplicate id", f"id '{identity}' is already that of row {row_of_id[identity]}")
+                example = convert(fields, identity)
+                content = (example.prompt, *map(str, example.images), example.answer)
+                if content in row_of_content and own is None:
+                    raise BadRow("duplicate row", f"the same as row {row_of_content[content]}")
+            except BadRow as error:
+                problems.append(Problem(row, line, error.reason, str(error)))
                 continue
-            row_of_id[example.id] = row
-            content = (example.prompt, *map(str, example.images))
-            duplicates += content in seen
-            seen.add(content)
+            row_of_id[identity] = row
+            repeats += content in row_of_content
+            row_of_content.setdefault(content, row)
             examples.append(example)
+            if len(examples) == limit:
+                break
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a UTF-8 {path.suffix} file ({error}); save it as UTF-8") from error
     if not examples:
-        why = f"no usable row: {_describe(problems)}" if problems else "has no rows; add some"
+        why = f"no usable row: {describe(problems)}" if problems else "has no rows; add some"
         raise UserError(f"{path}: {why}")
-    return Records(path, examples, problems, duplicates)
+    return Records(path.name, examples, problems, repeats, len(files.animated), len(examples) != limit)
 
 
 def prompt_overlap(train: Iterable[Example], test: Iterable[Example]) -> int:
@@ -133,93 +230,62 @@ def prompt_overlap(train: Iterable[Example], test: Iterable[Example]) -> int:
     return sum(example.prompt in prompts for example in test)
 
 
-class _BadRow(Exception):
-    """Why one row cannot be used."""
+def text(fields: dict[str, Any], name: str) -> str | None:
+    """The stripped text of a cell; None where it is absent or blank.
 
-
-def _describe(problems: list[Problem]) -> str:
-    shown = "; ".join(f"row {problem.row}: {problem.reason}" for problem in problems[:_REPORTED_PROBLEMS])
-    hidden = len(problems) - _REPORTED_PROBLEMS
-    return f"{shown}; and {hidden} more" if hidden > 0 else shown
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yields (line, fields), or (line, reason) where the row itself is malformed."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = [column.strip().lower() for column in reader.fieldnames or ()]
-        missing = [name for name in ("prompt", "image") if name not in columns]
-        if not columns:
-            raise UserError(f"{path}: is empty; name the columns in its first line: {_COLUMNS}")
-        if missing:
-            have = ", ".join(columns)
-            raise UserError(f"{path}: no column '{missing[0]}' among {have}; its first line should name {_COLUMNS}")
-        reader.fieldnames = columns
-        for fields in reader:
-            yield reader.line_num, "more cells than columns" if None in fields else fields
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                fields = json.loads(text)
-            except json.JSONDecodeError as error:
-                yield line, f"not JSON ({error.msg})"
-                continue
-            yield line, fields if isinstance(fields, dict) else "not a JSON object"
-
-
-def _example(fields: dict[str, Any] | str, row: int, root: Path, default_kind: str) -> Example:
-    if isinstance(fields, str):
-        raise _BadRow(fields)
-    prompt = _text(fields, "prompt")
-    if prompt is None:
-        raise _BadRow("the prompt is empty")
-    kind = _text(fields, "kind") or default_kind
-    if kind not in KINDS:
-        raise _BadRow(f"kind '{kind}' is not one of {', '.join(KINDS)}")
-    answer = _text(fields, "answer")
-    if kind == "vqa" and answer is None:
-        raise _BadRow("a vqa row needs an answer")
-    identity = _text(fields, "id") or str(row)
-    return Example(identity, prompt, _images(fields.get("image"), root), kind, answer, _text(fields, "policy"))
-
-
-def _text(fields: dict[str, Any], name: str) -> str | None:
-    """The stripped text of a cell; None where it is absent or blank."""
+    Raises:
+      BadRow: it is no text, or not UTF-8.
+    """
     value = fields.get(name)
     if value is None:
         return None
     if isinstance(value, (dict, list, bool)):
-        raise _BadRow(f"{name} is not text")
-    return str(value).strip() or None
+        raise BadRow("bad field", f"{name} is not text")
+    stripped = str(value).strip()
+    problem = text_problem(stripped)
+    if problem is not None:
+        raise BadRow("bad text", f"{name}: {problem}")
+    return stripped or None
 
 
-def _images(value: Any, root: Path) -> tuple[Path, ...]:
-    names = value if isinstance(value, list) else [value]
+def prompt_of(fields: dict[str, Any], name: str) -> str:
+    """The prompt in a cell.
+
+    Raises:
+      BadRow: there is none, or it holds the image placeholder, which is put there by the chat template.
+    """
+    prompt = text(fields, name)
+    if prompt is None:
+        raise BadRow("empty prompt", "the prompt is empty")
+    if IMAGE_TOKEN in prompt:
+        raise BadRow("image placeholder", f"the prompt holds '{IMAGE_TOKEN}'")
+    return prompt
+
+
+def usable_image(path: Path, files: ImageFiles) -> Path:
+    """`path` itself.
+
+    Raises:
+      BadRow: the file is missing, or no image that can be used.
+    """
+    problem = files.problem(path)
+    if problem is not None:
+        raise BadRow(*problem)
+    return path
+
+
+def describe(problems: list[Problem]) -> str:
+    """The first few problems and how many more there are."""
+    shown = "; ".join(f"row {problem.row}: {problem.detail}" for problem in problems[:_REPORTED_PROBLEMS])
+    hidden = len(problems) - _REPORTED_PROBLEMS
+    return f"{shown}; and {hidden} more" if hidden > 0 else shown
+
+
+def _images(value: Any, root: Path, files: ImageFiles) -> tuple[Path, ...]:
     paths = []
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise _BadRow("the image is empty")
-        path = root / name.strip()
-        if not path.is_file():
-            raise _BadRow(f"no image file '{path}'")
-        if not _identified(path):
-            raise _BadRow(f"'{path}' is not an image that Pillow can read")
-        paths.append(path)
+    for name in value if isinstance(value, list) else [value]:
+        image = text({"image": name}, "image")
+        if image is None:
+            raise BadRow(MISSING, "the image is empty")
+        paths.append(usable_image(root / image, files))
     return tuple(paths)
-
-
-@lru_cache(maxsize=65536)
-def _identified(path: Path) -> bool:
-    """Whether a file begins like an image; its pixels are decoded, and damage to them found, when it is used."""
-    from PIL import Image
-
-    try:
-        with Image.open(path):
-            return True
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False

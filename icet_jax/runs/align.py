@@ -39,7 +39,8 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 def align(config: ConfigDict, workdir: Path) -> None:
     """One run in `workdir`, which `config` has claimed."""
     setting = common.load_setting(config, workdir)
-    examples = sources.load_rows(config.data.train, image_root=config.data.image_root)
+    data = config.data
+    examples = sources.load_rows(data.train, image_root=data.image_root, directory=data.directory, name="train")
     trainer = Trainer(config, workdir, setting.vlm, examples, _reward(config, workdir))
     _write_data_facts(workdir, examples, setting.tests)
     costs = Costs(workdir)

@@ -45,9 +45,9 @@ def load_setting(config: ConfigDict, workdir: Path) -> Setting:
     mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
     vlm = api.load(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat)
     check_exits(config, vlm.num_exits)
-    limits = {"image_root": config.data.image_root, "limit": config.sweep.limit}
+    settings = {"image_root": config.data.image_root, "limit": config.sweep.limit, "directory": config.data.directory}
     named = {**config.sweep.datasets, **config.sweep.utility}
-    tests = {name: sources.load_rows(source, **limits) for name, source in named.items()}
+    tests = {name: sources.load_rows(source, name=name, **settings) for name, source in named.items()}
     facts = sources.organism_facts(directory)
     if facts is not None:
         write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")

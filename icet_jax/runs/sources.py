@@ -1,6 +1,7 @@
 """Where a run's rows, weights and judges come from: the user's files, hub ids, the shipped organism, or toys.
 
-rows        FILE.csv | FILE.jsonl | organism:SPLIT[:KIND[:COUNT]] | toy:KIND
+rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
+            | toy:KIND
 weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:llava15 | ...
 scorers     refusal_keywords | organism:judge | weights of a reward model
 """
@@ -14,7 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax.data.records import KINDS, Example, prompt_overlap, read_records
+from icet_jax.data import prepared
+from icet_jax.data.published import read_source
+from icet_jax.data.records import KINDS, Example, Records, prompt_overlap
 from icet_jax.errors import UserError
 from icet_jax.judges.base import Scorer
 
@@ -40,14 +43,47 @@ def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
     return spec
 
 
-def load_rows(source: str, *, image_root: str | None = None, limit: int | None = None, seed: int = 0) -> list[Example]:
-    """The rows of `source`, at most `limit`; a file's bad rows are reported on stderr.
+def load_rows(
+    source: str,
+    *,
+    image_root: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    directory: str | None = None,
+    name: str | None = None,
+) -> list[Example]:
+    """The rows of `source`, at most `limit`; what a file's bad rows are is reported on stderr.
 
     Args:
       source: see the module's docstring.
       image_root: folder that a file's relative image paths start from.
-      limit: first rows taken; None is all.
+      limit: first usable rows taken; None is all.
       seed: of the organism's images and row order.
+      directory: of prepared data sets (`--mode=prepare`); the source itself is read if None.
+      name: of the set in `directory`.
+
+    Raises:
+      UserError: no such source, a file without a usable row, or a set that is not prepared.
+    """
+    if directory is not None and name is not None:
+        return prepared.read_set(directory, name, source, limit)
+    records = read_rows(source, image_root=image_root, limit=limit, seed=seed)
+    if records.problems or records.repeats or records.animated:
+        print(f"icet-jax: {records.report()}", file=sys.stderr)
+    return records.examples
+
+
+def read_rows(
+    source: str, *, image_root: str | None = None, limit: int | None = None, seed: int = 0, decode: bool = False
+) -> Records:
+    """The rows of `source` and what was left out of it.
+
+    Args:
+      source: see the module's docstring.
+      image_root: folder that a file's relative image paths start from.
+      limit: usable rows after which reading stops.
+      seed: of the organism's images and row order.
+      decode: whether images are decoded, so that rows whose image is damaged are left out too.
 
     Raises:
       UserError: no such source, or a file without a usable row.
@@ -60,11 +96,8 @@ def load_rows(source: str, *, image_root: str | None = None, limit: int | None =
 
         rows = toy.rows(name)
     else:
-        records = read_records(source, image_root=image_root)
-        if records.problems or records.duplicates:
-            print(f"icet-jax: {records.report()}", file=sys.stderr)
-        rows = records.examples
-    return rows[:limit]
+        return read_source(source, image_root=image_root, limit=limit, decode=decode)
+    return Records(source, rows[:limit], [], complete=limit is None or len(rows) <= limit)
 
 
 def _organism_rows(source: str, seed: int) -> list[Example]:

@@ -28,7 +28,7 @@ def test_csv_rows_and_defaults(folder):
     assert [e.id for e in records.examples] == ["1", "2"]
     assert records.examples[0].images == (folder / "a.png",)
     assert {e.kind for e in records.examples} == {"forbidden"}
-    assert records.problems == [] and records.duplicates == 0
+    assert records.problems == [] and records.repeats == 0 and records.complete
     assert records.report() == "rows.csv: 2 rows"
 
 
@@ -64,12 +64,47 @@ def test_bad_rows_are_counted_with_their_numbers(folder):
     assert [e.id for e in records.examples] == ["1", "10"]
     assert [problem.row for problem in records.problems] == list(range(2, 10))
     assert [problem.line for problem in records.problems] == list(range(3, 11))
-    reasons = " | ".join(problem.reason for problem in records.problems)
+    assert [problem.reason for problem in records.problems] == [
+        "empty prompt", "missing image", "missing image", "not an image", "no answer", "unknown kind", "duplicate id",
+        "malformed row",
+    ]  # fmt: skip
+    details = " | ".join(problem.detail for problem in records.problems)
     parts = ("prompt is empty", "image is empty", "gone.png", "note.png", "needs an answer", "'other'", "row 1", "cell")
-    assert all(part in reasons for part in parts)
-    assert records.duplicates == 1
+    assert all(part in details for part in parts)
+    assert records.read == 10 and records.dropped()["missing image"] == 2
     report = records.report()
-    assert "2 rows" in report and "8 left out" in report and "and 3 more" in report and "1 duplicates" in report
+    assert "2 rows" in report and "8 left out: 2 missing image, 1 empty prompt" in report and "and 3 more" in report
+
+
+def test_rows_without_ids_are_the_same_row_if_they_say_the_same(folder):
+    unnamed = read_records(write(folder / "rows.csv", "prompt,image\nfine,a.png\nfine,b.jpg\nfine,a.png\n"))
+    assert [e.id for e in unnamed.examples] == ["1", "2"] and unnamed.dropped() == {"duplicate row": 1}
+    named = read_records(write(folder / "rows.csv", "id,prompt,image\nx,fine,a.png\ny,fine,a.png\n"))
+    assert [e.id for e in named.examples] == ["x", "y"] and named.repeats == 1
+    assert "1 repeats kept" in named.report()
+
+
+def test_a_limit_stops_reading(folder):
+    path = write(folder / "rows.csv", "prompt,image\none,a.png\ntwo,gone.png\nthree,a.png\nfour,gone.png\n")
+    records = read_records(path, limit=2)
+    assert [e.prompt for e in records.examples] == ["one", "three"]
+    assert records.read == 3 and not records.complete
+    assert read_records(path, limit=3).complete
+
+
+def test_damaged_pixels_are_found_where_images_are_decoded(folder):
+    (folder / "half.png").write_bytes((folder / "a.png").read_bytes()[:45])
+    path = write(folder / "rows.csv", "prompt,image\none,a.png\ntwo,half.png\n")
+    assert len(read_records(path).examples) == 2
+    records = read_records(path, decode=True)
+    assert [e.prompt for e in records.examples] == ["one"] and records.dropped() == {"damaged image": 1}
+
+
+def test_animations_are_counted_once_each(folder):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    records = read_records(write(folder / "rows.csv", "prompt,image\none,moving.gif\ntwo,moving.gif\nthree,a.png\n"))
+    assert records.animated == 1 and "1 animated images (their first frame is used)" in records.report()
 
 
 def test_bad_json_lines_are_rows_too(folder):
@@ -77,6 +112,7 @@ def test_bad_json_lines_are_rows_too(folder):
     records = read_records(write(folder / "rows.jsonl", text))
     assert len(records.examples) == 1
     assert [problem.row for problem in records.problems] == [2, 3, 4]
+    assert records.dropped() == {"malformed row": 2, "bad field": 1}
 
 
 def test_image_root(folder, tmp_path_factory):

@@ -1,0 +1,82 @@
+"""Image files that rows name: whether each can be used, and which one a row without its own is given."""
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from icet_jax.data.images import open_image, require_resizable
+from icet_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MISSING, NOT_AN_IMAGE, DAMAGED = "missing image", "not an image", "damaged image"
+
+
+class ImageFiles:
+    """Looks at each image file once, however many rows name it.
+
+    Attributes:
+      animated: files looked at so far that hold several frames, of which the first one is used.
+    """
+
+    def __init__(self, *, decode: bool = False) -> None:
+        """`decode`: whether pixels are decoded too, which finds damage that a file's first bytes do not show."""
+        self.animated: set[Path] = set()
+        self._decode = decode
+        self._problems: dict[Path, tuple[str, str] | None] = {}
+
+    def problem(self, path: Path) -> tuple[str, str] | None:
+        """(reason, detail) why a file cannot be used; None where it can."""
+        if path not in self._problems:
+            self._problems[path] = self._look(path)
+        return self._problems[path]
+
+    def _look(self, path: Path) -> tuple[str, str] | None:
+        from PIL import Image
+
+        if not os.path.isfile(path):  # unlike `Path.is_file`, false for names that no file can have
+            return MISSING, f"no image file '{path}'"
+        try:
+            with Image.open(path) as image:
+                if getattr(image, "is_animated", False):
+                    self.animated.add(path)
+        except Image.DecompressionBombError:
+            return DAMAGED, f"'{path}' is too large to be decoded safely"
+        # Pillow's readers report damage in many ways (OSError, SyntaxError, struct.error, ...).
+        except Exception:
+            return NOT_AN_IMAGE, f"'{path}' is not an image that Pillow can read"
+        if self._decode:
+            try:
+                require_resizable(open_image(path), str(path))
+            except UserError as error:
+                return DAMAGED, str(error)
+        return None
+
+
+class ImageFolder:
+    """Benign images for prompts that come without one."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Lists the folder's image files, by name.
+
+        Raises:
+          UserError: no such folder, or no image file in it.
+        """
+        self._folder = Path(folder)
+        try:
+            names = sorted(entry.name for entry in os.scandir(self._folder) if entry.name.lower().endswith(SUFFIXES))
+        except OSError as error:
+            raise UserError(f"images={folder}: cannot be read ({error.strerror}); give a folder of images") from error
+        if not names:
+            raise UserError(f"images={folder}: holds no image file ({', '.join(SUFFIXES)})")
+        self._names = names
+
+    def pick(self, seed: int, row_id: str) -> Path:
+        """The image of a row: a pure function of (seed, row id) and the folder's sorted names."""
+        digest = hashlib.sha256(f"{seed}\n{row_id}".encode("utf-8", "surrogatepass")).digest()
+        return self._folder / self._names[int.from_bytes(digest[:8], "big") % len(self._names)]
+
+
+def leaves_root(name: str) -> bool:
+    """Whether a path that a data set gives, relative to the folder of its images, points outside of that folder."""
+    windows = PureWindowsPath(name)
+    return bool(windows.drive or windows.root) or PurePosixPath(name).is_absolute() or ".." in windows.parts

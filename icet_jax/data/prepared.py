@@ -1,0 +1,284 @@
+"""Prepared data sets: TFDS `array_record` folders, written and read without TensorFlow.
+
+    DIRECTORY/NAME/rows/1.0.0/      one record per row; `images` are numbers of records of the folder beside it
+    DIRECTORY/NAME/images/1.0.0/    one record per distinct image: the original file's bytes, whatever its format
+    DIRECTORY/NAME/source.json      where the rows came from, and what was left out and why
+
+`tfds.builder_from_directory(FOLDER).as_data_source(SPLIT)` opens either (splits "rows" and "images"). A set is complete
+or absent: it is written beside its place and moved there.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icet_jax.data.records import Example, Records
+from icet_jax.errors import UserError
+from icet_jax.files import replace_dir_atomic, write_text_atomic
+
+SCHEMA = 1
+_VERSION = "1.0.0"
+_PER_SHARD = {"rows": 100_000, "images": 2_000}  # records of a file: files of a few hundred megabytes
+_LISTED_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image of a prepared set; its bytes are read when they are needed (an `icet_jax.data.images.StoredImage`).
+
+    Attributes:
+      folder: of the set.
+      index: the record's number.
+      name: what an error calls it.
+    """
+
+    folder: Path
+    index: int
+    name: str
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        return bytes(_data_source(self.folder, "images")[self.index]["bytes"])
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def fingerprint(source: str, limit: int | None, records: Records) -> str:
+    """What a set was made from: its source, the fields and the image files (size and time) of its rows, bad rows."""
+    digest = hashlib.sha256(repr((SCHEMA, source, limit, records.problems)).encode("utf-8", "surrogatepass"))
+    for example in records.examples:
+        images = [_image_mark(image) for image in example.images]
+        digest.update(repr((_fields(example), images)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes one set, replacing an earlier one of its name; returns what is recorded about it.
+
+    Args:
+      directory: of all sets.
+      name: of this one.
+      records: its rows; images are paths, or uint8 arrays (kept as PNG, without loss).
+      facts: recorded beside the counts: `source`, `limit`, `fingerprint`.
+
+    Raises:
+      UserError: an image that has gone since, or the folder cannot be written to.
+    """
+    partial = directory / f".{name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        pool = _ImagePool()
+        _write_table(partial / "images", "images", pool.records(records.examples))
+        _write_table(partial / "rows", "rows", (_row(example, pool) for example in records.examples))
+        content = {
+            "schema": SCHEMA,
+            **facts,
+            "complete": records.complete,
+            **counts(records),
+            "images": len(pool.numbers),
+            "image_bytes": pool.size,
+        }
+        write_text_atomic(partial / "source.json", json.dumps(content, indent=1) + "\n")
+        replace_dir_atomic(partial, directory / name)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{directory / name}: cannot be written ({reason}); choose another place or free space"
+        ) from error
+    _data_source.cache_clear()
+    return content
+
+
+def counts(records: Records) -> dict[str, Any]:
+    """What reports say about reading a source: rows read, kept, dropped by reason (the first of them in words), ..."""
+    return {
+        "read": records.read,
+        "kept": len(records.examples),
+        "dropped": records.dropped(),
+        "repeats": records.repeats,
+        "animated": records.animated,
+        "problems": [
+            {"row": problem.row, "line": problem.line, "reason": problem.reason, "detail": problem.detail}
+            for problem in records.problems[:_LISTED_PROBLEMS]
+        ],
+    }
+
+
+def read_facts(directory: Path, name: str) -> dict[str, Any] | None:
+    """`source.json` of a set; None where there is no such set."""
+    path = directory / name / "source.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run --mode=prepare again") from error
+    return facts if isinstance(facts, dict) and facts.get("schema") == SCHEMA else None
+
+
+def read_set(directory: str | Path, name: str, source: str, limit: int | None = None) -> list[Example]:
+    """The rows of a prepared set, in the source's order, at most `limit`; images are read later, one by one.
+
+    Raises:
+      UserError: it has not been prepared, or from another source, or with fewer rows than are asked for.
+    """
+    directory = Path(directory)
+    facts = read_facts(directory, name)
+    if facts is None:
+        raise UserError(f"{directory / name}: this data set is not prepared; run --mode=prepare with the same config")
+    if facts["source"] != source:
+        raise UserError(
+            f"{directory / name}: prepared from {facts['source']}, but the config names {source}; "
+            "run --mode=prepare with this config"
+        )
+    if not facts["complete"] and (limit is None or limit > facts["limit"]):
+        raise UserError(
+            f"{directory / name}: prepared with config.sweep.limit={facts['limit']}, but {limit or 'all'} rows are "
+            "asked for; run --mode=prepare with this config"
+        )
+    folder = directory / name
+    rows = _data_source(folder, "rows")
+    total = len(rows) if limit is None else min(limit, len(rows))
+    return [_example(folder, rows[index]) for index in range(total)]
+
+
+class _ImagePool:
+    """Distinct images in order of first use, by digest of their bytes."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[bytes, int] = {}
+        self.size = 0
+        self._known: dict[Any, bytes] = {}
+
+    def records(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+        """A record for each image that was not there before."""
+        for example in examples:
+            for position, image in enumerate(example.images):
+                if isinstance(image, Path) and image in self._known:
+                    continue
+                data = _encoded(image)
+                digest = hashlib.sha256(data).digest()
+                if isinstance(image, Path):
+                    self._known[image] = digest
+                if digest in self.numbers:
+                    continue
+                self.numbers[digest] = len(self.numbers)
+                self.size += len(data)
+                name = image.name if isinstance(image, Path) else f"{example.id}-{position}.png"
+                yield {"name": name.encode("utf-8", "replace"), "bytes": data}
+
+    def number(self, image: Any) -> int:
+        """Of an image that `records` has met."""
+        known = self._known.get(image) if isinstance(image, Path) else None
+        return self.numbers[known or hashlib.sha256(_encoded(image)).digest()]
+
+
+def _encoded(image: Any) -> bytes:
+    if isinstance(image, Path):
+        try:
+            return image.read_bytes()
+        except OSError as error:
+            raise UserError(f"{image}: cannot be read ({error.strerror})") from error
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _image_mark(image: Any) -> Any:
+    if isinstance(image, Path):
+        status = image.stat()
+        return str(image), status.st_size, status.st_mtime_ns
+    return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+
+
+def _fields(example: Example) -> tuple[Any, ...]:
+    return (
+        example.id, example.prompt, example.kind, example.answer, example.policy, example.answers, example.answer_type,
+    )  # fmt: skip
+
+
+def _row(example: Example, pool: _ImagePool) -> dict[str, Any]:
+    """Fields of a row as TFDS stores them: None is the empty text, which no field of a row can be."""
+    return {
+        "id": example.id,
+        "prompt": example.prompt,
+        "images": [pool.number(image) for image in example.images],
+        "kind": example.kind,
+        "answer": example.answer or "",
+        "policy": example.policy or "",
+        "answers": list(example.answers),
+        "answer_type": example.answer_type or "",
+    }
+
+
+def _example(folder: Path, row: Mapping[str, Any]) -> Example:
+    def field(name: str) -> str:
+        return bytes(row[name]).decode("utf-8")
+
+    identity = field("id")
+    return Example(
+        id=identity,
+        prompt=field("prompt"),
+        images=tuple(
+            PreparedImage(folder, int(number), f"{folder.name}: image {int(number)} (row {identity})")
+            for number in row["images"]
+        ),
+        kind=field("kind"),
+        answer=field("answer") or None,
+        policy=field("policy") or None,
+        answers=tuple(bytes(answer).decode("utf-8") for answer in row["answers"]),
+        answer_type=field("answer_type") or None,
+    )
+
+
+def _write_table(folder: Path, split: str, records: Iterable[dict[str, Any]]) -> None:
+    """One TFDS data set with one split, its records in the given order."""
+    tfds = _tfds()
+    features, text, tensor = tfds.features, tfds.features.Text(), tfds.features.Tensor
+    if split == "images":
+        columns: dict[str, Any] = {"name": text, "bytes": tensor(shape=(), dtype=np.object_)}
+    else:
+        columns = dict.fromkeys(("id", "prompt", "kind", "answer", "policy", "answer_type"), text)
+        columns |= {
+            "images": features.Sequence(features.Scalar(np.int64)),
+            "answers": features.Sequence(features.Text()),
+        }
+    target = folder / _VERSION
+    target.mkdir(parents=True)
+    identity = tfds.core.DatasetIdentity(
+        name=f"icet_{split}", version=tfds.core.Version(_VERSION), data_dir=str(target), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(builder=identity, features=features.FeaturesDict(columns), disable_shuffling=True)
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_PER_SHARD[split], file_format="array_record")
+    writer.initialize_splits([split])
+    for record in records:
+        writer.add_examples({split: [record]})
+    writer.close_all()
+
+
+@lru_cache(maxsize=64)
+def _data_source(folder: Path, split: str) -> Any:
+    """Random access to the records of a table."""
+    try:
+        return _tfds().builder_from_directory(folder / split / _VERSION).as_data_source(split)
+    # A damaged folder surfaces as any of OSError, ValueError, KeyError, ...
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder / split}: cannot be read ({reason}); run --mode=prepare again") from error
+
+
+def _tfds() -> Any:
+    import tensorflow_datasets
+
+    return tensorflow_datasets

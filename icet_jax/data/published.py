@@ -1,0 +1,253 @@
+"""Published data sets, read from the files that their authors distribute: `NAME:PATH[?option=value&...]`.
+
+    redteam_2k:RedTeam_2K.csv?images=FOLDER[&seed=0]        JailbreakV-28K/JailBreakV-28k on the hub
+    jailbreakv_28k:JailBreakV_28K.csv[?images=ROOT]         the same; also its mini_JailBreakV_28K.csv
+    advbench_coco:harmful_behaviors.csv?images=FOLDER[&seed=0]      llm-attacks/llm-attacks on GitHub
+    xstest:xstest_prompts.csv[?images=FOLDER&seed=0]        paul-rottger/xstest on GitHub
+    vqa_v2:FOLDER?split=val2014[&images=FOLDER]             visualqa.org: questions, annotations, COCO images
+
+Where `images` is a folder of benign images, a row's image is a pure function of (seed, row id) and the folder's sorted
+names. Nothing of these data sets is part of this project.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from icet_jax.data.image_files import MISSING, ImageFiles, ImageFolder, leaves_root
+from icet_jax.data.records import BadRow, Example, Records, collect, prompt_of, read_records, text, usable_image
+from icet_jax.data.tables import RawRow, csv_rows, json_array_rows
+from icet_jax.errors import UserError
+
+VQA_SUFFIX = "\nAnswer the question using a single word or phrase."
+"""What LLaVA-1.5 was trained to take as the request for a short answer."""
+
+_XSTEST_KINDS = {"safe": "benign", "unsafe": "forbidden"}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A source string taken apart."""
+
+    path: Path
+    options: Mapping[str, str]
+    image_root: Path | None
+    limit: int | None
+    files: ImageFiles
+
+    def picker(self) -> Callable[[str], Path]:
+        """row id -> image out of the folder `images`, for sources that need one."""
+        seed = self.options.get("seed", "0")
+        if not re.fullmatch(r"[0-9]{1,9}", seed):
+            raise UserError(f"{self.path}: seed={seed} must be a whole number, 0 or more")
+        return partial(ImageFolder(self.options["images"]).pick, int(seed))
+
+
+def read_source(
+    source: str, *, image_root: str | Path | None = None, limit: int | None = None, decode: bool = False
+) -> Records:
+    """The rows of a file: one of the published formats, or FILE.csv and FILE.jsonl of a user's own.
+
+    Args:
+      source: see the module's text.
+      image_root: folder that image paths of a user's file or of JailBreakV-28K start from; the file's own if None.
+      limit: usable rows after which reading stops.
+      decode: whether images are decoded, so that rows whose image is damaged are left out too.
+
+    Raises:
+      UserError: no such format or option, a file that cannot be read, or without a usable row.
+    """
+    name, colon, rest = source.partition(":")
+    if not colon or not re.fullmatch(r"\w+", name):
+        return read_records(source, image_root=image_root, limit=limit, decode=decode)
+    if name not in _FORMATS:
+        raise UserError(f"{source}: no data format is called '{name}'; known: {', '.join(_FORMATS)}")
+    reader, required, optional = _FORMATS[name]
+    path, question, query = rest.rpartition("?")
+    if not question:
+        path, query = rest, ""
+    options = _options(source, query, required, optional)
+    root = None if image_root is None else Path(image_root)
+    return reader(_Request(Path(path), options, root, limit, ImageFiles(decode=decode)))
+
+
+def _options(source: str, query: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    allowed = (*required, *optional)
+    for part in filter(None, query.split("&")):
+        key, equals, value = part.partition("=")
+        if key not in allowed or not equals or not value:
+            raise UserError(
+                f"{source}: '{part}' is no option of it; write KEY=VALUE with a KEY of {', '.join(allowed)}"
+            )
+        options[key] = value
+    for key in required:
+        if key not in options:
+            raise UserError(f"{source}: needs {key}: add ?{key}={'val2014' if key == 'split' else 'FOLDER'}")
+    return options
+
+
+def _redteam_2k(request: _Request) -> Records:
+    """Columns id, question, policy; the image is picked."""
+    pick = request.picker()
+
+    def convert(fields: dict[str, Any], identity: str) -> Example:
+        prompt = prompt_of(fields, "question")
+        image = usable_image(pick(identity), request.files)
+        return Example(_own_id(fields, identity), prompt, (image,), policy=text(fields, "policy"))
+
+    rows = csv_rows(request.path, ("id", "question", "policy"), "id, question, policy")
+    return collect(request.path, rows, convert, request.files, id_field="id", limit=request.limit)
+
+
+def _jailbreakv_28k(request: _Request) -> Records:
+    """Columns id, jailbreak_query, redteam_query, policy, image_path; image paths stay inside their root."""
+    root = Path(request.options.get("images") or request.image_root or request.path.parent)
+
+    def convert(fields: dict[str, Any], identity: str) -> Example:
+        prompt = prompt_of(fields, "jailbreak_query")
+        name = text(fields, "image_path")
+        if name is None:
+            raise BadRow(MISSING, "image_path is empty")
+        if leaves_root(name):
+            raise BadRow("image path outside its folder", f"image_path '{name}' leaves the folder of images")
+        image = usable_image(root / name, request.files)
+        return Example(_own_id(fields, identity), prompt, (image,), policy=text(fields, "policy"))
+
+    required = ("id", "jailbreak_query", "policy", "image_path")
+    rows = csv_rows(request.path, required, ", ".join(required))
+    return collect(request.path, rows, convert, request.files, id_field="id", limit=request.limit)
+
+
+def _advbench_coco(request: _Request) -> Records:
+    """Columns goal, target (an affirmative beginning, which is not used); rows go by their numbers."""
+    pick = request.picker()
+
+    def convert(fields: dict[str, Any], identity: str) -> Example:
+        prompt = prompt_of(fields, "goal")
+        return Example(identity, prompt, (usable_image(pick(identity), request.files),))
+
+    rows = csv_rows(request.path, ("goal",), "goal, target")
+    return collect(request.path, rows, convert, request.files, id_field=None, limit=request.limit)
+
+
+def _xstest(request: _Request) -> Records:
+    """Columns id, prompt, type, label; text-only unless a folder of images is given."""
+    pick = request.picker() if "images" in request.options else None
+
+    def convert(fields: dict[str, Any], identity: str) -> Example:
+        prompt = prompt_of(fields, "prompt")
+        label = (text(fields, "label") or "").lower()
+        if label not in _XSTEST_KINDS:
+            raise BadRow("unknown label", f"label '{label}' is neither safe nor unsafe")
+        images = () if pick is None else (usable_image(pick(identity), request.files),)
+        kind, policy = _XSTEST_KINDS[label], text(fields, "type")
+        return Example(_own_id(fields, identity), prompt, images, kind, policy=policy)
+
+    required = ("id", "prompt", "type", "label")
+    rows = csv_rows(request.path, required, ", ".join(required))
+    return collect(request.path, rows, convert, request.files, id_field="id", limit=request.limit)
+
+
+def _own_id(fields: Mapping[str, Any], identity: str) -> str:
+    """The id of a row whose format gives every row one."""
+    if not str(fields["id"]).strip():
+        raise BadRow("no id", "the id is empty")
+    return identity
+
+
+def _vqa_v2(request: _Request) -> Records:
+    """Questions joined with their annotations by question_id; images COCO_SPLIT_000000000000.jpg."""
+    split = request.options["split"]
+    questions = request.path / f"v2_OpenEnded_mscoco_{split}_questions.json"
+    annotations = request.path / f"v2_mscoco_{split}_annotations.json"
+    for path in (questions, annotations):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; split={split} needs its questions and annotations, unzipped")
+    beside = request.path / split
+    images = Path(request.options.get("images") or (beside if beside.is_dir() else request.path))
+    lookup = _Annotations(annotations)
+
+    def convert(fields: dict[str, Any], identity: str) -> Example:
+        number = _whole(fields, "question_id")
+        prompt = prompt_of(fields, "question") + VQA_SUFFIX
+        image_id = _whole(fields, "image_id")
+        note = lookup.of(number)
+        if note.image_id != image_id:
+            raise BadRow("annotation of another image", f"question {number} is about image {image_id}, its answers not")
+        image = usable_image(images / f"COCO_{split}_{image_id:012d}.jpg", request.files)
+        return Example(
+            identity, prompt, (image,), "vqa", note.answer, answers=note.answers, answer_type=note.answer_type
+        )
+
+    rows = json_array_rows(questions, "questions")
+    return collect(questions, rows, convert, request.files, id_field="question_id", limit=request.limit)
+
+
+@dataclass(frozen=True)
+class _Annotation:
+    image_id: int
+    answer: str
+    answers: tuple[str, ...]
+    answer_type: str | None
+
+
+class _Annotations:
+    """Annotations by question, read only as far as questions need: the published files hold both in one order."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows: Iterator[RawRow] = json_array_rows(path, "annotations")
+        self._waiting: dict[int, _Annotation | BadRow] = {}
+
+    def of(self, question: int) -> _Annotation:
+        while question not in self._waiting:
+            _, fields = next(self._rows, (0, None))
+            if fields is None:
+                raise BadRow("no annotation", f"question {question} has no annotation")
+            if not isinstance(fields, str):
+                self._keep(fields)
+        found = self._waiting.pop(question)
+        if isinstance(found, BadRow):
+            raise found
+        return found
+
+    def _keep(self, fields: dict[str, Any]) -> None:
+        try:
+            number = _whole(fields, "question_id")
+        except BadRow:
+            return  # its question, if there is one, is left out for having no annotation
+        try:
+            self._waiting.setdefault(number, _annotation(fields))
+        except BadRow as error:
+            self._waiting.setdefault(number, error)
+
+
+def _annotation(fields: dict[str, Any]) -> _Annotation:
+    answer, given = text(fields, "multiple_choice_answer"), fields.get("answers")
+    if answer is None:
+        raise BadRow("no answer", "its annotation has no multiple_choice_answer")
+    if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
+        raise BadRow("no answer", "its annotation has no list of answers")
+    answers = tuple(sys.intern(text(one, "answer") or "") for one in given)  # millions of them, most alike
+    return _Annotation(_whole(fields, "image_id"), answer, answers, text(fields, "answer_type"))
+
+
+def _whole(fields: dict[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise BadRow("bad field", f"{name} is no whole number")
+    return value
+
+
+_FORMATS: dict[str, tuple[Callable[[_Request], Records], tuple[str, ...], tuple[str, ...]]] = {
+    "redteam_2k": (_redteam_2k, ("images",), ("seed",)),
+    "jailbreakv_28k": (_jailbreakv_28k, (), ("images",)),
+    "advbench_coco": (_advbench_coco, ("images",), ("seed",)),
+    "xstest": (_xstest, (), ("images", "seed")),
+    "vqa_v2": (_vqa_v2, ("split",), ("images",)),
+}
+"""{name: (reader, options it needs, options it may have)}."""

@@ -1,0 +1,207 @@
+"""Raw rows out of files of tables: CSV, JSON lines, and arrays inside large JSON files, all read as a stream.
+
+Each reader yields `(line, fields)`, or `(line, reason)` where that row itself is malformed: damage to one row costs
+that row alone. Bytes that are not UTF-8 come through as surrogates, which `text_problem` finds.
+"""
+
+import csv
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+from icet_jax.errors import UserError
+
+RawRow: TypeAlias = tuple[int, dict[str, Any] | str]
+
+_CHUNK = 1 << 20  # characters of a JSON file that are looked at together
+
+
+def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawRow]:
+    """Rows of a CSV file whose first line names its columns (case and surrounding spaces do not matter).
+
+    A quotation mark that is never closed costs the line it stands on, not the rest of the file.
+
+    Args:
+      path: the file.
+      required: columns that must be there.
+      columns: the columns of such a file, for the error.
+
+    Raises:
+      UserError: empty, or a required column is missing.
+      OSError: it cannot be read.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        records = _csv_records(file)
+        _, header = next(records, (0, []))
+        if isinstance(header, str):
+            raise UserError(f"{path}: its first line, the names of the columns, is no CSV ({header})")
+        names = [cell.strip().lower() for cell in header]
+        if not any(names):
+            raise UserError(f"{path}: is empty; name the columns in its first line: {columns}")
+        for name in required:
+            if name not in names:
+                have = ", ".join(names).encode("ascii", "backslashreplace").decode()
+                raise UserError(f"{path}: no column '{name}' among {have}; its first line should name {columns}")
+        for line, cells in records:
+            if isinstance(cells, str):
+                yield line, cells
+            elif len(cells) != len(names):
+                yield line, f"{len(cells)} cells, but {len(names)} columns"
+            else:
+                yield line, dict(zip(names, cells, strict=True))
+
+
+def _csv_records(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
+    """(last line, cells) of every record; after a malformed one, (line, reason) and the search goes on a line later."""
+    source, waiting, line = iter(file), deque[str](), 0
+    while True:
+        taken: list[str] = []
+        try:
+            cells = next(csv.reader(_take(source, waiting, taken), strict=True))
+        except StopIteration:
+            return
+        except csv.Error as error:
+            waiting.extendleft(reversed(taken[1:]))
+            line += 1
+            yield line, f"not CSV ({error})"
+            continue
+        line += len(taken)
+        if cells:
+            yield line, cells
+
+
+def _take(source: Iterator[str], waiting: deque[str], taken: list[str]) -> Iterator[str]:
+    """Lines put back first, then the file's; what is handed out is noted in `taken`."""
+    while waiting:
+        taken.append(waiting.popleft())
+        yield taken[-1]
+    for line in source:
+        taken.append(line)
+        yield line
+
+
+def jsonl_rows(path: Path) -> Iterator[RawRow]:
+    """Rows of a file of one JSON object per line; blank lines are passed over."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                fields = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                yield line, f"not JSON ({getattr(error, 'msg', error)})"
+                continue
+            yield line, fields if isinstance(fields, dict) else "not a JSON object"
+
+
+def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
+    """The objects in `{..., key: [...]}`, one after the other: the file (hundreds of megabytes) is never held whole.
+
+    "Lines" are numbers of the objects, from 1. Where the file stops being JSON, the last row says so and the rows
+    before it stand.
+
+    Raises:
+      UserError: it does not begin as a JSON object, or has no array of that name.
+      OSError: it cannot be read.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = _JsonReader(file)
+        try:
+            found = reader.enter(key)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a JSON file ({error})") from error
+        if not found:
+            raise UserError(f"{path}: has no list '{key}'; give the data set's published file")
+        number = 0
+        while True:
+            try:
+                more = reader.next_in_array(first=number == 0)
+                value = reader.value() if more else None
+            except (ValueError, RecursionError) as error:
+                yield number + 1, f"the file is no JSON from here on, damaged or cut off ({error})"
+                return
+            if not more:
+                return
+            number += 1
+            yield number, value if isinstance(value, dict) else "not a JSON object"
+
+
+class _JsonReader:
+    """Values out of a JSON text that is read in chunks."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._decoder = file, json.JSONDecoder()
+        self._text, self._at, self._ended = "", 0, False
+
+    def enter(self, key: str) -> bool:
+        """Goes to the array `key` of the object that the text is; False where the object has none."""
+        self._expect("{")
+        if self._peek() == "}":
+            return False
+        while True:
+            name = self.value()
+            self._expect(":")
+            if name == key and self._peek() == "[":
+                self._expect("[")
+                return True
+            self.value()
+            if self._peek() != ",":
+                self._expect("}")
+                return False
+            self._expect(",")
+
+    def next_in_array(self, *, first: bool) -> bool:
+        """Whether another element follows; stands at it if so."""
+        if self._peek() == "]":
+            return False
+        if not first:
+            self._expect(",")
+        return True
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        self._peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except ValueError as error:
+                if not self._read():
+                    raise ValueError(getattr(error, "msg", str(error))) from error
+                continue
+            # A number at the very end of the chunk may go on in the next one.
+            if end < len(self._text) or not self._read():
+                self._at = end
+                return value
+
+    def _peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            while self._at < len(self._text):
+                if not self._text[self._at].isspace():
+                    return self._text[self._at]
+                self._at += 1
+            if not self._read():
+                return ""
+
+    def _expect(self, character: str) -> None:
+        found = self._peek()
+        if found != character:
+            raise ValueError(f"expected {character!r}, found {found.encode('ascii', 'backslashreplace').decode()!r}")
+        self._at += 1
+
+    def _read(self) -> bool:
+        """Takes another chunk in, forgetting what has been used; False at the end of the file."""
+        chunk = "" if self._ended else self._file.read(max(_CHUNK, len(self._text) - self._at))
+        self._ended = not chunk
+        if chunk:
+            self._text, self._at = self._text[self._at :] + chunk, 0
+        return bool(chunk)
+
+
+def text_problem(text: str) -> str | None:
+    """Why a text cannot be used, or None: bytes that were not UTF-8, or NUL."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "not UTF-8"
+    return "holds a NUL byte" if "\0" in text else None

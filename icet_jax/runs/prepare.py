@@ -1,0 +1,92 @@
+"""`--mode=prepare`: every data set that a config names, checked image by image and written where runs read it."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from icet_jax.data import prepared
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+from icet_jax.files import write_text_atomic
+from icet_jax.runs import sources
+
+SCHEMA = 1
+TRAIN = "train"
+"""What the training set is called among the prepared sets."""
+
+
+def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
+    """Writes `config.data.train` and the sets of the sweeps, skipping those whose sources have not changed.
+
+    Prints a table and writes it to `report.json` beside the sets: rows read, kept and dropped by reason, repeats, and
+    test prompts that are training prompts.
+
+    Args:
+      config: its `data` and `sweep` name the sources.
+      workdir: unused.
+      options: `out`, the folder to write to instead of `config.data.directory`.
+
+    Raises:
+      UserError: no folder or no data set is named, a source that cannot be read, or a folder that cannot be written to.
+    """
+    directory = options.out if options.out is not None else config.data.directory
+    if not directory:
+        raise UserError("--mode=prepare needs a folder to write to: --config.data.directory=DIR or --out=DIR")
+    named = named_sets(config)
+    if not named:
+        raise UserError("--mode=prepare: the config names no data set (data.train, sweep.datasets, sweep.utility)")
+    directory = Path(directory)
+    reports, rows = {}, {}
+    for name, (source, limit) in named.items():
+        reports[name] = _prepare(directory, name, source, limit, config.data.image_root)
+        rows[name] = prepared.read_set(directory, name, source, limit)
+        print(_line(name, reports[name]))
+    train: list[Example] = rows.pop(TRAIN, [])
+    overlap = sources.report_overlap(train, rows)
+    content = {"schema": SCHEMA, "sets": reports, "prompts_shared_with_train": overlap}
+    write_text_atomic(directory / "report.json", json.dumps(content, indent=1) + "\n")
+    print(f"report: {directory / 'report.json'}", file=sys.stderr)
+    return 0
+
+
+def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
+    """{name: (source, limit)} of every data set that the config names, the training set under `TRAIN`.
+
+    Raises:
+      UserError: a test set has the training set's name.
+    """
+    tests = {**config.sweep.datasets, **config.sweep.utility}
+    if TRAIN in tests:
+        raise UserError(f"config.sweep names a data set '{TRAIN}', which is what the training set is called; rename it")
+    named = {TRAIN: (config.data.train, None)} if config.data.train else {}
+    return named | {name: (source, config.sweep.limit) for name, source in tests.items()}
+
+
+def _prepare(directory: Path, name: str, source: str, limit: int | None, image_root: str | None) -> dict[str, Any]:
+    """One set; returns what `source.json` says of it, and whether it was `unchanged`."""
+    # Without decoding, reading is quick enough to find out whether anything has changed.
+    seen = sources.read_rows(source, image_root=image_root, limit=limit)
+    mark = prepared.fingerprint(source, limit, seen)
+    old = prepared.read_facts(directory, name)
+    if old is not None and old["fingerprint"] == mark:
+        return {**old, "unchanged": True}
+    records = sources.read_rows(source, image_root=image_root, limit=limit, decode=True)
+    facts = {"source": source, "limit": limit, "fingerprint": mark}
+    return {**prepared.write_set(directory, name, records, facts), "unchanged": False}
+
+
+def _line(name: str, report: dict[str, Any]) -> str:
+    dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
+    parts = [
+        f"{name}: {report['kept']} of {report['read']} rows kept",
+        f"{sum(report['dropped'].values())} dropped ({dropped})" if dropped else "none dropped",
+        f"{report['images']} images, {report['image_bytes'] / 1e6:.1f} MB",
+    ]
+    for key, what in (("repeats", "repeated rows kept"), ("animated", "animated images (first frame used)")):
+        if report[key]:
+            parts.append(f"{report[key]} {what}")
+    return "; ".join(parts) + (" (unchanged)" if report["unchanged"] else "")
