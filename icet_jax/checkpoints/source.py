@@ -8,35 +8,87 @@ from typing import Any
 
 from icet_jax.errors import UserError
 
-# Weights are read from safetensors alone; everything else a checkpoint carries is small.
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# All that a loader looks at: weights in safetensors at the top of the repository, and small files beside them.
+_FILES = (
+    "*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors",
+    "adapter_model.safetensors", "value_head.safetensors",
+)  # fmt: skip
+_IN_FOLDERS = "*/*"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def local_directory(path_or_id: str | os.PathLike[str]) -> Path:
+def local_directory(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The directory of a checkpoint: a local one as it is, a hub id's files from the cache or the network.
 
+    A download that was interrupted goes on where it stopped. HF_HUB_OFFLINE and HF_HOME are honoured; a token is taken
+    from HF_TOKEN alone.
+
+    Args:
+      path_or_id: a directory, or a repository's id on the Hugging Face hub.
+      revision: of the repository: branch, tag or commit; None is the default branch.
+
     Raises:
-      UserError: there is no such directory, and it cannot be fetched from the hub either.
+      UserError: there is no such directory, and it cannot be fetched from the hub either; the line says why.
     """
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
     name = os.fspath(path_or_id)
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{name}: a local directory has no revision ({revision}); leave the revision unset")
+        return path
     if path.exists():
         raise UserError(f"{name}: a file; give the checkpoint's directory, the one with config.json")
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"{name}: no such directory; give a checkpoint's directory or its id on the Hugging Face hub")
+    directory = _download(name, revision)
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"{name}: the hub has no safetensors weights for it; download its pickled ones (hf download {name} "
+            "--local-dir DIR) and convert them: python scripts/convert_pickle.py DIR"
+        )
+    return directory
+
+
+def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
+    token = os.environ.get("HF_TOKEN") or False  # False: no token that an earlier login left on this machine
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=list(_FILES), ignore_patterns=[_IN_FOLDERS], token=token
+            )
+        )
     except Exception as error:  # the hub's client raises its own, requests', httpx' and the system's errors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{name}: no such directory, and not to be had from the Hugging Face hub either "
-            f"({type(error).__name__}: {reason[:200]}); download it where there is a network and give its directory"
-        ) from error
+        raise UserError(f"{name}: {_reason(error, name, revision, token)}") from None
+
+
+def _reason(error: Exception, name: str, revision: str | None, token: str | bool) -> str:
+    """What happened and what mends it; nothing of the request, which carries the token."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"is gated: accept its terms at https://huggingface.co/{name} and set HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision {revision} on the Hugging Face hub; give one of its branches, tags or commits"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "no such directory, and no such repository on the Hugging Face hub (of a private one, set HF_TOKEN); "
+            "check the name"
+        )
+    at = "" if revision is None else f" at revision {revision}"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"no such directory, and not in the local cache{at} while HF_HUB_OFFLINE is set; "
+            "download it where there is a network and give its directory"
+        )
+    said = " ".join(str(error).split())
+    if token:
+        said = said.replace(str(token), "HF_TOKEN")
+    return (
+        f"no such directory, and not to be had from the Hugging Face hub{at} either ({type(error).__name__}: "
+        f"{said[:200]}); download it where there is a network and give its directory"
+    )
 
 
 def generation_tokens(directory: str | Path, config: dict[str, Any]) -> tuple[tuple[int, ...], int]:

@@ -24,27 +24,100 @@ def test_a_file_is_no_checkpoint(tmp_path):
         local_directory(tmp_path / "model.safetensors")
 
 
-def test_the_hub_out_of_reach_is_one_line(monkeypatch, tmp_path):
+def test_a_directory_has_no_revision(tmp_path):
+    with pytest.raises(UserError, match="has no revision .v2.; leave the revision unset"):
+        local_directory(tmp_path, "v2")
+
+
+def test_offline_and_not_in_the_cache_is_one_line(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="nobody/nothing-7b: no such directory, and not to be had") as caught:
+    with pytest.raises(UserError, match="nobody/nothing-7b: no such directory, and not in the local cache") as caught:
         local_directory("nobody/nothing-7b")
-    assert "\n" not in str(caught.value)
+    assert "HF_HUB_OFFLINE is set" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_hub_gets_safetensors_alone(monkeypatch, tmp_path):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Stands in for the download; its `error`, if set, is raised, and `asked` holds what it was called with."""
     import huggingface_hub
 
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, allow_patterns: asked.update({name: allow_patterns}) or tmp_path,
-    )
+    class Hub:
+        error = None
+        asked = None
+        folder = tmp_path
+
+        def download(self, name, **options):
+            self.asked = {"name": name, **options}
+            if self.error is not None:
+                raise self.error
+            return str(self.folder)
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (tmp_path / "model.safetensors").touch()
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
+    return hub
+
+
+def test_only_what_a_loader_reads_is_downloaded(hub, tmp_path):
+    from huggingface_hub.utils import filter_repo_objects
+
     assert local_directory("someone/model") == tmp_path
-    assert "*.safetensors" in asked["someone/model"] and "*.bin" not in asked["someone/model"]
+    files = [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+        "chat_template.jinja", "merges.txt", "pytorch_model.bin", "consolidated.safetensors", "original/params.json",
+        "onnx/model.onnx", "fp16/model.safetensors", "README.md", "adapter_model.safetensors",
+    ]  # fmt: skip
+    wanted = {name: hub.asked[f"{name}_patterns"] for name in ("allow", "ignore")}
+    kept = filter_repo_objects(files, allow_patterns=wanted["allow"], ignore_patterns=wanted["ignore"])
+    assert list(kept) == files[:6] + ["adapter_model.safetensors"]
+
+
+def test_the_revision_and_the_token_of_the_environment_are_used_and_no_other_token(hub, monkeypatch):
+    local_directory("someone/model", "abc123")
+    assert hub.asked["revision"] == "abc123" and hub.asked["token"] is False
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    local_directory("someone/model")
+    assert hub.asked["revision"] is None and hub.asked["token"] == "hf_secret"
+
+
+def hub_error(kind):
+    """An error of the hub's client, made without the HTTP library that this version of it happens to use."""
+    from huggingface_hub import errors
+
+    made = getattr(errors, kind).__new__(getattr(errors, kind))
+    Exception.__init__(made, "hf_secret was refused\nsecond line")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("GatedRepoError", "someone/model: is gated: accept its terms at https://huggingface.co/someone/model"),
+        ("RevisionNotFoundError", "someone/model: has no revision v9 on the Hugging Face hub"),
+        ("RepositoryNotFoundError", "no such repository on the Hugging Face hub .of a private one, set HF_TOKEN."),
+        ("HfHubHTTPError", r"not to be had from the Hugging Face hub at revision v9 either .HfHubHTTPError: HF_TOKEN"),
+    ],
+)
+def test_what_the_hub_says_is_one_line_without_the_token(hub, monkeypatch, kind, says):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.error = hub_error(kind)
+    with pytest.raises(UserError, match=says) as caught:
+        local_directory("someone/model", "v9")
+    assert "hf_secret" not in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+def test_a_repository_with_pickled_weights_alone_is_told_how_to_convert(hub, tmp_path):
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="hf download someone/model --local-dir DIR.*scripts/convert_pickle.py DIR"):
+        local_directory("someone/model")
 
 
 @pytest.mark.parametrize(
