@@ -47,9 +47,9 @@ def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES)
 def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
     """Agreement beyond chance of two judges' verdicts on the same rows.
 
-    kappa = (observed - chance) / (1 - chance), chance from the two judges' own shares (Cohen 1960). The interval is that
-    of the observed agreement, clustered by prompt (`mean_interval`), with chance taken as known: Cohen's own form of
-    the error, which is on the wide side and not empty at perfect agreement.
+    kappa = (observed - chance) / (1 - chance), chance from the two judges' own shares (Cohen 1960). The interval is
+    that of the observed agreement, clustered by prompt (`mean_interval`), with chance taken as known: Cohen's own form
+    of the error, which is on the wide side and not empty at perfect agreement.
 
     Args:
       a: verdicts [n], 0 or 1.
@@ -68,8 +68,8 @@ def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> 
 
 def _observed(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
     """Share of equal verdicts."""
-    interval = mean_interval((a == b).astype(np.float64), clusters, share=True)
-    return interval._replace(mean=float(np.mean(a == b)) if len(a) else math.nan)  # exactly 1 where all are equal
+    mean, low, high = mean_interval((a == b).astype(np.float64), clusters, share=True)
+    return Interval(min(mean, 1.0), low, max(high, min(mean, 1.0)))  # sums of weights may miss 1 by a rounding
 
 
 class _Verdicts:

@@ -1,0 +1,48 @@
+"""`agreement.json` of a run directory: how far its judges agree on the answers of its finished sweeps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from icet_jax.errors import UserError
+from icet_jax.evaluation.agreement import agreement
+from icet_jax.evaluation.summary import Row
+from icet_jax.files import write_text_atomic
+from icet_jax.report.load import PHASES, read_jsonl
+
+
+def write_agreement(workdir: Path) -> dict[str, Any]:
+    """Writes `workdir`/agreement.json from the transcripts (again whenever they change), and returns its content.
+
+    Raises:
+      UserError: a transcript is broken, or the file cannot be written.
+    """
+    rows = ((phase, dataset, row) for phase, dataset, path in finished_sweeps(workdir) for row in read_transcript(path))
+    table = agreement(rows)
+    write_text_atomic(workdir / "agreement.json", json.dumps(table, indent=1, allow_nan=False) + "\n")
+    return table
+
+
+def finished_sweeps(workdir: Path) -> list[tuple[str, str, Path]]:
+    """(phase, data set, transcript file) of every sweep of the run in `workdir` that is complete."""
+    found = []
+    for phase in PHASES:
+        for path in sorted((workdir / "sweeps").glob(f"{phase}.*.json")):
+            transcript = workdir / "transcripts" / f"{path.stem}.jsonl"
+            if transcript.is_file():
+                found.append((phase, path.stem.partition(".")[2], transcript))
+    return found
+
+
+def read_transcript(path: Path) -> list[Row]:
+    """The rows of a transcript.
+
+    Raises:
+      UserError: a broken line, or one without what every answer has.
+    """
+    rows = read_jsonl(path)
+    needed = {"id", "layer", "prompt", "response", "kind", "scores"}
+    for number, row in enumerate(rows, start=1):
+        if not needed <= row.keys():
+            raise UserError(f"{path}: row {number} lacks {min(needed - row.keys())}; measure the sweep again")
+    return rows
