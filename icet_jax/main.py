@@ -22,10 +22,14 @@ EXAMPLE = "python -m icet_jax.main --config=configs/organism_lppo.py --workdir=r
 MODES = {
     "align": "sweep all exits, train, sweep again, utility, export, report (the default)",
     "sweep": "measure every exit of a checkpoint, and report",
+    "prepare": "write the config's data sets where runs read them, and report what was left out",
+    "reward": "train a GPT-2 reward model on preference pairs (config.rm)",
     "ask": "answer one prompt at chosen exits, side by side",
     "export": "write a run's aligned model in the Hugging Face layout",
+    "labels": "write a sample of a run's answers for people to judge, or read their labels",
     "verify": "compare a checkpoint with transformers (needs the `test` extra)",
 }
+_MODULES = {"reward": "train_reward"}  # of modes whose file in icet_jax/runs has another name
 _OVERRIDE = "--config."
 
 
@@ -54,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--image", action="append", default=[], type=Path, help="ask: image file; may be repeated")
     parser.add_argument("--prompt", help="ask: the question")
     parser.add_argument("--exits", help='ask, verify: "all", or exits such as 1,12,23')
-    parser.add_argument("--out", type=Path, help="export: where to, instead of workdir/hf")
+    parser.add_argument(
+        "--out", type=Path, help="export, prepare, labels: where to, instead of workdir/hf or config.data.directory"
+    )
+    parser.add_argument("--labels", type=Path, help="labels: the filled-in CSV to read")
+    parser.add_argument("--rows", type=int, default=200, help="labels: how many answers to sample")
+    parser.add_argument("--verdicts", action="store_true", help="labels: show people what the judges said")
     return parser
 
 
@@ -87,16 +96,16 @@ def run(arguments: Sequence[str]) -> int:
 
     rest, overrides = _split_overrides(arguments)
     options = _parser().parse_args(rest)
-    if options.config is None and options.checkpoint is None and options.mode != "export":
+    if options.config is None and options.checkpoint is None and options.mode not in ("export", "labels"):
         raise UserError(f"no --config (nor --checkpoint); type: {EXAMPLE}")
     if options.config is None and options.mode == "align":
         raise UserError(f"--mode=align needs --config; type: {EXAMPLE}")
-    if options.mode in ("align", "sweep") and options.workdir is None:
+    if options.mode in ("align", "sweep", "reward") and options.workdir is None:
         raise UserError(f"--mode={options.mode} needs --workdir, the folder to write to; type: {EXAMPLE}")
     if options.checkpoint is not None:
         overrides.append(("model.checkpoint", options.checkpoint))
     config = config_files.load(options.config, overrides)
-    module = importlib.import_module(f"icet_jax.runs.{options.mode}")
+    module = importlib.import_module(f"icet_jax.runs.{_MODULES.get(options.mode, options.mode)}")
     return module.run(config, options.workdir, options)
 
 
