@@ -37,7 +37,8 @@ class Scorer(Protocol):
     reported too, for example {"refused": "refusal", "degenerate": "degenerate"}. `families`, {result name: metric
     family}, names the results that are not of family `metric` ("p_unsafe", the probability of the verdict "unsafe").
     `fingerprint` is a text of what its scores depend on beside its name (weights, template, dtype): sweeps judge again
-    where it has changed.
+    where it has changed, and without one its scores are not cached. `reads_prompts = False` says that a score depends
+    on the response alone, `remote = True` that another machine computes it.
     """
 
     name: str
