@@ -49,20 +49,21 @@ class GPT2Blocks(nnx.Module):
         return x + self.mlp_proj(layers.gelu_tanh(self.c_fc(self.ln_2(x))))
 
 
-class GPT2RewardModel(nnx.Module):
-    """Scores a text with the head's output at its last real token; positions count real tokens only."""
+class GPT2Backbone(nnx.Module):
+    """GPT-2 without any head: final hidden states after the last norm (HF `GPT2Model`)."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32):
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.config, self.dtype = config, dtype
+    def __init__(
+        self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        self.config, self.dtype, self.remat = config, dtype, remat
         self.wte = layers.normal(rngs, (config.vocab_size, config.n_embd), 0.02, param_dtype)
         self.wpe = layers.normal(rngs, (config.n_positions, config.n_embd), 0.01, param_dtype)
-        self.layers = GPT2Blocks(config, **common)
+        self.layers = GPT2Blocks(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.ln_f = layers.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, param_dtype=param_dtype)
-        self.score = layers.Linear(config.n_embd, 1, use_bias=False, stddev=0.02, **common)
 
-    def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Raw float32 rewards; an empty row gets the score of its first padding column.
+    def hidden(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Hidden states under causal attention to real tokens; positions count real tokens only.
 
         Raises:
           ValueError: the texts are longer than the position table.
@@ -78,7 +79,28 @@ class GPT2RewardModel(nnx.Module):
         def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
             return nnx.merge(graph, weights)(x, allowed), None
 
-        x, _ = jax.lax.scan(body, x, state)
-        last = jnp.max(jnp.where(mask, jnp.arange(length), 0), axis=1)
-        final = jnp.take_along_axis(self.ln_f(x), last[:, None, None], axis=1)[:, 0]
-        return self.score(final)[:, 0].astype(jnp.float32)
+        x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, state)
+        return self.ln_f(x)
+
+
+class GPT2RewardModel(GPT2Backbone):
+    """Scores a text with the head's output at its last real token."""
+
+    def __init__(
+        self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        super().__init__(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        # bfloat16 would round a reward of 8 to the next sixteenth.
+        head: dict[str, Any] = dict(dtype=jnp.float32, param_dtype=param_dtype)
+        self.score = layers.Linear(config.n_embd, 1, use_bias=False, stddev=0.02, rngs=rngs, **head)
+
+    def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+        """Raw float32 rewards; an empty row gets the score of its first padding column.
+
+        Raises:
+          ValueError: the texts are longer than the position table.
+        """
+        last = jnp.max(jnp.where(mask, jnp.arange(tokens.shape[1]), 0), axis=1)
+        final = jnp.take_along_axis(self.hidden(tokens, mask), last[:, None, None], axis=1)[:, 0]
+        return self.score(final)[:, 0]

@@ -1,0 +1,153 @@
+"""Preference pairs in the format of Anthropic's HH-RLHF: two transcripts that differ in their last answer.
+
+A file is .jsonl or .jsonl.gz; each line is `{"chosen": TRANSCRIPT, "rejected": TRANSCRIPT}`, a transcript is
+"\\n\\nHuman: ...\\n\\nAssistant: ..." with any number of turns, and the last one is the assistant's. Bad rows are left
+out and counted by reason.
+"""
+
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icet_jax.errors import UserError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+Pair = tuple[str, str, str]
+"""(prompt, chosen response, rejected response)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Preferences:
+    """What a file held.
+
+    Attributes:
+      path: the file.
+      pairs: the usable pairs, in file order. A prompt of several turns is the transcript from the first question to
+        the last, without the leading "\\n\\nHuman: ": a template "\\n\\nHuman: {prompt} \\n\\nAssistant:" restores it.
+      read: rows of the file (blank lines are none).
+      dropped: rows left out, by reason.
+      first_line: of each reason, the first line of the file that it struck.
+    """
+
+    path: Path
+    pairs: list[Pair]
+    read: int
+    dropped: Counter[str] = field(default_factory=Counter)
+    first_line: dict[str, int] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """One line for a log: pairs used, rows left out and why."""
+        parts = [f"{reason}: {count} (first on line {self.first_line[reason]})" for reason, count in self._reasons()]
+        left_out = f", {self.dropped.total()} left out ({'; '.join(parts)})" if parts else ""
+        return f"{self.path.name}: {len(self.pairs)} pairs of {self.read} rows{left_out}"
+
+    def _reasons(self) -> list[tuple[str, int]]:
+        return sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
+
+
+class _BadRow(Exception):
+    """Why a row is left out."""
+
+
+def read_pairs(path: str | Path) -> Preferences:
+    """Reads a file of preference pairs.
+
+    Raises:
+      UserError: the file cannot be read, is of another kind or cut short, or holds no usable pair.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise UserError(f"{path}: preference pairs are .jsonl or .jsonl.gz; convert or rename the file")
+    pairs: dict[Pair, None] = {}
+    dropped: Counter[str] = Counter()
+    first_line: dict[str, int] = {}
+    read = 0
+    try:
+        for line, text in _lines(path):
+            read += 1
+            try:
+                pair = _pair(text)
+                if pair in pairs:
+                    raise _BadRow("repeats an earlier pair")
+            except _BadRow as error:
+                dropped[str(error)] += 1
+                first_line.setdefault(str(error), line)
+                continue
+            pairs[pair] = None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error}); download it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    result = Preferences(path, list(pairs), read, dropped, first_line)
+    if not pairs:
+        raise UserError(f"{path}: no usable preference pair: {result.report() if read else 'the file is empty'}")
+    return result
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number, bytes) of every line that is not blank."""
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _pair(line: bytes) -> Pair:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise _BadRow("not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise _BadRow("not JSON") from None
+    if not isinstance(row, dict):
+        raise _BadRow("not a JSON object")
+    (prompt, chosen), (other, rejected) = (_split(row.get(name), name) for name in ("chosen", "rejected"))
+    if prompt != other:
+        raise _BadRow("the transcripts differ before the last answer")
+    if chosen == rejected:
+        raise _BadRow("both answers are the same")
+    return prompt, chosen, rejected
+
+
+def _split(transcript: Any, name: str) -> tuple[str, str]:
+    """(prompt, last answer) of a transcript, both stripped."""
+    if not isinstance(transcript, str):
+        raise _BadRow(f"{name} is no text")
+    # A lone surrogate is valid JSON, but no tokenizer takes it.
+    if any("\ud800" <= char <= "\udfff" for char in transcript):
+        raise _BadRow(f"{name} holds half a character")
+    start, colon, answer = transcript.rpartition(ASSISTANT)
+    if not start.startswith(HUMAN) or not colon:
+        raise _BadRow(f"{name} is no transcript of Human and Assistant")
+    if HUMAN in answer:
+        raise _BadRow(f"{name} does not end with the assistant's turn")
+    prompt, answer = start.removeprefix(HUMAN).strip(), answer.strip()
+    if not prompt or not answer:
+        raise _BadRow(f"{name} has an empty {'question' if not prompt else 'answer'}")
+    return prompt, answer
+
+
+def split_by_prompt(pairs: Iterable[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """(training pairs, held-out pairs): about `share` of the prompts are held out, each with all of its pairs.
+
+    Whether a prompt is held out depends on it and the seed alone, so that adding rows moves no other row across.
+    """
+    train: list[Pair] = []
+    held_out: list[Pair] = []
+    for pair in pairs:
+        drawn = zlib.crc32(f"{seed}\n{pair[0]}".encode()) / 2**32
+        (held_out if drawn < share else train).append(pair)
+    return train, held_out
+
+
+def without_prompts(pairs: Iterable[Pair], others: Iterable[Pair]) -> list[Pair]:
+    """`pairs` whose prompt none of `others` has."""
+    prompts = {pair[0] for pair in others}
+    return [pair for pair in pairs if pair[0] not in prompts]
