@@ -177,7 +177,8 @@ print("agreed")
 
 def test_spread_weights_give_the_same_scores(tmp_path):
     config = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
-    directories = [str(tiny_scorers.save(tmp_path / name, build(**config))) for name, build in BUILDERS.items()]
+    builds = {name: BUILDERS[name] for name in ("bert", "deberta", "llama")}
+    directories = [str(tiny_scorers.save(tmp_path / name, build(**config))) for name, build in builds.items()]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *directories], env=environment, capture_output=True, text=True, timeout=600

@@ -62,9 +62,9 @@ def test_small_embeddings_show_a_wrong_epsilon(tmp_path):
 
 def test_padding_does_not_change_a_reward(tmp_path):
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, tiny_scorers.deberta(seed=4)))
-    ids, mask = rows([5, 17, 40])
+    ids, mask = rows([5, 17])
     expected = alone(checkpoint, ids, mask)
-    for padded in ((ids, mask), (np.where(mask, ids, 7), mask), rows([5, 17, 40], pad="left")):
+    for padded in ((ids, mask), (np.where(mask, ids, 7), mask), rows([5, 17], pad="left")):
         np.testing.assert_allclose(ours(checkpoint, *padded), expected, atol=2e-6)
 
 

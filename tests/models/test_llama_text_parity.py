@@ -46,14 +46,14 @@ def our_logits(checkpoint, ids, mask):
     return np.asarray(_logits(checkpoint.graphdef, checkpoint.params, jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
 
 
-@pytest.mark.parametrize("pad", ["left", "right"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_agree_at_real_tokens(tmp_path, case, pad):
+def test_logits_agree_at_real_tokens(tmp_path, case):
     model = tiny_scorers.llama_lm(seed=1, **CASES[case])
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, model))
-    ids, mask = rows([1, 9, 33], pad=pad)
-    expected = theirs(model, ids, mask)[mask]
-    assert np.abs(our_logits(checkpoint, ids, mask)[mask] - expected).max() <= 1e-5 * max(1.0, expected.std())
+    for pad in ("left", "right"):
+        ids, mask = rows([1, 9, 33], pad=pad)
+        expected = theirs(model, ids, mask)[mask]
+        assert np.abs(our_logits(checkpoint, ids, mask)[mask] - expected).max() <= 1e-5 * max(1.0, expected.std())
 
 
 def test_the_test_sees_llama3_rope(tmp_path):
@@ -69,26 +69,28 @@ def test_rotary_frequencies_of_llama_guard_3():
     assert frequencies[[31, 32, 63]] == pytest.approx([8.5675146e-4, 5.24846022e-4, 3.06892588e-7], rel=1e-6)
 
 
-@pytest.mark.parametrize("pad", ["left", "right"])
-def test_greedy_generation_is_that_of_transformers(tmp_path, pad):
+def test_greedy_generation_is_that_of_transformers(tmp_path):
     model = tiny_scorers.llama_lm(seed=2, rope_parameters=tiny_scorers.LLAMA3_ROPE)
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, model))
     lengths = [4, 11, 26]
     sampling = Sampling(max_new_tokens=12, temperature=0.0, eos_ids=(tiny.EOS,), pad_id=tiny.PAD)
-    ids, mask = rows(lengths, pad=pad)
-    out = jax.jit(lambda params, ids, mask: generate(
-        nnx.merge(checkpoint.graphdef, params), ids, mask, None, jax.random.split(jax.random.key(0), 3), sampling
-    ))(checkpoint.params, jnp.asarray(ids, jnp.int32), jnp.asarray(mask))  # fmt: skip
-    left = rows(lengths, pad="left")
+    keys = jax.random.split(jax.random.key(0), len(lengths))
+    ids, mask = rows(lengths, pad="left")
     with torch.no_grad():
         expected = model.generate(
-            torch.from_numpy(left[0]), attention_mask=torch.from_numpy(left[1]).long(), do_sample=False,
+            torch.from_numpy(ids), attention_mask=torch.from_numpy(mask).long(), do_sample=False,
             max_new_tokens=12, pad_token_id=tiny.PAD,
-        )[:, left[0].shape[1] :].numpy()  # fmt: skip
-    np.testing.assert_array_equal(np.asarray(out.tokens)[:, : expected.shape[1]], expected)
+        )[:, ids.shape[1] :].numpy()  # fmt: skip
+    run = jax.jit(lambda params, ids, mask: generate(
+        nnx.merge(checkpoint.graphdef, params), ids, mask, None, keys, sampling
+    ))  # fmt: skip
+    for pad in ("left", "right"):
+        ids, mask = rows(lengths, pad=pad)
+        out = run(checkpoint.params, jnp.asarray(ids, jnp.int32), jnp.asarray(mask))
+        np.testing.assert_array_equal(np.asarray(out.tokens)[:, : expected.shape[1]], expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["grouped queries", "llama3 rope", "deeper"])
 def test_rewards_agree(tmp_path, case):
     model = tiny_scorers.llama_reward(seed=3, **CASES[case])
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, model))
@@ -111,10 +113,10 @@ def test_small_embeddings_show_a_wrong_epsilon(tmp_path, build):
 
 def test_padding_does_not_change_a_reward(tmp_path):
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, tiny_scorers.llama_reward(seed=5)))
-    right = rows([5, 17, 40])
+    right = rows([5, 17])
     expected = alone(checkpoint, *right)
     np.testing.assert_allclose(ours(checkpoint, *right), expected, atol=2e-6)
-    np.testing.assert_allclose(ours(checkpoint, *rows([5, 17, 40], pad="left")), expected, atol=2e-6)
+    np.testing.assert_allclose(ours(checkpoint, *rows([5, 17], pad="left")), expected, atol=2e-6)
 
 
 def test_bfloat16_stays_near(tmp_path):
