@@ -27,7 +27,7 @@ class Checkpoint:
     Attributes:
       graphdef: static structure; `nnx.merge(graphdef, params)` is the model.
       params: every parameter, under the paths of the models' docstrings.
-      config: `LlavaConfig` or `GPT2Config`.
+      config: of the network: `LlavaConfig`, `GPT2Config`, or one of the scorers' (see `checkpoints.scorers`).
       hf_config: the `config.json` as read.
       directory: where it came from; `save_llava(..., source_dir=directory)` copies what was not changed.
       adapter: what was merged while it was loaded, or None.
