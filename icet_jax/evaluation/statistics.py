@@ -39,7 +39,8 @@ def mean_interval(
     Args:
       values: float [E, n] (or [n]) of n rows at E layers; NaN is left out (not measured, or an error).
       clusters: [n] what makes rows dependent: their prompts.
-      share: the values are 0 or 1 (see the module's text); the interval then stays within 0..1.
+      share: the values are 0 or 1 (see the module's text), or fractions of a success between them, for which the
+        interval is no narrower than it must be; it stays within 0..1.
       weights: [E], sum 1; equal if None.
     """
     table = _Table(np.atleast_2d(values), clusters, weights)
@@ -75,7 +76,7 @@ def paired_interval(
         return Interval(math.nan, math.nan, math.nan)
     if table.prompts < 2:
         return Interval(table.mean, math.nan, math.nan)
-    up, down = (float(table.mean_of(change == sign)) for sign in (1, -1))
+    up, down = (float(table.mean_of(np.clip(sign * np.nan_to_num(change), 0, 1))) for sign in (1, -1))
     rows = table.effective_rows(up + down - table.mean**2)
     up, down = (rows * up + 1) / (rows + 2), (rows * down + 1) / (rows + 2)
     centre = up - down

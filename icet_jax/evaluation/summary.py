@@ -11,8 +11,9 @@ import numpy as np
 
 from icet_jax.evaluation.statistics import Interval, group_weights, mean_interval, paired_interval
 
-SHARE_FAMILIES = ("asr", "refusal", "refusal_unsafe", "accuracy", "degenerate", "empty", "truncated")
-"""First part of the names of metrics whose values are 0 or 1."""
+SHARE_FAMILIES = ("asr", "refusal", "refusal_unsafe", "vqa", "accuracy", "degenerate", "empty", "truncated")
+"""First part of the names of metrics whose values are 0 or 1 ("vqa": or a part of full credit)."""
+_UNIT_FAMILIES = ("ts", "p_unsafe")  # any number within 0..1, and so is their mean
 POLICY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
 """Metrics that are also given for each policy of a data set."""
 _MOST_POLICIES = 64  # the most frequent ones; a data set's categories, not one per row
@@ -44,9 +45,7 @@ def _by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("policy") is not None:
-            scores = {
-                metric: value for metric, value in row["scores"].items() if metric.partition("/")[0] in POLICY_FAMILIES
-            }
+            scores = {metric: value for metric, value in row["scores"].items() if _family(metric) in POLICY_FAMILIES}
             found.setdefault(str(row["policy"]), []).append({**row, "scores": scores})
     return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))[:_MOST_POLICIES])
 
@@ -59,6 +58,8 @@ def _summarise(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dic
         if not (np.isfinite(values) | errors).any():
             return None
         interval = mean_interval(values, measured.prompts, share=_is_share(metric), weights=weights)
+        if _family(metric) in _UNIT_FAMILIES:
+            interval = Interval(interval.mean, *np.clip([interval.low, interval.high], 0.0, 1.0).tolist())
         return _estimate(interval, int(np.isfinite(values).sum()), int(errors.sum()))
 
     counts = [int(count) for count in measured.present.sum(axis=1)]
@@ -135,7 +136,11 @@ def _tables(
 
 
 def _is_share(metric: str) -> bool:
-    return metric.partition("/")[0] in SHARE_FAMILIES
+    return _family(metric) in SHARE_FAMILIES
+
+
+def _family(metric: str) -> str:
+    return metric.partition("/")[0]
 
 
 def _estimate(interval: Interval, n: int, n_error: int) -> Table:

@@ -6,7 +6,7 @@ from typing import Any
 
 from icet_jax.report.charts import Chart, Line, Point
 from icet_jax.report.heatmap import svg_heatmap
-from icet_jax.report.study import Study, as_value, dataset_name
+from icet_jax.report.study import HUMAN, Study, as_value, dataset_name
 from icet_jax.report.text import duration, escape, number, percent, visible
 from icet_jax.report.verdict import RULES, algorithm
 from icet_jax.report.widgets import axis_number, code, details_html, exit_marks, figure_html, grid_html, table_html
@@ -154,6 +154,14 @@ def limits_html(study: Study) -> str:
             f"Scorers failed on {errors} responses (over all exits, before and after, every metric counted); "
             "these are left out of the means."
         )
+    if any(HUMAN in study.metrics(dataset) for dataset in study.datasets):
+        limits.append(f"{code(HUMAN)} is what people said of a sample of the responses: few rows at each exit.")
+    if any(study.metrics(dataset, "vqa") for dataset in study.datasets):
+        limits.append(
+            f"{code('vqa/official')} is the public evaluator’s accuracy of the raw responses: where all annotators "
+            f"agree it compares letter by letter. {code('vqa/normalised')} normalises the response first, as most "
+            "published numbers do."
+        )
     if study.several:
         limits.append(
             f"Bands and ranges are the smallest and largest of {len(study.runs)} training seeds, not "
@@ -203,7 +211,9 @@ def _missing(study: Study) -> list[str]:
     parts = {
         "the model after training": any("after" in study.phases(dataset) for dataset in study.datasets),
         "refusals of benign requests": any(study.metrics(d, "refusal") for d in study.of_kind("benign", "mixed")),
-        "accuracy on questions about images": any(study.metrics(d, "accuracy") for d in study.of_kind("vqa", "mixed")),
+        "accuracy on questions about images": any(
+            study.metrics(d, family) for d in study.of_kind("vqa", "mixed") for family in ("vqa", "accuracy")
+        ),
         "the geometry of the exits": bool(study.first.geometry),
     }
     return [name for name, there in parts.items() if not there]

@@ -1,31 +1,40 @@
 """The same curves as PNG files, for papers and README pages."""
 
 import io
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from icet_jax.files import write_bytes_atomic
+from icet_jax.report.policies import ordered
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, dataset_name
 from icet_jax.report.widgets import family_title
 
 _TONES = {"before": "#bf4417", "after": "#10697f"}
-_FAMILIES = ("asr", "tr", "ts", "refusal", "accuracy", "degenerate", "empty", "truncated", "length")
+_FAMILIES = (
+    *("asr", "p_unsafe", "tr", "ts", "refusal", "refusal_unsafe", "vqa", "accuracy"),
+    *("degenerate", "empty", "truncated", "length"),
+)
 
 
 def write_figures(study: Study, folder: Path) -> list[Path]:
-    """Writes one PNG per data set and metric, and `geometry.png`; returns their paths.
+    """Writes one PNG per data set and metric, one of the first judge's shares by policy, and `geometry.png`.
 
-    File names are `DATASET.METRIC.png` with every sign that is not a letter, digit, dot or dash as `_`.
+    Returns their paths. Files are called `DATASET.METRIC[.policies].png`, with every sign that is not a letter, digit,
+    dot or dash as `_`.
     """
     written = []
     for dataset in study.datasets:
         for metric in study.metrics(dataset):
             if metric.partition("/")[0] in _FAMILIES and len(study.layers(dataset)) > 1:
-                name = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{dataset_name(dataset)}.{metric}")[:120]
-                written.append(folder / f"{name}.png")
+                written.append(folder / f"{_file_name(dataset, metric)}.png")
                 write_bytes_atomic(written[-1], _metric_png(study, dataset, metric))
+        for metric in study.judges(dataset)[:1]:
+            if study.policies(dataset, metric) and len(study.layers(dataset)) > 1:
+                written.append(folder / f"{_file_name(dataset, metric)}.policies.png")
+                write_bytes_atomic(written[-1], _policies_png(study, dataset, metric))
     if study.first.geometry:
         written.append(folder / "geometry.png")
         write_bytes_atomic(written[-1], _geometry_png(study))
@@ -64,11 +73,31 @@ def _metric_png(study: Study, dataset: str, metric: str) -> bytes:
             axes.fill_between(*zip(*ranged, strict=True), color=_TONES[phase], alpha=0.14, linewidth=0)
     axes.set_title(f"{family_title(metric)}: {metric}, {dataset_name(dataset)}", loc="left", fontsize=10)
     axes.set_ylabel("%" if family.share else "")
-    if metric.partition("/")[0] in ("asr", "refusal", "accuracy"):
+    if metric.partition("/")[0] in ("asr", "p_unsafe", "refusal", "refusal_unsafe", "vqa", "accuracy"):
         axes.set_ylim(-2, 102)
     _mark_exits(study, axes)
     axes.legend(frameon=False, fontsize=9)
     return _png(figure)
+
+
+def _policies_png(study: Study, dataset: str, metric: str) -> bytes:
+    """Exit by policy, one panel per phase."""
+    policies, layers, phases = ordered(study, dataset, metric), study.layers(dataset), study.phases(dataset)
+    figure, panels = _axes(len(phases), width=5.2, height=1.2 + 0.22 * len(policies))
+    for phase, axes in zip(phases, panels, strict=True):
+        shares = [dict(study.policy_curve(phase, dataset, metric, policy)) for policy in policies]
+        table = [[100 * row[layer].mean if layer in row else math.nan for layer in layers] for row in shares]
+        drawn = axes.imshow(table, vmin=0, vmax=100, cmap="Oranges", aspect="auto", interpolation="nearest")
+        axes.grid(visible=False)
+        axes.set_title(f"{phase}: {metric}, {dataset_name(dataset)}", loc="left", fontsize=10)
+        axes.set_xticks(range(0, len(layers), 2), [str(layer) for layer in layers[::2]])
+        axes.set_yticks(range(len(policies)), [policy[:40] for policy in policies] if phase == phases[0] else [])
+    figure.colorbar(drawn, ax=panels, label="%", shrink=0.8)
+    return _png(figure)
+
+
+def _file_name(dataset: str, metric: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", f"{dataset_name(dataset)}.{metric}")[:120]
 
 
 def _geometry_png(study: Study) -> bytes:
@@ -84,12 +113,13 @@ def _geometry_png(study: Study) -> bytes:
     return _png(figure)
 
 
-def _axes(count: int) -> tuple[Any, Any]:
-    """A figure with `count` panels, independent of any display and of pyplot's global state."""
+def _axes(count: int, *, width: float | None = None, height: float = 3.0) -> tuple[Any, Any]:
+    """A figure with `count` panels side by side, independent of any display and of pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6) if count == 1 else (3.6 * count, 3.0), dpi=150, layout="constrained")
+    size = (6.4, 3.6) if count == 1 and width is None else ((width or 3.6) * count, height)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, count, squeeze=False)[0]
     for axes in panels:

@@ -19,7 +19,7 @@ class Run:
       tables: (phase, data set) -> a checked `Sweep`; phase is "before", "after" or "difference". A data set is
         "sweep/NAME" or "utility/NAME", so that both may measure a set of the same name.
       history: `metrics.jsonl`, one dict per step.
-      config, data, geometry, cost, organism: the files of that name; empty where there is none.
+      config, data, geometry, cost, organism, agreement: the files of that name; empty where there is none.
     """
 
     path: Path
@@ -30,6 +30,7 @@ class Run:
     geometry: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     organism: dict[str, Any] = field(default_factory=dict)
+    agreement: dict[str, Any] = field(default_factory=dict)
 
 
 def load_runs(run_dir: Path) -> tuple[Run, ...]:
@@ -72,6 +73,7 @@ def load_run(path: Path) -> Run:
         geometry=geometry,
         cost=read_json(path / "cost.json"),
         organism=read_json(path / "organism.json"),
+        agreement=read_json(path / "agreement.json"),
     )
 
 
@@ -116,14 +118,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _checked_table(path: Path, table: Any) -> dict[str, Any]:
-    """Raises UserError unless `table` has layers of the documented form."""
-    layers = table.get("layers") if isinstance(table, dict) else None
-    if not isinstance(layers, list) or not all(
+    """Raises UserError unless `table` has layers of the documented form, its policies too."""
+    if not isinstance(table, dict) or not _is_layers(table.get("layers")):
+        raise UserError(f"{path}: field 'layers' must be a list of {{'layer', 'n', 'metrics'}}; make the file again")
+    if not all(_is_layers(layers) for layers in _as_dict(table.get("policies")).values()):
+        raise UserError(f"{path}: field 'policies' must map each policy to such a list; make the file again")
+    return table
+
+
+def _is_layers(layers: Any) -> bool:
+    return isinstance(layers, list) and all(
         isinstance(layer, dict) and isinstance(layer.get("layer"), int) and isinstance(layer.get("metrics"), dict)
         for layer in layers
-    ):
-        raise UserError(f"{path}: field 'layers' must be a list of {{'layer', 'n', 'metrics'}}; make the file again")
-    return table
+    )
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

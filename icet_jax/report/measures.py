@@ -19,7 +19,8 @@ from icet_jax.report.widgets import (
 )
 
 # Families that say how safe or useful a model is; the others describe the form of its responses.
-_MAIN = ("asr", "tr", "ts", "refusal", "accuracy")
+_USEFUL = ("refusal", "refusal_unsafe", "vqa", "accuracy")
+_MAIN = ("asr", "tr", "ts", *_USEFUL)
 _FORM = ("degenerate", "empty", "truncated", "length")
 
 
@@ -35,9 +36,11 @@ def tiles_html(study: Study) -> str:
             at_default = [study.value(phase, dataset, metric, default) for phase in PHASES]
             tiles.append(_tile(f"ASR, default exit {default}", metric, at_default))
     for dataset in study.datasets:
-        wanted = {"benign": ("refusal", "accuracy"), "vqa": ("accuracy",)}.get(study.kind(dataset), ())
-        for metric in [name for family in wanted for name in study.metrics(dataset, family)[:1]]:
+        wanted = {"benign": ("refusal", "accuracy"), "mixed": ("refusal",), "vqa": ("vqa", "accuracy")}
+        families = wanted.get(study.kind(dataset), ())
+        for metric in [name for family in families for name in study.metrics(dataset, family)[:1]]:
             what = "refusals" if metric.startswith("refusal") else "accuracy"
+            what += " of safe requests" if study.kind(dataset) == "mixed" else ""
             at_default = [study.value(phase, dataset, metric, default) for phase in PHASES]
             tiles.append(_tile(f"{dataset_name(dataset)} {what}, default exit {default}", metric, at_default))
     return f'<div class="tiles">{"".join(tiles)}</div>' if any(tiles) else ""
@@ -48,7 +51,7 @@ def safety_html(study: Study) -> str:
     parts = []
     for dataset in study.of_kind("forbidden", "mixed"):
         judges = study.judges(dataset)
-        others = [name for name in study.metrics(dataset) if name not in judges[:1]]
+        others = [name for name in study.metrics(dataset) if name not in judges[:1] and _family(name) not in _USEFUL]
         parts.append(_dataset_head(study, dataset))
         parts += [metric_figure(study, dataset, metric, wide=True) for metric in judges[:1]]
         parts.append(
@@ -91,16 +94,15 @@ def differences_html(study: Study) -> str:
 
 
 def utility_html(study: Study) -> str:
-    """Benign and VQA data sets: refusals and accuracy over exits, and a table at the default exit."""
-    datasets = study.of_kind("benign", "vqa")
+    """Benign, mixed and VQA data sets: refusals and accuracy over exits, and a table at the default exit."""
+    datasets = [dataset for dataset in study.of_kind("mixed", "benign", "vqa") if _useful_first(study, dataset)]
     parts = [_default_table(study, datasets)]
     for dataset in datasets:
         names = [name for name in _useful_first(study, dataset) if _family(name) in (*_MAIN, *_FORM)]
         figures = [metric_figure(study, dataset, name, full=_family(name) not in _FORM) for name in names]
         if len(study.layers(dataset)) > 1:
             parts += [_dataset_head(study, dataset), grid_html(figures)]
-    if datasets:
-        parts.append(_all_numbers(study, datasets))
+    parts.append(_all_numbers(study, study.of_kind("benign", "vqa")))
     return "".join(parts)
 
 
@@ -120,8 +122,9 @@ def _default_table(study: Study, datasets: list[str]) -> str:
 
 
 def _useful_first(study: Study, dataset: str) -> list[str]:
-    """A data set's metrics, refusals and accuracies before the scorers' means."""
-    return sorted(study.metrics(dataset), key=lambda name: _family(name) not in ("refusal", "accuracy"))
+    """A data set's metrics, refusals and accuracies first; of a mixed set these alone (see `safety_html`)."""
+    names = sorted(study.metrics(dataset), key=lambda name: _family(name) not in _USEFUL)
+    return [name for name in names if study.kind(dataset) != "mixed" or _family(name) in _USEFUL]
 
 
 def _all_numbers(study: Study, datasets: list[str]) -> str:

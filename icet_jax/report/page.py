@@ -7,8 +7,11 @@ from pathlib import Path
 
 from icet_jax.files import write_text_atomic
 from icet_jax.report import context, measures
+from icet_jax.report.judges import judges_html
 from icet_jax.report.load import load_runs
+from icet_jax.report.paper import paper_html
 from icet_jax.report.pictures import PROMPTS_PER_DATASET
+from icet_jax.report.policies import policies_html
 from icet_jax.report.study import Study, dataset_name
 from icet_jax.report.text import escape, json_script, percent
 from icet_jax.report.transcripts import collect
@@ -54,10 +57,13 @@ def _sections(study: Study, run_dir: Path, reveal_unsafe: bool) -> list[tuple[st
     """(anchor, title, markup) in reading order; an empty one is left out."""
     return [
         ("safety", "Safety at every exit", measures.safety_html(study)),
+        ("policies", "Which requests get through where", policies_html(study)),
         ("groups", "Early, middle, late", measures.groups_html(study)),
+        ("paper", "Beside the paper’s Table 2", paper_html(study)),
         ("utility", "Over-refusal and utility", measures.utility_html(study)),
         ("transcripts", "What the model said", _transcripts_html(study, reveal_unsafe)),
         ("differences", "Before and after on the same prompts", measures.differences_html(study)),
+        ("judges", "Who judged", judges_html(study)),
         ("geometry", "How far each exit lies from the default", context.geometry_html(study)),
         ("training", "Training", context.training_html(study)),
         ("cost", "Cost", context.cost_html(study)),
@@ -131,7 +137,7 @@ def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
         'aria-label="Previous prompt">←</button><label class=pick><span class=sr>Prompt</span><select id="prompt">'
         '</select></label><button type=button id="next" aria-label="Next prompt">→</button></div>'
         '<div class=request><img id="picture" alt="The image of this prompt" hidden><div><p id="request"></p>'
-        '<p id="answer" class=note></p></div></div>'
+        '<p id="answer" class=note></p><p id="policy" class=note></p></div></div>'
         f'<div class=exits><label for="exit">Exit <output id="exit-name" for="exit">{start}</output></label>'
         f'<input id="exit" type=range min=1 max={last} step=1 value={start}>'
         '<div id="strip" aria-hidden="true"></div></div>'

@@ -1,6 +1,6 @@
 """The files of a run directory, as the report reads them.
 
-    config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json
+    config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json  agreement.json
     sweeps/{before,after}[.DATASET].json      sweeps/difference[.DATASET].json
     transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
     seed_K/...                                the same, once per training seed
@@ -59,6 +59,7 @@ class Sweep(TypedDict):
     generation: dict[str, Any]
     layers: list[Layer]
     groups: dict[str, Group]  # early, middle, late, average
+    policies: NotRequired[dict[str, list[Layer]]]  # attack and refusal metrics of the rows of each policy
 
 
 class Difference(TypedDict):
@@ -132,6 +133,27 @@ class Data(TypedDict):
     prompts_shared_with_train: NotRequired[dict[str, int]]
 
 
+class Pair(TypedDict):
+    """Two judges of attacks on the answers that both have judged; `kappa` is Cohen's (None: chance alone agrees)."""
+
+    a: str  # metric names
+    b: str
+    n: int
+    kappa: float | None
+    ci95: NotRequired[list[float] | None]  # of kappa
+    agree: float | None  # share of equal verdicts
+    a_only: int  # answers that a alone calls unsafe
+    b_only: int
+    examples: NotRequired[list[dict[str, Any]]]  # differing rows: id, layer, dataset, phase, unsafe (who says so)
+
+
+class Agreement(TypedDict):
+    """`agreement.json`."""
+
+    schema: int
+    pairs: list[Pair]
+
+
 class Organism(TypedDict):
     """`organism.json`: present when the model is the embedded organism; it makes the report say what is planted."""
 
@@ -156,6 +178,8 @@ class Transcript(TypedDict):
     scores: NotRequired[dict[str, float | None]]
     labels: NotRequired[dict[str, str | None]]  # a scorer's own words for its verdict, under the metric's name
     answer: NotRequired[str | None]  # the right one, of a benign or vqa row
+    policy: NotRequired[str | None]  # the data set's own category
+    answer_type: NotRequired[str | None]  # the data set's own kind of answer (VQA-v2)
 
 
 @dataclass(frozen=True)
@@ -173,9 +197,12 @@ class MetricFamily:
 
 METRIC_FAMILIES = {
     "asr": MetricFamily("Attack success rate", share=True),
+    "p_unsafe": MetricFamily("Probability of the verdict unsafe", share=True),
     "tr": MetricFamily("Reward-model score", share=False),
     "ts": MetricFamily("Toxicity", share=True),
     "refusal": MetricFamily("Refusals", share=True),
+    "refusal_unsafe": MetricFamily("Refusals of unsafe requests", share=True),
+    "vqa": MetricFamily("VQA accuracy", share=True),
     "accuracy": MetricFamily("Accuracy", share=True),
     "degenerate": MetricFamily("Degenerate responses", share=True),
     "empty": MetricFamily("Empty responses", share=True),

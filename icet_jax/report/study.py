@@ -11,6 +11,7 @@ from icet_jax.report.schema import METRIC_FAMILIES
 
 GROUPS = ("early", "middle", "late", "average")
 KINDS = ("forbidden", "mixed", "benign", "vqa")
+HUMAN = "asr/human"
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,26 @@ class Study:
         """The average over a group of exits, as the file gives it or from the exits' own means."""
         return self._combine([_of_group(run, phase, dataset, metric, name, self.num_exits) for run in self.runs])
 
+    def policies(self, dataset: str, metric: str) -> list[str]:
+        """Policies of a data set's rows for which a metric was measured, in the files' order: most rows first."""
+        names: dict[str, None] = {}
+        for (phase, name), table in self._tables():
+            if name == dataset and phase in PHASES:
+                parts = _policies(table)
+                names.update(dict.fromkeys(policy for policy in parts if _measures(parts[policy], metric)))
+        return list(names)
+
+    def policy_curve(self, phase: str, dataset: str, metric: str, policy: str) -> list[tuple[int, Value]]:
+        """A metric of one policy's rows at every exit where it was measured."""
+        values = {}
+        for layer in self.layers(dataset):
+            found = [
+                _entry(_policies(run.tables.get((phase, dataset), {})).get(policy, []), metric, layer)
+                for run in self.runs
+            ]
+            values[layer] = self._combine(found)
+        return [(layer, value) for layer, value in values.items() if value is not None]
+
     def curve(self, phase: str, dataset: str, metric: str) -> list[tuple[int, Value]]:
         """The metric at every exit where it was measured."""
         values = [(layer, self.value(phase, dataset, metric, layer)) for layer in self.layers(dataset)]
@@ -143,8 +164,12 @@ class Study:
         return max(self.curve(phase, dataset, metric), key=lambda item: item[1].mean, default=None)
 
     def judges(self, dataset: str) -> list[str]:
-        """ASR metrics of a data set, the keyword judge last: it sees refusals only, not what an answer says."""
-        return sorted(self.metrics(dataset, "asr"), key=lambda name: "keyword" in name)
+        """ASR metrics of all rows of a data set, the keyword judge last: it sees refusals, not what an answer says.
+
+        People's labels are not among them: they are of a sample, a few rows at each exit.
+        """
+        names = [name for name in self.metrics(dataset, "asr") if name != HUMAN]
+        return sorted(names, key=lambda name: "keyword" in name)
 
     def _tables(self) -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
         return (item for run in self.runs for item in run.tables.items())
@@ -196,13 +221,29 @@ def _finite(value: Any) -> float | None:
 def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
     """A metric of one run; a difference without a file is the difference of the means, without an interval."""
     table = run.tables.get((phase, dataset))
-    if table is not None:
-        for entry in table["layers"]:
-            if entry["layer"] == layer and metric in entry["metrics"]:
-                return as_value(entry["metrics"][metric], entry.get("n"))
+    found = None if table is None else _entry(table["layers"], metric, layer)
+    if found is not None:
+        return found
     if phase == "difference":
         return _minus(*(_at_layer(run, side, dataset, metric, layer) for side in PHASES))
     return None
+
+
+def _entry(layers: list[dict[str, Any]], metric: str, layer: int | None) -> Value | None:
+    """A metric at one exit of a list of layers."""
+    for entry in layers:
+        if entry["layer"] == layer and metric in entry["metrics"]:
+            return as_value(entry["metrics"][metric], entry.get("n"))
+    return None
+
+
+def _policies(table: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    policies = table.get("policies")
+    return policies if isinstance(policies, dict) else {}
+
+
+def _measures(layers: list[dict[str, Any]], metric: str) -> bool:
+    return any(as_value(layer["metrics"].get(metric)) is not None for layer in layers)
 
 
 def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_exits: int) -> Value | None:

@@ -22,9 +22,9 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
     Prompts are taken at even distances through each data set, the same ones before and after.
 
     Returns:
-      One dict per prompt: `dataset`, `id`, `prompt`, `answer`, `image` (a data URI or None), `before` and `after`:
-      exit -> {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a redacted text says so and
-      nothing else.
+      One dict per prompt: `dataset`, `id`, `prompt`, `answer`, `policy`, `image` (a data URI or None), `before`,
+      `after`: exit -> {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a redacted text
+      says so and nothing else.
     """
     root = study.first.path
     datasets: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -64,6 +64,7 @@ def _prompts(
                     "prompt": _short(str(row.get("prompt", ""))),
                     "image": _picture(picture_path(root, dataset, row_id)),
                     "answer": _answer(row, kind),
+                    "policy": _short(str(row["policy"])) if row.get("policy") is not None else None,
                     "before": {},
                     "after": {},
                 },

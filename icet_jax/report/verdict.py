@@ -154,7 +154,7 @@ def _side_effects(study: Study) -> tuple[str, ...]:
                     f"Benign requests are refused more: {percent(old)} to {percent(new)} at exit {layer} ({metric})."
                 )
     for dataset in study.datasets:
-        for metric in study.metrics(dataset, "accuracy"):
+        for metric in (*study.metrics(dataset, "vqa")[:1], *study.metrics(dataset, "accuracy")):
             change = study.value("difference", dataset, metric, study.default_exit)
             if change is not None and change.mean < -LOST_ACCURACY:
                 found.append(

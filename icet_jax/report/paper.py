@@ -1,0 +1,145 @@
+"""The paper's Table 2 beside this run's numbers, where model and test set are the paper's.
+
+LLaVA-1.5-7B, L-PPO trained on RedTeam-2K (Bachu et al., ICML 2025, Table 2), original -> aligned. AASR and ATS are
+percent there and shares here; each number is the mean over the exits of a group, `average` the mean of the three.
+"""
+
+import re
+from pathlib import PurePosixPath
+from typing import Any
+
+from icet_jax.report.load import PHASES
+from icet_jax.report.schema import metric_family
+from icet_jax.report.study import GROUPS, Study, dataset_name, group_layers
+from icet_jax.report.text import escape, percent
+from icet_jax.report.widgets import change_html, code, table_html
+
+NAMES = {"asr": "AASR", "ts": "ATS", "tr": "ATR"}
+"""The paper's names of the group means, by metric family; the order of `TABLE_2`'s pairs."""
+
+_GroupNumbers = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+
+TABLE_2: dict[str, dict[str, _GroupNumbers]] = {
+    "Custom Prompts": {
+        "early": ((0.7538, 0.4515), (0.0824, 0.0488), (0.57, 0.62)),
+        "middle": ((0.7000, 0.4750), (0.1290, 0.0663), (-0.34, 0.46)),
+        "late": ((0.4850, 0.2125), (0.1100, 0.0723), (-0.52, 0.90)),
+        "average": ((0.6462, 0.3796), (0.1071, 0.0624), (-0.09, 0.66)),
+    },
+    "miniJailBreakV-28K": {
+        "early": ((0.5379, 0.1840), (0.0903, 0.0548), (0.23, 0.46)),
+        "middle": ((0.4933, 0.0957), (0.0839, 0.0538), (-0.54, 0.27)),
+        "late": ((0.4862, 0.0353), (0.0634, 0.0472), (-0.72, 0.20)),
+        "average": ((0.5058, 0.1050), (0.0792, 0.0519), (-0.34, 0.31)),
+    },
+    "AdvBench-COCO": {
+        "early": ((0.8333, 0.6789), (0.0701, 0.0521), (0.49, 0.54)),
+        "middle": ((0.5353, 0.3778), (0.0562, 0.0443), (-0.28, 0.45)),
+        "late": ((0.5120, 0.2160), (0.0601, 0.0514), (-0.83, 0.47)),
+        "average": ((0.6268, 0.4242), (0.0621, 0.0492), (-0.20, 0.49)),
+    },
+}
+_ROWS = {"Custom Prompts": 100, "miniJailBreakV-28K": 280, "AdvBench-COCO": 520}
+_MODEL = re.compile(r"llava-(v)?1\.5-7b(-hf)?")
+
+
+def paper_html(study: Study) -> str:
+    """Table 2 and ours for each of the paper's sets; empty for another model, or where none was measured."""
+    if not _is_papers_model(study):
+        return ""
+    found = [(dataset, name) for dataset in study.datasets if (name := papers_name(study, dataset)) is not None]
+    found.sort(key=lambda pair: list(TABLE_2).index(pair[1]))
+    tables = "".join(_table(study, dataset, name) for dataset, name in found)
+    if not tables:
+        return ""
+    notes = "".join(f"<li>{note}</li>" for note in _notes(study, found))
+    return f"{tables}<ul>{notes}</ul>"
+
+
+def papers_name(study: Study, dataset: str) -> str | None:
+    """Which of the paper's test sets a data set is, by its source in config.json; None: none of them.
+
+    The paper's Custom Prompts are not public: a user's file counts as their like under a name that says "custom".
+    """
+    sources = _section(study.first.config, "sweep", "datasets")
+    name = dataset_name(dataset)
+    source = sources.get(name) if dataset.startswith("sweep/") else None
+    if not isinstance(source, str):
+        return None
+    origin, _, rest = source.rpartition(":") if ":" in source else ("", "", source)
+    file = PurePosixPath(rest.partition("?")[0].replace("\\", "/")).name.lower()
+    if origin == "advbench_coco":
+        return "AdvBench-COCO"
+    if origin == "jailbreakv_28k":
+        return "miniJailBreakV-28K" if "mini" in file else None
+    if not origin and "custom" in name.lower() and file.endswith((".csv", ".jsonl")):
+        return "Custom Prompts"
+    return None
+
+
+def _is_papers_model(study: Study) -> bool:
+    """Whether the run's checkpoint, or what the sweeps call it, is named as LLaVA-1.5-7B."""
+    names = [_section(study.first.config, "model").get("checkpoint"), study.field("model")]
+    return any(
+        _MODEL.fullmatch(part) for name in names if name for part in re.split(r"[/\\]", str(name).lower().rstrip("/\\"))
+    )
+
+
+def _table(study: Study, dataset: str, name: str) -> str:
+    """One of the paper's sets: rows as the paper's groups, per metric family the paper's column and ours."""
+    head, columns = ["Exits"], []
+    for place, (family, title) in enumerate(NAMES.items()):
+        head.append(f"{title} <b>paper</b>")
+        columns.append({group: _printed(family, TABLE_2[name][group][place]) for group in GROUPS})
+        for metric in study.judges(dataset) if family == "asr" else _main_heads(study, dataset, family):
+            head.append(f"{title} {code(metric)}")
+            ours = {group: [study.group(phase, dataset, metric, group) for phase in PHASES] for group in GROUPS}
+            columns.append({group: change_html(metric, *sides) for group, sides in ours.items()})
+    sizes, rows = group_layers(study.num_exits), []
+    for group in GROUPS:
+        span = f' <span class="ci">exits {sizes[group][0]}–{sizes[group][-1]}</span>' if sizes.get(group) else ""
+        rows.append([group.capitalize() + span, *(column[group] for column in columns)])
+    return table_html(head, rows, f"{name}, and {dataset_name(dataset)} here")
+
+
+def _printed(family: str, pair: tuple[float, float]) -> str:
+    """The paper's numbers with the digits it prints."""
+    texts = [percent(value, 2) if metric_family(family).share else f"{value:.2f}".replace("-", "−") for value in pair]
+    return f'<span class="before">{texts[0]}</span><span class="arrow"> → </span><span class="after">{texts[1]}</span>'
+
+
+def _main_heads(study: Study, dataset: str, family: str) -> list[str]:
+    """The metrics of a family without the further heads of a scorer ("ts/toxic_bert.insult")."""
+    return [metric for metric in study.metrics(dataset, family) if "." not in metric]
+
+
+def _notes(study: Study, found: list[tuple[str, str]]) -> list[str]:
+    """What keeps the columns from being the same measurement."""
+    notes = [
+        "The paper’s judges are Llama Guard (of a version it does not name in its main text), the Perspective API and "
+        "the reward model of its training; a column of ours is by the scorer it names, and another scorer’s numbers "
+        "are another measurement.",
+        "The paper’s hyper-parameters are in an appendix that this project has not read; ours are in the "
+        "configuration below.",
+    ]
+    source = str(_section(study.first.config, "data").get("train"))
+    if any("after" in study.phases(dataset) for dataset, _ in found) and not source.startswith("redteam_2k:"):
+        notes.append(f"The paper trained on RedTeam-2K, this run on {code(source)}.")
+    for dataset, name in found:
+        counts = [value.n for metric in study.metrics(dataset) for _, value in study.curve("before", dataset, metric)]
+        rows = max((count for count in counts if count is not None), default=None)
+        if rows is not None and rows != _ROWS[name]:
+            notes.append(f"{escape(name)} has {_ROWS[name]} rows in the paper, {rows} were answered here.")
+        if name == "Custom Prompts":
+            notes.append("The paper’s own Custom Prompts are not public; these are others of their kind.")
+        if study.group("before", dataset, next(iter(study.judges(dataset)), ""), "average") is None:
+            notes.append(f"Not every exit was measured on {escape(dataset_name(dataset))}: such means are left out.")
+    return notes
+
+
+def _section(config: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A section of config.json; empty where it is not there."""
+    for name in names:
+        inner = config.get(name)
+        config = inner if isinstance(inner, dict) else {}
+    return config
