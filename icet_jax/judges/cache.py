@@ -4,7 +4,7 @@
 
 DIGEST is of the scorer's name and fingerprint, KEY of prompt and response: no text is stored. Every process appends to
 a file of its own (TOKEN) and reads all files, so that no two ever write to the same one. A line that a killed process
-left half written is a row not yet scored. Errors (NaN) are never stored: the next run asks again.
+left half written is a row not yet scored. A row whose score is an error (NaN) is never stored: the next run asks again.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ _WHOLE = 1 << 20  # bytes; files up to this size are read in full for a fingerpr
 _BLOCK = 4096  # bytes of each further block that is read of a larger file
 _BLOCKS = 256  # how many, at even distances
 
-Entry = dict[str, tuple[float, str | None]]
-"""One row's scores: scorer name -> (value, label)."""
+Entry = dict[str, tuple[float | None, str | None]]
+"""One row's scores: scorer name -> (value, label). None: no value, which only side results may have."""
 
 
 class ScoreCache:
@@ -44,7 +44,7 @@ class ScoreCache:
         digest = _digest(scorer.name, scorer.metric, getattr(scorer, "fingerprint", ""))[:16]
         path = self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', scorer.name)}-{digest}"
         if path not in self._tables:
-            self._tables[path] = _Table(path)
+            self._tables[path] = _Table(path, scorer.name)
         return self._tables[path]
 
 
@@ -100,8 +100,8 @@ class CachedScorer:
         if asked:
             results = self.scorer([prompts[row] for row in asked], [responses[row] for row in asked])
             for place, row in enumerate(asked):
-                entries[row] = {name: (float(s.values[place]), s.labels[place]) for name, s in results.items()}
-            self._table.add((keys[row], entries[row]) for row in asked)
+                entries[row] = {name: (_number(s.values[place]), s.labels[place]) for name, s in results.items()}
+            self._table.add({keys[row]: entries[row] for row in asked})
         return self._joined(entries)
 
     def _joined(self, entries: Sequence[Entry]) -> dict[str, Scores]:
@@ -109,7 +109,7 @@ class CachedScorer:
         if any(set(entry) != set(names) for entry in entries):
             raise UserError(f"{self._table.folder}: holds scores of other names than {self.name} gives; remove it")
         return {
-            name: Scores(np.array([e[name][0] for e in entries], np.float32), [e[name][1] for e in entries])
+            name: Scores(np.array([entry[name][0] for entry in entries], np.float32), [e[name][1] for e in entries])
             for name in names
         }
 
@@ -117,16 +117,16 @@ class CachedScorer:
 class _Table:
     """One scorer's entries, in memory and on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self._name = folder, name
         self.entries: dict[str, Entry] = {}
         self._own = folder / f"{secrets.token_hex(8)}.jsonl"
         for path in sorted(folder.glob("*.jsonl")):
             self._read(path)
 
-    def add(self, rows: Iterable[tuple[str, Entry]]) -> None:
-        """Keeps the rows that hold no error."""
-        new = {key: entry for key, entry in rows if all(math.isfinite(value) for value, _ in entry.values())}
+    def add(self, rows: Mapping[str, Entry]) -> None:
+        """Keeps the rows that are no errors."""
+        new = {key: entry for key, entry in rows.items() if self._is_scored(entry)}
         if not new:
             return
         self.entries |= new
@@ -140,6 +140,9 @@ class _Table:
                 f"{self._own}: cannot be written ({error.strerror}); choose another score cache or free space"
             ) from error
 
+    def _is_scored(self, entry: Entry) -> bool:
+        return self._name in entry and entry[self._name][0] is not None
+
     def _read(self, path: Path) -> None:
         try:
             lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was never finished
@@ -151,16 +154,19 @@ class _Table:
                 key, entry = row["key"], {name: _checked(*pair) for name, pair in row["scores"].items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # damaged: the row is scored again
-            if isinstance(key, str) and entry:
+            if isinstance(key, str) and self._is_scored(entry):
                 self.entries[key] = entry
 
 
-def _checked(value: Any, label: Any) -> tuple[float, str | None]:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(value)
-    if label is not None and not isinstance(label, str):
-        raise ValueError(label)
-    return float(value), label
+def _checked(value: Any, label: Any) -> tuple[float | None, str | None]:
+    number = value is None or type(value) in (int, float) and math.isfinite(value)
+    if not number or not (label is None or isinstance(label, str)):
+        raise ValueError(value, label)
+    return None if value is None else float(value), label
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _digest(*parts: str) -> str:

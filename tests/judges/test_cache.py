@@ -49,27 +49,35 @@ def test_errors_are_not_stored(tmp_path):
     assert scorer.scorer.asked == [("p", "")] and not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_labels_and_heads_come_back_and_one_failed_head_is_an_error_of_the_row(tmp_path):
-    class Heads:
-        name, metric, fingerprint = "judge", "asr", "x"
-        label_shares, families = {"refused": "refusal"}, {"judge.p": "p_unsafe"}
-        calls = 0
+class Heads:
+    """A judge with a side result, which it lacks for "?"; "junk" is an error."""
 
-        def __call__(self, prompts, responses):
-            Heads.calls += len(prompts)
-            second = [np.nan if response == "?" else 0.25 for response in responses]
-            return {
-                "judge": Scores(np.ones(len(prompts), np.float32), ["unsafe S1"] * len(prompts)),
-                "judge.p": Scores(np.array(second, np.float32), [None] * len(prompts)),
-            }
+    name, metric, fingerprint = "judge", "asr", "x"
+    label_shares, families = {"refused": "refusal"}, {"judge.p": "p_unsafe"}
 
-    for calls in (2, 3):
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, prompts, responses):
+        self.asked += responses
+        first = [np.nan if response == "junk" else 1.0 for response in responses]
+        second = [np.nan if response in ("?", "junk") else 0.25 for response in responses]
+        return {
+            "judge": Scores(np.array(first, np.float32), [None if np.isnan(value) else "unsafe S1" for value in first]),
+            "judge.p": Scores(np.array(second, np.float32), [None] * len(prompts)),
+        }
+
+
+def test_labels_and_side_results_come_back(tmp_path):
+    responses = ["a", "?", "junk"]
+    for asked in (responses, ["junk"]):
         scorer = cached(Heads(), ScoreCache(tmp_path))
-        result = scorer(["p", "p"], ["a", "?"])
-        assert list(result) == ["judge", "judge.p"] and scorer.label_shares == Heads.label_shares
-        assert scorer.families == Heads.families
-        assert result["judge"].labels == ["unsafe S1"] * 2 and values(result, "judge.p")[0] == 0.25
-        assert math.isnan(values(result, "judge.p")[1]) and Heads.calls == calls
+        result = scorer(["p"] * 3, responses)
+        assert list(result) == ["judge", "judge.p"] and scorer.scorer.asked == asked
+        np.testing.assert_array_equal(result["judge"].values, np.array([1, 1, np.nan], np.float32))
+        np.testing.assert_array_equal(result["judge.p"].values, np.array([0.25, np.nan, np.nan], np.float32))
+        assert result["judge"].labels == ["unsafe S1", "unsafe S1", None] and result["judge.p"].labels == [None] * 3
+        assert scorer.label_shares == Heads.label_shares and scorer.families == Heads.families
 
 
 @pytest.mark.parametrize("other", [{"name": "other"}, {"fingerprint": "2"}])
@@ -118,6 +126,8 @@ def test_a_killed_process_costs_its_last_line_alone(tmp_path):
         '{"key": 1, "scores": {"lengths": [9, null]}}',
         '{"key": "KEY", "scores": {}}',
         '{"key": "KEY", "scores": {"lengths": [NaN, null]}}',
+        '{"key": "KEY", "scores": {"lengths": [null, null]}}',
+        '{"key": "KEY", "scores": {"widths": [9, null]}}',
         '{"key": "KEY", "scores": {"lengths": [true, null]}}',
         '{"key": "KEY", "scores": {"lengths": [9, 9]}}',
         '{"key": "KEY", "scores": {"lengths": ["9", null]}}',
@@ -136,7 +146,7 @@ def test_a_damaged_line_is_scored_again(tmp_path, line):
 def test_entries_of_other_heads_are_one_line(tmp_path):
     cached(Lengths(), ScoreCache(tmp_path))(["p"], ["r"])
     (path,) = tmp_path.rglob("*.jsonl")
-    path.write_text(path.read_text().replace('"lengths"', '"widths"'))
+    path.write_text(path.read_text().replace('"lengths"', '"widths": [1, null], "lengths"'))
     with pytest.raises(UserError, match="remove it"):
         cached(Lengths(), ScoreCache(tmp_path))(["p", "p"], ["r", "new"])
 
