@@ -1,70 +1,151 @@
-"""Scorers by name, directory or hub id; and reward-model directories that say how they want to be read."""
+"""Scorers by name, directory, hub id or definition; and reward-model directories that say how they want to be read."""
 
+import functools
+import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.checkpoints.hf_export import save_gpt2_reward
-from icet_jax.checkpoints.hf_import import load_gpt2_reward
-from icet_jax.checkpoints.source import local_directory
+from icet_jax.checkpoints.hf_import import Checkpoint
+from icet_jax.checkpoints.scorers import architecture, load_scorer_network
+from icet_jax.checkpoints.source import generation_tokens, local_directory
+from icet_jax.config.defaults import SCORER_FIELDS
 from icet_jax.data.tokenizer import load_tokenizer
 from icet_jax.errors import UserError
 from icet_jax.files import replace_dir_atomic
+from icet_jax.generation import Sampling
 from icet_jax.judges.base import Scorer, metric_name
+from icet_jax.judges.cache import directory_fingerprint
+from icet_jax.judges.decoder_judge import DecoderJudge, guard_verdict, word_verdict
+from icet_jax.judges.ensemble import Ensemble
 from icet_jax.judges.keywords import RefusalKeywords
-from icet_jax.judges.reward_model import HH_TEMPLATE, RewardModel
+from icet_jax.judges.pairs import HH_TEMPLATE
+from icet_jax.judges.perspective import Perspective
+from icet_jax.judges.prompts import Render, built_in, categories, chat_template, named_or_text, probe_text
+from icet_jax.judges.reward_model import RewardModel
+from icet_jax.judges.toxicity import Toxicity, head_labels
 from icet_jax.models.gpt2 import GPT2RewardModel
 
-KINDS = ("reward_model",)
+Template = Callable[[str, str], str] | str | None
+
+KINDS = {
+    "reward_model": (
+        "GPT2ForSequenceClassification",
+        "DebertaV2ForSequenceClassification",
+        "LlamaForSequenceClassification",
+    ),
+    "toxicity": ("BertForSequenceClassification", "RobertaForSequenceClassification"),
+    "llama_guard": ("LlamaForCausalLM",),
+    "decoder_judge": ("LlamaForCausalLM",),
+}
+"""Kinds of scorers that are checkpoints, and the HF classes that each may be."""
 
 _OWN = "icet_jax"
 """Key of config.json under which `save_reward_model` keeps the template and the name; transformers ignores it."""
+
+_BATCH = {"LlamaForCausalLM": 16, "LlamaForSequenceClassification": 16}  # rows at once; of the others 64
+_LONGEST = 4096  # tokens a Llama reads at most, whatever its positions: a bound on memory
+_ANSWER = {"llama_guard": 20, "decoder_judge": 8}  # most tokens of a judge's answer
+_GUARDS = (("llama_guard_1", r"llama-?guard-?7b"), ("llama_guard_3", r"llama-?guard-?3"))  # template, checkpoint's name
+_WORDS = {"harmbench": ("Yes", "No")}  # a built-in template's words for unsafe and safe; of the others unsafe, safe
 
 
 def load_scorer(
     path_or_id: str | os.PathLike[str],
     kind: str | None = None,
-    template: Callable[[str, str], str] | str | None = None,
+    template: Template = None,
     *,
-    dtype: str = "float32",
-    mesh: Any = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    batch_size: int | None = None,
+    **fields: Any,
 ) -> Scorer:
     """Loads what judges responses.
 
     Args:
       path_or_id: "refusal_keywords", or the directory or hub id of a checkpoint.
-      kind: what the checkpoint is ("reward_model"); read from its config.json if None.
-      template: a reward model's first segment, with `{prompt}` in it; if None the checkpoint's own, or else that of
-        the paper's reward model (`HH_TEMPLATE`).
-      dtype: of the network, "float32" or "bfloat16".
+      kind: what the checkpoint is, one of `KINDS`; read from its config.json (and name, for a Llama) if None.
+      template: how prompt and response become the scorer's text, instead of its own way. A reward model on GPT-2 or
+        DeBERTa: its first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). Any Llama: the whole text,
+        with `{prompt}` and `{response}`; by default the checkpoint's chat template. A judge also takes a function of
+        (prompt, response), or the name of a built-in text (`icet_jax.judges.prompts.BUILT_IN`).
+      dtype: of the network, "float32" or "bfloat16"; if None, bfloat16 for a Llama and float32 for the others.
       mesh: where the weights go; None for the default device.
+      revision: of a hub id: branch, tag or commit.
+      batch_size: rows judged at once; 16 for a Llama and 64 for the others if None.
+      fields: of the kind (`icet_jax.config.defaults.SCORER_FIELDS`): toxicity's `heads`, a judge's `max_new_tokens`, a
+        decoder judge's words `unsafe` and `safe`.
 
     Raises:
-      UserError: an unknown kind, a template of another form, a checkpoint that is no scorer, or broken files.
+      UserError: an unknown kind or field, a template of another form, a checkpoint that is no scorer, or broken files.
     """
     if str(path_or_id) == RefusalKeywords.name:
         return RefusalKeywords()
-    directory = local_directory(path_or_id)
+    directory = local_directory(path_or_id, revision=revision)
+    where = str(directory / "config.json")
     config = read_hf_config(directory)
-    kind = _kind(config, directory) if kind is None else kind
-    if kind not in KINDS:
-        raise UserError(f"{path_or_id}: kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{path_or_id}: a reward model's template is text that holds {{prompt}}, not a function")
-    checkpoint = load_gpt2_reward(directory, dtype=dtype, mesh=mesh)
-    own = config.get(_OWN, {})
-    return RewardModel(
-        checkpoint.model,
-        load_tokenizer(directory),
-        name=own.get("name", metric_name(str(path_or_id))),
-        template=own.get("template", HH_TEMPLATE) if template is None else template,
-    )
+    found = architecture(config, where)
+    tokenizer = load_tokenizer(directory)
+    known_as = f"{path_or_id} {config.get('_name_or_path') or ''}"
+    kind = _detect(found, tokenizer, known_as) if kind is None else kind
+    _check_kind(str(path_or_id), kind, found, fields)
+    if dtype is None:
+        dtype = "bfloat16" if found.startswith("Llama") else "float32"
+    checkpoint = load_scorer_network(directory, dtype=dtype, mesh=mesh)
+    common: dict[str, Any] = {
+        "name": metric_name(str(path_or_id)), "mesh": mesh, "batch_size": batch_size or _BATCH.get(found, 64)
+    }  # fmt: skip
+    try:
+        if kind == "toxicity":
+            return _toxicity(checkpoint, tokenizer, template, common, **fields)
+        if kind == "reward_model":
+            return _reward_model(checkpoint, tokenizer, template, common)
+        return _decoder_judge(checkpoint, tokenizer, kind, template, known_as, common, **fields)
+    except UserError as error:
+        raise UserError(f"{path_or_id}: {error}") from error
+
+
+def load_defined(
+    name: str,
+    definition: Mapping[str, Any],
+    *,
+    mesh: Mesh | None = None,
+    resolve: Callable[[str], Scorer],
+) -> Scorer:
+    """Loads an entry of `config.scorers`.
+
+    Args:
+      name: the entry's; only an ensemble carries it, others are named after their exact model.
+      definition: `{"kind": ..., fields of that kind}`, checked by `icet_jax.config.check`.
+      mesh: where weights go.
+      resolve: loads an ensemble's member by its name.
+
+    Raises:
+      UserError: whatever the scorer raises, with the entry's name in front.
+    """
+    fields = dict(definition)
+    kind = fields.pop("kind")
+    try:
+        if kind == "refusal_keywords":
+            return RefusalKeywords()
+        if kind == "perspective":
+            return Perspective(**fields)
+        if kind == "ensemble":
+            return Ensemble(name, [(resolve(member), weight) for member, weight in fields["members"].items()])
+        return load_scorer(fields.pop("checkpoint"), kind, mesh=mesh, **fields)
+    except UserError as error:
+        raise UserError(f"config.scorers.{name}: {error}") from error
 
 
 def save_reward_model(
@@ -107,10 +188,110 @@ def _name_tokenizer_class(path: Path) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _kind(config: dict[str, Any], directory: Path) -> str:
-    if config.get("architectures") == ["GPT2ForSequenceClassification"]:
-        return "reward_model"
-    raise UserError(
-        f"{directory}: config.json names {config.get('architectures')}, which is no known scorer; "
-        f"give kind= one of {', '.join(KINDS)} if it is one"
+def _detect(found: str, tokenizer: Any, known_as: str) -> str:
+    """The kind of a checkpoint; a Llama that judges is told by its name or by its chat template."""
+    fitting = [kind for kind, classes in KINDS.items() if found in classes]
+    if len(fitting) == 1:
+        return fitting[0]
+    if re.search(r"llama-?guard", known_as, re.IGNORECASE) or "UNSAFE CONTENT CATEGORIES" in str(
+        tokenizer.chat_template
+    ):
+        return "llama_guard"
+    if "harmbench" in known_as.lower():
+        return "decoder_judge"
+    raise UserError(f"{known_as.split()[0]}: a {found} may judge in several ways; give kind, {' or '.join(fitting)}")
+
+
+def _check_kind(path: str, kind: str, found: str, fields: Mapping[str, Any]) -> None:
+    if kind not in KINDS:
+        raise UserError(f"{path}: kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
+    if found not in KINDS[kind]:
+        raise UserError(f"{path}: is a {found}; a {kind} is one of {', '.join(KINDS[kind])}")
+    for field, value in fields.items():
+        if field not in SCORER_FIELDS[kind]:
+            raise UserError(f"{path}: a {kind} has no field '{field}'; it has {', '.join(SCORER_FIELDS[kind])}")
+        if not value:
+            raise UserError(f"{path}: {field} is {value!r}; give a value or leave it out")
+
+
+def _toxicity(checkpoint: Checkpoint, tokenizer: Any, template: Template, common: Any, heads: Any = ()) -> Scorer:
+    if template is not None:
+        raise UserError("a toxicity classifier reads the response as it is and takes no template")
+    labels = head_labels(checkpoint.hf_config, checkpoint.config.num_labels, "config.json")
+    mark = _fingerprint(checkpoint, list(heads))
+    return Toxicity(checkpoint.model, tokenizer, labels=labels, heads=heads, fingerprint=mark, **common)
+
+
+def _reward_model(checkpoint: Checkpoint, tokenizer: Any, template: Template, common: Any) -> Scorer:
+    if template is not None and not isinstance(template, str):
+        raise UserError("a reward model's template is text that holds {prompt}, not a function")
+    own = checkpoint.hf_config.get(_OWN, {})
+    common["name"] = own.get("name", common["name"])
+    template = own.get("template") if template is None else template
+    return RewardModel(
+        checkpoint.model,
+        tokenizer,
+        template=template,
+        max_length=None if checkpoint.hf_config["model_type"] == "gpt2" else _positions(checkpoint),
+        pad_id=checkpoint.hf_config.get("pad_token_id"),
+        fingerprint=_fingerprint(checkpoint, template),
+        **common,
     )
+
+
+def _decoder_judge(
+    checkpoint: Checkpoint, tokenizer: Any, kind: str, template: Template, known_as: str, common: Any,
+    max_new_tokens: int | None = None, unsafe: str | None = None, safe: str | None = None,
+) -> Scorer:  # fmt: skip
+    if template is None and kind == "decoder_judge" and "harmbench" in known_as.lower():
+        template = "harmbench"
+    words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
+    words = (unsafe or words[0], safe or words[1])
+    render = _render(tokenizer, kind, template, known_as)
+    if kind == "llama_guard":
+        parse = functools.partial(guard_verdict, known=categories(render))
+    else:
+        parse = functools.partial(word_verdict, unsafe=words[0], safe=words[1])
+    eos_ids, pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config)
+    length = max_new_tokens or _ANSWER[kind]
+    return DecoderJudge(
+        checkpoint.model,
+        tokenizer,
+        render=render,
+        parse=parse,
+        words=words,
+        sampling=Sampling(length, temperature=0.0, eos_ids=eos_ids, pad_id=pad_id),
+        max_length=_positions(checkpoint),
+        fingerprint=_fingerprint(checkpoint, kind, probe_text(render), words, length),
+        **common,
+    )
+
+
+def _render(tokenizer: Any, kind: str, template: Template, known_as: str) -> Render:
+    if callable(template):
+        return template
+    if template is not None:
+        return named_or_text(template)
+    if kind == "decoder_judge":
+        raise UserError("a decoder judge needs a template: text with {prompt} and {response}, or 'harmbench'")
+    if tokenizer.chat_template:
+        return chat_template(tokenizer, answer=True)
+    for name, pattern in _GUARDS:
+        if re.search(pattern, known_as, re.IGNORECASE):
+            return built_in(name)
+    raise UserError(
+        "its tokenizer has no chat template and its name does not tell which Llama Guard it is; give "
+        f"template, {' or '.join(name for name, _ in _GUARDS)}"
+    )
+
+
+def _positions(checkpoint: Checkpoint) -> int:
+    default = {"llama": 2048, "deberta-v2": 512}[checkpoint.hf_config["model_type"]]  # transformers' class defaults
+    return min(checkpoint.hf_config.get("max_position_embeddings") or default, _LONGEST)
+
+
+def _fingerprint(checkpoint: Checkpoint, *settings: Any) -> str:
+    """A mark of the weights, how they are computed with, and how texts are put to them."""
+    dtype = str(jax.tree.leaves(checkpoint.params)[0].dtype)
+    facts = json.dumps([directory_fingerprint(checkpoint.directory), dtype, *settings])
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -75,5 +75,5 @@ def test_bad_scorers_are_one_line(directory, tmp_path):
     with pytest.raises(UserError, match="hold {prompt}"):
         load_scorer(directory, template="nothing")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))
-    with pytest.raises(UserError, match="no known scorer"):
+    with pytest.raises(UserError, match="is not a scorer"):
         load_scorer(tmp_path)

@@ -6,8 +6,10 @@ import pytest
 from flax import nnx
 
 from icet_jax.errors import UserError
-from icet_jax.judges.reward_model import HH_TEMPLATE, PairTokenizer, RewardModel, bucket, longest_first
+from icet_jax.judges.pairs import HH_TEMPLATE, PairTokenizer, longest_first
+from icet_jax.judges.reward_model import RewardModel
 from icet_jax.judges.reward_training import RewardTraining, preference_loss, train_reward_model
+from icet_jax.judges.rows import bucket, pad_rows
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from tests import tiny
 
@@ -60,6 +62,17 @@ def test_bucket(length, expected):
     assert bucket(length, 100) == expected
 
 
+@pytest.mark.parametrize(("length", "expected"), [(0, 32), (33, 64), (129, 160), (161, 192), (250, 256), (257, 320)])
+def test_finer_buckets(length, expected):
+    assert bucket(length, 300, steps=4) == min(expected, 300)
+
+
+def test_padding_on_either_side():
+    for side, where in (("right", slice(0, 2)), ("left", slice(2, 4))):
+        tokens, mask = pad_rows([[7, 8], []], 4, 3, side)
+        assert tokens[0, where].tolist() == [7, 8] and mask[0, where].all() and mask.sum() == 2 and tokens.sum() == 15
+
+
 def test_a_score_does_not_depend_on_its_neighbours(tokenizer):
     scorer = RewardModel(model(), tokenizer, name="toy", template="{prompt}", batch_size=3)
     prompts = ["p" * n for n in (3, 30, 1, 12, 60, 5, 2)]
@@ -84,9 +97,9 @@ def test_no_text_or_no_number_is_an_error(tokenizer):
 def test_warm_up_compiles_every_bucket(tokenizer):
     scorer = RewardModel(model(), tokenizer, name="toy", template="{prompt}", batch_size=2)
     scorer.warm_up()
-    before = scorer._score._cache_size()
+    before = scorer.network.compiled._cache_size()
     scorer(["p" * n for n in (1, 20, 40, 90)], ["r"] * 4)
-    assert scorer._score._cache_size() == before == 2
+    assert scorer.network.compiled._cache_size() == before == 2
 
 
 def test_preference_loss():

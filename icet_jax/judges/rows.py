@@ -1,0 +1,108 @@
+"""Rows of tokens through a network: padded to few lengths, batched, spread over the mesh, compiled once per length."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from icet_jax.parallel.sharding import place_rows, replicated
+
+_SHORTEST_BUCKET = 32  # positions
+
+
+def bucket(length: int, longest: int, steps: int = 1) -> int:
+    """The padded length for texts of up to `length` tokens: at least 32, at most `longest`.
+
+    Args:
+      length: tokens.
+      longest: of any text.
+      steps: buckets per doubling; 1 gives the powers of two, 4 wastes at most a quarter of the positions.
+    """
+    power = max(_SHORTEST_BUCKET, 1 << max(length - 1, 0).bit_length())
+    step = max(_SHORTEST_BUCKET, power // 2 // steps)
+    return min(longest, -(-max(length, 1) // step) * step)
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], length: int, count: int, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pads rows on `side` to tokens int32 [count, length] and mask bool; missing and empty rows are all padding."""
+    tokens = np.zeros((count, length), np.int32)
+    mask = np.zeros((count, length), bool)
+    for index, ids in enumerate(rows):
+        where = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
+        tokens[index, where] = ids
+        mask[index, where] = True
+    return tokens, mask
+
+
+class BatchedNetwork:
+    """A pure function of rows of tokens over any number of rows; a row's result depends on that row alone.
+
+    Attributes:
+      longest: most tokens of a row.
+      batch_size: rows per call; a shorter last batch is filled up with rows that are all padding.
+      compiled: the jitted function.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, Any, Any], Any],
+        params: Any,
+        *,
+        longest: int,
+        batch_size: int,
+        mesh: Mesh | None = None,
+        side: str = "right",
+        steps: int = 1,
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+          function: (params, tokens int32 [B, T], mask bool [B, T]) -> pytree of arrays whose first axis is B.
+          params: the network's weights, placed where they belong.
+          longest: most tokens of a row.
+          batch_size: rows per call.
+          mesh: that of `params`, over which rows are split; None for the default device.
+          side: of the padding, "left" or "right".
+          steps: see `bucket`.
+        """
+        self.longest, self.batch_size = longest, batch_size
+        self._params, self._mesh, self._side, self._steps = params, mesh, side, steps
+        # Every process of a run needs every row's result.
+        self.compiled = jax.jit(function, out_shardings=None if mesh is None else replicated(mesh))
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Any:
+        """The function's results for N rows as numpy arrays [N, ...]; rows of similar length share a batch.
+
+        A row without tokens is all padding, and what the function gives for it.
+        """
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        pending = []
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            length = bucket(len(rows[chosen[-1]]), self.longest, self._steps)
+            pending.append((chosen, self._run([rows[index] for index in chosen], length)))
+        shapes = pending[0][1] if pending else self._shapes()
+        results = jax.tree.map(lambda leaf: np.zeros((len(rows), *leaf.shape[1:]), leaf.dtype), shapes)
+        for chosen, values in pending:
+            for result, value in zip(jax.tree.leaves(results), jax.tree.leaves(values), strict=True):
+                result[chosen] = np.asarray(value)[: len(chosen)]
+        return results
+
+    def warm_up(self, tokens: int | None = None) -> None:
+        """Compiles every length bucket for rows of up to `tokens` tokens (all buckets if None)."""
+        last = bucket(min(tokens or self.longest, self.longest), self.longest, self._steps)
+        length = 0
+        while length < last:
+            length = bucket(length + 1, self.longest, self._steps)
+            self._run([], length)
+
+    def _run(self, rows: Sequence[Sequence[int]], length: int) -> Any:
+        batch = place_rows(pad_rows(rows, length, self.batch_size, self._side), self._mesh)
+        return self.compiled(self._params, *batch)
+
+    def _shapes(self) -> Any:
+        return jax.eval_shape(self.compiled, self._params, *pad_rows([], bucket(0, self.longest), self.batch_size))
