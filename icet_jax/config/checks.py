@@ -63,6 +63,17 @@ _RULES: dict[str, _Rule] = {
     "data.max_prompt_tokens": _POSITIVE,
     "reward.clip": _NOT_NEGATIVE,
     "reward.missing_eos_penalty": _NOT_NEGATIVE,
+    "rm.held_out_share": (lambda v: 0 < v < 1, "above 0 and below 1"),
+    "rm.name": (
+        lambda v: bool(re.fullmatch(r"[a-z0-9_]+", v)),
+        "small letters, digits and _: it is part of metrics' names",
+    ),
+    "rm.template": (lambda v: v.count("{prompt}") == 1, "text that holds {prompt} once"),
+    "rm.max_tokens": _POSITIVE,
+    "rm.epochs": _POSITIVE,
+    "rm.batch_size": _POSITIVE,
+    "rm.accumulation": _POSITIVE,
+    "rm.length_window": _POSITIVE,
     "lppo.iterations": _NOT_NEGATIVE,
     "lppo.exits": _one_of(EXIT_SCHEDULES),
     "lppo.fixed_exit": (lambda v: v >= 1, "an exit's number, from 1"),
@@ -223,6 +234,11 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.batch_size {batch} does not divide into {lppo.minibatches} mini-batches (lppo.minibatches) "
             f"of {lppo.accumulation} slices (lppo.accumulation)"
+        )
+    if config.rm.batch_size % config.rm.accumulation:
+        raise UserError(
+            f"config.rm.batch_size {config.rm.batch_size} does not divide into {config.rm.accumulation} slices "
+            "(rm.accumulation)"
         )
     if config.sweep.temperature == 0 and (config.sweep.top_k or config.sweep.top_p < 1):
         raise UserError("config.sweep.top_k and top_p need config.sweep.temperature above 0 (0 is greedy)")

@@ -54,6 +54,7 @@ def default() -> ConfigDict:
     config.data = _data()
     config.scorers = ConfigDict()  # {name: definition}, for `sweep.scorers` and `reward.model`; see `SCORER_FIELDS`
     config.reward = _reward()
+    config.rm = _rm()
     config.lppo = _lppo()
     config.lsft = _lsft()
     config.optimizer = _optimizer()
@@ -151,6 +152,23 @@ def _reward() -> ConfigDict:
     reward.clip = 0.0  # scores are clipped to +-clip after normalising; 0 = off, as in TRL
     reward.missing_eos_penalty = 0.0  # subtracted from the score of a response without EOS; 0 = off, as in TRL
     return reward
+
+
+def _rm() -> ConfigDict:
+    """`--mode=reward`; its base is `model`, its optimizer `optimizer`, and `checkpoint` and `log` count its steps."""
+    rm = ConfigDict()
+    # Preference pairs in HH-RLHF's format, .jsonl or .jsonl.gz, or "organism:train[:COUNT]".
+    rm.train = config_dict.placeholder(str)
+    rm.held_out = config_dict.placeholder(str)  # the same, for the accuracy; unset: held_out_share of rm.train
+    rm.held_out_share = 0.05  # of the prompts of rm.train, each with all of its pairs (ours)
+    rm.name = config_dict.placeholder(str)  # what metrics call the model; unset: the name of the run directory
+    rm.template = config_dict.placeholder(str)  # with {prompt}; unset: that of the paper's reward model
+    rm.max_tokens = 1024  # of prompt and response together, at most the model's positions; GPT-2 has 1024
+    rm.epochs = 1.0  # passes over the pairs; more overfit (Ouyang et al. 2022, Bai et al. 2022)
+    rm.batch_size = 64  # pairs per optimizer step; Ouyang et al. 2022
+    rm.accumulation = 8  # slices of a batch whose gradients are averaged; ours, for memory
+    rm.length_window = 32  # batches among which pairs are sorted by length, to save padding; 1 = off (ours)
+    return rm
 
 
 def _lppo() -> ConfigDict:
