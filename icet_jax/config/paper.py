@@ -33,8 +33,8 @@ def llava15(size: str = "7b") -> ConfigDict:
             "kind": "decoder_judge",
             "checkpoint": "cais/HarmBench-Llama-2-13b-cls",
             "template": "harmbench",
-            "unsafe": "yes",
-            "safe": "no",
+            "unsafe": "Yes",
+            "safe": "No",
             "dtype": "bfloat16",
         },
         # ours, in place of the paper's Perspective API, whose service ends on 2026-12-31.

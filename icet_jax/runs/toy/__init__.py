@@ -22,6 +22,7 @@ from icet_jax.models.clip import ClipConfig
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.models.llama import LlamaConfig
 from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.runs.toy import scorers
 from icet_jax.runs.toy.tokenizers import BYTES, write_json, write_tokenizer
 
 _SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
@@ -61,12 +62,17 @@ def checkpoint(name: str, workdir: Path | None = None) -> Path:
     Raises:
       UserError: an unknown name.
     """
-    makers = {"llava15": _save_llava, "reward_model": _save_reward_model}
+    makers = {
+        "llava15": ("llava15", _save_llava),
+        "reward_model": ("reward_model", _save_reward_model),
+        **scorers.MAKERS,
+    }
     if name not in makers:
         raise UserError(f"toy:{name}: no such toy checkpoint; there are {', '.join(makers)}")
-    folder = (Path(tempfile.mkdtemp(prefix="icet_jax_toy_")) if workdir is None else workdir / "toy") / name
+    directory, make = makers[name]
+    folder = (Path(tempfile.mkdtemp(prefix="icet_jax_toy_")) if workdir is None else workdir / "toy") / directory
     if not (folder / "config.json").is_file():
-        makers[name](folder)
+        make(folder)
     return folder
 
 

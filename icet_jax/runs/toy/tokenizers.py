@@ -19,8 +19,8 @@ def write_tokenizer(
     text: str | None = None,
     words: Sequence[str] = (),
     settings: dict[str, Any],
-) -> int:
-    """Writes tokenizer.json and tokenizer_config.json, and returns the size of the vocabulary.
+) -> dict[str, int]:
+    """Writes tokenizer.json and tokenizer_config.json, and returns the vocabulary.
 
     Args:
       folder: of the checkpoint.
@@ -51,7 +51,7 @@ def write_tokenizer(
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
     write_text_atomic(folder / "tokenizer.json", tokenizer.to_str())
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
-    return tokenizer.get_vocab_size()
+    return tokenizer.get_vocab()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
