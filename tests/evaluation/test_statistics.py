@@ -138,6 +138,22 @@ def test_differences_of_shares_are_never_empty(up, down, n):
     assert got.low <= got.mean <= got.high and got.low < got.high
 
 
+def test_parts_of_full_credit_have_intervals_that_stay_inside():
+    """VQA accuracies are 0, 0.3, 0.6, 0.9 or 1: nothing wider than whole successes of the same mean, never empty."""
+    rng = np.random.default_rng(3)
+    values = rng.choice([0, 0.3, 0.6, 0.9, 1.0], 40)
+    whole = (rng.random(40) < values).astype(float)
+    got = mean_interval(values, range(40), share=True)
+    whole_interval = mean_interval(np.sort(whole), range(40), share=True)
+    assert 0 <= got.low < values.mean() < got.high <= 1
+    assert got.high - got.low == pytest.approx(whole_interval.high - whole_interval.low, rel=0.3)
+    flat = mean_interval(np.full(20, 0.9), range(20), share=True)
+    assert flat.low < 0.9 < flat.high
+    before = np.array([0.9, np.nan, 0.3, 0.0])
+    change = paired_interval(before, np.array([0.3, 1.0, 0.3, 1.0]), range(4), share=True)
+    assert change.mean == pytest.approx((-0.6 + 0 + 1) / 3) and -1 <= change.low < change.mean < change.high <= 1
+
+
 def test_rows_missing_on_either_side_are_left_out():
     before = np.array([1.0, np.nan, 0.0, 1.0])
     after = np.array([0.0, 1.0, np.nan, 0.0])

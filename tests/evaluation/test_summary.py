@@ -34,6 +34,16 @@ def test_means_errors_and_metrics_that_do_not_apply():
     json.dumps(table, allow_nan=False)
 
 
+@pytest.mark.parametrize("family", ["ts", "p_unsafe"])
+def test_intervals_of_numbers_within_0_and_1_stay_there(family):
+    rows = [
+        row(name, 1, {f"{family}/x": value, "tr/x": value}) for name, value in zip("abc", (0, 0.01, 0.9), strict=True)
+    ]
+    metrics = summarise(rows, [1], 6)["layers"][0]["metrics"]
+    assert metrics[f"{family}/x"]["ci95"] == [0.0, 1.0]
+    assert metrics["tr/x"]["ci95"][0] < 0 and metrics["tr/x"]["ci95"][1] > 1
+
+
 def test_a_layer_of_errors_alone_has_no_mean():
     table = summarise([row("a", 1, {"tr/r": None})], [1], 3)
     assert table["layers"][0]["metrics"]["tr/r"] == {"mean": None, "ci95": None, "n": 0, "n_error": 1}

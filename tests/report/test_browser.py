@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from icet_jax import report
-from tests.report import devtools, synthetic
+from tests.report import devtools, synthetic, synthetic_paper
 
 pytestmark = pytest.mark.skipif(devtools.find_browser() is None, reason="no Chromium is installed")
 
@@ -102,6 +102,23 @@ def test_nothing_is_wider_than_the_window(page, page_url, width, dark):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(21, 23, 26)") is dark
+
+
+def test_the_papers_experiment_on_any_screen(page, tmp_path):
+    url = report.build(synthetic_paper.write_paper_run(tmp_path / "run")).as_uri()
+    for width in (1400, 390):
+        page.open(url, width=width)
+        page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.click("#policies .cells rect:nth-child(3)")
+    tip = page.evaluate("document.getElementById('tip').textContent")
+    assert (
+        tip.startswith("before, exit 1: ") and "\nGovernment Decision-Making, Elections and other long names\n" in tip
+    )
+    page.click("#policies .cells rect:nth-child(6)")  # the page has scrolled already: nothing hides the marks again
+    marked = page.evaluate("Array.from(document.querySelectorAll('rect.on')).map((rect) => rect.dataset.exit)")
+    assert len(marked) > 20 and set(marked) == {"2"}
+    assert page.evaluate("document.getElementById('policy').textContent").startswith("Policy: ")
 
 
 @pytest.mark.parametrize("parts", [(), ("transcripts",), ("geometry", "cost")])

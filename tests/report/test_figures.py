@@ -5,7 +5,7 @@ import json
 from icet_jax.report.figures import write_figures
 from icet_jax.report.load import load_runs
 from icet_jax.report.study import Study
-from tests.report import synthetic
+from tests.report import synthetic, synthetic_paper
 
 
 def test_seeds_of_which_one_lacks_a_metric(tmp_path):
@@ -22,6 +22,20 @@ def test_seeds_of_which_one_lacks_a_metric(tmp_path):
     written = write_figures(Study(load_runs(tmp_path / "run")), tmp_path / "figures")
     assert [path.name for path in written] == ["forbidden.asr_world_exact.png", "forbidden.length.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_shares_by_policy_have_a_figure(tmp_path):
+    run = synthetic_paper.write_paper_run(tmp_path / "run", after=False)
+    for path in run.glob("sweeps/*.json"):
+        table = json.loads(path.read_text())
+        for layer in table["layers"]:
+            layer["metrics"] = {
+                name: value for name, value in layer["metrics"].items() if name == synthetic_paper.JUDGES[0]
+            }
+        path.write_text(json.dumps(table)) if "mini" in path.name else path.unlink()
+    (run / "utility.json").unlink()
+    names = [path.name for path in write_figures(Study(load_runs(run)), run / "figures")]
+    assert names == ["mini.asr_llama_guard_3_8b.png", "mini.asr_llama_guard_3_8b.policies.png"]
 
 
 def test_names_are_safe_file_names(tmp_path):

@@ -193,6 +193,8 @@ def test_refusals_and_vqa_are_in_the_utility_section(run, monkeypatch):
 def test_no_text_of_these_files_becomes_markup(tmp_path, monkeypatch):
     monkeypatch.setattr("icet_jax.report.figures.write_figures", lambda study, folder: [])
     run = synthetic_paper.write_paper_run(tmp_path / "run")
+    for path in [*run.glob("*/*.advbench.json*"), *run.glob("*/*.custom.json*")]:
+        path.unlink()
     plain = Page(report.build(run).read_text(encoding="utf-8")).tags
     for path in [*run.glob("*.json"), *run.glob("sweeps/*.json"), *run.glob("transcripts/*.jsonl")]:
         text = path.read_text()
