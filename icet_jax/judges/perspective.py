@@ -56,6 +56,7 @@ class Perspective:
     Attributes:
       name: of the first attribute: "perspective" is TOXICITY, "perspective.insult" is INSULT, and so on.
       fingerprint: of what is asked.
+      requests_per_second: the most that are sent.
       requests: how many were sent.
       last_failure: why the latest row without a score has none; None if all have one.
     """
@@ -106,12 +107,14 @@ class Perspective:
         asked = json.dumps([endpoint, self._body("")])
         self.fingerprint = hashlib.sha256(asked.encode()).hexdigest()[:16]
         self._endpoint, self._retries, self._clock, self._sleep = endpoint, retries, clock, sleep
-        self._gap, self._next, self._closed_until = 1 / requests_per_second, -math.inf, -math.inf
+        self.requests_per_second = float(requests_per_second)
+        self._next = self._closed_until = -math.inf
         self._threads = min(_MOST_THREADS, math.ceil(requests_per_second))
         self._lock, self._accepted = threading.Lock(), False
         self._opener = urllib.request.build_opener(_NoRedirects)
         self.requests = 0
         self.last_failure: str | None = None
+        self._told: set[str | None] = set()
         days = (LAST_DAY - today()).days
         print(f"icet-jax: the Perspective API ends on {LAST_DAY} (in {days} days); then {INSTEAD}", file=sys.stderr)
 
@@ -147,7 +150,16 @@ class Perspective:
                     break
                 backoff = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
                 self._sleep(max(failure.wait, backoff * random.uniform(0.5, 1.0)))
+        self._tell()
         return [math.nan] * len(self._names)
+
+    def _tell(self) -> None:
+        """Says why responses stay without a score, each reason once."""
+        with self._lock:
+            new = self.last_failure not in self._told
+            self._told.add(self.last_failure)
+        if new:
+            print(f"icet-jax: {self.name}: responses stay without a score: {self.last_failure}", file=sys.stderr)
 
     def _ask(self, text: str) -> list[float]:
         """One request.
@@ -175,7 +187,7 @@ class Perspective:
         with self._lock:
             now = self._clock()
             turn = max(now, self._next)
-            self._next = turn + self._gap
+            self._next = turn + 1 / self.requests_per_second
             self.requests += 1
         if turn > now:
             self._sleep(turn - now)

@@ -200,13 +200,16 @@ def test_what_will_not_pass_is_one_error_and_no_retry(service, failure):
     assert len(service.requests) == 2 and scorer.last_failure.startswith("status ")
 
 
-def test_a_failure_that_lasts_stays_a_failure(service):
+def test_a_failure_that_lasts_stays_a_failure(service, capsys):
     clock = Clock()
     service.plan = [send(503)] * 4
     scorer = client(service, clock, retries=3)
     result = scorer(["p", "p"], ["four", "fives"])
     assert [math.nan, 0.05] == values(result) and result["perspective"].labels == [None, None]
     assert len(service.requests) == 5 and scorer.last_failure == "status 503"
+    service.plan = [send(503)] * 4
+    scorer(["p"], ["six..."])
+    assert capsys.readouterr().err.count("responses stay without a score: status 503") == 1
 
 
 def test_backoff_doubles_within_bounds(service):
@@ -250,6 +253,7 @@ def test_the_rate_is_never_exceeded(service, rate):
     sent = []
     service.plan = [lambda handler, body: (sent.append(clock.now), score(handler, body))] * 6
     scorer = client(service, clock, requests_per_second=rate)
+    assert scorer.requests_per_second == rate
     scorer._threads = 1  # this clock passes by sleeping, so threads would pass it for each other
     scorer(["p"] * 6, ["a" * n for n in range(1, 7)])
     assert [later - earlier for earlier, later in zip(sent, sent[1:], strict=False)] == pytest.approx([1 / rate] * 5)
