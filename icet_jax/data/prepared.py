@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from icet_jax.files import replace_dir_atomic, write_text_atomic
 SCHEMA = 1
 _VERSION = "1.0.0"
 _PER_SHARD = {"rows": 100_000, "images": 2_000}  # records of a file: files of a few hundred megabytes
+_PER_CALL = 64  # records: the writer rewrites its metadata at every call
 _LISTED_PROBLEMS = 100
 
 
@@ -46,7 +48,7 @@ class PreparedImage:
 
     def read(self) -> bytes:
         """The encoded bytes."""
-        return bytes(_data_source(self.folder, "images")[self.index]["bytes"])
+        return bytes(_record(self.folder, "images", self.index)["bytes"])
 
     def __str__(self) -> str:
         return self.name
@@ -146,9 +148,8 @@ def read_set(directory: str | Path, name: str, source: str, limit: int | None = 
             "asked for; run --mode=prepare with this config"
         )
     folder = directory / name
-    rows = _data_source(folder, "rows")
-    total = len(rows) if limit is None else min(limit, len(rows))
-    return [_example(folder, rows[index]) for index in range(total)]
+    total = facts["kept"] if limit is None else min(limit, facts["kept"])
+    return [_example(folder, _record(folder, "rows", index)) for index in range(total)]
 
 
 class _ImagePool:
@@ -262,20 +263,25 @@ def _write_table(folder: Path, split: str, records: Iterable[dict[str, Any]]) ->
     info = tfds.core.DatasetInfo(builder=identity, features=features.FeaturesDict(columns), disable_shuffling=True)
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_PER_SHARD[split], file_format="array_record")
     writer.initialize_splits([split])
-    for record in records:
-        writer.add_examples({split: [record]})
+    records = iter(records)
+    while several := list(islice(records, _PER_CALL)):
+        writer.add_examples({split: several})
     writer.close_all()
+
+
+def _record(folder: Path, split: str, index: int) -> Mapping[str, Any]:
+    try:
+        return _data_source(folder, split)[index]
+    # A damaged folder surfaces as any of OSError, RuntimeError, ValueError, KeyError, ...
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder / split}: cannot be read ({reason}); run --mode=prepare again") from error
 
 
 @lru_cache(maxsize=64)
 def _data_source(folder: Path, split: str) -> Any:
     """Random access to the records of a table."""
-    try:
-        return _tfds().builder_from_directory(folder / split / _VERSION).as_data_source(split)
-    # A damaged folder surfaces as any of OSError, ValueError, KeyError, ...
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder / split}: cannot be read ({reason}); run --mode=prepare again") from error
+    return _tfds().builder_from_directory(folder / split / _VERSION).as_data_source(split)
 
 
 def _tfds() -> Any:

@@ -6,14 +6,15 @@
     xstest:xstest_prompts.csv[?images=FOLDER&seed=0]        paul-rottger/xstest on GitHub
     vqa_v2:FOLDER?split=val2014[&images=FOLDER]             visualqa.org: questions, annotations, COCO images
 
-Where `images` is a folder of benign images, a row's image is a pure function of (seed, row id) and the folder's sorted
-names. Nothing of these data sets is part of this project.
+Each also takes `limit=N`, the number of usable rows after which reading stops. Where `images` is a folder of benign
+images, a row's image is a pure function of (seed, row id) and the folder's sorted names. Nothing of these data sets is
+part of this project.
 """
 
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,29 +32,34 @@ _XSTEST_KINDS = {"safe": "benign", "unsafe": "forbidden"}
 
 @dataclass(frozen=True)
 class _Request:
-    """A source string taken apart."""
+    """A source string taken apart; its paths start from the right folder."""
 
     path: Path
     options: Mapping[str, str]
+    images: Path | None
     image_root: Path | None
     limit: int | None
     files: ImageFiles
 
     def picker(self) -> Callable[[str], Path]:
         """row id -> image out of the folder `images`, for sources that need one."""
-        seed = self.options.get("seed", "0")
-        if not re.fullmatch(r"[0-9]{1,9}", seed):
-            raise UserError(f"{self.path}: seed={seed} must be a whole number, 0 or more")
-        return partial(ImageFolder(self.options["images"]).pick, int(seed))
+        assert self.images is not None
+        return partial(ImageFolder(self.images).pick, int(self.options.get("seed", "0")))
 
 
 def read_source(
-    source: str, *, image_root: str | Path | None = None, limit: int | None = None, decode: bool = False
+    source: str,
+    *,
+    root: str | Path | None = None,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    decode: bool = False,
 ) -> Records:
     """The rows of a file: one of the published formats, or FILE.csv and FILE.jsonl of a user's own.
 
     Args:
       source: see the module's text.
+      root: folder that the source's relative paths start from; the working directory if None.
       image_root: folder that image paths of a user's file or of JailBreakV-28K start from; the file's own if None.
       limit: usable rows after which reading stops.
       decode: whether images are decoded, so that rows whose image is damaged are left out too.
@@ -61,18 +67,29 @@ def read_source(
     Raises:
       UserError: no such format or option, a file that cannot be read, or without a usable row.
     """
+    base = Path() if root is None else Path(root)
     name, colon, rest = source.partition(":")
     if not colon or not re.fullmatch(r"\w+", name):
-        return read_records(source, image_root=image_root, limit=limit, decode=decode)
+        return read_records(base / source, image_root=image_root, limit=limit, decode=decode)
     if name not in _FORMATS:
         raise UserError(f"{source}: no data format is called '{name}'; known: {', '.join(_FORMATS)}")
     reader, required, optional = _FORMATS[name]
     path, question, query = rest.rpartition("?")
     if not question:
         path, query = rest, ""
-    options = _options(source, query, required, optional)
-    root = None if image_root is None else Path(image_root)
-    return reader(_Request(Path(path), options, root, limit, ImageFiles(decode=decode)))
+    options = _options(source, query, required, (*optional, "limit"))
+    own = int(options["limit"]) if "limit" in options else None
+    request = _Request(
+        path=base / path,
+        options=options,
+        images=base / options["images"] if "images" in options else None,
+        image_root=None if image_root is None else Path(image_root),
+        limit=min((number for number in (own, limit) if number is not None), default=None),
+        files=ImageFiles(decode=decode),
+    )
+    records = reader(request)
+    # What the source itself leaves out is no part of it.
+    return replace(records, complete=records.complete or len(records.examples) == own)
 
 
 def _options(source: str, query: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
@@ -84,6 +101,8 @@ def _options(source: str, query: str, required: tuple[str, ...], optional: tuple
             raise UserError(
                 f"{source}: '{part}' is no option of it; write KEY=VALUE with a KEY of {', '.join(allowed)}"
             )
+        if key in ("seed", "limit") and not re.fullmatch(r"[0-9]{1,9}", value) or (key, value) == ("limit", "0"):
+            raise UserError(f"{source}: {part} must be a whole number, {'0' if key == 'seed' else '1'} or more")
         options[key] = value
     for key in required:
         if key not in options:
@@ -106,7 +125,7 @@ def _redteam_2k(request: _Request) -> Records:
 
 def _jailbreakv_28k(request: _Request) -> Records:
     """Columns id, jailbreak_query, redteam_query, policy, image_path; image paths stay inside their root."""
-    root = Path(request.options.get("images") or request.image_root or request.path.parent)
+    root = request.images or request.image_root or request.path.parent
 
     def convert(fields: dict[str, Any], identity: str) -> Example:
         prompt = prompt_of(fields, "jailbreak_query")
@@ -137,7 +156,7 @@ def _advbench_coco(request: _Request) -> Records:
 
 def _xstest(request: _Request) -> Records:
     """Columns id, prompt, type, label; text-only unless a folder of images is given."""
-    pick = request.picker() if "images" in request.options else None
+    pick = request.picker() if request.images else None
 
     def convert(fields: dict[str, Any], identity: str) -> Example:
         prompt = prompt_of(fields, "prompt")
@@ -169,7 +188,7 @@ def _vqa_v2(request: _Request) -> Records:
         if not path.is_file():
             raise UserError(f"{path}: no such file; split={split} needs its questions and annotations, unzipped")
     beside = request.path / split
-    images = Path(request.options.get("images") or (beside if beside.is_dir() else request.path))
+    images = request.images or (beside if beside.is_dir() else request.path)
     lookup = _Annotations(annotations)
 
     def convert(fields: dict[str, Any], identity: str) -> Example:

@@ -18,6 +18,7 @@ from icet_jax.lppo.forward import with_policy
 from icet_jax.runs import common, sources
 from icet_jax.runs.export import write_model
 from icet_jax.runs.measure import Measurements, Policy
+from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.run_dir import Costs
 from icet_jax.runs.training import Trainer
@@ -39,8 +40,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 def align(config: ConfigDict, workdir: Path) -> None:
     """One run in `workdir`, which `config` has claimed."""
     setting = common.load_setting(config, workdir)
-    data = config.data
-    examples = sources.load_rows(data.train, image_root=data.image_root, directory=data.directory, name="train")
+    examples = common.load_rows(config, config.data.train, TRAIN, workdir)
     trainer = Trainer(config, workdir, setting.vlm, examples, _reward(config, workdir))
     _write_data_facts(workdir, examples, setting.tests)
     costs = Costs(workdir)

@@ -45,13 +45,19 @@ def load_setting(config: ConfigDict, workdir: Path) -> Setting:
     mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
     vlm = api.load(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat)
     check_exits(config, vlm.num_exits)
-    settings = {"image_root": config.data.image_root, "limit": config.sweep.limit, "directory": config.data.directory}
     named = {**config.sweep.datasets, **config.sweep.utility}
-    tests = {name: sources.load_rows(source, name=name, **settings) for name, source in named.items()}
+    tests = {name: load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
     facts = sources.organism_facts(directory)
     if facts is not None:
         write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")
     return Setting(vlm, sources.load_scorers(config, workdir), tests)
+
+
+def load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> list[Example]:
+    """The rows of one of the config's data sets, as `config.data` says where they are; see `sources.load_rows`."""
+    data = config.data
+    where = {"root": data.root, "image_root": data.image_root, "directory": data.directory}
+    return sources.load_rows(source, name=name, limit=limit, workdir=workdir, **where)
 
 
 def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, Path], None]) -> None:

@@ -27,7 +27,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
     Args:
       config: its `data` and `sweep` name the sources.
-      workdir: unused.
+      workdir: where toy files go; a temporary folder if None.
       options: `out`, the folder to write to instead of `config.data.directory`.
 
     Raises:
@@ -42,7 +42,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     directory = Path(directory)
     reports, rows = {}, {}
     for name, (source, limit) in named.items():
-        reports[name] = _prepare(directory, name, source, limit, config.data.image_root)
+        where = {"root": config.data.root, "image_root": config.data.image_root, "workdir": workdir}
+        reports[name] = _prepare(directory, name, source, limit, where)
         rows[name] = prepared.read_set(directory, name, source, limit)
         print(_line(name, reports[name]))
     train: list[Example] = rows.pop(TRAIN, [])
@@ -66,15 +67,15 @@ def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
     return named | {name: (source, config.sweep.limit) for name, source in tests.items()}
 
 
-def _prepare(directory: Path, name: str, source: str, limit: int | None, image_root: str | None) -> dict[str, Any]:
+def _prepare(directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any]) -> dict[str, Any]:
     """One set; returns what `source.json` says of it, and whether it was `unchanged`."""
     # Without decoding, reading is quick enough to find out whether anything has changed.
-    seen = sources.read_rows(source, image_root=image_root, limit=limit)
+    seen = sources.read_rows(source, limit=limit, **where)
     mark = prepared.fingerprint(source, limit, seen)
     old = prepared.read_facts(directory, name)
     if old is not None and old["fingerprint"] == mark:
         return {**old, "unchanged": True}
-    records = sources.read_rows(source, image_root=image_root, limit=limit, decode=True)
+    records = sources.read_rows(source, limit=limit, decode=True, **where)
     facts = {"source": source, "limit": limit, "fingerprint": mark}
     return {**prepared.write_set(directory, name, records, facts), "unchanged": False}
 

@@ -1,7 +1,7 @@
 """Where a run's rows, weights and judges come from: the user's files, hub ids, the shipped organism, or toys.
 
 rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
-            | toy:KIND
+            | toy:KIND | toy:FORMAT
 weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:llava15 | ...
 scorers     refusal_keywords | organism:judge | weights of a reward model
 """
@@ -9,6 +9,7 @@ scorers     refusal_keywords | organism:judge | weights of a reward model
 import functools
 import json
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,58 +47,78 @@ def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
 def load_rows(
     source: str,
     *,
+    root: str | None = None,
     image_root: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     directory: str | None = None,
     name: str | None = None,
+    workdir: Path | None = None,
 ) -> list[Example]:
     """The rows of `source`, at most `limit`; what a file's bad rows are is reported on stderr.
 
     Args:
       source: see the module's docstring.
+      root: folder that a source's relative paths start from.
       image_root: folder that a file's relative image paths start from.
       limit: first usable rows taken; None is all.
       seed: of the organism's images and row order.
       directory: of prepared data sets (`--mode=prepare`); the source itself is read if None.
       name: of the set in `directory`.
+      workdir: where toy files go; a temporary folder if None.
 
     Raises:
       UserError: no such source, a file without a usable row, or a set that is not prepared.
     """
     if directory is not None and name is not None:
         return prepared.read_set(directory, name, source, limit)
-    records = read_rows(source, image_root=image_root, limit=limit, seed=seed)
+    records = read_rows(source, root=root, image_root=image_root, limit=limit, seed=seed, workdir=workdir)
     if records.problems or records.repeats or records.animated:
         print(f"icet-jax: {records.report()}", file=sys.stderr)
     return records.examples
 
 
 def read_rows(
-    source: str, *, image_root: str | None = None, limit: int | None = None, seed: int = 0, decode: bool = False
+    source: str,
+    *,
+    root: str | None = None,
+    image_root: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    workdir: Path | None = None,
+    decode: bool = False,
 ) -> Records:
     """The rows of `source` and what was left out of it.
 
     Args:
-      source: see the module's docstring.
-      image_root: folder that a file's relative image paths start from.
-      limit: usable rows after which reading stops.
-      seed: of the organism's images and row order.
+      source, root, image_root, limit, seed, workdir: as for `load_rows`; reading stops after `limit` usable rows.
       decode: whether images are decoded, so that rows whose image is damaged are left out too.
 
     Raises:
       UserError: no such source, or a file without a usable row.
     """
     origin, _, name = source.partition(":")
-    if origin == "organism" and name:
-        rows = _organism_rows(source, seed)
-    elif origin == "toy" and name:
-        from icet_jax.runs import toy
+    if origin == "toy" and name not in ("", "mixed", *KINDS):
+        from icet_jax.runs.toy import published
 
-        rows = toy.rows(name)
-    else:
-        return read_source(source, image_root=image_root, limit=limit, decode=decode)
-    return Records(source, rows[:limit], [], complete=limit is None or len(rows) <= limit)
+        folder = _temporary_folder() if workdir is None else workdir / "toy"
+        source, root = published.source(name, folder / "data"), None
+    elif origin in ("organism", "toy") and name:
+        rows = _organism_rows(source, seed) if origin == "organism" else _toy_rows(name)
+        return Records(source, rows[:limit], [], complete=limit is None or len(rows) <= limit)
+    return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    """One for all toy files of this process."""
+    return Path(tempfile.mkdtemp(prefix="icet_jax_toy_"))
+
+
+def _toy_rows(kind: str) -> list[Example]:
+    from icet_jax.runs import toy
+
+    return toy.rows(kind)
 
 
 def _organism_rows(source: str, seed: int) -> list[Example]:

@@ -66,7 +66,7 @@ def vqa_tables(folder: Path) -> tuple[dict, dict]:
     pictures = folder / "val2014"
     pictures.mkdir()
     for i in range(ROWS // 3):
-        Image.new("RGB", (6, 4), (i, 9, 200)).save(pictures / f"COCO_val2014_{1000 + i:012d}.jpg")
+        Image.new("RGB", (6, 4), (50 * i, 9, 200)).save(pictures / f"COCO_val2014_{1000 + i:012d}.jpg")
     about = {"info": {"year": 2017}, "license": {"name": "none"}, "data_subtype": "val2014"}
     questions = [
         {"image_id": 1000 + i // 3, "question": f"How many things are here {i}?", "question_id": 10000 + i}

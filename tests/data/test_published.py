@@ -107,6 +107,21 @@ def test_a_picked_image_depends_on_seed_and_id_alone(tmp_path):
     assert len(fewer) == ROWS // 2 and all(everything[key] == fewer[key] for key in fewer)
 
 
+@pytest.mark.parametrize("name", published.SOURCES)
+def test_limits_and_roots(name, tmp_path):
+    source = published.SOURCES[name](tmp_path)
+    inside = source.replace(f"{tmp_path}/", "").replace(str(tmp_path), ".")
+    assert str(tmp_path) not in inside
+    everything = read_source(inside, root=tmp_path)
+    assert ids(everything) == ids(read_source(source)) and everything.complete
+    assert [e.images for e in everything.examples] == [e.images for e in read_source(source).examples]
+    own = read_source(inside + "&limit=5", root=tmp_path)
+    assert ids(own) == ids(everything)[:5] and own.complete
+    fewer = read_source(inside + "&limit=5", root=tmp_path, limit=3)
+    assert ids(fewer) == ids(everything)[:3] and not fewer.complete
+    assert ids(read_source(inside + "&limit=5", root=tmp_path, limit=9)) == ids(own)
+
+
 def test_the_folder_of_images_is_sorted_and_holds_images_alone(tmp_path):
     published.images(tmp_path)
     (tmp_path / "notes.txt").write_text("no image")
@@ -340,8 +355,10 @@ def test_vqa_files_that_are_cut_off_keep_what_came_before(tmp_path):
         ("redteam_2k:{0}/x.csv", "needs images: add ?images=FOLDER"),
         ("vqa_v2:{0}", "needs split: add ?split=val2014"),
         ("redteam_2k:{0}/x.csv?images={0}&sed=1", "'sed=1' is no option of it"),
-        ("redteam_2k:{0}/x.csv?images={0}&seed=-1", "seed=-1 must be a whole number"),
+        ("redteam_2k:{0}/x.csv?images={0}&seed=-1", "seed=-1 must be a whole number, 0 or more"),
         ("xstest:{0}/x.csv?images", "'images' is no option"),
+        ("xstest:{0}/x.csv?limit=0", "limit=0 must be a whole number, 1 or more"),
+        ("xstest:{0}/x.csv?limit=1e3", "limit=1e3 must be a whole number, 1 or more"),
         ("redteam_2k:{0}/x.csv?images={0}/none", "cannot be read"),
         ("redteam_2k:{0}/x.csv?images={0}", "holds no image file"),
         ("redteam_2k:{0}/gone.csv?images={0}/coco", "gone.csv: cannot be read"),

@@ -25,6 +25,19 @@ def test_a_wrong_source_is_one_line(source):
         sources.load_rows(source)
 
 
+@pytest.mark.parametrize("name", ["redteam_2k", "mini_jailbreakv", "advbench_coco", "custom", "xstest", "vqa_v2"])
+def test_toy_files_are_of_the_published_formats(name, tmp_path, capsys):
+    rows = sources.load_rows(f"toy:{name}", root="/nowhere", limit=4, workdir=tmp_path)
+    assert len(rows) == 4 and (tmp_path / "toy" / "data").is_dir()
+    assert all(image.is_file() for row in rows for image in row.images)
+    assert [row.id for row in sources.load_rows(f"toy:{name}")][:4] == [row.id for row in rows]
+
+
+def test_relative_sources_start_from_the_root(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "placeholder", "image": []}\n')
+    assert sources.load_rows("rows.jsonl", root=str(tmp_path))[0].prompt == "placeholder"
+
+
 @pytest.mark.parametrize("spec", ["organism:llama", "toy:llama"])
 def test_wrong_weights_are_one_line(spec):
     with pytest.raises(UserError, match=spec):
