@@ -96,8 +96,10 @@ def general_reward(folder: Path) -> None:
         folder, tuple(roles.values()), single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", settings=roles
     )
     values = {
-        "architectures": ["DebertaV2ForSequenceClassification"], "model_type": "deberta-v2", **_SIZES,
-        "vocab_size": len(vocabulary), "max_position_embeddings": 64, "position_buckets": 16, "max_relative_positions": -1,
+        "architectures": ["DebertaV2ForSequenceClassification"], "model_type": "deberta-v2",
+        **_SIZES,
+        "vocab_size": len(vocabulary), "max_position_embeddings": 64,
+        "position_buckets": 16, "max_relative_positions": -1,
         "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0, "share_att_key": True,
         "norm_rel_ebd": "layer_norm", "pos_att_type": "p2c|c2p", "layer_norm_eps": 1e-7, "pooler_hidden_size": 32,
         "pooler_hidden_act": "gelu", "hidden_act": "gelu", **_labels(("LABEL_0",)),
@@ -116,7 +118,8 @@ def llama_reward(folder: Path) -> None:
     }  # fmt: skip
     vocabulary = write_tokenizer(folder, names, single="<s> $A", settings=settings)
     values = {
-        "architectures": ["LlamaForSequenceClassification"], **_LLAMA,
+        "architectures": ["LlamaForSequenceClassification"],
+        **_LLAMA,
         "vocab_size": len(vocabulary), "bos_token_id": 1,
         "eos_token_id": 2, "pad_token_id": 3, "max_position_embeddings": 512, **_labels(("LABEL_0",)),
     }  # fmt: skip
@@ -177,7 +180,8 @@ def _save_judge(
         folder, names, single="<s> $A", text=_text(template), words=words, settings=roles | (settings or {})
     )
     values = {
-        "architectures": ["LlamaForCausalLM"], **_LLAMA, "vocab_size": len(vocabulary), "bos_token_id": 1, "eos_token_id": 2,
+        "architectures": ["LlamaForCausalLM"],
+        **_LLAMA, "vocab_size": len(vocabulary), "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 3, "max_position_embeddings": 4096,
     }  # fmt: skip
 
