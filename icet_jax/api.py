@@ -60,7 +60,10 @@ def load(
 
 
 def load_scorer(
-    path_or_id: str | Path, kind: str | None = None, template: Callable[[str, str], str] | str | None = None
+    path_or_id: str | Path,
+    kind: str | None = None,
+    template: Callable[[str, str], str] | str | None = None,
+    **options: Any,
 ) -> Scorer:
     """Loads what judges responses: `score(prompts, responses)` -> {name: `Scores`}, prompts raw, not chat-templated.
 
@@ -68,13 +71,15 @@ def load_scorer(
       path_or_id: a scorer's name ("refusal_keywords"), a checkpoint directory, a hub id, or "organism:reward_model".
       kind: what the checkpoint is, where its config does not tell.
       template: how prompt and response become the scorer's text, instead of its own way.
+      options: `dtype`, `mesh`, `revision`, `batch_size` and the kind's own fields, see
+        `icet_jax.judges.load.load_scorer`.
 
     Raises:
       UserError: no such scorer, or broken files.
     """
     from icet_jax.judges.load import load_scorer as load_judge
 
-    return load_judge(_shipped(path_or_id), kind=kind, template=template)
+    return load_judge(_shipped(path_or_id), kind=kind, template=template, **options)
 
 
 def _shipped(path_or_id: str | Path) -> str | Path:

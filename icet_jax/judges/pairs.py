@@ -58,12 +58,14 @@ class SegmentTokenizer:
         self.tokenizer, self.template, self.max_length = tokenizer, _first_segment(template), max_length
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token ids of each pair, at most `max_length`; the longer segment loses its end first."""
-        if not prompts:
-            return []
+        """Token ids of each pair, at most `max_length`; the longer segment loses its end first.
+
+        Pairs are encoded one by one: alone, an empty response has no segment, in a batch it would have an empty one.
+        """
+        cut = {"truncation": "longest_first", "max_length": self.max_length}
         firsts = [self.template.replace("{prompt}", prompt) for prompt in prompts]
-        encoded = self.tokenizer(firsts, list(responses), truncation="longest_first", max_length=self.max_length)
-        return [list(ids) for ids in encoded["input_ids"]]
+        encoded = [self.tokenizer(*pair, **cut) for pair in zip(firsts, responses, strict=True)]
+        return [list(row["input_ids"]) for row in encoded]
 
 
 class ChatPairs:
