@@ -131,11 +131,11 @@ class DecoderJudge:
         self._tokens = verdict_tokens(self.encode, *words)
         graphdef, params = nnx.split(model)
         unsafe, safe = self._tokens or (0, 0)
-        keys = jax.random.split(jax.random.key(0), batch_size)  # greedy: no key matters
 
         def answer(params: nnx.State, tokens: Any, mask: Any) -> dict[str, Any]:
             model = nnx.merge(graphdef, params)
             logits, cache = prefill(model, tokens, mask, None, sampling.max_new_tokens)
+            keys = jax.random.split(jax.random.key(0), len(tokens))  # greedy: no key matters
             out = continue_from(model, logits, cache, mask, keys, sampling)
             odds = jax.nn.sigmoid(logits[:, unsafe] - logits[:, safe])
             return {"tokens": out.tokens, "mask": out.mask, "p_unsafe": odds}

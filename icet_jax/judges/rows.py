@@ -1,5 +1,6 @@
 """Rows of tokens through a network: padded to few lengths, batched, spread over the mesh, compiled once per length."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,9 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from icet_jax.parallel.sharding import place_rows, replicated
+from icet_jax.parallel.sharding import ROWS, place_rows, replicated
 
 _SHORTEST_BUCKET = 32  # positions
+_FULL_BATCH = 1024  # positions up to which a batch is full: attention over longer rows would take too much memory
 
 
 def bucket(length: int, longest: int, steps: int = 1) -> int:
@@ -43,7 +45,8 @@ class BatchedNetwork:
 
     Attributes:
       longest: most tokens of a row.
-      batch_size: rows per call; a shorter last batch is filled up with rows that are all padding.
+      batch_size: rows per call, halved for each doubling of their length beyond 1024; a shorter last batch is filled up
+        with rows that are all padding.
       compiled: the jitted function.
     """
 
@@ -64,13 +67,14 @@ class BatchedNetwork:
           function: (params, tokens int32 [B, T], mask bool [B, T]) -> pytree of arrays whose first axis is B.
           params: the network's weights, placed where they belong.
           longest: most tokens of a row.
-          batch_size: rows per call.
+          batch_size: rows per call of up to 1024 tokens each.
           mesh: that of `params`, over which rows are split; None for the default device.
           side: of the padding, "left" or "right".
           steps: see `bucket`.
         """
         self.longest, self.batch_size = longest, batch_size
         self._params, self._mesh, self._side, self._steps = params, mesh, side, steps
+        self._shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
         # Every process of a run needs every row's result.
         self.compiled = jax.jit(function, out_shardings=None if mesh is None else replicated(mesh))
 
@@ -79,11 +83,12 @@ class BatchedNetwork:
 
         A row without tokens is all padding, and what the function gives for it.
         """
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         pending = []
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            length = bucket(len(rows[chosen[-1]]), self.longest, self._steps)
+        while order:
+            length = bucket(len(rows[order[0]]), self.longest, self._steps)
+            count = self._rows_at_once(length)
+            chosen, order = order[:count], order[count:]
             pending.append((chosen, self._run([rows[index] for index in chosen], length)))
         shapes = pending[0][1] if pending else self._shapes()
         results = jax.tree.map(lambda leaf: np.zeros((len(rows), *leaf.shape[1:]), leaf.dtype), shapes)
@@ -100,9 +105,15 @@ class BatchedNetwork:
             length = bucket(length + 1, self.longest, self._steps)
             self._run([], length)
 
+    def _rows_at_once(self, length: int) -> int:
+        count = self.batch_size
+        while count > self._shards and count * length > self.batch_size * _FULL_BATCH:
+            count //= 2
+        return count
+
     def _run(self, rows: Sequence[Sequence[int]], length: int) -> Any:
-        batch = place_rows(pad_rows(rows, length, self.batch_size, self._side), self._mesh)
-        return self.compiled(self._params, *batch)
+        batch = pad_rows(rows, length, self._rows_at_once(length), self._side)
+        return self.compiled(self._params, *place_rows(batch, self._mesh))
 
     def _shapes(self) -> Any:
         return jax.eval_shape(self.compiled, self._params, *pad_rows([], bucket(0, self.longest), self.batch_size))

@@ -226,6 +226,27 @@ def test_verdict_tokens_are_those_that_follow_the_prompt():
     assert verdict_tokens(encode, "unsafe", "safe") == (262, 261)
 
 
+def test_llama_2_pieces():
+    """A SentencePiece vocabulary: a word after the prompt is one piece with its blank, and BOS stands once."""
+    from transformers import LlamaTokenizerFast
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {c: i for i, c in enumerate("\u2581[]/.abcefnosuyINSTY\n", 3)}
+    merges = []
+    for word in ("\u2581safe", "\u2581unsafe", "\u2581Yes", "\u2581No"):
+        for end in range(1, len(word)):
+            merges.append((word[:end], word[end]))
+            vocab.setdefault(word[: end + 1], len(vocab))
+    tokenizer = LlamaTokenizerFast(vocab=vocab, merges=list(dict.fromkeys(merges)))
+    for start in ("", "<s>"):
+        encode = Conversations(tokenizer, text_template(start + "[INST] {prompt}. {response} [/INST]"), max_length=99)
+        assert verdict_tokens(encode, "unsafe", "safe") == (vocab["\u2581unsafe"], vocab["\u2581safe"])
+        assert verdict_tokens(encode, "Yes", "No") == (vocab["\u2581Yes"], vocab["\u2581No"])
+        (encoded,) = encode(["so"], ["no</s>"])
+        expected = tokenizer(start + "[INST] so. no< /s> [/INST]", add_special_tokens=False)["input_ids"]
+        assert encoded.ids == [1, *expected[len(start) // 3 :]] and not {2} & set(encoded.ids)
+    assert word_verdict(tokenizer.decode([vocab["\u2581Yes"]]), "Yes", "No") == (True, "yes")
+
+
 def test_answers_are_those_of_transformers_token_for_token(rambling):
     directory, model = rambling
     judge = load_scorer(directory, dtype="float32", batch_size=2, max_new_tokens=24)

@@ -9,7 +9,6 @@ from icet_jax.errors import UserError
 from icet_jax.judges.pairs import HH_TEMPLATE, PairTokenizer, longest_first
 from icet_jax.judges.reward_model import RewardModel
 from icet_jax.judges.reward_training import RewardTraining, preference_loss, train_reward_model
-from icet_jax.judges.rows import bucket, pad_rows
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from tests import tiny
 
@@ -55,22 +54,6 @@ def test_trailing_eos_is_dropped(tokenizer):
     pairs = PairTokenizer(tokenizer, template=HH_TEMPLATE, max_length=64)
     plain, ended = pairs(["p", "p"], ["fine", "fine<|endoftext|><|endoftext|>"])
     assert plain == ended
-
-
-@pytest.mark.parametrize(("length", "expected"), [(0, 32), (1, 32), (32, 32), (33, 64), (64, 64), (65, 100), (99, 100)])
-def test_bucket(length, expected):
-    assert bucket(length, 100) == expected
-
-
-@pytest.mark.parametrize(("length", "expected"), [(0, 32), (33, 64), (129, 160), (161, 192), (250, 256), (257, 320)])
-def test_finer_buckets(length, expected):
-    assert bucket(length, 300, steps=4) == min(expected, 300)
-
-
-def test_padding_on_either_side():
-    for side, where in (("right", slice(0, 2)), ("left", slice(2, 4))):
-        tokens, mask = pad_rows([[7, 8], []], 4, 3, side)
-        assert tokens[0, where].tolist() == [7, 8] and mask[0, where].all() and mask.sum() == 2 and tokens.sum() == 15
 
 
 def test_a_score_does_not_depend_on_its_neighbours(tokenizer):
