@@ -41,6 +41,8 @@ def load(
     *,
     param_dtype: Any = None,
     remat: str = "none",
+    revision: str | None = None,
+    adapter: str | Path | None = None,
 ) -> "VLM":
     """Loads a vision-language model with its weights; tokenizer and image processor follow when they are first used.
 
@@ -50,13 +52,23 @@ def load(
       mesh: devices to spread the weights over (`icet_jax.parallel.mesh.make_mesh`); None is the default device.
       param_dtype: of the stored weights; `dtype` by default.
       remat: what a backward pass keeps: "none" (everything), "dots" (kernels' outputs), "full" (layers' inputs alone).
+      revision: branch, tag or commit of a hub id; None is its default branch.
+      adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
 
     Raises:
       UserError: no such checkpoint, an unsupported model, or broken files; one line.
     """
     names = [None if name is None else _dtype_name(name) for name in (dtype, param_dtype)]
-    directory = local_directory(_shipped(path_or_id))
-    return VLM(load_llava(directory, dtype=str(names[0]), param_dtype=names[1], mesh=mesh, remat=remat), mesh)
+    directory = local_directory(_shipped(path_or_id), revision)
+    start = None if adapter is None else local_directory(adapter)
+    options: dict[str, Any] = {
+        "dtype": str(names[0]),
+        "param_dtype": names[1],
+        "mesh": mesh,
+        "remat": remat,
+        "adapter": start,
+    }
+    return VLM(load_llava(directory, **options), mesh)
 
 
 def load_scorer(
@@ -99,6 +111,7 @@ class VLM:
       graphdef, params: `nnx.merge(graphdef, params)` is the model, for pure functions of your own.
       config: sizes of the network.
       directory: where it came from.
+      adapter: the LoRA that was merged while it was loaded, or None.
       mesh: where the weights are, None on the default device.
       eos_ids, pad_id: tokens that end and pad a response.
       suppress_ids: tokens that are never sampled.
@@ -107,6 +120,7 @@ class VLM:
     def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None) -> None:
         self.graphdef, self.params = checkpoint.graphdef, checkpoint.params
         self.config, self.directory, self.mesh = checkpoint.config, checkpoint.directory, mesh
+        self.adapter = checkpoint.adapter
         self.eos_ids, self.pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config)
         model = checkpoint.model
         self.num_exits: int = model.num_exits
@@ -207,10 +221,13 @@ class VLM:
     def save(self, directory: str | Path) -> Path:
         """Writes the model to a new directory in the Hugging Face layout; transformers 4.46 to 5.x load it.
 
+        An adapter that was merged when the model was loaded is part of what is written. With several processes all of
+        them call it; the first one writes.
+
         Raises:
           UserError: it cannot be written there.
         """
-        return save_llava(directory, self.config, self.params, source_dir=self.directory)
+        return save_llava(directory, self.config, self.params, source_dir=self.directory, start=self.adapter)
 
     def _exit(self, exit_layer: int | None, upto: int) -> Int[Array, ""]:
         number = self.default_exit if exit_layer is None else exit_layer

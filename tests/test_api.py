@@ -206,7 +206,7 @@ def test_hidden_states_need_images(vlm, hf_model):
     "arguments, complaint",
     [
         (("/no/such/place",), "no such directory"),
-        (("nobody/nothing-7b",), "not to be had from the Hugging Face hub"),
+        (("nobody/nothing-7b",), "not in the local cache while HF_HUB_OFFLINE is set"),
         (("organism:dragon",), "the shipped checkpoints are organism:vlm"),
         (("here", "float16"), "dtype: float16"),
         (("here", "no-such"), "dtype: no-such"),

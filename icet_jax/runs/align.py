@@ -16,7 +16,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.judges.reward_model import RewardModel
 from icet_jax.lppo.forward import with_policy
 from icet_jax.runs import common, sources
-from icet_jax.runs.export import write_model
+from icet_jax.runs.export import check_form, write_exports
 from icet_jax.runs.measure import Measurements, Policy
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.reward import RewardByKind
@@ -31,6 +31,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
       UserError: bad input of any kind, before anything is done where it can be known; a loss that is not finite.
     """
     require(config, "model.checkpoint", "data.train", "sweep.datasets")
+    check_form(config)
     if _asks_reward_model(config):
         require(config, "reward.model")
     common.for_each_seed(config, workdir, align)
@@ -69,10 +70,9 @@ def align(config: ConfigDict, workdir: Path) -> None:
     measurements.differences()
 
     with costs.phase("export"):
-        if not (workdir / "hf" / "config.json").is_file():
-            write_model(setting.vlm, state, lora_scale, workdir / "hf")
+        folders = write_exports(config, setting.vlm, state, lora_scale, workdir, workdir / "hf", again=False)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
-    print(f"model: {workdir / 'hf'}\nreport: {page}", file=sys.stderr)
+    print("".join(f"model: {folder}\n" for folder in folders) + f"report: {page}", file=sys.stderr)
 
 
 def _asks_reward_model(config: ConfigDict) -> bool:

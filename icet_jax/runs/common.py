@@ -41,16 +41,31 @@ def load_setting(config: ConfigDict, workdir: Path) -> Setting:
     Raises:
       UserError: anything that is missing, broken or does not fit.
     """
-    directory = sources.checkpoint_directory(config.model.checkpoint, workdir)
-    mesh = make_mesh(**config.mesh) if jax.device_count() > 1 else None
-    vlm = api.load(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat)
+    vlm = load_model(config, workdir)
     check_exits(config, vlm.num_exits)
     named = {**config.sweep.datasets, **config.sweep.utility}
     tests = {name: load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
-    facts = sources.organism_facts(directory)
+    facts = sources.organism_facts(str(vlm.directory))
     if facts is not None:
         write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")
     return Setting(vlm, sources.load_scorers(config, workdir), tests)
+
+
+def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
+    """The model that `config.model` names, with its start adapter, over all devices if there are several.
+
+    Raises:
+      UserError: no such checkpoint or adapter, or broken files.
+    """
+    model = config.model
+    return api.load(
+        sources.checkpoint_directory(model.checkpoint, workdir),
+        dtype=model.dtype,
+        mesh=make_mesh(**config.mesh) if jax.device_count() > 1 else None,
+        remat=model.remat,
+        revision=model.revision,
+        adapter=model.adapter,
+    )
 
 
 def load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> list[Example]:

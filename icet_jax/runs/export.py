@@ -1,21 +1,28 @@
-"""`--mode=export`: what a run has trained, as a checkpoint in the Hugging Face layout."""
+"""`--mode=export`: what a run has trained, as a checkpoint in the Hugging Face layout, a PEFT adapter, or both."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from icet_jax import api
+from icet_jax.checkpoints import adapters
+from icet_jax.checkpoints.adapter_export import save_adapter
+from icet_jax.checkpoints.folder import ADAPTER, agreed
 from icet_jax.checkpoints.hf_export import save_llava
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import with_policy
 from icet_jax.lppo.settings import from_config
 from icet_jax.lppo.state import TrainState
-from icet_jax.runs import run_dir
-from icet_jax.runs.sources import checkpoint_directory
+from icet_jax.models.family import POLICY_ROOT
+from icet_jax.runs import common, model_card, run_dir
 from icet_jax.runs.training import newest_state
+
+# The file that a finished export of each form has.
+_MARKS = {"full": "config.json", "adapter": adapters.CONFIG}
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
@@ -44,19 +51,25 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     return 0
 
 
+def check_form(config: ConfigDict) -> None:
+    """Raises a `UserError` where the config asks for an adapter of a run that trains every weight."""
+    if config.export.form != "full" and not config.lora.rank:
+        raise UserError(
+            f"config.export.form={config.export.form} needs LoRA (config.lora.rank above 0): full fine-tuning has no "
+            "adapter; use full"
+        )
+
+
 def export(config: ConfigDict, workdir: Path, out: Path) -> None:
     """Restores the newest checkpoint of one run and writes its model to `out`.
 
     Raises:
       UserError: see `run`.
     """
+    check_form(config)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: has no checkpoints to export; run --mode=align first")
-    vlm = api.load(
-        checkpoint_directory(config.model.checkpoint, workdir),
-        dtype=config.model.dtype,
-        param_dtype=None if config.lora.rank else "float32",
-    )
+    vlm = common.load_model(config, workdir)
     settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
     checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
     try:
@@ -65,25 +78,54 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
         state = newest_state(config, vlm, settings, checkpoints)
     finally:
         checkpoints.close()
-    write_model(vlm, state, settings.lora_scale, out)
-    print(
-        f"{out}: the model after iteration {int(state.iteration)} of {config[config.algorithm].iterations}",
-        file=sys.stderr,
-    )
+    for folder in write_exports(config, vlm, state, settings.lora_scale, workdir, out, again=True):
+        print(
+            f"{folder}: the model after iteration {int(state.iteration)} of {config[config.algorithm].iterations}",
+            file=sys.stderr,
+        )
 
 
-def write_model(vlm: api.VLM, state: TrainState, lora_scale: float | None, out: Path) -> Path:
-    """Writes the policy (adapters merged) and, beside it, the value head; returns `out`.
+def write_exports(
+    config: ConfigDict, vlm: api.VLM, state: TrainState, lora_scale: float | None, workdir: Path, out: Path, *,
+    again: bool,
+) -> list[Path]:  # fmt: skip
+    """Writes what `config.export.form` asks for, each with its value head and model card; returns the folders.
 
     Args:
-      vlm: the model before training.
+      config: of the run.
+      vlm: the model before training, with the start adapter it may have.
       state: of the training.
       lora_scale: alpha / rank; None after full fine-tuning.
-      out: a new directory, or an earlier export.
+      workdir: the run directory, which the model card is made from.
+      out: of the full model; the adapter goes to `out`/adapter.
+      again: whether a finished export is replaced; else it is left as it is.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: a folder cannot be written.
     """
     params, lora = with_policy(vlm.params, state.trainable, lora_scale)
     head = state.trainable["value_head"]
-    return save_llava(out, vlm.config, params, source_dir=vlm.directory, lora=lora, value_head=head)
+    folders = {"full": out} if config.export.form != "adapter" else {}
+    if config.export.form != "full":
+        folders["adapter"] = out / ADAPTER
+    for form, folder in folders.items():
+        if agreed((folder / _MARKS[form]).is_file() and not again):
+            continue
+        texts = {"README.md": model_card.text(workdir, form=form)}
+        shared: dict[str, Any] = {"start": vlm.adapter, "value_head": head, "texts": texts}
+        if form == "full":
+            trained = (POLICY_ROOT,) if lora is None else ()
+            limit = int(config.export.shard_gigabytes * 1e9)
+            shared |= {"source_dir": vlm.directory, "trained": trained, "max_shard_bytes": limit}
+            save_llava(folder, vlm.config, params, lora=lora, **shared)
+        elif lora is not None:
+            save_adapter(
+                folder, lora, vlm.config.text, base=_base(config, vlm), revision=config.model.revision, **shared
+            )
+    return list(folders.values())
+
+
+def _base(config: ConfigDict, vlm: api.VLM) -> str:
+    """What PEFT is to load first: the hub id that the config names, or the directory of the model."""
+    spec: str = config.model.checkpoint
+    return spec if ":" not in spec and not Path(spec).expanduser().is_dir() else str(vlm.directory)
