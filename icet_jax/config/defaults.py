@@ -26,7 +26,7 @@ SCORER_FIELDS: dict[str, dict[str, type]] = {
     "decoder_judge": {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
     "reward_model": {"template": str},
     "toxicity": {"heads": tuple},
-    "perspective": {"attributes": tuple, "requests_per_second": float, "retries": int},
+    "perspective": {"attributes": tuple, "requests_per_second": float, "retries": int, "endpoint": str},
     "ensemble": {"members": dict},
 }
 """Kinds of scorers and their own fields. Those with a checkpoint also take `NETWORK_FIELDS`."""

@@ -79,6 +79,8 @@ def miniature(config: ConfigDict) -> ConfigDict:
         definition = dict(config.scorers[name])
         if "checkpoint" in definition:
             definition |= {"checkpoint": f"toy:{name}", "dtype": "float32", "batch_size": 4}
+        if definition["kind"] == "perspective":
+            definition["endpoint"] = "toy:perspective"
         config.scorers[name] = definition
     config.sweep.datasets = {name: f"toy:{name}" for name in ("custom", "mini_jailbreakv", "advbench_coco", "xstest")}
     config.sweep.utility = {"vqa_v2": "toy:vqa_v2"}

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,14 +14,15 @@ from icet_jax.config import require
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
-from icet_jax.judges.reward_model import RewardModel
 from icet_jax.lppo.forward import with_policy
 from icet_jax.runs import common, sources
+from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.export import check_form, write_exports
 from icet_jax.runs.measure import Measurements, Policy
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.run_dir import Costs
+from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.training import Trainer
 
 
@@ -42,10 +44,10 @@ def align(config: ConfigDict, workdir: Path) -> None:
     """One run in `workdir`, which `config` has claimed."""
     setting = common.load_setting(config, workdir)
     examples = common.load_rows(config, config.data.train, TRAIN, workdir)
-    trainer = Trainer(config, workdir, setting.vlm, examples, _reward(config, workdir))
+    trainer = Trainer(config, workdir, setting.vlm, examples, _reward(config, workdir, setting.vlm.mesh))
     _write_data_facts(workdir, examples, setting.tests)
     costs = Costs(workdir)
-    measurements = Measurements(config, workdir, setting.scorers, setting.tests)
+    measurements = Measurements(config, workdir, setting)
     name = common.model_name(config)
 
     before = Policy(setting.vlm, None, name)
@@ -71,6 +73,7 @@ def align(config: ConfigDict, workdir: Path) -> None:
 
     with costs.phase("export"):
         folders = write_exports(config, setting.vlm, state, lora_scale, workdir, workdir / "hf", again=False)
+    write_agreement(workdir)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
     print("".join(f"model: {folder}\n" for folder in folders) + f"report: {page}", file=sys.stderr)
 
@@ -81,14 +84,15 @@ def _asks_reward_model(config: ConfigDict) -> bool:
     return config.algorithm == "lppo" and any(config.reward.by_kind[kind] == "reward_model" for kind in drawn)
 
 
-def _reward(config: ConfigDict, workdir: Path) -> RewardByKind:
+def _reward(config: ConfigDict, workdir: Path, mesh: Any) -> RewardByKind:
     """Loads (and compiles) the reward model if it is needed."""
     if not _asks_reward_model(config):
         return RewardByKind(config.reward.by_kind.to_dict(), None)
-    model = sources.load_scorer(config.reward.model, workdir)
-    if not isinstance(model, RewardModel):
-        raise UserError(f"config.reward.model={config.reward.model}: is a judge, not a reward model")
-    model.warm_up(config.data.max_prompt_tokens + config.lppo.max_new_tokens)
+    model = ScorerLoader(config, workdir, mesh)(config.reward.model)
+    if model.metric != "tr":
+        raise UserError(f"config.reward.model={config.reward.model}: is a judge ({model.metric}), not a reward model")
+    if warm_up := getattr(model, "warm_up", None):
+        warm_up(config.data.max_prompt_tokens + config.lppo.max_new_tokens)
     return RewardByKind(config.reward.by_kind.to_dict(), model)
 
 

@@ -18,6 +18,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.runs import run_dir, sources
+from icet_jax.runs.scorers import ScorerLoader
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +28,13 @@ class Setting:
     Attributes:
       vlm: the model before training.
       scorers: judges of the sweeps, in the config's order.
+      utility_scorers: judges of the utility rows.
       tests: rows by data set, those of `config.sweep.datasets` and `config.sweep.utility`.
     """
 
     vlm: api.VLM
     scorers: list[Scorer]
+    utility_scorers: list[Scorer]
     tests: dict[str, list[Example]]
 
 
@@ -48,7 +51,9 @@ def load_setting(config: ConfigDict, workdir: Path) -> Setting:
     facts = sources.organism_facts(str(vlm.directory))
     if facts is not None:
         write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")
-    return Setting(vlm, sources.load_scorers(config, workdir), tests)
+    load = ScorerLoader(config, workdir, vlm.mesh)
+    judges = load.judges(config.sweep.scorers)
+    return Setting(vlm, judges, load.judges(config.sweep.utility_scorers) or judges, tests)
 
 
 def load_model(config: ConfigDict, workdir: Path) -> api.VLM:

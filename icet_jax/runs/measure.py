@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax.api import VLM
-from icet_jax.data.records import Example
+from icet_jax.evaluation.cost import Cost, estimate
 from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.files import write_text_atomic
-from icet_jax.judges.base import Scorer
 from icet_jax.models.layers import Lora
 from icet_jax.report.pictures import save_pictures
+from icet_jax.runs.common import Setting
+from icet_jax.runs.forecast import paragraph
 from icet_jax.runs.progress import Progress
 
 SCHEMA = 1
@@ -42,17 +43,17 @@ class Policy:
 class Measurements:
     """The sweeps and utility files of one run directory. A finished file is never measured again."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, scorers: Sequence[Scorer], tests: dict[str, list[Example]]):
-        """`tests`: the rows of every data set that `config.sweep.datasets` and `.utility` name."""
+    def __init__(self, config: ConfigDict, workdir: Path, setting: Setting):
+        """`setting`: what measures, and the rows of every data set that the config names."""
         self._config, self._workdir = config, workdir
-        self._scorers, self._tests = scorers, tests
+        self._scorers, self._utility_scorers = setting.scorers, setting.utility_scorers
+        self._tests = setting.tests
 
     def sweeps(self, phase: str, policy: Policy) -> int:
         """Writes `sweeps/PHASE.DATASET.json` for each data set ("before" or "after"); returns the tokens generated."""
-        return sum(
-            self._measure(phase, name, policy, self._workdir / "sweeps" / f"{phase}.{name}.json")
-            for name in self._config.sweep.datasets
-        )
+        paths = {name: self._workdir / "sweeps" / f"{phase}.{name}.json" for name in self._config.sweep.datasets}
+        self._announce(phase, policy, paths)
+        return sum(self._measure(phase, name, policy, path) for name, path in paths.items())
 
     def utility(self, phase: str, policy: Policy) -> int:
         """Adds the utility sets to `utility.json`; returns the tokens generated."""
@@ -61,6 +62,7 @@ class Measurements:
             return 0
         content: dict[str, Any] = _read(path) if path.exists() else {"schema": SCHEMA}
         parts = {name: self._workdir / "sweeps" / ".utility" / f"{phase}.{name}.json" for name in names}
+        self._announce(phase, policy, parts)
         tokens = sum(self._measure(phase, name, policy, part) for name, part in parts.items())
         content[phase] = {name: _read(part) for name, part in parts.items()}
         if phase == "after":
@@ -94,17 +96,32 @@ class Measurements:
                 if not target.exists():
                     write_text_atomic(target, source.read_text(encoding="utf-8"))
 
+    def _announce(self, phase: str, policy: Policy, paths: Mapping[str, Path]) -> None:
+        """Says what the sweeps whose files are not there yet will take."""
+        missing = [name for name, path in paths.items() if not path.exists()]
+        dtype = self._config.model.dtype
+        costs = [estimate(policy.vlm, self._tests[name], dtype=dtype, **self._how(name, policy)) for name in missing]
+        if costs:
+            print(paragraph(f"{phase} {', '.join(missing)}", sum(costs, Cost())), file=sys.stderr)
+
+    def _how(self, name: str, policy: Policy) -> dict[str, Any]:
+        """The settings of a data set's sweep that its cost depends on."""
+        settings = self._config.sweep
+        limit = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+        return {
+            "exits": settings.exits,
+            "sampling": policy.vlm.sampling(*limit),
+            "scorers": self._utility_scorers if name in settings.utility else self._scorers,
+            "batch_size": settings.batch_size,
+        }
+
     def _measure(self, phase: str, name: str, policy: Policy, path: Path) -> int:
         if path.exists():
             return 0
-        settings = self._config.sweep
         result: SweepResult = sweep(
             policy.vlm,
             self._tests[name],
-            exits=settings.exits,
-            sampling=policy.vlm.sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p),
-            scorers=self._scorers,
-            batch_size=settings.batch_size,
+            **self._how(name, policy),
             lora=policy.lora,
             transcript_path=self._transcripts(phase, name),
             progress=_show(f"{phase} {name}"),

@@ -1,9 +1,8 @@
-"""Where a run's rows, weights and judges come from: the user's files, hub ids, the shipped organism, or toys.
+"""Where a run's rows and weights come from: the user's files, hub ids, the shipped organism, or toys.
 
 rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
             | toy:KIND | toy:FORMAT
 weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:llava15 | ...
-scorers     refusal_keywords | organism:judge | weights of a reward model
 """
 
 import functools
@@ -14,13 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from icet_jax.data import prepared
 from icet_jax.data.published import read_source
 from icet_jax.data.records import KINDS, Example, Records, prompt_overlap
 from icet_jax.errors import UserError
-from icet_jax.judges.base import Scorer
 
 # Rows of an organism source: enough for 95% intervals of a few points, and for a run without a repeated row.
 _ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256, "benign": 256, "vqa": 1024}}
@@ -130,27 +126,6 @@ def _organism_rows(source: str, seed: int) -> list[Example]:
         raise UserError(f"{source}: write organism:SPLIT[:KIND[:COUNT]], with a kind of {', '.join(KINDS)}")
     kinds = {kind: int(count or counts[kind])} if kind else counts
     return [world.example(split, name, index, seed) for name, rows in kinds.items() for index in range(rows)]
-
-
-def load_scorers(config: ConfigDict, workdir: Path | None = None) -> list[Scorer]:
-    """What judges responses in sweeps (`config.sweep.scorers`), in order.
-
-    Raises:
-      UserError: a scorer that cannot be loaded.
-    """
-    return [load_scorer(spec, workdir) for spec in config.sweep.scorers]
-
-
-@functools.cache
-def load_scorer(spec: str, workdir: Path | None = None) -> Scorer:
-    """One scorer by name or weights, loaded and compiled once however often it is asked for; see the module's text."""
-    if spec == "organism:judge":
-        from icet_jax.organism.scorer import WorldJudge
-
-        return WorldJudge()
-    from icet_jax.judges.load import load_scorer as load
-
-    return load(checkpoint_directory(spec, workdir))
 
 
 def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) -> dict[str, int]:

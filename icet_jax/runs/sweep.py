@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from icet_jax import report
 from icet_jax.config import require
 from icet_jax.runs import common
+from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.measure import Measurements, Policy
 from icet_jax.runs.run_dir import Costs
 
@@ -28,7 +29,7 @@ def measure(config: ConfigDict, workdir: Path) -> None:
     """One run in `workdir`, which `config` has claimed."""
     setting = common.load_setting(config, workdir)
     costs = Costs(workdir)
-    measurements = Measurements(config, workdir, setting.scorers, setting.tests)
+    measurements = Measurements(config, workdir, setting)
     policy = Policy(setting.vlm, None, common.model_name(config))
     with costs.phase("sweep_before") as cost:
         cost["tokens"] = measurements.sweeps("before", policy)
@@ -36,5 +37,6 @@ def measure(config: ConfigDict, workdir: Path) -> None:
         cost["tokens"] = measurements.utility("before", policy)
     with costs.phase("geometry"):
         measurements.geometry(setting.vlm)
+    write_agreement(workdir)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
     print(f"report: {page}", file=sys.stderr)

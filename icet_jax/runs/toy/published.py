@@ -105,7 +105,7 @@ def _jailbreaks(requests: Sequence[str], policies: Sequence[str]) -> list[Sequen
 
 
 def _xstest() -> list[Sequence[Any]]:
-    rows = []
+    rows: list[Sequence[Any]] = []
     for index in range(_ROWS):
         label = "unsafe" if index % 2 else "safe"
         kind = f"contrast_{_POLICIES[index % 3].lower().replace(' ', '_')}" if index % 2 else "homonyms"
