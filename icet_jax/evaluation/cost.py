@@ -1,0 +1,242 @@
+"""What a sweep will cost, before it starts: answers, tokens, operations, time, judged responses.
+
+Operations are those of the matrix products and of attention, counted from the model's sizes for the batches that will
+really run (filled up to the batch size, prompts padded to their bucket). Time is these over speeds measured on the
+device, of products shaped like a prompt's and like one decoding step's; what else a model does is in the range's upper
+end. Compiling, and the judges' own work, are not in it.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from icet_jax.data.records import Example
+from icet_jax.evaluation.batching import batch_indices, prompt_bucket
+from icet_jax.evaluation.scoring import concerns
+from icet_jax.generation.sampling import Sampling
+from icet_jax.judges.base import Scorer
+from icet_jax.models.llama import lora_shapes
+from icet_jax.typing import Array, Float, Int
+
+_SAMPLED = 64  # prompts tokenised to learn their lengths
+_SHORT = 1 / 8  # of the token limit: answers of the optimistic end of the range
+_SLACK = 3.0  # pessimistic end: three times the time of the bare products
+_TIMED_SECONDS = 0.05
+_CPU_ROWS, _ROWS = 256, 4096  # of the product that stands for a prompt's
+_CPU_ELEMENTS = 1 << 23  # largest matrix timed on a CPU
+
+
+class Rates(NamedTuple):
+    """Floating-point operations a second: of products over many rows, and over the rows of one decoding step."""
+
+    prompts: float
+    steps: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What sweeps will take. Costs of several sweeps add up with `+`.
+
+    Attributes:
+      rows: rows of the data sets.
+      answers: rows x exits.
+      prompt_tokens: of one exit, image positions included, without padding (estimated from a sample of the prompts).
+      new_tokens: at most.
+      tower_flops: encoding the images, once for all exits.
+      prompt_flops: projector and prefill at every exit.
+      answer_flops: decoding, where every answer is as long as allowed.
+      judged: scorer -> responses that it will score.
+      remote_seconds: scorer -> least time its service's rate limit allows for them.
+      seconds: (from, to): all answers short and nothing but the products; all as long as allowed, with slack.
+    """
+
+    rows: int = 0
+    answers: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    tower_flops: int = 0
+    prompt_flops: int = 0
+    answer_flops: int = 0
+    judged: dict[str, int] = field(default_factory=dict)
+    remote_seconds: dict[str, float] = field(default_factory=dict)
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        def joined(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+            return {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+
+        return Cost(
+            self.rows + other.rows,
+            self.answers + other.answers,
+            self.prompt_tokens + other.prompt_tokens,
+            self.new_tokens + other.new_tokens,
+            self.tower_flops + other.tower_flops,
+            self.prompt_flops + other.prompt_flops,
+            self.answer_flops + other.answer_flops,
+            joined(self.judged, other.judged),
+            joined(self.remote_seconds, other.remote_seconds),
+            (self.seconds[0] + other.seconds[0], self.seconds[1] + other.seconds[1]),
+        )
+
+
+def estimate(
+    vlm: Any,
+    examples: Sequence[Example],
+    *,
+    exits: Sequence[int] | str = "all",
+    sampling: Sampling,
+    scorers: Sequence[Scorer],
+    batch_size: int,
+    dtype: str,
+    rates: Rates | None = None,
+) -> Cost:
+    """The cost of `icet_jax.evaluation.sweep.sweep` with the same arguments, before it starts.
+
+    Args:
+      vlm: the model, an `icet_jax.api.VLM`.
+      examples: the data set's rows.
+      exits: "all", or numbers.
+      sampling: how answers are drawn.
+      scorers: what will judge them. One with `requests_per_second` asks a service.
+      batch_size: rows answered at once.
+      dtype: of the computation.
+      rates: speeds; measured if None (in about a second, once per process).
+
+    Raises:
+      UserError: a prompt that the tokenizer cannot take.
+    """
+    count = vlm.num_exits if isinstance(exits, str) else len(set(exits))
+    lengths = _prompt_lengths(vlm, examples)
+    batches = len(batch_indices(examples, batch_size))
+    padded = batches * batch_size
+    text, per_row = vlm.config.text, max((len(row.images) for row in examples), default=0)
+    length = prompt_bucket(math.ceil(sum(lengths) / max(len(lengths), 1)))
+    cached = length + sampling.max_new_tokens
+    tower = padded * per_row * tower_flops(vlm.config.vision)
+    prompts = padded * count * (per_row * projector_flops(vlm.config) + prefill_flops(text, length, cached))
+    steps = padded * count * sampling.max_new_tokens * step_flops(text, cached)
+    if rates is None:
+        devices = 1 if vlm.mesh is None else vlm.mesh.size
+        rates = measured_rates(text.hidden_size, text.intermediate_size, batch_size, dtype, devices)
+    judged = {
+        f"{scorer.metric}/{scorer.name}": count * sum(concerns(scorer, row.kind) for row in examples)
+        for scorer in scorers
+    }
+    limits = {f"{scorer.metric}/{scorer.name}": _requests_per_second(scorer) for scorer in scorers}
+    before_answers = (tower + prompts) / rates.prompts
+    return Cost(
+        rows=len(examples),
+        answers=len(examples) * count,
+        prompt_tokens=round(sum(lengths) / max(len(lengths), 1) * len(examples)),
+        new_tokens=len(examples) * count * sampling.max_new_tokens,
+        tower_flops=tower,
+        prompt_flops=prompts,
+        answer_flops=steps,
+        judged=judged,
+        remote_seconds={name: judged[name] / limit for name, limit in limits.items() if limit},
+        seconds=(
+            before_answers + _SHORT * steps / rates.steps,
+            _SLACK * (before_answers + steps / rates.steps),
+        ),
+    )
+
+
+def tower_flops(vision: Any) -> int:
+    """Operations of the vision tower for one image, every block (`ClipConfig`)."""
+    width, positions = vision.hidden_size, vision.num_patches + 1
+    block = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * positions**2 * width
+    patches = 2 * vision.num_patches * vision.num_channels * vision.patch_size**2 * width
+    return vision.num_hidden_layers * block + patches
+
+
+def projector_flops(config: Any) -> int:
+    """Operations of the projector for one image at one exit (`LlavaConfig`)."""
+    wide = config.text.hidden_size
+    return 2 * config.image_tokens * (config.vision.hidden_size * wide + wide**2)
+
+
+def prefill_flops(text: Any, length: int, cached: int) -> int:
+    """Operations of the decoder for a prompt of `length` positions, and the logits of its last one (`LlamaConfig`).
+
+    Every position is compared with all `cached` places of the cache, those that are still empty too.
+    """
+    attention = 4 * length * cached * text.num_attention_heads * text.head_dim
+    return 2 * length * _decoder_weights(text) + text.num_hidden_layers * attention + _logits_flops(text)
+
+
+def step_flops(text: Any, cached: int) -> int:
+    """Operations of one decoding step of one row with a cache of `cached` places (`LlamaConfig`)."""
+    attention = 4 * cached * text.num_attention_heads * text.head_dim
+    return 2 * _decoder_weights(text) + text.num_hidden_layers * attention + _logits_flops(text)
+
+
+@functools.lru_cache(maxsize=16)
+def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: int = 1) -> Rates:
+    """Speeds of this process's device, times `devices`, timed in less than about a second.
+
+    Args:
+      width: of the decoder.
+      ffn: width of its feed-forward layers.
+      batch_size: rows of one decoding step.
+      dtype: of the computation.
+      devices: over which a batch is split.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu:
+        ffn = max(1, min(ffn, _CPU_ELEMENTS // width))
+    rows = _CPU_ROWS if on_cpu else _ROWS
+    prompts, steps = (_timed_rate(count, width, ffn, dtype) for count in (rows, batch_size))
+    return Rates(devices * prompts, devices * min(prompts, steps))
+
+
+def _timed_rate(rows: int, width: int, ffn: int, dtype: str) -> float:
+    x = jnp.ones((rows, width), dtype)
+    up, down = jnp.full((width, ffn), 1 / width, dtype), jnp.full((ffn, width), 1 / ffn, dtype)
+    repeats, seconds = 1, 0.0
+    _products(x, up, down, repeats).block_until_ready()  # compiles
+    while True:
+        began = time.perf_counter()
+        _products(x, up, down, repeats).block_until_ready()
+        seconds = time.perf_counter() - began
+        if seconds >= _TIMED_SECONDS:
+            return repeats * 4 * rows * width * ffn / seconds
+        repeats *= max(2, min(64, math.ceil(_TIMED_SECONDS / max(seconds, 1e-6))))
+
+
+@jax.jit
+def _products(
+    x: Float[Array, "B E"], up: Float[Array, "E F"], down: Float[Array, "F E"], repeats: int | Int[Array, ""]
+) -> Float[Array, "B E"]:
+    """`repeats` times two products, each waiting for the one before."""
+    return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)
+
+
+def _decoder_weights(text: Any) -> int:
+    """Weights that every position is multiplied with."""
+    return text.num_hidden_layers * sum(rows * columns for rows, columns in lora_shapes(text).values())
+
+
+def _logits_flops(text: Any) -> int:
+    return 2 * text.hidden_size * text.vocab_size
+
+
+def _prompt_lengths(vlm: Any, examples: Sequence[Example]) -> list[int]:
+    """Tokens of at most `_SAMPLED` prompts at even distances, images included."""
+    count = min(len(examples), _SAMPLED)
+    sample = [examples[index * len(examples) // count] for index in range(count)]
+    processor = vlm.processor
+    texts = [processor.template(row.prompt, len(row.images)) for row in sample]
+    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    more = vlm.config.image_tokens - 1  # the template holds one placeholder for each image
+    return [length + more * len(row.images) for length, row in zip(lengths, sample, strict=True)]
+
+
+def _requests_per_second(scorer: Scorer) -> float | None:
+    """The rate limit of a scorer's service, also behind a cache; None for a scorer that runs here."""
+    return getattr(getattr(scorer, "scorer", scorer), "requests_per_second", None)

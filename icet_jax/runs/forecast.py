@@ -1,0 +1,31 @@
+"""One paragraph about what a sweep will take, said before it starts."""
+
+from icet_jax.evaluation.cost import Cost
+from icet_jax.report.text import duration
+
+
+def paragraph(what: str, cost: Cost) -> str:
+    """The numbers of a `Cost` in words.
+
+    Args:
+      what: the sweeps it is of ("before: mini_jailbreakv, xstest").
+      cost: their sum.
+    """
+    exits = cost.answers // max(cost.rows, 1)
+    flops = cost.tower_flops + cost.prompt_flops + cost.answer_flops
+    shares = [f"{part / max(flops, 1.0):.0%}" for part in (cost.tower_flops, cost.prompt_flops, cost.answer_flops)]
+    told = [
+        f"{what}: {cost.rows:,} rows x {exits} exits = {cost.answers:,} answers;",
+        f"prompts of {cost.prompt_tokens / max(cost.rows, 1):.0f} tokens,",
+        f"answers of at most {cost.new_tokens / max(cost.answers, 1):.0f};",
+        f"{flops:.2g} operations (images {shares[0]}, prompts {shares[1]}, answers {shares[2]}).",
+        f"At the speed measured here {duration(cost.seconds[0])} to {duration(cost.seconds[1])},",
+        "without compiling and without the judges.",
+    ]
+    judged = [f"{name} {count:,}" for name, count in cost.judged.items() if count]
+    if judged:
+        told.append(f"Responses to judge: {', '.join(judged)}.")
+    for name, seconds in cost.remote_seconds.items():
+        if seconds:
+            told.append(f"{name} asks a service: its rate limit alone makes that {duration(seconds)}.")
+    return " ".join(told)
