@@ -18,7 +18,6 @@ from icet_jax.judges.keywords import RefusalKeywords
 from icet_jax.models.clip import ClipConfig
 from icet_jax.models.llama import LlamaConfig
 from icet_jax.models.llava import LlavaConfig
-from icet_jax.runs.forecast import paragraph
 from tests.evaluation import bundle
 
 RATES = Rates(prompts=1e9, steps=1e8)
@@ -133,15 +132,3 @@ def test_operations_at_full_size():
     assert cost.prefill_flops(LLAMA, 640, 640) == pytest.approx(640 * 2 * 6.5e9 + 32 * 4 * 640**2 * 4096, rel=0.02)
     assert cost.tower_flops(CLIP) == pytest.approx(3.9e11, rel=0.1)
     assert cost.projector_flops(LlavaConfig(CLIP, LLAMA, 32000)) == pytest.approx(2 * 576 * 21e6, rel=0.01)
-
-
-def test_the_paragraph_says_it_all(vlm):
-    text = paragraph("before a, b", run(vlm) + run(vlm))
-    for part in (
-        "before a, b: 14 rows x 2 exits = 28 answers;",
-        "at most 6;",
-        "Responses to judge: asr/refusal_keywords 12, ts/service 28.",
-        "ts/service asks a service: its rate limit alone makes that 14 s.",
-    ):
-        assert part in text
-    assert "\n" not in text
