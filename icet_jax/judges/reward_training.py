@@ -143,13 +143,17 @@ class RewardTrainer:
         self._graphdef, self._optimizer, self._mesh, self._size = graphdef, optimizer, mesh, batch_size
         lengths = [max(len(ids) for ids in pair) for pair in pairs]
         self._order = PairOrder(lengths, batch_size, seed=seed, window=window)
-        self._step = jax.jit(_make_step(graphdef, optimizer, accumulation, mesh), donate_argnums=(0, 1))
+        self._step = _make_step(graphdef, optimizer, accumulation)
+        self._compiled: Callable[..., Any] = jax.jit(self._step, donate_argnums=(0, 1))
 
     def start(self, params: nnx.State) -> RewardState:
         """The state before the first step; the state owns `params`, whose buffers the steps reuse."""
         optimizer = self._optimizer.init(params)
         if self._mesh is not None:
-            optimizer = jax.device_put(optimizer, shardings(optimizer, self._mesh))
+            placed = shardings((params, optimizer), self._mesh)
+            optimizer = jax.device_put(optimizer, placed[1])
+            # Left to itself the compiler returns other shardings, and the next step compiles again for them.
+            self._compiled = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=(*placed, None))
         return RewardState(params, optimizer, 0)
 
     def step(self, state: RewardState) -> tuple[RewardState, dict[str, float]]:
@@ -164,7 +168,8 @@ class RewardTrainer:
           UserError: the loss is not finite (names the step).
         """
         tokens, mask = self._rows(self._order.batch(state.step))
-        params, optimizer, numbers = self._step(state.params, state.optimizer, *place_rows((tokens, mask), self._mesh))
+        rows = place_rows((tokens, mask), self._mesh)
+        params, optimizer, numbers = self._compiled(state.params, state.optimizer, *rows)
         found = {name: float(value) for name, value in numbers.items()} | {"length": float(tokens.shape[-1])}
         if not np.isfinite(found["loss"]):
             raise UserError(f"reward model: the loss is {found['loss']} at step {state.step}; lower the learning rate")
@@ -195,7 +200,7 @@ class RewardTrainer:
 
 
 def _make_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulation: int, mesh: Mesh | None
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulation: int
 ) -> Callable[..., Any]:
     """(params, optimizer state, tokens [B, 2, T], mask) -> (params, optimizer state, numbers)."""
 
@@ -221,9 +226,6 @@ def _make_step(
         gradients = jax.tree.map(lambda leaf: leaf / accumulation, total)
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        if mesh is not None:
-            # Left to itself the compiler may return other shardings, and the next step would compile again for them.
-            params, state = jax.lax.with_sharding_constraint((params, state), shardings((params, state), mesh))
         margins = rewards[..., 0] - rewards[..., 1]
         numbers = {
             "loss": losses.mean(),
