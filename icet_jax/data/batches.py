@@ -1,16 +1,21 @@
 """Training batches: a mixture of kinds whose order is a pure function of (seed, global index).
 
-Any batch can be asked for at any time, so a resumed run needs one integer: the number of its next batch.
+Any batch can be asked for at any time, so a resumed run needs one integer: the number of its next batch. However many
+processes share the work, the batches are the same; each process gets its part of every one.
 """
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
+
+_T = TypeVar("_T")
+_THREADS = 2  # that open the images of coming batches; Pillow decodes outside of Python's lock
 
 
 def quotas(mixture: Mapping[str, float | int], batch_size: int) -> dict[str, int]:
@@ -51,16 +56,38 @@ class Batches:
     """
 
     def __init__(
-        self, examples: Sequence[Example], *, mixture: Mapping[str, float | int], batch_size: int, seed: int
+        self,
+        examples: Sequence[Example],
+        *,
+        mixture: Mapping[str, float | int],
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> None:
         """Splits the examples by kind.
 
+        Args:
+          examples: the whole data set, the same on every process.
+          mixture: share of each kind in a batch.
+          batch_size: rows of a batch, over all processes.
+          seed: of the order.
+          process_index: which of the processes this is, from 0.
+          process_count: how many share each batch.
+
         Raises:
-          UserError: the mixture asks for a kind that no example has, or see `quotas`.
+          UserError: the mixture asks for a kind that no example has, the processes cannot share a batch evenly, or see
+            `quotas`.
         """
         import grain
 
+        if batch_size % process_count:
+            raise UserError(
+                f"config.data.batch_size {batch_size} does not divide into equal parts for {process_count} processes"
+            )
         self.batch_size = batch_size
+        part = batch_size // process_count
+        self._part = slice(process_index * part, (process_index + 1) * part)
         self.quotas = quotas(mixture, batch_size)
         self._seed = seed
         self._rows = {}
@@ -72,15 +99,34 @@ class Batches:
             self._rows[kind] = grain.MapDataset.source(rows).seed(kind_seed).shuffle().repeat()
 
     def batch(self, index: int) -> list[Example]:
-        """Batch number `index` (from 0): `batch_size` examples holding each kind's quota exactly."""
+        """This process's part of batch `index` (from 0): the parts in order of process are the batch.
+
+        The whole batch has `batch_size` examples and holds each kind's quota exactly.
+        """
         chosen = [
             self._rows[kind][index * quota + offset] for kind, quota in self.quotas.items() for offset in range(quota)
         ]
         order = np.random.default_rng([self._seed, index]).permutation(len(chosen))
-        return [chosen[position] for position in order]
+        return [chosen[position] for position in order[self._part]]
 
     def iterate(self, start: int = 0) -> Iterator[list[Example]]:
         """Batches `start`, `start + 1`, ... without end."""
         while True:
             yield self.batch(start)
             start += 1
+
+    def load(self, make: Callable[[list[Example]], _T], start: int, stop: int, *, ahead: int = 2) -> Iterator[_T]:
+        """`make` of batches `start` to `stop - 1`, in order; threads work on the next ones while this one is used.
+
+        Args:
+          make: opens and tokenises a batch's rows; called from several threads. What it raises is raised here, at the
+            batch it belongs to.
+          start: first batch.
+          stop: the batch after the last.
+          ahead: batches that are held ready.
+        """
+        import grain
+
+        numbers = grain.MapDataset.range(start, stop)
+        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
+        return iter(numbers.map(lambda index: make(self.batch(int(index)))).to_iter_dataset(options))

@@ -1,7 +1,6 @@
 """The training loop: batch -> algorithm's step -> log -> checkpoint, from wherever the last process stopped."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -61,7 +60,9 @@ class Trainer:
 
     def batch(self, index: int) -> PromptBatch:
         """Batch `index` of the run, a pure function of (seed, index), as arrays of one fixed shape."""
-        rows = self._batches.batch(index)
+        return self._arrays(self._batches.batch(index))
+
+    def _arrays(self, rows: list[Example]) -> PromptBatch:
         return prompt_batch(
             self._vlm, rows, len(rows), self._images_per_row, length=self._config.data.max_prompt_tokens
         )
@@ -90,14 +91,12 @@ class Trainer:
             checkpoints.close()
 
     def _iterate(self, state: TrainState, checkpoints: RunState, log: MetricsLog) -> TrainState:
-        """Every iteration that `state` has not had yet; the host prepares one batch ahead of the device."""
+        """Every iteration that `state` has not had yet; threads prepare the coming batches for the device."""
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
-        with ThreadPoolExecutor(1) as background, Progress(config.algorithm, total, start=start) as progress:
-            batch = self.batch(start)
-            self.algorithm.compile(state, batch)
+        with Progress(config.algorithm, total, start=start) as progress:
+            self.algorithm.compile(state, self.batch(start))
             progress.restart_clock()
-            for finished in range(start + 1, total + 1):
-                coming = background.submit(self.batch, finished) if finished < total else None
+            for finished, batch in enumerate(self._batches.load(self._arrays, start, total), start=start + 1):
                 state, row = self.algorithm.step(state, batch)
                 require_finite(row, finished)
                 last = finished == total
@@ -106,8 +105,6 @@ class Trainer:
                 if last or finished % config.checkpoint.every == 0:
                     checkpoints.save(finished, state, {})
                 progress.advance({name: row[metric] for name, metric in _SHOWN.items() if metric in row})
-                if coming is not None:
-                    batch = coming.result()
         return state
 
 

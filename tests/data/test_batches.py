@@ -1,5 +1,7 @@
 """Batches hold exact quotas, in an order that depends on (seed, index) alone."""
 
+import threading
+import time
 from collections import Counter
 from itertools import islice
 
@@ -68,3 +70,68 @@ def test_epochs_differ_and_other_kinds_do_not_matter():
     one_by_one = [first.batch(i)[0].id for i in range(24)]
     assert len({tuple(one_by_one[k : k + 8]) for k in (0, 8, 16)}) == 3
     assert [set(order[k : k + 2]) for k in (0, 2, 4, 6)] == [set(one_by_one[k : k + 2]) for k in (0, 2, 4, 6)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_number_of_processes_sees_the_same_batches(count):
+    """Also when resuming half way, with another number of processes than before."""
+    examples, setting = rows(forbidden=7, benign=5, vqa=3), {"forbidden": 2, "benign": 1, "vqa": 1}
+
+    def make(**process):
+        return Batches(examples, mixture=setting, batch_size=8, seed=5, **process)
+
+    alone = [ids(batch) for batch in islice(make().iterate(), 12)]
+    for start in (0, 6):
+        walks = [make(process_index=i, process_count=count).iterate(start) for i in range(count)]
+        for expected in alone[start:]:
+            parts = [ids(next(walk)) for walk in walks]
+            assert [len(part) for part in parts] == [8 // count] * count
+            assert sum(parts, []) == expected
+
+
+def test_processes_that_cannot_share_a_batch():
+    with pytest.raises(UserError, match="batch_size 6 does not divide into equal parts for 4 processes"):
+        Batches(rows(benign=3), mixture={"benign": 1}, batch_size=6, seed=0, process_count=4)
+
+
+def test_loaded_batches_are_the_batches_in_order_and_made_by_other_threads():
+    batches = Batches(rows(forbidden=6), mixture={"forbidden": 1}, batch_size=4, seed=2)
+    threads = []
+
+    def make(batch):
+        threads.append(threading.current_thread())
+        time.sleep(0.002 * (len(threads) % 3))
+        return ids(batch)
+
+    assert list(batches.load(make, 3, 9)) == [ids(batches.batch(index)) for index in range(3, 9)]
+    assert threading.main_thread() not in threads
+    assert list(batches.load(make, 3, 3)) == []
+
+
+def test_batches_are_made_while_earlier_ones_are_used():
+    batches = Batches(rows(forbidden=4), mixture={"forbidden": 1}, batch_size=2, seed=2)
+    made = threading.Semaphore(0)
+
+    def make(batch):
+        made.release()
+        return batch
+
+    loaded = batches.load(make, 0, 5, ahead=2)
+    next(loaded)
+    # The consumer asks for nothing more, and still the next batches are made.
+    assert all(made.acquire(timeout=10) for _ in range(3))
+
+
+def test_what_is_wrong_with_a_batch_is_said_at_that_batch():
+    batches = Batches(rows(forbidden=6), mixture={"forbidden": 1}, batch_size=2, seed=2)
+    broken = ids(batches.batch(1))
+
+    def make(batch):
+        if ids(batch) == broken:
+            raise UserError("a.png: truncated")
+        return ids(batch)
+
+    loaded = batches.load(make, 0, 3)
+    assert next(loaded) == ids(batches.batch(0))
+    with pytest.raises(UserError, match="a.png: truncated"):
+        next(loaded)
