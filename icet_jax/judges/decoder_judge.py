@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from icet_jax.generation import Sampling, continue_from, prefill
 from icet_jax.judges.base import Scores
 from icet_jax.judges.conversation import Conversations
-from icet_jax.judges.prompts import Render, probe_text
+from icet_jax.judges.prompts import probe_text
 from icet_jax.judges.rows import BatchedNetwork
 from icet_jax.models.family import LanguageModel
 
@@ -95,14 +95,12 @@ class DecoderJudge:
     def __init__(
         self,
         model: LanguageModel,
-        tokenizer: Any,
+        encode: Conversations,
         *,
         name: str,
-        render: Render,
         parse: Callable[[str], Verdict | None],
         words: tuple[str, str],
         sampling: Sampling,
-        max_length: int,
         batch_size: int = 16,
         mesh: Mesh | None = None,
         fingerprint: str = "",
@@ -111,24 +109,18 @@ class DecoderJudge:
 
         Args:
           model: the network.
-          tokenizer: transformers'.
+          encode: how conversations become tokens, with its tokenizer; their longest leaves room for the answer.
           name: what metrics call it.
-          render: (prompt, response) -> the text it reads.
           parse: its answer -> the verdict.
           words: that it answers for unsafe and for safe, for `p_unsafe`.
           sampling: greedy, with the model's EOS and pad tokens and the length of its answer.
-          max_length: most tokens of a conversation and the answer.
           batch_size: conversations judged at once.
           mesh: where the weights are.
           fingerprint: what the verdicts depend on beside the name.
-
-        Raises:
-          UserError: a template that does not fit the tokenizer or the model.
         """
-        self.name, self.fingerprint, self._parse, self._tokenizer = name, fingerprint, parse, tokenizer
+        self.name, self.fingerprint, self.encode, self._parse = name, fingerprint, encode, parse
         self.families = {f"{name}.p_unsafe": "p_unsafe"}
-        self.encode = Conversations(tokenizer, render, max_length=max_length - sampling.max_new_tokens)
-        self._tokens = verdict_tokens(self.encode, *words)
+        self._tokens = verdict_tokens(encode, *words)
         graphdef, params = nnx.split(model)
         unsafe, safe = self._tokens or (0, 0)
 
@@ -141,7 +133,7 @@ class DecoderJudge:
             return {"tokens": out.tokens, "mask": out.mask, "p_unsafe": odds}
 
         self.network = BatchedNetwork(
-            answer, params, longest=self.encode.max_length, batch_size=batch_size, mesh=mesh, side="left", steps=_STEPS
+            answer, params, longest=encode.max_length, batch_size=batch_size, mesh=mesh, side="left", steps=_STEPS
         )
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
@@ -150,9 +142,10 @@ class DecoderJudge:
         answers = self.network([conversation.ids for conversation in encoded])
         values = np.full((2, len(encoded)), np.nan, np.float32)
         labels: list[str | None] = [None] * len(encoded)
+        decode = self.encode.tokenizer.decode
         for row, conversation in enumerate(encoded):
             tokens = answers["tokens"][row][answers["mask"][row]].tolist()
-            verdict = self._parse(self._tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else None
+            verdict = self._parse(decode(tokens, skip_special_tokens=True)) if tokens else None
             if verdict is None:
                 continue
             values[0, row] = verdict[0]

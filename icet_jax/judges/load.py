@@ -1,12 +1,13 @@
 """Scorers by name, directory, hub id or definition; and reward-model directories that say how they want to be read."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from icet_jax.files import replace_dir_atomic
 from icet_jax.generation import Sampling
 from icet_jax.judges.base import Scorer, metric_name
 from icet_jax.judges.cache import directory_fingerprint
+from icet_jax.judges.conversation import Conversations
 from icet_jax.judges.decoder_judge import DecoderJudge, guard_verdict, word_verdict
 from icet_jax.judges.ensemble import Ensemble
 from icet_jax.judges.keywords import RefusalKeywords
 from icet_jax.judges.pairs import HH_TEMPLATE
 from icet_jax.judges.perspective import Perspective
 from icet_jax.judges.prompts import Render, built_in, categories, chat_template, named_or_text, probe_text
-from icet_jax.judges.reward_model import RewardModel
+from icet_jax.judges.reward_model import RewardModel, reward_render
 from icet_jax.judges.toxicity import Toxicity, head_labels
 from icet_jax.models.gpt2 import GPT2RewardModel
 
@@ -93,25 +95,28 @@ def load_scorer(
     if str(path_or_id) == RefusalKeywords.name:
         return RefusalKeywords()
     directory = local_directory(path_or_id, revision=revision)
-    where = str(directory / "config.json")
     config = read_hf_config(directory)
-    found = architecture(config, where)
+    found = architecture(config, str(directory / "config.json"))
     tokenizer = load_tokenizer(directory)
     known_as = f"{path_or_id} {config.get('_name_or_path') or ''}"
     kind = _detect(found, tokenizer, known_as) if kind is None else kind
     _check_kind(str(path_or_id), kind, found, fields)
-    if dtype is None:
-        dtype = "bfloat16" if found.startswith("Llama") else "float32"
-    checkpoint = load_scorer_network(directory, dtype=dtype, mesh=mesh)
-    common: dict[str, Any] = {
-        "name": metric_name(str(path_or_id)), "mesh": mesh, "batch_size": batch_size or _BATCH.get(found, 64)
-    }  # fmt: skip
+    dtype = dtype or ("bfloat16" if found.startswith("Llama") else "float32")
+    asked = _Asked(
+        config,
+        kind,
+        tokenizer,
+        template,
+        known_as,
+        load=functools.partial(load_scorer_network, directory, dtype=dtype, mesh=mesh),
+        common={
+            "name": metric_name(str(path_or_id)),
+            "mesh": mesh,
+            "batch_size": batch_size or _BATCH.get(found, 64),
+        },
+    )
     try:
-        if kind == "toxicity":
-            return _toxicity(checkpoint, tokenizer, template, common, **fields)
-        if kind == "reward_model":
-            return _reward_model(checkpoint, tokenizer, template, common)
-        return _decoder_judge(checkpoint, tokenizer, kind, template, known_as, common, **fields)
+        return _MAKERS[kind](asked, **fields)
     except UserError as error:
         raise UserError(f"{path_or_id}: {error}") from error
 
@@ -214,57 +219,97 @@ def _check_kind(path: str, kind: str, found: str, fields: Mapping[str, Any]) -> 
             raise UserError(f"{path}: {field} is {value!r}; give a value or leave it out")
 
 
-def _toxicity(checkpoint: Checkpoint, tokenizer: Any, template: Template, common: Any, heads: Any = ()) -> Scorer:
-    if template is not None:
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A checkpoint that is to become a scorer. Its weights are loaded once everything else is known to fit.
+
+    Attributes:
+      config: its config.json.
+      kind: one of `KINDS`.
+      tokenizer: transformers'.
+      template: the caller's, or None.
+      known_as: its path or hub id, and the name in its config.
+      load: reads the weights.
+      common: arguments that every kind of scorer takes.
+    """
+
+    config: dict[str, Any]
+    kind: str
+    tokenizer: Any
+    template: Template
+    known_as: str
+    load: Callable[[], Checkpoint]
+    common: dict[str, Any]
+
+
+def _toxicity(asked: _Asked, heads: Sequence[str] = ()) -> Scorer:
+    if asked.template is not None:
         raise UserError("a toxicity classifier reads the response as it is and takes no template")
-    labels = head_labels(checkpoint.hf_config, checkpoint.config.num_labels, "config.json")
-    mark = _fingerprint(checkpoint, list(heads))
-    return Toxicity(checkpoint.model, tokenizer, labels=labels, heads=heads, fingerprint=mark, **common)
+    labels = head_labels(asked.config)
+    checkpoint, mark = asked.load(), list(heads)
+    return Toxicity(
+        checkpoint.model,
+        asked.tokenizer,
+        labels=labels,
+        heads=heads,
+        fingerprint=_fingerprint(checkpoint, mark),
+        **asked.common,
+    )
 
 
-def _reward_model(checkpoint: Checkpoint, tokenizer: Any, template: Template, common: Any) -> Scorer:
-    if template is not None and not isinstance(template, str):
+def _reward_model(asked: _Asked) -> Scorer:
+    if asked.template is not None and not isinstance(asked.template, str):
         raise UserError("a reward model's template is text that holds {prompt}, not a function")
-    own = checkpoint.hf_config.get(_OWN, {})
-    common["name"] = own.get("name", common["name"])
-    template = own.get("template") if template is None else template
+    own = asked.config.get(_OWN, {})
+    template = own.get("template") if asked.template is None else asked.template
+    if asked.config["model_type"] == "llama":
+        reward_render(asked.tokenizer, template)
+    checkpoint = asked.load()
     return RewardModel(
         checkpoint.model,
-        tokenizer,
+        asked.tokenizer,
         template=template,
-        max_length=None if checkpoint.hf_config["model_type"] == "gpt2" else _positions(checkpoint),
-        pad_id=checkpoint.hf_config.get("pad_token_id"),
+        max_length=None if asked.config["model_type"] == "gpt2" else _positions(asked.config),
+        pad_id=asked.config.get("pad_token_id"),
         fingerprint=_fingerprint(checkpoint, template),
-        **common,
+        **asked.common | ({"name": own["name"]} if "name" in own else {}),
     )
 
 
 def _decoder_judge(
-    checkpoint: Checkpoint, tokenizer: Any, kind: str, template: Template, known_as: str, common: Any,
-    max_new_tokens: int | None = None, unsafe: str | None = None, safe: str | None = None,
-) -> Scorer:  # fmt: skip
-    if template is None and kind == "decoder_judge" and "harmbench" in known_as.lower():
+    asked: _Asked, max_new_tokens: int | None = None, unsafe: str | None = None, safe: str | None = None
+) -> Scorer:
+    kind, template = asked.kind, asked.template
+    if template is None and kind == "decoder_judge" and "harmbench" in asked.known_as.lower():
         template = "harmbench"
     words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
     words = (unsafe or words[0], safe or words[1])
-    render = _render(tokenizer, kind, template, known_as)
+    render = _render(asked.tokenizer, kind, template, asked.known_as)
     if kind == "llama_guard":
         parse = functools.partial(guard_verdict, known=categories(render))
     else:
         parse = functools.partial(word_verdict, unsafe=words[0], safe=words[1])
-    eos_ids, pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config)
-    length = max_new_tokens or _ANSWER[kind]
+    length, limit = max_new_tokens or _ANSWER[kind], _positions(asked.config)
+    encode = Conversations(asked.tokenizer, render, max_length=limit - length)
+    checkpoint = asked.load()
+    eos_ids, pad_id = generation_tokens(checkpoint.directory, asked.config)
     return DecoderJudge(
         checkpoint.model,
-        tokenizer,
-        render=render,
+        encode,
         parse=parse,
         words=words,
         sampling=Sampling(length, temperature=0.0, eos_ids=eos_ids, pad_id=pad_id),
-        max_length=_positions(checkpoint),
         fingerprint=_fingerprint(checkpoint, kind, probe_text(render), words, length),
-        **common,
+        **asked.common,
     )
+
+
+_MAKERS: dict[str, Callable[..., Scorer]] = {
+    "toxicity": _toxicity,
+    "reward_model": _reward_model,
+    "llama_guard": _decoder_judge,
+    "decoder_judge": _decoder_judge,
+}
 
 
 def _render(tokenizer: Any, kind: str, template: Template, known_as: str) -> Render:
@@ -285,9 +330,9 @@ def _render(tokenizer: Any, kind: str, template: Template, known_as: str) -> Ren
     )
 
 
-def _positions(checkpoint: Checkpoint) -> int:
-    default = {"llama": 2048, "deberta-v2": 512}[checkpoint.hf_config["model_type"]]  # transformers' class defaults
-    return min(checkpoint.hf_config.get("max_position_embeddings") or default, _LONGEST)
+def _positions(config: Mapping[str, Any]) -> int:
+    default = {"llama": 2048, "deberta-v2": 512}[config["model_type"]]  # transformers' class defaults
+    return min(config.get("max_position_embeddings") or default, _LONGEST)
 
 
 def _fingerprint(checkpoint: Checkpoint, *settings: Any) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from icet_jax.judges.base import Scores
 from icet_jax.judges.pairs import HH_TEMPLATE, ChatPairs, PairTokenizer, SegmentTokenizer
-from icet_jax.judges.prompts import chat_template, text_template
+from icet_jax.judges.prompts import Render, chat_template, text_template
 from icet_jax.judges.rows import BatchedNetwork
 from icet_jax.models.gpt2 import GPT2Config
 from icet_jax.models.llama import LlamaConfig
@@ -50,9 +50,13 @@ def pair_encoder(
         return PairTokenizer(tokenizer, template=template, max_length=max_length or config.n_positions)
     assert max_length is not None, "the config of a DeBERTa or a Llama has no limit"
     if isinstance(config, LlamaConfig):
-        render = chat_template(tokenizer, answer=False) if template is None else text_template(template)
-        return ChatPairs(tokenizer, render, max_length=max_length, pad_id=pad_id)
+        return ChatPairs(tokenizer, reward_render(tokenizer, template), max_length=max_length, pad_id=pad_id)
     return SegmentTokenizer(tokenizer, template="{prompt}" if template is None else template, max_length=max_length)
+
+
+def reward_render(tokenizer: Any, template: str | None) -> Render:
+    """A Llama reward model's text of a pair: see `pair_encoder`, also for what is raised."""
+    return chat_template(tokenizer, answer=False) if template is None else text_template(template)
 
 
 class RewardModel:

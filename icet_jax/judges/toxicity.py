@@ -81,22 +81,23 @@ class Toxicity:
         self.network.warm_up(tokens)
 
 
-def head_labels(hf_config: Mapping[str, Any], count: int, where: str) -> list[str]:
-    """Labels of a classifier's columns from its config.json (`id2label`).
+def head_labels(hf_config: Mapping[str, Any]) -> list[str]:
+    """Labels of a classifier's columns from its config.json (`id2label`; `LABEL_0` ... where it names none).
 
     Raises:
-      UserError: labels that do not number 0..count-1, or that exclude each other (a softmax, not sigmoids).
+      UserError: labels that do not count from 0, or that exclude each other (a softmax, not sigmoids).
     """
     if hf_config.get("problem_type") not in (None, "multi_label_classification"):
         raise UserError(
-            f"{where}: problem_type '{hf_config['problem_type']}' is not supported; a toxicity classifier has "
+            f"config.json: problem_type '{hf_config['problem_type']}' is not supported; a toxicity classifier has "
             "one sigmoid per label (multi_label_classification)"
         )
+    count = hf_config.get("num_labels") or 2  # transformers' default
     named = hf_config.get("id2label") or {str(column): f"LABEL_{column}" for column in range(count)}
     try:
-        return [str(named[str(column)]) for column in range(count)]
+        return [str(named[str(column)]) for column in range(len(named))]
     except KeyError as error:
-        raise UserError(f"{where}: id2label must name the labels 0 to {count - 1}, not {', '.join(named)}") from error
+        raise UserError(f"config.json: id2label must number its labels from 0, not {', '.join(named)}") from error
 
 
 def _columns(name: str, labels: list[str], heads: list[str]) -> dict[str, int]:

@@ -141,6 +141,12 @@ def test_chat_templates_are_rendered_as_transformers_does(parts):
         assert encoded.ids.count(tiny.BOS) == 1 and not encoded.cut
 
 
+def test_a_template_that_stops_at_the_answers_header_gets_its_blank_line():
+    header = "{% for m in messages %}{{ m['content'] }} {% endfor %}<|end_header_id|>"
+    assert chat_template(guard_tokenizer(header), answer=True)("a", "b") == "a b <|end_header_id|>\n\n"
+    assert chat_template(guard_tokenizer(header), answer=False)("a", "b") == "a b <|end_header_id|>"
+
+
 def test_bad_chat_templates():
     for template in ("{{ raise_exception('no such role') }}", "{{ messages[0]['content'] }}"):
         with pytest.raises(UserError, match="no such role|does not show"):

@@ -137,6 +137,18 @@ def test_kinds_are_told_by_config_name_or_chat_template(tmp_path):
     assert isinstance(load_scorer(plain), DecoderJudge)
 
 
+def test_a_wrong_template_is_named_before_the_weights_are_read(tmp_path):
+    folders = [
+        (tiny_scorers.save(tmp_path / "llama-guard-3", tiny_scorers.llama_lm()), "once each"),
+        (tiny_scorers.save(tmp_path / "rm", tiny_scorers.llama_reward()), "once each"),
+        (tiny_scorers.save(tmp_path / "bert", tiny_scorers.bert()), "takes no template"),
+    ]
+    for folder, error in folders:
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(UserError, match=f"{folder.name}: .*{error}"):
+            load_scorer(folder, template="only {prompt}")
+
+
 def test_guards_without_a_chat_template_are_told_by_name(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None

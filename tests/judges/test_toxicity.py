@@ -75,9 +75,9 @@ def test_heads_are_chosen_by_label(tmp_path):
 
 
 def test_labels_come_from_the_config():
-    assert head_labels({"id2label": {"1": "b", "0": "a"}}, 2, "x") == ["a", "b"]
-    assert head_labels({}, 2, "x") == ["LABEL_0", "LABEL_1"]
-    with pytest.raises(UserError, match="labels 0 to 1"):
-        head_labels({"id2label": {"1": "b", "2": "a"}}, 2, "x")
+    assert head_labels({"id2label": {"1": "b", "0": "a"}}) == ["a", "b"]
+    assert head_labels({"num_labels": 3}) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    with pytest.raises(UserError, match="from 0, not 1, 2"):
+        head_labels({"id2label": {"1": "b", "2": "a"}})
     with pytest.raises(UserError, match="single_label_classification"):
-        head_labels({"problem_type": "single_label_classification"}, 2, "x")
+        head_labels({"problem_type": "single_label_classification"})
