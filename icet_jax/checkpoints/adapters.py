@@ -118,7 +118,10 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
     directory = Path(directory)
     rank, scale = _read_config(directory / CONFIG)
     if not (directory / WEIGHTS).is_file():
-        raise UserError(f"{directory / WEIGHTS}: not found; adapters are read from safetensors only")
+        raise UserError(
+            f"{directory / WEIGHTS}: not found; adapters are read from safetensors only (of a pickled one: "
+            f"python scripts/convert_pickle.py {directory})"
+        )
     reader = TensorReader([directory / WEIGHTS])
     keys = _match(reader, config, rank, str(directory / WEIGHTS))
     shapes = lora_shapes(config)

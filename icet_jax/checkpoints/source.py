@@ -42,9 +42,10 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None = N
         raise UserError(f"{name}: no such directory; give a checkpoint's directory or its id on the Hugging Face hub")
     directory = _download(name, revision)
     if not any(directory.glob("*.safetensors")):
+        at = "" if revision is None else f" --revision {revision}"
         raise UserError(
-            f"{name}: the hub has no safetensors weights for it; download its pickled ones (hf download {name} "
-            "--local-dir DIR) and convert them: python scripts/convert_pickle.py DIR"
+            f"{name}: has no safetensors weights on the hub; if it has pickled ones, convert them: "
+            f"python scripts/convert_pickle.py {name}{at} --out DIR, and give DIR"
         )
     return directory
 

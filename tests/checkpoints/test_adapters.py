@@ -163,3 +163,10 @@ def test_two_names_with_different_tensors_are_refused(tmp_path, source):
     save_file(new | old, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="different under its two names"):
         load_llava(source, adapter=tmp_path)
+
+
+def test_a_pickled_adapter_is_told_how_to_convert(tmp_path, source):
+    peft_adapter(tmp_path, source)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match="scripts/convert_pickle.py"):
+        load_llava(source, adapter=tmp_path)

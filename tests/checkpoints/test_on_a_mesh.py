@@ -88,7 +88,7 @@ def spread(folder, out, mesh, devices, processes=1):
     """Runs `PROGRAM` and compares what it wrote with the reference."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
     }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

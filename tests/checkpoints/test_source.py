@@ -116,8 +116,10 @@ def test_what_the_hub_says_is_one_line_without_the_token(hub, monkeypatch, kind,
 
 def test_a_repository_with_pickled_weights_alone_is_told_how_to_convert(hub, tmp_path):
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="hf download someone/model --local-dir DIR.*scripts/convert_pickle.py DIR"):
+    with pytest.raises(UserError, match="scripts/convert_pickle.py someone/model --out DIR, and give DIR"):
         local_directory("someone/model")
+    with pytest.raises(UserError, match="scripts/convert_pickle.py someone/model --revision v9 --out DIR"):
+        local_directory("someone/model", "v9")
 
 
 @pytest.mark.parametrize(
