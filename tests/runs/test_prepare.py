@@ -1,7 +1,9 @@
 """`--mode=prepare`: sets as TFDS array_record without TensorFlow, whole or absent, read as their sources are."""
 
+import ast
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from PIL import Image
 
 from icet_jax import main as front_door
 from icet_jax.data import prepared
+from icet_jax.data.batches import Batches
 from icet_jax.data.images import open_image
 from icet_jax.errors import UserError
 from icet_jax.runs import prepare, sources
@@ -60,6 +63,35 @@ def test_prepared_rows_are_the_sources_rows(name, files, directory):
             np.testing.assert_array_equal(open_image(image), open_image(path))
     few = sources.load_rows(files[name], limit=5, directory=str(directory), name=stored)
     assert [row.id for row in few] == [row.id for row in direct[:5]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_same_files_give_the_same_batches_prepared_or_not_on_any_number_of_processes(count, files, directory):
+    """Also where another process, with other hashes of its own, walks through them from half way."""
+
+    def walk(examples, start, part=0, of=1):
+        batches = Batches(
+            examples, mixture={"forbidden": 2, "benign": 1}, batch_size=8, seed=9, process_index=part, process_count=of
+        )
+        return [[example.id for example in batches.batch(index)] for index in range(start, 6)]
+
+    direct = sources.load_rows(files["xstest"])
+    stored = sources.load_rows(files["xstest"], directory=str(directory), name="xstest")
+    whole = walk(direct, 0)
+    parts = [walk(stored, 3, part, count) for part in range(count)]
+    assert [sum(rows, []) for rows in zip(*parts, strict=True)] == whole[3:]
+    if count == 1:
+        code = (
+            "from icet_jax.data.batches import Batches\nfrom icet_jax.runs import sources\n"
+            f"rows = sources.load_rows({files['xstest']!r})\n"
+            "batches = Batches(rows, mixture={'forbidden': 2, 'benign': 1}, batch_size=8, seed=9)\n"
+            "print([[(row.id, str(row.images[0])) for row in batches.batch(index)] for index in range(3, 6)])"
+        )
+        environment = {**os.environ, "PYTHONHASHSEED": "77"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        images = {example.id: str(example.images[0]) for example in direct}
+        assert ast.literal_eval(done.stdout) == [[(row, images[row]) for row in batch] for batch in whole[3:]]
 
 
 def test_each_image_is_stored_once_and_tfds_reads_it(directory, files):
