@@ -66,7 +66,7 @@ def papers_name(study: Study, dataset: str) -> str | None:
     source = sources.get(name) if dataset.startswith("sweep/") else None
     if not isinstance(source, str):
         return None
-    origin, _, rest = source.rpartition(":") if ":" in source else ("", "", source)
+    origin, _, rest = source.partition(":") if ":" in source else ("", "", source)
     file = PurePosixPath(rest.partition("?")[0].replace("\\", "/")).name.lower()
     if origin == "advbench_coco":
         return "AdvBench-COCO"

@@ -6,7 +6,7 @@ from icet_jax.report.heatmap import svg_policies
 from icet_jax.report.load import PHASES
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import escape, percent
-from icet_jax.report.widgets import change_html, code, details_html, family_title, table_html
+from icet_jax.report.widgets import change_html, code, details_html, table_html, title_on
 
 _TONES = {"asr": "unsafe", "refusal": "refused", "refusal_unsafe": "safe"}
 _MOST = 32  # policies drawn
@@ -51,7 +51,7 @@ def _map(study: Study, dataset: str, metric: str) -> str:
         }
         for phase in study.phases(dataset)
     }
-    title = f"{family_title(metric)} by policy and exit, {dataset_name(dataset)}"
+    title = f"{title_on(study, dataset, metric)} by policy and exit, {dataset_name(dataset)}"
     svg = svg_policies(
         panels,
         policies,

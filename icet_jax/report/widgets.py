@@ -36,6 +36,12 @@ def family_title(metric: str) -> str:
     return metric_family(metric).title
 
 
+def title_on(study: Study, dataset: str, metric: str) -> str:
+    """`family_title`, saying whose refusals they are where a data set has requests that should be refused too."""
+    safe = study.kind(dataset) == "mixed" and metric.startswith("refusal/")
+    return family_title(metric) + (" of safe requests" if safe else "")
+
+
 def code(text: str) -> str:
     """A name from a file, in the fixed-width face."""
     return f"<code>{escape(text)}</code>"
@@ -92,7 +98,7 @@ def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False
     if metric == "length":
         y_range = (0.0, 1.0)
     chart = Chart(
-        title=family_title(metric),
+        title=title_on(study, dataset, metric),
         lines=curve_lines(study, dataset, metric),
         show=_axis_percent if family.share else axis_number,
         detail=lambda x: show(metric, x),
@@ -110,7 +116,7 @@ def difference_figure(study: Study, dataset: str, metric: str) -> str:
     shown = [Point(layer, value.mean, value.low, value.high) for layer, value in values if value is not None]
     share = metric_family(metric).share
     chart = Chart(
-        title=f"{family_title(metric)}: after − before" + (", points" if share else ""),
+        title=f"{title_on(study, dataset, metric)}: after − before" + (", points" if share else ""),
         lines=[Line("difference", "plain", shown)],
         show=(lambda x: axis_number(100 * x)) if share else axis_number,
         detail=lambda x: show_change(metric, x),

@@ -19,7 +19,7 @@ def paragraph(what: str, cost: Cost) -> str:
         f"prompts of {cost.prompt_tokens / max(cost.rows, 1):.0f} tokens,",
         f"answers of at most {cost.new_tokens / max(cost.answers, 1):.0f};",
         f"{flops:.2g} operations (images {shares[0]}, prompts {shares[1]}, answers {shares[2]}).",
-        f"At the speed measured here {duration(cost.seconds[0])} to {duration(cost.seconds[1])},",
+        f"At the speed measured here {_between(*cost.seconds)},",
         "without compiling and without the judges.",
     ]
     judged = [f"{name} {count:,}" for name, count in cost.judged.items() if count]
@@ -29,3 +29,7 @@ def paragraph(what: str, cost: Cost) -> str:
         if seconds:
             told.append(f"{name} asks a service: its rate limit alone makes that {duration(seconds)}.")
     return " ".join(told)
+
+
+def _between(low: float, high: float) -> str:
+    return "less than a second" if high < 1 else f"{duration(low)} to {duration(high)}"

@@ -184,6 +184,7 @@ def test_refusals_and_vqa_are_in_the_utility_section(run, monkeypatch):
     assert sections[:4] == ["safety", "policies", "groups", "paper"] and "judges" in sections
     part = text.split('<section id="utility">')[1].split("</section>")[0]
     table = {row[0] for row in rows_of(part, "At the default exit 23 (95% interval, clustered by prompt)")}
+    assert "<b>Refusals of safe requests</b>" in part
     assert {"xstest refusal/refusal_keywords", "xstest refusal_unsafe/refusal_keywords", "vqa_v2 vqa/official"} <= table
     assert "vqa_v2 vqa/official_yes_no" in table and "vqa_v2 tr/general" in table
     assert "xstest asr/llama_guard_3_8b" not in table

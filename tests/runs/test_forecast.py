@@ -26,4 +26,5 @@ def test_the_paragraph_says_it_all():
         "ts/service asks a service: its rate limit alone makes that 14 s.",
     ):
         assert part in text
+    assert "less than a second" in paragraph("x", Cost(seconds=(0.0, 0.2)))
     assert "\n" not in text and "tr/none" not in text
