@@ -75,6 +75,7 @@ def _prepare(directory: Path, name: str, source: str, limit: int | None, where: 
     old = prepared.read_facts(directory, name)
     if old is not None and old["fingerprint"] == mark:
         return {**old, "unchanged": True}
+    print(f"{name}: checking every image of {len(seen.examples)} rows, then writing", file=sys.stderr)
     records = sources.read_rows(source, limit=limit, decode=True, **where)
     facts = {"source": source, "limit": limit, "fingerprint": mark}
     return {**prepared.write_set(directory, name, records, facts), "unchanged": False}
