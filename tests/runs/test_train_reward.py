@@ -9,8 +9,10 @@ from safetensors.numpy import load_file
 
 from icet_jax import main
 from icet_jax.judges.load import load_scorer
-from icet_jax.judges.pairs import HH_TEMPLATE
+from icet_jax.judges.pairs import HH_TEMPLATE, PairTokenizer
 from icet_jax.judges.reward_training import RewardTrainer
+from icet_jax.runs import config_files
+from icet_jax.runs.train_reward import load_sets
 from tests import tiny
 
 SETTINGS = {
@@ -154,15 +156,14 @@ def test_bad_input_is_one_line(files, tmp_path, capsys, changes, says):
     assert says in last and not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_prompts_are_held_out_where_no_file_is_named(files, tmp_path):
-    changes = {**files, "rm__held_out": "none", "rm__held_out_share": 0.3, "rm__epochs": 0.2, "rm__name": "mine"}
-    assert main.main(arguments(tmp_path, **changes)) == 0
-    pairs = json.loads((tmp_path / "reward.json").read_text())["pairs"]
-    held_out = pairs["train"]["dropped"]["held out"]
-    assert pairs["train"]["used"] + held_out == 48 and pairs["held_out"] == {
-        "source": str(files["rm__train"]), "read": held_out, "used": held_out, "dropped": {}
-    }  # fmt: skip
-    assert load_scorer(tmp_path / "hf").name == "mine"
+def test_prompts_are_held_out_where_no_file_is_named(files):
+    changes = {"rm.train": str(files["rm__train"]), "rm.held_out_share": "0.3"}
+    config = config_files.load("configs/rm_gpt2.py", changes.items())
+    encode = PairTokenizer(tiny.reward_tokenizer(), template=HH_TEMPLATE, max_length=64)
+    learned, held_out = load_sets(config, encode, tiny.GPT2_VOCAB)
+    apart = {prompt for prompt, *_ in learned.pairs}, {prompt for prompt, *_ in held_out.pairs}
+    assert len(apart[0]) + len(apart[1]) == 48 and not apart[0] & apart[1] and 8 <= len(apart[1]) <= 20
+    assert learned.facts["dropped"]["held out"] == held_out.facts["used"] == len(held_out.tokens)
 
 
 def test_the_flag_needs_a_workdir(capsys):
