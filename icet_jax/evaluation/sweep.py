@@ -94,8 +94,8 @@ def sweep(
       batch_size: rows answered at once.
       lora: the policy's adapters; None is the model as it is.
       transcript_path: rows are appended here as they are answered and again as they are judged, and a sweep that
-        finds its own rows there goes on from them (answers that other judges have judged are judged again); once
-        complete the file is rewritten in order.
+        finds its own rows there goes on from them (answers that other judges have judged, or a judge failed on, are
+        judged again); once complete the file is rewritten in order.
       progress: called after every step.
       dataset: its name.
       model: the model's name.

@@ -2,7 +2,7 @@
 
 Answers are written before they are judged, and again with their scores. Each line carries two marks: of the sweep (what
 an answer depends on besides the data set) and of the judges (what its scores depend on; None before they are in). An
-answer whose judges have changed is kept and judged again.
+answer whose judges have changed, or one of whose judges failed, is kept and judged again.
 """
 
 import hashlib
@@ -105,7 +105,8 @@ class TranscriptFile:
                     f"{path}: line {number} is of another sweep (settings, weights or rows differ); move the file away"
                 )
             self._rows[key] = row
-            (self._judged.add if judges == self._judges else self._judged.discard)(key)
+            judged = judges == self._judges and None not in row["scores"].values()
+            (self._judged.add if judged else self._judged.discard)(key)
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))

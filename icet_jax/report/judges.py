@@ -24,19 +24,25 @@ def _scorers(study: Study) -> str:
         for metric in study.metrics(dataset):
             if metric.partition("/")[0] not in _WITHOUT_SCORER and metric != "degenerate/text_rules":
                 found.setdefault(metric, {})[dataset] = [_judged(study, phase, dataset, metric) for phase in PHASES]
-    rows = []
+    rows, failures = [], False
     for metric, datasets in found.items():
         sides = [tuple(map(sum, zip(*side, strict=True))) for side in zip(*datasets.values(), strict=True)]
         where = [
             f"{dataset_name(name)} {_arrow(cells, 1)}" for name, cells in datasets.items() if any(c[1] for c in cells)
         ]
+        failures |= bool(where)
         failed = _arrow(sides, 1)
         failed = (
             f'<span class="failed">{failed}</span> <span class="ci">{escape(", ".join(where))}</span>' if where else "0"
         )
         rows.append([code(metric), _arrow(sides, 0), failed])
     head = ["Scorer", "Responses scored", "Without a score"]
-    return table_html(head, rows, "Over all data sets and exits, before → after")
+    table = table_html(head, rows, "Over all data sets and exits, before → after")
+    note = (
+        "<p class=note>To ask scorers again for what they left open (after an outage, say), remove the set’s files "
+        "from sweeps/ and run the same command again: the answers are kept.</p>"
+    )
+    return table + (note if failures else "")
 
 
 def _arrow(sides: Sequence[Sequence[int]], place: int) -> str:

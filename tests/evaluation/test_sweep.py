@@ -143,37 +143,46 @@ def test_killed_and_resumed_equals_never_killed(vlm, tmp_path):
     assert again.tokens == 0 and again.rows == expected.rows and scorer.calls == 0
 
 
-class Failing(Lengths):
-    """A judge that breaks down at its third batch, or never."""
+class Failing:
+    """A judge that breaks down at its third batch, or cannot score long prompts, or is well."""
 
-    fingerprint = "first weights"
+    name, metric, fingerprint = "toy", "tr", "first weights"
 
-    def __init__(self, broken):
-        super().__init__()
-        self.broken = broken
+    def __init__(self, trouble=""):
+        self.calls, self.trouble = 0, trouble
 
     def __call__(self, prompts, responses):
-        if self.broken and self.calls == 2:
+        if self.trouble == "broken" and self.calls == 2:
             raise ConnectionError("the judge is away")
-        return super().__call__(prompts, responses)
+        self.calls += 1
+        values = [np.nan if self.trouble == "long" and len(prompt) > 6 else len(prompt) for prompt in prompts]
+        return {"toy": Scores(np.array(values, np.float32), [None] * len(prompts))}
 
 
 def test_a_judge_that_breaks_down_loses_no_answer(vlm, tmp_path, monkeypatch):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    expected = run(vlm, transcript_path=whole, exits=[2, 3], scorers=[Failing(False)])
+    expected = run(vlm, transcript_path=whole, exits=[2, 3], scorers=[Failing()])
     with pytest.raises(ConnectionError):
-        run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing(True)])
+        run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing("broken")])
     assert len({json.loads(line)["response"] for line in part.read_text().splitlines()}) > 6
-    resumed = run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing(False)])
+    resumed = run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing()])
     assert part.read_bytes() == whole.read_bytes() and resumed.sweep == expected.sweep
     assert resumed.tokens < expected.tokens / 2 + 10
 
     monkeypatch.setattr(sweeping, "answer", None)  # another judge generates nothing
-    judged = Failing(False)
+    judged = Failing()
     judged.fingerprint = "second weights"
     again = run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged])
     assert judged.calls == 6 and again.rows == expected.rows and again.tokens == 0
     assert run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged]).rows == expected.rows and judged.calls == 6
+
+    path = tmp_path / "failed.jsonl"
+    path.write_bytes(part.read_bytes())
+    failed = run(vlm, transcript_path=path, exits=[2, 3], scorers=[Failing("long")])
+    assert failed.sweep["layers"][0]["metrics"]["tr/toy"]["n_error"] == 3
+    well = Failing()
+    assert run(vlm, transcript_path=path, exits=[2, 3], scorers=[well]).sweep == expected.sweep
+    assert 0 < well.calls < 6  # only batches with an error are judged again
 
 
 def test_foreign_transcripts_are_refused(vlm, tmp_path):
