@@ -75,8 +75,9 @@ def _parameter(
     if slots[0].layer is None:
         (whole,) = parts(slots)
         return jax.block_until_ready(_place(shape, where, lambda index: np.array(whole[index], dtype, order="C")))
+    slots = sorted(slots, key=lambda slot: slot.layer or 0)
     if [slot.layer for slot in slots] != list(range(shape[0])):
-        raise ValueError(f"{slots[0].path}: the table must give its {shape[0]} layers in order")
+        raise ValueError(f"{slots[0].path}: the table must give each of its {shape[0]} layers once")
     depth = min(shape[0], max(1, BLOCK_BYTES // (int(np.prod(shape[1:])) * np.dtype(dtype).itemsize)))
     array = None if depth == shape[0] else _zeros(shape, np.dtype(dtype), where)()
     for start in range(0, shape[0], depth):

@@ -100,7 +100,7 @@ def test_the_host_holds_a_few_tensors_whatever_the_size(tmp_path, monkeypatch):
 
 def test_a_table_without_a_layer_is_a_mistake_of_ours():
     slots = [streaming.Slot(f"x.{layer}", "x", layer, tables.SAME) for layer in (0, 2)]
-    with pytest.raises(ValueError, match="its 3 layers in order"):
+    with pytest.raises(ValueError, match="each of its 3 layers once"):
         streaming._parameter((3, 2), np.float32, None, slots, lambda block: [])
 
 
