@@ -33,8 +33,9 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     if not (options.prompt or "").strip():
         raise UserError('--mode=ask needs a question: --prompt="what is this?"')
     require(config, "model.checkpoint")
-    directory = checkpoint_directory(config.model.checkpoint, workdir)
-    vlm = api.load(directory, dtype=config.model.dtype)
+    model = config.model
+    directory = checkpoint_directory(model.checkpoint, workdir)
+    vlm = api.load(directory, dtype=model.dtype, revision=model.revision, adapter=model.adapter)
     exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
     inputs = vlm.processor(images=[list(options.image)], prompts=[options.prompt])
     encoded = vlm.encode(inputs, upto=max(exits))

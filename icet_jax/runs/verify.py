@@ -87,8 +87,11 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     """
     _require_torch()
     require(config, "model.checkpoint")
+    if config.model.adapter is not None:
+        raise UserError("--mode=verify compares whole checkpoints: export the model with its adapter, and give that")
+    directory = checkpoint_directory(config.model.checkpoint, workdir)
     with jax.default_matmul_precision("highest"):
-        vlm = api.load(checkpoint_directory(config.model.checkpoint, workdir), dtype="float32")
+        vlm = api.load(directory, dtype="float32", revision=config.model.revision)
         exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
         inputs, checks = _inputs(vlm, *_questions(options))
         ours = _ours(vlm, inputs, exits)

@@ -93,3 +93,8 @@ def test_a_token_may_differ_at_a_tie_alone():
     tokens[1, 5:] += 1
     assert failures(answers(tokens={2: tokens})) == ["32 greedy tokens, exit 2"]
     assert failures(answers(tokens={2: tokens}), gap_of_token_5=1e-6) == []
+
+
+def test_an_adapter_is_not_left_out_in_silence(tmp_path, capsys):
+    assert verified(tmp_path, f"--config.model.adapter={tmp_path}") == 2
+    assert "export the model with its adapter" in capsys.readouterr().err
