@@ -18,6 +18,7 @@ from icet_jax.errors import UserError
 from icet_jax.models.family import POLICY_ROOT
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import LlamaConfig, lora_shapes
+from icet_jax.typing import Float
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -56,7 +57,7 @@ class Adapter:
     targets: tuple[str, ...]
     factors: Callable[[str, int], tuple[np.ndarray, np.ndarray]]
 
-    def delta(self, slot: Slot) -> np.ndarray | None:
+    def delta(self, slot: Slot) -> Float[np.ndarray, "size_in size_out"] | None:
         """The float32 update `[in, out]` of the kernel that `slot` fills; None where there is none."""
         root, *rest = slot.path.split("/")
         if root != POLICY_ROOT or slot.layer is None or len(rest) != 3 or (rest[0], rest[2]) != ("layers", "kernel"):

@@ -8,7 +8,7 @@ host. With several processes all of them call an export and the first one writes
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def load_value_head(directory: str | Path) -> dict[str, jax.Array]:
 def _opened(
     table: Table, params: nnx.State, source: Path | None, start: Adapter | None, lora: Adapter | None,
     trained: Sequence[str] | None,
-) -> Any:  # fmt: skip
+) -> Iterator[_Export]:  # fmt: skip
     by_path = flatten_with_names(params)
     if source is None:
         yield _Export(table, by_path, None, {}, start, lora, trained)

@@ -20,6 +20,7 @@ from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, tensor_bytes
 from icet_jax.checkpoints.tables import Slot, Table
 from icet_jax.parallel import sharding
+from icet_jax.typing import Array, Shaped
 
 BLOCK_BYTES = 128 * 2**20
 """Layers of a stacked parameter travel together up to this size; a larger layer travels alone."""
@@ -133,7 +134,7 @@ def _update(where: NamedSharding | None) -> Callable[[jax.Array, jax.Array, jax.
     return jax.jit(update, donate_argnums=0, out_shardings=where)
 
 
-def to_host(array: jax.Array, layer: int | None) -> np.ndarray:
+def to_host(array: Shaped[Array, "..."], layer: int | None) -> Shaped[np.ndarray, "..."]:
     """An array, or one layer of it, on this host; with several processes all of them must call it, in one order.
 
     What lives on other processes' devices is replicated, this one piece alone.
