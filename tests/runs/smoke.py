@@ -1,4 +1,4 @@
-"""A run of every step in seconds: the toy LLaVA-1.5 of `configs/llava15_lppo.py:smoke`, made smaller still."""
+"""A run of every step in seconds: the toy LLaVA-1.5 of `configs/llava15_lppo.py:smoke`, with fewer rows and scorers."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,12 @@ SETTINGS = {
     "data.mixture": "{'forbidden': 0.5, 'benign': 0.25, 'vqa': 0.25}",
     "reward.by_kind": "{'forbidden': 'reward_model', 'benign': 'none', 'vqa': 'exact_match'}",
     "data.train": "toy:mixed",
+    "reward.model": "toy:reward_model",
+    "sweep.datasets": "{'forbidden': 'toy:forbidden', 'benign': 'toy:benign'}",
+    "sweep.utility": "{'vqa': 'toy:vqa'}",
+    "sweep.scorers": "refusal_keywords,toy:reward_model",
+    "sweep.utility_scorers": "()",
+    "export.form": "full",
     "sweep.exits": "1,23",
     "sweep.limit": "2",
     "sweep.max_new_tokens": "4",

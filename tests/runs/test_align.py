@@ -139,7 +139,7 @@ def test_lsft_runs_on_several_seeds_and_reports_over_all(tmp_path):
         ({"data__train": "toy:vqa"}, "the training data has no 'benign' rows"),
         ({"data__max_prompt_tokens": "8"}, "prompt takes"),
         ({"reward__model": "none"}, "config.reward.model is not set"),
-        ({"reward__model": "refusal_keywords"}, "is a judge, not a reward model"),
+        ({"reward__model": "refusal_keywords"}, "is a judge (asr), not a reward model"),
         ({"model__checkpoint": "toy:llava16"}, "toy:llava16: no such toy checkpoint"),
         ({"sweep__scorers": "no/such/judge"}, "no/such/judge"),
     ],
