@@ -16,7 +16,10 @@ from icet_jax.models.layers import ACTIVATIONS
 from icet_jax.models.llama import LlamaConfig, RopeScaling
 from icet_jax.models.llava import LlavaConfig
 
-SUPPORTED = {"llava": "LLaVA-1.5", "gpt2": "GPT-2 reward model"}
+SUPPORTED = {
+    "llava": "LLaVA-1.5",
+    "gpt2": "GPT-2 reward model",
+}
 
 # What transformers fills in where a sub-config is present but sparse (the class defaults) ...
 _TEXT_DEFAULTS = {
@@ -142,19 +145,20 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     )
 
 
-def llama_text(values: Any, tied: bool, where: str) -> LlamaConfig:
+def llama_text(values: Any, tied: bool, where: str, model_type: str = "llama") -> LlamaConfig:
     """A Llama decoder's config (HF `LlamaConfig`).
 
     Args:
       values: the parsed `config.json`, or the part of it that describes the decoder.
       tied: whether an outer config ties the head to the embeddings.
       where: name of `values` in error lines.
+      model_type: what `values` may call itself.
 
     Raises:
       UserError: a value under which the network would differ from this one.
     """
     fields = Fields(values, _TEXT_DEFAULTS, where)
-    fields.only("model_type", "llama")
+    fields.only("model_type", model_type)
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
@@ -266,10 +270,32 @@ def gpt2_from_hf(values: dict[str, Any], where: str = "config.json") -> GPT2Conf
     )
 
 
-def _drop_new_keys(values: dict[str, Any]) -> None:
+def drop_new_keys(values: dict[str, Any]) -> None:
     """Removes the transformers-5 spellings of what the old keys say."""
     for key in ("rope_parameters", "dtype", "image_token_id"):
         values.pop(key, None)
+
+
+def llama_text_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") -> dict[str, Any]:
+    """A Llama decoder's part of `config.json` with the old keys.
+
+    Args:
+      config: of the decoder.
+      dtype: torch name of the stored weights.
+      model_type: what the part calls itself.
+    """
+    rope = config.rope_scaling
+    return {
+        "model_type": model_type,
+        **{field: getattr(config, field) for field in _TEXT_DEFAULTS if field != "hidden_act"},
+        "hidden_act": "silu",
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if rope is None else {"rope_type": "llama3", **vars(rope)},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": dtype,
+    }
 
 
 def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
@@ -283,19 +309,8 @@ def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) 
     out = copy.deepcopy(source or {})
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
     for values in (out, text, vision):
-        _drop_new_keys(values)
-    rope = config.text.rope_scaling
-    text |= {
-        "model_type": "llama",
-        **{field: getattr(config.text, field) for field in _TEXT_DEFAULTS if field != "hidden_act"},
-        "hidden_act": "silu",
-        "num_key_value_heads": config.text.num_key_value_heads,
-        "head_dim": config.text.head_dim,
-        "rope_theta": config.text.rope_theta,
-        "rope_scaling": None if rope is None else {"rope_type": "llama3", **vars(rope)},
-        "tie_word_embeddings": config.text.tie_word_embeddings,
-        "torch_dtype": dtype,
-    }
+        drop_new_keys(values)
+    text |= llama_text_to_hf(config.text, dtype)
     vision |= {"model_type": "clip_vision_model", **{field: getattr(config.vision, field) for field in _CLIP_FIELDS}}
     out |= {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -319,7 +334,7 @@ def gpt2_to_hf(config: GPT2Config, source: dict[str, Any] | None, dtype: str) ->
       dtype: torch name of the stored weights.
     """
     out = copy.deepcopy(source or {})
-    _drop_new_keys(out)
+    drop_new_keys(out)
     out |= {
         "architectures": ["GPT2ForSequenceClassification"],
         "model_type": "gpt2",

@@ -27,6 +27,7 @@ class Images:
       rows: Int[I], ascending row of each image; filler images at the end have row `num_rows`.
       num_rows: static number of rows B of the batch.
       per_row: static upper bound of images in one row.
+      layout: what else the family's network needs to know about them, made by its processor; None where nothing.
     """
 
     # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
@@ -34,6 +35,7 @@ class Images:
     rows: Any
     num_rows: int = flax.struct.field(pytree_node=False)
     per_row: int = flax.struct.field(pytree_node=False, default=1)
+    layout: Any = None
 
     def slots(self) -> Int[Array, "I"]:
         """Position of each image within its row, from 0."""

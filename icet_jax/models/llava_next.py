@@ -1,0 +1,75 @@
+"""LLaVA-NeXT (v1.6): LLaVA on any-resolution tiles, packed by a gather (HF `LlavaNextForConditionalGeneration`).
+
+Every tile of an image leaves the tower at the same exit. How tiles become a sequence (unpadded rows of patches, each
+ended by `image_newline`, after the whole image's patches) depends on the image's size alone: the processor computes it
+on the host as indices, so that the network's shapes do not depend on sizes.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from icet_jax.models import layers
+from icet_jax.models.family import Images
+from icet_jax.models.llava import Llava, LlavaConfig, LlavaEncoded
+from icet_jax.typing import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaNextConfig(LlavaConfig):
+    """Sizes of a LLaVA-NeXT model; `image_grid_pinpoints` are the canvases (height, width) that images may fill."""
+
+    image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def max_tiles(self) -> int:
+        """Tiles of the largest canvas, and the whole image."""
+        size = self.vision.image_size
+        return 1 + max((height // size) * (width // size) for height, width in self.image_grid_pinpoints)
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT behind the family interface.
+
+    `Images.pixels` are `[I, tiles, C, H, W]`, the whole image first; `Images.layout` is int32 `[B, N]`: for each image
+    position of a row the index of its feature among those of all tiles of all images, one after the other, which
+    `image_newline` follows; -1 fills the rows up.
+    """
+
+    exit_definition = "hidden_states[l] of the CLIP tower, every tile, through the unchanged projector (ICET-l)"
+
+    def __init__(
+        self, config: LlavaNextConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        super().__init__(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        width = config.text.hidden_size
+        self.image_newline = layers.normal(rngs, (width,), width**-0.5, param_dtype)
+
+    def encode(self, images: Images, upto: int | None = None) -> LlavaEncoded:
+        """Runs the tower once over all tiles; a static `upto` skips the blocks after it."""
+        return LlavaEncoded(states=self._states(images, upto), images=images)
+
+    def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
+        """Hidden states 0..num_exits of the tower for every tile, class token first."""
+        return self._states(images, None)
+
+    def _states(self, images: Images, upto: int | None) -> Float[Array, "X I P D"]:
+        return self.vision_tower(images.pixels.reshape(-1, *images.pixels.shape[2:]), upto)
+
+    def visual(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> Float[Array, "B N E"]:
+        """Packed features of each row's images, one after the other, zeros where a row has fewer."""
+        images = encoded.images
+        count, tiles = images.pixels.shape[:2]
+        per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (images.num_rows,))
+        per_tile = jnp.repeat(per_row[jnp.minimum(images.rows, images.num_rows - 1)], tiles)
+        states = encoded.states[per_tile, jnp.arange(count * tiles)]
+        if self.config.vision_feature_select_strategy == "default":
+            states = states[:, 1:]
+        features = self.projector(states)
+        newline = self.image_newline[...].astype(features.dtype)
+        bank = jnp.concatenate([features.reshape(-1, features.shape[-1]), newline[None]])
+        packed = bank[jnp.maximum(images.layout, 0)]
+        return jnp.where((images.layout >= 0)[:, :, None], packed, 0)

@@ -1,0 +1,129 @@
+"""Llama 3.2 Vision: tiled tower, projector, cross-attention decoder (HF `MllamaForConditionalGeneration`)."""
+
+import dataclasses
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+from flax import nnx
+
+from icet_jax.models import layers
+from icet_jax.models.family import Images
+from icet_jax.models.layers import Lora
+from icet_jax.models.mllama_text import CrossStates, MllamaCache, MllamaDecoder, MllamaTextConfig
+from icet_jax.models.mllama_vision import EXIT_RULES, MllamaVisionConfig, MllamaVisionTower
+from icet_jax.typing import Array, Bool, Float, Int
+
+EXIT_DEFINITIONS = {
+    "E1": "E1: local blocks after l skipped, intermediates of skipped blocks replaced by the state of block l",
+    "E2": "E2: the global blocks get the state of local block l, intermediates unchanged",
+    "E5": "E5: the state of local block l itself in place of the global blocks' output, intermediates unchanged",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MllamaConfig:
+    """Sizes of the model; `exit_rule` says what exit l means (`EXIT_RULES`)."""
+
+    vision: MllamaVisionConfig
+    text: MllamaTextConfig
+    image_token_index: int
+    exit_rule: str = "E1"
+
+
+@flax.struct.dataclass
+class MllamaEncoded:
+    """Every state of the local blocks, `[X, I, Q, D]`, and where the images belong."""
+
+    states: Float[Array, "X I Q D"]
+    images: Images
+
+
+class Mllama(nnx.Module):
+    """Llama 3.2 Vision behind the family interface (`models/family.py`)."""
+
+    def __init__(
+        self, config: MllamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        if config.exit_rule not in EXIT_RULES:
+            raise ValueError(f"exit_rule '{config.exit_rule}' is not one of {', '.join(EXIT_RULES)}")
+        self.config = config
+        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.vision_tower = MllamaVisionTower(config.vision, remat=remat, **common)
+        width = config.text.llama.hidden_size
+        self.projector = layers.Linear(config.vision.output_dim, width, use_bias=True, **common)
+        self.language_model = MllamaDecoder(config.text, remat=remat, **common)
+
+    @property
+    def exit_definition(self) -> str:
+        """What exit l means."""
+        return EXIT_DEFINITIONS[self.config.exit_rule]
+
+    @property
+    def num_exits(self) -> int:
+        """Local blocks of the tower."""
+        return self.config.vision.num_hidden_layers
+
+    @property
+    def default_exit(self) -> int:
+        """The model as it was trained: the last local block (under E5 no exit is)."""
+        return self.num_exits
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+        return self.config.text.llama.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the decoder."""
+        return self.config.text.llama.hidden_size
+
+    @property
+    def image_token_index(self) -> int:
+        """Token id that stands for an image in the text."""
+        return self.config.image_token_index
+
+    def encode(self, images: Images, upto: int | None = None) -> MllamaEncoded:
+        """Runs the local blocks once; a static `upto` skips those after it."""
+        states = self.vision_tower.local_states(images.pixels, images.layout, upto)
+        return MllamaEncoded(states=states, images=images)
+
+    def hidden_states(self, images: Images) -> Float[Array, "X I Q D"]:
+        """States 0..num_exits of the local blocks, padding tokens included."""
+        return self.vision_tower.local_states(images.pixels, images.layout)
+
+    def visual(self, encoded: MllamaEncoded, exits: Int[Array, "..."]) -> CrossStates:
+        """Projected vision tokens of each row's images at its exit, and which tiles there are."""
+        images = encoded.images
+        per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (images.num_rows,))
+        per_image = per_row[jnp.minimum(images.rows, images.num_rows - 1)]
+        features = self.vision_tower.features(encoded.states, per_image, images.layout, self.config.exit_rule)
+        states = self.projector(features)
+        shape = (images.num_rows, images.per_row, *states.shape[1:])
+        slots = (images.rows, images.slots())
+        rows = jnp.zeros(shape, states.dtype).at[slots].set(states, mode="drop")
+        there = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
+        tiles = jnp.zeros((*shape[:2], there.shape[1]), bool).at[slots].set(there, mode="drop")
+        return CrossStates(states=rows.reshape(images.num_rows, -1, states.shape[-1]), tiles=tiles)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        visual: CrossStates | None = None,
+        cache: MllamaCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B T E"], MllamaCache | None]:
+        """Decoder over tokens and images; see `VisionLanguageModel.decode`."""
+        return self.language_model(tokens, positions, mask, visual, self.image_token_index, cache, lora)
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Float32 next-token logits."""
+        return self.language_model.logits(hidden)
+
+    def init_cache(self, batch: int, length: int) -> MllamaCache:
+        """An empty decoder cache."""
+        return self.language_model.init_cache(batch, length)
