@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import (
     ALGORITHMS,
+    CAPTURES,
     DTYPES,
+    EXIT_RULES,
     EXIT_SCHEDULES,
     EXPORT_FORMS,
     KINDS,
@@ -52,6 +54,8 @@ _RULES: dict[str, _Rule] = {
         "distinct whole numbers between 0 and 2^32 - 1",
     ),
     "model.dtype": _one_of(DTYPES),
+    "model.exit_rule": _one_of(EXIT_RULES),
+    "model.intermediate_capture": _one_of(CAPTURES),
     "model.remat": _one_of(REMATS),
     "mesh.data": (lambda v: v == -1 or v > 0, "-1 or above 0"),
     "mesh.fsdp": (lambda v: v == -1 or v > 0, "-1 or above 0"),

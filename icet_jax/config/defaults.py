@@ -19,6 +19,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 REMATS = ("none", "dots", "full")
 REWARDS = ("reward_model", "exact_match", "none")
 SCHEDULES = ("constant", "linear", "cosine")
+EXIT_RULES = ("E1", "E2", "E5")
+CAPTURES = ("input", "output")
 EXPORT_FORMS = ("full", "adapter", "both")
 SCORER_FIELDS: dict[str, dict[str, type]] = {
     "refusal_keywords": {},
@@ -107,6 +109,11 @@ def _model() -> ConfigDict:
     model.checkpoint = config_dict.placeholder(str)  # HF directory or hub id, or "organism:vlm"; needed by every run
     model.revision = config_dict.placeholder(str)  # of a hub id: branch, tag or commit; unset: the default branch
     model.adapter = config_dict.placeholder(str)  # PEFT directory or hub id of a LoRA to start from, merged at load
+    # What exit l feeds the projector where a family has several readings (Llama 3.2 Vision: "E1", "E2", "E5").
+    model.exit_rule = config_dict.placeholder(str)
+    # What an index of Llama 3.2 Vision's captured intermediates means: the state that enters that block ("input", as
+    # trained) or the one that leaves it ("output", as transformers since 4.56 reads it).
+    model.intermediate_capture = "input"
     model.dtype = "bfloat16"  # compute; norms, softmax, log-probs, adapters and optimizer stay float32 (ours)
     model.remat = "full"  # what the backward pass recomputes: "none", "dots" (keep matmuls), "full"
     return model
