@@ -51,6 +51,19 @@ def test_the_papers_experiment_names_its_sets_and_defines_its_scorers(variant):
     assert ("13b" in config.model.checkpoint) == (variant == ":13b")
 
 
+def test_a_scorer_is_changed_from_the_command_line():
+    changes = [
+        ("scorers.llama_guard_3.batch_size", "8"),
+        ("scorers.toxic_bert.heads", "insult,threat"),
+        ("scorers.mine", "{'kind': 'toxicity', 'checkpoint': 'DIR'}"),
+    ]
+    config = config_files.load("configs/llava15_sweep.py", changes)
+    assert config.scorers.llama_guard_3.batch_size == 8 and config.scorers.toxic_bert.heads == ("insult", "threat")
+    assert config.scorers.mine.to_dict() == {"kind": "toxicity", "checkpoint": "DIR"}
+    with pytest.raises(UserError, match="a toxicity has kind, heads, checkpoint"):
+        config_files.load("configs/llava15_sweep.py", [("scorers.toxic_bert.head", "insult")])
+
+
 @pytest.mark.parametrize(
     ("definition", "says"),
     [

@@ -10,6 +10,7 @@ from icet_jax.config.checks import (
     choose_variant,
     flatten,
     require,
+    scorer_fields,
     unknown_field,
 )
 from icet_jax.config.defaults import KINDS, OPEN_FIELDS, default, organism
@@ -27,5 +28,6 @@ __all__ = [
     "organism",
     "paper",
     "require",
+    "scorer_fields",
     "unknown_field",
 ]

@@ -207,6 +207,13 @@ def _check_open(values: Mapping[str, Any]) -> None:
                 raise UserError(f"config.{field}: {name!r} names a file; use letters, digits, _ and - alone")
 
 
+def scorer_fields(kind: str) -> dict[str, type]:
+    """Fields of a scorer's definition and their types; none for an unknown kind."""
+    if kind not in SCORER_FIELDS:
+        return {}
+    return {"kind": str, **SCORER_FIELDS[kind], **({} if kind in WITHOUT_NETWORK else NETWORK_FIELDS)}
+
+
 def _check_scorers(scorers: Mapping[str, Any]) -> None:
     """Every definition is `{"kind": ..., fields of that kind}`."""
     for name, definition in scorers.items():
@@ -218,15 +225,14 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
                 f"{where} is {definition!r}, but must be {{'kind': one of {', '.join(SCORER_FIELDS)}, ...}}"
             )
         kind = definition["kind"]
-        network = {} if kind in WITHOUT_NETWORK else NETWORK_FIELDS
-        allowed = {"kind": str, **SCORER_FIELDS[kind], **network}
+        allowed = scorer_fields(kind)
         for field, value in definition.items():
             if field not in allowed:
                 raise UserError(f"{where}.{field}: a {kind} has {', '.join(allowed)}{_nearest(field, allowed)}")
             accepted = {float: (int, float), tuple: (tuple, list)}.get(allowed[field], (allowed[field],))
             if not isinstance(value, accepted) or isinstance(value, bool) or value in ("", (), {}):
                 raise UserError(f"{where}.{field} is {value!r}, but must be {TYPE_NAMES[allowed[field]]}")
-        if network and "checkpoint" not in definition:
+        if "checkpoint" in allowed and "checkpoint" not in definition:
             raise UserError(f"{where}.checkpoint is missing: the directory or hub id of the {kind}'s weights")
         if definition.get("dtype", DTYPES[0]) not in DTYPES:
             raise UserError(f"{where}.dtype is {definition['dtype']!r}, but must be one of {', '.join(DTYPES)}")

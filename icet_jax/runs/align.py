@@ -42,8 +42,8 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 def align(config: ConfigDict, workdir: Path) -> None:
     """One run in `workdir`, which `config` has claimed."""
-    setting = common.load_setting(config, workdir)
     examples = common.load_rows(config, config.data.train, TRAIN, workdir)
+    setting = common.load_setting(config, workdir)
     trainer = Trainer(config, workdir, setting.vlm, examples, _reward(config, workdir, setting.vlm.mesh))
     _write_data_facts(workdir, examples, setting.tests)
     costs = Costs(workdir)

@@ -44,10 +44,11 @@ def load_setting(config: ConfigDict, workdir: Path) -> Setting:
     Raises:
       UserError: anything that is missing, broken or does not fit.
     """
-    vlm = load_model(config, workdir)
-    check_exits(config, vlm.num_exits)
+    # Rows first: what is wrong with them is known before weights are fetched and read.
     named = {**config.sweep.datasets, **config.sweep.utility}
     tests = {name: load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
+    vlm = load_model(config, workdir)
+    check_exits(config, vlm.num_exits)
     facts = sources.organism_facts(str(vlm.directory))
     if facts is not None:
         write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import icet_jax
-from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, default, flatten, unknown_field
+from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, default, flatten, scorer_fields, unknown_field
 from icet_jax.errors import UserError
 
 
@@ -38,11 +38,15 @@ def load(spec: str | None, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     return config.lock()
 
 
+_OPEN_TYPES = {"data.mixture": float, "scorers": dict}  # of an open field's values; of the others text
+
+
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets the dotted field `name` from the command line's `text`, in place.
 
     Numbers, true/false and words are read by the field's own type; tuples are comma-separated; `none` unsets an
-    optional field; an open field takes a Python dict, or one key as `data.mixture.vqa=0.3`.
+    optional field; an open field takes a Python dict, or one key as `data.mixture.vqa=0.3`; so does a scorer
+    (`scorers.NAME.batch_size=8`).
 
     Raises:
       UserError: the field is unknown (the nearest is named) or the text does not fit its type.
@@ -53,7 +57,9 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         target, reference = name, values[name]
         kind = type(reference) if reference is not None else _placeholder_type(config, parent, key)
     elif parent in OPEN_FIELDS:
-        target, kind = name, float if parent == "data.mixture" else str
+        target, kind = name, _OPEN_TYPES.get(parent, str)
+    elif parent.startswith("scorers.") and parent.removeprefix("scorers.") in config.scorers:
+        target, kind = name, _scorer_field(config[parent], parent, key)
     else:
         raise unknown_field(name)
     optional = name in values and flatten(default())[name] is None
@@ -61,6 +67,14 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     section = config[parent] if parent else config
     with section.unlocked():
         section[key] = value
+
+
+def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
+    """The type of a scorer's field; a field that its kind does not have is one clear line."""
+    fields = scorer_fields(definition.kind)
+    if field not in fields:
+        raise UserError(f"config.{where}.{field}: a {definition.kind} has {', '.join(fields)}")
+    return fields[field]
 
 
 def _placeholder_type(config: ConfigDict, parent: str, key: str) -> type:

@@ -3,6 +3,7 @@
 refusal_keywords | organism:judge | a name of `config.scorers` | weights of a scorer (directory, hub id, toy:NAME)
 """
 
+import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +64,13 @@ class ScorerLoader:
             return WorldJudge()
         from icet_jax.judges.load import load_scorer
 
-        return load_scorer(checkpoint_directory(name, self._workdir), mesh=self._mesh)
+        try:
+            return load_scorer(checkpoint_directory(name, self._workdir), mesh=self._mesh)
+        except UserError as error:
+            near = difflib.get_close_matches(name, self._definitions, n=1)
+            if not near:
+                raise
+            raise UserError(f"{name}: did you mean {near[0]}, of config.scorers? ({error})") from error
 
     def _defined(self, name: str, definition: dict[str, Any], inside: tuple[str, ...]) -> Scorer:
         from icet_jax.judges.load import load_defined
