@@ -65,7 +65,10 @@ class ImageFolder:
         try:
             names = sorted(entry.name for entry in os.scandir(self._folder) if entry.name.lower().endswith(SUFFIXES))
         except OSError as error:
-            raise UserError(f"images={folder}: cannot be read ({error.strerror}); give a folder of images") from error
+            raise UserError(
+                f"images={folder}: cannot be read ({error.strerror}); give the folder of the images (relative paths "
+                "start from config.data.root)"
+            ) from error
         if not names:
             raise UserError(f"images={folder}: holds no image file ({', '.join(SUFFIXES)})")
         self._names = names
