@@ -217,7 +217,7 @@ def collect(
             if len(examples) == limit:
                 break
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path (a relative one starts from config.data.root)") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and config.data.root") from error
     if not examples:
         why = f"no usable row: {describe(problems)}" if problems else "has no rows; add some"
         raise UserError(f"{path}: {why}")
