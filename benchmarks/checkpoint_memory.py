@@ -79,9 +79,9 @@ def child(directory: Path, mesh: dict[str, int]) -> None:
     import jax.numpy as jnp
 
     from icet_jax.checkpoints.adapter_export import save_adapter
-    from icet_jax.checkpoints.hf_export import save_llava
-    from icet_jax.checkpoints.hf_import import load_llava
-    from icet_jax.models.llama import init_lora
+    from icet_jax.checkpoints.hf_export import save_vlm
+    from icet_jax.checkpoints.hf_import import load_vlm
+    from icet_jax.models.family import init_lora
     from icet_jax.parallel.mesh import make_mesh
     from icet_jax.parallel.sharding import shardings
 
@@ -95,24 +95,22 @@ def child(directory: Path, mesh: dict[str, int]) -> None:
     time.sleep(0.2)
     say("idle", began)
     began = time.monotonic()
-    loaded = load_llava(directory / "source", dtype="bfloat16", mesh=devices)
+    loaded = load_vlm(directory / "source", dtype="bfloat16", mesh=devices)
     leaves = jax.tree.leaves(loaded.params)
     say("import", began, sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards))
-    text = loaded.config.text
-    lora = init_lora(text, rank=16, alpha=16.0, targets=("q_proj", "v_proj", "down_proj"), key=jax.random.key(0))
+    shapes, targets = loaded.config.lora_shapes(), ("q_proj", "v_proj", "down_proj")
+    lora = init_lora(shapes, rank=16, alpha=16.0, targets=targets, key=jax.random.key(0))
     lora = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), lora)
     if devices is not None:
         lora = lora.replace(weights=jax.device_put(lora.weights, shardings(lora.weights, devices)))
     began = time.monotonic()
-    save_llava(
-        directory / "merged", loaded.config, loaded.params, source_dir=directory / "source", lora=lora, trained=()
-    )
+    save_vlm(directory / "merged", loaded.config, loaded.params, source_dir=directory / "source", lora=lora, trained=())
     say("export merged", began)
     began = time.monotonic()
-    save_adapter(directory / "adapter", lora, text, base=str(directory / "source"))
+    save_adapter(directory / "adapter", lora, loaded.config, base=str(directory / "source"))
     say("export adapter", began)
     began = time.monotonic()
-    save_llava(directory / "compared", loaded.config, loaded.params, source_dir=directory / "source")
+    save_vlm(directory / "compared", loaded.config, loaded.params, source_dir=directory / "source")
     say("export, every tensor compared", began)
 
 

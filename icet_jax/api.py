@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_llava
-from icet_jax.checkpoints.hf_import import Checkpoint, load_llava
+from icet_jax.checkpoints.hf_export import save_vlm
+from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
 from icet_jax.checkpoints.source import generation_tokens, local_directory
-from icet_jax.data.processor import Processor, image_rows
+from icet_jax.data.image_batches import batch_images
+from icet_jax.data.processor import Processor, load_processor
 from icet_jax.errors import UserError
 from icet_jax.evaluation.sweep import answer
 from icet_jax.generation.sampling import Sampling, suppress_ids
@@ -31,7 +32,8 @@ from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import Array, Bool, Float, Int
 
 Inputs = Mapping[str, Any]
-"""What HF's processor returns: input_ids and attention_mask [B, T]; pixel_values [I, C, H, W] if there are images."""
+"""What the family's HF processor returns: input_ids and attention_mask [B, T]; pixel_values and their like if there are
+images."""
 
 
 def load(
@@ -43,6 +45,8 @@ def load(
     remat: str = "none",
     revision: str | None = None,
     adapter: str | Path | None = None,
+    exit_rule: str | None = None,
+    capture: str | None = None,
 ) -> "VLM":
     """Loads a vision-language model with its weights; tokenizer and image processor follow when they are first used.
 
@@ -54,6 +58,10 @@ def load(
       remat: what a backward pass keeps: "none" (everything), "dots" (kernels' outputs), "full" (layers' inputs alone).
       revision: branch, tag or commit of a hub id; None is its default branch.
       adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
+      exit_rule: of Llama 3.2 Vision, what exit l feeds the projector: "E1" (None), "E2" or "E5"
+        (`icet_jax.models.mllama.EXIT_DEFINITIONS`).
+      capture: of Llama 3.2 Vision, which states its captured intermediates are: "input" (None), as it was trained, or
+        "output", as transformers since 4.56 reads them.
 
     Raises:
       UserError: no such checkpoint, an unsupported model, or broken files; one line.
@@ -67,8 +75,10 @@ def load(
         "mesh": mesh,
         "remat": remat,
         "adapter": start,
+        "exit_rule": exit_rule,
+        "capture": capture,
     }
-    return VLM(load_llava(directory, **options), mesh)
+    return VLM(load_vlm(directory, **options), mesh)
 
 
 def load_scorer(
@@ -115,6 +125,7 @@ class VLM:
       mesh: where the weights are, None on the default device.
       eos_ids, pad_id: tokens that end and pad a response.
       suppress_ids: tokens that are never sampled.
+      hidden_size, lora_shapes: width of the decoder, and its projections that LoRA can adapt (`init_lora`).
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None) -> None:
@@ -127,6 +138,8 @@ class VLM:
         self.default_exit: int = model.default_exit
         self.exit_definition: str = model.exit_definition
         self.vocab_size: int = model.vocab_size
+        self.hidden_size: int = model.hidden_size
+        self.lora_shapes: dict[str, tuple[int, int, int]] = model.lora_shapes()
         self.suppress_ids = suppress_ids(model.image_token_index, self.pad_id, self.eos_ids)
 
     @functools.cached_property
@@ -136,7 +149,7 @@ class VLM:
         Raises:
           UserError: the checkpoint has no tokenizer or image-processor files, or broken ones.
         """
-        return Processor.from_directory(self.directory)
+        return load_processor(self.directory, self.config)
 
     def sampling(self, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
         """How this model's responses are drawn: its own EOS and pad tokens; placeholder and pad are never sampled."""
@@ -227,7 +240,7 @@ class VLM:
         Raises:
           UserError: it cannot be written there.
         """
-        return save_llava(directory, self.config, self.params, source_dir=self.directory, start=self.adapter)
+        return save_vlm(directory, self.config, self.params, source_dir=self.directory, start=self.adapter)
 
     def _exit(self, exit_layer: int | None, upto: int) -> Int[Array, ""]:
         number = self.default_exit if exit_layer is None else exit_layer
@@ -251,18 +264,9 @@ class VLM:
         return place_rows((tokens.astype(np.int32), mask.astype(bool)), self.mesh)
 
     def _images(self, inputs: Inputs) -> Images | None:
-        tokens, pixels = np.asarray(_entry(inputs, "input_ids")), inputs.get("pixel_values")
-        rows = image_rows(tokens, 0 if pixels is None else len(pixels), self.config)
-        if pixels is None or not len(pixels):
-            return None
-        pixels, vision = np.asarray(pixels, np.float32), self.config.vision
-        shape = (vision.num_channels, vision.image_size, vision.image_size)
-        if pixels.shape[1:] != shape:
-            raise UserError(f"inputs: pixel_values have shape {pixels.shape}; this model needs {('I', *shape)}")
-        per_row = int(np.bincount(rows).max())
-        return place_rows(
-            Images(pixels=jnp.asarray(pixels), rows=jnp.asarray(rows), num_rows=len(tokens), per_row=per_row), self.mesh
-        )
+        tokens = np.asarray(_entry(inputs, "input_ids"))
+        images = batch_images(self.config, inputs, num_rows=len(tokens))
+        return None if images is None else place_rows(images, self.mesh)
 
 
 class Encoding(NamedTuple):

@@ -1,5 +1,7 @@
 """Writes LoRA weights as a PEFT adapter that every transformers from 4.46 and peft from 0.13 load alike."""
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,9 @@ import jax
 import numpy as np
 
 from icet_jax.checkpoints import folder, safetensors_io
-from icet_jax.checkpoints.adapters import CONFIG, WEIGHTS, Adapter, concatenate, of_lora
+from icet_jax.checkpoints.adapters import CONFIG, WEIGHTS, Adapter, concatenate, of_lora, places
 from icet_jax.errors import UserError
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import LlamaConfig, lora_shapes
 
 NAMES: dict[str, tuple[str, ...]] = {
     "old": ("base_model.model.language_model.model.layers",),
@@ -25,7 +26,7 @@ NAMES["both"] = (*NAMES["old"], *NAMES["new"])
 def save_adapter(
     out_dir: str | Path,
     lora: Lora,
-    config: LlamaConfig,
+    config: Any,
     *,
     base: str,
     revision: str | None = None,
@@ -39,7 +40,7 @@ def save_adapter(
     Args:
       out_dir: new, or an earlier adapter, which is replaced.
       lora: the trained adapters.
-      config: of the decoder.
+      config: of the network.
       base: directory or hub id of the model that they adapt.
       revision: of the hub id.
       start: the adapter that the training began from. The one that is written holds both side by side (the ranks add
@@ -59,9 +60,9 @@ def save_adapter(
     out_dir = Path(out_dir)
     adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
     tensors = dict(_tensors(adapter, config, names))
-    shapes = lora_shapes(config)
+    shapes = config.lora_shapes()
     specs: dict[str, safetensors_io.Spec] = {
-        key: ("F32", (adapter.rank, shapes[target][0]) if side == "A" else (shapes[target][1], adapter.rank))
+        key: ("F32", (adapter.rank, shapes[target][1]) if side == "A" else (shapes[target][2], adapter.rank))
         for key, (target, _, side) in tensors.items()
     }
 
@@ -75,7 +76,7 @@ def save_adapter(
         with folder.beside(out_dir) as unfinished:
             safetensors_io.write_safetensors(unfinished / WEIGHTS, specs, read)
             folder.write_beside_weights(unfinished, head, texts or {})
-            folder.write_json(unfinished / CONFIG, _config(adapter, base, revision))
+            folder.write_json(unfinished / CONFIG, _config(adapter, _modules(adapter, config), base, revision))
     else:
         for key in safetensors_io.file_order(specs):
             read(key)
@@ -83,30 +84,41 @@ def save_adapter(
     return out_dir
 
 
-def _tensors(adapter: Adapter, config: LlamaConfig, names: str) -> Iterator[tuple[str, tuple[str, int, str]]]:
+def _tensors(adapter: Adapter, config: Any, names: str) -> Iterator[tuple[str, tuple[str, int, str]]]:
     """File key -> (target, layer, side)."""
     for root in NAMES[names]:
-        for layer in range(config.num_hidden_layers):
-            for target in adapter.targets:
+        for (target, layer), (number, module) in places(config).items():
+            if target in adapter.targets:
                 for side in "AB":
-                    yield f"{root}.{layer}.{_block(target)}.{target}.lora_{side}.weight", (target, layer, side)
+                    yield f"{root}.{number}.{module}.lora_{side}.weight", (target, layer, side)
 
 
-def _block(target: str) -> str:
-    return "self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+def _modules(adapter: Adapter, config: Any) -> str:
+    """A regular expression of the adapted modules: a list of names would adapt the image encoder's of those names too.
+
+    Where another stack has a module of an adapted one's name, the layers are listed.
+    """
+    adapted: dict[str, set[int]] = defaultdict(set)
+    every: dict[str, set[int]] = defaultdict(set)
+    for (target, _), (number, module) in places(config).items():
+        every[module].add(number)
+        if target in adapter.targets:
+            adapted[module].add(number)
+    patterns = []
+    for module, numbers in sorted(adapted.items()):
+        layers = r"\d+" if numbers == every[module] else f"({'|'.join(map(str, sorted(numbers)))})"
+        patterns.append(rf"{layers}\.{re.escape(module)}")
+    return rf"(model\.language_model|language_model\.model)\.layers\.({'|'.join(patterns)})"
 
 
-def _config(adapter: Adapter, base: str, revision: str | None) -> dict[str, Any]:
+def _config(adapter: Adapter, modules: str, base: str, revision: str | None) -> dict[str, Any]:
     """The fields that every peft knows: an older one refuses a file with a field it does not."""
     alpha = adapter.scale * adapter.rank
-    # A regular expression: a list of names would adapt the image encoder's projections of those names too.
-    modules = "|".join(adapter.targets)
-    pattern = rf"(model\.language_model|language_model\.model)\.layers\.\d+\.(self_attn|mlp)\.({modules})"
     config = {
         "peft_type": "LORA",
         "r": adapter.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "target_modules": pattern,
+        "target_modules": modules,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from icet_jax.checkpoints.families import family_of
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader
 from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot
 from icet_jax.errors import UserError
-from icet_jax.models.family import POLICY_ROOT
+from icet_jax.models.family import lora_key
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import LlamaConfig, lora_shapes
 from icet_jax.typing import Float
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,7 +36,7 @@ _PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, None, "ga
 # Both names of the decoder: before transformers 4.52, and since.
 _KEY = re.compile(
     r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>\d+)"
-    r"\.(self_attn|mlp)\.(?P<target>\w+)\.lora_(?P<side>[AB])\.weight"
+    r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
 )
 
 
@@ -47,9 +47,10 @@ class Adapter:
     Attributes:
       rank: r, of every target.
       scale: alpha / r (or alpha / sqrt(r)).
-      targets: adapted projections.
-      factors: (target, layer) -> float32 `a [in, r]` and `b [r, out]`, in the order x @ a @ b; zero where that layer of
-        the target is left alone. With several processes it may be collective: all must ask in the same order.
+      targets: adapted projections, as `Lora.weights` names them.
+      factors: (target, layer of its stack) -> float32 `a [in, r]` and `b [r, out]`, in the order x @ a @ b; zero where
+        that layer of the target is left alone. With several processes it may be collective: all must ask in the same
+        order.
     """
 
     rank: int
@@ -59,12 +60,10 @@ class Adapter:
 
     def delta(self, slot: Slot) -> Float[np.ndarray, "size_in size_out"] | None:
         """The float32 update `[in, out]` of the kernel that `slot` fills; None where there is none."""
-        root, *rest = slot.path.split("/")
-        if root != POLICY_ROOT or slot.layer is None or len(rest) != 3 or (rest[0], rest[2]) != ("layers", "kernel"):
+        target = lora_key(slot.path)
+        if target not in self.targets or slot.layer is None:
             return None
-        if rest[1] not in self.targets:
-            return None
-        a, b = self.factors(rest[1], slot.layer)
+        a, b = self.factors(target, slot.layer)
         return np.float32(self.scale) * (a @ b) if b.any() else None
 
 
@@ -79,19 +78,34 @@ def of_lora(lora: Lora) -> Adapter:
     return Adapter(rank, lora.scale, tuple(sorted(lora.weights)), factors)
 
 
-def concatenate(first: Adapter, second: Adapter, config: LlamaConfig) -> Adapter:
+def places(config: Any) -> dict[tuple[str, int], tuple[int, str]]:
+    """(target, layer of its stack) -> (layer of HF's decoder, module in it), of every projection that LoRA can adapt.
+
+    Args:
+      config: of a network of any family.
+    """
+    found = {}
+    for slot in family_of(config).table(config).slots:
+        target = lora_key(slot.path)
+        if target is not None and slot.layer is not None:
+            number, module = slot.key.removeprefix("language_model.model.layers.").split(".", 1)
+            found[target, slot.layer] = int(number), module.removesuffix(".weight")
+    return found
+
+
+def concatenate(first: Adapter, second: Adapter, config: Any) -> Adapter:
     """One adapter with the sum of both updates: `[a1 | a2] @ [b1 ; b2]`, the scales brought to the second's.
 
     Args:
-      first, second: adapters of the same decoder; a target that one of them lacks is zero there.
-      config: of the decoder.
+      first, second: adapters of the same model; a target that one of them lacks is zero there.
+      config: of the network.
     """
-    shapes, ratio = lora_shapes(config), np.float32(first.scale / second.scale)
+    shapes, ratio = config.lora_shapes(), np.float32(first.scale / second.scale)
 
     def part(adapter: Adapter, target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
         if target in adapter.targets:
             return adapter.factors(target, layer)
-        size_in, size_out = shapes[target]
+        _, size_in, size_out = shapes[target]
         return np.zeros((size_in, adapter.rank), np.float32), np.zeros((adapter.rank, size_out), np.float32)
 
     def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,14 +116,14 @@ def concatenate(first: Adapter, second: Adapter, config: LlamaConfig) -> Adapter
     return Adapter(first.rank + second.rank, second.scale, targets, factors)
 
 
-def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
+def read_adapter(directory: str | Path, config: Any) -> Adapter:
     """The adapter in a PEFT directory; its file stays mapped while the adapter is in use.
 
     A file may hold the tensors under the names before and since transformers 4.52, or under both.
 
     Args:
       directory: with adapter_config.json and adapter_model.safetensors.
-      config: of the decoder that it adapts.
+      config: of the network that it adapts.
 
     Raises:
       UserError: files are missing or broken; the adapter uses a PEFT feature that is not supported, which is named;
@@ -125,11 +139,11 @@ def read_adapter(directory: str | Path, config: LlamaConfig) -> Adapter:
         )
     reader = TensorReader([directory / WEIGHTS])
     keys = _match(reader, config, rank, str(directory / WEIGHTS))
-    shapes = lora_shapes(config)
+    shapes = config.lora_shapes()
 
     def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
         if (target, layer, "A") not in keys:
-            size_in, size_out = shapes[target]
+            _, size_in, size_out = shapes[target]
             return np.zeros((size_in, rank), np.float32), np.zeros((rank, size_out), np.float32)
         a, b = (reader.read(keys[target, layer, side]).T.astype(np.float32) for side in "AB")
         return a, b
@@ -166,22 +180,24 @@ def _is_plain(name: str, value: Any) -> bool:
     return name in _NEUTRAL or not value
 
 
-def _match(reader: TensorReader, config: LlamaConfig, rank: int, where: str) -> dict[tuple[str, int, str], str]:
+def _match(reader: TensorReader, config: Any, rank: int, where: str) -> dict[tuple[str, int, str], str]:
     """The file's key of every (target, layer, side)."""
     problems = Problems()
-    shapes = lora_shapes(config)
+    shapes = config.lora_shapes()
+    here = {place: target for target, place in places(config).items()}
     keys: dict[tuple[str, int, str], str] = {}
     for key, shape in reader.shapes.items():
         match = _KEY.fullmatch(key)
-        if match is None or match["target"] not in shapes or int(match["layer"]) >= config.num_hidden_layers:
+        found = None if match is None else here.get((int(match["layer"]), match["module"]))
+        if match is None or found is None:
             problems.add("not on a decoder projection", key)
             continue
-        size_in, size_out = shapes[match["target"]]
+        _, size_in, size_out = shapes[found[0]]
         wanted = (rank, size_in) if match["side"] == "A" else (size_out, rank)
         if shape != wanted or reader.dtypes[key] not in DTYPES:
             problems.add(f"{reader.dtypes[key]} {list(shape)} instead of floating {list(wanted)}", key)
             continue
-        place = match["target"], int(match["layer"]), match["side"]
+        place = *found, match["side"]
         if place in keys and not np.array_equal(reader.read(keys[place]), reader.read(key)):
             problems.add("different under its two names", key)
         keys[place] = key

@@ -15,9 +15,12 @@ from icet_jax.models.gpt2 import GPT2Config
 from icet_jax.models.layers import ACTIVATIONS
 from icet_jax.models.llama import LlamaConfig, RopeScaling
 from icet_jax.models.llava import LlavaConfig
+from icet_jax.models.llava_next import LlavaNextConfig
 
 SUPPORTED = {
     "llava": "LLaVA-1.5",
+    "llava_next": "LLaVA-NeXT",
+    "mllama": "Llama 3.2 Vision",
     "gpt2": "GPT-2 reward model",
 }
 
@@ -39,6 +42,10 @@ _LLAVA_DEFAULTS = {
     "image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
     "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
 }  # fmt: skip
+# Where a Mistral decoder's defaults are others. Its window, 4096 tokens if the key is absent, is not implemented.
+_MISTRAL_DEFAULTS = {"intermediate_size": 14336, "num_key_value_heads": 8}
+_MISTRAL_WINDOW = 4096
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _GPT2_DEFAULTS = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
@@ -221,6 +228,29 @@ def llava_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaCo
       UserError: another model type, or a value under which the network would differ from this one.
     """
     require_model_type(values, "llava", where)
+    return LlavaConfig(**_llava_values(values, where))
+
+
+def llava_next_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaNextConfig:
+    """The network's config from a LLaVA-NeXT (v1.6) `config.json` (HF `LlavaNextConfig`); see `llava_from_hf`."""
+    require_model_type(values, "llava_next", where)
+    common = _llava_values(values, where)
+    fields, tile = Fields(values, {"image_grid_pinpoints": _PINPOINTS}, where), common["vision"].image_size
+    canvases = fields.values["image_grid_pinpoints"]
+    if not _are_canvases(canvases, tile):
+        raise fields.fail("image_grid_pinpoints", f"pairs (height, width), multiples of image_size={tile}")
+    return LlavaNextConfig(**common, image_grid_pinpoints=tuple((height, width) for height, width in canvases))
+
+
+def _are_canvases(values: Any, tile: int) -> bool:
+    pairs = isinstance(values, list | tuple) and values and all(isinstance(pair, list | tuple) for pair in values)
+    return bool(pairs) and all(
+        len(pair) == 2 and all(type(edge) is int and edge > 0 and edge % tile == 0 for edge in pair) for pair in values
+    )
+
+
+def _llava_values(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields that LLaVA-1.5 and -NeXT have in common."""
     fields = Fields(values, _LLAVA_DEFAULTS, where)
     if "image_token_id" in fields.values and "image_token_index" not in values:
         fields.values["image_token_index"] = fields.values["image_token_id"]
@@ -228,16 +258,27 @@ def llava_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaCo
     layer, depth = fields.values["vision_feature_layer"], vision.num_hidden_layers
     if isinstance(layer, bool) or not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
         raise fields.fail("vision_feature_layer", f"one integer in -{depth + 1}..{depth}")
-    tied = bool(fields.values["tie_word_embeddings"])
-    return LlavaConfig(
-        vision=vision,
-        text=llama_text(values.get("text_config") or {}, tied, f"{where}: text_config"),
-        image_token_index=fields.size("image_token_index"),
-        vision_feature_layer=layer,
-        vision_feature_select_strategy=fields.choice("vision_feature_select_strategy", ("default", "full")),
-        projector_hidden_act=fields.choice("projector_hidden_act", ACTIVATIONS),
-        multimodal_projector_bias=fields.choice("multimodal_projector_bias", (True, False)),
-    )
+    return {
+        "vision": vision,
+        "text": _decoder(values.get("text_config"), bool(fields.values["tie_word_embeddings"]), where),
+        "image_token_index": fields.size("image_token_index"),
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": fields.choice("vision_feature_select_strategy", ("default", "full")),
+        "projector_hidden_act": fields.choice("projector_hidden_act", ACTIVATIONS),
+        "multimodal_projector_bias": fields.choice("multimodal_projector_bias", (True, False)),
+    }
+
+
+def _decoder(values: Any, tied: bool, where: str) -> LlamaConfig:
+    """A Llama, or a Mistral that is one in all but name: without a sliding window."""
+    where = f"{where}: text_config"
+    if not isinstance(values, dict) or values.get("model_type") != "mistral":
+        return llama_text(values or {}, tied, where)
+    if values.get("sliding_window", _MISTRAL_WINDOW) is not None:
+        window = values.get("sliding_window", f"{_MISTRAL_WINDOW} (the default)")
+        raise UserError(f"{where}: sliding_window={window} is not supported; needs null, attention to all tokens")
+    known = {key: value for key, value in values.items() if value is not None}
+    return llama_text(_MISTRAL_DEFAULTS | known, tied, where, model_type="mistral")
 
 
 def gpt2_from_hf(values: dict[str, Any], where: str = "config.json") -> GPT2Config:
@@ -310,7 +351,10 @@ def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) 
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
     for values in (out, text, vision):
         drop_new_keys(values)
-    text |= llama_text_to_hf(config.text, dtype)
+    kind = text.get("model_type", "llama")
+    text |= llama_text_to_hf(config.text, dtype, kind)
+    if kind == "mistral":
+        text["sliding_window"] = None  # an absent one is not none
     vision |= {"model_type": "clip_vision_model", **{field: getattr(config.vision, field) for field in _CLIP_FIELDS}}
     out |= {
         "architectures": ["LlavaForConditionalGeneration"],
@@ -323,6 +367,15 @@ def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) 
         "vision_config": vision,
     }
     return out
+
+
+def llava_next_to_hf(config: LlavaNextConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """`config.json` with the old keys; see `llava_to_hf`."""
+    return llava_to_hf(config, {"use_image_newline_parameter": True} | (source or {}), dtype) | {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "image_grid_pinpoints": [list(canvas) for canvas in config.image_grid_pinpoints],
+    }
 
 
 def gpt2_to_hf(config: GPT2Config, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:

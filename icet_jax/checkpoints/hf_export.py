@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints import folder, hf_config, safetensors_io, tables
+from icet_jax.checkpoints import families, folder, hf_config, safetensors_io, tables
 from icet_jax.checkpoints.adapters import Adapter, of_lora
 from icet_jax.checkpoints.folder import VALUE_HEAD
 from icet_jax.checkpoints.hf_import import hf_shape, match
@@ -27,7 +27,6 @@ from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot, Table
 from icet_jax.models.gpt2 import GPT2Config
 from icet_jax.models.layers import Lora
-from icet_jax.models.llava import LlavaConfig
 from icet_jax.parallel.sharding import flatten_with_names
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -113,9 +112,9 @@ def _sum(slot: Slot, tensor: np.ndarray, deltas: Sequence[np.ndarray | None]) ->
     return tensor
 
 
-def save_llava(
+def save_vlm(
     out_dir: str | Path,
-    config: LlavaConfig,
+    config: Any,
     params: nnx.State,
     *,
     source_dir: str | Path | None = None,
@@ -126,12 +125,12 @@ def save_llava(
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a LLaVA-1.5 checkpoint directory, all of it or nothing.
+    """Writes a vision-language model's checkpoint directory, all of it or nothing.
 
     Args:
       out_dir: new, or an earlier export, which is replaced.
-      config: of the network.
-      params: its parameters, as `load_llava` returned or training left them.
+      config: of the network, of any family.
+      params: its parameters, as `load_vlm` returned or training left them.
       source_dir: the directory they were loaded from: gives dtypes, untouched tensors, config keys unknown here,
         generation config, tokenizer and processor files. None for a network made here: dtypes are the parameters'.
       start: the adapter that was merged when they were loaded (`Checkpoint.adapter`); the export contains it.
@@ -149,16 +148,18 @@ def save_llava(
       UserError: the directory cannot be written or holds something else; the source does not fit `config`.
     """
 
+    family = families.family_of(config)
+
     def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
-        out = hf_config.llava_to_hf(config, values, dtype)
-        if config.text.tie_word_embeddings and not tied:
+        out = family.to_hf(config, values, dtype)
+        if out["tie_word_embeddings"] and not tied:
             out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False
         return out
 
     adapter = None if lora is None else of_lora(lora)
     source = None if source_dir is None else Path(source_dir)
     head = folder.head_on_host(value_head)
-    with _opened(tables.llava_table(config), params, source, start, adapter, trained) as export:
+    with _opened(family.table(config), params, source, start, adapter, trained) as export:
         _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {})
     return Path(out_dir)
 
@@ -167,7 +168,7 @@ def save_gpt2_reward(
     out_dir: str | Path, config: GPT2Config, params: nnx.State, *, source_dir: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:  # fmt: skip
-    """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`); see `save_llava`."""
+    """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`); see `save_vlm`."""
 
     def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
         return hf_config.gpt2_to_hf(config, values, dtype)
@@ -179,7 +180,7 @@ def save_gpt2_reward(
 
 
 def load_value_head(directory: str | Path) -> dict[str, jax.Array]:
-    """The value head that `save_llava` put beside a model: float32 `kernel [E, 1]` and `bias [1]`.
+    """The value head that `save_vlm` put beside a model: float32 `kernel [E, 1]` and `bias [1]`.
 
     Raises:
       UserError: the file is missing or broken.

@@ -1,4 +1,4 @@
-"""Loads HF checkpoint directories: LLaVA-1.5 and GPT-2 reward models, tensor by tensor, straight onto the mesh."""
+"""Loads HF checkpoints: vision-language models and GPT-2 reward models, tensor by tensor, straight onto the mesh."""
 
 import dataclasses
 import functools
@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from icet_jax.checkpoints import hf_config, streaming, tables
+from icet_jax.checkpoints import families, hf_config, streaming, tables
 from icet_jax.checkpoints.adapters import Adapter, read_adapter
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files
 from icet_jax.checkpoints.tables import Slot, Table
 from icet_jax.models.gpt2 import GPT2RewardModel
-from icet_jax.models.llava import Llava
 from icet_jax.parallel import sharding
 
 
@@ -27,9 +26,9 @@ class Checkpoint:
     Attributes:
       graphdef: static structure; `nnx.merge(graphdef, params)` is the model.
       params: every parameter, under the paths of the models' docstrings.
-      config: of the network: `LlavaConfig`, `GPT2Config`, or one of the scorers' (see `checkpoints.scorers`).
+      config: of the network: one of `checkpoints.families`, `GPT2Config`, or a scorer's (see `checkpoints.scorers`).
       hf_config: the `config.json` as read.
-      directory: where it came from; `save_llava(..., source_dir=directory)` copies what was not changed.
+      directory: where it came from; `save_vlm(..., source_dir=directory)` copies what was not changed.
       adapter: what was merged while it was loaded, or None.
     """
 
@@ -46,11 +45,11 @@ class Checkpoint:
         return nnx.merge(self.graphdef, self.params)
 
 
-def load_llava(
+def load_vlm(
     directory: str | Path, *, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None,
-    remat: str = "none", adapter: str | Path | None = None,
+    remat: str = "none", adapter: str | Path | None = None, exit_rule: str | None = None, capture: str | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Loads a LLaVA-1.5 directory in any of the layouts that transformers 4.46 to 5.x write.
+    """Loads a vision-language model of any family in any of the layouts that transformers 4.46 to 5.x write.
 
     Args:
       directory: with config.json and safetensors weights, one file or shards.
@@ -60,6 +59,7 @@ def load_llava(
       remat: what the backward pass keeps, see `icet_jax.models.layers.REMAT_POLICIES`.
       adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept
         as `Checkpoint.adapter`.
+      exit_rule, capture: how exits are read, see `checkpoints.families.vlm_config`.
 
     Raises:
       UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,
@@ -67,11 +67,12 @@ def load_llava(
     """
     directory = Path(directory)
     values = hf_config.read_hf_config(directory)
-    config = hf_config.llava_from_hf(values, str(directory / "config.json"))
-    make = functools.partial(Llava, config, remat=remat)
-    start = None if adapter is None else read_adapter(adapter, config.text)
+    config = families.vlm_config(values, str(directory / "config.json"), exit_rule=exit_rule, capture=capture)
+    family = families.family_of(config)
+    make = functools.partial(family.network, config, remat=remat)
+    start = None if adapter is None else read_adapter(adapter, config)
     dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
-    graphdef, params = load_network(directory, make, tables.llava_table(config), **dtypes, mesh=mesh, adapter=start)
+    graphdef, params = load_network(directory, make, family.table(config), **dtypes, mesh=mesh, adapter=start)
     return Checkpoint(graphdef, params, config, values, directory, start)
 
 
@@ -79,7 +80,7 @@ def load_gpt2_reward(directory: str | Path, *, dtype: str = "float32", mesh: Mes
     """Loads a GPT-2 sequence classifier with one label, with or without the `transformer.` prefix in its keys.
 
     Raises:
-      UserError: as `load_llava`.
+      UserError: as `load_vlm`.
     """
     directory = Path(directory)
     values = hf_config.read_hf_config(directory)

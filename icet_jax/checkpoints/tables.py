@@ -141,6 +141,7 @@ _LLAVA_PREFIXES = tuple(
         (r"(model\.)?language_model\.(model\.)?", "language_model.model."),
         (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
         (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+        (r"(model\.)?image_newline$", "image_newline"),
     )
 )
 
@@ -158,11 +159,21 @@ def normalise_llava(key: str) -> str | None:
 
 def llava_table(config: LlavaConfig) -> Table:
     """LLaVA-1.5 (HF `LlavaForConditionalGeneration`): 686 tensors at 7B."""
+    return Table(tuple(_llava_slots(config)), normalise_llava)
+
+
+def llava_next_table(config: LlavaConfig) -> Table:
+    """LLaVA-NeXT (HF `LlavaNextForConditionalGeneration`): LLaVA-1.5's tensors and one more."""
+    newline = Slot("image_newline", "image_newline", None, SAME)
+    return Table((*_llava_slots(config), newline), normalise_llava)
+
+
+def _llava_slots(config: LlavaConfig) -> Iterator[Slot]:
     leaves = LINEAR if config.multimodal_projector_bias else LINEAR[:1]
     projector = tuple((f"multi_modal_projector.{name}", f"projector/{name}") for name in ("linear_1", "linear_2"))
-    text = llama_slots(config.text, "language_model.model", "language_model", "language_model.lm_head.weight")
-    slots = (*_clip_slots(config), *single(projector, leaves), *text)
-    return Table(slots, normalise_llava)
+    yield from _clip_slots(config)
+    yield from single(projector, leaves)
+    yield from llama_slots(config.text, "language_model.model", "language_model", "language_model.lm_head.weight")
 
 
 _GPT2_IGNORED = re.compile(r"h\.\d+\.(attn\.(masked_)?bias|crossattention\..*)|lm_head\.weight")

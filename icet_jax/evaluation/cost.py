@@ -219,7 +219,7 @@ def _products(
 
 def _decoder_weights(text: Any) -> int:
     """Weights that every position is multiplied with."""
-    return text.num_hidden_layers * sum(rows * columns for rows, columns in lora_shapes(text).values())
+    return sum(depth * rows * columns for depth, rows, columns in lora_shapes(text).values())
 
 
 def _logits_flops(text: Any) -> int:

@@ -3,7 +3,7 @@
     graphdef, params = nnx.split(model)                    # frozen: tower, projector and the reference policy
     settings = settings.from_config(config, eos_ids=..., suppress_ids=..., pad_id=...)
     state = state.init_state(params, lora, hidden_size=model.hidden_size, optimizer=settings.optimizer, kl_coef=...)
-    phases = learner.build(graphdef, settings, mesh)       # lora: models.llama.init_lora(...), None = full fine-tuning
+    phases = learner.build(graphdef, settings, mesh)       # lora: models.family.init_lora(...), None = full fine-tuning
     run_key = jax.random.key(seed)
 
     while int(state.iteration) < iterations:

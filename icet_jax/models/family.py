@@ -4,6 +4,7 @@ Everything outside models/, checkpoints/ and data/ is written against this file.
 in the paper; exit l feeds the projector the output of the l-th block of the image encoder.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import flax
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.models.layers import Lora
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.parallel.sharding import path_name
+from icet_jax.typing import Array, Bool, Float, Int, Key
 
 Visual = Any
 """Opaque pytree that the decoder takes; every leaf is row-aligned, its first axis is the batch."""
@@ -119,6 +121,10 @@ class VisionLanguageModel(LanguageModel, Protocol):
         """Token id whose positions are overwritten by image features."""
         ...
 
+    def lora_shapes(self) -> Mapping[str, tuple[int, int, int]]:
+        """`(layers, in, out)` of every decoder projection that LoRA can adapt, by its key in `Lora.weights`."""
+        ...
+
     def encode(self, images: Images, upto: int | None = None) -> Any:
         """Runs the image encoder once; the result serves every exit (every exit <= upto, when given)."""
         ...
@@ -141,18 +147,60 @@ def is_policy(path: tuple[Any, ...], value: Any) -> bool:
     return path[0] == POLICY_ROOT
 
 
+def lora_key(path: str) -> str | None:
+    """Key in `Lora.weights` of the adapter of the parameter at `path`; None where it is no kernel of a decoder layer.
+
+    A projection of the stack `layers` goes by its own name, one of another stack by both: "q_proj",
+    "cross_layers/q_proj".
+    """
+    parts = path.split("/")
+    if len(parts) != 4 or parts[0] != POLICY_ROOT or not parts[1].endswith("layers") or parts[3] != "kernel":
+        return None
+    return parts[2] if parts[1] == "layers" else f"{parts[1]}/{parts[2]}"
+
+
+def init_lora(
+    shapes: Mapping[str, tuple[int, int, int]], *, rank: int, alpha: float, targets: Sequence[str],
+    key: Key[Array, ""],
+) -> Lora:  # fmt: skip
+    """Fresh adapters: `a` Kaiming-uniform (bound `1/sqrt(in)`), `b` zero, so that they change nothing yet (PEFT).
+
+    Args:
+      shapes: the model's `lora_shapes()`.
+      rank: r.
+      alpha: of the updates' scale, alpha / r.
+      targets: projections ("q_proj"), each in every stack of layers that has it.
+      key: of the random numbers.
+
+    Raises:
+      ValueError: a target is not a projection of the decoder, or the rank is not positive.
+    """
+    names = {name: name.rpartition("/")[2] for name in shapes}
+    unknown = sorted(set(targets) - set(names.values()))
+    if unknown or rank < 1 or not targets:
+        known = ", ".join(dict.fromkeys(names.values()))
+        raise ValueError(f"LoRA needs rank >= 1 and targets among {known}; got rank {rank}, {unknown}")
+    chosen = sorted(name for name, projection in names.items() if projection in targets)
+    weights = {}
+    for name, subkey in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+        depth, size_in, size_out = shapes[name]
+        bound = size_in**-0.5
+        a = jax.random.uniform(subkey, (depth, size_in, rank), jnp.float32, -bound, bound)
+        weights[name] = {"a": a, "b": jnp.zeros((depth, rank, size_out), jnp.float32)}
+    return Lora(weights=weights, scale=alpha / rank)
+
+
 def merge_lora(params: nnx.State, lora: Lora) -> nnx.State:
     """Adds `scale * a @ b`, computed in float32, to the adapted kernels and casts back to their dtype."""
 
     def add(path: tuple[Any, ...], leaf: Array) -> Array:
-        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
-        target = next((name for name in names if name in lora.weights), None)
-        if names[0] != POLICY_ROOT or target is None or "kernel" not in names:
+        adapter = lora.weights.get(lora_key(path_name(path)) or "")
+        if adapter is None:
             return leaf
         delta = jnp.einsum(
             "lir,lro->lio",
-            lora.weights[target]["a"].astype(jnp.float32),
-            lora.weights[target]["b"].astype(jnp.float32),
+            adapter["a"].astype(jnp.float32),
+            adapter["b"].astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
         return (leaf.astype(jnp.float32) + lora.scale * delta).astype(leaf.dtype)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.family import KVCache
 from icet_jax.models.layers import Lora
-from icet_jax.typing import Array, Bool, Float, Int, Key
+from icet_jax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,35 +57,16 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     return np.where(wavelength < original / scaling.high_freq_factor, frequencies, out).astype(np.float32)
 
 
-def lora_shapes(config: LlamaConfig) -> Mapping[str, tuple[int, int]]:
-    """`(in, out)` of every decoder projection that LoRA can adapt."""
-    width, ffn = config.hidden_size, config.intermediate_size
+def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
+    """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
+    depth, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     return {
-        "q_proj": (width, q), "k_proj": (width, kv), "v_proj": (width, kv), "o_proj": (q, width),
-        "gate_proj": (width, ffn), "up_proj": (width, ffn), "down_proj": (ffn, width),
+        "q_proj": (depth, width, q), "k_proj": (depth, width, kv), "v_proj": (depth, width, kv),
+        "o_proj": (depth, q, width), "gate_proj": (depth, width, ffn), "up_proj": (depth, width, ffn),
+        "down_proj": (depth, ffn, width),
     }  # fmt: skip
-
-
-def init_lora(config: LlamaConfig, *, rank: int, alpha: float, targets: Sequence[str], key: Key[Array, ""]) -> Lora:
-    """Fresh adapters: `a` Kaiming-uniform (bound `1/sqrt(in)`), `b` zero, so that they change nothing yet (PEFT).
-
-    Raises:
-      ValueError: a target is not a projection of the decoder, or the rank is not positive.
-    """
-    shapes = lora_shapes(config)
-    unknown = sorted(set(targets) - set(shapes))
-    if unknown or rank < 1 or not targets:
-        raise ValueError(f"LoRA needs rank >= 1 and targets among {', '.join(shapes)}; got rank {rank}, {unknown}")
-    weights = {}
-    for target, subkey in zip(sorted(targets), jax.random.split(key, len(targets)), strict=True):
-        size_in, size_out = shapes[target]
-        bound = size_in**-0.5
-        depth = config.num_hidden_layers
-        a = jax.random.uniform(subkey, (depth, size_in, rank), jnp.float32, -bound, bound)
-        weights[target] = {"a": a, "b": jnp.zeros((depth, rank, size_out), jnp.float32)}
-    return Lora(weights=weights, scale=alpha / rank)
 
 
 class LlamaBlocks(nnx.Module):
@@ -102,7 +82,7 @@ class LlamaBlocks(nnx.Module):
         shapes = lora_shapes(config)
 
         def projection(name: str, residual: bool = False) -> layers.Linear:
-            size_in, size_out = shapes[name]
+            _, size_in, size_out = shapes[name]
             stddev = layers.depth_scaled(size_in**-0.5, depth) if residual else None
             return layers.Linear(size_in, size_out, stddev=stddev, **common)
 

@@ -11,7 +11,7 @@ from icet_jax.models import layers
 from icet_jax.models.clip import ClipConfig, ClipVisionTower
 from icet_jax.models.family import Images, KVCache
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import Llama, LlamaConfig
+from icet_jax.models.llama import Llama, LlamaConfig, lora_shapes
 from icet_jax.typing import Array, Bool, Float, Int
 
 
@@ -31,6 +31,10 @@ class LlavaConfig:
     def image_tokens(self) -> int:
         """Positions that one image takes in the prompt: its patches, and the class token unless it is dropped."""
         return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
+
+    def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
+        return lora_shapes(self.text)
 
 
 @flax.struct.dataclass
@@ -92,6 +96,10 @@ class Llava(nnx.Module):
     def hidden_size(self) -> int:
         """Width of the decoder."""
         return self.config.text.hidden_size
+
+    def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
+        return self.config.lora_shapes()
 
     @property
     def image_token_index(self) -> int:

@@ -30,6 +30,10 @@ class MllamaConfig:
     image_token_index: int
     exit_rule: str = "E1"
 
+    def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """`(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
+        return self.text.lora_shapes()
+
 
 @flax.struct.dataclass
 class MllamaEncoded:
@@ -79,6 +83,10 @@ class Mllama(nnx.Module):
     def hidden_size(self) -> int:
         """Width of the decoder."""
         return self.config.text.llama.hidden_size
+
+    def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """`(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
+        return self.config.lora_shapes()
 
     @property
     def image_token_index(self) -> int:

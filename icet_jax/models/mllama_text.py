@@ -48,6 +48,11 @@ class MllamaTextConfig:
         """The stack of cross-attention layers, whose projections have the same sizes."""
         return dataclasses.replace(self.llama, num_hidden_layers=len(self.cross_attention_layers))
 
+    def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """`(layers, in, out)` of every projection that LoRA can adapt, by its adapter's key."""
+        cross = {f"{CROSS}/{name}": shape for name, shape in lora_shapes(self.cross_layers).items()}
+        return lora_shapes(self.self_layers) | cross
+
     @property
     def super_blocks(self) -> tuple[int, tuple[bool, ...]]:
         """(number of equal super-blocks, for each of their layers whether it attends to images).
@@ -106,7 +111,7 @@ class CrossBlocks(nnx.Module):
         self.k_norm = layers.RMSNorm(config.head_dim, **norm)
         shapes = lora_shapes(config)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj = (
-            layers.Linear(*shapes[name], **common)
+            layers.Linear(*shapes[name][1:], **common)
             for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         )
         self.attn_gate = nnx.Param(jnp.zeros((depth, 1), param_dtype))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_llava
+from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.load import save_reward_model
@@ -110,7 +110,7 @@ def in_bfloat16(model: Any) -> Any:
 
 def write_vlm(folder: Path, model: Llava) -> None:
     """Writes an HF LLaVA checkpoint with tokenizer, processor and generation config."""
-    save_llava(folder, model.config, nnx.state(model))
+    save_vlm(folder, model.config, nnx.state(model))
     tokenizer.write_processor(folder)
     ids = _special_ids()
     write_text_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")

@@ -71,6 +71,8 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
         remat=model.remat,
         revision=model.revision,
         adapter=model.adapter,
+        exit_rule=model.exit_rule,
+        capture=model.intermediate_capture,
     )
 
 

@@ -11,7 +11,7 @@ from icet_jax import api
 from icet_jax.checkpoints import adapters
 from icet_jax.checkpoints.adapter_export import save_adapter
 from icet_jax.checkpoints.folder import ADAPTER, agreed
-from icet_jax.checkpoints.hf_export import save_llava
+from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import with_policy
@@ -117,11 +117,9 @@ def write_exports(
             trained = (POLICY_ROOT,) if lora is None else ()
             limit = int(config.export.shard_gigabytes * 1e9)
             shared |= {"source_dir": vlm.directory, "trained": trained, "max_shard_bytes": limit}
-            save_llava(folder, vlm.config, params, lora=lora, **shared)
+            save_vlm(folder, vlm.config, params, lora=lora, **shared)
         elif lora is not None:
-            save_adapter(
-                folder, lora, vlm.config.text, base=_base(config, vlm), revision=config.model.revision, **shared
-            )
+            save_adapter(folder, lora, vlm.config, base=_base(config, vlm), revision=config.model.revision, **shared)
     return list(folders.values())
 
 

@@ -14,7 +14,7 @@ from icet_jax.evaluation.batching import PromptBatch, prompt_batch
 from icet_jax.lppo.metrics import require_finite
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
-from icet_jax.models.llama import init_lora
+from icet_jax.models.family import init_lora
 from icet_jax.parallel.sharding import shardings
 from icet_jax.runs.algorithms import Algorithm, Lppo, Lsft
 from icet_jax.runs.metrics_log import MetricsLog
@@ -124,13 +124,12 @@ def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainStat
     lora = None
     if config.lora.rank:
         key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
-        lora = init_lora(
-            vlm.config.text, rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets, key=key
-        )
+        rank, alpha, targets = config.lora.rank, config.lora.alpha, config.lora.targets
+        lora = init_lora(vlm.lora_shapes, rank=rank, alpha=alpha, targets=targets, key=key)
     state = init_state(
         vlm.params,
         lora,
-        hidden_size=vlm.config.text.hidden_size,
+        hidden_size=vlm.hidden_size,
         optimizer=settings.optimizer,
         kl_coef=config.lppo.kl_coef,
     )

@@ -17,8 +17,8 @@ peft = pytest.importorskip("peft")
 
 from icet_jax.checkpoints.adapter_export import NAMES, save_adapter  # noqa: E402
 from icet_jax.checkpoints.adapters import read_adapter  # noqa: E402
-from icet_jax.checkpoints.hf_export import load_value_head, save_llava  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_llava  # noqa: E402
+from icet_jax.checkpoints.hf_export import load_value_head, save_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from icet_jax.models.family import merge_lora  # noqa: E402
 from icet_jax.models.heads import init_value_head  # noqa: E402
@@ -37,7 +37,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(source):
-    return load_llava(source)
+    return load_vlm(source)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def inputs(loaded):
 
 def start_adapter(folder, loaded):
     """A PEFT directory to start from: other targets, rank and scale than the adapters that are trained on it."""
-    from icet_jax.models.llama import init_lora
+    from icet_jax.models.family import init_lora
 
-    fresh = init_lora(loaded.config.text, rank=3, alpha=2.0, targets=START, key=jax.random.key(5))
+    fresh = init_lora(loaded.config.lora_shapes(), rank=3, alpha=2.0, targets=START, key=jax.random.key(5))
     lora = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.shape[-1]), x.shape), fresh)
-    return save_adapter(folder, lora, loaded.config.text, base="x/y")
+    return save_adapter(folder, lora, loaded.config, base="x/y")
 
 
 def peft_logits(source, directory, inputs):
@@ -69,16 +69,16 @@ def far(ours, theirs, inputs):
 
 @pytest.mark.parametrize("names", ["both", "new", "old"])
 def test_peft_computes_our_merged_model(tmp_path, source, loaded, inputs, names):
-    lora = random_lora(loaded.config.text)
-    save_adapter(tmp_path, lora, loaded.config.text, base=str(source), names=names)
+    lora = random_lora(loaded.config)
+    save_adapter(tmp_path, lora, loaded.config, base=str(source), names=names)
     ours = parity.our_logits(loaded, inputs, params=merge_lora(loaded.params, lora))
     parity.assert_logits_agree(ours, peft_logits(source, tmp_path, inputs), inputs)
     assert far(ours, parity.our_logits(loaded, inputs), inputs) > 0.1
 
 
 def test_transformers_load_adapter_computes_it_too(tmp_path, source, loaded, inputs):
-    lora = random_lora(loaded.config.text)
-    save_adapter(tmp_path, lora, loaded.config.text, base=str(source))
+    lora = random_lora(loaded.config)
+    save_adapter(tmp_path, lora, loaded.config, base=str(source))
     model = hf_load(source)
     model.load_adapter(str(tmp_path))
     ours = parity.our_logits(loaded, inputs, params=merge_lora(loaded.params, lora))
@@ -87,11 +87,11 @@ def test_transformers_load_adapter_computes_it_too(tmp_path, source, loaded, inp
 
 def test_the_files_are_what_every_version_reads(tmp_path, loaded):
     head = init_value_head(32)
-    lora = random_lora(loaded.config.text)
+    lora = random_lora(loaded.config)
     out = save_adapter(
         tmp_path / "a",
         lora,
-        loaded.config.text,
+        loaded.config,
         base="x/y",
         revision="v1",
         value_head=head,
@@ -101,8 +101,8 @@ def test_the_files_are_what_every_version_reads(tmp_path, loaded):
     assert config == {
         "peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "task_type": None, "base_model_name_or_path": "x/y", "revision": "v1",
-        "target_modules": r"(model\.language_model|language_model\.model)\.layers\.\d+\.(self_attn|mlp)\."
-        "(down_proj|q_proj|v_proj)",
+        "target_modules": r"(model\.language_model|language_model\.model)\.layers\."
+        r"(\d+\.mlp\.down_proj|\d+\.self_attn\.q_proj|\d+\.self_attn\.v_proj)",
     }  # fmt: skip
     from safetensors.numpy import load_file
 
@@ -116,32 +116,32 @@ def test_the_files_are_what_every_version_reads(tmp_path, loaded):
 
 
 def test_an_adapter_comes_back_as_it_went(tmp_path, loaded):
-    lora = random_lora(loaded.config.text)
-    adapter = read_adapter(save_adapter(tmp_path / "a", lora, loaded.config.text, base="x/y"), loaded.config.text)
+    lora = random_lora(loaded.config)
+    adapter = read_adapter(save_adapter(tmp_path / "a", lora, loaded.config, base="x/y"), loaded.config)
     assert adapter.targets == tuple(sorted(TARGETS)) and adapter.scale == lora.scale and adapter.rank == 4
     for side, array in zip("ab", adapter.factors("v_proj", 2), strict=True):
         np.testing.assert_array_equal(array, np.asarray(lora.weights["v_proj"][side])[2])
 
 
 def test_wrong_names_and_foreign_folders_are_refused(tmp_path, loaded):
-    lora = random_lora(loaded.config.text)
+    lora = random_lora(loaded.config)
     with pytest.raises(UserError, match="names='newest'"):
-        save_adapter(tmp_path / "a", lora, loaded.config.text, base="x/y", names="newest")
+        save_adapter(tmp_path / "a", lora, loaded.config, base="x/y", names="newest")
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
-        save_adapter(tmp_path, lora, loaded.config.text, base="x/y")
+        save_adapter(tmp_path, lora, loaded.config, base="x/y")
 
 
 def test_both_exports_of_a_run_that_began_from_an_adapter_are_its_final_model(tmp_path, source, loaded, inputs):
-    begun = load_llava(source, adapter=start_adapter(tmp_path / "start", loaded))
-    lora = random_lora(loaded.config.text)  # shares v_proj with the start adapter
+    begun = load_vlm(source, adapter=start_adapter(tmp_path / "start", loaded))
+    lora = random_lora(loaded.config)  # shares v_proj with the start adapter
     ours = parity.our_logits(begun, inputs, params=merge_lora(begun.params, lora))
     common = {"start": begun.adapter, "lora": lora}
-    merged = save_llava(tmp_path / "m", begun.config, begun.params, source_dir=source, trained=(), **common)
+    merged = save_vlm(tmp_path / "m", begun.config, begun.params, source_dir=source, trained=(), **common)
     parity.assert_logits_agree(ours, hf_logits(hf_load(merged), inputs), inputs)
-    compared = save_llava(tmp_path / "c", begun.config, begun.params, source_dir=source, **common)
+    compared = save_vlm(tmp_path / "c", begun.config, begun.params, source_dir=source, **common)
     assert tensors(compared) == tensors(merged)
-    adapter = save_adapter(tmp_path / "a", lora, loaded.config.text, base=str(source), start=begun.adapter)
+    adapter = save_adapter(tmp_path / "a", lora, loaded.config, base=str(source), start=begun.adapter)
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 7
     parity.assert_logits_agree(ours, peft_logits(source, adapter, inputs), inputs)
     for part in (parity.our_logits(begun, inputs), parity.our_logits(loaded, inputs)):
@@ -149,9 +149,9 @@ def test_both_exports_of_a_run_that_began_from_an_adapter_are_its_final_model(tm
 
 
 def test_a_model_with_a_start_adapter_alone_is_saved_with_it(tmp_path, source, loaded, inputs):
-    begun = load_llava(source, adapter=start_adapter(tmp_path / "start", loaded), dtype="bfloat16")
-    out = save_llava(tmp_path / "out", begun.config, begun.params, source_dir=source, start=begun.adapter)
-    exact = load_llava(source, adapter=tmp_path / "start")
+    begun = load_vlm(source, adapter=start_adapter(tmp_path / "start", loaded), dtype="bfloat16")
+    out = save_vlm(tmp_path / "out", begun.config, begun.params, source_dir=source, start=begun.adapter)
+    exact = load_vlm(source, adapter=tmp_path / "start")
     parity.assert_logits_agree(parity.our_logits(exact, inputs), hf_logits(hf_load(out), inputs), inputs)
 
 
@@ -159,9 +159,9 @@ KILLED = """
 import sys, time
 import numpy as np
 from icet_jax.checkpoints import safetensors_io
-from icet_jax.checkpoints.hf_export import save_llava
-from icet_jax.checkpoints.hf_import import load_llava
-loaded = load_llava(sys.argv[1])
+from icet_jax.checkpoints.hf_export import save_vlm
+from icet_jax.checkpoints.hf_import import load_vlm
+loaded = load_vlm(sys.argv[1])
 real, count = safetensors_io.TensorReader.read, 0
 def read(self, key):
     global count
@@ -171,7 +171,7 @@ def read(self, key):
         time.sleep(600)
     return real(self, key)
 safetensors_io.TensorReader.read = read
-save_llava(sys.argv[2], loaded.config, loaded.params, source_dir=sys.argv[1], max_shard_bytes=40_000)
+save_vlm(sys.argv[2], loaded.config, loaded.params, source_dir=sys.argv[1], max_shard_bytes=40_000)
 """
 
 
@@ -189,7 +189,7 @@ def test_a_killed_export_leaves_nothing_to_load_and_the_next_one_cleans_up(tmp_p
     (left,) = tmp_path.iterdir()
     assert list(left.glob("*.safetensors")) and not (left / "config.json").exists()
     with pytest.raises(UserError, match="config.json: not found"):
-        load_llava(left)
-    save_llava(out, loaded.config, loaded.params, source_dir=source)
+        load_vlm(left)
+    save_vlm(out, loaded.config, loaded.params, source_dir=source)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     assert tensors(out) == tensors(source)

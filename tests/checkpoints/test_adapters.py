@@ -9,11 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from icet_jax.checkpoints.adapters import read_adapter  # noqa: E402
-from icet_jax.checkpoints.hf_export import save_llava  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_llava  # noqa: E402
+from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
-from icet_jax.models.family import merge_lora  # noqa: E402
-from icet_jax.models.llama import init_lora  # noqa: E402
+from icet_jax.models.family import init_lora, merge_lora  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402
 from tests.models import parity  # noqa: E402
@@ -28,7 +27,7 @@ def source(tmp_path_factory):
 
 
 def random_lora(config, targets=TARGETS):
-    lora = init_lora(config, rank=4, alpha=8.0, targets=targets, key=jax.random.key(0))
+    lora = init_lora(config.lora_shapes(), rank=4, alpha=8.0, targets=targets, key=jax.random.key(0))
     leaves, structure = jax.tree.flatten(lora)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(
@@ -37,9 +36,9 @@ def random_lora(config, targets=TARGETS):
 
 
 def test_merged_export_matches_our_merged_model(tmp_path, source):
-    loaded = load_llava(source)
-    lora = random_lora(loaded.config.text)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source, lora=lora)
+    loaded = load_vlm(source)
+    lora = random_lora(loaded.config)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source, lora=lora)
     model = hf_load(out)
     inputs = tiny.batch(model.config, [1, 0, 2])
     theirs = hf_logits(model, inputs)
@@ -54,10 +53,10 @@ def test_merged_export_matches_our_merged_model(tmp_path, source):
 def test_merge_is_float32_arithmetic_on_the_source_not_on_rounded_parameters(tmp_path):
     model = tiny.llava(seed=1)
     source = tiny.save_llava(tmp_path / "in", model, dtype="float16", processor=False)
-    whole, half = load_llava(source), load_llava(source, dtype="bfloat16")
-    lora = random_lora(whole.config.text)
+    whole, half = load_vlm(source), load_vlm(source, dtype="bfloat16")
+    lora = random_lora(whole.config)
     exports = [
-        save_llava(tmp_path / name, loaded.config, loaded.params, source_dir=source, lora=lora)
+        save_vlm(tmp_path / name, loaded.config, loaded.params, source_dir=source, lora=lora)
         for name, loaded in (("whole", whole), ("half", half))
     ]
     assert tensors(exports[0]) == tensors(exports[1])
@@ -65,9 +64,9 @@ def test_merge_is_float32_arithmetic_on_the_source_not_on_rounded_parameters(tmp
 
 
 def test_an_adapter_that_adds_nothing_changes_no_byte(tmp_path, source):
-    loaded = load_llava(source)
-    lora = init_lora(loaded.config.text, rank=4, alpha=8.0, targets=TARGETS, key=jax.random.key(0))
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source, lora=lora)
+    loaded = load_vlm(source)
+    lora = init_lora(loaded.config.lora_shapes(), rank=4, alpha=8.0, targets=TARGETS, key=jax.random.key(0))
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source, lora=lora)
     assert tensors(out) == tensors(source)
 
 
@@ -99,14 +98,14 @@ def test_peft_adapter_is_merged_at_load(tmp_path, source, names, rslora):
     assert set(new).isdisjoint(old)
     save_file({"new": new, "old": old, "both": new | old}[names], file, metadata={"format": "pt"})
     inputs = tiny.batch(model.config, [1, 0])
-    ours = parity.our_logits(load_llava(source, adapter=tmp_path), inputs)
+    ours = parity.our_logits(load_vlm(source, adapter=tmp_path), inputs)
     parity.assert_logits_agree(ours, hf_logits(model, inputs), inputs)
-    assert np.abs(ours - parity.our_logits(load_llava(source), inputs))[inputs["attention_mask"] == 1].max() > 0.1
+    assert np.abs(ours - parity.our_logits(load_vlm(source), inputs))[inputs["attention_mask"] == 1].max() > 0.1
 
 
 def test_layers_without_tensors_are_left_alone(tmp_path, source):
     peft_adapter(tmp_path, source, target_modules=r".*language_model\.layers\.1\.self_attn\.q_proj")
-    adapter = read_adapter(tmp_path, load_llava(source).config.text)
+    adapter = read_adapter(tmp_path, load_vlm(source).config)
     assert adapter.targets == ("q_proj",)
     assert [bool(adapter.factors("q_proj", layer)[1].any()) for layer in range(3)] == [False, True, False]
 
@@ -124,7 +123,7 @@ def test_layers_without_tensors_are_left_alone(tmp_path, source):
 def test_unsupported_features_are_refused_by_name(tmp_path, source, options, named):
     peft_adapter(tmp_path, source, **options)
     with pytest.raises(UserError, match=named):
-        load_llava(source, adapter=tmp_path)
+        load_vlm(source, adapter=tmp_path)
 
 
 def test_a_feature_of_the_future_is_refused_by_name(tmp_path, source):
@@ -132,7 +131,7 @@ def test_a_feature_of_the_future_is_refused_by_name(tmp_path, source):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_something_new": True}))
     with pytest.raises(UserError, match="use_something_new=True is not supported"):
-        load_llava(source, adapter=tmp_path)
+        load_vlm(source, adapter=tmp_path)
 
 
 def test_tensors_that_do_not_fit_are_listed_together(tmp_path, source):
@@ -146,7 +145,7 @@ def test_tensors_that_do_not_fit_are_listed_together(tmp_path, source):
     state[prefix + "1.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 5)
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
-        load_llava(source, adapter=tmp_path)
+        load_vlm(source, adapter=tmp_path)
     line = str(caught.value)
     assert "vision_tower" in line and "layers.{0-3}.self_attn.q_proj.lora_A.weight" in line
     assert "without its other half (2): layers.0.q_proj.lora_A, layers.1.q_proj.lora_B" in line
@@ -162,11 +161,11 @@ def test_two_names_with_different_tensors_are_refused(tmp_path, source):
     old = {key.replace("model.model.language_model.", "model.language_model.model."): 2 * x for key, x in new.items()}
     save_file(new | old, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="different under its two names"):
-        load_llava(source, adapter=tmp_path)
+        load_vlm(source, adapter=tmp_path)
 
 
 def test_a_pickled_adapter_is_told_how_to_convert(tmp_path, source):
     peft_adapter(tmp_path, source)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="scripts/convert_pickle.py"):
-        load_llava(source, adapter=tmp_path)
+        load_vlm(source, adapter=tmp_path)

@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 from icet_jax.checkpoints.hf_config import llava_from_hf  # noqa: E402
-from icet_jax.checkpoints.hf_export import save_llava  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_gpt2_reward, load_llava  # noqa: E402
+from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_gpt2_reward, load_vlm  # noqa: E402
 from icet_jax.checkpoints.problems import compact  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -38,7 +38,7 @@ def single(tmp_path, model):
     return tiny.save_llava(tmp_path / "single", model, processor=False)
 
 
-def error(directory, load=load_llava):
+def error(directory, load=load_vlm):
     with pytest.raises(UserError) as caught:
         load(directory)
     line = str(caught.value)
@@ -119,7 +119,7 @@ def test_buffers_of_older_versions_are_ignored(single):
     state["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     state["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     tiny.save_state(single, state)
-    load_llava(single)
+    load_vlm(single)
 
 
 def edit(directory, change):
@@ -133,7 +133,8 @@ def edit(directory, change):
     [
         ("text_config", "attention_bias", True, "text_config: attention_bias=True is not supported"),
         ("text_config", "hidden_act", "relu", "text_config: hidden_act='relu' is not supported; needs 'silu'"),
-        ("text_config", "model_type", "mistral", "text_config: model_type='mistral' is not supported; needs 'llama'"),
+        ("text_config", "model_type", "qwen2", "text_config: model_type='qwen2' is not supported; needs 'llama'"),
+        ("text_config", "model_type", "mistral", "sliding_window=4096 (the default) is not supported; needs null"),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
         ("text_config", "rope_theta", "big", "rope_theta='big' is not supported; needs a number"),
         ("text_config", "rope_parameters", [1], "rope_parameters=[1] is not supported; needs a mapping"),
@@ -143,8 +144,9 @@ def edit(directory, change):
         ("vision_config", "model_type", "siglip_vision_model", "needs 'clip_vision_model'"),
         (None, "vision_feature_layer", [-2, -5], "vision_feature_layer=[-2, -5] is not supported; needs one integer"),
         (None, "vision_feature_layer", 9, "needs one integer in -5..4"),
-        (None, "model_type", "mllama", "model_type 'mllama' is not supported; supported are llava (LLaVA-1.5), gpt2"),
-        (None, "model_type", "gpt2", "is a GPT-2 reward model; a LLaVA-1.5 is needed here"),
+        (None, "model_type", "blip", "'blip' is not supported; a vision-language model is needed here: llava (LLaVA"),
+        (None, "model_type", "gpt2", "is a GPT-2 reward model; a vision-language model is needed here"),
+        (None, "model_type", "llava_next", "missing (1): image_newline"),
     ],
 )
 def test_configs_that_would_be_another_network_are_refused(single, part, field, value, message):
@@ -188,8 +190,8 @@ def test_sparse_hub_configs_mean_the_class_defaults():
 
 
 def test_an_export_is_all_or_nothing(tmp_path, single, monkeypatch):
-    loaded = load_llava(single)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params)
+    loaded = load_vlm(single)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params)
     before = sorted(path.name for path in out.iterdir())
     from icet_jax.checkpoints import folder
 
@@ -198,24 +200,24 @@ def test_an_export_is_all_or_nothing(tmp_path, single, monkeypatch):
 
     monkeypatch.setattr(folder, "write_json", fail)
     with pytest.raises(UserError, match="No space left"):
-        save_llava(out, loaded.config, loaded.params)
+        save_vlm(out, loaded.config, loaded.params)
     assert sorted(path.name for path in out.iterdir()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "single"]
 
 
 def test_an_export_overwrites_only_exports(tmp_path, single):
-    loaded = load_llava(single)
+    loaded = load_vlm(single)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
-        save_llava(tmp_path / "mine", loaded.config, loaded.params)
+        save_vlm(tmp_path / "mine", loaded.config, loaded.params)
     with pytest.raises(UserError, match="own source"):
-        save_llava(single, loaded.config, loaded.params, source_dir=single)
+        save_vlm(single, loaded.config, loaded.params, source_dir=single)
     with pytest.raises(UserError, match="is a file"):
-        save_llava(single / "config.json", loaded.config, loaded.params)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params)
-    save_llava(out, loaded.config, loaded.params)
-    assert np.isfinite(np.asarray(load_llava(out).params["language_model"]["embed_tokens"].get_value())).all()
+        save_vlm(single / "config.json", loaded.config, loaded.params)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params)
+    save_vlm(out, loaded.config, loaded.params)
+    assert np.isfinite(np.asarray(load_vlm(out).params["language_model"]["embed_tokens"].get_value())).all()
 
 
 def test_keys_that_differ_in_their_layer_are_listed_as_one():

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("torch")
 
 from icet_jax.checkpoints.adapter_export import save_adapter  # noqa: E402
-from icet_jax.checkpoints.hf_export import save_llava  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_llava  # noqa: E402
+from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.parallel.sharding import flatten_with_names  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.checkpoints.test_adapters import random_lora  # noqa: E402
@@ -29,8 +29,8 @@ if options["processes"] > 1:
 import numpy as np
 from icet_jax.checkpoints import safetensors_io, streaming
 from icet_jax.checkpoints.adapter_export import save_adapter
-from icet_jax.checkpoints.hf_export import save_llava
-from icet_jax.checkpoints.hf_import import load_llava
+from icet_jax.checkpoints.hf_export import save_vlm
+from icet_jax.checkpoints.hf_import import load_vlm
 from icet_jax.models.layers import Lora
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import flatten_with_names, shardings
@@ -38,7 +38,7 @@ from icet_jax.parallel.sharding import flatten_with_names, shardings
 streaming.BLOCK_BYTES = 9000
 folder = pathlib.Path(options["folder"])
 mesh = make_mesh(**options["mesh"])
-loaded = load_llava(folder / "source", dtype="bfloat16", mesh=mesh)
+loaded = load_vlm(folder / "source", dtype="bfloat16", mesh=mesh)
 single = np.load(folder / "single.npz")
 split = 0
 for name, leaf in flatten_with_names(loaded.params).items():
@@ -57,9 +57,9 @@ placed = jax.tree.map(
 lora = Lora(weights=placed, scale=2.0)
 out = folder / options["out"]
 common = {"source_dir": folder / "source", "max_shard_bytes": 60_000}
-save_llava(out / "merged", loaded.config, loaded.params, lora=lora, trained=(), **common)
-save_llava(out / "compared", loaded.config, loaded.params, **common)
-save_adapter(out / "adapter", lora, loaded.config.text, base="x/y")
+save_vlm(out / "merged", loaded.config, loaded.params, lora=lora, trained=(), **common)
+save_vlm(out / "compared", loaded.config, loaded.params, **common)
+save_adapter(out / "adapter", lora, loaded.config, base="x/y")
 print("exported")
 """
 
@@ -69,18 +69,18 @@ def reference(tmp_path_factory):
     """Source, what one device loads from it, adapters, and what one device exports."""
     folder = tmp_path_factory.mktemp("reference")
     source = tiny.save_llava(folder / "source", tiny.llava(seed=6), dtype="float16", shards=2, processor=False)
-    loaded = load_llava(source, dtype="bfloat16")
+    loaded = load_vlm(source, dtype="bfloat16")
     arrays = {name: np.asarray(leaf).view(np.uint16) for name, leaf in flatten_with_names(loaded.params).items()}
     np.savez(folder / "single.npz", **arrays)
-    lora = random_lora(loaded.config.text)
+    lora = random_lora(loaded.config)
     assert lora.scale == 2.0
     np.savez(
         folder / "lora.npz",
         **{f"{name}.{side}": np.asarray(x) for name, ab in lora.weights.items() for side, x in ab.items()},
     )
     out = folder / "one"
-    save_llava(out / "merged", loaded.config, loaded.params, source_dir=source, lora=lora, max_shard_bytes=60_000)
-    save_adapter(out / "adapter", lora, loaded.config.text, base="x/y")
+    save_vlm(out / "merged", loaded.config, loaded.params, source_dir=source, lora=lora, max_shard_bytes=60_000)
+    save_adapter(out / "adapter", lora, loaded.config, base="x/y")
     return folder
 
 

@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch")
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoProcessor, GPT2ForSequenceClassification, LlavaForConditionalGeneration  # noqa: E402
 
-from icet_jax.checkpoints.hf_export import COPIED, load_value_head, save_gpt2_reward, save_llava  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_gpt2_reward, load_llava  # noqa: E402
+from icet_jax.checkpoints.hf_export import COPIED, load_value_head, save_gpt2_reward, save_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_gpt2_reward, load_vlm  # noqa: E402
 from tests import tiny  # noqa: E402
 
 LAYOUTS = ("old", "native4", "native5", "hybrid5")
@@ -55,16 +55,16 @@ def model():
 def test_export_is_byte_identical_in_the_old_layout(tmp_path, model, layout, dtype):
     old = tiny.save_llava(tmp_path / "old", model, dtype=dtype, processor=False)
     source = tiny.save_llava(tmp_path / "in", model, layout=layout, dtype=dtype, shards=3, processor=False)
-    loaded = load_llava(source)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
+    loaded = load_vlm(source)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     assert tensors(out) == tensors(old)
 
 
 def test_a_half_precision_load_still_exports_the_source_bytes(tmp_path, model):
     source = tiny.save_llava(tmp_path / "in", model, dtype="float32", processor=False)
-    loaded = load_llava(source, dtype="bfloat16")
+    loaded = load_vlm(source, dtype="bfloat16")
     assert {str(leaf.dtype) for leaf in tiny_leaves(loaded)} == {"bfloat16"}
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     assert tensors(out) == tensors(source)
 
 
@@ -76,8 +76,8 @@ def tiny_leaves(loaded):
 
 def test_transformers_gives_the_same_logits_from_the_export(tmp_path, model):
     source = tiny.save_llava(tmp_path / "in", model, dtype="float16")
-    loaded = load_llava(source)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source, max_shard_bytes=60_000)
+    loaded = load_vlm(source)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source, max_shard_bytes=60_000)
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in tensors(out).values())
@@ -88,8 +88,8 @@ def test_transformers_gives_the_same_logits_from_the_export(tmp_path, model):
 def test_files_beside_the_weights_come_along(tmp_path, model):
     source = tiny.save_llava(tmp_path / "in", model)
     (source / "notes.txt").write_text("stays behind")
-    loaded = load_llava(source)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
+    loaded = load_vlm(source)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     expected = {path.name for path in source.iterdir() if path.name in COPIED} | {"config.json", "model.safetensors"}
     assert {path.name for path in out.iterdir()} == expected
     assert {"tokenizer.json", "preprocessor_config.json", "generation_config.json"} <= expected
@@ -106,19 +106,19 @@ def test_config_keeps_what_it_does_not_know_and_speaks_the_old_dialect(tmp_path,
     config |= {"house": "kept", "transformers_version": "5.23.0"}
     config["vision_config"]["projection_dim"] = 11
     (source / "config.json").write_text(json.dumps(config))
-    loaded = load_llava(source)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
+    loaded = load_vlm(source)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     written = json.loads((out / "config.json").read_text())
     assert written["house"] == "kept" and written["vision_config"]["projection_dim"] == 11
     assert written["torch_dtype"] == "bfloat16" and "dtype" not in written
     assert written["text_config"]["rope_theta"] == theta and "rope_parameters" not in written["text_config"]
-    assert load_llava(out).config == loaded.config
+    assert load_vlm(out).config == loaded.config
 
 
 def test_a_network_made_here_exports_without_a_source(tmp_path, model):
     """Its config is complete: transformers builds the same network from it."""
-    loaded = load_llava(tiny.save_llava(tmp_path / "in", model, processor=False))
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params)
+    loaded = load_vlm(tiny.save_llava(tmp_path / "in", model, processor=False))
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params)
     inputs = tiny.batch(model.config, [1, 2])
     model.set_attn_implementation("eager")
     np.testing.assert_array_equal(hf_logits(hf_load(out), inputs), hf_logits(model, inputs))
@@ -128,11 +128,11 @@ def test_trained_parameters_are_cast_to_the_source_dtype_and_the_rest_is_copied(
     import jax
 
     source = tiny.save_llava(tmp_path / "in", model, dtype="bfloat16", processor=False)
-    loaded = load_llava(source)
+    loaded = load_vlm(source)
     params = jax.tree.map(lambda x: x, loaded.params)
     kernel = params["language_model"]["layers"]["q_proj"]["kernel"]
     kernel.set_value(kernel.get_value().at[1].add(0.25))
-    out = save_llava(tmp_path / "out", loaded.config, params, source_dir=source)
+    out = save_vlm(tmp_path / "out", loaded.config, params, source_dir=source)
     before, after = tensors(source), tensors(out)
     changed = [key for key in before if before[key] != after[key]]
     assert changed == ["language_model.model.layers.1.self_attn.q_proj.weight"]
@@ -144,9 +144,9 @@ def test_trained_parameters_are_cast_to_the_source_dtype_and_the_rest_is_copied(
 def test_value_head_is_saved_beside_the_model(tmp_path, model):
     import jax.numpy as jnp
 
-    loaded = load_llava(tiny.save_llava(tmp_path / "in", model, processor=False))
+    loaded = load_vlm(tiny.save_llava(tmp_path / "in", model, processor=False))
     head = {"kernel": jnp.arange(32.0)[:, None], "bias": jnp.ones(1)}
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, value_head=head)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, value_head=head)
     restored = load_value_head(out)
     for name in head:
         np.testing.assert_array_equal(np.asarray(restored[name]), np.asarray(head[name]))
@@ -160,17 +160,17 @@ def test_tied_embeddings_stay_tied_until_they_are_trained_apart(tmp_path):
     source = tiny.save_llava(tmp_path / "in", model, processor=False)
     head = "language_model.lm_head.weight"
     assert head not in tensors(source)
-    loaded = load_llava(source)
-    out = save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
+    loaded = load_vlm(source)
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     assert tensors(out) == tensors(source)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
     params = jax.tree.map(lambda x: x, loaded.params)
     kernel = params["language_model"]["lm_head"]["kernel"]
     kernel.set_value(kernel.get_value() + 1)
-    out = save_llava(tmp_path / "apart", loaded.config, params, source_dir=source)
+    out = save_vlm(tmp_path / "apart", loaded.config, params, source_dir=source)
     assert head in tensors(out)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    apart = load_llava(out)
+    apart = load_vlm(out)
     np.testing.assert_array_equal(
         np.asarray(apart.params["language_model"]["lm_head"]["kernel"].get_value()), np.asarray(kernel.get_value())
     )

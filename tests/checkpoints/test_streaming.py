@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from icet_jax.checkpoints import progress, streaming, tables  # noqa: E402
-from icet_jax.checkpoints.hf_export import save_llava  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_llava  # noqa: E402
+from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.parallel.sharding import flatten_with_names  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -28,12 +28,12 @@ def arrays(checkpoint):
 @pytest.mark.parametrize("block", [1, 9000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_of_any_size_give_the_same_parameters(source, monkeypatch, block, dtype):
-    whole = arrays(load_llava(source, dtype=dtype))
+    whole = arrays(load_vlm(source, dtype=dtype))
     monkeypatch.setattr(streaming, "BLOCK_BYTES", block)
     updates = []
     real = streaming._update
     monkeypatch.setattr(streaming, "_update", lambda where: updates.append(where) or real(where))
-    in_blocks = arrays(load_llava(source, dtype=dtype))
+    in_blocks = arrays(load_vlm(source, dtype=dtype))
     assert updates, "the blocks must have been written one after the other"
     assert whole.keys() == in_blocks.keys()
     for name in whole:
@@ -46,7 +46,7 @@ def test_the_parameters_are_the_file_converted(source):
     from safetensors.numpy import load_file
 
     state = load_file(source / "model.safetensors")
-    loaded = arrays(load_llava(source, dtype="bfloat16"))
+    loaded = arrays(load_vlm(source, dtype="bfloat16"))
     kernel = state["language_model.model.layers.2.mlp.down_proj.weight"].T.astype(jnp.bfloat16)
     np.testing.assert_array_equal(loaded["language_model/layers/down_proj/kernel"][2], kernel)
     patches = state["vision_tower.vision_model.embeddings.patch_embedding.weight"]
@@ -65,7 +65,7 @@ def test_a_block_is_written_into_the_array_s_own_memory():
 
 def test_the_parameters_do_not_live_in_the_file(tmp_path):
     directory = tiny.save_llava(tmp_path, tiny.llava(seed=4), processor=False)
-    loaded = load_llava(directory)
+    loaded = load_vlm(directory)
     before = {name: array.copy() for name, array in arrays(loaded).items()}
     with open(directory / "model.safetensors", "r+b") as file:
         size = file.seek(0, 2)
@@ -83,15 +83,15 @@ def test_the_host_holds_a_few_tensors_whatever_the_size(tmp_path, monkeypatch):
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     largest = 128 * 509 * 4
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 1)
-    load_llava(source)  # compiles, imports
+    load_vlm(source)  # compiles, imports
     tracemalloc.start()
-    loaded = load_llava(source)
+    loaded = load_vlm(source)
     # Parameters in one piece stay on the CPU as the numpy memory they were read into.
     kept = sum(leaf.nbytes for name, leaf in flatten_with_names(loaded.params).items() if "/layers/" not in name)
     imported = tracemalloc.get_traced_memory()[1] - kept
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
-    save_llava(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
+    save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     exported = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     overhead = 1_000_000  # Python objects: tables, headers, configs
@@ -121,7 +121,7 @@ def test_progress_is_silent_at_first_and_then_tells_the_time_left(monkeypatch, c
 
 
 def test_to_host_gives_one_layer_or_all(source):
-    params = flatten_with_names(load_llava(source).params)
+    params = flatten_with_names(load_vlm(source).params)
     kernel = params["language_model/layers/q_proj/kernel"]
     np.testing.assert_array_equal(streaming.to_host(kernel, 1), np.asarray(kernel)[1])
     norm = params["language_model/norm/scale"]

@@ -12,7 +12,7 @@ from icet_jax.evaluation import sweep as sweeping
 from icet_jax.evaluation.sweep import sweep
 from icet_jax.judges.base import Scores
 from icet_jax.judges.keywords import RefusalKeywords
-from icet_jax.models.llama import init_lora
+from icet_jax.models.family import init_lora
 from tests.evaluation import bundle
 
 
@@ -103,7 +103,7 @@ def test_each_batch_is_encoded_once_and_an_exit_compiles_nothing(vlm, monkeypatc
 
 
 def test_adapters_change_the_answers(vlm, plain):
-    adapters = init_lora(vlm.config.text, rank=2, alpha=4.0, targets=("q_proj",), key=jax.random.key(0))
+    adapters = init_lora(vlm.config.lora_shapes(), rank=2, alpha=4.0, targets=("q_proj",), key=jax.random.key(0))
     assert texts(run(vlm, lora=adapters)) == texts(plain)
     noisy = adapters.replace(weights=jax.tree.map(lambda leaf: leaf + 1.0, adapters.weights))
     assert texts(run(vlm, lora=noisy)) != texts(plain)

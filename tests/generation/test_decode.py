@@ -10,9 +10,9 @@ from flax import nnx
 
 from icet_jax.generation import Sampling, generate, suppress_ids, token_log_probs
 from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import Images
+from icet_jax.models.family import Images, init_lora
 from icet_jax.models.layers import positions_from_mask
-from icet_jax.models.llama import LlamaConfig, init_lora, lora_shapes
+from icet_jax.models.llama import LlamaConfig
 from icet_jax.models.llava import Llava, LlavaConfig
 
 IMAGE, PAD, VOCAB, PATCHES = 40, 41, 43, 4
@@ -94,8 +94,8 @@ def respond(model, rows, images, image_pixels, keys, sampling=SAMPLED, side="lef
 
 def random_lora():
     """Adapters on every projection that change what the model says."""
-    targets = tuple(lora_shapes(CONFIG.text))
-    lora = init_lora(CONFIG.text, rank=3, alpha=6.0, targets=targets, key=jax.random.key(3))
+    targets = tuple(CONFIG.lora_shapes())
+    lora = init_lora(CONFIG.lora_shapes(), rank=3, alpha=6.0, targets=targets, key=jax.random.key(3))
     noise = np.random.default_rng(3)
     fill = lambda leaf: jnp.asarray(0.1 * noise.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
     return lora.replace(weights=jax.tree.map(fill, lora.weights))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.checkpoints.hf_import import load_llava
-from icet_jax.data.processor import image_rows
+from icet_jax.checkpoints.hf_import import load_vlm
+from icet_jax.data.image_batches import image_rows
 from icet_jax.generation import Sampling, generate, suppress_ids
 from icet_jax.models.family import Images
 from tests import tiny
@@ -48,7 +48,7 @@ def hf_greedy(model, inputs, exit_layer, eos_ids, suppressed):
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 4, "head_dim": 10}], ids=["gqa", "mha, odd head"])
 def test_greedy_tokens_equal_transformers(tmp_path, shape):
     model = tiny.llava(seed=3, **shape)
-    checkpoint = load_llava(tiny.save_llava(tmp_path, model, processor=False))
+    checkpoint = load_vlm(tiny.save_llava(tmp_path, model, processor=False))
     inputs = tiny.batch(model.config, IMAGES)
     rows = jnp.asarray(image_rows(inputs["input_ids"], 4, checkpoint.config))
     images = Images(pixels=jnp.asarray(inputs["pixel_values"]), rows=rows, num_rows=4, per_row=2)

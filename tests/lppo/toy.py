@@ -13,8 +13,8 @@ from icet_jax.lppo import learner
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import OptimizerSettings, init_state
 from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import Images
-from icet_jax.models.llama import LlamaConfig, init_lora
+from icet_jax.models.family import Images, init_lora
+from icet_jax.models.llama import LlamaConfig, lora_shapes
 from icet_jax.models.llava import Llava, LlavaConfig
 
 IMAGE, PAD, EOS = 30, 31, 2
@@ -99,7 +99,9 @@ def state(params, config=SETTINGS, seed=0):
     lora = None
     if config.lora_scale is not None:
         targets = ("q_proj", "v_proj", "down_proj")
-        lora = init_lora(TEXT, rank=2, alpha=2 * config.lora_scale, targets=targets, key=jax.random.key(seed))
+        lora = init_lora(
+            lora_shapes(TEXT), rank=2, alpha=2 * config.lora_scale, targets=targets, key=jax.random.key(seed)
+        )
     return init_state(params, lora, hidden_size=TEXT.hidden_size, optimizer=config.optimizer, kl_coef=0.02)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from icet_jax.checkpoints.hf_import import Checkpoint, load_llava
+from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
 from icet_jax.models.family import Images
 from icet_jax.models.layers import positions_from_mask
 from tests import tiny
@@ -18,7 +18,7 @@ GAP = 5e-5
 
 
 def load(tmp_path, model, **options) -> Checkpoint:
-    return load_llava(tiny.save_llava(tmp_path, model, processor=False), **options)
+    return load_vlm(tiny.save_llava(tmp_path, model, processor=False), **options)
 
 
 def hf_logits(model, inputs, layer=-2):

@@ -107,7 +107,7 @@ def test_full_feature_strategy_keeps_the_class_token(tmp_path):
     (directory / "config.json").write_text(
         config.replace('"vision_feature_select_strategy": "default"', '"vision_feature_select_strategy": "full"')
     )
-    checkpoint = parity.load_llava(directory)
+    checkpoint = parity.load_vlm(directory)
     inputs = tiny.batch(model.config, IMAGES)
     parity.assert_logits_agree(parity.our_logits(checkpoint, inputs), parity.hf_logits(model, inputs), inputs)
 

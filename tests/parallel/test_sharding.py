@@ -15,10 +15,10 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from icet_jax.checkpoints.hf_import import abstract_params
 from icet_jax.errors import UserError
 from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import count_parameters
+from icet_jax.models.family import count_parameters, init_lora
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.models.heads import init_value_head
-from icet_jax.models.llama import LlamaConfig, init_lora, lora_shapes
+from icet_jax.models.llama import LlamaConfig, lora_shapes
 from icet_jax.models.llava import Llava, LlavaConfig
 from icet_jax.parallel import sharding
 from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape
@@ -76,7 +76,8 @@ def test_large_parameters_are_spread_over_all_fsdp_and_tensor_devices():
 def trainable():
     targets = tuple(lora_shapes(VICUNA_7B))
     policy = jax.eval_shape(
-        lambda key: init_lora(VICUNA_7B, rank=16, alpha=32.0, targets=targets, key=key).weights, jax.random.key(0)
+        lambda key: init_lora(lora_shapes(VICUNA_7B), rank=16, alpha=32.0, targets=targets, key=key).weights,
+        jax.random.key(0),
     )
     return {"policy": policy, "value_head": jax.eval_shape(lambda: init_value_head(4096))}
 

@@ -11,7 +11,7 @@ import icet_jax
 from icet_jax import main
 from icet_jax.checkpoints.adapter_export import save_adapter
 from icet_jax.errors import UserError
-from icet_jax.models.llama import init_lora
+from icet_jax.models.family import init_lora
 from icet_jax.runs import ask
 from tests import tiny
 
@@ -104,9 +104,11 @@ def test_a_question_without_an_image(directory, capsys):
 def test_an_adapter_answers_too(tmp_path, directory, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     vlm = icet_jax.load(directory)
-    fresh = init_lora(vlm.config.text, rank=2, alpha=2.0, targets=("q_proj", "down_proj"), key=jax.random.key(0))
+    fresh = init_lora(
+        vlm.config.lora_shapes(), rank=2, alpha=2.0, targets=("q_proj", "down_proj"), key=jax.random.key(0)
+    )
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), fresh)
-    adapter = save_adapter(tmp_path / "adapter", lora, vlm.config.text, base=str(directory))
+    adapter = save_adapter(tmp_path / "adapter", lora, vlm.config, base=str(directory))
     printed = []
     for more in ([], [f"--config.model.adapter={adapter}"]):
         assert main.run(arguments(directory, "--prompt=what is this?", "--exits=1", SHORT, *more)) == 0

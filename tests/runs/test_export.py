@@ -15,8 +15,7 @@ from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import with_policy
 from icet_jax.lppo.settings import from_config
-from icet_jax.models.family import merge_lora
-from icet_jax.models.llama import init_lora
+from icet_jax.models.family import init_lora, merge_lora
 from icet_jax.runs import config_files, export, model_card, run_dir
 from icet_jax.runs.training import initial_state
 from tests import tiny
@@ -84,9 +83,9 @@ def test_the_export_is_the_trained_policy(tmp_path, directory, rank, capsys):
 
 def start_adapter(folder, directory):
     vlm = icet_jax.load(directory)
-    fresh = init_lora(vlm.config.text, rank=2, alpha=2.0, targets=("k_proj", "o_proj"), key=jax.random.key(3))
+    fresh = init_lora(vlm.config.lora_shapes(), rank=2, alpha=2.0, targets=("k_proj", "o_proj"), key=jax.random.key(3))
     lora = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.shape[-1]), x.shape), fresh)
-    return save_adapter(folder, lora, vlm.config.text, base=str(directory))
+    return save_adapter(folder, lora, vlm.config, base=str(directory))
 
 
 def test_both_forms_with_a_start_adapter_are_the_trained_policy(tmp_path, directory, capsys):

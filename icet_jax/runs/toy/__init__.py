@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_gpt2_reward, save_llava
+from icet_jax.checkpoints.hf_export import save_gpt2_reward, save_vlm
 from icet_jax.data.records import KINDS, Example
 from icet_jax.errors import UserError
 from icet_jax.models.clip import ClipConfig
@@ -101,7 +101,7 @@ def rows(kind: str) -> list[Example]:
 
 def _save_llava(folder: Path) -> None:
     params = _spread(nnx.split(Llava(LLAVA, rngs=nnx.Rngs(0)))[1])
-    save_llava(folder, LLAVA, params)
+    save_vlm(folder, LLAVA, params)
     roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     write_tokenizer(folder, _SPECIAL, single="<s> $A", pair="<s> $A $B", settings=roles)
     write_json(folder / "generation_config.json", {f"{role}_id": _SPECIAL.index(name) for role, name in roles.items()})
