@@ -61,7 +61,14 @@ def _without_margins(grid: np.ndarray, size: Size) -> np.ndarray:
 
 
 def gather_rows(
-    sizes: Sequence[Size], rows: Sequence[int], num_rows: int, length: int, tiles: int, config: LlavaNextConfig
+    sizes: Sequence[Size],
+    rows: Sequence[int],
+    num_rows: int,
+    length: int,
+    tiles: int,
+    config: LlavaNextConfig,
+    *,
+    num_images: int | None = None,
 ) -> np.ndarray:
     """`Images.layout`: int32 [B, length], for the k-th image position of each row its feature's index, -1 after them.
 
@@ -72,9 +79,11 @@ def gather_rows(
       length: most image positions of a row.
       tiles: tiles that every image is padded to.
       config: of the model.
+      num_images: of the batch, those that only fill it up included, whose features stand before `image_newline`; as
+        many as there are sizes if None.
     """
     per_image = tiles * config.image_tokens
-    newline = len(sizes) * per_image
+    newline = (len(sizes) if num_images is None else num_images) * per_image
     layout = np.full((num_rows, length), -1, np.int32)
     filled = np.zeros(num_rows, int)
     for index, (size, row) in enumerate(zip(sizes, rows, strict=True)):

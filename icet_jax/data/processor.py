@@ -1,48 +1,64 @@
 """Text and images to a model's inputs and back, over the files of a checkpoint directory, without torch.
 
 The tokenizer is transformers' (`AutoTokenizer`), and so is the image processor (the Pillow one, whose pixels do not
-depend on what else is installed). Arrays carry the names and shapes of HF's `LlavaProcessor`.
+depend on what else is installed). Arrays carry the names and shapes of the family's HF processor.
 """
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from PIL.Image import Image
 
-from icet_jax.checkpoints.hf_config import llava_from_hf, read_hf_config
+from icet_jax.checkpoints.families import vlm_config
+from icet_jax.checkpoints.hf_config import read_hf_config
+from icet_jax.data.anyres import packing
+from icet_jax.data.image_batches import batch_images
 from icet_jax.data.images import ImageLike, StoredImage, open_image, require_resizable
-from icet_jax.data.templates import IMAGE_TOKEN, llava_15
+from icet_jax.data.templates import (
+    IMAGE_TOKEN,
+    MLLAMA_IMAGE_TOKEN,
+    Template,
+    llama_32,
+    llava_15,
+    mistral_16,
+    own_template,
+    vicuna_16,
+)
 from icet_jax.data.tokenizer import load_tokenizer
 from icet_jax.errors import UserError
+from icet_jax.models.family import Images
 from icet_jax.models.llava import LlavaConfig
+from icet_jax.models.llava_next import LlavaNextConfig
+from icet_jax.models.mllama import MllamaConfig
 
 RowImages: TypeAlias = ImageLike | Sequence[ImageLike] | None
 Inputs: TypeAlias = dict[str, np.ndarray]
 
+_SETTINGS = "preprocessor_config.json"
 
-class Processor:
+
+class Processor(ABC):
     """Applies the chat template, opens and normalises images, tokenises, pads; and turns responses into text.
 
     Attributes:
       tokenizer: transformers' tokenizer, padding on the left.
       image_processor: transformers' Pillow image processor.
       config: of the model the inputs are for.
+      template: (prompt, number of images) -> the text, one placeholder for each image.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        image_processor: Any,
-        config: LlavaConfig,
-        template: Callable[[str, int], str] = llava_15,
-    ) -> None:
+    placeholder = IMAGE_TOKEN
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, template: Template) -> None:
         """Checks that tokenizer and image processor fit the model.
 
         Raises:
-          UserError: the image placeholder has another id, or images are cropped to another size than the model's.
+          UserError: the image placeholder has another id, or the images would have another shape than the model's.
         """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -51,30 +67,13 @@ class Processor:
         self.tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             self.tokenizer.pad_token = tokenizer.eos_token
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        image_id = tokenizer.convert_tokens_to_ids(self.placeholder)
         if image_id != config.image_token_index:
             raise UserError(
-                f"tokenizer: '{IMAGE_TOKEN}' has id {image_id}, but config.json has image_token_index "
+                f"tokenizer: '{self.placeholder}' has id {image_id}, but config.json has image_token_index "
                 f"{config.image_token_index}; take both from the same checkpoint"
             )
-        crop, size = image_processor.crop_size, config.vision.image_size
-        if not image_processor.do_center_crop or (crop["height"], crop["width"]) != (size, size):
-            raise UserError(
-                f"preprocessor_config.json: images must be cropped to {size} x {size}, the model's image_size"
-            )
-
-    @classmethod
-    def from_directory(cls, directory: str | Path) -> "Processor":
-        """Reads the tokenizer, image-processor and config files of a checkpoint; the weights may be elsewhere.
-
-        Raises:
-          UserError: files are missing, unreadable, or do not fit the model's config.
-        """
-        directory = Path(directory)
-        config = llava_from_hf(read_hf_config(directory), str(directory / "config.json"))
-        tokenizer = load_tokenizer(directory)
-        image_processor = _load_image_processor(directory / "preprocessor_config.json")
-        return cls(tokenizer, image_processor, config)
+        self._check_image_processor()
 
     def __call__(self, images: Sequence[RowImages], prompts: Sequence[str], *, pad_to: int | None = None) -> Inputs:
         """The model's inputs for prompts and their images.
@@ -85,37 +84,71 @@ class Processor:
           pad_to: length T of every row; the longest row's if None.
 
         Returns:
-          input_ids and attention_mask int64 [B, T], padded on the left; pixel_values float32 [I, 3, S, S], all images
-          in row order, absent where no row has one.
+          input_ids and attention_mask int64 [B, T], padded on the left; where a row has images also
+          LLaVA-1.5: pixel_values float32 [I, C, S, S], all images in row order;
+          LLaVA-NeXT: pixel_values [I, tiles, C, S, S], the whole image first, and image_sizes int64 [I, 2] (height,
+          width);
+          Llama 3.2 Vision: pixel_values [B, M, tiles, C, S, S], aspect_ratio_ids int64 [B, M] (0 is no image),
+          aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles].
 
         Raises:
           UserError: names the row whose image cannot be opened, whose prompt is too long for `pad_to`, or whose prompt
             holds the image placeholder.
         """
-        if len(images) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(images)} images; give one entry (or None) per prompt")
-        rows = [_as_list(entry) for entry in images]
-        texts = [self._text(i, prompt, len(row)) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        rows = self._open_rows(images, prompts)
+        texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         inputs = self._tokenize(texts, pad_to)
-        opened = [self._open(image, f"row {i} image {j}") for i, row in enumerate(rows) for j, image in enumerate(row)]
-        if opened:
-            processed = self.image_processor(opened, return_tensors="np")
-            inputs["pixel_values"] = np.asarray(processed["pixel_values"], dtype=np.float32)
-        return inputs
+        return self._with_pixels(inputs, rows) if any(rows) else inputs
+
+    def lengths(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[int]:
+        """Positions that each row would take, without the work of preparing its pixels.
+
+        Raises:
+          UserError: see `__call__`.
+        """
+        rows = self._open_rows(images, prompts)
+        texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        return [len(ids) for ids in self._ids(texts)]
+
+    def batch_images(self, inputs: Inputs, *, num_rows: int, per_row: int | None = None) -> Images | None:
+        """The images of a batch as the network takes them, see `icet_jax.data.image_batches.batch_images`."""
+        return batch_images(self.config, inputs, num_rows=num_rows, per_row=per_row)
 
     def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
         """Texts of responses Int[B, A] where mask Bool[B, A] is True; special tokens are left out."""
         rows = zip(np.asarray(tokens), np.asarray(mask, dtype=bool), strict=True)
         return [self.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in rows]
 
-    def _text(self, row: int, prompt: str, num_images: int) -> str:
-        if IMAGE_TOKEN in prompt:
-            raise UserError(f"row {row}: the prompt holds '{IMAGE_TOKEN}', which is put there for you; remove it")
-        text = self.template(prompt, num_images)
-        return text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.config.image_tokens)
+    @abstractmethod
+    def _check_image_processor(self) -> None:
+        """Raises a `UserError` where the images would have another shape than the model's."""
+
+    @abstractmethod
+    def _image_tokens(self, image: Image) -> int:
+        """Positions that an image takes in the prompt."""
+
+    @abstractmethod
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        """`inputs` and what the image processor makes of the images, of which there is at least one."""
+
+    def _text(self, row: int, prompt: str, images: list[Image]) -> str:
+        if self.placeholder in prompt:
+            raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
+        first, *rest = self.template(prompt, len(images)).split(self.placeholder)
+        expanded = [
+            self.placeholder * self._image_tokens(image) + text for image, text in zip(images, rest, strict=True)
+        ]
+        return "".join([first, *expanded])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids, with one BOS: the template's or, where that writes none, the tokenizer's."""
+        bos = self.tokenizer.bos_token
+        special = [bos is None or not text.startswith(bos) for text in texts]
+        pairs = zip(texts, special, strict=True)
+        return [self.tokenizer(text, add_special_tokens=add)["input_ids"] for text, add in pairs]
 
     def _tokenize(self, texts: list[str], pad_to: int | None) -> Inputs:
-        encoded = [self.tokenizer(text)["input_ids"] for text in texts]
+        encoded = self._ids(texts)
         lengths = [len(ids) for ids in encoded]
         length = max(lengths, default=0) if pad_to is None else pad_to
         for row, needed in enumerate(lengths):
@@ -130,30 +163,136 @@ class Processor:
             attention_mask[row, length - len(ids) :] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def _open(self, source: ImageLike, name: str) -> Any:
-        if isinstance(source, (str, os.PathLike)):
-            name = str(source)
-        elif isinstance(source, StoredImage):
-            name = source.name
-        image = open_image(source, name)
-        require_resizable(image, name)
-        return image
+    def _open_rows(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[Image]]:
+        if len(images) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts but {len(images)} images; give one entry (or None) per prompt")
+        rows = [_as_list(entry) for entry in images]
+        return [[_open(image, f"row {i} image {j}") for j, image in enumerate(row)] for i, row in enumerate(rows)]
 
 
-def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> np.ndarray:
-    """The row of each image, int32 [I] ascending, from the placeholders in input_ids [B, T].
+class LlavaProcessor(Processor):
+    """LLaVA-1.5's (HF `LlavaProcessor`): every image is resized and cropped to one square."""
+
+    def _check_image_processor(self) -> None:
+        crop, size = self.image_processor.crop_size, self.config.vision.image_size
+        if not self.image_processor.do_center_crop or (crop["height"], crop["width"]) != (size, size):
+            raise UserError(f"{_SETTINGS}: images must be cropped to {size} x {size}, the model's image_size")
+
+    def _image_tokens(self, image: Image) -> int:
+        return self.config.image_tokens
+
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
+        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
+
+
+class LlavaNextProcessor(LlavaProcessor):
+    """LLaVA-NeXT's (HF `LlavaNextProcessor`): the whole image, and tiles of it on the canvas that fits it best."""
+
+    def _check_image_processor(self) -> None:
+        super()._check_image_processor()
+        given, wanted = self.image_processor.image_grid_pinpoints, self.config.image_grid_pinpoints
+        if tuple(map(tuple, given)) != wanted:
+            raise UserError(f"{_SETTINGS}: image_grid_pinpoints {given} are not config.json's, {list(wanted)}")
+        size, edge = self.image_processor.size, self.config.vision.image_size
+        if (size.get("shortest_edge") or size.get("height"), size.get("width") or edge) != (edge, edge):
+            raise UserError(f"{_SETTINGS}: size must be {edge}, the model's image_size")
+
+    def _image_tokens(self, image: Image) -> int:
+        return len(packing((image.height, image.width), self.config))
+
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
+        sizes = np.asarray(made["image_sizes"], np.int64)
+        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32), "image_sizes": sizes}
+
+
+class MllamaProcessor(Processor):
+    """Llama 3.2 Vision's (HF `MllamaProcessor`): up to four tiles of each image beside the text, not within it."""
+
+    placeholder = MLLAMA_IMAGE_TOKEN
+
+    def _check_image_processor(self) -> None:
+        from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
+
+        size, vision = self.image_processor.size, self.config.vision
+        if (size["height"], size["width"]) != (vision.image_size, vision.image_size):
+            edge = vision.image_size
+            raise UserError(f"{_SETTINGS}: tiles must be {edge} x {edge} pixels, the model's image_size")
+        tiles = self.image_processor.max_image_tiles
+        if tiles != vision.max_num_tiles:
+            raise UserError(f"{_SETTINGS}: max_image_tiles is {tiles}, but config.json's is {vision.max_num_tiles}")
+        if tuple(get_all_supported_aspect_ratios(tiles)) != vision.supported_aspect_ratios:
+            raise UserError(
+                f"config.json: supported_aspect_ratios must be all those of at most {tiles} tiles, in order"
+            )
+
+    def _image_tokens(self, image: Image) -> int:
+        return 1
+
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        made = self.image_processor(rows, return_tensors="np")
+        arrays = {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
+        arrays |= {name: np.asarray(made[name], np.int64) for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
+        mask = cross_attention_mask(inputs["input_ids"], self.config.image_token_index, arrays["aspect_ratio_mask"])
+        mask *= (arrays["aspect_ratio_ids"] > 0)[:, None, :, None]
+        return inputs | arrays | {"cross_attention_mask": mask}
+
+
+def cross_attention_mask(input_ids: np.ndarray, image_token: int, tiles: np.ndarray) -> np.ndarray:
+    """Which tiles each token sees, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
+
+    A token sees the last image before it, and with that the images that stand directly before that one.
+
+    Args:
+      input_ids: [B, T].
+      image_token: id of the image placeholder.
+      tiles: 1 for each tile that an image has, int64 [B, M, tiles].
+    """
+    batch, length = input_ids.shape
+    mask = np.zeros((batch, length, *tiles.shape[1:]), np.int64)
+    for row, ids in enumerate(input_ids):
+        end = after = length
+        for image, start in reversed(list(enumerate(np.flatnonzero(ids == image_token)))):
+            end = end if start + 1 == after else after
+            mask[row, start:end, image] = tiles[row, image]
+            after = start
+    return mask
+
+
+_PROCESSORS: dict[type, type[Processor]] = {
+    LlavaConfig: LlavaProcessor,
+    LlavaNextConfig: LlavaNextProcessor,
+    MllamaConfig: MllamaProcessor,
+}
+
+
+def load_processor(directory: str | Path, config: Any = None) -> Processor:
+    """Reads the tokenizer, image-processor and config files of a checkpoint; the weights may be elsewhere.
+
+    Args:
+      directory: of the checkpoint.
+      config: of the network; read from the directory's config.json if None.
 
     Raises:
-      UserError: a row's placeholders are no whole number of images, or the images are too few or too many.
+      UserError: files are missing, unreadable, or do not fit the model's config.
     """
-    counts, rest = np.divmod((input_ids == config.image_token_index).sum(axis=1), config.image_tokens)
-    if rest.any():
-        raise UserError(
-            f"input_ids: row {int(rest.argmax())} holds no whole number of images (each {config.image_tokens} tokens)"
-        )
-    if counts.sum() != num_images:
-        raise UserError(f"input_ids hold placeholders for {counts.sum()} images, pixel_values hold {num_images}")
-    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    directory = Path(directory)
+    values = read_hf_config(directory)
+    if config is None:
+        config = vlm_config(values, str(directory / "config.json"))
+    kind, tokenizer = _PROCESSORS[type(config)], load_tokenizer(directory)
+    image_processor = _load_image_processor(directory, values["model_type"])
+    template = own_template(directory, tokenizer, kind.placeholder) or _published_template(values)
+    return kind(tokenizer, image_processor, config, template)
+
+
+def _published_template(values: dict[str, Any]) -> Template:
+    """The template that a family, on the backbone of this config.json, was published with."""
+    if values["model_type"] != "llava_next":
+        return {"llava": llava_15, "mllama": llama_32}[values["model_type"]]
+    backbone = (values.get("text_config") or {}).get("model_type", "llama")
+    return mistral_16 if backbone == "mistral" else vicuna_16
 
 
 def _as_list(entry: RowImages) -> list[ImageLike]:
@@ -164,23 +303,67 @@ def _as_list(entry: RowImages) -> list[ImageLike]:
     return [entry]  # type: ignore[list-item]
 
 
-def _load_image_processor(path: Path) -> Any:
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+def _open(source: ImageLike, name: str) -> Image:
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+    elif isinstance(source, StoredImage):
+        name = source.name
+    image = open_image(source, name)
+    require_resizable(image, name)
+    return image
 
+
+def _load_image_processor(directory: Path, family: str) -> Any:
+    path, settings = _image_settings(directory)
+    kinds = _image_processors(family)
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
+    kind = kinds.get(named.removesuffix("Pil").removesuffix("Fast"))
+    if kind is None:
+        raise UserError(f"{path}: image_processor_type '{named}' is unknown here; known: {', '.join(kinds)}")
+    try:
+        return kind.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; copy it from the checkpoint's source") from error
+
+
+def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The image processor's settings: a part of processor_config.json (transformers 5), or a file of their own."""
+    whole = directory / "processor_config.json"
+    if whole.is_file():
+        settings = _read_json(whole).get("image_processor")
+        if isinstance(settings, dict):
+            return whole, settings
+    path = directory / _SETTINGS
+    return path, _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("no mapping")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; copy it from the checkpoint's source") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
-    kinds = {
+    return settings
+
+
+def _image_processors(family: str) -> dict[str, Any]:
+    """HF's classes by the name that files give them; the first is meant where a file names none."""
+    if family == "llava_next":
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+        return {"LlavaNextImageProcessor": LlavaNextImageProcessorPil}
+    if family == "mllama":
+        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+        return {"MllamaImageProcessor": MllamaImageProcessorPil}
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    return {
         "CLIPImageProcessor": CLIPImageProcessorPil,
         "CLIPFeatureExtractor": CLIPImageProcessorPil,
         "LlavaImageProcessor": LlavaImageProcessorPil,
     }
-    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
-    kind = kinds.get(named.removesuffix("Pil").removesuffix("Fast"))
-    if kind is None:
-        raise UserError(f"{path}: image_processor_type '{named}' is unknown; known: {', '.join(kinds)}")
-    return kind.from_dict(settings)

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from icet_jax.data.image_files import MISSING, ImageFiles
 from icet_jax.data.tables import RawRow, csv_rows, jsonl_rows, text_problem
-from icet_jax.data.templates import IMAGE_TOKEN
+from icet_jax.data.templates import PLACEHOLDERS
 from icet_jax.errors import UserError
 
 KINDS = ("forbidden", "benign", "vqa")
@@ -252,13 +252,14 @@ def prompt_of(fields: dict[str, Any], name: str) -> str:
     """The prompt in a cell.
 
     Raises:
-      BadRow: there is none, or it holds the image placeholder, which is put there by the chat template.
+      BadRow: there is none, or it holds a family's image placeholder, which is put there by the chat template.
     """
     prompt = text(fields, name)
     if prompt is None:
         raise BadRow("empty prompt", "the prompt is empty")
-    if IMAGE_TOKEN in prompt:
-        raise BadRow("image placeholder", f"the prompt holds '{IMAGE_TOKEN}'")
+    for placeholder in PLACEHOLDERS:
+        if placeholder in prompt:
+            raise BadRow("image placeholder", f"the prompt holds '{placeholder}'")
     return prompt
 
 

@@ -1,12 +1,118 @@
-"""Chat templates, in Python: a prompt and its images as the text a family was tuned on."""
+"""Chat templates: a prompt and its images as the text a checkpoint was tuned on.
+
+A checkpoint's own template, in Jinja, comes first; where its files hold none that shows images, the one its family was
+published with is used.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from icet_jax.errors import UserError
 
 IMAGE_TOKEN = "<image>"
+MLLAMA_IMAGE_TOKEN = "<|image|>"
+PLACEHOLDERS = (IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN)
+"""Texts that stand for an image in some family; no prompt may hold them, so that all families see the same rows."""
+
+Template: TypeAlias = Callable[[str, int], str]
+"""(prompt, number of its images) -> the text, one placeholder for each image, ready for the answer."""
+
+DATE = "26 Jul 2024"
+"""Today, in templates that print it: what Llama 3's say where nobody tells them. A real date would change answers."""
+
+_PROBE = "probe 5f1c"
 
 
 def llava_15(prompt: str, num_images: int) -> str:
-    """The single-turn template of LLaVA-1.5's checkpoints on the hub: images first, no system prompt.
+    """LLaVA-1.5's: images first, no system prompt. A row without images has no placeholder. The tokenizer adds BOS."""
+    return f"USER: {_lines(num_images)}{prompt} ASSISTANT:"
 
-    A row without images has no placeholder. The tokenizer adds BOS.
+
+def vicuna_16(prompt: str, num_images: int) -> str:
+    """LLaVA-NeXT's on a Vicuna backbone, with the system prompt of its model card."""
+    return (
+        "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the human's questions. {llava_15(prompt, num_images)}"
+    )
+
+
+def mistral_16(prompt: str, num_images: int) -> str:
+    """LLaVA-NeXT's on a Mistral backbone."""
+    return f"[INST] {_lines(num_images)}{prompt} [/INST]"
+
+
+def llama_32(prompt: str, num_images: int) -> str:
+    """Llama 3.2 Vision's. A row without images begins with a system message that tells the date; BOS is included."""
+    system = (
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        f"Today Date: {DATE}\n\n<|eot_id|>"
+    )
+    return (
+        f"<|begin_of_text|>{'' if num_images else system}<|start_header_id|>user<|end_header_id|>\n\n"
+        f"{MLLAMA_IMAGE_TOKEN * num_images}{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def _lines(num_images: int) -> str:
+    return f"{IMAGE_TOKEN}\n" * num_images
+
+
+def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template | None:
+    """A checkpoint's own template, rendered as transformers does; None where it has none that shows images.
+
+    It is looked for where HF's processors do, then in the tokenizer's files, which may hold that of the language model
+    alone: one that does not show a user's text once and each image once is passed over.
+
+    Args:
+      directory: of the checkpoint.
+      tokenizer: transformers', of the same directory.
+      placeholder: what stands for an image in the text.
+
+    Raises:
+      UserError: a file of templates cannot be read.
     """
-    placeholders = f"{IMAGE_TOKEN}\n" * num_images
-    return f"USER: {placeholders}{prompt} ASSISTANT:"
+    for text in (_file_template(directory), tokenizer.chat_template):
+        if not isinstance(text, str):
+            continue
+        template = _rendered(tokenizer, text)
+        try:
+            shown = template(_PROBE, 2)
+        except Exception:  # jinja's errors, and whatever a template that expects other messages runs into
+            continue
+        if shown.count(_PROBE) == 1 and shown.count(placeholder) == 2:
+            return template
+    return None
+
+
+def _rendered(tokenizer: Any, text: str) -> Template:
+    def template(prompt: str, num_images: int) -> str:
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=text,
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string=DATE,
+            strftime_now=lambda form: DATE,
+        )
+
+    return template
+
+
+def _file_template(directory: Path) -> str | None:
+    """The template in a processor's files: transformers 5's own file, or the older ones."""
+    path = directory / "chat_template.jinja"
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        for name in ("chat_template.json", "processor_config.json"):
+            path = directory / name
+            if path.is_file():
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if isinstance(found, dict) and found.get("chat_template"):
+                    return found["chat_template"]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy it from the checkpoint's source") from error
+    return None

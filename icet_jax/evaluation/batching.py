@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.data.processor import image_rows
+from icet_jax.data.image_batches import batch_images
 from icet_jax.data.records import Example
 from icet_jax.models.family import Images
 from icet_jax.parallel.sharding import place_rows
@@ -65,20 +65,7 @@ def prompt_batch(
     fill = ((0, batch_size - len(examples)), ((prompt_bucket(width) if length is None else length) - width, 0))
     tokens = np.pad(ids.astype(np.int32), fill)
     mask = np.pad(attention.astype(bool), fill)
-    pictures = _images(inputs.get("pixel_values"), ids, vlm, batch_size, per_row) if per_row else None
-    tokens, mask = place_rows((tokens, mask), vlm.mesh)
+    padded = {**inputs, "input_ids": tokens, "attention_mask": mask}
+    pictures = batch_images(vlm.config, padded, num_rows=batch_size, per_row=per_row)
+    tokens, mask, pictures = place_rows((tokens, mask, pictures), vlm.mesh)
     return PromptBatch(list(examples), tokens, mask, pictures)
-
-
-def _images(pixels: np.ndarray | None, ids: np.ndarray, vlm: Any, batch_size: int, per_row: int) -> Images:
-    """Real images, then fillers, whose row is `batch_size`: one past the last."""
-    vision = vlm.config.vision
-    shape = (vision.num_channels, vision.image_size, vision.image_size)
-    count = 0 if pixels is None else len(pixels)
-    rows = image_rows(ids, count, vlm.config)
-    filled = np.zeros((batch_size * per_row, *shape), np.float32)
-    if pixels is not None:
-        filled[:count] = pixels
-    rows = np.pad(rows, (0, batch_size * per_row - count), constant_values=batch_size)
-    placed = place_rows((filled, rows.astype(np.int32)), vlm.mesh)
-    return Images(pixels=placed[0], rows=placed[1], num_rows=batch_size, per_row=per_row)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icet_jax.data.processor import Processor, image_rows
+from icet_jax.data.image_batches import image_rows
+from icet_jax.data.processor import load_processor
 from icet_jax.errors import UserError
 from tests import tiny
 
@@ -23,7 +24,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processor(directory):
-    return Processor.from_directory(directory)
+    return load_processor(directory)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_image_rows(processor):
 def test_full_strategy_keeps_the_class_token(directory, tmp_path):
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     edit(tmp_path / "config.json", vision_feature_select_strategy="full")
-    inputs = Processor.from_directory(tmp_path)(images=[picture(28, 28)], prompts=["x"])
+    inputs = load_processor(tmp_path)(images=[picture(28, 28)], prompts=["x"])
     assert (inputs["input_ids"] == tiny.IMAGE).sum() == 17
 
 
@@ -169,7 +170,7 @@ def test_bad_directories_are_one_clear_line(directory, tmp_path, damage, complai
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     damage(tmp_path)
     with pytest.raises(UserError, match=complaint) as caught:
-        Processor.from_directory(tmp_path)
+        load_processor(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -178,6 +179,6 @@ def test_a_hub_style_file_with_plain_sizes(directory, tmp_path, processor):
     edit(tmp_path / "preprocessor_config.json", crop_size=28, size=28, feature_extractor_type="CLIPFeatureExtractor")
     image = picture(50, 30)
     np.testing.assert_array_equal(
-        Processor.from_directory(tmp_path)(images=[image], prompts=["x"])["pixel_values"],
+        load_processor(tmp_path)(images=[image], prompts=["x"])["pixel_values"],
         processor(images=[image], prompts=["x"])["pixel_values"],
     )

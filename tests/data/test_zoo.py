@@ -9,7 +9,7 @@ from PIL import Image
 
 from icet_jax.data.image_files import ImageFiles
 from icet_jax.data.prepared import PreparedImage, write_set
-from icet_jax.data.processor import Processor
+from icet_jax.data.processor import load_processor
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
 from tests import tiny
@@ -91,7 +91,7 @@ def processor(tmp_path_factory):
     config = tiny.llava_config()
     (folder / "config.json").write_text(json.dumps(tiny.old_config(config)))
     tiny.save_processor(folder, config)
-    return Processor.from_directory(folder)
+    return load_processor(folder)
 
 
 @pytest.fixture(scope="module")
