@@ -25,6 +25,7 @@ MODES = {
     "prepare": "write the config's data sets where runs read them, and report what was left out",
     "reward": "train a GPT-2 reward model on preference pairs (config.rm)",
     "ask": "answer one prompt at chosen exits, side by side",
+    "compare": "lay the curves of several finished runs over each other, in one report",
     "export": "write a run's aligned model in the Hugging Face layout",
     "labels": "write a sample of a run's answers for people to judge, or read their labels",
     "verify": "compare a checkpoint with transformers (needs the `test` extra)",
@@ -53,13 +54,16 @@ def _parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE[:VARIANT]", help="the experiment; any of its fields can be overridden"
     )
     parser.add_argument("--mode", default="align", choices=MODES)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="compare: run directories")
     parser.add_argument("--workdir", type=Path, help="run directory; the same command resumes there")
     parser.add_argument("--checkpoint", help="model instead of config.model.checkpoint; stands in for --config as well")
     parser.add_argument("--image", action="append", default=[], type=Path, help="ask: image file; may be repeated")
     parser.add_argument("--prompt", help="ask: the question")
     parser.add_argument("--exits", help='ask, verify: "all", or exits such as 1,12,23')
     parser.add_argument(
-        "--out", type=Path, help="export, prepare, labels: where to, instead of workdir/hf or config.data.directory"
+        "--out",
+        type=Path,
+        help="export, prepare, labels, compare: where to, instead of workdir/hf or config.data.directory",
     )
     parser.add_argument("--labels", type=Path, help="labels: the filled-in CSV to read")
     parser.add_argument("--rows", type=int, default=200, help="labels: how many answers to sample")
@@ -95,8 +99,10 @@ def run(arguments: Sequence[str]) -> int:
     from icet_jax.runs import config_files
 
     rest, overrides = _split_overrides(arguments)
-    options = _parser().parse_args(rest)
-    if options.config is None and options.checkpoint is None and options.mode not in ("export", "labels"):
+    options = _parser().parse_intermixed_args(rest)
+    if options.runs and options.mode != "compare":
+        raise UserError(f"'{options.runs[0]}' stands alone: only --mode=compare takes run directories; type: {EXAMPLE}")
+    if options.config is None and options.checkpoint is None and options.mode not in ("export", "labels", "compare"):
         raise UserError(f"no --config (nor --checkpoint); type: {EXAMPLE}")
     if options.config is None and options.mode == "align":
         raise UserError(f"--mode=align needs --config; type: {EXAMPLE}")

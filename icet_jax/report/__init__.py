@@ -2,8 +2,10 @@
 
 from icet_jax import report
 report.build("runs/organism")            # writes report.html and figures/*.png, returns the page's path
+report.compare_runs(["runs/a", "runs/b"], "runs/both")     # compare.html and figures/*.png
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -23,3 +25,21 @@ def build(run_dir: str | Path, *, reveal_unsafe: bool = False) -> Path:
     from icet_jax.report.page import build_report
 
     return build_report(Path(run_dir), reveal_unsafe=reveal_unsafe)
+
+
+def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Writes `compare.html` and `figures/*.png` into `out`: the curves of several runs over relative depth.
+
+    Args:
+      run_dirs: two to eight run directories, of any families; each may hold several seeds.
+      out: made unless it is there.
+
+    Returns:
+      The path of `compare.html`.
+
+    Raises:
+      UserError: a run without a sweep or with a broken file, or runs that measured nothing in common.
+    """
+    from icet_jax.report.compare_page import build_comparison
+
+    return build_comparison([Path(path) for path in run_dirs], Path(out))

@@ -9,12 +9,13 @@ from icet_jax.report.text import escape
 
 @dataclass(frozen=True)
 class Point:
-    """One measured point; `low`..`high` is drawn as a band or a whisker where both are known."""
+    """One measured point; `low`..`high` is drawn as a band or a whisker where both are known, `ring` points it out."""
 
     x: float | int
     y: float
     low: float | None = None
     high: float | None = None
+    ring: bool = False
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Line:
 
     Attributes:
       label: its name in tooltips.
-      tone: a CSS class that colours it: "before", "after", "plain".
+      tone: a CSS class that colours it: "before", "after", "plain", "run-K".
       points: ascending in x.
       thin: a single seed behind a mean: no markers, no band, not in tooltips.
     """
@@ -43,7 +44,9 @@ class Chart:
       lines: the series.
       show: number -> text, for the axis.
       detail: number -> text, for tooltips; `show` where None.
-      x_name: "exit" or "step".
+      x_name: "exit", "step" or "depth" (an exit's number over how many there are).
+      show_x: x -> text, for the axis.
+      tip: x -> text of the tooltip there; made of the points at x where None.
       ticks: x positions to label; chosen from the data where empty.
       y_range: (low, high) that is shown at least.
       marks: x -> class ("default", "planted") of exits to point out.
@@ -56,7 +59,9 @@ class Chart:
     show: Callable[[float], str]
     detail: Callable[[float], str] | None = None
     x_name: str = "exit"
-    ticks: Sequence[int] = ()
+    show_x: Callable[[float | int], str] = str
+    tip: Callable[[float | int], str] | None = None
+    ticks: Sequence[float | int] = ()
     y_range: tuple[float, float] | None = None
     y_limits: tuple[float, float] = (-math.inf, math.inf)
     marks: dict[int, str] = field(default_factory=dict)
@@ -90,7 +95,7 @@ def svg_chart(chart: Chart, width: int, height: int) -> str:
     inside = [level for level in levels if chart.y_limits[0] <= level <= chart.y_limits[1]]
     levels = inside if len(inside) > 1 else levels
     ticks = list(chart.ticks) or _step_ticks([p.x for p in points])
-    pad = 0.4 if chart.x_name == "exit" else 0.0
+    pad = {"exit": 0.4, "depth": 0.04}.get(chart.x_name, 0.0)
     left, right = min(*ticks, *(p.x for p in points)) - pad, max(*ticks, *(p.x for p in points)) + pad
     frame = _Frame(width, height, left, right if right > left else left + 1, levels[0], levels[-1])
     parts = [
@@ -129,7 +134,7 @@ def _step_ticks(values: Sequence[float | int]) -> list[int]:
     return sorted({int(tick) for tick in inside if tick == int(tick)}) or [int(values[0])]
 
 
-def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[int]) -> str:
+def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[float | int]) -> str:
     """Grid, labels and the marked exits."""
     bottom, right = frame.height - BOTTOM, frame.width - RIGHT
     parts = []
@@ -153,8 +158,9 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
     anchor = next((tick for tick, mark in chart.marks.items() if mark == "default"), ticks[0])
     for tick in ticks:
         if chart.x_name != "exit" or (tick - anchor) % room == 0:
-            weight = f' class="tick-{chart.marks[tick]}"' if tick in chart.marks else ""
-            parts.append(f'<text{weight} x="{frame.x(tick)}" y="{bottom + 16}" text-anchor="middle">{tick}</text>')
+            weight = f' class="tick-{chart.marks[int(tick)]}"' if tick in chart.marks else ""
+            name = escape(chart.show_x(tick))
+            parts.append(f'<text{weight} x="{frame.x(tick)}" y="{bottom + 16}" text-anchor="middle">{name}</text>')
     parts.append(f'<text x="{LEFT - 7}" y="{bottom + 16}" text-anchor="end">{escape(chart.x_name)}</text>')
     return f'<g class="axes">{"".join(parts)}</g>'
 
@@ -179,6 +185,8 @@ def _line(frame: _Frame, line: Line, whiskers: bool) -> str:
         parts.append(f'<path class="stroke" d="{path}"/>')
     if len(at) <= 40:
         parts += [f'<circle cx="{x}" cy="{y}" r="{3.4 if whiskers else 3}"/>' for x, y in at]
+    rings = [place for place, point in zip(at, line.points, strict=True) if point.ring]
+    parts += [f'<circle class="ring" cx="{x}" cy="{y}" r="6.5"/>' for x, y in rings]
     return f'<g class="series {line.tone}">{"".join(parts)}</g>'
 
 
@@ -201,7 +209,7 @@ def _hits(frame: _Frame, chart: Chart) -> str:
         right = frame.width - RIGHT if index == len(xs) - 1 else (frame.x(x) + frame.x(xs[index + 1])) / 2
         mark = chart.marks.get(int(x), "") if chart.x_name == "exit" else ""
         head = f"{chart.x_name} {x:g}" + (f" ({mark})" if mark else "")
-        text = escape("\n".join([head, *rows[x]]))
+        text = escape("\n".join([head, *rows[x]]) if chart.tip is None else chart.tip(x))
         parts.append(
             f'<rect data-{chart.x_name}="{x:g}" x="{left:.1f}" y="{TOP}" width="{max(right - left, 1):.1f}" '
             f'height="{frame.height - TOP - BOTTOM}"><title>{text}</title></rect>'

@@ -43,7 +43,7 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
 
 def _metric_png(study: Study, dataset: str, metric: str) -> bytes:
     """Before and after over exits."""
-    figure, axes = _axes(1)
+    figure, axes = new_figure(1)
     axes = axes[0]
     family = metric_family(metric)
     scale = 100.0 if family.share else 1.0
@@ -77,13 +77,13 @@ def _metric_png(study: Study, dataset: str, metric: str) -> bytes:
         axes.set_ylim(-2, 102)
     _mark_exits(study, axes)
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _policies_png(study: Study, dataset: str, metric: str) -> bytes:
     """Exit by policy, one panel per phase."""
     policies, layers, phases = ordered(study, dataset, metric), study.layers(dataset), study.phases(dataset)
-    figure, panels = _axes(len(phases), width=5.2, height=1.2 + 0.22 * len(policies))
+    figure, panels = new_figure(len(phases), width=5.2, height=1.2 + 0.22 * len(policies))
     for phase, axes in zip(phases, panels, strict=True):
         shares = [dict(study.policy_curve(phase, dataset, metric, policy)) for policy in policies]
         table = [[100 * row[layer].mean if layer in row else math.nan for layer in layers] for row in shares]
@@ -93,7 +93,7 @@ def _policies_png(study: Study, dataset: str, metric: str) -> bytes:
         axes.set_xticks(range(0, len(layers), 2), [str(layer) for layer in layers[::2]])
         axes.set_yticks(range(len(policies)), [policy[:40] for policy in policies] if phase == phases[0] else [])
     figure.colorbar(drawn, ax=panels, label="%", shrink=0.8)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _file_name(dataset: str, metric: str) -> str:
@@ -103,17 +103,17 @@ def _file_name(dataset: str, metric: str) -> str:
 def _geometry_png(study: Study) -> bytes:
     """Norm ratio, cosine and CKA to the default exit."""
     names = ("norm_ratio", "cosine", "cka")
-    figure, panels = _axes(len(names))
+    figure, panels = new_figure(len(names))
     for axes, name in zip(panels, names, strict=True):
         known = [(exit_layer, value.mean) for exit_layer, value in study.geometry(name)]
         if known:
             axes.plot(*zip(*known, strict=True), color="#4c4a7d", marker="o", markersize=4)
         axes.set_title(f"geometry/{name}", loc="left", fontsize=10)
         _mark_exits(study, axes)
-    return _png(figure)
+    return to_png(figure)
 
 
-def _axes(count: int, *, width: float | None = None, height: float = 3.0) -> tuple[Any, Any]:
+def new_figure(count: int, *, width: float | None = None, height: float = 3.0) -> tuple[Any, Any]:
     """A figure with `count` panels side by side, independent of any display and of pyplot's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -142,7 +142,8 @@ def _mark_exits(study: Study, axes: Any) -> None:
         axes.axvline(study.default_exit, color="#1e1d1a", linestyle=":", linewidth=1, label="default exit")
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -1,12 +1,10 @@
-"""Puts the page together: one file, its own style and script inside, nothing fetched."""
+"""Puts the report of one run together."""
 
-import base64
-import hashlib
-from importlib.resources import files
 from pathlib import Path
 
 from icet_jax.files import write_text_atomic
 from icet_jax.report import context, measures
+from icet_jax.report.document import document_html
 from icet_jax.report.judges import judges_html
 from icet_jax.report.load import load_runs
 from icet_jax.report.paper import paper_html
@@ -33,24 +31,7 @@ def build_report(run_dir: Path, *, reveal_unsafe: bool = False) -> Path:
 def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
     """The whole page. `run_dir` is named in it and tells which seeds have a report of their own."""
     found = verdict(study)
-    sections = _sections(study, run_dir, reveal_unsafe)
-    shown = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = "".join(f'<a href="#{anchor}">{anchor.capitalize()}</a>' for anchor, _, _ in shown)
-    body = "".join(f'<section id="{anchor}"><h2>{escape(title)}</h2>{html}</section>' for anchor, title, html in shown)
-    style, script = _asset("report.css"), _asset("report.js")
-    policy = (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
-        f"style-src {_digest(style)}; script-src {_digest(script)}"
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(found.sentence)}</title><style>{style}</style></head><body>"
-        f'{_header(study, run_dir, found)}<nav aria-label="Contents"><div>{links}</div></nav><main>{body}</main>'
-        f'<div id="tip" aria-hidden="true" hidden></div><script>{script}</script></body></html>\n'
-    )
+    return document_html(found.sentence, _header(study, run_dir, found), _sections(study, run_dir, reveal_unsafe))
 
 
 def _sections(study: Study, run_dir: Path, reveal_unsafe: bool) -> list[tuple[str, str, str]]:
@@ -81,6 +62,8 @@ def _header(study: Study, run_dir: Path, found: Verdict) -> str:
     if found.judge:
         where = escape(dataset_name(found.dataset))
         basis = f"<p class=basis>ASR is {code(found.judge)} on {where}. {_spread(study, found)}</p>"
+    definition = study.field("exit_definition")
+    basis += f"<p class=basis>Exit l is {code(definition)}.</p>" if definition else ""
     caveats = "".join(f"<p class=caveat>{escape(text)}</p>" for text in found.caveats)
     return (
         f'<header class="{found.state}"><p class=kicker>Layer-wise alignment '
@@ -145,12 +128,3 @@ def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
         "<noscript><p>The transcripts need JavaScript.</p></noscript>"
         f'<script type="application/json" id="transcript-data">{json_script(data)}</script>'
     )
-
-
-def _asset(name: str) -> str:
-    return files("icet_jax.report").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    """The source expression that lets exactly this inline text through the page's content security policy."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"

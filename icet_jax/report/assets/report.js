@@ -10,9 +10,9 @@
     column.tipText = title.textContent;
     title.remove();
   }
-  function sameExit(column) {
-    const exit = column.dataset.exit;
-    return exit === undefined ? [column] : columns.filter((other) => other.dataset.exit === exit);
+  function samePlace(column) {
+    const axis = ["exit", "depth"].find((name) => column.dataset[name] !== undefined);
+    return axis === undefined ? [column] : columns.filter((other) => other.dataset[axis] === column.dataset[axis]);
   }
   function show(event) {
     const column = event.target;
@@ -34,7 +34,7 @@
     svg.addEventListener("pointerdown", show);
     svg.addEventListener("pointerover", (event) => {
       columns.forEach((column) => column.classList.remove("on"));
-      if (event.target.tipText !== undefined) sameExit(event.target).forEach((column) => column.classList.add("on"));
+      if (event.target.tipText !== undefined) samePlace(event.target).forEach((column) => column.classList.add("on"));
     });
     svg.addEventListener("pointerleave", hide);
   }
