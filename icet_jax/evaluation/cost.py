@@ -1,7 +1,7 @@
 """What a sweep will cost, before it starts: answers, tokens, operations, time, judged responses.
 
-Operations are those of the matrix products and of attention, counted from the model's sizes for the batches that will
-really run (filled up to the batch size, prompts padded to their bucket). Time is these over speeds measured on the
+Operations are those of the matrix products and of attention, counted by the model for the batches that will really run
+(filled up to the batch size, prompts padded to their bucket). Time is these over speeds measured on the
 device, of products shaped like a prompt's and like one decoding step's; what else a model does is in the range's upper
 end. Compiling, and the judges' own work, are not in it.
 """
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from icet_jax.data.records import Example
 from icet_jax.evaluation.batching import batch_indices, prompt_bucket
 from icet_jax.evaluation.scoring import concerns
 from icet_jax.generation.sampling import Sampling
 from icet_jax.judges.base import Scorer
-from icet_jax.models.llama import lora_shapes
 from icet_jax.typing import Array, Float, Int
 
 _SAMPLED = 64  # prompts tokenised to learn their lengths
@@ -109,21 +109,23 @@ def estimate(
       rates: speeds; measured if None (in about a second, once per process).
 
     Raises:
-      UserError: a prompt that the tokenizer cannot take.
+      UserError: a prompt that the tokenizer cannot take, or an image of the sample that cannot be opened.
     """
     count = vlm.num_exits if isinstance(exits, str) else len(set(exits))
     lengths = _prompt_lengths(vlm, examples)
     batches = len(batch_indices(examples, batch_size))
     padded = batches * batch_size
-    text, per_row = vlm.config.text, max((len(row.images) for row in examples), default=0)
+    per_row = max((len(row.images) for row in examples), default=0)
     length = prompt_bucket(math.ceil(sum(lengths) / max(len(lengths), 1)))
-    cached = length + sampling.max_new_tokens
-    tower = padded * per_row * tower_flops(vlm.config.vision)
-    prompts = padded * count * (per_row * projector_flops(vlm.config) + prefill_flops(text, length, cached))
-    steps = padded * count * sampling.max_new_tokens * step_flops(text, cached)
+    model = nnx.merge(vlm.graphdef, vlm.params)
+    each = model.operations(length, length + sampling.max_new_tokens, per_row)
+    tower = padded * per_row * each.encode
+    prompts = padded * count * (per_row * each.visual + each.prefill)
+    steps = padded * count * sampling.max_new_tokens * each.step
     if rates is None:
         devices = 1 if vlm.mesh is None else vlm.mesh.size
-        rates = measured_rates(text.hidden_size, text.intermediate_size, batch_size, dtype, devices)
+        ffn = max(size_out for _, _, size_out in vlm.lora_shapes.values())
+        rates = measured_rates(vlm.hidden_size, ffn, batch_size, dtype, devices)
     judged = {
         f"{scorer.metric}/{scorer.name}": count * sum(concerns(scorer, row.kind) for row in examples)
         for scorer in scorers
@@ -145,35 +147,6 @@ def estimate(
             _SLACK * (before_answers + steps / rates.steps),
         ),
     )
-
-
-def tower_flops(vision: Any) -> int:
-    """Operations of the vision tower for one image, every block (`ClipConfig`)."""
-    width, positions = vision.hidden_size, vision.num_patches + 1
-    block = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * positions**2 * width
-    patches = 2 * vision.num_patches * vision.num_channels * vision.patch_size**2 * width
-    return vision.num_hidden_layers * block + patches
-
-
-def projector_flops(config: Any) -> int:
-    """Operations of the projector for one image at one exit (`LlavaConfig`)."""
-    wide = config.text.hidden_size
-    return 2 * config.image_tokens * (config.vision.hidden_size * wide + wide**2)
-
-
-def prefill_flops(text: Any, length: int, cached: int) -> int:
-    """Operations of the decoder for a prompt of `length` positions, and the logits of its last one (`LlamaConfig`).
-
-    Every position is compared with all `cached` places of the cache, those that are still empty too.
-    """
-    attention = 4 * length * cached * text.num_attention_heads * text.head_dim
-    return 2 * length * _decoder_weights(text) + text.num_hidden_layers * attention + _logits_flops(text)
-
-
-def step_flops(text: Any, cached: int) -> int:
-    """Operations of one decoding step of one row with a cache of `cached` places (`LlamaConfig`)."""
-    attention = 4 * cached * text.num_attention_heads * text.head_dim
-    return 2 * _decoder_weights(text) + text.num_hidden_layers * attention + _logits_flops(text)
 
 
 @functools.lru_cache(maxsize=16)
@@ -217,24 +190,11 @@ def _products(
     return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)
 
 
-def _decoder_weights(text: Any) -> int:
-    """Weights that every position is multiplied with."""
-    return sum(depth * rows * columns for depth, rows, columns in lora_shapes(text).values())
-
-
-def _logits_flops(text: Any) -> int:
-    return 2 * text.hidden_size * text.vocab_size
-
-
 def _prompt_lengths(vlm: Any, examples: Sequence[Example]) -> list[int]:
     """Tokens of at most `_SAMPLED` prompts at even distances, images included."""
     count = min(len(examples), _SAMPLED)
     sample = [examples[index * len(examples) // count] for index in range(count)]
-    processor = vlm.processor
-    texts = [processor.template(row.prompt, len(row.images)) for row in sample]
-    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
-    more = vlm.config.image_tokens - 1  # the template holds one placeholder for each image
-    return [length + more * len(row.images) for length, row in zip(lengths, sample, strict=True)]
+    return vlm.processor.lengths([list(row.images) for row in sample], [row.prompt for row in sample])
 
 
 def _requests_per_second(scorer: Scorer) -> float | None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from icet_jax.generation.sampling import Sampling, is_eos, sample_tokens
-from icet_jax.models.family import KVCache, LanguageModel
+from icet_jax.models.family import Cache, LanguageModel
 from icet_jax.models.layers import Lora, positions_from_mask
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
@@ -32,7 +32,7 @@ class _State(NamedTuple):
     token: Int[Array, "B"]  # the last sampled token, not yet in the cache
     position: Int[Array, "B"]  # its rotary position
     done: Bool[Array, "B"]
-    cache: KVCache | None
+    cache: Cache | None
     out: Generation
 
 
@@ -71,7 +71,7 @@ def prefill(
     visual: Any,
     max_new_tokens: int,
     lora: Lora | None = None,
-) -> tuple[Float[Array, "B V"], KVCache | None]:
+) -> tuple[Float[Array, "B V"], Cache | None]:
     """Runs the prompts once: the logits of each row's first new token, and a cache with room for `max_new_tokens`."""
     batch, prompt_length = tokens.shape
     empty = model.init_cache(batch, prompt_length + max_new_tokens)
@@ -83,7 +83,7 @@ def prefill(
 def continue_from(
     model: LanguageModel,
     logits: Float[Array, "B V"],
-    cache: KVCache | None,
+    cache: Cache | None,
     mask: Bool[Array, "B P"],
     row_keys: Key[Array, "B"],
     sampling: Sampling,
@@ -105,7 +105,7 @@ def continue_from(
         position: Int[Array, "B"],
         step: Array,
         done: Array,
-        cache: KVCache | None,
+        cache: Cache | None,
         out: Generation,
     ) -> _State:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, step)

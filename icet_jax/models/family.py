@@ -5,7 +5,7 @@ in the paper; exit l feeds the projector the output of the l-th block of the ima
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax
 import jax
@@ -18,6 +18,9 @@ from icet_jax.typing import Array, Bool, Float, Int, Key
 
 Visual = Any
 """Opaque pytree that the decoder takes; every leaf is row-aligned, its first axis is the batch."""
+
+Cache = Any
+"""Opaque pytree of what a decoder keeps of the tokens that it has seen."""
 
 
 @flax.struct.dataclass
@@ -65,6 +68,22 @@ class KVCache:
     cursor: Int[Array, "B"]
 
 
+class Operations(NamedTuple):
+    """Floating-point operations of the parts of an answer, see `VisionLanguageModel.operations`.
+
+    Attributes:
+      encode: of one image, for all exits.
+      visual: of one image at one exit: from the encoder's state to what the decoder takes.
+      prefill: of one row's prompt at one exit, and the logits of its last position.
+      step: of one new token of one row.
+    """
+
+    encode: int
+    visual: int
+    prefill: int
+    step: int
+
+
 @runtime_checkable
 class LanguageModel(Protocol):
     """What generation needs of a network: it decodes tokens, with a cache or without."""
@@ -85,9 +104,9 @@ class LanguageModel(Protocol):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         visual: Visual | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         lora: Lora | None = None,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T E"], Cache | None]:
         """Hidden states after the final norm; with a cache, `tokens` continue what it holds."""
         ...
 
@@ -95,7 +114,7 @@ class LanguageModel(Protocol):
         """Float32 next-token logits."""
         ...
 
-    def init_cache(self, batch: int, length: int) -> KVCache:
+    def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `length` tokens in each of `batch` rows."""
         ...
 
@@ -133,8 +152,18 @@ class VisionLanguageModel(LanguageModel, Protocol):
         """What the decoder needs of the images at traced `exits`: one for all rows, or `[B]`."""
         ...
 
+    def image_features(
+        self, encoded: Any, exits: Int[Array, "..."]
+    ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
+        """Features of each row's images at traced `exits`, and which of the N are there for the decoder to see."""
+        ...
+
     def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
         """Every hidden state of the image encoder, index 0 being the input of its first block."""
+        ...
+
+    def operations(self, length: int, cached: int, per_row: int) -> Operations:
+        """What rows of `per_row` images and `length` positions take with a cache of `cached` places."""
         ...
 
 

@@ -7,9 +7,9 @@ import flax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.models import layers
+from icet_jax.models import layers, operations
 from icet_jax.models.clip import ClipConfig, ClipVisionTower
-from icet_jax.models.family import Images, KVCache
+from icet_jax.models.family import Images, KVCache, Operations
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import Llama, LlamaConfig, lora_shapes
 from icet_jax.typing import Array, Bool, Float, Int
@@ -132,6 +132,31 @@ class Llava(nnx.Module):
         out = jnp.zeros((images.num_rows, images.per_row, count, width), features.dtype)
         out = out.at[images.rows, images.slots()].set(features, mode="drop")
         return out.reshape(images.num_rows, images.per_row * count, width)
+
+    def image_features(
+        self, encoded: LlavaEncoded, exits: Int[Array, "..."]
+    ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
+        """The rows of `visual`, and which of their features are there."""
+        images = encoded.images
+        there = jnp.zeros((images.num_rows, images.per_row), bool)
+        there = there.at[images.rows, images.slots()].set(True, mode="drop")
+        return self.visual(encoded, exits), jnp.repeat(there, self.config.image_tokens, axis=1)
+
+    def operations(self, length: int, cached: int, per_row: int) -> Operations:
+        """Operations of one image and of one row, see `VisionLanguageModel.operations`."""
+        text, image_tokens = self.config.text, self.config.image_tokens * self._tiles
+        projector = self.config.vision.hidden_size * text.hidden_size + text.hidden_size**2
+        return Operations(
+            encode=self._tiles * operations.clip(self.config.vision),
+            visual=2 * image_tokens * projector,
+            prefill=operations.llama_layers(text, length, cached) + operations.logits(text),
+            step=operations.llama_layers(text, 1, cached) + operations.logits(text),
+        )
+
+    @property
+    def _tiles(self) -> int:
+        """Passes through the tower for one image."""
+        return 1
 
     def merge(self, tokens: Int[Array, "B T"], visual: Float[Array, "B MN E"] | None) -> Float[Array, "B T E"]:
         """Token embeddings with the k-th image position of each row replaced by its k-th feature."""

@@ -14,7 +14,7 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.family import Images
 from icet_jax.models.llava import Llava, LlavaConfig, LlavaEncoded
-from icet_jax.typing import Array, Float, Int
+from icet_jax.typing import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,3 +73,13 @@ class LlavaNext(Llava):
         bank = jnp.concatenate([features.reshape(-1, features.shape[-1]), newline[None]])
         packed = bank[jnp.maximum(images.layout, 0)]
         return jnp.where((images.layout >= 0)[:, :, None], packed, 0)
+
+    def image_features(
+        self, encoded: LlavaEncoded, exits: Int[Array, "..."]
+    ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
+        """The rows of `visual`, and which of their features are there."""
+        return self.visual(encoded, exits), encoded.images.layout >= 0
+
+    @property
+    def _tiles(self) -> int:
+        return self.config.max_tiles

@@ -7,8 +7,8 @@ import flax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.models import layers
-from icet_jax.models.family import Images
+from icet_jax.models import layers, operations
+from icet_jax.models.family import Images, Operations
 from icet_jax.models.layers import Lora
 from icet_jax.models.mllama_text import CrossStates, MllamaCache, MllamaDecoder, MllamaTextConfig
 from icet_jax.models.mllama_vision import EXIT_RULES, MllamaVisionConfig, MllamaVisionTower
@@ -115,6 +115,38 @@ class Mllama(nnx.Module):
         there = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
         tiles = jnp.zeros((*shape[:2], there.shape[1]), bool).at[slots].set(there, mode="drop")
         return CrossStates(states=rows.reshape(images.num_rows, -1, states.shape[-1]), tiles=tiles)
+
+    def image_features(
+        self, encoded: MllamaEncoded, exits: Int[Array, "..."]
+    ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
+        """The vision tokens of `visual`, and which belong to a tile that is there."""
+        seen = self.visual(encoded, exits)
+        return seen.states, jnp.repeat(
+            seen.tiles.reshape(seen.tiles.shape[0], -1), self.config.vision.tokens_per_tile, 1
+        )
+
+    def operations(self, length: int, cached: int, per_row: int) -> Operations:
+        """Operations of one image and of one row, see `VisionLanguageModel.operations`.
+
+        The cross-attention layers of a row without images are skipped.
+        """
+        vision, text = self.config.vision, self.config.text
+        encoder = vision.max_num_tiles * vision.padded_tokens, vision.hidden_size, vision.intermediate_size
+        patches = vision.max_num_tiles * (vision.tokens_per_tile - 1)
+        image_tokens = vision.max_num_tiles * vision.tokens_per_tile
+        after = 0 if self.config.exit_rule == "E5" else vision.num_global_layers
+        head = operations.logits(text.llama)
+        own = [operations.llama_layers(text.self_layers, count, cached) for count in (length, 1)]
+        cross = [text.cross_operations(count, per_row * image_tokens) for count in (length, 1)]
+        made = text.cross_keys_operations(per_row * image_tokens)
+        return Operations(
+            encode=operations.encoder_blocks(vision.num_hidden_layers, *encoder)
+            + 2 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size,
+            visual=operations.encoder_blocks(after, *encoder)
+            + 2 * image_tokens * vision.output_dim * text.llama.hidden_size,
+            prefill=own[0] + cross[0] + made + head,
+            step=own[1] + cross[1] + head,
+        )
 
     def decode(
         self,

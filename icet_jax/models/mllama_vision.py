@@ -2,10 +2,12 @@
 
 An image is up to four tiles; the sequence of one image is all its tiles, each a class token and its patches padded to a
 multiple of 8. Local blocks run once for all exits and keep every state; what follows them is run for the exit asked.
+At full size the attention scores of one image take 2.6 GB, so each block goes through a batch in chunks of images.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ EXIT_RULES = ("E1", "E2", "E5")
 """What feeds the projector at exit l; see `MllamaVisionTower.features`."""
 
 _EMBED_EPS = 1e-5  # of layernorm_pre and layernorm_post, whatever the config's norm_eps
+_SCORE_BYTES = 4 << 30  # most that the float32 attention scores of one block take on a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,10 +179,9 @@ class MllamaVisionTower(nnx.Module):
             raise ValueError(f"upto={upto} is outside 0..{self.config.num_hidden_layers}")
         graph, state = nnx.split(self.layers)
         state = jax.tree.map(lambda weight: weight[:depth], state)
-        allowed = self.attention_mask(aspect_ratio_ids)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
-            x = nnx.merge(graph, weights)(x, allowed)
+            x = self._block(nnx.merge(graph, weights), x, aspect_ratio_ids)
             return x, x
 
         first = self.embed(pixels, aspect_ratio_ids)
@@ -226,14 +228,46 @@ class MllamaVisionTower(nnx.Module):
         x = self.layernorm_post(x).reshape(count, self.config.max_num_tiles, -1, width)
         x = (x + self.post_tile_positional_embedding(aspect_ratio_ids, x.dtype)).reshape(count, length, width)
         graph, state = nnx.split(self.global_layers)
-        allowed = self.attention_mask(aspect_ratio_ids)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, weights)(x, allowed), None
+            return self._block(nnx.merge(graph, weights), x, aspect_ratio_ids), None
 
         return jax.lax.scan(layers.rematerialise(body, self.remat), x, state)[0]
+
+    def _block(self, layer: MllamaVisionBlocks, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Array:
+        """One block, in chunks of images."""
+        scores = 4 * self.config.attention_heads * x.shape[1] ** 2
+
+        def run(x: Array, aspect_ratio_ids: Array) -> Array:
+            return layer(x, self.attention_mask(aspect_ratio_ids))
+
+        return in_chunks(run, max(1, _SCORE_BYTES // scores), x, aspect_ratio_ids)
 
     def _without_padding(self, x: Float[Array, "I Q O"]) -> Float[Array, "I N O"]:
         config = self.config
         x = x.reshape(x.shape[0], config.max_num_tiles, config.padded_tokens, -1)[:, :, : config.tokens_per_tile]
         return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Array:
+    """`function(*arrays)`, whose memory is that of about `size` elements of the first axis on each device.
+
+    Chunks are taken at a stride, so that an axis split over devices stays split within each of them.
+
+    Args:
+      function: of arrays with equal first axes; treats its elements apart.
+      size: at least 1.
+      arrays: `[I, ...]`.
+    """
+    count, devices = arrays[0].shape[0], jax.device_count()
+    steps = -(-count // (size * devices))
+    if steps <= 1:
+        return function(*arrays)
+    chunk = -(-count // (steps * devices)) * devices
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, chunk * steps - count), *[(0, 0)] * (x.ndim - 1)])
+        return x.reshape(chunk, steps, *x.shape[1:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda parts: function(*parts), tuple(map(cut, arrays)))
+    return out.swapaxes(0, 1).reshape(chunk * steps, *out.shape[2:])[:count]
