@@ -95,7 +95,6 @@ def _rendered(tokenizer: Any, text: str) -> Template:
             tokenize=False,
             add_generation_prompt=True,
             date_string=DATE,
-            strftime_now=lambda form: DATE,
         )
 
     return template
