@@ -1,7 +1,6 @@
-"""A zoo of image files: pixel values equal HF's CLIPImageProcessor, difference 0; what is no image is refused."""
+"""A zoo of image files: pixels equal those of each family's HF image processor; what is no image is refused."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -9,10 +8,11 @@ from PIL import Image
 
 from icet_jax.data.image_files import ImageFiles
 from icet_jax.data.prepared import PreparedImage, write_set
-from icet_jax.data.processor import load_processor
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
-from tests import tiny
+from tests import tiny_families
+from tests.data import by_hand as tiled_by_hand
+from tests.data import families
 from tests.data.test_images import png
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
@@ -85,13 +85,14 @@ ZOO = {
 ANIMATED = {name for name in ZOO if "animated" in name or "many pages" in name}
 
 
+@pytest.fixture(scope="module", params=families.FAMILIES)
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint")
-    config = tiny.llava_config()
-    (folder / "config.json").write_text(json.dumps(tiny.old_config(config)))
-    tiny.save_processor(folder, config)
-    return load_processor(folder)
+def processor(family, tmp_path_factory):
+    return families.processor(tmp_path_factory.mktemp("checkpoint"), family)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,35 @@ def pixels(processor, source):
     return processor(images=[source], prompts=["x"])["pixel_values"]
 
 
-def by_hand(path):
+def hf_pixels(family, image):
+    """HF's image processor, made from the toy's numbers."""
+    from transformers import CLIPImageProcessorPil
+
+    square = {"height": SIZE, "width": SIZE}
+    if family == "llava":
+        images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square)
+    elif family == "llava_next":
+        images = tiny_families.next_processor(tiny_families.llava_next_config()).image_processor
+    else:
+        images = tiny_families.mllama_processor(tiny_families.mllama_config()).image_processor
+    return images(image, return_tensors="np")["pixel_values"]
+
+
+def by_hand(family, path):
+    """What the image processor does, without it."""
+    from transformers.image_transforms import convert_to_rgb
+    from transformers.image_utils import load_image
+
+    if family == "llava":
+        return clip_by_hand(path)
+    image = convert_to_rgb(load_image(str(path)))
+    if family == "llava_next":
+        return tiled_by_hand.llava_next(image, tiny_families.PINPOINTS, SIZE)[None]
+    tiles, _ = tiled_by_hand.mllama(image, tiny_families.RATIOS, SIZE)
+    return np.pad(tiles, ((0, 4 - len(tiles)), *[(0, 0)] * 3))[None, None]
+
+
+def clip_by_hand(path):
     """What CLIPImageProcessor did before it had backends, out of transformers' own parts."""
     from transformers import image_transforms as transforms
     from transformers.image_utils import ChannelDimension, PILImageResampling, load_image
@@ -126,14 +155,12 @@ def by_hand(path):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_pixels_of_the_zoo_equal_hf(name, zoo, processor):
-    from transformers import CLIPImageProcessorPil
+def test_pixels_of_the_zoo_equal_hf(name, zoo, family, processor):
     from transformers.image_utils import load_image
 
     ours = pixels(processor, zoo[name])
-    hf = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    np.testing.assert_array_equal(ours, hf(load_image(str(zoo[name])), return_tensors="np")["pixel_values"])
-    np.testing.assert_array_equal(ours, by_hand(zoo[name]))
+    np.testing.assert_array_equal(ours, hf_pixels(family, load_image(str(zoo[name]))))
+    np.testing.assert_array_equal(ours, by_hand(family, zoo[name]))
     np.testing.assert_array_equal(ours, pixels(processor, zoo[name].read_bytes()))
 
 
