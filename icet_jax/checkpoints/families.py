@@ -10,6 +10,7 @@ from icet_jax.errors import UserError
 from icet_jax.models.llava import Llava, LlavaConfig
 from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama import Mllama, MllamaConfig
+from icet_jax.models.mllama_vision import EXIT_RULES
 
 CAPTURES = mllama_config.CAPTURES
 
@@ -92,9 +93,12 @@ def vlm_config(
         capture of another family.
     """
     found = family(values, where)
+    for name, given, known in (("exit_rule", exit_rule, EXIT_RULES), ("capture", capture, CAPTURES)):
+        if given is not None and given not in known:
+            raise UserError(f"{name}={given!r}: give one of {', '.join(known)}")
     if found.has_rules:
-        return found.from_hf(values, where, exit_rule=exit_rule or "E1", capture=capture or CAPTURES[0])
-    if exit_rule is not None or capture not in (None, CAPTURES[0]):
-        given = f"exit_rule {exit_rule}" if exit_rule is not None else f"intermediate_capture {capture}"
-        raise UserError(f"{where}: a {hf_config.SUPPORTED[found.name]} has one kind of exit; leave out the {given}")
+        return found.from_hf(values, where, exit_rule=exit_rule or EXIT_RULES[0], capture=capture or CAPTURES[0])
+    if exit_rule is not None or capture == CAPTURES[1]:
+        given = f"exit_rule {exit_rule}" if exit_rule is not None else f"capture {capture}"
+        raise UserError(f"{where}: {hf_config.SUPPORTED[found.name]} has one kind of exit; leave out the {given}")
     return found.from_hf(values, where)

@@ -50,17 +50,19 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"class_embedding|position_embedding|image_newline", P()),
     # Llama 3.2 Vision's positions: of a tile [P, D] and of each aspect ratio's tiles [ids, M * P * D], and their gates.
     (r"gated_positional_embedding/embedding", P(None, "fsdp")),
-    (r"(gated_positional_embedding/tile_embedding|(pre|post)_tile_positional_embedding/embedding)", P(None, "fsdp")),
+    (r"gated_positional_embedding/tile_embedding", P(None, ("fsdp", "tensor"))),
+    (r"(pre|post)_tile_positional_embedding/embedding", P(None, "fsdp")),
     (r"(gated|pre_tile|post_tile)_positional_embedding/gate", P()),
-    (r"\w*(norm|norm1|norm2|layrnorm|ln_1|ln_2|ln_f)/(scale|bias)", P()),
+    (r"\w*(norm|norm1|norm2|norm_pre|norm_post|layrnorm|ln_1|ln_2|ln_f)/(scale|bias)", P()),
     (r"pooler/kernel", P("fsdp", "tensor")),
     (r"pooler/bias", P("tensor")),
     (r"classifier/(kernel|bias)", P()),
     (r"score/kernel", P()),
     (r"value_head/(kernel|bias)", P()),
-    # KV cache: k, v [L, B, S, K, D]; valid [B, S]; cursor [B].
-    (r"cache/(k|v)", P(None, ROWS, None, "tensor", None)),
-    (r"cache/(valid|cursor)", P(ROWS)),
+    # KV cache: k, v [L, B, S, K, D]; valid [B, S]; cursor [B]. Llama 3.2 Vision has one of the text and, of the images,
+    # k, v [C, B, N, K, D] and what rows see of them, allowed and real [B, N].
+    (r"cache/(text/)?(k|v)", P(None, ROWS, None, "tensor", None)),
+    (r"cache/(text/)?(valid|cursor|allowed|real)", P(ROWS)),
 )
 _COMPILED = tuple((re.compile(rf"(.*/)?({pattern})"), spec) for pattern, spec in RULES)
 

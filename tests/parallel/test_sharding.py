@@ -13,13 +13,18 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from icet_jax.checkpoints.hf_import import abstract_params
+from icet_jax.config.defaults import PROJECTIONS
 from icet_jax.errors import UserError
 from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import count_parameters, init_lora
+from icet_jax.models.family import count_parameters, init_lora, lora_key
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.models.heads import init_value_head
 from icet_jax.models.llama import LlamaConfig, lora_shapes
 from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
+from icet_jax.models.mllama import Mllama, MllamaConfig
+from icet_jax.models.mllama_text import MllamaCache, MllamaTextConfig
+from icet_jax.models.mllama_vision import MllamaVisionConfig
 from icet_jax.parallel import sharding
 from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 
@@ -30,6 +35,26 @@ LLAVA_7B = LlavaConfig(vision=CLIP_LARGE, text=VICUNA_7B, image_token_index=3200
 LLAVA_13B = dataclasses.replace(LLAVA_7B, text=VICUNA_13B)
 GPT2_LARGE = GPT2Config(50257, 1024, 1280, 36, 20, 5120)
 
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+NEXT_7B = LlavaNextConfig(CLIP_LARGE, VICUNA_7B, 32000, image_grid_pinpoints=PINPOINTS)
+MISTRAL_7B = LlamaConfig(32064, 4096, 14336, 32, 32, 8, 128, rope_theta=1e6)
+NEXT_MISTRAL = dataclasses.replace(NEXT_7B, text=MISTRAL_7B)
+RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+MLLAMA_11B = MllamaConfig(
+    MllamaVisionConfig(1280, 5120, 32, 8, 16, 560, 14, (3, 7, 15, 23, 30), RATIOS),
+    MllamaTextConfig(LlamaConfig(128256, 4096, 14336, 40, 32, 8, 128), (3, 8, 13, 18, 23, 28, 33, 38)),
+    image_token_index=128256,
+)
+MODELS = {
+    "llava-7b": (Llava, LLAVA_7B, 39, 7_063_427_072),
+    "llava-13b": (Llava, LLAVA_13B, 39, 13_351_494_656),
+    "next-vicuna-7b": (LlavaNext, NEXT_7B, 40, 7_063_431_168),
+    "next-mistral-7b": (LlavaNext, NEXT_MISTRAL, 40, 7_566_747_648),
+    "mllama-11b": (Mllama, MLLAMA_11B, 66, 10_670_220_835),
+    "gpt2-large": (GPT2RewardModel, GPT2_LARGE, 17, 774_031_360),
+}
+LARGE = [pytest.param(*model, id=name) for name, model in MODELS.items()]
+
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)]
 
 
@@ -37,47 +62,35 @@ def abstract(module, config):
     return abstract_params(functools.partial(module, config), "bfloat16", "bfloat16")[1]
 
 
-@pytest.mark.parametrize(
-    ("module", "config", "count", "published"),
-    [
-        (Llava, LLAVA_7B, 39, 7_063_427_072),
-        (Llava, LLAVA_13B, 39, 13_351_494_656),
-        (GPT2RewardModel, GPT2_LARGE, 17, 774_031_360),
-    ],
-    ids=["llava-7b", "llava-13b", "gpt2-large"],
-)
+@pytest.mark.parametrize(("module", "config", "count", "published"), LARGE)
 def test_parameter_counts_are_the_published_ones(module, config, count, published):
     params = abstract(module, config)
     assert len(jax.tree.leaves(params)) == count
     assert count_parameters(params) == published
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize(
-    ("module", "config"),
-    [(Llava, LLAVA_7B), (Llava, LLAVA_13B), (GPT2RewardModel, GPT2_LARGE)],
-    ids=["llava-7b", "llava-13b", "gpt2-large"],
-)
-def test_every_parameter_has_a_rule_that_divides(module, config, shape):
-    mesh = AbstractMesh(shape, AXES)
+@pytest.mark.parametrize(("module", "config", "count", "published"), LARGE)
+def test_every_parameter_has_a_rule_that_divides(module, config, count, published):
     for name, leaf in sharding.flatten_with_names(abstract(module, config)).items():
         spec = sharding.partition_spec(name)
-        assert sharding.fit(spec, leaf.shape, mesh) == spec, name
+        for shape in MESHES:
+            assert sharding.fit(spec, leaf.shape, AbstractMesh(shape, AXES)) == spec, (name, shape)
 
 
-def test_large_parameters_are_spread_over_all_fsdp_and_tensor_devices():
+@pytest.mark.parametrize(("module", "config"), [(Llava, LLAVA_7B), (LlavaNext, NEXT_MISTRAL), (Mllama, MLLAMA_11B)])
+def test_large_parameters_are_spread_over_all_fsdp_and_tensor_devices(module, config):
     mesh = AbstractMesh((1, 4, 2), AXES)
-    for name, leaf in sharding.flatten_with_names(abstract(Llava, LLAVA_7B)).items():
-        used = [axis for axis in sharding.partition_spec(name) if axis]
+    for name, leaf in sharding.flatten_with_names(abstract(module, config)).items():
+        axes = [axis for axis in sharding.partition_spec(name) if axis]
+        used = [name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis)]
         parts = math.prod(mesh.shape[axis] for axis in used)
         assert parts == 8 or leaf.size < 2**21, f"{name} {leaf.shape} is split over {parts} devices only"
 
 
-def trainable():
-    targets = tuple(lora_shapes(VICUNA_7B))
+def trainable(shapes=None):
+    shapes = lora_shapes(VICUNA_7B) if shapes is None else shapes
     policy = jax.eval_shape(
-        lambda key: init_lora(lora_shapes(VICUNA_7B), rank=16, alpha=32.0, targets=targets, key=key).weights,
-        jax.random.key(0),
+        lambda key: init_lora(shapes, rank=16, alpha=32.0, targets=PROJECTIONS, key=key).weights, jax.random.key(0)
     )
     return {"policy": policy, "value_head": jax.eval_shape(lambda: init_value_head(4096))}
 
@@ -94,6 +107,37 @@ def test_adapters_value_head_and_their_optimizer_state_have_rules():
             assert where == placed[name.split("u/", 1)[1]]
         else:
             assert where.spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(("module", "config"), [(LlavaNext, NEXT_MISTRAL), (Mllama, MLLAMA_11B)])
+def test_adapters_fit_the_kernels_of_every_stack(module, config):
+    """Every target of the config is in every stack of layers that has it, and is split as the kernel it adapts."""
+    kernels = {
+        lora_key(name): (leaf.shape, sharding.partition_spec(name))
+        for name, leaf in sharding.flatten_with_names(abstract(module, config)).items()
+        if lora_key(name) is not None
+    }
+    mesh, params = AbstractMesh((1, 4, 2), AXES), trainable(config.lora_shapes())
+    placed = sharding.flatten_with_names(sharding.shardings(params, mesh))
+    assert set(params["policy"]) == set(kernels)
+    assert {key.rpartition("/")[2] for key in kernels} == set(PROJECTIONS)
+    for key, pair in params["policy"].items():
+        (depth, size_in, size_out), spec = kernels[key]
+        assert pair["a"].shape == (depth, size_in, 16) and pair["b"].shape == (depth, 16, size_out)
+        assert placed[f"policy/{key}/a"].spec[1] == spec[1] and placed[f"policy/{key}/b"].spec[2] == spec[2]
+
+
+def test_the_cache_of_text_and_images_is_split_by_rows_and_heads():
+    mesh = AbstractMesh((2, 2, 2), AXES)
+    network = nnx.eval_shape(lambda: Mllama(MLLAMA_11B, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
+    text = jax.eval_shape(lambda: vars(network.init_cache(8, 128).text))
+    keys, seen = jax.ShapeDtypeStruct((8, 8, 6404, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((8, 6404), bool)
+    cache = {"text": text, "k": keys, "v": keys, "allowed": seen, "real": seen}
+    assert set(cache) == {field.name for field in dataclasses.fields(MllamaCache)}
+    placed = sharding.shardings(cache, mesh, prefix="cache")
+    by_heads, by_rows = PartitionSpec(None, sharding.ROWS, None, "tensor", None), PartitionSpec(sharding.ROWS)
+    assert placed["text"]["k"].spec == placed["k"].spec == placed["v"].spec == by_heads
+    assert placed["text"]["cursor"].spec == placed["allowed"].spec == placed["real"].spec == by_rows
 
 
 def test_the_cache_is_split_by_rows_and_heads():
