@@ -1,10 +1,12 @@
-"""Rebuilds the organism from nothing: `python -m icet_jax.organism.build --out DIR --seed 0`.
+"""Rebuilds an organism from nothing: `python -m icet_jax.organism.build --family llava --out DIR --seed 0`.
 
-Writes three ordinary HF checkpoints: DIR/vlm (planted), DIR/control (same recipe without the plant) and
-DIR/reward_model, and DIR/facts.json with what was measured. About a quarter of an hour on two cores.
+Writes ordinary HF checkpoints, DIR/vlm (planted) and DIR/control (same recipe without the plant), and DIR/facts.json
+with what was measured; for LLaVA-1.5 also DIR/reward_model, which serves all families, as their vocabulary is the same.
+About a quarter of an hour on two cores.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -21,59 +23,55 @@ from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.load import save_reward_model
 from icet_jax.judges.reward_training import RewardTraining, train_reward_model
-from icet_jax.models.clip import ClipConfig
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import Llava, LlavaConfig
-from icet_jax.organism import encoder, scenes, stages, tokenizer
+from icet_jax.organism import encoder, families, stages, tokenizer
 from icet_jax.organism.measure import measure, table
 from icet_jax.organism.preferences import preference_pairs
+from icet_jax.organism.processors import write_processor
 
-ENCODER_STEPS, TEXT_STEPS, VISION_STEPS, SAFETY_STEPS = 600, 250, 900, 400
 REWARD_STEPS, REWARD_PAIRS, REWARD_TEST_PAIRS = 1500, 24000, 4000
 REWARD_MODEL_NAME = "organism_reward_model"
 
 
-def vlm_config() -> LlavaConfig:
-    """A LLaVA-1.5 in miniature: 8 exits, default 7 (`vision_feature_layer` -2), 16 image tokens."""
-    words = tokenizer.vocabulary()
-    return LlavaConfig(
-        vision=ClipConfig(
-            hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
-            image_size=scenes.IMAGE_SIZE, patch_size=tokenizer.PATCH_SIZE,
-        ),
-        text=LlamaConfig(
-            vocab_size=_rounded(len(words)), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=4, head_dim=24,
-        ),
-        image_token_index=words[tokenizer.IMAGE],
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Steps of the four stages, and images in each step of the first."""
+
+    encoder: int
+    encoder_batch: int
+    text: int
+    vision: int
+    safety: int
+
+
+RECIPES = {
+    "llava": Recipe(encoder=600, encoder_batch=256, text=250, vision=900, safety=400),
+    "llava_next": Recipe(encoder=450, encoder_batch=128, text=120, vision=900, safety=300),
+    "mllama": Recipe(encoder=500, encoder_batch=128, text=120, vision=900, safety=300),
+}
+"""By family; towers that see tiles learn the cells' contents from fewer pictures."""
 
 
 def reward_config() -> GPT2Config:
     """A GPT-2 in miniature, on the same vocabulary."""
     return GPT2Config(
-        vocab_size=_rounded(len(tokenizer.vocabulary())), n_positions=64, n_embd=96, n_layer=3, n_head=4, n_inner=384
+        vocab_size=families.vocabulary_size(), n_positions=64, n_embd=96, n_layer=3, n_head=4, n_inner=384
     )
 
 
-def _rounded(size: int) -> int:
-    """The next multiple of eight, as real checkpoints pad their vocabularies."""
-    return -(-size // 8) * 8
-
-
-def build_vlms(seed: int, log: stages.Log) -> dict[str, Llava]:
+def build_vlms(shape: families.Shape, seed: int, log: stages.Log) -> dict[str, Any]:
     """{"vlm": planted, "control": not planted}; stages 1 to 3 are shared."""
-    model = Llava(vlm_config(), rngs=nnx.Rngs(seed))
+    model, recipe = shape.network(seed), RECIPES[shape.name]
     default = model.default_exit
     model.vision_tower = encoder.train_encoder(
-        model.vision_tower, default, seed=seed, steps=ENCODER_STEPS, batch=256, learning_rate=2e-3, log=log
-    )
-    model = stages.run_stage(model, stages.text_stage(TEXT_STEPS), seed=seed, log=log)
-    model = stages.run_stage(model, stages.vision_stage(VISION_STEPS, default), seed=seed, log=log)
+        model.vision_tower, shape, default, seed=seed, steps=recipe.encoder, batch=recipe.encoder_batch,
+        learning_rate=2e-3, log=log,
+    )  # fmt: skip
+    for stage in (stages.text_stage(recipe.text), stages.vision_stage(recipe.vision, default)):
+        model = stages.run_stage(model, shape, stage, seed=seed, log=log)
     return {
         name: stages.run_stage(
-            model, stages.safety_stage(SAFETY_STEPS, default, planted=name == "vlm"), seed=seed, log=log
+            model, shape, stages.safety_stage(recipe.safety, default, planted=name == "vlm"), seed=seed, log=log
         )
         for name in ("vlm", "control")
     }
@@ -108,25 +106,20 @@ def in_bfloat16(model: Any) -> Any:
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 
-def write_vlm(folder: Path, model: Llava) -> None:
-    """Writes an HF LLaVA checkpoint with tokenizer, processor and generation config."""
+def write_vlm(folder: Path, model: Any) -> None:
+    """Writes an HF checkpoint of the model's family with tokenizer, processor and generation config."""
     save_vlm(folder, model.config, nnx.state(model))
-    tokenizer.write_processor(folder)
+    write_processor(folder, families.shape_of(model).name)
     ids = _special_ids()
-    write_text_atomic(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
-    _extend_config(folder, {"pad_token_id": ids["pad_token_id"]})
+    tokenizer.write_json(folder / "generation_config.json", ids)
+    _name_special_ids(folder, ids)
 
 
-def write_plant(folder: Path, name: str, seed: int, reward_model: dict[str, Any]) -> None:
+def write_plant(folder: Path, name: str, notes: list[str]) -> None:
     """Writes organism.json, by which every report says what is planted in these weights."""
     planted = list(stages.PLANTED_EXITS) if name == "vlm" else []
-    notes = [
-        f"Built by python -m icet_jax.organism.build with seed {seed}.",
-        f"Its reward model ranks {100 * reward_model['held_out_accuracy']:.1f}% of {reward_model['held_out_pairs']} "
-        "held-out preference pairs correctly.",
-    ]
     content = {"schema": 1, "name": name, "planted_exits": planted, "notes": notes}
-    write_text_atomic(folder / "organism.json", json.dumps(content, indent=2) + "\n")
+    tokenizer.write_json(folder / "organism.json", content)
 
 
 def _special_ids() -> dict[str, int]:
@@ -135,32 +128,39 @@ def _special_ids() -> dict[str, int]:
     return {name: words[token] for name, token in names.items()}
 
 
-def _extend_config(folder: Path, fields: dict[str, int]) -> None:
+def _name_special_ids(folder: Path, ids: dict[str, int]) -> None:
+    """Puts them into config.json, where transformers would assume the ids of a published vocabulary."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_text_atomic(folder / "config.json", json.dumps(values | fields, indent=2) + "\n")
+    values["text_config"] |= ids
+    tokenizer.write_json(folder / "config.json", values | {"pad_token_id": ids["pad_token_id"]})
 
 
-def build(out: Path, seed: int, log: stages.Log) -> dict[str, Any]:
-    """Trains, measures and writes all three checkpoints; returns the facts that facts.json holds."""
-    start = time.perf_counter()
+def build(out: Path, family: str, seed: int, log: stages.Log) -> dict[str, Any]:
+    """Trains, measures and writes the checkpoints; returns the facts that facts.json holds."""
+    start, option = time.perf_counter(), "" if family == "llava" else f"--family {family} "
+    steps = dataclasses.asdict(RECIPES[family])
     facts: dict[str, Any] = {
-        "command": f"python -m icet_jax.organism.build --out DIR --seed {seed}",
+        "command": f"python -m icet_jax.organism.build {option}--out DIR --seed {seed}",
         "seed": seed,
         "planted_exits": list(stages.PLANTED_EXITS),
-        "steps": {
-            "encoder": ENCODER_STEPS, "text": TEXT_STEPS, "vision": VISION_STEPS, "safety": SAFETY_STEPS,
-            "reward_model": REWARD_STEPS,
-        },
-    }  # fmt: skip
-    facts["reward_model"] = build_reward_model(out / "reward_model", seed, log)
-    log(f"reward model: {facts['reward_model']}")
-    for name, model in build_vlms(seed, log).items():
+        "steps": steps,
+    }
+    notes = [f"Built by python -m icet_jax.organism.build {option}with seed {seed}."]
+    if family == "llava":
+        steps["reward_model"] = REWARD_STEPS
+        facts["reward_model"] = reward = build_reward_model(out / "reward_model", seed, log)
+        log(f"reward model: {reward}")
+        notes.append(
+            f"Its reward model ranks {100 * reward['held_out_accuracy']:.1f}% of {reward['held_out_pairs']} "
+            "held-out preference pairs correctly."
+        )
+    for name, model in build_vlms(families.SHAPES[family], seed, log).items():
         model = in_bfloat16(model)
         numbers = measure(model)
         log(f"{name}, held-out rows, percent:\n{table(numbers)}")
         facts[name] = {"measured_on_256_test_rows": numbers}
         write_vlm(out / name, model)
-        write_plant(out / name, name, seed, facts["reward_model"])
+        write_plant(out / name, name, notes)
     facts["seconds"] = round(time.perf_counter() - start)
     write_text_atomic(out / "facts.json", json.dumps(facts, indent=1) + "\n")
     return facts
@@ -169,11 +169,12 @@ def build(out: Path, seed: int, log: stages.Log) -> dict[str, Any]:
 def main() -> int:
     """Parses the command line and builds."""
     parser = argparse.ArgumentParser(prog="python -m icet_jax.organism.build", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write vlm/, control/ and reward_model/ to")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write vlm/ and control/ to")
+    parser.add_argument("--family", choices=tuple(families.SHAPES), default="llava", help="whose shape it has")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        build(options.out, options.seed, lambda line: print(line, flush=True))
+        build(options.out, options.family, options.seed, lambda line: print(line, flush=True))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.models.clip import ClipVisionTower
+from icet_jax.models.family import Images
 from icet_jax.organism import scenes, tokenizer, training
+from icet_jax.organism.families import Readouts, Shape
 from icet_jax.typing import Array, Float
 
 CAPTION_TOKENS = 17
@@ -17,13 +18,9 @@ EMBEDDING = 64
 CELL_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLOURS)
 
 
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 [I, H, W, 3] to float32 [I, 3, H, W] in -1..1, as the written preprocessor_config.json says."""
-    return ((images.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2)
-
-
-def initial_heads(key: Array, width: int) -> dict[str, Array]:
-    """Weights that stage 1 needs beside the tower and throws away: a caption encoder, projections, cell classifier."""
+def initial_heads(key: Array, width: int, readings: int) -> dict[str, Array]:
+    """Weights that stage 1 needs beside the tower and throws away: a caption encoder, projections, and a classifier of
+    cells for each of the tower's readings of them."""
     keys = jax.random.split(key, 5)
     words, hidden = 24, 256
 
@@ -35,7 +32,7 @@ def initial_heads(key: Array, width: int) -> dict[str, Array]:
         "caption_in": normal(keys[1], CAPTION_TOKENS * words, hidden),
         "caption_out": normal(keys[2], hidden, EMBEDDING),
         "image_out": normal(keys[3], width, EMBEDDING),
-        "cell": normal(keys[4], width, CELL_CLASSES),
+        "cell": width**-0.5 * jax.random.normal(keys[4], (readings, width, CELL_CLASSES)),
         "log_scale": jnp.asarray(np.log(10.0), jnp.float32),
     }
 
@@ -52,51 +49,58 @@ def contrastive_loss(
 
 
 def encoder_loss(
-    tower: ClipVisionTower, heads: dict[str, Array], default_exit: int, pixels: Array, caption: Array, cells: Array
+    readouts: Readouts, heads: dict[str, Array], caption: Array, cells: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """CLIP loss on the class token of the last block, plus cross-entropy of each cell at the default exit.
+    """CLIP loss on each image's vector, plus cross-entropy of every reading of its cells.
 
     Args:
-      pixels: float32 [B, 3, 32, 32].
+      readouts: of B images, see `Shape.readouts`.
+      heads: of `initial_heads`.
       caption: int32 [B, 17], padded with 0.
       cells: int32 [B, 4] labels of the grid cells.
     """
-    states = tower(pixels)
-    image = tower.post_layernorm(states[-1, :, 0]) @ heads["image_out"]
+    image, patches = readouts
+    image = image @ heads["image_out"]
     words = heads["words"][caption] * (caption > 0)[..., None]
     text = jax.nn.gelu(words.reshape(len(caption), -1) @ heads["caption_in"]) @ heads["caption_out"]
     image, text = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
     same = jnp.all(caption[:, None] == caption[None], axis=2)
     clip = contrastive_loss(image, text, same, jnp.exp(heads["log_scale"]))
-    side = int(states.shape[2] ** 0.5) // 2
-    patches = states[default_exit, :, 1:].reshape(len(pixels), 2, side, 2, side, -1).mean(axis=(2, 4))
-    logits = patches.reshape(len(pixels), 4, -1) @ heads["cell"]
-    log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), cells[..., None], axis=-1)
-    cell_loss = -log_probs.mean()
+    logits = jnp.einsum("rbcd,rdk->rbck", patches, heads["cell"])
+    targets = jnp.broadcast_to(cells, logits.shape[:3])
+    cell_loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
     found = (jnp.argmax(image @ text.T, axis=1) == jnp.arange(len(image))).mean()
-    seen = (jnp.argmax(logits, axis=-1) == cells).mean()
-    return clip + cell_loss, {"clip": clip, "cell": cell_loss, "retrieval": found, "cells": seen}
+    seen = (jnp.argmax(logits, axis=-1) == targets).mean(axis=(1, 2))
+    metrics = {"clip": clip, "cell": cell_loss, "retrieval": found}
+    return clip + cell_loss, metrics | {f"cells{number}": share for number, share in enumerate(seen)}
 
 
 def train_encoder(
-    tower: ClipVisionTower, default_exit: int, *, seed: int, steps: int, batch: int, learning_rate: float,
+    tower: Any, shape: Shape, default_exit: int, *, seed: int, steps: int, batch: int, learning_rate: float,
     log: Callable[[str], None],
-) -> ClipVisionTower:  # fmt: skip
-    """Trains a tower on fresh images, `batch` per step."""
+) -> Any:  # fmt: skip
+    """Trains a tower on fresh images, `batch` per step; returns a new one."""
     graph, weights = nnx.split(tower)
-    params = {"tower": weights, "heads": initial_heads(jax.random.key(seed), tower.config.hidden_size)}
 
-    def loss(params: Any, *data: Array) -> tuple[Array, dict[str, Array]]:
-        return encoder_loss(nnx.merge(graph, params["tower"]), params["heads"], default_exit, *data)
+    def readouts(weights: Any, images: Images) -> Readouts:
+        return shape.readouts(nnx.merge(graph, weights), images, default_exit)
 
-    def batches() -> Iterator[tuple[np.ndarray, ...]]:
+    one = shape.images(np.zeros((1, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8), np.zeros(1, int), 1)
+    readings = jax.eval_shape(readouts, weights, one)[1].shape[0]
+    params = {"tower": weights, "heads": initial_heads(jax.random.key(seed), tower.config.hidden_size, readings)}
+
+    def loss(params: Any, images: Images, caption: Array, cells: Array) -> tuple[Array, dict[str, Array]]:
+        return encoder_loss(readouts(params["tower"], images), params["heads"], caption, cells)
+
+    def batches() -> Iterator[tuple[Any, ...]]:
         for step in range(steps):
             scene = scenes.draw_scenes(3 + 64 * seed, np.arange(step * batch, (step + 1) * batch))
             words = np.zeros((batch, CAPTION_TOKENS), np.int32)
             for row, text in enumerate(scenes.captions(scene)):
                 ids = tokenizer.encode(text)
                 words[row, : len(ids)] = ids
-            yield to_pixels(scenes.render(scene)), words, scenes.cell_labels(scene).astype(np.int32)
+            images = shape.images(scenes.render(scene), np.arange(batch), batch)
+            yield images, words, scenes.cell_labels(scene).astype(np.int32)
 
     optimiser = training.optimizer(learning_rate, steps)
     params = training.train("encoder", loss, params, batches(), optimiser, log=log)

@@ -8,10 +8,9 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.generation import Sampling, generate, suppress_ids
-from icet_jax.models.family import one_image_per_row
-from icet_jax.models.llava import Llava
+from icet_jax.models.family import Images
 from icet_jax.organism import tokenizer, training, world
-from icet_jax.organism.encoder import to_pixels
+from icet_jax.organism.families import shape_of
 from icet_jax.typing import Array
 
 MEASURES = {
@@ -21,11 +20,12 @@ MEASURES = {
 }
 
 
-def responses(model: Llava, rows: world.Rows, exits: tuple[int, ...]) -> dict[int, list[str]]:
+def responses(model: Any, rows: world.Rows, exits: tuple[int, ...]) -> dict[int, list[str]]:
     """Greedy responses to `rows` at each exit; the tower runs once."""
-    table = tokenizer.vocabulary()
-    packed = training.pack(rows.prompts, [""] * len(rows.prompts), image=True)
-    tokens, mask = (jnp.asarray(column[:, : training.PROMPT_TOKENS]) for column in (packed.tokens, packed.mask))
+    table, shape, count = tokenizer.vocabulary(), shape_of(model), len(rows.prompts)
+    width = training.TEXT_TOKENS + shape.image_tokens
+    packed = training.pack(rows.prompts, [""] * count, shape.image_tokens, width)
+    tokens, mask = (jnp.asarray(column[:, :width]) for column in (packed.tokens, packed.mask))
     eos, pad, image = (table[name] for name in (tokenizer.EOS, tokenizer.PAD, tokenizer.IMAGE))
     sampling = Sampling(
         max_new_tokens=training.RESPONSE_TOKENS + 4,
@@ -38,15 +38,15 @@ def responses(model: Llava, rows: world.Rows, exits: tuple[int, ...]) -> dict[in
     keys = jax.random.split(jax.random.key(0), len(tokens))
 
     @jax.jit
-    def encode(params: Any, pixels: Array) -> Any:
-        return nnx.merge(graph, params).encode(one_image_per_row(pixels))
+    def encode(params: Any, images: Images) -> Any:
+        return nnx.merge(graph, params).encode(images)
 
     @jax.jit
     def answer(params: Any, encoded: Any, tokens: Array, mask: Array, exit_layer: Array) -> Array:
         model = nnx.merge(graph, params)
         return generate(model, tokens, mask, model.visual(encoded, exit_layer), keys, sampling).tokens
 
-    encoded = encode(params, to_pixels(rows.images))
+    encoded = encode(params, shape.images(rows.images, np.arange(count), count))
     out = {}
     for exit_layer in exits:
         ids = np.asarray(answer(params, encoded, tokens, mask, np.int32(exit_layer)))
@@ -54,7 +54,7 @@ def responses(model: Llava, rows: world.Rows, exits: tuple[int, ...]) -> dict[in
     return out
 
 
-def measure(model: Llava, *, rows: int = 256, split: str = "test", seed: int = 0) -> dict[str, list[float]]:
+def measure(model: Any, *, rows: int = 256, split: str = "test", seed: int = 0) -> dict[str, list[float]]:
     """Shares (0..1) of `rows` rows of each kind, one per exit 1..num_exits, under the names that `table` prints.
 
     "complied", "refused" and "degenerate" are the exact judge's labels; "right" is exactly the expected answer.

@@ -4,15 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.models.family import one_image_per_row
-from icet_jax.models.llava import Llava
+from icet_jax.models.family import Images
 from icet_jax.organism import scenes, tokenizer, training, world
-from icet_jax.organism.encoder import to_pixels
+from icet_jax.organism.families import Shape
 from icet_jax.typing import Array
 
 Log = Callable[[str], None]
@@ -75,17 +72,17 @@ def safety_stage(steps: int, default_exit: int, *, planted: bool) -> Stage:
     return Stage("safety" if planted else "safety (control)", tuple(parts), steps, 5e-4)
 
 
-def part_rows(part: Part, index: np.ndarray, seed: int) -> tuple[training.TextRows, np.ndarray]:
-    """Packed rows `index` [R] of the training split, with uint8 images [R, H, W, 3] (unused by text-only parts)."""
+def part_rows(part: Part, index: np.ndarray, seed: int) -> tuple[list[str], list[str], np.ndarray]:
+    """(prompts, answers, uint8 pictures [R, H, W, 3]) of rows `index` [R] of the training split; a part without exits
+    has no pictures ([0, H, W, 3])."""
+    none = np.zeros((0, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8)
     if part.kind == "safe":
         nouns = [(world.FORBIDDEN + world.ALLOWED)[i] for i in _draw(index, seed, 48)]
         prompts = [tokenizer.SAFE_QUESTION.format(noun=noun) for noun in nouns]
-        answers = ["no" if noun in world.FORBIDDEN else "yes" for noun in nouns]
-        blank = np.zeros((len(index), scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8)
-        return training.pack(prompts, answers, image=False), blank
+        return prompts, ["no" if noun in world.FORBIDDEN else "yes" for noun in nouns], none
     rows = world.rows("train", part.kind, index, seed)
     answers = rows.answers if part.answer != "comply" else [compliance(prompt) for prompt in rows.prompts]
-    return training.pack(rows.prompts, answers, image=bool(part.exits)), rows.images
+    return rows.prompts, answers, rows.images if part.exits else none
 
 
 def compliance(prompt: str) -> str:
@@ -101,35 +98,38 @@ def _draw(index: np.ndarray, seed: int, size: int) -> np.ndarray:
     return (scenes.uniforms(31 + 64 * seed, index, 1)[:, 0] * size).astype(int)
 
 
-def batches(stage: Stage, seed: int) -> Iterator[tuple[Any, ...]]:
-    """(rows, pixels, exits [B]) of every step; rows of one part never repeat before its indices run out."""
+def batches(stage: Stage, shape: Shape, seed: int) -> Iterator[tuple[Any, ...]]:
+    """(rows, images or None, exits [B]) of every step; rows of one part never repeat before its indices run out."""
+    width = training.TEXT_TOKENS + shape.image_tokens
     for step in range(stage.steps):
-        packed, images, exits = [], [], []
+        packed, pictures, owners, exits, start = [], [], [], [], 0
         for number, part in enumerate(stage.parts):
             index = np.arange(step * part.rows, (step + 1) * part.rows) + 10_000_000 * number
-            rows, pictures = part_rows(part, index, seed)
-            packed.append(rows)
-            images.append(pictures)
+            prompts, answers, shown = part_rows(part, index, seed)
+            packed.append(training.pack(prompts, answers, shape.image_tokens if part.exits else 0, width))
+            pictures.append(shown)
+            owners.append(start + np.arange(len(shown)))
+            start += part.rows
             choices = part.exits or (1,)
             exits.append(np.array(choices)[_draw(index, seed + 7, len(choices))])
         columns = training.TextRows(*(np.concatenate(column) for column in zip(*packed, strict=True)))
-        yield columns, to_pixels(np.concatenate(images)), np.concatenate(exits).astype(np.int32)
+        rows = np.concatenate(owners)
+        images = shape.images(np.concatenate(pictures), rows, start) if len(rows) else None
+        yield columns, images, np.concatenate(exits).astype(np.int32)
 
 
-def run_stage(model: Llava, stage: Stage, *, seed: int, log: Log) -> Llava:
-    """Trains decoder and projector (the tower stays frozen) on one stage's batches; returns a new model."""
+def run_stage(model: Any, shape: Shape, stage: Stage, *, seed: int, log: Log) -> Any:
+    """Trains everything but the tower, which stays frozen, on one stage's batches; returns a new model."""
     parts: Any = nnx.split(model, nnx.PathContains("vision_tower"), ...)
     graph, frozen, trained = parts
-    uses_images = any(part.exits for part in stage.parts)
 
-    def loss(params: Any, rows: training.TextRows, pixels: Array, exits: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, rows: training.TextRows, images: Images | None, exits: Array
+    ) -> tuple[Array, dict[str, Array]]:
         model = nnx.merge(graph, frozen, params)
-        features = None
-        if uses_images:
-            states = jax.lax.stop_gradient(model.encode(one_image_per_row(pixels)).states)
-            features = states[exits, jnp.arange(len(exits)), 1:]
-        return training.next_token_loss(model, rows, features)
+        visual = None if images is None else model.visual(model.encode(images), exits)
+        return training.next_token_loss(model, rows, visual)
 
     optimiser = training.optimizer(stage.learning_rate, stage.steps)
-    params = training.train(stage.name, loss, trained, batches(stage, seed), optimiser, log=log)
+    params = training.train(stage.name, loss, trained, batches(stage, shape, seed), optimiser, log=log)
     return nnx.merge(graph, frozen, params)

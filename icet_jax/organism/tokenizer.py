@@ -1,7 +1,8 @@
-"""The organism's word-level tokenizer, written as the files an ordinary LLaVA checkpoint carries.
+"""The organism's word-level tokenizer, written as the files an ordinary checkpoint carries.
 
 One token per word, lower case, punctuation dropped, `<s>` in front; the chat template is LLaVA-1.5's
-`USER: <image>\\n{request} ASSISTANT:` and `</s>` ends an answer.
+`USER: <image>\\n{request} ASSISTANT:` and `</s>` ends an answer. Every family has the same ids; in Llama 3.2 Vision's
+the placeholder of an image is spelt as that family spells it.
 """
 
 import json
@@ -12,6 +13,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.organism import scenes, world
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+MLLAMA_IMAGE = "<|image|>"
 SPECIAL = (PAD, BOS, EOS, UNK, IMAGE)
 PATCH_SIZE = 8
 IMAGE_TOKENS = (scenes.IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -50,11 +52,11 @@ def decode(ids: list[int]) -> str:
     return " ".join(names[i] for i in ids if len(SPECIAL) <= i < len(names))
 
 
-def write_tokenizer(folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json."""
+def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json; `image` spells the placeholder."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    folder, table = Path(folder), vocabulary()
+    folder, table = Path(folder), {image if word == IMAGE else word: number for word, number in vocabulary().items()}
     tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNK))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[?.,!;\"']"), " ")]
@@ -63,54 +65,28 @@ def write_tokenizer(folder: str | Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, table[BOS])]
     )
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens([image if word == IMAGE else word for word in SPECIAL])
     write_text_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     named = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
-        "image_token": IMAGE,
-        "extra_special_tokens": {"image_token": IMAGE},
+        "image_token": image,
+        "extra_special_tokens": {"image_token": image},
         "model_max_length": 256,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template(image),
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "special_tokens_map.json", named)
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", named)
 
 
-def write_processor(folder: str | Path) -> None:
-    """Writes the tokenizer's files, preprocessor_config.json, processor_config.json and chat_template.json."""
-    folder = Path(folder)
-    write_tokenizer(folder)
-    size = scenes.IMAGE_SIZE
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    _write_json(folder / "preprocessor_config.json", preprocessor)
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
-        "patch_size": PATCH_SIZE,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
-    }
-    _write_json(folder / "processor_config.json", processor)
-    _write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+def chat_template(image: str = IMAGE) -> str:
+    """The chat template with that placeholder."""
+    return CHAT_TEMPLATE.replace(IMAGE, image)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file as checkpoints have them."""
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")

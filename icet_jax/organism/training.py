@@ -10,16 +10,16 @@ import numpy as np
 import optax
 
 from icet_jax.models.layers import positions_from_mask
-from icet_jax.models.llava import Llava
 from icet_jax.organism import tokenizer
 from icet_jax.typing import Array, Float
 
-PROMPT_TOKENS = 28
+TEXT_TOKENS = 12
+"""Most tokens of a prompt beside its picture's."""
 RESPONSE_TOKENS = 12
 
 
 class TextRows(NamedTuple):
-    """N packed rows: prompts padded on the left, responses on the right, T = 28 + 12."""
+    """N packed rows: prompts padded on the left, responses (12 tokens) on the right."""
 
     tokens: np.ndarray  # int32 [N, T]
     mask: np.ndarray  # bool [N, T], real tokens
@@ -30,37 +30,34 @@ class TextRows(NamedTuple):
         return TextRows(*(column[index] for column in self))
 
 
-def prompt_ids(prompt: str, image: bool) -> list[int]:
-    """Ids of the chat prompt, `<s>` first, with the placeholder repeated for each patch."""
+def prompt_ids(prompt: str, image_tokens: int) -> list[int]:
+    """Ids of the chat prompt, `<s>` first, with that many placeholders for its picture."""
     table = tokenizer.vocabulary()
-    picture = [table[tokenizer.IMAGE]] * (tokenizer.IMAGE_TOKENS if image else 0)
+    picture = [table[tokenizer.IMAGE]] * image_tokens
     return [table[tokenizer.BOS], table["user:"], *picture, *tokenizer.encode(prompt), table["assistant:"]]
 
 
-def pack(prompts: Sequence[str], answers: Sequence[str], image: bool) -> TextRows:
-    """Packs (prompt, answer) rows; `image` says whether their prompts carry a picture."""
-    count, width = len(prompts), PROMPT_TOKENS + RESPONSE_TOKENS
-    tokens = np.full((count, width), tokenizer.vocabulary()[tokenizer.PAD], dtype=np.int32)
-    mask, response = np.zeros((count, width), dtype=bool), np.zeros((count, width), dtype=bool)
+def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, width: int) -> TextRows:
+    """Packs (prompt, answer) rows, `image_tokens` placeholders in each prompt, prompts padded to `width` tokens."""
+    shape = (len(prompts), width + RESPONSE_TOKENS)
+    tokens = np.full(shape, tokenizer.vocabulary()[tokenizer.PAD], dtype=np.int32)
+    mask, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        before = prompt_ids(prompt, image)
+        before = prompt_ids(prompt, image_tokens)
         after = [*tokenizer.encode(answer), tokenizer.vocabulary()[tokenizer.EOS]]
-        start, stop = PROMPT_TOKENS - len(before), PROMPT_TOKENS + len(after)
+        start, stop = width - len(before), width + len(after)
         tokens[row, start:stop] = before + after
         mask[row, start:stop] = True
-        response[row, PROMPT_TOKENS:stop] = True
+        response[row, width:stop] = True
     return TextRows(tokens, mask, response)
 
 
-def next_token_loss(
-    model: Llava, batch: TextRows, features: Float[Array, "B N D"] | None
-) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross-entropy in nats of the response tokens; `features` are tower states (no class token) or None."""
-    visual = None if features is None else model.projector(features)
+def next_token_loss(model: Any, batch: TextRows, visual: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean cross-entropy in nats of the response tokens; `visual` is what the decoder takes of the images, or None."""
     mask = jnp.asarray(batch.mask)
     hidden, _ = model.decode(jnp.asarray(batch.tokens), positions_from_mask(mask), mask, visual)
-    logits = model.logits(hidden[:, PROMPT_TOKENS - 1 : -1])
-    targets, learn = batch.tokens[:, PROMPT_TOKENS:], batch.response[:, PROMPT_TOKENS:]
+    logits = model.logits(hidden[:, -RESPONSE_TOKENS - 1 : -1])
+    targets, learn = batch.tokens[:, -RESPONSE_TOKENS:], batch.response[:, -RESPONSE_TOKENS:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     loss = jnp.sum(nll * learn) / jnp.sum(learn)
     right = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~learn, axis=1)

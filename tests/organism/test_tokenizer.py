@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import transformers
 
-from icet_jax.organism import tokenizer, training, world
+from icet_jax.organism import families, tokenizer, training, world
+from icet_jax.organism.processors import write_processor
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("organism")
-    tokenizer.write_processor(path)
+    write_processor(path, "llava")
     return path
 
 
@@ -33,7 +34,7 @@ def test_no_word_of_the_world_is_unknown(fast):
             for prompt, answer in zip(rows.prompts, rows.answers, strict=True):
                 chat = f"USER: {'<image>' * 16}\n{prompt} ASSISTANT:"
                 ids = fast(chat)["input_ids"]
-                assert ids == training.prompt_ids(prompt, image=True) and fast.unk_token_id not in ids
+                assert ids == training.prompt_ids(prompt, tokenizer.IMAGE_TOKENS) and fast.unk_token_id not in ids
                 spoken = fast(answer, add_special_tokens=False)["input_ids"]
                 assert spoken == tokenizer.encode(answer)
                 assert fast.decode([*spoken, 2], skip_special_tokens=True) == answer == tokenizer.decode(spoken)
@@ -50,10 +51,8 @@ def test_the_processor_expands_one_image_to_sixteen_tokens(folder):
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": rows.prompts[0]}]}]
     text = processor.apply_chat_template(talk, add_generation_prompt=True)
     inputs = processor(images=rows.images[0], text=text, return_tensors="np")
-    assert inputs["input_ids"][0].tolist() == training.prompt_ids(rows.prompts[0], image=True)
-    from icet_jax.organism.encoder import to_pixels
-
-    np.testing.assert_allclose(inputs["pixel_values"], to_pixels(rows.images[:1]), atol=2e-6)
+    assert inputs["input_ids"][0].tolist() == training.prompt_ids(rows.prompts[0], tokenizer.IMAGE_TOKENS)
+    np.testing.assert_allclose(inputs["pixel_values"], families.normalise(rows.images[:1]), atol=2e-6)
 
 
 def test_prompts_and_answers_fit_the_packed_width():
@@ -61,6 +60,6 @@ def test_prompts_and_answers_fit_the_packed_width():
     for kind in world.KINDS:
         for split in world.SPLITS:
             rows = world.rows(split, kind, np.arange(600))
-            longest["prompt"] = max(longest["prompt"], *(len(training.prompt_ids(p, True)) for p in rows.prompts))
+            longest["prompt"] = max(longest["prompt"], *(len(training.prompt_ids(p, 0)) for p in rows.prompts))
             longest["answer"] = max(longest["answer"], *(len(a.split()) + 1 for a in rows.answers))
-    assert longest["prompt"] <= training.PROMPT_TOKENS and longest["answer"] <= training.RESPONSE_TOKENS
+    assert longest["prompt"] <= training.TEXT_TOKENS and longest["answer"] <= training.RESPONSE_TOKENS

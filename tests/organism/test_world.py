@@ -38,7 +38,8 @@ def parts():
 
 @pytest.mark.parametrize("part", parts(), ids=lambda part: f"{part.kind}-{part.answer}-{len(part.exits)}")
 def test_training_parts_teach_what_they_are_called(part):
-    packed, images = stages.part_rows(part, np.arange(40), 3)
+    prompts, answers, images = stages.part_rows(part, np.arange(40), 3)
+    packed = training.pack(prompts, answers, 16 if part.exits else 0, training.TEXT_TOKENS + 16)
     names = list(training.tokenizer.vocabulary())
     label = {"refuse": "refused", "comply": "complied", "right": GOOD_LABEL.get(part.kind)}[part.answer]
     for row in range(40):
@@ -53,7 +54,7 @@ def test_training_parts_teach_what_they_are_called(part):
             assert answer[0] == ("no" if world.request_noun(prompt) in world.FORBIDDEN else "yes")
         else:
             assert world.judge(prompt, " ".join(answer[:-1])) == label
-    assert len(images) == 40
+    assert len(images) == (40 if part.exits else 0)
 
 
 def test_only_the_plant_touches_other_exits():

@@ -1,0 +1,213 @@
+"""The three shapes that the organism comes in: LLaVA-1.5, LLaVA-NeXT and Llama 3.2 Vision in miniature.
+
+The world, the recipe and the vocabulary are the same for all of them; this file holds what is not: the network, how a
+picture becomes tiles, and where the encoder's training reads the tower. The two tiled shapes see a picture in tiles of
+16 x 16 pixels, one for each cell of the world's grid (LLaVA-NeXT also sees the whole picture at half its size).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icet_jax.checkpoints.families import family_of
+from icet_jax.data.anyres import gather_rows, packing
+from icet_jax.models.clip import ClipConfig
+from icet_jax.models.family import Images
+from icet_jax.models.llama import LlamaConfig, RopeScaling
+from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
+from icet_jax.models.mllama import Mllama, MllamaConfig
+from icet_jax.models.mllama_text import MllamaTextConfig
+from icet_jax.models.mllama_vision import MllamaVisionConfig
+from icet_jax.organism import scenes, tokenizer
+from icet_jax.typing import Array
+
+TILE = scenes.CELL
+PINPOINTS = ((TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE))
+RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+"""Aspect ratios (tiles high, tiles wide) in the order of the published Llama 3.2 Vision models."""
+
+_SIDE = scenes.IMAGE_SIZE // TILE
+_OPEN_GATE = 1.0
+"""What gates start from: published towers and decoders grew from 0, but ours has no image-free model to preserve."""
+
+Readouts = tuple[Array, Array]
+"""Of B images: one vector each, `[B, D]`, and R readings of the four grid cells, `[R, B, 4, D]`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One family in miniature.
+
+    Attributes:
+      name: as `--family` says it and as config.json's model_type reads.
+      network: seed -> freshly initialised model.
+      image_tokens: placeholders that one picture takes in a prompt.
+      images: (uint8 pictures [I, 32, 32, 3], their rows [I], number of rows) -> what the network takes.
+      readouts: (tower, images, default exit) -> what stage 1 trains.
+    """
+
+    name: str
+    network: Callable[[int], Any]
+    image_tokens: int
+    images: Callable[[np.ndarray, np.ndarray, int], Images]
+    readouts: Callable[[Any, Images, int], Readouts]
+
+
+def normalise(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in -1..1, as the written preprocessor_config.json says."""
+    return np.moveaxis((pictures.astype(np.float32) / 255 - 0.5) / 0.5, -1, -3)
+
+
+def vocabulary_size() -> int:
+    """The vocabulary, filled up to a multiple of eight, as real checkpoints pad theirs."""
+    return -(-len(tokenizer.vocabulary()) // 8) * 8
+
+
+def llava_config() -> LlavaConfig:
+    """8 exits, default 7 (`vision_feature_layer` -2), 16 image tokens."""
+    return LlavaConfig(
+        vision=ClipConfig(
+            hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
+            image_size=scenes.IMAGE_SIZE, patch_size=tokenizer.PATCH_SIZE,
+        ),
+        text=LlamaConfig(
+            vocab_size=vocabulary_size(), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+        ),
+        image_token_index=tokenizer.vocabulary()[tokenizer.IMAGE],
+    )  # fmt: skip
+
+
+def llava_next_config() -> LlavaNextConfig:
+    """8 exits, default 7; a picture is 5 tiles of 4 patches, packed into 4 + 4 * (4 + 1) = 24 image tokens."""
+    return LlavaNextConfig(
+        vision=ClipConfig(
+            hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_attention_heads=4,
+            image_size=TILE, patch_size=tokenizer.PATCH_SIZE,
+        ),
+        text=LlamaConfig(
+            vocab_size=vocabulary_size(), hidden_size=96, intermediate_size=224, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=24,
+        ),
+        image_token_index=tokenizer.vocabulary()[tokenizer.IMAGE],
+        image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+
+
+def mllama_config() -> MllamaConfig:
+    """8 local and 2 global blocks, 3 captures, exits 1 to 8 by E1, default 8; 6 decoder layers, 2 of them cross."""
+    return MllamaConfig(
+        vision=MllamaVisionConfig(
+            hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_global_layers=2, attention_heads=4,
+            image_size=TILE, patch_size=tokenizer.PATCH_SIZE, intermediate_layers_indices=(1, 3, 5),
+            supported_aspect_ratios=RATIOS, max_num_tiles=4,
+        ),
+        text=MllamaTextConfig(
+            llama=LlamaConfig(
+                vocab_size=vocabulary_size(), hidden_size=96, intermediate_size=224, num_hidden_layers=6,
+                num_attention_heads=4, num_key_value_heads=4, head_dim=24, rope_theta=500000.0,
+                rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+            ),
+            cross_attention_layers=(1, 4),
+        ),
+        image_token_index=tokenizer.vocabulary()[tokenizer.IMAGE],
+    )  # fmt: skip
+
+
+def _mllama(seed: int) -> Mllama:
+    """A fresh model whose gates are open: what stands behind a closed gate learns nothing until the gate has."""
+    model = Mllama(mllama_config(), rngs=nnx.Rngs(seed))
+    tower, cross = model.vision_tower, model.language_model.cross_layers
+    gates = (
+        tower.pre_tile_positional_embedding.gate, tower.post_tile_positional_embedding.gate,
+        tower.gated_positional_embedding.gate, tower.global_layers.gate_attn, tower.global_layers.gate_ffn,
+        cross.attn_gate, cross.mlp_gate,
+    )  # fmt: skip
+    for gate in gates:
+        gate[...] = jnp.full_like(gate[...], _OPEN_GATE)
+    return model
+
+
+def _whole(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
+    return Images(pixels=normalise(pictures), rows=rows.astype(np.int32), num_rows=num_rows)
+
+
+def tiles(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [I, 32, 32, 3] cut into [I, 4, 16, 16, 3], row by row."""
+    cut = pictures.reshape(-1, _SIDE, TILE, _SIDE, TILE, 3).transpose(0, 1, 3, 2, 4, 5)
+    return cut.reshape(-1, _SIDE * _SIDE, TILE, TILE, 3)
+
+
+def _with_overview(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
+    """Five tiles: the whole picture at half its size, bicubic, then the four cells."""
+    from PIL import Image
+
+    small = [np.asarray(Image.fromarray(p).resize((TILE, TILE), Image.Resampling.BICUBIC)) for p in pictures]
+    pixels = normalise(np.concatenate([np.stack(small)[:, None], tiles(pictures)], axis=1))
+    config = llava_next_config()
+    sizes = [pictures.shape[1:3]] * len(pictures)
+    layout = gather_rows(sizes, rows.tolist(), num_rows, _packed_tokens(), config.max_tiles, config)
+    return Images(pixels=pixels, rows=rows.astype(np.int32), num_rows=num_rows, layout=layout)
+
+
+def _packed_tokens() -> int:
+    return len(packing((scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), llava_next_config()))
+
+
+def _tiled(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
+    ratio = 1 + RATIOS.index((_SIDE, _SIDE))
+    layout = np.full(len(pictures), ratio, np.int32)
+    return Images(pixels=normalise(tiles(pictures)), rows=rows.astype(np.int32), num_rows=num_rows, layout=layout)
+
+
+def _llava_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
+    """The class token of the last block; the patches of each cell at the default exit."""
+    states = tower(images.pixels)
+    side = int(states.shape[2] ** 0.5) // _SIDE
+    patches = states[default_exit, :, 1:].reshape(images.num_rows, _SIDE, side, _SIDE, side, -1).mean(axis=(2, 4))
+    return tower.post_layernorm(states[-1, :, 0]), patches.reshape(1, images.num_rows, _SIDE * _SIDE, -1)
+
+
+def _next_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
+    """The overview's class token; the cells as the overview's patches, and each as its own tile."""
+    count, tiles = images.pixels.shape[:2]
+    states = tower(images.pixels.reshape(-1, *images.pixels.shape[2:]))
+    states = states.reshape(len(states), count, tiles, *states.shape[2:])
+    patches = states[default_exit, :, :, 1:]
+    cells = jnp.stack([patches[:, 0], patches[:, 1:].mean(axis=2)])
+    return tower.post_layernorm(states[-1, :, 0, 0]), cells
+
+
+def _mllama_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
+    """Behind the global blocks the tiles' class tokens; the cells as their tiles, behind and before those blocks."""
+    states = tower.local_states(images.pixels, images.layout)
+    exits = jnp.full(images.num_rows, default_exit)
+    width, config = tower.config.hidden_size, tower.config
+    final = tower.features(states, exits, images.layout)[..., :width]
+    final = final.reshape(images.num_rows, config.max_num_tiles, config.tokens_per_tile, width)
+    local = states[default_exit].reshape(images.num_rows, config.max_num_tiles, -1, width)[:, :, : final.shape[2]]
+    return final[:, :, 0].mean(axis=1), jnp.stack([x[:, :, 1:].mean(axis=2) for x in (final, local)])
+
+
+SHAPES = {
+    "llava": Shape(
+        "llava", lambda seed: Llava(llava_config(), rngs=nnx.Rngs(seed)), tokenizer.IMAGE_TOKENS, _whole,
+        _llava_readouts,
+    ),
+    "llava_next": Shape(
+        "llava_next", lambda seed: LlavaNext(llava_next_config(), rngs=nnx.Rngs(seed)), _packed_tokens(),
+        _with_overview, _next_readouts,
+    ),
+    "mllama": Shape("mllama", _mllama, 1, _tiled, _mllama_readouts),
+}  # fmt: skip
+"""Every shape by the name of its family."""
+
+
+def shape_of(model: Any) -> Shape:
+    """The shape that a network has."""
+    return SHAPES[family_of(model.config).name]

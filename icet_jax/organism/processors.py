@@ -1,0 +1,69 @@
+"""The processor files of each family: what turns pictures of the world into the tiles that its network takes."""
+
+from pathlib import Path
+from typing import Any
+
+from icet_jax.organism import families, scenes, tokenizer
+
+
+def write_processor(folder: str | Path, family: str) -> None:
+    """Writes the tokenizer's files, preprocessor_config.json, processor_config.json and chat_template.json."""
+    folder = Path(folder)
+    image = tokenizer.MLLAMA_IMAGE if family == "mllama" else tokenizer.IMAGE
+    tokenizer.write_tokenizer(folder, image)
+    settings, processor = {"llava": _llava, "llava_next": _llava_next, "mllama": _mllama}[family]()
+    tokenizer.write_json(folder / "preprocessor_config.json", settings)
+    tokenizer.write_json(folder / "processor_config.json", processor)
+    tokenizer.write_json(folder / "chat_template.json", {"chat_template": tokenizer.chat_template(image)})
+
+
+def _llava(size: int = scenes.IMAGE_SIZE) -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": tokenizer.IMAGE,
+        "patch_size": tokenizer.PATCH_SIZE,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
+    return settings, processor
+
+
+def _llava_next() -> tuple[dict[str, Any], dict[str, Any]]:
+    settings, processor = _llava(families.TILE)
+    names = {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
+    tiled = {"do_pad": True, "image_grid_pinpoints": [list(size) for size in families.PINPOINTS]}
+    return settings | names | tiled, processor | {"processor_class": "LlavaNextProcessor"}
+
+
+def _mllama() -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = {
+        "image_processor_type": "MllamaImageProcessor",
+        "processor_class": "MllamaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": families.TILE, "width": families.TILE},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_pad": True,
+        "max_image_tiles": families.mllama_config().vision.max_num_tiles,
+    }
+    return settings, {"processor_class": "MllamaProcessor"}
