@@ -13,15 +13,7 @@ from icet_jax import config as icet_config
 def get_config(variant: str = "") -> icet_config.ConfigDict:
     """`:13b` is the larger model; `:smoke` runs every step in minutes on miniatures made on the spot."""
     icet_config.choose_variant(variant, ("13b", "smoke"))
-    config = icet_config.paper.llava15("13b" if variant == "13b" else "7b")
-    config.algorithm = "lppo"
-    config.lppo.exits = "per_example"  # ours: each sequence its own exit (paper: one layer a run, or sampled ones)
-    config.lppo.iterations = 94  # ours: 94 x 64 sequences are three passes over RedTeam-2K
-    config.lppo.max_new_tokens = 128  # TRL <= 0.11
-    config.optimizer.learning_rate = 1e-5  # TRL <= 0.11
-    config.lora.rank = 64  # Rewards-in-Context's PPO, the source of the reward model
-    config.lora.alpha = 128.0  # as above
-    config.export.form = "both"  # ours: the merged model, and a PEFT adapter
+    config = icet_config.paper.lppo(icet_config.paper.llava15("13b" if variant == "13b" else "7b"))
     return _smoke(config) if variant == "smoke" else config
 
 
@@ -29,6 +21,6 @@ def _smoke(config: icet_config.ConfigDict) -> icet_config.ConfigDict:
     """Every kind of scorer that there is, on every data set, at three exits."""
     config.scorers.llama_reward = {"kind": "reward_model", "checkpoint": "toy:llama_reward"}
     config.scorers.mixed_reward = {"kind": "ensemble", "members": {"harmless_reward": 0.5, "general_reward": 0.5}}
-    config = icet_config.paper.miniature(config)
+    config = icet_config.paper.miniature(config, "llava15", exits=(1, 12, 23))
     config.sweep.scorers = ("refusal_keywords", *config.scorers)
     return config

@@ -11,8 +11,5 @@ from icet_jax import config as icet_config
 def get_config(variant: str = "") -> icet_config.ConfigDict:
     """`:13b` is the larger model; `:smoke` runs every step in a minute on miniatures made on the spot."""
     icet_config.choose_variant(variant, ("13b", "smoke"))
-    config = icet_config.paper.llava15("13b" if variant == "13b" else "7b")
-    config.sweep.exits = "all"  # paper: 1..24
-    config.sweep.temperature = 0.0  # ours: greedy, one response per prompt (paper: one)
-    config.sweep.batch_size = 32  # ours: rows answered at once
-    return icet_config.paper.miniature(config) if variant == "smoke" else config
+    config = icet_config.paper.sweep(icet_config.paper.llava15("13b" if variant == "13b" else "7b"))
+    return icet_config.paper.miniature(config, "llava15", exits=(1, 12, 23)) if variant == "smoke" else config

@@ -257,10 +257,9 @@ class VLM:
         mask = np.asarray(inputs["attention_mask"]) if "attention_mask" in inputs else np.ones_like(tokens)
         if tokens.ndim != 2 or tokens.shape != mask.shape:
             raise UserError(f"inputs: input_ids {tokens.shape} and attention_mask {mask.shape} must both be [B, T]")
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
-            raise UserError(
-                f"inputs: input_ids reach {tokens.max()}, but this model's tokens are 0..{self.vocab_size - 1}"
-            )
+        last = max(self.vocab_size - 1, self.config.image_token_index)  # which may be no token of the vocabulary
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() <= last:
+            raise UserError(f"inputs: input_ids reach {tokens.max()}, but this model's tokens are 0..{last}")
         return place_rows((tokens.astype(np.int32), mask.astype(bool)), self.mesh)
 
     def _images(self, inputs: Inputs) -> Images | None:

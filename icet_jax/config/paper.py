@@ -1,4 +1,4 @@
-"""The paper's experiment on LLaVA-1.5, as both of its configs share it; and the same on miniatures of everything.
+"""The paper's experiment on each of its three families, as their configs share it; and the same on miniatures.
 
 Origins: *paper* is the ICML 2025 text, *cards* the model cards of the checkpoints, *ours* this project's own choice.
 """
@@ -7,16 +7,48 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import default
 
-SIZES = ("7b", "13b")
+_TEXT_POSITIONS = 192  # of a prompt beside its image (ours): as many as in `default`, 768 - 576
 
 
 def llava15(size: str = "7b") -> ConfigDict:
-    """LLaVA-1.5 (`size` "7b" or "13b") on the paper's data sets with the paper's scorers.
+    """LLaVA-1.5 (`size` "7b" or "13b")."""
+    config = _experiment()
+    config.model.checkpoint = f"llava-hf/llava-1.5-{size}-hf"  # paper (7B); ours (13B)
+    return config
+
+
+def llava_next(backbone: str = "vicuna-7b") -> ConfigDict:
+    """LLaVA-NeXT (v1.6; `backbone` "vicuna-7b", "vicuna-13b" or "mistral-7b"). The paper measures it alone."""
+    config = _experiment()
+    config.model.checkpoint = f"llava-hf/llava-v1.6-{backbone}-hf"
+    # The whole image's 576 positions, and 48 x 48 patches and 48 newlines of four tiles: what an image takes at most.
+    config.data.max_prompt_tokens = 576 + 48 * 48 + 48 + _TEXT_POSITIONS
+    config.lppo.accumulation = 16  # ours, for memory: sequences are four times as long as LLaVA-1.5's
+    config.sweep.batch_size = 8  # ours, for memory: the states of all exits of an image are 0.15 GB in bfloat16
+    return config
+
+
+def llama32v() -> ConfigDict:
+    """Llama 3.2 Vision (11B). The paper measures it alone.
+
+    How the paper reads exit l of this family is not known; E1 is ours, and `config.model.exit_rule` takes another.
+    """
+    config = _experiment()
+    config.model.checkpoint = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+    config.model.exit_rule = "E1"  # ours: local blocks after l are skipped
+    config.model.intermediate_capture = "input"  # as the model was trained
+    config.data.max_prompt_tokens = _TEXT_POSITIONS  # an image takes one position, and attention of its own
+    config.lppo.accumulation = 16  # ours, for memory
+    config.sweep.batch_size = 4  # ours, for memory: the states of all exits of an image are 0.54 GB in bfloat16
+    return config
+
+
+def _experiment() -> ConfigDict:
+    """The paper's data sets and scorers; the model is to be set.
 
     The published files are yours to bring (none may be shipped): put them into one folder, `config.data.root`.
     """
     config = default()
-    config.model.checkpoint = f"llava-hf/llava-1.5-{size}-hf"  # paper (7B); ours (13B)
 
     # RedTeam-2K's 2,000 prompts, each with a benign image (paper) drawn from MS-COCO's validation set (ours).
     config.data.train = "redteam_2k:RedTeam_2K.csv?images=val2014"
@@ -57,16 +89,41 @@ def llava15(size: str = "7b") -> ConfigDict:
     return config
 
 
-def miniature(config: ConfigDict) -> ConfigDict:
+def lppo(config: ConfigDict) -> ConfigDict:
+    """`config` with the settings of L-PPO that all families share."""
+    config.algorithm = "lppo"
+    config.lppo.exits = "per_example"  # ours: each sequence its own exit (paper: one layer a run, or sampled ones)
+    config.lppo.iterations = 94  # ours: 94 x 64 sequences are three passes over RedTeam-2K
+    config.lppo.max_new_tokens = 128  # TRL <= 0.11
+    config.optimizer.learning_rate = 1e-5  # TRL <= 0.11
+    config.lora.rank = 64  # Rewards-in-Context's PPO, the source of the reward model
+    config.lora.alpha = 128.0  # as above
+    config.export.form = "both"  # ours: the merged model, and a PEFT adapter
+    return config
+
+
+def sweep(config: ConfigDict) -> ConfigDict:
+    """`config` with the settings that every sweep of all exits shares."""
+    config.sweep.exits = "all"  # paper
+    config.sweep.temperature = 0.0  # ours: greedy, one response per prompt (paper: one)
+    return config
+
+
+def miniature(config: ConfigDict, model: str, exits: tuple[int, ...]) -> ConfigDict:
     """`config` on `icet_jax.runs.toy`: every network of toy size with random weights, every set in its own format.
 
     Nothing that comes out of it means anything; it shows that every step of the experiment runs.
+
+    Args:
+      config: of the experiment at full size.
+      model: name of the toy model, of the same family.
+      exits: that are swept.
     """
-    config.model.checkpoint = "toy:llava15"
+    config.model.checkpoint = f"toy:{model}"
     config.model.dtype = "float32"
     config.data.train = "toy:redteam_2k"
     config.data.batch_size = 8
-    config.data.max_prompt_tokens = 64
+    config.data.max_prompt_tokens = 96
     config.lora.rank = 4
     config.lora.alpha = 8.0
     config.lppo.iterations = 2
@@ -84,7 +141,7 @@ def miniature(config: ConfigDict) -> ConfigDict:
         config.scorers[name] = definition
     config.sweep.datasets = {name: f"toy:{name}" for name in ("custom", "mini_jailbreakv", "advbench_coco", "xstest")}
     config.sweep.utility = {"vqa_v2": "toy:vqa_v2"}
-    config.sweep.exits = (1, 12, 23)
+    config.sweep.exits = exits
     config.sweep.limit = 4
     config.sweep.batch_size = 4
     config.sweep.max_new_tokens = 8

@@ -2,7 +2,7 @@
 
 rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
             | toy:KIND | toy:FORMAT
-weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:llava15 | ...
+weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:mllama | ...
 """
 
 import functools

@@ -18,6 +18,7 @@ def write_tokenizer(
     pair: str | None = None,
     text: str | None = None,
     words: Sequence[str] = (),
+    last: Sequence[str] = (),
     settings: dict[str, Any],
 ) -> dict[str, int]:
     """Writes tokenizer.json and tokenizer_config.json, and returns the vocabulary.
@@ -29,6 +30,7 @@ def write_tokenizer(
       pair: the same for two texts.
       text: where given, byte pairs are learnt from it, so that it takes a fifth of its bytes.
       words: further words that are one token each.
+      last: special tokens whose ids come after all others.
       settings: of tokenizer_config.json: the special tokens' roles, a chat template.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -46,6 +48,7 @@ def write_tokenizer(
         tokenizer.train_from_iterator([text], trainer)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in last])
     if single is not None:
         known = [(name, tokenizer.token_to_id(name)) for name in special]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
