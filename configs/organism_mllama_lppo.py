@@ -1,4 +1,4 @@
-"""The embedded model in Llama 3.2 Vision's shape: tiled tower, cross-attention decoder, exits by rule E1, same L-PPO."""
+"""The embedded model in Llama 3.2 Vision's shape: tiled tower, cross-attention, exits by rule E1; the same L-PPO."""
 
 from icet_jax import config as icet_config
 
