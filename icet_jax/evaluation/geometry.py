@@ -3,20 +3,22 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.sweep import encode
-from icet_jax.typing import Array, Float, Int
+from icet_jax.typing import Array, Bool, Float, Int
 
 SCHEMA = 1
 _CKA_TOKENS = 1024  # tokens compared by CKA, evenly spread over the images: its Gram matrices are this wide
+_AT_ONCE = 4  # images encoded together
 
 
 def geometry(vlm: Any, examples: Sequence[Example], *, max_images: int = 32) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def geometry(vlm: Any, examples: Sequence[Example], *, max_images: int = 32) -> 
     Args:
       vlm: the model, an `icet_jax.api.VLM`.
       examples: rows whose first images are looked at.
-      max_images: the most images, all encoded at once.
+      max_images: the most images.
 
     Raises:
       UserError: no row has an image, or one cannot be opened.
@@ -37,12 +39,17 @@ def geometry(vlm: Any, examples: Sequence[Example], *, max_images: int = 32) -> 
     if not chosen:
         raise UserError("geometry: no row has an image; give rows that have")
     rows = [Example(example.id, "", example.images[:1]) for example in chosen]
-    encoded = encode(vlm.graphdef, vlm.params, prompt_batch(vlm, rows, len(rows), 1).images)
+    parts: list[list[_Part]] = [[] for _ in range(vlm.num_exits)]
+    for start in range(0, len(rows), _AT_ONCE):
+        batch = rows[start : start + _AT_ONCE]
+        encoded = encode(vlm.graphdef, vlm.params, prompt_batch(vlm, batch, min(_AT_ONCE, len(rows)), 1).images)
+        chosen_tokens = -(-_CKA_TOKENS * len(batch) // len(rows))
+        for layer, found in enumerate(parts, start=1):
+            exits = jnp.int32(layer), jnp.int32(vlm.default_exit)
+            found.append(_compare(vlm.graphdef, vlm.params, encoded, *exits, chosen_tokens))
     layers = []
-    for layer in range(1, vlm.num_exits + 1):
-        exits = jnp.int32(layer), jnp.int32(vlm.default_exit)
-        found = map(float, _compare(vlm.graphdef, vlm.params, encoded, *exits))
-        numbers = [number if math.isfinite(number) else None for number in found]
+    for layer, found in enumerate(parts, start=1):
+        numbers = [number if math.isfinite(number) else None for number in _joined(found)]
         layers.append({"layer": layer, **dict(zip(("norm_ratio", "cosine", "cka"), numbers, strict=True))})
     return {
         "schema": SCHEMA,
@@ -76,20 +83,56 @@ def _u_centred_gram(x: Float[Array, "n D"]) -> Float[Array, "n n"]:
     return jnp.where(others, gram - rows[:, None] - rows[None, :] + total, 0.0)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+class _Part(NamedTuple):
+    """Of the tokens of some images, x at one exit and y at the default one.
+
+    Attributes:
+      sums: of the norms of x, of those of y, and of the cosines between them, over the tokens that are there.
+      count: how many those are.
+      x, y: some of the tokens, evenly spread.
+      taken: which of these are tokens that are there, each once.
+    """
+
+    sums: Float[Array, "3"]
+    count: Int[Array, ""]
+    x: Float[Array, "n E"]
+    y: Float[Array, "n E"]
+    taken: Bool[Array, "n"]
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chosen"))
 def _compare(
-    graphdef: nnx.GraphDef, params: nnx.State, encoded: Any, exit_layer: Int[Array, ""], default_exit: Int[Array, ""]
-) -> tuple[Array, Array, Array]:
-    """(norm ratio, cosine, CKA) of one exit against the default, both traced."""
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    encoded: Any,
+    exit_layer: Int[Array, ""],
+    default_exit: Int[Array, ""],
+    chosen: int,
+) -> _Part:
+    """One exit against the default, both traced; `chosen` tokens are kept."""
     model = nnx.merge(graphdef, params)
-    x, y = (_tokens(model.visual(encoded, layer)) for layer in (exit_layer, default_exit))
+    (x, there), (y, _) = (model.image_features(encoded, layer) for layer in (exit_layer, default_exit))
+    x, y = (features.astype(jnp.float32).reshape(-1, features.shape[-1]) for features in (x, y))
+    there = there.reshape(-1)
     norms = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(y, axis=1)
-    cosine = jnp.mean(jnp.sum(x * y, axis=1) / jnp.maximum(norms[0] * norms[1], 1e-30))
-    stride = -(-x.shape[0] // _CKA_TOKENS)
-    return norms[0].mean() / norms[1].mean(), cosine, linear_cka(x[::stride], y[::stride])
+    cosine = jnp.sum(x * y, axis=1) / jnp.maximum(norms[0] * norms[1], 1e-30)
+    sums = jnp.stack([jnp.sum(values, where=there) for values in (*norms, cosine)])
+    count = there.sum()
+    numbers = jnp.arange(chosen) * jnp.maximum(-(-count // chosen), 1)  # among the tokens that are there, from 0
+    places = jnp.minimum(jnp.searchsorted(jnp.cumsum(there), numbers + 1), x.shape[0] - 1)
+    return _Part(sums, count, x[places], y[places], numbers < count)
 
 
-def _tokens(visual: Any) -> Float[Array, "n E"]:
-    """All image tokens of a batch as float32 rows; a family's visual pytree starts with its features [B, ..., E]."""
-    features = jax.tree.leaves(visual)[0].astype(jnp.float32)
-    return features.reshape(-1, features.shape[-1])
+def _joined(parts: Sequence[_Part]) -> tuple[float, float, float]:
+    """(norm ratio, cosine, CKA) of all images."""
+    sums = np.sum([np.asarray(part.sums, np.float64) for part in parts], axis=0)
+    tokens = sum(int(part.count) for part in parts)
+    x, y = (
+        np.concatenate(
+            [np.asarray(features)[np.asarray(part.taken)] for part, features in zip(parts, side, strict=True)]
+        )
+        for side in ([part.x for part in parts], [part.y for part in parts])
+    )
+    cka = float(linear_cka(jnp.asarray(x), jnp.asarray(y))) if len(x) >= 4 else math.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(sums[0] / sums[1]), float(sums[2] / tokens), cka

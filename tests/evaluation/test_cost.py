@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.evaluation import cost
+from icet_jax.api import load
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.cost import Cost, Rates, estimate
 from icet_jax.evaluation.sweep import encode, sweep
@@ -17,12 +17,22 @@ from icet_jax.judges.base import Scores
 from icet_jax.judges.keywords import RefusalKeywords
 from icet_jax.models.clip import ClipConfig
 from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import LlavaConfig
+from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
+from icet_jax.models.mllama import Mllama, MllamaConfig
+from icet_jax.models.mllama_text import MllamaTextConfig
+from icet_jax.models.mllama_vision import MllamaVisionConfig
+from tests import tiny, tiny_families
 from tests.evaluation import bundle
 
 RATES = Rates(prompts=1e9, steps=1e8)
 CLIP = ClipConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
 LLAMA = LlamaConfig(32064, 4096, 11008, 32, 32, 32, 128)
+FAMILIES = {
+    "LLaVA-1.5": tiny.save_llava,
+    "LLaVA-NeXT": tiny_families.save_llava_next,
+    "Llama 3.2 Vision": tiny_families.save_mllama,
+}
 
 
 class Remote(RefusalKeywords):
@@ -96,39 +106,75 @@ def test_costs_add_up(vlm):
     assert both.seconds == pytest.approx([a + b for a, b in zip(one.seconds, other.seconds, strict=True)])
 
 
-def test_operations_are_those_of_the_traced_functions(vlm):
-    batch = prompt_batch(vlm, bundle.rows()[:1], 1, 1)
-    traced = jax.make_jaxpr(encode, static_argnums=0)(vlm.graphdef, vlm.params, batch.images)
-    assert cost.tower_flops(vlm.config.vision) == traced_flops(traced.jaxpr)
-
-    def project(params, encoded):
-        return nnx.merge(vlm.graphdef, params).visual(encoded, jnp.int32(2))
-
-    encoded = encode(vlm.graphdef, vlm.params, batch.images)
-    traced = jax.make_jaxpr(project)(vlm.params, encoded)
-    assert cost.projector_flops(vlm.config) == pytest.approx(traced_flops(traced.jaxpr), rel=0.01)
-
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("images", [0, 2])
+def test_operations_are_those_of_the_traced_functions(tmp_path, family, images):
+    vlm = load(FAMILIES[family](tmp_path))
+    rows = [row for row in bundle.rows() if len(row.images) == images][:1]
+    batch, model = prompt_batch(vlm, rows, 1, images), nnx.merge(vlm.graphdef, vlm.params)
     length = batch.tokens.shape[1]
+    found = model.operations(length, length + 9, images)
 
-    def first_logits(params, tokens, mask):
-        return prefill(nnx.merge(vlm.graphdef, params), tokens, mask, None, 1)[0]
+    def counted(function, *arguments):
+        return traced_flops(jax.make_jaxpr(function)(vlm.params, *arguments).jaxpr)
 
-    traced = traced_flops(jax.make_jaxpr(first_logits)(vlm.params, batch.tokens, batch.mask).jaxpr)
-    assert cost.prefill_flops(vlm.config.text, length, length + 1) == traced
+    def network(params):
+        return nnx.merge(vlm.graphdef, params)
+
+    visual = None
+    if images:
+        encoded = encode(vlm.graphdef, vlm.params, batch.images)
+        assert counted(lambda params: network(params).encode(batch.images)) == images * found.encode
+        traced = counted(lambda params, encoded: network(params).visual(encoded, jnp.int32(2)), encoded)
+        assert traced == pytest.approx(images * found.visual, rel=0.02)
+        visual = model.visual(encoded, jnp.int32(2))
+
+    def first_logits(params, tokens, mask, visual):
+        return prefill(network(params), tokens, mask, visual, 9)
+
+    assert counted(lambda *arguments: first_logits(*arguments)[0], batch.tokens, batch.mask, visual) == found.prefill
 
     def next_logits(params, cache, token):
-        model = nnx.merge(vlm.graphdef, params)
+        model = network(params)
         hidden, _ = model.decode(token, jnp.full((1, 1), length), jnp.ones((1, 1), bool), None, cache)
         return model.logits(hidden[:, 0])
 
-    cache = nnx.merge(vlm.graphdef, vlm.params).init_cache(1, length + 9)
-    traced = traced_flops(jax.make_jaxpr(next_logits)(vlm.params, cache, batch.tokens[:, :1]).jaxpr)
-    assert cost.step_flops(vlm.config.text, length + 9) == traced
+    _, cache = first_logits(vlm.params, batch.tokens, batch.mask, visual)
+    assert counted(next_logits, cache, batch.tokens[:, :1]) == found.step
+
+
+@pytest.mark.parametrize("family", ["LLaVA-NeXT", "Llama 3.2 Vision"])
+def test_prompts_of_every_family_are_counted(tmp_path, family):
+    vlm = load(FAMILIES[family](tmp_path))
+    rows = [(list(row.images), row.prompt) for row in bundle.rows()]
+    inputs = vlm.processor(images=[images for images, _ in rows], prompts=[prompt for _, prompt in rows])
+    assert run(vlm, exits=[1]).prompt_tokens == inputs["attention_mask"].sum()
 
 
 def test_operations_at_full_size():
-    """LLaVA-1.5-7B: 6.5e9 decoder weights, so about 1.3e10 operations a token, and 3.7e11 an image."""
-    assert cost.step_flops(LLAMA, 1) == pytest.approx(2 * 6.6e9, rel=0.02)
-    assert cost.prefill_flops(LLAMA, 640, 640) == pytest.approx(640 * 2 * 6.5e9 + 32 * 4 * 640**2 * 4096, rel=0.02)
-    assert cost.tower_flops(CLIP) == pytest.approx(3.9e11, rel=0.1)
-    assert cost.projector_flops(LlavaConfig(CLIP, LLAMA, 32000)) == pytest.approx(2 * 576 * 21e6, rel=0.01)
+    """A 7B LLaVA: 6.5e9 decoder weights, so about 1.3e10 operations a token; LLaVA-1.5: 3.7e11 an image.
+
+    Llama 3.2 Vision: 4 x 1608 positions through 32 blocks of 20e6 weights, and 2.2e12 of attention.
+    """
+    llava = nnx.eval_shape(lambda: Llava(LlavaConfig(CLIP, LLAMA, 32000), rngs=nnx.Rngs(0)))
+    found = llava.operations(640, 640, 1)
+    assert llava.operations(1, 1, 1).step == pytest.approx(2 * 6.6e9, rel=0.02)
+    assert found.prefill == pytest.approx(640 * 2 * 6.5e9 + 32 * 4 * 640**2 * 4096, rel=0.02)
+    assert found.encode == pytest.approx(3.9e11, rel=0.1)
+    assert found.visual == pytest.approx(2 * 576 * 21e6, rel=0.01)
+    pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    config = LlavaNextConfig(CLIP, LLAMA, 32000, image_grid_pinpoints=pinpoints)
+    tiled = nnx.eval_shape(lambda: LlavaNext(config, rngs=nnx.Rngs(0))).operations(640, 640, 1)
+    assert (tiled.encode, tiled.visual, tiled.step) == (5 * found.encode, 5 * found.visual, found.step)
+    ratios = tuple((high, wide) for high in range(1, 5) for wide in range(1, 5) if high * wide <= 4)
+    vision = MllamaVisionConfig(1280, 5120, 32, 8, 16, 560, 14, (3, 7, 15, 23, 30), ratios)
+    text = MllamaTextConfig(LlamaConfig(128256, 4096, 14336, 40, 32, 8, 128), (3, 8, 13, 18, 23, 28, 33, 38))
+    network = nnx.eval_shape(lambda: Mllama(MllamaConfig(vision, text, 128256), rngs=nnx.Rngs(0)))
+    found, alone = network.operations(64, 64, 1), network.operations(64, 64, 0)
+    assert found.encode == pytest.approx(32 * (6432 * 2 * 19.7e6 + 4 * 6432**2 * 1280), rel=0.02)
+    assert found.visual == pytest.approx(found.encode / 4, rel=0.1)
+    assert alone.step == pytest.approx(2 * (32 * 218e6 + 0.53e9), rel=0.02)
+    assert found.step - alone.step == pytest.approx(8 * (2 * 210e6 + 4 * 6404 * 4096), rel=0.02)
+    assert found.prefill - alone.prefill == pytest.approx(
+        64 * (found.step - alone.step) + 8 * 2 * 6404 * 8.4e6, rel=0.02
+    )

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from icet_jax.api import load
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
+from icet_jax.evaluation import geometry as geometry_module
 from icet_jax.evaluation.geometry import geometry, linear_cka
+from tests import tiny_families
 from tests.evaluation import bundle
 
 
@@ -64,6 +67,47 @@ def test_geometry_of_a_model(tmp_path):
     assert table["layers"][0]["cosine"] == pytest.approx(np.mean((x * y).sum(1) / norms[0] / norms[1]), abs=1e-4)
     assert table["layers"][0]["cka"] == pytest.approx(cka(x, y), abs=1e-3)
     json.dumps(table, allow_nan=False)
+
+
+@pytest.mark.parametrize("family", [tiny_families.save_llava_next, tiny_families.save_mllama])
+def test_geometry_of_tiled_images(tmp_path, family, monkeypatch):
+    """Only tokens that are there count, however many images are encoded together."""
+    vlm, sizes = load(family(tmp_path)), [(30, 50), (5, 400), (200, 30)]
+    rows = [Example(str(i), "p", (tiny_families.pictures([size])[0],)) for i, size in enumerate(sizes)]
+    table = geometry(vlm, rows)
+    model = nnx.merge(vlm.graphdef, vlm.params)
+    found = []
+    for layer in (1, vlm.default_exit):
+        tokens = []
+        for row in rows:
+            inputs = vlm.processor(images=[row.images[0]], prompts=["p"])
+            encoded = vlm.encode(inputs).images
+            features, there = map(np.asarray, model.image_features(encoded, jnp.int32(layer)))
+            tokens.append(features[there])
+        found.append(np.concatenate(tokens))
+    x, y = found
+    norms = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    first = table["layers"][0]
+    assert first["norm_ratio"] == pytest.approx(norms[0].mean() / norms[1].mean(), rel=1e-4)
+    assert first["cosine"] == pytest.approx(np.mean((x * y).sum(1) / norms[0] / norms[1]), abs=1e-4)
+    assert first["cka"] == pytest.approx(cka(x, y), abs=1e-3)
+    default = table["layers"][vlm.default_exit - 1]
+    assert all(default[name] == pytest.approx(1, abs=1e-5) for name in ("norm_ratio", "cosine", "cka"))
+    monkeypatch.setattr(geometry_module, "_AT_ONCE", 1)
+    one_by_one = geometry(vlm, rows)["layers"][0]
+    assert one_by_one == {name: pytest.approx(value, abs=1e-4) for name, value in first.items()}
+
+
+def test_cka_takes_some_tokens_of_many(tmp_path, monkeypatch):
+    vlm = bundle.tiny_vlm(tmp_path)
+    rows = [Example(str(i), "p", (bundle.picture(i),)) for i in range(6)]
+    every = geometry(vlm, rows)["layers"]
+    monkeypatch.setattr(geometry_module, "_CKA_TOKENS", 24)
+    some = geometry(vlm, rows)["layers"]
+    for all_tokens, few in zip(every, some, strict=True):
+        assert few["cosine"] == all_tokens["cosine"] and few["norm_ratio"] == all_tokens["norm_ratio"]
+    assert [layer["cka"] for layer in some] != [layer["cka"] for layer in every]
+    assert some[vlm.default_exit - 1]["cka"] == pytest.approx(1, abs=1e-5)
 
 
 def test_no_images():
