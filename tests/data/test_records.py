@@ -152,3 +152,11 @@ def test_missing_file_and_unknown_kind(folder):
 def test_prompt_overlap():
     train = [Example("1", "a"), Example("2", "b")]
     assert prompt_overlap(train, [Example("1", "b"), Example("2", "B"), Example("3", "b")]) == 2
+
+
+def test_no_prompt_holds_any_familys_placeholder(folder):
+    """So that every family is measured on the same rows."""
+    text = "prompt,image\nfine,a.png\nwhat <image> is,a.png\nwhat <|image|> is,a.png\n"
+    records = read_records(write(folder / "rows.csv", text))
+    assert [example.prompt for example in records.examples] == ["fine"]
+    assert [problem.reason for problem in records.problems] == ["image placeholder"] * 2
