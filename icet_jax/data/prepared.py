@@ -152,6 +152,11 @@ def read_set(directory: str | Path, name: str, source: str, limit: int | None = 
     return [_example(folder, _record(folder, "rows", index)) for index in range(total)]
 
 
+def left_out(directory: str | Path, name: str) -> dict[str, int]:
+    """{reason: rows of a prepared set's source that were left out for it}."""
+    return (read_facts(Path(directory), name) or {"dropped": {}})["dropped"]
+
+
 class _ImagePool:
     """Distinct images in order of first use, by digest of their bytes."""
 

@@ -183,6 +183,11 @@ def limits_html(study: Study) -> str:
     for name, count in shared.items() if isinstance(shared, dict) else ():
         if count:
             limits.append(f"{escape(count)} rows of {escape(name)} have a prompt that was also a training prompt.")
+    left_out = study.first.data.get("left_out")
+    for name, reasons in left_out.items() if isinstance(left_out, dict) else ():
+        if isinstance(reasons, dict) and reasons:
+            counts = ", ".join(f"{escape(count)} {escape(reason)}" for reason, count in reasons.items())
+            limits.append(f"Rows of {escape(name)} that could not be used: {counts}.")
     if study.first.organism:
         limits.append("The model is the embedded organism: see the statement at the top of this page.")
     limits += [f"Not measured in this run: {name}." for name in _missing(study)]

@@ -1,9 +1,7 @@
 """`--mode=align`: measure every exit, train, measure again, export, report."""
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,12 @@ from ml_collections import ConfigDict
 
 from icet_jax import report
 from icet_jax.config import require
-from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.files import write_text_atomic
 from icet_jax.lppo.forward import with_policy
-from icet_jax.runs import common, sources
+from icet_jax.runs import common
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.export import check_form, write_exports
 from icet_jax.runs.measure import Measurements, Policy
-from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.run_dir import Costs
 from icet_jax.runs.scorers import ScorerLoader
@@ -42,10 +37,8 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 def align(config: ConfigDict, workdir: Path) -> None:
     """One run in `workdir`, which `config` has claimed."""
-    examples = common.load_rows(config, config.data.train, TRAIN, workdir)
-    setting = common.load_setting(config, workdir)
-    trainer = Trainer(config, workdir, setting.vlm, examples, _reward(config, workdir, setting.vlm.mesh))
-    _write_data_facts(workdir, examples, setting.tests)
+    setting = common.load_setting(config, workdir, training=True)
+    trainer = Trainer(config, workdir, setting.vlm, setting.train, _reward(config, workdir, setting.vlm.mesh))
     costs = Costs(workdir)
     measurements = Measurements(config, workdir, setting)
     name = common.model_name(config)
@@ -94,14 +87,3 @@ def _reward(config: ConfigDict, workdir: Path, mesh: Any) -> RewardByKind:
     if warm_up := getattr(model, "warm_up", None):
         warm_up(config.data.max_prompt_tokens + config.lppo.max_new_tokens)
     return RewardByKind(config.reward.by_kind.to_dict(), model)
-
-
-def _write_data_facts(workdir: Path, examples: Sequence[Example], tests: dict[str, list[Example]]) -> None:
-    """`data.json`: rows of each set by kind, and how many test prompts are training prompts."""
-    sets = {"train": examples, **tests}
-    counts = {
-        name: {kind: sum(row.kind == kind for row in rows) for kind in {row.kind for row in rows}}
-        for name, rows in sets.items()
-    }
-    content = {"rows": counts, "prompts_shared_with_train": sources.report_overlap(examples, tests)}
-    write_text_atomic(workdir / "data.json", json.dumps(content, indent=1, sort_keys=True) + "\n")

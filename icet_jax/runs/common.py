@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.runs import run_dir, sources
+from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.scorers import ScorerLoader
 
 
@@ -30,23 +32,31 @@ class Setting:
       scorers: judges of the sweeps, in the config's order.
       utility_scorers: judges of the utility rows.
       tests: rows by data set, those of `config.sweep.datasets` and `config.sweep.utility`.
+      train: rows of `config.data.train`; none where nothing is trained.
     """
 
     vlm: api.VLM
     scorers: list[Scorer]
     utility_scorers: list[Scorer]
     tests: dict[str, list[Example]]
+    train: list[Example]
 
 
-def load_setting(config: ConfigDict, workdir: Path) -> Setting:
-    """Loads model, judges and rows, and checks the exits that the config names.
+Rows = tuple[list[Example], dict[str, int]]
+"""The rows of a data set, and {reason: rows left out for it}."""
+
+
+def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -> Setting:
+    """Loads model, judges and rows, checks the exits that the config names, and writes data.json.
 
     Raises:
       UserError: anything that is missing, broken or does not fit.
     """
     # Rows first: what is wrong with them is known before weights are fetched and read.
     named = {**config.sweep.datasets, **config.sweep.utility}
-    tests = {name: load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
+    tests = {name: _load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
+    train = _load_rows(config, config.data.train, TRAIN, workdir) if training else None
+    _write_data_facts(workdir, tests, train)
     vlm = load_model(config, workdir)
     check_exits(config, vlm.num_exits)
     facts = sources.organism_facts(str(vlm.directory))
@@ -54,7 +64,9 @@ def load_setting(config: ConfigDict, workdir: Path) -> Setting:
         write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")
     load = ScorerLoader(config, workdir, vlm.mesh)
     judges = load.judges(config.sweep.scorers)
-    return Setting(vlm, judges, load.judges(config.sweep.utility_scorers) or judges, tests)
+    utility_judges = load.judges(config.sweep.utility_scorers) or judges
+    rows = {name: found for name, (found, _) in tests.items()}
+    return Setting(vlm, judges, utility_judges, rows, train[0] if train else [])
 
 
 def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
@@ -76,11 +88,24 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
     )
 
 
-def load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> list[Example]:
-    """The rows of one of the config's data sets, as `config.data` says where they are; see `sources.load_rows`."""
+def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> Rows:
+    """The rows of one of the config's data sets, as `config.data` says where they are."""
     data = config.data
     where = {"root": data.root, "image_root": data.image_root, "directory": data.directory}
-    return sources.load_rows(source, name=name, limit=limit, workdir=workdir, **where)
+    return sources.load_set(source, name=name, limit=limit, workdir=workdir, **where)
+
+
+def _write_data_facts(workdir: Path, tests: dict[str, Rows], train: Rows | None) -> None:
+    """`data.json`: rows of each set by kind, rows left out by reason, and test prompts that are training prompts."""
+    sets = tests if train is None else {TRAIN: train, **tests}
+    content: dict[str, Any] = {
+        "rows": {name: dict(Counter(row.kind for row in rows)) for name, (rows, _) in sets.items()},
+        "left_out": {name: reasons for name, (_, reasons) in sets.items() if reasons},
+    }
+    if train is not None:
+        rows = {name: found for name, (found, _) in tests.items()}
+        content["prompts_shared_with_train"] = sources.report_overlap(train[0], rows)
+    write_text_atomic(workdir / "data.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, Path], None]) -> None:

@@ -40,7 +40,7 @@ def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
     return spec
 
 
-def load_rows(
+def load_set(
     source: str,
     *,
     root: str | None = None,
@@ -50,7 +50,7 @@ def load_rows(
     directory: str | None = None,
     name: str | None = None,
     workdir: Path | None = None,
-) -> list[Example]:
+) -> tuple[list[Example], dict[str, int]]:
     """The rows of `source`, at most `limit`; what a file's bad rows are is reported on stderr.
 
     Args:
@@ -63,15 +63,23 @@ def load_rows(
       name: of the set in `directory`.
       workdir: where toy files go; a temporary folder if None.
 
+    Returns:
+      The rows, and {reason: rows left out for it}.
+
     Raises:
       UserError: no such source, a file without a usable row, or a set that is not prepared.
     """
     if directory is not None and name is not None:
-        return prepared.read_set(directory, name, source, limit)
+        return prepared.read_set(directory, name, source, limit), prepared.left_out(directory, name)
     records = read_rows(source, root=root, image_root=image_root, limit=limit, seed=seed, workdir=workdir)
     if records.problems or records.repeats or records.animated:
         print(f"icet-jax: {records.report()}", file=sys.stderr)
-    return records.examples
+    return records.examples, records.dropped()
+
+
+def load_rows(source: str, **where: Any) -> list[Example]:
+    """The rows of `load_set` alone."""
+    return load_set(source, **where)[0]
 
 
 def read_rows(
@@ -87,7 +95,7 @@ def read_rows(
     """The rows of `source` and what was left out of it.
 
     Args:
-      source, root, image_root, limit, seed, workdir: as for `load_rows`; reading stops after `limit` usable rows.
+      source, root, image_root, limit, seed, workdir: as for `load_set`; reading stops after `limit` usable rows.
       decode: whether images are decoded, so that rows whose image is damaged are left out too.
 
     Raises:

@@ -61,3 +61,8 @@ def test_test_prompts_that_are_training_prompts_are_counted(capsys):
     tests = {"seen": [Example("a", "first"), Example("b", "second")], "vqa": [Example("c", "what is this", kind="vqa")]}
     assert sources.report_overlap(train, tests) == {"seen": 1, "vqa": 0}
     assert "1 of 2 rows of seen" in capsys.readouterr().err
+
+
+def test_a_run_records_what_could_not_be_used(tmp_path):
+    rows, left_out = sources.load_set("toy:mini_jailbreakv", workdir=tmp_path)
+    assert len(rows) == 11 and left_out == {"missing image": 1}
