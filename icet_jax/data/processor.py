@@ -174,8 +174,8 @@ class LlavaProcessor(Processor):
     """LLaVA-1.5's (HF `LlavaProcessor`): every image is resized and cropped to one square."""
 
     def _check_image_processor(self) -> None:
-        crop, size = self.image_processor.crop_size, self.config.vision.image_size
-        if not self.image_processor.do_center_crop or (crop["height"], crop["width"]) != (size, size):
+        size = self.config.vision.image_size
+        if not self.image_processor.do_center_crop or _edges(self.image_processor.crop_size) != (size, size):
             raise UserError(f"{_SETTINGS}: images must be cropped to {size} x {size}, the model's image_size")
 
     def _image_tokens(self, image: Image) -> int:
@@ -191,11 +191,11 @@ class LlavaNextProcessor(LlavaProcessor):
 
     def _check_image_processor(self) -> None:
         super()._check_image_processor()
-        given, wanted = self.image_processor.image_grid_pinpoints, self.config.image_grid_pinpoints
-        if tuple(map(tuple, given)) != wanted:
-            raise UserError(f"{_SETTINGS}: image_grid_pinpoints {given} are not config.json's, {list(wanted)}")
-        size, edge = self.image_processor.size, self.config.vision.image_size
-        if (size.get("shortest_edge") or size.get("height"), size.get("width") or edge) != (edge, edge):
+        given, wanted = self.image_processor.image_grid_pinpoints, [*map(list, self.config.image_grid_pinpoints)]
+        if given != wanted:
+            raise UserError(f"{_SETTINGS}: image_grid_pinpoints {given} are not config.json's, {wanted}")
+        edge = self.config.vision.image_size
+        if _edges(self.image_processor.size) != (edge, edge):
             raise UserError(f"{_SETTINGS}: size must be {edge}, the model's image_size")
 
     def _image_tokens(self, image: Image) -> int:
@@ -215,9 +215,8 @@ class MllamaProcessor(Processor):
     def _check_image_processor(self) -> None:
         from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
 
-        size, vision = self.image_processor.size, self.config.vision
-        if (size["height"], size["width"]) != (vision.image_size, vision.image_size):
-            edge = vision.image_size
+        vision, edge = self.config.vision, self.config.vision.image_size
+        if _edges(self.image_processor.size) != (edge, edge):
             raise UserError(f"{_SETTINGS}: tiles must be {edge} x {edge} pixels, the model's image_size")
         tiles = self.image_processor.max_image_tiles
         if tiles != vision.max_num_tiles:
@@ -295,6 +294,12 @@ def _published_template(values: dict[str, Any]) -> Template:
     return mistral_16 if backbone == "mistral" else vicuna_16
 
 
+def _edges(size: Any) -> tuple[int | None, int | None]:
+    """Height and width that one of HF's size settings asks for; None where it does not."""
+    shortest = getattr(size, "shortest_edge", None)
+    return shortest or getattr(size, "height", None), shortest or getattr(size, "width", None)
+
+
 def _as_list(entry: RowImages) -> list[ImageLike]:
     if entry is None:
         return []
@@ -317,12 +322,12 @@ def _load_image_processor(directory: Path, family: str) -> Any:
     path, settings = _image_settings(directory)
     kinds = _image_processors(family)
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
-    kind = kinds.get(named.removesuffix("Pil").removesuffix("Fast"))
+    kind = kinds.get(str(named).removesuffix("Pil").removesuffix("Fast"))
     if kind is None:
         raise UserError(f"{path}: image_processor_type '{named}' is unknown here; known: {', '.join(kinds)}")
     try:
         return kind.from_dict(settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: {error}; copy it from the checkpoint's source") from error
 
 

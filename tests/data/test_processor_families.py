@@ -187,6 +187,11 @@ def test_bad_prompts_are_named(pair):
 SETTINGS = "preprocessor_config.json"
 DAMAGE = [
     ("vicuna", SETTINGS, {"crop_size": 32}, "cropped to 28 x 28"),
+    ("vicuna", SETTINGS, {"crop_size": None}, "cropped to 28 x 28"),
+    ("vicuna", SETTINGS, {"size": None}, "size must be 28"),
+    ("vicuna", SETTINGS, {"image_grid_pinpoints": None}, "image_grid_pinpoints None are not"),
+    ("vicuna", SETTINGS, {"image_processor_type": 5}, "'5' is unknown here"),
+    ("mllama", SETTINGS, {"size": None}, "has no attribute 'height'"),
     ("vicuna", SETTINGS, {"size": {"shortest_edge": 32}}, "size must be 28"),
     ("vicuna", SETTINGS, {"size": {"height": 28, "width": 30}}, "size must be 28"),
     ("vicuna", SETTINGS, {"image_grid_pinpoints": [[28, 56]]}, "image_grid_pinpoints"),
