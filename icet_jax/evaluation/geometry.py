@@ -88,13 +88,13 @@ class _Part(NamedTuple):
 
     Attributes:
       sums: of the norms of x, of those of y, and of the cosines between them, over the tokens that are there.
-      count: how many those are.
+      tokens: how many those are.
       x, y: some of the tokens, evenly spread.
       taken: which of these are tokens that are there, each once.
     """
 
     sums: Float[Array, "3"]
-    count: Int[Array, ""]
+    tokens: Int[Array, ""]
     x: Float[Array, "n E"]
     y: Float[Array, "n E"]
     taken: Bool[Array, "n"]
@@ -126,7 +126,7 @@ def _compare(
 def _joined(parts: Sequence[_Part]) -> tuple[float, float, float]:
     """(norm ratio, cosine, CKA) of all images."""
     sums = np.sum([np.asarray(part.sums, np.float64) for part in parts], axis=0)
-    tokens = sum(int(part.count) for part in parts)
+    tokens = sum(int(part.tokens) for part in parts)
     x, y = (
         np.concatenate(
             [np.asarray(features)[np.asarray(part.taken)] for part, features in zip(parts, side, strict=True)]

@@ -32,6 +32,11 @@ class LlavaConfig:
         """Positions that one image takes in the prompt: its patches, and the class token unless it is dropped."""
         return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
 
+    @property
+    def max_tiles(self) -> int:
+        """Pictures of the tower's size that one image becomes, at most."""
+        return 1
+
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
         """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
         return lora_shapes(self.text)
@@ -144,19 +149,14 @@ class Llava(nnx.Module):
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
         """Operations of one image and of one row, see `VisionLanguageModel.operations`."""
-        text, image_tokens = self.config.text, self.config.image_tokens * self._tiles
+        text, tiles = self.config.text, self.config.max_tiles
         projector = self.config.vision.hidden_size * text.hidden_size + text.hidden_size**2
         return Operations(
-            encode=self._tiles * operations.clip(self.config.vision),
-            visual=2 * image_tokens * projector,
+            encode=tiles * operations.clip(self.config.vision),
+            visual=2 * tiles * self.config.image_tokens * projector,
             prefill=operations.llama_layers(text, length, cached) + operations.logits(text),
             step=operations.llama_layers(text, 1, cached) + operations.logits(text),
         )
-
-    @property
-    def _tiles(self) -> int:
-        """Passes through the tower for one image."""
-        return 1
 
     def merge(self, tokens: Int[Array, "B T"], visual: Float[Array, "B MN E"] | None) -> Float[Array, "B T E"]:
         """Token embeddings with the k-th image position of each row replaced by its k-th feature."""

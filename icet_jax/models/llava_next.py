@@ -79,7 +79,3 @@ class LlavaNext(Llava):
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
         """The rows of `visual`, and which of their features are there."""
         return self.visual(encoded, exits), encoded.images.layout >= 0
-
-    @property
-    def _tiles(self) -> int:
-        return self.config.max_tiles
