@@ -1,7 +1,7 @@
 """`--mode=verify`: does a checkpoint give here what it gives in transformers?
 
 Token ids, pixels, every hidden state of the image encoder, logits and greedy tokens at several exits; float32 on both
-sides. Needs the `test` extra (torch).
+sides. Rows are one padded batch here and alone in transformers. Needs the `test` extra (torch).
 
 Rounding alone makes two faithful programs differ, and some weights magnify it. So a difference is allowed up to
 `TOLERANCE` for values that spread by about 1 (larger ones in proportion), or up to `SPREADS` times what transformers'
@@ -21,8 +21,8 @@ from PIL import Image
 
 from icet_jax import api
 from icet_jax.config import require
+from icet_jax.data import reference
 from icet_jax.data.processor import Inputs
-from icet_jax.data.templates import llava_15
 from icet_jax.data.tokenizer import has_tokenizer
 from icet_jax.errors import UserError
 from icet_jax.runs.ask import parse_exits
@@ -90,12 +90,16 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     if config.model.adapter is not None:
         raise UserError("--mode=verify compares whole checkpoints: export the model with its adapter, and give that")
     directory = checkpoint_directory(config.model.checkpoint, workdir)
+    loading: dict[str, Any] = {"dtype": "float32", "exit_rule": config.model.exit_rule}
     with jax.default_matmul_precision("highest"):
-        vlm = api.load(directory, dtype="float32", revision=config.model.revision)
+        capture = reference.transformers_capture(directory)
+        vlm = api.load(directory, revision=config.model.revision, capture=capture, **loading)
         exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
-        inputs, checks = _inputs(vlm, *_questions(options))
+        rows, inputs, checks = _inputs(vlm, *_questions(options))
         ours = _ours(vlm, inputs, exits)
-    checks += compare(ours, _theirs(vlm, inputs, exits), inputs["attention_mask"] == 1)
+    if capture is not None:
+        checks.append(Check("captured intermediates", f"each block's {capture}, as this transformers has it", "", True))
+    checks += compare(ours, _theirs(vlm, rows, exits), inputs["attention_mask"] == 1)
     print(_table(checks))
     failed = [check.what for check in checks if not check.passed]
     print(f"FAILED: {', '.join(failed)}" if failed else f"{vlm.directory} agrees with transformers")
@@ -189,50 +193,25 @@ def _questions(options: argparse.Namespace) -> tuple[list[list[Any]], list[str]]
     return images, prompts
 
 
-def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[Inputs, list[Check]]:
-    """Our inputs and their comparison with HF's; random token ids where the checkpoint has no tokenizer."""
+def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list[Inputs], Inputs, list[Check]]:
+    """Each row for transformers, our batch of them, and its comparison with theirs.
+
+    Random token ids and pixels on both sides where the checkpoint has no tokenizer.
+    """
     if not has_tokenizer(vlm.directory):
+        noise = np.random.default_rng(0)
+        allowed = np.setdiff1d(np.arange(vlm.vocab_size), [*vlm.suppress_ids, *vlm.eos_ids])
+        rows = [reference.random_row(vlm.config, allowed, len(row), 9 + i, noise) for i, row in enumerate(images)]
         skipped = Check("token ids, pixels", "skipped: no tokenizer files", "", True)
-        return _random_inputs(vlm, [len(row) for row in images]), [skipped]
-    from transformers import AutoImageProcessor, LlavaProcessor
-
-    ours = vlm.processor(images=images, prompts=prompts)
-    processor = LlavaProcessor.from_pretrained(vlm.directory)
-    # The backend that does not depend on what is installed, and the counts of the model's own config: hub files differ.
-    processor.image_processor = AutoImageProcessor.from_pretrained(vlm.directory, backend="pil")
-    processor.tokenizer.padding_side = "left"
-    processor.patch_size = vlm.config.vision.patch_size
-    processor.vision_feature_select_strategy = vlm.config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = 1
-    texts = [_hf_text(processor, len(row), prompt) for row, prompt in zip(images, prompts, strict=True)]
-    flat = [str(image) if isinstance(image, Path) else image for row in images for image in row]
-    theirs = processor(text=texts, images=flat, padding=True, return_tensors="np")
-    return ours, [
-        _equal("token ids", ours["input_ids"], theirs["input_ids"]),
-        _equal("pixels", ours["pixel_values"], theirs["pixel_values"]),
-    ]
-
-
-def _hf_text(processor: Any, num_images: int, prompt: str) -> str:
-    """The checkpoint's own chat template where it has one."""
-    if processor.chat_template is None:
-        return llava_15(prompt, num_images)
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def _random_inputs(vlm: api.VLM, images: list[int]) -> Inputs:
-    noise = np.random.default_rng(0)
-    allowed = np.setdiff1d(np.arange(vlm.vocab_size), [*vlm.suppress_ids, *vlm.eos_ids])
-    placeholders = [np.full(count * vlm.config.image_tokens, vlm.config.image_token_index) for count in images]
-    rows = [np.concatenate([part, noise.choice(allowed, 9 + i)]) for i, part in enumerate(placeholders)]
-    length = max(map(len, rows))
-    ids, mask = np.full((len(rows), length), vlm.pad_id), np.zeros((len(rows), length), np.int64)
-    for i, row in enumerate(rows):
-        ids[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
-    size = vlm.config.vision.image_size
-    pixels = noise.normal(size=(sum(images), vlm.config.vision.num_channels, size, size)).astype(np.float32)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+        return rows, reference.join(rows, vlm.pad_id), [skipped]
+    ours, processor = vlm.processor(images=images, prompts=prompts), reference.hf_processor(vlm.directory, vlm.config)
+    pairs = zip(images, prompts, strict=True)
+    rows = [reference.hf_row(processor, vlm.processor.template, row, prompt) for row, prompt in pairs]
+    theirs = reference.join(rows, processor.tokenizer.pad_token_id)
+    if set(ours) != set(theirs):
+        return rows, ours, [Check("inputs", ", ".join(sorted(ours)), ", ".join(sorted(theirs)), False)]
+    names = {"input_ids": "token ids", "pixel_values": "pixels"}
+    return rows, ours, [_equal(names.get(name, name.replace("_", " ")), ours[name], theirs[name]) for name in ours]
 
 
 def _ours(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
@@ -244,50 +223,61 @@ def _ours(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
     )
 
 
-def _theirs(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> Reference:
+def _theirs(vlm: api.VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference:
+    """transformers' answers to each row alone, laid out as ours are."""
     import torch
-    from transformers import GenerationConfig, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = LlavaForConditionalGeneration.from_pretrained(vlm.directory, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(vlm.directory, dtype=torch.float32).eval()
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=list(vlm.eos_ids), pad_token_id=vlm.pad_id,
         suppress_tokens=list(vlm.suppress_ids), output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    real = inputs["attention_mask"] == 1
+    tensors = [{name: torch.from_numpy(array) for name, array in row.items()} for row in rows]
+    generated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     with torch.no_grad():
         model.set_attn_implementation("sdpa")
-        other_hidden, other_logits = _hf_forward(model, tensors, exits)
+        other_hidden, other_logits = _hf_forward(model, vlm, tensors, exits)
         model.set_attn_implementation("eager")
-        hidden, logits = _hf_forward(model, tensors, exits)
-        generated = {layer: _hf_greedy(model, tensors, layer, vlm.pad_id) for layer in exits}
+        hidden, logits = _hf_forward(model, vlm, tensors, exits)
+        for layer in exits:
+            with reference.at_exit(model, vlm.config, layer):
+                found = [_hf_greedy(model, row, vlm.pad_id) for row in tensors]
+            generated[layer] = np.stack([tokens for tokens, _ in found]), np.stack([gaps for _, gaps in found])
     return Reference(
         hidden=hidden,
         logits=logits,
         tokens={layer: tokens for layer, (tokens, _) in generated.items()},
         hidden_spread=np.abs(hidden - other_hidden).max(axis=(1, 2, 3)),
-        logits_spread={x: float(np.abs(logits[x] - other_logits[x])[real].max()) for x in exits},
+        logits_spread={x: float(np.abs(logits[x] - other_logits[x]).max()) for x in exits},
         gaps={layer: gaps for layer, (_, gaps) in generated.items()},
     )
 
 
-def _hf_forward(model: Any, tensors: dict[str, Any], exits: Sequence[int]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Hidden states [X, I, P, D] of the image encoder, and logits [B, T, V] at each exit."""
-    states = model.model.vision_tower(tensors["pixel_values"], output_hidden_states=True).hidden_states
-    logits = {layer: model(**tensors, vision_feature_layer=layer).logits.numpy() for layer in exits}
-    return np.stack([state.numpy() for state in states]), logits
+def _hf_forward(
+    model: Any, vlm: api.VLM, rows: Sequence[dict[str, Any]], exits: Sequence[int]
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Hidden states [X, I, P, D] of the image encoder, and logits [B, T, V] at each exit, 0 at padding on the left."""
+    encoded = [reference.encoder_states(model, vlm.config, row) for row in rows if "pixel_values" in row]
+    hidden = [np.concatenate([state.numpy() for state in states]) for states in zip(*encoded, strict=True)]
+    length = max(row["input_ids"].shape[1] for row in rows)
+    logits = {}
+    for layer in exits:
+        with reference.at_exit(model, vlm.config, layer):
+            alone = [model(**row).logits[0].numpy() for row in rows]
+        logits[layer] = np.stack([np.pad(row, ((length - len(row), 0), (0, 0))) for row in alone])
+    return np.stack(hidden), logits
 
 
-def _hf_greedy(model: Any, tensors: dict[str, Any], layer: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy tokens [B, 32] at an exit, and the gap between the two largest logits before each."""
+def _hf_greedy(model: Any, row: dict[str, Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens [32] of one row, and the gap between the two largest logits before each."""
     import torch
 
-    model.config.vision_feature_layer = layer
-    out = model.generate(**tensors)
-    tokens = out.sequences[:, tensors["input_ids"].shape[1] :].numpy()
-    top = torch.stack(out.scores, dim=1).topk(2, dim=-1).values
-    missing = ((0, 0), (0, NEW_TOKENS - tokens.shape[1]))
+    out = model.generate(**row)
+    tokens = out.sequences[0, row["input_ids"].shape[1] :].numpy()
+    top = torch.stack(out.scores, dim=1)[0].topk(2, dim=-1).values
+    missing = (0, NEW_TOKENS - len(tokens))
     gaps = np.pad((top[..., 0] - top[..., 1]).numpy(), missing, constant_values=np.inf)
     return np.pad(tokens, missing, constant_values=pad_id), gaps

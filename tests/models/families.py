@@ -66,7 +66,7 @@ def next_batch(inputs, config) -> Batch:
     places = (inputs["input_ids"] == config.image_token_index).sum(1)
     ends = np.cumsum([len(packing(size, config)) for size in sizes])
     assert ends[-1] == places.sum()
-    rows = np.searchsorted(np.cumsum(places), ends)
+    rows = np.searchsorted(np.cumsum(places), ends).tolist()
     pixels = inputs["pixel_values"]
     images = Images(
         pixels=jnp.asarray(pixels),
@@ -98,6 +98,23 @@ def _generate(graphdef, params, batch, exit_layer, sampling):
     visual = None if batch.images is None else model.visual(model.encode(batch.images), exit_layer)
     keys = jax.random.split(jax.random.key(0), batch.tokens.shape[0])
     return generate(model, batch.tokens, batch.mask, visual, keys, sampling).tokens
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def cached_and_uncached(graphdef, params, batch, exit_layer):
+    """Hidden states of the batch and a token more: the batch into a cache, then that token; and all at once."""
+    model = nnx.merge(graphdef, params)
+    visual = model.visual(model.encode(batch.images), exit_layer)
+    count, length = batch.tokens.shape
+    extra = jnp.full((count, 1), 9, jnp.int32)
+    tokens = jnp.concatenate([batch.tokens, extra], axis=1)
+    mask = jnp.concatenate([batch.mask, jnp.ones_like(extra, bool)], axis=1)
+    positions = positions_from_mask(mask)
+    whole, _ = model.decode(tokens, positions, mask, visual)
+    empty = model.init_cache(count, length + 3)
+    first, cache = model.decode(tokens[:, :length], positions[:, :length], mask[:, :length], visual, empty)
+    last, after = model.decode(tokens[:, length:], positions[:, length:], mask[:, length:], None, cache)
+    return jnp.concatenate([first, last], axis=1), whole, mask, (cache, after)
 
 
 def our_greedy(checkpoint, batch, layer, count, pad_id, suppress=()):

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from icet_jax import main
+from icet_jax.data import processor, reference
 from icet_jax.models import layers
 from icet_jax.runs import verify
-from tests import tiny
+from tests import tiny, tiny_families
 
 pytest.importorskip("torch")
 
@@ -30,6 +31,52 @@ def test_a_faithful_port_passes(tmp_path, capsys):
     assert "FAIL" not in table and "agrees with transformers" in table
 
 
+def test_a_faithful_port_of_llava_next_passes(tmp_path, capsys):
+    directory = tiny_families.save_llava_next(tmp_path, dtype="bfloat16")
+    assert verified(directory, "--exits=1,3") == 0
+    table = capsys.readouterr().out
+    lines = ("token ids", "pixels", "image sizes", "hidden states 0..4", "logits, exit 3", "greedy tokens, exit 1")
+    for line in lines:
+        assert line in table
+    assert "FAIL" not in table and "captured intermediates" not in table
+
+
+def test_a_faithful_port_of_mllama_passes(tmp_path, capsys):
+    assert verified(tiny_families.save_mllama(tmp_path), "--exits=2,6") == 0
+    table = capsys.readouterr().out
+    lines = (
+        "token ids",
+        "pixels",
+        "aspect ratio ids",
+        "aspect ratio mask",
+        "cross attention mask",
+        "hidden states 0..6",
+    )
+    for line in (*lines, "logits, exit 2", "greedy tokens, exit 6"):
+        assert line in table
+    assert "FAIL" not in table and "each block's output, as this transformers has it" in table
+
+
+@pytest.mark.parametrize("rule", ["E2", "E5"])
+def test_random_rows_where_mllama_has_no_tokenizer(tmp_path, capsys, rule):
+    directory = tiny_families.save_mllama(tmp_path, processor=False)
+    assert verified(directory, "--exits=2", f"--config.model.exit_rule={rule}") == 0
+    assert "skipped: no tokenizer files" in capsys.readouterr().out
+
+
+def test_other_intermediates_fail(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reference, "transformers_capture", lambda directory: "input")
+    assert verified(tiny_families.save_mllama(tmp_path), "--exits=6") == 1
+    failed = capsys.readouterr().out.splitlines()[-1]
+    assert "logits, exit 6" in failed and "hidden states" not in failed and "pixels" not in failed
+
+
+def test_random_rows_where_llava_next_has_no_tokenizer(tmp_path, capsys):
+    directory = tiny_families.save_llava_next(tmp_path, processor=False)
+    assert verified(directory, "--exits=2") == 0
+    assert "skipped: no tokenizer files" in capsys.readouterr().out
+
+
 def test_a_wrong_activation_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(layers.ACTIVATIONS, "quick_gelu", layers.gelu_erf)
     model = tiny.llava(vision={"intermediate_size": 41})  # a shape of its own: nothing is compiled for it yet
@@ -45,6 +92,7 @@ def test_another_template_or_normalisation_shows(tmp_path, capsys, monkeypatch):
     template = tiny.CHAT_TEMPLATE.replace("USER: ", "Human: ")
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     (directory / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr(processor, "own_template", lambda *_: None)
     assert verified(directory, "--exits=4") == 1
     assert "token ids" in capsys.readouterr().out.splitlines()[-1]
 
