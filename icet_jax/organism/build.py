@@ -46,7 +46,7 @@ class Recipe:
 
 RECIPES = {
     "llava": Recipe(encoder=600, encoder_batch=256, text=250, vision=900, safety=400),
-    "llava_next": Recipe(encoder=450, encoder_batch=128, text=120, vision=900, safety=300),
+    "llava_next": Recipe(encoder=450, encoder_batch=128, text=120, vision=1600, safety=300),
     "mllama": Recipe(encoder=500, encoder_batch=128, text=120, vision=900, safety=300),
 }
 """By family; towers that see tiles learn the cells' contents from fewer pictures."""
