@@ -94,7 +94,9 @@ class Mllama(nnx.Module):
         return self.config.image_token_index
 
     def encode(self, images: Images, upto: int | None = None) -> MllamaEncoded:
-        """Runs the local blocks once; a static `upto` skips those after it."""
+        """Runs the local blocks once; a static `upto` skips those after it that no exit up to there needs."""
+        if upto is not None and self.config.exit_rule != "E1":
+            upto = max(upto, *self.config.vision.intermediate_layers_indices)
         states = self.vision_tower.local_states(images.pixels, images.layout, upto)
         return MllamaEncoded(states=states, images=images)
 

@@ -3,6 +3,9 @@
 transformers cannot batch rows without images with rows that have some, so each row is its own reference there.
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ from flax import nnx
 torch = pytest.importorskip("torch")
 
 from icet_jax.models import mllama_vision  # noqa: E402
+from icet_jax.models.mllama import Mllama  # noqa: E402
 from tests import tiny_families  # noqa: E402
 from tests.models import families  # noqa: E402
 
@@ -19,8 +23,7 @@ SIZES = [[(30, 50)], [], [(20, 200), (57, 57)], [(5, 400)], [(200, 30), (28, 28)
 """One image, none, two next to each other, a sliver, three apart; every aspect ratio of up to four tiles."""
 
 CASES = {
-    "irregular cross layers": {"num_hidden_layers": 7, "cross_attention_layers": [1, 5], "num_key_value_heads": 1},
-    "cross layer first and last": {"num_hidden_layers": 4, "cross_attention_layers": [0, 3], "num_key_value_heads": 4},
+    "irregular cross layers": {"num_hidden_layers": 5, "cross_attention_layers": [0, 4], "num_key_value_heads": 4},
     "other vision": {
         "vision": {
             "hidden_size": 40, "attention_heads": 5, "intermediate_size": 61, "num_hidden_layers": 5,
@@ -274,13 +277,29 @@ def test_each_row_may_have_its_own_exit(usual):
         np.testing.assert_allclose(ours[row], alone, atol=1e-5)
 
 
-def test_upto_gives_the_same_exit(usual):
+@pytest.mark.parametrize(("rule", "computed"), [("E1", 3), ("E2", 5)])
+def test_upto_computes_what_the_exit_needs(usual, rule, computed):
+    """Without a truncated encoder the last captured intermediate (what enters block 5 here) is needed too."""
     _, checkpoint, rows = usual
-    batch = families.mllama_batch(rows)
-    assert checkpoint.model.encode(batch.images, upto=3).states.shape[0] == 4
-    np.testing.assert_allclose(
-        families.our_logits(checkpoint, batch, 3, upto=3), families.our_logits(checkpoint, batch, 3), atol=1e-6
+    network = Mllama(
+        dataclasses.replace(
+            checkpoint.config,
+            exit_rule=rule,
+            vision=dataclasses.replace(checkpoint.config.vision, intermediate_layers_indices=(1, 2, 5)),
+        ),
+        rngs=nnx.Rngs(0),
     )
+    images, (graphdef, params) = families.mllama_batch(rows[:1]).images, nnx.split(network)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def visual(params, upto):
+        model = nnx.merge(graphdef, params)
+        encoded = model.encode(images, upto)
+        return encoded.states, model.visual(encoded, jnp.int32(3)).states
+
+    (states, part), (_, whole) = visual(params, 3), visual(params, None)
+    assert states.shape[0] == computed + 1
+    np.testing.assert_allclose(part, whole, atol=1e-6)
 
 
 def test_filler_images_change_nothing(usual):
