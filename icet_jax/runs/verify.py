@@ -194,9 +194,9 @@ def _questions(options: argparse.Namespace) -> tuple[list[list[Any]], list[str]]
 
 
 def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list[Inputs], Inputs, list[Check]]:
-    """Each row for transformers, our batch of them, and its comparison with theirs.
+    """Each row as transformers' processor makes it, these as one batch, and what ours makes of it in comparison.
 
-    Random token ids and pixels on both sides where the checkpoint has no tokenizer.
+    Random token ids and pixels where the checkpoint has no tokenizer.
     """
     if not has_tokenizer(vlm.directory):
         noise = np.random.default_rng(0)
@@ -207,11 +207,11 @@ def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[
     ours, processor = vlm.processor(images=images, prompts=prompts), reference.hf_processor(vlm.directory, vlm.config)
     pairs = zip(images, prompts, strict=True)
     rows = [reference.hf_row(processor, vlm.processor.template, row, prompt) for row, prompt in pairs]
-    theirs = reference.join(rows, processor.tokenizer.pad_token_id)
+    theirs = reference.join(rows, vlm.processor.tokenizer.pad_token_id)
     if set(ours) != set(theirs):
-        return rows, ours, [Check("inputs", ", ".join(sorted(ours)), ", ".join(sorted(theirs)), False)]
+        return rows, theirs, [Check("inputs", ", ".join(sorted(ours)), ", ".join(sorted(theirs)), False)]
     names = {"input_ids": "token ids", "pixel_values": "pixels"}
-    return rows, ours, [_equal(names.get(name, name.replace("_", " ")), ours[name], theirs[name]) for name in ours]
+    return rows, theirs, [_equal(names.get(name, name.replace("_", " ")), ours[name], theirs[name]) for name in ours]
 
 
 def _ours(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
