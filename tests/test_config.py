@@ -41,14 +41,57 @@ def test_every_config_loads_from_any_working_directory(name, tmp_path, monkeypat
     icet_config.require(config, "model.checkpoint", *([] if name == "rm_gpt2" else ["reward.model"]))
 
 
-@pytest.mark.parametrize("variant", ["", ":13b", ":smoke"])
-def test_the_papers_experiment_names_its_sets_and_defines_its_scorers(variant):
-    for file in ("llava15_lppo", "llava15_sweep"):
-        config = config_files.load(f"configs/{file}.py{variant}")
+PAPER = {"llava15": ("13b",), "llava_next": ("13b", "mistral"), "llama32v": ("E2", "E5")}
+EXPERIMENTS = [(family, variant) for family, variants in PAPER.items() for variant in ("", "smoke", *variants)]
+
+
+@pytest.mark.parametrize(("family", "variant"), EXPERIMENTS)
+def test_the_papers_experiment_names_its_sets_and_defines_its_scorers(family, variant):
+    configs = [config_files.load(f"configs/{family}_{kind}.py{f':{variant}' * bool(variant)}") for kind in KINDS]
+    for config in configs:
         icet_config.require(config, "data.train", "sweep.datasets", "sweep.utility", "reward.model")
         used = {*config.sweep.scorers, *config.sweep.utility_scorers, config.reward.model} - {"refusal_keywords"}
         assert used <= set(config.scorers)
-    assert ("13b" in config.model.checkpoint) == (variant == ":13b")
+        assert config.model.exit_rule == ({"E2": "E2", "E5": "E5"}.get(variant, "E1") if family == "llama32v" else None)
+    first, second = (icet_config.flatten(config) for config in configs)
+    # A sweep measures what L-PPO's own sweeps measure, on the same model.
+    same = ("model.", "sweep.datasets", "sweep.utility", "sweep.max_new_tokens", "sweep.limit", "sweep.exits")
+    assert {name: first[name] for name in first if name.startswith(same)} == {
+        name: second[name] for name in second if name.startswith(same)
+    }
+
+
+KINDS = ("lppo", "sweep")
+CHECKPOINTS = {
+    "llava15": "llava-hf/llava-1.5-7b-hf",
+    "llava15:13b": "llava-hf/llava-1.5-13b-hf",
+    "llava_next": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava_next:13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+    "llava_next:mistral": "llava-hf/llava-v1.6-mistral-7b-hf",
+    "llama32v": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llama32v:E5": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+    "llava15:smoke": "toy:llava15",
+    "llava_next:smoke": "toy:llava_next",
+    "llama32v:smoke": "toy:mllama",
+}
+
+
+@pytest.mark.parametrize("spec", CHECKPOINTS)
+def test_each_family_and_variant_is_its_checkpoint(spec):
+    family, _, variant = spec.partition(":")
+    for kind in KINDS:
+        config = config_files.load(f"configs/{family}_{kind}.py{f':{variant}' * bool(variant)}")
+        assert config.model.checkpoint == CHECKPOINTS[spec]
+
+
+def test_families_differ_in_the_model_and_its_memory_alone():
+    base = icet_config.flatten(config_files.load("configs/llava15_lppo.py"))
+    allowed = {"data.max_prompt_tokens", "lppo.accumulation", "sweep.batch_size"}
+    for family in ("llava_next", "llama32v"):
+        other = icet_config.flatten(config_files.load(f"configs/{family}_lppo.py"))
+        differing = {name for name in base if base[name] != other[name]}
+        assert {name for name in differing if not name.startswith("model.")} <= allowed
+        assert config_files.load(f"configs/{family}_lppo.py").sweep.exits == "all"
 
 
 def test_a_scorer_is_changed_from_the_command_line():

@@ -165,12 +165,13 @@ def _worst_cell(comparison: Comparison, member: Member) -> str:
 
 
 def _dataset_html(comparison: Comparison, dataset: str) -> str:
-    """Every shared metric of a data set: the first large, the rest side by side."""
-    parts = [f"<h3>{escape(dataset_name(dataset))}</h3>"]
-    for metric in comparison.metrics(dataset):
-        if metric != HUMAN:
-            parts.append(_metric_html(comparison, dataset, metric))
-    return "".join(parts)
+    """Every shared metric of a data set; those of the responses' form behind a line to open."""
+    metrics = [metric for metric in comparison.metrics(dataset) if metric != HUMAN]
+    drawn = {metric: _metric_html(comparison, dataset, metric) for metric in metrics}
+    form = [metric for metric in metrics if metric.partition("/")[0] in _FORM]
+    main = "".join(drawn[metric] for metric in metrics if metric not in form)
+    rest = details_html("Form of the responses", "".join(drawn[metric] for metric in form))
+    return f"<h3>{escape(dataset_name(dataset))}</h3>{main}{rest}"
 
 
 def _metric_html(comparison: Comparison, dataset: str, metric: str) -> str:
