@@ -111,6 +111,8 @@ def mllama_to_hf(config: MllamaConfig, source: dict[str, Any] | None, dtype: str
     for values in (out, text, vision):
         drop_new_keys(values)
     text |= llama_text_to_hf(config.text.llama, dtype, model_type="mllama_text_model")
+    if source is None:
+        text["pad_token_id"] = None  # the class default is a token of the full vocabulary, beyond a smaller one's end
     text["cross_attention_layers"] = list(config.text.cross_attention_layers)
     for name in set(_VISION_DEFAULTS) - {"intermediate_layers_indices", "supported_aspect_ratios"}:
         vision[name] = getattr(config.vision, name)

@@ -15,7 +15,7 @@ from icet_jax.checkpoints.adapter_export import save_adapter  # noqa: E402
 from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
 from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.parallel.sharding import flatten_with_names  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import tiny, tiny_families  # noqa: E402
 from tests.checkpoints.test_adapters import random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
 
@@ -49,7 +49,8 @@ for name, leaf in flatten_with_names(loaded.params).items():
 assert split > 20, "most kernels must be split"
 
 saved = np.load(folder / "lora.npz")
-weights = {target: {side: saved[f"{target}.{side}"] for side in "ab"} for target in ("q_proj", "v_proj", "down_proj")}
+targets = sorted({name.rpartition(".")[0] for name in saved.files})
+weights = {target: {side: saved[f"{target}.{side}"] for side in "ab"} for target in targets}
 placed = jax.tree.map(
     lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]),
     weights, shardings(weights, mesh),
@@ -66,9 +67,14 @@ print("exported")
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Source, what one device loads from it, adapters, and what one device exports."""
     folder = tmp_path_factory.mktemp("reference")
-    source = tiny.save_llava(folder / "source", tiny.llava(seed=6), dtype="float16", shards=2, processor=False)
+    tiny.save_llava(folder / "source", tiny.llava(seed=6), dtype="float16", shards=2, processor=False)
+    return on_one_device(folder)
+
+
+def on_one_device(folder):
+    """Beside a source: what one device loads from it, adapters, and what one device exports."""
+    source = folder / "source"
     loaded = load_vlm(source, dtype="bfloat16")
     arrays = {name: np.asarray(leaf).view(np.uint16) for name, leaf in flatten_with_names(loaded.params).items()}
     np.savez(folder / "single.npz", **arrays)
@@ -117,3 +123,9 @@ def test_eight_devices(reference):
 
 def test_two_processes_of_two_devices(reference):
     spread(reference, "two", {"fsdp": 2, "tensor": 2, "data": 1}, 2, processes=2)
+
+
+@pytest.mark.parametrize("save", [tiny_families.save_llava_next, tiny_families.save_mllama], ids=["next", "mllama"])
+def test_the_other_families_on_eight_devices(tmp_path, save):
+    save(tmp_path / "source", dtype="float16", shards=2, processor=False)
+    spread(on_one_device(tmp_path), "eight", {"data": 2, "fsdp": 2, "tensor": 2}, 8)
