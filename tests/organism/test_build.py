@@ -1,5 +1,7 @@
 """What the builder writes is an ordinary checkpoint of its family; a short training run moves what it should."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +97,21 @@ def test_the_first_stage_trains_every_part_of_the_tower_that_an_exit_uses(shape)
     )
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, nnx.state(tower).to_pure_dict())
     assert all(jax.tree.leaves(moved))
+
+
+def test_the_command_builds_planted_model_and_control(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(build.RECIPES, "llava_next", build.Recipe(2, 4, 2, 2, 2))
+    monkeypatch.setattr(build, "measure", lambda model: measure.measure(model, rows=4))
+    monkeypatch.setattr("sys.argv", ["build", "--family", "llava_next", "--out", str(tmp_path), "--seed", "3"])
+    assert build.main() == 0
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["steps"] == {"encoder": 2, "encoder_batch": 4, "text": 2, "vision": 2, "safety": 2}
+    assert facts["command"].endswith("--family llava_next --out DIR --seed 3") and "reward_model" not in facts
+    planted = {name: json.loads((tmp_path / name / "organism.json").read_text()) for name in ("vlm", "control")}
+    assert (planted["vlm"]["planted_exits"], planted["control"]["planted_exits"]) == ([2, 3], [])
+    assert "--family llava_next" in planted["vlm"]["notes"][0]
+    states = [icet_jax.load(str(tmp_path / name)).params for name in ("vlm", "control")]
+    assert len(facts["vlm"]["measured_on_256_test_rows"]["vqa: right"]) == 8
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), *(state.to_pure_dict() for state in states))
+    assert all(jax.tree.leaves(same["vision_tower"])) and not all(jax.tree.leaves(same["language_model"]))
+    assert "control, held-out rows" in capsys.readouterr().out
