@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.numpy import load_file  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
 from icet_jax.checkpoints.adapter_export import save_adapter  # noqa: E402
@@ -250,8 +251,16 @@ def test_an_adapter_of_one_stack_leaves_the_other_alone(tmp_path, sources):
     loaded = load(sources["mllama"])
     lora = random_lora(loaded.config, targets=("up_proj",))
     lora = lora.replace(weights={"cross_layers/up_proj": lora.weights["cross_layers/up_proj"]})
-    adapter = save_adapter(tmp_path, lora, loaded.config, base="x/y")
+    adapter = save_adapter(tmp_path / "up", lora, loaded.config, base="x/y")
     assert read_adapter(adapter, loaded.config).targets == ("cross_layers/up_proj",)
+    lora, kinds = random_lora(loaded.config, targets=("k_proj",)), ("self", "cross", "self", "self", "cross")
+    both = load_file(save_adapter(tmp_path / "k", lora, loaded.config, base="x/y") / "adapter_model.safetensors")
+    assert set(both) == {
+        f"base_model.model.{decoder}.layers.{number}.{kinds[number]}_attn.k_proj.lora_{side}.weight"
+        for decoder in ("language_model.model", "model.language_model")
+        for number in range(5)
+        for side in "AB"
+    }
     model = peft.PeftModel.from_pretrained(hf_load(sources["mllama"]), adapter)
     assert {int(key.split("layers.")[1].split(".")[0]) for key in model.state_dict() if ".lora_A." in key} == {1, 4}
 
