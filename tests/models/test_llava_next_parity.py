@@ -26,6 +26,9 @@ CASES = {
     },
 }  # fmt: skip
 
+TOLERANCES = {"deeper": 2e-5, "larger tiles": 2e-5}
+"""With larger patches torch's own distance to float64 is 7e-6, ours 3e-6."""
+
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory):
@@ -51,7 +54,7 @@ def test_logits_agree(tmp_path, case):
     checkpoint = families.load_next(tmp_path, model)
     for pad in ("left", "right"):
         inputs = tiny_families.next_batch(model.config, SIZES, pad=pad)
-        compare(model, checkpoint, inputs, 2e-5 if case == "deeper" else 1e-5)
+        compare(model, checkpoint, inputs, TOLERANCES.get(case, 1e-5))
 
 
 def test_logits_agree_without_any_image(usual):
