@@ -3,7 +3,7 @@
 They show that a config for the real models runs from end to end. Random weights, random images, placeholder prompts:
 nothing that comes out of them means anything.
 
-    python -m icet_jax.main --config=configs/llava15_lppo.py:smoke --workdir=runs/smoke
+    python -m icet_jax.main --config=configs/llava_next_lppo.py:smoke --workdir=runs/smoke
 """
 
 import json

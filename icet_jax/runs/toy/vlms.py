@@ -189,12 +189,15 @@ def _write_llava_tokenizer(folder: Path) -> None:
 
 
 def _random(network: nnx.Module) -> Any:
-    """Larger random weights, so that exits, images and tokens change the output, and open gates."""
+    """Random weights: a decoder's larger than usual, so that images and tokens change the output, and open gates.
+
+    The towers' are not: in so many blocks, larger weights would make any rounding a large difference.
+    """
 
     def spread(path: Any, leaf: jax.Array) -> jax.Array:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         if any(name in ("gate", "gate_attn", "gate_ffn") or name.endswith("_gate") for name in names):
             return jnp.full_like(leaf, 0.5)
-        return leaf * 2 if leaf.ndim > 1 else leaf
+        return leaf * 2 if leaf.ndim > 1 and "vision_tower" not in names else leaf
 
     return jax.tree_util.tree_map_with_path(spread, nnx.split(network)[1])
