@@ -112,6 +112,44 @@ class LlamaBlocks(nnx.Module):
         return x + self.down_proj(gated * self.up_proj(y, lora.get("up_proj"), scale), lora.get("down_proj"), scale)
 
 
+class SelfAttention:
+    """Causal layers over the tokens at hand, with the cache that precedes them or without; padding is never seen."""
+
+    def __init__(self, angles: tuple[Array, Array], mask: Bool[Array, "B T"], cache: KVCache | None):
+        """`angles`: cos and sin of the tokens' positions; `mask`: which of them are real."""
+        self.cos, self.sin = angles
+        self.cache, length = cache, mask.shape[1]
+        if cache is None:
+            self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
+            return
+        self.valid = _write(cache.valid, mask, cache.cursor)
+        self.cursor = cache.cursor + length
+        reach = cache.cursor[:, None] + jnp.arange(length)[None]
+        columns = jnp.arange(self.valid.shape[1])
+        self.allowed = (self.valid[:, None, :] & (columns[None, None] <= reach[:, :, None]))[:, None]
+
+    def __call__(self, carry: Any, layer: LlamaBlocks, adapters: Any, scale: float, index: Array) -> Any:
+        """One layer; the carry is (hidden states, keys, values), the latter None without a cache."""
+        x, keys, values = carry
+        q, k, v = layer.qkv(x, self.cos, self.sin, adapters, scale)
+        if self.cache is not None:
+            k, v = _write(keys[index], k, self.cache.cursor), _write(values[index], v, self.cache.cursor)
+            keys, values = keys.at[index].set(k), values.at[index].set(v)
+        return layer.rest(x, layers.attention(q, k, v, self.allowed), adapters, scale), keys, values
+
+    def advanced(self, keys_values: Any) -> KVCache:
+        """The cache after these tokens."""
+        keys, values = keys_values
+        return KVCache(k=keys, v=values, valid=self.valid, cursor=self.cursor)
+
+
+def _write(rows: Array, new: Array, starts: Array) -> Array:
+    """Writes each row's new columns from its start on."""
+    return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=0))(
+        rows, new, starts
+    )
+
+
 class LlamaDecoder(nnx.Module):
     """Token embedding, decoder layers and final norm (HF `LlamaModel`)."""
 
@@ -159,53 +197,21 @@ class LlamaDecoder(nnx.Module):
         Returns:
           Hidden states after the final norm, and the advanced cache.
         """
-        cos, sin = layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(self.config)))
-        weights = {} if lora is None else dict(lora.weights)
+        angles = layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(self.config)))
+        attend = SelfAttention(angles, mask, cache)
+        adapters = {} if lora is None else dict(lora.weights)
         scale = 1.0 if lora is None else lora.scale
-        x = embeddings.astype(self.dtype)
-        if cache is None:
-            x = self._run_plain(x, cos, sin, mask, weights, scale)
-        else:
-            x, cache = self._run_cached(x, cos, sin, mask, cache, weights, scale)
-        return self.norm(x), cache
-
-    def _run_plain(self, x: Array, cos: Array, sin: Array, mask: Array, lora: Any, scale: float) -> Array:
-        length = x.shape[1]
-        allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
-        graph, state = nnx.split(self.layers)
-
-        def body(x: Array, slices: Any) -> tuple[Array, None]:
-            weights, adapters = slices
-            layer = nnx.merge(graph, weights)
-            q, k, v = layer.qkv(x, cos, sin, adapters, scale)
-            return layer.rest(x, layers.attention(q, k, v, allowed), adapters, scale), None
-
-        x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, lora))
-        return x
-
-    def _run_cached(
-        self, x: Array, cos: Array, sin: Array, mask: Array, cache: KVCache, lora: Any, scale: float
-    ) -> tuple[Array, KVCache]:
-        length, columns = x.shape[1], cache.valid.shape[1]
-        write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0))
-        valid = write(cache.valid, mask, cache.cursor)
-        reach = cache.cursor[:, None] + jnp.arange(length)[None]
-        allowed = (valid[:, None, :] & (jnp.arange(columns)[None, None] <= reach[:, :, None]))[:, None]
         graph, state = nnx.split(self.layers)
 
         def body(carry: Any, slices: Any) -> tuple[Any, None]:
-            x, keys, values = carry
             weights, adapters, index = slices
-            layer = nnx.merge(graph, weights)
-            q, k, v = layer.qkv(x, cos, sin, adapters, scale)
-            k_layer = write(keys[index], k, cache.cursor)
-            v_layer = write(values[index], v, cache.cursor)
-            x = layer.rest(x, layers.attention(q, k_layer, v_layer, allowed), adapters, scale)
-            return (x, keys.at[index].set(k_layer), values.at[index].set(v_layer)), None
+            return attend(carry, nnx.merge(graph, weights), adapters, scale, index), None
 
-        indices = jnp.arange(self.config.num_hidden_layers)
-        (x, k, v), _ = jax.lax.scan(body, (x, cache.k, cache.v), (state, lora, indices))
-        return x, KVCache(k=k, v=v, valid=valid, cursor=cache.cursor + length)
+        x = embeddings.astype(self.dtype)
+        start = (x, None, None) if cache is None else (x, cache.k, cache.v)
+        stacks = (state, adapters, jnp.arange(self.config.num_hidden_layers))
+        (x, *keys_values), _ = jax.lax.scan(layers.rematerialise(body, self.remat), start, stacks)
+        return self.norm(x), None if cache is None else attend.advanced(keys_values)
 
 
 class Llama(LlamaDecoder):

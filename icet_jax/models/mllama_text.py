@@ -17,7 +17,7 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.family import KVCache
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import LlamaBlocks, LlamaConfig, inverse_frequencies, lora_shapes
+from icet_jax.models.llama import LlamaBlocks, LlamaConfig, SelfAttention, inverse_frequencies, lora_shapes
 from icet_jax.typing import Array, Bool, Float, Int
 
 CROSS = "cross_layers"
@@ -250,7 +250,7 @@ class MllamaDecoder(nnx.Module):
         vision = self._vision(tokens, mask, images, image_token, cache)
         x = self.embed_tokens[...][tokens].astype(self.dtype)
         angles = layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(self.config.llama)))
-        text = _TextAttention(angles, mask, None if cache is None else cache.text)
+        text = SelfAttention(angles, mask, None if cache is None else cache.text)
         x, text_kv, image_kv = self._run(x, text, vision, cache, lora)
         if cache is not None:
             cache = MllamaCache(text.advanced(text_kv))
@@ -278,7 +278,7 @@ class MllamaDecoder(nnx.Module):
         return None
 
     def _run(
-        self, x: Array, text: "_TextAttention", vision: "_Vision | None", cache: MllamaCache | None, lora: Lora | None
+        self, x: Array, text: SelfAttention, vision: "_Vision | None", cache: MllamaCache | None, lora: Lora | None
     ) -> tuple[Array, Any, Any]:
         """Scans the super-blocks; returns the states, the text's keys and values, and the images'."""
         repeats, kinds = self.config.super_blocks
@@ -331,46 +331,9 @@ class _Vision:
     states: Array | None
 
 
-class _TextAttention:
-    """Self-attention layers over the tokens at hand, with the cache that precedes them or without."""
-
-    def __init__(self, angles: tuple[Array, Array], mask: Array, cache: KVCache | None):
-        self.cos, self.sin = angles
-        self.cache, length = cache, mask.shape[1]
-        if cache is None:
-            self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
-            return
-        self.valid = _write(cache.valid, mask, cache.cursor)
-        self.cursor = cache.cursor + length
-        reach = cache.cursor[:, None] + jnp.arange(length)[None]
-        columns = jnp.arange(self.valid.shape[1])
-        self.allowed = (self.valid[:, None, :] & (columns[None, None] <= reach[:, :, None]))[:, None]
-
-    def __call__(self, carry: Any, layer: LlamaBlocks, adapters: Any, scale: float, index: Array) -> Any:
-        """One layer; the carry is (hidden states, keys, values), the latter None without a cache."""
-        x, keys, values = carry
-        q, k, v = layer.qkv(x, self.cos, self.sin, adapters, scale)
-        if self.cache is not None:
-            k, v = _write(keys[index], k, self.cache.cursor), _write(values[index], v, self.cache.cursor)
-            keys, values = keys.at[index].set(k), values.at[index].set(v)
-        return layer.rest(x, layers.attention(q, k, v, self.allowed), adapters, scale), keys, values
-
-    def advanced(self, keys_values: Any) -> KVCache:
-        """The cache after these tokens."""
-        keys, values = keys_values
-        return KVCache(k=keys, v=values, valid=self.valid, cursor=self.cursor)
-
-
 def _at(stacks: Any, index: int) -> Any:
     """One layer of stacked arrays."""
     return jax.tree.map(lambda leaf: leaf[index], stacks)
-
-
-def _write(rows: Array, new: Array, starts: Array) -> Array:
-    """Writes each row's new columns from its start on."""
-    return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=0))(
-        rows, new, starts
-    )
 
 
 def _split_adapters(lora: Lora | None) -> tuple[dict[str, Any], dict[str, Any]]:
