@@ -86,12 +86,13 @@ class CrossStates:
     """What cross-attention layers see of the images; every leaf is row-aligned.
 
     Attributes:
-      states: projected vision tokens of a row's images, one after the other, `[B, M * N, E]`.
-      tiles: tiles that are there, `[B, M, tiles]`; all False for an absent image.
+      states: Float[B, M * N, E], projected vision tokens of a row's images, one after the other.
+      tiles: Bool[B, M, tiles], which tiles are there; all False for an absent image.
     """
 
-    states: Float[Array, "B MN E"]
-    tiles: Bool[Array, "B M tiles"]
+    # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
+    states: Any
+    tiles: Any
 
 
 @flax.struct.dataclass
