@@ -239,6 +239,7 @@ def llava_next_from_hf(values: dict[str, Any], where: str = "config.json") -> Ll
     canvases = fields.values["image_grid_pinpoints"]
     if not _are_canvases(canvases, tile):
         raise fields.fail("image_grid_pinpoints", f"pairs (height, width), multiples of image_size={tile}")
+    fields.only("vision_feature_select_strategy", "default")  # transformers itself fails on "full"
     return LlavaNextConfig(**common, image_grid_pinpoints=tuple((height, width) for height, width in canvases))
 
 

@@ -37,11 +37,10 @@ def packing(size: Size, config: LlavaNextConfig) -> np.ndarray:
     """
     side = config.vision.image_size // config.vision.patch_size
     base = config.image_tokens
-    extra = base - side * side  # the class token, where it is kept
     high, wide = (edge // config.vision.image_size for edge in canvas(size, config.image_grid_pinpoints))
     rows, columns = np.mgrid[: high * side, : wide * side]
     tile = 1 + (rows // side) * wide + columns // side
-    grid = tile * base + extra + (rows % side) * side + columns % side
+    grid = tile * base + (rows % side) * side + columns % side
     grid = _without_margins(grid, size)
     ended = np.concatenate([grid, np.full((len(grid), 1), -1, grid.dtype)], axis=1)
     return np.concatenate([np.arange(base), ended.reshape(-1)]).astype(np.int32)

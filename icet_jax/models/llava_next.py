@@ -65,9 +65,7 @@ class LlavaNext(Llava):
         count, tiles = images.pixels.shape[:2]
         per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (images.num_rows,))
         per_tile = jnp.repeat(per_row[jnp.minimum(images.rows, images.num_rows - 1)], tiles)
-        states = encoded.states[per_tile, jnp.arange(count * tiles)]
-        if self.config.vision_feature_select_strategy == "default":
-            states = states[:, 1:]
+        states = encoded.states[per_tile, jnp.arange(count * tiles)][:, 1:]  # without the class token
         features = self.projector(states)
         newline = self.image_newline[...].astype(features.dtype)
         bank = jnp.concatenate([features.reshape(-1, features.shape[-1]), newline[None]])

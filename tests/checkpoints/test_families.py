@@ -278,6 +278,7 @@ BAD = [
     ("mistral", "text_config", "sliding_window", ..., "sliding_window=4096 (the default) is not supported"),
     ("next", "text_config", "model_type", "qwen2", "text_config: model_type='qwen2' is not supported; needs 'llama'"),
     ("next", None, "image_grid_pinpoints", [[28, 50]], "image_grid_pinpoints=[[28, 50]] is not supported; needs pairs"),
+    ("next", None, "vision_feature_select_strategy", "full", "='full' is not supported; needs 'default'"),
     ("next", None, "image_grid_pinpoints", [28, 56], "needs pairs (height, width), multiples of image_size=28"),
     ("next", None, "vision_feature_layer", [-2, -4], "vision_feature_layer=[-2, -4] is not supported"),
     ("next", None, "model_type", "llava", "unexpected (1): image_newline"),
