@@ -61,6 +61,7 @@ def geometry(vlm: Any, examples: Sequence[Example], *, max_images: int = 32) -> 
     }
 
 
+@jax.jit
 def linear_cka(x: Float[Array, "n D"], y: Float[Array, "n D"]) -> Float[Array, ""]:
     """Linear centred kernel alignment of the same n >= 4 tokens' features, 0 (unrelated) to 1 (equal up to rotation).
 
