@@ -1,11 +1,25 @@
-"""Writing files so that a reader never meets half of one: write beside, then rename."""
+"""Writing files so that a reader never meets half of one (write beside, then rename), and parsing what others wrote."""
 
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from icet_jax.errors import UserError
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads` with one kind of error for whatever is wrong with a text that came from outside.
+
+    Raises:
+      ValueError: it is not JSON, not UTF-8, or nested more deeply than Python can follow.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:

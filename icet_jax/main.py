@@ -25,6 +25,7 @@ MODES = {
     "prepare": "write the config's data sets where runs read them, and report what was left out",
     "reward": "train a GPT-2 reward model on preference pairs (config.rm)",
     "ask": "answer one prompt at chosen exits, side by side",
+    "plan": "tell whether a run fits chips that need not be here (--topology), and what bounds it",
     "compare": "lay the curves of several finished runs over each other, in one report",
     "export": "write a run's aligned model in the Hugging Face layout",
     "labels": "write a sample of a run's answers for people to judge, or read their labels",
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="export, prepare, labels, compare: where to, instead of workdir/hf or config.data.directory",
     )
+    parser.add_argument("--topology", help="plan: chips, such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1")
     parser.add_argument("--labels", type=Path, help="labels: the filled-in CSV to read")
     parser.add_argument("--rows", type=int, default=200, help="labels: how many answers to sample")
     parser.add_argument("--verdicts", action="store_true", help="labels: show people what the judges said")

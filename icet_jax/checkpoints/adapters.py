@@ -1,7 +1,6 @@
 """PEFT LoRA adapters: read, to be merged into the decoder as it is loaded, joined and written."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable
@@ -11,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from icet_jax.checkpoints.families import family_of
+from icet_jax.checkpoints.hf_config import Fields
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader
 from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 from icet_jax.models.family import lora_key
 from icet_jax.models.layers import Lora
 from icet_jax.typing import Float
@@ -35,7 +36,7 @@ _PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, None, "ga
 
 # Both names of the decoder: before transformers 4.52, and since.
 _KEY = re.compile(
-    r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>\d+)"
+    r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>[0-9]{1,9})"
     r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
 )
 
@@ -160,14 +161,16 @@ def _read_config(path: Path) -> tuple[int, float]:
     if not path.is_file():
         raise UserError(f"{path}: not found; give a PEFT adapter directory")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kind, rank, alpha = values["peft_type"], int(values["r"]), float(values["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+        values = parse_json(path.read_text(encoding="utf-8"))
+        absent = [name for name in ("peft_type", "r", "lora_alpha") if values[name] is None]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a LoRA adapter's config ({error!r}); it needs peft_type, r, lora_alpha"
         ) from error
-    if kind != "LORA" or rank < 1:
-        raise UserError(f"{path}: peft_type={kind!r}, r={rank} is not supported; needs 'LORA' with r >= 1")
+    fields = Fields(values, {}, str(path))
+    if absent or values["peft_type"] != "LORA":
+        raise fields.fail(absent[0] if absent else "peft_type", "'LORA' with r and lora_alpha")
+    rank, alpha = fields.size("r"), fields.number("lora_alpha")
     unsupported = [f"{name}={value!r}" for name, value in sorted(values.items()) if not _is_plain(name, value)]
     if unsupported:
         raise UserError(f"{path}: {', '.join(unsupported)} is not supported; merge the adapter with PEFT first")

@@ -63,7 +63,7 @@ def family(values: dict[str, Any], where: str = "config.json") -> Family:
     Raises:
       UserError: it is not a vision-language model that is supported here.
     """
-    found = values.get("model_type")
+    found = str(values.get("model_type"))
     if found not in FAMILIES:
         known = ", ".join(f"{name} ({hf_config.SUPPORTED[name]})" for name in FAMILIES)
         what = f" is a {hf_config.SUPPORTED[found]}" if found in hf_config.SUPPORTED else " is not supported"

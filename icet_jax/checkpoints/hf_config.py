@@ -5,11 +5,11 @@ absent fields mean the HF class defaults. Export writes the old keys, which ever
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 from icet_jax.models.clip import ClipConfig
 from icet_jax.models.gpt2 import GPT2Config
 from icet_jax.models.layers import ACTIVATIONS
@@ -50,6 +50,9 @@ _GPT2_DEFAULTS = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
 _CLIP_FIELDS = tuple(_VISION_DEFAULTS)
+_LAYER_COUNTS = ("num_hidden_layers", "num_global_layers", "n_layer")
+_MOST_LAYERS, _LARGEST_SIZE, _LARGEST_NUMBER = 4096, 1 << 24, 1e30
+_SHOWN = 200  # characters of a wrong value
 
 
 class Fields:
@@ -57,26 +60,27 @@ class Fields:
 
     def __init__(self, values: Any, defaults: dict[str, Any], where: str):
         if not isinstance(values, dict):
-            raise UserError(f"{where}: must be a mapping, not {values!r}")
+            raise UserError(f"{where}: must be a mapping, not {_shown(values)}")
         # An explicit null means the default, as an absent key does.
         self.values = defaults | {key: value for key, value in values.items() if value is not None}
         self.where = where
 
     def fail(self, field: str, wanted: str) -> UserError:
         """The error for a field's value, to be raised; says what is `wanted` instead."""
-        return UserError(f"{self.where}: {field}={self.values.get(field)!r} is not supported; needs {wanted}")
+        return UserError(f"{self.where}: {field}={_shown(self.values.get(field))} is not supported; needs {wanted}")
 
     def size(self, field: str) -> int:
-        """A positive integer."""
+        """A positive integer, within what any network has: a hostile file must not cost hours or gigabytes."""
         value = self.values.get(field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fail(field, "a positive integer")
+        most = _MOST_LAYERS if field in _LAYER_COUNTS else _LARGEST_SIZE
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.fail(field, f"a positive integer, at most {most}")
         return value
 
     def number(self, field: str) -> float:
-        """A number, as float."""
+        """A finite number, as float."""
         value = self.values.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
             raise self.fail(field, "a number")
         return float(value)
 
@@ -93,6 +97,12 @@ class Fields:
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
 
 
+def _shown(value: Any) -> str:
+    """A value of the file for an error line, its beginning alone where it is long."""
+    text = "a number of thousands of digits" if isinstance(value, int) and abs(value) >= 10**100 else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint directory.
 
@@ -103,10 +113,10 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: not found; give a Hugging Face model directory")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not readable JSON ({error}); download it again") from error
-    if not isinstance(values, dict) or "model_type" not in values:
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"{path}: has no model_type; supported are {_supported()}")
     return values
 
@@ -143,7 +153,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise UserError(f"{fields.where}: rope_type '{kind}' is not supported; needs 'default' or 'llama3'")
+        raise UserError(f"{fields.where}: rope_type {_shown(kind)} is not supported; needs 'default' or 'llama3'")
     return theta, RopeScaling(
         factor=inner.number("factor"),
         low_freq_factor=inner.number("low_freq_factor"),
@@ -295,7 +305,8 @@ def gpt2_from_hf(values: dict[str, Any], where: str = "config.json") -> GPT2Conf
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("reorder_and_upcast_attn", False)
     fields.only("add_cross_attention", False)
-    if len(fields.values.get("id2label", "1")) != 1:
+    labels = fields.values.get("id2label", {"0": ""})
+    if not isinstance(labels, dict) or len(labels) != 1:
         raise fields.fail("id2label", "one label")
     width, heads = fields.size("n_embd"), fields.size("n_head")
     if width % heads:

@@ -26,6 +26,7 @@ _TEXT_DEFAULTS = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
 }  # fmt: skip
 _CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
+_MOST_TILES = 64  # of a side
 _EXTRA_EMBEDDINGS = 8  # HF's embedding always has as many rows more than the vocabulary
 
 
@@ -48,8 +49,8 @@ def mllama_from_hf(
     if "image_token_id" in fields.values and "image_token_index" not in values:
         fields.values["image_token_index"] = fields.values["image_token_id"]
     fields.only("tie_word_embeddings", False)
-    text = dict(values.get("text_config") or {})
     text_where = f"{where}: text_config"
+    text = Fields(values.get("text_config") or {}, {}, text_where).values
     cross = text.get("cross_attention_layers") or _CROSS_LAYERS
     llama = llama_text(_TEXT_DEFAULTS | text, False, text_where, model_type="mllama_text_model")
     if not _is_ascending(cross, llama.num_hidden_layers - 1) or len(cross) == llama.num_hidden_layers:
@@ -71,7 +72,7 @@ def _vision(values: Any, where: str, shift: int) -> MllamaVisionConfig:
     indices, ratios = fields.values["intermediate_layers_indices"], fields.values["supported_aspect_ratios"]
     if not _is_ascending(indices, depth - 1):
         raise fields.fail("intermediate_layers_indices", f"different block numbers in order, below {depth}")
-    if not ratios or any(len(ratio) != 2 or min(ratio) < 1 for ratio in ratios):
+    if not _are_pairs(ratios):
         raise fields.fail("supported_aspect_ratios", "pairs of tiles (high, wide)")
     fields.only("vision_output_dim", width * (1 + len(indices)))
     return MllamaVisionConfig(
@@ -83,11 +84,19 @@ def _vision(values: Any, where: str, shift: int) -> MllamaVisionConfig:
         image_size=fields.size("image_size"),
         patch_size=fields.size("patch_size"),
         intermediate_layers_indices=tuple(index + shift for index in indices),
-        supported_aspect_ratios=tuple((int(high), int(wide)) for high, wide in ratios),
+        supported_aspect_ratios=tuple((high, wide) for high, wide in ratios),
         max_num_tiles=fields.size("max_num_tiles"),
         num_channels=fields.size("num_channels"),
         norm_eps=fields.number("norm_eps"),
         hidden_act=fields.choice("hidden_act", ACTIVATIONS),
+    )
+
+
+def _are_pairs(ratios: Any) -> bool:
+    if not isinstance(ratios, list | tuple) or not all(isinstance(ratio, list | tuple) for ratio in ratios):
+        return False
+    return bool(ratios) and all(
+        len(ratio) == 2 and all(type(side) is int and 1 <= side <= _MOST_TILES for side in ratio) for ratio in ratios
     )
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from icet_jax.errors import UserError
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
 def _ranges(numbers: set[int]) -> str:

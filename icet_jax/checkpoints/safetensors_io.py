@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -50,13 +51,13 @@ def safetensors_files(directory: Path) -> list[Path]:
             )
         raise UserError(f"{directory}: has neither {SINGLE} nor {INDEX}; give a Hugging Face model directory")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not an index of safetensors shards; download it again") from error
-    outside = [name for name in names if Path(name).name != name]
     if outside or not names:
         raise UserError(f"{index}: names no shards of this directory {outside}; download it again")
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(directory / name)]
     if missing:
         raise UserError(
             f"{directory}: missing shard{'s' * (len(missing) > 1)} {', '.join(missing)} (of {len(names)} in {INDEX}); "

@@ -59,7 +59,7 @@ def architecture(values: dict[str, Any], where: str = "config.json") -> str:
     """
     model_type, named = values.get("model_type"), values.get("architectures")
     if named:
-        found = named[0] if isinstance(named, list) else named
+        found = str(named[0] if isinstance(named, list) else named)
         if found not in _FAMILIES:
             raise UserError(
                 f"{where}: architecture '{found}' is not a scorer; supported are {', '.join(ARCHITECTURES)}"

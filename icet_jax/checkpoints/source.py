@@ -1,12 +1,12 @@
 """Where a checkpoint's files are, and which tokens they say end and pad a response."""
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 
 # All that a loader looks at: weights in safetensors at the top of the repository, and small files beside them.
 _FILES = (
@@ -106,7 +106,7 @@ def generation_tokens(directory: str | Path, config: dict[str, Any]) -> tuple[tu
     """
     path = Path(directory) / "generation_config.json"
     try:
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        generation = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable JSON ({error}); download it again") from error
     sources = [source for source in (generation, config, config.get("text_config")) if isinstance(source, dict)]

@@ -6,7 +6,6 @@ out and counted by reason.
 """
 
 import gzip
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -101,10 +101,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _pair(line: bytes) -> Pair:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise _BadRow("not UTF-8") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise _BadRow("not JSON") from None
     if not isinstance(row, dict):
         raise _BadRow("not a JSON object")

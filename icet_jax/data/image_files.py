@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
-from icet_jax.data.images import open_image, require_resizable
+from icet_jax.data.images import FORMATS, open_image, require_resizable
 from icet_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MISSING, NOT_AN_IMAGE, DAMAGED = "missing image", "not an image", "damaged image"
+OUTSIDE = "image path outside its folder"
 
 
 class ImageFiles:
@@ -36,7 +37,7 @@ class ImageFiles:
         if not os.path.isfile(path):  # unlike `Path.is_file`, false for names that no file can have
             return MISSING, f"no image file '{path}'"
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if getattr(image, "is_animated", False):
                     self.animated.add(path)
         except Image.DecompressionBombError:
@@ -52,6 +53,16 @@ class ImageFiles:
         return None
 
 
+def require_file_name(path: Path) -> None:
+    """Raises a `UserError` where no file can have this name (it holds NUL or half a character)."""
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise UserError(f"{path}: no file can have this name; check the path")
+
+
 class ImageFolder:
     """Benign images for prompts that come without one."""
 
@@ -62,6 +73,7 @@ class ImageFolder:
           UserError: no such folder, or no image file in it.
         """
         self._folder = Path(folder)
+        require_file_name(self._folder)
         try:
             names = sorted(entry.name for entry in os.scandir(self._folder) if entry.name.lower().endswith(SUFFIXES))
         except OSError as error:
@@ -79,7 +91,19 @@ class ImageFolder:
         return self._folder / self._names[int.from_bytes(digest[:8], "big") % len(self._names)]
 
 
-def leaves_root(name: str) -> bool:
-    """Whether a path that a data set gives, relative to the folder of its images, points outside of that folder."""
+def leaves_root(root: Path, name: str) -> bool:
+    """Whether an image that a data set names, relative to the folder of its images, lies outside of that folder.
+
+    An absolute path may lead into the folder. A link may not lead out of it, except in the hub's cache, where every
+    file of a `snapshots/REVISION` is a link to one in `blobs`.
+    """
     windows = PureWindowsPath(name)
-    return bool(windows.drive or windows.root) or PurePosixPath(name).is_absolute() or ".." in windows.parts
+    if windows.drive or ".." in windows.parts or name.startswith("\\"):
+        return True
+    folder, target = Path(os.path.realpath(root)), Path(os.path.realpath(root / name))
+    return not any(target.is_relative_to(inside) for inside in (folder, *_blobs(folder)))
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the hub's cache keeps the files of a snapshot that `folder` is, or is a part of."""
+    return [place.parent / "blobs" for place in folder.parents if place.name == "snapshots"]

@@ -28,6 +28,12 @@ class StoredImage(Protocol):
 
 ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | np.ndarray | StoredImage
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "ICO", "JPEG2000")
+"""What is opened. Not among Pillow's others: EPS, which it has another program run."""
+
+MAX_PIXELS = 1 << 26
+"""Of a file: decoding, turning and converting it then takes less than 1 GiB."""
+
 # The short side is resized to the model's and the long side with it: beyond this ratio that would take gigabytes.
 MAX_ASPECT_RATIO = 500
 
@@ -69,7 +75,9 @@ def require_resizable(image: Image.Image, name: str) -> None:
 
 def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise UserError(f"{name}: no such image file") from error

@@ -23,13 +23,14 @@ import numpy as np
 
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
-from icet_jax.files import replace_dir_atomic, write_text_atomic
+from icet_jax.files import parse_json, replace_dir_atomic, write_text_atomic
 
 SCHEMA = 1
 _VERSION = "1.0.0"
 _PER_SHARD = {"rows": 100_000, "images": 2_000}  # records of a file: files of a few hundred megabytes
 _PER_CALL = 64  # records: the writer rewrites its metadata at every call
 _LISTED_PROBLEMS = 100
+_COUNTS = ("read", "kept", "repeats", "animated", "images", "image_bytes")
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,36 @@ def counts(records: Records) -> dict[str, Any]:
 
 
 def read_facts(directory: Path, name: str) -> dict[str, Any] | None:
-    """`source.json` of a set; None where there is no such set."""
+    """`source.json` of a set; None where there is no such set.
+
+    Raises:
+      UserError: it is damaged.
+    """
     path = directory / name / "source.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); run --mode=prepare again") from error
-    return facts if isinstance(facts, dict) and facts.get("schema") == SCHEMA else None
+    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+        return None
+    if not _are_facts(facts):
+        raise UserError(f"{path}: a field is missing or of another type; run --mode=prepare again")
+    return facts
+
+
+def _are_facts(facts: Mapping[str, Any]) -> bool:
+    """Whether what is read of a set's facts is there."""
+    dropped, limit = facts.get("dropped"), facts.get("limit")
+    return (
+        all(isinstance(facts.get(name), str) for name in ("source", "fingerprint"))
+        and all(type(facts.get(name)) is int and facts[name] >= 0 for name in _COUNTS)
+        and type(facts.get("complete")) is bool
+        and (type(limit) is int or limit is None and facts["complete"])
+        and isinstance(dropped, dict)
+        and all(type(count) is int for count in dropped.values())
+    )
 
 
 def read_set(directory: str | Path, name: str, source: str, limit: int | None = None) -> list[Example]:

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icet_jax.data.image_files import MISSING, ImageFiles, ImageFolder, leaves_root
-from icet_jax.data.records import BadRow, Example, Records, collect, prompt_of, read_records, text, usable_image
+from icet_jax.data.image_files import MISSING, ImageFiles, ImageFolder
+from icet_jax.data.records import BadRow, Example, Records, collect, inside, prompt_of, read_records, text, usable_image
 from icet_jax.data.tables import RawRow, csv_rows, json_array_rows
 from icet_jax.errors import UserError
 
@@ -132,9 +132,7 @@ def _jailbreakv_28k(request: _Request) -> Records:
         name = text(fields, "image_path")
         if name is None:
             raise BadRow(MISSING, "image_path is empty")
-        if leaves_root(name):
-            raise BadRow("image path outside its folder", f"image_path '{name}' leaves the folder of images")
-        image = usable_image(root / name, request.files)
+        image = usable_image(inside(root, name), request.files)
         return Example(_own_id(fields, identity), prompt, (image,), policy=text(fields, "policy"))
 
     required = ("id", "jailbreak_query", "policy", "image_path")

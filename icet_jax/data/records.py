@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from icet_jax.data.image_files import MISSING, ImageFiles
+from icet_jax.data.image_files import MISSING, OUTSIDE, ImageFiles, leaves_root, require_file_name
 from icet_jax.data.tables import RawRow, csv_rows, jsonl_rows, text_problem
 from icet_jax.data.templates import PLACEHOLDERS
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, one_line
 
 KINDS = ("forbidden", "benign", "vqa")
 _COLUMNS = "prompt, image[, id, policy, kind, answer]"
 _REPORTED_PROBLEMS = 5
+_SHOWN = 300  # characters of a problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +190,7 @@ def collect(
     Raises:
       UserError: the file cannot be read, or no row can be used.
     """
+    require_file_name(path)
     examples: list[Example] = []
     problems: list[Problem] = []
     row_of_id: dict[str, int] = {}
@@ -263,6 +265,17 @@ def prompt_of(fields: dict[str, Any], name: str) -> str:
     return prompt
 
 
+def inside(root: Path, name: str) -> Path:
+    """The path of an image that a row names.
+
+    Raises:
+      BadRow: it leads out of `root`.
+    """
+    if leaves_root(root, name):
+        raise BadRow(OUTSIDE, f"image '{name}' is not in '{root}' (see config.data.image_root)")
+    return root / name
+
+
 def usable_image(path: Path, files: ImageFiles) -> Path:
     """`path` itself.
 
@@ -277,9 +290,14 @@ def usable_image(path: Path, files: ImageFiles) -> Path:
 
 def describe(problems: list[Problem]) -> str:
     """The first few problems and how many more there are."""
-    shown = "; ".join(f"row {problem.row}: {problem.detail}" for problem in problems[:_REPORTED_PROBLEMS])
+    shown = "; ".join(f"row {problem.row}: {_short(problem.detail)}" for problem in problems[:_REPORTED_PROBLEMS])
     hidden = len(problems) - _REPORTED_PROBLEMS
     return f"{shown}; and {hidden} more" if hidden > 0 else shown
+
+
+def _short(detail: str) -> str:
+    """What a row holds may be of any length, and hold what steers a terminal."""
+    return one_line(detail if len(detail) <= _SHOWN else f"{detail[:_SHOWN]}...")
 
 
 def _images(value: Any, root: Path, files: ImageFiles) -> tuple[Path, ...]:
@@ -288,5 +306,5 @@ def _images(value: Any, root: Path, files: ImageFiles) -> tuple[Path, ...]:
         image = text({"image": name}, "image")
         if image is None:
             raise BadRow(MISSING, "the image is empty")
-        paths.append(usable_image(root / image, files))
+        paths.append(usable_image(inside(root, image), files))
     return tuple(paths)

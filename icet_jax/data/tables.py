@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 
 RawRow: TypeAlias = tuple[int, dict[str, Any] | str]
 
@@ -89,8 +90,8 @@ def jsonl_rows(path: Path) -> Iterator[RawRow]:
             if not text.strip():
                 continue
             try:
-                fields = json.loads(text)
-            except (ValueError, RecursionError) as error:
+                fields = parse_json(text)
+            except ValueError as error:
                 yield line, f"not JSON ({getattr(error, 'msg', error)})"
                 continue
             yield line, fields if isinstance(fields, dict) else "not a JSON object"

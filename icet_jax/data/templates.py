@@ -4,12 +4,13 @@ A checkpoint's own template, in Jinja, comes first; where its files hold none th
 published with is used.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from icet_jax.data.chat_templates import DATE, render
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 
 IMAGE_TOKEN = "<image>"
 MLLAMA_IMAGE_TOKEN = "<|image|>"
@@ -18,9 +19,6 @@ PLACEHOLDERS = (IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN)
 
 Template: TypeAlias = Callable[[str, int], str]
 """(prompt, number of its images) -> the text, one placeholder for each image, ready for the answer."""
-
-DATE = "26 Jul 2024"
-"""Today, in templates that print it: what Llama 3's say where nobody tells them. A real date would change answers."""
 
 _PROBE = "probe 5f1c"
 
@@ -79,7 +77,7 @@ def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template 
         template = _rendered(tokenizer, text)
         try:
             shown = template(_PROBE, 2)
-        except Exception:  # jinja's errors, and whatever a template that expects other messages runs into
+        except UserError:
             continue
         if shown.count(_PROBE) == 1 and shown.count(placeholder) == 2:
             return template
@@ -89,13 +87,7 @@ def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template 
 def _rendered(tokenizer: Any, text: str) -> Template:
     def template(prompt: str, num_images: int) -> str:
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=text,
-            tokenize=False,
-            add_generation_prompt=True,
-            date_string=DATE,
-        )
+        return render(tokenizer, [{"role": "user", "content": content}], template=text, answer=True)
 
     return template
 
@@ -109,7 +101,7 @@ def _file_template(directory: Path) -> str | None:
         for name in ("chat_template.json", "processor_config.json"):
             path = directory / name
             if path.is_file():
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = parse_json(path.read_text(encoding="utf-8"))
                 if isinstance(found, dict) and found.get("chat_template"):
                     return found["chat_template"]
     except (OSError, ValueError) as error:

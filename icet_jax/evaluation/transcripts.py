@@ -14,7 +14,7 @@ from typing import Any
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row
-from icet_jax.files import write_text_atomic
+from icet_jax.files import parse_json, write_text_atomic
 
 
 def fingerprint(*settings: Any) -> str:
@@ -91,12 +91,17 @@ class TranscriptFile:
         return json.dumps({**row, "sweep": self._mark, "judges": judges}, allow_nan=False) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> None:
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); move the file away") from error
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 mark, judges, key = row.pop("sweep"), row.pop("judges"), (row["id"], row["layer"])
+                if not _is_row(row):
+                    raise ValueError("a field is missing or of another type")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}: line {number} is no transcript row; move the file away") from error
             example = by_id.get(row["id"])
@@ -110,3 +115,14 @@ class TranscriptFile:
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
+
+
+def _is_row(row: Row) -> bool:
+    """Whether what later steps need is there."""
+    scores = row.get("scores")
+    return (
+        all(isinstance(row.get(name), str) for name in ("id", "prompt", "response"))
+        and type(row["layer"]) is int
+        and isinstance(scores, dict)
+        and all(value is None or type(value) in (int, float) for value in scores.values())
+    )

@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 from icet_jax.judges.base import Scorer, Scores
 
 _FORMAT = "1"  # part of every digest: another layout of the files starts anew
 _WHOLE = 1 << 20  # bytes; files up to this size are read in full for a fingerprint, and the start of larger ones
 _BLOCK = 4096  # bytes of each further block that is read of a larger file
 _BLOCKS = 256  # how many, at even distances
+
+_LARGEST = float(np.finfo(np.float32).max)  # scores are float32
 
 Entry = dict[str, tuple[float | None, str | None]]
 """One row's scores: scorer name -> (value, label). None: no value, which only side results may have."""
@@ -150,7 +153,7 @@ class _Table:
             raise UserError(f"{path}: cannot be read ({error.strerror}); choose another score cache") from error
         for line in lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 key, entry = row["key"], {name: _checked(*pair) for name, pair in row["scores"].items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # damaged: the row is scored again
@@ -159,7 +162,7 @@ class _Table:
 
 
 def _checked(value: Any, label: Any) -> tuple[float | None, str | None]:
-    number = value is None or type(value) in (int, float) and math.isfinite(value)
+    number = value is None or type(value) in (int, float) and abs(value) <= _LARGEST
     if not number or not (label is None or isinstance(label, str)):
         raise ValueError(value, label)
     return None if value is None else float(value), label

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 from icet_jax.judges.base import Scores
 
 ENDPOINT = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
@@ -217,7 +218,7 @@ class Perspective:
 
     def _values(self, answer: bytes) -> list[float]:
         try:
-            scores = json.loads(answer)["attributeScores"]
+            scores = parse_json(answer)["attributeScores"]
             values = [scores[attribute]["summaryScore"]["value"] for attribute in self._attributes]
         except (ValueError, KeyError, TypeError) as error:
             raise _Failed("an answer that is no score") from error

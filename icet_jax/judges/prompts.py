@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any, TypeAlias
 
+from icet_jax.data import chat_templates
 from icet_jax.errors import UserError
 
 Render: TypeAlias = Callable[[str, str], str]
@@ -14,7 +15,6 @@ BUILT_IN = ("llama_guard_1", "llama_guard_3", "harmbench")
 """Texts that the judges were published with (files in judges/templates), for checkpoints without a chat template."""
 
 _PROBE = ("first probe 5f1c", "second probe 9a72")
-_DATE = "26 Jul 2024"  # what Llama 3's templates print where they are told no date; without it some print today's
 
 
 def built_in(name: str) -> Render:
@@ -79,19 +79,16 @@ def chat_template(tokenizer: Any, *, answer: bool) -> Render:
                 {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
                 for role, text in (("user", prompt), ("assistant", response))
             ]
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer, date_string=_DATE
-            )
+            text = chat_templates.render(tokenizer, messages, answer=answer)
             # Some copies of Llama Guard 3's template stop here and leave the blank line to the model.
             return f"{text}\n\n" if answer and text.endswith("<|end_header_id|>") else text
 
         try:
             shown = render(*_PROBE)
-        except Exception as error:  # jinja's errors, and whatever a template that expects other messages runs into
+        except UserError:
             if not parts:
                 continue
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"the checkpoint's chat template fails ({reason}); give a template") from error
+            raise
         if all(shown.count(text) == 1 for text in _PROBE):
             return render
     raise UserError("the checkpoint's chat template does not show the user's and the assistant's message; give one")

@@ -150,6 +150,17 @@ def _write(rows: Array, new: Array, starts: Array) -> Array:
     )
 
 
+def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> KVCache:
+    """A cache of `length` columns for `batch` rows that holds nothing yet."""
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    return KVCache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        valid=jnp.zeros((batch, length), bool),
+        cursor=jnp.zeros((batch,), jnp.int32),
+    )
+
+
 class LlamaDecoder(nnx.Module):
     """Token embedding, decoder layers and final norm (HF `LlamaModel`)."""
 
@@ -169,14 +180,7 @@ class LlamaDecoder(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` columns for `batch` rows, in the compute dtype."""
-        config = self.config
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        return KVCache(
-            k=jnp.zeros(shape, self.dtype),
-            v=jnp.zeros(shape, self.dtype),
-            valid=jnp.zeros((batch, length), bool),
-            cursor=jnp.zeros((batch,), jnp.int32),
-        )
+        return empty_cache(self.config, batch, length, self.dtype)
 
     def __call__(
         self,

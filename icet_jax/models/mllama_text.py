@@ -17,7 +17,14 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.family import KVCache
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import LlamaBlocks, LlamaConfig, SelfAttention, inverse_frequencies, lora_shapes
+from icet_jax.models.llama import (
+    LlamaBlocks,
+    LlamaConfig,
+    SelfAttention,
+    empty_cache,
+    inverse_frequencies,
+    lora_shapes,
+)
 from icet_jax.typing import Array, Bool, Float, Int
 
 CROSS = "cross_layers"
@@ -213,16 +220,7 @@ class MllamaDecoder(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> MllamaCache:
         """An empty cache for `length` text tokens in each of `batch` rows; the images' part comes with the prefill."""
-        config = self.config.self_layers
-        shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-        return MllamaCache(
-            KVCache(
-                k=jnp.zeros(shape, self.dtype),
-                v=jnp.zeros(shape, self.dtype),
-                valid=jnp.zeros((batch, length), bool),
-                cursor=jnp.zeros((batch,), jnp.int32),
-            )
-        )
+        return MllamaCache(empty_cache(self.config.self_layers, batch, length, self.dtype))
 
     def __call__(
         self,

@@ -1,11 +1,11 @@
 """Reading a run directory: every file optional but one sweep, every file checked before it is shown."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 
 PHASES = ("before", "after")
 
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        data = parse_json(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not readable JSON ({error}); make it again or remove it") from error
     if not isinstance(data, dict):
@@ -101,13 +101,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it again or remove it") from error
     rows = []
     for index, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=lambda _: None)
+            row = parse_json(line, parse_constant=lambda _: None)
         except ValueError as error:
             if index == len(lines) - 1:
                 break

@@ -1,6 +1,5 @@
 """One run, or the same run with several seeds, seen as one set of numbers."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -12,6 +11,7 @@ from icet_jax.report.schema import METRIC_FAMILIES
 GROUPS = ("early", "middle", "late", "average")
 KINDS = ("forbidden", "mixed", "benign", "vqa")
 HUMAN = "asr/human"
+_LARGEST = 1e30  # sums and squares of such numbers are finite
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ def as_value(entry: Any, n: Any = None) -> Value | None:
 
 
 def _finite(value: Any) -> float | None:
-    """A finite number as a float; None for anything else (booleans are no numbers here)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """A finite number as a float; None for anything else (booleans are none, nor is what no run measures)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         return None
     return float(value)
 

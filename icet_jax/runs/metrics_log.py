@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax.errors import UserError
-from icet_jax.files import write_text_atomic
+from icet_jax.files import parse_json, write_text_atomic
 
 
 def truncate(path: Path, step: int) -> None:
@@ -19,10 +19,11 @@ def truncate(path: Path, step: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
-        if row["step"] <= step:
+        number = row.get("step") if isinstance(row, dict) else None
+        if isinstance(number, int) and number <= step:
             kept.append(line + "\n")
     write_text_atomic(path, "".join(kept))
 

@@ -72,7 +72,10 @@ def _prepare(directory: Path, name: str, source: str, limit: int | None, where: 
     # Without decoding, reading is quick enough to find out whether anything has changed.
     seen = sources.read_rows(source, limit=limit, **where)
     mark = prepared.fingerprint(source, limit, seen)
-    old = prepared.read_facts(directory, name)
+    try:
+        old = prepared.read_facts(directory, name)
+    except UserError:  # damaged: the set is written again
+        old = None
     if old is not None and old["fingerprint"] == mark:
         return {**old, "unchanged": True}
     print(f"{name}: checking every image of {len(seen.examples)} rows, then writing", file=sys.stderr)

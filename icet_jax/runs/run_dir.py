@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config import flatten
 from icet_jax.errors import UserError
-from icet_jax.files import write_text_atomic
+from icet_jax.files import parse_json, write_text_atomic
 
 SCHEMA = 1
 _SHOWN_FIELDS = 4
@@ -66,7 +66,7 @@ def read_config(path: Path) -> ConfigDict:
       UserError: it is not readable.
     """
     try:
-        return ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+        return ConfigDict(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a run's config ({error}); choose another --workdir") from error
 
