@@ -91,11 +91,13 @@ class TrainBatch(NamedTuple):
 class Phases:
     """The compiled phases; see the module's docstring for their arguments.
 
-    `compile` takes what `rollout` takes and compiles all three for these shapes without running any.
+    `compile` takes what `rollout` takes and compiles all three for these shapes without running any; `prepare_arrays`
+    is the jitted part of `prepare`.
     """
 
     rollout: Callable[..., Rollout]
     prepare: Callable[..., tuple[TrainState, TrainBatch, dict[str, Any]]]
+    prepare_arrays: Any
     update: Callable[..., tuple[TrainState, dict[str, Any]]]
     compile: Callable[..., None]
 
@@ -144,17 +146,17 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
     update = jax.jit(lambda *arrays: _update(graphdef, settings, mesh, *arrays), donate_argnums=1)
 
     def compile_all(params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any) -> None:
-        made = _outputs(rollout.lower(params, state, images, tokens, mask, exits, key).compile())
+        made = outputs(rollout.lower(params, state, images, tokens, mask, exits, key).compile())
         per_row = (np.zeros(tokens.shape[0], np.float32), np.zeros(tokens.shape[0], bool))
-        batch, controls, _ = _outputs(
+        batch, controls, _ = outputs(
             prepare_arrays.lower(params, state.trainable, state.controls, made, *per_row).compile()
         )
         update.lower(params, state._replace(controls=controls), batch, key).compile()
 
-    return Phases(rollout=rollout, prepare=prepare, update=update, compile=compile_all)
+    return Phases(rollout=rollout, prepare=prepare, prepare_arrays=prepare_arrays, update=update, compile=compile_all)
 
 
-def _outputs(compiled: Any) -> Any:
+def outputs(compiled: Any) -> Any:
     """What a compiled phase returns, abstractly; on several devices also where it lies."""
 
     def abstract(info: Any, sharding: Any) -> jax.ShapeDtypeStruct:

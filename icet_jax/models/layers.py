@@ -25,7 +25,8 @@ class Lora:
       scale: alpha / r, static.
     """
 
-    weights: Mapping[str, Mapping[str, Array]]
+    # Arrays; not annotated so, because jax also fills pytrees with what are none (jit(...).lower does).
+    weights: Mapping[str, Mapping[str, Any]]
     scale: float = flax.struct.field(pytree_node=False)
 
 

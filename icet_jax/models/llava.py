@@ -44,9 +44,15 @@ class LlavaConfig:
 
 @flax.struct.dataclass
 class LlavaEncoded:
-    """Every hidden state of the tower, and where its images belong."""
+    """Every hidden state of the tower, and where its images belong.
 
-    states: Float[Array, "X I P D"]
+    Attributes:
+      states: Float[X, I, P, D].
+      images: the images.
+    """
+
+    # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
+    states: Any
     images: Images
 
 

@@ -127,15 +127,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(ROWS))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """For arrays that every device holds whole."""
     return NamedSharding(mesh, P())
+
+
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Parts into which the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays on the device, their first axis split over the mesh's row axes where it divides, whole elsewhere."""
     if mesh is None:
         return jax.device_put(tree)
-    rows = math.prod(mesh.shape[axis] for axis in ROWS)
+    rows = row_shards(mesh)
     split, whole = batch_sharding(mesh), replicated(mesh)
     return jax.tree.map(lambda leaf: jax.device_put(leaf, whole if leaf.shape[0] % rows else split), tree)

@@ -1,0 +1,70 @@
+"""What the published `config.json` of the models in `configs/` say about their sizes, for plans without a network.
+
+The values that decide shapes; what is left out is the class default, as in the sparse files on the hub. Weights are
+never loaded by these: a run reads the checkpoint's own config.json.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from icet_jax.checkpoints.hf_config import read_hf_config
+from icet_jax.errors import UserError
+
+_CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
+}  # fmt: skip
+_VICUNA_7B = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+_VICUNA_13B = _VICUNA_7B | {
+    "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 40,
+    "num_hidden_layers": 40,
+}  # fmt: skip
+_MISTRAL_7B = {
+    "model_type": "mistral", "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "vocab_size": 32064,
+}  # fmt: skip
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def _llava(model_type: str, text: dict[str, Any], pad: int) -> dict[str, Any]:
+    return {
+        "model_type": model_type, "image_token_index": 32000, "pad_token_id": pad, "text_config": text,
+        "vision_config": _CLIP,
+    }  # fmt: skip
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "llava-hf/llava-1.5-7b-hf": _llava("llava", _VICUNA_7B, 32001),
+    "llava-hf/llava-1.5-13b-hf": _llava("llava", _VICUNA_13B, 32001),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _llava("llava_next", _VICUNA_7B, 0),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": _llava("llava_next", _VICUNA_13B, 0),
+    "llava-hf/llava-v1.6-mistral-7b-hf": _llava("llava_next", _MISTRAL_7B, 32001),
+    "meta-llama/Llama-3.2-11B-Vision-Instruct": {
+        "model_type": "mllama",
+        "image_token_index": 128256,
+        "text_config": {
+            "model_type": "mllama_text_model", "pad_token_id": 128004, "eos_token_id": [128001, 128008, 128009],
+            "rope_theta": 5e5, "rope_scaling": _LLAMA3_ROPE,
+        },
+        "vision_config": {"model_type": "mllama_vision_model", "image_size": 560},
+    },
+}  # fmt: skip
+
+
+def config_values(path_or_id: str) -> dict[str, Any]:
+    """The parsed `config.json` of a checkpoint directory, or of a hub id whose sizes are known here.
+
+    Raises:
+      UserError: neither, or a directory without a readable config.json.
+    """
+    if Path(path_or_id).is_dir():
+        return read_hf_config(path_or_id)
+    if path_or_id not in PUBLISHED:
+        raise UserError(
+            f"{path_or_id}: no such directory, and its sizes are not known without the network; give --checkpoint=DIR, "
+            f"a folder with its config.json, or one of {', '.join(PUBLISHED)}"
+        )
+    return PUBLISHED[path_or_id]

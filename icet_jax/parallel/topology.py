@@ -1,0 +1,126 @@
+"""Chips that are not here: a topology by name, its devices for ahead-of-time compiles, and what each chip can do."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+
+from icet_jax.errors import UserError
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of chip; None is what cannot be said of it.
+
+    Attributes:
+      name: as in a topology.
+      memory: bytes that a program may use.
+      flops: dense bfloat16 operations a second.
+      bandwidth: bytes a second between the chip and its memory.
+      links: bytes a second that a chip sends to its neighbours, all links together.
+      source: where the last three are published.
+      options: of libtpu, under which one device is one chip; None where no compiler is at hand without the hardware.
+    """
+
+    name: str
+    memory: float | None = None
+    flops: float | None = None
+    bandwidth: float | None = None
+    links: float | None = None
+    source: str = ""
+    options: dict[str, str] | None = None
+
+
+_TPU_SOURCE = "Google Cloud's TPU documentation (system architecture, per chip)"
+_NVIDIA_SOURCE = "NVIDIA's data sheet (SXM, dense)"
+# A TPU's memory is what libtpu's compiler allows a program, a little less than what the chip has.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 30.75 * _GIB, 275e12, 1228e9, 300e9, _TPU_SOURCE, {"chip_config_name": "megacore"}),
+        Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 200e9, _TPU_SOURCE, {}),
+        Chip("v5p", 95.73 * _GIB, 459e12, 2765e9, 600e9, _TPU_SOURCE, {}),
+        Chip("v6e", 31.24 * _GIB, 918e12, 1640e9, 448e9, _TPU_SOURCE, {}),
+        Chip("a100", 80e9, 312e12, 2039e9, 300e9, _NVIDIA_SOURCE),
+        Chip("h100", 80e9, 989e12, 3350e9, 450e9, _NVIDIA_SOURCE),
+        Chip("h200", 141e9, 989e12, 4800e9, 450e9, _NVIDIA_SOURCE),
+        Chip("cpu"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A named number of chips.
+
+    Attributes:
+      name: as the user gave it: "v5e:8x8", "h100:8", "cpu:1".
+      chip: their kind.
+      count: of chips.
+    """
+
+    name: str
+    chip: Chip
+    count: int
+
+    def devices(self) -> list[Any] | None:
+        """One device to compile for per chip; None where that needs the hardware (GPUs).
+
+        Raises:
+          UserError: libtpu is not installed or does not know the topology; fewer CPU devices than asked for.
+        """
+        if self.chip.name == "cpu":
+            return _cpu_devices(self)
+        return None if self.chip.options is None else _tpu_devices(self)
+
+
+def parse(text: str) -> Topology:
+    """The topology of `CHIP:AxB[xC]` (TPUs) or `CHIP:COUNT` (GPUs and CPUs).
+
+    Raises:
+      UserError: an unknown chip, or no such shape.
+    """
+    name, _, shape = text.partition(":")
+    known = ", ".join(CHIPS)
+    if name not in CHIPS:
+        raise UserError(f"--topology={text}: unknown chip '{name}'; known are {known}; type for example v5e:8x8")
+    chip = CHIPS[name]
+    tpu = chip.options is not None
+    pattern, example = (r"[1-9]\d*(x[1-9]\d*){1,2}", f"{name}:4x4") if tpu else (r"[1-9]\d*", f"{name}:8")
+    if not re.fullmatch(pattern, shape):
+        raise UserError(f"--topology={text}: '{shape}' is no shape of {name} chips; type for example {example}")
+    return Topology(text, chip, math.prod(int(size) for size in shape.split("x")))
+
+
+def _cpu_devices(topology: Topology) -> list[Any]:
+    devices = jax.devices("cpu")
+    if len(devices) < topology.count:
+        raise UserError(
+            f"--topology={topology.name}: {len(devices)} CPU devices here; set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.count}"
+        )
+    return devices[: topology.count]
+
+
+def _tpu_devices(topology: Topology) -> list[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={topology.name}: compiling for TPUs needs the `tpu` extra: pip install 'icet-jax[tpu]'"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks for the metadata of a TPU machine
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(topology.name, platform="tpu", **(topology.chip.options or {}))
+    except Exception as error:  # jax raises several types, depending on what libtpu dislikes
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--topology={topology.name}: libtpu does not know it ({reason})") from error
+    if len(found.devices) != topology.count:
+        raise UserError(f"--topology={topology.name}: libtpu has {len(found.devices)} devices for it")
+    return list(found.devices)

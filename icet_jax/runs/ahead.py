@@ -1,0 +1,221 @@
+"""The phases of a run as programs that are compiled ahead of time, from shapes alone."""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from icet_jax.api import VLM
+from icet_jax.checkpoints import families
+from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params
+from icet_jax.checkpoints.published import config_values
+from icet_jax.data.image_batches import batch_images
+from icet_jax.evaluation import sweep
+from icet_jax.lppo import learner
+from icet_jax.lppo.settings import Settings, from_config
+from icet_jax.lppo.state import TrainState
+from icet_jax.models.family import Images
+from icet_jax.models.layers import Lora
+from icet_jax.parallel.sharding import ROWS, flatten_with_names, replicated, row_shards, shardings
+from icet_jax.runs.sources import checkpoint_directory
+from icet_jax.runs.training import initial_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One jitted program of a run.
+
+    Attributes:
+      name: of its line in the plan.
+      inputs: what it takes beside weights and train state, abstractly; row-aligned.
+      cache: the KV cache that it makes, abstractly, or None.
+      lower: gives what `.compile()` compiles; it needs a mesh of devices.
+    """
+
+    name: str
+    inputs: Any
+    cache: Any
+    lower: Callable[[], Any]
+
+
+class AbstractRun:
+    """A run of `config` without weights or rows: every array is a shape, a dtype and a place on the mesh.
+
+    Attributes:
+      vlm: the model; its `params` are abstract, and lie on `mesh` instead of its own.
+      settings: of L-PPO.
+      state: the train state, abstract.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
+        """Reads the sizes of `config.model.checkpoint`.
+
+        Raises:
+          UserError: they are not known here, or the model is not supported.
+        """
+        self.config, self.mesh = config, mesh
+        self.vlm = _abstract_vlm(config, mesh)
+        vlm = self.vlm
+        sampling = vlm.sampling(config.lppo.max_new_tokens)
+        self.settings: Settings = from_config(
+            config, eos_ids=sampling.eos_ids, suppress_ids=sampling.suppress_ids, pad_id=sampling.pad_id
+        )
+
+        def start(params: Any) -> TrainState:
+            like = copy.copy(vlm)
+            like.params = params
+            return initial_state(config, like, self.settings)
+
+        state = jax.eval_shape(start, vlm.params)
+        self.state: TrainState = placed(state, shardings(state, mesh))
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The network, abstract."""
+        return nnx.merge(self.vlm.graphdef, self.vlm.params)
+
+    def rows(self, tree: Any, batch: int) -> Any:
+        """`tree` with the axis of its `batch` rows over the mesh, as `parallel.sharding.place_rows` puts it."""
+        count = row_shards(self.mesh)
+
+        def place(leaf: Any) -> Any:
+            axis = next((number for number, size in enumerate(leaf.shape) if size % batch == 0), None)
+            if axis is None or leaf.shape[axis] % count:
+                where = replicated(self.mesh)
+            else:
+                where = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, ROWS))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree.map(place, tree)
+
+    def images(self, batch: int) -> Images:
+        """One image of the largest size in each of `batch` rows."""
+        length = self.config.data.max_prompt_tokens
+        one: Any = batch_images(self.vlm.config, {"input_ids": np.zeros((1, length), np.int32)}, num_rows=1, per_row=1)
+        many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), one)
+        return self.rows(many.replace(num_rows=batch), batch)
+
+    def prompts(self, batch: int) -> tuple[Any, Any]:
+        """Tokens and mask, [B, P], at the longest prompt that the config allows."""
+        shape = (batch, self.config.data.max_prompt_tokens)
+        return self.rows((jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)), batch)
+
+    def cache(self, batch: int, new_tokens: int) -> Any:
+        """The KV cache of an answer, placed by the rules (the compiler may choose otherwise)."""
+        length = self.config.data.max_prompt_tokens + new_tokens
+
+        def empty(params: Any) -> dict[str, Any]:
+            return flatten_with_names(_merge(self.vlm, params).init_cache(batch, length))
+
+        cache = jax.eval_shape(empty, self.vlm.params)
+        return placed(cache, shardings(cache, self.mesh, "cache"))
+
+    def phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+        """The phases in a run's order; `compiled` gives the program of one already yielded, None if there is none."""
+        yield from self._sweep(compiled)
+        yield from self._lppo(compiled)
+
+    def _sweep(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+        vlm, options = self.vlm, self.config.sweep
+        batch = options.batch_size
+        images, (tokens, mask) = self.images(batch), self.prompts(batch)
+        sampling = vlm.sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+        encode = Phase("sweep: encode", images, None, lambda: sweep.encode.lower(vlm.graphdef, vlm.params, images))
+        yield encode
+        encoded = self._outputs(encode, compiled, batch, lambda *a: _merge(vlm, a[0]).encode(a[1]), vlm.params, images)
+        lora = None
+        if self.settings.lora_scale is not None:
+            lora = Lora(weights=self.state.trainable["policy"], scale=self.settings.lora_scale)
+        keys = self.rows(_keys(batch), batch)
+        exit_layer = jax.ShapeDtypeStruct((), jnp.int32)
+        yield Phase(
+            "sweep: answer",
+            (encoded, tokens, mask),
+            self.cache(batch, options.max_new_tokens),
+            lambda: sweep.answer.lower(
+                vlm.graphdef, vlm.params, lora, encoded, exit_layer, tokens, mask, keys, sampling
+            ),
+        )
+
+    def _lppo(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+        vlm, config, state = self.vlm, self.config, self.state
+        batch = config.data.batch_size
+        learner.check_divides(self.settings, batch)
+        mesh = self.mesh if isinstance(self.mesh, Mesh) else None
+        phases: Any = learner.build(vlm.graphdef, self.settings, mesh)
+        images, (tokens, mask) = self.images(batch), self.prompts(batch)
+        exits = self.rows(jax.ShapeDtypeStruct((batch,), jnp.int32), batch)
+        key = _keys()
+        arguments = (vlm.params, state, images, tokens, mask, exits, key)
+        rollout = Phase(
+            "rollout", (images, tokens, mask), self.cache(batch, config.lppo.max_new_tokens),
+            lambda: phases.rollout.lower(*arguments),
+        )  # fmt: skip
+        yield rollout
+        made = self._outputs(rollout, compiled, batch, phases.rollout, *arguments)
+        per_row = (np.zeros(batch, np.float32), np.zeros(batch, bool))
+        given = (vlm.params, state.trainable, state.controls, made, *per_row)
+        prepare = Phase("prepare", made, None, lambda: phases.prepare_arrays.lower(*given))
+        yield prepare
+        train_batch = self._outputs(prepare, compiled, batch, phases.prepare_arrays, *given, first=True)
+        yield Phase(
+            "update", train_batch, None,
+            lambda: phases.update.lower(vlm.params, state, train_batch, key),
+        )  # fmt: skip
+
+    def _outputs(
+        self, phase: Phase, compiled: Callable[[Phase], Any], batch: int, function: Any, *arguments: Any,
+        first: bool = False,
+    ) -> Any:  # fmt: skip
+        """What a phase returns (the first part of it): placed by the compiler, or over rows where there is none."""
+        program = compiled(phase)
+        found = jax.eval_shape(function, *arguments) if program is None else learner.outputs(program)
+        found = found[0] if first else found
+        return self.rows(found, batch) if program is None else found
+
+
+def _abstract_vlm(config: ConfigDict, mesh: Mesh | AbstractMesh) -> VLM:
+    model = config.model
+    spec = checkpoint_directory(model.checkpoint)
+    values = config_values(spec)
+    where = f"{spec}: config.json"
+    sizes = families.vlm_config(values, where, exit_rule=model.exit_rule, capture=model.intermediate_capture)
+    make = functools.partial(families.family_of(sizes).network, sizes, remat=model.remat)
+    graphdef, params = abstract_params(make, model.dtype, model.dtype)
+    params = placed(params, shardings(params, mesh))
+    return VLM(Checkpoint(graphdef, params, sizes, values, Path(spec)))
+
+
+def _merge(vlm: VLM, params: Any) -> Any:
+    return nnx.merge(vlm.graphdef, params)
+
+
+def _keys(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jax.random.key(0).dtype)
+
+
+def placed(tree: Any, places: Any) -> Any:
+    """Abstract arrays where `places` puts them."""
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that each device holds of abstract arrays, by their shardings; one without is on every device."""
+
+    def size(leaf: Any) -> int:
+        shape = leaf.shape
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            shape = leaf.sharding.shard_shape(leaf.shape)
+        itemsize = 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return int(np.prod(shape)) * itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))

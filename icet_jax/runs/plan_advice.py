@@ -1,0 +1,85 @@
+"""What to change in a config whose plan does not fit, or leaves chips idle."""
+
+import math
+from typing import Any
+
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from icet_jax.parallel.mesh import AXES
+from icet_jax.parallel.sharding import shardings
+from icet_jax.runs.ahead import AbstractRun, bytes_per_device, placed
+
+_ROOM = 0.6  # of a chip's memory: what weights and train state may take, so that the phases have the rest
+
+
+def spread(config: ConfigDict, shards: int) -> list[str]:
+    """Batches that do not divide into the mesh's `shards` of rows: their work is not shared row by row."""
+    slices = config.lppo.minibatches * config.lppo.accumulation
+    found = []
+    for field, rows in (("data.batch_size", config.data.batch_size), ("sweep.batch_size", config.sweep.batch_size)):
+        if rows % shards:
+            found.append(
+                f"config.{field}={rows} does not divide over {shards} chips of rows: each holds all rows; "
+                f"try --config.{field}={-(-rows // shards) * shards}"
+            )
+    if config.data.batch_size % shards == 0 and config.data.batch_size // slices % shards:
+        found.append(
+            f"config.lppo: the {config.data.batch_size // slices} rows of a slice cannot be spread evenly over "
+            f"{shards} chips of rows; try --config.lppo.minibatches=1 --config.lppo.accumulation=1, or "
+            f"--config.data.batch_size={slices * shards}"
+        )
+    return found
+
+
+def mends(
+    config: ConfigDict, run: AbstractRun, broken: list[str], fixed: int, memory: float | None
+) -> list[str]:  # fmt: skip
+    """A line of advice for each thing that does not fit, and the verdict; a mend is to be planned again.
+
+    Args:
+      config: of the run.
+      run: as planned.
+      broken: names of the phases that do not fit.
+      fixed: bytes of weights and train state on each chip.
+      memory: of a chip, None if it is not known.
+    """
+    if not broken:
+        return []
+    advice = [f"does not fit: {', '.join(broken)}"]
+    if memory is not None and fixed > _ROOM * memory:
+        return [*advice, f"mend: {_more_fsdp(config, run, _ROOM * memory)}"]
+    return advice + [f"mend {phase}: {_smaller(config, phase)}" for phase in broken]
+
+
+def _more_fsdp(config: ConfigDict, run: AbstractRun, room: float) -> str:
+    sizes = run.mesh.shape
+    count = math.prod(sizes.values())
+    chips = count // sizes["tensor"]
+    for fsdp in range(sizes["fsdp"] + 1, chips + 1):
+        if chips % fsdp == 0 and _fixed_bytes(run, (chips // fsdp, fsdp, sizes["tensor"])) <= room:
+            return f"split weights and train state over more chips: --config.mesh.data=-1 --config.mesh.fsdp={fsdp}"
+    smaller = "" if config.lora.rank else ", or train adapters (config.lora.rank above 0)"
+    return f"{count} chips do not hold weights and train state; take more chips{smaller}"
+
+
+def _fixed_bytes(run: AbstractRun, sizes: tuple[int, int, int]) -> int:
+    mesh = AbstractMesh(sizes, AXES)
+    trees: tuple[Any, ...] = (run.vlm.params, run.state)
+    return sum(bytes_per_device(placed(tree, shardings(tree, mesh))) for tree in trees)
+
+
+def _smaller(config: ConfigDict, phase: str) -> str:
+    if phase.startswith("sweep"):
+        rows = config.sweep.batch_size
+        return f"--config.sweep.batch_size={rows // 2}" if rows > 1 else "more chips along tensor"
+    rows, minibatches = config.data.batch_size, config.lppo.minibatches
+    if phase != "rollout":
+        if phase == "update" and config.model.remat != "full":
+            return "--config.model.remat=full"
+        slices = minibatches * config.lppo.accumulation
+        if rows % (2 * slices) == 0:
+            return f"--config.lppo.accumulation={2 * config.lppo.accumulation}"
+    if rows > 1:
+        return f"a smaller batch, --config.data.batch_size={rows // 2}, or more chips"
+    return "more chips along tensor"

@@ -1,0 +1,164 @@
+"""`--mode=plan`: what a run takes, from shapes alone and from compiled programs."""
+
+import importlib.util
+import re
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from icet_jax import main
+from icet_jax.checkpoints.published import PUBLISHED, config_values
+from icet_jax.errors import UserError
+from icet_jax.models.family import count_parameters
+from icet_jax.parallel import topology
+from icet_jax.parallel.mesh import make_mesh
+from icet_jax.runs import plan, plan_advice, sources
+from icet_jax.runs.ahead import AbstractRun, Phase
+from icet_jax.runs.config_files import load
+from icet_jax.runs.plan_work import Work
+from icet_jax.runs.training import initial_state
+
+LLAVA = "--config=configs/llava15_lppo.py"
+ORGANISM = "configs/organism_lppo.py"
+SMALL = [("data.batch_size", "8"), ("sweep.batch_size", "8"), ("lppo.max_new_tokens", "4")]
+GIB = 2**30
+
+
+def planned(*flags, capsys):
+    code = main.main(["--mode=plan", *flags])
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    rows = {line[:13].strip(): line[13:].split() for line in printed.out.splitlines()[1:6]}
+    return code, rows, printed
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", 7_063_427_072),
+        ("llava-hf/llava-1.5-13b-hf", 13_351_494_656),
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", 7_063_431_168),
+        ("llava-hf/llava-v1.6-mistral-7b-hf", 7_566_747_648),
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", 10_670_220_835),
+    ],
+)
+def test_published_models_have_their_published_sizes(name, parameters):
+    config = load("configs/llava15_lppo.py", [("model.checkpoint", name)])
+    mesh = jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "tensor"))
+    assert count_parameters(AbstractRun(config, mesh).vlm.params) == parameters
+
+
+def test_every_checkpoint_of_the_configs_is_known_and_others_are_refused():
+    for config in ("llava15_lppo.py", "llava_next_lppo.py:13b", "llava_next_lppo.py:mistral", "llama32v_lppo.py"):
+        assert load(f"configs/{config}", []).model.checkpoint in PUBLISHED
+    with pytest.raises(UserError, match="give --checkpoint=DIR"):
+        config_values("nobody/nothing-7b")
+
+
+def test_memory_from_shapes_alone_is_what_arithmetic_says(capsys):
+    code, whole, printed = planned(LLAVA, "--topology=h100:8", capsys=capsys)
+    assert code == 0 and "temporaries and what chips exchange are known only where" in printed.out
+    assert float(whole["rollout"][0]) == pytest.approx(2 * 7_063_427_072 / GIB, abs=0.01)
+    adapters = 64 * 32 * (4 * 8192 + 3 * (4096 + 11008))  # rank x layers x (in + out)
+    assert float(whole["rollout"][1]) == pytest.approx(3 * 4 * adapters / GIB, abs=0.01)
+    cache = 2 * 2 * 32 * (64 // 8) * (768 + 128) * 4096
+    assert float(whole["rollout"][3]) == pytest.approx(cache / GIB, abs=0.01)
+    assert {row[4] for row in whole.values()} == {"-"} and {row[6] for row in whole.values()} == {"?"}
+    _, split, _ = planned(LLAVA, "--topology=h100:8", "--config.mesh.fsdp=8", "--config.mesh.data=1", capsys=capsys)
+    assert float(split["update"][0]) == pytest.approx(2 * 7_063_427_072 / 8 / GIB, abs=0.02)
+
+
+@pytest.mark.parametrize("config", ["llava_next_lppo.py", "llama32v_lppo.py"])
+def test_the_other_families_are_planned_too(config, capsys):
+    code, rows, printed = planned(f"--config=configs/{config}", "--topology=h200:8", capsys=capsys)
+    assert code == 0 and list(rows) == ["sweep: encode", "sweep: answer", "rollout", "prepare", "update"]
+    assert float(rows["sweep: answer"][2]) > float(rows["sweep: encode"][2]) > 0 and float(rows["rollout"][3]) > 0
+    assert "config.sweep.batch_size=4 does not divide over 8 chips" in printed.out or "next" in config
+
+
+def test_what_does_not_fit_is_said_with_a_mend_that_fits(capsys):
+    flags = (LLAVA, "--topology=a100:8", "--config.lora.rank=0")  # float32 masters and moments: 81 GB more
+    code, rows, printed = planned(*flags, capsys=capsys)
+    assert code == 1 and {row[6] for row in rows.values()} == {"NO"}
+    mend = re.search(r"mend: .*?(--config\.mesh\.data=-1) (--config\.mesh\.fsdp=\d+)", printed.out)
+    code, rows, _ = planned(*flags, *mend.groups(), capsys=capsys)
+    assert code == 0 and "NO" not in {row[6] for row in rows.values()}
+
+
+def test_wrong_usage_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for flags, says in (
+        ((), "needs --topology"),
+        (("--topology=v5e:4x4",), "needs the `tpu` extra"),
+        (("--topology=h100:8", "--config.mesh.fsdp=3"), "does not fit 8 devices"),
+        (("--topology=h100:8", "--config.algorithm=lsft"), "config.algorithm=lsft is not planned"),
+        (("--topology=h100:8", "--config.lppo.accumulation=7"), "does not divide into 1 mini-batches"),
+    ):
+        code, _, printed = planned(LLAVA, *flags, capsys=capsys)
+        assert code == 2 and says in printed.err and printed.err.count("\n") == 1
+
+
+def test_rows_that_do_not_spread_are_named():
+    config = load("configs/llava15_lppo.py", [])
+    assert plan_advice.spread(config, 8) == []
+    (slices,) = plan_advice.spread(config, 16)
+    assert (
+        "the 8 rows of a slice cannot be spread evenly over 16" in slices and "--config.data.batch_size=128" in slices
+    )
+    assert any("config.sweep.batch_size=32 does not divide over 64" in line for line in plan_advice.spread(config, 64))
+
+
+def test_a_program_that_the_compiler_refuses_does_not_fit():
+    def compile():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
+            "HLO temporaries (400.00G) exceeds available HBM (15.75G). HLO module: jit__lambda."
+        )
+
+    program, refused = plan._compile(Phase("rollout", None, None, lambda: SimpleNamespace(compile=compile)))
+    assert program is None and refused == "the compiler needs 400.00GiB for it"
+    line = plan.Line("rollout", 1, 1, 1, 1, None, Work(1, 1, 1), None, refused)
+    assert line.fits(topology.CHIPS["v5e"]) is False
+
+
+def test_the_least_time_is_the_slowest_of_three_bounds():
+    chip, gib = topology.CHIPS["v5e"], GIB
+    line = plan.Line("update", gib, 0, 0, 0, 0, Work(10**15, 3, gib), 10 * gib)
+    assert line.seconds(chip, 4) == (10**15 / (4 * 197e12), "products")
+    assert line.seconds(chip, 400)[1] == "links" and line.seconds(topology.CHIPS["cpu"], 1) is None
+
+
+def test_compiled_for_this_machine_every_part_is_known_and_the_shapes_are_the_runs():
+    config = load(ORGANISM, SMALL)
+    lines, abstract = plan.plan(config, topology.parse("cpu:1"))
+    assert [line.phase for line in lines] == ["sweep: encode", "sweep: answer", "rollout", "prepare", "update"]
+    assert all(line.temporaries and line.moved == 0 and line.work.flops > 0 for line in lines)
+    assert lines[2].cache > 0 and lines[4].cache == 0
+
+    from icet_jax import api
+    from icet_jax.evaluation.batching import prompt_batch
+
+    vlm = api.load("organism:vlm")
+    rows = sources.load_rows("organism:train")[:8]
+    batch = prompt_batch(vlm, rows, 8, 1, length=config.data.max_prompt_tokens)
+    state = initial_state(config, vlm, abstract.settings)
+    real = (vlm.params, state, batch.images, batch.tokens, batch.mask)
+    ours = (abstract.vlm.params, abstract.state, abstract.images(8), *abstract.prompts(8))
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), tree)
+
+    assert jax.tree.leaves(shapes(real)) == jax.tree.leaves(shapes(ours))
+    assert lines[0].weights == sum(leaf.nbytes for leaf in jax.tree.leaves(vlm.params))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
+def test_a_rollout_compiles_for_tpus_that_are_not_here():
+    config = load(ORGANISM, [*SMALL, ("mesh.data", "1"), ("mesh.fsdp", "4")])
+    abstract = AbstractRun(config, make_mesh(**config.mesh, devices=topology.parse("v5e:2x2").devices()))
+    phase = next(phase for phase in abstract.phases(lambda phase: None) if phase.name == "rollout")
+    program, refused = plan._compile(phase)
+    line = plan._line(abstract, phase, program, refused)
+    assert refused == "" and line.temporaries > 0 and line.moved > 0
+    assert line.fits(topology.CHIPS["v5e"]) is True
