@@ -5,6 +5,8 @@ Nothing there ends a loop, and arithmetic may take any time and memory: both are
 """
 
 import functools
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +18,14 @@ from icet_jax.errors import UserError
 DATE = "26 Jul 2024"
 """Today, in templates that print it: what Llama 3's say where nobody tells them. A real date would change answers."""
 
-MAX_LENGTH = 1 << 18  # characters of a template; the longest published ones have a few ten thousand
-MAX_TEXT = 1 << 24  # characters of a rendered conversation
-_MAX_LINES = 2_000_000  # of Python, compiling included: Llama 3.2's takes less than a tenth
-_MAX_FACTOR = 1024  # of a product
+MAX_LENGTH = 1 << 16  # characters of a template; published ones have up to a few ten thousand
+MAX_TEXT = 1 << 22  # characters of a rendered conversation
+_MAX_STEPS = 1_000_000  # lines of the template and calls: compiling 8,000 characters takes a tenth
+_MAX_FACTOR = 64  # of a product
+_WIDTH = re.compile(r"[%:{][^a-zA-Z]{0,8}[0-9]{6,}")  # in the pattern of `%` or `format`
+_GENERATED = "<template>"  # how Jinja names the code that it makes of a template
+_LOOPING = tuple(os.path.join("jinja2", f"{name}.py") for name in ("runtime", "filters", "utils", "sandbox"))
+_STORES = ("__setitem__", "str_join", "markup_join")  # where a namespace keeps a value, and where texts are joined
 
 
 def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str | None = None, answer: bool) -> str:
@@ -37,7 +43,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str 
     try:
         text = tokenizer.get_chat_template() if template is None else template
         _check(text)
-        with _bounded_lines(_MAX_LINES):
+        with _bounded():
             shown = tokenizer.apply_chat_template(
                 list(messages), chat_template=text, tokenize=False, add_generation_prompt=answer, date_string=DATE
             )
@@ -65,8 +71,11 @@ def _check(template: str) -> None:
     except (TemplateError, RecursionError) as error:
         raise UserError(f"the checkpoint's chat template is no Jinja ({str(error)[:200]}); give a template") from error
     for node in tree.find_all((nodes.Pow, nodes.Mul)):
-        if isinstance(node, nodes.Pow) or not any(_is_small(side) for side in (node.left, node.right)):
+        nested = any(side.find(nodes.Mul) or isinstance(side, nodes.Mul) for side in (node.left, node.right))
+        if nested or isinstance(node, nodes.Pow) or not (_is_small(node.left) or _is_small(node.right)):
             raise UserError("the checkpoint's chat template computes powers or products; give a template")
+    if any(_WIDTH.search(const.value) for const in tree.find_all(nodes.Const) if isinstance(const.value, str)):
+        raise UserError("the checkpoint's chat template formats a text too wide; give a template")
     for const in tree.find_all(nodes.Const):
         if isinstance(const.value, int | float) and abs(const.value) > MAX_TEXT:
             raise UserError("the checkpoint's chat template holds a number that no chat needs; give a template")
@@ -93,18 +102,28 @@ def _generation() -> type:
 
 
 @contextmanager
-def _bounded_lines(most: int) -> Iterator[None]:
-    """Ends the block with a `UserError` after `most` lines of Python, in this thread; a debugger's tracing pauses."""
-    before, left = sys.gettrace(), most
+def _bounded() -> Iterator[None]:
+    """Ends the block with a `UserError` where a template in it takes too long or grows a text or a list without end.
 
-    def count(frame: FrameType, event: str, argument: Any) -> Any:
+    In this thread; a debugger's tracing pauses.
+    """
+    before, left = sys.gettrace(), _MAX_STEPS
+
+    def step(frame: FrameType, event: str, argument: Any) -> Any:
         nonlocal left
         left -= 1
         if left < 0:
             raise UserError("the checkpoint's chat template does not come to an end; give a template")
-        return count
+        name = frame.f_code.co_filename
+        # A text at most doubles on a line, so every fourth one is soon enough.
+        if name == _GENERATED and left % 4 == 0 or frame.f_code.co_name in _STORES:
+            for value in frame.f_locals.values():
+                if isinstance(value, str | list | tuple) and len(value) > MAX_TEXT:
+                    raise UserError("the checkpoint's chat template makes too long a text; give a template")
+        # Lines count where a template's own loops run, elsewhere (in Jinja's compiler) calls are enough.
+        return step if name == _GENERATED or name.endswith(_LOOPING) else None
 
-    sys.settrace(count)
+    sys.settrace(step)
     try:
         yield
     finally:

@@ -102,8 +102,9 @@ def _file_template(directory: Path) -> str | None:
             path = directory / name
             if path.is_file():
                 found = parse_json(path.read_text(encoding="utf-8"))
-                if isinstance(found, dict) and found.get("chat_template"):
-                    return found["chat_template"]
+                template = found.get("chat_template") if isinstance(found, dict) else None
+                if isinstance(template, str) and template:
+                    return template
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy it from the checkpoint's source") from error
     return None

@@ -8,6 +8,7 @@ from icet_jax.errors import UserError
 from icet_jax.files import parse_json
 
 PHASES = ("before", "after")
+_MOST_EXITS = 4096  # the page has a column, a tick or a row for each
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,9 @@ def _checked_table(path: Path, table: Any) -> dict[str, Any]:
     """Raises UserError unless `table` has layers of the documented form, its policies too."""
     if not isinstance(table, dict) or not _is_layers(table.get("layers")):
         raise UserError(f"{path}: field 'layers' must be a list of {{'layer', 'n', 'metrics'}}; make the file again")
+    for name in ("num_exits", "default_exit"):
+        if table.get(name) is not None and not _is_exit(table[name]):
+            raise UserError(f"{path}: field '{name}' must be a number from 1 to {_MOST_EXITS}; make the file again")
     if not all(_is_layers(layers) for layers in _as_dict(table.get("policies")).values()):
         raise UserError(f"{path}: field 'policies' must map each policy to such a list; make the file again")
     return table
@@ -131,9 +135,13 @@ def _checked_table(path: Path, table: Any) -> dict[str, Any]:
 
 def _is_layers(layers: Any) -> bool:
     return isinstance(layers, list) and all(
-        isinstance(layer, dict) and isinstance(layer.get("layer"), int) and isinstance(layer.get("metrics"), dict)
+        isinstance(layer, dict) and _is_exit(layer.get("layer")) and isinstance(layer.get("metrics"), dict)
         for layer in layers
     )
+
+
+def _is_exit(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MOST_EXITS
 
 
 def _as_dict(value: Any) -> dict[str, Any]:

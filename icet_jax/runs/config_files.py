@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Iterable
@@ -109,7 +110,7 @@ def _parse_tuple(text: str) -> tuple[Any, ...]:
 def _find(path: str) -> Path:
     package = Path(icet_jax.__file__).parent
     for folder in (Path.cwd(), package.parent, package):
-        if (folder / path).is_file():
+        if os.path.isfile(folder / path):  # unlike `Path.is_file`, false for names that no file can have
             return folder / path
     known = sorted(f.name for folder in (package.parent, package) for f in (folder / "configs").glob("[!_]*.py"))
     listed = ", ".join(f"configs/{name}" for name in dict.fromkeys(known))

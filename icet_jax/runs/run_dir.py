@@ -66,8 +66,11 @@ def read_config(path: Path) -> ConfigDict:
       UserError: it is not readable.
     """
     try:
-        return ConfigDict(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        values = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+        return ConfigDict(values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a run's config ({error}); choose another --workdir") from error
 
 
@@ -81,8 +84,7 @@ class Costs:
         self._path = workdir / "cost.json"
         self._phases: dict[str, dict[str, Any]] = {}
         if self._path.exists():
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            self._phases = {phase["name"]: phase for phase in stored["phases"]}
+            self._phases = _stored_phases(self._path)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[dict[str, Any]]:
@@ -119,6 +121,23 @@ class Costs:
             "peak_bytes": _peak_bytes(),
         }
         write_text_atomic(self._path, json.dumps(content, indent=1) + "\n")
+
+
+def _stored_phases(path: Path) -> dict[str, dict[str, Any]]:
+    """The phases of an earlier `cost.json` by name.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        phases = parse_json(path.read_text(encoding="utf-8"))["phases"]
+        found = {str(phase["name"]): phase for phase in phases}
+        numbers = [value for phase in phases for name, value in phase.items() if name != "name"]
+        if any(type(value) not in (int, float) for value in numbers) or any("seconds" not in phase for phase in phases):
+            raise ValueError("a phase without its numbers")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not what a run has cost ({error}); remove it") from error
+    return found
 
 
 def _device() -> str:

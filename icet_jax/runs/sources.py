@@ -6,7 +6,6 @@ weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:rewa
 """
 
 import functools
-import json
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from icet_jax.data import prepared
 from icet_jax.data.published import read_source
 from icet_jax.data.records import KINDS, Example, Records, prompt_overlap
 from icet_jax.errors import UserError
+from icet_jax.files import parse_json
 
 # Rows of an organism source: enough for 95% intervals of a few points, and for a run without a repeated row.
 _ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256, "benign": 256, "vqa": 1024}}
@@ -157,4 +157,12 @@ def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) ->
 def organism_facts(directory: str) -> dict[str, Any] | None:
     """What is planted in the weights in `directory`, as the organism's builder recorded it; None for other models."""
     path = Path(directory) / "organism.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        facts = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable JSON ({error}); copy it again or remove it") from error
+    return facts

@@ -44,8 +44,9 @@ BERT = {
 DEBERTA = {
     "model_type": "deberta-v2", "architectures": ["DebertaV2ForSequenceClassification"], "vocab_size": 64,
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-    "id2label": {"0": "x"}, "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0, "share_att_key": True,
-    "norm_rel_ebd": "layer_norm", "position_buckets": 8, "max_position_embeddings": 32, "pos_att_type": ["c2p", "p2c"],
+    "id2label": {"0": "x"}, "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0,
+    "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_buckets": 8, "max_position_embeddings": 32,
+    "pos_att_type": ["c2p", "p2c"],
 }  # fmt: skip
 GPT2 = {
     "model_type": "gpt2", "architectures": ["GPT2ForSequenceClassification"], "vocab_size": 64, "n_positions": 32,
