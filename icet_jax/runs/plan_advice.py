@@ -48,8 +48,8 @@ def mends(
         return []
     advice = [f"does not fit: {', '.join(broken)}"]
     if memory is not None and fixed > _ROOM * memory:
-        return [*advice, f"mend: {_more_fsdp(config, run, _ROOM * memory)}"]
-    return advice + [f"mend {phase}: {_smaller(config, phase)}" for phase in broken]
+        return [*advice, f"mend (then plan again): {_more_fsdp(config, run, _ROOM * memory)}"]
+    return advice + [f"mend {phase} (then plan again): {_smaller(config, phase)}" for phase in broken]
 
 
 def _more_fsdp(config: ConfigDict, run: AbstractRun, room: float) -> str:

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_said_with_a_mend_that_fits(capsys):
     flags = (LLAVA, "--topology=a100:8", "--config.lora.rank=0")  # float32 masters and moments: 81 GB more
     code, rows, printed = planned(*flags, capsys=capsys)
     assert code == 1 and {row[6] for row in rows.values()} == {"NO"}
-    mend = re.search(r"mend: .*?(--config\.mesh\.data=-1) (--config\.mesh\.fsdp=\d+)", printed.out)
+    mend = re.search(r"mend .*?(--config\.mesh\.data=-1) (--config\.mesh\.fsdp=\d+)", printed.out)
     code, rows, _ = planned(*flags, *mend.groups(), capsys=capsys)
     assert code == 0 and "NO" not in {row[6] for row in rows.values()}
 
