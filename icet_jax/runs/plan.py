@@ -2,7 +2,7 @@
 
 Every phase of an L-PPO run and a sweep's answers are compiled ahead of time for the topology, from shapes alone: what
 each chip holds is what that compiler says. For GPUs there is no compiler without the hardware; of them only what
-follows from shapes is told, as a lower bound. Times are at the chip's published peak: no run is faster.
+follows from shapes is told, as a lower bound. Times are estimates at the chip's published peak, which no run reaches.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Line:
         return None if chip.memory is None or self.temporaries is None else True
 
     def seconds(self, chip: topologies.Chip, count: int) -> tuple[float, str] | None:
-        """The least time of a phase, and what bounds it; None for a chip without a published peak."""
+        """The time of a phase at the chip's peak, and what bounds it; None for a chip without a published peak."""
         if chip.flops is None or chip.bandwidth is None or chip.links is None:
             return None
         reads = self.work.steps * (self.work.read + self.cache)
@@ -171,7 +171,7 @@ _HEAD = (
 
 
 def table(lines: list[Line], topology: topologies.Topology) -> str:
-    """The plan as text: memory per chip in GiB, and the least time of each phase."""
+    """The plan as text: memory per chip in GiB, and the time of each phase at peak."""
     chip = topology.chip
     rows: list[tuple[str, ...]] = [_HEAD]
     for line in lines:
@@ -215,7 +215,7 @@ def remarks(config: ConfigDict, lines: list[Line], abstract: AbstractRun, topolo
         told[-1] += f"{chip.links or 0:.3g} B/s links; {chip.source}"
         iteration = [line.seconds(chip, topology.count) for line in lines if not line.phase.startswith("sweep")]
         least = math.fsum(time[0] for time in iteration if time is not None)
-        told.append(f"one iteration takes at least {least:.3g} s, without reward model and host")
+        told.append(f"one iteration at that peak: about {least:.3g} s, without reward model and host")
     if any(line.temporaries is None and not line.refused for line in lines):
         told.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
     if any(line.moved is None and line.temporaries is not None for line in lines):
