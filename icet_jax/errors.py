@@ -1,22 +1,15 @@
 """The one exception a user is meant to see."""
 
-import unicodedata
-
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
-
 
 def one_line(text: str) -> str:
     """`text` as one line of visible characters: line ends are spaces, what steers a terminal is written as an escape.
 
     Names and values that a file gave are quoted in errors and reports; none may break the line, colour or reorder it.
     """
-    if text.isascii() and text.isprintable():
+    if text.isprintable():
         return text
-    text = " ".join(text.splitlines())
-    return "".join(
-        char.encode("unicode_escape").decode("ascii") if unicodedata.category(char) in _HIDDEN else char
-        for char in text
-    )
+    shown = " ".join(text.splitlines())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in shown)
 
 
 class UserError(Exception):

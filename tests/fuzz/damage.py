@@ -59,7 +59,7 @@ def outcome(read, *arguments, **options):
 
 
 TRICKS = (
-    "", " ", "\0", "a\0b", "\ud800", "\u2028", "\u202egnp.exe", "\x1b[31m", "a\nb", "\ufeff", "x" * 300,
+    "", " ", "\0", "a\0b", "\ud800", "\u2028", "\u202egnp.exe", "\x1b[31m", "a\nb", "\ufeff", "\xa0", "x" * 300,
     "../../etc/passwd", "/etc/passwd", "..\\..\\x", "C:\\x", "NaN", "1e999", "-0", "٣", "9" * 5000,
     "<script>alert(1)</script>", "{{ 9**9 }}",
     "default", "none", "all", "__class__", "%s%n", "'\"", "=1+1", "https://example.invalid/x", "~", ".",
