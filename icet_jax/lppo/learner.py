@@ -45,7 +45,7 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
-from icet_jax.parallel.sharding import shardings
+from icet_jax.parallel.sharding import shardings, split_rows
 from icet_jax.typing import Array, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
@@ -385,8 +385,13 @@ def run_epochs(
         minibatches=settings.minibatches,
         accumulation=settings.accumulation,
     )
+
+    def on_its_devices(trainable: dict[str, Any], rows: Any) -> Any:
+        # A gather by a traced index loses the split of the rows, and every device would compute all of them.
+        return loss_function(trainable, rows if mesh is None else split_rows(rows, mesh))
+
     outcome = optimise(
-        loss_function,
+        on_its_devices,
         make_optimizer(settings.optimizer),
         state.trainable,
         state.opt_state,

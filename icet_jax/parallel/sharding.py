@@ -137,6 +137,14 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def split_rows(tree: Any, mesh: Mesh) -> Any:
+    """Inside a compiled function: arrays whose first axis is split over the mesh's row axes where it divides."""
+    split = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.shape[0] % row_shards(mesh) else jax.lax.with_sharding_constraint(leaf, split), tree
+    )
+
+
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays on the device, their first axis split over the mesh's row axes where it divides, whole elsewhere."""
     if mesh is None:

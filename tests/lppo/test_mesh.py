@@ -31,18 +31,22 @@ def run(mesh, iterations):
         tokens, mask = place_rows((tokens, mask), mesh)
         rollout = phases.rollout(weights, state, images, tokens, mask, exits, key)
         state, batch, before = phases.prepare(weights, state, rollout, toy.token_score(rollout), every)
+        if not rows:
+            operations.append(phases.update.lower(weights, state, batch, key).compile().cost_analysis()["flops"])
         state, after = phases.update(weights, state, batch, key)
         rows.append(host_metrics(before, after))
         counts.append(len(compiled))
     end = jax.tree.map(lambda leaf: leaf.sharding, state)
     return rows, counts, [a.is_equivalent_to(b, l.ndim) for a, b, l in zip(*map(jax.tree.leaves, (start, end, state)))]
 
+operations = []  # of an update, per device
 alone, _, _ = run(None, 1)
 spread, counts, kept = run(make_mesh(data=2, fsdp=2), 3)
 for name, value in alone[0].items():
     np.testing.assert_allclose(spread[0][name], value, rtol=2e-3, atol=2e-4, err_msg=name)
 assert all(kept)
 assert counts[0] == counts[-1], counts
+assert operations[1] < operations[0] / 2, operations  # four devices share the rows
 print("agreed")
 """
 
