@@ -105,13 +105,15 @@ def llava(seed: int = 0, vision: dict[str, Any] | None = None, scale: float = 1.
 
 
 def old_keys(state: dict[str, Any]) -> dict[str, Any]:
-    """Renames a transformers 5 LLaVA `state_dict` to the OLD layout, the hub's own."""
+    """Renames a transformers 5 `state_dict` of any family to the OLD layout, the hub's own."""
     renames = (
         ("model.language_model.", "language_model.model."),
         ("lm_head.", "language_model.lm_head."),
         ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
         ("model.vision_tower.", "vision_tower.vision_model."),
+        ("model.vision_model.", "vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
+        ("model.image_newline", "image_newline"),
     )
     renamed = {}
     for key, tensor in state.items():

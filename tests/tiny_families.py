@@ -157,24 +157,6 @@ def mllama_as_trained(model: Any) -> Any:
     return model
 
 
-def old_keys(state: dict[str, Any]) -> dict[str, Any]:
-    """Renames a transformers 5 `state_dict` of either family to the OLD layout, the hub's own."""
-    renames = (
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.vision_model.", "vision_model."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("model.image_newline", "image_newline"),
-    )
-    renamed = {}
-    for key, tensor in state.items():
-        new, old = next(pair for pair in renames if key.startswith(pair[0]))
-        renamed[old + key.removeprefix(new)] = tensor
-    return renamed
-
-
 def old_next_config(config: Any) -> dict[str, Any]:
     """The hub's config.json (old keys) of a LLaVA-NeXT config."""
     values = tiny.old_config(_with_seq_length(config)) | {
@@ -251,7 +233,7 @@ def _save(
     import torch
 
     directory.mkdir(parents=True, exist_ok=True)
-    state = old_keys(model.state_dict())
+    state = tiny.old_keys(model.state_dict())
     state = {key: tensor.to(getattr(torch, dtype)).contiguous() for key, tensor in state.items()}
     tiny.save_state(directory, state, shards)
     (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": dtype}, indent=2))

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from icet_jax.checkpoints import families, hf_config, streaming, tables
+from icet_jax.checkpoints import families, hf_config, streaming
 from icet_jax.checkpoints.adapters import Adapter, read_adapter
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files
 from icet_jax.checkpoints.tables import Slot, Table
-from icet_jax.models.gpt2 import GPT2RewardModel
 from icet_jax.parallel import sharding
 
 
@@ -74,22 +73,6 @@ def load_vlm(
     dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
     graphdef, params = load_network(directory, make, family.table(config), **dtypes, mesh=mesh, adapter=start)
     return Checkpoint(graphdef, params, config, values, directory, start)
-
-
-def load_gpt2_reward(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
-    """Loads a GPT-2 sequence classifier with one label, with or without the `transformer.` prefix in its keys.
-
-    Raises:
-      UserError: as `load_vlm`.
-    """
-    directory = Path(directory)
-    values = hf_config.read_hf_config(directory)
-    config = hf_config.gpt2_from_hf(values, str(directory / "config.json"))
-    make = functools.partial(GPT2RewardModel, config)
-    graphdef, params = load_network(
-        directory, make, tables.gpt2_table(config), dtype=dtype, param_dtype=dtype, mesh=mesh
-    )
-    return Checkpoint(graphdef, params, config, values, directory)
 
 
 def abstract_params(make: Callable[..., nnx.Module], dtype: str, param_dtype: str) -> tuple[nnx.GraphDef, nnx.State]:

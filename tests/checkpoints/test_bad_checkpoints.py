@@ -12,8 +12,9 @@ from safetensors.torch import load_file  # noqa: E402
 
 from icet_jax.checkpoints.hf_config import llava_from_hf  # noqa: E402
 from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_gpt2_reward, load_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.checkpoints.problems import compact  # noqa: E402
+from icet_jax.checkpoints.scorers import load_scorer_network  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from tests import tiny  # noqa: E402
 
@@ -166,9 +167,9 @@ def test_reward_model_needs_its_head_and_one_label(tmp_path):
     source = tiny.save_reward_model(tmp_path / "rm", model)
     state = load_file(source / "model.safetensors")
     tiny.save_state(source, {key: tensor for key, tensor in state.items() if key != "score.weight"})
-    assert "missing (1): score.weight" in error(source, load_gpt2_reward)
+    assert "missing (1): score.weight" in error(source, load_scorer_network)
     edit(source, lambda config: config.update(id2label={"0": "a", "1": "b"}))
-    assert "needs one label" in error(source, load_gpt2_reward)
+    assert "needs one label" in error(source, load_scorer_network)
 
 
 def test_sparse_hub_configs_mean_the_class_defaults():

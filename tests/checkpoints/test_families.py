@@ -58,7 +58,7 @@ def save(directory, model, layout="old", **options):
         tiny_families.save_llava_next(directory, model, processor=False, **options)
     if layout != "old":
         dtype = getattr(torch, options.get("dtype", "float32"))
-        state = tiny.in_layout(tiny_families.old_keys(model.state_dict()), layout)
+        state = tiny.in_layout(tiny.old_keys(model.state_dict()), layout)
         assert any(key.startswith("model.") for key in state) == layout.startswith("native")
         tiny.save_state(directory, {key: tensor.to(dtype).contiguous() for key, tensor in state.items()})
     return directory

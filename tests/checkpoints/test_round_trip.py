@@ -12,7 +12,8 @@ from safetensors import safe_open  # noqa: E402
 from transformers import AutoProcessor, GPT2ForSequenceClassification, LlavaForConditionalGeneration  # noqa: E402
 
 from icet_jax.checkpoints.hf_export import COPIED, load_value_head, save_gpt2_reward, save_vlm  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_gpt2_reward, load_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
+from icet_jax.checkpoints.scorers import load_scorer_network  # noqa: E402
 from tests import tiny  # noqa: E402
 
 LAYOUTS = ("old", "native4", "native5", "hybrid5")
@@ -182,7 +183,7 @@ def test_reward_model_round_trip(tmp_path, prefix):
     model = tiny.reward_model(seed=1)
     whole = tiny.save_reward_model(tmp_path / "whole", model)
     source = tiny.save_reward_model(tmp_path / "in", model, prefix=prefix)
-    loaded = load_gpt2_reward(source)
+    loaded = load_scorer_network(source)
     out = save_gpt2_reward(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
     assert tensors(out) == tensors(whole)
     assert json.loads((out / "config.json").read_text())["pad_token_id"] == tiny.GPT2_EOS
@@ -203,13 +204,13 @@ def test_buffers_of_original_gpt2_files_are_ignored(tmp_path):
         "lm_head.weight": state["wte.weight"].clone(),
     }
     tiny.save_state(source, state)
-    again = load_gpt2_reward(source)
+    again = load_scorer_network(source)
     assert again.params["layers"]["c_attn"]["bias"].get_value().shape == (2, 72)
 
 
 def test_reward_model_made_here_is_read_by_transformers(tmp_path):
     model = tiny.reward_model(seed=3)
-    loaded = load_gpt2_reward(tiny.save_reward_model(tmp_path / "in", model))
+    loaded = load_scorer_network(tiny.save_reward_model(tmp_path / "in", model))
     out = save_gpt2_reward(tmp_path / "out", loaded.config, loaded.params)
     again, info = GPT2ForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info

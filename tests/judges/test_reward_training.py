@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from icet_jax.checkpoints.gpt2_base import load_gpt2_base
-from icet_jax.checkpoints.hf_import import load_gpt2_reward
+from icet_jax.checkpoints.scorers import load_scorer_network
 from icet_jax.errors import UserError
 from icet_jax.judges.reward_training import PairOrder, RewardTrainer, preference_loss
 from icet_jax.judges.rows import pad_rows
@@ -33,7 +33,7 @@ def token_pairs(count, seed=0):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return load_gpt2_reward(tiny.save_reward_model(tmp_path_factory.mktemp("base"), tiny.reward_model(seed=3)))
+    return load_scorer_network(tiny.save_reward_model(tmp_path_factory.mktemp("base"), tiny.reward_model(seed=3)))
 
 
 def trainer(checkpoint, pairs, optimizer=None, **settings):
@@ -77,7 +77,7 @@ def test_a_step_is_torchs(checkpoint, one_step, tmp_path, accumulation):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.1 * parameter.grad
-    expected = load_gpt2_reward(tiny.save_reward_model(tmp_path, model)).params
+    expected = load_scorer_network(tiny.save_reward_model(tmp_path, model)).params
     moved = 0
     for mine, theirs, start in zip(*map(jax.tree.leaves, (state.params, expected, checkpoint.params)), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-5)
