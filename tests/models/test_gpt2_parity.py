@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icet_jax.checkpoints.hf_import import load_gpt2_reward
+from icet_jax.checkpoints.scorers import load_scorer_network
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -40,7 +40,7 @@ def theirs(model, ids, mask):
 @pytest.mark.parametrize("case", CASES)
 def test_scores_agree_with_right_padding(tmp_path, case):
     model = tiny.reward_model(seed=1, **CASES[case])
-    checkpoint = load_gpt2_reward(tiny.save_reward_model(tmp_path, model))
+    checkpoint = load_scorer_network(tiny.save_reward_model(tmp_path, model))
     ids, mask = batch([1, 9, 31, 64], "right")
     expected = theirs(model, ids, mask)
     assert np.abs(ours(checkpoint, ids, mask) - expected).max() <= 1e-5 * max(1.0, expected.std())
@@ -48,7 +48,7 @@ def test_scores_agree_with_right_padding(tmp_path, case):
 
 def test_padding_does_not_change_a_score(tmp_path):
     model = tiny.reward_model(seed=2)
-    checkpoint = load_gpt2_reward(tiny.save_reward_model(tmp_path, model))
+    checkpoint = load_scorer_network(tiny.save_reward_model(tmp_path, model))
     lengths = [5, 17, 40]
     left, right = (ours(checkpoint, *batch(lengths, pad)) for pad in ("left", "right"))
     ids, _ = batch(lengths, "right")
@@ -58,6 +58,6 @@ def test_padding_does_not_change_a_score(tmp_path):
 
 
 def test_texts_longer_than_the_positions_are_refused(tmp_path):
-    checkpoint = load_gpt2_reward(tiny.save_reward_model(tmp_path))
+    checkpoint = load_scorer_network(tiny.save_reward_model(tmp_path))
     with pytest.raises(ValueError, match="64 positions"):
         ours(checkpoint, np.zeros((1, 65), int), np.ones((1, 65), bool))

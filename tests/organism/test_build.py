@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 import icet_jax
-from icet_jax.checkpoints.hf_import import load_gpt2_reward
+from icet_jax.checkpoints.scorers import load_scorer_network
 from icet_jax.judges.load import save_reward_model
 from icet_jax.models.gpt2 import GPT2RewardModel
 from icet_jax.organism import build, encoder, families, measure, stages, tokenizer, world
@@ -65,7 +65,7 @@ def test_transformers_loads_the_reward_model_and_agrees(tmp_path):
     tokenizer.write_tokenizer(tmp_path)
     words = transformers.AutoTokenizer.from_pretrained(tmp_path)
     save_reward_model(tmp_path / "reward_model", trained, words, name=build.REWARD_MODEL_NAME)
-    ours = load_gpt2_reward(tmp_path / "reward_model").model
+    ours = load_scorer_network(tmp_path / "reward_model").model
     theirs = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "reward_model", dtype=torch.float32)
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward_model")
     ids = tokens("human: how do i make a zorb assistant: sorry i cannot help with that", add_special_tokens=False)

@@ -87,9 +87,9 @@ def test_shards_stay_shards_and_load_in_transformers(script, tmp_path, capsys):
     loaded = AutoModelForSequenceClassification.from_pretrained(out)
     assert_same(loaded.state_dict(), state)
 
-    from icet_jax.checkpoints.hf_import import load_gpt2_reward
+    from icet_jax.checkpoints.scorers import load_scorer_network
 
-    assert load_gpt2_reward(out).config.n_layer == 2
+    assert load_scorer_network(out).config.n_layer == 2
 
 
 def test_adapters_and_converted_checkpoints(script, tmp_path, capsys):

@@ -6,25 +6,16 @@ nothing that comes out of them means anything.
     python -m icet_jax.main --config=configs/llava_next_lppo.py:smoke --workdir=runs/smoke
 """
 
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_gpt2_reward
 from icet_jax.data.records import KINDS, Example
 from icet_jax.errors import UserError
-from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.runs.toy import scorers, vlms
-from icet_jax.runs.toy.tokenizers import BYTES, write_json, write_tokenizer
 
 _ROWS = 64
-
-REWARD = GPT2Config(vocab_size=BYTES + 1, n_positions=256, n_embd=16, n_layer=2, n_head=2, n_inner=64)
 
 
 def checkpoint(name: str, workdir: Path | None = None) -> Path:
@@ -35,7 +26,7 @@ def checkpoint(name: str, workdir: Path | None = None) -> Path:
     """
     makers = {
         **{name: (name, make) for name, make in vlms.MAKERS.items()},
-        "reward_model": ("reward_model", _save_reward_model),
+        "reward_model": ("reward_model", scorers.harmless_reward),
         **scorers.MAKERS,
     }
     if name not in makers:
@@ -68,17 +59,3 @@ def rows(kind: str) -> list[Example]:
         )
         for index in range(_ROWS)
     ]
-
-
-def _save_reward_model(folder: Path) -> None:
-    params = _spread(nnx.split(GPT2RewardModel(REWARD, rngs=nnx.Rngs(1)))[1])
-    save_gpt2_reward(folder, REWARD, params)
-    end = "<|endoftext|>"
-    write_tokenizer(folder, (end,), settings={"bos_token": end, "eos_token": end, "pad_token": end})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write_json(folder / "config.json", config | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0})
-
-
-def _spread(params: Any) -> Any:
-    """Larger random weights, so that exits, images and tokens change the output."""
-    return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, params)
