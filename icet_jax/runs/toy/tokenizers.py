@@ -7,6 +7,8 @@ from typing import Any
 
 from icet_jax.files import write_text_atomic
 
+BYTES = 256
+
 
 def write_tokenizer(
     folder: Path,
