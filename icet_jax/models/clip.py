@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.models import layers
+from icet_jax.parallel.traced import by_rows, gathered
 from icet_jax.typing import Array, Float
 
 
@@ -100,9 +101,9 @@ class ClipVisionTower(nnx.Module):
         state = jax.tree.map(lambda weight: weight[:depth], state)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
-            x = nnx.merge(graph, weights)(x)
+            x = by_rows(nnx.merge(graph, gathered(weights, x))(x))
             return x, x
 
-        first = self.embed(pixels)
+        first = by_rows(self.embed(pixels))
         _, rest = jax.lax.scan(layers.rematerialise(body, self.remat), first, state)
         return jnp.concatenate([first[None], rest], axis=0)

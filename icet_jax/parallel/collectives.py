@@ -38,8 +38,9 @@ def moved_bytes(hlo: str) -> int | None:
         for key, size in _collectives(name, computations[name][1]):
             if math.isnan(times):
                 return None
-            # One collective that is split over several fusions stands in each of them, under one channel.
-            seen[key] = max(seen.get(key, 0.0), times * size)
+            # One collective may stand in several fusions under one channel, among them such that pass it on through a
+            # loop of the computation that it overlaps; it moves what it moves once.
+            seen[key] = min(seen.get(key, math.inf), times * size)
     return int(sum(seen.values()))
 
 

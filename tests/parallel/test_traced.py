@@ -1,0 +1,69 @@
+"""Under `fsdp` kernels travel where tokens are many, activations where they are few; without a mesh nothing happens."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icet_jax.parallel.traced import by_rows, gathered, mesh_of
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from icet_jax.parallel.collectives import moved_bytes
+from icet_jax.parallel.mesh import make_mesh
+from icet_jax.parallel.sharding import place_rows, shardings
+from icet_jax.parallel.traced import by_rows, gathered
+mesh = make_mesh(data=1, fsdp=8)
+width, depth = 64, 3
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape) * shape[-2] ** -0.5
+weights = {"up_proj": {"kernel": draw(0, depth, width, 256)}, "down_proj": {"kernel": draw(1, depth, 256, width)}}
+def run(place):
+    def loss(weights, x):
+        def body(x, layer):
+            if place:
+                layer = gathered(layer, x)
+            x = x + jax.nn.silu(x @ layer["up_proj"]["kernel"]) @ layer["down_proj"]["kernel"]
+            return (by_rows(x) if place else x), None
+        return jnp.square(jax.lax.scan(jax.checkpoint(body, prevent_cse=False), by_rows(x) if place else x, weights)[0]).mean()
+    return jax.jit(jax.grad(loss))
+placed = jax.device_put(weights, shardings({"layers": weights}, mesh)["layers"])
+kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+for tokens in (128, 1):
+    x = draw(2, 8, tokens, width)
+    split = jax.device_put(x, NamedSharding(mesh, P(None, None, "fsdp")))  # as an embedding comes
+    programs = [run(place).lower(placed, split).compile() for place in (True, False)]
+    moved = [moved_bytes(program.as_text()) for program in programs]
+    if tokens == 1:
+        assert moved[0] == moved[1] < kernels / 2, moved
+    else:  # kernels forward, again when recomputed, and their gradients (counted twice); far less than the activations
+        assert moved[0] <= 4.2 * kernels < moved[1] / 2, (moved, kernels)
+    got, expected = programs[0](placed, split), run(False)(weights, x)
+    for name in weights:
+        gradient = got[name]["kernel"]
+        assert gradient.sharding.is_equivalent_to(placed[name]["kernel"].sharding, 3), gradient.sharding
+        np.testing.assert_allclose(gradient, expected[name]["kernel"], rtol=1e-4, atol=1e-7)
+print("agreed")
+"""
+
+
+def test_kernels_travel_to_many_tokens_and_stay_with_few():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "agreed" in done.stdout
+
+
+def test_without_a_mesh_nothing_is_added():
+    x, weights = jnp.ones((8, 128, 16)), {"up_proj": {"kernel": jnp.ones((16, 32))}}
+
+    def layer(weights, x):
+        assert mesh_of(x) is None
+        return by_rows(x) @ gathered(weights, x)["up_proj"]["kernel"]
+
+    assert [str(eqn.primitive) for eqn in jax.make_jaxpr(layer)(weights, x).eqns] == ["dot_general"]
+    np.testing.assert_array_equal(layer(weights, x), 16.0)
