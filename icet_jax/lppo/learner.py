@@ -25,7 +25,7 @@ features stay with the rollout, row-aligned, and no gradient reaches tower or pr
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
-from icet_jax.parallel.sharding import shardings, split_rows
+from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards, shardings, split_rows
 from icet_jax.typing import Array, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
@@ -91,15 +91,15 @@ class TrainBatch(NamedTuple):
 class Phases:
     """The compiled phases; see the module's docstring for their arguments.
 
-    `compile` takes what `rollout` takes and compiles all three for these shapes without running any; `prepare_arrays`
-    is the jitted part of `prepare`.
+    `lowered` takes what `rollout` takes and gives all three by name, ready to be compiled for these shapes in any order
+    and at once; `prepare_arrays` is the jitted part of `prepare`.
     """
 
     rollout: Callable[..., Rollout]
     prepare: Callable[..., tuple[TrainState, TrainBatch, dict[str, Any]]]
     prepare_arrays: Any
     update: Callable[..., tuple[TrainState, dict[str, Any]]]
-    compile: Callable[..., None]
+    lowered: Callable[..., Iterator[tuple[str, Any]]]
 
 
 def draw_exits(
@@ -133,7 +133,7 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
 
     With a `mesh`, an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
     """
-    prepare_arrays = jax.jit(lambda *arrays: _prepare(graphdef, settings, *arrays))
+    prepare_arrays = jax.jit(lambda *arrays: _placed(_prepare(graphdef, settings, *arrays), mesh))
 
     def prepare(
         params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any
@@ -142,18 +142,45 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
         batch, controls, metrics = prepare_arrays(params, state.trainable, state.controls, rollout, scores, learned)
         return state._replace(controls=controls), batch, metrics
 
-    rollout = jax.jit(lambda params, state, *rest: _rollout(graphdef, settings, params, state, *rest))
+    rollout = jax.jit(lambda *arrays: _placed(_rollout(graphdef, settings, *arrays), mesh))
     update = jax.jit(lambda *arrays: _update(graphdef, settings, mesh, *arrays), donate_argnums=1)
 
-    def compile_all(params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any) -> None:
-        made = outputs(rollout.lower(params, state, images, tokens, mask, exits, key).compile())
+    def lowered(
+        params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
+    ) -> Iterator[tuple[str, Any]]:
+        # A phase's results lie where it says, so that none has to be compiled before another. The longest comes first.
+        arguments = (params, state, images, tokens, mask, exits, key)
+        made = _abstract(jax.eval_shape(rollout, *arguments), mesh)
         per_row = (np.zeros(tokens.shape[0], np.float32), np.zeros(tokens.shape[0], bool))
-        batch, controls, _ = outputs(
-            prepare_arrays.lower(params, state.trainable, state.controls, made, *per_row).compile()
-        )
-        update.lower(params, state._replace(controls=controls), batch, key).compile()
+        given = (params, state.trainable, state.controls, made, *per_row)
+        batch, controls, _ = _abstract(jax.eval_shape(prepare_arrays, *given), mesh)
+        yield "update", update.lower(params, state._replace(controls=controls), batch, key)
+        yield "rollout", rollout.lower(*arguments)
+        yield "prepare", prepare_arrays.lower(*given)
 
-    return Phases(rollout=rollout, prepare=prepare, prepare_arrays=prepare_arrays, update=update, compile=compile_all)
+    return Phases(rollout=rollout, prepare=prepare, prepare_arrays=prepare_arrays, update=update, lowered=lowered)
+
+
+def _places(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Where a phase's results lie: rows over the mesh where they divide, all else whole on every device."""
+    if type(tree) is tuple:
+        return tuple(_places(part, mesh) for part in tree)
+    whole = replicated(mesh)
+    split = batch_sharding(mesh) if isinstance(tree, Rollout | TrainBatch) else whole
+    return jax.tree.map(lambda leaf: whole if leaf.ndim == 0 or leaf.shape[0] % row_shards(mesh) else split, tree)
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Inside a phase: its results where `_places` says."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _places(tree, mesh))
+
+
+def _abstract(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Abstract results of a phase where they will lie."""
+    if mesh is None:
+        return tree
+    where = _places(tree, mesh)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, where)
 
 
 def outputs(compiled: Any) -> Any:

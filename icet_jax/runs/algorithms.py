@@ -1,8 +1,8 @@
-"""One training iteration of each algorithm, behind the two calls that the training loop makes: `compile` and `step`."""
+"""One training iteration of each algorithm, behind the two calls that the training loop makes: `lowered` and `step`."""
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -32,8 +32,8 @@ class Algorithm(Protocol):
     settings: Settings
     iterations: int
 
-    def compile(self, state: TrainState, batch: PromptBatch) -> None:
-        """Compiles everything that `step` runs on the device, for batches of this shape."""
+    def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
+        """Everything that `step` runs on the device, by name, ready to be compiled for batches of this shape."""
         ...
 
     def step(self, state: TrainState, batch: PromptBatch) -> tuple[TrainState, Row]:
@@ -52,11 +52,11 @@ class Lppo:
         self._run_key = jax.random.key(config.seed)
         self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
 
-    def compile(self, state: TrainState, batch: PromptBatch) -> None:
+    def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
         exits = self._exits(state.iteration)
         inputs = (batch.images, batch.tokens, batch.mask, exits, self._run_key)
-        self._phases.compile(self._vlm.params, state, *inputs)
+        yield from self._phases.lowered(self._vlm.params, state, *inputs)
 
     def step(self, state: TrainState, batch: PromptBatch) -> tuple[TrainState, Row]:
         """See `Algorithm`."""
@@ -96,9 +96,9 @@ class Lsft:
         self._run_key = jax.random.key(config.seed)
         self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
 
-    def compile(self, state: TrainState, batch: PromptBatch) -> None:
+    def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
-        self._update.lower(self._vlm.params, state, *self._inputs(state, batch)).compile()
+        yield "update", self._update.lower(self._vlm.params, state, *self._inputs(state, batch))
 
     def step(self, state: TrainState, batch: PromptBatch) -> tuple[TrainState, Row]:
         """See `Algorithm`."""

@@ -1,10 +1,117 @@
-"""Counting compilations with jax's own events, so that a run can show that no exit recompiles anything."""
+"""Compiling: programs kept from one process to the next, several at once, and counted."""
 
+import hashlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
 from types import TracebackType
+from typing import Any
 
+import jax
 import jax.monitoring
 
+OFF = "off"
+_LARGEST = 8 * 2**30  # bytes of kept programs; beyond them the oldest go
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_KEPT_EVENT = "/jax/compilation_cache/cache_hits"
+
+
+def keep_programs(choice: str | None) -> None:
+    """From now on compiled programs are written to a folder, where later processes find them.
+
+    A folder that cannot be written to costs one line on stderr and the time of compiling again, nothing else.
+
+    Args:
+      choice: a folder, `OFF`, or None: where JAX_COMPILATION_CACHE_DIR says, else the user's cache folder.
+    """
+    folder = None
+    if choice != OFF:
+        own = None if choice is not None else os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        folder = own or str(_machine_folder(Path(choice).expanduser() if choice else _default_folder()))
+        if "://" not in folder and not _is_writable(Path(folder)):
+            folder = None
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # A start reads dozens of small programs, each in less time than it takes to compile them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if folder != jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        _forget_folder()
+
+
+def _default_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "icet_jax" / "compiled"
+
+
+def _machine_folder(folder: Path) -> Path:
+    """A part of `folder` for machines like this one: jax's keys do not tell processors apart that share a home."""
+    features = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        features = next((line for line in lines if line.lower().startswith(("flags", "features"))), features)
+    return folder / f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether it is, or can be made; says so on stderr where not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who can write here can run code as this user
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        _drop_oldest(folder)
+    except OSError as error:
+        print(
+            f"icet-jax: {folder}: compiled programs cannot be kept there ({error.strerror}); "
+            f"give --config.compilation_cache=FOLDER, or {OFF}",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Keeps the newest `_LARGEST` bytes; another process may do the same at once."""
+    files = sorted(((entry.stat(), entry.path) for entry in os.scandir(folder)), key=lambda file: -file[0].st_mtime)
+    total = 0
+    for facts, path in files:
+        total += facts.st_size
+        if total > _LARGEST:
+            Path(path).unlink(missing_ok=True)
+
+
+def _forget_folder() -> None:
+    """Makes jax look at its setting again; it does so once, before its first compilation."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    compilation_cache.reset_cache()
+
+
+def compile_programs(programs: Iterable[tuple[str, Any]]) -> None:
+    """Compiles all programs at once, each from when it is there, and says on stderr how long that took.
+
+    The functions that they were lowered from find them: calling one with the same shapes compiles nothing.
+
+    Args:
+      programs: (name, `jax.stages.Lowered`) pairs. While the next is traced, the ones before it compile.
+    """
+
+    def seconds_of(lowered: Any) -> float:
+        began = time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - began
+
+    start = time.perf_counter()
+    with CompilationCounter() as counter, ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        futures = [(name, threads.submit(seconds_of, lowered)) for name, lowered in programs]
+        parts = ", ".join(f"{name} {future.result():.1f} s" for name, future in futures)
+    kept = f", {counter.kept} of {len(futures)} kept from before" if counter.kept else ""
+    print(f"compiled: {parts}; {time.perf_counter() - start:.1f} s in all{kept}", file=sys.stderr)
 
 
 class CompilationCounter:
@@ -12,23 +119,33 @@ class CompilationCounter:
 
     Attributes:
       count: programs compiled or read from a persistent cache.
-      seconds: time spent on that.
+      kept: those among them that were read.
+      seconds: time spent on all; programs that compile at once each count in full.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.kept = 0
         self.seconds = 0.0
+        self._lock = Lock()
 
     def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILE_EVENT:
-            self.count += 1
-            self.seconds += duration_secs
+            with self._lock:
+                self.count += 1
+                self.seconds += duration_secs
+
+    def _listen_kept(self, event: str, **_: str | int) -> None:
+        if event == _KEPT_EVENT:
+            with self._lock:
+                self.kept += 1
 
     def __enter__(self) -> "CompilationCounter":
         jax.monitoring.register_event_duration_secs_listener(self._listen)
+        jax.monitoring.register_event_listener(self._listen_kept)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
+        jax.monitoring.unregister_event_listener(self._listen_kept)

@@ -17,6 +17,7 @@ from icet_jax.lppo.state import TrainState, init_state
 from icet_jax.models.family import init_lora
 from icet_jax.parallel.sharding import shardings
 from icet_jax.runs.algorithms import Algorithm, Lppo, Lsft
+from icet_jax.runs.compilations import compile_programs
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
 from icet_jax.runs.reward import RewardByKind
@@ -94,7 +95,7 @@ class Trainer:
         """Every iteration that `state` has not had yet; threads prepare the coming batches for the device."""
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
-            self.algorithm.compile(state, self.batch(start))
+            compile_programs(self.algorithm.lowered(state, self.batch(start)))
             progress.restart_clock()
             for finished, batch in enumerate(self._batches.load(self._arrays, start, total), start=start + 1):
                 state, row = self.algorithm.step(state, batch)
