@@ -32,6 +32,7 @@ MODES = {
     "verify": "compare a checkpoint with transformers (needs the `test` extra)",
 }
 _MODULES = {"reward": "train_reward"}  # of modes whose file in icet_jax/runs has another name
+_WITHOUT_PROGRAMS = ("compare", "labels")  # modes that compile nothing
 _OVERRIDE = "--config."
 
 
@@ -113,6 +114,10 @@ def run(arguments: Sequence[str]) -> int:
     if options.checkpoint is not None:
         overrides.append(("model.checkpoint", options.checkpoint))
     config = config_files.load(options.config, overrides)
+    if options.mode not in _WITHOUT_PROGRAMS:
+        from icet_jax.runs.compilations import keep_programs
+
+        keep_programs(config.compilation_cache)
     module = importlib.import_module(f"icet_jax.runs.{_MODULES.get(options.mode, options.mode)}")
     return module.run(config, options.workdir, options)
 
@@ -133,7 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def console() -> NoReturn:
-    """The `icet-jax` command."""
+    """The `icet-jax` command, in a process of its own."""
+    if "verify" not in (word.removeprefix("--mode=") for word in sys.argv):
+        # Of transformers, runs need tokenizers and image processors, which work without torch; where torch is installed
+        # transformers would spend two seconds on importing it.
+        sys.modules["torch"] = None  # type: ignore[assignment]
     sys.exit(main())
 
 

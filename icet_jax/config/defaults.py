@@ -64,6 +64,9 @@ def default() -> ConfigDict:
     config.export = _export()
     config.log = _log()
     config.checkpoint = _checkpoint()
+    # Folder where compiled programs are kept for later runs, or "off"; unset: JAX_COMPILATION_CACHE_DIR, else in the
+    # cache folder of the user, ~/.cache/icet_jax/compiled.
+    config.compilation_cache = config_dict.placeholder(str)
     return config.lock()
 
 

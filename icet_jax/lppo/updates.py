@@ -1,5 +1,6 @@
 """Epochs x mini-batches x accumulation, as one scan; L-PPO and L-SFT share it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from icet_jax.typing import Array, Int, Key
 
 LossFunction = Callable[[dict[str, Any], Any], tuple[Array, dict[str, Array]]]
 """(trainable, rows) -> (token-mean loss, token-mean stats); `rows` has the batch's fields with fewer rows."""
+
+
+_traced_once = functools.partial(jax.jit, inline=True)
+"""For functions that `eval_shape` looks at before they are used: the same program in less than half the start-up."""
 
 
 class Outcome(NamedTuple):
@@ -66,6 +71,7 @@ def gradients(
     weights = counts / jnp.maximum(jnp.sum(counts), 1)
     evaluate = jax.value_and_grad(loss_function, has_aux=True)
 
+    @_traced_once
     def one(index: Array) -> Any:
         (loss, stats), grads = evaluate(trainable, take_rows(batch, slices[index]))
         return jax.tree.map(lambda x: weights[index] * x, (loss, stats, grads))
@@ -94,6 +100,7 @@ def optimise(
     the remaining steps of this call are skipped: the weights stay the last good ones.
     """
 
+    @_traced_once
     def evaluate(carry: Any, slices: Array) -> tuple[Any, Any]:
         trainable, opt_state, applied, stopped, nonfinite = carry
         loss, stats, grads = gradients(loss_function, trainable, batch, row_tokens, slices)

@@ -151,20 +151,24 @@ def _shuffle(size: int, seed: int, lap: int) -> np.ndarray:
     return np.argsort(scenery.uniforms(7 + 1000 * seed + lap, np.arange(size), 1)[:, 0])
 
 
-def example(split: str, kind: str, index: int, seed: int = 0) -> Example:
-    """Row `index` of "organism:SPLIT:KIND": a pure function of its arguments.
+def examples(split: str, kind: str, count: int, seed: int = 0) -> list[Example]:
+    """The first `count` rows of "organism:SPLIT:KIND"; each is a pure function of its number and the arguments.
 
     `answer` is the text that is right at the default exit: the refusal, the steps, or the short answer.
     """
-    batch = rows(split, kind, np.array([index]), seed)
-    return Example(
-        id=f"organism-{split}-{kind}-{seed}-{index}",
-        prompt=batch.prompts[0],
-        images=(batch.images[0],),
-        kind=kind,
-        answer=batch.answers[0],
-        policy=batch.policies[0],
-    )
+    batch = rows(split, kind, np.arange(count), seed)
+    columns = zip(batch.prompts, batch.answers, batch.images, batch.policies, strict=True)
+    return [
+        Example(
+            id=f"organism-{split}-{kind}-{seed}-{index}",
+            prompt=prompt,
+            images=(image,),
+            kind=kind,
+            answer=answer,
+            policy=policy,
+        )
+        for index, (prompt, answer, image, policy) in enumerate(columns)
+    ]
 
 
 def request_noun(prompt: str) -> str | None:

@@ -8,15 +8,17 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import Lock, current_thread
 from types import TracebackType
 from typing import Any
 
 import jax
 import jax.monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 OFF = "off"
 _LARGEST = 8 * 2**30  # bytes of kept programs; beyond them the oldest go
+_THREADS = "compile"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _KEPT_EVENT = "/jax/compilation_cache/cache_hits"
 
@@ -38,9 +40,8 @@ def keep_programs(choice: str | None) -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # A start reads dozens of small programs, each in less time than it takes to compile them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    if folder != jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        _forget_folder()
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # jax looks at its setting once, before its first compilation
 
 
 def _default_folder() -> Path:
@@ -85,13 +86,6 @@ def _drop_oldest(folder: Path) -> None:
             Path(path).unlink(missing_ok=True)
 
 
-def _forget_folder() -> None:
-    """Makes jax look at its setting again; it does so once, before its first compilation."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    compilation_cache.reset_cache()
-
-
 def compile_programs(programs: Iterable[tuple[str, Any]]) -> None:
     """Compiles all programs at once, each from when it is there, and says on stderr how long that took.
 
@@ -107,7 +101,7 @@ def compile_programs(programs: Iterable[tuple[str, Any]]) -> None:
         return time.perf_counter() - began
 
     start = time.perf_counter()
-    with CompilationCounter() as counter, ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+    with CompilationCounter() as counter, ThreadPoolExecutor(os.cpu_count(), _THREADS) as threads:
         futures = [(name, threads.submit(seconds_of, lowered)) for name, lowered in programs]
         parts = ", ".join(f"{name} {future.result():.1f} s" for name, future in futures)
     kept = f", {counter.kept} of {len(futures)} kept from before" if counter.kept else ""
@@ -119,7 +113,7 @@ class CompilationCounter:
 
     Attributes:
       count: programs compiled or read from a persistent cache.
-      kept: those among them that were read.
+      kept: those of `compile_programs` that were read.
       seconds: time spent on all; programs that compile at once each count in full.
     """
 
@@ -135,7 +129,7 @@ class CompilationCounter:
                 self.seconds += duration_secs
 
     def _listen_kept(self, event: str, **_: str | int) -> None:
-        if event == _KEPT_EVENT:
+        if event == _KEPT_EVENT and current_thread().name.startswith(_THREADS):
             with self._lock:
                 self.kept += 1
 

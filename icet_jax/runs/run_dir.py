@@ -16,6 +16,7 @@ from icet_jax.errors import UserError
 from icet_jax.files import parse_json, write_text_atomic
 
 SCHEMA = 1
+_ANY = ("compilation_cache",)  # fields that do not change what a run finds
 _SHOWN_FIELDS = 4
 
 
@@ -42,7 +43,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
         return
     theirs = json.loads(json.dumps(flatten(read_config(path))))
-    differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    differing = [name for name in sorted({*mine, *theirs} - {*_ANY}) if mine.get(name) != theirs.get(name)]
     if differing and not _has_begun(workdir):
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
     elif differing:

@@ -133,7 +133,7 @@ def _organism_rows(source: str, seed: int) -> list[Example]:
     if any(rest) or (kind and kind not in counts) or (count and not (count.isdigit() and int(count))):
         raise UserError(f"{source}: write organism:SPLIT[:KIND[:COUNT]], with a kind of {', '.join(KINDS)}")
     kinds = {kind: int(count or counts[kind])} if kind else counts
-    return [world.example(split, name, index, seed) for name, rows in kinds.items() for index in range(rows)]
+    return [example for name, rows in kinds.items() for example in world.examples(split, name, rows, seed)]
 
 
 def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) -> dict[str, int]:
