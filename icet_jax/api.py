@@ -342,7 +342,7 @@ def _logits(
 ) -> Float[Array, "B T V"]:
     model = nnx.merge(graphdef, params)
     visual = None if encoded is None else model.visual(encoded, exit_index)
-    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, visual)
+    hidden = model.decode(tokens, positions_from_mask(mask), mask, visual)
     return model.logits(hidden)
 
 

@@ -1,13 +1,18 @@
-"""Prefill and the decode loop on a static cache: of a vision-language model, or of a judge that reads text alone."""
+"""Prefill and decoding: rows that each are at a place of their own in their response, one step of all of them at once.
+
+`generate` runs a batch to its end in one program; `generation.engine` keeps rows in slots and puts new ones where a
+response has ended. Both are made of `prefill`, `begin` and `advance`.
+"""
 
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 
 from icet_jax.generation.sampling import Sampling, is_eos, sample_tokens
 from icet_jax.models.family import Cache, LanguageModel
-from icet_jax.models.layers import Lora, positions_from_mask
+from icet_jax.models.layers import Lora
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 
@@ -25,15 +30,31 @@ class Generation(NamedTuple):
     mask: Array
 
 
-class _State(NamedTuple):
-    """The loop's carry: `step` tokens are written, and `logits` are those of the next."""
+@flax.struct.dataclass
+class Rows:
+    """Rows in the middle of their responses.
 
-    step: Int[Array, ""]
-    token: Int[Array, "B"]  # the last sampled token, not yet in the cache
-    position: Int[Array, "B"]  # its rotary position
-    done: Bool[Array, "B"]
-    cache: Cache | None
-    out: Generation
+    Attributes:
+      cache: of the prompt and of all sampled tokens but the last.
+      keys: one typed key per row.
+      tokens, log_probs: what was sampled, `[B, A]`, as in `Generation`.
+      count: tokens sampled, `[B]`.
+      limit: most tokens of a row's response, `[B]`.
+      done: the response has ended, or there is no row, `[B]`.
+    """
+
+    cache: Cache
+    keys: Any
+    tokens: Any
+    log_probs: Any
+    count: Any
+    limit: Any
+    done: Any
+
+    def generation(self) -> Generation:
+        """The responses so far."""
+        mask = jnp.arange(self.tokens.shape[1]) < self.count[:, None]
+        return Generation(tokens=self.tokens, log_probs=self.log_probs, mask=mask)
 
 
 def generate(
@@ -60,7 +81,7 @@ def generate(
       sampling: how tokens are drawn.
       lora: adapters of the decoder; None is the reference.
     """
-    logits, cache = prefill(model, tokens, mask, visual, sampling.max_new_tokens, lora)
+    logits, cache = prefill(model, tokens, mask, visual, lora)
     return continue_from(model, logits, cache, mask, row_keys, sampling, lora)
 
 
@@ -69,21 +90,18 @@ def prefill(
     tokens: Int[Array, "B P"],
     mask: Bool[Array, "B P"],
     visual: Any,
-    max_new_tokens: int,
     lora: Lora | None = None,
-) -> tuple[Float[Array, "B V"], Cache | None]:
-    """Runs the prompts once: the logits of each row's first new token, and a cache with room for `max_new_tokens`."""
-    batch, prompt_length = tokens.shape
-    empty = model.init_cache(batch, prompt_length + max_new_tokens)
-    hidden, cache = model.decode(tokens, positions_from_mask(mask), mask, visual, empty, lora)
-    last = prompt_length - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
-    return model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+    prefix: Cache | None = None,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Runs the prompts once: the logits of each row's first new token, and a cache of P columns (and `prefix`'s)."""
+    hidden, cache = model.prefill(*_padded_on_the_right(tokens, mask), visual, prefix, lora)
+    return model.logits(hidden), cache
 
 
 def continue_from(
     model: LanguageModel,
     logits: Float[Array, "B V"],
-    cache: Cache | None,
+    cache: Cache,
     mask: Bool[Array, "B P"],
     row_keys: Key[Array, "B"],
     sampling: Sampling,
@@ -93,41 +111,57 @@ def continue_from(
 
     Arguments as in `generate`.
     """
-    batch, length = mask.shape[0], sampling.max_new_tokens
-    out = Generation(
+    length = sampling.max_new_tokens
+    limit = jnp.where(mask.any(axis=1), length, 0).astype(jnp.int32)
+    rows = begin(logits, cache.with_room(length), row_keys, limit, sampling)
+    rows = jax.lax.while_loop(lambda rows: ~jnp.all(rows.done), lambda rows: advance(model, rows, sampling, lora), rows)
+    return rows.generation()
+
+
+def begin(
+    logits: Float[Array, "B V"], cache: Cache, row_keys: Key[Array, "B"], limit: Int[Array, "B"], sampling: Sampling
+) -> Rows:
+    """Samples each row's first token; a row whose limit is 0 is none."""
+    batch, length = logits.shape[0], sampling.max_new_tokens
+    rows = Rows(
+        cache=cache,
+        keys=row_keys,
         tokens=jnp.full((batch, length), sampling.pad_id, dtype=jnp.int32),
         log_probs=jnp.zeros((batch, length), dtype=jnp.float32),
-        mask=jnp.zeros((batch, length), dtype=bool),
+        count=jnp.zeros((batch,), jnp.int32),
+        limit=limit,
+        done=limit < 1,
+    )
+    return _sampled(rows, logits, sampling)
+
+
+def advance(model: LanguageModel, rows: Rows, sampling: Sampling, lora: Lora | None = None) -> Rows:
+    """One more token of every row that is not done."""
+    last = jnp.take_along_axis(rows.tokens, jnp.maximum(rows.count - 1, 0)[:, None], axis=1)[:, 0]
+    hidden, cache = model.step(last, ~rows.done, rows.cache, lora)
+    return _sampled(rows.replace(cache=cache), model.logits(hidden), sampling)  # type: ignore[attr-defined]
+
+
+def _sampled(rows: Rows, logits: Float[Array, "B V"], sampling: Sampling) -> Rows:
+    """Draws the next token of every row that is not done."""
+    keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
+    token, log_prob = sample_tokens(logits, keys, sampling)
+    token = token.astype(jnp.int32)
+    here = (jnp.arange(rows.tokens.shape[1]) == rows.count[:, None]) & ~rows.done[:, None]
+    count = rows.count + ~rows.done
+    return rows.replace(  # type: ignore[attr-defined]
+        tokens=jnp.where(here, token[:, None], rows.tokens),
+        log_probs=jnp.where(here, log_prob[:, None], rows.log_probs),
+        count=count,
+        done=rows.done | is_eos(token, sampling.eos_ids) | (count >= rows.limit),
     )
 
-    def sample(
-        logits: Float[Array, "B V"],
-        position: Int[Array, "B"],
-        step: Array,
-        done: Array,
-        cache: Cache | None,
-        out: Generation,
-    ) -> _State:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, step)
-        token, log_prob = sample_tokens(logits, keys, sampling)
-        token = jnp.where(done, sampling.pad_id, token).astype(jnp.int32)
-        out = Generation(
-            tokens=out.tokens.at[:, step].set(token),
-            log_probs=out.log_probs.at[:, step].set(jnp.where(done, 0.0, log_prob)),
-            mask=out.mask.at[:, step].set(~done),
-        )
-        return _State(step + 1, token, position, done | is_eos(token, sampling.eos_ids), cache, out)
 
-    def unfinished(state: _State) -> Bool[Array, ""]:
-        return (state.step < length) & ~jnp.all(state.done)
-
-    def advance(state: _State) -> _State:
-        hidden, cache = model.decode(
-            state.token[:, None], state.position[:, None], ~state.done[:, None], None, state.cache, lora
-        )
-        logits = model.logits(hidden[:, 0])
-        return sample(logits, state.position + 1, state.step, state.done, cache, state.out)
-
-    prompt_tokens = mask.sum(axis=1).astype(jnp.int32)
-    first = sample(logits, prompt_tokens, jnp.int32(0), ~mask.any(axis=1), cache, out)
-    return jax.lax.while_loop(unfinished, advance, first).out
+def _padded_on_the_right(tokens: Int[Array, "B P"], mask: Bool[Array, "B P"]) -> tuple[Array, Array]:
+    """The same rows with their real tokens first."""
+    columns = jnp.arange(mask.shape[1])
+    length = mask.sum(axis=1, keepdims=True)
+    shifted = jnp.argmax(mask, axis=1)[:, None] + columns
+    tokens = jnp.take_along_axis(tokens, jnp.minimum(shifted, mask.shape[1] - 1), axis=1)
+    mask = columns < length
+    return jnp.where(mask, tokens, 0), mask

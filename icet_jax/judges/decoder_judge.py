@@ -126,7 +126,7 @@ class DecoderJudge:
 
         def answer(params: nnx.State, tokens: Any, mask: Any) -> dict[str, Any]:
             model = nnx.merge(graphdef, params)
-            logits, cache = prefill(model, tokens, mask, None, sampling.max_new_tokens)
+            logits, cache = prefill(model, tokens, mask, None)
             keys = jax.random.split(jax.random.key(0), len(tokens))  # greedy: no key matters
             out = continue_from(model, logits, cache, mask, keys, sampling)
             odds = jax.nn.sigmoid(logits[:, unsafe] - logits[:, safe])

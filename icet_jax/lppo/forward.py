@@ -72,9 +72,7 @@ def score_responses(
     width = prompts.shape[1]
     tokens = jnp.concatenate([prompts, responses[:, :-1]], axis=1)
     token_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
-    hidden, _ = model.decode(
-        tokens, positions_from_mask(token_mask), token_mask, jax.lax.stop_gradient(visual), None, lora
-    )
+    hidden = model.decode(tokens, positions_from_mask(token_mask), token_mask, jax.lax.stop_gradient(visual), lora)
     hidden = hidden[:, width - 1 :]
     log_probs, entropy = token_log_probs(
         model, hidden, responses, temperature=temperature, suppress_ids=suppress_ids, chunk=chunk

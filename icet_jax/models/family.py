@@ -14,13 +14,14 @@ from flax import nnx
 
 from icet_jax.models.layers import Lora
 from icet_jax.parallel.sharding import path_name
-from icet_jax.typing import Array, Bool, Float, Int, Key
+from icet_jax.typing import Array, Bool, Float, Int, Key, Shaped
 
 Visual = Any
 """Opaque pytree that the decoder takes; every leaf is row-aligned, its first axis is the batch."""
 
 Cache = Any
-"""Opaque pytree of what a decoder keeps of the tokens that it has seen."""
+"""What a decoder keeps of the tokens that it has seen: a pytree with the methods `with_room`, `put` and the property
+`columns` of `models.kv_cache.KVCache`; the first axis of every leaf is the batch."""
 
 
 @flax.struct.dataclass
@@ -42,30 +43,38 @@ class Images:
     per_row: int = flax.struct.field(pytree_node=False, default=1)
     layout: Any = None
 
-    def slots(self) -> Int[Array, "I"]:
-        """Position of each image within its row, from 0."""
-        return jnp.arange(self.rows.shape[0]) - jnp.searchsorted(self.rows, self.rows)
+    def index(self, rows: Int[Array, "R"] | None = None) -> Int[Array, "R M"]:
+        """Numbers of each row's images, -1 where it has fewer than `per_row`; of all rows in order if None."""
+        rows = jnp.arange(self.num_rows) if rows is None else rows
+        first, end = (jnp.searchsorted(self.rows, rows, side=side)[:, None] for side in ("left", "right"))
+        number = first + jnp.arange(self.per_row)
+        return jnp.where(number < end, number, -1)
+
+    def exits_of(
+        self, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
+    ) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+        """(exit, number) of each image whose features are wanted: all images in order, or the R * M of `index(rows)`.
+
+        `exits`: one for all rows, or one each. All images in order stay split over devices as they are.
+        """
+        if rows is not None:
+            index = self.index(rows)
+            per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), index.shape[:1])
+            return jnp.repeat(per_row, self.per_row), index.reshape(-1)
+        per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (self.num_rows,))
+        return per_row[jnp.minimum(self.rows, self.num_rows - 1)], jnp.arange(self.rows.shape[0])
+
+    def by_row(self, features: Shaped[Array, "N ..."], rows: Int[Array, "R"] | None = None) -> Shaped[Array, "R M ..."]:
+        """What belongs to the images of `exits_of`, by row; zeros (False) where a row has fewer."""
+        index = self.index(rows)
+        aligned = features[index] if rows is None else features.reshape(*index.shape, *features.shape[1:])
+        there = (index >= 0).reshape(*index.shape, *[1] * (features.ndim - 1))
+        return jnp.where(there, aligned, jnp.zeros((), aligned.dtype))
 
 
 def one_image_per_row(pixels: Float[Array, "B C H W"]) -> Images:
     """The usual case: row i has exactly image i."""
     return Images(pixels=pixels, rows=jnp.arange(pixels.shape[0]), num_rows=pixels.shape[0], per_row=1)
-
-
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far, with a write cursor of its own for each row.
-
-    Attributes:
-      k, v: `[L, B, S, K, D]`.
-      valid: columns that hold a real token, `[B, S]`.
-      cursor: column the next token of each row is written to, `[B]`.
-    """
-
-    k: Float[Array, "L B S K D"]
-    v: Float[Array, "L B S K D"]
-    valid: Bool[Array, "B S"]
-    cursor: Int[Array, "B"]
 
 
 class Operations(NamedTuple):
@@ -104,18 +113,33 @@ class LanguageModel(Protocol):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         visual: Visual | None = None,
-        cache: Cache | None = None,
         lora: Lora | None = None,
-    ) -> tuple[Float[Array, "B T E"], Cache | None]:
-        """Hidden states after the final norm; with a cache, `tokens` continue what it holds."""
+    ) -> Float[Array, "B T E"]:
+        """Hidden states after the final norm of whole sequences; padding may stand on either side."""
+        ...
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        visual: Visual | None = None,
+        prefix: Cache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """State of each row's last token and the cache of its tokens, which are padded on the right.
+
+        With a `prefix`, a cache of as many rows, the tokens follow what it holds and have no images of their own.
+        """
+        ...
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Cache, lora: Lora | None = None
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """State of one more token of each row, and the cache with it; rows that are not active do not move on."""
         ...
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Float32 next-token logits."""
-        ...
-
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `length` tokens in each of `batch` rows."""
         ...
 
 
@@ -148,8 +172,11 @@ class VisionLanguageModel(LanguageModel, Protocol):
         """Runs the image encoder once; the result serves every exit (every exit <= upto, when given)."""
         ...
 
-    def visual(self, encoded: Any, exits: Int[Array, "..."]) -> Visual:
-        """What the decoder needs of the images at traced `exits`: one for all rows, or `[B]`."""
+    def visual(self, encoded: Any, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None) -> Visual:
+        """What the decoder needs of the images at traced `exits`: one for all rows, or one each.
+
+        `rows` are the rows of the batch that are wanted, in any order and any number of times; None is each once.
+        """
         ...
 
     def image_features(
@@ -163,7 +190,7 @@ class VisionLanguageModel(LanguageModel, Protocol):
         ...
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
-        """What rows of `per_row` images and `length` positions take with a cache of `cached` places."""
+        """What rows of `per_row` images and `length` positions take, and then steps on `cached` places."""
         ...
 
 

@@ -10,9 +10,13 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.models import layers
-from icet_jax.models.family import KVCache
+from icet_jax.models.kv_cache import KVCache, attend
 from icet_jax.models.layers import Lora
 from icet_jax.typing import Array, Bool, Float, Int
+
+
+Angles = tuple[Any, Any]
+"""cos and sin of tokens' rotary angles, `[B, T, 1, D]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +96,24 @@ class LlamaBlocks(nnx.Module):
         self.down_proj = projection("down_proj", residual=True)
 
     def qkv(
-        self, x: Float[Array, "B T E"], cos: Array, sin: Array, lora: Any, scale: float
+        self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated queries and keys, and values, of the normalised input."""
-        y = self.input_layernorm(x)
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        q = layers.split_heads(self.q_proj(y, lora.get("q_proj"), scale), heads)
-        k = layers.split_heads(self.k_proj(y, lora.get("k_proj"), scale), kv_heads)
-        v = layers.split_heads(self.v_proj(y, lora.get("v_proj"), scale), kv_heads)
-        return layers.rotate(q, cos, sin), layers.rotate(k, cos, sin), v
+        return self.query(x, angles, lora, scale), *self.keys_values(x, angles, lora, scale)
+
+    def query(self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float) -> Float[Array, "B T H D"]:
+        """Rotated queries."""
+        q = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
+        return layers.rotate(layers.split_heads(q, self.config.num_attention_heads), *angles)
+
+    def keys_values(
+        self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float
+    ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Rotated keys, and values."""
+        y, heads = self.input_layernorm(x), self.config.num_key_value_heads
+        k = layers.split_heads(self.k_proj(y, lora.get("k_proj"), scale), heads)
+        v = layers.split_heads(self.v_proj(y, lora.get("v_proj"), scale), heads)
+        return layers.rotate(k, *angles), v
 
     def rest(
         self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], lora: Any, scale: float
@@ -113,52 +126,111 @@ class LlamaBlocks(nnx.Module):
 
 
 class SelfAttention:
-    """Causal layers over the tokens at hand, with the cache that precedes them or without; padding is never seen."""
+    """Causal attention of whole sequences, which may continue a cache; padding is never seen."""
 
-    def __init__(self, angles: tuple[Array, Array], mask: Bool[Array, "B T"], cache: KVCache | None):
-        """`angles`: cos and sin of the tokens' positions; `mask`: which of them are real."""
-        self.cos, self.sin = angles
-        self.cache, length = cache, mask.shape[1]
-        if cache is None:
-            self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
-            return
-        self.valid = _write(cache.valid, mask, cache.cursor)
-        self.cursor = cache.cursor + length
-        reach = cache.cursor[:, None] + jnp.arange(length)[None]
-        columns = jnp.arange(self.valid.shape[1])
-        self.allowed = (self.valid[:, None, :] & (columns[None, None] <= reach[:, :, None]))[:, None]
+    def __init__(self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None):
+        """`angles`: cos and sin of the positions; `mask`: which tokens are real; `prefix`: what they follow."""
+        self.angles = angles
+        length = mask.shape[1]
+        self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
+        self.past = None if prefix is None else (jnp.stack(prefix.k), jnp.stack(prefix.v))
+        if prefix is not None:
+            before = jnp.arange(prefix.columns) < prefix.length[:, None]
+            shape = (mask.shape[0], 1, length, prefix.columns)
+            before = jnp.broadcast_to(before[:, None, None], shape)
+            self.allowed = jnp.concatenate([before, jnp.broadcast_to(self.allowed, (*shape[:3], length))], axis=-1)
 
-    def __call__(self, carry: Any, layer: LlamaBlocks, adapters: Any, scale: float, index: Array) -> Any:
-        """One layer; the carry is (hidden states, keys, values), the latter None without a cache."""
-        x, keys, values = carry
-        q, k, v = layer.qkv(x, self.cos, self.sin, adapters, scale)
-        if self.cache is not None:
-            k, v = _write(keys[index], k, self.cache.cursor), _write(values[index], v, self.cache.cursor)
-            keys, values = keys.at[index].set(k), values.at[index].set(v)
-        return layer.rest(x, layers.attention(q, k, v, self.allowed), adapters, scale), keys, values
+    def __call__(
+        self, x: Float[Array, "B T E"], layer: LlamaBlocks, adapters: Any, scale: float, index: Any
+    ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
+        """One layer; also the tokens' keys and values, `[B, K, T, D]`."""
+        q, k, v = layer.qkv(x, self.angles, adapters, scale)
+        return layer.rest(x, self._attend(q, k, v, self.allowed, index), adapters, scale), _heads_first(k, v)
 
-    def advanced(self, keys_values: Any) -> KVCache:
-        """The cache after these tokens."""
-        keys, values = keys_values
-        return KVCache(k=keys, v=values, valid=self.valid, cursor=self.cursor)
+    def last(
+        self,
+        x: Float[Array, "B T E"],
+        layer: LlamaBlocks,
+        adapters: Any,
+        scale: float,
+        index: Any,
+        columns: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B 1 E"], tuple[Array, Array]]:
+        """As the call, for the token at each row's column alone: of the final layer nothing else is needed."""
+        k, v = layer.keys_values(x, self.angles, adapters, scale)
+        at = columns[:, None, None]
+        x = jnp.take_along_axis(x, at, axis=1)
+        cos, sin = (jnp.take_along_axis(part, at[..., None], axis=1) for part in self.angles)
+        q = layer.query(x, (cos, sin), adapters, scale)
+        allowed = jnp.take_along_axis(self.allowed, at[:, None], axis=2)
+        return layer.rest(x, self._attend(q, k, v, allowed, index), adapters, scale), _heads_first(k, v)
+
+    def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
+        if self.past is not None:
+            before = [jax.lax.dynamic_index_in_dim(part, index, keepdims=False).swapaxes(1, 2) for part in self.past]
+            k, v = jnp.concatenate([before[0], k], axis=1), jnp.concatenate([before[1], v], axis=1)
+        return layers.attention(q, k, v, allowed)
 
 
-def _write(rows: Array, new: Array, starts: Array) -> Array:
-    """Writes each row's new columns from its start on."""
-    return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=0))(
-        rows, new, starts
-    )
+def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
+    return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
-def empty_cache(config: LlamaConfig, batch: int, length: int, dtype: Any) -> KVCache:
-    """A cache of `length` columns for `batch` rows that holds nothing yet."""
-    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-    return KVCache(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
-        valid=jnp.zeros((batch, length), bool),
-        cursor=jnp.zeros((batch,), jnp.int32),
-    )
+class NextToken:
+    """Attention of one new token per row: its keys and values go into the cache, then it attends to all that is there.
+
+    Attributes:
+      k, v: the layers' keys and values that are done, by their index.
+    """
+
+    def __init__(self, config: LlamaConfig, cache: KVCache):
+        self.angles = rotary(config, cache.length[:, None])
+        self.cache, self.seen = cache, cache.seen()
+        self.k, self.v = list(cache.k), list(cache.v)
+
+    def __call__(
+        self, x: Float[Array, "B 1 E"], layer: LlamaBlocks, adapters: Any, scale: float, index: int
+    ) -> Float[Array, "B 1 E"]:
+        """One layer."""
+        q, k, v = layer.qkv(x, self.angles, adapters, scale)
+        self.k[index], self.v[index] = self.cache.joined(index, *_heads_first(k, v))
+        attended = attend(q[:, 0], self.k[index], self.v[index], self.seen)
+        return layer.rest(x, attended[:, None], adapters, scale)
+
+    def advanced(self, active: Bool[Array, "B"]) -> KVCache:
+        """The cache after this token; rows that are not active do not move on."""
+        return KVCache(k=tuple(self.k), v=tuple(self.v), length=self.cache.length + active)
+
+
+def rotary(config: LlamaConfig, positions: Int[Array, "B T"]) -> Angles:
+    """cos and sin of the tokens' rotary angles."""
+    return layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(config)))
+
+
+def prompt_positions(mask: Bool[Array, "B T"], prefix: KVCache | None) -> Int[Array, "B T"]:
+    """Positions of right-padded tokens that follow `prefix`."""
+    before = 0 if prefix is None else prefix.length[:, None]
+    return before + jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+
+
+def prompt_cache(
+    k: tuple[Array, ...], v: tuple[Array, ...], mask: Bool[Array, "B T"], prefix: KVCache | None
+) -> KVCache:
+    """The cache of right-padded tokens, `[B, K, T, D]` for each layer, and of what they follow."""
+    length = mask.sum(axis=1).astype(jnp.int32)
+    if prefix is None:
+        return KVCache(k=k, v=v, length=length)
+    wide = prefix.with_room(mask.shape[1])
+    pairs = [wide.joined(layer, *pair) for layer, pair in enumerate(zip(k, v, strict=True))]
+    k, v = (tuple(parts) for parts in zip(*pairs, strict=True))
+    return KVCache(k=k, v=v, length=prefix.length + length)
+
+
+def layer_at(stacks: Any, index: Any) -> Any:
+    """One layer of stacked arrays; a static index is a slice, a traced one is looked up."""
+    if isinstance(index, int):
+        return jax.tree.map(lambda leaf: leaf[index], stacks)
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacks)
 
 
 class LlamaDecoder(nnx.Module):
@@ -174,48 +246,84 @@ class LlamaDecoder(nnx.Module):
         self.layers = LlamaBlocks(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.norm = layers.RMSNorm(width, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
         """Token embeddings in the compute dtype."""
         return self.embed_tokens[...][tokens].astype(self.dtype)
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache of `length` columns for `batch` rows, in the compute dtype."""
-        return empty_cache(self.config, batch, length, self.dtype)
 
     def __call__(
         self,
         embeddings: Float[Array, "B T E"],
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
-        cache: KVCache | None = None,
         lora: Lora | None = None,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """Runs the layers over embeddings; causal, padding never attended to.
+    ) -> Float[Array, "B T E"]:
+        """Hidden states after the final norm of whole sequences; causal, padding on either side never attended to.
 
         Args:
           positions: rotary position of each token, from 0.
-          mask: real tokens of `embeddings`; padding may stand on either side.
-          cache: what precedes them; each row's tokens are written from its cursor on.
+          mask: real tokens of `embeddings`.
           lora: adapters, or None for the reference model.
-
-        Returns:
-          Hidden states after the final norm, and the advanced cache.
         """
-        angles = layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(self.config)))
-        attend = SelfAttention(angles, mask, cache)
-        adapters = {} if lora is None else dict(lora.weights)
-        scale = 1.0 if lora is None else lora.scale
-        graph, state = nnx.split(self.layers)
+        attend_to = SelfAttention(rotary(self.config, positions), mask)
+        graph, state, adapters, scale = self._stacks(lora)
 
-        def body(carry: Any, slices: Any) -> tuple[Any, None]:
-            weights, adapters, index = slices
-            return attend(carry, nnx.merge(graph, weights), adapters, scale, index), None
+        def body(x: Array, slices: Any) -> tuple[Array, None]:
+            weights, adapters = slices
+            return attend_to(x, nnx.merge(graph, weights), adapters, scale, None)[0], None
 
         x = embeddings.astype(self.dtype)
-        start = (x, None, None) if cache is None else (x, cache.k, cache.v)
-        stacks = (state, adapters, jnp.arange(self.config.num_hidden_layers))
-        (x, *keys_values), _ = jax.lax.scan(layers.rematerialise(body, self.remat), start, stacks)
-        return self.norm(x), None if cache is None else attend.advanced(keys_values)
+        x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, adapters))
+        return self.norm(x)
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "B T E"],
+        mask: Bool[Array, "B T"],
+        prefix: KVCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """Final state of each row's last token, and the cache of its tokens (`prefix` and T columns).
+
+        Args:
+          embeddings: of the tokens after `prefix`.
+          mask: real tokens; padding stands on the right. A row without any gets a state that means nothing.
+          prefix: what the tokens follow.
+          lora: adapters, or None.
+        """
+        attend_to = SelfAttention(rotary(self.config, prompt_positions(mask, prefix)), mask, prefix)
+        graph, state, adapters, scale = self._stacks(lora)
+        depth = self.config.num_hidden_layers
+
+        def body(x: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+            weights, own = layer_at((state, adapters), index)
+            return attend_to(x, nnx.merge(graph, weights), own, scale, index)
+
+        x, stacked = jax.lax.scan(body, embeddings.astype(self.dtype), jnp.arange(depth - 1))
+        weights, own = layer_at((state, adapters), depth - 1)
+        last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+        x, made = attend_to.last(x, nnx.merge(graph, weights), own, scale, depth - 1, last)
+        k, v = ((*some, one) for some, one in zip(stacked, made, strict=True))
+        return self.norm(x)[:, 0], prompt_cache(k, v, mask, prefix)
+
+    def step(
+        self, embeddings: Float[Array, "B E"], active: Bool[Array, "B"], cache: KVCache, lora: Lora | None = None
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """Final state of one new token per row, and the cache with it (inactive rows keep their length).
+
+        The layers are unrolled: a loop over few rows would spend its time on fetching each layer's weights.
+        """
+        attend_to = NextToken(self.config, cache)
+        graph, state, adapters, scale = self._stacks(lora)
+        x = embeddings[:, None].astype(self.dtype)
+        for index in range(self.config.num_hidden_layers):
+            weights, own = layer_at((state, adapters), index)
+            x = attend_to(x, nnx.merge(graph, weights), own, scale, index)
+        return self.norm(x)[:, 0], attend_to.advanced(active)
+
+    def _stacks(self, lora: Lora | None) -> tuple[Any, Any, dict[str, Any], float]:
+        """Structure and weights of the layers, adapters and their scale."""
+        graph, state = nnx.split(self.layers)
+        return graph, state, {} if lora is None else dict(lora.weights), 1.0 if lora is None else lora.scale
 
 
 class Llama(LlamaDecoder):

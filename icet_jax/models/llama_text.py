@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.models import layers
-from icet_jax.models.family import KVCache
+from icet_jax.models.kv_cache import KVCache
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import Llama, LlamaConfig, LlamaDecoder
 from icet_jax.typing import Array, Bool, Float, Int
@@ -38,19 +38,31 @@ class LlamaLM(nnx.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         visual: None = None,
-        cache: KVCache | None = None,
         lora: Lora | None = None,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """Hidden states after the final norm; with a cache, `tokens` continue what it holds."""
-        return self.language_model(self.language_model.embed(tokens), positions, mask, cache, lora)
+    ) -> Float[Array, "B T E"]:
+        """Hidden states after the final norm of whole sequences."""
+        return self.language_model(self.language_model.embed(tokens), positions, mask, lora)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        visual: None = None,
+        prefix: KVCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
+        return self.language_model.prefill(self.language_model.embed(tokens), mask, prefix, lora)
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, lora: Lora | None = None
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """One more token of each row; see `LanguageModel.step`."""
+        return self.language_model.step(self.language_model.embed(tokens), active, cache, lora)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Float32 next-token logits."""
         return self.language_model.logits(hidden)
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty cache for `length` tokens in each of `batch` rows."""
-        return self.language_model.init_cache(batch, length)
 
 
 class LlamaRewardModel(nnx.Module):
@@ -67,7 +79,7 @@ class LlamaRewardModel(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
         """Raw float32 rewards; padding may stand on either side, an empty row gets the score of its first column."""
         embeddings = self.language_model.embed(tokens)
-        hidden, _ = self.language_model(embeddings, layers.positions_from_mask(mask), mask)
+        hidden = self.language_model(embeddings, layers.positions_from_mask(mask), mask)
         last = jnp.max(jnp.where(mask, jnp.arange(tokens.shape[1]), 0), axis=1)
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         return self.score(final)[:, 0].astype(jnp.float32)

@@ -9,7 +9,8 @@ from flax import nnx
 
 from icet_jax.models import layers, operations
 from icet_jax.models.clip import ClipConfig, ClipVisionTower
-from icet_jax.models.family import Images, KVCache, Operations
+from icet_jax.models.family import Images, Operations
+from icet_jax.models.kv_cache import KVCache
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import Llama, LlamaConfig, lora_shapes
 from icet_jax.typing import Array, Bool, Float, Int
@@ -125,32 +126,29 @@ class Llava(nnx.Module):
         """Hidden states 0..num_exits of the tower, class token first."""
         return self.vision_tower(images.pixels)
 
-    def features(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> Float[Array, "I N E"]:
-        """Projected features of each image at its row's exit (HF `get_image_features`)."""
+    def visual(
+        self, encoded: LlavaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
+    ) -> Float[Array, "R MN E"]:
+        """Projected features aligned to rows: a row's images one after the other, zeros where it has fewer.
+
+        The features are HF's `get_image_features` at each row's exit.
+        """
         images = encoded.images
-        per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (images.num_rows,))
-        per_image = per_row[jnp.minimum(images.rows, images.num_rows - 1)]
-        states = encoded.states[per_image, jnp.arange(images.rows.shape[0])]
+        layers_of, numbers = images.exits_of(exits, rows)
+        features = images.by_row(self.features(encoded.states[layers_of, numbers]), rows)
+        return features.reshape(features.shape[0], -1, features.shape[-1])
+
+    def features(self, states: Float[Array, "I P D"]) -> Float[Array, "I N E"]:
+        """Projected features of states of the tower."""
         if self.config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         return self.projector(states)
-
-    def visual(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> Float[Array, "B MN E"]:
-        """Projected features aligned to rows: the images of row b one after the other, zeros where it has fewer."""
-        images = encoded.images
-        features = self.features(encoded, exits)
-        count, width = features.shape[1:]
-        out = jnp.zeros((images.num_rows, images.per_row, count, width), features.dtype)
-        out = out.at[images.rows, images.slots()].set(features, mode="drop")
-        return out.reshape(images.num_rows, images.per_row * count, width)
 
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
         """The rows of `visual`, and which of their features are there."""
-        images = encoded.images
-        there = jnp.zeros((images.num_rows, images.per_row), bool)
-        there = there.at[images.rows, images.slots()].set(True, mode="drop")
+        there = encoded.images.index() >= 0
         return self.visual(encoded, exits), jnp.repeat(there, self.config.image_tokens, axis=1)
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
@@ -160,7 +158,7 @@ class Llava(nnx.Module):
         return Operations(
             encode=tiles * operations.clip(self.config.vision),
             visual=2 * tiles * self.config.image_tokens * projector,
-            prefill=operations.llama_layers(text, length, cached) + operations.logits(text),
+            prefill=operations.llama_prefill(text, length) + operations.logits(text),
             step=operations.llama_layers(text, 1, cached) + operations.logits(text),
         )
 
@@ -180,16 +178,28 @@ class Llava(nnx.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         visual: Float[Array, "B MN E"] | None = None,
-        cache: KVCache | None = None,
         lora: Lora | None = None,
-    ) -> tuple[Float[Array, "B T E"], KVCache | None]:
-        """Decoder over tokens and image features; see `VisionLanguageModel.decode`."""
-        return self.language_model(self.merge(tokens, visual), positions, mask, cache, lora)
+    ) -> Float[Array, "B T E"]:
+        """Decoder over tokens and image features; see `LanguageModel.decode`."""
+        return self.language_model(self.merge(tokens, visual), positions, mask, lora)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        visual: Float[Array, "B MN E"] | None = None,
+        prefix: KVCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
+        return self.language_model.prefill(self.merge(tokens, visual), mask, prefix, lora)
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, lora: Lora | None = None
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """One more token of each row; see `LanguageModel.step`."""
+        return self.language_model.step(self.language_model.embed(tokens), active, cache, lora)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Float32 next-token logits."""
         return self.language_model.logits(hidden)
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        """An empty decoder cache."""
-        return self.language_model.init_cache(batch, length)

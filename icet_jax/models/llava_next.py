@@ -59,18 +59,26 @@ class LlavaNext(Llava):
     def _states(self, images: Images, upto: int | None) -> Float[Array, "X I P D"]:
         return self.vision_tower(images.pixels.reshape(-1, *images.pixels.shape[2:]), upto)
 
-    def visual(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> Float[Array, "B N E"]:
+    def visual(
+        self, encoded: LlavaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
+    ) -> Float[Array, "R N E"]:
         """Packed features of each row's images, one after the other, zeros where a row has fewer."""
         images = encoded.images
-        count, tiles = images.pixels.shape[:2]
-        per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (images.num_rows,))
-        per_tile = jnp.repeat(per_row[jnp.minimum(images.rows, images.num_rows - 1)], tiles)
-        states = encoded.states[per_tile, jnp.arange(count * tiles)][:, 1:]  # without the class token
-        features = self.projector(states)
-        newline = self.image_newline[...].astype(features.dtype)
-        bank = jnp.concatenate([features.reshape(-1, features.shape[-1]), newline[None]])
-        packed = bank[jnp.maximum(images.layout, 0)]
-        return jnp.where((images.layout >= 0)[:, :, None], packed, 0)
+        layout = images.layout if rows is None else images.layout[rows]
+        layers_of, numbers = images.exits_of(exits, rows)
+        tiles = encoded.states.reshape(encoded.states.shape[0], *images.pixels.shape[:2], *encoded.states.shape[2:])
+        chosen = tiles[layers_of, numbers]
+        features = self.features(chosen.reshape(-1, *chosen.shape[2:]))
+        per_image = chosen.shape[1] * features.shape[1]
+        # Row for row: the layout counts features from the first of all images, the bank from the row's first.
+        bank = images.by_row(features.reshape(-1, per_image, features.shape[-1]), rows)
+        bank = bank.reshape(layout.shape[0], -1, features.shape[-1])
+        newline = jnp.broadcast_to(self.image_newline[...].astype(bank.dtype), (bank.shape[0], 1, bank.shape[2]))
+        bank = jnp.concatenate([bank, newline], axis=1)
+        ended = layout == images.pixels.shape[0] * per_image
+        place = jnp.where(ended, bank.shape[1] - 1, layout - images.index(rows)[:, :1] * per_image)
+        packed = jnp.take_along_axis(bank, jnp.maximum(place, 0)[:, :, None], axis=1)
+        return jnp.where((layout >= 0)[:, :, None], packed, 0)
 
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]

@@ -110,19 +110,17 @@ class Mllama(nnx.Module):
         """States 0..num_exits of the local blocks, padding tokens included."""
         return self.vision_tower.local_states(images.pixels, images.layout)
 
-    def visual(self, encoded: MllamaEncoded, exits: Int[Array, "..."]) -> CrossStates:
+    def visual(
+        self, encoded: MllamaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
+    ) -> CrossStates:
         """Projected vision tokens of each row's images at its exit, and which tiles there are."""
         images = encoded.images
-        per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (images.num_rows,))
-        per_image = per_row[jnp.minimum(images.rows, images.num_rows - 1)]
-        features = self.vision_tower.features(encoded.states, per_image, images.layout, self.config.exit_rule)
-        states = self.projector(features)
-        shape = (images.num_rows, images.per_row, *states.shape[1:])
-        slots = (images.rows, images.slots())
-        rows = jnp.zeros(shape, states.dtype).at[slots].set(states, mode="drop")
+        layers_of, numbers = images.exits_of(exits, rows)
+        features = self.vision_tower.features(encoded.states, layers_of, images.layout, self.config.exit_rule, numbers)
+        states = images.by_row(self.projector(features), rows)
         there = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
-        tiles = jnp.zeros((*shape[:2], there.shape[1]), bool).at[slots].set(there, mode="drop")
-        return CrossStates(states=rows.reshape(images.num_rows, -1, states.shape[-1]), tiles=tiles)
+        tiles = images.by_row(there[numbers], rows)
+        return CrossStates(states=states.reshape(states.shape[0], -1, states.shape[-1]), tiles=tiles)
 
     def image_features(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."]
@@ -144,7 +142,7 @@ class Mllama(nnx.Module):
         image_tokens = vision.max_num_tiles * vision.tokens_per_tile
         after = 0 if self.config.exit_rule == "E5" else vision.num_global_layers
         head = operations.logits(text.llama)
-        own = [operations.llama_layers(text.self_layers, count, cached) for count in (length, 1)]
+        own = [operations.llama_layers(text.self_layers, *sizes) for sizes in ((length, length), (1, cached))]
         cross = [text.cross_operations(count, per_row * image_tokens) for count in (length, 1)]
         made = text.cross_keys_operations(per_row * image_tokens)
         return Operations(
@@ -162,16 +160,28 @@ class Mllama(nnx.Module):
         positions: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         visual: CrossStates | None = None,
-        cache: MllamaCache | None = None,
         lora: Lora | None = None,
-    ) -> tuple[Float[Array, "B T E"], MllamaCache | None]:
-        """Decoder over tokens and images; see `VisionLanguageModel.decode`."""
-        return self.language_model(tokens, positions, mask, visual, self.image_token_index, cache, lora)
+    ) -> Float[Array, "B T E"]:
+        """Decoder over tokens and images; see `LanguageModel.decode`."""
+        return self.language_model(tokens, positions, mask, visual, self.image_token_index, lora)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        visual: CrossStates | None = None,
+        prefix: MllamaCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B E"], MllamaCache]:
+        """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
+        return self.language_model.prefill(tokens, mask, visual, self.image_token_index, prefix, lora)
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, lora: Lora | None = None
+    ) -> tuple[Float[Array, "B E"], MllamaCache]:
+        """One more token of each row; see `LanguageModel.step`."""
+        return self.language_model.step(tokens, active, cache, lora)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Float32 next-token logits."""
         return self.language_model.logits(hidden)
-
-    def init_cache(self, batch: int, length: int) -> MllamaCache:
-        """An empty decoder cache."""
-        return self.language_model.init_cache(batch, length)

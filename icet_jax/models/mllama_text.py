@@ -15,15 +15,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.models import layers
-from icet_jax.models.family import KVCache
+from icet_jax.models.kv_cache import KVCache, attend
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import (
     LlamaBlocks,
     LlamaConfig,
+    NextToken,
     SelfAttention,
-    empty_cache,
-    inverse_frequencies,
+    layer_at,
     lora_shapes,
+    prompt_cache,
+    prompt_positions,
+    rotary,
 )
 from icet_jax.typing import Array, Bool, Float, Int
 
@@ -104,20 +107,35 @@ class CrossStates:
 
 @flax.struct.dataclass
 class MllamaCache:
-    """Keys and values of the text, and those of the images once they have been computed.
+    """Keys and values of the text, and those of the images.
 
     Attributes:
       text: of the self-attention layers.
-      k, v: of the images, after `k_norm`, `[C, B, M * N, K, D]`; None before the prefill and without images.
-      allowed: image tokens that the next token of a row attends to, `[B, M * N]`.
-      real: tokens of images that are there, `[B, M * N]`.
+      k, v: of the images, after `k_norm`, for each cross-attention layer `[B, K, M * N, D]`; none without images.
+      allowed: image tokens that the next token of a row attends to, `[B, M * N]`; None without images.
+      real: tokens of images that are there, `[B, M * N]`; None without images.
     """
 
     text: KVCache
-    k: Float[Array, "C B MN K D"] | None = None
-    v: Float[Array, "C B MN K D"] | None = None
-    allowed: Bool[Array, "B MN"] | None = None
-    real: Bool[Array, "B MN"] | None = None
+    k: tuple[Any, ...] = ()
+    v: tuple[Any, ...] = ()
+    allowed: Any = None
+    real: Any = None
+
+    @property
+    def columns(self) -> int:
+        """Most text tokens of a row."""
+        return self.text.columns
+
+    def with_room(self, columns: int) -> "MllamaCache":
+        """The same tokens with room for `columns` more in each row."""
+        return dataclasses.replace(self, text=self.text.with_room(columns))
+
+    def put(self, slots: Int[Array, "R"], rows: "MllamaCache") -> "MllamaCache":
+        """Rows of another cache in place of the rows `slots`; see `KVCache.put`."""
+        mine, theirs = ((cache.k, cache.v, cache.allowed, cache.real) for cache in (self, rows))
+        seen = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), mine, theirs)
+        return MllamaCache(self.text.put(slots, rows.text), *seen)
 
 
 class CrossBlocks(nnx.Module):
@@ -142,37 +160,34 @@ class CrossBlocks(nnx.Module):
 
     def keys_values(
         self, states: Float[Array, "B MN E"], lora: Any, scale: float
-    ) -> tuple[Float[Array, "B MN K D"], Float[Array, "B MN K D"]]:
+    ) -> tuple[Float[Array, "B K MN D"], Float[Array, "B K MN D"]]:
         """Keys (normalised, not rotated) and values of the image tokens."""
         heads = self.config.num_key_value_heads
         k = layers.split_heads(self.k_proj(states, lora.get("k_proj"), scale), heads)
-        return self.k_norm(k), layers.split_heads(self.v_proj(states, lora.get("v_proj"), scale), heads)
+        v = layers.split_heads(self.v_proj(states, lora.get("v_proj"), scale), heads)
+        return self.k_norm(k).swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T E"],
-        keys_values: tuple[Float[Array, "B MN K D"], Float[Array, "B MN K D"]],
-        allowed: Bool[Array, "B T MN"],
-        real: Bool[Array, "B MN"],
-        lora: Any,
-        scale: float,
+    def query(self, x: Float[Array, "B T E"], lora: Any, scale: float) -> Float[Array, "B T H D"]:
+        """Queries (normalised, not rotated) of the tokens."""
+        heads = self.config.num_attention_heads
+        y = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
+        return self.q_norm(layers.split_heads(y, heads))
+
+    def rest(
+        self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], vision: "Vision", lora: Any, scale: float
     ) -> Float[Array, "B T E"]:
-        """One layer (HF `MllamaCrossAttentionDecoderLayer`).
+        """What follows attention (HF `MllamaCrossAttentionDecoderLayer`).
 
         A token that may see no image attends to every token of its row's images (`real`; absent tiles included) and
         gets no MLP, as in HF. A row without any image passes unchanged. Both are what HF does with the row alone: in
         HF's batches such tokens also attend to the filler images that their neighbours make necessary.
         """
-        sees, has_image = allowed.any(-1), real.any(-1)
-        heads = self.config.num_attention_heads
-        q = self.q_norm(layers.split_heads(self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale), heads))
-        attended = layers.attention(q, *keys_values, jnp.where(sees[..., None], allowed, real[:, None])[:, None])
         attended = self.o_proj(attended, lora.get("o_proj"), scale)
-        x = x + jnp.where(has_image[:, None, None], self._gate(self.attn_gate) * attended, 0)
+        x = x + jnp.where(vision.real.any(-1)[:, None, None], self._gate(self.attn_gate) * attended, 0)
         y = self.post_attention_layernorm(x)
         y = jax.nn.silu(self.gate_proj(y, lora.get("gate_proj"), scale)) * self.up_proj(y, lora.get("up_proj"), scale)
         y = self.down_proj(y, lora.get("down_proj"), scale)
-        return x + jnp.where(sees[..., None], self._gate(self.mlp_gate) * y, 0)
+        return x + jnp.where(vision.sees[..., None], self._gate(self.mlp_gate) * y, 0)
 
     def _gate(self, gate: nnx.Param) -> Float[Array, "1"]:
         return jnp.tanh(gate[...].astype(self.dtype))
@@ -218,9 +233,9 @@ class MllamaDecoder(nnx.Module):
         self.norm = layers.RMSNorm(llama.hidden_size, epsilon=llama.rms_norm_eps, param_dtype=param_dtype)
         self.lm_head = layers.Linear(llama.hidden_size, llama.vocab_size, use_bias=False, **common)
 
-    def init_cache(self, batch: int, length: int) -> MllamaCache:
-        """An empty cache for `length` text tokens in each of `batch` rows; the images' part comes with the prefill."""
-        return MllamaCache(empty_cache(self.config.self_layers, batch, length, self.dtype))
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
+        """Token embeddings in the compute dtype; the images' placeholders have rows of their own."""
+        return self.embed_tokens[...][tokens].astype(self.dtype)
 
     def __call__(
         self,
@@ -229,91 +244,127 @@ class MllamaDecoder(nnx.Module):
         mask: Bool[Array, "B T"],
         images: CrossStates | None,
         image_token: int,
-        cache: MllamaCache | None = None,
         lora: Lora | None = None,
-    ) -> tuple[Float[Array, "B T E"], MllamaCache | None]:
-        """Runs the layers; causal over the text, padding never attended to.
+    ) -> Float[Array, "B T E"]:
+        """Hidden states after the final norm of whole sequences; causal, padding on either side never attended to.
 
         Args:
-          tokens: with the images' placeholders, which have rows of their own in the embedding.
+          tokens: with the images' placeholders.
           positions: rotary position of each token, from 0.
-          mask: real tokens; padding may stand on either side.
-          images: of these tokens; None without images, and for tokens that continue a cache.
+          mask: real tokens.
+          images: of these tokens; None without images.
           image_token: id of the placeholder.
-          cache: what precedes the tokens; each row's are written from its cursor on.
           lora: adapters, or None for the reference model.
-
-        Returns:
-          Hidden states after the final norm, and the advanced cache.
         """
-        vision = self._vision(tokens, mask, images, image_token, cache)
-        x = self.embed_tokens[...][tokens].astype(self.dtype)
-        angles = layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(self.config.llama)))
-        text = SelfAttention(angles, mask, None if cache is None else cache.text)
-        x, text_kv, image_kv = self._run(x, text, vision, cache, lora)
-        if cache is not None:
-            cache = MllamaCache(text.advanced(text_kv))
-            if vision is not None:
-                last = vision.allowed.shape[1] - 1 - jnp.argmax(jnp.flip(mask, axis=1), axis=1)
-                seen = jnp.take_along_axis(vision.allowed, last[:, None, None], axis=1)[:, 0]
-                cache = dataclasses.replace(cache, k=image_kv[0], v=image_kv[1], allowed=seen, real=vision.real)
-        return self.norm(x), cache
+        vision = new_images(tokens, mask, images, image_token)
+        text = SelfAttention(rotary(self.config.llama, positions), mask)
+        return self.norm(self._run(self.embed(tokens), text, vision, lora)[0])
 
-    def _vision(
-        self, tokens: Array, mask: Array, images: CrossStates | None, image_token: int, cache: MllamaCache | None
-    ) -> "_Vision | None":
-        """What the cross-attention layers need for these tokens; None where they are skipped."""
-        if images is not None and images.tiles.shape[1] > 0:
-            count = images.tiles.shape[1]
-            visible = image_visibility(tokens, image_token, count) & mask[:, :, None]
-            per_tile = images.states.shape[1] // (count * images.tiles.shape[2])
-            allowed = visible[:, :, :, None] & images.tiles[:, None]
-            allowed = jnp.repeat(allowed.reshape(*tokens.shape, -1), per_tile, axis=2)
-            real = jnp.repeat(images.tiles.any(2), per_tile * images.tiles.shape[2], axis=1)
-            return _Vision(allowed, real, images.states)
-        if cache is not None and cache.allowed is not None and cache.real is not None:
-            allowed = jnp.broadcast_to(cache.allowed[:, None], (*tokens.shape, cache.allowed.shape[-1]))
-            return _Vision(allowed, cache.real, None)
-        return None
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        images: CrossStates | None,
+        image_token: int,
+        prefix: MllamaCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B E"], MllamaCache]:
+        """Final state of each row's last token, and the cache; see `LanguageModel.prefill`."""
+        vision, stored = new_images(tokens, mask, images, image_token), None
+        if prefix is not None and prefix.k:
+            vision, stored = cached_images(prefix, tokens.shape[1]), (jnp.stack(prefix.k), jnp.stack(prefix.v))
+        before = None if prefix is None else prefix.text
+        text = SelfAttention(rotary(self.config.llama, prompt_positions(mask, before)), mask, before)
+        x, (text_kv, image_kv) = self._run(self.embed(tokens), text, vision, lora, stored=stored, keep=True)
+        last = jnp.maximum(mask.sum(axis=1) - 1, 0)[:, None, None]
+        k, v = map(tuple, text_kv)
+        cache = MllamaCache(prompt_cache(k, v, mask, before))
+        if vision is not None:
+            k, v = (tuple(stack) for stack in (image_kv if stored is None else stored))
+            allowed = jnp.take_along_axis(vision.allowed, last, axis=1)[:, 0]
+            cache = dataclasses.replace(cache, k=k, v=v, allowed=allowed, real=vision.real)
+        return self.norm(jnp.take_along_axis(x, last, axis=1))[:, 0], cache
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, lora: Lora | None = None
+    ) -> tuple[Float[Array, "B E"], MllamaCache]:
+        """Final state of one new token per row, and the cache with it; the layers are unrolled."""
+        text = NextToken(self.config.llama, cache.text)
+        vision = cached_images(cache, 1) if cache.k else None
+        own, cross = _split_adapters(lora)
+        scale = 1.0 if lora is None else lora.scale
+        self_graph, self_state = nnx.split(self.layers)
+        cross_graph, cross_state = nnx.split(self.cross_layers)
+        x = self.embed(tokens)[:, None]
+        taken = [0, 0]
+        for number in range(self.config.llama.num_hidden_layers):
+            is_cross = number in self.config.cross_attention_layers
+            place = taken[is_cross]
+            taken[is_cross] += 1
+            if not is_cross:
+                weights, adapters = layer_at((self_state, own), place)
+                x = text(x, nnx.merge(self_graph, weights), adapters, scale, place)
+            elif vision is not None:
+                weights, adapters = layer_at((cross_state, cross), place)
+                layer = nnx.merge(cross_graph, weights)
+                q = layer.query(x, adapters, scale)[:, 0]
+                attended = attend(q, cache.k[place], cache.v[place], vision.attended[:, 0])
+                x = layer.rest(x, attended[:, None], vision, adapters, scale)
+        return self.norm(x)[:, 0], dataclasses.replace(cache, text=text.advanced(active))
 
     def _run(
-        self, x: Array, text: SelfAttention, vision: "_Vision | None", cache: MllamaCache | None, lora: Lora | None
-    ) -> tuple[Array, Any, Any]:
-        """Scans the super-blocks; returns the states, the text's keys and values, and the images'."""
+        self, x: Array, text: SelfAttention, vision: "Vision | None", lora: Lora | None, *, stored: Any = None,
+        keep: bool = False,
+    ) -> tuple[Array, Any]:  # fmt: skip
+        """Scans the super-blocks over whole sequences.
+
+        Args:
+          x: embeddings.
+          text: the self-attention.
+          vision: what the tokens see of images; None skips the cross-attention layers.
+          lora: adapters.
+          stored: keys and values of the images, `[C, B, K, M * N, D]`, where they are known.
+          keep: whether to return keys and values.
+
+        Returns:
+          (states, keys and values of the text and of the images, heads first, by layer).
+        """
         repeats, kinds = self.config.super_blocks
         scale = 1.0 if lora is None else lora.scale
         own, cross = _split_adapters(lora)
         self_graph, self_state = nnx.split(self.layers)
         cross_graph, cross_state = nnx.split(self.cross_layers)
-        stored = (cache.k, cache.v) if cache is not None and vision is not None and vision.states is None else None
         indices = jnp.arange(self.config.self_layers.num_hidden_layers)
 
-        def body(carry: Any, slices: Any) -> tuple[Any, Any]:
-            selfs, crosses = slices
-            taken, made = [0, 0], []
+        def body(x: Array, slices: Any) -> tuple[Array, Any]:
+            taken: list[int] = [0, 0]
+            kept: tuple[list[Any], list[Any]] = ([], [])
             for is_cross in kinds:
-                place = taken[is_cross]
+                weights, adapters, extra = layer_at(slices[is_cross], taken[is_cross])
                 taken[is_cross] += 1
-                weights, adapters, extra = _at(crosses if is_cross else selfs, place)
                 if not is_cross:
-                    carry = text(carry, nnx.merge(self_graph, weights), adapters, scale, extra)
-                elif vision is not None:
+                    x, made = text(x, nnx.merge(self_graph, weights), adapters, scale, extra)
+                elif vision is None:
+                    continue
+                else:
                     layer = nnx.merge(cross_graph, weights)
-                    kv = extra if vision.states is None else layer.keys_values(vision.states, adapters, scale)
-                    x = layer(carry[0], kv, vision.allowed, vision.real, adapters, scale)
-                    carry = (x, *carry[1:])
-                    made.append(kv)
-            keep = vision is not None and vision.states is not None and cache is not None
-            return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *made) if keep and made else None
+                    known = extra is not None
+                    made = extra if known else layer.keys_values(vision.states, adapters, scale)
+                    k, v = (part.swapaxes(1, 2) for part in made)
+                    q = layer.query(x, adapters, scale)
+                    x = layer.rest(x, layers.attention(q, k, v, vision.attended[:, None]), vision, adapters, scale)
+                kept[is_cross].append(made)
+            return x, tuple(
+                jax.tree.map(lambda *parts: jnp.stack(parts), *made) for made in kept if made
+            ) if keep else None
 
         stacks = jax.tree.map(
             lambda leaf: leaf.reshape(repeats, -1, *leaf.shape[1:]),
             ((self_state, own, indices), (cross_state, cross, stored)),
         )
-        start = (x, None, None) if cache is None else (x, cache.text.k, cache.text.v)
-        (x, *text_kv), made = jax.lax.scan(layers.rematerialise(body, self.remat), start, stacks)
-        image_kv = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), made) if stored is None else stored
-        return x, text_kv, image_kv
+        x, kept = jax.lax.scan(layers.rematerialise(body, self.remat), x, stacks)
+        text_kv, image_kv = (*jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept or ()), None, None)[:2]
+        return x, (text_kv, image_kv)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Float32 logits of hidden states taken after the final norm."""
@@ -322,17 +373,43 @@ class MllamaDecoder(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Vision:
-    """`allowed [B, T, M * N]` and `real [B, M * N]` of the tokens at hand; `states` unless keys are cached."""
+class Vision:
+    """What tokens see of the images: `allowed [B, T, M * N]` and `real [B, M * N]`; `states` unless keys are cached."""
 
     allowed: Array
     real: Array
-    states: Array | None
+    states: Any = None
+
+    @property
+    def sees(self) -> Bool[Array, "B T"]:
+        """Tokens that may attend to an image."""
+        return self.allowed.any(-1)
+
+    @property
+    def attended(self) -> Bool[Array, "B T MN"]:
+        """Image tokens that a token does attend to: those allowed, or all of its row's where there are none."""
+        return jnp.where(self.sees[..., None], self.allowed, self.real[:, None])
 
 
-def _at(stacks: Any, index: int) -> Any:
-    """One layer of stacked arrays."""
-    return jax.tree.map(lambda leaf: leaf[index], stacks)
+def new_images(
+    tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], images: CrossStates | None, image_token: int
+) -> Vision | None:
+    """What `tokens` see of the images whose placeholders stand among them; None where there are no images at all."""
+    if images is None or images.tiles.shape[1] == 0:
+        return None
+    count = images.tiles.shape[1]
+    visible = image_visibility(tokens, image_token, count) & mask[:, :, None]
+    per_tile = images.states.shape[1] // (count * images.tiles.shape[2])
+    allowed = visible[:, :, :, None] & images.tiles[:, None]
+    allowed = jnp.repeat(allowed.reshape(*tokens.shape, -1), per_tile, axis=2)
+    real = jnp.repeat(images.tiles.any(2), per_tile * images.tiles.shape[2], axis=1)
+    return Vision(allowed, real, images.states)
+
+
+def cached_images(cache: MllamaCache, length: int) -> Vision:
+    """What the next `length` tokens of each row see."""
+    shape = (cache.allowed.shape[0], length, cache.allowed.shape[1])
+    return Vision(jnp.broadcast_to(cache.allowed[:, None], shape), cache.real)
 
 
 def _split_adapters(lora: Lora | None) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -203,20 +203,22 @@ class MllamaVisionTower(nnx.Module):
     def features(
         self,
         states: Float[Array, "X I Q D"],
-        exits: Int[Array, "I"],
+        exits: Int[Array, "R"],
         aspect_ratio_ids: Int[Array, "I"],
         rule: str = "E1",
-    ) -> Float[Array, "I N O"]:
-        """What the projector gets of each image at its exit l: `O = output_dim` channels of `N = M * tokens_per_tile`.
+        images: Int[Array, "R"] | None = None,
+    ) -> Float[Array, "R N O"]:
+        """What the projector gets of each image (of those numbered `images`; all if None) at its exit l.
 
+        That is `O = output_dim` channels of `N = M * tokens_per_tile` tokens.
         With G the norm, tile embedding and global blocks, h_l the output of l local blocks and I the captured states:
         "E1" feeds G(h_l) and h_min(i, l), a truncated encoder; "E2" G(h_l) and all h_i; "E5" h_l itself and all h_i.
         Only under "E5" is the last exit not the model as trained. Channels: the state's, then the captures interleaved.
         """
         every, last = self.config.intermediate_layers_indices, self.config.num_hidden_layers
-        images = jnp.arange(exits.shape[0])
+        images = jnp.arange(exits.shape[0]) if images is None else images
         chosen = states[exits, images]
-        final = chosen if rule == "E5" else self._after_local(chosen, aspect_ratio_ids)
+        final = chosen if rule == "E5" else self._after_local(chosen, aspect_ratio_ids[images])
         limit = exits if rule == "E1" else jnp.full_like(exits, last)
         captures = jnp.stack([states[jnp.minimum(index, limit), images] for index in every], axis=-1)
         out = jnp.concatenate([final, captures.reshape(*final.shape[:2], -1)], axis=-1)

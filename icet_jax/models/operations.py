@@ -1,5 +1,7 @@
 """Floating-point operations of the networks' parts: matrix products and attention, counted from their sizes."""
 
+import dataclasses
+
 from icet_jax.models.clip import ClipConfig
 from icet_jax.models.llama import LlamaConfig, lora_shapes
 
@@ -24,6 +26,16 @@ def llama_layers(config: LlamaConfig, length: int, cached: int) -> int:
     weights = sum(depth * size_in * size_out for depth, size_in, size_out in lora_shapes(config).values())
     scores = 4 * length * cached * config.num_attention_heads * config.head_dim
     return 2 * length * weights + config.num_hidden_layers * scores
+
+
+def llama_prefill(config: LlamaConfig, length: int) -> int:
+    """The decoder's layers over a prompt, of whose last position alone the state is wanted."""
+    shapes = {name: size_in * size_out for name, (_, size_in, size_out) in lora_shapes(config).items()}
+    keys = shapes["k_proj"] + shapes["v_proj"]
+    scores = 4 * length * config.num_attention_heads * config.head_dim
+    last = 2 * (length * keys + sum(shapes.values()) - keys) + scores
+    before = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
+    return llama_layers(before, length, length) + last
 
 
 def logits(config: LlamaConfig) -> int:

@@ -55,7 +55,7 @@ def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, widt
 def next_token_loss(model: Any, batch: TextRows, visual: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean cross-entropy in nats of the response tokens; `visual` is what the decoder takes of the images, or None."""
     mask = jnp.asarray(batch.mask)
-    hidden, _ = model.decode(jnp.asarray(batch.tokens), positions_from_mask(mask), mask, visual)
+    hidden = model.decode(jnp.asarray(batch.tokens), positions_from_mask(mask), mask, visual)
     logits = model.logits(hidden[:, -RESPONSE_TOKENS - 1 : -1])
     targets, learn = batch.tokens[:, -RESPONSE_TOKENS:], batch.response[:, -RESPONSE_TOKENS:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

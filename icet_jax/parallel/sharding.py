@@ -59,10 +59,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"classifier/(kernel|bias)", P()),
     (r"score/kernel", P()),
     (r"value_head/(kernel|bias)", P()),
-    # KV cache: k, v [L, B, S, K, D]; valid [B, S]; cursor [B]. Llama 3.2 Vision has one of the text and, of the images,
-    # k, v [C, B, N, K, D] and what rows see of them, allowed and real [B, N].
-    (r"cache/(text/)?(k|v)", P(None, ROWS, None, "tensor", None)),
-    (r"cache/(text/)?(valid|cursor|allowed|real)", P(ROWS)),
+    # KV cache: for each layer k, v [B, K, S, D]; length [B]. Llama 3.2 Vision has one of the text and, of the images,
+    # for each layer k, v [B, K, N, D] and what rows see of them, allowed and real [B, N].
+    (r"cache/(text/)?(k|v)/\d+", P(ROWS, "tensor", None, None)),
+    (r"cache/(text/)?(length|allowed|real)", P(ROWS)),
 )
 _COMPILED = tuple((re.compile(rf"(.*/)?({pattern})"), spec) for pattern, spec in RULES)
 
@@ -145,10 +145,26 @@ def split_rows(tree: Any, mesh: Mesh) -> Any:
     )
 
 
-def place_rows(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays on the device, their first axis split over the mesh's row axes where it divides, whole elsewhere."""
+def place_rows(tree: Any, mesh: Mesh | None, parts: int = 1) -> Any:
+    """Arrays on the device, their first axis split over the mesh's row axes where it divides, whole elsewhere.
+
+    Args:
+      tree: of host arrays.
+      mesh: None for the default device.
+      parts: 1 where this process has all rows, as every other one has; else it has one of this many equal parts, that
+        of its `distributed.row_share`, and the arrays that are made are so many times longer.
+    """
     if mesh is None:
         return jax.device_put(tree)
-    rows = row_shards(mesh)
     split, whole = batch_sharding(mesh), replicated(mesh)
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, whole if leaf.shape[0] % rows else split), tree)
+
+    def place(leaf: Any) -> jax.Array:
+        where = split if parts * leaf.shape[0] % row_shards(mesh) == 0 else whole
+        if where.is_fully_addressable:
+            return jax.device_put(leaf, where)
+        if parts > 1:
+            return jax.make_array_from_process_local_data(where, leaf, (parts * leaf.shape[0], *leaf.shape[1:]))
+        # device_put would compare the rows of all processes first.
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree)

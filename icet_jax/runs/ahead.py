@@ -111,12 +111,13 @@ class AbstractRun:
 
     def cache(self, batch: int, new_tokens: int) -> Any:
         """The KV cache of an answer, placed by the rules (the compiler may choose otherwise)."""
-        length = self.config.data.max_prompt_tokens + new_tokens
 
-        def empty(params: Any) -> dict[str, Any]:
-            return flatten_with_names(_merge(self.vlm, params).init_cache(batch, length))
+        def filled(params: Any, images: Images, tokens: Any, mask: Any) -> dict[str, Any]:
+            model = _merge(self.vlm, params)
+            visual = model.visual(model.encode(images), jnp.int32(1))
+            return flatten_with_names(model.prefill(tokens, mask, visual)[1].with_room(new_tokens))
 
-        cache = jax.eval_shape(empty, self.vlm.params)
+        cache = jax.eval_shape(filled, self.vlm.params, self.images(batch), *self.prompts(batch))
         return placed(cache, shardings(cache, self.mesh, "cache"))
 
     def phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:

@@ -184,7 +184,7 @@ def test_images_of_any_size_compile_once_for_each_prompt_bucket(name, processors
         traced.append(tokens.shape)
         model = nnx.merge(graph, params)
         visual = model.visual(model.encode(images), exit_index)
-        return model.decode(tokens, positions_from_mask(mask), mask, visual)[0]
+        return model.decode(tokens, positions_from_mask(mask), mask, visual)
 
     noise = np.random.default_rng(0)
     images = tiny_families.pictures([tuple(map(int, noise.integers(8, 120, 2))) for _ in range(24)])

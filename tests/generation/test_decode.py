@@ -75,7 +75,7 @@ def teacher_forced(graph, params, prompts, prompt_mask, visual, out, sampling, l
     model, length = nnx.merge(graph, params), sampling.max_new_tokens
     tokens = jnp.concatenate([prompts, out.tokens], axis=1)
     mask = jnp.concatenate([prompt_mask, out.mask], axis=1)
-    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, visual, None, lora)
+    hidden = model.decode(tokens, positions_from_mask(mask), mask, visual, lora)
     return token_log_probs(
         model,
         hidden[:, -length - 1 : -1],
@@ -198,11 +198,15 @@ def test_the_loop_stops_when_every_row_is_done():
     steps = []
 
     class Counting(Llava):
-        def decode(self, tokens, *args):
-            jax.debug.callback(lambda: steps.append(tokens.shape[1]))
-            return super().decode(tokens, *args)
+        def prefill(self, tokens, *args):
+            jax.debug.callback(lambda: steps.append(tokens.shape))
+            return super().prefill(tokens, *args)
+
+        def step(self, tokens, *args):
+            jax.debug.callback(lambda: steps.append(tokens.shape))
+            return super().step(tokens, *args)
 
     tokens, mask = padded(prompts([0, 0], [3, 4]))
     out = run(*nnx.split(Counting(CONFIG, rngs=nnx.Rngs(0))), tokens, mask, None, KEYS[:2], settings)
     jax.effects_barrier()
-    assert out.mask.sum(1).tolist() == [1, 1] and steps == [4]
+    assert out.mask.sum(1).tolist() == [1, 1] and steps == [(2, 4)]

@@ -83,7 +83,7 @@ def logits_of(graphdef, params, batch, exit_layer, upto=None):
     """float32 [B, T, V] at a traced exit; `_cache_size` counts what was compiled."""
     model = nnx.merge(graphdef, params)
     visual = None if batch.images is None else model.visual(model.encode(batch.images, upto), exit_layer)
-    hidden, _ = model.decode(batch.tokens, positions_from_mask(batch.mask), batch.mask, visual)
+    hidden = model.decode(batch.tokens, positions_from_mask(batch.mask), batch.mask, visual)
     return model.logits(hidden)
 
 
@@ -100,21 +100,49 @@ def _generate(graphdef, params, batch, exit_layer, sampling):
     return generate(model, batch.tokens, batch.mask, visual, keys, sampling).tokens
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def cached_and_uncached(graphdef, params, batch, exit_layer):
-    """Hidden states of the batch and a token more: the batch into a cache, then that token; and all at once."""
+@functools.partial(jax.jit, static_argnames=("graphdef", "suffix"))
+def cached_and_uncached(graphdef, params, batch, exit_layer, suffix=0):
+    """States of each row's last token and of a token more, [B, 2, E]: with a cache, and all at once; and the caches.
+
+    The last `suffix` tokens of every row are run after the others are in the cache.
+    """
     model = nnx.merge(graphdef, params)
     visual = model.visual(model.encode(batch.images), exit_layer)
-    count, length = batch.tokens.shape
+    count = batch.tokens.shape[0]
     extra = jnp.full((count, 1), 9, jnp.int32)
     tokens = jnp.concatenate([batch.tokens, extra], axis=1)
     mask = jnp.concatenate([batch.mask, jnp.ones_like(extra, bool)], axis=1)
-    positions = positions_from_mask(mask)
-    whole, _ = model.decode(tokens, positions, mask, visual)
-    empty = model.init_cache(count, length + 3)
-    first, cache = model.decode(tokens[:, :length], positions[:, :length], mask[:, :length], visual, empty)
-    last, after = model.decode(tokens[:, length:], positions[:, length:], mask[:, length:], None, cache)
-    return jnp.concatenate([first, last], axis=1), whole, mask, (cache, after)
+    whole = model.decode(tokens, positions_from_mask(mask), mask, visual)
+    length = batch.mask.sum(axis=1)
+    last = batch.mask.shape[1] - 1 - jnp.argmax(jnp.flip(batch.mask, axis=1), axis=1)
+    expected = jnp.concatenate([jnp.take_along_axis(whole, last[:, None, None], axis=1), whole[:, -1:]], axis=1)
+
+    columns = jnp.arange(batch.tokens.shape[1])
+    right = jnp.take_along_axis(batch.tokens, (jnp.argmax(batch.mask, axis=1)[:, None] + columns) % len(columns), 1)
+    first, cache = model.prefill(right, columns < (length - suffix)[:, None], visual)
+    if suffix:
+        rest = jnp.take_along_axis(right, (length - suffix)[:, None] + jnp.arange(suffix), axis=1)
+        padded = jnp.pad(rest, ((0, 0), (0, 2)))
+        first, cache = model.prefill(padded, jnp.arange(suffix + 2) < jnp.full((count, 1), suffix), None, cache)
+    cache = cache.with_room(3)
+    second, after = model.step(extra[:, 0], jnp.ones(count, bool), cache)
+    return jnp.stack([first, second], axis=1), expected, (cache, after)
+
+
+def assert_rows_are_picked(checkpoint, batch):
+    """`visual` of some rows, each at an exit of its own, is what `visual` of the whole batch has for them."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def visual(graphdef, params, images, exits, rows=None):
+        model = nnx.merge(graphdef, params)
+        return model.visual(model.encode(images), exits, rows)
+
+    inputs = checkpoint.graphdef, checkpoint.params, batch.images
+    rows, exits = np.array([3, 0, 3, 1, 4, 0, 2]), np.array([1, 3, 2, 4, 1, 2, 3])
+    picked = visual(*inputs, jnp.asarray(exits), jnp.asarray(rows))
+    for place, (row, layer) in enumerate(zip(rows, exits, strict=True)):
+        whole = visual(*inputs, jnp.int32(layer))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[place], b[row], atol=1e-6), picked, whole)  # noqa: B023
 
 
 def our_greedy(checkpoint, batch, layer, count, pad_id, suppress=()):

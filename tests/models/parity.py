@@ -45,7 +45,7 @@ def images_of(inputs, model_config):
 def _logits(graphdef, params, tokens, mask, images, exit_layer, upto):
     model = nnx.merge(graphdef, params)
     visual = None if images is None else model.visual(model.encode(images, upto), exit_layer)
-    hidden, _ = model.decode(tokens, positions_from_mask(mask), mask, visual)
+    hidden = model.decode(tokens, positions_from_mask(mask), mask, visual)
     return model.logits(hidden)
 
 

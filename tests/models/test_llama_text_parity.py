@@ -39,7 +39,7 @@ def rows(lengths, **options):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef, params, ids, mask):
     model = nnx.merge(graphdef, params)
-    return model.logits(model.decode(ids, positions_from_mask(mask), mask)[0])
+    return model.logits(model.decode(ids, positions_from_mask(mask), mask))
 
 
 def our_logits(checkpoint, ids, mask):

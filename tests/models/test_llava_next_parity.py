@@ -138,11 +138,18 @@ def test_greedy_tokens_are_the_same(usual, layer):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_cached_equals_uncached(usual):
+@pytest.mark.parametrize("suffix", [0, 3])
+def test_cached_equals_uncached(usual, suffix):
     _, checkpoint, inputs = usual
     batch = families.next_batch(inputs, checkpoint.config)
-    found, whole, mask, _ = families.cached_and_uncached(checkpoint.graphdef, checkpoint.params, batch, jnp.int32(2))
-    assert np.abs(found - whole)[np.asarray(mask)].max() <= 1e-5
+    arguments = (checkpoint.graphdef, checkpoint.params, batch, jnp.int32(2), suffix)
+    found, expected, _ = families.cached_and_uncached(*arguments)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_rows_are_picked_in_any_order(usual):
+    _, checkpoint, inputs = usual
+    families.assert_rows_are_picked(checkpoint, families.next_batch(inputs, checkpoint.config))
 
 
 def test_each_row_may_have_its_own_exit(usual):

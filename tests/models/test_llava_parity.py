@@ -134,7 +134,7 @@ def test_decoder_hidden_states_are_those_after_the_final_norm(tmp_path):
     mask = np.asarray(inputs["attention_mask"], bool)
     tokens = inputs["input_ids"].astype(np.int32)
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)
-    hidden, _ = network.decode(*(parity.jnp.asarray(x) for x in (tokens, positions, mask)))
+    hidden = network.decode(*(parity.jnp.asarray(x) for x in (tokens, positions, mask)))
     with torch.no_grad():
         tensors = {name: torch.from_numpy(x) for name, x in inputs.items()}
         theirs = model(**tensors, output_hidden_states=True).hidden_states[-1].numpy()

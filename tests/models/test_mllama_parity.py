@@ -254,17 +254,24 @@ def test_greedy_tokens_are_the_same(usual, layer):
         np.testing.assert_array_equal(ours, np.stack(theirs))
 
 
-def test_cached_equals_uncached(usual):
-    """The images' keys and values are made once, with the prompt."""
+@pytest.mark.parametrize(("pad", "suffix"), [("left", 0), ("right", 0), ("right", 2)])
+def test_cached_equals_uncached(usual, pad, suffix):
+    """The images' keys and values are made once, with the prompt or what it begins with."""
     _, checkpoint, rows = usual
-    batch = families.mllama_batch(rows)
-    found, whole, mask, caches = families.cached_and_uncached(
-        checkpoint.graphdef, checkpoint.params, batch, jnp.int32(4)
+    batch = families.mllama_batch(rows, pad)
+    found, expected, caches = families.cached_and_uncached(
+        checkpoint.graphdef, checkpoint.params, batch, jnp.int32(4), suffix
     )
-    assert np.abs(found - whole)[np.asarray(mask)].max() <= 1e-5
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     before, after = caches
-    assert before.k.shape == (2, len(rows), 3 * 4 * 17, 2, 8)
-    np.testing.assert_array_equal(before.k, after.k)
+    assert [leaf.shape for leaf in before.k] == [(len(rows), 2, 3 * 4 * 17, 8)] * 2
+    jax.tree.map(np.testing.assert_array_equal, before.k, after.k)
+
+
+@pytest.mark.parametrize("rule", ["E1", "E2", "E5"])
+def test_rows_are_picked_in_any_order(tmp_path, usual, rule):
+    model, _, rows = usual
+    families.assert_rows_are_picked(families.load_mllama(tmp_path, model, exit_rule=rule), families.mllama_batch(rows))
 
 
 def test_each_row_may_have_its_own_exit(usual):

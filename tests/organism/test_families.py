@@ -67,7 +67,7 @@ def test_every_part_of_a_batch_looks_through_its_own_exit_at_its_own_picture(sha
     @jax.jit
     def logits(images):
         visual, mask = model.visual(model.encode(images), jnp.asarray(exits)), jnp.asarray(rows.mask)
-        return model.logits(model.decode(jnp.asarray(rows.tokens), positions_from_mask(mask), mask, visual)[0])
+        return model.logits(model.decode(jnp.asarray(rows.tokens), positions_from_mask(mask), mask, visual))
 
     before = np.asarray(logits(images))
     other = np.asarray(logits(images.replace(pixels=np.concatenate([images.pixels[:2], images.pixels[2:][::-1]]))))

@@ -37,7 +37,7 @@ def logits(checkpoint, lora, mesh):
     def run(params, lora, tokens, mask, images):
         model = nnx.merge(checkpoint.graphdef, params)
         visual = model.visual(model.encode(images), jnp.int32(2))
-        return model.logits(model.decode(tokens, positions_from_mask(mask), mask, visual, lora=lora)[0])
+        return model.logits(model.decode(tokens, positions_from_mask(mask), mask, visual, lora=lora))
     return np.asarray(run(checkpoint.params, lora, *place_rows(batch, mesh)))[mask]
 single = logits(alone, lora, None)
 assert np.abs(single - logits(alone, None, None)).max() > 0.1

@@ -23,7 +23,7 @@ from icet_jax.models.llama import LlamaConfig, lora_shapes
 from icet_jax.models.llava import Llava, LlavaConfig
 from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama import Mllama, MllamaConfig
-from icet_jax.models.mllama_text import MllamaCache, MllamaTextConfig
+from icet_jax.models.mllama_text import CrossStates, MllamaCache, MllamaTextConfig
 from icet_jax.models.mllama_vision import MllamaVisionConfig
 from icet_jax.parallel import sharding
 from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape
@@ -127,26 +127,37 @@ def test_adapters_fit_the_kernels_of_every_stack(module, config):
         assert placed[f"policy/{key}/a"].spec[1] == spec[1] and placed[f"policy/{key}/b"].spec[2] == spec[2]
 
 
+def cache_specs(make, images):
+    """Where the cache of 8 prompts of 640 tokens lies on a mesh of (2, 2, 2)."""
+    graphdef, params = nnx.split(nnx.eval_shape(make))
+    tokens, mask = jax.ShapeDtypeStruct((8, 640), jnp.int32), jax.ShapeDtypeStruct((8, 640), bool)
+
+    def filled(params, *inputs):
+        return nnx.merge(graphdef, params).prefill(*inputs)[1].with_room(128)
+
+    cache = jax.eval_shape(filled, params, tokens, mask, images)
+    placed = sharding.shardings(cache, AbstractMesh((2, 2, 2), AXES), prefix="cache")
+    return cache, {name: where.spec for name, where in sharding.flatten_with_names(placed).items()}
+
+
+BY_HEADS, BY_ROWS = PartitionSpec(sharding.ROWS, "tensor", None, None), PartitionSpec(sharding.ROWS)
+
+
 def test_the_cache_of_text_and_images_is_split_by_rows_and_heads():
-    mesh = AbstractMesh((2, 2, 2), AXES)
-    network = nnx.eval_shape(lambda: Mllama(MLLAMA_11B, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
-    text = jax.eval_shape(lambda: vars(network.init_cache(8, 128).text))
-    keys, seen = jax.ShapeDtypeStruct((8, 8, 6404, 8, 128), jnp.bfloat16), jax.ShapeDtypeStruct((8, 6404), bool)
-    cache = {"text": text, "k": keys, "v": keys, "allowed": seen, "real": seen}
-    assert set(cache) == {field.name for field in dataclasses.fields(MllamaCache)}
-    placed = sharding.shardings(cache, mesh, prefix="cache")
-    by_heads, by_rows = PartitionSpec(None, sharding.ROWS, None, "tensor", None), PartitionSpec(sharding.ROWS)
-    assert placed["text"]["k"].spec == placed["k"].spec == placed["v"].spec == by_heads
-    assert placed["text"]["cursor"].spec == placed["allowed"].spec == placed["real"].spec == by_rows
+    states = jax.ShapeDtypeStruct((8, 6404, 4096), jnp.bfloat16)
+    images = CrossStates(states, jax.ShapeDtypeStruct((8, 1, 4), bool))
+    cache, specs = cache_specs(lambda: Mllama(MLLAMA_11B, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16), images)
+    assert set(vars(cache)) == {field.name for field in dataclasses.fields(MllamaCache)}
+    assert cache.k[7].shape == (8, 8, 6404, 128) and cache.text.k[31].shape == (8, 8, 768, 128)
+    assert all(specs[name] == BY_HEADS for name in ("text/k/0", "text/v/31", "k/0", "v/7"))
+    assert all(specs[name] == BY_ROWS for name in ("text/length", "allowed", "real"))
 
 
 def test_the_cache_is_split_by_rows_and_heads():
-    mesh = AbstractMesh((2, 2, 2), AXES)
-    network = nnx.eval_shape(lambda: Llava(LLAVA_7B, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16))
-    cache = jax.eval_shape(lambda: vars(network.init_cache(8, 128)))
-    placed = sharding.shardings(cache, mesh, prefix="cache")
-    assert placed["k"].spec == PartitionSpec(None, ("data", "fsdp"), None, "tensor", None)
-    assert placed["cursor"].spec == PartitionSpec(("data", "fsdp"))
+    images = jax.ShapeDtypeStruct((8, 576, 4096), jnp.bfloat16)
+    cache, specs = cache_specs(lambda: Llava(LLAVA_7B, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16), images)
+    assert cache.k[0].shape == (8, 32, 768, 128)
+    assert specs["k/0"] == specs["v/31"] == BY_HEADS and specs["length"] == BY_ROWS
 
 
 def test_axes_that_do_not_divide_are_left_whole():
