@@ -116,7 +116,7 @@ class BertClassifier(nnx.Module):
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
             layer = nnx.merge(graph, weights)
-            return layer.rest(x, layers.attention(*layer.qkv(x), mask[:, None, None, :])), None
+            return layer.rest(x, layers.attention(*layer.qkv(x), real=mask)), None
 
         x, _ = jax.lax.scan(body, x, state)
         pooled = jnp.tanh(self.pooler(first_real(x, mask)))

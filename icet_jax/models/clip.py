@@ -55,7 +55,7 @@ class ClipBlocks(nnx.Module):
         heads = self.config.num_attention_heads
         y = self.layer_norm1(x)
         q, k, v = (layers.split_heads(proj(y), heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.out_proj(layers.attention(q, k, v, None))
+        x = x + self.out_proj(layers.attention(q, k, v))
         y = layers.ACTIVATIONS[self.config.hidden_act](self.fc1(self.layer_norm2(x)))
         return x + self.fc2(y)
 

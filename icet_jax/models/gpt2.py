@@ -40,12 +40,12 @@ class GPT2Blocks(nnx.Module):
         self.c_fc = layers.Linear(width, config.n_inner, stddev=0.02, **common)
         self.mlp_proj = layers.Linear(config.n_inner, width, stddev=residual, **common)
 
-    def __call__(self, x: Float[Array, "B T E"], allowed: Bool[Array, "B 1 T T"]) -> Float[Array, "B T E"]:
+    def __call__(self, x: Float[Array, "B T E"], mask: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
         """One block: causal attention, then the MLP with tanh GELU (HF `GPT2Block`)."""
         q, k, v = (
             layers.split_heads(part, self.config.n_head) for part in jnp.split(self.c_attn(self.ln_1(x)), 3, axis=-1)
         )
-        x = x + self.c_proj(layers.attention(q, k, v, allowed))
+        x = x + self.c_proj(layers.attention(q, k, v, real=mask, causal=True))
         return x + self.mlp_proj(layers.gelu_tanh(self.c_fc(self.ln_2(x))))
 
 
@@ -73,11 +73,10 @@ class GPT2Backbone(nnx.Module):
             raise ValueError(f"{length} tokens exceed the {self.config.n_positions} positions of the reward model")
         positions = layers.positions_from_mask(mask)
         x = self.wte[...][tokens].astype(self.dtype) + self.wpe[...][positions].astype(self.dtype)
-        allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
         graph, state = nnx.split(self.layers)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, weights)(x, allowed), None
+            return nnx.merge(graph, weights)(x, mask), None
 
         x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, state)
         return self.ln_f(x)

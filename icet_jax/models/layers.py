@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icet_jax.models.attention import attention as attention
 from icet_jax.typing import Array, Bool, Float, Int
 
 
@@ -119,25 +120,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T heads size"]:
     """Cuts the last axis into `heads` contiguous blocks."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def attention(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
-    mask: Bool[Array, "..."] | None,
-) -> Float[Array, "B T HD"]:
-    """The one door to attention: scaled by `D^-0.5`, float32 softmax, GQA when K < H (K divides H).
-
-    Args:
-      mask: True where query t may attend to key s; broadcasts to `[B, H, T, S]`. A query without any allowed key gets
-        the mean of the values instead of NaN.
-
-    Returns:
-      The heads' outputs, concatenated: `[B, T, H * D]`.
-    """
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return out.reshape(*out.shape[:2], -1)
 
 
 def rotary_angles(

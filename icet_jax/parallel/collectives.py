@@ -54,7 +54,7 @@ def _split(hlo: str) -> dict[str, tuple[bool, list[str]]]:
             if match:
                 lines = []
                 found[match[1]] = (line.startswith("ENTRY"), lines)
-        elif line.startswith("}"):
+        elif line.startswith("}") and not line.startswith("}}"):  # a kernel's metadata spans lines, and ends in two
             lines = None
         else:
             lines.append(line)

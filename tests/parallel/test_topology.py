@@ -82,6 +82,9 @@ LOOP = """HloModule step
   %h = bf16[2,4]{1,0} convert(%x)
   %f = bf16[8,4]{1,0} fusion(%h), kind=kLoop, calls=%fused
   %g = bf16[8,4]{1,0} fusion(%h), kind=kLoop, calls=%again
+  %k = bf16[8,4]{1,0} custom-call(%g), custom_call_target="kernel", frontend_attributes={kernel_metadata={
+"block": 512
+}}, metadata={op_name="kernel"}
   %ar = (f32[8,4]{1,0:T(8,128)S(1)}, bf16[2,4]{1,0}) all-reduce(%x, %h), channel_id=2, to_apply=%add
   ROOT %t = (s32[], f32[8,4]) tuple(%i, %x)
 }

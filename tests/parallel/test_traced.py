@@ -29,7 +29,8 @@ def run(place):
                 layer = gathered(layer, x)
             x = x + jax.nn.silu(x @ layer["up_proj"]["kernel"]) @ layer["down_proj"]["kernel"]
             return (by_rows(x) if place else x), None
-        return jnp.square(jax.lax.scan(jax.checkpoint(body, prevent_cse=False), by_rows(x) if place else x, weights)[0]).mean()
+        body = jax.checkpoint(body, prevent_cse=False)
+        return jnp.square(jax.lax.scan(body, by_rows(x) if place else x, weights)[0]).mean()
     return jax.jit(jax.grad(loss))
 placed = jax.device_put(weights, shardings({"layers": weights}, mesh)["layers"])
 kernels = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
