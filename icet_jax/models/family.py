@@ -85,12 +85,14 @@ class Operations(NamedTuple):
       visual: of one image at one exit: from the encoder's state to what the decoder takes.
       prefill: of one row's prompt at one exit, and the logits of its last position.
       step: of one new token of one row.
+      forward: of all positions of one row through every decoder layer, each compared with the cached places; no logits.
     """
 
     encode: int
     visual: int
     prefill: int
     step: int
+    forward: int
 
 
 @runtime_checkable

@@ -160,6 +160,7 @@ class Llava(nnx.Module):
             visual=2 * tiles * self.config.image_tokens * projector,
             prefill=operations.llama_prefill(text, length) + operations.logits(text),
             step=operations.llama_layers(text, 1, cached) + operations.logits(text),
+            forward=operations.llama_layers(text, length, cached),
         )
 
     def merge(self, tokens: Int[Array, "B T"], visual: Float[Array, "B MN E"] | None) -> Float[Array, "B T E"]:

@@ -152,6 +152,7 @@ class Mllama(nnx.Module):
             + 2 * image_tokens * vision.output_dim * text.llama.hidden_size,
             prefill=own[0] + cross[0] + made + head,
             step=own[1] + cross[1] + head,
+            forward=operations.llama_layers(text.self_layers, length, cached) + cross[0] + made,
         )
 
     def decode(

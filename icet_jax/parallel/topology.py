@@ -98,6 +98,23 @@ def parse(text: str) -> Topology:
     return Topology(text, chip, math.prod(int(size) for size in shape.split("x")))
 
 
+# Names that jax gives to devices; a card of the same name in another form (PCIe, NVL) is slower.
+_KINDS = {
+    r"TPU v4": "v4",
+    r"TPU v5( lite|e)": "v5e",
+    r"TPU v5p?": "v5p",
+    r"TPU v6( lite|e)": "v6e",
+    r"NVIDIA A100.*": "a100",
+    r"NVIDIA H100(?!.*(PCIe|NVL)).*": "h100",
+    r"NVIDIA H200(?!.*NVL).*": "h200",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that jax calls by this name (`jax.Device.device_kind`); None where it is not in `CHIPS`."""
+    return next((CHIPS[name] for pattern, name in _KINDS.items() if re.fullmatch(pattern, device_kind)), None)
+
+
 def _cpu_devices(topology: Topology) -> list[Any]:
     devices = jax.devices("cpu")
     if len(devices) < topology.count:

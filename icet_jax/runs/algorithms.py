@@ -1,12 +1,15 @@
-"""One training iteration of each algorithm, behind the two calls that the training loop makes: `lowered` and `step`."""
+"""One training iteration of each algorithm, behind what the training loop calls: `lowered`, `begin` and `finish`.
+
+What is dispatched runs while the host goes on: an iteration's metrics are read after the next one has begun.
+"""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from icet_jax.api import VLM
@@ -16,9 +19,13 @@ from icet_jax.lppo import learner, lsft
 from icet_jax.lppo.metrics import host_metrics
 from icet_jax.lppo.settings import Settings, from_config
 from icet_jax.lppo.state import TrainState
+from icet_jax.parallel.distributed import fetch
 from icet_jax.runs.reward import RewardByKind
+from icet_jax.runs.utilisation import Counter, Peak, Stopwatch, device_peak, speeds
 
 Row = dict[str, float]
+Read = Callable[[], Row]
+"""Waits for an iteration to end and gives its metrics."""
 
 
 class Algorithm(Protocol):
@@ -27,17 +34,23 @@ class Algorithm(Protocol):
     Attributes:
       settings: what its phases are compiled for.
       iterations: length of the run.
+      peak: of the devices, which `perf/mfu` relates to.
     """
 
     settings: Settings
     iterations: int
+    peak: Peak
 
     def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
-        """Everything that `step` runs on the device, by name, ready to be compiled for batches of this shape."""
+        """Everything that an iteration runs on the device, by name, ready to be compiled for batches of this shape."""
         ...
 
-    def step(self, state: TrainState, batch: PromptBatch) -> tuple[TrainState, Row]:
-        """One iteration on `batch`; the old state is donated. The row holds the iteration's metrics."""
+    def begin(self, state: TrainState, batch: PromptBatch) -> Any:
+        """Starts an iteration on `batch` as far as it needs nothing from the host, and waits for nothing."""
+        ...
+
+    def finish(self, state: TrainState, batch: PromptBatch, begun: Any) -> tuple[TrainState, Read]:
+        """The rest of the iteration that `begin` gave `begun` for; donates `state`, waits for no update."""
         ...
 
 
@@ -51,6 +64,8 @@ class Lppo:
         self._phases = learner.build(vlm.graphdef, self.settings, vlm.mesh)
         self._run_key = jax.random.key(config.seed)
         self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
+        self._watch, self._counter = Stopwatch(), Counter(nnx.merge(vlm.graphdef, vlm.params), self.settings)
+        self.peak = _peak(config, vlm)
 
     def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
@@ -58,31 +73,34 @@ class Lppo:
         inputs = (batch.images, batch.tokens, batch.mask, exits, self._run_key)
         yield from self._phases.lowered(self._vlm.params, state, *inputs)
 
-    def step(self, state: TrainState, batch: PromptBatch) -> tuple[TrainState, Row]:
+    def begin(self, state: TrainState, batch: PromptBatch) -> Any:
         """See `Algorithm`."""
-        params, started = self._vlm.params, time.perf_counter()
+        self._watch.start()
         exits = self._exits(state.iteration)
-        rollout = self._phases.rollout(params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key)
-        tokens, mask = jax.device_get((rollout.tokens, rollout.mask))
-        sampled = time.perf_counter()
+        return self._phases.rollout(
+            self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
+        )
+
+    def finish(self, state: TrainState, batch: PromptBatch, begun: Any) -> tuple[TrainState, Read]:
+        """See `Algorithm`."""
+        params, rollout = self._vlm.params, begun
+        tokens, mask, prompt_mask = fetch((rollout.tokens, rollout.mask, batch.mask))
+        seconds = {"rollout": self._watch.lap()}
         texts = self._vlm.processor.decode(tokens, mask)
         scores, learned = self._reward(batch.examples, texts)
-        scored = time.perf_counter()
+        seconds["score"] = self._watch.lap()
         state, train_batch, before = self._phases.prepare(params, state, rollout, scores, learned)
         state, after = self._phases.update(params, state, train_batch, self._run_key)
-        row = host_metrics(before, after)
         forbidden = [text for example, text in zip(batch.examples, texts, strict=True) if example.kind == "forbidden"]
-        if forbidden:
-            row["objective/asr_refusal_keywords"] = float(np.mean([not refused(text) for text in forbidden]))
-        finished = time.perf_counter()
-        row |= {
-            "perf/time_rollout": sampled - started,
-            "perf/time_score": scored - sampled,
-            "perf/time_update": finished - scored,
-            "perf/samples_per_sec": len(texts) / (finished - started),
-            "perf/tokens_per_sec": float(mask.sum()) / (finished - started),
-        }
-        return state, row
+        done = self._counter.lppo(prompt_mask.sum(axis=1), mask.sum(axis=1), _images(batch))
+
+        def read() -> Row:
+            row = host_metrics(before, after)
+            if forbidden:
+                row["objective/asr_refusal_keywords"] = float(np.mean([not refused(text) for text in forbidden]))
+            return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+
+        return state, read
 
 
 class Lsft:
@@ -95,20 +113,29 @@ class Lsft:
         self._update: Any = lsft.build(vlm.graphdef, self.settings, vlm.mesh)
         self._run_key = jax.random.key(config.seed)
         self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
+        self._watch, self._counter = Stopwatch(), Counter(nnx.merge(vlm.graphdef, vlm.params), self.settings)
+        self.peak = _peak(config, vlm)
 
     def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
         yield "update", self._update.lower(self._vlm.params, state, *self._inputs(state, batch))
 
-    def step(self, state: TrainState, batch: PromptBatch) -> tuple[TrainState, Row]:
+    def begin(self, state: TrainState, batch: PromptBatch) -> Any:
         """See `Algorithm`."""
-        started = time.perf_counter()
-        inputs = self._inputs(state, batch)
-        state, metrics = self._update(self._vlm.params, state, *inputs)
-        row = host_metrics(metrics)
-        elapsed = time.perf_counter() - started
-        row |= {"perf/time_update": elapsed, "perf/samples_per_sec": len(batch.examples) / elapsed}
-        return state, row
+        self._watch.start()
+        return self._inputs(state, batch)
+
+    def finish(self, state: TrainState, batch: PromptBatch, begun: Any) -> tuple[TrainState, Read]:
+        """See `Algorithm`."""
+        state, metrics = self._update(self._vlm.params, state, *begun)
+        prompt_mask, target_mask = fetch(batch.mask), begun[5]
+        done = self._counter.lsft(prompt_mask.sum(axis=1), target_mask.sum(axis=1), _images(batch))
+
+        def read() -> Row:
+            row = host_metrics(metrics)
+            return row | speeds(done, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+
+        return state, read
 
     def _inputs(self, state: TrainState, batch: PromptBatch) -> tuple[Any, ...]:
         sampling = self.settings.sampling
@@ -120,6 +147,16 @@ class Lsft:
         )
         exits = self._exits(state.iteration)
         return (batch.images, batch.tokens, batch.mask, exits, targets, target_mask, self._run_key)
+
+
+def _peak(config: ConfigDict, vlm: VLM) -> Peak:
+    devices = jax.devices()[:1] if vlm.mesh is None else list(vlm.mesh.devices.flat)
+    return device_peak(devices, config.model.dtype)
+
+
+def _images(batch: PromptBatch) -> np.ndarray:
+    """Images of each row."""
+    return np.array([len(example.images) for example in batch.examples])
 
 
 def _settings(config: ConfigDict, vlm: VLM, iterations: int) -> Settings:

@@ -78,4 +78,4 @@ def _forward(run: AbstractRun) -> tuple[int, int]:
         for name, (depth, size_in, size_out) in shapes
         if name.rpartition("/")[2] in targets
     )
-    return one.prefill + (taught - 1) * head, 2 * length * adapted
+    return one.forward + taught * head, 2 * length * adapted

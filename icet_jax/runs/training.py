@@ -1,5 +1,7 @@
 """The training loop: batch -> algorithm's step -> log -> checkpoint, from wherever the last process stopped."""
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +13,13 @@ from icet_jax.checkpoints.run_state import RunState
 from icet_jax.data.batches import Batches
 from icet_jax.data.records import Example
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch
+from icet_jax.files import write_text_atomic
 from icet_jax.lppo.metrics import require_finite
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
 from icet_jax.models.family import init_lora
 from icet_jax.parallel.sharding import shardings
-from icet_jax.runs.algorithms import Algorithm, Lppo, Lsft
+from icet_jax.runs.algorithms import Algorithm, Lppo, Lsft, Read, Row
 from icet_jax.runs.compilations import compile_programs
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
@@ -82,6 +85,7 @@ class Trainer:
         try:
             state = newest_state(config, self._vlm, algorithm.settings, checkpoints)
             if int(state.iteration) < algorithm.iterations:
+                self._name_device()
                 log = MetricsLog(self._workdir, config, step=int(state.iteration))
                 try:
                     state = self._iterate(state, checkpoints, log)
@@ -91,22 +95,41 @@ class Trainer:
         finally:
             checkpoints.close()
 
+    def _name_device(self) -> None:
+        """Writes device.json, the devices and the peak that `perf/mfu` relates to, and says so."""
+        peak = self.algorithm.peak
+        write_text_atomic(self._workdir / "device.json", json.dumps(peak._asdict(), indent=1) + "\n")
+        print(f"devices: {peak}", file=sys.stderr)
+
     def _iterate(self, state: TrainState, checkpoints: RunState, log: MetricsLog) -> TrainState:
         """Every iteration that `state` has not had yet; threads prepare the coming batches for the device."""
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
             compile_programs(self.algorithm.lowered(state, self.batch(start)))
             progress.restart_clock()
-            for finished, batch in enumerate(self._batches.load(self._arrays, start, total), start=start + 1):
-                state, row = self.algorithm.step(state, batch)
-                require_finite(row, finished)
-                last = finished == total
-                if last or finished % config.log.every == 0:
-                    log.write(finished, row)
-                if last or finished % config.checkpoint.every == 0:
-                    checkpoints.save(finished, state, {})
-                progress.advance({name: row[metric] for name, metric in _SHOWN.items() if metric in row})
+            read: Read | None = None
+            finished = start
+            for batch in self._batches.load(self._arrays, start, total):
+                begun = self.algorithm.begin(state, batch)
+                if read is not None:
+                    self._settle(finished, state, read(), checkpoints, log, progress)
+                state, read = self.algorithm.finish(state, batch, begun)
+                finished += 1
+            if read is not None:
+                self._settle(finished, state, read(), checkpoints, log, progress)
         return state
+
+    def _settle(
+        self, finished: int, state: TrainState, row: Row, checkpoints: RunState, log: MetricsLog, progress: Progress
+    ) -> None:
+        """What follows from an iteration's metrics, while the device is at work on the next one."""
+        require_finite(row, finished)
+        last = finished == self.algorithm.iterations
+        if last or finished % self._config.log.every == 0:
+            log.write(finished, row)
+        if last or finished % self._config.checkpoint.every == 0:
+            checkpoints.save(finished, state, {})
+        progress.advance({name: row[metric] for name, metric in _SHOWN.items() if metric in row})
 
 
 def newest_state(config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState) -> TrainState:

@@ -17,16 +17,23 @@ def finished(tmp_path_factory):
     """A finished run, and the compilations of each of its iterations."""
     workdir = tmp_path_factory.mktemp("runs") / "smoke"
     compilations = []
-    step = algorithms.Lppo.step
+    counter = CompilationCounter()
+    begin, finish = algorithms.Lppo.begin, algorithms.Lppo.finish
 
-    def counted(self, state, batch):
-        with CompilationCounter() as counter:
-            result = step(self, state, batch)
+    def counted_begin(self, *arguments):
+        counter.count = 0
+        with counter:
+            return begin(self, *arguments)
+
+    def counted_finish(self, *arguments):
+        with counter:
+            result = finish(self, *arguments)
         compilations.append(counter.count)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algorithms.Lppo, "step", counted)
+        patch.setattr(algorithms.Lppo, "begin", counted_begin)
+        patch.setattr(algorithms.Lppo, "finish", counted_finish)
         # Every iteration draws its own exits.
         assert front_door.main(smoke.arguments(workdir, lppo__exits="per_batch", log__tensorboard="true")) == 0
     return workdir, compilations
@@ -65,10 +72,12 @@ def test_metrics_have_the_names_that_users_know(finished):
         *(f"loss/{name}" for name in ("policy_avg", "value_avg")),
         *(f"val/{name}" for name in ("ratio", "ratio_var", "clipfrac_avg", "num_eos_tokens")),
         *(f"perf/{name}" for name in ("samples_per_sec", "tokens_per_sec", "time_rollout", "time_update")),
+        *(f"perf/{name}" for name in ("tokens_per_sec_rollout", "tokens_per_sec_update", "mfu_rollout", "mfu_update")),
         "objective/asr_refusal_keywords",
     }
     for row in history:
         assert expected <= set(row)
+        assert 0 < row["perf/mfu_update"] < 1 and 0 < row["perf/mfu"] < 1
         layers = {name.split("/")[1] for name in row if name.startswith("exit/")}
         assert len(layers) == 1 and 1 <= int(layers.pop()) <= 24
     assert history[0]["objective/kl"] == 0.0
