@@ -7,6 +7,7 @@ Nothing heavy is imported before the flags and the config have been checked.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
@@ -31,6 +32,7 @@ MODES = {
     "labels": "write a sample of a run's answers for people to judge, or read their labels",
     "verify": "compare a checkpoint with transformers (needs the `test` extra)",
 }
+_TOGETHER = ("align", "sweep", "export")  # modes that several processes can share
 _MODULES = {"reward": "train_reward"}  # of modes whose file in icet_jax/runs has another name
 _WITHOUT_PROGRAMS = ("compare", "labels")  # modes that compile nothing
 _OVERRIDE = "--config."
@@ -70,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topology", help="plan: chips, such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1")
     parser.add_argument("--labels", type=Path, help="labels: the filled-in CSV to read")
     parser.add_argument("--rows", type=int, default=200, help="labels: how many answers to sample")
+    parser.add_argument(
+        "--coordinator", help="HOST:PORT of process 0, where several run as one; auto: the cluster knows"
+    )
+    parser.add_argument("--process-id", type=int, help="which of the processes this is, from 0")
+    parser.add_argument("--process-count", type=int, help="of all processes")
     parser.add_argument("--verdicts", action="store_true", help="labels: show people what the judges said")
     return parser
 
@@ -118,8 +125,18 @@ def run(arguments: Sequence[str]) -> int:
         from icet_jax.runs.compilations import keep_programs
 
         keep_programs(config.compilation_cache)
-    module = importlib.import_module(f"icet_jax.runs.{_MODULES.get(options.mode, options.mode)}")
-    return module.run(config, options.workdir, options)
+    process = (options.coordinator, options.process_id, options.process_count)
+    if options.mode not in _TOGETHER and process != (None, None, None):
+        raise UserError(f"--mode={options.mode} runs in one process; leave --coordinator and --process-... out")
+    with _several(process) if options.mode in _TOGETHER else contextlib.nullcontext():
+        module = importlib.import_module(f"icet_jax.runs.{_MODULES.get(options.mode, options.mode)}")
+        return module.run(config, options.workdir, options)
+
+
+def _several(process: tuple[str | None, int | None, int | None]) -> contextlib.AbstractContextManager[None]:
+    from icet_jax.parallel.distributed import joined
+
+    return joined(*process)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

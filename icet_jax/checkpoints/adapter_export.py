@@ -13,6 +13,7 @@ from icet_jax.checkpoints import folder, safetensors_io
 from icet_jax.checkpoints.adapters import CONFIG, WEIGHTS, Adapter, concatenate, of_lora, places
 from icet_jax.errors import UserError
 from icet_jax.models.layers import Lora
+from icet_jax.parallel.distributed import together
 
 NAMES: dict[str, tuple[str, ...]] = {
     "old": ("base_model.model.language_model.model.layers",),
@@ -80,7 +81,7 @@ def save_adapter(
     else:
         for key in safetensors_io.file_order(specs):
             read(key)
-    folder.wait_for_writer()
+    together()
     return out_dir
 
 

@@ -78,20 +78,3 @@ def write_beside_weights(folder: Path, head: dict[str, np.ndarray] | None, texts
         write_safetensors(folder / VALUE_HEAD, specs, lambda name: head[name])
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def agreed(value: bool) -> bool:
-    """What the first process found, on all of them: they must not disagree on whether to export."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
-def wait_for_writer() -> None:
-    """Holds every process until the first one, which writes, is done."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("icet_jax export")

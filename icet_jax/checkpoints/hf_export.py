@@ -27,6 +27,7 @@ from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot, Table
 from icet_jax.models.gpt2 import GPT2Config
 from icet_jax.models.layers import Lora
+from icet_jax.parallel.distributed import together
 from icet_jax.parallel.sharding import flatten_with_names
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -239,7 +240,7 @@ def _save(
         for group in files.values():
             for key in safetensors_io.file_order({key: specs[key] for key in group}):
                 read(key)
-    folder.wait_for_writer()
+    together()
 
 
 def _file_name(number: int, count: int) -> str:

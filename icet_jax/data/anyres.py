@@ -68,6 +68,7 @@ def gather_rows(
     config: LlavaNextConfig,
     *,
     num_images: int | None = None,
+    first: int = 0,
 ) -> np.ndarray:
     """`Images.layout`: int32 [B, length], for the k-th image position of each row its feature's index, -1 after them.
 
@@ -80,12 +81,13 @@ def gather_rows(
       config: of the model.
       num_images: of the batch, those that only fill it up included, whose features stand before `image_newline`; as
         many as there are sizes if None.
+      first: number in the batch of the first of these images, where others stand before them.
     """
     per_image = tiles * config.image_tokens
     newline = (len(sizes) if num_images is None else num_images) * per_image
     layout = np.full((num_rows, length), -1, np.int32)
     filled = np.zeros(num_rows, int)
-    for index, (size, row) in enumerate(zip(sizes, rows, strict=True)):
+    for index, (size, row) in enumerate(zip(sizes, rows, strict=True), start=first):
         own = packing(tuple(size), config)
         places = np.where(own < 0, newline, own + index * per_image)
         layout[row, filled[row] : filled[row] + len(places)] = places

@@ -1,7 +1,7 @@
 """Training batches: a mixture of kinds whose order is a pure function of (seed, global index).
 
 Any batch can be asked for at any time, so a resumed run needs one integer: the number of its next batch. However many
-processes share the work, the batches are the same; each process gets its part of every one.
+processes share the work, the batches are the same; of each, a process opens the rows of its `distributed.row_share`.
 """
 
 import math
@@ -62,8 +62,6 @@ class Batches:
         mixture: Mapping[str, float | int],
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
     ) -> None:
         """Splits the examples by kind.
 
@@ -72,22 +70,13 @@ class Batches:
           mixture: share of each kind in a batch.
           batch_size: rows of a batch, over all processes.
           seed: of the order.
-          process_index: which of the processes this is, from 0.
-          process_count: how many share each batch.
 
         Raises:
-          UserError: the mixture asks for a kind that no example has, the processes cannot share a batch evenly, or see
-            `quotas`.
+          UserError: the mixture asks for a kind that no example has, or see `quotas`.
         """
         import grain
 
-        if batch_size % process_count:
-            raise UserError(
-                f"config.data.batch_size {batch_size} does not divide into equal parts for {process_count} processes"
-            )
         self.batch_size = batch_size
-        part = batch_size // process_count
-        self._part = slice(process_index * part, (process_index + 1) * part)
         self.quotas = quotas(mixture, batch_size)
         self._seed = seed
         self._rows = {}
@@ -99,15 +88,12 @@ class Batches:
             self._rows[kind] = grain.MapDataset.source(rows).seed(kind_seed).shuffle().repeat()
 
     def batch(self, index: int) -> list[Example]:
-        """This process's part of batch `index` (from 0): the parts in order of process are the batch.
-
-        The whole batch has `batch_size` examples and holds each kind's quota exactly.
-        """
+        """Batch `index` (from 0): `batch_size` examples that hold each kind's quota exactly."""
         chosen = [
             self._rows[kind][index * quota + offset] for kind, quota in self.quotas.items() for offset in range(quota)
         ]
         order = np.random.default_rng([self._seed, index]).permutation(len(chosen))
-        return [chosen[position] for position in order[self._part]]
+        return [chosen[position] for position in order]
 
     def iterate(self, start: int = 0) -> Iterator[list[Example]]:
         """Batches `start`, `start + 1`, ... without end."""

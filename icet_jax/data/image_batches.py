@@ -11,14 +11,19 @@ from icet_jax.models.family import Images
 from icet_jax.models.llava import LlavaConfig
 from icet_jax.models.llava_next import LlavaNextConfig
 from icet_jax.models.mllama import MllamaConfig
+from icet_jax.parallel.distributed import Share
 
 Inputs: TypeAlias = Mapping[str, Any]
 
-Parts: TypeAlias = tuple[np.ndarray, np.ndarray, Callable[[int, int], np.ndarray | None]]
-"""Pixels of I images, the row of each, and (slots, number of rows) -> `Images.layout`."""
+Parts: TypeAlias = tuple[np.ndarray, np.ndarray, Callable[[int, int, Share], np.ndarray | None]]
+"""Pixels of I images, the row of each, and (slots, rows, both of the whole batch, share) -> `Images.layout`."""
+
+_WHOLE = Share(0, 1)
 
 
-def batch_images(config: Any, inputs: Inputs, *, num_rows: int, per_row: int | None = None) -> Images | None:
+def batch_images(
+    config: Any, inputs: Inputs, *, num_rows: int, per_row: int | None = None, share: Share = _WHOLE
+) -> Images | None:
     """The images of a batch, in numpy.
 
     Their shapes depend on the arguments and on the length of input_ids alone, whatever sizes the images have: every
@@ -30,9 +35,11 @@ def batch_images(config: Any, inputs: Inputs, *, num_rows: int, per_row: int | N
       num_rows: of the batch, at least B.
       per_row: images that there is room for in each row; slots without an image are filled with zeros. None: as many as
         the row with most images has, and no slots but the images'.
+      share: the part of the batch that the inputs are, `per_row` images in every row unless it is the whole.
 
     Returns:
-      `num_rows * per_row` images, those that are there first; None where there is room for none.
+      `num_rows * per_row` images, those that are there first; None where there is room for none. Of a share, its part
+      of every array, numbered as in the whole batch.
 
     Raises:
       UserError: the inputs do not fit each other or the model, or a row has more images than there is room for.
@@ -50,10 +57,13 @@ def batch_images(config: Any, inputs: Inputs, *, num_rows: int, per_row: int | N
         )
     if not slots:
         return None
-    filled = np.zeros((slots, *_shape(config)), np.float32)
+    own = slots // share.count
+    if share.count > 1 and len(rows) != own:
+        raise ValueError(f"a share of a batch has {len(rows)} images where {per_row} in each row are {own}")
+    filled = np.zeros((own, *_shape(config)), np.float32)
     filled[(slice(len(rows)), *map(slice, pixels.shape[1:]))] = pixels
-    rows = np.pad(rows.astype(np.int32), (0, slots - len(rows)), constant_values=num_rows)
-    return Images(pixels=filled, rows=rows, num_rows=num_rows, per_row=per_row, layout=layout(slots, num_rows))
+    rows = np.pad(rows.astype(np.int32), (0, own - len(rows)), constant_values=num_rows) + share.rows(num_rows).start
+    return Images(pixels=filled, rows=rows, num_rows=num_rows, per_row=per_row, layout=layout(slots, num_rows, share))
 
 
 def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> np.ndarray:
@@ -103,7 +113,7 @@ def _shape(config: Any) -> tuple[int, ...]:
 
 def _llava(config: LlavaConfig, inputs: Inputs, ids: np.ndarray) -> Parts:
     pixels = _pixels(inputs, _shape(config), axes=1)
-    return pixels, image_rows(ids, len(pixels), config), lambda slots, num_rows: None
+    return pixels, image_rows(ids, len(pixels), config), lambda *batch: None
 
 
 def _llava_next(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> Parts:
@@ -119,8 +129,9 @@ def _llava_next(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> Par
         if needed > pixels.shape[1]:
             raise UserError(f"inputs: image {image} ({own[0]} x {own[1]}) has {needed} tiles, {pixels.shape[1]} given")
 
-    def layout(slots: int, num_rows: int) -> np.ndarray:
-        return gather_rows(sizes, rows.tolist(), num_rows, ids.shape[1], tiles, config, num_images=slots)
+    def layout(slots: int, num_rows: int, share: Share) -> np.ndarray:
+        own, first = num_rows // share.count, share.rows(slots).start
+        return gather_rows(sizes, rows.tolist(), own, ids.shape[1], tiles, config, num_images=slots, first=first)
 
     return pixels, rows, layout
 
@@ -146,8 +157,8 @@ def _mllama(config: MllamaConfig, inputs: Inputs, ids: np.ndarray) -> Parts:
     rows = np.nonzero(there)[0]
     ratios = given[there[: len(given)]]
 
-    def layout(slots: int, num_rows: int) -> np.ndarray:
-        return np.pad(ratios.astype(np.int32), (0, slots - len(ratios)))
+    def layout(slots: int, num_rows: int, share: Share) -> np.ndarray:
+        return np.pad(ratios.astype(np.int32), (0, slots // share.count - len(ratios)))
 
     return nested[there[: len(given)]], rows, layout
 

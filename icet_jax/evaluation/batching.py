@@ -9,6 +9,7 @@ import numpy as np
 from icet_jax.data.image_batches import batch_images
 from icet_jax.data.records import Example
 from icet_jax.models.family import Images
+from icet_jax.parallel.distributed import Share, row_share
 from icet_jax.parallel.sharding import place_rows
 
 _FINEST = 16  # positions; short prompts are padded to a multiple of it
@@ -48,24 +49,31 @@ def prompt_batch(
 ) -> PromptBatch:
     """Tokens and images of rows, filled up to a fixed shape.
 
+    Of several processes, each opens its own share of a full batch if the length is given and every row has the same
+    number of images; else, and where rows do not divide over the mesh, each opens all.
+
     Args:
       vlm: the model, an `icet_jax.api.VLM`.
       examples: at most `batch_size` rows.
       batch_size: B.
       per_row: most images that any row of the data set has.
-      length: P; the `prompt_bucket` of the longest row if None.
+      length: P; the `prompt_bucket` of the longest row if None, which only a process that has all rows can know.
 
     Raises:
       UserError: an image that cannot be opened, or a prompt that the processor rejects or that `length` cannot hold.
     """
-    images, prompts = [list(row.images) for row in examples], [row.prompt for row in examples]
+    share = Share(0, 1)
+    if length is not None and len(examples) == batch_size and all(len(row.images) == per_row for row in examples):
+        share = row_share(vlm.mesh, batch_size)
+    own, size = examples[share.rows(len(examples))], batch_size // share.count
+    images, prompts = [list(row.images) for row in own], [row.prompt for row in own]
     inputs = vlm.processor(images=images, prompts=prompts, pad_to=length)
     ids, attention = inputs["input_ids"], inputs["attention_mask"]
     width = ids.shape[1]
-    fill = ((0, batch_size - len(examples)), ((prompt_bucket(width) if length is None else length) - width, 0))
+    fill = ((0, size - len(own)), ((prompt_bucket(width) if length is None else length) - width, 0))
     tokens = np.pad(ids.astype(np.int32), fill)
     mask = np.pad(attention.astype(bool), fill)
     padded = {**inputs, "input_ids": tokens, "attention_mask": mask}
-    pictures = batch_images(vlm.config, padded, num_rows=batch_size, per_row=per_row)
-    tokens, mask, pictures = place_rows((tokens, mask, pictures), vlm.mesh)
+    pictures = batch_images(vlm.config, padded, num_rows=batch_size, per_row=per_row, share=share)
+    tokens, mask, pictures = place_rows((tokens, mask, pictures), vlm.mesh, share.count)
     return PromptBatch(list(examples), tokens, mask, pictures)

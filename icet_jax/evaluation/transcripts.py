@@ -2,12 +2,13 @@
 
 Answers are written before they are judged, and again with their scores. Each line carries two marks: of the sweep (what
 an answer depends on besides the data set) and of the judges (what its scores depend on; None before they are in). An
-answer whose judges have changed, or one of whose judges failed, is kept and judged again.
+answer whose judges have changed, or one of whose judges failed, is kept and judged again. Of several processes, the
+first one reads and writes the file, and all have the same rows in memory.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row
 from icet_jax.files import parse_json, write_text_atomic
+from icet_jax.parallel.distributed import is_writer, on_first
 
 
 def fingerprint(*settings: Any) -> str:
@@ -44,8 +46,13 @@ class TranscriptFile:
         by_id = {example.id: example for example in self._examples}
         if len(by_id) != len(self._examples):
             raise UserError(f"{len(self._examples) - len(by_id)} rows repeat an id; give every row its own")
-        if self._path is not None and self._path.exists():
-            self._read(self._path, by_id)
+        if self._path is None:
+            return
+        file = self._path
+        for row, judged in on_first(lambda: list(self._read(file, by_id)) if file.exists() else []):
+            key = row["id"], row["layer"]
+            self._rows[key] = row
+            (self._judged.add if judged else self._judged.discard)(key)
 
     def has(self, examples: Sequence[Example], layer: int) -> bool:
         """Whether all of these rows are there at an exit, judged by the present judges."""
@@ -67,7 +74,7 @@ class TranscriptFile:
             key = row["id"], row["layer"]
             self._rows[key] = row
             (self._judged.add if judged else self._judged.discard)(key)
-        if self._path is None:
+        if self._path is None or not is_writer():
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +97,8 @@ class TranscriptFile:
         judges = self._judges if (row["id"], row["layer"]) in self._judged else None
         return json.dumps({**row, "sweep": self._mark, "judges": judges}, allow_nan=False) + "\n"
 
-    def _read(self, path: Path, by_id: dict[str, Example]) -> None:
+    def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
+        """Rows, and whether the present judges have judged them."""
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -99,7 +107,7 @@ class TranscriptFile:
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
                 row = parse_json(line)
-                mark, judges, key = row.pop("sweep"), row.pop("judges"), (row["id"], row["layer"])
+                mark, judges = row.pop("sweep"), row.pop("judges")
                 if not _is_row(row):
                     raise ValueError("a field is missing or of another type")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -109,9 +117,7 @@ class TranscriptFile:
                 raise UserError(
                     f"{path}: line {number} is of another sweep (settings, weights or rows differ); move the file away"
                 )
-            self._rows[key] = row
-            judged = judges == self._judges and None not in row["scores"].values()
-            (self._judged.add if judged else self._judged.discard)(key)
+            yield row, judges == self._judges and None not in row["scores"].values()
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))

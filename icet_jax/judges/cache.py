@@ -22,6 +22,7 @@ import numpy as np
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
 from icet_jax.judges.base import Scorer, Scores
+from icet_jax.parallel.distributed import is_writer, on_first
 
 _FORMAT = "1"  # part of every digest: another layout of the files starts anew
 _WHOLE = 1 << 20  # bytes; files up to this size are read in full for a fingerprint, and the start of larger ones
@@ -63,9 +64,9 @@ def cached(scorer: Scorer, cache: ScoreCache) -> Scorer:
 class CachedScorer:
     """A scorer behind a cache; made by `cached`.
 
-    A scorer may say `reads_prompts = False` (its score depends on the response alone: one entry serves all prompts) and
-    `remote = True` (each process asks for itself; otherwise all processes of a run agree on which rows are known,
-    because they must enter the same jitted calls).
+    A scorer may say `reads_prompts = False`: its score depends on the response alone, and one entry serves all prompts.
+    Of several processes the first one has the cache and tells the others what it holds, because all of them must enter
+    the same jitted calls.
 
     Attributes:
       name, metric, fingerprint, label_shares, families: the scorer's own.
@@ -94,11 +95,9 @@ class CachedScorer:
             _digest(prompt if reads_prompts else "", response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        known = np.array([key in self._table.entries for key in keys], bool)
-        if not getattr(self.scorer, "remote", False):
-            known = _agreed(known)
-        entries: list[Entry] = [self._table.entries[key] if here else {} for key, here in zip(keys, known, strict=True)]
-        asked = np.flatnonzero(~known).tolist()
+        held: list[Any] = on_first(lambda: [self._table.entries.get(key, {}) for key in keys])
+        entries: list[Entry] = [{name: (value, label) for name, (value, label) in row.items()} for row in held]
+        asked = [row for row, entry in enumerate(entries) if not entry]
         self.hits, self.misses = self.hits + len(keys) - len(asked), self.misses + len(asked)
         if asked:
             results = self.scorer([prompts[row] for row in asked], [responses[row] for row in asked])
@@ -124,13 +123,13 @@ class _Table:
         self.folder, self._name = folder, name
         self.entries: dict[str, Entry] = {}
         self._own = folder / f"{secrets.token_hex(8)}.jsonl"
-        for path in sorted(folder.glob("*.jsonl")):
+        for path in sorted(folder.glob("*.jsonl")) if is_writer() else ():
             self._read(path)
 
     def add(self, rows: Mapping[str, Entry]) -> None:
         """Keeps the rows that are no errors."""
         new = {key: entry for key, entry in rows.items() if self._is_scored(entry)}
-        if not new:
+        if not new or not is_writer():
             return
         self.entries |= new
         lines = "".join(json.dumps({"key": key, "scores": entry}) + "\n" for key, entry in new.items())
@@ -174,17 +173,6 @@ def _number(value: Any) -> float | None:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:32]
-
-
-def _agreed(known: np.ndarray) -> np.ndarray:
-    """Which rows every process of the run knows."""
-    import jax
-
-    if jax.process_count() == 1:
-        return known
-    from jax.experimental import multihost_utils
-
-    return np.array(multihost_utils.process_allgather(known).all(axis=0), bool)
 
 
 def directory_fingerprint(directory: str | os.PathLike[str]) -> str:

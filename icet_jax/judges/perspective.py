@@ -27,6 +27,7 @@ import numpy as np
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
 from icet_jax.judges.base import Scores
+from icet_jax.parallel.distributed import on_first
 
 ENDPOINT = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
 KEY = "PERSPECTIVE_API_KEY"
@@ -120,20 +121,23 @@ class Perspective:
         print(f"icet-jax: the Perspective API ends on {LAST_DAY} (in {days} days); then {INSTEAD}", file=sys.stderr)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Scores B responses; the prompts are not looked at, and equal responses are sent once.
+        """Scores B responses; the prompts are not looked at, and equal responses are sent once, by one process.
 
         Raises:
           UserError: the service refuses the key (before it has accepted it once).
         """
         texts = list(dict.fromkeys(response for response in responses if response.strip()))
-        with ThreadPoolExecutor(self._threads) as pool:
-            found = dict(zip(texts, pool.map(self._scored, texts), strict=True))
+        found = dict(zip(texts, on_first(lambda: self._ask_all(texts)), strict=True))
         nothing = [math.nan] * len(self._names)
         rows = np.array([found.get(response, nothing) for response in responses], np.float32)
         rows = rows.reshape(len(responses), len(self._names))
         return {
             name: Scores(rows[:, column].copy(), [None] * len(responses)) for column, name in enumerate(self._names)
         }
+
+    def _ask_all(self, texts: Sequence[str]) -> list[list[float]]:
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(self._scored, texts))
 
     def _scored(self, text: str) -> list[float]:
         """One response's probabilities, in the attributes' order; NaN after the last failure."""

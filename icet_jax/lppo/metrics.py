@@ -10,6 +10,7 @@ from icet_jax.errors import UserError
 from icet_jax.lppo.losses import masked_mean
 from icet_jax.lppo.state import OptimizerSettings, TrainState, learning_rate
 from icet_jax.lppo.updates import Outcome
+from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 
 
@@ -91,7 +92,7 @@ def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettin
 
 def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
     """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` of the exits drawn."""
-    merged = {name: value for part in jax.device_get(parts) for name, value in part.items()}
+    merged = {name: value for part in fetch(parts) for name, value in part.items()}
     by_exit = merged.pop("exit", None)
     flat = {name: float(value) for name, value in merged.items()}
     for layer in np.flatnonzero(by_exit["n"]) if by_exit is not None else ():

@@ -11,6 +11,7 @@ from icet_jax import report
 from icet_jax.config import require
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import with_policy
+from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.export import check_form, write_exports
@@ -66,6 +67,8 @@ def align(config: ConfigDict, workdir: Path) -> None:
 
     with costs.phase("export"):
         folders = write_exports(config, setting.vlm, state, lora_scale, workdir, workdir / "hf", again=False)
+    if not is_writer():
+        return
     write_agreement(workdir)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
     print("".join(f"model: {folder}\n" for folder in folders) + f"report: {page}", file=sys.stderr)

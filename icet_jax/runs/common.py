@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,16 @@ from ml_collections import ConfigDict
 from icet_jax import api, report
 from icet_jax.config import check_exits
 from icet_jax.data.records import Example
+from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
+from icet_jax.parallel.distributed import is_writer, on_first
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.runs import run_dir, sources
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.scorers import ScorerLoader
+
+_SEEN_SECONDS = 60  # after which a network's file system shows every machine a new file
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,19 +119,33 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
     Raises:
       UserError: the folder cannot be written to or is another config's; whatever a run raises.
     """
-    run_dir.claim(workdir, config)
+    _claim(workdir, config)
     for seed in config.seeds:
         single = copy.deepcopy(config).unlock()
         single.seed, single.seeds = seed, ()
         folder = workdir / f"seed_{seed}"
         print(f"seed {seed}: {folder}", file=sys.stderr)
-        run_dir.claim(folder, single.lock())
+        _claim(folder, single.lock())
         run(single, folder)
     if not config.seeds:
         run(config, workdir)
-    else:
+    elif is_writer():
         page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
         print(f"report over {len(config.seeds)} seeds: {page}")
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """`run_dir.claim` by the first process, for all.
+
+    Raises:
+      UserError: see there; or another process does not see what the first one wrote.
+    """
+    on_first(lambda: run_dir.claim(workdir, config))
+    limit = time.monotonic() + _SEEN_SECONDS
+    while not (workdir / "config.json").is_file():
+        if time.monotonic() > limit:
+            raise UserError(f"--workdir={workdir}: is not what process 0 sees; give a folder that all machines share")
+        time.sleep(0.1)
 
 
 def model_name(config: ConfigDict) -> str:

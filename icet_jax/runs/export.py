@@ -1,6 +1,7 @@
 """`--mode=export`: what a run has trained, as a checkpoint in the Hugging Face layout, a PEFT adapter, or both."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from icet_jax import api
 from icet_jax.checkpoints import adapters
 from icet_jax.checkpoints.adapter_export import save_adapter
-from icet_jax.checkpoints.folder import ADAPTER, agreed
+from icet_jax.checkpoints.folder import ADAPTER
 from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
@@ -18,6 +19,7 @@ from icet_jax.lppo.forward import with_policy
 from icet_jax.lppo.settings import from_config
 from icet_jax.lppo.state import TrainState
 from icet_jax.models.family import POLICY_ROOT
+from icet_jax.parallel.distributed import agree, on_first
 from icet_jax.runs import common, model_card, run_dir
 from icet_jax.runs.training import newest_state
 
@@ -109,9 +111,9 @@ def write_exports(
     if config.export.form != "full":
         folders["adapter"] = out / ADAPTER
     for form, folder in folders.items():
-        if agreed((folder / _MARKS[form]).is_file() and not again):
+        if agree((folder / _MARKS[form]).is_file() and not again):
             continue
-        texts = {"README.md": model_card.text(workdir, form=form)}
+        texts = {"README.md": on_first(functools.partial(model_card.text, workdir, form=form))}
         shared: dict[str, Any] = {"start": vlm.adapter, "value_head": head, "texts": texts}
         if form == "full":
             trained = (POLICY_ROOT,) if lora is None else ()

@@ -17,6 +17,7 @@ from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.files import write_text_atomic
 from icet_jax.models.layers import Lora
+from icet_jax.parallel.distributed import agree, is_writer
 from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.common import Setting
 from icet_jax.runs.forecast import paragraph
@@ -64,6 +65,8 @@ class Measurements:
         parts = {name: self._workdir / "sweeps" / ".utility" / f"{phase}.{name}.json" for name in names}
         self._announce(phase, policy, parts)
         tokens = sum(self._measure(phase, name, policy, part) for name, part in parts.items())
+        if not is_writer():
+            return tokens
         content[phase] = {name: _read(part) for name, part in parts.items()}
         if phase == "after":
             content["difference"] = {name: self._difference(name, content["after"][name]) for name in names}
@@ -72,6 +75,8 @@ class Measurements:
 
     def differences(self) -> None:
         """Writes `sweeps/difference.DATASET.json`, after - before on the same rows."""
+        if not is_writer():
+            return
         for name in self._config.sweep.datasets:
             after = _read(self._workdir / "sweeps" / f"after.{name}.json")
             _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
@@ -80,12 +85,12 @@ class Measurements:
         """Writes `geometry.json`, how far P(e_l) lies from the default exit's; training cannot change it."""
         path = self._workdir / "geometry.json"
         rows = [row for examples in self._tests.values() for row in examples if row.images]
-        if rows and not path.exists():
+        if rows and not agree(path.exists()):
             _write(path, geometry(vlm, rows))
 
     def reuse_before_of_other_seeds(self) -> None:
         """Takes what another seed's run beside this one measured before training: greedy answers have no seed."""
-        if self._config.sweep.temperature > 0 or not re.fullmatch(r"seed_\d+", self._workdir.name):
+        if not is_writer() or self._config.sweep.temperature > 0 or not re.fullmatch(r"seed_\d+", self._workdir.name):
             return
         for sweep_file in self._workdir.parent.glob("seed_*/sweeps/**/before.*.json"):
             other = next(folder for folder in sweep_file.parents if folder.parent == self._workdir.parent)
@@ -116,7 +121,7 @@ class Measurements:
         }
 
     def _measure(self, phase: str, name: str, policy: Policy, path: Path) -> int:
-        if path.exists():
+        if agree(path.exists()):
             return 0
         result: SweepResult = sweep(
             policy.vlm,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json, write_text_atomic
+from icet_jax.parallel.distributed import is_writer
 
 
 def truncate(path: Path, step: int) -> None:
@@ -29,7 +31,7 @@ def truncate(path: Path, step: int) -> None:
 
 
 class MetricsLog:
-    """Writes one row of numbers per logged step, wherever the config asks for it."""
+    """Writes one row of numbers per logged step, wherever the config asks for it; of several processes, one does."""
 
     def __init__(self, workdir: Path, config: ConfigDict, *, step: int):
         """Continues the logs of `workdir` after `step` (the restored one; 0 for a fresh run).
@@ -37,16 +39,16 @@ class MetricsLog:
         Raises:
           UserError: Weights & Biases is asked for and not installed.
         """
-        path = workdir / "metrics.jsonl"
+        path = workdir / "metrics.jsonl" if is_writer() else Path(os.devnull)
         truncate(path, step)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if config.log.tensorboard:
+        if config.log.tensorboard and is_writer():
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(workdir), purge_step=step + 1)
-        if config.log.wandb:
+        if config.log.wandb and is_writer():
             self._wandb = _start_wandb(workdir, config)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -17,6 +17,7 @@ from icet_jax.data.published import read_source
 from icet_jax.data.records import KINDS, Example, Records, prompt_overlap
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
+from icet_jax.parallel.distributed import first_before_others
 
 # Rows of an organism source: enough for 95% intervals of a few points, and for a run without a repeated row.
 _ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256, "benign": 256, "vqa": 1024}}
@@ -36,7 +37,8 @@ def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
     if origin == "toy" and name:
         from icet_jax.runs import toy
 
-        return str(toy.checkpoint(name, workdir))
+        with first_before_others():
+            return str(toy.checkpoint(name, workdir))
     return spec
 
 
@@ -106,7 +108,8 @@ def read_rows(
         from icet_jax.runs.toy import published
 
         folder = _temporary_folder() if workdir is None else workdir / "toy"
-        source, root = published.source(name, folder / "data"), None
+        with first_before_others():
+            source, root = published.source(name, folder / "data"), None
     elif origin in ("organism", "toy") and name:
         rows = _organism_rows(source, seed) if origin == "organism" else _toy_rows(name)
         return Records(source, rows[:limit], [], complete=limit is None or len(rows) <= limit)

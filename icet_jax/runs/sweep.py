@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from icet_jax import report
 from icet_jax.config import require
+from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.measure import Measurements, Policy
@@ -37,6 +38,8 @@ def measure(config: ConfigDict, workdir: Path) -> None:
         cost["tokens"] = measurements.utility("before", policy)
     with costs.phase("geometry"):
         measurements.geometry(setting.vlm)
+    if not is_writer():
+        return
     write_agreement(workdir)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
     print(f"report: {page}", file=sys.stderr)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from icet_jax.errors import UserError
+from icet_jax.judges import cache
 from icet_jax.judges.base import Scorer, Scores
 from icet_jax.judges.cache import ScoreCache, cached, directory_fingerprint
 from icet_jax.judges.keywords import RefusalKeywords
@@ -170,20 +171,16 @@ def test_several_processes_at_once(tmp_path):
     assert scorer.hits == 600
 
 
-def test_processes_of_a_run_agree_on_what_is_known(tmp_path, monkeypatch):
-    import jax
-    from jax.experimental import multihost_utils
-
-    scorer = cached(Lengths(), ScoreCache(tmp_path))
-    scorer(["p", "p"], ["a", "bb"])
-    scorer.scorer.asked.clear()
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, np.array([True, False])]))
-    assert values(scorer(["p", "p"], ["a", "bb"])) == [2, 3]
-    assert scorer.scorer.asked == [("p", "bb")], "the other process lacks it, so every process asks"
-    scorer.scorer.remote = True
-    scorer(["p", "p"], ["a", "bb"])
-    assert len(scorer.scorer.asked) == 1
+def test_processes_of_a_run_ask_what_the_first_one_does_not_know(tmp_path, monkeypatch):
+    first = cached(Lengths(), ScoreCache(tmp_path / "own"))
+    first(["p"], ["a"])
+    monkeypatch.setattr(cache, "is_writer", lambda: False)
+    other = cached(Lengths(), ScoreCache(tmp_path / "own"))
+    word = [{"lengths": [2.0, None]}, {}]
+    monkeypatch.setattr(cache, "on_first", lambda function: (function(), word)[1])
+    assert values(other(["p", "p"], ["a", "bb"])) == [2, 3]
+    assert other.scorer.asked == [("p", "bb")]
+    assert len(list((tmp_path / "own").glob("*/*.jsonl"))) == 1, "the first process alone writes"
 
 
 def test_an_unwritable_cache_is_one_line(tmp_path):

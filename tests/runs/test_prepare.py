@@ -16,6 +16,7 @@ from icet_jax.data import prepared
 from icet_jax.data.batches import Batches
 from icet_jax.data.images import open_image
 from icet_jax.errors import UserError
+from icet_jax.parallel.distributed import Share
 from icet_jax.runs import prepare, sources
 from tests.data import published
 
@@ -70,10 +71,9 @@ def test_the_same_files_give_the_same_batches_prepared_or_not_on_any_number_of_p
     """Also where another process, with other hashes of its own, walks through them from half way."""
 
     def walk(examples, start, part=0, of=1):
-        batches = Batches(
-            examples, mixture={"forbidden": 2, "benign": 1}, batch_size=8, seed=9, process_index=part, process_count=of
-        )
-        return [[example.id for example in batches.batch(index)] for index in range(start, 6)]
+        batches = Batches(examples, mixture={"forbidden": 2, "benign": 1}, batch_size=8, seed=9)
+        own = Share(part, of).rows(8)
+        return [[example.id for example in batches.batch(index)[own]] for index in range(start, 6)]
 
     direct = sources.load_rows(files["xstest"])
     stored = sources.load_rows(files["xstest"], directory=str(directory), name="xstest")
