@@ -105,7 +105,7 @@ def _place(shape: tuple[int, ...], where: NamedSharding | None, part: Callable[[
     `part` returns memory of its own: on the CPU the array may be just that, and must not be the mapped file.
     """
     if where is None:
-        return jnp.asarray(part((slice(None),) * len(shape)))
+        return jax.device_put(part((slice(None),) * len(shape)))
     made: dict[str, np.ndarray] = {}
 
     def once(index: Index | None) -> np.ndarray:
