@@ -10,15 +10,16 @@
         exits = draw_exits(settings, run_key, state.iteration, batch=B, num_exits=.., default_exit=..)    # int32 [B]
         rollout = phases.rollout(params, state, images, tokens, mask, exits, run_key)
         scores, learned = ...                              # host: decode rollout.tokens by rollout.mask, score the text
-        state, batch, metrics = phases.prepare(params, state, rollout, scores, learned)
+        state, batch, metrics = phases.prepare(params, state, rollout, scores, learned, longest)
         state, more = phases.update(params, state, batch, run_key)        # donates `state`
         row = metrics.host_metrics(metrics, more); metrics.require_finite(row, iteration)
 
 `images` is `models.family.Images` with num_rows == B, or None where no row has one; `tokens`, `mask` [B, P] are
 left-padded prompts; a filler row has an all-false mask. `scores` is float32 [B]: NaN marks a row that could not be
-scored, which trains nothing. `learned` is bool [B]: rows scored by a reward model; only these are normalised (a row
-without a reward has score 0). The policy as something to generate with is `forward.with_policy(params,
-state.trainable, settings.lora_scale)` -> (params, lora).
+scored, which trains nothing. `longest` is the length of the longest response: with it, columns that are padding in
+every row are left out (`response_widths`). `learned` is bool [B]: rows scored by a reward model; only these are
+normalised (a row without a reward has score 0). The policy as something to generate with is
+`forward.with_policy(params, state.trainable, settings.lora_scale)` -> (params, lora).
 
 Every phase compiles once per shape, whatever exit is drawn: exits are traced. The tower runs once per rollout; its
 features stay with the rollout, row-aligned, and no gradient reaches tower or projector.
@@ -50,6 +51,7 @@ from icet_jax.typing import Array, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
 _EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+_NARROWEST, _SAVING = 32, 0.05  # response columns, and share of all columns: what a narrower program has and saves
 
 
 class Rollout(NamedTuple):
@@ -133,13 +135,20 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
 
     With a `mesh`, an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
     """
-    prepare_arrays = jax.jit(lambda *arrays: _placed(_prepare(graphdef, settings, *arrays), mesh))
+
+    def prepare_columns(*arrays: Any, columns: int | None = None) -> Any:
+        return _placed(_prepare(graphdef, settings, *arrays, columns=columns), mesh)
+
+    prepare_arrays = jax.jit(prepare_columns, static_argnames="columns")
 
     def prepare(
-        params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any
+        params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None
     ) -> tuple[TrainState, TrainBatch, dict[str, Any]]:
         scores, learned = np.asarray(scores, np.float32), np.asarray(learned, bool)
-        batch, controls, metrics = prepare_arrays(params, state.trainable, state.controls, rollout, scores, learned)
+        given = (params, state.trainable, state.controls, rollout, scores, learned)
+        width, length = rollout.prompts.shape[1], rollout.mask.shape[1]
+        columns = response_columns(width, length, length if longest is None else longest)
+        batch, controls, metrics = prepare_arrays(*given, columns=columns)
         return state._replace(controls=controls), batch, metrics
 
     rollout = jax.jit(lambda *arrays: _placed(_rollout(graphdef, settings, *arrays), mesh))
@@ -153,12 +162,41 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
         made = _abstract(jax.eval_shape(rollout, *arguments), mesh)
         per_row = (np.zeros(tokens.shape[0], np.float32), np.zeros(tokens.shape[0], bool))
         given = (params, state.trainable, state.controls, made, *per_row)
-        batch, controls, _ = _abstract(jax.eval_shape(prepare_arrays, *given), mesh)
-        yield "update", update.lower(params, state._replace(controls=controls), batch, key)
+        widths = response_widths(tokens.shape[1], settings.sampling.max_new_tokens)
+        for columns in widths:
+            results = jax.eval_shape(lambda *arrays, columns=columns: prepare_columns(*arrays, columns=columns), *given)
+            batch, controls, _ = _abstract(results, mesh)
+            yield program_name("update", columns), update.lower(params, state._replace(controls=controls), batch, key)
         yield "rollout", rollout.lower(*arguments)
-        yield "prepare", prepare_arrays.lower(*given)
+        for columns in widths:
+            yield program_name("prepare", columns), prepare_arrays.lower(*given, columns=columns)
 
     return Phases(rollout=rollout, prepare=prepare, prepare_arrays=prepare_arrays, update=update, lowered=lowered)
+
+
+def response_widths(prompt: int, response: int) -> list[int | None]:
+    """Columns of responses that are learnt from, where none of a batch is longer; None is all, and comes first.
+
+    Each is a program of its own, so there are few: halves, as long as one saves enough of the columns of prompt and
+    response together.
+    """
+    widths: list[int | None] = [None]
+    current = response
+    while current // 2 >= _NARROWEST and (current - current // 2) >= _SAVING * (prompt + current - 1):
+        current //= 2
+        widths.append(current)
+    return widths
+
+
+def response_columns(prompt: int, response: int, longest: int) -> int | None:
+    """The least of `response_widths` that holds responses of up to `longest` tokens."""
+    fitting = [width for width in response_widths(prompt, response) if width is not None and width >= longest]
+    return min(fitting, default=None)
+
+
+def program_name(phase: str, columns: int | None) -> str:
+    """What a phase's program for so many response columns is called."""
+    return phase if columns is None else f"{phase} of {columns} columns"
 
 
 def _places(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -252,9 +290,15 @@ def _in_slices(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
 
 def _prepare(
     graphdef: Any, settings: Settings, params: Any, trainable: Any, controls: Controls, rollout: Rollout,
-    scores: Array, learned: Array,
+    scores: Array, learned: Array, *, columns: int | None = None,
 ) -> tuple[TrainBatch, Controls, dict[str, Any]]:  # fmt: skip
-    """Old and reference log-probs, values, token rewards, advantages; whitened over the whole rollout batch."""
+    """Old and reference log-probs, values, token rewards, advantages; whitened over the whole rollout batch.
+
+    With `columns`, the responses are cut to so many: the rest must be padding.
+    """
+    if columns is not None:
+        cut = {name: getattr(rollout, name)[:, :columns] for name in ("tokens", "log_probs", "mask")}
+        rollout = rollout._replace(**cut)
     scored = jnp.isfinite(scores) & rollout.mask.any(axis=1)
     mask = rollout.mask & scored[:, None]
     check_divides(settings, mask.shape[0])

@@ -89,7 +89,8 @@ class Lppo:
         texts = self._vlm.processor.decode(tokens, mask)
         scores, learned = self._reward(batch.examples, texts)
         seconds["score"] = self._watch.lap()
-        state, train_batch, before = self._phases.prepare(params, state, rollout, scores, learned)
+        longest = int(mask.sum(axis=1).max())
+        state, train_batch, before = self._phases.prepare(params, state, rollout, scores, learned, longest)
         state, after = self._phases.update(params, state, train_batch, self._run_key)
         forbidden = [text for example, text in zip(batch.examples, texts, strict=True) if example.kind == "forbidden"]
         done = self._counter.lppo(prompt_mask.sum(axis=1), mask.sum(axis=1), _images(batch))
@@ -118,12 +119,17 @@ class Lsft:
 
     def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
-        yield "update", self._update.lower(self._vlm.params, state, *self._inputs(state, batch))
+        for columns in learner.response_widths(batch.tokens.shape[1], self.settings.sampling.max_new_tokens):
+            inputs = self._inputs(state, batch, *self._targets(batch, columns))
+            yield learner.program_name("update", columns), self._update.lower(self._vlm.params, state, *inputs)
 
     def begin(self, state: TrainState, batch: PromptBatch) -> Any:
         """See `Algorithm`."""
         self._watch.start()
-        return self._inputs(state, batch)
+        targets, mask = self._targets(batch)
+        length = self.settings.sampling.max_new_tokens
+        columns = learner.response_columns(batch.tokens.shape[1], length, int(mask.sum(axis=1).max()))
+        return self._inputs(state, batch, targets[:, :columns], mask[:, :columns])
 
     def finish(self, state: TrainState, batch: PromptBatch, begun: Any) -> tuple[TrainState, Read]:
         """See `Algorithm`."""
@@ -137,16 +143,20 @@ class Lsft:
 
         return state, read
 
-    def _inputs(self, state: TrainState, batch: PromptBatch) -> tuple[Any, ...]:
+    def _targets(self, batch: PromptBatch, columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask of what the rows are to answer; the first `columns`, or all that may be sampled."""
         sampling = self.settings.sampling
         texts = [self._refusal if row.kind == "forbidden" else row.answer for row in batch.examples]
         tokenizer = self._vlm.processor.tokenizer
         ids = [None if text is None else tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        targets, target_mask = lsft.pad_targets(
+        targets, mask = lsft.pad_targets(
             ids, eos_id=sampling.eos_ids[0], length=sampling.max_new_tokens, pad_id=sampling.pad_id
         )
+        return targets[:, :columns], mask[:, :columns]
+
+    def _inputs(self, state: TrainState, batch: PromptBatch, targets: Any, mask: Any) -> tuple[Any, ...]:
         exits = self._exits(state.iteration)
-        return (batch.images, batch.tokens, batch.mask, exits, targets, target_mask, self._run_key)
+        return (batch.images, batch.tokens, batch.mask, exits, targets, mask, self._run_key)
 
 
 def _peak(config: ConfigDict, vlm: VLM) -> Peak:
