@@ -16,7 +16,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-GRACE = 20.0  # seconds in which the others should end by themselves after one has failed
+GRACE = 20.0  # seconds in which the others should end by themselves after one has named its error
+KILLED_GRACE = 5.0  # after one was killed and could not: the others may be waiting in a collective
 _POLL = 0.05
 
 
@@ -58,20 +59,22 @@ def start(command: Sequence[str], *, processes: int, devices: int) -> list[subpr
     return children
 
 
-def wait(children: Sequence[subprocess.Popen[bytes]], grace: float = GRACE) -> int:
-    """Waits for all; after the first failure the others have `grace` seconds. Returns its exit code, or 0."""
-    failed, limit = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        for index, child in enumerate(children):
-            if child.returncode and not failed:
-                failed, limit = exit_code(child.returncode), time.monotonic() + grace
-                if child.returncode < 0:
-                    name = signal.Signals(-child.returncode).name
+def wait(children: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Waits for all, and ends the rest after the first failure; returns its exit code, or 0."""
+    failed, limit, running = 0, float("inf"), True
+    while running:
+        codes = [child.poll() for child in children]
+        running = None in codes
+        for index, code in enumerate(codes):
+            if code and not failed:
+                failed, limit = exit_code(code), time.monotonic() + (GRACE if code > 0 else KILLED_GRACE)
+                if code < 0:
+                    name = signal.Signals(-code).name
                     print(f"local_processes: process {index} was killed ({name}); the others end", file=sys.stderr)
         if time.monotonic() > limit:
             send(children, signal.SIGKILL)
         time.sleep(_POLL)
-    return failed or max((exit_code(child.returncode) for child in children), default=0)
+    return failed
 
 
 def exit_code(returncode: int) -> int:

@@ -256,20 +256,29 @@ def _start(coordinator: str | None, process_id: int | None, process_count: int |
     if isinstance(found, Address):
         how = dict(zip(("coordinator_address", "process_id", "num_processes"), _ordered(found), strict=True))
         how["cluster_detection_method"] = "deactivate"
+    who = f"process {found.process_id} of {found.process_count}" if isinstance(found, Address) else "this process"
+    where = f"at {found.coordinator}" if isinstance(found, Address) else "in this cluster (--coordinator=auto)"
+    line = f"{who} did not find the others {where}"
+    clock = threading.Timer(_START_SECONDS, _give_up, [f"{line} within {_START_SECONDS} s; are all of them started?"])
+    clock.daemon = True
+    clock.start()  # the library's own end of patience is an abort, and comes later
     try:
-        jax.distributed.initialize(
-            **how, initialization_timeout=_START_SECONDS, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
-        )
+        times = {"initialization_timeout": _START_SECONDS + 60, "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
+        jax.distributed.initialize(**how, **times)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        who = f"process {found.process_id} of {found.process_count}" if isinstance(found, Address) else "this process"
-        where = f" at {found.coordinator}" if isinstance(found, Address) else " (--coordinator=auto)"
-        raise UserError(f"{who} did not find the others{where}: {reason}") from error
+        raise UserError(f"{line}: {(str(error).strip().splitlines() or [''])[0]}") from error
+    finally:
+        clock.cancel()
     if jax.process_count() == 1:
         return False
     if not is_writer():
         _be_quiet(jax.process_index())
     return True
+
+
+def _give_up(line: str) -> None:
+    print(f"icet-jax: {line}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _ordered(address: Address) -> tuple[str, int, int]:

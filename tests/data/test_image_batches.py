@@ -16,6 +16,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch, prompt_bucket
 from icet_jax.models.layers import positions_from_mask
+from icet_jax.parallel.distributed import Share
 from tests import tiny_families
 from tests.data import families
 
@@ -57,6 +58,26 @@ def test_images_come_first_and_fillers_after_the_last_row(name, processors, inpu
     rest[(slice(4), *within)] = 0
     assert len(rest) == 18 and not rest.any()
     assert list(np.asarray(batch.slots())[:4]) == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_shares_of_a_batch_are_its_parts(name, processors):
+    sizes = [[(30, 50), (20, 60)], [(57, 57), (28, 28)], [(60, 20), (56, 56)], [(40, 40), (30, 50)]]
+    images = [tiny_families.pictures(row, number) for number, row in enumerate(sizes)]
+    whole = processors[name](images=images, prompts=["a prompt", "b", "c", "d"])
+    width = whole["input_ids"].shape[1]
+    expected = processors[name].batch_images(whole, num_rows=4, per_row=2)
+    parts = []
+    for share in (Share(0, 2), Share(1, 2)):
+        own = processors[name](images=images[share.rows(4)], prompts=["a prompt", "b", "c", "d"][share.rows(4)])
+        short = width - own["input_ids"].shape[1]
+        own["input_ids"] = np.pad(own["input_ids"], ((0, 0), (short, 0)))
+        parts.append(batch_images(processors[name].config, own, num_rows=4, per_row=2, share=share))
+    assert all((part.num_rows, part.per_row) == (4, 2) for part in parts)
+    jax.tree.map(lambda all_rows, *own: np.testing.assert_array_equal(np.concatenate(own), all_rows), expected, *parts)
+    with pytest.raises(ValueError, match="a share of a batch has 2 images"):
+        first = processors[name](images=[row[:1] for row in images[:2]], prompts=["a", "b"])
+        batch_images(processors[name].config, first, num_rows=4, per_row=2, share=Share(0, 2))
 
 
 def test_every_image_of_next_has_the_tiles_of_the_largest(processors, inputs):
