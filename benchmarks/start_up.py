@@ -122,7 +122,7 @@ def child(report: Path, began: float, arguments: list[str]) -> None:
 
     def step(*_: Any) -> None:
         ends["step"] = time.time() - began
-        report.write_text(json.dumps({"ends": ends, "events": events}))
+        report.write_text(json.dumps({"ends": ends, "events": events, "cpu": time.process_time()}))
         raise KeyboardInterrupt
 
     jax.monitoring.register_event_duration_secs_listener(count)
@@ -212,12 +212,13 @@ def measure(folder: Path, name: str, pairs: int) -> dict[str, Any]:
         kind: {stage: statistics.median(stages(one[kind])[stage] for one in kept) for stage in STAGES}
         for kind in ("cold", "warm")
     }
-    return {"seconds": totals, "warm_over_cold": ratios, "stages": medians, "pairs": kept}
+    cpu = {kind: [one[kind]["cpu"] for one in kept] for kind in ("cold", "warm")}
+    return {"seconds": totals, "cpu_seconds": cpu, "warm_over_cold": ratios, "stages": medians, "pairs": kept}
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| model | cold, s | warm, s | warm / cold |", "|---|---|---|---|"]
+    lines = ["| model | cold, s | warm, s | warm / cold | cold, processor s | warm, processor s |", "|---" * 6 + "|"]
     for name, result in results.items():
         numbers = [result["seconds"]["cold"], result["seconds"]["warm"]]
         cells = [f"{statistics.median(n):.2f} ({min(n):.2f}-{max(n):.2f})" for n in numbers]
@@ -225,6 +226,7 @@ def table(results: dict[str, Any]) -> str:
         loaded = sum(one["loaded"] for one in result["pairs"])
         note = f", {loaded} of {len(ratios)} pairs on a busy machine" if loaded else ""
         cells.append(f"{statistics.median(ratios):.0%} ({min(ratios):.0%}-{max(ratios):.0%}){note}")
+        cells += [f"{statistics.median(result['cpu_seconds'][kind]):.2f}" for kind in ("cold", "warm")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, result in results.items():
         lines += ["", f"| {name}: where the time goes | cold, s | warm, s |", "|---|---|---|"]

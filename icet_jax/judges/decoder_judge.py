@@ -5,7 +5,7 @@ verdict is an error, never "safe".
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -157,6 +157,6 @@ class DecoderJudge:
             f"{self.name}.p_unsafe": Scores(values[1], [None] * len(encoded)),
         }
 
-    def warm_up(self, tokens: int | None = None) -> None:
-        """Compiles every length bucket for conversations of up to `tokens` tokens (all buckets if None)."""
-        self.network.warm_up(tokens)
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
+        """The programs for conversations of up to `tokens` tokens (any length if None), see `BatchedNetwork.lowered`."""
+        return self.network.lowered(tokens)

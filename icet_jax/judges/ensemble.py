@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,11 +56,11 @@ class Ensemble:
             mean += share * scores.values.astype(np.float64)
         return {self.name: Scores(mean.astype(np.float32), [None] * len(prompts)), **own}
 
-    def warm_up(self, tokens: int | None = None) -> None:
-        """Compiles the members for pairs of up to `tokens` tokens, those that can be compiled ahead."""
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
+        """The programs of the members that have any, for pairs of up to `tokens` tokens."""
         for member, _ in self.members:
-            if warm_up := getattr(member, "warm_up", None):
-                warm_up(tokens)
+            if lowered := getattr(member, "lowered", None):
+                yield from lowered(tokens)
 
     def _fingerprint(self) -> str | None:
         marks = [(member.name, getattr(member, "fingerprint", None), share) for member, share in self.members]

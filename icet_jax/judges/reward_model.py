@@ -5,7 +5,7 @@ Sources: HF `GPT2ForSequenceClassification` (the paper's, `Ray2333/gpt2-large-ha
 `LlamaForSequenceClassification`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -117,9 +117,9 @@ class RewardModel:
         values = self.score_tokens(self.pairs(prompts, responses))
         return {self.name: Scores(values, [None] * len(values))}
 
-    def warm_up(self, tokens: int | None = None) -> None:
-        """Compiles every length bucket for pairs of up to `tokens` tokens (all buckets if None)."""
-        self.network.warm_up(tokens)
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
+        """The programs for pairs of up to `tokens` tokens (of any length if None), see `BatchedNetwork.lowered`."""
+        return self.network.lowered(tokens)
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Scores float32 [B] of token rows. Rows of similar length share a batch."""

@@ -1,7 +1,7 @@
 """Rows of tokens through a network: padded to few lengths, batched, spread over the mesh, compiled once per length."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -97,13 +97,18 @@ class BatchedNetwork:
                 result[chosen] = np.asarray(value)[: len(chosen)]
         return results
 
-    def warm_up(self, tokens: int | None = None) -> None:
-        """Compiles every length bucket for rows of up to `tokens` tokens (all buckets if None)."""
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
+        """The programs for rows of up to `tokens` tokens (of any length if None), ready to be compiled.
+
+        Yields:
+          (length, `jax.stages.Lowered`); once it is compiled, rows of that length compile nothing.
+        """
         last = bucket(min(tokens or self.longest, self.longest), self.longest, self._steps)
         length = 0
         while length < last:
             length = bucket(length + 1, self.longest, self._steps)
-            self._run([], length)
+            batch = pad_rows([], length, self._rows_at_once(length), self._side)
+            yield str(length), self.compiled.lower(self._params, *place_rows(batch, self._mesh))
 
     def _rows_at_once(self, length: int) -> int:
         count = self.batch_size

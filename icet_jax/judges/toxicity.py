@@ -1,6 +1,6 @@
 """Toxicity classifiers (metric "ts"): BERT or RoBERTa with one sigmoid per label, over the response alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,9 +76,9 @@ class Toxicity:
         values = np.where(np.isfinite(values), values, np.nan).astype(np.float32)
         return {name: Scores(values[:, column], [None] * len(rows)) for name, column in self.heads.items()}
 
-    def warm_up(self, tokens: int | None = None) -> None:
-        """Compiles every length bucket for responses of up to `tokens` tokens (all buckets if None)."""
-        self.network.warm_up(tokens)
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
+        """The programs for responses of up to `tokens` tokens (of any length if None), see `BatchedNetwork.lowered`."""
+        return self.network.lowered(tokens)
 
 
 def head_labels(hf_config: Mapping[str, Any]) -> list[str]:

@@ -72,6 +72,7 @@ class Lppo:
         exits = self._exits(state.iteration)
         inputs = (batch.images, batch.tokens, batch.mask, exits, self._run_key)
         yield from self._phases.lowered(self._vlm.params, state, *inputs)
+        yield from self._reward.lowered(batch.tokens.shape[1] + self.settings.sampling.max_new_tokens)
 
     def begin(self, state: TrainState, batch: PromptBatch) -> Any:
         """See `Algorithm`."""

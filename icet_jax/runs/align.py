@@ -81,12 +81,10 @@ def _asks_reward_model(config: ConfigDict) -> bool:
 
 
 def _reward(config: ConfigDict, workdir: Path, mesh: Any) -> RewardByKind:
-    """Loads (and compiles) the reward model if it is needed."""
+    """Loads the reward model if it is needed."""
     if not _asks_reward_model(config):
         return RewardByKind(config.reward.by_kind.to_dict(), None)
     model = ScorerLoader(config, workdir, mesh)(config.reward.model)
     if model.metric != "tr":
         raise UserError(f"config.reward.model={config.reward.model}: is a judge ({model.metric}), not a reward model")
-    if warm_up := getattr(model, "warm_up", None):
-        warm_up(config.data.max_prompt_tokens + config.lppo.max_new_tokens)
     return RewardByKind(config.reward.by_kind.to_dict(), model)

@@ -1,6 +1,7 @@
 """What rewards a response during training, by the kind of its row (`config.reward.by_kind`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,11 @@ class RewardByKind:
         """`by_kind`: kind -> "reward_model", "exact_match" or "none"; a `reward_model` is needed if a kind names it."""
         self._by_kind = dict(by_kind)
         self._reward_model = reward_model
+
+    def lowered(self, tokens: int) -> Iterator[tuple[str, Any]]:
+        """The reward model's programs for pairs of up to `tokens` tokens, by name, ready to be compiled."""
+        programs = getattr(self._reward_model, "lowered", lambda _: ())
+        return ((f"reward model at {length}", program) for length, program in programs(tokens))
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Scores one response per row.

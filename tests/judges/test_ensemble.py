@@ -42,14 +42,13 @@ def test_the_fingerprint_is_of_members_and_weights():
     assert mark((a, 1), (Lengths("b", None), 1)) is None
 
 
-def test_members_are_compiled_ahead_where_they_can_be():
+def test_its_programs_are_those_of_the_members_that_have_any():
     class Compiled(Lengths):
-        def warm_up(self, tokens):
-            self.tokens = tokens
+        def lowered(self, tokens):
+            yield str(tokens), self.name
 
-    member = Compiled("a")
-    Ensemble("both", [(member, 1), (Lengths("b"), 1)]).warm_up(96)
-    assert member.tokens == 96
+    members = [(Compiled("a"), 1), (Lengths("b"), 1), (Compiled("c"), 1)]
+    assert [*Ensemble("all", members).lowered(96)] == [("96", "a"), ("96", "c")]
 
 
 @pytest.mark.parametrize(

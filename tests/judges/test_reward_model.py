@@ -10,6 +10,7 @@ from icet_jax.judges.pairs import HH_TEMPLATE, PairTokenizer, longest_first
 from icet_jax.judges.reward_model import RewardModel
 from icet_jax.judges.reward_training import RewardTraining, preference_loss, train_reward_model
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
+from icet_jax.runs.compilations import CompilationCounter
 from tests import tiny
 
 CONFIG = GPT2Config(vocab_size=tiny.GPT2_VOCAB, n_positions=64, n_embd=24, n_layer=2, n_head=3, n_inner=96)
@@ -77,12 +78,12 @@ def test_no_text_or_no_number_is_an_error(tokenizer):
     assert RewardModel(model(), tokenizer, name="toy")([], [])["toy"].values.shape == (0,)
 
 
-def test_warm_up_compiles_every_bucket(tokenizer):
+def test_once_its_programs_are_compiled_pairs_of_any_length_compile_nothing(tokenizer):
     scorer = RewardModel(model(), tokenizer, name="toy", template="{prompt}", batch_size=2)
-    scorer.warm_up()
-    before = scorer.network.compiled._cache_size()
-    scorer(["p" * n for n in (1, 20, 40, 90)], ["r"] * 4)
-    assert scorer.network.compiled._cache_size() == before == 2
+    programs = [program.compile() for _, program in scorer.lowered()]
+    with CompilationCounter() as counter:
+        scorer(["p" * n for n in (1, 20, 40, 90)], ["r"] * 4)
+    assert (len(programs), counter.count) == (2, 0)
 
 
 def test_preference_loss():
