@@ -158,5 +158,5 @@ class DecoderJudge:
         }
 
     def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """The programs for conversations of up to `tokens` tokens (any length if None), see `BatchedNetwork.lowered`."""
+        """The programs for conversations of up to `tokens` tokens (any if None), see `BatchedNetwork.lowered`."""
         return self.network.lowered(tokens)
