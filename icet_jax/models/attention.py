@@ -47,7 +47,7 @@ def attention(
       padding, gets something finite, and its gradients are zero where nothing is made of it.
     """
     mesh = mesh_of(q, k, v)
-    kernel = None if mask is not None else _kernel(q, k, causal, mesh)
+    kernel = None if mask is not None else kernel_for(q, k, causal, mesh)
     if kernel is not None:
         out = _on_each_device(functools.partial(kernel, causal=causal), mesh, q, k, v, real)
     else:
@@ -72,7 +72,7 @@ Kernel = Callable[..., Float[Array, "B T H D"]]
 """(q, k, v, real or None, causal=) -> what `plain` gives at real queries."""
 
 
-def _kernel(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> Kernel | None:
+def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> Kernel | None:
     """The kernel for these arrays where they lie; None is XLA."""
     length, heads, size = q.shape[1:]
     if length != k.shape[1] or length < _LEAST:
@@ -83,8 +83,13 @@ def _kernel(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> Kern
         return None
     platform = _platform(mesh)
     # Without a causal half to skip, XLA for TPUs reads and writes hardly more than the kernel (CLIP's 577 tokens).
+    # Its products are of bfloat16 as they are, and do not compile where more is asked for.
     if platform == "tpu" and causal and q.dtype == jnp.bfloat16 and size % 8 == 0 and size >= 64:
-        return splash
+        return (
+            splash
+            if getattr(jax.config, "jax_default_matmul_precision", None) in (None, "default", "bfloat16")
+            else None
+        )
     if platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
         capability = _compute_capability()
         if capability >= 8 and size % 8 == 0 and size <= (256 if capability >= 9 else 128):

@@ -1,5 +1,7 @@
 """The door to attention: XLA against the formula, the kernels against XLA, and which one is taken where."""
 
+import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,10 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from icet_jax.lppo.forward import score_responses
 from icet_jax.models import attention, layers
-from icet_jax.parallel.mesh import AXES
+from icet_jax.models.family import init_lora
+from icet_jax.models.layers import Lora
+from icet_jax.models.llama import lora_shapes
+from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.parallel import topology
+from icet_jax.parallel.collectives import moved_bytes
+from icet_jax.parallel.mesh import AXES, make_mesh
+from icet_jax.parallel.sharding import batch_sharding, shardings
+from tests.lppo import toy
 
 SHAPES = [(5, 7, 4, 4, 8), (5, 13, 6, 2, 5)]  # rows, queries, heads, key-value heads, head size
 
@@ -158,6 +170,7 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch):
         ("tpu", "", {"length": 1}, None),
         ("tpu", "", {"keys": 512}, None),
         ("tpu", "", {"rows": 3}, None),
+        ("tpu", "", {"precision": "highest"}, None),
         ("tpu", "", {"heads": 3, "kv_heads": 3}, None),
         ("tpu", "", {"kv_heads": 1}, None),
         ("cpu", "", {}, None),
@@ -168,10 +181,11 @@ def test_which_kernel_runs(monkeypatch, platform, capability, changes, expected)
     mesh = AbstractMesh((2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
     sizes = {"rows": 4, "length": 256, "keys": None, "heads": 8, "kv_heads": 4, "size": 128, "causal": True}
-    sizes |= {"dtype": jnp.bfloat16} | changes
+    sizes |= {"dtype": jnp.bfloat16, "precision": "default"} | changes
     q = jnp.zeros((sizes["rows"], sizes["length"], sizes["heads"], sizes["size"]), sizes["dtype"])
     k = jnp.zeros((sizes["rows"], sizes["keys"] or sizes["length"], sizes["kv_heads"], sizes["size"]), sizes["dtype"])
-    assert attention._kernel(q, k, sizes["causal"], mesh) is expected
+    with jax.default_matmul_precision(sizes["precision"]):
+        assert attention.kernel_for(q, k, sizes["causal"], mesh) is expected
 
 
 PROGRAM = """
@@ -188,7 +202,7 @@ def gradients(arrays, real):
         return (out * arrays[3] * real[:, :, None, None]).sum()
     return jax.value_and_grad(total, (0, 1, 2))(*arrays[:3])
 expected = jax.jit(gradients)(arrays, real)
-attention._kernel = lambda *_: interpreted
+attention.kernel_for = lambda *_: interpreted
 placed = place_rows((arrays, real), make_mesh(data=2, fsdp=2, tensor=2))
 program = jax.jit(gradients).lower(*placed).compile()
 assert program.input_shardings[0][0][0].shard_shape((4, 131, 2, 64)) == (1, 131, 2, 64)
@@ -204,3 +218,35 @@ def test_each_device_runs_a_kernel_on_its_rows_and_heads():
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "agreed" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")
+def test_a_sharded_update_compiles_for_tpus_with_the_kernel():
+    text = dataclasses.replace(toy.TEXT, hidden_size=128, num_key_value_heads=2, head_dim=64)
+    config = LlavaConfig(vision=toy.VISION, text=text, image_token_index=toy.IMAGE)
+    mesh = make_mesh(data=1, fsdp=2, tensor=2, devices=topology.parse("v5e:2x2").devices())
+
+    def placed(tree):
+        def place(leaf, where):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        return jax.tree.map(place, tree, shardings(tree, mesh))
+
+    half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "remat": "full"}
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Llava(config, rngs=nnx.Rngs(0), **half)))
+    adapters = jax.eval_shape(
+        lambda: init_lora(lora_shapes(text), rank=4, alpha=8.0, targets=("q_proj", "v_proj"), key=jax.random.key(0))
+    ).weights
+    rows = {"prompts": ((8, 120), jnp.int32), "prompt_mask": ((8, 120), jnp.bool_), "responses": ((8, 12), jnp.int32)}
+    rows |= {"mask": ((8, 12), jnp.bool_), "visual": ((8, 4, 128), jnp.bfloat16)}
+    batch = {name: jax.ShapeDtypeStruct(*of, sharding=batch_sharding(mesh)) for name, of in rows.items()}
+
+    def loss(adapters, params, batch):
+        model, lora = nnx.merge(graphdef, params), Lora(weights=adapters, scale=2.0)
+        fixed = {"temperature": 1.0, "suppress_ids": (), "chunk": 4}
+        return score_responses(model, lora, None, **batch, **fixed).log_probs.sum()
+
+    with jax.default_matmul_precision("default"):
+        program = jax.jit(jax.grad(loss)).lower(placed(adapters), placed(params), batch).compile().as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') >= 3  # forward, and backward to q and to k and v
+    assert moved_bytes(program) > 0
