@@ -164,8 +164,7 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
         given = (params, state.trainable, state.controls, made, *per_row)
         widths = response_widths(tokens.shape[1], settings.sampling.max_new_tokens)
         for columns in widths:
-            results = jax.eval_shape(lambda *arrays, columns=columns: prepare_columns(*arrays, columns=columns), *given)
-            batch, controls, _ = _abstract(results, mesh)
+            batch, controls, _ = _abstract(prepare_arrays.eval_shape(*given, columns=columns), mesh)
             yield program_name("update", columns), update.lower(params, state._replace(controls=controls), batch, key)
         yield "rollout", rollout.lower(*arguments)
         for columns in widths:
