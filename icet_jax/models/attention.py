@@ -83,13 +83,10 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
         return None
     platform = _platform(mesh)
     # Without a causal half to skip, XLA for TPUs reads and writes hardly more than the kernel (CLIP's 577 tokens).
-    # Its products are of bfloat16 as they are, and do not compile where more is asked for.
     if platform == "tpu" and causal and q.dtype == jnp.bfloat16 and size % 8 == 0 and size >= 64:
-        return (
-            splash
-            if getattr(jax.config, "jax_default_matmul_precision", None) in (None, "default", "bfloat16")
-            else None
-        )
+        # Its products are of bfloat16 as they are, and do not compile where more is asked for.
+        precision = getattr(jax.config, "jax_default_matmul_precision", None)
+        return splash if precision in (None, "default", "bfloat16") else None
     if platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
         capability = _compute_capability()
         if capability >= 8 and size % 8 == 0 and size <= (256 if capability >= 9 else 128):

@@ -12,8 +12,8 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.kv_cache import KVCache, attend
 from icet_jax.models.layers import Lora
+from icet_jax.parallel.traced import by_rows, gathered
 from icet_jax.typing import Array, Bool, Float, Int
-
 
 Angles = tuple[Any, Any]
 """cos and sin of tokens' rotary angles, `[B, T, 1, D]`."""
@@ -130,7 +130,7 @@ class SelfAttention:
 
     def __init__(self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None):
         """`angles`: cos and sin of the positions; `mask`: which tokens are real; `prefix`: what they follow."""
-        self.angles = angles
+        self.angles, self.mask = angles, mask
         length = mask.shape[1]
         self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
         self.past = None if prefix is None else (jnp.stack(prefix.k), jnp.stack(prefix.v))
@@ -145,7 +145,11 @@ class SelfAttention:
     ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
         """One layer; also the tokens' keys and values, `[B, K, T, D]`."""
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
-        return layer.rest(x, self._attend(q, k, v, self.allowed, index), adapters, scale), _heads_first(k, v)
+        if self.past is None:
+            attended = layers.attention(q, k, v, real=self.mask, causal=True)
+        else:
+            attended = self._attend(q, k, v, self.allowed, index)
+        return by_rows(layer.rest(x, attended, adapters, scale)), _heads_first(k, v)
 
     def last(
         self,
@@ -268,10 +272,10 @@ class LlamaDecoder(nnx.Module):
         graph, state, adapters, scale = self._stacks(lora)
 
         def body(x: Array, slices: Any) -> tuple[Array, None]:
-            weights, adapters = slices
+            weights, adapters = (gathered(part, x) for part in slices)
             return attend_to(x, nnx.merge(graph, weights), adapters, scale, None)[0], None
 
-        x = embeddings.astype(self.dtype)
+        x = by_rows(embeddings.astype(self.dtype))
         x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, adapters))
         return self.norm(x)
 
@@ -295,11 +299,11 @@ class LlamaDecoder(nnx.Module):
         depth = self.config.num_hidden_layers
 
         def body(x: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-            weights, own = layer_at((state, adapters), index)
+            weights, own = (gathered(layer_at(part, index), x) for part in (state, adapters))
             return attend_to(x, nnx.merge(graph, weights), own, scale, index)
 
-        x, stacked = jax.lax.scan(body, embeddings.astype(self.dtype), jnp.arange(depth - 1))
-        weights, own = layer_at((state, adapters), depth - 1)
+        x, stacked = jax.lax.scan(body, by_rows(embeddings.astype(self.dtype)), jnp.arange(depth - 1))
+        weights, own = (gathered(layer_at(part, depth - 1), x) for part in (state, adapters))
         last = jnp.maximum(mask.sum(axis=1) - 1, 0)
         x, made = attend_to.last(x, nnx.merge(graph, weights), own, scale, depth - 1, last)
         k, v = ((*some, one) for some, one in zip(stacked, made, strict=True))

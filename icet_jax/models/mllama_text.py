@@ -28,6 +28,7 @@ from icet_jax.models.llama import (
     prompt_positions,
     rotary,
 )
+from icet_jax.parallel.traced import by_rows, gathered
 from icet_jax.typing import Array, Bool, Float, Int
 
 CROSS = "cross_layers"
@@ -341,6 +342,7 @@ class MllamaDecoder(nnx.Module):
             kept: tuple[list[Any], list[Any]] = ([], [])
             for is_cross in kinds:
                 weights, adapters, extra = layer_at(slices[is_cross], taken[is_cross])
+                weights, adapters = (gathered(part, x, CROSS if is_cross else "layers") for part in (weights, adapters))
                 taken[is_cross] += 1
                 if not is_cross:
                     x, made = text(x, nnx.merge(self_graph, weights), adapters, scale, extra)
@@ -352,7 +354,8 @@ class MllamaDecoder(nnx.Module):
                     made = extra if known else layer.keys_values(vision.states, adapters, scale)
                     k, v = (part.swapaxes(1, 2) for part in made)
                     q = layer.query(x, adapters, scale)
-                    x = layer.rest(x, layers.attention(q, k, v, vision.attended[:, None]), vision, adapters, scale)
+                    attended = layers.attention(q, k, v, vision.attended[:, None])
+                    x = by_rows(layer.rest(x, attended, vision, adapters, scale))
                 kept[is_cross].append(made)
             return x, tuple(
                 jax.tree.map(lambda *parts: jnp.stack(parts), *made) for made in kept if made
@@ -362,7 +365,7 @@ class MllamaDecoder(nnx.Module):
             lambda leaf: leaf.reshape(repeats, -1, *leaf.shape[1:]),
             ((self_state, own, indices), (cross_state, cross, stored)),
         )
-        x, kept = jax.lax.scan(layers.rematerialise(body, self.remat), x, stacks)
+        x, kept = jax.lax.scan(layers.rematerialise(body, self.remat), by_rows(x), stacks)
         text_kv, image_kv = (*jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept or ()), None, None)[:2]
         return x, (text_kv, image_kv)
 
