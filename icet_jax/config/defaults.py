@@ -118,7 +118,8 @@ def _model() -> ConfigDict:
     # trained) or the one that leaves it ("output", as transformers since 4.56 reads it).
     model.intermediate_capture = "input"
     model.dtype = "bfloat16"  # compute; norms, softmax, log-probs, adapters and optimizer stay float32 (ours)
-    model.remat = "full"  # what the backward pass recomputes: "none", "dots" (keep matmuls), "full"
+    # What the backward pass recomputes: "none", "dots" (all but products with weights), "full" (all; least memory).
+    model.remat = "dots"
     return model
 
 
