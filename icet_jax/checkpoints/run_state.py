@@ -1,8 +1,12 @@
-"""The state of a run on disk (Orbax): atomic saves, the last few kept, bit-exact restores, damage noticed."""
+"""The state of a run on disk (Orbax): saved while the run goes on, the last few kept, damage noticed at the restore."""
 
+import contextlib
+import json
 import logging
+import math
 import shutil
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icet_jax.errors import UserError
+from icet_jax.errors import RESUMABLE, UserError
+from icet_jax.parallel.distributed import gather, is_writer, together
 from icet_jax.parallel.sharding import flatten_with_names
 
 _LOG = logging.getLogger("icet_jax")
@@ -22,14 +27,21 @@ class RunState:
 
         states = RunState(workdir / "checkpoints", keep=2)
         restored = states.restore(like=state)        # None on the first start
-        states.save(step, state, {"any": "JSON"})
+        states.save(step, state, {"any": "JSON"})    # returns as soon as `state` may be changed or donated
+        states.wait()                                # now the last save is on disk, or its error is raised
 
-    A save is complete or absent, whenever the process is killed. Each array's checksum is stored with it, since Orbax
-    itself does not notice a changed byte.
+    A save is complete or absent, whenever the process is killed; older ones are deleted once it is complete. Each
+    array's checksum is stored with it, since Orbax itself does not notice a changed byte. Several processes call all of
+    this together, and may be more or fewer at the restore.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int):
+    def __init__(self, directory: str | Path, *, keep: int, keep_best: bool = False):
         """Opens (or makes) `directory`; saves beyond the newest `keep` are deleted.
+
+        Args:
+          directory: of this run alone.
+          keep: how many of the newest are kept.
+          keep_best: whether the save of the highest `value` is kept beside them.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -39,8 +51,10 @@ class RunState:
 
         self._ocp = ocp
         self.directory = Path(directory).absolute()
+        self._values: dict[int, float] = {}
+        self._keep, self._keep_best = keep, keep_best
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            preservation_policy=_Kept(self), enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -49,62 +63,82 @@ class RunState:
             raise UserError(
                 f"{self.directory}: cannot be written ({error.strerror}); choose another workdir"
             ) from error
+        if keep_best:
+            self._values = {step: value for step in self.steps if (value := self._value(step)) is not None}
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the complete saves, ascending."""
+        """Steps of the complete saves, and of one that is being written, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Saves a pytree of non-empty arrays and Python numbers, and a JSON-able dict; returns when it is on disk.
+    @property
+    def best(self) -> int | None:
+        """The step of the highest value (of equal ones the first); None where no save has one."""
+        return max(sorted(self._values), key=self._values.__getitem__, default=None)
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any], *, value: float | None = None) -> None:
+        """Begins to save a pytree of non-empty arrays and Python numbers, and a JSON-able dict; see `wait`.
+
+        Args:
+          step: beyond those that are saved.
+          state: may be donated when this returns.
+          metadata: comes back with it.
+          value: how good it is, higher is better (`keep_best`); None or NaN: it does not compete.
 
         Raises:
-          UserError: it cannot be written, for example because the disk is full.
+          UserError: this or the last save cannot be written, for example because the disk is full.
         """
         arrays = _named(state)
-        described = {"arrays": {name: _describe(array) for name, array in arrays.items()}, "user": metadata}
+        value = None if value is None or math.isnan(value) else value
+        if value is not None:
+            self._values[step] = value
+        described = json.dumps({"arrays": _described(arrays), "user": metadata, "value": value})
+        sealed = {"content": described, "crc32": zlib.crc32(described.encode())}
         args = self._ocp.args
-        try:
+        with self._named_errors():
             self._manager.save(
                 step,
                 args=args.Composite(
-                    **{_STATE: args.StandardSave(arrays), _METADATA: args.JsonSave(described)},
+                    **{_STATE: args.StandardSave(arrays), _METADATA: args.JsonSave(sealed)},
                 ),
             )
-            self._manager.wait_until_finished()
-        except OSError as error:
-            raise UserError(f"{self.directory}: step {step} cannot be saved ({error}); free space") from error
 
-    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def wait(self) -> None:
+        """Returns when the last save is complete.
+
+        Raises:
+          UserError: it could not be written; those before it are as they were.
+        """
+        with self._named_errors():
+            self._manager.wait_until_finished()
+
+    def restore(self, like: Any, *, best: bool = False) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest save that is intact; damaged newer ones are reported in the log and deleted.
 
         Args:
           like: pytree of the saved structure; arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and (where
             given) shardings wanted. Numpy arrays and Python numbers come back as such.
+          best: the one of the highest value instead, if there is one and it is intact.
 
         Returns:
           Step, state and metadata, or None if nothing was ever saved.
 
         Raises:
-          UserError: the save has other arrays than `like` (another config), or every save is damaged.
+          UserError: a save is of another structure, or all are damaged.
         """
-        damaged = []
-        for step in reversed(self.steps):
-            try:
-                saved, metadata = self._read_metadata(step)
-            except Exception as error:
-                damaged.append(self._report(step, error))
+        self.wait()
+        damaged: list[int] = []
+        steps = sorted(self.steps, reverse=True)
+        first = self.best if best else None
+        for step in steps if first is None else [first, *steps]:
+            if step in damaged:
                 continue
-            self._check(step, saved, _named(like))
-            try:
-                arrays = self._read_arrays(step, saved, _named(like))
-            except Exception as error:
-                damaged.append(self._report(step, error))
+            found = self._intact(step, like)
+            if found is None:
+                damaged.append(step)
                 continue
-            for newer in damaged:
-                shutil.rmtree(self.directory / str(newer), ignore_errors=True)
-            self._manager.reload()
-            return step, _rebuild(like, arrays), metadata
+            self._delete(damaged)
+            return step, *found
         if damaged:
             raise UserError(
                 f"{self.directory}: every checkpoint is damaged (steps {sorted(damaged)}); "
@@ -112,23 +146,66 @@ class RunState:
             )
         return None
 
+    def _intact(self, step: int, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """State and metadata of a save; None where any process finds it damaged."""
+        error: Exception | None = None
+        result = None
+        try:
+            found, wanted = self._read_metadata(step), _named(like)
+            self._check(step, found["arrays"], wanted)
+            result = _rebuild(like, self._read_arrays(step, found["arrays"], wanted)), found["user"]
+        except UserError:
+            raise
+        except Exception as caught:
+            error = caught
+        reasons = [reason for reason in gather(_reason(error)) if reason is not None]
+        if reasons:
+            _LOG.error(
+                "CHECKPOINT OF STEP %d IS DAMAGED, falling back to the one before it: %s/%d (%s)",
+                step, self.directory, step, reasons[0],
+            )  # fmt: skip
+        return None if reasons else result
+
+    def _delete(self, steps: Sequence[int]) -> None:
+        if not steps:
+            return
+        for step in steps:
+            self._values.pop(step, None)
+            if is_writer():
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+        together()
+        self._manager.reload()
+
     def close(self) -> None:
-        """Releases Orbax's threads."""
-        self._manager.close()
+        """Waits for a save that is being written, and releases Orbax's threads; an error is not raised any more."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
-    def _report(self, step: int, error: Exception) -> int:
-        reason = str(error).strip().splitlines()
-        _LOG.error(
-            "CHECKPOINT OF STEP %d IS DAMAGED, falling back to the one before it: %s/%d (%s: %s)",
-            step, self.directory, step, type(error).__name__, reason[0] if reason else "",
-        )  # fmt: skip
-        return step
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the file system's, or those of the libraries that Orbax writes through
+            raise UserError(
+                f"{self.directory}: a checkpoint cannot be saved ({_reason(error)}); those before it are kept: free "
+                "space and start again",
+                exit_code=RESUMABLE,
+            ) from error
 
-    def _read_metadata(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Descriptions of the saved arrays, and the caller's metadata."""
+    def _value(self, step: int) -> float | None:
+        """The value that a save was made with; None where it cannot be read."""
+        try:
+            return self._read_metadata(step)["value"]
+        except Exception:  # what is damaged is found and named by `restore`
+            return None
+
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        """Descriptions of the saved arrays, the caller's metadata and value."""
         args = self._ocp.args
-        described = self._manager.restore(step, args=args.Composite(**{_METADATA: args.JsonRestore()}))[_METADATA]
-        return described["arrays"], described["user"]
+        sealed = self._manager.restore(step, args=args.Composite(**{_METADATA: args.JsonRestore()}))[_METADATA]
+        if zlib.crc32(sealed["content"].encode()) != sealed["crc32"]:
+            raise ValueError("the metadata does not have the checksum it was saved with")
+        return json.loads(sealed["content"])
 
     def _check(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         problems = [f"{name} is missing" for name in wanted if name not in saved]
@@ -145,11 +222,32 @@ class RunState:
 
     def _read_arrays(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
         args = self._ocp.args
-        restored = self._manager.restore(step, args=args.Composite(**{_STATE: args.StandardRestore(wanted)}))
-        for name, array in restored[_STATE].items():
-            if saved[name]["crc32"] != _describe(array)["crc32"]:
-                raise ValueError(f"{name} does not have the checksum it was saved with")
-        return restored[_STATE]
+        restored = self._manager.restore(step, args=args.Composite(**{_STATE: args.StandardRestore(wanted)}))[_STATE]
+        found = _described(restored)
+        changed = [name for name in restored if saved[name]["checksum"] != found[name]["checksum"]]
+        if changed:
+            raise ValueError(f"{changed[0]} does not have the checksum it was saved with")
+        return restored
+
+
+class _Kept:
+    """Orbax's rule of what stays: the newest, and the best."""
+
+    def __init__(self, states: RunState):
+        self._states = states
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """See Orbax's `PreservationPolicy`; `checkpoints` are ascending."""
+        kept = {checkpoint.step for checkpoint in checkpoints[-self._states._keep :]}
+        if self._states._keep_best:
+            kept.add(self._states.best)
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _reason(error: Exception | None) -> str | None:
+    if error is None:
+        return None
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -161,11 +259,42 @@ def _named(tree: Any) -> dict[str, Any]:
     }
 
 
-def _describe(array: Any) -> dict[str, Any]:
-    """Shape, dtype and checksum; arrays spread over processes have no checksum, as no process holds them whole."""
-    whole = not isinstance(array, jax.Array) or array.is_fully_addressable
-    data = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data if whole and array.size else b""
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "crc32": zlib.crc32(data) if whole else None}
+def _described(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksum of each array."""
+    on_devices = {name: array for name, array in arrays.items() if isinstance(array, jax.Array)}
+    sums = {name: int(_checksum(np.asarray(array), np)) for name, array in arrays.items() if name not in on_devices}
+    sums |= {name: int(found) for name, found in jax.device_get(_checksums(on_devices)).items()}
+    return {
+        name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[name]}
+        for name, array in arrays.items()
+    }
+
+
+@jax.jit
+def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Of arrays wherever they lie: whole numbers, so that the split over devices does not matter."""
+    return {name: _checksum(array, jnp) for name, array in arrays.items()}
+
+
+def _checksum(array: Any, xp: Any) -> Any:
+    """uint32 of an array's bits: a weighted sum that any single changed element changes."""
+    bits, place, stride = _bits(array), xp.zeros((), np.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        steps = xp.arange(bits.shape[axis], dtype=np.uint32) * np.uint32(stride % 2**32)
+        place = place + steps.reshape([-1 if other == axis else 1 for other in range(bits.ndim)])
+        stride *= bits.shape[axis]
+    odd = place * np.uint32(2 * 0x9E3779B1 % 2**32) + np.uint32(1)
+    return xp.sum((bits ^ place) * odd, dtype=np.uint32)
+
+
+def _bits(array: Any) -> Any:
+    """The bits as uint32, as many of them as the element has."""
+    size = array.dtype.itemsize
+    if array.dtype == bool:
+        return array.astype(np.uint32)
+    if isinstance(array, np.ndarray):
+        return np.atleast_1d(array).view(f"u{min(size, 4)}").astype(np.uint32)
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * size}").astype(np.uint32)
 
 
 def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
