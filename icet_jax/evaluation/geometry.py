@@ -14,6 +14,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.sweep import encode
+from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 
 SCHEMA = 1
@@ -49,7 +50,7 @@ def geometry(vlm: Any, examples: Sequence[Example], *, max_images: int = 32) -> 
             found.append(_compare(vlm.graphdef, vlm.params, encoded, *exits, chosen_tokens))
     layers = []
     for layer, found in enumerate(parts, start=1):
-        numbers = [number if math.isfinite(number) else None for number in _joined(found)]
+        numbers = [number if math.isfinite(number) else None for number in _joined(fetch(found))]
         layers.append({"layer": layer, **dict(zip(("norm_ratio", "cosine", "cka"), numbers, strict=True))})
     return {
         "schema": SCHEMA,
