@@ -263,7 +263,10 @@ def _start(coordinator: str | None, process_id: int | None, process_count: int |
     clock.daemon = True
     clock.start()  # the library's own end of patience is an abort, and comes later
     try:
-        times = {"initialization_timeout": _START_SECONDS + 60, "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
+        times: dict[str, Any] = {
+            "initialization_timeout": _START_SECONDS + 60,
+            "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+        }
         jax.distributed.initialize(**how, **times)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{line}: {(str(error).strip().splitlines() or [''])[0]}") from error
