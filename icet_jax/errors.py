@@ -1,4 +1,12 @@
-"""The one exception a user is meant to see."""
+"""How a run ends early: the one exception a user is meant to see, and the exit codes."""
+
+import errno
+
+WRONG_INPUT = 2
+RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
+"""Exit code of a run that ended in order for a cause outside of it: the same command goes on where it stopped."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 def one_line(text: str) -> str:
@@ -15,9 +23,26 @@ def one_line(text: str) -> str:
 class UserError(Exception):
     """Bad input: one line that names the file, field or row, what was wrong, and the mend.
 
-    The front door (`icet_jax.main`) prints the line alone and exits with code 2.
+    The front door (`icet_jax.main`) prints the line alone and exits with `exit_code`.
     """
 
-    def __init__(self, line: str) -> None:
+    def __init__(self, line: str, *, exit_code: int = WRONG_INPUT) -> None:
         """`line` may quote what a file holds: it is put through `one_line`."""
         super().__init__(one_line(line))
+        self.exit_code = exit_code
+
+
+class Stopped(SystemExit):
+    """The run was told to stop, and the same command goes on. Signals raise it anywhere, so it is no `Exception`."""
+
+    def __init__(self, line: str) -> None:
+        """`line` is what the front door prints."""
+        super().__init__(RESUMABLE)
+        self.line = line
+
+
+def write_error(path: object, error: OSError) -> UserError:
+    """The line for a file that could not be written; `RESUMABLE` where its disk is full or gone."""
+    code = RESUMABLE if error.errno in _FULL else WRONG_INPUT
+    mend = "free space and start again" if code == RESUMABLE else "choose another place"
+    return UserError(f"{path}: cannot be written to ({error.strerror or error}); {mend}", exit_code=code)

@@ -1,15 +1,19 @@
 """Writing files so that a reader never meets half of one (write beside, then rename), and parsing what others wrote."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from icet_jax.errors import UserError
+from icet_jax.errors import write_error
 
 _writes = True
+_WAITS = (0.2, 1.0)  # s before a full disk is tried again; others may be clearing it
 
 
 def write_nothing() -> None:
@@ -36,9 +40,32 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
     Raises:
       UserError: the folder cannot be written to or the disk is full.
     """
-    if not _writes:
-        return
-    path = Path(path)
+    if _writes:
+        _with_patience(lambda: _replace(Path(path), data), path)
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Adds UTF-8 text to the end of a file, all of it or nothing; a kill may leave the beginning of it.
+
+    Raises:
+      UserError: the file cannot be written or the disk is full.
+    """
+    if _writes:
+        _with_patience(lambda: _append(Path(path), text.encode("utf-8")), path)
+
+
+def _with_patience(write: Callable[[], None], path: str | Path) -> None:
+    """Calls `write`, and again if the disk was full."""
+    for wait in (*_WAITS, None):
+        try:
+            return write()
+        except OSError as error:
+            if wait is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise write_error(path, error) from error
+        time.sleep(wait)
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +77,22 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
+    except BaseException:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place or free space") from error
+        raise
+
+
+def _append(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from icet_jax.errors import UserError
+from icet_jax.errors import RESUMABLE, Stopped, UserError
 
 EXAMPLE = "python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism"
 
@@ -33,6 +33,7 @@ MODES = {
     "verify": "compare a checkpoint with transformers (needs the `test` extra)",
 }
 _TOGETHER = ("align", "sweep", "export")  # modes that several processes can share
+_RESUMED = ("align", "sweep", "reward")  # modes that go on where they were stopped
 _MODULES = {"reward": "train_reward"}  # of modes whose file in icet_jax/runs has another name
 _WITHOUT_PROGRAMS = ("compare", "labels")  # modes that compile nothing
 _OVERRIDE = "--config."
@@ -128,24 +129,29 @@ def run(arguments: Sequence[str]) -> int:
     process = (options.coordinator, options.process_id, options.process_count)
     if options.mode not in _TOGETHER and process != (None, None, None):
         raise UserError(f"--mode={options.mode} runs in one process; leave --coordinator and --process-... out")
-    with _several(process) if options.mode in _TOGETHER else contextlib.nullcontext():
+    with contextlib.ExitStack() as around:
+        if options.mode in _RESUMED:
+            from icet_jax.runs.signals import handled
+
+            around.enter_context(handled())
+        if options.mode in _TOGETHER:
+            from icet_jax.parallel.distributed import joined
+
+            around.enter_context(joined(*process))
         module = importlib.import_module(f"icet_jax.runs.{_MODULES.get(options.mode, options.mode)}")
         return module.run(config, options.workdir, options)
 
 
-def _several(process: tuple[str | None, int | None, int | None]) -> contextlib.AbstractContextManager[None]:
-    from icet_jax.parallel.distributed import joined
-
-    return joined(*process)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`run`, with bad input as one line on stderr (exit code 2) and Ctrl-C without a traceback (130)."""
+    """`run`, with every expected end as one line on stderr and its exit code: see docs/faults.md."""
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"icet-jax: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
+    except Stopped as stop:
+        print(f"icet-jax: {stop.line}", file=sys.stderr)
+        return RESUMABLE
     except KeyboardInterrupt:
         print("\nicet-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -160,7 +166,13 @@ def console() -> NoReturn:
         # Of transformers, runs need tokenizers and image processors, which work without torch; where torch is installed
         # transformers would spend two seconds on importing it.
         sys.modules["torch"] = None  # type: ignore[assignment]
-    sys.exit(main())
+    code = main()
+    if code in (RESUMABLE, 128 + signal.SIGINT):
+        # Threads may still be compiling or opening images; nobody waits for them, and the machine may be about to go.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 
 from icet_jax.checkpoints.safetensors_io import dtype_name, write_safetensors
 from icet_jax.checkpoints.streaming import to_host
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, write_error
 from icet_jax.files import replace_dir_atomic
 
 VALUE_HEAD = "value_head.safetensors"
@@ -54,9 +54,7 @@ def beside(out_dir: Path) -> Iterator[Path]:
         yield folder
         replace_dir_atomic(folder, out_dir)
     except OSError as error:
-        raise UserError(
-            f"{out_dir}: cannot be written ({error.strerror}); choose another place or free space"
-        ) from error
+        raise write_error(out_dir, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,10 +2,11 @@
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
-from icet_jax.errors import UserError
+from icet_jax.errors import RESUMABLE, WRONG_INPUT, UserError
 from icet_jax.files import parse_json
 
 # All that a loader looks at: weights in safetensors at the top of the repository, and small files beside them.
@@ -14,6 +15,7 @@ _FILES = (
     "adapter_model.safetensors", "value_head.safetensors",
 )  # fmt: skip
 _IN_FOLDERS = "*/*"
+_WAITS = (2.0, 10.0)  # s before the hub is asked again, beyond what its own client retries
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -54,14 +56,30 @@ def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     token = os.environ.get("HF_TOKEN") or False  # False: no token that an earlier login left on this machine
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(_FILES), ignore_patterns=[_IN_FOLDERS], token=token
+    for wait in (*_WAITS, None):
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, allow_patterns=list(_FILES), ignore_patterns=[_IN_FOLDERS], token=token
+                )
             )
-        )
-    except Exception as error:  # the hub's client raises its own, requests', httpx' and the system's errors
-        raise UserError(f"{name}: {_reason(error, name, revision, token)}") from None
+        except Exception as error:  # the hub's client raises its own, requests', httpx' and the system's errors
+            passing = _may_pass(error)
+            if not passing or wait is None:
+                code = RESUMABLE if passing else WRONG_INPUT
+                raise UserError(f"{name}: {_reason(error, name, revision, token)}", exit_code=code) from None
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the network or the hub failed, rather than what was asked of it."""
+    from huggingface_hub import constants, errors
+
+    final = (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
+    if constants.HF_HUB_OFFLINE or isinstance(error, final):
+        return False
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "requests")
 
 
 def _reason(error: Exception, name: str, revision: str | None, token: str | bool) -> str:

@@ -14,6 +14,7 @@ from icet_jax.config.defaults import (
     EXIT_RULES,
     EXIT_SCHEDULES,
     EXPORT_FORMS,
+    INSTABILITIES,
     KINDS,
     KL_KINDS,
     NETWORK_FIELDS,
@@ -94,6 +95,9 @@ _RULES: dict[str, _Rule] = {
     "lppo.minibatches": _POSITIVE,
     "lppo.accumulation": _POSITIVE,
     "lppo.target_kl": _NOT_NEGATIVE,
+    "lppo.max_kl": _NOT_NEGATIVE,
+    "lppo.on_instability": _one_of(INSTABILITIES),
+    "lppo.max_skipped": _NOT_NEGATIVE,
     "lppo.temperature": _POSITIVE,
     "lppo.max_new_tokens": _POSITIVE,
     "lppo.log_prob_chunk": _POSITIVE,
@@ -126,6 +130,7 @@ _RULES: dict[str, _Rule] = {
     "log.every": _POSITIVE,
     "checkpoint.every": _POSITIVE,
     "checkpoint.keep": _POSITIVE,
+    "checkpoint.best_is": _one_of(("highest", "lowest")),
 }
 
 

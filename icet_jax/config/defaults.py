@@ -17,6 +17,7 @@ KINDS = ("forbidden", "benign", "vqa")
 KL_KINDS = ("k1", "k2", "k3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REMATS = ("none", "dots", "full")
+INSTABILITIES = ("stop", "skip")
 REWARDS = ("reward_model", "exact_match", "none")
 SCHEDULES = ("constant", "linear", "cosine")
 EXIT_RULES = ("E1", "E2", "E5")
@@ -204,6 +205,11 @@ def _lppo() -> ConfigDict:
     lppo.minibatches = 1  # optimizer steps per epoch; TRL: one
     lppo.accumulation = 8  # slices of a mini-batch whose gradients are summed; ours, for memory
     lppo.target_kl = 0.0  # approximate KL per token at which the remaining updates of a rollout are skipped; 0 = off
+    lppo.max_kl = 0.0  # mean KL to the reference, nats per sequence, above which a rollout is not learnt from; 0 = off
+    # What follows from a rollout beyond max_kl, or a loss or gradient that is NaN or infinite; neither is ever applied.
+    # "stop": the run ends, its last checkpoint is good; "skip": it goes on with the next rollout, and counts them.
+    lppo.on_instability = "stop"
+    lppo.max_skipped = 5  # iterations in a row that "skip" gives up; with one more the run stops after all
     lppo.temperature = 1.0  # of rollouts, and of every log-prob after them; *ours*, as in TRL
     lppo.max_new_tokens = 128  # TRL
     lppo.log_prob_chunk = 16  # response positions whose logits exist at once; ours, for memory
@@ -270,4 +276,9 @@ def _checkpoint() -> ConfigDict:
     checkpoint = ConfigDict()
     checkpoint.every = 10  # iterations between complete checkpoints; the last iteration is always one
     checkpoint.keep = 2  # newest checkpoints kept
+    # Name in metrics.jsonl, such as "objective/rlhf_reward": of the checkpoints made every so many iterations, the one
+    # whose iteration has the best value is kept as well, and is what align measures and exports at the end, and
+    # --mode=export writes. Unset: the last one is.
+    checkpoint.best = config_dict.placeholder(str)
+    checkpoint.best_is = "highest"  # or "lowest"
     return checkpoint

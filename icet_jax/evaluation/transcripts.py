@@ -15,7 +15,7 @@ from typing import Any
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row
-from icet_jax.files import parse_json, write_text_atomic
+from icet_jax.files import append_text, parse_json, write_text_atomic
 from icet_jax.parallel.distributed import is_writer, on_first
 
 
@@ -74,16 +74,8 @@ class TranscriptFile:
             key = row["id"], row["layer"]
             self._rows[key] = row
             (self._judged.add if judged else self._judged.discard)(key)
-        if self._path is None or not is_writer():
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(map(self._line, rows)))
-        except OSError as error:
-            raise UserError(
-                f"{self._path}: cannot be written ({error.strerror}); choose another place or free space"
-            ) from error
+        if self._path is not None and is_writer():
+            append_text(self._path, "".join(map(self._line, rows)))
 
     def finish(self, layers: Sequence[int]) -> list[Row]:
         """The rows at `layers`, by data-set row, then by layer; the file is put in that order (with all its layers)."""

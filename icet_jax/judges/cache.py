@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import append_text, parse_json
 from icet_jax.judges.base import Scorer, Scores
 from icet_jax.parallel.distributed import is_writer, on_first
 
@@ -133,14 +133,7 @@ class _Table:
             return
         self.entries |= new
         lines = "".join(json.dumps({"key": key, "scores": entry}) + "\n" for key, entry in new.items())
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._own.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as error:
-            raise UserError(
-                f"{self._own}: cannot be written ({error.strerror}); choose another score cache or free space"
-            ) from error
+        append_text(self._own, lines)
 
     def _is_scored(self, entry: Entry) -> bool:
         return self._name in entry and entry[self._name][0] is not None

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.errors import UserError
+from icet_jax.errors import RESUMABLE, UserError
 from icet_jax.files import parse_json
 from icet_jax.judges.base import Scores
 from icet_jax.parallel.distributed import on_first
@@ -38,6 +38,7 @@ _TIMEOUT = 30.0  # s for one request
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # s before the first retry, doubled each time, up to
 _LONGEST_RETRY_AFTER = 300.0  # s that the server may ask to wait for a retry; for more the row is given up
 _RETRIED = (408, 429, 500, 502, 503, 504)
+_LOST = 10  # requests in a row that no retry has helped, after which the service counts as gone
 _LARGEST_ANSWER = 1 << 20  # bytes
 _MOST_THREADS = 16
 
@@ -116,6 +117,7 @@ class Perspective:
         self._opener = urllib.request.build_opener(_NoRedirects)
         self.requests = 0
         self.last_failure: str | None = None
+        self._lost = 0
         self._told: set[str | None] = set()
         days = (LAST_DAY - today()).days
         print(f"icet-jax: the Perspective API ends on {LAST_DAY} (in {days} days); then {INSTEAD}", file=sys.stderr)
@@ -124,7 +126,8 @@ class Perspective:
         """Scores B responses; the prompts are not looked at, and equal responses are sent once, by one process.
 
         Raises:
-          UserError: the service refuses the key (before it has accepted it once).
+          UserError: the service refuses the key (before it has accepted it once), or is gone: it has failed ten
+            requests in a row, each with all of its retries. A run that stops for that goes on from its transcripts.
         """
         texts = list(dict.fromkeys(response for response in responses if response.strip()))
         found = dict(zip(texts, on_first(lambda: self._ask_all(texts)), strict=True))
@@ -137,18 +140,34 @@ class Perspective:
 
     def _ask_all(self, texts: Sequence[str]) -> list[list[float]]:
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(self._scored, texts))
+            found = list(pool.map(self._scored, texts))
+        if self._lost >= _LOST:
+            raise UserError(
+                f"{self.name}: no answer to {self._lost} requests in a row, each tried {self._retries + 1} times "
+                f"({self.last_failure}); the same command goes on when the service is back",
+                exit_code=RESUMABLE,
+            )
+        return found
 
     def _scored(self, text: str) -> list[float]:
         """One response's probabilities, in the attributes' order; NaN after the last failure."""
+        if self._lost >= _LOST:
+            return [math.nan] * len(self._names)
         for attempt in range(self._retries + 1):
             if self._clock() < self._closed_until:
+                self._lost += 1
                 break
             try:
-                return self._ask(text)
+                values = self._ask(text)
+                self._lost = 0
+                return values
             except _Failed as failure:
                 self.last_failure = str(failure)
-                if failure.wait is None or attempt == self._retries:
+                if failure.wait is None:  # it answers, but not to this
+                    self._lost = 0
+                    break
+                if attempt == self._retries:
+                    self._lost += 1
                     break
                 if failure.wait > _LONGEST_RETRY_AFTER:
                     self._closed_until = self._clock() + failure.wait  # no request at all before that

@@ -12,7 +12,7 @@
         scores, learned = ...                              # host: decode rollout.tokens by rollout.mask, score the text
         state, batch, metrics = phases.prepare(params, state, rollout, scores, learned, longest)
         state, more = phases.update(params, state, batch, run_key)        # donates `state`
-        row = metrics.host_metrics(metrics, more); metrics.require_finite(row, iteration)
+        row = metrics.host_metrics(metrics, more); metrics.instability(row)
 
 `images` is `models.family.Images` with num_rows == B, or None where no row has one; `tokens`, `mask` [B, P] are
 left-padded prompts; a filler row has an all-false mask. `scores` is float32 [B]: NaN marks a row that could not be
@@ -47,7 +47,7 @@ from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
 from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards, shardings, split_rows
-from icet_jax.typing import Array, Float, Int, Key
+from icet_jax.typing import Array, Bool, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
 _EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
@@ -328,18 +328,19 @@ def _prepare(
         gamma=settings.gamma,
         lam=settings.lam,
     )
+    sequence_kl = rewards.sequence_kl(old.log_probs, ref_log_probs, mask)
+    stable = is_stable(settings, jnp.sum(sequence_kl) / jnp.maximum(jnp.sum(scored), 1))
     batch = TrainBatch(
         prompts=rollout.prompts,
         prompt_mask=rollout.prompt_mask,
         visual=rollout.visual,
         responses=rollout.tokens,
-        mask=mask,
+        mask=mask & stable,
         old_log_probs=old.log_probs,
         old_values=old.values,
         advantages=whiten(advantages, mask) if settings.whiten_advantages else advantages,
         returns=returns,
     )
-    sequence_kl = rewards.sequence_kl(old.log_probs, ref_log_probs, mask)
     metrics = rollout_metrics(
         exits=rollout.exits,
         num_exits=nnx.merge(graphdef, params).num_exits,
@@ -364,7 +365,14 @@ def _prepare(
             target=settings.kl_target,
             horizon=settings.kl_horizon,
         )
-    return batch, Controls(kl_coef=kl_coef, normaliser=normaliser), metrics
+    found = Controls(kl_coef=kl_coef, normaliser=normaliser)
+    kept = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), found, controls)
+    return batch, kept, metrics | {"train/unstable": ~stable}
+
+
+def is_stable(settings: Settings, kl: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a rollout with this mean KL (nats per sequence) is learnt from: it is a number, and within `max_kl`."""
+    return jnp.isfinite(kl) & (kl <= settings.max_kl if settings.max_kl else True)
 
 
 def check_divides(settings: Settings, rows: int) -> None:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icet_jax.errors import UserError
 from icet_jax.lppo.losses import masked_mean
 from icet_jax.lppo.state import OptimizerSettings, TrainState, learning_rate
 from icet_jax.lppo.updates import Outcome
@@ -101,14 +100,10 @@ def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def require_finite(row: dict[str, float], iteration: int) -> None:
-    """Stops a run whose loss is not a number any more; the update that met it was not applied.
-
-    Raises:
-      UserError: `train/nonfinite` is set; names the iteration.
-    """
+def instability(row: dict[str, float]) -> str | None:
+    """Why an iteration taught nothing, in words; None where it did. What met it was not applied."""
     if row["train/nonfinite"]:
-        raise UserError(
-            f"iteration {iteration}: the loss or its gradient is NaN or infinite; the last checkpoint is untouched, "
-            "try a smaller config.optimizer.learning_rate or config.model.dtype=float32"
-        )
+        return "the loss or its gradient is NaN or infinite"
+    if row.get("train/unstable"):
+        return f"the KL to the reference is {row['objective/kl']:.3g} nats per sequence, beyond config.lppo.max_kl"
+    return None

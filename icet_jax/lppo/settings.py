@@ -40,6 +40,7 @@ class Settings:
     minibatches: int = 1
     accumulation: int = 1
     target_kl: float = 0.0
+    max_kl: float = 0.0
     log_prob_chunk: int = 16
     entropy_coef: float = 0.0
     normalise: bool = False

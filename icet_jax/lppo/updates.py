@@ -97,7 +97,8 @@ def optimise(
     """Runs every step of `order`, unless one of them shows a reason to stop.
 
     A step whose `approxkl` exceeds `target_kl` (0 = off), or whose loss or gradient is not finite, is not applied, and
-    the remaining steps of this call are skipped: the weights stay the last good ones.
+    the remaining steps of this call are skipped: the weights stay the last good ones. A step without a token is not
+    applied either: moments and weight decay would move the weights all the same.
     """
 
     @_traced_once
@@ -113,7 +114,7 @@ def optimise(
             updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
             return optax.apply_updates(trainable, updates), new_opt_state
 
-        good = ~bad & ~far
+        good = ~bad & ~far & (jnp.sum(row_tokens[slices]) > 0)
         trainable, opt_state = jax.lax.cond(good, apply, lambda _: (trainable, opt_state), None)
         return (trainable, opt_state, applied + good, stopped | (far & ~bad), nonfinite | bad), stats
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from icet_jax import files
-from icet_jax.errors import UserError
+from icet_jax.errors import RESUMABLE, Stopped, UserError
 from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards
 
 _T = TypeVar("_T")
@@ -393,11 +393,13 @@ def describe(error: BaseException) -> tuple[str, int]:
     """One line about an error, and the exit code that a process ends with for it."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint", 130
+    if isinstance(error, Stopped):
+        return error.line, RESUMABLE
     if isinstance(error, SystemExit):
         return f"exit code {error.code}", error.code if isinstance(error.code, int) else 1
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, UserError):
-        return first, getattr(error, "exit_code", 2)
+        return first, error.exit_code
     return f"{type(error).__name__}: {first}", 1
 
 

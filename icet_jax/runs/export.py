@@ -13,7 +13,6 @@ from icet_jax.checkpoints import adapters
 from icet_jax.checkpoints.adapter_export import save_adapter
 from icet_jax.checkpoints.folder import ADAPTER
 from icet_jax.checkpoints.hf_export import save_vlm
-from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import with_policy
 from icet_jax.lppo.settings import from_config
@@ -21,14 +20,14 @@ from icet_jax.lppo.state import TrainState
 from icet_jax.models.family import POLICY_ROOT
 from icet_jax.parallel.distributed import agree, on_first
 from icet_jax.runs import common, model_card, run_dir
-from icet_jax.runs.training import newest_state
+from icet_jax.runs.training import best_state, newest_state, open_checkpoints
 
 # The file that a finished export of each form has.
 _MARKS = {"full": "config.json", "adapter": adapters.CONFIG}
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes the newest complete checkpoint of the run in `workdir`, for every seed of a run over several.
+    """Writes the newest (or best) complete checkpoint of the run in `workdir`, for every seed of a run over several.
 
     Args:
       config: the run's own config.json stands above it.
@@ -63,7 +62,7 @@ def check_form(config: ConfigDict) -> None:
 
 
 def export(config: ConfigDict, workdir: Path, out: Path) -> None:
-    """Restores the newest checkpoint of one run and writes its model to `out`.
+    """Restores the newest checkpoint of one run, or the best if the config asks for it, and writes its model to `out`.
 
     Raises:
       UserError: see `run`.
@@ -73,11 +72,13 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
         raise UserError(f"{workdir}: has no checkpoints to export; run --mode=align first")
     vlm = common.load_model(config, workdir)
     settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
-    checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints = open_checkpoints(config, workdir)
     try:
         if not checkpoints.steps:
             raise UserError(f"{workdir}: has no complete checkpoint yet; let --mode=align go on")
-        state = newest_state(config, vlm, settings, checkpoints)
+        state, _ = newest_state(config, vlm, settings, checkpoints)
+        if config.checkpoint.best is not None:
+            state = best_state(state, checkpoints)
     finally:
         checkpoints.close()
     for folder in write_exports(config, vlm, state, settings.lora_scale, workdir, out, again=True):

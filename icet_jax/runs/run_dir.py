@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax.config import flatten
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, write_error
 from icet_jax.files import parse_json, write_text_atomic
 
 SCHEMA = 1
@@ -34,9 +34,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: cannot be written to ({error.strerror}); choose another folder"
-        ) from error
+        raise write_error(f"--workdir={workdir}", error) from error
     path = workdir / "config.json"
     mine = json.loads(json.dumps(flatten(config)))
     if not path.exists():

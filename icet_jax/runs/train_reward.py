@@ -20,7 +20,7 @@ from icet_jax.checkpoints.source import local_directory
 from icet_jax.config import require
 from icet_jax.data.hh_rlhf import Pair, Preferences, read_pairs, split_by_prompt, without_prompts
 from icet_jax.data.tokenizer import load_tokenizer
-from icet_jax.errors import UserError
+from icet_jax.errors import Stopped, UserError
 from icet_jax.evaluation.statistics import Interval, mean_interval
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import metric_name
@@ -32,6 +32,7 @@ from icet_jax.parallel.mesh import make_mesh
 from icet_jax.runs import run_dir, sources
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
+from icet_jax.runs.signals import kept_waiting
 
 SCHEMA = 1
 _ORGANISM_PAIRS = {"train": 4096, "test": 1024}
@@ -203,18 +204,23 @@ def _train(
             numbers = metadata["numbers"]
         log = MetricsLog(workdir, config, step=state.step)
         try:
-            with Progress("reward model", steps, start=state.step) as progress:
+            with Progress("reward model", steps, start=state.step) as progress, kept_waiting() as told:
                 while state.step < steps:
                     rate_now = float(rate(state.step))
                     state, numbers = trainer.step(state)
                     if state.step == steps or state.step % config.log.every == 0:
                         row = {f"reward_model/{name}": value for name, value in numbers.items()}
                         log.write(state.step, row | {"lr": rate_now})
-                    if state.step == steps or state.step % config.checkpoint.every == 0:
+                    stop = told()
+                    if stop or state.step == steps or state.step % config.checkpoint.every == 0:
                         checkpoints.save(state.step, state, {"numbers": numbers})
                     progress.advance({name: numbers[name] for name in ("loss", "accuracy")})
+                    if stop:
+                        checkpoints.wait()
+                        raise Stopped(f"{told.name}: step {state.step} is saved; the same command goes on from there")
         finally:
             log.close()
+        checkpoints.wait()
     finally:
         checkpoints.close()
     return state, numbers

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -12,9 +13,9 @@ from icet_jax.api import VLM
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.data.batches import Batches
 from icet_jax.data.records import Example
+from icet_jax.errors import Stopped, UserError
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch
 from icet_jax.files import write_text_atomic
-from icet_jax.lppo.metrics import require_finite
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
 from icet_jax.models.family import init_lora
@@ -24,6 +25,8 @@ from icet_jax.runs.compilations import compile_programs
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
 from icet_jax.runs.reward import RewardByKind
+from icet_jax.runs.signals import kept_waiting
+from icet_jax.runs.stability import Stability
 
 # What the progress line shows, where the algorithm reports it.
 _SHOWN = {
@@ -77,21 +80,27 @@ class Trainer:
         A run that was killed ends with the same bits as one that was not: rows, exits, samples and permutations depend
         on (seed, iteration) alone.
 
+        Returns:
+          The last state, or that of the best checkpoint where `config.checkpoint.best` names a metric.
+
         Raises:
-          UserError: the loss is not finite (the last good checkpoint stays), or the directory cannot be written to.
+          UserError: the run is not stable (the last good checkpoint stays), or the directory cannot be written to.
+          Stopped: a signal came; the iterations so far are saved.
         """
         config, algorithm = self._config, self.algorithm
-        checkpoints = RunState(self._workdir / "checkpoints", keep=config.checkpoint.keep)
+        checkpoints = open_checkpoints(config, self._workdir)
         try:
-            state = newest_state(config, self._vlm, algorithm.settings, checkpoints)
+            state, metadata = newest_state(config, self._vlm, algorithm.settings, checkpoints)
             if int(state.iteration) < algorithm.iterations:
                 self._name_device()
                 log = MetricsLog(self._workdir, config, step=int(state.iteration))
                 try:
-                    state = self._iterate(state, checkpoints, log)
+                    stability = Stability(config, metadata.get("skipped", {}))
+                    state = self._iterate(state, checkpoints, log, stability)
                 finally:
                     log.close()
-            return state
+                checkpoints.wait()
+            return state if config.checkpoint.best is None else best_state(state, checkpoints)
         finally:
             checkpoints.close()
 
@@ -101,7 +110,9 @@ class Trainer:
         write_text_atomic(self._workdir / "device.json", json.dumps(peak._asdict(), indent=1) + "\n")
         print(f"devices: {peak}", file=sys.stderr)
 
-    def _iterate(self, state: TrainState, checkpoints: RunState, log: MetricsLog) -> TrainState:
+    def _iterate(
+        self, state: TrainState, checkpoints: RunState, log: MetricsLog, stability: Stability
+    ) -> TrainState:  # fmt: skip
         """Every iteration that `state` has not had yet; threads prepare the coming batches for the device."""
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
@@ -109,38 +120,78 @@ class Trainer:
             progress.restart_clock()
             read: Read | None = None
             finished = start
-            for batch in self._batches.load(self._arrays, start, total):
-                begun = self.algorithm.begin(state, batch)
+            with kept_waiting() as told:
+                for batch in self._batches.load(self._arrays, start, total):
+                    if told():
+                        break
+                    begun = self.algorithm.begin(state, batch)
+                    if read is not None:
+                        row = self._settle(finished, read(), log, stability, progress)
+                        self._keep(finished, state, row, checkpoints, stability)
+                    state, read = self.algorithm.finish(state, batch, begun)
+                    finished += 1
+                stop = told()
                 if read is not None:
-                    self._settle(finished, state, read(), checkpoints, log, progress)
-                state, read = self.algorithm.finish(state, batch, begun)
-                finished += 1
-            if read is not None:
-                self._settle(finished, state, read(), checkpoints, log, progress)
+                    row = self._settle(finished, read(), log, stability, progress)
+                    self._keep(finished, state, row, checkpoints, stability, now=stop)
+                if stop:
+                    checkpoints.wait()
+                    raise Stopped(f"{told.name}: iteration {finished} is saved; the same command goes on from there")
         return state
 
     def _settle(
-        self, finished: int, state: TrainState, row: Row, checkpoints: RunState, log: MetricsLog, progress: Progress
-    ) -> None:
+        self, finished: int, row: Row, log: MetricsLog, stability: Stability, progress: Progress
+    ) -> Row:  # fmt: skip
         """What follows from an iteration's metrics, while the device is at work on the next one."""
-        require_finite(row, finished)
-        last = finished == self.algorithm.iterations
-        if last or finished % self._config.log.every == 0:
+        stability.check(row, finished)
+        if finished == self.algorithm.iterations or finished % self._config.log.every == 0:
             log.write(finished, row)
-        if last or finished % self._config.checkpoint.every == 0:
-            checkpoints.save(finished, state, {})
         progress.advance({name: row[metric] for name, metric in _SHOWN.items() if metric in row})
+        return row
+
+    def _keep(
+        self, finished: int, state: TrainState, row: Row, checkpoints: RunState, stability: Stability, *,
+        now: bool = False,
+    ) -> None:  # fmt: skip
+        """Saves the state where its turn has come, or `now`: then it does not compete with those whose turn it was."""
+        settings, value = self._config.checkpoint, None
+        regular = finished == self.algorithm.iterations or finished % settings.every == 0
+        if not (regular or now):
+            return
+        if regular and settings.best is not None:
+            if settings.best not in row:
+                known = ", ".join(sorted(row))
+                raise UserError(f"config.checkpoint.best={settings.best}: this run has no such metric, but {known}")
+            value = row[settings.best] if settings.best_is == "highest" else -row[settings.best]
+        checkpoints.save(finished, state, {"skipped": stability.counts}, value=value)
 
 
-def newest_state(config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState) -> TrainState:
-    """The state of the newest complete checkpoint, or the one before the first iteration where there is none.
+def open_checkpoints(config: ConfigDict, workdir: Path) -> RunState:
+    """The checkpoints of the run in `workdir`."""
+    settings = config.checkpoint
+    return RunState(workdir / "checkpoints", keep=settings.keep, keep_best=settings.best is not None)
+
+
+def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
+    """The state of the best checkpoint, of the structure of `state`, which it is where there is none."""
+    found = checkpoints.restore(like=state, best=True)
+    if found is None:
+        return state
+    print(f"best checkpoint: iteration {found[0]}", file=sys.stderr)
+    return found[1]
+
+
+def newest_state(
+    config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState
+) -> tuple[TrainState, dict[str, Any]]:
+    """State and metadata of the newest complete checkpoint, or those before the first iteration if there is none.
 
     Raises:
       UserError: a checkpoint of another config, or every one is damaged.
     """
     state = initial_state(config, vlm, settings)
     restored = checkpoints.restore(like=state)
-    return state if restored is None else restored[1]
+    return (state, {}) if restored is None else restored[1:]
 
 
 def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainState:

@@ -1,6 +1,7 @@
 """Run state: bit-exact, atomic, the newest intact save wins."""
 
 import logging
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from icet_jax.checkpoints import run_state
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
 
@@ -57,6 +59,7 @@ def test_nothing_saved_restores_nothing(states):
 def test_restore_is_bit_exact_and_only_the_newest_are_kept(states):
     for step in (1, 2, 10):
         states.save(step, make_state(step), {"position": step, "note": "kept"})
+    states.wait()
     assert states.steps == [2, 10]
     again = reopened(states)
     step, state, metadata = again.restore(like=make_state())
@@ -95,10 +98,16 @@ def drop_metadata(directory):
     (directory / "metadata" / "metadata").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, drop_metadata])
+def rename_an_array(directory):
+    path = directory / "metadata" / "metadata"
+    path.write_bytes(path.read_bytes().replace(b"coefficient", b"coefficienu"))
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, drop_metadata, rename_an_array])
 def test_a_damaged_newest_save_falls_back_to_the_one_before(states, damage, caplog):
     for step in (1, 2):
         states.save(step, make_state(step), {"step": step})
+    states.wait()
     damage(states.directory / "2")
     again = reopened(states)
     with caplog.at_level(logging.ERROR):
@@ -113,6 +122,7 @@ def test_a_damaged_newest_save_falls_back_to_the_one_before(states, damage, capl
 
 def test_only_damaged_saves_are_an_error(states):
     states.save(1, make_state(1), {})
+    states.wait()
     flip(states.directory / "1")
     with pytest.raises(UserError, match=r"every checkpoint is damaged \(steps \[1\]\)"):
         states.restore(make_state())
@@ -120,6 +130,7 @@ def test_only_damaged_saves_are_an_error(states):
 
 def test_an_unfinished_save_is_not_seen(states):
     states.save(1, make_state(1), {})
+    states.wait()
     finished = states.directory / "1"
     unfinished = states.directory / "2.orbax-checkpoint-tmp"
     unfinished.mkdir()
@@ -146,3 +157,68 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
         RunState(tmp_path / "file" / "checkpoints", keep=1)
+
+
+def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(states):
+    state = {"a": jnp.arange(1 << 20, dtype=jnp.float32)}
+    advance = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    states.save(1, state, {})
+    for _ in range(5):
+        state = advance(state)
+    jax.block_until_ready(state)
+    _, restored, _ = states.restore(state)
+    np.testing.assert_array_equal(restored["a"], np.arange(1 << 20, dtype=np.float32))
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    states = RunState(tmp_path / "checkpoints", keep=1, keep_best=True)
+    for step, value in ((1, 0.5), (2, 3.0), (3, float("nan")), (4, None), (5, 3.0)):
+        states.save(step, make_state(step), {}, value=value)
+    states.wait()
+    assert states.steps == [2, 5]
+    states.close()
+    again = RunState(tmp_path / "checkpoints", keep=1, keep_best=True)
+    assert again.best == 2
+    assert again.restore(make_state())[0] == 5
+    assert_same(again.restore(make_state(), best=True)[1], make_state(2))
+    flip(again.directory / "2")
+    assert again.restore(make_state(), best=True)[0] == 5
+    again.close()
+
+
+def test_without_a_value_the_newest_is_the_best(states):
+    states.save(1, make_state(1), {})
+    assert states.restore(make_state(), best=True)[0] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_a_checksum_is_of_the_bits_alone_wherever_they_lie(dtype):
+    values = jax.random.normal(jax.random.key(0), (3, 5, 7)) * 9
+    array = values > 0 if dtype == "bool" else values.astype(dtype)
+    on_device = run_state._described({"a": array})["a"]["checksum"]
+    on_host = np.asarray(array)
+    assert run_state._described({"a": on_host})["a"]["checksum"] == on_device
+    changed = on_host.copy()
+    changed[2, 3, 4] = ~changed[2, 3, 4] if dtype == "bool" else changed[2, 3, 4] + np.asarray(1, changed.dtype)
+    swapped = on_host[:, ::-1]
+    assert on_device not in [run_state._described({"a": other})["a"]["checksum"] for other in (changed, swapped)]
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_complete(states):
+    states.save(1, make_state(1), {})
+    states.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(UserError, match="a checkpoint cannot be saved") as caught:
+            states.save(2, make_state(2), {})
+            states.wait()
+        states.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == 75
+    again = RunState(states.directory, keep=2)
+    assert again.restore(make_state())[0] == 1
+    again.save(2, make_state(2), {})
+    assert again.restore(make_state())[0] == 2
+    again.close()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from icet_jax.checkpoints import source
 from icet_jax.checkpoints.source import generation_tokens, local_directory
 from icet_jax.errors import UserError
 
@@ -47,15 +48,18 @@ def hub(monkeypatch, tmp_path):
     class Hub:
         error = None
         asked = None
+        times = 0
         folder = tmp_path
 
         def download(self, name, **options):
+            self.times += 1
             self.asked = {"name": name, **options}
             if self.error is not None:
                 raise self.error
             return str(self.folder)
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(source, "_WAITS", (0.0, 0.0))
     (tmp_path / "model.safetensors").touch()
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
@@ -112,6 +116,8 @@ def test_what_the_hub_says_is_one_line_without_the_token(hub, monkeypatch, kind,
         local_directory("someone/model", "v9")
     assert "hf_secret" not in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    passing = kind == "HfHubHTTPError"
+    assert (hub.times, caught.value.exit_code) == ((3, 75) if passing else (1, 2))
 
 
 def test_a_repository_with_pickled_weights_alone_is_told_how_to_convert(hub, tmp_path):

@@ -212,6 +212,23 @@ def test_a_failure_that_lasts_stays_a_failure(service, capsys):
     assert capsys.readouterr().err.count("responses stay without a score: status 503") == 1
 
 
+def test_a_service_that_is_gone_stops_the_run_so_that_it_can_go_on(service):
+    scorer = client(service, retries=1)
+    texts = [f"answer {number}" for number in range(12)]
+    service.plan = [send(503)] * 18  # nine requests with their retries: one short of the bound
+    assert sum(map(math.isnan, values_of(scorer(["p"] * 12, texts)))) == 9, "then there is an answer"
+    service.plan = [send(200, b"garbage")] * 100
+    with pytest.raises(
+        UserError, match="no answer to 10 requests in a row, each tried 2 times .an answer that"
+    ) as caught:
+        scorer(["p"] * 12, texts)
+    assert caught.value.exit_code == 75 and len(service.plan) == 80, "no request beyond the bound"
+
+
+def values_of(result):
+    return result["perspective"].values
+
+
 def test_backoff_doubles_within_bounds(service):
     clock = Clock()
     service.plan = [send(500)] * 9

@@ -1,14 +1,18 @@
 """When the training loop reads metrics: after the next iteration has begun, and before it keeps anything."""
 
 import itertools
+import os
+import signal
 
 import pytest
 from ml_collections import ConfigDict
 
 from icet_jax.checkpoints.run_state import RunState
-from icet_jax.errors import UserError
+from icet_jax.errors import Stopped, UserError
 from icet_jax.lppo.state import TrainState
 from icet_jax.runs.metrics_log import MetricsLog
+from icet_jax.runs.signals import handled
+from icet_jax.runs.stability import Stability
 from icet_jax.runs.training import Trainer
 
 BEFORE = TrainState(trainable={}, opt_state=None, controls=None, iteration=0, updates=0)
@@ -19,7 +23,7 @@ class Algorithm:
 
     iterations = 3
 
-    def __init__(self, events, broken=None):
+    def __init__(self, events, broken=()):
         self.events, self.broken, self.numbers = events, broken, itertools.count(1)
 
     def lowered(self, state, batch):
@@ -35,7 +39,7 @@ class Algorithm:
 
         def read():
             self.events.append(f"read {number}")
-            return {"train/nonfinite": float(number == self.broken)}
+            return {"train/nonfinite": float(number in self.broken)}
 
         return BEFORE._replace(iteration=number), read
 
@@ -52,9 +56,13 @@ class Kept(RunState):
     def __init__(self, events):
         self.events = events
 
-    def save(self, step, state, metrics):
+    def save(self, step, state, metadata, *, value=None):
         assert state.iteration == step
         self.events.append(f"save {step}")
+        self.metadata, self.value = metadata, value
+
+    def wait(self):
+        self.events.append("wait")
 
 
 class Batches:
@@ -62,12 +70,15 @@ class Batches:
         return iter(range(start, stop))
 
 
-def iterate(events, **options):
+def iterate(events, kept=None, skip=False, checkpoint=None, algorithm=Algorithm, **options):
     trainer = Trainer.__new__(Trainer)
-    trainer._config = ConfigDict({"algorithm": "lppo", "log": {"every": 1}, "checkpoint": {"every": 2}})
-    trainer.algorithm, trainer._batches = Algorithm(events, **options), Batches()
+    lppo = {"on_instability": "skip" if skip else "stop", "max_skipped": 1}
+    checkpoint = {"every": 2, "best": None, "best_is": "highest"} | (checkpoint or {})
+    trainer._config = ConfigDict({"algorithm": "lppo", "log": {"every": 1}, "checkpoint": checkpoint, "lppo": lppo})
+    trainer.algorithm, trainer._batches = algorithm(events, **options), Batches()
     trainer.batch = trainer._arrays = lambda index: index
-    return trainer._iterate(BEFORE, Kept(events), Log(events))
+    stability = Stability(trainer._config, {})
+    return trainer._iterate(BEFORE, Kept(events) if kept is None else kept, Log(events), stability)
 
 
 def test_metrics_are_read_while_the_next_iteration_runs():
@@ -84,5 +95,46 @@ def test_metrics_are_read_while_the_next_iteration_runs():
 def test_an_iteration_that_is_not_finite_is_neither_logged_nor_kept():
     events = []
     with pytest.raises(UserError, match="iteration 2: the loss"):
-        iterate(events, broken=2)
+        iterate(events, broken=[2])
     assert events[-2:] == ["begin 3", "read 2"] and "save 2" not in events
+
+
+def test_an_unstable_iteration_may_be_skipped_and_is_counted():
+    events = []
+    kept = Kept(events)
+    assert iterate(events, kept, skip=True, broken=[2]).iteration == 3
+    assert "log 2" in events and kept.metadata == {"skipped": {"in_a_row": 0, "in_all": 1}}
+
+
+def test_too_many_in_a_row_stop_the_run():
+    events = []
+    with pytest.raises(UserError, match="iteration 3: the loss .* as in the 1 before it"):
+        iterate(events, skip=True, broken=[2, 3])
+    assert events[-1] == "read 3"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_what_is_finished_and_stops(number):
+    events = []
+    kept = Kept(events)
+
+    class Told(Algorithm):
+        def begin(self, state, batch):
+            if batch == 1:
+                os.kill(os.getpid(), number)
+            return super().begin(state, batch)
+
+    with handled(), pytest.raises(Stopped) as caught:
+        iterate(events, kept, algorithm=Told, checkpoint={"every": 100, "best": "train/nonfinite"})
+    assert caught.value.line == f"{number.name}: iteration 2 is saved; the same command goes on from there"
+    assert caught.value.code == 75
+    assert events[-2:] == ["save 2", "wait"] and kept.value is None, "signals must not decide what competes"
+
+
+def test_the_value_of_a_checkpoint_is_the_metric_that_the_config_names():
+    for best_is, sign in (("highest", 1), ("lowest", -1)):
+        kept = Kept([])
+        iterate([], kept, skip=True, broken=[3], checkpoint={"best": "train/skipped", "best_is": best_is})
+        assert kept.value == sign * 1
+    with pytest.raises(UserError, match="has no such metric, but train/nonfinite, train/skipped"):
+        iterate([], checkpoint={"best": "objective/nothing"})
