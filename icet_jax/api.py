@@ -22,14 +22,14 @@ from icet_jax.checkpoints.source import generation_tokens, local_directory
 from icet_jax.data.image_batches import batch_images
 from icet_jax.data.processor import Processor, load_processor
 from icet_jax.errors import UserError
-from icet_jax.evaluation.sweep import answer
+from icet_jax.generation.decode import Generation, generate
 from icet_jax.generation.sampling import Sampling, suppress_ids
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
 from icet_jax.models.family import Images
 from icet_jax.models.layers import positions_from_mask
 from icet_jax.parallel.sharding import place_rows
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.typing import Array, Bool, Float, Int, Key
 
 Inputs = Mapping[str, Any]
 """What the family's HF processor returns: input_ids and attention_mask [B, T]; pixel_values and their like if there are
@@ -228,7 +228,7 @@ class VLM:
         encoded = self.encode(inputs) if encoded is None else encoded
         exit_index = self._exit(exit_layer, encoded.upto)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens.shape[0]))
-        out = answer(self.graphdef, self.params, None, encoded.images, exit_index, tokens, mask, keys, sampling)
+        out = _answer(self.graphdef, self.params, encoded.images, exit_index, tokens, mask, keys, sampling)
         return Responses(*map(np.asarray, out), decode=lambda tokens, mask: self.processor.decode(tokens, mask))
 
     def save(self, directory: str | Path) -> Path:
@@ -344,6 +344,22 @@ def _logits(
     visual = None if encoded is None else model.visual(encoded, exit_index)
     hidden = model.decode(tokens, positions_from_mask(mask), mask, visual)
     return model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"))
+def _answer(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    encoded: Any,
+    exit_index: Int[Array, ""],
+    tokens: Int[Array, "B P"],
+    mask: Bool[Array, "B P"],
+    row_keys: Key[Array, "B"],
+    sampling: Sampling,
+) -> Generation:
+    model = nnx.merge(graphdef, params)
+    visual = None if encoded is None else model.visual(encoded, exit_index)
+    return generate(model, tokens, mask, visual, row_keys, sampling)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -7,7 +7,7 @@ processes share the work, the batches are the same; of each, a process opens the
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -111,8 +111,19 @@ class Batches:
           stop: the batch after the last.
           ahead: batches that are held ready.
         """
-        import grain
+        return load_ahead(lambda index: make(self.batch(index)), range(start, stop), ahead=ahead)
 
-        numbers = grain.MapDataset.range(start, stop)
-        options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
-        return iter(numbers.map(lambda index: make(self.batch(int(index)))).to_iter_dataset(options))
+
+def load_ahead(make: Callable[[Any], _T], items: Sequence[Any], *, ahead: int = 2) -> Iterator[_T]:
+    """`make(item)` of every item, in order; threads work on the next ones while this one is used.
+
+    Args:
+      make: called from several threads. What it raises is raised here, at the item it belongs to.
+      items: what it is called with.
+      ahead: results that are held ready.
+    """
+    import grain
+
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
+    numbers = grain.MapDataset.range(len(items))
+    return iter(numbers.map(lambda index: make(items[int(index)])).to_iter_dataset(options))

@@ -100,15 +100,15 @@ class Processor(ABC):
         inputs = self._tokenize(texts, pad_to)
         return self._with_pixels(inputs, rows) if any(rows) else inputs
 
-    def lengths(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[int]:
-        """Positions that each row would take, without the work of preparing its pixels.
+    def token_ids(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each row, image positions included, without the work of preparing its pixels.
 
         Raises:
           UserError: see `__call__`.
         """
         rows = self._open_rows(images, prompts)
         texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
-        return [len(ids) for ids in self._ids(texts)]
+        return self._ids(texts)
 
     def batch_images(self, inputs: Inputs, *, num_rows: int, per_row: int | None = None) -> Images | None:
         """The images of a batch as the network takes them, see `icet_jax.data.image_batches.batch_images`."""

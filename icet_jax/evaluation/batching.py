@@ -8,11 +8,10 @@ import numpy as np
 
 from icet_jax.data.image_batches import batch_images
 from icet_jax.data.records import Example
+from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.models.family import Images
 from icet_jax.parallel.distributed import Share, row_share
 from icet_jax.parallel.sharding import place_rows
-
-_FINEST = 16  # positions; short prompts are padded to a multiple of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +29,6 @@ class PromptBatch:
     tokens: Any
     mask: Any
     images: Images | None
-
-
-def prompt_bucket(length: int) -> int:
-    """The padded length for prompts of up to `length` positions: at most an eighth longer (or the next 16)."""
-    step = max(_FINEST, 1 << max(length.bit_length() - 4, 0))
-    return -(-length // step) * step
-
-
-def batch_indices(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """Numbers of the rows of each batch: every row once, rows of similar length (in characters) together."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def prompt_batch(

@@ -1,9 +1,9 @@
 """What a sweep will cost, before it starts: answers, tokens, operations, time, judged responses.
 
-Operations are those of the matrix products and of attention, counted by the model for the batches that will really run
-(filled up to the batch size, prompts padded to their bucket). Time is these over speeds measured on the
-device, of products shaped like a prompt's and like one decoding step's; what else a model does is in the range's upper
-end. Compiling, and the judges' own work, are not in it.
+Operations are those of the matrix products and of attention, counted by the model for prompts padded to the bucket of
+the average one. Time is these over speeds measured on the device, of products shaped like a prompt's and like one
+decoding step's; what else a model does, and slots that stand empty at the end, are in the range's upper end. Compiling,
+and the judges' own work, are not in it.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.data.records import Example
-from icet_jax.evaluation.batching import batch_indices, prompt_bucket
+from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.evaluation.scoring import concerns
 from icet_jax.generation.sampling import Sampling
 from icet_jax.judges.base import Scorer
@@ -113,15 +113,13 @@ def estimate(
     """
     count = vlm.num_exits if isinstance(exits, str) else len(set(exits))
     lengths = _prompt_lengths(vlm, examples)
-    batches = len(batch_indices(examples, batch_size))
-    padded = batches * batch_size
     per_row = max((len(row.images) for row in examples), default=0)
     length = prompt_bucket(math.ceil(sum(lengths) / max(len(lengths), 1)))
     model = nnx.merge(vlm.graphdef, vlm.params)
     each = model.operations(length, length + sampling.max_new_tokens, per_row)
-    tower = padded * per_row * each.encode
-    prompts = padded * count * (per_row * each.visual + each.prefill)
-    steps = padded * count * sampling.max_new_tokens * each.step
+    tower = len(examples) * per_row * each.encode
+    prompts = len(examples) * count * (per_row * each.visual + each.prefill)
+    steps = len(examples) * count * sampling.max_new_tokens * each.step
     if rates is None:
         devices = 1 if vlm.mesh is None else vlm.mesh.size
         ffn = max(size_out for _, _, size_out in vlm.lora_shapes.values())
@@ -194,7 +192,8 @@ def _prompt_lengths(vlm: Any, examples: Sequence[Example]) -> list[int]:
     """Tokens of at most `_SAMPLED` prompts at even distances, images included."""
     count = min(len(examples), _SAMPLED)
     sample = [examples[index * len(examples) // count] for index in range(count)]
-    return vlm.processor.lengths([list(row.images) for row in sample], [row.prompt for row in sample])
+    prompts = vlm.processor.token_ids([list(row.images) for row in sample], [row.prompt for row in sample])
+    return [len(tokens) for tokens in prompts]
 
 
 def _requests_per_second(scorer: Scorer) -> float | None:

@@ -13,7 +13,7 @@ from flax import nnx
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
-from icet_jax.evaluation.sweep import encode
+from icet_jax.evaluation.queue import encode
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 

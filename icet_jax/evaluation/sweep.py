@@ -1,8 +1,7 @@
 """The layer sweep: every row of a data set answered at every exit, and scored.
 
-Each image is encoded once for all exits: a batch goes through the tower, then one exit after another through projector
-and decoder. Exits are traced, so there is one compile per (phase, prompt length). While the device answers at one exit,
-the host decodes and scores the one before.
+Prompts of all rows and exits share the slots of one engine (`evaluation.queue`). While the device answers, the host
+decodes, writes down and scores what has been answered before.
 """
 
 import functools
@@ -14,37 +13,37 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.evaluation.batching import PromptBatch, batch_indices, prompt_batch
+from icet_jax.evaluation.queue import Queue
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
-from icet_jax.generation.decode import Generation, generate
+from icet_jax.generation.engine import Finished
 from icet_jax.generation.sampling import Sampling
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
-from icet_jax.models.family import Images
 from icet_jax.models.layers import Lora
-from icet_jax.typing import Array, Bool, Int, Key
+from icet_jax.typing import Array, Key
 
 SCHEMA = 1
 
 
 class SweepProgress(NamedTuple):
-    """State of a running sweep; a step is one batch at one exit.
+    """State of a running sweep.
 
     Attributes:
-      done: finished steps, those of an earlier, interrupted sweep included.
-      total: steps in all.
-      seconds_left: estimate; None until one step has been timed without its compilation.
+      done: answers that are judged, those of an earlier, interrupted sweep included.
+      total: answers in all.
+      seconds_left: estimate; None until some answers have been timed without compilations.
+      tokens_per_second: generated, of all answers timed.
     """
 
     done: int
     total: int
     seconds_left: float | None
+    tokens_per_second: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +90,12 @@ def sweep(
       exits: "all", or numbers from 1.
       sampling: how answers are drawn (temperature 0 is greedy).
       scorers: what judges them, side by side.
-      batch_size: rows answered at once.
+      batch_size: rows answered at once, and judged together.
       lora: the policy's adapters; None is the model as it is.
       transcript_path: rows are appended here as they are answered and again as they are judged, and a sweep that
         finds its own rows there goes on from them (answers that other judges have judged, or a judge failed on, are
         judged again); once complete the file is rewritten in order.
-      progress: called after every step.
+      progress: called whenever answers have been judged.
       dataset: its name.
       model: the model's name.
       seed: of the sampling.
@@ -110,7 +109,8 @@ def sweep(
     if not examples:
         raise UserError(f"sweep of {dataset}: no rows; give a data set with at least one")
     file = TranscriptFile(transcript_path, fingerprint(sampling, seed, tag), _judges_mark(scorers), examples)
-    tokens = _Runner(vlm, sampling, scorers, lora, seed, file, progress).run(examples, layers, batch_size)
+    key = jax.random.key(seed)
+    tokens = _Runner(vlm, examples, sampling, scorers, lora, key, file, progress, batch_size).run(layers)
     rows = file.finish(layers)
     kinds = sorted({example.kind for example in examples})
     result = {
@@ -145,174 +145,104 @@ def _generation_settings(sampling: Sampling) -> dict[str, Any]:
     return {name: getattr(sampling, name) for name in names}
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def encode(graphdef: nnx.GraphDef, params: nnx.State, images: Images) -> Any:
-    """The images' encodings for all exits."""
-    return nnx.merge(graphdef, params).encode(images)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"))
-def answer(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    lora: Lora | None,
-    encoded: Any,
-    exit_layer: Int[Array, ""],
-    tokens: Int[Array, "B P"],
-    mask: Bool[Array, "B P"],
-    row_keys: Key[Array, "B"],
-    sampling: Sampling,
-) -> Generation:
-    """Responses of B rows at one traced exit; `encoded` is None where no row has an image."""
-    model = nnx.merge(graphdef, params)
-    visual = None if encoded is None else model.visual(encoded, exit_layer)
-    return generate(model, tokens, mask, visual, row_keys, sampling, lora)
-
-
-class _Step(NamedTuple):
-    """Rows at one exit whose answers are on their way."""
-
-    examples: Sequence[Example]
-    layer: int
-    generation: Generation
-
-
 class _Clock:
-    """Counts steps and estimates the time left from the pace after the first, which compiles."""
+    """Counts answers and estimates the time left from the pace after the first, which had to wait for compilations."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
-        self._timed, self._began = 0, 0.0
+        self._timed, self._tokens, self._began = 0, 0, 0.0
 
-    @property
-    def started(self) -> bool:
-        """Whether a step has been finished in this call."""
-        return self._began > 0
-
-    def tick(self, *, timed: bool) -> SweepProgress:
-        """One step further; a step that generated nothing is not timed."""
-        self.done += 1
-        if not timed:
-            return SweepProgress(self.done, self.total, None)
+    def tick(self, answers: int, tokens: int = 0) -> SweepProgress:
+        """So many answers further; `tokens` were generated for them."""
+        self.done += answers
         now = time.monotonic()
-        if not self.started:
+        if not tokens:
+            return SweepProgress(self.done, self.total, None, None)
+        if not self._began:
             self._began = now
-            return SweepProgress(self.done, self.total, None)
-        self._timed += 1
-        pace = (now - self._began) / self._timed
-        return SweepProgress(self.done, self.total, pace * (self.total - self.done))
+            return SweepProgress(self.done, self.total, None, None)
+        self._timed += answers
+        self._tokens += tokens
+        elapsed = max(now - self._began, 1e-9)
+        pace = elapsed / self._timed
+        return SweepProgress(self.done, self.total, pace * (self.total - self.done), self._tokens / elapsed)
 
 
 class _Runner:
-    """Runs the steps that the transcript file does not have yet."""
+    """Answers and judges what the transcript file does not have yet."""
 
     def __init__(
         self,
         vlm: Any,
+        examples: Sequence[Example],
         sampling: Sampling,
         scorers: Sequence[Scorer],
         lora: Lora | None,
-        seed: int,
+        key: Key[Array, ""],
         file: TranscriptFile,
         progress: Callable[[SweepProgress], None] | None,
+        batch_size: int,
     ) -> None:
-        self.vlm, self.sampling, self.scorers, self.lora = vlm, sampling, scorers, lora
-        self.key, self.file, self.report = jax.random.key(seed), file, progress
-        self.tokens, self.mixed, self.clock = 0, False, _Clock(0)
-
-    def run(self, examples: Sequence[Example], layers: Sequence[int], batch_size: int) -> int:
-        """Answers and scores what is missing; returns the number of tokens generated."""
-        plan = batch_indices(examples, batch_size)
-        per_row = max(len(example.images) for example in examples)
+        self.vlm, self.examples, self.sampling, self.scorers, self.lora = vlm, examples, sampling, scorers, lora
+        self.keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(examples), dtype=np.uint32))
+        self.file, self.report, self.batch_size = file, progress, batch_size
         self.mixed = len({example.kind == "forbidden" for example in examples}) > 1
-        self.clock = _Clock(len(plan) * len(layers))
-        waiting: _Step | None = None
-        for indices in plan:
-            rows = [examples[index] for index in indices]
-            todo = self._judge_again(rows, layers)
-            if not todo:
-                continue
-            batch = prompt_batch(self.vlm, rows, batch_size, per_row)
-            encoded = None if batch.images is None else encode(self.vlm.graphdef, self.vlm.params, batch.images)
-            keys = _row_keys(self.key, indices, batch_size)
-            for layer in todo:
-                step = _Step(rows, layer, self._answer(batch, encoded, layer, keys))
-                if waiting is not None:
-                    self._finish(waiting)
-                waiting = step
-                if not self.clock.started:  # on its own, so that the compilation is not part of the pace
-                    self._finish(step)
-                    waiting = None
-        if waiting is not None:
-            self._finish(waiting)
+        self.clock = _Clock(0)
+        self.unjudged: list[Row] = []
+        self.tokens, self.reported = 0, 0
+
+    def run(self, layers: Sequence[int]) -> int:
+        """Answers and scores what is missing; returns the number of tokens generated."""
+        self.clock = _Clock(len(self.examples) * len(layers))
+        todo = self._missing(layers)
+        self._judge(0)
+        if todo:
+            queue = Queue(self.vlm, self.examples, self.keys, todo, self.sampling, self.lora, self.batch_size)
+            for ended in queue.answers():
+                self._take(ended)
+                self._judge(self.batch_size)
+            self._judge(0)
         return self.tokens
 
-    def _judge_again(self, examples: Sequence[Example], layers: Sequence[int]) -> list[int]:
-        """The exits at which a batch has no answers yet; where it has, judges those that lack the present judges."""
-        todo = []
-        for layer in layers:
-            known = self.file.answers(examples, layer)
-            if known is None:
-                todo.append(layer)
-            elif self.file.has(examples, layer):
-                self.clock.done += 1
-            else:
-                texts = [row["response"] for row in known]
-                lengths, truncated = ([int(row["scores"][name]) for row in known] for name in ("length", "truncated"))
-                self._score(examples, layer, texts, lengths, truncated, new=False)
-                self._tick(timed=False)
+    def _missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
+        """The exits at which each row has no answer yet; answers that lack the present judges are kept for them."""
+        todo: dict[int, list[int]] = {}
+        for number, example in enumerate(self.examples):
+            for layer in layers:
+                known = self.file.answers([example], layer)
+                if known is None:
+                    todo.setdefault(number, []).append(layer)
+                elif self.file.has([example], layer):
+                    self.clock.done += 1
+                else:
+                    lengths, truncated = ([int(known[0]["scores"][name])] for name in ("length", "truncated"))
+                    self.unjudged += self._rows([example], layer, [known[0]["response"]], lengths, truncated)
         return todo
 
-    def _answer(self, batch: PromptBatch, encoded: Any, layer: int, keys: Array) -> Generation:
-        return answer(
-            self.vlm.graphdef,
-            self.vlm.params,
-            self.lora,
-            encoded,
-            np.int32(layer),
-            batch.tokens,
-            batch.mask,
-            keys,
-            self.sampling,
-        )
+    def _take(self, ended: Sequence[Finished]) -> None:
+        """Writes answers down; they are safe in the file before any judge sees them."""
+        rows = []
+        for item in ended:
+            number, layer = item.tag
+            count = len(item.tokens)
+            cut = count == self.sampling.max_new_tokens and item.tokens[-1] not in self.sampling.eos_ids
+            texts = self.vlm.processor.decode(item.tokens[None], np.ones((1, count), bool))
+            rows += self._rows([self.examples[number]], layer, texts, [count], [int(cut)])
+            self.tokens += count
+        self.file.add(rows, judged=False)
+        self.unjudged += rows
 
-    def _finish(self, step: _Step) -> None:
-        """Waits for a step's answers, writes them down and scores them."""
-        count = len(step.examples)
-        tokens, mask = (np.asarray(part)[:count] for part in (step.generation.tokens, step.generation.mask))
-        lengths = mask.sum(axis=1)
-        last = tokens[np.arange(count), np.maximum(lengths - 1, 0)]
-        truncated = mask.all(axis=1) & ~np.isin(last, self.sampling.eos_ids)
-        texts = self.vlm.processor.decode(tokens, mask)
-        self._score(step.examples, step.layer, texts, lengths.tolist(), truncated.tolist(), new=True)
-        self.tokens += int(lengths.sum())
-        self._tick(timed=True)
+    def _rows(self, examples: Sequence[Example], layer: int, *answers: Any) -> list[Row]:
+        return answer_rows(examples, layer, *answers, mixed=self.mixed)
 
-    def _score(
-        self,
-        examples: Sequence[Example],
-        layer: int,
-        texts: list[str],
-        lengths: list[int],
-        truncated: Sequence[int],
-        *,
-        new: bool,
-    ) -> None:
-        """Judges answers; new ones are safe in the file before any judge sees them."""
-        rows = answer_rows(examples, layer, texts, lengths, truncated, mixed=self.mixed)
-        if new:
-            self.file.add(rows, judged=False)
-        judge(rows, self.scorers, mixed=self.mixed)
-        self.file.add(rows, judged=True)
-
-    def _tick(self, *, timed: bool) -> None:
-        progress = self.clock.tick(timed=timed)
-        if self.report is not None:
-            self.report(progress)
-
-
-def _row_keys(key: Key[Array, ""], indices: Sequence[int], batch_size: int) -> Key[Array, "B"]:
-    """The key of each row, from its number in the data set; the same at every exit."""
-    numbers = np.zeros(batch_size, np.uint32)
-    numbers[: len(indices)] = indices
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+    def _judge(self, least: int) -> None:
+        """Judges the answers that wait, by `batch_size`, while there are at least `least` (0: all)."""
+        while self.unjudged and len(self.unjudged) >= least:
+            rows, self.unjudged = self.unjudged[: self.batch_size], self.unjudged[self.batch_size :]
+            judge(rows, self.scorers, mixed=self.mixed)
+            self.file.add(rows, judged=True)
+            new = self.tokens - self.reported
+            self.reported = self.tokens
+            progress = self.clock.tick(len(rows), new)
+            if self.report is not None:
+                self.report(progress)

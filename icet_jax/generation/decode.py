@@ -114,8 +114,19 @@ def continue_from(
     length = sampling.max_new_tokens
     limit = jnp.where(mask.any(axis=1), length, 0).astype(jnp.int32)
     rows = begin(logits, cache.with_room(length), row_keys, limit, sampling)
-    rows = jax.lax.while_loop(lambda rows: ~jnp.all(rows.done), lambda rows: advance(model, rows, sampling, lora), rows)
-    return rows.generation()
+    return advance_all(model, rows, sampling, model.apart(lora), length - 1).generation()
+
+
+def advance_all(model: LanguageModel, rows: Rows, sampling: Sampling, apart: Any, steps: int) -> Rows:
+    """At most `steps` more tokens of every row, fewer where all are done before; `apart` is the model's."""
+
+    def go_on(state: tuple[Array, Rows]) -> Bool[Array, ""]:
+        return (state[0] < steps) & ~jnp.all(state[1].done)
+
+    def step(state: tuple[Array, Rows]) -> tuple[Array, Rows]:
+        return state[0] + 1, advance(model, state[1], sampling, apart)
+
+    return jax.lax.while_loop(go_on, step, (jnp.int32(0), rows))[1]
 
 
 def begin(
@@ -135,10 +146,10 @@ def begin(
     return _sampled(rows, logits, sampling)
 
 
-def advance(model: LanguageModel, rows: Rows, sampling: Sampling, lora: Lora | None = None) -> Rows:
+def advance(model: LanguageModel, rows: Rows, sampling: Sampling, apart: Any) -> Rows:
     """One more token of every row that is not done."""
     last = jnp.take_along_axis(rows.tokens, jnp.maximum(rows.count - 1, 0)[:, None], axis=1)[:, 0]
-    hidden, cache = model.step(last, ~rows.done, rows.cache, lora)
+    hidden, cache = model.step(last, ~rows.done, rows.cache, apart)
     return _sampled(rows.replace(cache=cache), model.logits(hidden), sampling)  # type: ignore[attr-defined]
 
 

@@ -20,8 +20,8 @@ Visual = Any
 """Opaque pytree that the decoder takes; every leaf is row-aligned, its first axis is the batch."""
 
 Cache = Any
-"""What a decoder keeps of the tokens that it has seen: a pytree with the methods `with_room`, `put` and the property
-`columns` of `models.kv_cache.KVCache`; the first axis of every leaf is the batch."""
+"""What a decoder keeps of the tokens that it has seen: a pytree with the methods `with_room`, `trimmed`, `put` and
+the property `columns` of `models.kv_cache.KVCache`; the first axis of every leaf is the batch."""
 
 
 @flax.struct.dataclass
@@ -134,8 +134,12 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def apart(self, lora: Lora | None = None) -> Any:
+        """The decoder's layers one by one, with their adapters: a pytree for `step`, made once for many steps."""
+        ...
+
     def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Cache, lora: Lora | None = None
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Cache, apart: Any
     ) -> tuple[Float[Array, "B E"], Cache]:
         """State of one more token of each row, and the cache with it; rows that are not active do not move on."""
         ...

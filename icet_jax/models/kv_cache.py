@@ -38,12 +38,17 @@ class KVCache:
         k, v = jax.tree.map(lambda leaf: jnp.pad(leaf, pad), (self.k, self.v))
         return self.replace(k=k, v=v)  # type: ignore[attr-defined]
 
+    def trimmed(self, columns: int) -> "KVCache":
+        """The first `columns` columns."""
+        k, v = jax.tree.map(lambda leaf: leaf[:, :, :columns], (self.k, self.v))
+        return self.replace(k=k, v=v)  # type: ignore[attr-defined]
+
     def put(self, slots: Int[Array, "R"], rows: "KVCache") -> "KVCache":
-        """Rows of a cache of at most as many columns in place of the rows `slots`; numbers beyond B are left out."""
-        columns = rows.columns
+        """Rows of another cache, none longer than S, in place of the rows `slots`; numbers beyond B are left out."""
+        rows = rows.trimmed(self.columns)
 
         def write(mine: Array, theirs: Array) -> Array:
-            return mine.at[slots, :, :columns].set(theirs.astype(mine.dtype), mode="drop")
+            return mine.at[slots, :, : rows.columns].set(theirs.astype(mine.dtype), mode="drop")
 
         k, v = jax.tree.map(write, (self.k, self.v), (rows.k, rows.v))
         return KVCache(k=k, v=v, length=self.length.at[slots].set(rows.length, mode="drop"))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +134,7 @@ class SelfAttention:
         self.angles, self.mask = angles, mask
         length = mask.shape[1]
         self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
-        self.past = None if prefix is None else (jnp.stack(prefix.k), jnp.stack(prefix.v))
+        self.past = prefix
         if prefix is not None:
             before = jnp.arange(prefix.columns) < prefix.length[:, None]
             shape = (mask.shape[0], 1, length, prefix.columns)
@@ -171,13 +172,26 @@ class SelfAttention:
 
     def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
         if self.past is not None:
-            before = [jax.lax.dynamic_index_in_dim(part, index, keepdims=False).swapaxes(1, 2) for part in self.past]
+            before = self.past.k[index].swapaxes(1, 2), self.past.v[index].swapaxes(1, 2)
             k, v = jnp.concatenate([before[0], k], axis=1), jnp.concatenate([before[1], v], axis=1)
         return layers.attention(q, k, v, allowed)
 
 
 def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
     return k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+@flax.struct.dataclass
+class Apart:
+    """A decoder's layers one by one. A step over few rows would else spend its time on cutting them out of the stacks.
+
+    Attributes:
+      layers: (weights, adapters) of each, in the decoder's order.
+      scale: of the adapters, static.
+    """
+
+    layers: tuple[Any, ...]
+    scale: float = flax.struct.field(pytree_node=False)
 
 
 class NextToken:
@@ -297,31 +311,36 @@ class LlamaDecoder(nnx.Module):
         attend_to = SelfAttention(rotary(self.config, prompt_positions(mask, prefix)), mask, prefix)
         graph, state, adapters, scale = self._stacks(lora)
         depth = self.config.num_hidden_layers
-
-        def body(x: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+        x = by_rows(embeddings.astype(self.dtype))
+        k: list[Array] = []
+        v: list[Array] = []
+        # Not a loop: it would stack all layers' keys and values before each is laid out for the cache.
+        for index in range(depth):
             weights, own = (gathered(layer_at(part, index), x) for part in (state, adapters))
-            return attend_to(x, nnx.merge(graph, weights), own, scale, index)
+            layer = nnx.merge(graph, weights)
+            if index < depth - 1:
+                x, made = attend_to(x, layer, own, scale, index)
+            else:
+                last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+                x, made = attend_to.last(x, layer, own, scale, index, last)
+            k.append(made[0])
+            v.append(made[1])
+        return self.norm(x)[:, 0], prompt_cache(tuple(k), tuple(v), mask, prefix)
 
-        x, stacked = jax.lax.scan(body, by_rows(embeddings.astype(self.dtype)), jnp.arange(depth - 1))
-        weights, own = (gathered(layer_at(part, depth - 1), x) for part in (state, adapters))
-        last = jnp.maximum(mask.sum(axis=1) - 1, 0)
-        x, made = attend_to.last(x, nnx.merge(graph, weights), own, scale, depth - 1, last)
-        k, v = ((*some, one) for some, one in zip(stacked, made, strict=True))
-        return self.norm(x)[:, 0], prompt_cache(k, v, mask, prefix)
+    def apart(self, lora: Lora | None = None) -> Apart:
+        """The layers for `step`."""
+        _, state, adapters, scale = self._stacks(lora)
+        return Apart(tuple(layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)), scale)
 
     def step(
-        self, embeddings: Float[Array, "B E"], active: Bool[Array, "B"], cache: KVCache, lora: Lora | None = None
+        self, embeddings: Float[Array, "B E"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
     ) -> tuple[Float[Array, "B E"], KVCache]:
-        """Final state of one new token per row, and the cache with it (inactive rows keep their length).
-
-        The layers are unrolled: a loop over few rows would spend its time on fetching each layer's weights.
-        """
+        """Final state of one new token per row, and the cache with it (inactive rows keep their length)."""
         attend_to = NextToken(self.config, cache)
-        graph, state, adapters, scale = self._stacks(lora)
+        graph, _ = nnx.split(self.layers)
         x = embeddings[:, None].astype(self.dtype)
-        for index in range(self.config.num_hidden_layers):
-            weights, own = layer_at((state, adapters), index)
-            x = attend_to(x, nnx.merge(graph, weights), own, scale, index)
+        for index, (weights, own) in enumerate(apart.layers):
+            x = attend_to(x, nnx.merge(graph, weights), own, apart.scale, index)
         return self.norm(x)[:, 0], attend_to.advanced(active)
 
     def _stacks(self, lora: Lora | None) -> tuple[Any, Any, dict[str, Any], float]:

@@ -12,7 +12,7 @@ from icet_jax.models.clip import ClipConfig, ClipVisionTower
 from icet_jax.models.family import Images, Operations
 from icet_jax.models.kv_cache import KVCache
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import Llama, LlamaConfig, lora_shapes
+from icet_jax.models.llama import Apart, Llama, LlamaConfig, lora_shapes
 from icet_jax.typing import Array, Bool, Float, Int
 
 
@@ -195,11 +195,15 @@ class Llava(nnx.Module):
         """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(self.merge(tokens, visual), mask, prefix, lora)
 
+    def apart(self, lora: Lora | None = None) -> Apart:
+        """The decoder's layers for `step`."""
+        return self.language_model.apart(lora)
+
     def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, lora: Lora | None = None
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
     ) -> tuple[Float[Array, "B E"], KVCache]:
         """One more token of each row; see `LanguageModel.step`."""
-        return self.language_model.step(self.language_model.embed(tokens), active, cache, lora)
+        return self.language_model.step(self.language_model.embed(tokens), active, cache, apart)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Float32 next-token logits."""

@@ -10,6 +10,7 @@ from flax import nnx
 from icet_jax.models import layers, operations
 from icet_jax.models.family import Images, Operations
 from icet_jax.models.layers import Lora
+from icet_jax.models.llama import Apart
 from icet_jax.models.mllama_text import CrossStates, MllamaCache, MllamaDecoder, MllamaTextConfig
 from icet_jax.models.mllama_vision import EXIT_RULES, MllamaVisionConfig, MllamaVisionTower
 from icet_jax.typing import Array, Bool, Float, Int
@@ -177,11 +178,15 @@ class Mllama(nnx.Module):
         """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(tokens, mask, visual, self.image_token_index, prefix, lora)
 
+    def apart(self, lora: Lora | None = None) -> Apart:
+        """The decoder's layers for `step`."""
+        return self.language_model.apart(lora)
+
     def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, lora: Lora | None = None
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, apart: Apart
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
         """One more token of each row; see `LanguageModel.step`."""
-        return self.language_model.step(tokens, active, cache, lora)
+        return self.language_model.step(tokens, active, cache, apart)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Float32 next-token logits."""

@@ -18,6 +18,7 @@ from icet_jax.models import layers
 from icet_jax.models.kv_cache import KVCache, attend
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import (
+    Apart,
     LlamaBlocks,
     LlamaConfig,
     NextToken,
@@ -131,6 +132,10 @@ class MllamaCache:
     def with_room(self, columns: int) -> "MllamaCache":
         """The same tokens with room for `columns` more in each row."""
         return dataclasses.replace(self, text=self.text.with_room(columns))
+
+    def trimmed(self, columns: int) -> "MllamaCache":
+        """The first `columns` text tokens of each row."""
+        return dataclasses.replace(self, text=self.text.trimmed(columns))
 
     def put(self, slots: Int[Array, "R"], rows: "MllamaCache") -> "MllamaCache":
         """Rows of another cache in place of the rows `slots`; see `KVCache.put`."""
@@ -286,32 +291,44 @@ class MllamaDecoder(nnx.Module):
             cache = dataclasses.replace(cache, k=k, v=v, allowed=allowed, real=vision.real)
         return self.norm(jnp.take_along_axis(x, last, axis=1))[:, 0], cache
 
+    def apart(self, lora: Lora | None = None) -> Apart:
+        """The layers of both kinds for `step`, in the decoder's order."""
+        own, cross = _split_adapters(lora)
+        _, self_state = nnx.split(self.layers)
+        _, cross_state = nnx.split(self.cross_layers)
+        kinds = self._places()
+        layers_of = tuple(
+            layer_at((cross_state, cross) if is_cross else (self_state, own), place) for is_cross, place in kinds
+        )
+        return Apart(layers_of, 1.0 if lora is None else lora.scale)
+
     def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, lora: Lora | None = None
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, apart: Apart
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
-        """Final state of one new token per row, and the cache with it; the layers are unrolled."""
+        """Final state of one new token per row, and the cache with it."""
         text = NextToken(self.config.llama, cache.text)
         vision = cached_images(cache, 1) if cache.k else None
-        own, cross = _split_adapters(lora)
-        scale = 1.0 if lora is None else lora.scale
-        self_graph, self_state = nnx.split(self.layers)
-        cross_graph, cross_state = nnx.split(self.cross_layers)
+        self_graph, _ = nnx.split(self.layers)
+        cross_graph, _ = nnx.split(self.cross_layers)
         x = self.embed(tokens)[:, None]
-        taken = [0, 0]
+        for (is_cross, place), (weights, adapters) in zip(self._places(), apart.layers, strict=True):
+            if not is_cross:
+                x = text(x, nnx.merge(self_graph, weights), adapters, apart.scale, place)
+            elif vision is not None:
+                layer = nnx.merge(cross_graph, weights)
+                q = layer.query(x, adapters, apart.scale)[:, 0]
+                attended = attend(q, cache.k[place], cache.v[place], vision.attended[:, 0])
+                x = layer.rest(x, attended[:, None], vision, adapters, apart.scale)
+        return self.norm(x)[:, 0], dataclasses.replace(cache, text=text.advanced(active))
+
+    def _places(self) -> list[tuple[bool, int]]:
+        """Of each layer: whether it attends to images, and its place in the stack of its kind."""
+        taken, found = [0, 0], []
         for number in range(self.config.llama.num_hidden_layers):
             is_cross = number in self.config.cross_attention_layers
-            place = taken[is_cross]
+            found.append((is_cross, taken[is_cross]))
             taken[is_cross] += 1
-            if not is_cross:
-                weights, adapters = layer_at((self_state, own), place)
-                x = text(x, nnx.merge(self_graph, weights), adapters, scale, place)
-            elif vision is not None:
-                weights, adapters = layer_at((cross_state, cross), place)
-                layer = nnx.merge(cross_graph, weights)
-                q = layer.query(x, adapters, scale)[:, 0]
-                attended = attend(q, cache.k[place], cache.v[place], vision.attended[:, 0])
-                x = layer.rest(x, attended[:, None], vision, adapters, scale)
-        return self.norm(x)[:, 0], dataclasses.replace(cache, text=text.advanced(active))
+        return found
 
     def _run(
         self, x: Array, text: SelfAttention, vision: "Vision | None", lora: Lora | None, *, stored: Any = None,

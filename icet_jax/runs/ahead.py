@@ -19,7 +19,8 @@ from icet_jax.checkpoints import families
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params
 from icet_jax.checkpoints.published import config_values
 from icet_jax.data.image_batches import batch_images
-from icet_jax.evaluation import sweep
+from icet_jax.evaluation import queue
+from icet_jax.generation import engine
 from icet_jax.lppo import learner
 from icet_jax.lppo.settings import Settings, from_config
 from icet_jax.lppo.state import TrainState
@@ -37,14 +38,16 @@ class Phase:
     Attributes:
       name: of its line in the plan.
       inputs: what it takes beside weights and train state, abstractly; row-aligned.
-      cache: the KV cache that it makes, abstractly, or None.
+      cache: the KV cache that it works on, abstractly, or None.
       lower: gives what `.compile()` compiles; it needs a mesh of devices.
+      held: the cache is not made by the phase, but taken and given back.
     """
 
     name: str
     inputs: Any
     cache: Any
     lower: Callable[[], Any]
+    held: bool = False
 
 
 class AbstractRun:
@@ -126,26 +129,36 @@ class AbstractRun:
         yield from self._lppo(compiled)
 
     def _sweep(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
-        vlm, options = self.vlm, self.config.sweep
-        batch = options.batch_size
-        images, (tokens, mask) = self.images(batch), self.prompts(batch)
+        vlm, options, length = self.vlm, self.config.sweep, self.config.data.max_prompt_tokens
+        slots, together = queue.group_sizes(options.batch_size, self.mesh)
+        images = self.images(together)
         sampling = vlm.sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-        encode = Phase("sweep: encode", images, None, lambda: sweep.encode.lower(vlm.graphdef, vlm.params, images))
+        encode = Phase("sweep: encode", images, None, lambda: queue.encode.lower(vlm.graphdef, vlm.params, images))
         yield encode
-        encoded = self._outputs(encode, compiled, batch, lambda *a: _merge(vlm, a[0]).encode(a[1]), vlm.params, images)
+        encoded = self._outputs(
+            encode, compiled, together, lambda *a: _merge(vlm, a[0]).encode(a[1]), vlm.params, images
+        )
         lora = None
         if self.settings.lora_scale is not None:
             lora = Lora(weights=self.state.trainable["policy"], scale=self.settings.lora_scale)
-        keys = self.rows(_keys(batch), batch)
-        exit_layer = jax.ShapeDtypeStruct((), jnp.int32)
+        numbers = jax.ShapeDtypeStruct((together,), jnp.int32)
+        tokens, mask = (jax.ShapeDtypeStruct((together, length), dtype) for dtype in (jnp.int32, jnp.bool_))
+        keys = jax.ShapeDtypeStruct((together, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32)
+        prompts = engine.Prompts(tokens, mask, numbers, numbers, keys, numbers)
+        machine = engine.Engine(
+            vlm.graphdef, vlm.params, sampling,
+            slots=slots, columns=length + options.max_new_tokens, lora=lora, mesh=self.mesh,
+        )  # fmt: skip
+        rows = machine.shapes(engine.Work([], prompts, encoded))
+        static = vlm.graphdef, sampling, self.mesh
         yield Phase(
-            "sweep: answer",
-            (encoded, tokens, mask),
-            self.cache(batch, options.max_new_tokens),
-            lambda: sweep.answer.lower(
-                vlm.graphdef, vlm.params, lora, encoded, exit_layer, tokens, mask, keys, sampling
-            ),
-        )
+            "sweep: fill", (encoded, prompts), rows.cache,
+            lambda: engine.fill.lower(*static, vlm.params, lora, rows, numbers, prompts, encoded, None), held=True,
+        )  # fmt: skip
+        yield Phase(
+            "sweep: decode", machine.apart_shapes(), rows.cache,
+            lambda: engine.decode.lower(*static, vlm.params, machine.apart_shapes(), rows), held=True,
+        )  # fmt: skip
 
     def _lppo(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
         vlm, config, state = self.vlm, self.config, self.state

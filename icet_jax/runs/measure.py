@@ -157,17 +157,18 @@ class Measurements:
 
 
 def _show(what: str) -> Callable[[SweepProgress], None]:
-    """Shows a sweep's progress, and says how long it will take as soon as one step has been timed."""
+    """Shows a sweep's progress, and says how long it will take as soon as some answers have been timed."""
     bar: list[Progress] = []
     announced: list[float] = []
 
     def show(state: SweepProgress) -> None:
         if not bar:
-            bar.append(Progress(what, state.total, start=state.done - 1))
+            bar.append(Progress(what, state.total, start=state.done))
         if state.seconds_left is not None and not announced:
             announced.append(state.seconds_left)
             print(f"{what}: about {state.seconds_left:.0f} s", file=sys.stderr)
-        bar[0].advance()
+        shown = {} if state.tokens_per_second is None else {"tokens/s": state.tokens_per_second}
+        bar[0].advance(shown, to=state.done)
 
     return show
 

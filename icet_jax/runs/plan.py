@@ -148,8 +148,9 @@ def _line(abstract: AbstractRun, phase: Phase, program: Any, refused: str) -> Li
         memory = program.memory_analysis()
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         taken = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + max(results, 0)
-        cache = min(cache, taken)
-        temporaries = taken - cache
+        made = 0 if phase.held else min(cache, taken)
+        cache = cache if phase.held else made
+        temporaries = taken - made
         moved = moved_bytes(program.as_text())
     return Line(
         phase=phase.name,

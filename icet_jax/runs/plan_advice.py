@@ -16,13 +16,12 @@ _ROOM = 0.6  # of a chip's memory: what weights and train state may take, so tha
 def spread(config: ConfigDict, shards: int) -> list[str]:
     """Batches that do not divide into the mesh's `shards` of rows: their work is not shared row by row."""
     slices = config.lppo.minibatches * config.lppo.accumulation
-    found = []
-    for field, rows in (("data.batch_size", config.data.batch_size), ("sweep.batch_size", config.sweep.batch_size)):
-        if rows % shards:
-            found.append(
-                f"config.{field}={rows} does not divide over {shards} chips of rows: each holds all rows; "
-                f"try --config.{field}={-(-rows // shards) * shards}"
-            )
+    found, rows = [], config.data.batch_size
+    if rows % shards:
+        found.append(
+            f"config.data.batch_size={rows} does not divide over {shards} chips of rows: each holds all rows; "
+            f"try --config.data.batch_size={-(-rows // shards) * shards}"
+        )
     if config.data.batch_size % shards == 0 and config.data.batch_size // slices % shards:
         found.append(
             f"config.lppo: the {config.data.batch_size // slices} rows of a slice cannot be spread evenly over "

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from icet_jax.evaluation.queue import group_sizes
+from icet_jax.generation.engine import STEPS
 from icet_jax.models.family import POLICY_ROOT
 from icet_jax.parallel.sharding import flatten_with_names
 from icet_jax.runs.ahead import AbstractRun, bytes_per_device
@@ -30,8 +32,8 @@ def work(run: AbstractRun, phase: str) -> Work:
     """
     config, model = run.config, run.model
     length = config.data.max_prompt_tokens
-    rows, new = config.sweep.batch_size, config.sweep.max_new_tokens
-    swept = model.operations(length, length + new, 1)
+    slots, together = group_sizes(config.sweep.batch_size, run.mesh)
+    swept = model.operations(length, length + config.sweep.max_new_tokens, 1)
     batch, taught = config.data.batch_size, config.lppo.max_new_tokens
     sampled = model.operations(length, length + taught, 1)
     policy, adapters = _forward(run)
@@ -39,8 +41,9 @@ def work(run: AbstractRun, phase: str) -> Work:
     weights_too = int(run.settings.lora_scale is None)
     update = config.lppo.epochs * batch * ((2 + weights_too + again) * policy + (3 + again) * adapters)
     flops, steps = {
-        "sweep: encode": (rows * swept.encode, 1),
-        "sweep: answer": (rows * (swept.visual + swept.prefill + (new - 1) * swept.step), new),
+        "sweep: encode": (together * swept.encode, 1),
+        "sweep: fill": (together * (swept.visual + swept.prefill), 1),
+        "sweep: decode": (STEPS * slots * swept.step, STEPS),
         "rollout": (
             batch * (sampled.encode + sampled.visual + sampled.prefill + (taught - 1) * sampled.step),
             taught,

@@ -23,17 +23,14 @@ class Progress:
         self._began = time.monotonic()
         self._bar.start_t = self._bar.last_print_t = time.time() if not self._bar.disable else 0.0
 
-    def advance(self, numbers: Mapping[str, float] | None = None) -> None:
-        """One step further; `numbers` are shown beside the bar."""
+    def advance(self, numbers: Mapping[str, float] | None = None, *, to: int | None = None) -> None:
+        """To step `to`, one further if None; `numbers` are shown beside the bar."""
         shown = {name: f"{value:.3g}" for name, value in (numbers or {}).items()}
-        self._done += 1
+        before, self._done = self._done, self._done + 1 if to is None else to
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
-        elif (
-            self._done == self._total
-            or (self._done * _LINES) // self._total > ((self._done - 1) * _LINES) // self._total
-        ):
+            self._bar.update(self._done - before)
+        elif self._done == self._total or (self._done * _LINES) // self._total > (before * _LINES) // self._total:
             values = "".join(f", {name} {value}" for name, value in shown.items())
             print(
                 f"{self._what}: {self._done}/{self._total}{values}, {self.seconds_left():.0f} s left", file=sys.stderr

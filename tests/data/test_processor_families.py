@@ -68,7 +68,8 @@ def test_inputs_equal_hf(pair, chosen):
     for name in theirs:
         assert ours[name].shape == theirs[name].shape and ours[name].dtype == theirs[name].dtype, name
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    assert processor.lengths(images, prompts) == ours["attention_mask"].sum(axis=1).tolist()
+    rows = zip(ours["input_ids"], ours["attention_mask"].astype(bool), strict=True)
+    assert processor.token_ids(images, prompts) == [ids[real].tolist() for ids, real in rows]
     bos = processor.tokenizer.bos_token_id
     assert ((ours["input_ids"] == bos).sum(axis=1) == 1).all()
 

@@ -11,7 +11,8 @@ from flax import nnx
 from icet_jax.api import load
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.cost import Cost, Rates, estimate
-from icet_jax.evaluation.sweep import encode, sweep
+from icet_jax.evaluation.queue import encode
+from icet_jax.evaluation.sweep import sweep
 from icet_jax.generation.decode import prefill
 from icet_jax.judges.base import Scores
 from icet_jax.judges.keywords import RefusalKeywords
@@ -136,7 +137,7 @@ def test_operations_are_those_of_the_traced_functions(tmp_path, family, images):
 
     def next_logits(params, cache, token):
         model = network(params)
-        hidden, _ = model.step(token, jnp.ones(1, bool), cache)
+        hidden, _ = model.step(token, jnp.ones(1, bool), cache, model.apart())
         return model.logits(hidden)
 
     _, cache = first_logits(vlm.params, batch.tokens, batch.mask, visual)

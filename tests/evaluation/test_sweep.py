@@ -5,11 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
+from icet_jax.evaluation import queue
 from icet_jax.evaluation import sweep as sweeping
 from icet_jax.evaluation.sweep import sweep
+from icet_jax.generation import engine
 from icet_jax.judges.base import Scores
 from icet_jax.judges.keywords import RefusalKeywords
 from icet_jax.models.family import init_lora
@@ -92,14 +95,41 @@ def test_sampled_answers_depend_on_seed_and_row_alone(vlm):
     assert again.items() >= first.items() and again["again", 2] != again["a", 2]
 
 
-def test_each_batch_is_encoded_once_and_an_exit_compiles_nothing(vlm, monkeypatch):
-    encode, calls = sweeping.encode, []
-    monkeypatch.setattr(sweeping, "encode", lambda *args: calls.append(1) or encode(*args))
+def test_each_image_is_encoded_once_and_an_exit_compiles_nothing(vlm, monkeypatch):
+    encode, calls = queue.encode, []
+    monkeypatch.setattr(queue, "encode", lambda *args: calls.append(args[2].pixels.shape[0]) or encode(*args))
     run(vlm, exits=[1])
-    compiled = sweeping.answer._cache_size()
-    assert len(calls) == 3
+    compiled = engine.fill._cache_size(), engine.decode._cache_size()
+    assert sum(calls) == 4 * 3 * 2, "four groups of three rows, with room for two images each"
     run(vlm, exits=[2, 3, 4])
-    assert len(calls) == 6 and sweeping.answer._cache_size() == compiled
+    assert sum(calls) == 2 * 4 * 3 * 2
+    assert (engine.fill._cache_size(), engine.decode._cache_size()) == compiled
+
+
+def test_rows_about_one_image_share_what_they_begin_with(vlm, tmp_path, monkeypatch):
+    """Three questions about the same file: the same answers as about copies of it, and one beginning for each exit."""
+    pictures = [tmp_path / f"{name}.png" for name in "abc"]
+    for path in pictures:
+        Image.fromarray(bundle.picture(1)).save(path)
+    questions = ["short", "something longer than that", "what is it?"]
+    apart = [Example(str(n), text, (pictures[n],)) for n, text in enumerate(questions)]
+    together = [Example(str(n), text, (pictures[0],)) for n, text in enumerate(questions)]
+    original, started = queue.run_prefix, []
+    monkeypatch.setattr(queue, "run_prefix", lambda *args: started.append(1) or original(*args))
+    expected = texts(run(vlm, rows=apart, batch_size=4))
+    assert not started
+    assert texts(run(vlm, rows=together, batch_size=4)) == expected and len(started) == 1, "four exits at once"
+    assert len(set(expected.values())) > 4
+
+    part = tmp_path / "part.jsonl"
+
+    def kill(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(vlm, rows=together, batch_size=2, transcript_path=part, progress=kill)
+    done = len(part.read_text().splitlines())
+    assert texts(run(vlm, rows=together, batch_size=2, transcript_path=part)) == expected and 0 < done < 24
 
 
 def test_adapters_change_the_answers(vlm, plain):
@@ -126,7 +156,7 @@ def test_killed_and_resumed_equals_never_killed(vlm, tmp_path):
         pass
 
     def kill(progress):
-        if progress.done == 5:
+        if progress.done >= 12:
             raise Killed
 
     with pytest.raises(Killed):
@@ -137,8 +167,8 @@ def test_killed_and_resumed_equals_never_killed(vlm, tmp_path):
     resumed = run(vlm, transcript_path=part, progress=seen.append)
     assert part.read_bytes() == whole.read_bytes()
     assert resumed.sweep == expected.sweep and resumed.rows == expected.rows
-    assert len(seen) == 12 - 4 and seen[0].done == 5 and seen[-1].done == seen[-1].total == 12
-    assert seen[0].seconds_left is None and seen[-1].seconds_left == 0
+    assert 11 < seen[0].done <= 15 and seen[-1].done == seen[-1].total == 28
+    assert seen[0].seconds_left is None and seen[-1].seconds_left == 0 and seen[-1].tokens_per_second > 0
     again = run(vlm, transcript_path=part)
     assert again.tokens == 0 and again.rows == expected.rows and scorer.calls == 0
 
@@ -164,17 +194,19 @@ def test_a_judge_that_breaks_down_loses_no_answer(vlm, tmp_path, monkeypatch):
     expected = run(vlm, transcript_path=whole, exits=[2, 3], scorers=[Failing()])
     with pytest.raises(ConnectionError):
         run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing("broken")])
-    assert len({json.loads(line)["response"] for line in part.read_text().splitlines()}) > 6
+    lines = list(map(json.loads, part.read_text().splitlines()))
+    judged = {(line["id"], line["layer"]) for line in lines if line["judges"] is not None}
+    assert len({(line["id"], line["layer"]) for line in lines} - judged) > 2
     resumed = run(vlm, transcript_path=part, exits=[2, 3], scorers=[Failing()])
     assert part.read_bytes() == whole.read_bytes() and resumed.sweep == expected.sweep
     assert resumed.tokens < expected.tokens / 2 + 10
 
-    monkeypatch.setattr(sweeping, "answer", None)  # another judge generates nothing
+    monkeypatch.setattr(sweeping, "Queue", None)  # another judge generates nothing
     judged = Failing()
     judged.fingerprint = "second weights"
     again = run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged])
-    assert judged.calls == 6 and again.rows == expected.rows and again.tokens == 0
-    assert run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged]).rows == expected.rows and judged.calls == 6
+    assert judged.calls == 5 and again.rows == expected.rows and again.tokens == 0
+    assert run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged]).rows == expected.rows and judged.calls == 5
 
     path = tmp_path / "failed.jsonl"
     path.write_bytes(part.read_bytes())
@@ -182,7 +214,7 @@ def test_a_judge_that_breaks_down_loses_no_answer(vlm, tmp_path, monkeypatch):
     assert failed.sweep["layers"][0]["metrics"]["tr/toy"]["n_error"] == 3
     well = Failing()
     assert run(vlm, transcript_path=path, exits=[2, 3], scorers=[well]).sweep == expected.sweep
-    assert 0 < well.calls < 6  # only batches with an error are judged again
+    assert 0 < well.calls < 5  # only batches with an error are judged again
 
 
 def test_foreign_transcripts_are_refused(vlm, tmp_path):

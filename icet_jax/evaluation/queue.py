@@ -1,0 +1,179 @@
+"""What a sweep asks of the engine: each image encoded once for all exits, prompts run in groups of one size.
+
+Rows that share their images and what stands before them are continued from one cache per exit. Images are opened on
+threads while the device works on those before.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from icet_jax.data.batches import load_ahead
+from icet_jax.data.records import Example
+from icet_jax.evaluation.batching import PromptBatch, prompt_batch
+from icet_jax.evaluation.schedule import Stretch, Unit, prompt_bucket, stretches
+from icet_jax.generation.engine import Engine, Finished, Prompts, Work, run_prefix
+from icet_jax.generation.sampling import Sampling
+from icet_jax.models.family import Cache, Images
+from icet_jax.models.layers import Lora
+from icet_jax.parallel.sharding import row_shards
+from icet_jax.typing import Array, Key
+
+_TOGETHER = 8  # prompts run at once: enough rows for full speed, few enough that slots do not wait for one another
+_CHUNK = 256  # rows tokenised at once
+
+Request = tuple[int, int, int]
+"""(row of the data set, exit, number of the row's images in the encoded batch)."""
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def encode(graphdef: nnx.GraphDef, params: nnx.State, images: Images) -> Any:
+    """The images' encodings for all exits."""
+    return nnx.merge(graphdef, params).encode(images)
+
+
+def group_sizes(slots: int, mesh: Mesh | AbstractMesh | None) -> tuple[int, int]:
+    """(slots, prompts run together), both spread evenly over the mesh."""
+    shards = 1 if mesh is None else row_shards(mesh)
+    slots = -(-slots // shards) * shards
+    return slots, min(slots, -(-_TOGETHER // shards) * shards)
+
+
+class Queue:
+    """The rows of a data set at the exits where they have no answer yet."""
+
+    def __init__(
+        self,
+        vlm: Any,
+        examples: Sequence[Example],
+        keys: Key[Array, "N"],
+        todo: Mapping[int, Sequence[int]],
+        sampling: Sampling,
+        lora: Lora | None,
+        slots: int,
+    ) -> None:
+        """Tokenises the rows and orders them; nothing runs on the device yet.
+
+        Args:
+          vlm: the model, an `icet_jax.api.VLM`.
+          examples: the rows.
+          keys: of each row, the same at every exit.
+          todo: the exits wanted of each row.
+          sampling: how answers are drawn.
+          lora: adapters of the decoder.
+          slots: rows decoded together.
+
+        Raises:
+          UserError: an image that cannot be opened, or a prompt that the processor rejects.
+        """
+        self._slots, self._together = group_sizes(slots, vlm.mesh)
+        self._vlm, self._examples, self._todo, self._lora, self._sampling = vlm, examples, todo, lora, sampling
+        self._keys = np.asarray(jax.random.key_data(keys))
+        self._per_row = max(len(example.images) for example in examples)
+        self._prompts = _token_ids(vlm, examples)
+        self._stretches = stretches(examples, self._prompts, vlm.config.image_token_index)
+        units = sum(len(stretch.units) for stretch in self._stretches)
+        shards = 1 if vlm.mesh is None else row_shards(vlm.mesh)
+        self._encoded_at_once = -(-min(self._together, units) // shards) * shards
+
+    def answers(self) -> Iterator[list[Finished]]:
+        """Answers as they end; a tag is (row, exit).
+
+        Raises:
+          UserError: an image that cannot be opened.
+        """
+        vlm = self._vlm
+        for stretch in self._stretches:
+            columns = stretch.length + self._sampling.max_new_tokens
+            engine = Engine(
+                vlm.graphdef, vlm.params, self._sampling,
+                slots=self._slots, columns=columns, lora=self._lora, mesh=vlm.mesh,
+            )  # fmt: skip
+            yield from engine.run(self._work(stretch))
+
+    def _work(self, stretch: Stretch) -> Iterator[Work]:
+        """The prompts of a stretch, unit by unit, exit by exit."""
+        units = [unit for unit in stretch.units if any(row in self._todo for row in unit.rows)]
+        size = self._encoded_at_once
+        groups = [units[start : start + size] for start in range(0, len(units), size)]
+        for group, batch in zip(groups, load_ahead(self._images, groups), strict=True):
+            encoded = None
+            if batch.images is not None:
+                encoded = encode(self._vlm.graphdef, self._vlm.params, batch.images)
+            alone: list[Request] = []
+            for place, unit in enumerate(group):
+                if unit.shared:
+                    yield from self._continued(unit, place, encoded)
+                else:
+                    alone += [(row, layer, place) for row in unit.rows for layer in self._todo.get(row, ())]
+            for requests in _parts(alone, self._together):
+                yield self._whole(requests, encoded)
+
+    def _images(self, group: Sequence[Unit]) -> PromptBatch:
+        """The images of a group of units, each once."""
+        rows = [unit.rows[0] for unit in group]
+        length = prompt_bucket(max(len(self._prompts[row]) for row in rows))
+        examples = [self._examples[row] for row in rows]
+        return prompt_batch(self._vlm, examples, self._encoded_at_once, self._per_row, length=length)
+
+    def _whole(self, requests: Sequence[Request], encoded: Any) -> Work:
+        """Prompts with their images."""
+        width = prompt_bucket(max(len(self._prompts[row]) for row, _, _ in requests))
+        prompts = self._arrays(requests, [self._prompts[row] for row, _, _ in requests], width)
+        return Work(self._tags(requests), prompts, encoded)
+
+    def _continued(self, unit: Unit, place: int, encoded: Any) -> Iterator[Work]:
+        """Rows that begin alike: the beginning once per exit, then what is each row's own."""
+        layers = sorted({layer for row in unit.rows for layer in self._todo.get(row, ())})
+        head = self._prompts[unit.rows[0]][: unit.shared]
+        width = prompt_bucket(max(len(self._prompts[row]) for row in unit.rows) - unit.shared)
+        for exits in _parts(layers, self._together):
+            prefix: Cache | None = None
+            for row in unit.rows:
+                requests = [(row, layer, place) for layer in exits]
+                wanted = [layer in self._todo.get(row, ()) for layer in exits]
+                if not any(wanted):
+                    continue
+                if prefix is None:
+                    prompts = self._arrays(requests, [head] * len(exits), prompt_bucket(unit.shared))
+                    static = self._vlm.graphdef, self._vlm.mesh
+                    prefix = run_prefix(*static, self._vlm.params, self._lora, prompts, encoded)
+                own = self._arrays(requests, [self._prompts[row][unit.shared :]] * len(exits), width)
+                tags = [tag if there else None for tag, there in zip(self._tags(requests), wanted, strict=False)]
+                tags += [None] * (self._together - len(tags))
+                yield Work(tags, own, None, prefix)
+
+    def _arrays(self, requests: Sequence[Request], texts: Sequence[np.ndarray], width: int) -> Prompts:
+        """Prompts of `texts`, padded on the right to `width` and filled up."""
+        count = self._together
+        tokens, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
+        rows, exits, limit = np.zeros(count, np.int32), np.ones(count, np.int32), np.zeros(count, np.int32)
+        keys = np.zeros((count, *self._keys.shape[1:]), self._keys.dtype)
+        for number, ((row, layer, place), text) in enumerate(zip(requests, texts, strict=True)):
+            tokens[number, : len(text)], mask[number, : len(text)] = text, True
+            rows[number], exits[number], limit[number] = place, layer, self._sampling.max_new_tokens
+            keys[number] = self._keys[row]
+        return Prompts(tokens, mask, rows, exits, keys, limit)
+
+    def _tags(self, requests: Sequence[Request]) -> list[Any]:
+        """(row, exit) of each request, filled up with None."""
+        return [(row, layer) for row, layer, _ in requests] + [None] * (self._together - len(requests))
+
+
+def _token_ids(vlm: Any, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Tokens of every row, on several threads."""
+
+    def tokens(rows: Sequence[Example]) -> list[np.ndarray]:
+        found = vlm.processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
+        return [np.array(ids, np.int32) for ids in found]
+
+    return [ids for part in load_ahead(tokens, _parts(examples, _CHUNK)) for ids in part]
+
+
+def _parts(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
