@@ -8,8 +8,7 @@ Both get the same random weights, images and tokens, generate greedily, and stop
 (uniform between 4 and 64 tokens), which stands for its EOS. The peer runs one batch of all prompts per exit with
 `generate` (sdpa, its default cache), as `vision_feature_layer` asks. Runs alternate in this process, pair by pair,
 after one of each that is not timed; a pair during which other programs used more than a tenth of the processors is
-measured
-again, at most `--pairs` times more. In float32 the tokens must be equal, but for ties of the two likeliest.
+measured again, at most `--pairs` times more. In float32 the tokens must be equal, but for ties of the two likeliest.
 
 The floor is what no program can avoid: the products of all prompts and tokens at the fastest rate that either library
 reaches on one of them here, and each step's keys and values read once at the rate of reading memory. Results go to

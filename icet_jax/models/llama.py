@@ -134,7 +134,7 @@ class SelfAttention:
         self.angles, self.mask = angles, mask
         length = mask.shape[1]
         self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
-        self.past = prefix
+        self.past = None if prefix is None else (jnp.stack(prefix.k), jnp.stack(prefix.v))
         if prefix is not None:
             before = jnp.arange(prefix.columns) < prefix.length[:, None]
             shape = (mask.shape[0], 1, length, prefix.columns)
@@ -172,7 +172,7 @@ class SelfAttention:
 
     def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
         if self.past is not None:
-            before = self.past.k[index].swapaxes(1, 2), self.past.v[index].swapaxes(1, 2)
+            before = [part.swapaxes(1, 2) for part in layer_at(self.past, index)]
             k, v = jnp.concatenate([before[0], k], axis=1), jnp.concatenate([before[1], v], axis=1)
         return layers.attention(q, k, v, allowed)
 
