@@ -6,12 +6,14 @@ import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import write_error
 
+_SEAL = ', "crc32": '
 _writes = True
 _WAITS = (0.2, 1.0)  # s before a full disk is tried again; others may be clearing it
 
@@ -32,6 +34,28 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def seal(row: dict[str, Any]) -> str:
+    """A JSON object as one line that `unseal` takes back only if no byte of it has changed."""
+    text = json.dumps(row, allow_nan=False)
+    return f"{text[:-1]}{_SEAL}{zlib.crc32(text.encode())}}}"
+
+
+def unseal(line: str) -> dict[str, Any]:
+    """The object of a line that `seal` made, without its line end.
+
+    Raises:
+      ValueError: something has changed it.
+    """
+    text, found, stored = line.rpartition(_SEAL)
+    text += "}"
+    if not found or stored != f"{zlib.crc32(text.encode('utf-8', 'surrogatepass'))}}}":
+        raise ValueError("no checksum, or a wrong one")
+    row = parse_json(text)
+    if not isinstance(row, dict):
+        raise ValueError("no object")
+    return row
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:

@@ -7,7 +7,6 @@ first one reads and writes the file, and all have the same rows in memory.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row
-from icet_jax.files import append_text, parse_json, write_text_atomic
+from icet_jax.files import append_text, seal, unseal, write_text_atomic
 from icet_jax.parallel.distributed import is_writer, on_first
 
 
@@ -87,7 +86,7 @@ class TranscriptFile:
 
     def _line(self, row: Row) -> str:
         judges = self._judges if (row["id"], row["layer"]) in self._judged else None
-        return json.dumps({**row, "sweep": self._mark, "judges": judges}, allow_nan=False) + "\n"
+        return seal({**row, "sweep": self._mark, "judges": judges}) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
         """Rows, and whether the present judges have judged them."""
@@ -98,7 +97,7 @@ class TranscriptFile:
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                row = parse_json(line)
+                row = unseal(line.decode("utf-8"))
                 mark, judges = row.pop("sweep"), row.pop("judges")
                 if not _is_row(row):
                     raise ValueError("a field is missing or of another type")

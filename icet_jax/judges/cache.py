@@ -1,6 +1,6 @@
 """Scores kept on disk, so that judging the same (prompt, response) again with the same scorer costs nothing.
 
-    FOLDER/NAME-DIGEST/TOKEN.jsonl      {"key": KEY, "scores": {scorer name: [value, label]}}
+    FOLDER/NAME-DIGEST/TOKEN.jsonl      {"key": KEY, "scores": {scorer name: [value, label]}, "crc32": ...}
 
 DIGEST is of the scorer's name and fingerprint, KEY of prompt and response: no text is stored. Every process appends to
 a file of its own (TOKEN) and reads all files, so that no two ever write to the same one. A line that a killed process
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from icet_jax.errors import UserError
-from icet_jax.files import append_text, parse_json
+from icet_jax.files import append_text, seal, unseal
 from icet_jax.judges.base import Scorer, Scores
 from icet_jax.parallel.distributed import is_writer, on_first
 
-_FORMAT = "1"  # part of every digest: another layout of the files starts anew
+_FORMAT = "2"  # part of every digest: another layout of the files starts anew
 _WHOLE = 1 << 20  # bytes; files up to this size are read in full for a fingerprint, and the start of larger ones
 _BLOCK = 4096  # bytes of each further block that is read of a larger file
 _BLOCKS = 256  # how many, at even distances
@@ -132,7 +132,7 @@ class _Table:
         if not new or not is_writer():
             return
         self.entries |= new
-        lines = "".join(json.dumps({"key": key, "scores": entry}) + "\n" for key, entry in new.items())
+        lines = "".join(seal({"key": key, "scores": entry}) + "\n" for key, entry in new.items())
         append_text(self._own, lines)
 
     def _is_scored(self, entry: Entry) -> bool:
@@ -145,7 +145,7 @@ class _Table:
             raise UserError(f"{path}: cannot be read ({error.strerror}); choose another score cache") from error
         for line in lines:
             try:
-                row = parse_json(line)
+                row = unseal(line.decode("utf-8"))
                 key, entry = row["key"], {name: _checked(*pair) for name, pair in row["scores"].items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # damaged: the row is scored again

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from icet_jax import report
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row, difference, summarise
-from icet_jax.files import write_text_atomic
+from icet_jax.files import seal, write_text_atomic
 from icet_jax.judges.human import METRIC, Answer, read_labels, sample, to_csv
 from icet_jax.report.load import read_json
 from icet_jax.runs import run_dir
@@ -94,11 +94,12 @@ def _apply(unsafe: Mapping[str, bool], name: str, folder: Path) -> None:
     for phase, dataset, path in finished_sweeps(folder):
         rows = read_transcript(path)
         for row in rows:
+            row.pop("crc32", None)  # of the row without the label
             verdict = unsafe.get(Answer(name, dataset, phase, row).key)
             if verdict is not None:
                 row["scores"][METRIC] = float(verdict)
                 row.setdefault("labels", {})[METRIC] = "unsafe" if verdict else "safe"
-        write_text_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        write_text_atomic(path, "".join(seal(row) + "\n" for row in rows))
 
 
 def _summarise_again(folder: Path) -> None:

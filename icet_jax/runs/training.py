@@ -91,9 +91,12 @@ class Trainer:
         checkpoints = open_checkpoints(config, self._workdir)
         try:
             state, metadata = newest_state(config, self._vlm, algorithm.settings, checkpoints)
-            if int(state.iteration) < algorithm.iterations:
+            done = int(state.iteration)
+            if done < algorithm.iterations:
                 self._name_device()
-                log = MetricsLog(self._workdir, config, step=int(state.iteration))
+                if done:
+                    print(f"{config.algorithm}: goes on after iteration {done}", file=sys.stderr)
+                log = MetricsLog(self._workdir, config, step=done)
                 try:
                     stability = Stability(config, metadata.get("skipped", {}))
                     state = self._iterate(state, checkpoints, log, stability)

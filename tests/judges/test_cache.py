@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from icet_jax.errors import UserError
+from icet_jax.files import seal, unseal
 from icet_jax.judges import cache
 from icet_jax.judges.base import Scorer, Scores
 from icet_jax.judges.cache import ScoreCache, cached, directory_fingerprint
@@ -147,7 +148,8 @@ def test_a_damaged_line_is_scored_again(tmp_path, line):
 def test_entries_of_other_heads_are_one_line(tmp_path):
     cached(Lengths(), ScoreCache(tmp_path))(["p"], ["r"])
     (path,) = tmp_path.rglob("*.jsonl")
-    path.write_text(path.read_text().replace('"lengths"', '"widths": [1, null], "lengths"'))
+    row = unseal(path.read_text().rstrip("\n"))
+    path.write_text(seal(row | {"scores": {"widths": [1, None], **row["scores"]}}) + "\n")
     with pytest.raises(UserError, match="remove it"):
         cached(Lengths(), ScoreCache(tmp_path))(["p", "p"], ["r", "new"])
 
