@@ -15,13 +15,10 @@ OUT/update.json. Needs jax, flax, optax and numpy; torch for the peer.
 import argparse
 import dataclasses
 import functools
-import gc
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs m
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timing
 from flax import nnx
 
 from icet_jax.generation.sampling import Sampling
@@ -42,8 +40,6 @@ from icet_jax.models.layers import REMAT_POLICIES
 from icet_jax.models.llama import LlamaConfig
 from icet_jax.models.llava import Llava, LlavaConfig
 from icet_jax.parallel.sharding import flatten_with_names
-
-QUIET = 0.1  # share of all processors that other programs may use during a timed pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,90 +252,6 @@ def agreement(ours: Ours, peer: Torch) -> dict[str, float]:
     return found | {"gradients": float(max(distances))}
 
 
-def gemm_rates(preset: Preset, with_torch: bool) -> dict[str, float]:
-    """Operations a second of the layers' largest product over one batch's positions, for each library; the best run."""
-    text, dtype = preset.text, preset.dtype
-    rows = preset.rows * (preset.vision.num_patches + preset.text_tokens + preset.responses - 1)
-    flops = 2 * rows * text.hidden_size * text.intermediate_size
-    x, w = jnp.ones((rows, text.hidden_size), dtype), jnp.ones((text.hidden_size, text.intermediate_size), dtype)
-    product = jax.jit(jnp.matmul)
-    rates = {"jax": flops / _best(lambda: product(x, w).block_until_ready())}
-    if with_torch:
-        import torch
-
-        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        a = torch.ones(rows, text.hidden_size, dtype=getattr(torch, dtype), device=device)
-        b = torch.ones(text.intermediate_size, text.hidden_size, dtype=a.dtype, device=device)
-
-        def run() -> None:
-            torch.nn.functional.linear(a, b)
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        rates["torch"] = flops / _best(run)
-    return rates
-
-
-def _best(run: Callable[[], Any], seconds: float = 2.0) -> float:
-    run()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
-    return best
-
-
-def _busy() -> tuple[float, float]:
-    """Seconds that all processors together have worked: for everyone, and for this process."""
-    own = sum(os.times()[:2])
-    try:
-        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    except OSError:
-        return own, own  # not Linux: others are not seen
-    ticks = [int(field) for field in fields]
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), own
-
-
-def timed(side: Ours | Torch) -> tuple[float, float, float, dict[str, float]]:
-    """(seconds, processor seconds, share of the processors that others used, statistics) of one update."""
-    gc.collect()
-    time.sleep(0.3)  # threads of the other library stop spinning
-    (all_before, own_before), began = _busy(), time.perf_counter()
-    stats = side.update()
-    seconds, (all_after, own_after) = time.perf_counter() - began, _busy()
-    others = (all_after - all_before) - (own_after - own_before)
-    return seconds, own_after - own_before, max(others, 0.0) / seconds / (os.cpu_count() or 1), stats
-
-
-def measure(sides: list[Ours | Torch], pairs: int) -> list[dict[str, Any]]:
-    """`pairs` rounds in which each side runs once; rounds that others disturbed are repeated within bounds."""
-    for side in sides:
-        side.update()  # warm
-    rounds: list[dict[str, Any]] = []
-    for attempt in range(2 * pairs):
-        order = sides if attempt % 2 == 0 else sides[::-1]
-        results = {side.name: timed(side) for side in order}
-        quiet = max(others for _, _, others, _ in results.values()) <= QUIET
-        rounds.append({
-            "quiet": quiet,
-            "seconds": {name: result[0] for name, result in results.items()},
-            "processor_seconds": {name: result[1] for name, result in results.items()},
-            "others": {name: result[2] for name, result in results.items()},
-        })  # fmt: skip
-        line = ", ".join(f"{name} {result[0]:.2f} s" for name, result in results.items())
-        print(f"  {line}{'' if quiet else '  (disturbed)'}", flush=True)
-        if sum(each["quiet"] for each in rounds) == pairs:
-            break
-    rounds.sort(key=lambda each: not each["quiet"])
-    return rounds[:pairs]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
 def report(
     job: Job, sides: list[Ours | Torch], rounds: list[dict[str, Any]], rates: dict[str, float]
 ) -> dict[str, Any]:
@@ -351,12 +263,12 @@ def report(
     print(f"{'':34} {'seconds':>24} {'cpu s':>7} {'of floor':>9} {'x peer':>22} {'temporaries':>12}")
     found = {}
     for side in sides:
-        seconds = spread([each["seconds"][side.name] for each in rounds])
-        cpu = spread([each["processor_seconds"][side.name] for each in rounds])
+        seconds = timing.spread([each["seconds"][side.name] for each in rounds])
+        cpu = timing.spread([each["processor_seconds"][side.name] for each in rounds])
         row: dict[str, Any] = {"seconds": seconds, "processor_seconds": cpu, "of_floor": floor / seconds["median"]}
         ratio = ""
         if peer is not None:
-            row["times_peer"] = spread([each["seconds"][peer] / each["seconds"][side.name] for each in rounds])
+            row["times_peer"] = timing.spread([each["seconds"][peer] / each["seconds"][side.name] for each in rounds])
             ratio = "{median:.2f} ({least:.2f} to {most:.2f})".format(**row["times_peer"])
         memory = ""
         if isinstance(side, Ours):
@@ -395,8 +307,9 @@ def main() -> None:
             "largest relative differences:", {name: f"{x:.1e}" for name, x in result["agreement"].items()}, flush=True
         )
         sides.append(peer)
-    rates = gemm_rates(preset, options.peer != "none")
-    result["rounds"] = measure(sides, options.pairs)
+    positions = preset.rows * (preset.vision.num_patches + preset.text_tokens + preset.responses - 1)
+    rates = timing.gemm_rates(preset, positions, options.peer != "none")
+    result["rounds"] = timing.rounds({side.name: side.update for side in sides}, options.pairs)
     result |= report(job, sides, result["rounds"], rates)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "update.json").write_text(json.dumps(result, indent=1) + "\n")

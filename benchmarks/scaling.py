@@ -1,0 +1,184 @@
+"""How cost grows: with queued prompts, exits, response length and width, on a LLaVA with random weights.
+
+    python benchmarks/scaling.py --out runs/scaling                       # CPU
+    python benchmarks/scaling.py --out runs/scaling --only prompts,exits
+
+prompts: time per token of 64 and of 1,024 sequences in 64 slots, which are always full; pairs in turn, `--pairs` times.
+exits: calls of the image encoder, and their time, in sweeps of 1 to 24 exits over the same images.
+length: temporary memory of the compiled update at A, 2 A and 4 A response tokens with a fixed chunk, beside what one
+logit for every token of the vocabulary at each position would take.
+width: seconds per decoded token and per prompt token at several widths, beside their products.
+
+Results go to OUT/scaling.json. Needs jax, flax, optax and numpy.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from timing import PRESETS, spread
+
+from icet_jax.generation.engine import Engine, Prompts, Work
+from icet_jax.generation.sampling import Sampling
+from icet_jax.models.family import one_image_per_row
+from icet_jax.models.llava import Llava, LlavaConfig
+
+SLOTS, TOGETHER, TEXT, ANSWER = 64, 8, 16, 32
+
+
+class Sweep:
+    """Prompts with an image each at several exits, all responses equally long."""
+
+    def __init__(self, config: LlavaConfig, images: int) -> None:
+        self.config, self.images = config, images
+        self.graphdef, self.params = nnx.split(Llava(config, rngs=nnx.Rngs(0)))
+        draw, size = np.random.default_rng(0), config.vision.image_size
+        self.pixels = jnp.asarray(draw.normal(size=(TOGETHER, 3, size, size)), jnp.float32)
+        self.width = config.vision.num_patches + TEXT
+        self.tokens = draw.integers(3, config.image_token_index, (TOGETHER, self.width)).astype(np.int32)
+        self.tokens[:, 1 : 1 + config.vision.num_patches] = config.image_token_index
+        sampling = Sampling(ANSWER, 0.0, eos_ids=(), suppress_ids=(config.image_token_index,))
+        self.engine = Engine(self.graphdef, self.params, sampling, slots=SLOTS, columns=self.width + ANSWER)
+        self._encode = jax.jit(lambda params, images: nnx.merge(self.graphdef, params).encode(images))
+        self.encoded, self.encoding = 0, 0.0
+
+    def run(self, exits: int) -> tuple[float, int]:
+        """(seconds, tokens) of all images at the first `exits` exits."""
+        self.encoded, self.encoding = 0, 0.0
+        began = time.perf_counter()
+        tokens = sum(len(item.tokens) for some in self.engine.run(self._work(exits)) for item in some)
+        return time.perf_counter() - began, tokens
+
+    def _work(self, exits: int) -> Iterator[Work]:
+        for start in range(0, self.images, TOGETHER):
+            began = time.perf_counter()
+            encoded = jax.block_until_ready(self._encode(self.params, one_image_per_row(self.pixels)))
+            self.encoded, self.encoding = self.encoded + 1, self.encoding + time.perf_counter() - began
+            for layer in range(1, exits + 1):
+                ones = np.ones(TOGETHER, np.int32)
+                prompts = Prompts(
+                    self.tokens, np.ones_like(self.tokens, bool), np.arange(TOGETHER, dtype=np.int32), layer * ones,
+                    np.zeros((TOGETHER, 2), np.uint32), ANSWER * ones,
+                )  # fmt: skip
+                yield Work([(start + row, layer) for row in range(TOGETHER)], prompts, encoded)
+
+
+def prompts(config: LlavaConfig, pairs: int) -> dict[str, Any]:
+    """Time per token of 64 and 1,024 sequences."""
+    few, many = Sweep(config, SLOTS), Sweep(config, 16 * SLOTS)
+    for sweep in (few, many):
+        sweep.run(1)
+    found: dict[str, list[float]] = {"64": [], "1024": [], "ratio": []}
+    for _ in range(pairs):
+        each = {}
+        for name, sweep, again in (("64", few, 16), ("1024", many, 1)):  # as many tokens on either side
+            results = [sweep.run(1) for _ in range(again)]
+            each[name] = sum(seconds for seconds, _ in results) / sum(tokens for _, tokens in results)
+            found[name].append(each[name])
+        found["ratio"].append(each["1024"] / each["64"])
+        print(f"  {each['64'] * 1e3:.3f} and {each['1024'] * 1e3:.3f} ms per token", flush=True)
+    result = {name: spread(values) for name, values in found.items()}
+    print(
+        "prompts: 1,024 sequences take {median:.3f} ({least:.3f} to {most:.3f}) of 64's time per token".format(
+            **result["ratio"]
+        )
+    )
+    return result
+
+
+def exits(config: LlavaConfig, pairs: int) -> list[dict[str, Any]]:
+    """The image encoder's work in sweeps of more and more exits."""
+    sweep, lines = Sweep(config, 2 * TOGETHER), []
+    counts = [count for count in (1, 2, 4, 8, 12, 24) if count <= config.vision.num_hidden_layers]
+    sweep.run(1)
+    for count in counts:
+        runs = [(sweep.run(count), sweep.encoded, sweep.encoding) for _ in range(pairs)]
+        lines.append({
+            "exits": count,
+            "seconds": spread([seconds for (seconds, _), _, _ in runs]),
+            "encoder_calls": runs[0][1],
+            "encoder_seconds": spread([seconds for _, _, seconds in runs]),
+        })  # fmt: skip
+    print(f"\nexits: {2 * TOGETHER} images\n{'exits':>6} {'seconds':>9} {'encoder calls':>14} {'encoder, s':>11}")
+    for line in lines:
+        calls, encoder = line["encoder_calls"], line["encoder_seconds"]["median"]
+        print(f"{line['exits']:>6} {line['seconds']['median']:>9.2f} {calls:>14} {encoder:>11.3f}")
+    return lines
+
+
+def length(preset: str) -> list[dict[str, Any]]:
+    """Temporary memory of the update."""
+    import update_vs_torch
+
+    lines = []
+    print(f"\nlength: chunk of {16} positions\n{'responses':>10} {'temporaries, MiB':>17} {'B x A x V, MiB':>15}")
+    for responses in (32, 64, 128):
+        wanted = dataclasses.replace(update_vs_torch.PRESETS[preset], responses=responses)
+        job = update_vs_torch.Job(wanted)
+        ours = update_vs_torch.Ours(job, "full")
+        logits = wanted.rows * responses * wanted.text.vocab_size * 4
+        lines.append({"responses": responses, "temporary_bytes": ours.temporaries, "logits_bytes": logits})
+        print(f"{responses:>10} {(ours.temporaries or 0) / 2**20:>17.1f} {logits / 2**20:>15.1f}", flush=True)
+    return lines
+
+
+def width(config: LlavaConfig, pairs: int) -> list[dict[str, Any]]:
+    """Time of a sweep at several widths of the decoder."""
+    lines = []
+    print(f"\nwidth\n{'width':>6} {'seconds':>9} {'GFLOP':>8} {'GFLOP/s':>9}")
+    for factor in (1, 2, 3):
+        text = dataclasses.replace(
+            config.text, hidden_size=256 * factor, intermediate_size=688 * factor,
+            num_attention_heads=4 * factor, num_key_value_heads=4 * factor,
+        )  # fmt: skip
+        sweep = Sweep(dataclasses.replace(config, text=text), SLOTS)
+        sweep.run(1)
+        seconds = spread([sweep.run(1)[0] for _ in range(pairs)])
+        each = nnx.merge(sweep.graphdef, sweep.params).operations(sweep.width, sweep.width + ANSWER, 1)
+        flops = SLOTS * (each.encode + each.visual + each.prefill + ANSWER * each.step)
+        lines.append({"width": 256 * factor, "seconds": seconds, "flops": flops})
+        print(
+            f"{256 * factor:>6} {seconds['median']:>9.2f} {flops / 1e9:>8.0f} {flops / 1e9 / seconds['median']:>9.0f}"
+        )
+    return lines
+
+
+def main() -> int:
+    """Runs what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of scaling.json")
+    parser.add_argument("--preset", choices=("tiny", "llava-60m"), default="llava-60m")
+    parser.add_argument("--only", default="prompts,exits,length,width", help="comma-separated")
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    config, wanted = PRESETS[options.preset].config, options.only.split(",")
+    result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "arguments": sys.argv[1:]}
+    if "prompts" in wanted:
+        result["prompts"] = prompts(config, options.pairs)
+    if "exits" in wanted:
+        result["exits"] = exits(config, options.pairs)
+    if "length" in wanted:
+        result["length"] = length(options.preset)
+    if "width" in wanted:
+        result["width"] = width(config, options.pairs)
+    result["peak_resident_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    statistics_of_device = jax.devices()[0].memory_stats() or {}
+    result["peak_device_bytes"] = statistics_of_device.get("peak_bytes_in_use")
+    print(f"\npeak memory of this process: {result['peak_resident_bytes'] / 2**30:.2f} GiB")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
