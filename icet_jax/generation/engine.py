@@ -151,7 +151,8 @@ class Engine:
             return shapes
 
         def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            spec = jax.sharding.PartitionSpec(*partition_spec(path_name(path))[1:])
+            stacked = "/".join(part for part in path_name(path).split("/") if not part.isdigit())
+            spec = jax.sharding.PartitionSpec(*partition_spec(stacked)[1:])
             where = jax.sharding.NamedSharding(mesh, fit(spec, leaf.shape, mesh))
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
