@@ -71,14 +71,17 @@ class End:
 
 
 class Job:
-    """The command, in a directory of its own."""
+    """The command, in a directory of its own; `mounts`: which may be a small file system."""
 
-    def __init__(self, workdir: Path, cache: Path, processes: int = 1):
-        self.workdir, self.cache, self.processes = workdir, cache, processes
+    def __init__(self, workdir: Path, cache: Path, processes: int = 1, mounts: bool = False):
+        self.workdir, self.cache, self.processes, self.mounts = workdir, cache, processes, mounts
+
+    def arguments(self) -> list[str]:
+        flags = [f"--config.{name}={value}" for name, value in JOB.items()]
+        return ["--config=configs/llava15_lppo.py:smoke", f"--workdir={self.workdir}", *flags]
 
     def start(self, file_limit: int | None = None) -> subprocess.Popen[str]:
-        flags = [f"--config.{name}={value}" for name, value in JOB.items()]
-        arguments = ["--config=configs/llava15_lppo.py:smoke", f"--workdir={self.workdir}", *flags]
+        arguments = self.arguments()
         command = [sys.executable, "-m", "icet_jax.main", *arguments]
         if self.processes > 1:
             launch = ["launch/local_processes.py", f"--processes={self.processes}", "--devices=1", "--"]
@@ -96,7 +99,7 @@ class Job:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, preexec_fn=limit, start_new_session=True, text=True,
+            command, cwd=ROOT, env=environment, preexec_fn=None if file_limit is None else limit, start_new_session=True, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -114,6 +117,26 @@ class Job:
     def run(self, file_limit: int | None = None) -> End:
         began = time.monotonic()
         return self.end(self.start(file_limit), began)
+
+    def disturbed(self, seconds: float, act: Callable[[Any], None], limit: float) -> End:
+        """A start to which something is done after `seconds`, unless it has ended by then."""
+        began = time.monotonic()
+        process = self.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+        if process.poll() is None:
+            act(process)
+        return self.end(process, began, limit)
+
+    def stopped(self, ready: Callable[[], bool], seconds: float) -> End:
+        """A start that is killed so many seconds after `ready`."""
+        began = time.monotonic()
+        process = self.start()
+        while process.poll() is None and time.monotonic() - began < LIMIT and not ready():
+            time.sleep(0.02)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        return self.end(process, began, GRACE)
 
     def checkpoints(self) -> list[Path]:
         """Complete ones, the newest last."""
@@ -139,20 +162,9 @@ def expect(condition: object, what: str) -> None:
         raise Failed(what)
 
 
-def disturbed(job: Job, seconds: float, act: Callable[[subprocess.Popen[str]], None], limit: float) -> End:
-    """A start to which something is done after `seconds`, unless it has ended by then."""
-    began = time.monotonic()
-    process = job.start()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=seconds)
-    if process.poll() is None:
-        act(process)
-    return job.end(process, began, limit)
-
-
 def sigkill(job: Job, rng: random.Random, typical: float) -> list[End]:
     """Killed at any moment."""
-    end = disturbed(job, rng.uniform(0, typical), lambda p: p.send_signal(signal.SIGKILL), GRACE)
+    end = job.disturbed(rng.uniform(0, typical), lambda p: p.send_signal(signal.SIGKILL), GRACE)
     expect(end.code in (0, -signal.SIGKILL), f"ended with {end.code}")
     return [end]
 
@@ -166,7 +178,7 @@ def sigterm(job: Job, rng: random.Random, typical: float) -> list[End]:
             time.sleep(rng.uniform(0, 1))
             process.send_signal(signal.SIGTERM)
 
-    end = disturbed(job, rng.uniform(0, typical), tell, GRACE)
+    end = job.disturbed(rng.uniform(0, typical), tell, GRACE)
     # Before the program listens, and with a second signal, the system ends it.
     expect(end.code in (0, RESUMABLE, -signal.SIGTERM), f"ended with {end.code}")
     expect(end.code != RESUMABLE or "SIGTERM" in end.line, f"unnamed end: {end.line}")
@@ -176,7 +188,7 @@ def sigterm(job: Job, rng: random.Random, typical: float) -> list[End]:
 def full_disk(job: Job, rng: random.Random, typical: float) -> list[End]:
     """The disk is full from some moment on, until space is made."""
     share = rng.uniform(0.02, 1)
-    if os.geteuid() == 0:
+    if job.mounts:
         with small_disk(job.workdir, int(share * SIZE["bytes"])) as enlarge:
             first = job.run()
             check_full(first)
@@ -201,11 +213,20 @@ SIZE = {"bytes": 0, "largest": 0}  # of an undisturbed run's directory
 def small_disk(folder: Path, size: int) -> Iterator[Callable[[], None]]:
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o"]
-    subprocess.run([*mount, f"size={max(size, 65536)}", "tmpfs", str(folder)], check=True)
+    subprocess.run([*mount, f"size={max(size, 65536)}", "tmpfs", str(folder)], check=True, capture_output=True)
     try:
         yield lambda: subprocess.run([*mount, "remount,size=1g", "tmpfs", str(folder)], check=True) and None
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether small file systems are to be had here."""
+    try:
+        with small_disk(folder / "probe", 65536):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 def keep(job: Job) -> None:
@@ -243,7 +264,8 @@ def corrupt_checkpoint(job: Job, rng: random.Random, typical: float) -> list[End
     else:
         expect(end.code == 0, f"ended with {end.code}: {end.said[-500:]}")
         found = went_on_from(end)
-        expect(found in (int(newest.name), max(before, default=0)), f"went on from {found}, not {before or newest}")
+        intact = 0 if int(newest.name) == int(JOB["lppo.iterations"]) else int(newest.name)  # then nothing was to do
+        expect(found in (intact, max(before, default=0)), f"went on from {found}, not {before or newest}")
     return ends
 
 
@@ -287,7 +309,7 @@ def killed_peer(job: Job, rng: random.Random, typical: float) -> list[End]:
         with contextlib.suppress(ProcessLookupError, IndexError):
             os.kill(int(rng.choice(listed)), signal.SIGKILL)
 
-    end = disturbed(job, rng.uniform(0.5, typical), kill, 2 * GRACE)
+    end = job.disturbed(rng.uniform(0.5, typical), kill, 2 * GRACE)
     expect(end.code in (0, 128 + signal.SIGKILL), f"ended with {end.code}: {end.said[-500:]}")
     expect(end.code == 0 or "was killed" in end.said, f"unnamed end: {end.said[-300:]}")
     return [end]
@@ -300,17 +322,13 @@ KINDS = {
 
 
 def stopped_after_checkpoints(job: Job, rng: random.Random, count: int) -> list[End]:
-    """A start that is killed soon after its `count`-th checkpoint is complete (0: after its first answers)."""
-    began = time.monotonic()
-    process = job.start()
-    while process.poll() is None and time.monotonic() - began < LIMIT:
+    """A start that is stopped soon after its `count`-th checkpoint is complete (0: after its first answers)."""
+
+    def ready() -> bool:
         answers = any(path.stat().st_size for path in job.workdir.glob("transcripts/*.jsonl"))
-        if answers and len(job.checkpoints()) >= count:
-            break
-        time.sleep(0.02)
-    time.sleep(rng.uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    return [job.end(process, began, GRACE)]
+        return answers and len(job.checkpoints()) >= count
+
+    return [job.stopped(ready, rng.uniform(0, 0.3))]
 
 
 def went_on_from(end: End) -> int:
@@ -374,7 +392,7 @@ def campaign(out: Path, kinds: Sequence[str], runs: int, minutes: float, seed: i
         kind = kinds[number % len(kinds)]
         processes = 2 if kind == "killed_peer" else 1
         workdir = out / f"run_{seed + number}"
-        job = Job(workdir, cache, processes)
+        job = Job(workdir, cache, processes, mounts=can_mount(out))
         expected, typical = references[processes]
         entry = once(kind, seed + number, job, expected, typical)
         entries.append(entry)

@@ -114,6 +114,28 @@ class TranscriptFile:
                 file.truncate(len(whole))
 
 
+def finished_rows(path: Path, wanted: Sequence[tuple[str, int]]) -> list[Row]:
+    """The rows of a finished sweep's transcript.
+
+    Args:
+      path: the file.
+      wanted: (id, layer) of the rows that must be there.
+
+    Raises:
+      UserError: it is damaged, or rows are missing.
+    """
+    try:
+        rows = [unseal(line.decode("utf-8")) for line in path.read_bytes().split(b"\n")[:-1]]
+        missing = set(wanted) - {(row["id"], row["layer"]) for row in rows}
+        if missing:
+            raise ValueError(f"{len(missing)} rows are missing")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: is damaged ({error}); remove it, and the {path.stem}.json of its sweep, to have it measured again"
+        ) from error
+    return rows
+
+
 def _is_row(row: Row) -> bool:
     """Whether what later steps need is there."""
     scores = row.get("scores")

@@ -15,6 +15,7 @@ from icet_jax.evaluation.cost import Cost, estimate
 from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
+from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.files import write_text_atomic
 from icet_jax.models.layers import Lora
 from icet_jax.parallel.distributed import agree, is_writer
@@ -140,15 +141,9 @@ class Measurements:
         return result.tokens
 
     def _difference(self, name: str, after: dict[str, Any]) -> dict[str, Any]:
-        rows = {
-            phase: [  # not splitlines(): a response may hold U+2028 and its like
-                json.loads(line)
-                for line in self._transcripts(phase, name).read_text(encoding="utf-8").split("\n")
-                if line
-            ]
-            for phase in ("before", "after")
-        }
         exits = [layer["layer"] for layer in after["layers"]]
+        wanted = [(example.id, layer) for example in self._tests[name] for layer in exits]
+        rows = {phase: finished_rows(self._transcripts(phase, name), wanted) for phase in ("before", "after")}
         tables = difference(rows["before"], rows["after"], exits, after["num_exits"])
         return {"schema": SCHEMA, "dataset": name, "kind": after["kind"], **tables}
 
