@@ -95,12 +95,11 @@ class Job:
         }
 
         def limit() -> None:
-            if file_limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit or 0, file_limit or 0))
 
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, preexec_fn=None if file_limit is None else limit, start_new_session=True, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            command, cwd=ROOT, env=environment, start_new_session=True, text=True,
+            preexec_fn=None if file_limit is None else limit, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def end(self, process: subprocess.Popen[str], began: float, limit: float = LIMIT) -> End:
