@@ -46,3 +46,10 @@ def write_error(path: object, error: OSError) -> UserError:
     code = RESUMABLE if error.errno in _FULL else WRONG_INPUT
     mend = "free space and start again" if code == RESUMABLE else "choose another place"
     return UserError(f"{path}: cannot be written to ({error.strerror or error}); {mend}", exit_code=code)
+
+
+def full_disk(error: BaseException) -> UserError | None:
+    """The line for an error that says that a disk is full, wherever it was met; None for any other."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return write_error(error.filename or "a file of the run", error)
+    return None

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from icet_jax.errors import RESUMABLE, Stopped, UserError
+from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk
 
 EXAMPLE = "python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism"
 
@@ -158,6 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output is gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        known = full_disk(error)
+        if known is None:
+            raise
+        print(f"icet-jax: {known}", file=sys.stderr)
+        return known.exit_code
 
 
 def console() -> NoReturn:

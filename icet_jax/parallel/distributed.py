@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from icet_jax import files
-from icet_jax.errors import RESUMABLE, Stopped, UserError
+from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk
 from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards
 
 _T = TypeVar("_T")
@@ -397,6 +397,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return error.line, RESUMABLE
     if isinstance(error, SystemExit):
         return f"exit code {error.code}", error.code if isinstance(error.code, int) else 1
+    error = full_disk(error) or error
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, UserError):
         return first, error.exit_code

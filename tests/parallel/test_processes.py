@@ -1,5 +1,6 @@
 """Processes of one run agree, hold each their own rows of a batch, and end together."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from icet_jax.errors import UserError
+from icet_jax.errors import Stopped, UserError
 from icet_jax.parallel.distributed import Address, Share, describe, find
 from launch import local_processes
 
@@ -183,6 +184,13 @@ def test_shares_cover_a_batch():
         (KeyboardInterrupt(), ("interrupted; the same command goes on from the last checkpoint", 130)),
         (RuntimeError("first\nsecond"), ("RuntimeError: first", 1)),
         (SystemExit(75), ("exit code 75", 75)),
+        (Stopped("SIGTERM: saved"), ("SIGTERM: saved", 75)),
+        (UserError("gone", exit_code=75), ("gone", 75)),
+        (
+            OSError(errno.ENOSPC, "No space left", "f"),
+            ("f: cannot be written to (No space left); free space and start again", 75),
+        ),
+        (OSError(errno.EACCES, "Denied", "f"), ("PermissionError: [Errno 13] Denied: 'f'", 1)),
     ],
 )
 def test_what_is_said_of_an_error(error, expected):
