@@ -5,7 +5,8 @@ threads while the device works on those before.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from icet_jax.typing import Array, Key
 _TOGETHER = 8  # prompts run at once: enough rows for full speed, few enough that slots do not wait for one another
 _CHUNK = 256  # rows tokenised at once
 
+CompileAhead = Callable[[Iterable[tuple[str, Any]]], None]
 Request = tuple[int, int, int]
 """(row of the data set, exit, number of the row's images in the encoded batch)."""
 
@@ -56,6 +58,7 @@ class Queue:
         sampling: Sampling,
         lora: Lora | None,
         slots: int,
+        compile_ahead: CompileAhead | None = None,
     ) -> None:
         """Tokenises the rows and orders them; nothing runs on the device yet.
 
@@ -67,11 +70,13 @@ class Queue:
           sampling: how answers are drawn.
           lora: adapters of the decoder.
           slots: rows decoded together.
+          compile_ahead: gets (name, lowered program) of what rows of similar length need, before they are run.
 
         Raises:
           UserError: an image that cannot be opened, or a prompt that the processor rejects.
         """
         self._slots, self._together = group_sizes(slots, vlm.mesh)
+        self._compile_ahead = compile_ahead
         self._vlm, self._examples, self._todo, self._lora, self._sampling = vlm, examples, todo, lora, sampling
         self._keys = np.asarray(jax.random.key_data(keys))
         self._per_row = max(len(example.images) for example in examples)
@@ -94,7 +99,20 @@ class Queue:
                 vlm.graphdef, vlm.params, self._sampling,
                 slots=self._slots, columns=columns, lora=self._lora, mesh=vlm.mesh,
             )  # fmt: skip
-            yield from engine.run(self._work(stretch))
+            work = self._work(stretch)
+            first = next(work, None)
+            if first is None:
+                continue
+            if self._compile_ahead is not None:
+                self._compile_ahead(engine.lowered(first, self._lengths(stretch, first)))
+            yield from engine.run(itertools.chain([first], work))
+
+    def _lengths(self, stretch: Stretch, first: Work) -> list[int]:
+        """What prompts are padded to that are run like the first work."""
+        if first.prefix is not None:
+            return [first.prompts.tokens.shape[1]]
+        rows = (row for unit in stretch.units if not unit.shared for row in unit.rows if row in self._todo)
+        return sorted({prompt_bucket(len(self._prompts[row])) for row in rows})
 
     def _work(self, stretch: Stretch) -> Iterator[Work]:
         """The prompts of a stretch, unit by unit, exit by exit."""

@@ -9,6 +9,7 @@ import numpy as np
 from icet_jax.data.records import Example
 
 _FINEST = 16  # positions; short prompts are padded to a multiple of it
+_FEW = 16  # rows that join the next longer ones
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def prompt_bucket(length: int) -> int:
 def stretches(examples: Sequence[Example], prompts: Sequence[np.ndarray], image_token: int) -> list[Stretch]:
     """The order of a data set's rows, a function of the data set alone.
 
-    Within a stretch the longest prompt is less than half as long again as the shortest.
+    Within a stretch the longest prompt is less than half as long again as the shortest, but for a few short ones, which
+    are not worth programs of their own.
 
     Args:
       examples: the rows.
@@ -62,10 +64,14 @@ def stretches(examples: Sequence[Example], prompts: Sequence[np.ndarray], image_
     by_size: dict[int, list[Unit]] = {}
     for unit in units:
         by_size.setdefault(int(2 * math.log2(prompt_bucket(_longest(unit, prompts)))), []).append(unit)
-    found = []
-    for _, some in sorted(by_size.items()):
-        some.sort(key=lambda unit: (_longest(unit, prompts), unit.rows))
-        found.append(Stretch(tuple(some), prompt_bucket(_longest(some[-1], prompts))))
+    found: list[Stretch] = []
+    waiting: list[Unit] = []
+    sizes = sorted(by_size)
+    for size in sizes:
+        waiting += sorted(by_size[size], key=lambda unit: (_longest(unit, prompts), unit.rows))
+        if size == sizes[-1] or sum(len(unit.rows) for unit in waiting) >= _FEW:
+            found.append(Stretch(tuple(waiting), prompt_bucket(_longest(waiting[-1], prompts))))
+            waiting = []
     return found
 
 

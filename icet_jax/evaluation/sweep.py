@@ -16,7 +16,7 @@ import numpy as np
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.evaluation.queue import Queue
+from icet_jax.evaluation.queue import CompileAhead, Queue
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
@@ -78,6 +78,7 @@ def sweep(
     model: str = "model",
     seed: int = 0,
     tag: str = "",
+    compile_ahead: CompileAhead | None = None,
 ) -> SweepResult:
     """Answers every row at every exit and scores the answers.
 
@@ -99,6 +100,7 @@ def sweep(
       dataset: its name.
       model: the model's name.
       seed: of the sampling.
+      compile_ahead: compiles (name, lowered program) pairs; None leaves each to be compiled where it is first needed.
       tag: names the weights ("before", "step 24"); rows in the file under another tag are another sweep's.
 
     Raises:
@@ -110,7 +112,7 @@ def sweep(
         raise UserError(f"sweep of {dataset}: no rows; give a data set with at least one")
     file = TranscriptFile(transcript_path, fingerprint(sampling, seed, tag), _judges_mark(scorers), examples)
     key = jax.random.key(seed)
-    tokens = _Runner(vlm, examples, sampling, scorers, lora, key, file, progress, batch_size).run(layers)
+    tokens = _Runner(vlm, examples, sampling, scorers, lora, key, file, progress, batch_size, compile_ahead).run(layers)
     rows = file.finish(layers)
     kinds = sorted({example.kind for example in examples})
     result = {
@@ -182,7 +184,9 @@ class _Runner:
         file: TranscriptFile,
         progress: Callable[[SweepProgress], None] | None,
         batch_size: int,
+        compile_ahead: CompileAhead | None,
     ) -> None:
+        self.compile_ahead = compile_ahead
         self.vlm, self.examples, self.sampling, self.scorers, self.lora = vlm, examples, sampling, scorers, lora
         self.keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(examples), dtype=np.uint32))
         self.file, self.report, self.batch_size = file, progress, batch_size
@@ -197,7 +201,8 @@ class _Runner:
         todo = self._missing(layers)
         self._judge(0)
         if todo:
-            queue = Queue(self.vlm, self.examples, self.keys, todo, self.sampling, self.lora, self.batch_size)
+            how = self.sampling, self.lora, self.batch_size, self.compile_ahead
+            queue = Queue(self.vlm, self.examples, self.keys, todo, *how)
             for ended in queue.answers():
                 self._take(ended)
                 self._judge(self.batch_size)

@@ -106,6 +106,7 @@ class Engine:
         self._static = (graphdef, sampling, mesh)
         self._weights = (params, lora)
         self._apart: Any = None
+        self._rows: Rows | None = None
         self.slots, self.columns = slots, columns
 
     def run(self, work: Iterable[Work]) -> Iterator[list[Finished]]:
@@ -116,18 +117,18 @@ class Engine:
         queue = iter(work)
         free = list(range(self.slots))
         held: dict[int, Any] = {}
-        rows: Rows | None = None
         ended: list[Finished] = []
         waiting = next(queue, None)
+        if waiting is not None:
+            self._make_room(waiting)
+        rows = self._rows
+        self._rows = None  # from here on they belong to the programs
         while waiting is not None or held:
             while waiting is not None and len(free) >= len(waiting.prompts.limit):
-                rows = self.empty(waiting) if rows is None else rows
                 numbers = [self.slots if tag is None else free.pop(0) for tag in waiting.tags]  # fillers go nowhere
                 held.update((slot, tag) for slot, tag in zip(numbers, waiting.tags, strict=True) if tag is not None)
                 rows = fill(*self._static, *self._weights, rows, np.array(numbers, np.int32), *waiting[1:])
                 waiting = next(queue, None)
-            if self._apart is None:
-                self._apart = self._layers_apart()
             rows, report = decode(*self._static, self._weights[0], self._apart, rows)
             if ended:
                 yield ended
@@ -136,6 +137,24 @@ class Engine:
             free = [slot for slot in range(self.slots) if slot not in held]
         if ended:
             yield ended
+
+    def lowered(self, work: Work, lengths: Iterable[int]) -> Iterator[tuple[str, Any]]:
+        """(name, what `.compile()` compiles) of decoding, and of work like this with prompts padded to each length."""
+        self._make_room(work)
+        yield "decode", decode.lower(*self._static, self._weights[0], self._apart, self._rows)
+        numbers = np.zeros(len(work.tags), np.int32)
+        for length in lengths:
+            shape = (len(work.tags), length)
+            prompts = work.prompts._replace(tokens=np.zeros(shape, np.int32), mask=np.zeros(shape, bool))
+            arguments = (self._rows, numbers, prompts, work.encoded, work.prefix)
+            yield f"prompts of {length}", fill.lower(*self._static, *self._weights, *arguments)
+
+    def _make_room(self, work: Work) -> None:
+        """Allocates the slots, and cuts the layers apart."""
+        if self._rows is None:
+            self._rows = self.empty(work)
+        if self._apart is None:
+            self._apart = self._layers_apart()
 
     def _layers_apart(self) -> Any:
         """The decoder's layers one by one, for all steps of all slots."""

@@ -21,6 +21,7 @@ from icet_jax.models.layers import Lora
 from icet_jax.parallel.distributed import agree, is_writer
 from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.common import Setting
+from icet_jax.runs.compilations import compile_programs
 from icet_jax.runs.forecast import paragraph
 from icet_jax.runs.progress import Progress
 
@@ -135,6 +136,7 @@ class Measurements:
             model=policy.name,
             seed=self._config.seed,
             tag=phase,
+            compile_ahead=compile_programs,
         )
         save_pictures(self._workdir, name, self._tests[name])
         _write(path, result.sweep)

@@ -16,6 +16,7 @@ from icet_jax.generation import engine
 from icet_jax.judges.base import Scores
 from icet_jax.judges.keywords import RefusalKeywords
 from icet_jax.models.family import init_lora
+from icet_jax.runs.compilations import CompilationCounter
 from tests.evaluation import bundle
 
 
@@ -98,12 +99,32 @@ def test_sampled_answers_depend_on_seed_and_row_alone(vlm):
 def test_each_image_is_encoded_once_and_an_exit_compiles_nothing(vlm, monkeypatch):
     encode, calls = queue.encode, []
     monkeypatch.setattr(queue, "encode", lambda *args: calls.append(args[2].pixels.shape[0]) or encode(*args))
-    run(vlm, exits=[1])
+    run(vlm, exits=[1, 2, 3])
     compiled = engine.fill._cache_size(), engine.decode._cache_size()
-    assert sum(calls) == 4 * 3 * 2, "four groups of three rows, with room for two images each"
+    assert sum(calls) == 3 * 3 * 2, "three groups of three rows, with room for two images each"
     run(vlm, exits=[2, 3, 4])
-    assert sum(calls) == 2 * 4 * 3 * 2
+    assert sum(calls) == 2 * 3 * 3 * 2
     assert (engine.fill._cache_size(), engine.decode._cache_size()) == compiled
+
+
+def test_programs_are_compiled_before_they_are_needed(tmp_path):
+    """Decoding, and one program for each length that prompts are padded to; then no more."""
+    vlm, names = bundle.tiny_vlm(tmp_path), []
+
+    def compile_ahead(programs):
+        for name, lowered in programs:
+            names.append(name)
+            lowered.compile()
+
+    jax.clear_caches()
+    with CompilationCounter() as plain:
+        run(vlm, exits=[2])
+    jax.clear_caches()
+    with CompilationCounter() as ahead:
+        result = run(vlm, exits=[2], compile_ahead=compile_ahead)
+    assert names == ["decode", "prompts of 32", "prompts of 48", "prompts of 64"]
+    assert abs(ahead.count - plain.count) <= 2, "what was compiled ahead was not compiled again"
+    assert texts(result) == texts(run(vlm, exits=[2]))
 
 
 def test_rows_about_one_image_share_what_they_begin_with(vlm, tmp_path, monkeypatch):
