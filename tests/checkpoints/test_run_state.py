@@ -1,7 +1,10 @@
 """Run state: bit-exact, atomic, the newest intact save wins."""
 
 import logging
+import os
 import resource
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -222,3 +225,34 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_complete(states):
     again.save(2, make_state(2), {})
     assert again.restore(make_state())[0] == 2
     again.close()
+
+
+ELSEWHERE = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from icet_jax.checkpoints.run_state import RunState
+
+def on(devices, spec):
+    return NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("x",)), spec)
+
+values = np.arange(16 * 6, dtype=np.float32).reshape(16, 6)
+states = RunState(sys.argv[1], keep=9)
+layouts = [on(8, P("x")), on(2, P(None, "x")), on(8, P()), on(1, P())]
+for step, layout in enumerate(layouts):
+    states.save(step, {"a": jax.device_put(values, layout)}, {})
+    for other in layouts:
+        like = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=other)
+        found, state, _ = states.restore({"a": like})
+        assert found == step and state["a"].sharding.is_equivalent_to(other, 2), (layout, other)
+        np.testing.assert_array_equal(np.asarray(state["a"]), values)
+states.close()
+"""
+
+
+def test_a_state_is_restored_onto_any_mesh(tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "checkpoints")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "DAMAGED" not in done.stderr
