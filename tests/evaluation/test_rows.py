@@ -7,7 +7,7 @@ import pytest
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.evaluation.batching import batch_indices, prompt_batch, prompt_bucket
+from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
 from icet_jax.judges.base import Scores
@@ -40,22 +40,6 @@ VLM = SimpleNamespace(processor=process, config=CONFIG, mesh=None)
 
 def picture(value):
     return np.full((3, 4, 4), value, np.float32)
-
-
-def test_prompt_bucket_wastes_little():
-    for length in range(1, 3000):
-        padded = prompt_bucket(length)
-        assert length <= padded <= max(length + 15, 1.125 * length)
-    assert len({prompt_bucket(length) for length in range(577, 3000)}) < 22
-
-
-def test_every_row_once_and_neighbours_of_like_length():
-    rows = [Example(str(i), "p" * (i * 7 % 10)) for i in range(11)]
-    batches = batch_indices(rows, 4)
-    assert [len(batch) for batch in batches] == [4, 4, 3]
-    order = [index for batch in batches for index in batch]
-    assert sorted(order) == list(range(11))
-    assert [len(rows[index].prompt) for index in order] == sorted(len(row.prompt) for row in rows)
 
 
 def test_a_batch_is_filled_up_with_rows_and_images():

@@ -16,6 +16,7 @@ def test_buckets_waste_an_eighth_or_sixteen_positions():
     for length in range(1, 3000):
         assert length <= prompt_bucket(length) <= max(length * 9 / 8 + 1, length + 15)
     assert [prompt_bucket(n) for n in (1, 16, 17, 620, 640)] == [16, 16, 32, 640, 640]
+    assert len({prompt_bucket(length) for length in range(577, 3000)}) < 22
 
 
 def test_rows_of_similar_length_stand_together_and_every_row_stands_once():
