@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/c_attn/kernel", P(None, "fsdp", None)),
     (r"layers/c_proj/kernel", P(None, None, "fsdp")),
     (r"layers/(c_attn|c_proj)/bias", P()),
-    (r"(cross_layers/(attn|mlp)_gate|global_layers/gate_(attn|ffn))", P()),
+    (r"((cross_)?layers/(attn|mlp)_gate|global_layers/gate_(attn|ffn))", P()),
     (r"projector/kernel", P("fsdp", "tensor")),
     (r"projector/bias", P("tensor")),
     (r"projector/linear_1/kernel", P("fsdp", "tensor")),

@@ -58,7 +58,9 @@ def test_images_come_first_and_fillers_after_the_last_row(name, processors, inpu
     rest = batch.pixels.copy()
     rest[(slice(4), *within)] = 0
     assert len(rest) == 18 and not rest.any()
-    assert list(np.asarray(batch.slots())[:4]) == [0, 0, 1, 0]
+    expected = [[0, -1, -1], [-1, -1, -1], [1, 2, -1], [3, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert np.asarray(batch.index()).tolist() == expected
+    assert np.asarray(batch.index(np.array([3, 2, 2]))).tolist() == [expected[3], expected[2], expected[2]]
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
