@@ -60,7 +60,7 @@ def test_images_come_first_and_fillers_after_the_last_row(name, processors, inpu
     assert len(rest) == 18 and not rest.any()
     expected = [[0, -1, -1], [-1, -1, -1], [1, 2, -1], [3, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     assert np.asarray(batch.index()).tolist() == expected
-    assert np.asarray(batch.index(np.array([3, 2, 2]))).tolist() == [expected[3], expected[2], expected[2]]
+    assert np.asarray(batch.index(jnp.array([3, 2, 2]))).tolist() == [expected[3], expected[2], expected[2]]
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
