@@ -59,11 +59,18 @@ class Sweep:
         tokens = sum(len(item.tokens) for some in self.engine.run(self._work(exits)) for item in some)
         return time.perf_counter() - began, tokens
 
-    def _work(self, exits: int) -> Iterator[Work]:
+    def _encodings(self) -> list[tuple[int, Any]]:
+        """Every image encoded, before the decoder has work that the time would count in."""
+        found, began = [], time.perf_counter()
         for start in range(0, self.images, TOGETHER):
-            began = time.perf_counter()
-            encoded = jax.block_until_ready(self._encode(self.params, one_image_per_row(self.pixels)))
-            self.encoded, self.encoding = self.encoded + 1, self.encoding + time.perf_counter() - began
+            found.append((start, self._encode(self.params, one_image_per_row(self.pixels))))
+            self.encoded += 1
+        jax.block_until_ready(found)
+        self.encoding = time.perf_counter() - began
+        return found
+
+    def _work(self, exits: int) -> Iterator[Work]:
+        for start, encoded in self._encodings():
             for layer in range(1, exits + 1):
                 ones = np.ones(TOGETHER, np.int32)
                 prompts = Prompts(
@@ -124,7 +131,7 @@ def length(preset: str) -> list[dict[str, Any]]:
     print(f"\nlength: chunk of {16} positions\n{'responses':>10} {'temporaries, MiB':>17} {'B x A x V, MiB':>15}")
     for responses in (32, 64, 128):
         wanted = dataclasses.replace(update_vs_torch.PRESETS[preset], responses=responses)
-        job = update_vs_torch.Job(wanted)
+        job = update_vs_torch.Job(wanted, accumulation=1, epochs=1)
         ours = update_vs_torch.Ours(job, "full")
         logits = wanted.rows * responses * wanted.text.vocab_size * 4
         lines.append({"responses": responses, "temporary_bytes": ours.temporaries, "logits_bytes": logits})
