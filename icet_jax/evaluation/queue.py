@@ -41,9 +41,14 @@ def encode(graphdef: nnx.GraphDef, params: nnx.State, images: Images) -> Any:
 
 def group_sizes(slots: int, mesh: Mesh | AbstractMesh | None) -> tuple[int, int]:
     """(slots, prompts run together), both spread evenly over the mesh."""
+    slots = _spread(slots, mesh)
+    return slots, min(slots, _spread(_TOGETHER, mesh))
+
+
+def _spread(count: int, mesh: Mesh | AbstractMesh | None) -> int:
+    """At least `count` rows, as many for every part of the mesh."""
     shards = 1 if mesh is None else row_shards(mesh)
-    slots = -(-slots // shards) * shards
-    return slots, min(slots, -(-_TOGETHER // shards) * shards)
+    return -(-count // shards) * shards
 
 
 class Queue:
@@ -83,8 +88,7 @@ class Queue:
         self._prompts = _token_ids(vlm, examples)
         self._stretches = stretches(examples, self._prompts, vlm.config.image_token_index)
         units = sum(len(stretch.units) for stretch in self._stretches)
-        shards = 1 if vlm.mesh is None else row_shards(vlm.mesh)
-        self._encoded_at_once = -(-min(self._together, units) // shards) * shards
+        self._encoded_at_once = _spread(min(self._together, units), vlm.mesh)
 
     def answers(self) -> Iterator[list[Finished]]:
         """Answers as they end; a tag is (row, exit).
@@ -117,8 +121,7 @@ class Queue:
     def _work(self, stretch: Stretch) -> Iterator[Work]:
         """The prompts of a stretch, unit by unit, exit by exit."""
         units = [unit for unit in stretch.units if any(row in self._todo for row in unit.rows)]
-        size = self._encoded_at_once
-        groups = [units[start : start + size] for start in range(0, len(units), size)]
+        groups = _parts(units, self._encoded_at_once)
         for group, batch in zip(groups, load_ahead(self._images, groups), strict=True):
             encoded = None
             if batch.images is not None:
@@ -143,7 +146,7 @@ class Queue:
         """Prompts with their images."""
         width = prompt_bucket(max(len(self._prompts[row]) for row, _, _ in requests))
         prompts = self._arrays(requests, [self._prompts[row] for row, _, _ in requests], width)
-        return Work(self._tags(requests), prompts, encoded)
+        return Work(self._filled((row, layer) for row, layer, _ in requests), prompts, encoded)
 
     def _continued(self, unit: Unit, place: int, encoded: Any) -> Iterator[Work]:
         """Rows that begin alike: the beginning once per exit, then what is each row's own."""
@@ -154,17 +157,15 @@ class Queue:
             prefix: Cache | None = None
             for row in unit.rows:
                 requests = [(row, layer, place) for layer in exits]
-                wanted = [layer in self._todo.get(row, ()) for layer in exits]
-                if not any(wanted):
+                wanted = [(layer, layer in self._todo.get(row, ())) for layer in exits]
+                if not any(there for _, there in wanted):
                     continue
                 if prefix is None:
                     prompts = self._arrays(requests, [head] * len(exits), prompt_bucket(unit.shared))
                     static = self._vlm.graphdef, self._vlm.mesh
                     prefix = run_prefix(*static, self._vlm.params, self._lora, prompts, encoded)
                 own = self._arrays(requests, [self._prompts[row][unit.shared :]] * len(exits), width)
-                tags = [tag if there else None for tag, there in zip(self._tags(requests), wanted, strict=False)]
-                tags += [None] * (self._together - len(tags))
-                yield Work(tags, own, None, prefix)
+                yield Work(self._filled((row, layer) if there else None for layer, there in wanted), own, None, prefix)
 
     def _arrays(self, requests: Sequence[Request], texts: Sequence[np.ndarray], width: int) -> Prompts:
         """Prompts of `texts`, padded on the right to `width` and filled up."""
@@ -178,9 +179,10 @@ class Queue:
             keys[number] = self._keys[row]
         return Prompts(tokens, mask, rows, exits, keys, limit)
 
-    def _tags(self, requests: Sequence[Request]) -> list[Any]:
-        """(row, exit) of each request, filled up with None."""
-        return [(row, layer) for row, layer, _ in requests] + [None] * (self._together - len(requests))
+    def _filled(self, tags: Iterable[Any]) -> list[Any]:
+        """The tags of prompts that are run together, filled up with None."""
+        found = list(tags)
+        return found + [None] * (self._together - len(found))
 
 
 def _token_ids(vlm: Any, examples: Sequence[Example]) -> list[np.ndarray]:
