@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from icet_jax.generation.decode import Rows, advance_all, begin, prefill
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.family import Cache
 from icet_jax.models.layers import Lora
-from icet_jax.parallel.sharding import ROWS, fit, partition_spec, path_name, replicated, shardings, split_rows
+from icet_jax.parallel.sharding import ROWS, fit, partition_spec, path_name, placed, replicated, shardings, split_rows
 from icet_jax.typing import Array, Int
 
 STEPS = 8
@@ -158,24 +158,24 @@ class Engine:
 
     def _layers_apart(self) -> Any:
         """The decoder's layers one by one, for all steps of all slots."""
-        where = None
-        if self._static[2] is not None:
-            where = jax.tree.map(lambda leaf: leaf.sharding, self.apart_shapes())
-        return jax.jit(self._cut, out_shardings=where)(*self._weights)
+        return jax.jit(self._cut, out_shardings=self._apart_places())(*self._weights)
 
     def apart_shapes(self) -> Any:
-        """What decoding takes of the layers, abstractly, and on a mesh where it lies: as the stacks do."""
-        shapes, mesh = jax.eval_shape(self._cut, *self._weights), self._static[2]
+        """What decoding takes of the layers, abstractly, and on a mesh where it lies."""
+        shapes, places = jax.eval_shape(self._cut, *self._weights), self._apart_places()
+        return shapes if places is None else placed(shapes, places)
+
+    def _apart_places(self) -> Any:
+        """Where the layers lie: as their stacks do; None without a mesh."""
+        mesh = self._static[2]
         if mesh is None:
-            return shapes
+            return None
 
-        def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        def place(path: Any, leaf: Any) -> NamedSharding:
             stacked = "/".join(part for part in path_name(path).split("/") if not part.isdigit())
-            spec = jax.sharding.PartitionSpec(*partition_spec(stacked)[1:])
-            where = jax.sharding.NamedSharding(mesh, fit(spec, leaf.shape, mesh))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+            return NamedSharding(mesh, fit(PartitionSpec(*partition_spec(stacked)[1:]), leaf.shape, mesh))
 
-        return jax.tree_util.tree_map_with_path(place, shapes)
+        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._cut, *self._weights))
 
     def _cut(self, params: nnx.State, lora: Lora | None) -> Any:
         return nnx.merge(self._static[0], params).apart(lora)
@@ -209,13 +209,7 @@ class Engine:
 
         shapes = jax.tree.map(slots, jax.eval_shape(some, *self._weights, *work[1:]))
         mesh = self._static[2]
-        if mesh is None:
-            return shapes
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            _places(shapes, mesh),
-        )
+        return shapes if mesh is None else placed(shapes, _places(shapes, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -279,7 +273,7 @@ def _places(rows: Rows, mesh: Mesh | AbstractMesh) -> Rows:
     """Where the slots lie: split over the mesh's row axes where they divide."""
 
     def place(leaf: Any) -> Any:
-        return jax.sharding.NamedSharding(mesh, fit(jax.sharding.PartitionSpec(ROWS), leaf.shape, mesh))
+        return NamedSharding(mesh, fit(PartitionSpec(ROWS), leaf.shape, mesh))
 
     return Rows(**{**jax.tree.map(place, {**vars(rows), "cache": None}), "cache": shardings(rows.cache, mesh, "cache")})
 

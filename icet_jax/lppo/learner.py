@@ -46,7 +46,7 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
-from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards, shardings, split_rows
+from icet_jax.parallel.sharding import batch_sharding, placed, replicated, row_shards, shardings, split_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
@@ -214,10 +214,7 @@ def _placed(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 def _abstract(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """Abstract results of a phase where they will lie."""
-    if mesh is None:
-        return tree
-    where = _places(tree, mesh)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, where)
+    return tree if mesh is None else placed(tree, _places(tree, mesh))
 
 
 def outputs(compiled: Any) -> Any:

@@ -122,6 +122,11 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, prefix: str = "") -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(tree: Any, places: Any) -> Any:
+    """Abstract arrays where `places`, shardings of the same structure, put them."""
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays whose first axis is the rows of a batch (tokens, masks, visual features, scores)."""
     return NamedSharding(mesh, P(ROWS))

@@ -26,7 +26,7 @@ from icet_jax.lppo.settings import Settings, from_config
 from icet_jax.lppo.state import TrainState
 from icet_jax.models.family import Images
 from icet_jax.models.layers import Lora
-from icet_jax.parallel.sharding import ROWS, flatten_with_names, replicated, row_shards, shardings
+from icet_jax.parallel.sharding import ROWS, flatten_with_names, placed, replicated, row_shards, shardings
 from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.runs.training import initial_state
 
@@ -215,11 +215,6 @@ def _merge(vlm: VLM, params: Any) -> Any:
 
 def _keys(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jax.random.key(0).dtype)
-
-
-def placed(tree: Any, places: Any) -> Any:
-    """Abstract arrays where `places` puts them."""
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
 
 
 def bytes_per_device(tree: Any) -> int:

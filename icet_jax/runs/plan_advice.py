@@ -7,8 +7,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from icet_jax.parallel.mesh import AXES
-from icet_jax.parallel.sharding import shardings
-from icet_jax.runs.ahead import AbstractRun, bytes_per_device, placed
+from icet_jax.parallel.sharding import placed, shardings
+from icet_jax.runs.ahead import AbstractRun, bytes_per_device
 
 _ROOM = 0.6  # of a chip's memory: what weights and train state may take, so that the phases have the rest
 

@@ -1,8 +1,6 @@
 """Training on several (emulated) devices: the same numbers, shardings that stay, and no compilation after the first."""
 
-import os
-import subprocess
-import sys
+from tests.devices import assert_agreed
 
 PROGRAM = """
 import jax, numpy as np
@@ -52,7 +50,4 @@ print("agreed")
 
 
 def test_a_mesh_of_four_trains_as_one_device_does():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "agreed" in done.stdout
+    assert_agreed(PROGRAM, 4, timeout=900)

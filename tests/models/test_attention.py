@@ -2,9 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
-import subprocess
-import sys
 import types
 
 import jax
@@ -24,6 +21,7 @@ from icet_jax.parallel import topology
 from icet_jax.parallel.collectives import moved_bytes
 from icet_jax.parallel.mesh import AXES, make_mesh
 from icet_jax.parallel.sharding import batch_sharding, shardings
+from tests.devices import assert_agreed
 from tests.lppo import toy
 
 SHAPES = [(5, 7, 4, 4, 8), (5, 13, 6, 2, 5)]  # rows, queries, heads, key-value heads, head size
@@ -214,10 +212,7 @@ print("agreed")
 
 
 def test_each_device_runs_a_kernel_on_its_rows_and_heads():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "agreed" in done.stdout
+    assert_agreed(PROGRAM, 8, timeout=300)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")

@@ -1,14 +1,11 @@
 """Under `fsdp` kernels travel where tokens are many, activations where they are few; without a mesh nothing happens."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.parallel.traced import by_rows, gathered, mesh_of
+from tests.devices import assert_agreed
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
@@ -53,10 +50,7 @@ print("agreed")
 
 
 def test_kernels_travel_to_many_tokens_and_stay_with_few():
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "agreed" in done.stdout
+    assert_agreed(PROGRAM, 8, timeout=300)
 
 
 def test_without_a_mesh_nothing_is_added():
