@@ -333,12 +333,12 @@ class LlamaDecoder(nnx.Module):
         return Apart(tuple(layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)), scale)
 
     def step(
-        self, embeddings: Float[Array, "B E"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
     ) -> tuple[Float[Array, "B E"], KVCache]:
         """Final state of one new token per row, and the cache with it (inactive rows keep their length)."""
         attend_to = NextToken(self.config, cache)
         graph, _ = nnx.split(self.layers)
-        x = embeddings[:, None].astype(self.dtype)
+        x = self.embed(tokens)[:, None]
         for index, (weights, own) in enumerate(apart.layers):
             x = attend_to(x, nnx.merge(graph, weights), own, apart.scale, index)
         return self.norm(x)[:, 0], attend_to.advanced(active)
@@ -364,3 +364,23 @@ class Llama(LlamaDecoder):
         """Float32 logits of hidden states taken after the final norm."""
         kernel = self.lm_head.kernel[...].astype(self.dtype)
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+class OverDecoder:
+    """What a network passes on to its decoder, `language_model`; see `LanguageModel`."""
+
+    language_model: Any
+
+    def apart(self, lora: Lora | None = None) -> Apart:
+        """The decoder's layers for `step`."""
+        return self.language_model.apart(lora)
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Any, apart: Apart
+    ) -> tuple[Float[Array, "B E"], Any]:
+        """One more token of each row."""
+        return self.language_model.step(tokens, active, cache, apart)
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Float32 next-token logits."""
+        return self.language_model.logits(hidden)

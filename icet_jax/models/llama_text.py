@@ -9,11 +9,11 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.kv_cache import KVCache
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import Apart, Llama, LlamaConfig, LlamaDecoder
+from icet_jax.models.llama import Llama, LlamaConfig, LlamaDecoder, OverDecoder
 from icet_jax.typing import Array, Bool, Float, Int
 
 
-class LlamaLM(nnx.Module):
+class LlamaLM(OverDecoder, nnx.Module):
     """A `LanguageModel`: `generation.decode.generate` runs it with `visual=None`."""
 
     def __init__(
@@ -53,20 +53,6 @@ class LlamaLM(nnx.Module):
     ) -> tuple[Float[Array, "B E"], KVCache]:
         """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(self.language_model.embed(tokens), mask, prefix, lora)
-
-    def apart(self, lora: Lora | None = None) -> Apart:
-        """The decoder's layers for `step`."""
-        return self.language_model.apart(lora)
-
-    def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
-    ) -> tuple[Float[Array, "B E"], KVCache]:
-        """One more token of each row; see `LanguageModel.step`."""
-        return self.language_model.step(self.language_model.embed(tokens), active, cache, apart)
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Float32 next-token logits."""
-        return self.language_model.logits(hidden)
 
 
 class LlamaRewardModel(nnx.Module):

@@ -12,7 +12,7 @@ from icet_jax.models.clip import ClipConfig, ClipVisionTower
 from icet_jax.models.family import Images, Operations
 from icet_jax.models.kv_cache import KVCache
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import Apart, Llama, LlamaConfig, lora_shapes
+from icet_jax.models.llama import Llama, LlamaConfig, OverDecoder, lora_shapes
 from icet_jax.typing import Array, Bool, Float, Int
 
 
@@ -73,7 +73,7 @@ class Projector(nnx.Module):
         return self.linear_2(layers.ACTIVATIONS[self.activation](self.linear_1(x)))
 
 
-class Llava(nnx.Module):
+class Llava(OverDecoder, nnx.Module):
     """LLaVA-1.5 behind the family interface (`models/family.py`)."""
 
     exit_definition = "hidden_states[l] of the CLIP tower through the unchanged projector (ICET-l)"
@@ -194,17 +194,3 @@ class Llava(nnx.Module):
     ) -> tuple[Float[Array, "B E"], KVCache]:
         """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(self.merge(tokens, visual), mask, prefix, lora)
-
-    def apart(self, lora: Lora | None = None) -> Apart:
-        """The decoder's layers for `step`."""
-        return self.language_model.apart(lora)
-
-    def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
-    ) -> tuple[Float[Array, "B E"], KVCache]:
-        """One more token of each row; see `LanguageModel.step`."""
-        return self.language_model.step(self.language_model.embed(tokens), active, cache, apart)
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Float32 next-token logits."""
-        return self.language_model.logits(hidden)

@@ -10,7 +10,7 @@ from flax import nnx
 from icet_jax.models import layers, operations
 from icet_jax.models.family import Images, Operations
 from icet_jax.models.layers import Lora
-from icet_jax.models.llama import Apart
+from icet_jax.models.llama import OverDecoder
 from icet_jax.models.mllama_text import CrossStates, MllamaCache, MllamaDecoder, MllamaTextConfig
 from icet_jax.models.mllama_vision import EXIT_RULES, MllamaVisionConfig, MllamaVisionTower
 from icet_jax.typing import Array, Bool, Float, Int
@@ -50,7 +50,7 @@ class MllamaEncoded:
     images: Images
 
 
-class Mllama(nnx.Module):
+class Mllama(OverDecoder, nnx.Module):
     """Llama 3.2 Vision behind the family interface (`models/family.py`)."""
 
     def __init__(
@@ -177,17 +177,3 @@ class Mllama(nnx.Module):
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
         """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(tokens, mask, visual, self.image_token_index, prefix, lora)
-
-    def apart(self, lora: Lora | None = None) -> Apart:
-        """The decoder's layers for `step`."""
-        return self.language_model.apart(lora)
-
-    def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, apart: Apart
-    ) -> tuple[Float[Array, "B E"], MllamaCache]:
-        """One more token of each row; see `LanguageModel.step`."""
-        return self.language_model.step(tokens, active, cache, apart)
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Float32 next-token logits."""
-        return self.language_model.logits(hidden)
