@@ -81,5 +81,6 @@ def test_bad_input_is_one_line_and_its_code(folders):
     done = align(folders[2], 2, 1, reward__model="toy:no_such_model")
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "holds a run of another config" in line]
-    assert len(lines) == 2 and lines[0].startswith("icet-jax: ") and "ends with process 0" in done.stderr
+    # Both processes see it; the other may be ended before it has said so.
+    assert 1 <= len(lines) <= 2 and lines[0].startswith("icet-jax: ") and "ends with process 0" in done.stderr
     assert "Traceback" not in done.stderr
