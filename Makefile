@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough: the tests only compare with it. Yours may be named: make test TORCH="torch --index-url ..."
 TORCH ?= torch
 
-.PHONY: demo test clean
+.PHONY: demo test audit clean
 
 demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
 	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism
@@ -16,6 +16,9 @@ test: $(VENV)/.installed-test  ## environment, install, lint, types, import cont
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+audit: $(VENV)/.installed-test  ## known vulnerabilities in what the package and its tests depend on (asks PyPI)
+	$(BIN)/python scripts/audit.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
