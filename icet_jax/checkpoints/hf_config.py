@@ -363,7 +363,7 @@ def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) 
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
     for values in (out, text, vision):
         drop_new_keys(values)
-    kind = text.get("model_type", "llama")
+    kind = text.get("model_type") or "llama"
     text |= llama_text_to_hf(config.text, dtype, kind)
     if kind == "mistral":
         text["sliding_window"] = None  # an absent one is not none

@@ -66,7 +66,7 @@ READERS = {
 def test_configs_of_vision_language_models(valid, tmp_path):
     assert outcome(families.vlm_config, valid)[1] is None
 
-    @cases(120)
+    @cases(120, part=3)
     @given(files(valid))
     def holds(content):
         (tmp_path / "config.json").write_bytes(content)
@@ -84,7 +84,7 @@ def test_configs_of_vision_language_models(valid, tmp_path):
 def test_configs_of_scorers(valid):
     assert outcome(READERS[valid["model_type"]], valid)[1] is None
 
-    @cases(100)
+    @cases(100, part=4)
     @given(mutated(valid))
     def holds(config):
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -164,7 +164,7 @@ def test_adapters(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(data)
     valid = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "use_rslora": False}
 
-    @cases(120)
+    @cases(120, part=2)
     @given(files(valid))
     def configs(content):
         (tmp_path / "adapter_config.json").write_bytes(content)
@@ -175,7 +175,7 @@ def test_adapters(tmp_path):
     (tmp_path / "adapter_config.json").write_bytes(as_json(valid))
     start = 8 + int.from_bytes(data[:8], "little")
 
-    @cases(80)
+    @cases(80, part=2)
     @given(torn(data) | torn(data[8:start]).map(lambda text: len(text).to_bytes(8, "little") + text + data[start:]))
     def tensors(content):
         (tmp_path / "adapter_model.safetensors").write_bytes(content)

@@ -15,7 +15,7 @@ from icet_jax.data.image_files import leaves_root
 from icet_jax.data.images import MAX_PIXELS, open_image
 from icet_jax.data.published import read_source
 from icet_jax.data.records import read_records
-from tests.fuzz.damage import TRICKS, as_json, cases, files, mutated, outcome, snapshot, torn
+from tests.fuzz.damage import TRICKS, as_json, cases, files, joined, mutated, outcome, seeded, snapshot, some_rows, torn
 
 ROWS = [
     {"id": "one", "prompt": "placeholder, one", "image": "a.png", "kind": "benign", "answer": "yes"},
@@ -63,12 +63,8 @@ def csv_bytes(table):
     return text.getvalue().encode("utf-8", "surrogatepass")
 
 
-cells = (
-    st.sampled_from(TRICKS)
-    | st.text(max_size=8)
-    | st.sampled_from(("a.png", "../secret.png", "link.png", "x" * 200_000))
-)
-tables = st.lists(st.lists(cells, min_size=4, max_size=4) | st.lists(cells, max_size=6), max_size=5)
+POOL = (*(*TRICKS, *("a.png", "../secret.png", "link.png") * 5) * 4, "x" * 200_000)
+tables = seeded(lambda draw: some_rows(draw, POOL, columns=draw.choice((4, None))))
 
 
 def test_csv(folder):
@@ -139,9 +135,9 @@ def test_published_tables(source, folder):
     valid = csv_bytes(table)
     path.write_bytes(valid)
     assert len(outcome(read_source, source, root=folder)[0].examples) == 2
-    rows = st.lists(st.lists(cells, min_size=len(table[0]), max_size=len(table[0])), max_size=4)
+    rows = seeded(lambda draw: some_rows(draw, POOL, 4, len(table[0])))
 
-    @cases(60)
+    @cases(60, part=len(PUBLISHED))
     @given(torn(valid) | rows.map(lambda drawn: csv_bytes([*table, *drawn])))
     def holds(content):
         path.write_bytes(content)
@@ -189,16 +185,10 @@ def test_vqa_files(folder):
 
 def test_source_strings(folder):
     (folder / "rows.csv").write_bytes(csv_bytes(TABLE))
-    parts = st.sampled_from(
-        (*PUBLISHED, "vqa_v2:", "rows.csv", "?", "&", "=", "images", "seed", "limit", ":", "9" * 30, ".")
-    )
+    parts = (*PUBLISHED, "vqa_v2:", "rows.csv", "?", "&", "=", "images", "seed", "limit", ":", "9" * 30, ".")
 
     @cases(100)
-    @given(
-        (parts | st.sampled_from(TRICKS) | st.text(max_size=5)).flatmap(
-            lambda one: st.lists(parts, max_size=3).map(lambda more: one + "".join(more))
-        )
-    )
+    @given(joined((*parts, *parts, *TRICKS), 4))
     def holds(source):
         outcome(read_source, source, root=folder)
 
@@ -266,7 +256,7 @@ def test_images(kind):
     valid = encoded(kind)
     assert outcome(open_image, valid)[0].size == (9, 7)
 
-    @cases(60)
+    @cases(60, part=6)
     @given(torn(valid, most=6) | st.binary(max_size=30).map(lambda tail: valid[:30] + tail))
     def holds(content):
         image, _ = outcome(open_image, content)

@@ -15,11 +15,11 @@ from icet_jax.files import unseal
 from icet_jax.judges.cache import ScoreCache, cached
 from icet_jax.judges.decoder_judge import guard_verdict, word_verdict
 from icet_jax.judges.human import read_labels
-from tests.fuzz.damage import TRICKS, as_json, cases, files, mutated, outcome, snapshot, torn
+from tests.fuzz.damage import TRICKS, as_json, cases, files, joined, mutated, outcome, seeded, snapshot, some_rows, torn
 from tests.judges.services import Lengths
 
 CODES = frozenset(f"S{n}" for n in range(1, 15))
-words = st.sampled_from(
+said = joined(
     (
         "safe",
         "unsafe",
@@ -38,7 +38,6 @@ words = st.sampled_from(
         *TRICKS,
     )
 )
-said = st.lists(words, max_size=6).map("".join) | st.text(max_size=20)
 
 
 @cases(400)
@@ -75,8 +74,8 @@ def table(rows, separator=","):
 
 def test_files_of_labels(tmp_path):
     path = tmp_path / "labels.csv"
-    cells = st.sampled_from((*KEYS, "yes", "no", "1", "x" * 200_000, *TRICKS))
-    rows = st.lists(st.lists(cells, max_size=4), max_size=5)
+    pool = (*(*KEYS, "yes", "no", "1") * 8, *TRICKS * 2, "x" * 200_000)
+    rows = seeded(lambda draw: some_rows(draw, pool))
 
     @cases(200)
     @given(

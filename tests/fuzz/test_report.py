@@ -41,10 +41,41 @@ def lines(rows):
     return b"".join(as_json(row) + b"\n" for row in rows) if isinstance(rows, list) else as_json(rows)
 
 
+def entry(mean):
+    return {"mean": mean, "ci95": [0.0, 1.0], "n_error": 0}
+
+
+LAYERS = [{"layer": layer, "n": 4, "metrics": {"asr/x": entry(0.5), "tr/y": entry(-1.0)}} for layer in (1, 2)]
+SWEEP = {
+    "schema": 1, "model": "m", "dataset": "d", "kind": "forbidden", "num_exits": 2, "default_exit": 2,
+    "exit_definition": "e", "seed": 0, "generation": {"temperature": 0.0}, "layers": LAYERS,
+    "groups": {name: {"layers": [1, 2], "metrics": {"asr/x": entry(0.5)}} for name in ("early", "late", "average")},
+    "policies": {"p": LAYERS},
+}  # fmt: skip
+
+
+def test_sweeps(tmp_path):
+    """The whole page of two sweeps, and nothing else."""
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "after.d.json").write_bytes(as_json(SWEEP))
+    path = tmp_path / "sweeps" / "before.d.json"
+    path.write_bytes(as_json(SWEEP))
+    assert outcome(report.build, tmp_path)[1] is None
+
+    @cases(40)
+    @given(files(SWEEP))
+    def holds(content):
+        path.write_bytes(content)
+        page, _ = outcome(report.build, tmp_path)
+        assert page is None or not HIDDEN.search(page.read_text(encoding="utf-8"))
+
+    holds()
+
+
 def test_damaged_files(pristine):
     originals = {name: (pristine / name).read_bytes() for name in names(pristine)}
 
-    @cases(12)
+    @cases(12, part=1000)
     @given(st.data())
     def holds(data):
         name = data.draw(st.sampled_from(sorted(originals)))
@@ -121,7 +152,7 @@ def test_hostile_text_stays_text(pristine):
         "jax",
     )
 
-    @cases(4)
+    @cases(4, part=1000)
     @given(
         st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=3).map("".join),
         st.sets(st.sampled_from(words), min_size=1),

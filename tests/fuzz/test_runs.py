@@ -10,7 +10,7 @@ from icet_jax.runs import config_files
 from icet_jax.runs.metrics_log import truncate
 from icet_jax.runs.run_dir import Costs, read_config
 from icet_jax.runs.sources import organism_facts
-from tests.fuzz.damage import TRICKS, as_json, cases, files, mutated, outcome, torn, values
+from tests.fuzz.damage import TRICKS, as_json, cases, files, joined, mutated, outcome, torn, values
 
 FIELDS = sorted(flatten(default()))
 names = st.sampled_from(FIELDS) | st.sampled_from(
@@ -62,19 +62,19 @@ texts = st.one_of(
         )
     ),
     values().map(repr),
-    st.text(max_size=10),
+    joined(TRICKS),
 )
 
 
-@cases(300)
-@given(st.lists(st.tuples(names, texts), min_size=1, max_size=3))
+@cases(300, part=2)
+@given(st.tuples(names, texts).map(lambda one: [one]) | st.lists(st.tuples(names, texts), min_size=2, max_size=3))
 def test_overrides(overrides):
     config, _ = outcome(config_files.load, None, overrides)
     if config is not None:
         json.dumps(flatten(config))
 
 
-@cases(100)
+@cases(100, part=4)  # each is two readings
 @given(names, texts)
 def test_overrides_of_scorers(name, text):
     outcome(

@@ -8,7 +8,7 @@ from icet_jax.data import chat_templates
 from icet_jax.data.templates import IMAGE_TOKEN, own_template
 from icet_jax.judges import prompts
 from tests import tiny
-from tests.fuzz.damage import TRICKS, cases, files, outcome, torn
+from tests.fuzz.damage import TRICKS, cases, files, joined, outcome, torn
 
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'USER: ' }}"
@@ -104,7 +104,7 @@ def test_no_template_reaches_the_machine(template, tokenizer, tmp_path, monkeypa
 
 
 def test_damaged_templates(tokenizer, tmp_path):
-    pieces = st.sampled_from(
+    pieces = joined(
         (
             "{{",
             "}}",
@@ -122,14 +122,12 @@ def test_damaged_templates(tokenizer, tmp_path):
             ".content",
             "x",
             *TRICKS,
-        )
+        ),
+        most=12,
     )
 
     @cases(50)
-    @given(
-        torn(PLAIN.encode()).map(lambda data: data.decode("utf-8", "replace"))
-        | st.lists(pieces, max_size=12).map("".join)
-    )
+    @given(torn(PLAIN.encode()).map(lambda data: data.decode("utf-8", "replace")) | pieces)
     def holds(template):
         render(tokenizer, template)
         tokenizer.chat_template = template
@@ -165,8 +163,7 @@ def test_tracing_ends_with_the_template(tokenizer):
 
 @cases(200)
 @given(
-    st.text(max_size=30)
-    | st.lists(st.sampled_from(("{prompt}", "{response}", "{", "}", "{0}", "a", *TRICKS)), max_size=6).map("".join),
+    joined(("{prompt}", "{prompt}", "{response}", "{response}", "{", "}", "{0}", "a", *TRICKS)),
     st.sampled_from(TRICKS),
 )
 def test_texts_of_the_user(template, hostile):
