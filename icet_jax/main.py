@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="export, prepare, labels, compare: where to, instead of workdir/hf or config.data.directory",
     )
     parser.add_argument("--topology", help="plan: chips, such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1")
+    parser.add_argument("--largest-batch", action="store_true", help="plan: also find the largest batches that fit")
     parser.add_argument("--labels", type=Path, help="labels: the filled-in CSV to read")
     parser.add_argument("--rows", type=int, default=200, help="labels: how many answers to sample")
     parser.add_argument(

@@ -54,6 +54,50 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_LLAMA_7B = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32000}
+_ONE_LABEL = {"0": "LABEL_0"}
+
+SCORERS: dict[str, dict[str, Any]] = {
+    "meta-llama/LlamaGuard-7b": _LLAMA_7B | {"architectures": ["LlamaForCausalLM"]},
+    "meta-llama/Llama-Guard-3-8B": _LLAMA_7B | {
+        "architectures": ["LlamaForCausalLM"], "intermediate_size": 14336, "num_key_value_heads": 8,
+        "max_position_embeddings": 131072, "rope_theta": 5e5, "rope_scaling": _LLAMA3_ROPE, "vocab_size": 128256,
+    },
+    "cais/HarmBench-Llama-2-13b-cls": _LLAMA_7B | _VICUNA_13B | {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 32000,
+    },
+    "unitary/toxic-bert": {
+        "architectures": ["BertForSequenceClassification"], "model_type": "bert",
+        "id2label": {str(label): f"LABEL_{label}" for label in range(6)},
+    },
+    "unitary/unbiased-toxic-roberta": {
+        "architectures": ["RobertaForSequenceClassification"], "model_type": "roberta", "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 514, "type_vocab_size": 1,
+        "id2label": {str(label): f"LABEL_{label}" for label in range(16)},
+    },
+    "Ray2333/gpt2-large-harmless-reward_model": {
+        "architectures": ["GPT2ForSequenceClassification"], "model_type": "gpt2", "n_embd": 1280, "n_head": 20,
+        "n_layer": 36, "id2label": _ONE_LABEL,
+    },
+    "OpenAssistant/reward-model-deberta-v3-large-v2": {
+        "architectures": ["DebertaV2ForSequenceClassification"], "model_type": "deberta-v2", "hidden_size": 1024,
+        "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "vocab_size": 128100,
+        "relative_attention": True, "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "position_buckets": 256, "max_relative_positions": -1, "pos_att_type": "p2c|c2p", "id2label": _ONE_LABEL,
+    },
+}  # fmt: skip
+"""Of the scorers in `configs/`, likewise."""
+
+
+def scorer_values(path_or_id: str) -> dict[str, Any] | None:
+    """The parsed `config.json` of a scorer's directory, or of a hub id whose sizes are known here; None for others.
+
+    Raises:
+      UserError: a directory without a readable config.json.
+    """
+    return read_hf_config(path_or_id) if Path(path_or_id).is_dir() else SCORERS.get(path_or_id)
+
+
 def config_values(path_or_id: str) -> dict[str, Any]:
     """The parsed `config.json` of a checkpoint directory, or of a hub id whose sizes are known here.
 

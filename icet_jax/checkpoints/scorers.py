@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
 from jax.sharding import Mesh
 
 from icet_jax.checkpoints import hf_config, scorer_config, scorer_tables, tables
-from icet_jax.checkpoints.hf_import import Checkpoint, load_network
+from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.checkpoints.tables import Table
 from icet_jax.errors import UserError
 from icet_jax.models.bert import BertClassifier
@@ -93,8 +94,34 @@ def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: 
     directory = Path(directory)
     where = str(directory / "config.json")
     values = hf_config.read_hf_config(directory)
-    family = _FAMILIES[architecture(values, where)]
-    config = family.from_hf(values, where)
-    make = functools.partial(family.network, config)
+    family, config, make = _network(values, where)
     graphdef, params = load_network(directory, make, family.table(config), dtype=dtype, param_dtype=dtype, mesh=mesh)
     return Checkpoint(graphdef, params, config, values, directory)
+
+
+def abstract_scorer(values: dict[str, Any], where: str, dtype: str | None = None) -> nnx.State:
+    """Shapes of the parameters that `load_scorer_network` would load.
+
+    Args:
+      values: the parsed config.json.
+      where: its name in error lines.
+      dtype: of the parameters; if None, bfloat16 for a Llama and float32 for the others, as scorers load them.
+
+    Raises:
+      UserError: an unsupported architecture or config value.
+    """
+    make = _network(dict(values), where)[2]
+    dtype = dtype or default_dtype(architecture(values, where))
+    return abstract_params(make, dtype, dtype)[1]
+
+
+def default_dtype(found: str) -> str:
+    """The dtype in which a scorer of this HF class is loaded where none is asked for."""
+    return "bfloat16" if found.startswith("Llama") else "float32"
+
+
+def _network(values: dict[str, Any], where: str) -> tuple[_Family, Any, Callable[..., Any]]:
+    """How it is loaded, its config, and its class with that config bound."""
+    family = _FAMILIES[architecture(values, where)]
+    config = family.from_hf(values, where)
+    return family, config, functools.partial(family.network, config)

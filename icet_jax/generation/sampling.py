@@ -135,10 +135,12 @@ def token_log_probs(
     count = -(-length // chunk)
     padding = count * chunk - length
 
+    head = model.head_for(hidden)
+
     @jax.checkpoint
     def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
         states, tokens = block
-        logits = process_logits(model.logits(states), temperature, suppress_ids)
+        logits = process_logits(model.logits(states, head), temperature, suppress_ids)
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         return _select(log_probs, tokens), -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 

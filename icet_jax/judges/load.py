@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.checkpoints.hf_export import save_gpt2_reward
 from icet_jax.checkpoints.hf_import import Checkpoint
-from icet_jax.checkpoints.scorers import architecture, load_scorer_network
+from icet_jax.checkpoints.scorers import architecture, default_dtype, load_scorer_network
 from icet_jax.checkpoints.source import generation_tokens, local_directory
 from icet_jax.config.defaults import SCORER_FIELDS
 from icet_jax.data.tokenizer import load_tokenizer
@@ -101,7 +101,7 @@ def load_scorer(
     known_as = f"{path_or_id} {config.get('_name_or_path') or ''}"
     kind = _detect(found, tokenizer, known_as) if kind is None else kind
     _check_kind(str(path_or_id), kind, found, fields)
-    dtype = dtype or ("bfloat16" if found.startswith("Llama") else "float32")
+    dtype = dtype or default_dtype(found)
     asked = _Asked(
         config,
         kind,

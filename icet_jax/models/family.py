@@ -144,8 +144,12 @@ class LanguageModel(Protocol):
         """State of one more token of each row, and the cache with it; rows that are not active do not move on."""
         ...
 
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Float32 next-token logits."""
+    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
+        """Float32 next-token logits; `head` is that of `head_for`, if at hand."""
+        ...
+
+    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
+        """The head's kernel for `logits` of parts of `hidden`, one after the other: it travels once for all."""
         ...
 
 

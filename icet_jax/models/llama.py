@@ -13,7 +13,7 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.kv_cache import KVCache, attend
 from icet_jax.models.layers import Lora
-from icet_jax.parallel.traced import by_rows, gathered
+from icet_jax.parallel.traced import by_rows, gathered, gathered_once
 from icet_jax.typing import Array, Bool, Float, Int
 
 Angles = tuple[Any, Any]
@@ -360,10 +360,14 @@ class Llama(LlamaDecoder):
         super().__init__(config, remat=remat, **common)
         self.lm_head = layers.Linear(config.hidden_size, config.vocab_size, use_bias=False, **common)
 
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states taken after the final norm."""
-        kernel = self.lm_head.kernel[...].astype(self.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states taken after the final norm; `head` is that of `head_for`, if at hand."""
+        kernel = self.lm_head.kernel[...] if head is None else head
+        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
+        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
+        return gathered_once(self.lm_head.kernel[...], hidden, "lm_head/kernel")
 
 
 class OverDecoder:
@@ -381,6 +385,10 @@ class OverDecoder:
         """One more token of each row."""
         return self.language_model.step(tokens, active, cache, apart)
 
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
         """Float32 next-token logits."""
-        return self.language_model.logits(hidden)
+        return self.language_model.logits(hidden, head)
+
+    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
+        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
+        return self.language_model.head_for(hidden)

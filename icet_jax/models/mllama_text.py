@@ -29,7 +29,7 @@ from icet_jax.models.llama import (
     prompt_positions,
     rotary,
 )
-from icet_jax.parallel.traced import by_rows, gathered
+from icet_jax.parallel.traced import by_rows, gathered, gathered_once
 from icet_jax.typing import Array, Bool, Float, Int
 
 CROSS = "cross_layers"
@@ -386,10 +386,14 @@ class MllamaDecoder(nnx.Module):
         text_kv, image_kv = (*jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept or ()), None, None)[:2]
         return x, (text_kv, image_kv)
 
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states taken after the final norm."""
-        kernel = self.lm_head.kernel[...].astype(self.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states taken after the final norm; `head` is that of `head_for`, if at hand."""
+        kernel = self.lm_head.kernel[...] if head is None else head
+        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
+        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
+        return gathered_once(self.lm_head.kernel[...], hidden, "lm_head/kernel")
 
 
 @dataclasses.dataclass(frozen=True)

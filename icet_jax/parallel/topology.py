@@ -131,6 +131,8 @@ def _tpu_devices(topology: Topology) -> list[Any]:
             f"--topology={topology.name}: compiling for TPUs needs the `tpu` extra: pip install 'icet-jax[tpu]'"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks for the metadata of a TPU machine
+    # Nothing here runs on a TPU, so that another process of this machine, which may have one, need not be waited for.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:

@@ -50,11 +50,30 @@ def gathered(weights: Any, x: Any, stack: str = "layers") -> Any:
         return weights
 
     def gather(path: tuple[Any, ...], leaf: Any) -> Any:
-        split = fit(P(*partition_spec(f"{stack}/{path_name(path)}")[1:]), leaf.shape, mesh)
-        whole = P(*(None if axis == "fsdp" else axis for axis in split))
-        return leaf if whole == split else _move(NamedSharding(mesh, split), NamedSharding(mesh, whole), leaf)
+        return _whole(leaf, P(*partition_spec(f"{stack}/{path_name(path)}")[1:]), mesh)
 
     return jax.tree_util.tree_map_with_path(gather, weights)
+
+
+def gathered_once(kernel: Any, x: Any, name: str) -> Any:
+    """A kernel, whole over `fsdp`, for a loop over parts of activations `x [B, ...]`, each of which would gather it.
+
+    Args:
+      kernel: of one layer.
+      x: what all turns of the loop take together; where its rows do not divide nothing is done.
+      name: path of the kernel, as in `sharding.RULES`.
+
+    Returns:
+      The kernel; its gradient is split as it was.
+    """
+    mesh = mesh_of(x)
+    return kernel if mesh is None or x.shape[0] % row_shards(mesh) else _whole(kernel, partition_spec(name), mesh)
+
+
+def _whole(x: Any, spec: PartitionSpec, mesh: AbstractMesh) -> Any:
+    split = fit(spec, x.shape, mesh)
+    whole = P(*(None if axis == "fsdp" else axis for axis in split))
+    return x if whole == split else _move(NamedSharding(mesh, split), NamedSharding(mesh, whole), x)
 
 
 def _mesh_of_many(x: Any) -> AbstractMesh | None:

@@ -24,7 +24,7 @@ from icet_jax.generation import engine
 from icet_jax.lppo import learner
 from icet_jax.lppo.settings import Settings, from_config
 from icet_jax.lppo.state import TrainState
-from icet_jax.models.family import Images
+from icet_jax.models.family import POLICY_ROOT, Images
 from icet_jax.models.layers import Lora
 from icet_jax.parallel.sharding import ROWS, flatten_with_names, placed, replicated, row_shards, shardings
 from icet_jax.runs.sources import checkpoint_directory
@@ -40,6 +40,7 @@ class Phase:
       inputs: what it takes beside weights and train state, abstractly; row-aligned.
       cache: the KV cache that it works on, abstractly, or None.
       lower: gives what `.compile()` compiles; it needs a mesh of devices.
+      beside: what lies on the chips meanwhile without being taken: weights and train state that others use.
       held: the cache is not made by the phase, but taken and given back.
     """
 
@@ -47,6 +48,7 @@ class Phase:
     inputs: Any
     cache: Any
     lower: Callable[[], Any]
+    beside: Any = ()
     held: bool = False
 
 
@@ -125,21 +127,29 @@ class AbstractRun:
 
     def phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
         """The phases in a run's order; `compiled` gives the program of one already yielded, None if there is none."""
-        yield from self._sweep(compiled)
-        yield from self._lppo(compiled)
+        yield from self.sweep_phases(compiled)
+        yield from self.training_phases(compiled)
 
-    def _sweep(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+    def _weights(self, *, policy: bool) -> dict[str, Any]:
+        """Those of the decoder, or those of the image encoder and the projector."""
+        named = flatten_with_names(self.vlm.params).items()
+        return {name: leaf for name, leaf in named if name.startswith(f"{POLICY_ROOT}/") == policy}
+
+    def sweep_phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+        """Those of a sweep's answers."""
         vlm, options, length = self.vlm, self.config.sweep, self.config.data.max_prompt_tokens
         slots, together = queue.group_sizes(options.batch_size, self.mesh)
         images = self.images(together)
         sampling = vlm.sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-        encode = Phase("sweep: encode", images, None, lambda: queue.encode.lower(vlm.graphdef, vlm.params, images))
+        encode = Phase("sweep: encode", images, None, lambda: queue.encode.lower(vlm.graphdef, vlm.params, images),
+                       [self._weights(policy=True), self.state])  # fmt: skip
         yield encode
         encoded = self._outputs(
             encode, compiled, together, lambda *a: _merge(vlm, a[0]).encode(a[1]), vlm.params, images
         )
-        lora = None
+        lora, state = None, self.state
         if self.settings.lora_scale is not None:
+            state = state.opt_state
             lora = Lora(weights=self.state.trainable["policy"], scale=self.settings.lora_scale)
         numbers = jax.ShapeDtypeStruct((together,), jnp.int32)
         tokens, mask = (jax.ShapeDtypeStruct((together, length), dtype) for dtype in (jnp.int32, jnp.bool_))
@@ -153,14 +163,17 @@ class AbstractRun:
         static = vlm.graphdef, sampling, self.mesh
         yield Phase(
             "sweep: fill", (encoded, prompts), rows.cache,
-            lambda: engine.fill.lower(*static, vlm.params, lora, rows, numbers, prompts, encoded, None), held=True,
+            lambda: engine.fill.lower(*static, vlm.params, lora, rows, numbers, prompts, encoded, None),
+            state, held=True,
         )  # fmt: skip
         yield Phase(
             "sweep: decode", machine.apart_shapes(), rows.cache,
-            lambda: engine.decode.lower(*static, vlm.params, machine.apart_shapes(), rows), held=True,
+            lambda: engine.decode.lower(*static, vlm.params, machine.apart_shapes(), rows),
+            [self._weights(policy=False), state], held=True,
         )  # fmt: skip
 
-    def _lppo(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+    def training_phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+        """Those of an L-PPO iteration."""
         vlm, config, state = self.vlm, self.config, self.state
         batch = config.data.batch_size
         learner.check_divides(self.settings, batch)
@@ -169,21 +182,27 @@ class AbstractRun:
         images, (tokens, mask) = self.images(batch), self.prompts(batch)
         exits = self.rows(jax.ShapeDtypeStruct((batch,), jnp.int32), batch)
         key = _keys()
+        # Under full fine-tuning the policy has weights of its own, and only `prepare` takes the reference.
+        reference = () if self.settings.lora_scale is not None else self._weights(policy=True)
         arguments = (vlm.params, state, images, tokens, mask, exits, key)
         rollout = Phase(
             "rollout", (images, tokens, mask), self.cache(batch, config.lppo.max_new_tokens),
-            lambda: phases.rollout.lower(*arguments),
+            lambda: phases.rollout.lower(*arguments), [reference, state.opt_state],
         )  # fmt: skip
         yield rollout
         made = self._outputs(rollout, compiled, batch, phases.rollout, *arguments)
         per_row = (np.zeros(batch, np.float32), np.zeros(batch, bool))
         given = (vlm.params, state.trainable, state.controls, made, *per_row)
-        prepare = Phase("prepare", made, None, lambda: phases.prepare_arrays.lower(*given))
+        encoder = self._weights(policy=False)
+        prepare = Phase(
+            "prepare", made, None, lambda: phases.prepare_arrays.lower(*given), [encoder, state.opt_state]
+        )  # fmt: skip
         yield prepare
         train_batch = self._outputs(prepare, compiled, batch, phases.prepare_arrays, *given, first=True)
         yield Phase(
             "update", train_batch, None,
             lambda: phases.update.lower(vlm.params, state, train_batch, key),
+            [encoder, reference],
         )  # fmt: skip
 
     def _outputs(

@@ -23,8 +23,9 @@ from icet_jax.parallel import topology as topologies
 from icet_jax.parallel.collectives import moved_bytes
 from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape
 from icet_jax.parallel.sharding import row_shards
-from icet_jax.runs import plan_advice
+from icet_jax.runs import plan_advice, plan_batch
 from icet_jax.runs.ahead import AbstractRun, Phase, bytes_per_device
+from icet_jax.runs.plan_scorers import scorer_bytes
 from icet_jax.runs.plan_work import Work, work
 
 _GIB = 2**30
@@ -38,6 +39,7 @@ class Line:
       phase: its name.
       weights: the frozen model.
       trained: adapters (or float32 masters), value head and optimizer, which stay on the chips in every phase.
+      judges: weights of judges and reward model, which do as well; without those whose sizes are not known.
       inputs: batch and features.
       cache: of keys and values, as the sharding rules place it.
       temporaries: all else that the compiled program allocates, results included.
@@ -49,6 +51,7 @@ class Line:
     phase: str
     weights: int
     trained: int
+    judges: int
     inputs: int
     cache: int
     temporaries: int | None
@@ -59,7 +62,7 @@ class Line:
     @property
     def total(self) -> int:
         """What is known of the memory."""
-        return self.weights + self.trained + self.inputs + self.cache + (self.temporaries or 0)
+        return self.weights + self.trained + self.judges + self.inputs + self.cache + (self.temporaries or 0)
 
     def fits(self, chip: topologies.Chip) -> bool | None:
         """Whether it does; None where that is not known."""
@@ -69,16 +72,18 @@ class Line:
 
     def seconds(self, chip: topologies.Chip, count: int) -> tuple[float, str] | None:
         """The time of a phase at the chip's peak, and what bounds it; None for a chip without a published peak."""
+        bounds = self.bounds(chip, count)
+        return None if bounds is None else max((time, name) for name, time in bounds.items())
+
+    def bounds(self, chip: topologies.Chip, count: int) -> dict[str, float] | None:
+        """Seconds for matrix products, for reading memory and for what chips exchange, each at `count` chips' peak."""
         if chip.flops is None or chip.bandwidth is None or chip.links is None:
             return None
-        reads = self.work.steps * (self.work.read + self.cache)
-        bounds = {
+        return {
             "products": self.work.flops / (count * chip.flops),
-            "memory": reads / chip.bandwidth,
+            "memory": self.work.steps * (self.work.read + self.cache) / chip.bandwidth,
             "links": (self.moved or 0) / chip.links,
         }
-        name = max(bounds, key=lambda key: bounds[key])
-        return bounds[name], name
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
@@ -101,14 +106,28 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     topology = topologies.parse(options.topology)
     mesh_shape(topology.count, **config.mesh)  # its errors come before jax starts anything
     jax.config.update("jax_platforms", "cpu")  # the chips planned for need no others
+    if options.largest_batch:
+        plan_batch.check(topology)
     lines, abstract = plan(config, topology)
     print(table(lines, topology))
     print("\n".join(remarks(config, lines, abstract, topology)))
+    if options.largest_batch:
+        for field in plan_batch.FIELDS:
+            print(
+                plan_batch.largest(config, topology, field, lines, lambda *given: plan(given[0], topology, given[1])[0])
+            )
     return int(any(line.fits(topology.chip) is False for line in lines))
 
 
-def plan(config: ConfigDict, topology: topologies.Topology) -> tuple[list[Line], AbstractRun]:
+def plan(
+    config: ConfigDict, topology: topologies.Topology, part: str | None = None
+) -> tuple[list[Line], AbstractRun]:  # fmt: skip
     """The phases of a run of `config` on `topology`, compiled where a compiler is at hand.
+
+    Args:
+      config: of the run.
+      topology: the chips.
+      part: "sweep" or "training", for the phases of one of them.
 
     Raises:
       UserError: see `run`.
@@ -119,22 +138,34 @@ def plan(config: ConfigDict, topology: topologies.Topology) -> tuple[list[Line],
     else:
         mesh = make_mesh(**config.mesh, devices=devices)
     abstract = AbstractRun(config, mesh)
+    judges = sum(size or 0 for size in scorer_bytes(config, mesh).values())
+    phases = {None: abstract.phases, "sweep": abstract.sweep_phases, "training": abstract.training_phases}[part]
     programs: dict[str, Any] = {}
     lines = []
-    for phase in abstract.phases(lambda phase: programs.get(phase.name)):
+    for phase in phases(lambda phase: programs.get(phase.name)):
         program, refused = None, ""
         if devices is not None:
             print(f"icet-jax: compiling {phase.name} for {topology.name}", file=sys.stderr)
-            program, refused = _compile(phase)
+            program, refused = _compile(phase, room(topology.chip, phase, judges))
             programs[phase.name] = program
-        lines.append(_line(abstract, phase, program, refused))
+        lines.append(_line(abstract, phase, judges, program, refused))
     return lines, abstract
 
 
-def _compile(phase: Phase) -> tuple[Any, str]:
-    """The program, or the compiler's reason why no chip can hold it."""
+def room(chip: topologies.Chip, phase: Phase, judges: int) -> int | None:
+    """Bytes of a chip that a phase's program may take; None where that is not known.
+
+    Left to itself the compiler takes all of a chip where that is faster, for weights gathered ahead of time: it does
+    not know of the weights and the train state that lie there without being the program's own.
+    """
+    return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
+
+
+def _compile(phase: Phase, room: int | None = None) -> tuple[Any, str]:
+    """The program, in `room` bytes, or the compiler's reason why no chip can hold it."""
+    options = {} if room is None else {"xla_tpu_max_hbm_size_mib": max(room >> 20, 1)}
     try:
-        return phase.lower().compile(), ""
+        return phase.lower().compile(compiler_options=options), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -142,7 +173,7 @@ def _compile(phase: Phase) -> tuple[Any, str]:
         return None, f"the compiler needs {found[1].lstrip('(')}iB for it" if found else str(error).splitlines()[0]
 
 
-def _line(abstract: AbstractRun, phase: Phase, program: Any, refused: str) -> Line:
+def _line(abstract: AbstractRun, phase: Phase, judges: int, program: Any, refused: str) -> Line:
     cache, temporaries, moved = bytes_per_device(phase.cache), None, None
     if program is not None:
         memory = program.memory_analysis()
@@ -156,6 +187,7 @@ def _line(abstract: AbstractRun, phase: Phase, program: Any, refused: str) -> Li
         phase=phase.name,
         weights=bytes_per_device(abstract.vlm.params),
         trained=bytes_per_device(abstract.state),
+        judges=judges,
         inputs=bytes_per_device(phase.inputs),
         cache=cache,
         temporaries=temporaries,
@@ -166,8 +198,8 @@ def _line(abstract: AbstractRun, phase: Phase, program: Any, refused: str) -> Li
 
 
 _HEAD = (
-    "phase", "weights", "trained", "inputs", "cache", "temporaries", "GiB/chip", "fits", "Tflop/chip", "moved GiB",
-    "seconds", "bound by",
+    "phase", "weights", "trained", "judges", "inputs", "cache", "temporaries", "GiB/chip", "fits", "Tflop/chip",
+    "moved GiB", "seconds", "bound by",
 )  # fmt: skip
 
 
@@ -178,7 +210,7 @@ def table(lines: list[Line], topology: topologies.Topology) -> str:
     for line in lines:
         time = line.seconds(chip, topology.count)
         fits = line.fits(chip)
-        sizes = (line.weights, line.trained, line.inputs, line.cache, line.temporaries)
+        sizes = (line.weights, line.trained, line.judges, line.inputs, line.cache, line.temporaries)
         least = ">" if line.temporaries is None else ""
         rows.append(
             (
@@ -194,7 +226,7 @@ def table(lines: list[Line], topology: topologies.Topology) -> str:
         )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     return "\n".join(
-        "  ".join(cell.ljust(width) if column in (0, 11) else cell.rjust(width)
+        "  ".join(cell.ljust(width) if column in (0, 12) else cell.rjust(width)
                   for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
     )  # fmt: skip
@@ -202,6 +234,22 @@ def table(lines: list[Line], topology: topologies.Topology) -> str:
 
 def _gib(size: int | None) -> str:
     return "-" if size is None else f"{size / _GIB:.2f}"
+
+
+_LEAVES_ROOM = (
+    "each program was compiled to leave room for what else lies on its chips; "
+    "a run's compiler does so with LIBTPU_INIT_ARGS=--xla_tpu_max_hbm_size_mib=MIB"
+)
+
+
+def _judges(config: ConfigDict, mesh: Any) -> list[str]:
+    """Which scorers are counted, and which are not."""
+    found = scorer_bytes(config, mesh)
+    counted = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size is not None)
+    unknown = ", ".join(name for name, size in found.items() if size is None)
+    return [f"judges and reward model, GiB of weights per chip: {counted}"] * bool(counted) + [
+        f"not counted, of unknown size: {unknown}"
+    ] * bool(unknown)
 
 
 def remarks(config: ConfigDict, lines: list[Line], abstract: AbstractRun, topology: topologies.Topology) -> list[str]:
@@ -221,9 +269,11 @@ def remarks(config: ConfigDict, lines: list[Line], abstract: AbstractRun, topolo
         told.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
     if any(line.moved is None and line.temporaries is not None for line in lines):
         told.append("moved '-': the program does not tell the length of a loop that holds exchanges")
-    told.append("not counted: the reward model and the judges, which lie on the same chips")
+    told += _judges(config, abstract.mesh)
+    if any(line.temporaries is not None for line in lines) and chip.memory is not None:
+        told.append(_LEAVES_ROOM)
     told += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
     told += plan_advice.spread(config, row_shards(abstract.mesh))
     broken = [line.phase for line in lines if line.fits(chip) is False]
-    fixed = lines[0].weights + lines[0].trained
+    fixed = lines[0].weights + lines[0].trained + lines[0].judges
     return told + plan_advice.mends(config, abstract, broken, fixed, chip.memory)

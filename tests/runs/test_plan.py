@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from icet_jax import main
-from icet_jax.checkpoints.published import PUBLISHED, config_values
+from icet_jax.checkpoints.published import PUBLISHED, SCORERS, config_values
+from icet_jax.checkpoints.scorers import abstract_scorer
 from icet_jax.errors import UserError
 from icet_jax.models.family import count_parameters
 from icet_jax.parallel import topology
@@ -16,6 +17,7 @@ from icet_jax.parallel.mesh import make_mesh
 from icet_jax.runs import plan, plan_advice, sources
 from icet_jax.runs.ahead import AbstractRun, Phase
 from icet_jax.runs.config_files import load
+from icet_jax.runs.plan_scorers import scorer_bytes
 from icet_jax.runs.plan_work import Work
 from icet_jax.runs.training import initial_state
 
@@ -57,6 +59,53 @@ def test_every_checkpoint_of_the_configs_is_known_and_others_are_refused():
         config_values("nobody/nothing-7b")
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("meta-llama/LlamaGuard-7b", 6_738_415_616),
+        ("meta-llama/Llama-Guard-3-8B", 8_030_261_248),
+        ("cais/HarmBench-Llama-2-13b-cls", 13_015_864_320),
+        ("unitary/toxic-bert", 109_486_854),
+        ("unitary/unbiased-toxic-roberta", 124_657_936),
+        ("Ray2333/gpt2-large-harmless-reward_model", 774_031_360),
+        ("OpenAssistant/reward-model-deberta-v3-large-v2", 435_062_785),
+    ],
+)
+def test_published_scorers_have_their_published_sizes(name, parameters):
+    assert count_parameters(abstract_scorer(SCORERS[name], name)) == parameters
+
+
+def test_scorers_are_counted_once_on_the_mesh_and_unknown_ones_named():
+    config = load(
+        "configs/llava15_lppo.py",
+        [("reward.model", "nobody/reward"), ("sweep.scorers", "both,refusal_keywords,organism:judge,perspective")],
+    )
+    members = {"harmless_reward": 0.5, "general_reward": 0.5}
+    config.scorers.both = {"kind": "ensemble", "members": members}
+    split, whole = (
+        scorer_bytes(config, jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor")))
+        for sizes in ((1, 16, 1), (16, 1, 1))
+    )
+    assert whole == {"nobody/reward": None, "harmless_reward": 4 * 774_031_360, "general_reward": 4 * 435_062_785}
+    assert whole["general_reward"] / 16 < split["general_reward"] < whole["general_reward"] / 15
+    counted, unknown = plan._judges(config, jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor")))
+    assert "harmless_reward 0.18" in counted and "general_reward 0.10" in counted
+    assert unknown.endswith("unknown size: nobody/reward")
+
+
+def test_what_lies_beside_a_program_is_no_room_for_it():
+    chip = topology.CHIPS["v5e"]
+    config = load("configs/llava15_lppo.py", [("lora.rank", "0")])
+    mesh = jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor"))
+    run = AbstractRun(config, mesh)
+    policy = 6_738_415_616 + 2 * 64 * 4096  # Vicuna, with the 64 tokens that LLaVA adds
+    rooms = {phase.name: chip.memory - plan.room(chip, phase, judges=GIB) - GIB for phase in run.phases(lambda _: None)}
+    assert rooms["sweep: encode"] == pytest.approx((2 + 12) * policy / 16, rel=0.01)
+    assert rooms["rollout"] == pytest.approx((2 + 8) * policy / 16, rel=0.01)
+    assert rooms["prepare"] == pytest.approx(8 * policy / 16, rel=0.02)
+    assert rooms["update"] == pytest.approx(2 * policy / 16, rel=0.06)
+
+
 def test_memory_from_shapes_alone_is_what_arithmetic_says(capsys):
     code, whole, printed = planned(LLAVA, "--topology=h100:8", capsys=capsys)
     assert code == 0 and "temporaries and what chips exchange are known only where" in printed.out
@@ -64,8 +113,11 @@ def test_memory_from_shapes_alone_is_what_arithmetic_says(capsys):
     adapters = 64 * 32 * (4 * 8192 + 3 * (4096 + 11008))  # rank x layers x (in + out)
     assert float(whole["rollout"][1]) == pytest.approx(3 * 4 * adapters / GIB, abs=0.01)
     cache = 2 * 2 * 32 * (64 // 8) * (768 + 128) * 4096
-    assert float(whole["rollout"][3]) == pytest.approx(cache / GIB, abs=0.01)
-    assert {row[4] for row in whole.values()} == {"-"} and {row[6] for row in whole.values()} == {"?"}
+    assert float(whole["rollout"][4]) == pytest.approx(cache / GIB, abs=0.01)
+    judges = 2 * 6_738_415_616 + 4 * (109_486_854 + 774_031_360 + 435_062_785)  # Llama Guard in bfloat16
+    assert float(whole["rollout"][2]) == pytest.approx(judges / GIB, abs=0.01)
+    assert "llama_guard_1 12.55, toxic_bert 0.41" in printed.out
+    assert {row[5] for row in whole.values()} == {"-"} and {row[7] for row in whole.values()} == {"?"}
     _, split, _ = planned(LLAVA, "--topology=h100:8", "--config.mesh.fsdp=8", "--config.mesh.data=1", capsys=capsys)
     assert float(split["update"][0]) == pytest.approx(2 * 7_063_427_072 / 8 / GIB, abs=0.02)
 
@@ -74,16 +126,16 @@ def test_memory_from_shapes_alone_is_what_arithmetic_says(capsys):
 def test_the_other_families_are_planned_too(config, capsys):
     code, rows, printed = planned(f"--config=configs/{config}", "--topology=h200:8", capsys=capsys)
     assert code == 0 and list(rows) == PHASES
-    assert float(rows["sweep: fill"][2]) > float(rows["sweep: encode"][2]) > 0 and float(rows["rollout"][3]) > 0
+    assert float(rows["sweep: fill"][3]) > float(rows["sweep: encode"][3]) > 0 and float(rows["rollout"][4]) > 0
 
 
 def test_what_does_not_fit_is_said_with_a_mend_that_fits(capsys):
     flags = (LLAVA, "--topology=a100:8", "--config.lora.rank=0")  # float32 masters and moments: 81 GB more
     code, rows, printed = planned(*flags, capsys=capsys)
-    assert code == 1 and {row[6] for row in rows.values()} == {"NO"}
+    assert code == 1 and {row[7] for row in rows.values()} == {"NO"}
     mend = re.search(r"mend .*?(--config\.mesh\.data=-1) (--config\.mesh\.fsdp=\d+)", printed.out)
     code, rows, _ = planned(*flags, *mend.groups(), capsys=capsys)
-    assert code == 0 and "NO" not in {row[6] for row in rows.values()}
+    assert code == 0 and "NO" not in {row[7] for row in rows.values()}
 
 
 def test_wrong_usage_is_one_line(capsys, monkeypatch):
@@ -92,6 +144,7 @@ def test_wrong_usage_is_one_line(capsys, monkeypatch):
         ((), "needs --topology"),
         (("--topology=v5e:4x4",), "needs the `tpu` extra"),
         (("--topology=h100:8", "--config.mesh.fsdp=3"), "does not fit 8 devices"),
+        (("--topology=h100:8", "--largest-batch"), "what fits h100 chips is not known"),
         (("--topology=h100:8", "--config.algorithm=lsft"), "config.algorithm=lsft is not planned"),
         (("--topology=h100:8", "--config.lppo.accumulation=7"), "does not divide into 1 mini-batches"),
     ):
@@ -110,7 +163,7 @@ def test_rows_that_do_not_spread_are_named():
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit():
-    def compile():
+    def compile(compiler_options):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
             "HLO temporaries (400.00G) exceeds available HBM (15.75G). HLO module: jit__lambda."
@@ -118,13 +171,13 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
 
     program, refused = plan._compile(Phase("rollout", None, None, lambda: SimpleNamespace(compile=compile)))
     assert program is None and refused == "the compiler needs 400.00GiB for it"
-    line = plan.Line("rollout", 1, 1, 1, 1, None, Work(1, 1, 1), None, refused)
+    line = plan.Line("rollout", 1, 1, 1, 1, 1, None, Work(1, 1, 1), None, refused)
     assert line.fits(topology.CHIPS["v5e"]) is False
 
 
 def test_the_least_time_is_the_slowest_of_three_bounds():
     chip, gib = topology.CHIPS["v5e"], GIB
-    line = plan.Line("update", gib, 0, 0, 0, 0, Work(10**15, 3, gib), 10 * gib)
+    line = plan.Line("update", gib, 0, 0, 0, 0, 0, Work(10**15, 3, gib), 10 * gib)
     assert line.seconds(chip, 4) == (10**15 / (4 * 197e12), "products")
     assert line.seconds(chip, 400)[1] == "links" and line.seconds(topology.CHIPS["cpu"], 1) is None
 
@@ -158,7 +211,7 @@ def test_a_rollout_compiles_for_tpus_that_are_not_here():
     config = load(ORGANISM, [*SMALL, ("mesh.data", "1"), ("mesh.fsdp", "4")])
     abstract = AbstractRun(config, make_mesh(**config.mesh, devices=topology.parse("v5e:2x2").devices()))
     phase = next(phase for phase in abstract.phases(lambda phase: None) if phase.name == "rollout")
-    program, refused = plan._compile(phase)
-    line = plan._line(abstract, phase, program, refused)
+    program, refused = plan._compile(phase, plan.room(topology.CHIPS["v5e"], phase, judges=0))
+    line = plan._line(abstract, phase, 0, program, refused)
     assert refused == "" and line.temporaries > 0 and line.moved > 0
     assert line.fits(topology.CHIPS["v5e"]) is True
