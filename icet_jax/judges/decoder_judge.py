@@ -133,8 +133,9 @@ class DecoderJudge:
             return {"tokens": out.tokens, "mask": out.mask, "p_unsafe": odds}
 
         self.network = BatchedNetwork(
-            answer, params, longest=encode.max_length, batch_size=batch_size, mesh=mesh, side="left", steps=_STEPS
-        )
+            answer, params, longest=encode.max_length, batch_size=batch_size, mesh=mesh, side="left", steps=_STEPS,
+            about=(graphdef, unsafe, safe, sampling),
+        )  # fmt: skip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
         """Judges B responses; a prompt that alone is too long for the judge is an error."""

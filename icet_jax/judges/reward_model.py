@@ -109,7 +109,7 @@ class RewardModel:
 
         self.network = BatchedNetwork(
             score, params, longest=self.pairs.max_length, batch_size=batch_size, mesh=mesh,
-            steps=_STEPS.get(type(model.config), 1),
+            steps=_STEPS.get(type(model.config), 1), about=(graphdef,),
         )  # fmt: skip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import ROWS, place_rows, replicated
 
 _SHORTEST_BUCKET = 32  # positions
@@ -60,6 +61,7 @@ class BatchedNetwork:
         mesh: Mesh | None = None,
         side: str = "right",
         steps: int = 1,
+        about: Sequence[Any] | None = None,
     ) -> None:
         """Nothing is compiled yet.
 
@@ -71,12 +73,14 @@ class BatchedNetwork:
           mesh: that of `params`, over which rows are split; None for the default device.
           side: of the padding, "left" or "right".
           steps: see `bucket`.
+          about: what `function` closes over, see `parallel.programs.Program`.
         """
         self.longest, self.batch_size = longest, batch_size
         self._params, self._mesh, self._side, self._steps = params, mesh, side, steps
         self._shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
         # Every process of a run needs every row's result.
-        self.compiled = jax.jit(function, out_shardings=None if mesh is None else replicated(mesh))
+        everywhere = None if mesh is None else replicated(mesh)
+        self.compiled = Program(function, about=about, out_sharding=everywhere)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Any:
         """The function's results for N rows as numpy arrays [N, ...]; rows of similar length share a batch.
@@ -121,4 +125,4 @@ class BatchedNetwork:
         return self.compiled(self._params, *place_rows(batch, self._mesh))
 
     def _shapes(self) -> Any:
-        return jax.eval_shape(self.compiled, self._params, *pad_rows([], bucket(0, self.longest), self.batch_size))
+        return self.compiled.eval_shape(self._params, *pad_rows([], bucket(0, self.longest), self.batch_size))

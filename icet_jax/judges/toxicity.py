@@ -64,7 +64,9 @@ class Toxicity:
         def score(params: nnx.State, tokens: Any, mask: Any) -> Any:
             return nn.sigmoid(nnx.merge(graphdef, params)(tokens, mask))
 
-        self.network = BatchedNetwork(score, params, longest=self._max_length, batch_size=batch_size, mesh=mesh)
+        self.network = BatchedNetwork(
+            score, params, longest=self._max_length, batch_size=batch_size, mesh=mesh, about=(graphdef,)
+        )
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
         """Scores B responses, each cut at the network's length; a number that is not finite is an error."""

@@ -46,6 +46,7 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import Controls, TrainState, make_optimizer
 from icet_jax.lppo.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.models.family import Images
+from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import batch_sharding, placed, replicated, row_shards, shardings, split_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
@@ -97,10 +98,10 @@ class Phases:
     and at once; `prepare_arrays` is the jitted part of `prepare`.
     """
 
-    rollout: Callable[..., Rollout]
+    rollout: Program
     prepare: Callable[..., tuple[TrainState, TrainBatch, dict[str, Any]]]
-    prepare_arrays: Any
-    update: Callable[..., tuple[TrainState, dict[str, Any]]]
+    prepare_arrays: Program
+    update: Program
     lowered: Callable[..., Iterator[tuple[str, Any]]]
 
 
@@ -131,7 +132,7 @@ def shuffle_key(run_key: Key[Array, ""], iteration: Int[Array, ""]) -> Key[Array
 
 
 def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None) -> Phases:
-    """Jits the phases for one model structure and one `Settings`; nothing is compiled before the first call.
+    """The phases for one model structure and one `Settings`; nothing is compiled before the first call.
 
     With a `mesh`, an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
     """
@@ -139,7 +140,8 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
     def prepare_columns(*arrays: Any, columns: int | None = None) -> Any:
         return _placed(_prepare(graphdef, settings, *arrays, columns=columns), mesh)
 
-    prepare_arrays = jax.jit(prepare_columns, static_argnames="columns")
+    about = (graphdef, settings, mesh)
+    prepare_arrays = Program(prepare_columns, about=about, static="columns")
 
     def prepare(
         params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None
@@ -151,15 +153,20 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
         batch, controls, metrics = prepare_arrays(*given, columns=columns)
         return state._replace(controls=controls), batch, metrics
 
-    rollout = jax.jit(lambda *arrays: _placed(_rollout(graphdef, settings, *arrays), mesh))
-    update = jax.jit(lambda *arrays: _update(graphdef, settings, mesh, *arrays), donate_argnums=1)
+    def sample(*arrays: Any) -> Rollout:
+        return _placed(_rollout(graphdef, settings, *arrays), mesh)
+
+    def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
+        return _update(graphdef, settings, mesh, *arrays)
+
+    rollout, update = Program(sample, about=about), Program(learn, about=about, donate=1)
 
     def lowered(
         params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
     ) -> Iterator[tuple[str, Any]]:
         # A phase's results lie where it says, so that none has to be compiled before another. The longest comes first.
         arguments = (params, state, images, tokens, mask, exits, key)
-        made = _abstract(jax.eval_shape(rollout, *arguments), mesh)
+        made = _abstract(rollout.eval_shape(*arguments), mesh)
         per_row = (np.zeros(tokens.shape[0], np.float32), np.zeros(tokens.shape[0], bool))
         given = (params, state.trainable, state.controls, made, *per_row)
         widths = response_widths(tokens.shape[1], settings.sampling.max_new_tokens)

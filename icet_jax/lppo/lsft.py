@@ -9,7 +9,7 @@ mini-batches x accumulation on a batch as an iteration of L-PPO does, with the s
 differ. The value head of the shared state keeps its zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from icet_jax.lppo.losses import masked_mean
 from icet_jax.lppo.metrics import step_metrics
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState
+from icet_jax.parallel.programs import Program
 from icet_jax.typing import Array, Float
 
 
@@ -67,14 +68,16 @@ def pad_targets(
     return tokens, mask
 
 
-def build(
-    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None
-) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Jits the one phase of L-SFT; see the module's docstring for its arguments. It donates the state.
+def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None) -> Program:
+    """The one phase of L-SFT; see the module's docstring for its arguments and results. It donates the state.
 
     `mesh` is as in `learner.build`.
     """
-    return jax.jit(lambda *arrays: _update(graphdef, settings, mesh, *arrays), donate_argnums=1)
+
+    def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
+        return _update(graphdef, settings, mesh, *arrays)
+
+    return Program(learn, about=(graphdef, settings, mesh), donate=1)
 
 
 def lsft_loss(

@@ -20,6 +20,8 @@ from icet_jax.lppo.metrics import host_metrics
 from icet_jax.lppo.settings import Settings, from_config
 from icet_jax.lppo.state import TrainState
 from icet_jax.parallel.distributed import fetch
+from icet_jax.parallel.programs import Program
+from icet_jax.parallel.sharding import replicated
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.utilisation import Counter, Peak, Stopwatch, device_peak, speeds
 
@@ -63,13 +65,13 @@ class Lppo:
         self._vlm, self._reward = vlm, reward
         self._phases = learner.build(vlm.graphdef, self.settings, vlm.mesh)
         self._run_key = jax.random.key(config.seed)
-        self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
+        self._exits = _exit_drawer(self.settings, vlm, config.data.batch_size)
         self._watch, self._counter = Stopwatch(), Counter(nnx.merge(vlm.graphdef, vlm.params), self.settings)
         self.peak = _peak(config, vlm)
 
     def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
-        exits = self._exits(state.iteration)
+        exits = self._exits.eval_shape(self._run_key, state.iteration)
         inputs = (batch.images, batch.tokens, batch.mask, exits, self._run_key)
         yield from self._phases.lowered(self._vlm.params, state, *inputs)
         yield from self._reward.lowered(batch.tokens.shape[1] + self.settings.sampling.max_new_tokens)
@@ -77,7 +79,7 @@ class Lppo:
     def begin(self, state: TrainState, batch: PromptBatch) -> Any:
         """See `Algorithm`."""
         self._watch.start()
-        exits = self._exits(state.iteration)
+        exits = self._exits(self._run_key, state.iteration)
         return self._phases.rollout(
             self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
         )
@@ -112,16 +114,17 @@ class Lsft:
         self.iterations = config.lsft.iterations
         self.settings = dataclasses.replace(_settings(config, vlm, self.iterations), exits=config.lsft.exits)
         self._vlm, self._refusal = vlm, config.lsft.refusal
-        self._update: Any = lsft.build(vlm.graphdef, self.settings, vlm.mesh)
+        self._update = lsft.build(vlm.graphdef, self.settings, vlm.mesh)
         self._run_key = jax.random.key(config.seed)
-        self._exits = _exit_drawer(self.settings, vlm, self._run_key, config.data.batch_size)
+        self._exits = _exit_drawer(self.settings, vlm, config.data.batch_size)
         self._watch, self._counter = Stopwatch(), Counter(nnx.merge(vlm.graphdef, vlm.params), self.settings)
         self.peak = _peak(config, vlm)
 
     def lowered(self, state: TrainState, batch: PromptBatch) -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
+        exits = self._exits.eval_shape(self._run_key, state.iteration)
         for columns in learner.response_widths(batch.tokens.shape[1], self.settings.sampling.max_new_tokens):
-            inputs = self._inputs(state, batch, *self._targets(batch, columns))
+            inputs = self._inputs(batch, exits, *self._targets(batch, columns))
             yield learner.program_name("update", columns), self._update.lower(self._vlm.params, state, *inputs)
 
     def begin(self, state: TrainState, batch: PromptBatch) -> Any:
@@ -130,7 +133,8 @@ class Lsft:
         targets, mask = self._targets(batch)
         length = self.settings.sampling.max_new_tokens
         columns = learner.response_columns(batch.tokens.shape[1], length, int(mask.sum(axis=1).max()))
-        return self._inputs(state, batch, targets[:, :columns], mask[:, :columns])
+        exits = self._exits(self._run_key, state.iteration)
+        return self._inputs(batch, exits, targets[:, :columns], mask[:, :columns])
 
     def finish(self, state: TrainState, batch: PromptBatch, begun: Any) -> tuple[TrainState, Read]:
         """See `Algorithm`."""
@@ -155,8 +159,7 @@ class Lsft:
         )
         return targets[:, :columns], mask[:, :columns]
 
-    def _inputs(self, state: TrainState, batch: PromptBatch, targets: Any, mask: Any) -> tuple[Any, ...]:
-        exits = self._exits(state.iteration)
+    def _inputs(self, batch: PromptBatch, exits: Any, targets: Any, mask: Any) -> tuple[Any, ...]:
         return (batch.images, batch.tokens, batch.mask, exits, targets, mask, self._run_key)
 
 
@@ -177,13 +180,13 @@ def _settings(config: ConfigDict, vlm: VLM, iterations: int) -> Settings:
     )
 
 
-def _exit_drawer(settings: Settings, vlm: VLM, run_key: Any, batch_size: int) -> Callable[[Any], Any]:
-    """iteration -> exits int32 [B], compiled once."""
+def _exit_drawer(settings: Settings, vlm: VLM, batch_size: int) -> Program:
+    """(run key, iteration) -> exits int32 [B], on every device."""
 
     def draw(key: Any, iteration: Any) -> Any:
         return learner.draw_exits(
             settings, key, iteration, batch=batch_size, num_exits=vlm.num_exits, default_exit=vlm.default_exit
         )
 
-    compiled = jax.jit(draw)
-    return lambda iteration: compiled(run_key, iteration)
+    everywhere = None if vlm.mesh is None else replicated(vlm.mesh)
+    return Program(draw, about=(settings, batch_size, vlm.num_exits, vlm.default_exit), out_sharding=everywhere)

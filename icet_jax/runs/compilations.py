@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock, current_thread
@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.monitoring
 from jax.experimental.compilation_cache import compilation_cache
+
+from icet_jax.parallel.programs import keep_traces
 
 OFF = "off"
 _LARGEST = 8 * 2**30  # bytes of kept programs; beyond them the oldest go
@@ -41,6 +43,7 @@ def keep_programs(choice: str | None) -> None:
         # A start reads dozens of small programs, each in less time than it takes to compile them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", folder)
+    keep_traces(None if folder is None or "://" in folder else Path(folder))
     compilation_cache.reset_cache()  # jax looks at its setting once, before its first compilation
 
 
@@ -86,13 +89,17 @@ def _drop_oldest(folder: Path) -> None:
             Path(path).unlink(missing_ok=True)
 
 
-def compile_programs(programs: Iterable[tuple[str, Any]]) -> None:
+def compile_programs(programs: Iterable[tuple[str, Any]], meanwhile: Callable[[], Any] = lambda: None) -> Any:
     """Compiles all programs at once, each from when it is there, and says on stderr how long that took.
 
     The functions that they were lowered from find them: calling one with the same shapes compiles nothing.
 
     Args:
       programs: (name, `jax.stages.Lowered`) pairs. While the next is traced, the ones before it compile.
+      meanwhile: is called when the last one was traced.
+
+    Returns:
+      What `meanwhile` returned.
     """
 
     def seconds_of(lowered: Any) -> float:
@@ -103,9 +110,11 @@ def compile_programs(programs: Iterable[tuple[str, Any]]) -> None:
     start = time.perf_counter()
     with CompilationCounter() as counter, ThreadPoolExecutor(os.cpu_count(), _THREADS) as threads:
         futures = [(name, threads.submit(seconds_of, lowered)) for name, lowered in programs]
+        result = meanwhile()
         parts = ", ".join(f"{name} {future.result():.1f} s" for name, future in futures)
     kept = f", {counter.kept} of {len(futures)} kept from before" if counter.kept else ""
     print(f"compiled: {parts}; {time.perf_counter() - start:.1f} s in all{kept}", file=sys.stderr)
+    return result
 
 
 class CompilationCounter:

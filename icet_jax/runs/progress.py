@@ -18,11 +18,6 @@ class Progress:
         self._began = time.monotonic()
         self._bar = tqdm(total=total, initial=start, desc=what, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
-    def restart_clock(self) -> None:
-        """Leaves the time so far (compiling) out of the estimate."""
-        self._began = time.monotonic()
-        self._bar.start_t = self._bar.last_print_t = time.time() if not self._bar.disable else 0.0
-
     def advance(self, numbers: Mapping[str, float] | None = None, *, to: int | None = None) -> None:
         """To step `to`, one further if None; `numbers` are shown beside the bar."""
         shown = {name: f"{value:.3g}" for name, value in (numbers or {}).items()}

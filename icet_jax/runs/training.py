@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from icet_jax.files import write_text_atomic
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
 from icet_jax.models.family import init_lora
-from icet_jax.parallel.sharding import shardings
+from icet_jax.parallel.programs import Program
+from icet_jax.parallel.sharding import placed, shardings
 from icet_jax.runs.algorithms import Algorithm, Lppo, Lsft, Read, Row
 from icet_jax.runs.compilations import compile_programs
 from icet_jax.runs.metrics_log import MetricsLog
@@ -63,7 +64,7 @@ class Trainer:
         mixture = config.data.mixture.to_dict()
         self._batches = Batches(examples, mixture=mixture, batch_size=size, seed=config.seed)
         self._images_per_row = max(len(example.images) for example in examples)
-        self.batch(0)
+        self._first = self.batch(0)
 
     def batch(self, index: int) -> PromptBatch:
         """Batch `index` of the run, a pure function of (seed, index), as arrays of one fixed shape."""
@@ -73,6 +74,12 @@ class Trainer:
         return prompt_batch(
             self._vlm, rows, len(rows), self._images_per_row, length=self._config.data.max_prompt_tokens
         )
+
+    def _coming(self, start: int, total: int) -> Iterator[PromptBatch]:
+        """Batches `start` to `total - 1`; threads open and tokenise the next ones."""
+        if start == 0:
+            yield self._first
+        yield from self._batches.load(self._arrays, max(start, 1), total)
 
     def run(self) -> TrainState:
         """Trains to the last iteration, from the last complete checkpoint of the run directory.
@@ -90,7 +97,7 @@ class Trainer:
         config, algorithm = self._config, self.algorithm
         checkpoints = open_checkpoints(config, self._workdir)
         try:
-            state, metadata = newest_state(config, self._vlm, algorithm.settings, checkpoints)
+            state, metadata = self._start(checkpoints)
             done = int(state.iteration)
             if done < algorithm.iterations:
                 self._name_device()
@@ -107,6 +114,14 @@ class Trainer:
         finally:
             checkpoints.close()
 
+    def _start(self, checkpoints: RunState) -> tuple[TrainState, dict[str, Any]]:
+        """`newest_state`; meanwhile the programs of an iteration are compiled, if there is one to come."""
+        arguments = (self._config, self._vlm, self.algorithm.settings)
+        if max(checkpoints.steps, default=0) >= self.algorithm.iterations:
+            return newest_state(*arguments, checkpoints)
+        programs = self.algorithm.lowered(abstract_state(*arguments), self._first)
+        return compile_programs(programs, lambda: newest_state(*arguments, checkpoints))
+
     def _name_device(self) -> None:
         """Writes device.json, the devices and the peak that `perf/mfu` relates to, and says so."""
         peak = self.algorithm.peak
@@ -119,12 +134,10 @@ class Trainer:
         """Every iteration that `state` has not had yet; threads prepare the coming batches for the device."""
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
-            compile_programs(self.algorithm.lowered(state, self.batch(start)))
-            progress.restart_clock()
             read: Read | None = None
             finished = start
             with kept_waiting() as told:
-                for batch in self._batches.load(self._arrays, start, total):
+                for batch in self._coming(start, total):
                     if told():
                         break
                     begun = self.algorithm.begin(state, batch)
@@ -199,16 +212,27 @@ def newest_state(
 
 def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainState:
     """The state before the first iteration: fresh adapters (LoRA), or masters of the language model (rank 0)."""
-    lora = None
-    if config.lora.rank:
-        key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
-        rank, alpha, targets = config.lora.rank, config.lora.alpha, config.lora.targets
-        lora = init_lora(vlm.lora_shapes, rank=rank, alpha=alpha, targets=targets, key=key)
-    state = init_state(
-        vlm.params,
-        lora,
-        hidden_size=vlm.hidden_size,
-        optimizer=settings.optimizer,
-        kl_coef=config.lppo.kl_coef,
-    )
+    program, arguments = _initial(config, vlm, settings)
+    state = program(*arguments)
     return state if vlm.mesh is None else jax.device_put(state, shardings(state, vlm.mesh))
+
+
+def abstract_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainState:
+    """Shapes, dtypes and places of `initial_state`."""
+    program, arguments = _initial(config, vlm, settings)
+    state = program.eval_shape(*arguments)
+    return state if vlm.mesh is None else placed(state, shardings(state, vlm.mesh))
+
+
+def _initial(config: ConfigDict, vlm: VLM, settings: Settings) -> tuple[Program, tuple[Any, Any]]:
+    """What makes the first state, and its arguments."""
+    shapes, width, kl_coef = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef
+    rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
+
+    def start(key: Any, params: Any) -> TrainState:
+        lora = init_lora(shapes, rank=rank, alpha=alpha, targets=targets, key=key) if rank else None
+        return init_state(params, lora, hidden_size=width, optimizer=settings.optimizer, kl_coef=kl_coef)
+
+    key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
+    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer)
+    return Program(start, about=about), (key, None if rank else vlm.params)

@@ -19,7 +19,7 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.parallel import topology
 
 _CPU_SIZE, _SIZE = 1024, 8192  # of the product that is timed where no peak is published
-_TIMED_SECONDS = 0.15
+_TIMED_SECONDS = 0.05
 
 
 class Peak(NamedTuple):
