@@ -26,7 +26,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -377,30 +379,37 @@ def reference(folder: Path, cache: Path, processes: int) -> tuple[dict[str, byte
     return job.result(), end.seconds
 
 
-def campaign(out: Path, kinds: Sequence[str], runs: int, minutes: float, seed: int) -> list[dict[str, Any]]:
+def campaign(
+    out: Path, kinds: Sequence[str], runs: int, minutes: float, seed: int, at_once: int
+) -> list[dict[str, Any]]:
     """Up to `runs` runs, kinds in turn, until the minutes are over; writes OUT/faults.json as it goes."""
     cache = out / "compiled"
     references = {
         count: reference(out, cache, count) for count in {2 if kind == "killed_peer" else 1 for kind in kinds}
     }
     entries: list[dict[str, Any]] = []
-    began = time.monotonic()
-    for number in range(runs):
+    writing, mounts, began = Lock(), can_mount(out), time.monotonic()
+
+    def run(number: int) -> None:
         if time.monotonic() - began > 60 * minutes:
-            break
+            return
         kind = kinds[number % len(kinds)]
         processes = 2 if kind == "killed_peer" else 1
         workdir = out / f"run_{seed + number}"
-        job = Job(workdir, cache, processes, mounts=can_mount(out))
+        job = Job(workdir, cache, processes, mounts=mounts)
         expected, typical = references[processes]
         entry = once(kind, seed + number, job, expected, typical)
-        entries.append(entry)
-        print(json.dumps(entry), flush=True)
         for folder in {workdir, job.workdir}:
             if entry["failure"] is None:
                 shutil.rmtree(folder, ignore_errors=True)
-        content = {"typical_seconds": {str(k): v[1] for k, v in references.items()}, "runs": entries}
-        (out / "faults.json").write_text(json.dumps(content, indent=1) + "\n")
+        with writing:
+            entries.append(entry)
+            print(json.dumps(entry), flush=True)
+            content = {"typical_seconds": {str(k): v[1] for k, v in references.items()}, "runs": entries}
+            (out / "faults.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    with ThreadPoolExecutor(at_once) as threads:
+        list(threads.map(run, range(runs)))
     print(table(entries, time.monotonic() - began))
     return entries
 
@@ -425,10 +434,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other")
     options = parser.parse_args()
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    entries = campaign(out, options.kinds.split(","), options.runs, options.minutes, options.seed)
+    entries = campaign(out, options.kinds.split(","), options.runs, options.minutes, options.seed, options.at_once)
     return int(any(entry["failure"] is not None for entry in entries))
 
 

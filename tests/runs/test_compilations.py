@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ print("compiled in the first step:", counter.count)
 
 KEPT = """
 import sys
+import time
 from icet_jax.runs.compilations import keep_programs
 keep_programs(sys.argv[1] if len(sys.argv) > 1 else None)
 import jax, jax.numpy as jnp
@@ -128,3 +130,16 @@ def test_an_error_while_compiling_is_raised():
     good = jax.jit(jnp.cos).lower(jnp.ones(2))
     with pytest.raises(RuntimeError, match="no such instruction"):
         compilations.compile_programs([("good", good), ("broken", Broken())])
+
+
+def test_something_else_is_done_while_programs_compile():
+    order = []
+
+    class Slow:
+        def compile(self):
+            while "read" not in order:
+                time.sleep(0.01)
+            order.append("compiled")
+
+    assert compilations.compile_programs([("slow", Slow())], lambda: order.append("read") or "state") == "state"
+    assert order == ["read", "compiled"]
