@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from icet_jax.errors import UserError
 
@@ -43,3 +43,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(shape: tuple[int, ...]) -> AbstractMesh:
+    """A mesh of `shape` along `AXES` whose devices are not here, sharded automatically as `make_mesh`'s."""
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # jax 0.12 means Explicit by default

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from icet_jax.config import require
 from icet_jax.errors import UserError
 from icet_jax.parallel import topology as topologies
 from icet_jax.parallel.collectives import moved_bytes
-from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from icet_jax.parallel.mesh import abstract_mesh, make_mesh, mesh_shape
 from icet_jax.parallel.sharding import row_shards
 from icet_jax.runs import plan_advice, plan_batch
 from icet_jax.runs.ahead import AbstractRun, Phase, bytes_per_device
@@ -134,7 +133,7 @@ def plan(
     """
     devices = topology.devices()
     if devices is None:
-        mesh: Any = AbstractMesh(mesh_shape(topology.count, **config.mesh), AXES)
+        mesh: Any = abstract_mesh(mesh_shape(topology.count, **config.mesh))
     else:
         mesh = make_mesh(**config.mesh, devices=devices)
     abstract = AbstractRun(config, mesh)

@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
-from icet_jax.parallel.mesh import AXES
+from icet_jax.parallel.mesh import abstract_mesh
 from icet_jax.parallel.sharding import placed, shardings
 from icet_jax.runs.ahead import AbstractRun, bytes_per_device
 
@@ -63,7 +62,7 @@ def _more_fsdp(config: ConfigDict, run: AbstractRun, room: float) -> str:
 
 
 def _fixed_bytes(run: AbstractRun, sizes: tuple[int, int, int]) -> int:
-    mesh = AbstractMesh(sizes, AXES)
+    mesh = abstract_mesh(sizes)
     trees: tuple[Any, ...] = (run.vlm.params, run.state)
     return sum(bytes_per_device(placed(tree, shardings(tree, mesh))) for tree in trees)
 

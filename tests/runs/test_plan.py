@@ -13,7 +13,7 @@ from icet_jax.checkpoints.scorers import abstract_scorer
 from icet_jax.errors import UserError
 from icet_jax.models.family import count_parameters
 from icet_jax.parallel import topology
-from icet_jax.parallel.mesh import make_mesh
+from icet_jax.parallel.mesh import abstract_mesh, make_mesh
 from icet_jax.runs import plan, plan_advice, sources
 from icet_jax.runs.ahead import AbstractRun, Phase
 from icet_jax.runs.config_files import load
@@ -48,7 +48,7 @@ def planned(*flags, capsys):
 )
 def test_published_models_have_their_published_sizes(name, parameters):
     config = load("configs/llava15_lppo.py", [("model.checkpoint", name)])
-    mesh = jax.sharding.AbstractMesh((8, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = abstract_mesh((8, 1, 1))
     assert count_parameters(AbstractRun(config, mesh).vlm.params) == parameters
 
 
@@ -82,13 +82,10 @@ def test_scorers_are_counted_once_on_the_mesh_and_unknown_ones_named():
     )
     members = {"harmless_reward": 0.5, "general_reward": 0.5}
     config.scorers.both = {"kind": "ensemble", "members": members}
-    split, whole = (
-        scorer_bytes(config, jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor")))
-        for sizes in ((1, 16, 1), (16, 1, 1))
-    )
+    split, whole = (scorer_bytes(config, abstract_mesh(sizes)) for sizes in ((1, 16, 1), (16, 1, 1)))
     assert whole == {"nobody/reward": None, "harmless_reward": 4 * 774_031_360, "general_reward": 4 * 435_062_785}
     assert whole["general_reward"] / 16 < split["general_reward"] < whole["general_reward"] / 15
-    counted, unknown = plan._judges(config, jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor")))
+    counted, unknown = plan._judges(config, abstract_mesh((1, 16, 1)))
     assert "harmless_reward 0.18" in counted and "general_reward 0.10" in counted
     assert unknown.endswith("unknown size: nobody/reward")
 
@@ -96,7 +93,7 @@ def test_scorers_are_counted_once_on_the_mesh_and_unknown_ones_named():
 def test_what_lies_beside_a_program_is_no_room_for_it():
     chip = topology.CHIPS["v5e"]
     config = load("configs/llava15_lppo.py", [("lora.rank", "0")])
-    mesh = jax.sharding.AbstractMesh((1, 16, 1), ("data", "fsdp", "tensor"))
+    mesh = abstract_mesh((1, 16, 1))
     run = AbstractRun(config, mesh)
     policy = 6_738_415_616 + 2 * 64 * 4096  # Vicuna, with the 64 tokens that LLaVA adds
     rooms = {phase.name: chip.memory - plan.room(chip, phase, judges=GIB) - GIB for phase in run.phases(lambda _: None)}
