@@ -19,6 +19,9 @@ from collections.abc import Sequence
 GRACE = 20.0  # seconds in which the others should end by themselves after one has named its error
 KILLED_GRACE = 5.0  # after one was killed and could not: the others may be waiting in a collective
 _POLL = 0.05
+# Threads of XLA's pool for each device. A device may wait in several collectives of a program at once; with one each,
+# as it is by default, those that wait can take the thread of a device that they wait for.
+_THREADS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +55,7 @@ def start(command: Sequence[str], *, processes: int, devices: int) -> list[subpr
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_PROCESS_ID": str(index),
             "JAX_NUM_PROCESSES": str(processes),
+            "NPROC": str(max(_THREADS * devices, os.cpu_count() or 1)),
         }
         # Those after the first have nothing to say on stdout, where the collectives' library greets every peer.
         quiet = subprocess.DEVNULL if index else None
