@@ -80,7 +80,7 @@ def differences(tmp_path_factory):
 
 @pytest.mark.parametrize(("case", "where"), WHERE, ids=map(" ".join, WHERE))
 def test_training_is_that_of_one_device(case, where, differences):
-    """Each bound is several times what was measured; parameters have moved 0.03, a thousand times theirs."""
+    """Bounds are more than twice what was measured; parameters have moved 0.03, a thousand times theirs."""
     found = differences[case][where]
     assert found["ready"] < 1e-5
     assert found["loss"] < 1e-6
