@@ -87,10 +87,12 @@ def _mesh_of_many(x: Any) -> AbstractMesh | None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _move(split: NamedSharding, whole: NamedSharding, x: Any) -> Any:
     """`x` as `whole` has it; its gradient as `split` has it."""
-    return jax.lax.with_sharding_constraint(x, whole)
+    # Said of `x` too: the compiler makes one of equal slices of a stack, and would leave all of them whole, for example
+    # a decoding loop's, which then holds the weights of all layers.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, split), whole)
 
 
 _move.defvjp(
-    lambda split, whole, x: (jax.lax.with_sharding_constraint(x, whole), None),
+    lambda split, whole, x: (_move(split, whole, x), None),
     lambda split, whole, _, dx: (jax.lax.with_sharding_constraint(dx, split),),
 )
