@@ -229,7 +229,7 @@ def render(results: dict[str, Any]) -> str:
     mends = [f"- {cell.key}: {'; '.join(results[cell.key]['mend'])}"
              for cell in cells() if results.get(cell.key, {}).get("mend")]  # fmt: skip
     parts["mends"] = "\n".join(mends) or "Every cell fits."
-    parts["versions"] = ", ".join(sorted({f"jax {found['jax']}" for found in results.values()}))
+    parts["versions"] = ", ".join(sorted({f"jax {found['jax']}" for found in results.values()})) or "none yet"
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part)
     return text

@@ -151,4 +151,5 @@ def _bound(found: Mapping[int, Mapping[str, int | None]], rows: int | None, unit
     """The phase that takes most at so many rows, one that the compiler refuses before all others."""
     if rows is None:
         return ""
-    return max(found[rows], key=lambda phase: float("inf") if found[rows][phase] is None else found[rows][phase])
+    refused = [phase for phase, size in found[rows].items() if size is None]
+    return refused[0] if refused else max(found[rows], key=lambda phase: found[rows][phase] or 0)
