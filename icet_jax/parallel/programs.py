@@ -46,6 +46,9 @@ class Program:
     """`jax.jit(function)`, which may have been traced by an earlier process.
 
     Programs of several processes are not kept.
+
+    Attributes:
+      jitted: the function, as `jax.jit` gives it: to be lowered for devices that are not here.
     """
 
     def __init__(
@@ -70,23 +73,23 @@ class Program:
         self._about, self._donate, self._out_sharding = about, donate, out_sharding
         self._options: dict[str, Any] = {"out_shardings": out_sharding}
         donated = () if donate is None else donate
-        self._jitted: Any = jax.jit(function, donate_argnums=donated, static_argnames=static, **self._options)
+        self.jitted: Any = jax.jit(function, donate_argnums=donated, static_argnames=static, **self._options)
         self._kept: dict[Any, _Kept | None] = {}
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """As of a jitted function."""
         kept = self._find(arguments, static)
-        return self._jitted(*arguments, **static) if kept is None else kept(arguments)
+        return self.jitted(*arguments, **static) if kept is None else kept(arguments)
 
     def lower(self, *arguments: Any, **static: Any) -> Any:
         """What `.compile()` compiles (`jax.stages.Lowered`); calls with these shapes find it."""
         kept = self._find(arguments, static)
-        return self._jitted.lower(*arguments, **static) if kept is None else kept.lower(arguments)
+        return self.jitted.lower(*arguments, **static) if kept is None else kept.lower(arguments)
 
     def eval_shape(self, *arguments: Any, **static: Any) -> Any:
         """The results, abstractly; with an `out_sharding` also where they lie."""
         kept = self._find(arguments, static)
-        found = self._jitted.eval_shape(*arguments, **static) if kept is None else kept.results()
+        found = self.jitted.eval_shape(*arguments, **static) if kept is None else kept.results()
         if self._out_sharding is None:
             return found
         where = self._out_sharding
@@ -120,9 +123,9 @@ class Program:
         leaves, given = jax.tree.flatten(arguments)
 
         def flat(*leaves: Any) -> Any:
-            return jax.tree.leaves(self._jitted(*jax.tree.unflatten(given, leaves), **static))
+            return jax.tree.leaves(self.jitted(*jax.tree.unflatten(given, leaves), **static))
 
-        results = self._jitted.eval_shape(*arguments, **static)
+        results = self.jitted.eval_shape(*arguments, **static)
         try:
             described = _description(results, arguments)
             made_of: Any = jax.tree.structure(results)

@@ -27,6 +27,7 @@ from icet_jax.lppo.state import TrainState
 from icet_jax.models.family import POLICY_ROOT, Images
 from icet_jax.models.layers import Lora
 from icet_jax.parallel.sharding import ROWS, flatten_with_names, placed, replicated, row_shards, shardings
+from icet_jax.runs.mesh_fit import slices
 from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.runs.training import initial_state
 
@@ -71,9 +72,10 @@ class AbstractRun:
         self.vlm = _abstract_vlm(config, mesh)
         vlm = self.vlm
         sampling = vlm.sampling(config.lppo.max_new_tokens)
-        self.settings: Settings = from_config(
+        settings = from_config(
             config, eos_ids=sampling.eos_ids, suppress_ids=sampling.suppress_ids, pad_id=sampling.pad_id
         )
+        self.settings: Settings = dataclasses.replace(settings, accumulation=slices(config, row_shards(mesh)))
 
         def start(params: Any) -> TrainState:
             like = copy.copy(vlm)
@@ -187,7 +189,7 @@ class AbstractRun:
         arguments = (vlm.params, state, images, tokens, mask, exits, key)
         rollout = Phase(
             "rollout", (images, tokens, mask), self.cache(batch, config.lppo.max_new_tokens),
-            lambda: phases.rollout.lower(*arguments), [reference, state.opt_state],
+            lambda: phases.rollout.jitted.lower(*arguments), [reference, state.opt_state],
         )  # fmt: skip
         yield rollout
         made = self._outputs(rollout, compiled, batch, phases.rollout, *arguments)
@@ -195,13 +197,13 @@ class AbstractRun:
         given = (vlm.params, state.trainable, state.controls, made, *per_row)
         encoder = self._weights(policy=False)
         prepare = Phase(
-            "prepare", made, None, lambda: phases.prepare_arrays.lower(*given), [encoder, state.opt_state]
+            "prepare", made, None, lambda: phases.prepare_arrays.jitted.lower(*given), [encoder, state.opt_state]
         )  # fmt: skip
         yield prepare
         train_batch = self._outputs(prepare, compiled, batch, phases.prepare_arrays, *given, first=True)
         yield Phase(
             "update", train_batch, None,
-            lambda: phases.update.lower(vlm.params, state, train_batch, key),
+            lambda: phases.update.jitted.lower(vlm.params, state, train_batch, key),
             [encoder, reference],
         )  # fmt: skip
 

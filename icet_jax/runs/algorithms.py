@@ -21,7 +21,8 @@ from icet_jax.lppo.settings import Settings, from_config
 from icet_jax.lppo.state import TrainState
 from icet_jax.parallel.distributed import fetch
 from icet_jax.parallel.programs import Program
-from icet_jax.parallel.sharding import replicated
+from icet_jax.parallel.sharding import replicated, row_shards
+from icet_jax.runs.mesh_fit import slices
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.utilisation import Counter, Peak, Stopwatch, device_peak, speeds
 
@@ -175,9 +176,11 @@ def _images(batch: PromptBatch) -> np.ndarray:
 
 def _settings(config: ConfigDict, vlm: VLM, iterations: int) -> Settings:
     drawn = vlm.sampling(config.lppo.max_new_tokens)
-    return from_config(
+    settings = from_config(
         config, eos_ids=drawn.eos_ids, suppress_ids=drawn.suppress_ids, pad_id=drawn.pad_id, iterations=iterations
     )
+    shards = 1 if vlm.mesh is None else row_shards(vlm.mesh)
+    return dataclasses.replace(settings, accumulation=slices(config, shards))
 
 
 def _exit_drawer(settings: Settings, vlm: VLM, batch_size: int) -> Program:

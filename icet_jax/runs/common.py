@@ -20,8 +20,9 @@ from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.parallel.distributed import is_writer, on_first
-from icet_jax.parallel.mesh import make_mesh
+from icet_jax.parallel.mesh import make_mesh, mesh_shape
 from icet_jax.runs import run_dir, sources
+from icet_jax.runs.mesh_fit import check_heads, slices
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.scorers import ScorerLoader
 
@@ -62,6 +63,9 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
     tests = {name: _load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
     train = _load_rows(config, config.data.train, TRAIN, workdir) if training else None
     _write_data_facts(workdir, tests, train)
+    if training and jax.device_count() > 1:
+        data, fsdp, _ = mesh_shape(jax.device_count(), **config.mesh)
+        slices(config, data * fsdp)
     vlm = load_model(config, workdir)
     check_exits(config, vlm.num_exits)
     facts = sources.organism_facts(str(vlm.directory))
@@ -78,10 +82,10 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
     """The model that `config.model` names, with its start adapter, over all devices if there are several.
 
     Raises:
-      UserError: no such checkpoint or adapter, or broken files.
+      UserError: no such checkpoint or adapter, broken files, or heads that do not divide over the mesh.
     """
     model = config.model
-    return api.load(
+    vlm = api.load(
         sources.checkpoint_directory(model.checkpoint, workdir),
         dtype=model.dtype,
         mesh=make_mesh(**config.mesh) if jax.device_count() > 1 else None,
@@ -91,6 +95,9 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
         exit_rule=model.exit_rule,
         capture=model.intermediate_capture,
     )
+    if vlm.mesh is not None:
+        check_heads(vlm.mesh.shape["tensor"], vlm.config)
+    return vlm
 
 
 def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> Rows:

@@ -21,9 +21,9 @@ from icet_jax.errors import UserError
 from icet_jax.parallel import topology as topologies
 from icet_jax.parallel.collectives import moved_bytes
 from icet_jax.parallel.mesh import abstract_mesh, make_mesh, mesh_shape
-from icet_jax.parallel.sharding import row_shards
 from icet_jax.runs import plan_advice, plan_batch
 from icet_jax.runs.ahead import AbstractRun, Phase, bytes_per_device
+from icet_jax.runs.mesh_fit import check_heads
 from icet_jax.runs.plan_scorers import scorer_bytes
 from icet_jax.runs.plan_work import Work, work
 
@@ -137,6 +137,7 @@ def plan(
     else:
         mesh = make_mesh(**config.mesh, devices=devices)
     abstract = AbstractRun(config, mesh)
+    check_heads(mesh.shape["tensor"], abstract.vlm.config)
     judges = sum(size or 0 for size in scorer_bytes(config, mesh).values())
     phases = {None: abstract.phases, "sweep": abstract.sweep_phases, "training": abstract.training_phases}[part]
     programs: dict[str, Any] = {}
@@ -272,7 +273,6 @@ def remarks(config: ConfigDict, lines: list[Line], abstract: AbstractRun, topolo
     if any(line.temporaries is not None for line in lines) and chip.memory is not None:
         told.append(_LEAVES_ROOM)
     told += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
-    told += plan_advice.spread(config, row_shards(abstract.mesh))
     broken = [line.phase for line in lines if line.fits(chip) is False]
     fixed = lines[0].weights + lines[0].trained + lines[0].judges
     return told + plan_advice.mends(config, abstract, broken, fixed, chip.memory)

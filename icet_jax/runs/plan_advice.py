@@ -1,4 +1,4 @@
-"""What to change in a config whose plan does not fit, or leaves chips idle."""
+"""What to change in a config whose plan does not fit."""
 
 import math
 from typing import Any
@@ -6,28 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax.parallel.mesh import abstract_mesh
-from icet_jax.parallel.sharding import placed, shardings
+from icet_jax.parallel.sharding import placed, row_shards, shardings
 from icet_jax.runs.ahead import AbstractRun, bytes_per_device
 
 _ROOM = 0.6  # of a chip's memory: what weights and train state may take, so that the phases have the rest
-
-
-def spread(config: ConfigDict, shards: int) -> list[str]:
-    """Batches that do not divide into the mesh's `shards` of rows: their work is not shared row by row."""
-    slices = config.lppo.minibatches * config.lppo.accumulation
-    found, rows = [], config.data.batch_size
-    if rows % shards:
-        found.append(
-            f"config.data.batch_size={rows} does not divide over {shards} chips of rows: each holds all rows; "
-            f"try --config.data.batch_size={-(-rows // shards) * shards}"
-        )
-    if config.data.batch_size % shards == 0 and config.data.batch_size // slices % shards:
-        found.append(
-            f"config.lppo: the {config.data.batch_size // slices} rows of a slice cannot be spread evenly over "
-            f"{shards} chips of rows; try --config.lppo.minibatches=1 --config.lppo.accumulation=1, or "
-            f"--config.data.batch_size={slices * shards}"
-        )
-    return found
 
 
 def mends(
@@ -47,7 +29,8 @@ def mends(
     advice = [f"does not fit: {', '.join(broken)}"]
     if memory is not None and fixed > _ROOM * memory:
         return [*advice, f"mend (then plan again): {_more_fsdp(config, run, _ROOM * memory)}"]
-    return advice + [f"mend {phase} (then plan again): {_smaller(config, phase)}" for phase in broken]
+    shards = row_shards(run.mesh)
+    return advice + [f"mend {phase} (then plan again): {_smaller(config, phase, shards)}" for phase in broken]
 
 
 def _more_fsdp(config: ConfigDict, run: AbstractRun, room: float) -> str:
@@ -67,7 +50,7 @@ def _fixed_bytes(run: AbstractRun, sizes: tuple[int, int, int]) -> int:
     return sum(bytes_per_device(placed(tree, shardings(tree, mesh))) for tree in trees)
 
 
-def _smaller(config: ConfigDict, phase: str) -> str:
+def _smaller(config: ConfigDict, phase: str, shards: int) -> str:
     if phase.startswith("sweep"):
         rows = config.sweep.batch_size
         return f"--config.sweep.batch_size={rows // 2}" if rows > 1 else "more chips along tensor"
@@ -76,7 +59,7 @@ def _smaller(config: ConfigDict, phase: str) -> str:
         if phase == "update" and config.model.remat != "full":
             return "--config.model.remat=full"
         slices = minibatches * config.lppo.accumulation
-        if rows % (2 * slices) == 0:
+        if rows % (2 * slices * shards) == 0:
             return f"--config.lppo.accumulation={2 * config.lppo.accumulation}"
     if rows > 1:
         return f"a smaller batch, --config.data.batch_size={rows // 2}, or more chips"

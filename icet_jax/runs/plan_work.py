@@ -65,7 +65,7 @@ def _read(run: AbstractRun, *, policy: bool) -> int:
 
 
 def _slices(run: AbstractRun) -> int:
-    return run.config.lppo.minibatches * run.config.lppo.accumulation
+    return run.settings.minibatches * run.settings.accumulation
 
 
 def _forward(run: AbstractRun) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from icet_jax.errors import UserError
 from icet_jax.models.family import count_parameters
 from icet_jax.parallel import topology
 from icet_jax.parallel.mesh import abstract_mesh, make_mesh
-from icet_jax.runs import plan, plan_advice, sources
+from icet_jax.runs import plan, sources
 from icet_jax.runs.ahead import AbstractRun, Phase
 from icet_jax.runs.config_files import load
 from icet_jax.runs.plan_scorers import scorer_bytes
@@ -143,20 +143,12 @@ def test_wrong_usage_is_one_line(capsys, monkeypatch):
         (("--topology=h100:8", "--config.mesh.fsdp=3"), "does not fit 8 devices"),
         (("--topology=h100:8", "--largest-batch"), "what fits h100 chips is not known"),
         (("--topology=h100:8", "--config.algorithm=lsft"), "config.algorithm=lsft is not planned"),
+        (("--topology=h100:64", "--config.mesh.tensor=64"), "choose one of 1, 2, 4, 8, 16, 32"),
+        (("--topology=h100:24",), "does not divide over the 24 devices of mesh.data x mesh.fsdp; choose 48 or 72"),
         (("--topology=h100:8", "--config.lppo.accumulation=7"), "does not divide into 1 mini-batches"),
     ):
         code, _, printed = planned(LLAVA, *flags, capsys=capsys)
         assert code == 2 and says in printed.err and printed.err.count("\n") == 1
-
-
-def test_rows_that_do_not_spread_are_named():
-    config = load("configs/llava15_lppo.py", [])
-    assert plan_advice.spread(config, 8) == []
-    (slices,) = plan_advice.spread(config, 16)
-    assert (
-        "the 8 rows of a slice cannot be spread evenly over 16" in slices and "--config.data.batch_size=128" in slices
-    )
-    assert any("config.data.batch_size=64 does not divide over 128" in line for line in plan_advice.spread(config, 128))
 
 
 def test_a_program_that_the_compiler_refuses_does_not_fit():
