@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -272,11 +273,24 @@ def _start(coordinator: str | None, process_id: int | None, process_count: int |
         raise UserError(f"{line}: {(str(error).strip().splitlines() or [''])[0]}") from error
     finally:
         clock.cancel()
-    if jax.process_count() == 1:
+    try:
+        count = jax.process_count()
+    except RuntimeError as error:  # from here on the devices are there, or never
+        raise UserError(f"{who}: {_no_devices(error)}") from error
+    if count == 1:
         return False
     if not is_writer():
         _be_quiet(jax.process_index())
     return True
+
+
+def _no_devices(error: RuntimeError) -> str:
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:  # CPU collectives look for this machine by its name, and say nothing of it
+        return f"this machine's name, {name}, does not resolve to an address; add it to /etc/hosts"
+    return str(error).strip().splitlines()[0]
 
 
 def _give_up(line: str) -> None:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from icet_jax.errors import Stopped, UserError
+from icet_jax.parallel import distributed
 from icet_jax.parallel.distributed import Address, Share, describe, find
 from launch import local_processes
 
@@ -195,3 +196,11 @@ def test_shares_cover_a_batch():
 )
 def test_what_is_said_of_an_error(error, expected):
     assert describe(error) == expected
+
+
+def test_a_machine_whose_name_does_not_resolve_is_told_so(monkeypatch):
+    error = RuntimeError("Unable to initialize backend 'cpu': rv == 0. -2 vs 0\nmore")
+    monkeypatch.setattr(distributed.socket, "gethostname", lambda: "nowhere.invalid")
+    assert "nowhere.invalid, does not resolve to an address; add it to /etc/hosts" in distributed._no_devices(error)
+    monkeypatch.setattr(distributed.socket, "gethostname", lambda: "localhost")
+    assert distributed._no_devices(error) == "Unable to initialize backend 'cpu': rv == 0. -2 vs 0"
