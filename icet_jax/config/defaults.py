@@ -126,9 +126,9 @@ def _model() -> ConfigDict:
 
 def _mesh() -> ConfigDict:
     mesh = ConfigDict()  # devices along each axis; -1, once, takes the rest
-    mesh.data = -1
-    mesh.fsdp = 1
-    mesh.tensor = 1
+    mesh.data = -1  # rows of a batch
+    mesh.fsdp = 1  # rows too, and weights and train state
+    mesh.tensor = 1  # weights by columns and heads
     return mesh
 
 
@@ -230,9 +230,9 @@ def _optimizer() -> ConfigDict:
     optimizer.learning_rate = 1e-5  # peak; TRL
     optimizer.schedule = "constant"  # after the warm-up: "constant", "linear" or "cosine" to zero; TRL: constant
     optimizer.warmup_steps = 0  # optimizer steps from 0 to the peak
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
+    optimizer.b1 = 0.9  # decay of the first moment; Adam
+    optimizer.b2 = 0.999  # of the second; Adam
+    optimizer.eps = 1e-8  # beside the root of the second; Adam
     optimizer.weight_decay = 0.0  # TRL uses Adam without decay
     optimizer.max_grad_norm = 1.0  # global norm; 0 = off (ours)
     return optimizer
@@ -245,8 +245,8 @@ def _sweep() -> ConfigDict:
     sweep.utility = ConfigDict()  # {name: source}: rows with an answer (VQA), before and after
     sweep.limit = config_dict.placeholder(int)  # rows of each source; unset: all
     sweep.batch_size = 32  # rows generated at once
-    sweep.max_new_tokens = 128
-    sweep.temperature = 0.0  # 0 = greedy; paper.md: one generation per prompt
+    sweep.max_new_tokens = 128  # the longest answer (ours)
+    sweep.temperature = 0.0  # 0 = greedy (ours); the paper: one generation per prompt
     sweep.top_k = 0  # 0 = off; needs a temperature
     sweep.top_p = 1.0  # 1 = off; needs a temperature
     # Folder of scores by (scorer, prompt, response), shared by all runs that name it; unset: WORKDIR/scores.
@@ -280,5 +280,5 @@ def _checkpoint() -> ConfigDict:
     # whose iteration has the best value is kept as well, and is what align measures and exports at the end, and
     # --mode=export writes. Unset: the last one is.
     checkpoint.best = config_dict.placeholder(str)
-    checkpoint.best_is = "highest"  # or "lowest"
+    checkpoint.best_is = "highest"  # or "lowest": which value of checkpoint.best is the best
     return checkpoint
