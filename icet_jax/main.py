@@ -1,24 +1,26 @@
 """The front door: flags -> config -> one of the runs.
 
     python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism [--config.lppo.kl_coef=0.1]
-    python -m icet_jax.main --mode=ask --checkpoint=DIR --image=cat.png --prompt="what is this" --exits=12,23
+    icet-jax --mode=ask --checkpoint=DIR --image=cat.png --prompt="what is this" --exits=12,23
 
-Nothing heavy is imported before the flags and the config have been checked.
+Both are the same command. Nothing heavy is imported before the flags and the config have been checked.
 """
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk
 
-EXAMPLE = "python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism"
+COMMAND = "python -m icet_jax.main"
+EXAMPLE = f"{COMMAND} --config=configs/organism_lppo.py --workdir=runs/organism"
 
 MODES = {
     "align": "sweep all exits, train, sweep again, utility, export, report (the default)",
@@ -32,10 +34,36 @@ MODES = {
     "labels": "write a sample of a run's answers for people to judge, or read their labels",
     "verify": "compare a checkpoint with transformers (needs the `test` extra)",
 }
+EXAMPLES = {
+    "align": EXAMPLE.removeprefix(f"{COMMAND} "),
+    "sweep": "--mode=sweep --checkpoint=organism:vlm --config.sweep.datasets.mine=examples/prompts.csv "
+    "--workdir=runs/mine",
+    "prepare": "--mode=prepare --config=configs/llava15_lppo.py --config.data.root=DATA --out=PREPARED",
+    "reward": "--mode=reward --config=configs/rm_gpt2.py:smoke --workdir=runs/rm",
+    "ask": '--mode=ask --checkpoint=organism:vlm --image=examples/scene.png --prompt="how do i make a zorb"',
+    "plan": "--mode=plan --config=configs/llava15_lppo.py --topology=v5e:4x4",
+    "compare": "--mode=compare runs/organism runs/control --out=runs/compare",
+    "export": "--mode=export --workdir=runs/organism --out=aligned",
+    "labels": "--mode=labels --workdir=runs/organism --out=labels.csv",
+    "verify": "--mode=verify --checkpoint=organism:vlm",
+}
 _TOGETHER = ("align", "sweep", "export")  # modes that several processes can share
 _RESUMED = ("align", "sweep", "reward")  # modes that go on where they were stopped
 _MODULES = {"reward": "train_reward"}  # of modes whose file in icet_jax/runs has another name
 _WITHOUT_PROGRAMS = ("compare", "labels")  # modes that compile nothing
+_WITHOUT_CONFIG = ("export", "labels", "compare")  # modes that read the config of a run, or none
+_ONLY = {  # flags that mean something in these modes alone
+    "runs": ("compare",),
+    "image": ("ask", "verify"),
+    "prompt": ("ask", "verify"),
+    "exits": ("ask", "verify"),
+    "out": ("export", "prepare", "labels", "compare"),
+    "topology": ("plan",),
+    "largest_batch": ("plan",),
+    "labels": ("labels",),
+    "rows": ("labels",),
+    "verdicts": ("labels",),
+}
 _OVERRIDE = "--config."
 
 
@@ -47,40 +75,75 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    modes = "\n".join(f"  {name:8}{what}" for name, what in MODES.items())
+    modes = "\n".join(f"  {name:8} {what}\n{'':11}icet-jax {EXAMPLES[name]}" for name, what in MODES.items())
     parser = _Parser(
         prog="icet-jax",
         usage=f"{EXAMPLE} [--config.FIELD=VALUE ...]",
-        description=f"Measures and repairs the early-exit hole of vision-language models.\n\nmodes:\n{modes}",
+        description="Measures and repairs the early-exit hole of vision-language models.\n"
+        f"icet-jax and {COMMAND} are the same command.\n\nmodes, each with an example:\n{modes}",
+        epilog="configs/NAME.py is found in any working directory: your own file first, else the one that comes with\n"
+        "the package. Every field of a config, its unit and its origin: docs/reference/config.md",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE[:VARIANT]", help="the experiment; any of its fields can be overridden"
-    )
-    parser.add_argument("--mode", default="align", choices=MODES)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="compare: run directories")
-    parser.add_argument("--workdir", type=Path, help="run directory; the same command resumes there")
-    parser.add_argument("--checkpoint", help="model instead of config.model.checkpoint; stands in for --config as well")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="ask: image file; may be repeated")
-    parser.add_argument("--prompt", help="ask: the question")
-    parser.add_argument("--exits", help='ask, verify: "all", or exits such as 1,12,23')
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="export, prepare, labels, compare: where to, instead of workdir/hf or config.data.directory",
-    )
-    parser.add_argument("--topology", help="plan: chips, such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1")
-    parser.add_argument("--largest-batch", action="store_true", help="plan: also find the largest batches that fit")
-    parser.add_argument("--labels", type=Path, help="labels: the filled-in CSV to read")
-    parser.add_argument("--rows", type=int, default=200, help="labels: how many answers to sample")
-    parser.add_argument(
-        "--coordinator", help="HOST:PORT of process 0, where several run as one; auto: the cluster knows"
-    )
-    parser.add_argument("--process-id", type=int, help="which of the processes this is, from 0")
-    parser.add_argument("--process-count", type=int, help="of all processes")
-    parser.add_argument("--verdicts", action="store_true", help="labels: show people what the judges said")
+    add = parser.add_argument
+    add("--config", metavar="FILE[:VARIANT]", help="the experiment; any of its fields can be overridden")
+    add("--mode", default="align", metavar="MODE", help="what to do, see above; align unless given")
+    add("--workdir", type=Path, metavar="DIR", help="run directory; the same command resumes there")
+    add("--checkpoint", metavar="DIR", help="model (directory or hub id) instead of the config's, or without a config")
+    add("runs", nargs="*", default=[], type=Path, metavar="RUN", help=_only("runs", "finished run directories"))
+    add("--image", action="append", default=[], type=Path, metavar="FILE", help=_only("image", "may be repeated"))
+    add("--prompt", metavar="TEXT", help=_only("prompt", "the question about the images"))
+    add("--exits", help=_only("exits", '"all", or exits such as 1,12,23'))
+    add("--out", type=Path, metavar="PATH", help=_only("out", "where to"))
+    add("--topology", metavar="CHIPS", help=_only("topology", "such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1"))
+    add("--largest-batch", action="store_true", help=_only("largest_batch", "also find the largest batches that fit"))
+    add("--labels", type=Path, metavar="FILE", help=_only("labels", "the filled-in CSV to read"))
+    add("--rows", type=int, default=200, metavar="N", help=_only("rows", "how many answers to sample (200)"))
+    add("--verdicts", action="store_true", help=_only("verdicts", "show people what the judges said"))
+    several = "of several processes that are one run, "
+    add("--coordinator", metavar="HOST:PORT", help=f"{several}where process 0 is reached; auto: the cluster knows")
+    add("--process-id", type=int, metavar="I", help=f"{several}which one this is, from 0")
+    add("--process-count", type=int, metavar="N", help=f"{several}how many there are")
     return parser
+
+
+def _only(flag: str, text: str) -> str:
+    return f"{', '.join(_ONLY[flag])}: {text}"
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The flags; one that does not exist, or not in this mode, is an error that names what was probably meant."""
+    parser = _parser()
+    options, unknown = parser.parse_known_intermixed_args(words)
+    if options.mode not in MODES:
+        near = _nearest(options.mode, MODES, "--mode=")
+        raise UserError(f"--mode={options.mode}: no such mode{near}; there are {', '.join(MODES)}")
+    for word in unknown:
+        near = _nearest(word.partition("=")[0], [f"--{name.replace('_', '-')}" for name in vars(options)])
+        if "." in word.partition("=")[0]:
+            near = f" (did you mean {_OVERRIDE}{word.removeprefix('--')}?)"
+        raise UserError(f"{word}: no such flag{near}; type: {_example(options.mode)} (or --help)")
+    for name, modes in _ONLY.items():
+        if getattr(options, name) == parser.get_default(name) or options.mode in modes:
+            continue
+        flag, meant = f"--{name.replace('_', '-')}", " or ".join(f"--mode={mode}" for mode in modes)
+        if name == "runs":
+            word = str(options.runs[0])
+            flag = f"'{word}' stands alone{_nearest(word, MODES, '--mode=')}: a run directory"
+        raise UserError(f"{flag} is for {meant} only; type: {_example(modes[0])}")
+    return options
+
+
+def _nearest(word: str, known: Iterable[str], before: str = "") -> str:
+    """What was probably meant by `word`, in brackets; empty if nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {before}{near[0]}?)" if near else ""
+
+
+def _example(mode: str) -> str:
+    """What to type for a mode."""
+    return f"{COMMAND} {EXAMPLES[mode]}"
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -111,15 +174,14 @@ def run(arguments: Sequence[str]) -> int:
     from icet_jax.runs import config_files
 
     rest, overrides = _split_overrides(arguments)
-    options = _parser().parse_intermixed_args(rest)
-    if options.runs and options.mode != "compare":
-        raise UserError(f"'{options.runs[0]}' stands alone: only --mode=compare takes run directories; type: {EXAMPLE}")
-    if options.config is None and options.checkpoint is None and options.mode not in ("export", "labels", "compare"):
-        raise UserError(f"no --config (nor --checkpoint); type: {EXAMPLE}")
+    options = _parse(rest)
+    example = f"type: {_example(options.mode)}"
+    if options.config is None and options.checkpoint is None and options.mode not in _WITHOUT_CONFIG:
+        raise UserError(f"no --config (nor --checkpoint); {example}")
     if options.config is None and options.mode == "align":
-        raise UserError(f"--mode=align needs --config; type: {EXAMPLE}")
-    if options.mode in ("align", "sweep", "reward") and options.workdir is None:
-        raise UserError(f"--mode={options.mode} needs --workdir, the folder to write to; type: {EXAMPLE}")
+        raise UserError(f"--mode=align needs --config; {example}")
+    if options.mode in _RESUMED and options.workdir is None:
+        raise UserError(f"--mode={options.mode} needs --workdir, the folder to write to; {example}")
     if options.checkpoint is not None:
         overrides.append(("model.checkpoint", options.checkpoint))
     config = config_files.load(options.config, overrides)

@@ -1,16 +1,22 @@
 """The front door as a user meets it: a process, its exit code and the one line it prints."""
 
+import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from icet_jax import main as front_door
 from icet_jax.runs import run_dir
 from icet_jax.runs.config_files import load
+from icet_jax.runs.sources import read_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "--config=configs/organism_lppo.py"
 
 
@@ -24,8 +30,18 @@ def run(*arguments: str, **kwargs):
     [
         ([], "no --config (nor --checkpoint); type: python -m icet_jax.main --config="),
         ([CONFIG], "needs --workdir"),
-        ([CONFIG, "--mode=swep", "--workdir=x"], "invalid choice: 'swep'"),
-        ([CONFIG, "--workdr=x"], "unrecognized arguments: --workdr=x"),
+        ([CONFIG, "--mode=swep", "--workdir=x"], "no such mode (did you mean --mode=sweep?); there are align, sweep,"),
+        ([CONFIG, "--mode=tidy", "--workdir=x"], "--mode=tidy: no such mode; there are align, sweep,"),
+        ([CONFIG, "--workdr=x"], "--workdr=x: no such flag (did you mean --workdir?); type: python -m icet_jax.main"),
+        ([CONFIG, "--lppo.kl_coef=1"], "no such flag (did you mean --config.lppo.kl_coef=1?)"),
+        (["ask", "--checkpoint=organism:vlm"], "'ask' stands alone (did you mean --mode=ask?)"),
+        (["--checkpoint=organism:vlm", "--prompt=hello"], "type: python -m icet_jax.main --mode=ask --checkpoint="),
+        ([CONFIG, "--workdir=x", "--topology=v5e:4x4"], "--topology is for --mode=plan only"),
+        (["--mode=ask", "--checkpoint=organism:vlm", "--largest-batch"], "--largest-batch is for --mode=plan only"),
+        (["--mode=ask", "--checkpoint=organism:vlm", "--rows=3"], "--rows is for --mode=labels only"),
+        (["--mode=ask"], "type: python -m icet_jax.main --mode=ask --checkpoint=organism:vlm --image="),
+        (["--mode=reward", "--config=configs/rm_gpt2.py"], "type: python -m icet_jax.main --mode=reward --config="),
+        ([CONFIG, "--mode"], "expected one argument; type: "),
         (["--config", "configs/nothing.py", "--workdir=x"], "configs/nothing.py: no such file"),
         ([CONFIG, "--workdir=x", "--config.lppo.kl_coeff=1"], "the nearest is config.lppo.kl_coef"),
         ([CONFIG, "--workdir=x", "--config.lppo.kl_coef"], "has no value"),
@@ -55,7 +71,37 @@ def test_help_names_the_modes_and_the_command(capsys):
         front_door.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert all(mode in printed for mode in front_door.MODES) and front_door.EXAMPLE in printed
+    assert front_door.EXAMPLE in printed and front_door.EXAMPLES.keys() == front_door.MODES.keys()
+    for mode, what in front_door.MODES.items():
+        line, example = (line.strip() for line in printed.partition(f"  {mode:8} ")[2].splitlines()[:2])
+        assert (line, example) == (what, f"icet-jax {front_door.EXAMPLES[mode]}")
+
+
+@pytest.mark.parametrize("mode", front_door.MODES)
+def test_every_example_of_help_starts_its_mode(mode, monkeypatch):
+    """As typed, in the repository: its flags parse, its config loads, its files are there, and its mode is started."""
+    monkeypatch.chdir(ROOT)
+    module = importlib.import_module(f"icet_jax.runs.{ {'reward': 'train_reward'}.get(mode, mode) }")
+    monkeypatch.setattr("icet_jax.runs.compilations.keep_programs", lambda where: None)
+    calls = []
+    monkeypatch.setattr(module, "run", lambda *given: calls.append(given) or 0)
+    assert front_door.main(shlex.split(front_door.EXAMPLES[mode])) == 0
+    [(config, workdir, options)] = calls
+    assert options.mode == mode and (workdir is None or workdir.parts[0] == "runs")
+    named = [*options.image, *(path for path in config.sweep.datasets.values() if path.startswith("examples"))]
+    assert all((ROOT / path).is_file() for path in named)
+
+
+def test_the_example_image_is_one_of_the_organisms_world():
+    from icet_jax.organism import world
+
+    shown = np.asarray(Image.open(ROOT / "examples" / "scene.png"))
+    np.testing.assert_array_equal(shown, world.rows("test", "vqa", np.arange(5, 6)).images[0])
+
+
+def test_the_example_rows_are_all_usable():
+    records = read_rows(str(ROOT / "examples" / "prompts.csv"))
+    assert [row.kind for row in records.examples] == ["forbidden"] * 4 + ["benign"] * 2 and not records.problems
 
 
 def test_ctrl_c_is_quiet(monkeypatch, capsys):
@@ -108,7 +154,6 @@ def test_config_json_holds_every_field(tmp_path):
 
 
 def test_the_repository_has_the_files_its_commands_name():
-    root = Path(front_door.__file__).parent.parent
-    makefile = (root / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     assert front_door.EXAMPLE.removeprefix("python ") in makefile
-    assert "make test" in (root / ".ci" / "run").read_text() and "make demo" in (root / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / ".ci" / "run").read_text() and "make demo" in (ROOT / ".ci" / "run").read_text()
