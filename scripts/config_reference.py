@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page:
         return 0
-    print(f"{PAGE.relative_to(ROOT)} is stale; type: python scripts/config_reference.py", file=sys.stderr)
+    print(f"{PAGE.name} is stale; type: python scripts/config_reference.py", file=sys.stderr)
     return 1
 
 

@@ -1,9 +1,14 @@
-"""What is wrong with a page: commands that would not start, fields, names and files that are not there, code that fails.
+"""What is wrong with a page: commands that do not start, fields, names and files that are not there, code that fails.
 
-A block is fenced as `sh`, `python`, `text`, `json` or `yaml`. Every line of `sh` must be a command that is known here;
-one of ours must parse, with a config and overrides that load. The `python` blocks of a page are run in order, in one
-namespace and an empty folder, with `STAND_INS` for what must be downloaded. `<!-- no-run: why -->` on the line before a
-`python` block leaves it at compiling; `<!-- fails: why -->` there, or before `sh`, says that it shows what goes wrong.
+A block is fenced as `sh`, `python`, `text`, `csv`, `json` or `yaml`. Every line of `sh` must be a command that is known
+here; one of ours must parse, with a config and overrides that load. The `python` blocks of a page are run in order, in
+one namespace and an empty folder, with stand-ins for what must be downloaded. A comment on the line before a block may
+say more:
+
+    <!-- no-run: why -->    python that is compiled, not run
+    <!-- fails: why -->     shell that shows what is refused
+    <!-- from: FILE -->     lines of that file, in this order
+    <!-- rows -->           a data set: every row of it is read
 """
 
 import ast
@@ -14,24 +19,36 @@ import itertools
 import os
 import re
 import shlex
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from icet_jax import main
 from icet_jax.config import OPEN_FIELDS, check, default, flatten
+from icet_jax.data.records import read_records
 from icet_jax.errors import UserError
 from icet_jax.runs import compilations, config_files, signals
 
 ROOT = Path(__file__).parents[2]
-SHELL, PYTHON, OTHERS = ("sh", "bash", "console"), ("python",), ("text", "json", "yaml", "html", "bibtex", "mermaid")
-FREE = ("git", "gcloud", "kubectl", "cd", "export", "ls", "tensorboard", "pre-commit")  # commands that are nobody's here
+SHELL, PYTHON, OTHERS = ("sh", "bash", "console"), ("python",), ("text", "csv", "json", "yaml", "bibtex")
+FREE = (
+    "git",
+    "gcloud",
+    "kubectl",
+    "cd",
+    "export",
+    "ls",
+    "tensorboard",
+    "pre-commit",
+)  # commands that are nobody's here
 ROOTS = ("icet_jax", "configs", "benchmarks", "launch", "scripts", "tests", "docs")
 ROOMS = ("models", "data", "generation", "judges", "lppo", "evaluation", "report", "runs", "parallel")
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([\w+-]*)[^`]*$")
-_MARK = re.compile(r"<!-- (no-run|fails): \S.* -->")
+_MARK = re.compile(r"<!-- ((?:no-run|fails)(?=: \S)|from: \S+|rows)(?:: .*)? -->")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _OPTIONAL = re.compile(r"\[(-[^\]]*|[\w-]+\.\.\.)\]")
 _ASSIGNED = re.compile(r"[A-Z_]+=.*")
@@ -116,11 +133,14 @@ def outside_blocks(text: str) -> list[str]:
 
 def check_block(block: Block) -> None:
     """Raises `Wrong` for a command that would not start, or code that does not compile."""
-    if block.kind in SHELL:
+    if block.mark.startswith("from: "):
+        _check_excerpt(block.text, ROOT / block.mark.removeprefix("from: "))
+    elif block.mark == "rows":
+        _check_rows(block.text, block.kind)
+    elif block.kind in SHELL:
         for words in commands(block.text):
-            if block.mark == "fails":
-                continue
-            check_command(words)
+            if block.mark != "fails":
+                check_command(words)
     elif block.kind in PYTHON:
         try:
             compile(block.text, "block", "exec")
@@ -132,6 +152,31 @@ def check_block(block: Block) -> None:
                 check_command(words)
     elif block.kind not in OTHERS:
         raise Wrong(f"a block is fenced as one of {', '.join(SHELL + PYTHON + OTHERS)}, not {block.kind!r}")
+
+
+def _check_excerpt(text: str, path: Path) -> None:
+    """Raises `Wrong` where a line of an excerpt does not stand in the file, behind the one before it."""
+    lines = iter(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    for line in text.splitlines():
+        if line.strip() and line.strip() not in lines:
+            raise Wrong(f"{path.name} does not have {line.strip()!r}, or not in this order")
+
+
+def _check_rows(text: str, kind: str) -> None:
+    """Raises `Wrong` where a row of a data set would be left out; its images are made."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows.{kind}"
+        path.write_text(text + "\n", encoding="utf-8")
+        for name in re.findall(r"[\w./-]+\.png", text):
+            image = Path(folder) / name
+            image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(image)
+        try:
+            problems = read_records(path).problems
+        except UserError as error:
+            raise Wrong(str(error)) from error
+    if problems:
+        raise Wrong(f"a row is left out: {problems[0]}")
 
 
 def commands(text: str, *, strict: bool = True) -> Iterator[list[str]]:
@@ -301,7 +346,9 @@ def _flags(path: Path) -> set[str]:
 
 def check_span(span: str) -> None:
     """Raises `Wrong` for a command, field, mode, name or file in `code` that is not there."""
-    if span.startswith(("python -m icet_jax", "python benchmarks/", "python scripts/", "python launch/", "icet-jax --")):
+    if span.startswith(
+        ("python -m icet_jax", "python benchmarks/", "python scripts/", "python launch/", "icet-jax --")
+    ):
         for words in commands(span):
             if len(words) > 3 and not any(_PLACEHOLDER.fullmatch(word) for word in words):
                 check_command(words)

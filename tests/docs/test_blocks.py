@@ -94,16 +94,40 @@ def test_a_wrong_word_is_found(span, says):
         blocks.check_span(span)
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "mark", "says"),
+    [
+        ("text", "def gae(", "from: icet_jax/lppo/losses.py", "does not have 'def gae('"),
+        ("text", "import jax\nimport jax.numpy as jnp\nimport jax", "from: icet_jax/lppo/advantages.py", "this order"),
+        ("csv", "prompt,image,kind\na,b.png,harmless", "rows", "no usable row"),
+        ("csv", "prompt,image,kind\na,b.png,vqa\nb,b.png,benign", "rows", "left out"),
+    ],
+)
+def test_a_wrong_excerpt_or_row_is_found(kind, text, mark, says):
+    with pytest.raises(Wrong, match=says):
+        blocks.check_block(Block(kind, text, 1, mark))
+
+
 def test_right_blocks_and_words_pass():
-    text = f"XLA_FLAGS=--a=8 {MAIN} --config=configs/llava15_lppo.py:smoke --workdir=runs/two [--config.seed=1]  # a # b"
+    text = (
+        f"XLA_FLAGS=--a=8 {MAIN} --config=configs/llava15_lppo.py:smoke --workdir=runs/two [--config.seed=1]  # a # b"
+    )
     blocks.check_block(Block("sh", text, 1))
-    blocks.check_block(Block("sh", "NAME=run launch/gke_jobset.sh --config=configs/llava15_lppo.py --workdir=/runs/a", 1))
+    blocks.check_block(
+        Block("sh", "NAME=run launch/gke_jobset.sh --config=configs/llava15_lppo.py --workdir=/runs/a", 1)
+    )
+    blocks.check_block(
+        Block("text", "def gae(\n    mask = jnp.asarray(mask, bool)", 1, "from: icet_jax/lppo/advantages.py")
+    )
+    blocks.check_block(Block("csv", 'prompt,image,kind,answer\n"a, b",c/d.png,vqa,cat', 1, "rows"))
     for span in ("config.lppo.kl_coef", "--config.sweep.exits=1,12", "icet_jax.api.VLM.generate", "lppo/losses.py"):
         blocks.check_span(span)
 
 
 def test_blocks_are_found_whatever_stands_around_them(tmp_path):
-    text = "text\n\n    python x\n\n    y\n\n```sh\na\n\nb\n```\n<!-- no-run: needs a GPU -->\n~~~python\n```\n~~~\n\n- item\n"
+    text = (
+        "text\n\n    python x\n\n    y\n\n```sh\na\n\nb\n```\n<!-- no-run: a GPU -->\n~~~python\n```\n~~~\n\n- item\n"
+    )
     found = blocks.blocks(text)
     assert [(block.kind, block.text, block.line, block.mark) for block in found] == [
         ("", "python x\n\ny\n", 3, ""),
