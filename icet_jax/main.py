@@ -50,6 +50,7 @@ EXAMPLES = {
 _TOGETHER = ("align", "sweep", "export")  # modes that several processes can share
 _RESUMED = ("align", "sweep", "reward")  # modes that go on where they were stopped
 _MODULES = {"reward": "train_reward"}  # of modes whose file in icet_jax/runs has another name
+_REPORTED = ("align", "sweep")  # modes that end with the report of a run
 _WITHOUT_PROGRAMS = ("compare", "labels")  # modes that compile nothing
 _WITHOUT_CONFIG = ("export", "labels", "compare")  # modes that read the config of a run, or none
 _ONLY = {  # flags that mean something in these modes alone
@@ -202,7 +203,18 @@ def run(arguments: Sequence[str]) -> int:
 
             around.enter_context(joined(*process))
         module = importlib.import_module(f"icet_jax.runs.{_MODULES.get(options.mode, options.mode)}")
-        return module.run(config, options.workdir, options)
+        code: int = module.run(config, options.workdir, options)
+        if options.mode in _REPORTED:
+            _print_headline(options.workdir)
+        return code
+
+
+def _print_headline(workdir: Path) -> None:
+    from icet_jax import report
+    from icet_jax.parallel.distributed import is_writer
+
+    if is_writer() and (workdir / "report.html").is_file():
+        print(report.headline(workdir))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Figures and the self-contained HTML report of a run directory.
 
-from icet_jax import report
-report.build("runs/organism")            # writes report.html and figures/*.png, returns the page's path
-report.compare_runs(["runs/a", "runs/b"], "runs/both")     # compare.html and figures/*.png
+    from icet_jax import report
+    report.build("runs/organism")            # writes report.html and figures/*.png, returns the page's path
+    report.compare_runs(["runs/a", "runs/b"], "runs/both")     # compare.html and figures/*.png
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,20 @@ def build(run_dir: str | Path, *, reveal_unsafe: bool = False) -> Path:
     from icet_jax.report.page import build_report
 
     return build_report(Path(run_dir), reveal_unsafe=reveal_unsafe)
+
+
+def headline(run_dir: str | Path) -> str:
+    """What `run_dir`'s report says first: the run in one sentence, and what that sentence alone would hide.
+
+    Raises:
+      UserError: see `build`.
+    """
+    from icet_jax.report.load import load_runs
+    from icet_jax.report.study import Study
+    from icet_jax.report.verdict import verdict
+
+    found = verdict(Study(load_runs(Path(run_dir))))
+    return " ".join((found.sentence, *found.caveats))
 
 
 def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:

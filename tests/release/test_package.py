@@ -140,6 +140,10 @@ class Installed:
         (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # whose own .pth are not read
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "XLA_FLAGS"))}
         self.environment |= {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "COLUMNS": "100"}
+        self.environment |= {
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+        }  # programs that run for moments compile in half the time
+        self.environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
 
     def run(self, command: str, *arguments: str) -> subprocess.CompletedProcess:
         words = [str(self.bin / command), *arguments]
@@ -162,7 +166,8 @@ def test_the_demo_runs_from_the_wheel_in_another_directory(installed):
     small = {
         "lppo.iterations": "1", "lppo.epochs": "1", "lppo.minibatches": "1", "lppo.max_new_tokens": "4",
         "data.batch_size": "16", "sweep.datasets": "{'forbidden': 'organism:test:forbidden:4'}", "sweep.utility": "{}",
-        "sweep.exits": "3,7", "sweep.max_new_tokens": "4", "sweep.batch_size": "8", "log.tensorboard": "false",
+        "sweep.exits": "3,7", "sweep.max_new_tokens": "4", "sweep.batch_size": "8",
+        "sweep.scorers": "refusal_keywords", "log.tensorboard": "false",
     }  # fmt: skip
     arguments = [*shlex.split(EXAMPLES["align"]), *(f"--config.{name}={value}" for name, value in small.items())]
     done = installed.run("icet-jax", *arguments)
@@ -170,13 +175,14 @@ def test_the_demo_runs_from_the_wheel_in_another_directory(installed):
     run = installed.folder / "runs" / "organism"
     page = (run / "report.html").read_text()
     assert "report: runs/organism/report.html" in done.stderr
+    assert done.stdout.startswith("L-PPO ") and "the worst exit" in done.stdout
     assert "<style>" in page and "<script>" in page and (run / "hf" / "model.safetensors").is_file()
     assert (run / "config.json").is_file() and (run / "figures").is_dir()
 
 
 def test_ask_from_the_wheel_prints_what_the_readme_shows(installed):
     shutil.copytree(ROOT / "examples", installed.folder / "examples")
-    shown = re.search(r"^(exit 1 .*?)\n```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    shown = re.search(r"^(exit 1 .*?)\n\nexit 1 ", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     assert shown is not None
     done = installed.run("icet-jax", *shlex.split(EXAMPLES["ask"]), "--exits=1,3,7")
     assert done.returncode == 0, done.stderr
