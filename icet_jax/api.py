@@ -1,11 +1,14 @@
 """The Python surface: a vision-language model as one object, for notebooks, scripts and our own runs.
 
-vlm = icet_jax.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
-inputs = vlm.processor(images=["cat.png"], prompts=["What is this?"])
-for exit_layer in (6, 18, vlm.default_exit):
-    print(exit_layer, vlm.generate(inputs, exit_layer=exit_layer).texts)
+One model, asked at three exits:
+
+    vlm = icet_jax.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
+    inputs = vlm.processor(images=["cat.png"], prompts=["What is this?"])
+    for exit_layer in (6, 18, vlm.default_exit):
+        print(exit_layer, vlm.generate(inputs, exit_layer=exit_layer).texts)
 """
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,7 +30,7 @@ from icet_jax.generation.sampling import Sampling, suppress_ids
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
 from icet_jax.models.family import Images
-from icet_jax.models.layers import positions_from_mask
+from icet_jax.models.layers import Lora, positions_from_mask
 from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
@@ -90,7 +93,8 @@ def load_scorer(
     """Loads what judges responses: `score(prompts, responses)` -> {name: `Scores`}, prompts raw, not chat-templated.
 
     Args:
-      path_or_id: a scorer's name ("refusal_keywords"), a checkpoint directory, a hub id, or "organism:reward_model".
+      path_or_id: "refusal_keywords", a checkpoint directory, a hub id, "organism:reward_model", or the exact judge of
+        the organism's world, "organism:judge".
       kind: what the checkpoint is, where its config does not tell.
       template: how prompt and response become the scorer's text, instead of its own way.
       options: `dtype`, `mesh`, `revision`, `batch_size` and the kind's own fields, see
@@ -99,6 +103,10 @@ def load_scorer(
     Raises:
       UserError: no such scorer, or broken files.
     """
+    if path_or_id == "organism:judge":
+        from icet_jax.organism.scorer import WorldJudge
+
+        return WorldJudge()
     from icet_jax.judges.load import load_scorer as load_judge
 
     return load_judge(_shipped(path_or_id), kind=kind, template=template, **options)
@@ -118,21 +126,32 @@ class VLM:
     """A network with its weights and, on first use, its processor.
 
     Attributes:
-      graphdef, params: `nnx.merge(graphdef, params)` is the model, for pure functions of your own.
+      num_exits: exits are numbered 1..num_exits.
+      default_exit: the one that the model was trained on.
+      exit_definition: what exit l of this family means.
+      graphdef: of the network; `nnx.merge(graphdef, params)` is the model, for pure functions of your own.
+      params: its weights.
       config: sizes of the network.
       directory: where it came from.
       adapter: the LoRA that was merged while it was loaded, or None.
+      lora: what training added since, as adapters beside the weights, or None.
       mesh: where the weights are, None on the default device.
-      eos_ids, pad_id: tokens that end and pad a response.
+      eos_ids: tokens that end a response.
+      pad_id: the token that pads one.
       suppress_ids: tokens that are never sampled.
-      hidden_size, lora_shapes: width of the decoder, and its projections that LoRA can adapt (`init_lora`).
+      hidden_size: width of the decoder.
+      lora_shapes: its projections that LoRA can adapt (`init_lora`).
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None) -> None:
         self.graphdef, self.params = checkpoint.graphdef, checkpoint.params
-        self.config, self.directory, self.mesh = checkpoint.config, checkpoint.directory, mesh
+        self.config, self.directory = checkpoint.config, checkpoint.directory
+        self.mesh: jax.sharding.Mesh | None = mesh
         self.adapter = checkpoint.adapter
-        self.eos_ids, self.pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config)
+        self.lora: Lora | None = None
+        eos_ids, pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config)
+        self.eos_ids: tuple[int, ...] = eos_ids
+        self.pad_id: int = pad_id
         model = checkpoint.model
         self.num_exits: int = model.num_exits
         self.default_exit: int = model.default_exit
@@ -150,6 +169,17 @@ class VLM:
           UserError: the checkpoint has no tokenizer or image-processor files, or broken ones.
         """
         return load_processor(self.directory, self.config)
+
+    def with_weights(self, params: nnx.State, lora: Lora | None = None) -> "VLM":
+        """The same model with other weights or adapters, such as trained ones; nothing is copied.
+
+        Args:
+          params: of the same network; `vlm.params` where only adapters are new.
+          lora: adapters of the decoder that every answer goes through (`icet_jax.models.family.init_lora`); None: none.
+        """
+        other = copy.copy(self)
+        other.params, other.lora = params, lora
+        return other
 
     def sampling(self, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
         """How this model's responses are drawn: its own EOS and pad tokens; placeholder and pad are never sampled."""
@@ -183,7 +213,7 @@ class VLM:
         tokens, mask = self._text(inputs)
         encoded = self.encode(inputs) if encoded is None else encoded
         exit_index = self._exit(exit_layer, encoded.upto)
-        return _logits(self.graphdef, self.params, encoded.images, exit_index, tokens, mask)
+        return _logits(self.graphdef, self.params, self.lora, encoded.images, exit_index, tokens, mask)
 
     def hidden_states(self, inputs: Inputs) -> Float[Array, "X I P D"]:
         """States 0..num_exits of the image encoder, class token first; index 0 is what enters its first block.
@@ -228,19 +258,21 @@ class VLM:
         encoded = self.encode(inputs) if encoded is None else encoded
         exit_index = self._exit(exit_layer, encoded.upto)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens.shape[0]))
-        out = _answer(self.graphdef, self.params, encoded.images, exit_index, tokens, mask, keys, sampling)
+        weights = (self.graphdef, self.params, self.lora)
+        out = _answer(*weights, encoded.images, exit_index, tokens, mask, keys, sampling)
         return Responses(*map(np.asarray, out), decode=lambda tokens, mask: self.processor.decode(tokens, mask))
 
     def save(self, directory: str | Path) -> Path:
         """Writes the model to a new directory in the Hugging Face layout; transformers 4.46 to 5.x load it.
 
-        An adapter that was merged when the model was loaded is part of what is written. With several processes all of
-        them call it; the first one writes.
+        An adapter that was merged when the model was loaded is part of what is written, and so is `lora`. With several
+        processes all of them call it; the first one writes.
 
         Raises:
           UserError: it cannot be written there.
         """
-        return save_vlm(directory, self.config, self.params, source_dir=self.directory, start=self.adapter)
+        source, start = self.directory, self.adapter
+        return save_vlm(directory, self.config, self.params, source_dir=source, start=start, lora=self.lora)
 
     def _exit(self, exit_layer: int | None, upto: int) -> Int[Array, ""]:
         number = self.default_exit if exit_layer is None else exit_layer
@@ -335,6 +367,7 @@ def _encode(graphdef: nnx.GraphDef, params: nnx.State, images: Images, upto: int
 def _logits(
     graphdef: nnx.GraphDef,
     params: nnx.State,
+    lora: Lora | None,
     encoded: Any,
     exit_index: Int[Array, ""],
     tokens: Int[Array, "B T"],
@@ -342,7 +375,7 @@ def _logits(
 ) -> Float[Array, "B T V"]:
     model = nnx.merge(graphdef, params)
     visual = None if encoded is None else model.visual(encoded, exit_index)
-    hidden = model.decode(tokens, positions_from_mask(mask), mask, visual)
+    hidden = model.decode(tokens, positions_from_mask(mask), mask, visual, lora)
     return model.logits(hidden)
 
 
@@ -350,6 +383,7 @@ def _logits(
 def _answer(
     graphdef: nnx.GraphDef,
     params: nnx.State,
+    lora: Lora | None,
     encoded: Any,
     exit_index: Int[Array, ""],
     tokens: Int[Array, "B P"],
@@ -359,7 +393,7 @@ def _answer(
 ) -> Generation:
     model = nnx.merge(graphdef, params)
     visual = None if encoded is None else model.visual(encoded, exit_index)
-    return generate(model, tokens, mask, visual, row_keys, sampling)
+    return generate(model, tokens, mask, visual, row_keys, sampling, lora)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 import icet_jax
+from icet_jax.data.records import Example
 from icet_jax.errors import UserError
+from icet_jax.models.family import init_lora
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.runs.compilations import CompilationCounter
 from tests import tiny
@@ -233,3 +235,71 @@ def test_scorers_are_loaded_by_name_or_directory(tmp_path):
     assert scores.values.shape == (1,) and np.isfinite(scores.values).all()
     with pytest.raises(UserError, match="the shipped checkpoints are"):
         icet_jax.load_scorer("organism:dragon")
+
+
+@pytest.fixture(scope="module")
+def trained(vlm):
+    """The model with adapters that do something."""
+    fresh = init_lora(vlm.lora_shapes, rank=2, alpha=4.0, targets=("q_proj", "up_proj"), key=jax.random.key(0))
+    noisy = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(1), x.shape), fresh.weights)
+    return vlm.with_weights(vlm.params, fresh.replace(weights=noisy))
+
+
+def test_adapters_answer_and_are_saved(tmp_path, vlm, trained, hf_model):
+    inputs = tiny.batch(hf_model.config, IMAGES)
+    real = inputs["attention_mask"] == 1
+    before, after = (np.asarray(model.logits(inputs, exit_layer=2))[real] for model in (vlm, trained))
+    assert np.abs(after - before).max() > 0.1 and vlm.lora is None
+    merged = icet_jax.load(trained.save(tmp_path / "merged"))
+    np.testing.assert_allclose(np.asarray(merged.logits(inputs, exit_layer=2))[real], after, atol=1e-5)
+    said = [model.generate(inputs, max_new_tokens=6).tokens.tolist() for model in (trained, merged, vlm)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_a_sweep_says_what_the_model_says_and_gives_its_curves(trained):
+    picture = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    rows = [Example(str(i), f"question {i}", (picture,), kind="benign") for i in range(3)]
+    scorers = [icet_jax.load_scorer("refusal_keywords")]
+    found = icet_jax.sweep(trained, rows, exits=[1, 3], sampling=trained.sampling(4), scorers=scorers, batch_size=2)
+    inputs = trained.processor(images=[[picture]], prompts=["question 1"])
+    said = {row["layer"]: row["response"] for row in found.rows if row["id"] == "1"}
+    assert said == {layer: trained.generate(inputs, layer, 4).texts[0] for layer in (1, 3)}
+    curve = found.curve("length")
+    lengths = [[row["scores"]["length"] for row in found.rows if row["layer"] == layer] for layer in (1, 3)]
+    assert [point.mean for point in curve.values()] == [np.mean(of) for of in lengths] and list(curve) == [1, 3]
+    assert all(point.low <= point.mean <= point.high for point in curve.values())
+    with pytest.raises(UserError, match="asr/nobody: not measured by this sweep, which has .*refusal/refusal_keywords"):
+        found.curve("asr/nobody")
+
+
+def test_one_row_has_no_interval(vlm):
+    rows = [Example("a", "alone", kind="benign")]
+    found = icet_jax.sweep(vlm, rows, exits=[1], sampling=vlm.sampling(2), scorers=[], batch_size=1)
+    point = found.curve("length")[1]
+    assert point.mean >= 1 and np.isnan([point.low, point.high]).all()
+
+
+def test_configs_take_values_as_the_command_line_takes_text():
+    values = {
+        "lppo.iterations": 3,
+        "optimizer.learning_rate": 1e-3,
+        "log.tensorboard": False,
+        "reward.model": None,
+        "data.mixture": {"forbidden": 0.5, "benign": 0.5},
+        "sweep.scorers": ("refusal_keywords", "organism:judge"),
+        "sweep.exits": (1, 3),
+    }
+    config = icet_jax.load_config("configs/organism_lppo.py", values)
+    assert {name: config[name] for name in values if name != "data.mixture"} == {
+        name: value for name, value in values.items() if name != "data.mixture"
+    }
+    assert config.data.mixture.to_dict() == values["data.mixture"]
+    with pytest.raises(UserError, match="config.lppo.iteration"):
+        icet_jax.load_config("configs/organism_lppo.py", {"lppo.iteration": 3})
+
+
+def test_judge_and_rows_of_the_organism():
+    rows = icet_jax.load_rows("organism:test:forbidden:5")
+    judge = icet_jax.load_scorer("organism:judge")
+    labels = judge([row.prompt for row in rows], [row.answer for row in rows])["world_exact"].labels
+    assert labels == ["refused"] * 5

@@ -21,7 +21,6 @@ from icet_jax.evaluation.schedule import Stretch, Unit, prompt_bucket, stretches
 from icet_jax.generation.engine import Engine, Finished, Prompts, Work, run_prefix
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.family import Cache, Images
-from icet_jax.models.layers import Lora
 from icet_jax.parallel.sharding import row_shards
 from icet_jax.typing import Array, Key
 
@@ -61,19 +60,17 @@ class Queue:
         keys: Key[Array, "N"],
         todo: Mapping[int, Sequence[int]],
         sampling: Sampling,
-        lora: Lora | None,
         slots: int,
         compile_ahead: CompileAhead | None = None,
     ) -> None:
         """Tokenises the rows and orders them; nothing runs on the device yet.
 
         Args:
-          vlm: the model, an `icet_jax.api.VLM`.
+          vlm: the model, an `icet_jax.api.VLM`, with its adapters if it has any.
           examples: the rows.
           keys: of each row, the same at every exit.
           todo: the exits wanted of each row.
           sampling: how answers are drawn.
-          lora: adapters of the decoder.
           slots: rows decoded together.
           compile_ahead: gets (name, lowered program) of what rows of similar length need, before they are run.
 
@@ -82,7 +79,7 @@ class Queue:
         """
         self._slots, self._together = group_sizes(slots, vlm.mesh)
         self._compile_ahead = compile_ahead
-        self._vlm, self._examples, self._todo, self._lora, self._sampling = vlm, examples, todo, lora, sampling
+        self._vlm, self._examples, self._todo, self._sampling = vlm, examples, todo, sampling
         self._keys = np.asarray(jax.random.key_data(keys))
         self._per_row = max(len(example.images) for example in examples)
         self._prompts = _token_ids(vlm, examples)
@@ -101,7 +98,7 @@ class Queue:
             columns = stretch.length + self._sampling.max_new_tokens
             engine = Engine(
                 vlm.graphdef, vlm.params, self._sampling,
-                slots=self._slots, columns=columns, lora=self._lora, mesh=vlm.mesh,
+                slots=self._slots, columns=columns, lora=vlm.lora, mesh=vlm.mesh,
             )  # fmt: skip
             work = self._work(stretch)
             first = next(work, None)
@@ -163,7 +160,7 @@ class Queue:
                 if prefix is None:
                     prompts = self._arrays(requests, [head] * len(exits), prompt_bucket(unit.shared))
                     static = self._vlm.graphdef, self._vlm.mesh
-                    prefix = run_prefix(*static, self._vlm.params, self._lora, prompts, encoded)
+                    prefix = run_prefix(*static, self._vlm.params, self._vlm.lora, prompts, encoded)
                 own = self._arrays(requests, [self._prompts[row][unit.shared :]] * len(exits), width)
                 yield Work(self._filled((row, layer) if there else None for layer, there in wanted), own, None, prefix)
 

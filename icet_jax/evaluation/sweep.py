@@ -5,6 +5,7 @@ decodes, writes down and scores what has been answered before.
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.queue import CompileAhead, Queue
 from icet_jax.evaluation.scoring import answer_rows, judge
+from icet_jax.evaluation.statistics import Interval
 from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
 from icet_jax.generation.engine import Finished
 from icet_jax.generation.sampling import Sampling
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
-from icet_jax.models.layers import Lora
 from icet_jax.typing import Array, Key
 
 SCHEMA = 1
@@ -62,6 +63,23 @@ class SweepResult:
     tokens: int
     seconds: float
 
+    def curve(self, metric: str) -> dict[int, Interval]:
+        """Mean and 95% interval of a metric at each exit that has it, such as "asr/refusal_keywords".
+
+        Raises:
+          UserError: no exit has it; the metrics there are stand in the message.
+        """
+        found = {layer["layer"]: layer["metrics"] for layer in self.sweep["layers"]}
+        if not any(metric in metrics for metrics in found.values()):
+            known = sorted({name for metrics in found.values() for name in metrics})
+            raise UserError(f"{metric}: not measured by this sweep, which has {', '.join(known)}")
+        curve = {layer: metrics[metric] for layer, metrics in found.items() if metric in metrics}
+        unknown = (math.nan, math.nan)
+        return {
+            layer: Interval(math.nan if point["mean"] is None else point["mean"], *(point["ci95"] or unknown))
+            for layer, point in curve.items()
+        }
+
 
 def sweep(
     vlm: Any,
@@ -71,7 +89,6 @@ def sweep(
     sampling: Sampling,
     scorers: Sequence[Scorer],
     batch_size: int,
-    lora: Lora | None = None,
     transcript_path: str | Path | None = None,
     progress: Callable[[SweepProgress], None] | None = None,
     dataset: str = "data",
@@ -86,13 +103,12 @@ def sweep(
     seed draw with common random numbers at all exits, before and after training.
 
     Args:
-      vlm: the model, an `icet_jax.api.VLM`.
+      vlm: the model, an `icet_jax.api.VLM`, with its adapters if it has any.
       examples: the rows; ids must differ.
       exits: "all", or numbers from 1.
       sampling: how answers are drawn (temperature 0 is greedy).
       scorers: what judges them, side by side.
       batch_size: rows answered at once, and judged together.
-      lora: the policy's adapters; None is the model as it is.
       transcript_path: rows are appended here as they are answered and again as they are judged, and a sweep that
         finds its own rows there goes on from them (answers that other judges have judged, or a judge failed on, are
         judged again); once complete the file is rewritten in order.
@@ -112,7 +128,7 @@ def sweep(
         raise UserError(f"sweep of {dataset}: no rows; give a data set with at least one")
     file = TranscriptFile(transcript_path, fingerprint(sampling, seed, tag), _judges_mark(scorers), examples)
     key = jax.random.key(seed)
-    tokens = _Runner(vlm, examples, sampling, scorers, lora, key, file, progress, batch_size, compile_ahead).run(layers)
+    tokens = _Runner(vlm, examples, sampling, scorers, key, file, progress, batch_size, compile_ahead).run(layers)
     rows = file.finish(layers)
     kinds = sorted({example.kind for example in examples})
     result = {
@@ -179,7 +195,6 @@ class _Runner:
         examples: Sequence[Example],
         sampling: Sampling,
         scorers: Sequence[Scorer],
-        lora: Lora | None,
         key: Key[Array, ""],
         file: TranscriptFile,
         progress: Callable[[SweepProgress], None] | None,
@@ -187,7 +202,7 @@ class _Runner:
         compile_ahead: CompileAhead | None,
     ) -> None:
         self.compile_ahead = compile_ahead
-        self.vlm, self.examples, self.sampling, self.scorers, self.lora = vlm, examples, sampling, scorers, lora
+        self.vlm, self.examples, self.sampling, self.scorers = vlm, examples, sampling, scorers
         self.keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(examples), dtype=np.uint32))
         self.file, self.report, self.batch_size = file, progress, batch_size
         self.mixed = len({example.kind == "forbidden" for example in examples}) > 1
@@ -201,7 +216,7 @@ class _Runner:
         todo = self._missing(layers)
         self._judge(0)
         if todo:
-            how = self.sampling, self.lora, self.batch_size, self.compile_ahead
+            how = self.sampling, self.batch_size, self.compile_ahead
             queue = Queue(self.vlm, self.examples, self.keys, todo, *how)
             for ended in queue.answers():
                 self._take(ended)

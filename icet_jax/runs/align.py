@@ -1,4 +1,4 @@
-"""`--mode=align`: measure every exit, train, measure again, export, report."""
+"""`--mode=align`: measure every exit, train, measure again, export, report; `train` is the training alone."""
 
 import argparse
 import sys
@@ -8,14 +8,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax import report
-from icet_jax.config import require
+from icet_jax.api import VLM
+from icet_jax.config import check_exits, require
 from icet_jax.errors import UserError
-from icet_jax.lppo.forward import with_policy
 from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.export import check_form, write_exports
-from icet_jax.runs.measure import Measurements, Policy
+from icet_jax.runs.measure import Measurements
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.run_dir import Costs
 from icet_jax.runs.scorers import ScorerLoader
@@ -28,10 +28,9 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
     Raises:
       UserError: bad input of any kind, before anything is done where it can be known; a loss that is not finite.
     """
-    require(config, "model.checkpoint", "data.train", "sweep.datasets")
+    _require_training(config)
+    require(config, "sweep.datasets")
     check_form(config)
-    if _asks_reward_model(config):
-        require(config, "reward.model")
     common.for_each_seed(config, workdir, align)
     return 0
 
@@ -42,23 +41,19 @@ def align(config: ConfigDict, workdir: Path) -> None:
     trainer = Trainer(config, workdir, setting.vlm, setting.train, _reward(config, workdir, setting.vlm.mesh))
     costs = Costs(workdir)
     measurements = Measurements(config, workdir, setting)
-    name = common.model_name(config)
 
-    before = Policy(setting.vlm, None, name)
     measurements.reuse_before_of_other_seeds()
     with costs.phase("sweep_before") as cost:
-        cost["tokens"] = measurements.sweeps("before", before)
+        cost["tokens"] = measurements.sweeps("before", setting.vlm)
     with costs.phase("utility") as cost:
-        cost["tokens"] = measurements.utility("before", before)
+        cost["tokens"] = measurements.utility("before", setting.vlm)
     with costs.phase("geometry"):
         measurements.geometry(setting.vlm)
 
     with costs.phase("train"):
         state = trainer.run()
 
-    lora_scale = trainer.algorithm.settings.lora_scale
-    params, lora = with_policy(setting.vlm.params, state.trainable, lora_scale)
-    after = Policy(setting.vlm if lora is not None else common.with_params(setting.vlm, params), lora, name)
+    after = trainer.policy(state)
     with costs.phase("sweep_after") as cost:
         cost["tokens"] = measurements.sweeps("after", after)
     with costs.phase("utility") as cost:
@@ -66,12 +61,48 @@ def align(config: ConfigDict, workdir: Path) -> None:
     measurements.differences()
 
     with costs.phase("export"):
-        folders = write_exports(config, setting.vlm, state, lora_scale, workdir, workdir / "hf", again=False)
+        scale = trainer.algorithm.settings.lora_scale
+        folders = write_exports(config, setting.vlm, state, scale, workdir, workdir / "hf", again=False)
     if not is_writer():
         return
     write_agreement(workdir)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
     print("".join(f"model: {folder}\n" for folder in folders) + f"report: {page}", file=sys.stderr)
+
+
+def train(config: ConfigDict, workdir: str | Path) -> VLM:
+    """The training that `config` describes, without sweeps, export and report, for scripts and notebooks.
+
+    Goes on from the last complete checkpoint in `workdir`, as `--mode=align` does there with the same config; a folder
+    that this began can be finished by that.
+
+    Args:
+      config: from `icet_jax.load_config`.
+      workdir: run directory: config.json, metrics.jsonl and checkpoints.
+
+    Returns:
+      The model after the last iteration (or that of the best checkpoint, where `config.checkpoint.best` names a
+      metric). What it learnt are its adapters (`VLM.lora`), or after full fine-tuning its weights.
+
+    Raises:
+      UserError: bad input of any kind, or training that is not stable.
+    """
+    workdir = Path(workdir)
+    _require_training(config)
+    if config.seeds:
+        raise UserError("config.seeds: one run per seed is what --mode=align does; here give config.seed alone")
+    common.claim(workdir, config)
+    rows, _ = common.train_rows(config, workdir)
+    vlm = common.load_model(config, workdir)
+    check_exits(config, vlm.num_exits)
+    trainer = Trainer(config, workdir, vlm, rows, _reward(config, workdir, vlm.mesh))
+    return trainer.policy(trainer.run())
+
+
+def _require_training(config: ConfigDict) -> None:
+    require(config, "model.checkpoint", "data.train")
+    if _asks_reward_model(config):
+        require(config, "reward.model")
 
 
 def _asks_reward_model(config: ConfigDict) -> bool:

@@ -61,7 +61,7 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
     # Rows first: what is wrong with them is known before weights are fetched and read.
     named = {**config.sweep.datasets, **config.sweep.utility}
     tests = {name: _load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
-    train = _load_rows(config, config.data.train, TRAIN, workdir) if training else None
+    train = train_rows(config, workdir) if training else None
     _write_data_facts(workdir, tests, train)
     if training and jax.device_count() > 1:
         data, fsdp, _ = mesh_shape(jax.device_count(), **config.mesh)
@@ -100,6 +100,15 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
     return vlm
 
 
+def train_rows(config: ConfigDict, workdir: Path) -> Rows:
+    """The rows of `config.data.train`.
+
+    Raises:
+      UserError: no such source, or a file without a usable row.
+    """
+    return _load_rows(config, config.data.train, TRAIN, workdir)
+
+
 def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> Rows:
     """The rows of one of the config's data sets, as `config.data` says where they are."""
     data = config.data
@@ -126,13 +135,13 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
     Raises:
       UserError: the folder cannot be written to or is another config's; whatever a run raises.
     """
-    _claim(workdir, config)
+    claim(workdir, config)
     for seed in config.seeds:
         single = copy.deepcopy(config).unlock()
         single.seed, single.seeds = seed, ()
         folder = workdir / f"seed_{seed}"
         print(f"seed {seed}: {folder}", file=sys.stderr)
-        _claim(folder, single.lock())
+        claim(folder, single.lock())
         run(single, folder)
     if not config.seeds:
         run(config, workdir)
@@ -141,7 +150,7 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
         print(f"report over {len(config.seeds)} seeds: {page}")
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: Path, config: ConfigDict) -> None:
     """`run_dir.claim` by the first process, for all.
 
     Raises:
@@ -159,10 +168,3 @@ def model_name(config: ConfigDict) -> str:
     """How reports call the model: the last part of its path, or its organism or toy name."""
     spec: str = config.model.checkpoint
     return spec if ":" in spec else Path(spec).name or spec
-
-
-def with_params(vlm: api.VLM, params: Any) -> api.VLM:
-    """The same bundle on other weights (after full fine-tuning)."""
-    other = copy.copy(vlm)
-    other.params = params
-    return other

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, default, flatten, sc
 from icet_jax.errors import UserError
 
 
-def load(spec: str | None, overrides: Iterable[tuple[str, str]] = ()) -> ConfigDict:
+def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[str, str]] = ()) -> ConfigDict:
     """Reads `configs/NAME.py[:variant]`, applies `overrides` and checks the result.
 
     Args:
       spec: a path with an optional variant; a relative path is looked for in the working directory, then in the
         repository, then in the installed package. None stands for the defaults.
-      overrides: (dotted field, text) pairs, in order.
+      overrides: by dotted field, such as {"lppo.iterations": 10}; or (field, text) pairs, in order.
 
     Raises:
       UserError: no such file, a broken file, an unknown field (the nearest is named) or a wrong value.
@@ -33,8 +33,8 @@ def load(spec: str | None, overrides: Iterable[tuple[str, str]] = ()) -> ConfigD
     else:
         path, _, variant = spec.partition(":")
         config = _run_config_file(_find(path), variant)
-    for name, text in overrides:
-        override(config, name, text)
+    for name, value in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        override(config, name, str(value))
     check(config)
     return config.lock()
 

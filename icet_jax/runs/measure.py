@@ -4,7 +4,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,14 @@ from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.files import write_text_atomic
-from icet_jax.models.layers import Lora
 from icet_jax.parallel.distributed import agree, is_writer
 from icet_jax.report.pictures import save_pictures
-from icet_jax.runs.common import Setting
+from icet_jax.runs.common import Setting, model_name
 from icet_jax.runs.compilations import compile_programs
 from icet_jax.runs.forecast import paragraph
 from icet_jax.runs.progress import Progress
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, eq=False)
-class Policy:
-    """What answers: a bundle, with adapters or without.
-
-    Attributes:
-      vlm: graphdef, params, processor and config.
-      lora: trained adapters; None is the bundle as it is.
-      name: the model's name in reports.
-    """
-
-    vlm: VLM
-    lora: Lora | None
-    name: str
 
 
 class Measurements:
@@ -52,21 +35,21 @@ class Measurements:
         self._scorers, self._utility_scorers = setting.scorers, setting.utility_scorers
         self._tests = setting.tests
 
-    def sweeps(self, phase: str, policy: Policy) -> int:
+    def sweeps(self, phase: str, vlm: VLM) -> int:
         """Writes `sweeps/PHASE.DATASET.json` for each data set ("before" or "after"); returns the tokens generated."""
         paths = {name: self._workdir / "sweeps" / f"{phase}.{name}.json" for name in self._config.sweep.datasets}
-        self._announce(phase, policy, paths)
-        return sum(self._measure(phase, name, policy, path) for name, path in paths.items())
+        self._announce(phase, vlm, paths)
+        return sum(self._measure(phase, name, vlm, path) for name, path in paths.items())
 
-    def utility(self, phase: str, policy: Policy) -> int:
+    def utility(self, phase: str, vlm: VLM) -> int:
         """Adds the utility sets to `utility.json`; returns the tokens generated."""
         names, path = list(self._config.sweep.utility), self._workdir / "utility.json"
         if not names:
             return 0
         content: dict[str, Any] = _read(path) if path.exists() else {"schema": SCHEMA}
         parts = {name: self._workdir / "sweeps" / ".utility" / f"{phase}.{name}.json" for name in names}
-        self._announce(phase, policy, parts)
-        tokens = sum(self._measure(phase, name, policy, part) for name, part in parts.items())
+        self._announce(phase, vlm, parts)
+        tokens = sum(self._measure(phase, name, vlm, part) for name, part in parts.items())
         if not is_writer():
             return tokens
         content[phase] = {name: _read(part) for name, part in parts.items()}
@@ -103,37 +86,36 @@ class Measurements:
                 if not target.exists():
                     write_text_atomic(target, source.read_text(encoding="utf-8"))
 
-    def _announce(self, phase: str, policy: Policy, paths: Mapping[str, Path]) -> None:
+    def _announce(self, phase: str, vlm: VLM, paths: Mapping[str, Path]) -> None:
         """Says what the sweeps whose files are not there yet will take."""
         missing = [name for name, path in paths.items() if not path.exists()]
         dtype = self._config.model.dtype
-        costs = [estimate(policy.vlm, self._tests[name], dtype=dtype, **self._how(name, policy)) for name in missing]
+        costs = [estimate(vlm, self._tests[name], dtype=dtype, **self._how(name, vlm)) for name in missing]
         if costs:
             print(paragraph(f"{phase} {', '.join(missing)}", sum(costs, Cost())), file=sys.stderr)
 
-    def _how(self, name: str, policy: Policy) -> dict[str, Any]:
+    def _how(self, name: str, vlm: VLM) -> dict[str, Any]:
         """The settings of a data set's sweep that its cost depends on."""
         settings = self._config.sweep
         limit = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
         return {
             "exits": settings.exits,
-            "sampling": policy.vlm.sampling(*limit),
+            "sampling": vlm.sampling(*limit),
             "scorers": self._utility_scorers if name in settings.utility else self._scorers,
             "batch_size": settings.batch_size,
         }
 
-    def _measure(self, phase: str, name: str, policy: Policy, path: Path) -> int:
+    def _measure(self, phase: str, name: str, vlm: VLM, path: Path) -> int:
         if agree(path.exists()):
             return 0
         result: SweepResult = sweep(
-            policy.vlm,
+            vlm,
             self._tests[name],
-            **self._how(name, policy),
-            lora=policy.lora,
+            **self._how(name, vlm),
             transcript_path=self._transcripts(phase, name),
             progress=_show(f"{phase} {name}"),
             dataset=name,
-            model=policy.name,
+            model=model_name(self._config),
             seed=self._config.seed,
             tag=phase,
             compile_ahead=compile_programs,

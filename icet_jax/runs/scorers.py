@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from icet_jax import api
 from icet_jax.errors import UserError
 from icet_jax.judges.base import Scorer
 from icet_jax.judges.cache import ScoreCache, cached
@@ -58,14 +59,9 @@ class ScorerLoader:
         return _LOADED[key]
 
     def _plain(self, name: str) -> Scorer:
-        if name == "organism:judge":
-            from icet_jax.organism.scorer import WorldJudge
-
-            return WorldJudge()
-        from icet_jax.judges.load import load_scorer
-
+        place = checkpoint_directory(name, self._workdir) if name.startswith("toy:") else name
         try:
-            return load_scorer(checkpoint_directory(name, self._workdir), mesh=self._mesh)
+            return api.load_scorer(place, mesh=self._mesh)
         except UserError as error:
             near = difflib.get_close_matches(name, self._definitions, n=1)
             if not near:

@@ -80,7 +80,15 @@ def load_set(
 
 
 def load_rows(source: str, **where: Any) -> list[Example]:
-    """The rows of `load_set` alone."""
+    """The rows of a source, such as "prompts.csv" or "organism:test:forbidden:64" (see the module's docstring).
+
+    Args:
+      source: where they come from.
+      where: `limit`, `seed`, `root`, `image_root` and so on, as for `load_set`.
+
+    Raises:
+      UserError: no such source, or a file without a usable row.
+    """
     return load_set(source, **where)[0]
 
 

@@ -11,7 +11,7 @@ from icet_jax.config import require
 from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common
 from icet_jax.runs.agreement import write_agreement
-from icet_jax.runs.measure import Measurements, Policy
+from icet_jax.runs.measure import Measurements
 from icet_jax.runs.run_dir import Costs
 
 
@@ -31,11 +31,10 @@ def measure(config: ConfigDict, workdir: Path) -> None:
     setting = common.load_setting(config, workdir)
     costs = Costs(workdir)
     measurements = Measurements(config, workdir, setting)
-    policy = Policy(setting.vlm, None, common.model_name(config))
     with costs.phase("sweep_before") as cost:
-        cost["tokens"] = measurements.sweeps("before", policy)
+        cost["tokens"] = measurements.sweeps("before", setting.vlm)
     with costs.phase("utility") as cost:
-        cost["tokens"] = measurements.utility("before", policy)
+        cost["tokens"] = measurements.utility("before", setting.vlm)
     with costs.phase("geometry"):
         measurements.geometry(setting.vlm)
     if not is_writer():

@@ -16,6 +16,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import Stopped, UserError
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch
 from icet_jax.files import write_text_atomic
+from icet_jax.lppo.forward import with_policy
 from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
 from icet_jax.models.family import init_lora
@@ -113,6 +114,11 @@ class Trainer:
             return state if config.checkpoint.best is None else best_state(state, checkpoints)
         finally:
             checkpoints.close()
+
+    def policy(self, state: TrainState) -> VLM:
+        """The model with what `state` has learnt: adapters, or a language model of its own."""
+        trained = with_policy(self._vlm.params, state.trainable, self.algorithm.settings.lora_scale)
+        return self._vlm.with_weights(*trained)
 
     def _start(self, checkpoints: RunState) -> tuple[TrainState, dict[str, Any]]:
         """`newest_state`; meanwhile the programs of an iteration are compiled, if there is one to come."""

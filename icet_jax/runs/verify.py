@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from icet_jax import api
+from icet_jax.checkpoints.source import local_directory
 from icet_jax.config import require
 from icet_jax.data import reference
 from icet_jax.data.processor import Inputs
@@ -75,7 +76,7 @@ class Reference(Answers):
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Prints the table; 0 if everything agrees, 1 if not.
+    """Prints the table of `verify`; 0 if everything agrees, 1 if not.
 
     Args:
       config: its `model.checkpoint` is compared.
@@ -85,25 +86,52 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     Raises:
       UserError: torch is not installed, or the checkpoint cannot be loaded.
     """
-    _require_torch()
     require(config, "model.checkpoint")
     if config.model.adapter is not None:
         raise UserError("--mode=verify compares whole checkpoints: export the model with its adapter, and give that")
     directory = checkpoint_directory(config.model.checkpoint, workdir)
-    loading: dict[str, Any] = {"dtype": "float32", "exit_rule": config.model.exit_rule}
+    checks = verify(
+        directory, options.exits, images=options.image, prompt=options.prompt, revision=config.model.revision,
+        exit_rule=config.model.exit_rule,
+    )  # fmt: skip
+    print(table(checks))
+    failed = [check.what for check in checks if not check.passed]
+    print(f"FAILED: {', '.join(failed)}" if failed else f"{directory} agrees with transformers")
+    return 1 if failed else 0
+
+
+def verify(
+    path_or_id: str | Path,
+    exits: str | None = None,
+    *,
+    images: Sequence[str | Path] = (),
+    prompt: str | None = None,
+    revision: str | None = None,
+    exit_rule: str | None = None,
+) -> list[Check]:
+    """Compares a checkpoint with transformers; `table` prints what is returned.
+
+    Args:
+      path_or_id: a checkpoint directory or hub id.
+      exits: "all", or numbers such as "1,12,23"; None is a few over the encoder and the default exit.
+      images, prompt: one more row beside the built-in ones.
+      revision: of a hub id.
+      exit_rule: of Llama 3.2 Vision, see `icet_jax.load`.
+
+    Raises:
+      UserError: torch is not installed, or the checkpoint cannot be loaded.
+    """
+    _require_torch()
+    directory = local_directory(checkpoint_directory(str(path_or_id)), revision)
     with jax.default_matmul_precision("highest"):
         capture = reference.transformers_capture(directory)
-        vlm = api.load(directory, revision=config.model.revision, capture=capture, **loading)
-        exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
-        rows, inputs, checks = _inputs(vlm, *_questions(options))
-        ours = _ours(vlm, inputs, exits)
+        vlm = api.load(directory, capture=capture, exit_rule=exit_rule)
+        layers = parse_exits(exits, vlm.num_exits, vlm.default_exit)
+        rows, inputs, checks = _inputs(vlm, *_questions(images, prompt))
+        ours = _ours(vlm, inputs, layers)
     if capture is not None:
         checks.append(Check("captured intermediates", f"each block's {capture}, as this transformers has it", "", True))
-    checks += compare(ours, _theirs(vlm, rows, exits), inputs["attention_mask"] == 1)
-    print(_table(checks))
-    failed = [check.what for check in checks if not check.passed]
-    print(f"FAILED: {', '.join(failed)}" if failed else f"{vlm.directory} agrees with transformers")
-    return 1 if failed else 0
+    return checks + compare(ours, _theirs(vlm, rows, layers), inputs["attention_mask"] == 1)
 
 
 def compare(ours: Answers, theirs: Reference, real: np.ndarray) -> list[Check]:
@@ -165,7 +193,8 @@ def _same_tokens(what: str, got: np.ndarray, expected: np.ndarray, clear: np.nda
     return Check(what, "identical", "identical", True)
 
 
-def _table(checks: Sequence[Check]) -> str:
+def table(checks: Sequence[Check]) -> str:
+    """Checks as lines of text: what was compared, the difference found, and what is allowed."""
     rows = [("", "found", "allowed", ""), *((c.what, c.found, c.allowed, "ok" if c.passed else "FAIL") for c in checks)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
@@ -180,16 +209,16 @@ def _require_torch() -> None:
         raise UserError("--mode=verify compares with torch, which is missing: pip install 'icet-jax[test]'") from error
 
 
-def _questions(options: argparse.Namespace) -> tuple[list[list[Any]], list[str]]:
+def _questions(own: Sequence[str | Path], question: str | None) -> tuple[list[list[Any]], list[str]]:
     """Rows with one, no and two images (noise of awkward sizes), and the user's own."""
     noise = np.random.default_rng(0)
     sizes = ((97, 61), (64, 64), (33, 150))
     pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     images: list[list[Any]] = [[pictures[0]], [], [pictures[1], pictures[2]]]
     prompts = ["What is in this picture?", "Hello, how are you today?", "Which of the two is larger, and why?"]
-    if options.prompt or options.image:
-        images.append(list(options.image))
-        prompts.append(options.prompt or prompts[0])
+    if question or own:
+        images.append(list(own))
+        prompts.append(question or prompts[0])
     return images, prompts
 
 

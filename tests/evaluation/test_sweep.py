@@ -155,9 +155,9 @@ def test_rows_about_one_image_share_what_they_begin_with(vlm, tmp_path, monkeypa
 
 def test_adapters_change_the_answers(vlm, plain):
     adapters = init_lora(vlm.config.lora_shapes(), rank=2, alpha=4.0, targets=("q_proj",), key=jax.random.key(0))
-    assert texts(run(vlm, lora=adapters)) == texts(plain)
+    assert texts(run(vlm.with_weights(vlm.params, adapters))) == texts(plain)
     noisy = adapters.replace(weights=jax.tree.map(lambda leaf: leaf + 1.0, adapters.weights))
-    assert texts(run(vlm, lora=noisy)) != texts(plain)
+    assert texts(run(vlm.with_weights(vlm.params, noisy))) != texts(plain)
 
 
 def test_scorers_errors_and_labels(vlm):

@@ -159,10 +159,10 @@ class Bench:
                     answers.update({f"{item.tag[0]} {item.tag[1]}": item.tokens.tolist() for item in ended})
                     yield ended
 
-        _, lora = with_policy(self.vlm.params, self.placed(trainable), self.settings.lora_scale)
+        policy = self.vlm.with_weights(*with_policy(self.vlm.params, self.placed(trainable), self.settings.lora_scale))
         before, sweeping.Queue = sweeping.Queue, Heard
         try:
-            sweeping.sweep(self.vlm, rows, sampling=self.vlm.sampling(ANSWER), scorers=[], batch_size=8, lora=lora)
+            sweeping.sweep(policy, rows, sampling=policy.sampling(ANSWER), scorers=[], batch_size=8)
         finally:
             sweeping.Queue = before
         return answers

@@ -7,6 +7,7 @@ import pytest
 
 import icet_jax
 from icet_jax import main as front_door
+from icet_jax.errors import UserError
 from icet_jax.runs import algorithms
 from icet_jax.runs.compilations import CompilationCounter
 from tests.runs import smoke
@@ -96,6 +97,25 @@ def test_the_export_is_the_model_that_was_measured(finished):
     after = icet_jax.load(workdir / "hf")
     inputs = after.processor(images=[np.zeros((28, 28, 3), np.uint8)], prompts=["placeholder"])
     assert np.abs(np.asarray(after.logits(inputs, 5) - before.logits(inputs, 5))).max() > 0
+
+
+def test_training_in_python_goes_on_where_the_command_stopped_and_gives_what_it_exported(finished):
+    workdir, _ = finished
+    history = (workdir / "metrics.jsonl").read_bytes()
+    settings = smoke.SETTINGS | {"lppo.exits": "per_batch", "log.tensorboard": "true"}
+    policy = icet_jax.train(icet_jax.load_config(smoke.CONFIG, settings), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == history and policy.lora is not None
+    exported = icet_jax.load(workdir / "hf")
+    inputs = policy.processor(images=[np.zeros((28, 28, 3), np.uint8)], prompts=["placeholder"])
+    before, after, expected = (
+        np.asarray(model.logits(inputs, 5)) for model in (policy.with_weights(policy.params), policy, exported)
+    )
+    moved, rounding = np.abs(after - before).max(), np.abs(after - expected).max()
+    assert rounding < 0.01 * moved, "adapters beside the weights, and added to them"
+    with pytest.raises(UserError, match="config.seeds: one run per seed"):
+        icet_jax.train(icet_jax.load_config(smoke.CONFIG, settings | {"seeds": (0, 1)}), workdir)
+    with pytest.raises(UserError, match="holds a run of another config: lppo.iterations"):
+        icet_jax.train(icet_jax.load_config(smoke.CONFIG, settings | {"lppo.iterations": 7}), workdir)
 
 
 def test_the_same_command_on_a_finished_run_does_nothing_again(finished, capsys):

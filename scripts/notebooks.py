@@ -1,0 +1,120 @@
+"""Runs docs/notebooks/*.ipynb from top to bottom, each in an empty folder; the first cell that fails ends it.
+
+    python scripts/notebooks.py                 # all of them; --only=ask for one
+    python scripts/notebooks.py --write         # keeps the outputs: what stands in the repository was made so
+
+Needs the `test` extra.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs/notebooks"
+SOURCE_MARK = "outputs_of"
+"""Field of a notebook's metadata: the digest of the code that its outputs were made by."""
+_SECONDS = 600  # for one cell
+
+
+def names() -> list[str]:
+    """The notebooks, without .ipynb."""
+    return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+
+
+def execute(name: str, afterwards: Sequence[str] = ()) -> Any:
+    """The notebook as it is after a fresh run in an empty folder.
+
+    Args:
+      name: of the notebook.
+      afterwards: more cells of code, run last, that see its variables.
+
+    Raises:
+      CellExecutionError: a cell failed.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    notebook.cells += [nbformat.v4.new_code_cell(code) for code in afterwards]
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"metadata": {"path": folder}}
+        client = NotebookClient(notebook, timeout=_SECONDS, record_timing=False, coalesce_streams=True, resources=where)
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        own = {
+            "PYTHONPATH": os.pathsep.join(paths),  # this repository's icet_jax, whichever is installed
+            "PYTHONWARNINGS": "ignore:IProgress not found",  # of tqdm, which only a browser could show
+            "IPYTHONDIR": folder,  # no history and no settings of the user
+        }
+        client.execute(env=os.environ | own)
+    return notebook
+
+
+def digest(notebook: Any) -> str:
+    """Of a notebook's code, its outputs aside."""
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
+
+
+def write(name: str, notebook: Any) -> None:
+    """Keeps an executed notebook, with the mark of its code."""
+    import nbformat
+
+    notebook.metadata[SOURCE_MARK] = digest(notebook)
+    notebook.metadata.pop("language_info", None)  # the version of Python here
+    nbformat.validate(notebook)
+    (FOLDER / f"{name}.ipynb").write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+
+
+def markdown(path: Path) -> str:
+    """An executed notebook as a page of the documentation: prose, code and outputs, pictures inside the page."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source.replace(".ipynb)", ".md)"))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        parts += [_output(output) for output in cell["outputs"]]
+    where = path.relative_to(ROOT)
+    return "\n\n".join([*parts, f"*This page is the notebook `{where}` with the outputs of its last run.*"]) + "\n"
+
+
+def _output(output: Any) -> str:
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    if "image/png" in data:
+        picture = "".join(data["image/png"]).replace("\n", "")
+        return f"![What this cell draws](data:image/png;base64,{picture})"
+    return "```text\n" + "".join(data["text/plain"]).rstrip("\n") + "\n```"
+
+
+def main() -> int:
+    """Runs what the command line asks for; 1 if a notebook failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="keep the outputs in the notebooks")
+    parser.add_argument("--only", choices=names(), help="one notebook")
+    options = parser.parse_args()
+    from nbclient.exceptions import CellExecutionError
+
+    for name in [options.only] if options.only else names():
+        began = time.monotonic()
+        try:
+            notebook = execute(name)
+        except CellExecutionError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+        if options.write:
+            write(name, notebook)
+        print(f"{name}: {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
