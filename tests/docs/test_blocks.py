@@ -1,5 +1,7 @@
 """Every command, field, name, file and code block of the README and the docs; and that the check finds wrong ones."""
 
+import ast
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,12 +12,22 @@ from tests.docs.blocks import Block, Wrong
 
 PAGES = blocks.pages()
 CODE = [page for page in PAGES if any(block.kind in blocks.PYTHON for block in blocks.blocks(page.read_text("utf-8")))]
+SCRIPTS = [
+    path for folder in ("configs", "benchmarks", "scripts", "launch") for path in (blocks.ROOT / folder).glob("*.py")
+]
+SCRIPTS += [blocks.ROOT / f"icet_jax/{name}.py" for name in ("main", "organism/build", "runs/toy/__init__")]
 names = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(blocks.ROOT)))
 
 
 @names
 def test_what_a_page_tells_to_type_starts_and_what_it_names_is_there(page):
     assert list(blocks.problems(page)) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(blocks.ROOT)))
+def test_what_a_script_or_config_says_about_itself_starts(script):
+    for block in blocks.blocks(ast.get_docstring(ast.parse(script.read_text("utf-8"))) or ""):
+        blocks.check_block(block)
 
 
 @names
@@ -97,7 +109,7 @@ def test_a_wrong_word_is_found(span, says):
 @pytest.mark.parametrize(
     ("kind", "text", "mark", "says"),
     [
-        ("text", "def gae(", "from: icet_jax/lppo/losses.py", "does not have 'def gae('"),
+        ("text", "def gae(", "from: icet_jax/lppo/losses.py", r"does not have 'def gae\('"),
         ("text", "import jax\nimport jax.numpy as jnp\nimport jax", "from: icet_jax/lppo/advantages.py", "this order"),
         ("csv", "prompt,image,kind\na,b.png,harmless", "rows", "no usable row"),
         ("csv", "prompt,image,kind\na,b.png,vqa\nb,b.png,benign", "rows", "left out"),

@@ -66,6 +66,11 @@ def test_nothing_is_fetched_from_elsewhere(site):
         assert "url(http" not in style.read_text(encoding="utf-8"), style
 
 
+def test_no_page_names_the_machine_that_it_was_made_on(site):
+    for page in site.rglob("*.html"):
+        assert "site-packages" not in page.read_text(encoding="utf-8"), page
+
+
 def test_the_reference_has_the_python_surface_with_its_arguments(site):
     text = (site / "reference" / "api" / "index.html").read_text(encoding="utf-8")
     for name in (
