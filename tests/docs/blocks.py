@@ -45,7 +45,7 @@ FREE = (
     "tensorboard",
     "pre-commit",
 )  # commands that are nobody's here
-ROOTS = ("icet_jax", "configs", "benchmarks", "launch", "scripts", "tests", "docs")
+ROOTS = ("icet_jax", "configs", "examples", "benchmarks", "launch", "scripts", "tests", "docs")
 ROOMS = ("models", "data", "generation", "judges", "lppo", "evaluation", "report", "runs", "parallel")
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([\w+-]*)[^`]*$")
 _MARK = re.compile(r"<!-- ((?:no-run|fails)(?=: \S)|from: \S+|rows)(?:: .*)? -->")
@@ -203,6 +203,9 @@ def check_command(words: list[str]) -> None:
     """Raises `Wrong` where a command is unknown, or one of ours would not start."""
     name, arguments = words[0], words[1:]
     try:
+        for word in arguments:
+            if re.search(r"(^|=)examples/", word):
+                _check_file(word.rpartition("=")[2])
         if name == "icet-jax":
             check_main(arguments)
         elif name == "make":

@@ -74,6 +74,7 @@ MAIN = "python -m icet_jax.main"
         ("sh", "launch/tpu_pod.sh TPU ZONE --config=configs/llava15_lppo.py --workdr=a", "workdr"),
         ("sh", "sbatch --nodes=2 launch/slurm.sh --config=configs/llava15_lppo.py", "starts nothing of launch/"),
         ("sh", "python -m pytest tests/nowhere", "there is no tests/nowhere"),
+        ("sh", f"{MAIN} --mode=ask --checkpoint=DIR --image=examples/none.png --prompt=what", "no examples/none.png"),
         ("sh", "make dmo", "no dmo"),
         ("sh", "pip install -e '.[cuda13]'", "no extra cuda13"),
         ("sh", "git clone there && rm -rf here", "rm is neither ours"),
