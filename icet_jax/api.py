@@ -144,8 +144,10 @@ class VLM:
     """
 
     def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None) -> None:
-        self.graphdef, self.params = checkpoint.graphdef, checkpoint.params
-        self.config, self.directory = checkpoint.config, checkpoint.directory
+        self.graphdef: nnx.GraphDef = checkpoint.graphdef
+        self.params: nnx.State = checkpoint.params
+        self.config: Any = checkpoint.config
+        self.directory: Path = checkpoint.directory
         self.mesh: jax.sharding.Mesh | None = mesh
         self.adapter = checkpoint.adapter
         self.lora: Lora | None = None

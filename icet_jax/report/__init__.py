@@ -1,5 +1,7 @@
 """Figures and the self-contained HTML report of a run directory.
 
+Both read finished runs alone:
+
     from icet_jax import report
     report.build("runs/organism")            # writes report.html and figures/*.png, returns the page's path
     report.compare_runs(["runs/a", "runs/b"], "runs/both")     # compare.html and figures/*.png

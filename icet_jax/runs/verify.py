@@ -114,7 +114,8 @@ def verify(
     Args:
       path_or_id: a checkpoint directory or hub id.
       exits: "all", or numbers such as "1,12,23"; None is a few over the encoder and the default exit.
-      images, prompt: one more row beside the built-in ones.
+      images: of one more row beside the built-in ones.
+      prompt: of that row.
       revision: of a hub id.
       exit_rule: of Llama 3.2 Vision, see `icet_jax.load`.
 
