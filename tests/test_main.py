@@ -157,3 +157,16 @@ def test_the_repository_has_the_files_its_commands_name():
     makefile = (ROOT / "Makefile").read_text()
     assert front_door.EXAMPLE.removeprefix("python ") in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "make demo" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mode", "finished", "shown"), [("sweep", True, "worst\n"), ("sweep", False, ""), ("plan", True, "")]
+)
+def test_a_finished_measurement_ends_with_its_headline(mode, finished, shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(f"icet_jax.runs.{mode}.run", lambda *given: 0)
+    monkeypatch.setattr("icet_jax.runs.compilations.keep_programs", lambda where: None)
+    monkeypatch.setattr("icet_jax.report.headline", lambda folder: "worst" if folder == tmp_path else "")
+    if finished:
+        (tmp_path / "report.html").touch()
+    assert front_door.main([f"--mode={mode}", CONFIG, f"--workdir={tmp_path}"]) == 0
+    assert capsys.readouterr().out == shown
