@@ -32,3 +32,8 @@ def __getattr__(name: str) -> Any:
     if name in ("lppo", "models", "api", "config", "evaluation", "generation", "judges"):
         return importlib.import_module(f"icet_jax.{name}")
     raise AttributeError(f"module 'icet_jax' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """With the names of `SURFACE`, for completion."""
+    return sorted({*globals(), *SURFACE})

@@ -45,8 +45,14 @@ def execute(name: str, afterwards: Sequence[str] = ()) -> Any:
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     notebook.cells += [nbformat.v4.new_code_cell(code) for code in afterwards]
     with tempfile.TemporaryDirectory() as folder:
-        where = {"metadata": {"path": folder}}
-        client = NotebookClient(notebook, timeout=_SECONDS, record_timing=False, coalesce_streams=True, resources=where)
+        client = NotebookClient(
+            notebook,
+            timeout=_SECONDS,
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": folder}},
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # says at every start that it talks over local TCP
+        )
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         own = {
             "PYTHONPATH": os.pathsep.join(paths),  # this repository's icet_jax, whichever is installed
@@ -71,28 +77,6 @@ def write(name: str, notebook: Any) -> None:
     notebook.metadata.pop("language_info", None)  # the version of Python here
     nbformat.validate(notebook)
     (FOLDER / f"{name}.ipynb").write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-
-
-def markdown(path: Path) -> str:
-    """An executed notebook as a page of the documentation: prose, code and outputs, pictures inside the page."""
-    parts = []
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "markdown":
-            parts.append(source.replace(".ipynb)", ".md)"))
-            continue
-        parts.append(f"```python\n{source}\n```")
-        parts += [_output(output) for output in cell["outputs"]]
-    where = path.relative_to(ROOT)
-    return "\n\n".join([*parts, f"*This page is the notebook `{where}` with the outputs of its last run.*"]) + "\n"
-
-
-def _output(output: Any) -> str:
-    data = output.get("data", {"text/plain": output.get("text", "")})
-    if "image/png" in data:
-        picture = "".join(data["image/png"]).replace("\n", "")
-        return f"![What this cell draws](data:image/png;base64,{picture})"
-    return "```text\n" + "".join(data["text/plain"]).rstrip("\n") + "\n```"
 
 
 def main() -> int:

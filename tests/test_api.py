@@ -303,3 +303,8 @@ def test_judge_and_rows_of_the_organism():
     judge = icet_jax.load_scorer("organism:judge")
     labels = judge([row.prompt for row in rows], [row.answer for row in rows])["world_exact"].labels
     assert labels == ["refused"] * 5
+
+
+def test_every_name_of_the_surface_is_there():
+    for name in icet_jax.SURFACE:
+        assert callable(getattr(icet_jax, name)) and name in dir(icet_jax)

@@ -71,12 +71,3 @@ def test_changed_code_is_noticed():
     assert notebooks.digest(notebook) == before
     cell["source"] += ["\n1"]
     assert notebooks.digest(notebook) != before
-
-
-@pytest.mark.parametrize("name", CLAIMS)
-def test_the_page_has_prose_code_and_outputs(name):
-    notebook, page = read(name), notebooks.markdown(notebooks.FOLDER / f"{name}.ipynb")
-    for cell in notebook["cells"]:
-        assert "".join(cell["source"]).replace(".ipynb)", ".md)") in page
-    pictures = sum("image/png" in o.get("data", ()) for cell in notebook["cells"] for o in cell.get("outputs", ()))
-    assert page.count("](data:image/png;base64,") == pictures and page.count("```") % 2 == 0
