@@ -26,7 +26,7 @@ def test_runs_stand_before_or_after_the_flags(last, runs, tmp_path, capsys):
     [
         (["--mode=compare", "RUN", "RUN2"], "needs --out"),
         (["--mode=compare", "RUN", "--out=there"], "needs two or more run directories"),
-        (["--mode=sweep", "RUN", "--config=configs/organism_lppo.py"], "only --mode=compare takes run directories"),
+        (["--mode=sweep", "RUN", "--config=configs/organism_lppo.py"], "a run directory is for --mode=compare only"),
         (["--mode=compare", "RUN", "RUN2", "--out=file/below"], "cannot be written to"),
     ],
 )
