@@ -76,7 +76,7 @@ def iterate(events, kept=None, skip=False, checkpoint=None, algorithm=Algorithm,
     checkpoint = {"every": 2, "best": None, "best_is": "highest"} | (checkpoint or {})
     trainer._config = ConfigDict({"algorithm": "lppo", "log": {"every": 1}, "checkpoint": checkpoint, "lppo": lppo})
     trainer.algorithm, trainer._batches = algorithm(events, **options), Batches()
-    trainer.batch = trainer._arrays = lambda index: index
+    trainer._arrays, trainer._first = (lambda index: index), 0
     stability = Stability(trainer._config, {})
     return trainer._iterate(BEFORE, Kept(events) if kept is None else kept, Log(events), stability)
 
