@@ -17,7 +17,7 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -155,23 +155,47 @@ class Program:
         return _Kept(jitted, made, jax.tree.structure(results))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Kept:
     """A program over the leaves of its arguments and results."""
 
     jitted: Any
     made: export.Exported
     structure: Any
+    compiled: Any = None
 
     def __call__(self, arguments: Any) -> Any:
-        return jax.tree.unflatten(self.structure, self.jitted(*jax.tree.leaves(arguments)))
+        leaves = jax.tree.leaves(arguments)
+        if self.compiled is None:
+            self.compile(self.jitted.lower(*leaves))
+        try:
+            # Not by the jitted function: an exported program's results are tied to their device, and it would compile
+            # again for arguments that are and for those that are not.
+            results = self.compiled(*leaves)
+        except (TypeError, ValueError):  # before anything ran: these arguments lie elsewhere
+            results = self.jitted(*leaves)
+        return jax.tree.unflatten(self.structure, results)
 
-    def lower(self, arguments: Any) -> Any:
-        return self.jitted.lower(*jax.tree.leaves(arguments))
+    def lower(self, arguments: Any) -> "_Lowered":
+        return _Lowered(self, self.jitted.lower(*jax.tree.leaves(arguments)))
+
+    def compile(self, lowered: Any) -> Any:
+        self.compiled = lowered.compile()
+        return self.compiled
 
     def results(self) -> Any:
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.made.out_avals]
         return jax.tree.unflatten(self.structure, shapes)
+
+
+class _Lowered(NamedTuple):
+    """What compiles a program for its calls, as `jax.stages.Lowered` does."""
+
+    kept: _Kept
+    lowered: Any
+
+    def compile(self) -> Any:
+        return self.kept.compile(self.lowered)
 
 
 def _shapes(arguments: Any, static: dict[str, Any]) -> Any:

@@ -41,12 +41,18 @@ if mesh is not None:
 phases = learner.build(graphdef, settings, mesh)
 for _, program in phases.lowered(params, state, *inputs, exits, key):
     program.compile()
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, fun_name="", **__: compiled.append(fun_name) if name.endswith("backend_compile_duration") else None
+)
 first = state
 for _ in range(2):
     rollout = phases.rollout(params, state, *inputs, exits, key)
     state, batch, _ = phases.prepare(params, state, rollout, toy.token_score(rollout), np.ones(8, bool))
     state, metrics = phases.update(params, state, batch, key)
 assert first.trainable["value_head"]["kernel"].is_deleted(), "the state was not donated"
+phases_of_it = [name for name in compiled if any(part in name for part in ("sample", "prepare_columns", "learn"))]
+assert not phases_of_it, phases_of_it
 leaves = jax.tree.leaves((state.trainable, metrics, rollout.tokens))
 digest = [np.asarray(leaf).astype(np.float64).sum().hex() for leaf in leaves]
 print(json.dumps({"traced": len(traced), "digest": digest}))
