@@ -71,9 +71,8 @@ class Program:
         """
         self._name = f"{function.__module__}.{function.__qualname__}"
         self._about, self._donate, self._out_sharding = about, donate, out_sharding
-        self._options: dict[str, Any] = {"out_shardings": out_sharding}
         donated = () if donate is None else donate
-        self.jitted: Any = jax.jit(function, donate_argnums=donated, static_argnames=static, **self._options)
+        self.jitted: Any = jax.jit(function, donate_argnums=donated, static_argnames=static, out_shardings=out_sharding)
         self._kept: dict[Any, _Kept | None] = {}
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
@@ -96,8 +95,9 @@ class Program:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), found)
 
     def _find(self, arguments: Any, static: Any) -> "_Kept | None":
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
-        if _folder is None or self._about is None or traced or jax.process_count() > 1:
+        if _folder is None or self._about is None or jax.process_count() > 1:
+            return None
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
             return None
         shapes = _shapes(arguments, static)
         if shapes not in self._kept:
@@ -132,7 +132,7 @@ class Program:
             if made_of != jax.tree.structure(_described(described, arguments)):
                 return None
             head = json.dumps(described).encode()
-            made = export.export(jax.jit(flat, **self._options))(*leaves)
+            made = export.export(jax.jit(flat, out_shardings=self._out_sharding))(*leaves)
             body = bytes(made.serialize())
             write_bytes_atomic(path, b"\n".join((hashlib.sha256(head + body).hexdigest().encode(), head, body)))
         except (ValueError, NotImplementedError, UserError):
@@ -151,7 +151,7 @@ class Program:
             return made.call(*leaves)
 
         run.__name__ = self._name.rpartition(".")[2]
-        jitted = jax.jit(run, donate_argnums=tuple(donated), **self._options)
+        jitted = jax.jit(run, donate_argnums=tuple(donated), out_shardings=self._out_sharding)
         return _Kept(jitted, made, jax.tree.structure(results))
 
 

@@ -1,6 +1,5 @@
 """The phases of a run as programs that are compiled ahead of time, from shapes alone."""
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -78,9 +77,7 @@ class AbstractRun:
         self.settings: Settings = dataclasses.replace(settings, accumulation=slices(config, row_shards(mesh)))
 
         def start(params: Any) -> TrainState:
-            like = copy.copy(vlm)
-            like.params = params
-            return initial_state(config, like, self.settings)
+            return initial_state(config, vlm.with_weights(params), self.settings)
 
         state = jax.eval_shape(start, vlm.params)
         self.state: TrainState = placed(state, shardings(state, mesh))
