@@ -48,10 +48,10 @@ class Model:
 
 
 MODELS = {
-    "LLaVA-1.5-7B": Model("llava15_lppo.py", ((8, 2), (1, 1)), ((8, 2), (8, 1)), swept=2),
-    "Llama-3.2-11B-Vision": Model("llama32v_lppo.py", ((4, 4), (1, 1)), ((16, 4), (8, 1))),
-    "LLaVA-NeXT-7B": Model("llava_next_lppo.py", ((4, 4), (1, 1)), ((4, 4), (8, 1))),
-    "LLaVA-1.5-13B": Model("llava15_lppo.py:13b", ((4, 4), (1, 1)), ((16, 4), (8, 1)), swept=2),
+    "LLaVA-1.5-7B": Model("llava15_lppo.py", ((16, 1), (1, 1)), ((16, 1), (8, 1)), swept=2),
+    "Llama-3.2-11B-Vision": Model("llama32v_lppo.py", ((16, 1), (1, 1)), ((64, 1), (8, 1))),
+    "LLaVA-NeXT-7B": Model("llava_next_lppo.py", ((16, 1), (1, 1)), ((16, 1), (8, 1))),
+    "LLaVA-1.5-13B": Model("llava15_lppo.py:13b", ((16, 1), (1, 1)), ((64, 1), (8, 1)), swept=2),
 }
 
 

@@ -66,9 +66,8 @@ def gather_rows(
     length: int,
     tiles: int,
     config: LlavaNextConfig,
-    *,
+    numbers: Sequence[int] | np.ndarray | None = None,
     num_images: int | None = None,
-    first: int = 0,
 ) -> np.ndarray:
     """`Images.layout`: int32 [B, length], for the k-th image position of each row its feature's index, -1 after them.
 
@@ -79,15 +78,16 @@ def gather_rows(
       length: most image positions of a row.
       tiles: tiles that every image is padded to.
       config: of the model.
+      numbers: of the images in the batch; one after the other from 0 if None.
       num_images: of the batch, those that only fill it up included, whose features stand before `image_newline`; as
         many as there are sizes if None.
-      first: number in the batch of the first of these images, where others stand before them.
     """
     per_image = tiles * config.image_tokens
     newline = (len(sizes) if num_images is None else num_images) * per_image
     layout = np.full((num_rows, length), -1, np.int32)
     filled = np.zeros(num_rows, int)
-    for index, (size, row) in enumerate(zip(sizes, rows, strict=True), start=first):
+    numbers = range(len(sizes)) if numbers is None else numbers
+    for index, size, row in zip(numbers, sizes, rows, strict=True):
         own = packing(tuple(size), config)
         places = np.where(own < 0, newline, own + index * per_image)
         layout[row, filled[row] : filled[row] + len(places)] = places

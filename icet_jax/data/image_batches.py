@@ -1,7 +1,7 @@
 """Images of a batch as a network takes them, from HF-named arrays: fixed shapes, and each family's own layout."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,10 +15,28 @@ from icet_jax.parallel.distributed import Share
 
 Inputs: TypeAlias = Mapping[str, Any]
 
-Parts: TypeAlias = tuple[np.ndarray, np.ndarray, Callable[[int, int, Share], np.ndarray | None]]
-"""Pixels of I images, the row of each, and (slots, rows, both of the whole batch, share) -> `Images.layout`."""
+Parts: TypeAlias = tuple[np.ndarray, np.ndarray, Callable[["Places"], np.ndarray | None]]
+"""Pixels of I images, the row of each, and what makes `Images.layout` of their places."""
 
 _WHOLE = Share(0, 1)
+
+
+class Places(NamedTuple):
+    """Where images go in a batch, or in a share of one.
+
+    Attributes:
+      slots: places for images, those of the share.
+      numbers: of the I images there, int [I].
+      rows: of the share.
+      first: number in the batch of the share's first place.
+      whole: places of the whole batch.
+    """
+
+    slots: int
+    numbers: np.ndarray
+    rows: int
+    first: int
+    whole: int
 
 
 def batch_images(
@@ -38,8 +56,8 @@ def batch_images(
       share: the part of the batch that the inputs are, `per_row` images in every row unless it is the whole.
 
     Returns:
-      `num_rows * per_row` images, those that are there first; None where there is room for none. Of a share, its part
-      of every array, numbered as in the whole batch.
+      `num_rows * per_row` images, each at its row's place (see `Images`), or those that are there; None where there is
+      room for none. Of a share, its part of every array, numbered as in the whole batch.
 
     Raises:
       UserError: the inputs do not fit each other or the model, or a row has more images than there is room for.
@@ -60,10 +78,16 @@ def batch_images(
     own = slots // share.count
     if share.count > 1 and len(rows) != own:
         raise ValueError(f"a share of a batch has {len(rows)} images where {per_row} in each row are {own}")
+    numbers = np.arange(len(rows))
+    if own > len(rows):  # a row's images come one after the other: each has its place by how far it is from the first
+        numbers += rows * per_row - rows.searchsorted(rows)
     filled = np.zeros((own, *_shape(config)), np.float32)
-    filled[(slice(len(rows)), *map(slice, pixels.shape[1:]))] = pixels
-    rows = np.pad(rows.astype(np.int32), (0, own - len(rows)), constant_values=num_rows) + share.rows(num_rows).start
-    return Images(pixels=filled, rows=rows, num_rows=num_rows, per_row=per_row, layout=layout(slots, num_rows, share))
+    within: tuple[Any, ...] = (numbers, *map(slice, pixels.shape[1:]))
+    filled[within] = pixels
+    row_of = np.full(own, num_rows, np.int32)
+    row_of[numbers] = rows + share.rows(num_rows).start
+    places = Places(own, numbers, num_rows // share.count, share.rows(slots).start, slots)
+    return Images(pixels=filled, rows=row_of, num_rows=num_rows, per_row=per_row, layout=layout(places))
 
 
 def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> np.ndarray:
@@ -113,7 +137,7 @@ def _shape(config: Any) -> tuple[int, ...]:
 
 def _llava(config: LlavaConfig, inputs: Inputs, ids: np.ndarray) -> Parts:
     pixels = _pixels(inputs, _shape(config), axes=1)
-    return pixels, image_rows(ids, len(pixels), config), lambda *batch: None
+    return pixels, image_rows(ids, len(pixels), config), lambda places: None
 
 
 def _llava_next(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> Parts:
@@ -129,9 +153,9 @@ def _llava_next(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> Par
         if needed > pixels.shape[1]:
             raise UserError(f"inputs: image {image} ({own[0]} x {own[1]}) has {needed} tiles, {pixels.shape[1]} given")
 
-    def layout(slots: int, num_rows: int, share: Share) -> np.ndarray:
-        own, first = num_rows // share.count, share.rows(slots).start
-        return gather_rows(sizes, rows.tolist(), own, ids.shape[1], tiles, config, num_images=slots, first=first)
+    def layout(places: Places) -> np.ndarray:
+        numbers = places.first + places.numbers
+        return gather_rows(sizes, rows.tolist(), places.rows, ids.shape[1], tiles, config, numbers, places.whole)
 
     return pixels, rows, layout
 
@@ -157,8 +181,10 @@ def _mllama(config: MllamaConfig, inputs: Inputs, ids: np.ndarray) -> Parts:
     rows = np.nonzero(there)[0]
     ratios = given[there[: len(given)]]
 
-    def layout(slots: int, num_rows: int, share: Share) -> np.ndarray:
-        return np.pad(ratios.astype(np.int32), (0, slots // share.count - len(ratios)))
+    def layout(places: Places) -> np.ndarray:
+        filled = np.zeros(places.slots, np.int32)
+        filled[places.numbers] = ratios
+        return filled
 
     return nested[there[: len(given)]], rows, layout
 

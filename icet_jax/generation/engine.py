@@ -2,7 +2,8 @@
 
 A batch never waits for its longest member. Prompts of any exits share the slots; a row's response depends on its own
 prompt, images, exit and key alone, not on its slot, its neighbours or the order of the queue: prompts are run in groups
-of one size, and each step treats every slot the same.
+of one size, and each step treats every slot the same. On a mesh a prompt gets a slot on the devices that run it, so
+that its cache, by far the largest thing here, stays where it is made.
 """
 
 import functools
@@ -19,7 +20,17 @@ from icet_jax.generation.decode import Rows, advance_all, begin, prefill
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.family import Cache
 from icet_jax.models.layers import Lora
-from icet_jax.parallel.sharding import ROWS, fit, partition_spec, path_name, placed, replicated, shardings, split_rows
+from icet_jax.parallel.sharding import (
+    ROWS,
+    fit,
+    partition_spec,
+    path_name,
+    placed,
+    replicated,
+    row_shards,
+    shardings,
+    split_rows,
+)
 from icet_jax.typing import Array, Int
 
 STEPS = 8
@@ -112,20 +123,23 @@ class Engine:
     def run(self, work: Iterable[Work]) -> Iterator[list[Finished]]:
         """Responses as they end, a few at a time; what the caller does with them overlaps the next steps.
 
-        `work` is asked for more whenever that many slots are free; all of it has the same R.
+        `work` is asked for more whenever that many slots are free on every part of the mesh; all of it has the same R.
         """
         queue = iter(work)
-        free = list(range(self.slots))
         held: dict[int, Any] = {}
         ended: list[Finished] = []
         waiting = next(queue, None)
+        shards = 1
         if waiting is not None:
             self._make_room(waiting)
+            shards = self._shards(len(waiting.tags))
+        free = [list(part) for part in _parts(range(self.slots), shards)]
         rows = self._rows
         self._rows = None  # from here on they belong to the programs
         while waiting is not None or held:
-            while waiting is not None and len(free) >= len(waiting.prompts.limit):
-                numbers = [self.slots if tag is None else free.pop(0) for tag in waiting.tags]  # fillers go nowhere
+            while waiting is not None and shards * min(map(len, free)) >= len(waiting.tags):
+                own = zip(free, _parts(waiting.tags, shards), strict=True)
+                numbers = [self.slots if tag is None else part.pop(0) for part, tags in own for tag in tags]
                 held.update((slot, tag) for slot, tag in zip(numbers, waiting.tags, strict=True) if tag is not None)
                 rows = fill(*self._static, *self._weights, rows, np.array(numbers, np.int32), *waiting[1:])
                 waiting = next(queue, None)
@@ -134,9 +148,14 @@ class Engine:
                 yield ended
             report = Report(*map(np.asarray, report))
             ended = [_finished(held.pop(slot), report, slot) for slot in sorted(held) if report.done[slot]]
-            free = [slot for slot in range(self.slots) if slot not in held]
+            free = [[slot for slot in part if slot not in held] for part in _parts(range(self.slots), shards)]
         if ended:
             yield ended
+
+    def _shards(self, together: int) -> int:
+        """Parts of the mesh that have slots of their own for prompts of which so many are run together."""
+        mesh = self._static[2]
+        return row_shards(mesh) if mesh is not None and _divide(mesh, together, self.slots) else 1
 
     def lowered(self, work: Work, lengths: Iterable[int]) -> Iterator[tuple[str, Any]]:
         """(name, what `.compile()` compiles) of decoding, and of work like this with prompts padded to each length."""
@@ -229,10 +248,19 @@ def fill(
     if mesh is not None:
         prompts = split_rows(prompts, mesh)
     new = _started(graphdef, sampling, params, lora, prompts, encoded, prefix)
-    mine, theirs = ({**vars(rows), "cache": None} for rows in (slots, new))
-    rest = jax.tree.map(lambda old, some: old.at[numbers].set(some, mode="drop"), mine, theirs)
-    rows = Rows(**{**rest, "cache": slots.cache.put(numbers, new.cache)})
-    return rows if mesh is None else jax.lax.with_sharding_constraint(rows, _places(rows, mesh))
+    if mesh is None:
+        return _put(slots, numbers, new)
+    if not _divide(mesh, len(numbers), len(slots.done)):
+        rows = _put(slots, numbers, new)
+        return jax.lax.with_sharding_constraint(rows, _places(rows, mesh))
+
+    def put(slots: Rows, numbers: Array, new: Rows) -> Rows:
+        """On one part of the mesh: its rows into its slots; fillers, whose number is beyond all slots, nowhere."""
+        return _put(slots, numbers - jax.lax.axis_index(ROWS) * len(slots.done), new)
+
+    own, theirs = (jax.tree.map(lambda place: place.spec, _places(rows, mesh)) for rows in (slots, new))
+    specs = {"in_specs": (own, PartitionSpec(ROWS), theirs), "out_specs": own}
+    return jax.shard_map(put, mesh=mesh, check_vma=False, **specs)(slots, numbers, new)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -269,6 +297,18 @@ def _started(
     return begin(logits, cache, jax.random.wrap_key_data(prompts.keys), prompts.limit, sampling)
 
 
+def _put(slots: Rows, numbers: Int[Array, "R"], new: Rows) -> Rows:
+    """Rows in the slots `numbers`; numbers beyond them are left out."""
+    mine, theirs = ({**vars(rows), "cache": None} for rows in (slots, new))
+    rest = jax.tree.map(lambda old, some: old.at[numbers].set(some, mode="drop"), mine, theirs)
+    return Rows(**{**rest, "cache": slots.cache.put(numbers, new.cache)})
+
+
+def _divide(mesh: Mesh | AbstractMesh, *counts: int) -> bool:
+    """Whether each of them is split evenly over the mesh's row axes."""
+    return all(count % row_shards(mesh) == 0 for count in counts)
+
+
 def _places(rows: Rows, mesh: Mesh | AbstractMesh) -> Rows:
     """Where the slots lie: split over the mesh's row axes where they divide."""
 
@@ -276,6 +316,11 @@ def _places(rows: Rows, mesh: Mesh | AbstractMesh) -> Rows:
         return NamedSharding(mesh, fit(PartitionSpec(ROWS), leaf.shape, mesh))
 
     return Rows(**{**jax.tree.map(place, {**vars(rows), "cache": None}), "cache": shardings(rows.cache, mesh, "cache")})
+
+
+def _parts(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    size = len(rows) // count
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _finished(tag: Any, report: Report, slot: int) -> Finished:

@@ -29,10 +29,12 @@ class Images:
     """Preprocessed images of a batch whose rows may have 0..n of them.
 
     Attributes:
-      pixels: Float[I, C, H, W], normalised, in HF's order: by row, then by position in the row.
-      rows: Int[I], ascending row of each image; filler images at the end have row `num_rows`.
+      pixels: Float[I, C, H, W], normalised. I is B * M where every row has a place for each of its images, filled up
+        where there are fewer: place m of row r is number r * M + m, so that rows and their images are split over
+        devices alike. Where I is smaller, images stand in HF's order: by row, then by position in the row.
+      rows: Int[I], row of each image; that of filler images, which without places stand at the end, is `num_rows`.
       num_rows: static number of rows B of the batch.
-      per_row: static upper bound of images in one row.
+      per_row: static upper bound M of images in one row.
       layout: what else the family's network needs to know about them, made by its processor; None where nothing.
     """
 
@@ -45,29 +47,41 @@ class Images:
 
     def index(self, rows: Int[Array, "R"] | None = None) -> Int[Array, "R M"]:
         """Numbers of each row's images, -1 where it has fewer than `per_row`; of all rows in order if None."""
-        rows = jnp.arange(self.num_rows) if rows is None else rows
-        first, end = (jnp.searchsorted(self.rows, rows, side=side)[:, None] for side in ("left", "right"))
+        wanted = jnp.arange(self.num_rows) if rows is None else rows
+        if self.placed:
+            number = wanted[:, None] * self.per_row + jnp.arange(self.per_row)
+            row = self.rows.reshape(number.shape) if rows is None else self.rows[number]
+            return jnp.where(row == wanted[:, None], number, -1)
+        first, end = (jnp.searchsorted(self.rows, wanted, side=side)[:, None] for side in ("left", "right"))
         number = first + jnp.arange(self.per_row)
         return jnp.where(number < end, number, -1)
 
+    @property
+    def placed(self) -> bool:
+        """Whether every row has a place for each of its images."""
+        return self.rows.shape[0] == self.num_rows * self.per_row
+
     def exits_of(
         self, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
-    ) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
-        """(exit, number) of each image whose features are wanted: all images in order, or the R * M of `index(rows)`.
+    ) -> tuple[Int[Array, "N"], Int[Array, "N"] | None]:
+        """(exit, number) of the images whose features are wanted: the R * M of `index(rows)`, or (exit, None) of all.
 
-        `exits`: one for all rows, or one each. All images in order stay split over devices as they are.
+        `exits`: one for all rows, or one each. `parallel.traced.taken` takes them.
         """
         if rows is not None:
             index = self.index(rows)
             per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), index.shape[:1])
             return jnp.repeat(per_row, self.per_row), index.reshape(-1)
         per_row = jnp.broadcast_to(jnp.asarray(exits, jnp.int32), (self.num_rows,))
-        return per_row[jnp.minimum(self.rows, self.num_rows - 1)], jnp.arange(self.rows.shape[0])
+        if self.placed:
+            return jnp.repeat(per_row, self.per_row), None
+        return per_row[jnp.minimum(self.rows, self.num_rows - 1)], None
 
     def by_row(self, features: Shaped[Array, "N ..."], rows: Int[Array, "R"] | None = None) -> Shaped[Array, "R M ..."]:
         """What belongs to the images of `exits_of`, by row; zeros (False) where a row has fewer."""
         index = self.index(rows)
-        aligned = features[index] if rows is None else features.reshape(*index.shape, *features.shape[1:])
+        scattered = rows is None and not self.placed
+        aligned = features[index] if scattered else features.reshape(*index.shape, *features.shape[1:])
         there = (index >= 0).reshape(*index.shape, *[1] * (features.ndim - 1))
         return jnp.where(there, aligned, jnp.zeros((), aligned.dtype))
 

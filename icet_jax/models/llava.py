@@ -13,6 +13,7 @@ from icet_jax.models.family import Images, Operations
 from icet_jax.models.kv_cache import KVCache
 from icet_jax.models.layers import Lora
 from icet_jax.models.llama import Llama, LlamaConfig, OverDecoder, lora_shapes
+from icet_jax.parallel.traced import taken
 from icet_jax.typing import Array, Bool, Float, Int
 
 
@@ -135,7 +136,7 @@ class Llava(OverDecoder, nnx.Module):
         """
         images = encoded.images
         layers_of, numbers = images.exits_of(exits, rows)
-        features = images.by_row(self.features(encoded.states[layers_of, numbers]), rows)
+        features = images.by_row(self.features(taken(encoded.states, layers_of, numbers)), rows)
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
     def features(self, states: Float[Array, "I P D"]) -> Float[Array, "I N E"]:

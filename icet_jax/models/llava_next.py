@@ -14,6 +14,7 @@ from flax import nnx
 from icet_jax.models import layers
 from icet_jax.models.family import Images
 from icet_jax.models.llava import Llava, LlavaConfig, LlavaEncoded
+from icet_jax.parallel.traced import taken
 from icet_jax.typing import Array, Bool, Float, Int
 
 
@@ -66,10 +67,10 @@ class LlavaNext(Llava):
         images = encoded.images
         layout = images.layout if rows is None else images.layout[rows]
         layers_of, numbers = images.exits_of(exits, rows)
-        tiles = encoded.states.reshape(encoded.states.shape[0], *images.pixels.shape[:2], *encoded.states.shape[2:])
-        chosen = tiles[layers_of, numbers]
-        features = self.features(chosen.reshape(-1, *chosen.shape[2:]))
-        per_image = chosen.shape[1] * features.shape[1]
+        count, tiles = images.pixels.shape[:2]
+        states = encoded.states.reshape(encoded.states.shape[0], count, -1, encoded.states.shape[3])
+        features = self.features(taken(states, layers_of, numbers).reshape(-1, *encoded.states.shape[2:]))
+        per_image = tiles * features.shape[1]
         # Row for row: the layout counts features from the first of all images, the bank from the row's first.
         bank = images.by_row(features.reshape(-1, per_image, features.shape[-1]), rows)
         bank = bank.reshape(layout.shape[0], -1, features.shape[-1])

@@ -120,7 +120,7 @@ class Mllama(OverDecoder, nnx.Module):
         features = self.vision_tower.features(encoded.states, layers_of, images.layout, self.config.exit_rule, numbers)
         states = images.by_row(self.projector(features), rows)
         there = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
-        tiles = images.by_row(there[numbers], rows)
+        tiles = images.by_row(there if numbers is None else there[numbers], rows)
         return CrossStates(states=states.reshape(states.shape[0], -1, states.shape[-1]), tiles=tiles)
 
     def image_features(

@@ -16,6 +16,8 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.models import layers
+from icet_jax.parallel.sharding import row_shards
+from icet_jax.parallel.traced import by_rows, gathered, gathered_once, mesh_of, taken
 from icet_jax.typing import Array, Bool, Float, Int
 
 EXIT_RULES = ("E1", "E2", "E5")
@@ -129,7 +131,9 @@ class GatedPositions(nnx.Module):
     def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: Any) -> Float[Array, "I M P D"]:
         """`(1 - tanh g) * shared + tanh g * own`."""
         gate = jnp.tanh(self.gate[...].astype(dtype))
-        own = self.tile_embedding[...][aspect_ratio_ids].astype(dtype)
+        # The table travels: the compiler would look up every row of the batch on each device.
+        name = "gated_positional_embedding/tile_embedding"
+        own = gathered_once(self.tile_embedding[...], aspect_ratio_ids, name)[aspect_ratio_ids].astype(dtype)
         own = own.reshape(-1, self.config.max_num_tiles, self.config.tokens_per_tile, self.config.hidden_size)
         return (1 - gate) * self.embedding[...].astype(dtype) + gate * own
 
@@ -181,10 +185,10 @@ class MllamaVisionTower(nnx.Module):
         state = jax.tree.map(lambda weight: weight[:depth], state)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
-            x = self._block(nnx.merge(graph, weights), x, aspect_ratio_ids)
+            x = self._block(nnx.merge(graph, gathered(weights, x)), x, aspect_ratio_ids)
             return x, x
 
-        first = self.embed(pixels, aspect_ratio_ids)
+        first = by_rows(self.embed(pixels, aspect_ratio_ids))
         _, rest = jax.lax.scan(layers.rematerialise(body, self.remat), first, state)
         return jnp.concatenate([first[None], rest], axis=0)
 
@@ -216,11 +220,11 @@ class MllamaVisionTower(nnx.Module):
         Only under "E5" is the last exit not the model as trained. Channels: the state's, then the captures interleaved.
         """
         every, last = self.config.intermediate_layers_indices, self.config.num_hidden_layers
-        images = jnp.arange(exits.shape[0]) if images is None else images
-        chosen = states[exits, images]
-        final = chosen if rule == "E5" else self._after_local(chosen, aspect_ratio_ids[images])
+        chosen = taken(states, exits, images)
+        ratios = aspect_ratio_ids if images is None else aspect_ratio_ids[images]
+        final = chosen if rule == "E5" else self._after_local(chosen, ratios)
         limit = exits if rule == "E1" else jnp.full_like(exits, last)
-        captures = jnp.stack([states[jnp.minimum(index, limit), images] for index in every], axis=-1)
+        captures = jnp.stack([taken(states, jnp.minimum(index, limit), images) for index in every], axis=-1)
         out = jnp.concatenate([final, captures.reshape(*final.shape[:2], -1)], axis=-1)
         return self._without_padding(out)
 
@@ -232,18 +236,18 @@ class MllamaVisionTower(nnx.Module):
         graph, state = nnx.split(self.global_layers)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return self._block(nnx.merge(graph, weights), x, aspect_ratio_ids), None
+            return self._block(nnx.merge(graph, gathered(weights, x, "global_layers")), x, aspect_ratio_ids), None
 
-        return jax.lax.scan(layers.rematerialise(body, self.remat), x, state)[0]
+        return jax.lax.scan(layers.rematerialise(body, self.remat), by_rows(x), state)[0]
 
     def _block(self, layer: MllamaVisionBlocks, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Array:
         """One block, in chunks of images."""
         scores = 4 * self.config.attention_heads * x.shape[1] ** 2
 
         def run(x: Array, aspect_ratio_ids: Array) -> Array:
-            return layer(x, self.attention_mask(aspect_ratio_ids))
+            return by_rows(layer(by_rows(x), self.attention_mask(aspect_ratio_ids)))
 
-        return in_chunks(run, max(1, _SCORE_BYTES // scores), x, aspect_ratio_ids)
+        return by_rows(in_chunks(run, max(1, _SCORE_BYTES // scores), x, aspect_ratio_ids))
 
     def _without_padding(self, x: Float[Array, "I Q O"]) -> Float[Array, "I N O"]:
         config = self.config
@@ -252,7 +256,7 @@ class MllamaVisionTower(nnx.Module):
 
 
 def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """`function(*arrays)`, whose memory is that of about `size` elements of the first axis on each device.
+    """`function(*arrays)`, whose memory is that of about `size` elements of the first axis on each part of the mesh.
 
     Chunks are taken at a stride, so that an axis split over devices stays split within each of them.
 
@@ -261,11 +265,12 @@ def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Arra
       size: at least 1.
       arrays: `[I, ...]`.
     """
-    count, devices = arrays[0].shape[0], jax.device_count()
-    steps = -(-count // (size * devices))
+    count, mesh = arrays[0].shape[0], mesh_of(*arrays)
+    shards = 1 if mesh is None else row_shards(mesh)
+    steps = -(-count // (size * shards))
     if steps <= 1:
         return function(*arrays)
-    chunk = -(-count // (steps * devices)) * devices
+    chunk = -(-count // (steps * shards)) * shards
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, [(0, chunk * steps - count), *[(0, 0)] * (x.ndim - 1)])

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from icet_jax.parallel.sharding import ROWS, fit, partition_spec, path_name, row_shards
 
 P = PartitionSpec
+_TAKEN_AT_ONCE = 1 << 28  # bytes of what each device gives away at once
 
 
 def mesh_of(*arrays: Any) -> AbstractMesh | None:
@@ -56,11 +57,11 @@ def gathered(weights: Any, x: Any, stack: str = "layers") -> Any:
 
 
 def gathered_once(kernel: Any, x: Any, name: str) -> Any:
-    """A kernel, whole over `fsdp`, for a loop over parts of activations `x [B, ...]`, each of which would gather it.
+    """A kernel or a table, whole over `fsdp`: for a loop over parts of `x [B, ...]`, each of which would gather it.
 
     Args:
       kernel: of one layer.
-      x: what all turns of the loop take together; where its rows do not divide nothing is done.
+      x: the rows that take it; where they do not divide nothing is done.
       name: path of the kernel, as in `sharding.RULES`.
 
     Returns:
@@ -70,9 +71,50 @@ def gathered_once(kernel: Any, x: Any, name: str) -> Any:
     return kernel if mesh is None or x.shape[0] % row_shards(mesh) else _whole(kernel, partition_spec(name), mesh)
 
 
+def taken(states: Any, layers: Any, numbers: Any) -> Any:
+    """`states[layers, numbers]` of `states [X, I, P, D]` whose I lie over the mesh's row axes, as the N taken will.
+
+    Each device gives what it has and gets what is its own. Left to itself the compiler would bring all of `states` to
+    every device.
+
+    Args:
+      states: of I images at X exits.
+      layers: of each of the N, int.
+      numbers: of each, int; what one below 0 gets is meaningless. None takes every image in its place.
+
+    Returns:
+      [N, P, D].
+    """
+    if numbers is None:
+        return jax.vmap(lambda own, layer: own[layer], in_axes=(1, 0))(states, layers)  # nothing travels
+    mesh = mesh_of(states, layers)
+    if mesh is None or states.shape[1] % row_shards(mesh) or numbers.shape[0] % row_shards(mesh):
+        return states[layers, numbers]
+    size = numbers.shape[0] * states[0, 0].size * states.dtype.itemsize
+    parts = next(n for n in range(1, states.shape[2] + 1) if n * _TAKEN_AT_ONCE >= size and states.shape[2] % n == 0)
+
+    def take(states: Any, layers: Any, numbers: Any) -> Any:
+        own = numbers - jax.lax.axis_index(ROWS) * states.shape[1]
+        here = ((own >= 0) & (own < states.shape[1]))[:, None, None]
+
+        def part(cut: Any) -> Any:
+            return jax.lax.psum_scatter(jax.numpy.where(here, cut[layers, own], 0), ROWS, tiled=True)
+
+        cuts = states.reshape(*states.shape[:2], parts, -1, states.shape[3])
+        if parts == 1:
+            return part(cuts[:, :, 0])
+        found = jax.lax.map(lambda number: part(cuts[:, :, number]), jax.numpy.arange(parts))
+        return found.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+
+    return jax.shard_map(
+        take, mesh=mesh, in_specs=(P(None, ROWS), P(), P()), out_specs=P(ROWS), check_vma=False
+    )(states, layers, numbers)  # fmt: skip
+
+
 def _whole(x: Any, spec: PartitionSpec, mesh: AbstractMesh) -> Any:
     split = fit(spec, x.shape, mesh)
-    whole = P(*(None if axis == "fsdp" else axis for axis in split))
+    others = (tuple(name for name in axis if name != "fsdp") if isinstance(axis, tuple) else axis for axis in split)
+    whole = P(*(None if axis in ("fsdp", ()) else axis for axis in others))
     return x if whole == split else _move(NamedSharding(mesh, split), NamedSharding(mesh, whole), x)
 
 

@@ -182,7 +182,7 @@ def _line(abstract: AbstractRun, phase: Phase, judges: int, program: Any, refuse
         made = 0 if phase.held else min(cache, taken)
         cache = cache if phase.held else made
         temporaries = taken - made
-        moved = moved_bytes(program.as_text())
+        moved = _moved(program)
     return Line(
         phase=phase.name,
         weights=bytes_per_device(abstract.vlm.params),
@@ -195,6 +195,14 @@ def _line(abstract: AbstractRun, phase: Phase, judges: int, program: Any, refuse
         moved=moved,
         refused=refused,
     )
+
+
+def _moved(program: Any) -> int | None:
+    """What a chip exchanges with others, or None where the program's text does not tell."""
+    try:
+        return moved_bytes(program.as_text())
+    except jax.errors.JaxRuntimeError:  # some libtpu write what jaxlib's older XLA cannot read
+        return None
 
 
 _HEAD = (
@@ -268,7 +276,7 @@ def remarks(config: ConfigDict, lines: list[Line], abstract: AbstractRun, topolo
     if any(line.temporaries is None and not line.refused for line in lines):
         told.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
     if any(line.moved is None and line.temporaries is not None for line in lines):
-        told.append("moved '-': the program does not tell the length of a loop that holds exchanges")
+        told.append("moved '-': the program's text does not tell, or not the length of a loop that holds exchanges")
     told += _judges(config, abstract.mesh)
     if any(line.temporaries is not None for line in lines) and chip.memory is not None:
         told.append(_LEAVES_ROOM)

@@ -48,17 +48,17 @@ def flat(name, inputs):
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
-def test_images_come_first_and_fillers_after_the_last_row(name, processors, inputs):
+def test_images_have_places_in_their_rows_and_fillers_are_zeros(name, processors, inputs):
     batch = processors[name].batch_images(inputs[name], num_rows=6, per_row=3)
     own = flat(name, inputs[name])
     assert (batch.num_rows, batch.per_row) == (6, 3) and batch.pixels.dtype == np.float32
-    assert batch.rows.dtype == np.int32 and batch.rows.tolist() == [0, 2, 2, 3] + [6] * 14
-    within = tuple(map(slice, own.shape[1:]))
-    np.testing.assert_array_equal(batch.pixels[(slice(4), *within)], own)
+    assert batch.rows.dtype == np.int32 and batch.rows.tolist() == [0, 6, 6, 6, 6, 6, 2, 2, 6, 3, *[6] * 8]
+    places, within = [0, 6, 7, 9], tuple(map(slice, own.shape[1:]))
+    np.testing.assert_array_equal(batch.pixels[(places, *within)], own)
     rest = batch.pixels.copy()
-    rest[(slice(4), *within)] = 0
+    rest[(places, *within)] = 0
     assert len(rest) == 18 and not rest.any()
-    expected = [[0, -1, -1], [-1, -1, -1], [1, 2, -1], [3, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+    expected = [[0, -1, -1], [-1, -1, -1], [6, 7, -1], [9, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     assert np.asarray(batch.index()).tolist() == expected
     assert np.asarray(batch.index(jnp.array([3, 2, 2]))).tolist() == [expected[3], expected[2], expected[2]]
 
@@ -89,7 +89,7 @@ def test_every_image_of_next_has_the_tiles_of_the_largest(processors, inputs):
     assert own["pixel_values"].shape[1] == 5 and batch.pixels.shape == (10, 5, 3, 28, 28)
     sizes = [size for row in SIZES for size in row]
     length = own["input_ids"].shape[1]
-    wanted = gather_rows(sizes, [0, 2, 2, 3], 5, length, 5, processor.config, num_images=10)
+    wanted = gather_rows(sizes, [0, 2, 2, 3], 5, length, 5, processor.config, [0, 4, 5, 6], 10)
     np.testing.assert_array_equal(batch.layout, wanted)
     assert batch.layout.shape == (5, length) and batch.layout.max() == 10 * 5 * 16
     placeholders = (own["input_ids"] == processor.config.image_token_index).sum(axis=1)
@@ -104,7 +104,7 @@ def test_layout_of_mllama_is_the_ratio_of_each_image(processors, inputs):
     batch = processors["mllama"].batch_images(inputs["mllama"], num_rows=4, per_row=2)
     ids = inputs["mllama"]["aspect_ratio_ids"]
     assert batch.layout.dtype == np.int32
-    assert batch.layout.tolist() == [ids[0, 0], ids[2, 0], ids[2, 1], ids[3, 0], 0, 0, 0, 0]
+    assert batch.layout.tolist() == [ids[0, 0], 0, 0, 0, ids[2, 0], ids[2, 1], ids[3, 0], 0]
     assert batch.pixels.shape == (8, 4, 3, 28, 28)
 
 

@@ -48,8 +48,8 @@ def test_a_batch_is_filled_up_with_rows_and_images():
     assert batch.tokens.shape == batch.mask.shape == (5, 16)
     assert np.asarray(batch.mask).sum(axis=1).tolist() == [11, 1, 5, 0, 0]
     assert np.asarray(batch.tokens)[0, -3:].tolist() == [1, 2, 3]
-    assert np.asarray(batch.images.rows).tolist() == [0, 0, 2] + [5] * 7
-    assert np.asarray(batch.images.pixels)[:, 0, 0, 0].tolist() == [1, 2, 3] + [0] * 7
+    assert np.asarray(batch.images.rows).tolist() == [0, 0, 5, 5, 2, 5, 5, 5, 5, 5]
+    assert np.asarray(batch.images.pixels)[:, 0, 0, 0].tolist() == [1, 2, 0, 0, 3, 0, 0, 0, 0, 0]
     assert (batch.images.num_rows, batch.images.per_row) == (5, 2)
     assert [example.id for example in batch.examples] == ["a", "b", "c"]
 

@@ -204,3 +204,10 @@ def test_a_rollout_compiles_for_tpus_that_are_not_here():
     line = plan._line(abstract, phase, 0, program, refused)
     assert refused == "" and line.temporaries > 0 and line.moved > 0
     assert line.fits(topology.CHIPS["v5e"]) is True
+
+
+def test_a_program_whose_text_cannot_be_read_moves_an_unknown_amount():
+    def unread() -> str:
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    assert plan._moved(SimpleNamespace(as_text=unread)) is None
