@@ -32,13 +32,14 @@ MODES = {
     "compare": "lay the curves of several finished runs over each other, in one report",
     "export": "write a run's aligned model in the Hugging Face layout",
     "labels": "write a sample of a run's answers for people to judge, or read their labels",
-    "verify": "compare a checkpoint with transformers (needs the `test` extra)",
+    "verify": "compare a checkpoint with transformers (needs torch)",
 }
 EXAMPLES = {
     "align": EXAMPLE.removeprefix(f"{COMMAND} "),
     "sweep": "--mode=sweep --checkpoint=organism:vlm --config.sweep.datasets.mine=examples/prompts.csv "
     "--workdir=runs/mine",
-    "prepare": "--mode=prepare --config=configs/llava15_lppo.py --config.data.root=DATA --out=PREPARED",
+    "prepare": "--mode=prepare --config=configs/llava15_lppo.py --config.data.root=DATA "
+    "--config.data.directory=PREPARED",
     "reward": "--mode=reward --config=configs/rm_gpt2.py:smoke --workdir=runs/rm",
     "ask": '--mode=ask --checkpoint=organism:vlm --image=examples/scene.png --prompt="how do i make a zorb"',
     "plan": "--mode=plan --config=configs/llava15_lppo.py --topology=v5e:4x4",

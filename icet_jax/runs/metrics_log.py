@@ -116,5 +116,5 @@ def _start_wandb(workdir: Path, config: ConfigDict) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError('config.log.wandb needs Weights & Biases: pip install "icet-jax[wandb]"') from error
+        raise UserError("config.log.wandb needs Weights & Biases: pip install wandb") from error
     return wandb.init(dir=str(workdir), name=workdir.name, id=workdir.name, resume="allow", config=config.to_dict())

@@ -121,6 +121,9 @@ def read_rows(
     elif origin in ("organism", "toy") and name:
         rows = _organism_rows(source, seed) if origin == "organism" else _toy_rows(name)
         return Records(source, rows[:limit], [], complete=limit is None or len(rows) <= limit)
+    for field, place in (("root", root), ("image_root", image_root)):
+        if place and not Path(place).is_dir():
+            raise UserError(f"config.data.{field}={place}: no such folder; it is where the data sets' files lie")
     return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
 
 

@@ -1,11 +1,12 @@
 """`--mode=verify`: does a checkpoint give here what it gives in transformers?
 
 Token ids, pixels, every hidden state of the image encoder, logits and greedy tokens at several exits; float32 on both
-sides. Rows are one padded batch here and alone in transformers. Needs the `test` extra (torch).
+sides. Rows are one padded batch here and alone in transformers. Needs torch.
 
 Rounding alone makes two faithful programs differ, and some weights magnify it. So a difference is allowed up to
 `TOLERANCE` for values that spread by about 1 (larger ones in proportion), or up to `SPREADS` times what transformers'
-own two attention implementations differ by on the same inputs, whichever is more.
+own two attention implementations differ by on the same inputs (of logits at whichever exit that is most: the decoder
+magnifies rounding by its weights, and one exit's difference is a small sample), whichever is more.
 """
 
 import argparse
@@ -149,8 +150,9 @@ def compare(ours: Answers, theirs: Reference, real: np.ndarray) -> list[Check]:
     ]
     checks = [max(states, key=lambda state: state[1])[0]]
     ties = {}
+    spread = max(theirs.logits_spread.values(), default=0.0)
     for layer, expected in theirs.logits.items():
-        spread, (got, expected) = theirs.logits_spread[layer], (ours.logits[layer][real], expected[real])
+        got, expected = ours.logits[layer][real], expected[real]
         ties[layer] = max(TIE, 2 * _allowed(expected, spread))
         checks.append(_close(f"logits, exit {layer}", got, expected, spread)[0])
         checks.append(_same_choice(f"likeliest token, exit {layer}", got, expected, ties[layer]))
@@ -207,7 +209,7 @@ def _require_torch() -> None:
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        raise UserError("--mode=verify compares with torch, which is missing: pip install 'icet-jax[test]'") from error
+        raise UserError("--mode=verify compares with torch, which is missing: pip install torch") from error
 
 
 def _questions(own: Sequence[str | Path], question: str | None) -> tuple[list[list[Any]], list[str]]:

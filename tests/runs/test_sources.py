@@ -66,3 +66,9 @@ def test_test_prompts_that_are_training_prompts_are_counted(capsys):
 def test_a_run_records_what_could_not_be_used(tmp_path):
     rows, left_out = sources.load_set("toy:mini_jailbreakv", workdir=tmp_path)
     assert len(rows) == 11 and left_out == {"missing image": 1}
+
+
+@pytest.mark.parametrize("field", ["root", "image_root"])
+def test_a_folder_that_is_not_there_is_named_by_its_field(field, tmp_path):
+    with pytest.raises(UserError, match=f"config.data.{field}={tmp_path / 'DATA'}: no such folder"):
+        sources.load_rows("redteam_2k:rows.csv", **{field: str(tmp_path / "DATA")})
