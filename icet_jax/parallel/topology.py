@@ -127,9 +127,7 @@ def _cpu_devices(topology: Topology) -> list[Any]:
 
 def _tpu_devices(topology: Topology) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology={topology.name}: compiling for TPUs needs the `tpu` extra: pip install 'jax[tpu]'"
-        )
+        raise UserError(f"--topology={topology.name}: compiling for TPUs needs the `tpu` extra: pip install 'jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks for the metadata of a TPU machine
     # Nothing here runs on a TPU, so that another process of this machine, which may have one, need not be waited for.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
