@@ -64,15 +64,14 @@ def batch_images(
     """
     ids = np.asarray(inputs["input_ids"])
     pixels, rows, layout = _FAMILIES[type(config)](config, inputs, ids)
-    most = int(np.bincount(rows).max(initial=0))
+    counts: list[int] = np.bincount(rows).tolist()
+    most = max(counts, default=0)
     if per_row is None:
         per_row, slots = most, len(rows)
     else:
         slots = num_rows * per_row
     if most > per_row:
-        raise UserError(
-            f"inputs: row {int(np.bincount(rows).argmax())} has {most} images, but there is room for {per_row}"
-        )
+        raise UserError(f"inputs: row {counts.index(most)} has {most} images, but there is room for {per_row}")
     if not slots:
         return None
     own = slots // share.count

@@ -105,8 +105,9 @@ class PairOrder:
     def _draw(self, window: int) -> np.ndarray:
         """Batches [window, batch_size] of one window."""
         count, size = len(self._lengths), self._window * self._size
-        places = np.arange(window * size, (window + 1) * size)
-        laps = {lap: np.random.default_rng([self._seed, lap]).permutation(count) for lap in np.unique(places // count)}
+        places = range(window * size, (window + 1) * size)
+        numbers = {place // count for place in places}
+        laps = {lap: np.random.default_rng([self._seed, lap]).permutation(count) for lap in numbers}
         chosen = np.array([laps[place // count][place % count] for place in places])
         if self._window == 1:
             return chosen[None]
