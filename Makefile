@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough: the tests only compare with it. Yours may be named: make test TORCH="torch --index-url ..."
 TORCH ?= torch
 
-.PHONY: docs demo test audit clean
+.PHONY: docs demo test audit walk clean
 
 demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
 	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-test  ## environment, install, lint, types, import cont
 
 audit: $(VENV)/.installed-test  ## known vulnerabilities in what the package and its tests depend on (asks PyPI)
 	$(BIN)/python scripts/audit.py
+
+walk: $(VENV)/.installed-test  ## every command of README and docs, on miniatures; `make demo` comes first
+	$(BIN)/python scripts/walk.py
 
 docs: $(VENV)/.installed-test  ## the documentation site: build/docs/index.html
 	$(BIN)/python scripts/config_reference.py

@@ -12,5 +12,15 @@ if "ICET_FUZZ_EXAMPLES" not in os.environ:  # a campaign of fuzzing reads as use
     hook = install_import_hook("icet_jax", "beartype.beartype")
 
 import jax
+import pytest
+
+from icet_jax.parallel.programs import keep_traces
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True)
+def _no_programs_of_an_earlier_test():
+    """A run keeps what it traced from then on, for its process: not for the next test's."""
+    yield
+    keep_traces(None)
