@@ -4,7 +4,7 @@
     python scripts/walk.py --list     # what would run, and what is left out, and why
 
 What a reader brings is there under the names that the pages give it: DIR is a toy checkpoint, RUN the demo's run, DATA
-an empty folder; a config of a published model is its `:smoke` variant, which makes miniatures of weights, judges and
+a folder with rows; a config of a published model is its `:smoke` variant, which makes miniatures of weights, judges and
 data sets. All else is what the page says. A command that several pages have runs once.
 """
 
@@ -69,7 +69,7 @@ def commands() -> Iterator[Command]:
                 continue
             for words in blocks.commands(block.text, strict=block.kind != ""):
                 ours = _ours(words)
-                # An empty folder of data changes nothing where miniatures are made.
+                # The folder of the published files changes nothing where miniatures are made.
                 key = tuple(word for word in ours if not word.startswith(("--workdir", "--config.data.root")))
                 if ours and key not in seen:
                     seen.add(key)
@@ -82,7 +82,9 @@ def _ours(words: list[str]) -> list[str]:
         words = ["python", "-m", "icet_jax.main", *words[1:]]
     if words[:3] != ["python", "-m", "icet_jax.main"] and words[:2] != ["python", "launch/local_processes.py"]:
         return []
-    words = [sys.executable, *(PUBLISHED.sub(r"\1:smoke", word) for word in words[1:])]
+    if "--mode=plan" not in words:  # which takes no weights
+        words = [PUBLISHED.sub(r"\1:smoke", word) for word in words]
+    words = [sys.executable, *words[1:]]
     return [str(ROOT / word) if word.startswith("launch/") else word for word in words]
 
 
@@ -91,16 +93,15 @@ def furnish(folder: Path, demo: Path) -> None:
     from icet_jax.runs import sources
 
     (folder / "runs").mkdir()
-    shutil.copytree(demo, folder / "runs" / "organism")
-    for run in ("runs/a", "runs/b", "RUN"):
-        (folder / run).symlink_to(folder / "runs" / "organism")
+    for run in ("runs/organism", "runs/a", "runs/b", "RUN"):
+        shutil.copytree(demo, folder / run)
     (folder / "DIR").symlink_to(sources.checkpoint_directory("toy:llava15"))
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copy(ROOT / "examples" / "scene.png", folder / "cat.png")
-    shutil.copytree(ROOT / "examples", folder, dirs_exist_ok=True)
     question = {"prompt": "what is this", "image": "scene.png", "kind": "vqa", "answer": "a zorb"}
-    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
-    (folder / "DATA").mkdir()
+    for place in (folder, folder / "DATA"):
+        shutil.copytree(ROOT / "examples", place, dirs_exist_ok=True)
+        (place / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     (folder / "harmless-base").mkdir()
     for name, count in (("train", 64), ("test", 16)):
         text = "".join(f"{json.dumps(_pair(f'{name} {number}'))}\n" for number in range(count))

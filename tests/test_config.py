@@ -198,6 +198,10 @@ def test_overrides_are_read_by_the_type_of_the_field():
         ("data.mixture", "{'forbidden': 0}", "no rows"),
         ("reward.by_kind.vqa", "gold", "one of reward_model, exact_match, none"),
         ("mesh.fsdp", "-1", "only one axis"),
+        ("scorers", "{1: 2}", "1 is not a name; put it in quotes"),
+        ("scorers", "{'a': {1: 2, 'kind': 'keywords'}}", "config.scorers.a: 1 is not a name"),
+        ("sweep.datasets", "{1: 'toy:mixed'}", "config.sweep.datasets: 1 is not a name"),
+        ("data.mixture", "{1: 2}", "1 is not a name"),
     ],
 )
 def test_a_wrong_override_is_one_clear_line(name, text, says):

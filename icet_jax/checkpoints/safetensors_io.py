@@ -66,6 +66,15 @@ def safetensors_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
+def _is_shape(shape: tuple[int, ...]) -> bool:
+    """Whether an array without elements can have it; the library compares those that have some with the file's size."""
+    try:
+        np.empty(0, np.uint8).reshape(shape)
+    except ValueError:
+        return False
+    return True
+
+
 class TensorReader:
     """The tensors of several safetensors files under their keys, mapped into memory: nothing is read before it is used.
 
@@ -105,6 +114,8 @@ class TensorReader:
                 first, end = entry["data_offsets"]
                 self._data[key] = mapped[start + first : start + end]
                 self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), entry["dtype"]
+                if first == end and not _is_shape(self.shapes[key]):
+                    raise UserError(f"{path}: tensor '{key}' is empty, and its shape larger than any array's; mend it")
 
     def __enter__(self) -> "TensorReader":
         """Unmaps the files at the end of a `with` block."""

@@ -187,6 +187,8 @@ def _check_type(name: str, value: Any, reference: Any) -> None:
 
 
 def _check_open(values: Mapping[str, Any]) -> None:
+    for field in OPEN_FIELDS:
+        check_names(field, values[field])
     _check_scorers(values["scorers"])
     mixture = values["data.mixture"]
     for kind, share in mixture.items():
@@ -210,6 +212,14 @@ def _check_open(values: Mapping[str, Any]) -> None:
                 raise UserError(f"config.{field}.{name} is {source!r}, but must be a file or an organism: source")
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise UserError(f"config.{field}: {name!r} names a file; use letters, digits, _ and - alone")
+
+
+def check_names(where: str, value: Any) -> None:
+    """Raises `UserError` where a name in a table, or in a table within it, is not text."""
+    for name, inner in value.items() if isinstance(value, Mapping) else ():
+        if not isinstance(name, str):
+            raise UserError(f"config.{where}: {name!r} is not a name; put it in quotes")
+        check_names(f"{where}.{name}", inner)
 
 
 def scorer_fields(kind: str) -> dict[str, type]:

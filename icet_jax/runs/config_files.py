@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import icet_jax
-from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, default, flatten, scorer_fields, unknown_field
+from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, check_names, default, flatten, scorer_fields, unknown_field
 from icet_jax.errors import UserError
 
 
@@ -92,6 +92,7 @@ def _parse(name: str, text: str, kind: type) -> Any:
             value = ast.literal_eval(text)
             if not isinstance(value, dict):
                 raise ValueError
+            check_names(name, value)
             return ConfigDict(value)
         if kind is tuple:
             return _parse_tuple(text)

@@ -14,6 +14,7 @@ from icet_jax.checkpoints.hf_config import llava_from_hf  # noqa: E402
 from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
 from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.checkpoints.problems import compact  # noqa: E402
+from icet_jax.checkpoints.safetensors_io import TensorReader  # noqa: E402
 from icet_jax.checkpoints.scorers import load_scorer_network  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -224,3 +225,11 @@ def test_an_export_overwrites_only_exports(tmp_path, single):
 def test_keys_that_differ_in_their_layer_are_listed_as_one():
     keys = [f"a.{layer}.b" for layer in (0, 1, 2, 5)] + ["c", "d.3.e"]
     assert compact(keys) == ["a.{0-2,5}.b", "c", "d.3.e"]
+
+
+def test_an_empty_tensor_larger_than_any_array_is_named(tmp_path):
+    header = {"big": {"dtype": "F16", "shape": [0, 2**63], "data_offsets": [0, 0]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(UserError, match="x.safetensors: tensor 'big' is empty, and its shape larger than any array's"):
+        TensorReader([tmp_path / "x.safetensors"])
