@@ -141,11 +141,14 @@ def main() -> int:
 
 
 def run(command: Command, folder: Path, owners: dict[str, tuple[str, ...]]) -> int:
-    """Runs a command, in a run directory that no other page's run is in; how it ended."""
-    makes = not any(word.startswith("--mode=") and word != "--mode=sweep" for word in command.words)
-    for word in command.words if makes else ():
-        if word.startswith("--workdir=") and owners.setdefault(word, command.words) != command.words:
-            shutil.rmtree(folder / word.partition("=")[2], ignore_errors=True)
+    """Runs a command, to a run directory and a file that no other page's command has written; how it ended."""
+    made = "--workdir=", "--out="
+    if any(word.startswith("--mode=") and word != "--mode=sweep" for word in command.words):
+        made = ("--out=",)  # these modes read the run
+    for word in command.words:
+        if word.startswith(made) and owners.setdefault(word, command.words) != command.words:
+            path = folder / word.partition("=")[2]
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             owners[word] = command.words
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
