@@ -25,11 +25,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (
-    "README.md", "launch/README.md", "docs/index.md", "docs/guides/measure.md", "docs/guides/data.md",
-    "docs/guides/lppo.md", "docs/guides/machines.md", "docs/guides/release.md", "docs/guides/troubleshooting.md",
-    "docs/data.md", "docs/families.md", "docs/judging.md", "docs/reward_models.md", "docs/scaling.md",
-)  # fmt: skip
 PUBLISHED = re.compile(r"(configs/(?:llava15|llava_next|llama32v)_\w+\.py|configs/rm_gpt2\.py)(?!:)")
 LEFT_OUT = (  # commands that no page's reader has at hand here
     (re.compile(r"--topology=v"), "needs libtpu", lambda: importlib.util.find_spec("libtpu") is not None),
@@ -63,8 +58,8 @@ def commands() -> Iterator[Command]:
     from tests.docs import blocks
 
     seen = set()
-    for page in PAGES:
-        for block in blocks.blocks((ROOT / page).read_text(encoding="utf-8")):
+    for path in blocks.pages():
+        for block in blocks.blocks(path.read_text(encoding="utf-8")):
             if block.kind not in (*blocks.SHELL, "") or block.mark:
                 continue
             for words in blocks.commands(block.text, strict=block.kind != ""):
@@ -73,7 +68,7 @@ def commands() -> Iterator[Command]:
                 key = tuple(word for word in ours if not word.startswith(("--workdir", "--config.data.root")))
                 if ours and key not in seen:
                     seen.add(key)
-                    yield Command(page, block.line, tuple(ours))
+                    yield Command(str(path.relative_to(ROOT)), block.line, tuple(ours))
 
 
 def _ours(words: list[str]) -> list[str]:
