@@ -38,6 +38,7 @@ class Model:
       full: the same for full fine-tuning.
       slice_rows: rows of a slice on each of the mesh's row shards.
       swept: rows of a sweep on each of them.
+      remat: what training adapters on v5e recomputes, where it is not what the config has.
     """
 
     config: str
@@ -45,12 +46,13 @@ class Model:
     full: tuple[tuple[int, int], tuple[int, int]]
     slice_rows: int = 1
     swept: int = 1
+    remat: str = ""
 
 
 MODELS = {
     "LLaVA-1.5-7B": Model("llava15_lppo.py", ((16, 1), (1, 1)), ((16, 1), (8, 1)), swept=2),
     "Llama-3.2-11B-Vision": Model("llama32v_lppo.py", ((16, 1), (1, 1)), ((64, 1), (8, 1))),
-    "LLaVA-NeXT-7B": Model("llava_next_lppo.py", ((16, 1), (1, 1)), ((16, 1), (8, 1))),
+    "LLaVA-NeXT-7B": Model("llava_next_lppo.py", ((16, 1), (1, 1)), ((16, 1), (8, 1)), remat="full"),
     "LLaVA-1.5-13B": Model("llava15_lppo.py:13b", ((16, 1), (1, 1)), ((64, 1), (8, 1)), swept=2),
 }
 
@@ -90,7 +92,9 @@ class Cell:
             "lppo.accumulation": max(ROWS_PER_CHIP * tensor // model.slice_rows, 1),
             "sweep.batch_size": model.swept * shards,
         }  # fmt: skip
-        return found if self.training == "LoRA" else found | {"lora.rank": 0, "model.remat": "full"}
+        if self.training == "full":
+            return found | {"lora.rank": 0, "model.remat": "full"}
+        return found | {"model.remat": model.remat} if model.remat and self.topology.startswith("v5e") else found
 
 
 def cells() -> list[Cell]:

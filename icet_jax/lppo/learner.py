@@ -469,7 +469,7 @@ def run_epochs(
     )
 
     def on_its_devices(trainable: dict[str, Any], rows: Any) -> Any:
-        # A gather by a traced index loses the split of the rows, and every device would compute all of them.
+        # The compiler must not lose the split of the rows: every device would compute all of them.
         return loss_function(trainable, rows if mesh is None else split_rows(rows, mesh))
 
     outcome = optimise(

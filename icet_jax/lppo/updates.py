@@ -40,19 +40,41 @@ class Outcome(NamedTuple):
 def shuffled_order(
     key: Key[Array, ""], *, rows: int, epochs: int, minibatches: int, accumulation: int
 ) -> Int[Array, "S G M"]:
-    """Row numbers of every step's slices: a new permutation of the batch for each epoch.
+    """What each slice of each step takes, shuffled anew for each epoch; `take_rows` tells the numbers' meaning.
+
+    The batch is a row of strata of minibatches * accumulation neighbours, and every slice takes one row of each. An
+    epoch thus takes every row once, in an order that is random within each stratum, and no row leaves the devices that
+    hold its stratum: were rows permuted freely, every device would receive the images of all rows. Which rows meet in a
+    slice does not depend on the devices.
 
     Returns:
       int32 [epochs * minibatches, accumulation, rows / (minibatches * accumulation)].
     """
-    keys = jax.vmap(lambda epoch: jax.random.fold_in(key, epoch))(jnp.arange(epochs))
-    order = jax.vmap(lambda epoch_key: jax.random.permutation(epoch_key, rows))(keys)
-    return order.reshape(epochs * minibatches, accumulation, -1).astype(jnp.int32)
+    neighbours = minibatches * accumulation
+    strata = jnp.broadcast_to(jnp.arange(neighbours, dtype=jnp.int32)[:, None], (neighbours, rows // neighbours))
+
+    def epoch_order(epoch: Array) -> Array:
+        return jax.random.permutation(jax.random.fold_in(key, epoch), strata, independent=True)
+
+    order = jax.vmap(epoch_order)(jnp.arange(epochs))
+    return order.reshape(epochs * minibatches, accumulation, -1)
 
 
-def take_rows(batch: Any, rows: Int[Array, " M"]) -> Any:
-    """The given rows of every leaf; all leaves have the batch as their first axis, visual features included."""
-    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), batch)
+def take_rows(batch: Any, chosen: Int[Array, " M"]) -> Any:
+    """Row `chosen[s]` of the s-th of M equal parts of every leaf, for all s.
+
+    All leaves have the batch as their first axis, visual features included.
+    """
+
+    def take(leaf: Array) -> Array:
+        parts = leaf.reshape(chosen.shape[0], -1, *leaf.shape[1:])
+        return jax.vmap(lambda part, row: part[row])(parts, chosen)
+
+    return jax.tree.map(take, batch)
+
+
+def _tokens(row_tokens: Int[Array, " B"], slices: Int[Array, "G M"]) -> Int[Array, " G"]:
+    return jnp.sum(jax.vmap(lambda chosen: take_rows(row_tokens, chosen))(slices), axis=1)
 
 
 def gradients(
@@ -65,9 +87,9 @@ def gradients(
       trainable: what to differentiate with respect to.
       batch: the whole rollout batch.
       row_tokens: [B], response tokens of each row.
-      slices: int32 [G, M], row numbers.
+      slices: int32 [G, M], what each slice takes, see `take_rows`.
     """
-    counts = jnp.sum(row_tokens[slices], axis=1)
+    counts = _tokens(row_tokens, slices)
     weights = counts / jnp.maximum(jnp.sum(counts), 1)
     evaluate = jax.value_and_grad(loss_function, has_aux=True)
 
@@ -114,7 +136,7 @@ def optimise(
             updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
             return optax.apply_updates(trainable, updates), new_opt_state
 
-        good = ~bad & ~far & (jnp.sum(row_tokens[slices]) > 0)
+        good = ~bad & ~far & (jnp.sum(_tokens(row_tokens, slices)) > 0)
         trainable, opt_state = jax.lax.cond(good, apply, lambda _: (trainable, opt_state), None)
         return (trainable, opt_state, applied + good, stopped | (far & ~bad), nonfinite | bad), stats
 

@@ -13,7 +13,7 @@ from icet_jax.errors import UserError
 from icet_jax.lppo import learner, lsft
 from icet_jax.lppo.metrics import host_metrics, instability
 from icet_jax.lppo.state import pure_dict
-from icet_jax.lppo.updates import gradients, shuffled_order
+from icet_jax.lppo.updates import gradients, shuffled_order, take_rows
 from tests.lppo import toy
 
 RUN_KEY = jax.random.key(0)
@@ -110,10 +110,10 @@ def test_accumulation_gives_the_same_gradients(model):
     def loss(trainable, rows):
         return learner.lppo_loss(graphdef, toy.settings(entropy_coef=0.1), params, trainable, rows)
 
-    order = rng.permutation(8).astype(np.int32)
+    (whole,), (sliced,) = (shuffled_order(RUN_KEY, rows=8, epochs=1, minibatches=1, accumulation=n) for n in (1, 4))
     results = [
-        jax.jit(lambda slices: gradients(loss, trainable, batch, batch.mask.sum(1), slices))(order.reshape(n, -1))
-        for n in (1, 4)
+        jax.jit(lambda slices: gradients(loss, trainable, batch, batch.mask.sum(1), slices))(slices)
+        for slices in (whole, sliced)
     ]
     whole, sliced = ((loss, grads) for loss, _, grads in results)
     for mine, theirs in zip(jax.tree.leaves(sliced), jax.tree.leaves(whole), strict=True):
@@ -284,13 +284,24 @@ def test_restored_state_continues_bit_for_bit(model, lora_scale):
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 
-def test_every_epoch_has_its_own_permutation():
+def test_every_epoch_has_its_own_order_and_takes_every_row_once():
     """lm-human-preference-details used one key, hence one order, for all epochs."""
-    order = np.asarray(shuffled_order(RUN_KEY, rows=12, epochs=3, minibatches=2, accumulation=3))
-    assert order.shape == (6, 3, 2)
-    epochs = order.reshape(3, 12)
-    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(12), (3, 1)))
+    order = shuffled_order(RUN_KEY, rows=24, epochs=3, minibatches=2, accumulation=3)
+    assert order.shape == (6, 3, 4)
+    rows = jnp.arange(24)
+    epochs = np.array([[take_rows(rows, chosen) for chosen in step] for step in order]).reshape(3, 24)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(rows, (3, 1)))
     assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len({tuple(part) for part in np.moveaxis(epochs.reshape(3, 6, 4), 1, 2).reshape(12, 6) % 6}) > 6  # each part
+
+
+def test_every_row_is_as_likely_in_every_slice():
+    keys = jax.random.split(RUN_KEY, 3000)
+    order = jax.vmap(lambda key: shuffled_order(key, rows=6, epochs=1, minibatches=1, accumulation=3)[0])(keys)
+    counts = np.array([[(order[:, place, part] == row).sum() for row in range(3)] for place in range(3) for part in (0, 1)])
+    np.testing.assert_allclose(counts, 1000, atol=130)  # five standard deviations
+    both = np.asarray(order[:, 0, 0] == order[:, 0, 1]).sum()  # parts are shuffled each for itself
+    np.testing.assert_allclose(both, 1000, atol=130)
 
 
 def test_a_batch_that_does_not_divide_is_refused(model):

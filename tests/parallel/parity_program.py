@@ -145,7 +145,8 @@ class Bench:
             rows = rows if self.mesh is None else split_rows(rows, self.mesh)
             return learner.lppo_loss(self.vlm.graphdef, self.settings, params, trainable, rows)
 
-        slices = jnp.arange(ROWS).reshape(self.settings.accumulation, -1)
+        count = self.settings.accumulation
+        slices = jnp.broadcast_to(jnp.arange(count)[:, None], (count, ROWS // count))
         found, _, grads = gradients(loss, trainable, batch, batch.mask.sum(axis=1), slices)
         return found, grads
 

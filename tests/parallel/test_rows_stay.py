@@ -82,3 +82,29 @@ print("agreed")
 
 def test_a_prompt_gets_a_slot_where_it_is_run_and_the_answer_that_it_gets_alone():
     assert_agreed(SLOTS, 8, timeout=300)
+
+
+SLICES = """
+import jax, numpy as np
+from icet_jax.lppo.updates import shuffled_order, take_rows
+from icet_jax.parallel.collectives import moved_bytes
+from icet_jax.parallel.mesh import make_mesh
+from icet_jax.parallel.sharding import batch_sharding, place_rows, split_rows
+images = np.arange(48 * 6, dtype=np.float32).reshape(48, 2, 3)
+for sizes in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    mesh = make_mesh(**sizes)
+
+    def slices(images, key):
+        order = shuffled_order(key, rows=48, epochs=2, minibatches=1, accumulation=3)
+        return jax.lax.map(lambda chosen: split_rows(take_rows(images, chosen), mesh), order[0])
+
+    program = jax.jit(slices).lower(place_rows(images, mesh), jax.random.key(0)).compile()
+    assert moved_bytes(program.as_text()) == 0, program.as_text()
+    found = np.asarray(program(place_rows(images, mesh), jax.random.key(0)))
+    np.testing.assert_array_equal(np.sort(found.reshape(48, 6), axis=0), images.reshape(48, 6))
+print("agreed")
+"""
+
+
+def test_slices_of_an_update_take_rows_where_they_lie():
+    assert_agreed(SLICES, 8, timeout=300)
