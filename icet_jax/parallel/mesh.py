@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from icet_jax.errors import UserError
@@ -42,7 +43,14 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(len(devices), data=data, fsdp=fsdp, tensor=tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    automatic = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=automatic, devices=devices)
+    except NotImplementedError:
+        # A size that no whole axes of the chips' torus make up, such as 8 of 4 x 4 x 4: split one of them, as
+        # jax.make_mesh does on v5e alone.
+        places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(places, AXES, axis_types=automatic)
 
 
 def abstract_mesh(shape: tuple[int, ...]) -> AbstractMesh:

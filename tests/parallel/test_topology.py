@@ -3,11 +3,13 @@
 import importlib.util
 
 import jax
+import numpy as np
 import pytest
 
 from icet_jax.errors import UserError
 from icet_jax.parallel import topology
 from icet_jax.parallel.collectives import moved_bytes
+from icet_jax.parallel.mesh import make_mesh
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,23 @@ def test_a_program_of_one_device_exchanges_nothing():
         return jax.lax.fori_loop(0, 3, lambda _, y: y @ y, x)
 
     assert moved_bytes(jax.jit(loop).lower(jax.numpy.ones((4, 4))).compile().as_text()) == 0
+
+
+class Chip:
+    """What `jax.make_mesh` asks a TPU's chip."""
+
+    platform, device_kind, core_on_chip, slice_index, process_index = "tpu", "TPU v5", 0, 0, 0
+
+    def __init__(self, place: tuple[int, int, int]):
+        self.coords, self.id = list(place), 16 * place[0] + 4 * place[1] + place[2]
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 16}, {"data": 64}])
+def test_a_mesh_may_split_an_axis_of_the_torus(sizes):
+    chips = [Chip(place) for place in np.ndindex(4, 4, 4)]
+    mesh = make_mesh(**{"data": -1, **sizes}, devices=chips)
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(64))
+    assert mesh.shape == {"data": 64, "fsdp": 1, "tensor": 1} | sizes | {"data": mesh.shape["data"]}
+    for group in mesh.devices.reshape(-1, mesh.shape["fsdp"] * mesh.shape["tensor"]):
+        spans = np.ptp([chip.coords for chip in group], axis=0) + 1
+        assert np.prod(spans) == len(group)  # those that exchange weights are a block of neighbours
