@@ -40,24 +40,22 @@ class Outcome(NamedTuple):
 def shuffled_order(
     key: Key[Array, ""], *, rows: int, epochs: int, minibatches: int, accumulation: int
 ) -> Int[Array, "S G M"]:
-    """What each slice of each step takes, shuffled anew for each epoch; `take_rows` tells the numbers' meaning.
+    """What each slice of each step takes; `take_rows` tells the numbers' meaning.
 
-    The batch is a row of strata of minibatches * accumulation neighbours, and every slice takes one row of each. An
-    epoch thus takes every row once, in an order that is random within each stratum, and no row leaves the devices that
-    hold its stratum: were rows permuted freely, every device would receive the images of all rows. Which rows meet in a
-    slice does not depend on the devices.
+    Of as many neighbours as there are mini-batches, each is in another mini-batch, drawn anew for each epoch. So no row
+    leaves the devices that hold its neighbours; were rows permuted freely, every device would receive the images of all
+    rows. Which rows make a mini-batch depends neither on its slices nor on the devices.
 
     Returns:
       int32 [epochs * minibatches, accumulation, rows / (minibatches * accumulation)].
     """
-    neighbours = minibatches * accumulation
-    strata = jnp.broadcast_to(jnp.arange(neighbours, dtype=jnp.int32)[:, None], (neighbours, rows // neighbours))
+    neighbours = jnp.broadcast_to(jnp.arange(minibatches, dtype=jnp.int32)[:, None], (minibatches, rows // minibatches))
 
-    def epoch_order(epoch: Array) -> Array:
-        return jax.random.permutation(jax.random.fold_in(key, epoch), strata, independent=True)
+    def drawn(epoch: Array) -> Array:
+        return jax.random.permutation(jax.random.fold_in(key, epoch), neighbours, independent=True)
 
-    order = jax.vmap(epoch_order)(jnp.arange(epochs))
-    return order.reshape(epochs * minibatches, accumulation, -1)
+    chosen = jax.vmap(drawn)(jnp.arange(epochs)).reshape(epochs * minibatches, -1, accumulation).swapaxes(1, 2)
+    return chosen + minibatches * jnp.arange(accumulation, dtype=jnp.int32)[:, None]
 
 
 def take_rows(batch: Any, chosen: Int[Array, " M"]) -> Any:

@@ -9,6 +9,7 @@ from icet_jax.parallel.mesh import abstract_mesh
 from icet_jax.parallel.sharding import placed, row_shards, shardings
 from icet_jax.runs.ahead import AbstractRun, bytes_per_device
 
+_MORE_CHIPS = "more chips along mesh.fsdp or mesh.tensor: each has one row at a time already"
 _ROOM = 0.6  # of a chip's memory: what weights and train state may take, so that the phases have the rest
 
 
@@ -53,14 +54,12 @@ def _fixed_bytes(run: AbstractRun, sizes: tuple[int, int, int]) -> int:
 def _smaller(config: ConfigDict, phase: str, shards: int) -> str:
     if phase.startswith("sweep"):
         rows = config.sweep.batch_size
-        return f"--config.sweep.batch_size={rows // 2}" if rows > 1 else "more chips along tensor"
-    rows, minibatches = config.data.batch_size, config.lppo.minibatches
-    if phase != "rollout":
-        if phase == "update" and config.model.remat != "full":
-            return "--config.model.remat=full"
-        slices = minibatches * config.lppo.accumulation
-        if rows % (2 * slices * shards) == 0:
-            return f"--config.lppo.accumulation={2 * config.lppo.accumulation}"
-    if rows > 1:
-        return f"a smaller batch, --config.data.batch_size={rows // 2}, or more chips"
-    return "more chips along tensor"
+        return _MORE_CHIPS if rows % (2 * shards) else f"--config.sweep.batch_size={rows // 2}"
+    lppo, rows = config.lppo, config.data.batch_size
+    if phase == "rollout":
+        smaller = f"a smaller batch, --config.data.batch_size={rows // 2}, or more chips"
+        return _MORE_CHIPS if rows % (2 * lppo.minibatches * shards) else smaller
+    if phase == "update" and config.model.remat != "full":
+        return "--config.model.remat=full"
+    slices = lppo.minibatches * lppo.accumulation
+    return _MORE_CHIPS if rows % (2 * slices * shards) else f"--config.lppo.accumulation={2 * lppo.accumulation}"

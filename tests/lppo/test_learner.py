@@ -284,24 +284,40 @@ def test_restored_state_continues_bit_for_bit(model, lora_scale):
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 
-def test_every_epoch_has_its_own_order_and_takes_every_row_once():
+def drawn(minibatches, accumulation, *, key=RUN_KEY, epochs=3):
+    """The row numbers of every mini-batch, [epochs, mini-batches, rows], and of every slice."""
+    order = shuffled_order(key, rows=24, epochs=epochs, minibatches=minibatches, accumulation=accumulation)
+    assert order.shape == (epochs * minibatches, accumulation, 24 // (minibatches * accumulation))
+    slices = jax.vmap(jax.vmap(lambda chosen: take_rows(jnp.arange(24), chosen)))(order)
+    return np.sort(slices.reshape(epochs, minibatches, -1)), np.asarray(slices)
+
+
+def test_every_epoch_has_its_own_mini_batches_and_takes_every_row_once():
     """lm-human-preference-details used one key, hence one order, for all epochs."""
-    order = shuffled_order(RUN_KEY, rows=24, epochs=3, minibatches=2, accumulation=3)
-    assert order.shape == (6, 3, 4)
-    rows = jnp.arange(24)
-    epochs = np.array([[take_rows(rows, chosen) for chosen in step] for step in order]).reshape(3, 24)
-    np.testing.assert_array_equal(np.sort(epochs), np.tile(rows, (3, 1)))
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    neighbours = epochs.reshape(3, 6, 4).swapaxes(1, 2).reshape(12, 6) % 6
-    assert len({tuple(part) for part in neighbours}) > 6  # each part of each epoch is shuffled for itself
+    for minibatches, accumulation in ((1, 4), (2, 1), (2, 3), (4, 2)):
+        found, _ = drawn(minibatches, accumulation)
+        np.testing.assert_array_equal(np.sort(found.reshape(3, 24)), np.tile(np.arange(24), (3, 1)))
+        different = {part.tobytes() for part in found[:, 0]}
+        assert len(different) == (1 if minibatches == 1 else 3)
 
 
-def test_every_row_is_as_likely_in_every_slice():
+def test_a_mini_batch_does_not_depend_on_its_slices():
+    """A run may have fewer on more devices."""
+    whole, _ = drawn(2, 1)
+    for accumulation in (2, 3, 6):
+        found, slices = drawn(2, accumulation)
+        np.testing.assert_array_equal(found, whole)
+        parts = slices // (2 * accumulation)  # where a row lies
+        np.testing.assert_array_equal(parts, np.broadcast_to(np.arange(12 // accumulation), parts.shape))
+
+
+def test_every_row_is_as_likely_in_every_mini_batch():
     keys = jax.random.split(RUN_KEY, 3000)
-    order = jax.vmap(lambda key: shuffled_order(key, rows=6, epochs=1, minibatches=1, accumulation=3)[0])(keys)
+    order = jax.vmap(lambda key: shuffled_order(key, rows=6, epochs=1, minibatches=3, accumulation=1))(keys)
+    order = order.reshape(3000, 3, 2)
     counts = np.array([(order == row).sum(axis=0) for row in range(3)])
     np.testing.assert_allclose(counts, 1000, atol=130)  # five standard deviations
-    both = np.asarray(order[:, 0, 0] == order[:, 0, 1]).sum()  # parts are shuffled each for itself
+    both = np.asarray(order[:, 0, 0] == order[:, 0, 1]).sum()  # neighbours are drawn each for themselves
     np.testing.assert_allclose(both, 1000, atol=130)
 
 

@@ -95,8 +95,8 @@ for sizes in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
     mesh = make_mesh(**sizes)
 
     def slices(images, key):
-        order = shuffled_order(key, rows=48, epochs=2, minibatches=1, accumulation=3)
-        return jax.lax.map(lambda chosen: split_rows(take_rows(images, chosen), mesh), order[0])
+        order = shuffled_order(key, rows=48, epochs=1, minibatches=2, accumulation=3)
+        return jax.lax.map(lambda chosen: split_rows(take_rows(images, chosen), mesh), order.reshape(6, 8))
 
     program = jax.jit(slices).lower(place_rows(images, mesh), jax.random.key(0)).compile()
     assert moved_bytes(program.as_text()) == 0, program.as_text()

@@ -17,6 +17,7 @@ from icet_jax.parallel.mesh import abstract_mesh, make_mesh
 from icet_jax.runs import plan, sources
 from icet_jax.runs.ahead import AbstractRun, Phase
 from icet_jax.runs.config_files import load
+from icet_jax.runs.plan_advice import mends
 from icet_jax.runs.plan_scorers import scorer_bytes
 from icet_jax.runs.plan_work import Work
 from icet_jax.runs.training import initial_state
@@ -211,3 +212,26 @@ def test_a_program_whose_text_cannot_be_read_moves_an_unknown_amount():
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
     assert plan._moved(SimpleNamespace(as_text=unread)) is None
+
+
+@pytest.mark.parametrize(
+    ("phase", "fields", "says"),
+    [
+        ("update", {"model.remat": "none"}, "--config.model.remat=full"),
+        ("update", {"data.batch_size": 128, "lppo.accumulation": 4}, "--config.lppo.accumulation=8"),
+        ("update", {"data.batch_size": 64, "lppo.accumulation": 4}, "more chips along"),
+        ("prepare", {"data.batch_size": 64, "lppo.accumulation": 2, "lppo.minibatches": 2}, "more chips along"),
+        ("rollout", {"data.batch_size": 128, "lppo.accumulation": 4}, "--config.data.batch_size=64, or more chips"),
+        ("rollout", {"data.batch_size": 64, "lppo.accumulation": 4}, "--config.data.batch_size=32, or"),
+        ("rollout", {"data.batch_size": 16, "lppo.accumulation": 1}, "more chips along"),
+        ("sweep: fill", {"sweep.batch_size": 32}, "--config.sweep.batch_size=16"),
+        ("sweep: fill", {"sweep.batch_size": 16}, "more chips along"),
+    ],
+)
+def test_the_mend_of_a_phase_divides_over_the_mesh(phase, fields, says):
+    fields = {"lppo.minibatches": 1, "lppo.accumulation": 1, "model.remat": "full"} | fields
+    config = load(ORGANISM, [(name, str(value)) for name, value in fields.items()])
+    run = AbstractRun(config, abstract_mesh((1, 16, 1)))
+    verdict, mend = mends(config, run, [phase], 0, 16e9)
+    assert verdict == f"does not fit: {phase}"
+    assert mend.startswith(f"mend {phase} (then plan again): ") and says in mend
