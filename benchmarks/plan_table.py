@@ -232,6 +232,9 @@ def render(results: dict[str, Any]) -> str:
         parts[f"left {training}"] = "\n" + f"Not compiled yet: {'; '.join(left)}.\n" if left else ""
     mends = [f"- {cell.key}: {'; '.join(results[cell.key]['mend'])}"
              for cell in cells() if results.get(cell.key, {}).get("mend")]  # fmt: skip
+    searched = [f"- {cell.key}: {_largest(results[cell.key]['largest'])}"
+                for cell in cells() if "largest" in results.get(cell.key, {})]  # fmt: skip
+    parts["largest"] = "\n".join(searched) or "Not searched for any line of the table yet."
     parts["mends"] = "\n".join(mends) or "Every cell fits."
     parts["versions"] = ", ".join(sorted({f"jax {found['jax']}" for found in results.values()})) or "none yet"
     for name, part in parts.items():
@@ -240,7 +243,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 _MEMORY = ("model", "chips", "data x fsdp x tensor", "rows (slices)", "weights", "trained", "judges", "inputs + cache",
-           "temporaries", "GiB of", "fits", "largest batch")  # fmt: skip
+           "temporaries", "GiB of", "fits")  # fmt: skip
 _TIME = ("model", "chips", "Tflop/chip", "moved GiB", "rollout", "prepare", "update", "s / iteration",
          "ms / row / chip", "weak scaling")  # fmt: skip
 
@@ -259,7 +262,7 @@ def _memory(cell: Cell, found: dict[str, Any]) -> tuple[str, ...]:
         *(f"{size / _GIB:.1f}" for size in (worst["weights"], worst["trained"], worst["judges"], taken)),
         "refused" if refused else f"{worst['temporaries'] / _GIB:.1f}",
         f"{'>' * refused}{worst['total'] / _GIB:.1f} of {found['room'] / _GIB:.1f}",
-        f"no: {', '.join(broken)}" if broken else f"yes ({worst['phase']})", _largest(found.get("largest")),
+        f"no: {', '.join(broken)}" if broken else f"yes ({worst['phase']})",
     )  # fmt: skip
 
 
@@ -267,9 +270,7 @@ def _mesh(fields: dict[str, Any]) -> str:
     return " x ".join(str(fields[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor"))
 
 
-def _largest(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
+def _largest(found: dict[str, Any]) -> str:
     if found["rows"] is None:
         return f"none of {found['unit']} or more"
     return str(found["rows"]) if found["next"] is None else f"{found['rows']} (not {found['next']})"
@@ -280,9 +281,9 @@ def _time(cell: Cell, found: dict[str, Any], results: dict[str, Any]) -> tuple[s
     chips, rows = cell.chips, found["fields"]["data.batch_size"]
     flops = sum(lines[phase]["work"]["flops"] for phase in _ITERATION) / chips
     moved = [lines[phase]["moved"] for phase in _ITERATION]
-    base = results.get(dataclasses.replace(cell, topology=TOPOLOGIES[0]).key)
-    scaled = "-"
-    if base and cell.topology.startswith("v5e") and all(_known(one) for one in (base, found)):
+    fewer = (results.get(dataclasses.replace(cell, topology=name).key) for name in TOPOLOGIES if name.startswith("v5e"))
+    base, scaled = next((one for one in fewer if one and _known(one)), None), "-"
+    if base and cell.topology.startswith("v5e") and _known(found):
         shares = [f"{100 * efficiency(base, found, overlapped=way):.0f}" for way in (True, False)]
         scaled = f"{' / '.join(shares)} %"
     least = "" if _known(found) else ">"
@@ -292,7 +293,7 @@ def _time(cell: Cell, found: dict[str, Any], results: dict[str, Any]) -> tuple[s
         f"{sum(size or 0 for size in moved) / _GIB:.0f}" if _known(found) else "-",
         *(_phase(lines[phase]) for phase in _ITERATION),
         f"{least}{total:.2g} - {seconds(found, overlapped=False):.2g}",
-        f"{least}{1e3 * total * chips / rows:.3g}", scaled,
+        f"{least}{1e3 * total * chips / rows:.0f}", scaled,
     )  # fmt: skip
 
 
