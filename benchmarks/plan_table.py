@@ -234,7 +234,7 @@ def render(results: dict[str, Any]) -> str:
              for cell in cells() if results.get(cell.key, {}).get("mend")]  # fmt: skip
     searched = [f"- {cell.key}: {_largest(results[cell.key]['largest'])}"
                 for cell in cells() if "largest" in results.get(cell.key, {})]  # fmt: skip
-    parts["largest"] = "\n".join(searched) or "Not searched for any line of the table yet."
+    parts["largest"] = "\n".join(searched) or "None yet."
     parts["mends"] = "\n".join(mends) or "Every cell fits."
     parts["versions"] = ", ".join(sorted({f"jax {found['jax']}" for found in results.values()})) or "none yet"
     for name, part in parts.items():
