@@ -13,8 +13,17 @@ from icet_jax.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 
 
-def mesh_shape(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+def mesh_shape(
+    count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, seen: str = ""
+) -> tuple[int, int, int]:  # fmt: skip
     """Devices along `AXES` for `count` devices in all; one size may be -1 and takes what the others leave.
+
+    Args:
+      count: of the devices.
+      data: devices along the axis of that name.
+      fsdp: the same.
+      tensor: the same.
+      seen: what the devices are and how to have others, for the error where they do not fit.
 
     Raises:
       UserError: a size is neither positive nor -1, several are -1, or the sizes do not multiply to `count`.
@@ -29,7 +38,12 @@ def mesh_shape(count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1) ->
         raise UserError(f"mesh ({asked}): only one axis may be -1")
     taken = math.prod(size for size in sizes.values() if size != -1)
     if count % taken or (not free and taken != count):
-        raise UserError(f"mesh ({asked}) does not fit {count} devices; the sizes must multiply to that number")
+        named = [f"config.mesh.{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)]
+        raise UserError(
+            f"{', '.join(named) or 'config.mesh.data=1'}: mesh ({asked}) does not fit {count} "
+            f"device{'s' * (count != 1)}{seen}; the sizes must multiply to that number, and one of them may be -1, "
+            "which takes the rest"
+        )
     for axis in free:
         sizes[axis] = count // taken
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
@@ -51,6 +65,26 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
         # jax.make_mesh does on v5e alone.
         places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(places, AXES, axis_types=automatic)
+
+
+def visible_shape(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+    """`mesh_shape` of all of this job's devices.
+
+    Raises:
+      UserError: see `mesh_shape`.
+    """
+    seen = f", those that jax sees ({jax.default_backend()})"
+    return mesh_shape(jax.device_count(), data=data, fsdp=fsdp, tensor=tensor, seen=seen)
+
+
+def visible_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
+    """The mesh over all of this job's devices; None where that is one device, which needs none.
+
+    Raises:
+      UserError: the sizes do not fit these devices, one device included.
+    """
+    visible_shape(data=data, fsdp=fsdp, tensor=tensor)
+    return make_mesh(data=data, fsdp=fsdp, tensor=tensor) if jax.device_count() > 1 else None
 
 
 def abstract_mesh(shape: tuple[int, ...]) -> AbstractMesh:

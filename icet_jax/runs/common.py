@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from icet_jax import api, report
@@ -20,7 +19,7 @@ from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.parallel.distributed import is_writer, on_first
-from icet_jax.parallel.mesh import make_mesh, mesh_shape
+from icet_jax.parallel.mesh import visible_mesh, visible_shape
 from icet_jax.runs import run_dir, sources
 from icet_jax.runs.mesh_fit import check_heads, slices
 from icet_jax.runs.prepare import TRAIN
@@ -56,15 +55,15 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
     """Loads model, judges and rows, checks the exits that the config names, and writes data.json.
 
     Raises:
-      UserError: anything that is missing, broken or does not fit.
+      UserError: anything that is missing, broken or does not fit (a mesh that does not fit the devices first).
     """
+    data, fsdp, _ = visible_shape(**config.mesh)
     # Rows first: what is wrong with them is known before weights are fetched and read.
     named = {**config.sweep.datasets, **config.sweep.utility}
     tests = {name: _load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
     train = train_rows(config, workdir) if training else None
     _write_data_facts(workdir, tests, train)
-    if training and jax.device_count() > 1:
-        data, fsdp, _ = mesh_shape(jax.device_count(), **config.mesh)
+    if training and data * fsdp > 1:
         slices(config, data * fsdp)
     vlm = load_model(config, workdir)
     check_exits(config, vlm.num_exits)
@@ -82,13 +81,14 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
     """The model that `config.model` names, with its start adapter, over all devices if there are several.
 
     Raises:
-      UserError: no such checkpoint or adapter, broken files, or heads that do not divide over the mesh.
+      UserError: no such checkpoint or adapter, broken files, a mesh that does not fit the devices, or heads that do
+        not divide over it.
     """
     model = config.model
     vlm = api.load(
         sources.checkpoint_directory(model.checkpoint, workdir),
         dtype=model.dtype,
-        mesh=make_mesh(**config.mesh) if jax.device_count() > 1 else None,
+        mesh=visible_mesh(**config.mesh),
         remat=model.remat,
         revision=model.revision,
         adapter=model.adapter,

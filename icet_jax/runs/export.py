@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from icet_jax import api
@@ -42,6 +43,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     if not (workdir / "config.json").is_file():
         raise UserError(f"--workdir={workdir}: no run (config.json) is there; give the folder of a run")
     config = run_dir.read_config(workdir / "config.json")
+    if jax.device_count() == 1:
+        config.mesh.update(data=-1, fsdp=1, tensor=1)  # the run's own is of the machine that trained
     seeds = [int(seed) for seed in config.seeds]
     runs = [workdir / f"seed_{seed}" for seed in seeds] or [workdir]
     for folder in runs:

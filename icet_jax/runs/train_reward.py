@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -28,7 +27,7 @@ from icet_jax.judges.load import save_reward_model
 from icet_jax.judges.pairs import HH_TEMPLATE, PairTokenizer
 from icet_jax.judges.reward_training import RewardState, RewardTrainer, TokenPair, tokenise
 from icet_jax.lppo.state import OptimizerSettings, learning_rate, make_optimizer
-from icet_jax.parallel.mesh import make_mesh
+from icet_jax.parallel.mesh import visible_mesh
 from icet_jax.runs import run_dir, sources
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
@@ -91,7 +90,7 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
         seed=config.seed,
         accumulation=config.rm.accumulation,
         window=config.rm.length_window,
-        mesh=_mesh(config),
+        mesh=visible_mesh(**config.mesh),
     )
     costs = run_dir.Costs(workdir)
     with costs.phase("train"):
@@ -118,13 +117,8 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
 
 def _load_base(config: ConfigDict, workdir: Path) -> Checkpoint:
     directory = local_directory(sources.checkpoint_directory(config.model.checkpoint, workdir), config.model.revision)
-    return load_gpt2_base(
-        directory, dtype=config.model.dtype, mesh=_mesh(config), remat=config.model.remat, seed=config.seed
-    )
-
-
-def _mesh(config: ConfigDict) -> Any:
-    return make_mesh(**config.mesh) if jax.device_count() > 1 else None
+    mesh = visible_mesh(**config.mesh)
+    return load_gpt2_base(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat, seed=config.seed)
 
 
 def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tuple[Set, Set]:

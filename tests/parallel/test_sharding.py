@@ -26,7 +26,7 @@ from icet_jax.models.mllama import Mllama, MllamaConfig
 from icet_jax.models.mllama_text import CrossStates, MllamaCache, MllamaTextConfig
 from icet_jax.models.mllama_vision import MllamaVisionConfig
 from icet_jax.parallel import sharding
-from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape, visible_mesh
 
 CLIP_LARGE = ClipConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
 VICUNA_7B = LlamaConfig(32064, 4096, 11008, 32, 32, 32, 128)
@@ -182,7 +182,7 @@ def test_mesh_shape_infers_the_rest(sizes, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 3}, "does not fit 8 devices"),
+        ({"fsdp": 3}, r"^config\.mesh\.fsdp=3: mesh \(data=-1, fsdp=3, tensor=1\) does not fit 8 devices"),
         ({"data": 2, "fsdp": 2}, "does not fit 8 devices"),
         ({"fsdp": -1}, "only one axis may be -1"),
         ({"tensor": 0}, "mesh.tensor=0"),
@@ -192,6 +192,17 @@ def test_mesh_shape_infers_the_rest(sizes, shape):
 def test_mesh_shapes_that_cannot_be_are_one_line(sizes, message):
     with pytest.raises(UserError, match=message):
         mesh_shape(8, **sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 7}, {"fsdp": 2}, {"data": 1, "tensor": 2}])
+def test_one_device_is_no_place_for_a_mesh_of_several(sizes):
+    with pytest.raises(UserError, match=r"^config\.mesh\.\w+=\d: .* does not fit 1 device, .*jax sees \(cpu\)"):
+        visible_mesh(**sizes)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 1}, {"data": 1, "fsdp": -1}])
+def test_one_device_needs_no_mesh(sizes):
+    assert visible_mesh(**sizes) is None
 
 
 def test_arrays_can_be_placed_on_a_real_mesh():

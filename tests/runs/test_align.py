@@ -171,6 +171,7 @@ def test_lsft_runs_on_several_seeds_and_reports_over_all(tmp_path):
         ({"reward__model": "refusal_keywords"}, "is a judge (asr), not a reward model"),
         ({"model__checkpoint": "toy:llava16"}, "toy:llava16: no such toy checkpoint"),
         ({"sweep__scorers": "no/such/judge"}, "no/such/judge"),
+        ({"mesh__data": "7"}, "config.mesh.data=7: mesh (data=7, fsdp=1, tensor=1) does not fit 1 device"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(changes, says, tmp_path, capsys):

@@ -143,7 +143,7 @@ def test_full_fine_tuning_has_no_adapter(tmp_path, directory):
 
 
 def test_another_place(tmp_path, directory):
-    a_run(tmp_path / "run", directory, 2)
+    a_run(tmp_path / "run", directory, 2, **{"mesh.fsdp": "16"})  # trained on sixteen devices, exported on one
     options = argparse.Namespace(out=tmp_path / "elsewhere")
     assert export.run(config_files.load(None), tmp_path / "run", options) == 0
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file() and not (tmp_path / "run" / "hf").exists()

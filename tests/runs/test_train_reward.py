@@ -144,6 +144,7 @@ def test_a_finished_run_is_not_trained_again(files, finished, monkeypatch, capsy
         ({"rm__accumulation": "3"}, "does not divide into 3 slices"),
         ({"rm__held_out_share": "1.5"}, "above 0 and below 1"),
         ({"seeds": "1,2"}, "trains one model"),
+        ({"mesh__fsdp": "2"}, "config.mesh.fsdp=2: mesh (data=-1, fsdp=2, tensor=1) does not fit 1 device"),
         ({"model__checkpoint": "SMALL"}, "its tokenizer gives token"),
     ],
 )
