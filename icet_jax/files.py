@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 import zlib
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from icet_jax.errors import write_error
+from icet_jax.errors import UserError, write_error
 
 _SEAL = ', "crc32": '
 _writes = True
@@ -22,6 +23,43 @@ def write_nothing() -> None:
     """From now on `write_bytes_atomic` does nothing in this process: of several processes, the first one writes."""
     global _writes
     _writes = False
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+def require_regular(path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Refuses what is no file and may be read for ever: a named pipe, a socket, a device. A link may lead to a file.
+
+    A path that leads nowhere, or to a folder, passes: opening it says so.
+
+    Args:
+      path: of what is about to be opened.
+      name: what an error calls it; a path names itself.
+
+    Raises:
+      UserError: it is one of these.
+    """
+    try:
+        kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):
+        return
+    if kind is not None:
+        raise UserError(f"{name or path}: is {kind}, not a regular file; write what it gives to a file, and name that")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file that `require_regular` lets pass."""
+    require_regular(path)
+    return path.read_bytes()
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """The UTF-8 text of a file that `require_regular` lets pass."""
+    require_regular(path)
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import RESUMABLE, WRONG_INPUT, UserError
-from icet_jax.files import parse_json
+from icet_jax.files import parse_json, require_regular
 
 # All that a loader looks at: weights in safetensors at the top of the repository, and small files beside them.
 _FILES = (
@@ -30,13 +30,17 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None = N
       revision: of the repository: branch, tag or commit; None is the default branch.
 
     Raises:
-      UserError: there is no such directory, and it cannot be fetched from the hub either; the line says why.
+      UserError: there is no such directory, and it cannot be fetched from the hub either; the line says why. Or one
+        of its files is none that can be read to its end.
     """
     path = Path(path_or_id).expanduser()
     name = os.fspath(path_or_id)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"{name}: a local directory has no revision ({revision}); leave the revision unset")
+        for pattern in _FILES:
+            for file in path.glob(pattern):
+                require_regular(file)
         return path
     if path.exists():
         raise UserError(f"{name}: a file; give the checkpoint's directory, the one with config.json")

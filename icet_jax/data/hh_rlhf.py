@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import parse_json, require_regular
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -92,6 +92,7 @@ def read_pairs(path: str | Path) -> Preferences:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, bytes) of every line that is not blank."""
+    require_regular(path)
     opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as file:
         for number, line in enumerate(file, start=1):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from icet_jax.errors import UserError
+from icet_jax.files import require_regular
 
 
 @runtime_checkable
@@ -74,6 +75,8 @@ def require_resizable(image: Image.Image, name: str) -> None:
 
 
 def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
+    if isinstance(file, Path):
+        require_regular(file, name)
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:

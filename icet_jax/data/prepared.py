@@ -23,7 +23,7 @@ import numpy as np
 
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json, replace_dir_atomic, write_text_atomic
+from icet_jax.files import parse_json, read_text, replace_dir_atomic, write_text_atomic
 
 SCHEMA = 1
 _VERSION = "1.0.0"
@@ -124,7 +124,7 @@ def read_facts(directory: Path, name: str) -> dict[str, Any] | None:
     """
     path = directory / name / "source.json"
     try:
-        facts = parse_json(path.read_text(encoding="utf-8"))
+        facts = parse_json(read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

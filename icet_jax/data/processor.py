@@ -30,7 +30,7 @@ from icet_jax.data.templates import (
 )
 from icet_jax.data.tokenizer import load_tokenizer
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import parse_json, read_text
 from icet_jax.models.family import Images
 from icet_jax.models.llava import LlavaConfig
 from icet_jax.models.llava_next import LlavaNextConfig
@@ -344,7 +344,7 @@ def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        settings = parse_json(path.read_text(encoding="utf-8"))
+        settings = parse_json(read_text(path))
         if not isinstance(settings, dict):
             raise ValueError("no mapping")
     except FileNotFoundError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import parse_json, require_regular
 
 RawRow: TypeAlias = tuple[int, dict[str, Any] | str]
 
@@ -33,6 +33,7 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
       UserError: empty, or a required column is missing.
       OSError: it cannot be read.
     """
+    require_regular(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         records = _csv_records(file)
         _, header = next(records, (0, []))
@@ -85,6 +86,7 @@ def _take(source: Iterator[str], waiting: deque[str], taken: list[str]) -> Itera
 
 def jsonl_rows(path: Path) -> Iterator[RawRow]:
     """Rows of a file of one JSON object per line; blank lines are passed over."""
+    require_regular(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
@@ -107,6 +109,7 @@ def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
       UserError: it does not begin as a JSON object, or has no array of that name.
       OSError: it cannot be read.
     """
+    require_regular(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = _JsonReader(file)
         try:

@@ -14,7 +14,7 @@ from typing import Any
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row
-from icet_jax.files import append_text, seal, unseal, write_text_atomic
+from icet_jax.files import append_text, read_bytes, seal, unseal, write_text_atomic
 from icet_jax.parallel.distributed import is_writer, on_first
 
 
@@ -91,7 +91,7 @@ class TranscriptFile:
     def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
         """Rows, and whether the present judges have judged them."""
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); move the file away") from error
         whole = data[: data.rfind(b"\n") + 1]
@@ -125,7 +125,7 @@ def finished_rows(path: Path, wanted: Sequence[tuple[str, int]]) -> list[Row]:
       UserError: it is damaged, or rows are missing.
     """
     try:
-        rows = [unseal(line.decode("utf-8")) for line in path.read_bytes().split(b"\n")[:-1]]
+        rows = [unseal(line.decode("utf-8")) for line in read_bytes(path).split(b"\n")[:-1]]
         missing = set(wanted) - {(row["id"], row["layer"]) for row in rows}
         if missing:
             raise ValueError(f"{len(missing)} rows are missing")

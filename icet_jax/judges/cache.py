@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from icet_jax.errors import UserError
-from icet_jax.files import append_text, seal, unseal
+from icet_jax.files import append_text, read_bytes, seal, unseal
 from icet_jax.judges.base import Scorer, Scores
 from icet_jax.parallel.distributed import is_writer, on_first
 
@@ -140,7 +140,7 @@ class _Table:
 
     def _read(self, path: Path) -> None:
         try:
-            lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was never finished
+            lines = read_bytes(path).split(b"\n")[:-1]  # what follows the last line end was never finished
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); choose another score cache") from error
         for line in lines:

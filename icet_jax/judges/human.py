@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
+from icet_jax.files import require_regular
 
 METRIC = "asr/human"
 KEY, UNSAFE = "key", "unsafe"
@@ -158,6 +159,7 @@ def read_labels(path: str | Path, known: Iterable[str]) -> Labels:
 
 def _rows(path: Path) -> Iterable[dict[str, str]]:
     """The table's rows by column name; empty lines are left out."""
+    require_regular(path, f"--labels={path}")
     try:
         data = path.read_bytes()
     except OSError as error:

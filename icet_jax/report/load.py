@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import parse_json, read_text
 
 PHASES = ("before", "after")
 _MOST_EXITS = 4096  # the page has a column, a tick or a row for each
@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        data = parse_json(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        data = parse_json(read_text(path), parse_constant=lambda _: None)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is not readable JSON ({error}); make it again or remove it") from error
     if not isinstance(data, dict):
@@ -103,7 +103,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_text(path, "replace").split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make it again or remove it") from error
     rows = []

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 import icet_jax
 from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, check_names, default, flatten, scorer_fields, unknown_field
 from icet_jax.errors import UserError
+from icet_jax.files import require_regular
 
 
 def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[str, str]] = ()) -> ConfigDict:
@@ -113,6 +114,7 @@ def _find(path: str) -> Path:
     for folder in (Path.cwd(), package.parent, package):
         if os.path.isfile(folder / path):  # unlike `Path.is_file`, false for names that no file can have
             return folder / path
+        require_regular(folder / path, f"--config={path}")
     known = sorted(f.name for folder in (package.parent, package) for f in (folder / "configs").glob("[!_]*.py"))
     listed = ", ".join(f"configs/{name}" for name in dict.fromkeys(known))
     raise UserError(f"--config={path}: no such file; this project has {listed or 'no configs'}")

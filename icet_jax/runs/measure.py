@@ -15,7 +15,7 @@ from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.evaluation.transcripts import finished_rows
-from icet_jax.files import write_text_atomic
+from icet_jax.files import read_text, write_text_atomic
 from icet_jax.parallel.distributed import agree, is_writer
 from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.common import Setting, model_name
@@ -153,7 +153,7 @@ def _show(what: str) -> Callable[[SweepProgress], None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_text(path))
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax.errors import UserError, write_error
-from icet_jax.files import append_text, parse_json, write_text_atomic
+from icet_jax.files import append_text, parse_json, read_text, write_text_atomic
 from icet_jax.parallel.distributed import is_writer
 
 
@@ -21,7 +21,7 @@ def truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, "replace").splitlines():
         try:
             row = parse_json(line)
         except ValueError:

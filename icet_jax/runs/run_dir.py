@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config import flatten
 from icet_jax.errors import UserError, write_error
-from icet_jax.files import parse_json, write_text_atomic
+from icet_jax.files import parse_json, read_text, write_text_atomic
 
 SCHEMA = 1
 _ANY = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")  # change what a run finds by rounding at most
@@ -65,7 +65,7 @@ def read_config(path: Path) -> ConfigDict:
       UserError: it is not readable.
     """
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
         if not isinstance(values, dict):
             raise ValueError("not an object")
         return ConfigDict(values)
@@ -129,7 +129,7 @@ def _stored_phases(path: Path) -> dict[str, dict[str, Any]]:
       UserError: it is damaged.
     """
     try:
-        phases = parse_json(path.read_text(encoding="utf-8"))["phases"]
+        phases = parse_json(read_text(path))["phases"]
         found = {str(phase["name"]): phase for phase in phases}
         numbers = [value for phase in phases for name, value in phase.items() if name != "name"]
         if any(type(value) not in (int, float) for value in numbers) or any("seconds" not in phase for phase in phases):
