@@ -158,7 +158,8 @@ def _reward() -> ConfigDict:
     reward = ConfigDict()
     # A name of `config.scorers`, HF directory or hub id of a sequence classifier, or "organism:reward_model".
     reward.model = config_dict.placeholder(str)
-    # What rewards a row of each kind. A text-only reward model cannot grade an answer about an image.
+    # What rewards a row of each kind; "none": it learns from the KL alone. A text-only reward model cannot grade an
+    # answer about an image.
     reward.by_kind = ConfigDict({"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"})
     reward.normalise = False  # reward-model scores minus their running mean, over their standard deviation; TRL: off
     reward.clip = 0.0  # scores are clipped to +-clip after normalising; 0 = off, as in TRL
@@ -199,8 +200,9 @@ def _lppo() -> ConfigDict:
     lppo.value_clip_range = 0.0  # 0 = off: the paper's value loss is the plain squared error
     lppo.value_coef = 0.1  # the paper's c1; value from TRL
     lppo.value_stop_gradient = False  # True: the value head learns on fixed features (ours)
-    lppo.whiten_advantages = True  # over the whole rollout batch, masked; TRL
-    lppo.whiten_rewards = False  # TRL
+    # Over the rewarded rows of the whole rollout batch, masked; TRL. Rows of a kind that nothing rewards are left out.
+    lppo.whiten_advantages = True
+    lppo.whiten_rewards = False  # over the same rows; TRL
     lppo.epochs = 4  # passes over one rollout; TRL
     lppo.minibatches = 1  # optimizer steps per epoch; TRL: one
     lppo.accumulation = 8  # slices of a mini-batch whose gradients are summed; ours, for memory

@@ -48,7 +48,13 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(x: Float[ArrayLike, "B A"], mask: Bool[ArrayLike, "B A"], *, shift_mean: bool = True) -> Float[Array, "B A"]:
+def whiten(
+    x: Float[ArrayLike, "B A"],
+    mask: Bool[ArrayLike, "B A"],
+    *,
+    shift_mean: bool = True,
+    rows: Bool[ArrayLike, " B"] | None = None,
+) -> Float[Array, "B A"]:
     """Gives the entries inside the mask mean 0 and variance 1 (biased variance, eps 1e-8 under the root).
 
     Call it on the whole global rollout batch, so that mini-batches and devices share one mean and one variance.
@@ -57,15 +63,18 @@ def whiten(x: Float[ArrayLike, "B A"], mask: Bool[ArrayLike, "B A"], *, shift_me
       x: values; entries outside the mask may be anything, NaN included.
       mask: true where `x` counts.
       shift_mean: False adds the mean back afterwards, as is usual for rewards (TRL's `whiten_rewards`).
+      rows: rows that are whitened, all of them if None. The others enter neither mean nor variance and keep their
+        values, neither shifted nor scaled: a row without a reward must not be told that it beats the rewarded ones.
 
     Returns:
       float32, zero outside the mask.
     """
     mask = jnp.asarray(mask, bool)
     x = jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
-    count = jnp.maximum(jnp.sum(mask), 1)
-    mean = jnp.sum(x) / count
-    centred = jnp.where(mask, x - mean, 0.0)
+    counted = mask if rows is None else mask & jnp.asarray(rows, bool)[:, None]
+    count = jnp.maximum(jnp.sum(counted), 1)
+    mean = jnp.sum(jnp.where(counted, x, 0.0)) / count
+    centred = jnp.where(counted, x - mean, 0.0)
     variance = jnp.sum(jnp.square(centred)) / count
     scaled = centred * jax.lax.rsqrt(variance + WHITEN_EPS)
-    return jnp.where(mask, scaled if shift_mean else scaled + mean, 0.0)
+    return jnp.where(counted, scaled if shift_mean else scaled + mean, x)

@@ -18,8 +18,9 @@
 left-padded prompts; a filler row has an all-false mask. `scores` is float32 [B]: NaN marks a row that could not be
 scored, which trains nothing. `longest` is the length of the longest response: with it, columns that are padding in
 every row are left out (`response_widths`). `learned` is bool [B]: rows scored by a reward model; only these are
-normalised (a row without a reward has score 0). The policy as something to generate with is
-`forward.with_policy(params, state.trainable, settings.lora_scale)` -> (params, lora).
+normalised (a row without a reward has score 0). `rewarded`, bool [B] and all true unless given, is false for rows that
+nothing rewards: they learn from the KL terms alone and are left out of whitening. The policy as something to generate
+with is `forward.with_policy(params, state.trainable, settings.lora_scale)` -> (params, lora).
 
 Every phase compiles once per shape, whatever exit is drawn: exits are traced. The tower runs once per rollout; its
 features stay with the rollout, row-aligned, and no gradient reaches tower or projector.
@@ -144,10 +145,12 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
     prepare_arrays = Program(prepare_columns, about=about, static="columns")
 
     def prepare(
-        params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None
-    ) -> tuple[TrainState, TrainBatch, dict[str, Any]]:
+        params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None,
+        rewarded: Any = None,
+    ) -> tuple[TrainState, TrainBatch, dict[str, Any]]:  # fmt: skip
         scores, learned = np.asarray(scores, np.float32), np.asarray(learned, bool)
-        given = (params, state.trainable, state.controls, rollout, scores, learned)
+        rewarded = np.ones(scores.shape, bool) if rewarded is None else np.asarray(rewarded, bool)
+        given = (params, state.trainable, state.controls, rollout, scores, learned, rewarded)
         width, length = rollout.prompts.shape[1], rollout.mask.shape[1]
         columns = response_columns(width, length, length if longest is None else longest)
         batch, controls, metrics = prepare_arrays(*given, columns=columns)
@@ -167,7 +170,8 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
         # A phase's results lie where it says, so that none has to be compiled before another. The longest comes first.
         arguments = (params, state, images, tokens, mask, exits, key)
         made = _abstract(rollout.eval_shape(*arguments), mesh)
-        per_row = (np.zeros(tokens.shape[0], np.float32), np.zeros(tokens.shape[0], bool))
+        rows = tokens.shape[0]
+        per_row = (np.zeros(rows, np.float32), np.zeros(rows, bool), np.zeros(rows, bool))
         given = (params, state.trainable, state.controls, made, *per_row)
         widths = response_widths(tokens.shape[1], settings.sampling.max_new_tokens)
         for columns in widths:
@@ -293,9 +297,9 @@ def _in_slices(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
 
 def _prepare(
     graphdef: Any, settings: Settings, params: Any, trainable: Any, controls: Controls, rollout: Rollout,
-    scores: Array, learned: Array, *, columns: int | None = None,
+    scores: Array, learned: Array, rewarded: Array, *, columns: int | None = None,
 ) -> tuple[TrainBatch, Controls, dict[str, Any]]:  # fmt: skip
-    """Old and reference log-probs, values, token rewards, advantages; whitened over the whole rollout batch.
+    """Old and reference log-probs, values, token rewards, advantages; whitened over the rollout's rewarded rows.
 
     With `columns`, the responses are cut to so many: the rest must be padding.
     """
@@ -315,7 +319,7 @@ def _prepare(
     has_eos = is_eos(last_token, settings.sampling.eos_ids) & scored
     shaped, normaliser = rewards.shape_scores(
         scores,
-        has_eos,
+        has_eos | ~rewarded,  # what is not rewarded is not penalised either
         controls.normaliser,
         learned=learned,
         valid=scored,
@@ -326,7 +330,7 @@ def _prepare(
     kl = rewards.kl_penalty(old.log_probs, ref_log_probs, settings.kl_kind)
     reward = rewards.token_rewards(shaped, kl, mask, kl_coef=controls.kl_coef)
     advantages, returns = gae(
-        whiten(reward, mask, shift_mean=False) if settings.whiten_rewards else reward,
+        whiten(reward, mask, shift_mean=False, rows=rewarded) if settings.whiten_rewards else reward,
         old.values,
         mask,
         gamma=settings.gamma,
@@ -342,7 +346,7 @@ def _prepare(
         mask=mask & stable,
         old_log_probs=old.log_probs,
         old_values=old.values,
-        advantages=whiten(advantages, mask) if settings.whiten_advantages else advantages,
+        advantages=whiten(advantages, mask, rows=rewarded) if settings.whiten_advantages else advantages,
         returns=returns,
     )
     metrics = rollout_metrics(

@@ -94,7 +94,8 @@ class Lppo:
         scores, learned = self._reward(batch.examples, texts)
         seconds["score"] = self._watch.lap()
         longest = int(mask.sum(axis=1).max())
-        state, train_batch, before = self._phases.prepare(params, state, rollout, scores, learned, longest)
+        rewarded = self._reward.rewarded(batch.examples)
+        state, train_batch, before = self._phases.prepare(params, state, rollout, scores, learned, longest, rewarded)
         state, after = self._phases.update(params, state, train_batch, self._run_key)
         forbidden = [text for example, text in zip(batch.examples, texts, strict=True) if example.kind == "forbidden"]
         done = self._counter.lppo(prompt_mask.sum(axis=1), mask.sum(axis=1), _images(batch))

@@ -23,6 +23,10 @@ class RewardByKind:
         programs = getattr(self._reward_model, "lowered", lambda _: ())
         return ((f"reward model at {length}", program) for length, program in programs(tokens))
 
+    def rewarded(self, examples: Sequence[Example]) -> np.ndarray:
+        """Which rows something rewards, bool [B]: all but those of a kind with the rule "none"."""
+        return np.array([self._by_kind[example.kind] != "none" for example in examples], bool)
+
     def __call__(self, examples: Sequence[Example], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Scores one response per row.
 

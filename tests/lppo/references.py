@@ -32,16 +32,17 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, returns
 
 
-def whiten(x, mask, shift_mean=True):
-    picked = [x[b, t] for b in range(x.shape[0]) for t in range(x.shape[1]) if mask[b, t]]
-    out = np.zeros(x.shape)
+def whiten(x, mask, shift_mean=True, rows=None):
+    counted = mask if rows is None else mask & rows[:, None]
+    picked = [x[b, t] for b in range(x.shape[0]) for t in range(x.shape[1]) if counted[b, t]]
+    out = np.where(mask, x, 0.0)
     if not picked:
         return out
     mean = sum(picked) / len(picked)
     variance = sum((p - mean) ** 2 for p in picked) / len(picked)
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
-            if mask[b, t]:
+            if counted[b, t]:
                 out[b, t] = (x[b, t] - mean) / np.sqrt(variance + 1e-8) + (0.0 if shift_mean else mean)
     return out
 

@@ -210,6 +210,24 @@ def test_unscored_rows_train_nothing(model):
     np.testing.assert_array_equal(np.isfinite(batch.advantages), True)
 
 
+def test_rows_that_are_not_rewarded_learn_from_the_kl_alone(model):
+    """Before the first update KL and values are zero: nothing may move such a row, whatever the others score."""
+    _, params = model
+    settings = toy.settings(normalise=False, missing_eos_penalty=1.0)
+    state = toy.state(params, settings)
+    rollout = toy.phases(toy.SETTINGS).rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    scores = np.array([-2, -2, -3, -4, 0, 0, 0, 0], np.float32)
+    rewarded = np.arange(8) < 4
+    arguments = (params, state, rollout, scores, np.zeros(8, bool))
+    _, batch, _ = toy.phases(settings).prepare(*arguments, rewarded=rewarded)
+    advantages, mask = np.asarray(batch.advantages), np.asarray(batch.mask)
+    assert mask[4:7].any(1).all() and not advantages[4:].any() and not np.asarray(batch.returns)[4:].any()
+    among = advantages[:4][mask[:4]]
+    np.testing.assert_allclose([among.mean(), among.std()], [0, 1], atol=1e-5)
+    _, everyone, _ = toy.phases(settings).prepare(*arguments)  # all rows, unless told otherwise
+    assert np.asarray(everyone.advantages)[4:7].any()
+
+
 def test_nan_stops_the_run_and_leaves_the_weights(model):
     graphdef, params = model
     phases, state = toy.phases(toy.SETTINGS), toy.state(params)

@@ -74,6 +74,23 @@ def test_whiten_without_tokens_is_zero():
     assert not np.any(jax.grad(lambda x: jnp.sum(whiten(x, empty)))(garbage))
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rows_that_are_not_rewarded_neither_whiten_nor_are_whitened(seed, shift_mean):
+    (x, *_), mask, rng = ref.random_case(seed)
+    rows = rng.random(len(mask)) < 0.6
+    got = np.asarray(whiten(ref.poison(3 * x + 1, mask, rng), mask, shift_mean=shift_mean, rows=rows))
+    np.testing.assert_allclose(got, ref.whiten(3 * x + 1, mask, shift_mean, rows), **TOLERANCE)
+    np.testing.assert_array_equal(got[~rows], np.where(mask, 3 * x + 1, 0).astype(np.float32)[~rows])
+    gradient = jax.grad(lambda x: jnp.sum(whiten(x, mask, shift_mean=shift_mean, rows=rows) ** 2))
+    assert np.all(np.isfinite(gradient(ref.poison(x, mask, rng))))
+
+
+def test_whitening_without_a_rewarded_row_changes_nothing():
+    x, mask = np.array([[2.0, 3.0]], np.float32), np.ones((1, 2), bool)
+    np.testing.assert_array_equal(whiten(x, mask, rows=np.zeros(1, bool)), x)
+
+
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kl_and_token_rewards(seed, kind):

@@ -1,10 +1,16 @@
 """Each kind of row is rewarded by what the config names, and by nothing else."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from icet_jax.data.records import Example
+from icet_jax.evaluation.batching import PromptBatch
 from icet_jax.judges.base import Scores
+from icet_jax.lppo.state import TrainState
+from icet_jax.runs.algorithms import Lppo
 from icet_jax.runs.reward import RewardByKind
+from icet_jax.runs.utilisation import Stopwatch
 
 
 class Lengths:
@@ -43,3 +49,33 @@ def test_a_reward_model_is_not_asked_about_nothing():
     reward = RewardByKind({"vqa": "exact_match"}, None)
     scores, learned = reward(ROWS[1:2], ["blue"])
     assert scores.tolist() == [0.0] and not learned.any()
+
+
+def test_a_row_without_a_reward_is_told_apart_from_a_row_that_scored_nothing():
+    reward = RewardByKind({"forbidden": "reward_model", "vqa": "exact_match", "benign": "none"}, Lengths())
+    np.testing.assert_array_equal(reward.rewarded(ROWS), [True, True, False, True, True])
+
+
+def iteration(reward, texts):
+    """(what the second phase was given, the metrics) of an iteration of L-PPO whose phases do nothing."""
+    given = {}
+
+    def prepare(params, state, rollout, scores, learned, longest, rewarded):
+        given.update(scores=scores, learned=learned, longest=longest, rewarded=rewarded)
+        return state, None, {}
+
+    lppo = Lppo.__new__(Lppo)
+    lppo._reward, lppo._watch, lppo._run_key, lppo.peak = reward, Stopwatch(), None, None
+    lppo._vlm = SimpleNamespace(params=None, processor=SimpleNamespace(decode=lambda tokens, mask: texts))
+    lppo._phases = SimpleNamespace(prepare=prepare, update=lambda params, state, *_: (state, {}))
+    lppo._counter = SimpleNamespace(lppo=lambda *_: None, evaluated=lambda _: 0)
+    mask = np.array([[bool(text)] for text in texts])
+    rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask)
+    state = TrainState(trainable={}, opt_state=None, controls=None, iteration=0, updates=0)
+    return given, lppo.finish(state, PromptBatch(ROWS, mask, mask, None), rollout)[1]
+
+
+def test_an_iteration_says_which_rows_are_rewarded():
+    reward = RewardByKind({"forbidden": "reward_model", "vqa": "exact_match", "benign": "none"}, Lengths())
+    given, _ = iteration(reward, ["abc", "Red.", "no", "", "red"])
+    assert given["rewarded"].tolist() == [True, True, False, True, True] and given["longest"] == 1
