@@ -107,7 +107,7 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint directory.
 
     Raises:
-      UserError: no directory, no such file, or not a JSON object with a `model_type`.
+      UserError: no directory, no such file, not a JSON object with a `model_type`, or of quantised weights.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -118,7 +118,21 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable JSON ({error}); download it again") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"{path}: has no model_type; supported are {_supported()}")
+    _refuse_quantised(values, str(path))
     return values
+
+
+def _refuse_quantised(values: dict[str, Any], where: str) -> None:
+    """Raises a `UserError` where a `quantization_config` stands: plain weights beside it are not what it describes."""
+    for place, part in (("", values), *((f"{name}.", values.get(name)) for name in ("text_config", "vision_config"))):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise UserError(
+                f"{where}: {place}quantization_config{'' if method is None else f' ({_shown(method)})'}: quantised "
+                "weights are not supported; give the checkpoint that is not quantised, or remove the field if its "
+                "weights are plain"
+            )
 
 
 def _supported() -> str:

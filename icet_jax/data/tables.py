@@ -6,8 +6,9 @@ that row alone. Bytes that are not UTF-8 come through as surrogates, which `text
 
 import csv
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -30,7 +31,7 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
       columns: the columns of such a file, for the error.
 
     Raises:
-      UserError: empty, or a required column is missing.
+      UserError: empty, a required column is missing, or two columns have one name.
       OSError: it cannot be read.
     """
     require_regular(path)
@@ -42,6 +43,12 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
         names = [cell.strip().lower() for cell in header]
         if not any(names):
             raise UserError(f"{path}: is empty; name the columns in its first line: {columns}")
+        for name, count in Counter(filter(None, names)).items():
+            if count > 1:
+                shown = name.encode("ascii", "backslashreplace").decode()
+                raise UserError(
+                    f"{path}: column '{shown}' stands {count} times in its first line; remove or rename all but one"
+                )
         for name in required:
             if name not in names:
                 have = ", ".join(names).encode("ascii", "backslashreplace").decode()
@@ -92,11 +99,11 @@ def jsonl_rows(path: Path) -> Iterator[RawRow]:
             if not text.strip():
                 continue
             try:
-                fields = parse_json(text)
+                fields = parse_json(text, object_pairs_hook=_object)
             except ValueError as error:
                 yield line, f"not JSON ({getattr(error, 'msg', error)})"
                 continue
-            yield line, fields if isinstance(fields, dict) else "not a JSON object"
+            yield line, _row(fields)
 
 
 def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
@@ -129,14 +136,36 @@ def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
             if not more:
                 return
             number += 1
-            yield number, value if isinstance(value, dict) else "not a JSON object"
+            yield number, _row(value)
+
+
+@dataclass(frozen=True)
+class _NamedTwice:
+    """A JSON object that has a field more than once: either of its values could be the one that is meant."""
+
+    field: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _NamedTwice:
+    """A JSON object."""
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    return _NamedTwice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+
+
+def _row(value: Any) -> dict[str, Any] | str:
+    """The fields of a row, or why it is none."""
+    if isinstance(value, _NamedTwice):
+        return f"field '{value.field.encode('ascii', 'backslashreplace').decode()}' more than once"
+    return value if isinstance(value, dict) else "not a JSON object"
 
 
 class _JsonReader:
     """Values out of a JSON text that is read in chunks."""
 
     def __init__(self, file: TextIO) -> None:
-        self._file, self._decoder = file, json.JSONDecoder()
+        self._file, self._decoder = file, json.JSONDecoder(object_pairs_hook=_object)
         self._text, self._at, self._ended = "", 0, False
 
     def enter(self, key: str) -> bool:

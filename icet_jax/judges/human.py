@@ -130,7 +130,7 @@ def read_labels(path: str | Path, known: Iterable[str]) -> Labels:
       known: the keys of the run's answers.
 
     Raises:
-      UserError: no such file, or no table with the columns `key` and `unsafe`.
+      UserError: no such file, or no table with the columns `key` and `unsafe`, each once.
     """
     path, known = Path(path), set(known)
     labels, twice = Labels(), set()
@@ -172,6 +172,12 @@ def _rows(path: Path) -> Iterable[dict[str, str]]:
         try:
             header = [name.strip().lower() for name in next(lines, [])]
             if KEY in header and UNSAFE in header:
+                for name in (KEY, UNSAFE):
+                    if header.count(name) > 1:
+                        raise UserError(
+                            f"--labels={path}: column {name!r} stands {header.count(name)} times in its first line; "
+                            "remove or rename all but one"
+                        )
                 return [dict(zip(header, cells, strict=False)) for cells in lines if any(map(str.strip, cells))]
         except csv.Error as error:
             raise UserError(f"--labels={path}: line {lines.line_num} is no CSV ({error}); save it again") from error

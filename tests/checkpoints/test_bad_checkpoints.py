@@ -124,6 +124,16 @@ def test_buffers_of_older_versions_are_ignored(single):
     load_vlm(single)
 
 
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_a_config_that_says_quantised_is_refused_over_plain_weights(single, part):
+    def quantised(config):
+        (config if part is None else config[part])["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+
+    edit(single, quantised)
+    where = "quantization_config" if part is None else f"{part}.quantization_config"
+    assert f"{single / 'config.json'}: {where} ('gptq'): quantised weights are not supported" in error(single)
+
+
 def edit(directory, change):
     config = json.loads((directory / "config.json").read_text())
     change(config)

@@ -127,6 +127,12 @@ def test_image_root(folder, tmp_path_factory):
         ("rows.csv", b"", "is empty"),
         ("rows.csv", b"prompt,image\n", "has no rows"),
         ("rows.csv", b"prompt,picture\nx,a.png\n", "no column 'image'"),
+        (
+            "rows.csv",
+            b"prompt,image, Prompt\nx,a.png,y\n",
+            "rows.csv: column 'prompt' stands 2 times in its first",
+        ),
+        ("rows.jsonl", b'{"prompt": "x", "image": "a.png", "prompt": "y"}\n', "field 'prompt' more than once"),
         ("rows.csv", b"prompt,image\nx,gone.png\n", "no usable row: row 1"),
         ("rows.jsonl", b"", "has no rows"),
         ("rows.jsonl", b'{"prompt": "x"}\n', "no usable row: row 1"),

@@ -158,6 +158,14 @@ def test_no_table_of_labels_is_one_line(tmp_path, content):
         read_labels(tmp_path / "l.csv", KEYS)
 
 
+@pytest.mark.parametrize("header", ["key,unsafe,unsafe", "Key,key,unsafe"])
+def test_a_column_that_stands_twice_is_one_line(tmp_path, header):
+    path = tmp_path / "labels.csv"
+    path.write_text(f"{header}\na,yes,no\n")
+    with pytest.raises(UserError, match=r"labels\.csv: column '\w+' stands 2 times in its first line"):
+        read_labels(path, ["a"])
+
+
 def test_no_file_is_one_line(tmp_path):
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
