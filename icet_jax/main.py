@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -167,6 +168,20 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[st
     return rest, overrides
 
 
+def _require_text(arguments: Sequence[str]) -> None:
+    """Refuses arguments with bytes that are no text in the terminal's encoding (Python hands them on as surrogates)."""
+    flag = ""
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        flag = name if word.startswith("--") else flag
+        if any("\ud800" <= char <= "\udfff" for char in word):
+            where = flag if flag and (equals or word != flag) else ascii(word)
+            raise UserError(
+                f"{where}: holds bytes that are not text in this terminal's encoding, {sys.getfilesystemencoding()}; "
+                "write it as UTF-8, with LC_ALL=C.UTF-8 set"
+            )
+
+
 def run(arguments: Sequence[str]) -> int:
     """Parses `arguments`, checks the config and starts the mode's run; returns its exit code.
 
@@ -175,6 +190,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     from icet_jax.runs import config_files
 
+    _require_text(arguments)
     rest, overrides = _split_overrides(arguments)
     options = _parse(rest)
     example = f"type: {_example(options.mode)}"
@@ -248,6 +264,8 @@ def console() -> NoReturn:
         # Of transformers, runs need tokenizers and image processors, which work without torch; where torch is installed
         # transformers would spend two seconds on importing it.
         sys.modules["torch"] = None  # type: ignore[assignment]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show, as stderr does
     code = main()
     if code in (RESUMABLE, 128 + signal.SIGINT):
         # Threads may still be compiling or opening images; nobody waits for them, and the machine may be about to go.

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "--config=configs/organism_lppo.py"
 
 
-def run(*arguments: str, **kwargs):
+def run(*arguments: str | bytes, **kwargs):
     command = [sys.executable, "-m", "icet_jax.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **kwargs)
 
@@ -56,6 +57,43 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, says, capsys, tmp_pa
     printed = capsys.readouterr().err
     assert says in printed and printed.count("\n") == 1 and printed.startswith("icet-jax: ")
     assert list(tmp_path.iterdir()) == []
+
+
+UNREADABLE = os.fsdecode(b"what is this \xff?")  # as it arrives in sys.argv
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--mode=ask", "--checkpoint=organism:vlm", f"--prompt={UNREADABLE}"], "--prompt"),
+        (["--mode=ask", "--prompt", UNREADABLE, "--checkpoint=organism:vlm"], "--prompt"),
+        ([CONFIG, "--workdir=x", f"--config.data.train={UNREADABLE}"], "--config.data.train"),
+        ([CONFIG, "--workdir=x", f"--{UNREADABLE}"], r"'--what is this \udcff?'"),
+        ([UNREADABLE], r"'what is this \udcff?'"),
+    ],
+)
+def test_bytes_that_are_no_text_are_one_line(arguments, names, capsys):
+    assert front_door.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"icet-jax: {names}: holds bytes that are not text in this terminal's encoding, ")
+    assert printed.count("\n") == 1 and "LC_ALL=C.UTF-8" in printed
+
+
+ASCII = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_a_letter_that_the_locale_does_not_have_is_one_line():
+    result = run("--mode=ask", "--checkpoint=organism:vlm", "--prompt=\u00e9".encode(), env=ASCII)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(
+        "icet-jax: --prompt: holds bytes that are not text in this terminal's encoding, ascii;"
+    )
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_printed_with_escapes():
+    code = "from icet_jax import main; main.main = lambda: print('caf\\u00e9 \\u6f22 \\udcff') or 0; main.console()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ASCII)
+    assert (result.returncode, result.stdout) == (0, "caf\\xe9 \\u6f22 \\udcff\n"), result.stderr
 
 
 def test_a_wrong_flag_is_answered_before_jax_is_imported():
