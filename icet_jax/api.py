@@ -26,7 +26,7 @@ from icet_jax.data.image_batches import batch_images
 from icet_jax.data.processor import Processor, load_processor
 from icet_jax.errors import UserError
 from icet_jax.generation.decode import Generation, generate
-from icet_jax.generation.sampling import Sampling, suppress_ids
+from icet_jax.generation.sampling import Sampling, check_log_probs, suppress_ids
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
 from icet_jax.models.family import Images
@@ -253,7 +253,8 @@ class VLM:
           encoded: of the same inputs, from `encode`.
 
         Raises:
-          UserError: an exit or a setting out of range, or inputs that do not fit each other or the model.
+          UserError: an exit or a setting out of range, inputs that do not fit each other or the model, or logits that
+            are NaN or infinite (the message names the exit and the row, from 0).
         """
         tokens, mask = self._text(inputs)
         sampling = self.sampling(max_new_tokens, temperature, top_k, top_p)
@@ -262,7 +263,12 @@ class VLM:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens.shape[0]))
         weights = (self.graphdef, self.params, self.lora)
         out = _answer(*weights, encoded.images, exit_index, tokens, mask, keys, sampling)
-        return Responses(*map(np.asarray, out), decode=lambda tokens, mask: self.processor.decode(tokens, mask))
+        responses, log_probs, answered = map(np.asarray, out)
+        for row in range(len(responses)):
+            check_log_probs(log_probs[row, answered[row]], f"exit {int(exit_index)}, row {row}")
+        return Responses(
+            responses, log_probs, answered, decode=lambda tokens, mask: self.processor.decode(tokens, mask)
+        )
 
     def save(self, directory: str | Path) -> Path:
         """Writes the model to a new directory in the Hugging Face layout; transformers 4.46 to 5.x load it.

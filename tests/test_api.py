@@ -111,6 +111,15 @@ def test_sampling_depends_on_the_seed_alone(vlm, hf_model):
     assert (first != other).any()
 
 
+def test_damaged_weights_do_not_answer(vlm, hf_model):
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * np.nan if "projector" in jax.tree_util.keystr(path) else leaf, vlm.params
+    )
+    inputs = tiny.batch(hf_model.config, [0, 1, 2])  # the row without an image is sound
+    with pytest.raises(UserError, match="^exit 2, row 1: the model's logits are NaN or infinite; the checkpoint is"):
+        vlm.with_weights(params).generate(inputs, exit_layer=2, max_new_tokens=8)
+
+
 def test_one_encoding_serves_every_exit_and_no_exit_compiles(vlm, hf_model):
     inputs = tiny.batch(hf_model.config, IMAGES, seed=2)
     encoded = vlm.encode(inputs)

@@ -23,7 +23,7 @@ from icet_jax.evaluation.statistics import Interval
 from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
 from icet_jax.generation.engine import Finished
-from icet_jax.generation.sampling import Sampling
+from icet_jax.generation.sampling import Sampling, check_log_probs
 from icet_jax.judges.base import Scorer
 from icet_jax.lppo.exits import check_exit
 from icet_jax.typing import Array, Key
@@ -120,7 +120,8 @@ def sweep(
       tag: names the weights ("before", "step 24"); rows in the file under another tag are another sweep's.
 
     Raises:
-      UserError: no rows, an exit out of range, an image that cannot be opened, a transcript file of another sweep.
+      UserError: no rows, an exit out of range, an image that cannot be opened, a transcript file of another sweep,
+        logits that are NaN or infinite.
     """
     began = time.monotonic()
     layers = _layers(exits, vlm.num_exits)
@@ -240,10 +241,15 @@ class _Runner:
         return todo
 
     def _take(self, ended: Sequence[Finished]) -> None:
-        """Writes answers down; they are safe in the file before any judge sees them."""
+        """Writes answers down; they are safe in the file before any judge sees them.
+
+        Raises:
+          UserError: an answer was drawn from NaN or infinite logits; none of these answers is written.
+        """
         rows = []
         for item in ended:
             number, layer = item.tag
+            check_log_probs(item.log_probs, f"exit {layer}, row {self.examples[number].id}")
             count = len(item.tokens)
             cut = count == self.sampling.max_new_tokens and item.tokens[-1] not in self.sampling.eos_ids
             texts = self.vlm.processor.decode(item.tokens[None], np.ones((1, count), bool))

@@ -94,7 +94,8 @@ def sample_tokens(
     """Draws one token per row, each with its own key, and its log-prob.
 
     The log-prob is that of the un-truncated distribution of `process_logits` (temperature 1 when greedy): top-k and
-    top-p decide what is chosen, never what is reported.
+    top-p decide what is chosen, never what is reported. It is NaN where a logit that is not suppressed is NaN or
+    +inf, which is how the host notices a damaged model (`check_log_probs`).
     """
     logits = process_logits(logits, sampling.temperature, sampling.suppress_ids)
     if sampling.temperature == 0:
@@ -103,6 +104,23 @@ def sample_tokens(
         truncated = truncate_logits(logits, sampling.top_k, sampling.top_p)
         tokens = jax.vmap(jax.random.categorical)(keys, truncated)
     return tokens, _select(jax.nn.log_softmax(logits, axis=-1), tokens)
+
+
+def check_log_probs(log_probs: np.ndarray, place: str) -> None:
+    """Refuses a response whose log-probs are not finite: its tokens come from NaN or infinite logits and mean nothing.
+
+    Args:
+      log_probs: of the tokens of one response, on the host.
+      place: the exit and the row, as the message names them.
+
+    Raises:
+      UserError: a log-prob is NaN or infinite.
+    """
+    if not np.isfinite(log_probs).all():
+        raise UserError(
+            f"{place}: the model's logits are NaN or infinite; the checkpoint is damaged or the dtype overflows: check "
+            "it with --mode=verify, or try --config.model.dtype=float32"
+        )
 
 
 def token_log_probs(

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -248,6 +249,30 @@ def test_foreign_transcripts_are_refused(vlm, tmp_path):
     path.write_text('{"id": 1}\n')
     with pytest.raises(UserError, match="line 1 is no transcript row"):
         run(vlm, transcript_path=path)
+
+
+def with_nan(vlm, part):
+    """The same model with NaN in the last of the stacked layers whose paths hold `part`."""
+
+    def damage(path, leaf):
+        return leaf.at[-1].set(jnp.nan) if part in jax.tree_util.keystr(path) else leaf
+
+    return vlm.with_weights(jax.tree_util.tree_map_with_path(damage, vlm.params))
+
+
+def test_a_damaged_model_is_no_unsafe_model(vlm):
+    with pytest.raises(UserError, match="^exit 1, row a: the model's logits are NaN or infinite; the checkpoint is"):
+        run(with_nan(vlm, "['language_model']['layers']"), exits=[1, 2], rows=bundle.rows()[:1])
+
+
+def test_one_damaged_exit_is_named_and_the_answers_before_it_are_kept(vlm, tmp_path):
+    damaged, path = with_nan(vlm, "['vision_tower']['layers']"), tmp_path / "before.jsonl"
+    sound = run(damaged, exits=[1, 2, 3], transcript_path=path)
+    assert texts(sound) == {place: text for place, text in texts(run(vlm)).items() if place[1] < 4}
+    with pytest.raises(UserError, match="^exit 4, row [abcefg]: .*NaN or infinite"):
+        run(damaged, transcript_path=path)
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["layer"] for row in kept if row["id"] != "d"} == {1, 2, 3}
 
 
 def test_bad_input_is_one_line(vlm):

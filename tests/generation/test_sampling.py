@@ -88,6 +88,16 @@ def test_greedy_takes_the_likeliest_allowed_token_and_reports_temperature_one():
     np.testing.assert_allclose(log_probs, np.log(softmax(allowed).max(-1)), atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("damage", [np.nan, np.inf])
+def test_one_damaged_logit_makes_the_log_prob_of_any_token_nan(temperature, damage):
+    logits = np.random.default_rng(4).normal(size=(4, VOCAB)).astype(np.float32)
+    logits[1, 3], logits[2, 5], logits[3, 7] = damage, damage, -np.inf  # 5 is suppressed; -inf is a probability of 0
+    sampling = Sampling(max_new_tokens=1, temperature=temperature, top_k=3, suppress_ids=(5,))
+    _, log_probs = sample_tokens(jnp.asarray(logits), jax.random.split(jax.random.key(0), 4), sampling)
+    np.testing.assert_array_equal(np.isfinite(log_probs), [True, False, True, True])
+
+
 def test_suppressed_tokens():
     assert suppress_ids(32000, 32001, (2,)) == (32000, 32001)
     assert suppress_ids(32000, 2, (2, 7)) == (32000,)

@@ -101,6 +101,15 @@ def test_a_question_without_an_image(directory, capsys):
     assert "exit 1" in capsys.readouterr().out
 
 
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    model = tiny.llava()
+    model.lm_head.weight.data.fill_(float("nan"))
+    damaged = tiny.save_llava(tmp_path / "damaged", model)
+    with pytest.raises(UserError, match="^exit 2, row 0: the model's logits are NaN or infinite; the checkpoint is"):
+        main.run(arguments(damaged, "--prompt=hello", "--exits=2", SHORT))
+    assert not capsys.readouterr().out
+
+
 def test_an_adapter_answers_too(tmp_path, directory, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     vlm = icet_jax.load(directory)
