@@ -31,7 +31,7 @@ experiment changes; the command line overrides any field: `--config.lppo.kl_coef
 `--config.sweep.exits=1,12,23`, `none` for *unset*, one key of an open field as `--config.data.mixture.vqa=0.3`. An
 unknown field or a wrong value is one line that names the nearest field, or what the value may be.
 
-Origins in the last column: *paper* is the ICML 2025 text, *TRL* the defaults of TRL up to 0.11, *RiC*
+Origins in the last column: *paper* is the ICML 2025 text, *TRL* the defaults of TRL 0.11.4, *RiC*
 Rewards-in-Context's PPO, *ours* this project's own choice.
 """
 

@@ -257,3 +257,12 @@ def test_exits_are_checked_against_the_model():
 def test_a_missing_field_says_how_to_give_it():
     with pytest.raises(UserError, match="config.model.checkpoint is not set.*--config.model.checkpoint="):
         icet_config.require(icet_config.default(), "seed", "model.checkpoint")
+
+
+@pytest.mark.parametrize("family", PAPER)
+def test_the_shipped_horizon_lets_the_kl_coefficient_move(family):
+    """At TRL's 10,000 sequences a run moved it by 12 % at most."""
+    config = config_files.load(f"configs/{family}_lppo.py")
+    assert config.lppo.kl_adaptive
+    step = 0.2 * config.data.batch_size / config.lppo.kl_horizon
+    assert (1 + step) ** config.lppo.iterations > 3 and (1 - step) ** config.lppo.iterations < 1 / 3

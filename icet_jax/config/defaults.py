@@ -4,8 +4,8 @@ A file in `configs/` builds on `default()`, changes what its experiment changes 
 `get_config(variant)`; `icet_jax.runs.config_files.load` finds that file, applies the command line's overrides and
 checks the outcome. Nothing here imports jax, so a wrong field or value is named at once.
 
-Origins: *paper* is the ICML 2025 text; *TRL* the defaults of TRL <= 0.11, whose formulas the paper's match; *RiC* is
-Rewards-in-Context's PPO, the source of the reward model; *ours* is this project's own choice.
+Origins: *paper* is the ICML 2025 text; *TRL* the defaults of TRL 0.11.4, the last with this PPO, whose formulas the
+paper's match; *RiC* is Rewards-in-Context's PPO, the source of the reward model; *ours* is this project's own choice.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -145,7 +145,7 @@ def _data() -> ConfigDict:
     data.train = config_dict.placeholder(str)  # .csv or .jsonl of (prompt, image[, kind, answer]), or "organism:train"
     data.root = config_dict.placeholder(str)  # folder that relative paths of sources start from; unset: where you are
     data.mixture = ConfigDict({"forbidden": 1.0})  # share of each kind of row; paper: harmful prompts alone
-    data.batch_size = 64  # sequences per rollout; TRL
+    data.batch_size = 64  # sequences per rollout; ours (TRL: 128)
     data.max_prompt_tokens = 768  # positions of the prompt bucket, image positions (576 in LLaVA-1.5) included; ours
     # Where `--mode=prepare` writes the data sets (TFDS array_record) and runs read them; unset: each run reads the
     # sources themselves.
@@ -193,12 +193,14 @@ def _lppo() -> ConfigDict:
     lppo.kl_kind = "k1"  # per-token estimator: d, d^2/2 or exp(-d)-1+d; TRL: k1
     lppo.kl_adaptive = True  # TRL: the coefficient follows kl_target
     lppo.kl_target = 6.0  # nats per sequence; TRL
-    lppo.kl_horizon = 10000.0  # sequences; TRL
+    # Sequences; TRL. In one rollout the coefficient moves by at most 0.2 x batch_size / kl_horizon of itself.
+    lppo.kl_horizon = 10000.0
     lppo.gamma = 1.0  # discount; TRL
     lppo.lam = 0.95  # GAE's lambda; TRL
     lppo.clip_range = 0.2  # the paper's epsilon; value from TRL
     lppo.value_clip_range = 0.0  # 0 = off: the paper's value loss is the plain squared error
-    lppo.value_coef = 0.1  # the paper's c1; value from TRL
+    # The paper's c1, of the squared error (V - R)^2. The number is TRL's, which halves the error: this is twice its term.
+    lppo.value_coef = 0.1
     lppo.value_stop_gradient = False  # True: the value head learns on fixed features (ours)
     # Over the rewarded rows of the whole rollout batch, masked; TRL. Rows of a kind that nothing rewards are left out.
     lppo.whiten_advantages = True
@@ -229,7 +231,7 @@ def _lsft() -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     optimizer = ConfigDict()  # AdamW
-    optimizer.learning_rate = 1e-5  # peak; TRL
+    optimizer.learning_rate = 1e-5  # peak; ours (TRL: 1.41e-5)
     optimizer.schedule = "constant"  # after the warm-up: "constant", "linear" or "cosine" to zero; TRL: constant
     optimizer.warmup_steps = 0  # optimizer steps from 0 to the peak
     optimizer.b1 = 0.9  # decay of the first moment; Adam
