@@ -3,7 +3,12 @@
     redteam_2k:RedTeam_2K.csv?images=FOLDER[&seed=0]        JailbreakV-28K/JailBreakV-28k on the hub
     jailbreakv_28k:JailBreakV_28K.csv[?images=ROOT]         the same; also its mini_JailBreakV_28K.csv
     advbench_coco:harmful_behaviors.csv?images=FOLDER[&seed=0]      llm-attacks/llm-attacks on GitHub
-    xstest:xstest_prompts.csv[?images=FOLDER&seed=0]        paul-rottger/xstest on GitHub
+    xstest:xstest_prompts.csv[?images=FOLDER&seed=0]        paul-rottger/xstest on GitHub; also xstest_v2_prompts.csv
+    harmbench:harmbench_behaviors_text_all.csv[?images=FOLDER&seed=0]       centerforaisafety/HarmBench on GitHub
+    harmbench:harmbench_behaviors_multimodal_all.csv?images=FOLDER          the same, each row with its own image
+    strongreject:strongreject_dataset.csv[?images=FOLDER&seed=0]            alexandrasouly/strongreject on GitHub
+    figstep:safebench.csv?images=FOLDER                     ThuCCSLab/FigStep on GitHub: questions, rendered images
+    captions:captions_val2014.json?images=FOLDER            benign rows: MS-COCO's captions, or Karpathy's splits
     vqa_v2:FOLDER?split=val2014[&images=FOLDER]             visualqa.org: questions, annotations, COCO images
 
 Each also takes `limit=N`, the number of usable rows after which reading stops. Where `images` is a folder of benign
@@ -19,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from icet_jax.data.benchmark_prompts import read_captions, read_figstep, read_harmbench, read_strongreject
 from icet_jax.data.image_files import MISSING, ImageFiles, ImageFolder
 from icet_jax.data.records import BadRow, Example, Records, collect, inside, prompt_of, read_records, text, usable_image
 from icet_jax.data.tables import RawRow, csv_rows, json_array_rows
@@ -153,7 +159,10 @@ def _advbench_coco(request: _Request) -> Records:
 
 
 def _xstest(request: _Request) -> Records:
-    """Columns id, prompt, type, label; text-only unless a folder of images is given."""
+    """Columns prompt, type and id, label (or id_v2, as in xstest_v2_prompts.csv, where the type gives the label).
+
+    Rows are text-only unless a folder of images is given.
+    """
     pick = request.picker() if request.images else None
 
     def convert(fields: dict[str, Any], identity: str) -> Example:
@@ -165,9 +174,27 @@ def _xstest(request: _Request) -> Records:
         kind, policy = _XSTEST_KINDS[label], text(fields, "type")
         return Example(_own_id(fields, identity), prompt, images, kind, policy=policy)
 
-    required = ("id", "prompt", "type", "label")
-    rows = csv_rows(request.path, required, ", ".join(required))
+    columns = "id, prompt, type, label (or id_v1, id_v2, type, prompt)"
+    rows = _xstest_rows(request.path, csv_rows(request.path, ("prompt", "type"), columns), columns)
     return collect(request.path, rows, convert, request.files, id_field="id", limit=request.limit)
+
+
+def _xstest_rows(path: Path, rows: Iterator[RawRow], columns: str) -> Iterator[RawRow]:
+    """Rows of both layouts of XSTest, with the columns id and label.
+
+    The second version has no label: its unsafe prompts are those whose type begins with contrast_ (XSTest's README).
+
+    Raises:
+      UserError: the file has neither id nor id_v2, or id without label.
+    """
+    for line, fields in rows:
+        if not isinstance(fields, str) and not {"id", "label"} <= fields.keys():
+            if "id_v2" not in fields:
+                missing = "label" if "id" in fields else "id"
+                raise UserError(f"{path}: no column '{missing}' among {', '.join(fields)}; the columns are {columns}")
+            kind = "unsafe" if fields["type"].strip().lower().startswith("contrast_") else "safe"
+            fields = {**fields, "id": fields["id_v2"], "label": kind}
+        yield line, fields
 
 
 def _own_id(fields: Mapping[str, Any], identity: str) -> str:
@@ -266,5 +293,9 @@ _FORMATS: dict[str, tuple[Callable[[_Request], Records], tuple[str, ...], tuple[
     "advbench_coco": (_advbench_coco, ("images",), ("seed",)),
     "xstest": (_xstest, (), ("images", "seed")),
     "vqa_v2": (_vqa_v2, ("split",), ("images",)),
+    "harmbench": (read_harmbench, (), ("images", "seed")),
+    "strongreject": (read_strongreject, (), ("images", "seed")),
+    "figstep": (read_figstep, ("images",), ()),
+    "captions": (read_captions, ("images",), ()),
 }
 """{name: (reader, options it needs, options it may have)}."""

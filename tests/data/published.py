@@ -99,10 +99,83 @@ def vqa(folder: Path) -> str:
     return write_vqa(folder, *vqa_tables(folder))
 
 
+def harmbench(folder: Path) -> str:
+    header = ["Behavior", "FunctionalCategory", "SemanticCategory", "Tags", "ContextString", "BehaviorID"]
+    rows = [
+        [
+            f"placeholder behaviour {i}",
+            "standard",
+            f"area_{i % 3}",
+            "",
+            "some context" if i == 4 else "",
+            f"behaviour_{i}",
+        ]
+        for i in range(ROWS)
+    ]
+    path = write_csv(folder / "harmbench_behaviors_text_all.csv", header, rows)
+    return f"harmbench:{path}?images={images(folder / 'coco')}"
+
+
+def harmbench_multimodal(folder: Path) -> str:
+    header = [
+        "Behavior", "BehaviorID", "FunctionalCategory", "SemanticCategory", "ImageFileName", "Source",
+        "ImageDescription", "RedactedImageDescription", "Tags",
+    ]  # fmt: skip
+    rows = [
+        [
+            f"placeholder behaviour {i}",
+            f"behaviour_{i}",
+            "multimodal",
+            f"area_{i % 3}",
+            f"coco_{i % 5}.png",
+            "",
+            "",
+            "",
+            "",
+        ]
+        for i in range(ROWS)
+    ]
+    path = write_csv(folder / "harmbench_behaviors_multimodal_all.csv", header, rows)
+    return f"harmbench:{path}?images={images(folder / 'behaviour_images')}"
+
+
+def strongreject(folder: Path) -> str:
+    rows = [[f"category {i % 3}", "custom", f"placeholder prompt {i}"] for i in range(ROWS)]
+    path = write_csv(folder / "strongreject_dataset.csv", ["category", "source", "forbidden_prompt"], rows)
+    return f"strongreject:{path}?images={images(folder / 'coco')}"
+
+
+def figstep(folder: Path) -> str:
+    pictures = folder / "SafeBench"
+    pictures.mkdir()
+    header = ["dataset", "category_id", "task_id", "category_name", "question", "instruction"]
+    rows = [
+        ["ForbidQI", str(1 + i // 4), str(1 + i % 4), f"Category {i // 4}", "placeholder", "x"] for i in range(ROWS)
+    ]
+    for _, category, task, *_ in rows:
+        Image.new("RGB", (6, 4)).save(pictures / f"query_ForbidQI_{category}_{task}_6.png")
+    return f"figstep:{write_csv(folder / 'safebench.csv', header, rows)}?images={pictures}"
+
+
+def captions(folder: Path) -> str:
+    pictures = images(folder / "photographs", ROWS)
+    content = {
+        "images": [{"id": 100 + i, "file_name": f"coco_{i}.png"} for i in range(ROWS)],
+        "annotations": [{"image_id": 100 + i // 2, "id": i, "caption": f"Caption {i}."} for i in range(2 * ROWS)],
+    }
+    (folder / "captions_val2014.json").write_text(json.dumps(content))
+    return f"captions:{folder / 'captions_val2014.json'}?images={pictures}"
+
+
 SOURCES = {
     "redteam_2k": redteam,
     "jailbreakv_28k": jailbreakv,
     "advbench_coco": advbench,
     "xstest": xstest,
     "vqa_v2": vqa,
+    "harmbench": harmbench,
+    "harmbench_multimodal": harmbench_multimodal,
+    "strongreject": strongreject,
+    "figstep": figstep,
+    "captions": captions,
 }

@@ -126,6 +126,17 @@ PUBLISHED = {
         ["1", "placeholder", "t", "safe"],
         ["2", "x", "t", "unsafe"],
     ],
+    "xstest:rows.csv?images=.": [
+        ["id_v1", "id_v2", "type", "prompt"],
+        ["v1-1", "v2-1", "t", "placeholder"],
+        ["", "v2-2", "contrast_t", "x"],
+    ],
+    "harmbench:rows.csv": [
+        ["Behavior", "BehaviorID", "SemanticCategory", "ContextString"],
+        ["placeholder", "a", "t", ""],
+        ["x", "b", "t", "context"],
+    ],
+    "strongreject:rows.csv": [["category", "source", "forbidden_prompt"], ["t", "s", "placeholder"], ["t", "s", "x"]],
 }
 
 
@@ -179,6 +190,26 @@ def test_vqa_files(folder):
     )
     def holds(both):
         read(*both)
+
+    holds()
+
+
+CAPTIONS = {
+    "images": [{"id": 1, "file_name": "a.png"}, {"imgid": 2, "filename": "b.png", "sentences": [{"raw": "words"}]}],
+    "annotations": [{"image_id": 1, "caption": "words"}],
+}
+
+
+def test_caption_files(folder):
+    path, source = folder / "captions.json", "captions:captions.json?images=."
+    path.write_bytes(as_json(CAPTIONS))
+    assert len(outcome(read_source, source, root=folder)[0].examples) == 2
+
+    @cases(100)
+    @given(files(CAPTIONS))
+    def holds(content):
+        path.write_bytes(content)
+        check(outcome(read_source, source, root=folder)[0], folder)
 
     holds()
 
