@@ -1,6 +1,7 @@
 """How a run ends early: the one exception a user is meant to see, and the exit codes."""
 
 import errno
+import os
 
 WRONG_INPUT = 2
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h
@@ -41,11 +42,18 @@ class Stopped(SystemExit):
         self.line = line
 
 
-def write_error(path: object, error: OSError) -> UserError:
-    """The line for a file that could not be written; `RESUMABLE` where its disk is full or gone."""
-    code = RESUMABLE if error.errno in _FULL else WRONG_INPUT
+def write_error(path: object, error: Exception) -> UserError:
+    """The line for a file that could not be written; `RESUMABLE` where its disk is full or gone.
+
+    Libraries that write through C++ raise no `OSError`: the system's reason then stands in their message.
+    """
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+    if number is None:
+        number = next((code for code in _FULL if os.strerror(code) in str(error)), None)
+        reason = None if number is None else os.strerror(number)
+    code = RESUMABLE if number in _FULL else WRONG_INPUT
     mend = "free space and start again" if code == RESUMABLE else "choose another place"
-    return UserError(f"{path}: cannot be written to ({error.strerror or error}); {mend}", exit_code=code)
+    return UserError(f"{path}: cannot be written to ({reason or error}); {mend}", exit_code=code)
 
 
 def full_disk(error: BaseException) -> UserError | None:

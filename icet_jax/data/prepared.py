@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from icet_jax.data.records import Example, Records
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, write_error
 from icet_jax.files import parse_json, read_text, replace_dir_atomic, write_text_atomic
 
 SCHEMA = 1
@@ -74,7 +74,8 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
       facts: recorded beside the counts: `source`, `limit`, `fingerprint`.
 
     Raises:
-      UserError: an image that has gone since, or the folder cannot be written to.
+      UserError: an image that has gone since, the folder cannot be written to, or the disk is full. What was written
+        of the set is removed, and an earlier one stays.
     """
     partial = directory / f".{name}.partial"
     try:
@@ -93,10 +94,9 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
         write_text_atomic(partial / "source.json", json.dumps(content, indent=1) + "\n")
         replace_dir_atomic(partial, directory / name)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{directory / name}: cannot be written ({reason}); choose another place or free space"
-        ) from error
+        raise write_error(directory / name, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     _data_source.cache_clear()
     return content
 

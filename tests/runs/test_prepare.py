@@ -4,6 +4,8 @@ import ast
 import io
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 
@@ -205,6 +207,22 @@ def test_a_killed_prepare_leaves_the_old_set_or_none(files, tmp_path, monkeypatc
     assert len(prepared.read_set(tmp_path, "train", files["xstest"])) == published.ROWS
     assert front_door.main([*command, f"--config.data.train={files['advbench_coco']}"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "train"]
+
+
+@pytest.mark.parametrize("blocks", [1, 40])
+def test_a_full_disk_is_one_line_and_leaves_the_old_set(blocks, tmp_path):
+    """Met by one writer or another: no file may become larger than so many KiB."""
+    out = tmp_path / "out"
+    assert front_door.main(arguments(out, "organism:train:vqa:3", {})) == 0
+    command = [sys.executable, "-m", "icet_jax.main", *arguments(out, "organism:train:vqa:100", {})]
+    limits = resource.RLIMIT_FSIZE, (blocks << 10, blocks << 10)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(*limits))
+    assert done.returncode == 75, done.stderr
+    assert re.search(
+        r"^icet-jax: .*cannot be written to \(File too large\); free space and start again$", done.stderr, re.M
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["report.json", "train"]
+    assert len(prepared.read_set(out, "train", "organism:train:vqa:3")) == 3
 
 
 def test_a_limit_is_remembered(files, tmp_path):
