@@ -85,18 +85,18 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
       metric). What it learnt are its adapters (`VLM.lora`), or after full fine-tuning its weights.
 
     Raises:
-      UserError: bad input of any kind, or training that is not stable.
+      UserError: bad input of any kind, another run that writes into `workdir`, or training that is not stable.
     """
     workdir = Path(workdir)
     _require_training(config)
     if config.seeds:
         raise UserError("config.seeds: one run per seed is what --mode=align does; here give config.seed alone")
-    common.claim(workdir, config)
-    rows, _ = common.train_rows(config, workdir)
-    vlm = common.load_model(config, workdir)
-    check_exits(config, vlm.num_exits)
-    trainer = Trainer(config, workdir, vlm, rows, _reward(config, workdir, vlm.mesh))
-    return trainer.policy(trainer.run())
+    with common.claimed(workdir, config):
+        rows, _ = common.train_rows(config, workdir)
+        vlm = common.load_model(config, workdir)
+        check_exits(config, vlm.num_exits)
+        trainer = Trainer(config, workdir, vlm, rows, _reward(config, workdir, vlm.mesh))
+        return trainer.policy(trainer.run())
 
 
 def _require_training(config: ConfigDict) -> None:

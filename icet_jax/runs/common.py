@@ -1,11 +1,12 @@
 """What every run that measures starts with: the model, its judges and its rows, all loaded before anything is done."""
 
+import contextlib
 import copy
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.parallel.distributed import is_writer, on_first
 from icet_jax.parallel.mesh import visible_mesh, visible_shape
-from icet_jax.runs import run_dir, sources
+from icet_jax.runs import run_dir, run_lock, sources
 from icet_jax.runs.mesh_fit import check_heads, slices
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.scorers import ScorerLoader
@@ -135,28 +136,43 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
     Raises:
       UserError: the folder cannot be written to or is another config's; whatever a run raises.
     """
-    claim(workdir, config)
-    for seed in config.seeds:
-        single = copy.deepcopy(config).unlock()
-        single.seed, single.seeds = seed, ()
-        folder = workdir / f"seed_{seed}"
-        print(f"seed {seed}: {folder}", file=sys.stderr)
-        claim(folder, single.lock())
-        run(single, folder)
-    if not config.seeds:
-        run(config, workdir)
-    elif is_writer():
-        page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
-        print(f"report over {len(config.seeds)} seeds: {page}")
+    with claimed(workdir, config):
+        for seed in config.seeds:
+            single = copy.deepcopy(config).unlock()
+            single.seed, single.seeds = seed, ()
+            folder = workdir / f"seed_{seed}"
+            print(f"seed {seed}: {folder}", file=sys.stderr)
+            with claimed(folder, single.lock()):
+                run(single, folder)
+        if not config.seeds:
+            run(config, workdir)
+        elif is_writer():
+            page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
+            print(f"report over {len(config.seeds)} seeds: {page}")
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
-    """`run_dir.claim` by the first process, for all.
+@contextlib.contextmanager
+def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Makes `workdir` the run directory of `config`, which no other run writes into until the block ends.
+
+    The first process calls `run_lock.locked` and `run_dir.claim`, for all processes of the run.
 
     Raises:
       UserError: see there; or another process does not see what the first one wrote.
     """
-    on_first(lambda: run_dir.claim(workdir, config))
+    with contextlib.ExitStack() as around:
+
+        def begin() -> None:
+            around.enter_context(run_lock.locked(workdir))
+            run_dir.claim(workdir, config)
+
+        on_first(begin)
+        _wait_for_config(workdir)
+        yield
+
+
+def _wait_for_config(workdir: Path) -> None:
+    """Returns when this process sees the config.json that the first one wrote."""
     limit = time.monotonic() + _SEEN_SECONDS
     while not (workdir / "config.json").is_file():
         if time.monotonic() > limit:

@@ -1,6 +1,7 @@
 """`--mode=export`: what a run has trained, as a checkpoint in the Hugging Face layout, a PEFT adapter, or both."""
 
 import argparse
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from icet_jax.lppo.settings import from_config
 from icet_jax.lppo.state import TrainState
 from icet_jax.models.family import POLICY_ROOT
 from icet_jax.parallel.distributed import agree, on_first
-from icet_jax.runs import common, model_card, run_dir
+from icet_jax.runs import common, model_card, run_dir, run_lock
 from icet_jax.runs.training import best_state, newest_state, open_checkpoints
 
 # The file that a finished export of each form has.
@@ -36,7 +37,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
       options: `out`, where to; `workdir`/hf by default (of a run over several seeds: `out`/seed_K, workdir/seed_K/hf).
 
     Raises:
-      UserError: no run directory, nothing trained yet, or the target cannot be written.
+      UserError: no run directory, nothing trained yet, the target cannot be written, or a run
+        is writing into the run directory that it is in.
     """
     if workdir is None:
         raise UserError("--mode=export needs --workdir, the run whose model is wanted")
@@ -47,12 +49,20 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         config.mesh.update(data=-1, fsdp=1, tensor=1)  # the run's own is of the machine that trained
     seeds = [int(seed) for seed in config.seeds]
     runs = [workdir / f"seed_{seed}" for seed in seeds] or [workdir]
-    for folder in runs:
-        out = folder / "hf"
-        if options.out is not None:
-            out = options.out / folder.name if seeds else options.out
-        export(config, folder, out)
+    with contextlib.ExitStack() as around:
+        for folder in runs:
+            out = folder / "hf"
+            if options.out is not None:
+                out = options.out / folder.name if seeds else options.out
+            else:
+                on_first(functools.partial(_lock, around, folder))
+            export(config, folder, out)
     return 0
+
+
+def _lock(around: contextlib.ExitStack, workdir: Path) -> None:
+    """Keeps runs from writing into `workdir` until `around` ends."""
+    around.enter_context(run_lock.locked(workdir, "give --out, a folder elsewhere"))
 
 
 def check_form(config: ConfigDict) -> None:

@@ -28,7 +28,7 @@ from icet_jax.judges.pairs import HH_TEMPLATE, PairTokenizer
 from icet_jax.judges.reward_training import RewardState, RewardTrainer, TokenPair, tokenise
 from icet_jax.lppo.state import OptimizerSettings, learning_rate, make_optimizer
 from icet_jax.parallel.mesh import visible_mesh
-from icet_jax.runs import run_dir, sources
+from icet_jax.runs import run_dir, run_lock, sources
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
 from icet_jax.runs.signals import kept_waiting
@@ -63,11 +63,12 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
     require(config, "model.checkpoint", "rm.train")
     if config.seeds:
         raise UserError("config.seeds: --mode=reward trains one model; set config.seed and start it once per seed")
-    run_dir.claim(workdir, config)
     name = config.rm.name or metric_name(workdir.resolve().name) or "reward_model"
     result = workdir / "reward.json"
-    if not (result.is_file() and (workdir / "hf" / "config.json").is_file()):
-        train(config, workdir, name)
+    with run_lock.locked(workdir):
+        run_dir.claim(workdir, config)
+        if not (result.is_file() and (workdir / "hf" / "config.json").is_file()):
+            train(config, workdir, name)
     print(f"{_summary(json.loads(result.read_text(encoding='utf-8')))}\nmodel: {workdir / 'hf'}", file=sys.stderr)
     return 0
 
