@@ -151,10 +151,10 @@ class VLM:
         self.mesh: jax.sharding.Mesh | None = mesh
         self.adapter = checkpoint.adapter
         self.lora: Lora | None = None
-        eos_ids, pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config)
+        model = checkpoint.model
+        eos_ids, pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config, model.vocab_size)
         self.eos_ids: tuple[int, ...] = eos_ids
         self.pad_id: int = pad_id
-        model = checkpoint.model
         self.num_exits: int = model.num_exits
         self.default_exit: int = model.default_exit
         self.exit_definition: str = model.exit_definition

@@ -114,7 +114,9 @@ def _reason(error: Exception, name: str, revision: str | None, token: str | bool
     )
 
 
-def generation_tokens(directory: str | Path, config: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+def generation_tokens(
+    directory: str | Path, config: dict[str, Any], vocab_size: int | None = None
+) -> tuple[tuple[int, ...], int]:  # fmt: skip
     """(eos_ids, pad_id) from generation_config.json, else from config.json (HF's order), else LLaMA's EOS, 2.
 
     Where no pad is named it is the first EOS.
@@ -122,24 +124,34 @@ def generation_tokens(directory: str | Path, config: dict[str, Any]) -> tuple[tu
     Args:
       directory: of the checkpoint.
       config: its config.json.
+      vocab_size: tokens of the model, which every EOS is one of; None where it is not known.
 
     Raises:
-      UserError: generation_config.json is not readable, or a token id is not one.
+      UserError: generation_config.json is not readable, a token id is not one, or the model has no such EOS.
     """
     path = Path(directory) / "generation_config.json"
     try:
         generation = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable JSON ({error}); download it again") from error
-    sources = [source for source in (generation, config, config.get("text_config")) if isinstance(source, dict)]
-    eos = _first(sources, "eos_token_id", 2)
+    whole = Path(directory) / "config.json"
+    sources = [(f"{path}: ", generation), (f"{whole}: ", config), (f"{whole}: text_config.", config.get("text_config"))]
+    known = [(where, source) for where, source in sources if isinstance(source, dict)]
+    place, eos = _first(known, "eos_token_id", 2)
     eos_ids = tuple(eos) if isinstance(eos, list) and eos else (eos,)
-    pad_id = _first(sources, "pad_token_id", eos_ids[0])
-    for name, token in [*(("eos_token_id", token) for token in eos_ids), ("pad_token_id", pad_id)]:
+    pad_place, pad_id = _first(known, "pad_token_id", eos_ids[0])
+    for name, token in [*((f"{place}eos_token_id", token) for token in eos_ids), (f"{pad_place}pad_token_id", pad_id)]:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise UserError(f"{path}: {name} is {token!r}, which is not a token id")
+            raise UserError(f"{name} is {token!r}, which is not a token id")
+    for token in eos_ids:
+        if vocab_size is not None and token >= vocab_size:
+            raise UserError(
+                f"{place}eos_token_id is {token}, but the model's tokens are 0..{vocab_size - 1}: no answer would end; "
+                "take the file from the same checkpoint as the weights"
+            )
     return eos_ids, pad_id
 
 
-def _first(sources: list[dict[str, Any]], name: str, default: Any) -> Any:
-    return next((source[name] for source in sources if source.get(name) is not None), default)
+def _first(sources: list[tuple[str, dict[str, Any]]], name: str, default: Any) -> tuple[str, Any]:
+    """Where `name` stands, as errors say it, and its value there; the first place that has one."""
+    return next(((where, source[name]) for where, source in sources if source.get(name) is not None), ("", default))

@@ -292,7 +292,7 @@ def _decoder_judge(
     length, limit = max_new_tokens or _ANSWER[kind], _positions(asked.config)
     encode = Conversations(asked.tokenizer, render, max_length=limit - length)
     checkpoint = asked.load()
-    eos_ids, pad_id = generation_tokens(checkpoint.directory, asked.config)
+    eos_ids, pad_id = generation_tokens(checkpoint.directory, asked.config, checkpoint.config.vocab_size)
     return DecoderJudge(
         checkpoint.model,
         encode,

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 
 from safetensors.torch import load_file  # noqa: E402
 
+import icet_jax  # noqa: E402
 from icet_jax.checkpoints.hf_config import llava_from_hf  # noqa: E402
 from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
 from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
@@ -132,6 +133,13 @@ def test_a_config_that_says_quantised_is_refused_over_plain_weights(single, part
     edit(single, quantised)
     where = "quantization_config" if part is None else f"{part}.quantization_config"
     assert f"{single / 'config.json'}: {where} ('gptq'): quantised weights are not supported" in error(single)
+
+
+def test_an_end_outside_the_vocabulary_is_refused(single):
+    path = single / "generation_config.json"
+    path.write_text('{"eos_token_id": [2, 263]}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is 263, but .* 0\.\.262"):
+        icet_jax.load(single)
 
 
 def edit(directory, change):

@@ -144,6 +144,23 @@ def test_generation_tokens(tmp_path, generation, config, expected):
 
 
 @pytest.mark.parametrize(
+    "generation, config, says",
+    [
+        ({"eos_token_id": 320}, {"eos_token_id": 2}, r"generation_config\.json: eos_token_id is 320, but .* 0\.\.319"),
+        ({"eos_token_id": [2, 999]}, {}, r"generation_config\.json: eos_token_id is 999"),
+        (None, {"eos_token_id": 320}, r"/config\.json: eos_token_id is 320"),
+        (None, {"text_config": {"eos_token_id": 320}}, r"/config\.json: text_config\.eos_token_id is 320"),
+    ],
+)
+def test_an_end_that_the_model_has_no_token_for_is_one_line(tmp_path, generation, config, says):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(UserError, match=says):
+        generation_tokens(tmp_path, config, 320)
+    generation_tokens(tmp_path, config, 1000)
+
+
+@pytest.mark.parametrize(
     "content, complaint", [("{", "not readable JSON"), ('{"eos_token_id": "x"}', "not a token id")]
 )
 def test_a_broken_generation_config_is_named(tmp_path, content, complaint):

@@ -1,6 +1,7 @@
 """Judges that are language models: the published prompts to the letter, transformers' tokens, strict parsing."""
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -317,3 +318,10 @@ def test_a_harmbench_judge_answers_yes_for_unsafe(tmp_path):
     text = built_in("harmbench")
     (encoded,) = judge.encode(["behave"], ["generate"])
     assert encoded.ids == tokenizer("<s>" + text("behave", "generate"), add_special_tokens=False)["input_ids"]
+
+
+def test_an_end_outside_the_vocabulary_is_refused(rambling, tmp_path):
+    shutil.copytree(rambling[0], tmp_path / "Llama-Guard-3-8B")
+    (tmp_path / "Llama-Guard-3-8B" / "generation_config.json").write_text('{"eos_token_id": [2, 1000000]}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is 1000000, but the model's tokens"):
+        load_scorer(tmp_path / "Llama-Guard-3-8B", dtype="float32")
