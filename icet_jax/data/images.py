@@ -3,7 +3,7 @@
 import io
 from os import PathLike
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -38,6 +38,10 @@ MAX_PIXELS = 1 << 26
 # The short side is resized to the model's and the long side with it: beyond this ratio that would take gigabytes.
 MAX_ASPECT_RATIO = 500
 
+_SIZED_BY_HEADER = ("JPEG", "PNG", "WEBP")
+_ORIENTATION = 0x0112  # EXIF's tag
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
 
 def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
     """Opens an image as 8-bit RGB, with the pixels HF's processors see for the same object.
@@ -66,6 +70,61 @@ def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
     raise UserError(
         f"{name or 'image'}: {type(source).__name__} is not an image; give a path, bytes, PIL image or array"
     )
+
+
+def image_size(source: ImageLike, name: str | None = None) -> tuple[int, int]:
+    """(height, width) of the image that `open_image` makes of `source`, from the file's header where that says it.
+
+    Raises:
+      UserError: see `open_image`; damage to the pixels is found only where the header is not enough.
+    """
+    if isinstance(source, (str, PathLike)):
+        file: Path | io.BytesIO = Path(source)
+    elif isinstance(source, bytes):
+        file = io.BytesIO(source)
+    elif isinstance(source, Image.Image):
+        return source.height, source.width
+    elif isinstance(source, StoredImage):
+        file = io.BytesIO(source.read())
+    else:
+        file = io.BytesIO()
+    size = _header_size(file)
+    if size is None:
+        image = open_image(source, name)
+        size = image.height, image.width
+    return size
+
+
+def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
+    """(height, width) after turning upright; None where pixels must be decoded to know it, or the file is damaged."""
+    try:
+        with Image.open(file, formats=_SIZED_BY_HEADER) as image:
+            if image.format not in _SIZED_BY_HEADER or image.width * image.height > MAX_PIXELS:
+                return None
+            width, height = image.size
+            if width == height:
+                return height, width
+            if image.format == "PNG" and "exif" not in image.info and _late_metadata(image):
+                return None
+            # The base class's: that of PNG decodes the image to find what may stand after the pixels.
+            turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (width, height) if turned else (height, width)
+    # The full decoder tells what is wrong with the file.
+    except Exception:
+        return None
+
+
+def _late_metadata(image: Any) -> bool:
+    """Whether a PNG file, opened and not decoded, has metadata after its pixels, where a turn may be told."""
+    file = image.fp
+    file.seek(len(_PNG_SIGNATURE))
+    pixels = False
+    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
+        pixels = pixels or head[4:] == b"IDAT"
+        if pixels and head[4:] in (b"eXIf", b"zTXt", b"iTXt", b"tEXt"):
+            return True
+        file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
+    return False
 
 
 def require_resizable(image: Image.Image, name: str) -> None:

@@ -17,7 +17,7 @@ from icet_jax.checkpoints.families import vlm_config
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.data.anyres import packing
 from icet_jax.data.image_batches import batch_images
-from icet_jax.data.images import ImageLike, StoredImage, open_image, require_resizable
+from icet_jax.data.images import ImageLike, StoredImage, image_size, open_image, require_resizable
 from icet_jax.data.templates import (
     IMAGE_TOKEN,
     MLLAMA_IMAGE_TOKEN,
@@ -101,12 +101,13 @@ class Processor(ABC):
         return self._with_pixels(inputs, rows) if any(rows) else inputs
 
     def token_ids(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each row, image positions included, without the work of preparing its pixels.
+        """Tokens of each row, image positions included; no image is decoded.
 
         Raises:
-          UserError: see `__call__`.
+          UserError: names the row whose prompt holds the image placeholder, or the image whose size is needed and
+            cannot be read.
         """
-        rows = self._open_rows(images, prompts)
+        rows = _as_rows(images, prompts)
         texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         return self._ids(texts)
 
@@ -124,19 +125,20 @@ class Processor(ABC):
         """Raises a `UserError` where the images would have another shape than the model's."""
 
     @abstractmethod
-    def _image_tokens(self, image: Image) -> int:
-        """Positions that an image takes in the prompt."""
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
+        """Positions that an image takes in the prompt; only a family that needs the image's size looks at it."""
 
     @abstractmethod
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
         """`inputs` and what the image processor makes of the images, of which there is at least one."""
 
-    def _text(self, row: int, prompt: str, images: list[Image]) -> str:
+    def _text(self, row: int, prompt: str, images: Sequence[ImageLike]) -> str:
         if self.placeholder in prompt:
             raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
         first, *rest = self.template(prompt, len(images)).split(self.placeholder)
         expanded = [
-            self.placeholder * self._image_tokens(image) + text for image, text in zip(images, rest, strict=True)
+            self.placeholder * self._image_tokens(image, f"row {row} image {number}") + text
+            for number, (image, text) in enumerate(zip(images, rest, strict=True))
         ]
         return "".join([first, *expanded])
 
@@ -164,9 +166,7 @@ class Processor(ABC):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _open_rows(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[Image]]:
-        if len(images) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(images)} images; give one entry (or None) per prompt")
-        rows = [_as_list(entry) for entry in images]
+        rows = _as_rows(images, prompts)
         return [[_open(image, f"row {i} image {j}") for j, image in enumerate(row)] for i, row in enumerate(rows)]
 
 
@@ -178,7 +178,7 @@ class LlavaProcessor(Processor):
         if not self.image_processor.do_center_crop or _edges(self.image_processor.crop_size) != (size, size):
             raise UserError(f"{_SETTINGS}: images must be cropped to {size} x {size}, the model's image_size")
 
-    def _image_tokens(self, image: Image) -> int:
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
         return self.config.image_tokens
 
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
@@ -198,8 +198,8 @@ class LlavaNextProcessor(LlavaProcessor):
         if _edges(self.image_processor.size) != (edge, edge):
             raise UserError(f"{_SETTINGS}: size must be {edge}, the model's image_size")
 
-    def _image_tokens(self, image: Image) -> int:
-        return len(packing((image.height, image.width), self.config))
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
+        return len(packing(image_size(image, _name(image, name)), self.config))
 
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
         made = self.image_processor([image for row in rows for image in row], return_tensors="np")
@@ -226,7 +226,7 @@ class MllamaProcessor(Processor):
                 f"config.json: supported_aspect_ratios must be all those of at most {tiles} tiles, in order"
             )
 
-    def _image_tokens(self, image: Image) -> int:
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
         return 1
 
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
@@ -308,11 +308,21 @@ def _as_list(entry: RowImages) -> list[ImageLike]:
     return [entry]  # type: ignore[list-item]
 
 
-def _open(source: ImageLike, name: str) -> Image:
+def _as_rows(images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[ImageLike]]:
+    if len(images) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts but {len(images)} images; give one entry (or None) per prompt")
+    return [_as_list(entry) for entry in images]
+
+
+def _name(source: ImageLike, name: str) -> str:
+    """What an error calls an image: its own name if it has one."""
     if isinstance(source, (str, os.PathLike)):
-        name = str(source)
-    elif isinstance(source, StoredImage):
-        name = source.name
+        return str(source)
+    return source.name if isinstance(source, StoredImage) else name
+
+
+def _open(source: ImageLike, name: str) -> Image:
+    name = _name(source, name)
     image = open_image(source, name)
     require_resizable(image, name)
     return image

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from icet_jax.data.batches import load_ahead
 from icet_jax.data.image_batches import batch_images
 from icet_jax.data.records import Example
 from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.models.family import Images
 from icet_jax.parallel.distributed import Share, row_share
 from icet_jax.parallel.sharding import place_rows
+
+_CHUNK = 256  # rows tokenised at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,3 +67,18 @@ def prompt_batch(
     pictures = batch_images(vlm.config, padded, num_rows=batch_size, per_row=per_row, share=share)
     tokens, mask, pictures = place_rows((tokens, mask, pictures), vlm.mesh, share.count)
     return PromptBatch(list(examples), tokens, mask, pictures)
+
+
+def prompt_tokens(vlm: Any, examples: Sequence[Example]) -> list[np.ndarray]:
+    """Tokens of every row, image positions included, on several threads; no image is decoded.
+
+    Raises:
+      UserError: a prompt that the processor rejects, or an image whose size is needed and cannot be read.
+    """
+
+    def tokens(start: int) -> list[np.ndarray]:
+        rows = examples[start : start + _CHUNK]
+        found = vlm.processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
+        return [np.array(ids, np.int32) for ids in found]
+
+    return [ids for part in load_ahead(tokens, range(0, len(examples), _CHUNK)) for ids in part]

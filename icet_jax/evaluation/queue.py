@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from icet_jax.data.batches import load_ahead
 from icet_jax.data.records import Example
-from icet_jax.evaluation.batching import PromptBatch, prompt_batch
+from icet_jax.evaluation.batching import PromptBatch, prompt_batch, prompt_tokens
 from icet_jax.evaluation.schedule import Stretch, Unit, prompt_bucket, stretches
 from icet_jax.generation.engine import Engine, Finished, Prompts, Work, run_prefix
 from icet_jax.generation.sampling import Sampling
@@ -25,7 +25,6 @@ from icet_jax.parallel.sharding import row_shards
 from icet_jax.typing import Array, Key
 
 _TOGETHER = 8  # prompts run at once: enough rows for full speed, few enough that slots do not wait for one another
-_CHUNK = 256  # rows tokenised at once
 
 CompileAhead = Callable[[Iterable[tuple[str, Any]]], None]
 Request = tuple[int, int, int]
@@ -75,14 +74,14 @@ class Queue:
           compile_ahead: gets (name, lowered program) of what rows of similar length need, before they are run.
 
         Raises:
-          UserError: an image that cannot be opened, or a prompt that the processor rejects.
+          UserError: a prompt that the processor rejects, or an image whose size is needed and cannot be read.
         """
         self._slots, self._together = group_sizes(slots, vlm.mesh)
         self._compile_ahead = compile_ahead
         self._vlm, self._examples, self._todo, self._sampling = vlm, examples, todo, sampling
         self._keys = np.asarray(jax.random.key_data(keys))
         self._per_row = max(len(example.images) for example in examples)
-        self._prompts = _token_ids(vlm, examples)
+        self._prompts = prompt_tokens(vlm, examples)
         self._stretches = stretches(examples, self._prompts, vlm.config.image_token_index)
         units = sum(len(stretch.units) for stretch in self._stretches)
         self._encoded_at_once = _spread(min(self._together, units), vlm.mesh)
@@ -180,16 +179,6 @@ class Queue:
         """The tags of prompts that are run together, filled up with None."""
         found = list(tags)
         return found + [None] * (self._together - len(found))
-
-
-def _token_ids(vlm: Any, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Tokens of every row, on several threads."""
-
-    def tokens(rows: Sequence[Example]) -> list[np.ndarray]:
-        found = vlm.processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
-        return [np.array(ids, np.int32) for ids in found]
-
-    return [ids for part in load_ahead(tokens, _parts(examples, _CHUNK)) for ids in part]
 
 
 def _parts(items: Sequence[Any], size: int) -> list[Any]:

@@ -1,12 +1,14 @@
 """A zoo of image files: pixels equal those of each family's HF image processor; what is no image is refused."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from icet_jax.data.image_files import ImageFiles
+from icet_jax.data.images import image_size, open_image
 from icet_jax.data.prepared import PreparedImage, write_set
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
@@ -162,6 +164,40 @@ def test_pixels_of_the_zoo_equal_hf(name, zoo, family, processor):
     np.testing.assert_array_equal(ours, hf_pixels(family, load_image(str(zoo[name]))))
     np.testing.assert_array_equal(ours, by_hand(family, zoo[name]))
     np.testing.assert_array_equal(ours, pixels(processor, zoo[name].read_bytes()))
+
+
+def late_turn():
+    """A PNG file that is to be turned by what stands after its pixels."""
+    image, exif = picture(), Image.Exif()
+    exif[0x0112] = 6
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = b"eXIf" + body
+    plain = saved(image, "PNG")
+    end = plain.rindex(b"IEND") - 4
+    return plain[:end] + len(body).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + plain[end:]
+
+
+def test_sizes_from_headers_are_those_of_the_decoded_images(zoo):
+    files = {**zoo, "late turn": late_turn(), "array": noise(5, 8), "in memory": picture("RGBA")}
+    for name, source in files.items():
+        image = open_image(source)
+        assert image_size(source) == (image.height, image.width), name
+    assert image_size(files["late turn"]) == (57, 41)
+
+
+def test_a_prompt_is_measured_without_decoding_its_image(zoo, family, processor, monkeypatch):
+    from PIL import ImageFile
+
+    files = [zoo[name] for name in zoo if zoo[name].suffix in (".jpg", ".png", ".webp")]
+    expected = [processor(images=[file], prompts=["x"])["attention_mask"].sum() for file in files]
+
+    def decoded(self):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
+    assert [len(ids) for ids in processor.token_ids(files, ["x"] * len(files))] == expected
+    if family != "llava_next":
+        assert processor.token_ids(["/not/looked/at.png"], ["x"])
 
 
 def test_prepared_images_have_the_same_pixels_and_are_counted_alike(zoo, processor, tmp_path):

@@ -1,5 +1,7 @@
 """The sweep: one encode for all exits, the same answers whatever the batch, killed and resumed equals never killed."""
 
+import dataclasses
+import io
 import json
 
 import jax
@@ -80,6 +82,25 @@ def test_result_has_the_form_of_the_run_directory(plain):
     json.dumps(table, allow_nan=False)
     assert [(row["id"], row["layer"]) for row in plain.rows[:5]] == [("a", 1), ("a", 2), ("a", 3), ("a", 4), ("b", 1)]
     assert plain.tokens == sum(row["scores"]["length"] for row in plain.rows)
+
+
+class Counted:
+    """An image in memory that counts how often its bytes are asked for."""
+
+    def __init__(self, pixels):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        self.name, self.content, self.reads = "counted", file.getvalue(), 0
+
+    def read(self):
+        self.reads += 1
+        return self.content
+
+
+def test_each_image_is_opened_once(vlm, plain):
+    rows = [dataclasses.replace(row, images=tuple(map(Counted, row.images))) for row in bundle.rows()]
+    assert texts(run(vlm, rows=rows)) == texts(plain)
+    assert [image.reads for row in rows for image in row.images] == [1] * 7
 
 
 @pytest.mark.parametrize("batch_size", [1, 9])
