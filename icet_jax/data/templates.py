@@ -4,12 +4,14 @@ A checkpoint's own template, in Jinja, comes first; where its files hold none th
 published with is used.
 """
 
+import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from icet_jax.data.chat_templates import DATE, render
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, one_line
 from icet_jax.files import parse_json
 
 IMAGE_TOKEN = "<image>"
@@ -61,7 +63,8 @@ def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template 
     """A checkpoint's own template, rendered as transformers does; None where it has none that shows images.
 
     It is looked for where HF's processors do, then in the tokenizer's files, which may hold that of the language model
-    alone: one that does not show a user's text once and each image once is passed over.
+    alone: one that does not show a user's text once and each image once is passed over. Where that is a processor's,
+    or the bounds on templates stop it, a line on standard error says which file is not used, why, and what is instead.
 
     Args:
       directory: of the checkpoint.
@@ -71,17 +74,46 @@ def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template 
     Raises:
       UserError: a file of templates cannot be read.
     """
-    for text in (_file_template(directory), tokenizer.chat_template):
-        if not isinstance(text, str):
-            continue
-        template = _rendered(tokenizer, text)
-        try:
-            shown = template(_PROBE, 2)
-        except UserError:
-            continue
-        if shown.count(_PROBE) == 1 and shown.count(placeholder) == 2:
-            return template
-    return None
+    path, text = _file_template(directory)
+    found, problem = _usable(tokenizer, text, placeholder) if text is not None else (None, None)
+    passed_over = [(path, problem)]
+    own = tokenizer.chat_template
+    if found is None and isinstance(own, str) and own != text:
+        path = directory / "tokenizer_config.json"
+        found, problem = _usable(tokenizer, own, placeholder)
+        if not _is_for_text(tokenizer, own):
+            passed_over.append((path, problem))
+    used = "the one that the model's family was published with" if found is None else f"that of {path}"
+    for refused, problem in passed_over:
+        if problem is not None:
+            _warn(f"{refused}: the chat template in it is not used ({problem}); used instead: {used}")
+    return found
+
+
+def _usable(tokenizer: Any, text: str, placeholder: str) -> tuple[Template | None, str | None]:
+    """The template, or None and why it cannot be used."""
+    template = _rendered(tokenizer, text)
+    try:
+        shown = template(_PROBE, 2)
+    except UserError as error:
+        return None, str(error).removesuffix("; give a template")
+    if shown.count(_PROBE) == 1 and shown.count(placeholder) == 2:
+        return template, None
+    return None, "it does not show a prompt once and each of its images once"
+
+
+def _is_for_text(tokenizer: Any, text: str) -> bool:
+    """Whether a template is a language model's own, which takes messages without images."""
+    try:
+        return _PROBE in render(tokenizer, [{"role": "user", "content": _PROBE}], template=text, answer=True)
+    except UserError:
+        return False
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Prints a line to standard error, the first time in this process."""
+    print(f"icet-jax: {one_line(line)}", file=sys.stderr)
 
 
 def _rendered(tokenizer: Any, text: str) -> Template:
@@ -92,19 +124,19 @@ def _rendered(tokenizer: Any, text: str) -> Template:
     return template
 
 
-def _file_template(directory: Path) -> str | None:
-    """The template in a processor's files: transformers 5's own file, or the older ones."""
+def _file_template(directory: Path) -> tuple[Path, str | None]:
+    """The template in a processor's files, transformers 5's own file or the older ones, and the file it is in."""
     path = directory / "chat_template.jinja"
     try:
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path, path.read_text(encoding="utf-8")
         for name in ("chat_template.json", "processor_config.json"):
             path = directory / name
             if path.is_file():
                 found = parse_json(path.read_text(encoding="utf-8"))
                 template = found.get("chat_template") if isinstance(found, dict) else None
                 if isinstance(template, str) and template:
-                    return template
+                    return path, template
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy it from the checkpoint's source") from error
-    return None
+    return path, None

@@ -134,7 +134,9 @@ def test_published_templates():
 @pytest.mark.parametrize(
     "name, published", [("vicuna", "vicuna_16"), ("mistral", "mistral_16"), ("mllama", "llama_32")]
 )
-def test_without_a_template_that_shows_images_the_published_one_is_used(directories, tmp_path, name, published):
+def test_without_a_template_that_shows_images_the_published_one_is_used(
+    directories, tmp_path, name, published, capsys
+):  # fmt: skip
     """A language model's own template, in the tokenizer's files, is no template for images."""
     shutil.copytree(directories[name], tmp_path, dirs_exist_ok=True)
     own = load_processor(tmp_path)
@@ -147,6 +149,30 @@ def test_without_a_template_that_shows_images_the_published_one_is_used(director
     for count in (0, 1, 3):
         assert own.template is not processor.template
         assert own.template("why?", count) == processor.template("why?", count)
+    assert "template" not in capsys.readouterr().err  # nothing is wrong with such a file
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{{ 9 ** 9 }}", "computes powers or products"),
+        ("{{ messages[0].__class__.__mro__ }}", "fails (access to attribute '__class__'"),
+        ("{{ messages[0]['content'][0]['no'] + 1 }}", "fails ("),
+        ("{{ 'the same always' }}", "does not show a prompt once"),
+    ],
+)
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json"])
+def test_a_template_that_is_refused_is_named_once_with_what_is_used(directories, tmp_path, text, reason, file, capsys):
+    shutil.copytree(directories["vicuna"], tmp_path, dirs_exist_ok=True)
+    for path in ("chat_template.json", "chat_template.jinja"):
+        (tmp_path / path).unlink(missing_ok=True)
+    (tmp_path / file).write_text(text if file.endswith("jinja") else json.dumps({"chat_template": text}))
+    capsys.readouterr()
+    processors = [load_processor(tmp_path), load_processor(tmp_path)]
+    assert processors[0].template is processors[1].template is templates.vicuna_16
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "chat template" in line]
+    assert line.startswith(f"icet-jax: {tmp_path / file}: the chat template in it is not used (") and reason in line
+    assert line.endswith("used instead: the one that the model's family was published with")
 
 
 def test_a_checkpoints_own_template_comes_first_and_is_told_one_day(directories, tmp_path):
