@@ -50,6 +50,7 @@ def load(
     adapter: str | Path | None = None,
     exit_rule: str | None = None,
     capture: str | None = None,
+    template: str | None = None,
 ) -> "VLM":
     """Loads a vision-language model with its weights; tokenizer and image processor follow when they are first used.
 
@@ -65,6 +66,7 @@ def load(
         (`icet_jax.models.mllama.EXIT_DEFINITIONS`).
       capture: of Llama 3.2 Vision, which states its captured intermediates are: "input" (None), as it was trained, or
         "output", as transformers since 4.56 reads them.
+      template: chat template instead of the checkpoint's own, "vicuna_v1" or "llava_v1" (`config.data.template`).
 
     Raises:
       UserError: no such checkpoint, an unsupported model, or broken files; one line.
@@ -81,7 +83,7 @@ def load(
         "exit_rule": exit_rule,
         "capture": capture,
     }
-    return VLM(load_vlm(directory, **options), mesh)
+    return VLM(load_vlm(directory, **options), mesh, template)
 
 
 def load_scorer(
@@ -133,6 +135,7 @@ class VLM:
       params: its weights.
       config: sizes of the network.
       directory: where it came from.
+      template: name of a chat template instead of the checkpoint's own, or None.
       adapter: the LoRA that was merged while it was loaded, or None.
       lora: what training added since, as adapters beside the weights, or None.
       mesh: where the weights are, None on the default device.
@@ -143,12 +146,15 @@ class VLM:
       lora_shapes: its projections that LoRA can adapt (`init_lora`).
     """
 
-    def __init__(self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, mesh: jax.sharding.Mesh | None = None, template: str | None = None
+    ) -> None:
         self.graphdef: nnx.GraphDef = checkpoint.graphdef
         self.params: nnx.State = checkpoint.params
         self.config: Any = checkpoint.config
         self.directory: Path = checkpoint.directory
         self.mesh: jax.sharding.Mesh | None = mesh
+        self.template = template
         self.adapter = checkpoint.adapter
         self.lora: Lora | None = None
         model = checkpoint.model
@@ -170,7 +176,7 @@ class VLM:
         Raises:
           UserError: the checkpoint has no tokenizer or image-processor files, or broken ones.
         """
-        return load_processor(self.directory, self.config)
+        return load_processor(self.directory, self.config, self.template)
 
     def with_weights(self, params: nnx.State, lora: Lora | None = None) -> "VLM":
         """The same model with other weights or adapters, such as trained ones; nothing is copied.

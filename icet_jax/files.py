@@ -50,6 +50,21 @@ def require_regular(path: str | os.PathLike[str], name: str | None = None) -> No
         raise UserError(f"{name or path}: is {kind}, not a regular file; write what it gives to a file, and name that")
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is the small text that Git LFS leaves in place of a file which has not been fetched."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
+
+
+LFS_ADVICE = "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file that `require_regular` lets pass."""
     require_regular(path)

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import LFS_ADVICE, is_lfs_pointer, parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -102,6 +102,8 @@ class TensorReader:
                     pass
                 mapped = np.memmap(path, np.uint8, mode="r")
             except (SafetensorError, OSError) as error:
+                if is_lfs_pointer(path):
+                    raise UserError(f"{path}: {LFS_ADVICE}") from error
                 raise UserError(
                     f"{path}: corrupt or truncated safetensors file ({error}); download or copy it again"
                 ) from error

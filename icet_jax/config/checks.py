@@ -24,6 +24,7 @@ from icet_jax.config.defaults import (
     REWARDS,
     SCHEDULES,
     SCORER_FIELDS,
+    TEMPLATES,
     WITHOUT_NETWORK,
     default,
 )
@@ -56,6 +57,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "model.dtype": _one_of(DTYPES),
     "model.exit_rule": _one_of(EXIT_RULES),
+    "data.template": _one_of(TEMPLATES),
     "model.intermediate_capture": _one_of(CAPTURES),
     "model.remat": _one_of(REMATS),
     "mesh.data": (lambda v: v == -1 or v > 0, "-1 or above 0"),

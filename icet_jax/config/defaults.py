@@ -20,6 +20,7 @@ REMATS = ("none", "dots", "full")
 INSTABILITIES = ("stop", "skip")
 REWARDS = ("reward_model", "exact_match", "none")
 SCHEDULES = ("constant", "linear", "cosine")
+TEMPLATES = ("vicuna_v1", "llava_v1")
 EXIT_RULES = ("E1", "E2", "E5")
 CAPTURES = ("input", "output")
 EXPORT_FORMS = ("full", "adapter", "both")
@@ -150,6 +151,10 @@ def _data() -> ConfigDict:
     # Where `--mode=prepare` writes the data sets (TFDS array_record) and runs read them; unset: each run reads the
     # sources themselves.
     data.directory = config_dict.placeholder(str)
+    # Chat template of LLaVA-1.5 and LLaVA-NeXT on Vicuna: "vicuna_v1" has the system prompt of the original LLaVA-1.5
+    # evaluations ("a curious user"), "llava_v1" that of LLaVA-NeXT's model card ("a curious human"). Unset: the
+    # checkpoint's own. Another system prompt is another attack surface (ours).
+    data.template = config_dict.placeholder(str)
     data.image_root = config_dict.placeholder(str)  # folder of relative image paths; unset: beside the data file
     return data
 
@@ -199,7 +204,8 @@ def _lppo() -> ConfigDict:
     lppo.lam = 0.95  # GAE's lambda; TRL
     lppo.clip_range = 0.2  # the paper's epsilon; value from TRL
     lppo.value_clip_range = 0.0  # 0 = off: the paper's value loss is the plain squared error
-    # The paper's c1, of the squared error (V - R)^2. The number is TRL's, which halves the error: this is twice its term.
+    # The paper's c1, of the squared error (V - R)^2. The number is TRL's, which halves the error: ours is twice its
+    # term.
     lppo.value_coef = 0.1
     lppo.value_stop_gradient = False  # True: the value head learns on fixed features (ours)
     # Over the rewarded rows of the whole rollout batch, masked; TRL. Rows of a kind that nothing rewards are left out.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icet_jax.data.image_files import MISSING
-from icet_jax.data.records import BadRow, Example, Records, collect, inside, prompt_of, text, usable_image
+from icet_jax.data.records import BadRow, Example, Records, category, collect, inside, prompt_of, text, usable_image
 from icet_jax.data.tables import RawRow, csv_rows
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
@@ -86,7 +86,7 @@ def read_figstep(request: "_Request") -> Records:
             raise BadRow("no id", "dataset, category_id or task_id is empty")
         name = f"query_{'_'.join(map(str, parts))}_6.png"
         image = usable_image(inside(folder, name), request.files)
-        return Example(identity, FIGSTEP_PROMPT, (image,), policy=text(fields, "category_name"))
+        return Example(identity, FIGSTEP_PROMPT, (image,), policy=category(fields, "category_name"))
 
     columns = (*_FIGSTEP_KEYS, "category_name")
     rows = _with_ids(csv_rows(request.path, columns, f"{', '.join(columns)}, question, instruction"))

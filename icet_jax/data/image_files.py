@@ -6,6 +6,7 @@ from pathlib import Path, PureWindowsPath
 
 from icet_jax.data.images import FORMATS, open_image, require_resizable
 from icet_jax.errors import UserError
+from icet_jax.files import LFS_ADVICE, is_lfs_pointer
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MISSING, NOT_AN_IMAGE, DAMAGED = "missing image", "not an image", "damaged image"
@@ -44,6 +45,8 @@ class ImageFiles:
             return DAMAGED, f"'{path}' is too large to be decoded safely"
         # Pillow's readers report damage in many ways (OSError, SyntaxError, struct.error, ...).
         except Exception:
+            if is_lfs_pointer(path):
+                return NOT_AN_IMAGE, f"'{path}' {LFS_ADVICE}"
             return NOT_AN_IMAGE, f"'{path}' is not an image that Pillow can read"
         if self._decode:
             try:

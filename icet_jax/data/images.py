@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from icet_jax.errors import UserError
-from icet_jax.files import require_regular
+from icet_jax.files import LFS_ADVICE, is_lfs_pointer, require_regular
 
 
 @runtime_checkable
@@ -144,6 +144,8 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
     except FileNotFoundError as error:
         raise UserError(f"{name}: no such image file") from error
     except UnidentifiedImageError as error:
+        if isinstance(file, Path) and is_lfs_pointer(file):
+            raise UserError(f"{name}: {LFS_ADVICE}") from error
         raise UserError(f"{name}: not an image, or of a kind that Pillow cannot read") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{name}: too large to be decoded safely ({error}); make it smaller first") from error

@@ -21,6 +21,7 @@ from icet_jax.data.images import ImageLike, StoredImage, image_size, open_image,
 from icet_jax.data.templates import (
     IMAGE_TOKEN,
     MLLAMA_IMAGE_TOKEN,
+    NAMED_TEMPLATES,
     Template,
     llama_32,
     llava_15,
@@ -266,15 +267,16 @@ _PROCESSORS: dict[type, type[Processor]] = {
 }
 
 
-def load_processor(directory: str | Path, config: Any = None) -> Processor:
+def load_processor(directory: str | Path, config: Any = None, template: str | None = None) -> Processor:
     """Reads the tokenizer, image-processor and config files of a checkpoint; the weights may be elsewhere.
 
     Args:
       directory: of the checkpoint.
       config: of the network; read from the directory's config.json if None.
+      template: a name of `NAMED_TEMPLATES`; None is the checkpoint's own template, or the published one of its family.
 
     Raises:
-      UserError: files are missing, unreadable, or do not fit the model's config.
+      UserError: files are missing, unreadable, or do not fit the model's config; or a template of another backbone.
     """
     directory = Path(directory)
     values = read_hf_config(directory)
@@ -282,8 +284,28 @@ def load_processor(directory: str | Path, config: Any = None) -> Processor:
         config = vlm_config(values, str(directory / "config.json"))
     kind, tokenizer = _PROCESSORS[type(config)], load_tokenizer(directory)
     image_processor = _load_image_processor(directory, values["model_type"])
-    template = own_template(directory, tokenizer, kind.placeholder) or _published_template(values)
-    return kind(tokenizer, image_processor, config, template)
+    if template is not None:
+        chosen = _named_template(template, values)
+    else:
+        chosen = own_template(directory, tokenizer, kind.placeholder) or _published_template(values)
+    return kind(tokenizer, image_processor, config, chosen)
+
+
+def _named_template(name: str, values: dict[str, Any]) -> Template:
+    """The template called `name`, for the model of this config.json.
+
+    Raises:
+      UserError: there is no such template, or the model's backbone was tuned on another form of conversation.
+    """
+    if name not in NAMED_TEMPLATES:
+        raise UserError(f"config.data.template={name}: unknown; choose {' or '.join(NAMED_TEMPLATES)}")
+    backbone = (values.get("text_config") or {}).get("model_type", "llama")
+    if values["model_type"] not in ("llava", "llava_next") or backbone != "llama":
+        raise UserError(
+            f"config.data.template={name}: is for LLaVA on Vicuna; this model is {values['model_type']} on {backbone}: "
+            "leave the field unset"
+        )
+    return NAMED_TEMPLATES[name]
 
 
 def _published_template(values: dict[str, Any]) -> Template:

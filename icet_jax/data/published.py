@@ -26,7 +26,18 @@ from typing import Any
 
 from icet_jax.data.benchmark_prompts import read_captions, read_figstep, read_harmbench, read_strongreject
 from icet_jax.data.image_files import MISSING, ImageFiles, ImageFolder
-from icet_jax.data.records import BadRow, Example, Records, collect, inside, prompt_of, read_records, text, usable_image
+from icet_jax.data.records import (
+    BadRow,
+    Example,
+    Records,
+    category,
+    collect,
+    inside,
+    prompt_of,
+    read_records,
+    text,
+    usable_image,
+)
 from icet_jax.data.tables import RawRow, csv_rows, json_array_rows
 from icet_jax.errors import UserError
 
@@ -123,7 +134,7 @@ def _redteam_2k(request: _Request) -> Records:
     def convert(fields: dict[str, Any], identity: str) -> Example:
         prompt = prompt_of(fields, "question")
         image = usable_image(pick(identity), request.files)
-        return Example(_own_id(fields, identity), prompt, (image,), policy=text(fields, "policy"))
+        return Example(_own_id(fields, identity), prompt, (image,), policy=category(fields, "policy"))
 
     rows = csv_rows(request.path, ("id", "question", "policy"), "id, question, policy")
     return collect(request.path, rows, convert, request.files, id_field="id", limit=request.limit)
@@ -139,7 +150,7 @@ def _jailbreakv_28k(request: _Request) -> Records:
         if name is None:
             raise BadRow(MISSING, "image_path is empty")
         image = usable_image(inside(root, name), request.files)
-        return Example(_own_id(fields, identity), prompt, (image,), policy=text(fields, "policy"))
+        return Example(_own_id(fields, identity), prompt, (image,), policy=category(fields, "policy"))
 
     required = ("id", "jailbreak_query", "policy", "image_path")
     rows = csv_rows(request.path, required, ", ".join(required))

@@ -265,6 +265,18 @@ def prompt_of(fields: dict[str, Any], name: str) -> str:
     return prompt
 
 
+_CATEGORIES = {
+    "Child Abuse Content": "Child Abuse",  # JailBreakV-28K's name for RedTeam-2K's category
+    "Malware Generation": "Malware",  # FigStep's
+}
+
+
+def category(fields: dict[str, Any], name: str) -> str | None:
+    """The category in a cell, under RedTeam-2K's name where another data set calls the same thing differently."""
+    written = text(fields, name)
+    return _CATEGORIES.get(written, written) if written is not None else None
+
+
 def inside(root: Path, name: str) -> Path:
     """The path of an image that a row names.
 

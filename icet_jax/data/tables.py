@@ -4,6 +4,7 @@ Each reader yields `(line, fields)`, or `(line, reason)` where that row itself i
 that row alone. Bytes that are not UTF-8 come through as surrogates, which `text_problem` finds.
 """
 
+import codecs
 import csv
 import json
 from collections import Counter, deque
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json, require_regular
+from icet_jax.files import LFS_ADVICE, is_lfs_pointer, parse_json, require_regular
 
 RawRow: TypeAlias = tuple[int, dict[str, Any] | str]
 
@@ -34,7 +35,7 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
       UserError: empty, a required column is missing, or two columns have one name.
       OSError: it cannot be read.
     """
-    require_regular(path)
+    _require_utf8_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         records = _csv_records(file)
         _, header = next(records, (0, []))
@@ -43,6 +44,9 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
         names = [cell.strip().lower() for cell in header]
         if not any(names):
             raise UserError(f"{path}: is empty; name the columns in its first line: {columns}")
+        for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+            if len(names) == 1 and separator in names[0]:
+                raise UserError(f"{path}: its columns are separated by {called}; save it as CSV with commas")
         for name, count in Counter(filter(None, names)).items():
             if count > 1:
                 shown = name.encode("ascii", "backslashreplace").decode()
@@ -60,6 +64,22 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
                 yield line, f"{len(cells)} cells, but {len(names)} columns"
             else:
                 yield line, dict(zip(names, cells, strict=True))
+
+
+def _require_utf8_file(path: Path) -> None:
+    """Refuses what `require_regular` refuses, Git LFS pointers, and files that begin with the mark of UTF-16 or UTF-32.
+
+    Raises:
+      UserError: it is one of these.
+      OSError: it cannot be read.
+    """
+    require_regular(path)
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{path}: is UTF-16 or UTF-32 text; save it as UTF-8")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: {LFS_ADVICE}")
 
 
 def _csv_records(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
@@ -93,7 +113,7 @@ def _take(source: Iterator[str], waiting: deque[str], taken: list[str]) -> Itera
 
 def jsonl_rows(path: Path) -> Iterator[RawRow]:
     """Rows of a file of one JSON object per line; blank lines are passed over."""
-    require_regular(path)
+    _require_utf8_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
@@ -116,7 +136,7 @@ def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
       UserError: it does not begin as a JSON object, or has no array of that name.
       OSError: it cannot be read.
     """
-    require_regular(path)
+    _require_utf8_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = _JsonReader(file)
         try:

@@ -30,6 +30,14 @@ def llava_15(prompt: str, num_images: int) -> str:
     return f"USER: {_lines(num_images)}{prompt} ASSISTANT:"
 
 
+def vicuna_v1(prompt: str, num_images: int) -> str:
+    """The original LLaVA-1.5 code's `conv_vicuna_v1`, whose system prompt says "user"."""
+    return (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the user's questions. {llava_15(prompt, num_images)}"
+    )
+
+
 def vicuna_16(prompt: str, num_images: int) -> str:
     """LLaVA-NeXT's on a Vicuna backbone, with the system prompt of its model card."""
     return (
@@ -53,6 +61,10 @@ def llama_32(prompt: str, num_images: int) -> str:
         f"<|begin_of_text|>{'' if num_images else system}<|start_header_id|>user<|end_header_id|>\n\n"
         f"{MLLAMA_IMAGE_TOKEN * num_images}{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
+
+
+NAMED_TEMPLATES: dict[str, Template] = {"vicuna_v1": vicuna_v1, "llava_v1": vicuna_16}
+"""Templates that `config.data.template` may name, under the names of the original LLaVA code's conversations."""
 
 
 def _lines(num_images: int) -> str:

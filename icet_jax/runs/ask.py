@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     directory = checkpoint_directory(model.checkpoint, workdir)
     vlm = api.load(
         directory, dtype=model.dtype, revision=model.revision, adapter=model.adapter, exit_rule=model.exit_rule,
-        capture=model.intermediate_capture,
+        capture=model.intermediate_capture, template=config.data.template,
     )  # fmt: skip
     exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
     inputs = vlm.processor(images=[list(options.image)], prompts=[options.prompt])

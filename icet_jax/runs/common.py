@@ -95,6 +95,7 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
         adapter=model.adapter,
         exit_rule=model.exit_rule,
         capture=model.intermediate_capture,
+        template=config.data.template,
     )
     if vlm.mesh is not None:
         check_heads(vlm.mesh.shape["tensor"], vlm.config)

@@ -65,7 +65,8 @@ def test_a_truncated_shard_is_named(directory, keep):
 def test_a_shard_that_is_something_else_is_named(directory):
     shard = directory / "model-00001-of-00003.safetensors"
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n" * 3)
-    assert str(shard) in error(directory)
+    line = error(directory)
+    assert str(shard) in line and "Git LFS pointer" in line
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": {"x": "../other.safetensors"}}', '{"weight_map": {}}'])

@@ -182,3 +182,26 @@ def test_a_hub_style_file_with_plain_sizes(directory, tmp_path, processor):
         load_processor(tmp_path)(images=[image], prompts=["x"])["pixel_values"],
         processor(images=[image], prompts=["x"])["pixel_values"],
     )
+
+
+# What `conv_vicuna_v1` of the original LLaVA code returns for one question, with `<image>` and a line break before it.
+VICUNA_V1 = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: <image>\nwhat is this? ASSISTANT:"
+)
+LLAVA_V1 = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions. USER: <image>\nwhat is this? ASSISTANT:"
+)
+
+
+@pytest.mark.parametrize("name, text", [("vicuna_v1", VICUNA_V1), ("llava_v1", LLAVA_V1)])
+def test_templates_by_name_are_those_of_the_original_code(name, text, directory):
+    processor = load_processor(directory, template=name)
+    assert processor.template("what is this?", 1) == text
+    assert processor.template("what is this?", 0) == text.replace("<image>\n", "")
+
+
+def test_an_unknown_template_is_one_line(directory):
+    with pytest.raises(UserError, match="config.data.template=vicuna: unknown; choose vicuna_v1 or llava_v1"):
+        load_processor(directory, template="vicuna")
