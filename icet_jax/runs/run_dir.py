@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax.config import flatten
+from icet_jax.config import OPEN_FIELDS, default, flatten
 from icet_jax.errors import UserError, write_error
 from icet_jax.files import parse_json, read_text, write_text_atomic
 
@@ -59,7 +59,7 @@ def _has_begun(workdir: Path) -> bool:
 
 
 def read_config(path: Path) -> ConfigDict:
-    """A run's config.json.
+    """A run's config.json; fields that the package had not yet when it was written have their defaults.
 
     Raises:
       UserError: it is not readable.
@@ -68,9 +68,20 @@ def read_config(path: Path) -> ConfigDict:
         values = parse_json(read_text(path))
         if not isinstance(values, dict):
             raise ValueError("not an object")
-        return ConfigDict(values)
+        return ConfigDict(_with_defaults(values, default().to_dict()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a run's config ({error}); choose another --workdir") from error
+
+
+def _with_defaults(values: dict[str, Any], defaults: dict[str, Any], section: str = "") -> dict[str, Any]:
+    """`values` with what they lack of `defaults`; fields whose keys the user chooses stay as they are."""
+    filled = dict(values)
+    for name, value in defaults.items():
+        if name not in filled:
+            filled[name] = value
+        elif isinstance(value, dict) and f"{section}{name}" not in OPEN_FIELDS:
+            filled[name] = _with_defaults(filled[name], value, f"{section}{name}.")
+    return filled
 
 
 class Costs:

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from icet_jax.config import organism
+from icet_jax.errors import UserError
+from icet_jax.runs import run_dir
 from icet_jax.runs.run_dir import Costs
 
 
@@ -43,3 +46,20 @@ def test_compilations_are_counted_by_jaxs_own_events(tmp_path):
             function(x).block_until_ready()
     assert phases(tmp_path)["first"]["compilations"] >= 1
     assert phases(tmp_path)["second"]["compilations"] == 0
+
+
+def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
+    config = organism()
+    run_dir.claim(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["data"]["template"]
+    path.write_text(json.dumps(values))
+    run_dir.claim(tmp_path, config)
+    stored = run_dir.read_config(path)
+    assert stored.data.template is None and stored.data.mixture == config.data.mixture
+    values["data"]["mixture"] = {"forbidden": 1.0}
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="holds a run of another config: data.mixture"):
+        run_dir.claim(tmp_path, config)
