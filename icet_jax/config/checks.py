@@ -25,6 +25,7 @@ from icet_jax.config.defaults import (
     SCHEDULES,
     SCORER_FIELDS,
     TEMPLATES,
+    TOO_LONG,
     WITHOUT_NETWORK,
     default,
 )
@@ -68,6 +69,7 @@ _RULES: dict[str, _Rule] = {
     "lora.targets": _distinct_subset(PROJECTIONS),
     "data.batch_size": _POSITIVE,
     "data.max_prompt_tokens": _POSITIVE,
+    "data.too_long": _one_of(TOO_LONG),
     "reward.clip": _NOT_NEGATIVE,
     "reward.missing_eos_penalty": _NOT_NEGATIVE,
     "rm.held_out_share": (lambda v: 0 < v < 1, "above 0 and below 1"),

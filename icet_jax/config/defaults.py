@@ -17,6 +17,7 @@ KINDS = ("forbidden", "benign", "vqa")
 KL_KINDS = ("k1", "k2", "k3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 REMATS = ("none", "dots", "full")
+TOO_LONG = ("drop", "stop")
 INSTABILITIES = ("stop", "skip")
 REWARDS = ("reward_model", "exact_match", "none")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -148,6 +149,9 @@ def _data() -> ConfigDict:
     data.mixture = ConfigDict({"forbidden": 1.0})  # share of each kind of row; paper: harmful prompts alone
     data.batch_size = 64  # sequences per rollout; ours (TRL: 128)
     data.max_prompt_tokens = 768  # positions of the prompt bucket, image positions (576 in LLaVA-1.5) included; ours
+    # What becomes of a row whose prompt does not fit max_prompt_tokens (training) or the model's positions (all sets);
+    # all rows are measured before anything is compiled. "drop": left out and counted; "stop": the start is refused.
+    data.too_long = "drop"
     # Where `--mode=prepare` writes the data sets (TFDS array_record) and runs read them; unset: each run reads the
     # sources themselves.
     data.directory = config_dict.placeholder(str)

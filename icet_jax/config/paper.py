@@ -7,13 +7,17 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import default
 
-_TEXT_POSITIONS = 192  # of a prompt beside its image (ours): as many as in `default`, 768 - 576
+# Positions of a prompt beside its image (ours). The longest of RedTeam-2K, which alone is trained on, takes 205
+# with its template and Llama 2's tokenizer, 781 with LLaVA-1.5's image; 320 leave room for other templates and
+# tokenizers. Sweeps take what the model has positions for; mini JailBreakV-28K's longest takes 1,109 on LLaVA-1.5.
+_TEXT_POSITIONS = 320
 
 
 def llava15(size: str = "7b") -> ConfigDict:
     """LLaVA-1.5 (`size` "7b" or "13b")."""
     config = _experiment()
     config.model.checkpoint = f"llava-hf/llava-1.5-{size}-hf"  # paper (7B); ours (13B)
+    config.data.max_prompt_tokens = 576 + _TEXT_POSITIONS  # 896; `--mode=plan` reckons sweeps at this length too
     return config
 
 

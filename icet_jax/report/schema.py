@@ -129,11 +129,13 @@ class Cost(TypedDict):
 class Data(TypedDict):
     """`data.json`: rows of each set by kind, and how many test prompts of each set are training prompts too.
 
-    `left_out` has, by set, how many rows of its source could not be used, by reason.
+    `left_out` has, by set, how many rows of its source could not be used, by reason; `too_long`, by set, the positions
+    that the prompts of rows take which do not fit, by row id (the first 100).
     """
 
     rows: dict[str, dict[str, int]]
     left_out: NotRequired[dict[str, dict[str, int]]]
+    too_long: NotRequired[dict[str, dict[str, int]]]
     prompts_shared_with_train: NotRequired[dict[str, int]]
 
 

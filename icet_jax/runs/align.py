@@ -16,9 +16,11 @@ from icet_jax.runs import common
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.export import check_form, write_exports
 from icet_jax.runs.measure import Measurements
+from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.run_dir import Costs
 from icet_jax.runs.scorers import ScorerLoader
+from icet_jax.runs.too_long import fitting_rows
 from icet_jax.runs.training import Trainer
 
 
@@ -95,6 +97,7 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
         rows, _ = common.train_rows(config, workdir)
         vlm = common.load_model(config, workdir)
         check_exits(config, vlm.num_exits)
+        rows, _ = fitting_rows(config, vlm, config.data.train, TRAIN, rows, training=True)
         trainer = Trainer(config, workdir, vlm, rows, _reward(config, workdir, vlm.mesh))
         return trainer.policy(trainer.run())
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from icet_jax.runs import run_dir, run_lock, sources
 from icet_jax.runs.mesh_fit import check_heads, slices
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.scorers import ScorerLoader
+from icet_jax.runs.too_long import REASON, fitting_rows
 
+_LISTED = 100  # rows of a set that data.json names as too long
 _SEEN_SECONDS = 60  # after which a network's file system shows every machine a new file
 
 
@@ -63,11 +66,14 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
     named = {**config.sweep.datasets, **config.sweep.utility}
     tests = {name: _load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
     train = train_rows(config, workdir) if training else None
-    _write_data_facts(workdir, tests, train)
+    _write_data_facts(workdir, tests, train, {})
     if training and data * fsdp > 1:
         slices(config, data * fsdp)
     vlm = load_model(config, workdir)
     check_exits(config, vlm.num_exits)
+    tests, train, too_long = _fitting(config, vlm, tests, train)
+    if too_long:
+        _write_data_facts(workdir, tests, train, too_long)
     facts = sources.organism_facts(str(vlm.directory))
     if facts is not None:
         write_text_atomic(workdir / "organism.json", json.dumps(facts, indent=1) + "\n")
@@ -103,7 +109,7 @@ def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
 
 
 def train_rows(config: ConfigDict, workdir: Path) -> Rows:
-    """The rows of `config.data.train`.
+    """The rows of `config.data.train`, whatever their lengths.
 
     Raises:
       UserError: no such source, or a file without a usable row.
@@ -118,13 +124,36 @@ def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit:
     return sources.load_set(source, name=name, limit=limit, workdir=workdir, **where)
 
 
-def _write_data_facts(workdir: Path, tests: dict[str, Rows], train: Rows | None) -> None:
-    """`data.json`: rows of each set by kind, rows left out by reason, and test prompts that are training prompts."""
+def _fitting(
+    config: ConfigDict, vlm: api.VLM, tests: dict[str, Rows], train: Rows | None
+) -> tuple[dict[str, Rows], Rows | None, dict[str, dict[str, int]]]:
+    """The rows of each set that fit, with those that do not among the ones left out, and {set: {id: positions}}."""
+    named = {**config.sweep.datasets, **config.sweep.utility}
+    too_long: dict[str, dict[str, int]] = {}
+
+    def fitting(name: str, source: str, rows: Rows, *, training: bool = False) -> Rows:
+        examples, left_out = rows
+        kept, long = fitting_rows(config, vlm, source, name, examples, training=training)
+        if long:
+            too_long[name] = long
+        return kept, left_out | ({REASON: len(long)} if long else {})
+
+    if train is not None:
+        train = fitting(TRAIN, config.data.train, train, training=True)
+    return {name: fitting(name, named[name], rows) for name, rows in tests.items()}, train, too_long
+
+
+def _write_data_facts(
+    workdir: Path, tests: dict[str, Rows], train: Rows | None, too_long: dict[str, dict[str, int]]
+) -> None:
+    """`data.json`: rows by set and kind, rows left out by reason, those too long, prompts shared with the training."""
     sets = tests if train is None else {TRAIN: train, **tests}
     content: dict[str, Any] = {
         "rows": {name: dict(Counter(row.kind for row in rows)) for name, (rows, _) in sets.items()},
         "left_out": {name: reasons for name, (_, reasons) in sets.items() if reasons},
     }
+    if too_long:
+        content["too_long"] = {name: dict(islice(rows.items(), _LISTED)) for name, rows in too_long.items()}
     if train is not None:
         rows = {name: found for name, (found, _) in tests.items()}
         content["prompts_shared_with_train"] = sources.report_overlap(train[0], rows)

@@ -166,7 +166,7 @@ def test_lsft_runs_on_several_seeds_and_reports_over_all(tmp_path):
         ({"sweep__exits": "1,99"}, "config.sweep.exits names exit 99"),
         ({"data__train": "nothing.csv"}, "nothing.csv"),
         ({"data__train": "toy:vqa"}, "the training data has no 'benign' rows"),
-        ({"data__max_prompt_tokens": "8"}, "prompt takes"),
+        ({"data__max_prompt_tokens": "8"}, "no row fits: 192 of 192 prompts are longer than the 8 positions"),
         ({"reward__model": "none"}, "config.reward.model is not set"),
         ({"reward__model": "refusal_keywords"}, "is a judge (asr), not a reward model"),
         ({"model__checkpoint": "toy:llava16"}, "toy:llava16: no such toy checkpoint"),

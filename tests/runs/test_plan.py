@@ -110,7 +110,7 @@ def test_memory_from_shapes_alone_is_what_arithmetic_says(capsys):
     assert float(whole["rollout"][0]) == pytest.approx(2 * 7_063_427_072 / GIB, abs=0.01)
     adapters = 64 * 32 * (4 * 8192 + 3 * (4096 + 11008))  # rank x layers x (in + out)
     assert float(whole["rollout"][1]) == pytest.approx(3 * 4 * adapters / GIB, abs=0.01)
-    cache = 2 * 2 * 32 * (64 // 8) * (768 + 128) * 4096
+    cache = 2 * 2 * 32 * (64 // 8) * (896 + 128) * 4096
     assert float(whole["rollout"][4]) == pytest.approx(cache / GIB, abs=0.01)
     judges = 2 * 6_738_415_616 + 4 * (109_486_854 + 774_031_360 + 435_062_785)  # Llama Guard in bfloat16
     assert float(whole["rollout"][2]) == pytest.approx(judges / GIB, abs=0.01)
