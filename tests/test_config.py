@@ -117,6 +117,15 @@ def test_a_scorer_is_changed_from_the_command_line():
         ({"kind": "decoder_judge", "checkpoint": "x", "max_new_tokens": "5"}, "a whole number"),
         ({"kind": "ensemble", "members": {}}, "a dict such as"),
         ("llama_guard", "must be {'kind': one of"),
+        (
+            {"kind": "perspective", "attributes": ("TOXICITY",)},
+            r"the Perspective API ended on 2026-12-31; use kind: toxicity \(Detoxify-type checkpoint\) or kind: chat",
+        ),
+        ({"kind": "chat", "model": "m", "template": "harmbench"}, "endpoint is missing"),
+        ({"kind": "chat", "endpoint": "http://localhost/v1", "template": "harmbench"}, "model is missing"),
+        ({"kind": "chat", "endpoint": "http://localhost/v1", "model": "m"}, "template is missing"),
+        ({"kind": "chat", "checkpoint": "x"}, "a chat has kind, endpoint, model"),
+        ({"kind": "chat", "timeout": "30"}, "a number"),
     ],
 )
 def test_a_wrong_scorer_is_one_clear_line(definition, says):

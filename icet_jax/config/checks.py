@@ -239,6 +239,11 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
         where = f"config.scorers.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise UserError(f"config.scorers: {name!r} is part of metrics' names; use letters, digits, _ - . alone")
+        if isinstance(definition, Mapping) and definition.get("kind") == "perspective":
+            raise UserError(
+                f"{where}: the Perspective API ended on 2026-12-31; use kind: toxicity (Detoxify-type checkpoint) or "
+                "kind: chat"
+            )
         if not isinstance(definition, Mapping) or definition.get("kind") not in SCORER_FIELDS:
             raise UserError(
                 f"{where} is {definition!r}, but must be {{'kind': one of {', '.join(SCORER_FIELDS)}, ...}}"
@@ -253,6 +258,9 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
                 raise UserError(f"{where}.{field} is {value!r}, but must be {TYPE_NAMES[allowed[field]]}")
         if "checkpoint" in allowed and "checkpoint" not in definition:
             raise UserError(f"{where}.checkpoint is missing: the directory or hub id of the {kind}'s weights")
+        for field in ("endpoint", "model", "template") if kind == "chat" else ():
+            if field not in definition:
+                raise UserError(f"{where}.{field} is missing: a chat judge needs endpoint, model and template")
         if definition.get("dtype", DTYPES[0]) not in DTYPES:
             raise UserError(f"{where}.dtype is {definition['dtype']!r}, but must be one of {', '.join(DTYPES)}")
 

@@ -31,7 +31,18 @@ SCORER_FIELDS: dict[str, dict[str, type]] = {
     "decoder_judge": {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
     "reward_model": {"template": str},
     "toxicity": {"heads": tuple},
-    "perspective": {"attributes": tuple, "requests_per_second": float, "retries": int, "endpoint": str},
+    "chat": {
+        "endpoint": str,  # URL in front of /chat/completions
+        "model": str,  # its name there
+        "template": str,
+        "unsafe": str,
+        "safe": str,
+        "max_new_tokens": int,
+        "timeout": float,  # s for one request, from the connection to the last byte
+        "retries": int,
+        "requests_per_second": float,  # of all processes together
+        "key_variable": str,  # environment variable that holds the key; unset: no key is sent
+    },
     "ensemble": {"members": dict},
 }
 """Kinds of scorers and their own fields. Those with a checkpoint also take `NETWORK_FIELDS`."""
@@ -41,7 +52,7 @@ NETWORK_FIELDS: dict[str, type] = {
     "dtype": str,  # of the computation
     "batch_size": int,  # rows judged at once
 }
-WITHOUT_NETWORK = ("refusal_keywords", "perspective", "ensemble")
+WITHOUT_NETWORK = ("refusal_keywords", "chat", "ensemble")
 
 # Fields whose own keys the user chooses.
 OPEN_FIELDS = ("data.mixture", "reward.by_kind", "scorers", "sweep.datasets", "sweep.utility")

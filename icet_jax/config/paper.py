@@ -76,7 +76,6 @@ def _experiment() -> ConfigDict:
         # ours, in place of the paper's Perspective API, whose service ends on 2026-12-31.
         "toxic_bert": {"kind": "toxicity", "checkpoint": "unitary/toxic-bert"},
         "unbiased_toxic_roberta": {"kind": "toxicity", "checkpoint": "unitary/unbiased-toxic-roberta"},
-        "perspective": {"kind": "perspective", "attributes": ("TOXICITY",)},  # paper; needs PERSPECTIVE_API_KEY
         "harmless_reward": {"kind": "reward_model", "checkpoint": "Ray2333/gpt2-large-harmless-reward_model"},  # paper
         # paper: the utility of VQA answers.
         "general_reward": {"kind": "reward_model", "checkpoint": "OpenAssistant/reward-model-deberta-v3-large-v2"},
@@ -143,8 +142,6 @@ def miniature(config: ConfigDict, model: str, exits: tuple[int, ...]) -> ConfigD
         definition = dict(config.scorers[name])
         if "checkpoint" in definition:
             definition |= {"checkpoint": f"toy:{name}", "dtype": "float32", "batch_size": 4}
-        if definition["kind"] == "perspective":
-            definition["endpoint"] = "toy:perspective"
         config.scorers[name] = definition
     config.sweep.datasets = {name: f"toy:{name}" for name in ("custom", "mini_jailbreakv", "advbench_coco", "xstest")}
     config.sweep.utility = {"vqa_v2": "toy:vqa_v2"}

@@ -27,12 +27,12 @@ from icet_jax.files import replace_dir_atomic
 from icet_jax.generation import Sampling
 from icet_jax.judges.base import Scorer, metric_name
 from icet_jax.judges.cache import directory_fingerprint
+from icet_jax.judges.chat import Chat
 from icet_jax.judges.conversation import Conversations
 from icet_jax.judges.decoder_judge import DecoderJudge, guard_verdict, word_verdict
 from icet_jax.judges.ensemble import Ensemble
 from icet_jax.judges.keywords import RefusalKeywords
 from icet_jax.judges.pairs import HH_TEMPLATE
-from icet_jax.judges.perspective import Perspective
 from icet_jax.judges.prompts import Render, built_in, categories, chat_template, named_or_text, probe_text
 from icet_jax.judges.reward_model import RewardModel, reward_render
 from icet_jax.judges.toxicity import Toxicity, head_labels
@@ -144,13 +144,30 @@ def load_defined(
     try:
         if kind == "refusal_keywords":
             return RefusalKeywords()
-        if kind == "perspective":
-            return Perspective(**fields)
+        if kind == "chat":
+            return load_chat(**fields)
         if kind == "ensemble":
             return Ensemble(name, [(resolve(member), weight) for member, weight in fields["members"].items()])
         return load_scorer(fields.pop("checkpoint"), kind, mesh=mesh, **fields)
     except UserError as error:
         raise UserError(f"config.scorers.{name}: {error}") from error
+
+
+def load_chat(
+    *, endpoint: str, model: str, template: str, unsafe: str | None = None, safe: str | None = None, **fields: Any
+) -> Chat:
+    """A judge behind a chat endpoint.
+
+    Args:
+      endpoint, model: see `Chat`.
+      template: as a decoder judge's: text with `{prompt}` and `{response}`, or the name of a built-in text.
+      unsafe, safe: the words that it answers; if None, those of the template, or "unsafe" and "safe".
+      fields: more of `Chat`'s.
+
+    Raises:
+      UserError: see `named_or_text` and `Chat`.
+    """
+    return Chat(endpoint, model, named_or_text(template), words=_words(template, unsafe, safe), **fields)
 
 
 def save_reward_model(
@@ -282,8 +299,7 @@ def _decoder_judge(
     kind, template = asked.kind, asked.template
     if template is None and kind == "decoder_judge" and "harmbench" in asked.known_as.lower():
         template = "harmbench"
-    words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
-    words = (unsafe or words[0], safe or words[1])
+    words = _words(template, unsafe, safe)
     render = _render(asked.tokenizer, kind, template, asked.known_as)
     if kind == "llama_guard":
         parse = functools.partial(guard_verdict, known=categories(render))
@@ -302,6 +318,12 @@ def _decoder_judge(
         fingerprint=_fingerprint(checkpoint, kind, probe_text(render), words, length),
         **asked.common,
     )
+
+
+def _words(template: Template, unsafe: str | None, safe: str | None) -> tuple[str, str]:
+    """What a judge answers for unsafe and for safe: as the user says, else as its built-in template does."""
+    words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
+    return unsafe or words[0], safe or words[1]
 
 
 _MAKERS: dict[str, Callable[..., Scorer]] = {

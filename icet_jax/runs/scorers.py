@@ -75,8 +75,8 @@ class ScorerLoader:
         if "checkpoint" in definition:
             definition["checkpoint"] = checkpoint_directory(definition["checkpoint"], self._workdir)
         if str(definition.get("endpoint", "")).startswith("toy:"):
-            from icet_jax.runs.toy.service import perspective
+            from icet_jax.runs.toy.service import chat
 
-            return perspective(tuple(definition.get("attributes", ("TOXICITY",))))
+            return chat(definition)
         resolve = lambda member: self._load(member, (*inside, name))  # noqa: E731
         return load_defined(name, definition, mesh=self._mesh, resolve=resolve)

@@ -79,9 +79,10 @@ def test_published_scorers_have_their_published_sizes(name, parameters):
 def test_scorers_are_counted_once_on_the_mesh_and_unknown_ones_named():
     config = load(
         "configs/llava15_lppo.py",
-        [("reward.model", "nobody/reward"), ("sweep.scorers", "both,refusal_keywords,organism:judge,perspective")],
+        [("reward.model", "nobody/reward"), ("sweep.scorers", "both,refusal_keywords,organism:judge,served")],
     )
     members = {"harmless_reward": 0.5, "general_reward": 0.5}
+    config.scorers.served = {"kind": "chat", "endpoint": "http://localhost/v1", "model": "m", "template": "harmbench"}
     config.scorers.both = {"kind": "ensemble", "members": members}
     split, whole = (scorer_bytes(config, abstract_mesh(sizes)) for sizes in ((1, 16, 1), (16, 1, 1)))
     assert whole == {"nobody/reward": None, "harmless_reward": 4 * 774_031_360, "general_reward": 4 * 435_062_785}

@@ -1,36 +1,42 @@
-"""A stand-in for the Perspective API on this machine: a number made of the text's length."""
+"""A stand-in for an OpenAI-compatible chat endpoint on this machine: verdicts made of the text's length."""
 
-import datetime
 import http.server
 import json
-import os
 import threading
-from collections.abc import Sequence
-from unittest import mock
+from collections.abc import Mapping
+from typing import Any
 
-from icet_jax.judges.perspective import KEY, Perspective
+from icet_jax.errors import UserError
+from icet_jax.judges.chat import Chat
+from icet_jax.judges.load import load_chat
+
+ENDPOINT = "toy:chat"
 
 
-def perspective(attributes: Sequence[str]) -> Perspective:
-    """The API's client, talking to a service in this process (which lives as long as it) with a key of its own."""
+def chat(definition: Mapping[str, Any]) -> Chat:
+    """The judge that `definition` says, talking to a service in this process (which lives as long as it).
+
+    Raises:
+      UserError: an endpoint that is no toy, or whatever the judge raises.
+    """
+    if definition["endpoint"] != ENDPOINT:
+        raise UserError(f"endpoint {definition['endpoint']!r}: no such toy; there is {ENDPOINT}")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    with mock.patch.dict(os.environ, {KEY: "toy"}):
-        return Perspective(
-            attributes,
-            requests_per_second=10_000,
-            endpoint=f"http://127.0.0.1:{server.server_port}/",
-            today=lambda: datetime.date(2026, 1, 1),  # this service does not end
-        )
+    fields = {name: value for name, value in definition.items() if name != "kind"}
+    fields |= {"endpoint": f"http://127.0.0.1:{server.server_port}/v1", "requests_per_second": 10_000}
+    judge = load_chat(**fields)
+    judge.fingerprint = json.dumps(dict(definition), sort_keys=True)  # the port is another one in every process
+    return judge
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        """Answers a request for the scores of one comment."""
+        """Answers one request with a verdict."""
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        value = len(asked["comment"]["text"]) % 10 / 10
-        scores = {name: {"summaryScore": {"value": value}} for name in asked["requestedAttributes"]}
-        body = json.dumps({"attributeScores": scores}).encode()
+        word = ("safe", "unsafe")[len(asked["messages"][0]["content"]) % 2]
+        message = {"role": "assistant", "content": word}
+        body = json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": message}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
