@@ -72,7 +72,13 @@ def from_config(
             suppress_ids=tuple(suppress_ids),
             pad_id=pad_id,
         ),
-        optimizer=OptimizerSettings(**dict(config.optimizer), total_steps=steps),
+        optimizer=OptimizerSettings(
+            **dict(config.optimizer),
+            total_steps=steps,
+            value_learning_rate=lppo.value_learning_rate,
+            value_max_grad_norm=lppo.value_max_grad_norm,
+            value_warmup_steps=lppo.value_warmup_steps,
+        ),
         lora_scale=config.lora.alpha / rank if rank else None,
         **shared,
     )

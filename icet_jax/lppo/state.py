@@ -22,6 +22,8 @@ class OptimizerSettings:
 
     Attributes:
       total_steps: optimizer steps after which `linear` and `cosine` reach zero.
+      value_learning_rate, value_max_grad_norm, value_warmup_steps: those of the value head, as `config.lppo` has them;
+        None is what the policy has. With any of them the head's gradient is clipped by a norm of its own.
     """
 
     learning_rate: float
@@ -33,6 +35,9 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     total_steps: int = 1
+    value_learning_rate: float | None = None
+    value_max_grad_norm: float | None = None
+    value_warmup_steps: int | None = None
 
 
 class Controls(NamedTuple):
@@ -87,8 +92,30 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
+def _value_settings(settings: OptimizerSettings) -> OptimizerSettings | None:
+    """The value head's own optimizer; None where it shares the policy's."""
+    own = {
+        "learning_rate": settings.value_learning_rate,
+        "max_grad_norm": settings.value_max_grad_norm,
+        "warmup_steps": settings.value_warmup_steps,
+    }
+    changed: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(settings, **changed) if changed else None
+
+
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """Clipping by global norm (0 = off), then AdamW."""
+    """Clipping by global norm (0 = off), then AdamW; apart for `policy` and `value_head` where the head has settings.
+
+    The optimizer's state has one structure without such settings and another with them.
+    """
+    value = _value_settings(settings)
+    if value is None:
+        return _adamw(settings)
+    parts = {"policy": _adamw(settings), "value_head": _adamw(value)}
+    return optax.partition(parts, lambda trainable: {name: name for name in trainable})
+
+
+def _adamw(settings: OptimizerSettings) -> optax.GradientTransformation:
     adamw = optax.adamw(
         learning_rate(settings),
         b1=settings.b1,
