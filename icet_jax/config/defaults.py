@@ -223,14 +223,12 @@ def _lppo() -> ConfigDict:
     # term.
     lppo.value_coef = 0.1
     lppo.value_stop_gradient = False  # True: the value head learns on fixed features (ours)
-    # Of the value head; unset: optimizer.learning_rate. With this or one of the next two fields set, the value head has an
-    # optimizer of its own, and its gradient is clipped apart; with none, one norm of both gradients is clipped, and a
+    # Of the value head; unset: optimizer.learning_rate. With this or one of the next two fields set, the value head has
+    # an optimizer of its own, and its gradient is clipped apart; with none, one norm of both is clipped, and a
     # large value error shrinks the policy's steps (ours).
     lppo.value_learning_rate = config_dict.placeholder(float)
-    lppo.value_max_grad_norm = config_dict.placeholder(
-        float
-    )  # of the value head, 0 = off; unset: the optimizer's (ours)
-    lppo.value_warmup_steps = config_dict.placeholder(int)  # of the value head; unset: the optimizer's (ours)
+    lppo.value_max_grad_norm = config_dict.placeholder(float)  # of the value head, 0 = off; unset: optimizer's (ours)
+    lppo.value_warmup_steps = config_dict.placeholder(int)  # of the value head; unset: optimizer's (ours)
     # Over the rewarded rows of the whole rollout batch, masked; TRL. Rows of a kind that nothing rewards are left out.
     lppo.whiten_advantages = True
     lppo.whiten_rewards = False  # over the same rows; TRL
