@@ -12,17 +12,21 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MISSING, NOT_AN_IMAGE, DAMAGED = "missing image", "not an image", "damaged image"
 OUTSIDE = "image path outside its folder"
 
+_DRAWS = 100  # of an image for a row, before the row is left out
+
 
 class ImageFiles:
     """Looks at each image file once, however many rows name it.
 
     Attributes:
       animated: files looked at so far that hold several frames, of which the first one is used.
+      replaced: what is wrong with the files that were drawn for a row and gave way to another.
     """
 
     def __init__(self, *, decode: bool = False) -> None:
         """`decode`: whether pixels are decoded too, which finds damage that a file's first bytes do not show."""
         self.animated: set[Path] = set()
+        self.replaced: dict[Path, str] = {}
         self._decode = decode
         self._problems: dict[Path, tuple[str, str] | None] = {}
 
@@ -31,6 +35,19 @@ class ImageFiles:
         if path not in self._problems:
             self._problems[path] = self._look(path)
         return self._problems[path]
+
+    def draw(self, folder: "ImageFolder", seed: int, row_id: str) -> Path:
+        """The first of a row's draws from `folder` that can be used; its first draw where none can."""
+        first = path = folder.pick(seed, row_id)
+        unusable: dict[Path, str] = {}
+        for number in range(1, _DRAWS):
+            problem = self.problem(path)
+            if problem is None:
+                self.replaced |= unusable
+                return path
+            unusable[path] = problem[1]
+            path = folder.pick(seed, row_id, number)
+        return first
 
     def _look(self, path: Path) -> tuple[str, str] | None:
         from PIL import Image
@@ -88,9 +105,16 @@ class ImageFolder:
             raise UserError(f"images={folder}: holds no image file ({', '.join(SUFFIXES)})")
         self._names = names
 
-    def pick(self, seed: int, row_id: str) -> Path:
-        """The image of a row: a pure function of (seed, row id) and the folder's sorted names."""
-        digest = hashlib.sha256(f"{seed}\n{row_id}".encode("utf-8", "surrogatepass")).digest()
+    def pick(self, seed: int, row_id: str, draw: int = 0) -> Path:
+        """The image of a row: a pure function of (seed, row id, draw) and the folder's sorted names.
+
+        Args:
+          seed: of the data set's images.
+          row_id: the row's.
+          draw: how many images were drawn for the row before this one, and could not be used.
+        """
+        drawn = f"{seed}\n{row_id}" + (f"\n{draw}" if draw else "")
+        digest = hashlib.sha256(drawn.encode("utf-8", "surrogatepass")).digest()
         return self._folder / self._names[int.from_bytes(digest[:8], "big") % len(self._names)]
 
 

@@ -109,6 +109,7 @@ def counts(records: Records) -> dict[str, Any]:
         "dropped": records.dropped(),
         "repeats": records.repeats,
         "animated": records.animated,
+        "replaced_images": list(records.replaced),
         "problems": [
             {"row": problem.row, "line": problem.line, "reason": problem.reason, "detail": problem.detail}
             for problem in records.problems[:_LISTED_PROBLEMS]
@@ -138,7 +139,7 @@ def read_facts(directory: Path, name: str) -> dict[str, Any] | None:
 
 def _are_facts(facts: Mapping[str, Any]) -> bool:
     """Whether what is read of a set's facts is there."""
-    dropped, limit = facts.get("dropped"), facts.get("limit")
+    dropped, limit, replaced = facts.get("dropped"), facts.get("limit"), facts.get("replaced_images", [])
     return (
         all(isinstance(facts.get(name), str) for name in ("source", "fingerprint"))
         and all(type(facts.get(name)) is int and facts[name] >= 0 for name in _COUNTS)
@@ -146,6 +147,8 @@ def _are_facts(facts: Mapping[str, Any]) -> bool:
         and (type(limit) is int or limit is None and facts["complete"])
         and isinstance(dropped, dict)
         and all(type(count) is int for count in dropped.values())
+        and isinstance(replaced, list)
+        and all(isinstance(image, str) for image in replaced)
     )
 
 

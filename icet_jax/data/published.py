@@ -12,8 +12,8 @@
     vqa_v2:FOLDER?split=val2014[&images=FOLDER]             visualqa.org: questions, annotations, COCO images
 
 Each also takes `limit=N`, the number of usable rows after which reading stops. Where `images` is a folder of benign
-images, a row's image is a pure function of (seed, row id) and the folder's sorted names. Nothing of these data sets is
-part of this project.
+images, a row's image is a pure function of (seed, row id) and the folder's sorted names; where that file cannot be
+used, another is drawn in the same way. Nothing of these data sets is part of this project.
 """
 
 import re
@@ -59,9 +59,9 @@ class _Request:
     files: ImageFiles
 
     def picker(self) -> Callable[[str], Path]:
-        """row id -> image out of the folder `images`, for sources that need one."""
+        """row id -> image out of the folder `images`, for sources that need one; another where it cannot be used."""
         assert self.images is not None
-        return partial(ImageFolder(self.images).pick, int(self.options.get("seed", "0")))
+        return partial(self.files.draw, ImageFolder(self.images), int(self.options.get("seed", "0")))
 
 
 def read_source(

@@ -76,6 +76,7 @@ class Records:
       repeats: usable rows whose prompt and images are an earlier row's under another id of the file's own; kept.
       animated: images of several frames, of which the first is used.
       complete: whether the source was read to its end (false where a limit was reached before).
+      replaced: what is wrong with each image that was drawn for a row and gave way to another.
     """
 
     source: str
@@ -84,6 +85,7 @@ class Records:
     repeats: int = 0
     animated: int = 0
     complete: bool = True
+    replaced: tuple[str, ...] = ()
 
     @property
     def read(self) -> int:
@@ -102,6 +104,11 @@ class Records:
             parts.append(f"{len(self.problems)} left out: {reasons} ({describe(self.problems)})")
         if self.repeats:
             parts.append(f"{self.repeats} repeats kept")
+        if self.replaced:
+            shown = "; ".join(map(_short, self.replaced[:_REPORTED_PROBLEMS]))
+            more = len(self.replaced) - _REPORTED_PROBLEMS
+            shown += f"; and {more} more" if more > 0 else ""
+            parts.append(f"{len(self.replaced)} unusable images, for which others were drawn ({shown})")
         if self.animated:
             parts.append(f"{self.animated} animated images (their first frame is used)")
         return ", ".join(parts)
@@ -223,7 +230,8 @@ def collect(
     if not examples:
         why = f"no usable row: {describe(problems)}" if problems else "has no rows; add some"
         raise UserError(f"{path}: {why}")
-    return Records(path.name, examples, problems, repeats, len(files.animated), len(examples) != limit)
+    complete, replaced = len(examples) != limit, tuple(files.replaced.values())
+    return Records(path.name, examples, problems, repeats, len(files.animated), complete, replaced)
 
 
 def prompt_overlap(train: Iterable[Example], test: Iterable[Example]) -> int:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.data import prepared
 from icet_jax.data.records import Example
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, one_line
 from icet_jax.files import write_text_atomic
 from icet_jax.runs import sources
 
@@ -94,4 +94,8 @@ def _line(name: str, report: dict[str, Any]) -> str:
     for key, what in (("repeats", "repeated rows kept"), ("animated", "animated images (first frame used)")):
         if report[key]:
             parts.append(f"{report[key]} {what}")
+    if report.get("replaced_images"):
+        images = report["replaced_images"]
+        more = ", ..." if len(images) > 1 else ""
+        parts.append(f"{len(images)} unusable images, for which others were drawn ({one_line(images[0])}{more})")
     return "; ".join(parts) + (" (unchanged)" if report["unchanged"] else "")

@@ -74,7 +74,7 @@ def load_set(
     if directory is not None and name is not None:
         return prepared.read_set(directory, name, source, limit), prepared.left_out(directory, name)
     records = read_rows(source, root=root, image_root=image_root, limit=limit, seed=seed, workdir=workdir)
-    if records.problems or records.repeats or records.animated:
+    if records.problems or records.repeats or records.animated or records.replaced:
         print(f"icet-jax: {records.report()}", file=sys.stderr)
     return records.examples, records.dropped()
 

@@ -265,15 +265,28 @@ def test_damaged_images_of_jailbreakv(path, reason, tmp_path):
     assert records.dropped() == {reason: 1} and len(records.examples) == ROWS - 1
 
 
-def test_a_broken_image_in_the_folder_costs_the_rows_that_drew_it(tmp_path):
-    source = published.advbench(tmp_path)
+@pytest.mark.parametrize("name", ["redteam_2k", "advbench_coco", "xstest"])
+def test_for_a_broken_image_in_the_folder_another_is_drawn(name, tmp_path):
+    source = published.SOURCES[name](tmp_path)
     whole = read_source(source).examples
-    (tmp_path / "coco" / "coco_1.png").write_text("no image")
+    broken = whole[0].images[0]
+    broken.write_text("no image")
     records = read_source(source)
-    drew = [example.id for example in whole if example.images[0].name == "coco_1.png"]
-    assert drew and [str(problem.row) for problem in records.problems] == drew
-    assert records.dropped() == {"not an image": len(drew)}
-    assert [e.images for e in records.examples] == [e.images for e in whole if e.id not in drew]
+    assert not records.problems and len(records.examples) == ROWS
+    for before, after in zip(whole, records.examples, strict=True):
+        assert broken not in after.images
+        assert after.images == before.images or before.images == (broken,)
+    assert [e.images for e in read_source(source).examples] == [e.images for e in records.examples]
+    assert len(records.replaced) == 1 and broken.name in records.replaced[0]
+    assert records.report().count(broken.name) == 1 and "1 unusable images" in records.report()
+
+
+def test_rows_are_left_out_where_no_image_of_the_folder_can_be_used(tmp_path):
+    source = published.advbench(tmp_path)
+    for image in (tmp_path / "coco").iterdir():
+        image.write_text("no image")
+    with pytest.raises(UserError, match="no usable row"):
+        read_source(source)
 
 
 def test_xstest_labels(tmp_path):

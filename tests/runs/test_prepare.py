@@ -154,6 +154,20 @@ def test_the_report_counts_rows_by_reason_and_shared_prompts(tmp_path, capsys):
     assert [row.prompt for row in prepared.read_set(tmp_path / "out", "CP", str(test))] == ["shared", "own"]
 
 
+def test_a_damaged_photograph_of_a_folder_is_replaced_and_named_once(tmp_path, capsys):
+    source = published.redteam(tmp_path)
+    photograph = sources.load_rows(source)[0].images[0]
+    photograph.write_bytes(photograph.read_bytes()[:45])  # only decoding finds that
+    command = arguments(tmp_path / "out", source, {})
+    for _ in range(2):  # the second call finds nothing to do, and says the same
+        assert front_door.main(command) == 0
+        printed = capsys.readouterr().out
+        assert "train: 12 of 12 rows kept; none dropped; 4 images" in printed
+        assert "1 unusable images, for which others were drawn" in printed and printed.count(photograph.name) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [photograph.name in line for line in report["sets"]["train"]["replaced_images"]] == [True]
+
+
 def test_only_what_has_changed_is_written_again(tmp_path, capsys):
     test = damaged(tmp_path)
     command = arguments(tmp_path / "out", "toy:mixed", {"CP": str(test)})
