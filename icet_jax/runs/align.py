@@ -12,7 +12,7 @@ from icet_jax.api import VLM
 from icet_jax.config import check_exits, require
 from icet_jax.errors import UserError
 from icet_jax.parallel.distributed import is_writer
-from icet_jax.runs import common
+from icet_jax.runs import common, fingerprints
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.export import check_form, write_exports
 from icet_jax.runs.measure import Measurements
@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
 
     Args:
       config: from `icet_jax.load_config`.
-      workdir: run directory: config.json, metrics.jsonl and checkpoints.
+      workdir: run directory: config.json, fingerprints.json, metrics.jsonl and checkpoints.
 
     Returns:
       The model after the last iteration (or that of the best checkpoint, where `config.checkpoint.best` names a
@@ -95,6 +95,7 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
         raise UserError("config.seeds: one run per seed is what --mode=align does; here give config.seed alone")
     with common.claimed(workdir, config):
         rows, _ = common.train_rows(config, workdir)
+        fingerprints.check_rows(workdir, {TRAIN: rows})
         vlm = common.load_model(config, workdir)
         check_exits(config, vlm.num_exits)
         rows, _ = fitting_rows(config, vlm, config.data.train, TRAIN, rows, training=True)

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax import api, report
+from icet_jax.checkpoints.source import local_directory
 from icet_jax.config import check_exits
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
@@ -22,7 +23,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.parallel.distributed import is_writer, on_first
 from icet_jax.parallel.mesh import visible_mesh, visible_shape
-from icet_jax.runs import run_dir, run_lock, sources
+from icet_jax.runs import fingerprints, run_dir, run_lock, sources
 from icet_jax.runs.mesh_fit import check_heads, slices
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.scorers import ScorerLoader
@@ -56,16 +57,19 @@ Rows = tuple[list[Example], dict[str, int]]
 
 
 def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -> Setting:
-    """Loads model, judges and rows, checks the exits that the config names, and writes data.json.
+    """Loads model, judges and rows, checks the exits that the config names, and writes data.json and fingerprints.json.
 
     Raises:
-      UserError: anything that is missing, broken or does not fit (a mesh that does not fit the devices first).
+      UserError: anything that is missing, broken or does not fit (a mesh that does not fit the devices first), and rows
+        or weights that are not those that the run in `workdir` began with.
     """
     data, fsdp, _ = visible_shape(**config.mesh)
     # Rows first: what is wrong with them is known before weights are fetched and read.
     named = {**config.sweep.datasets, **config.sweep.utility}
     tests = {name: _load_rows(config, source, name, workdir, config.sweep.limit) for name, source in named.items()}
     train = train_rows(config, workdir) if training else None
+    loaded = {name: found for name, (found, _) in tests.items()}
+    fingerprints.check_rows(workdir, loaded if train is None else {TRAIN: train[0], **loaded})
     _write_data_facts(workdir, tests, train, {})
     if training and data * fsdp > 1:
         slices(config, data * fsdp)
@@ -84,21 +88,28 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
     return Setting(vlm, judges, utility_judges, rows, train[0] if train else [])
 
 
-def load_model(config: ConfigDict, workdir: Path) -> api.VLM:
+def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> api.VLM:
     """The model that `config.model` names, with its start adapter, over all devices if there are several.
 
+    Args:
+      config: of the run.
+      workdir: its run directory.
+      record: whether a run directory without fingerprints of the model's files gets them.
+
     Raises:
-      UserError: no such checkpoint or adapter, broken files, a mesh that does not fit the devices, or heads that do
-        not divide over it.
+      UserError: no such checkpoint or adapter, broken files, files that are not those that the run in `workdir` began
+        with, a mesh that does not fit the devices, or heads that do not divide over it.
     """
-    model = config.model
+    model, mesh = config.model, visible_mesh(**config.mesh)
+    directory = local_directory(sources.checkpoint_directory(model.checkpoint, workdir), model.revision)
+    adapter = None if model.adapter is None else local_directory(model.adapter)
+    fingerprints.check_checkpoint(workdir, {"model": directory, "adapter": adapter}, record=record)
     vlm = api.load(
-        sources.checkpoint_directory(model.checkpoint, workdir),
+        directory,
         dtype=model.dtype,
-        mesh=visible_mesh(**config.mesh),
+        mesh=mesh,
         remat=model.remat,
-        revision=model.revision,
-        adapter=model.adapter,
+        adapter=adapter,
         exit_rule=model.exit_rule,
         capture=model.intermediate_capture,
         template=config.data.template,

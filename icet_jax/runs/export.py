@@ -83,7 +83,7 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
     check_form(config)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: has no checkpoints to export; run --mode=align first")
-    vlm = common.load_model(config, workdir)
+    vlm = common.load_model(config, workdir, record=False)
     settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
     checkpoints = open_checkpoints(config, workdir)
     try:

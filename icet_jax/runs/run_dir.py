@@ -42,7 +42,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         return
     theirs = json.loads(json.dumps(flatten(read_config(path))))
     differing = [name for name in sorted({*mine, *theirs} - {*_ANY}) if mine.get(name) != theirs.get(name)]
-    if differing and not _has_begun(workdir):
+    if differing and not has_begun(workdir):
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
     elif differing:
         shown = ", ".join(
@@ -52,10 +52,10 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"--workdir={workdir} holds a run of another config: {shown}{more}; choose another folder")
 
 
-def _has_begun(workdir: Path) -> bool:
+def has_begun(workdir: Path) -> bool:
     """Whether a run has left any result in `workdir`, or in the folder of one of its seeds."""
     results = ("transcripts", "sweeps", "metrics.jsonl", "checkpoints")
-    return any((workdir / name).exists() for name in results) or any(map(_has_begun, workdir.glob("seed_*")))
+    return any((workdir / name).exists() for name in results) or any(map(has_begun, workdir.glob("seed_*")))
 
 
 def read_config(path: Path) -> ConfigDict:

@@ -47,6 +47,7 @@ def test_it_leaves_a_whole_run_directory(finished):
         "metrics.jsonl",
         "cost.json",
         "data.json",
+        "fingerprints.json",
         "utility.json",
         "geometry.json",
         "report.html",

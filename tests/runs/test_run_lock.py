@@ -56,7 +56,7 @@ COMMANDS = {
 @pytest.mark.parametrize("mode", COMMANDS)
 def test_a_second_run_is_refused_and_told_who_writes(mode, other, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("icet_jax.runs.compilations.keep_programs", lambda where: None)
-    monkeypatch.setattr(common, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     if mode == "export":
         run_dir.claim(tmp_path, config_files.load(smoke.CONFIG, []))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -1,0 +1,199 @@
+"""`fingerprints.json`: the rows and the weight files that a run began with, which every later start must find again.
+
+    {"schema": 1, "rows": {SET: {ROW ID: SHA-256}}, "checkpoints": {"model": {FILE: SHA-256}, "adapter": {...}}}
+
+Hashes are cut to 16 hexadecimal digits. Weight files are sampled: their size, header and 64 blocks at fixed positions.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icet_jax.data.images import StoredImage
+from icet_jax.data.records import Example
+from icet_jax.errors import UserError
+from icet_jax.files import parse_json, write_text_atomic
+from icet_jax.parallel.distributed import on_first
+from icet_jax.runs.run_dir import has_begun
+
+NAME = "fingerprints.json"
+SCHEMA = 1
+_ROWS, _CHECKPOINTS = "rows", "checkpoints"
+_DIGITS = 16
+_SMALL = (".json", ".txt", ".model", ".jinja")  # suffixes of what a loader reads beside the weights; hashed whole
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of a weight file that are hashed: 4 MiB
+_LARGEST_HEADER = 1 << 27
+_FILES_AT_ONCE = 8
+_SHOWN = 3  # rows or files that an error names
+
+Fingerprints = dict[str, dict[str, str]]
+"""{set: {row id: hash}} or {checkpoint: {file: hash}}."""
+
+
+def check_rows(workdir: Path, sets: Mapping[str, Sequence[Example]]) -> None:
+    """Records the rows of a run that begins; of one that has begun, checks that they are the same.
+
+    The first process does it. A run directory without fingerprints, from an earlier version, gets them now.
+
+    Args:
+      workdir: the run directory.
+      sets: rows by data set, the training set included.
+
+    Raises:
+      UserError: rows have changed since the run began: the line says of which set and how many.
+    """
+    on_first(lambda: _check(workdir, _ROWS, _rows(sets), record=True))
+
+
+def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, record: bool = True) -> None:
+    """`check_rows` for the files of a model.
+
+    Args:
+      workdir: the run directory.
+      directories: of the "model" and its start "adapter"; None where there is none.
+      record: whether a run directory without fingerprints gets them.
+
+    Raises:
+      UserError: files have changed since the run began: the line says which.
+    """
+
+    def check() -> None:
+        files = {name: _files(directory) for name, directory in directories.items() if directory is not None}
+        _check(workdir, _CHECKPOINTS, files, record=record)
+
+    on_first(check)
+
+
+def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> None:
+    path = workdir / NAME
+    recorded = {**_read(path)}
+    known = recorded.get(kind, {}) if has_begun(workdir) else {}
+    for expected in (known, *_of_other_seeds(workdir, kind)):
+        changes = {name: _changes(expected[name], current[name]) for name in sorted({*expected} & {*current})}
+        different = "; ".join(f"{name}: {what}" for name, what in changes.items() if what)
+        if different:
+            raise UserError(
+                f"--workdir={workdir}: the {kind} are not those that this run began with ({different}); put them back "
+                "or choose another --workdir"
+            )
+    # Sets that only another mode reads stay: a sweep does not load the training rows.
+    if record and {**known, **current} != recorded.get(kind):
+        recorded[kind] = {**known, **current}
+        write_text_atomic(path, json.dumps({"schema": SCHEMA, **recorded}, indent=0) + "\n")
+
+
+def _of_other_seeds(workdir: Path, kind: str) -> Iterable[Fingerprints]:
+    """What the other seeds' runs beside this one began with, of a run over several seeds: they share their rows."""
+    if re.fullmatch(r"seed_\d+", workdir.name) and (workdir.parent / "config.json").is_file():
+        for folder in sorted(workdir.parent.glob("seed_*")):
+            if folder != workdir and has_begun(folder):
+                yield _read(folder / NAME).get(kind, {})
+
+
+def _read(path: Path) -> dict[str, Fingerprints]:
+    """What a run directory records; empty where it has no such file.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        kinds = {kind: content[kind] for kind in (_ROWS, _CHECKPOINTS) if kind in content}
+        hashes = [value for groups in kinds.values() for group in groups.values() for value in group.values()]
+        if not all(isinstance(value, str) for value in hashes):
+            raise ValueError("a hash is no text")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a run's fingerprints ({error}); remove it to have them taken again") from error
+    return kinds
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """ "1 changed (ID), 2 added (ID, ID)"; empty where nothing has changed."""
+    differences = {
+        "changed": [key for key in before if key in now and before[key] != now[key]],
+        "added": [key for key in now if key not in before],
+        "removed": [key for key in before if key not in now],
+    }
+    parts = []
+    for what, keys in differences.items():
+        if keys:
+            more = ", ..." if len(keys) > _SHOWN else ""
+            parts.append(f"{len(keys)} {what} ({', '.join(keys[:_SHOWN])}{more})")
+    return ", ".join(parts)
+
+
+def _rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
+    images = {image for rows in sets.values() for row in rows for image in row.images if isinstance(image, str | Path)}
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        files = dict(zip(images, pool.map(_whole_file, images), strict=True))
+    stored: dict[Any, str] = {}  # images of prepared sets
+
+    def image_hash(image: Any) -> str:
+        if isinstance(image, str | Path):
+            return files[image]
+        if isinstance(image, StoredImage):
+            if image not in stored:
+                stored[image] = _hash(image.read())
+            return stored[image]
+        pixels = image if isinstance(image, bytes) else np.asarray(image)
+        return _hash(pixels if isinstance(pixels, bytes) else f"{pixels.shape}".encode() + pixels.tobytes())
+
+    def row_hash(row: Example) -> str:
+        fields = (row.prompt, row.kind, row.answer, row.policy, row.answers, row.answer_type)
+        return _hash(json.dumps([*fields, *map(image_hash, row.images)]).encode())[:_DIGITS]
+
+    return {name: {row.id: row_hash(row) for row in rows} for name, rows in sets.items()}
+
+
+def _whole_file(path: str | Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _files(directory: Path) -> dict[str, str]:
+    """Hashes of the files that a loader may read, by name."""
+    paths = [path for path in sorted(directory.iterdir()) if path.suffix in (*_SMALL, ".safetensors")]
+    try:
+        return {
+            path.name: (_weights if path.suffix == ".safetensors" else _whole_file)(path)[:_DIGITS]
+            for path in paths
+            if path.is_file()
+        }
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _weights(path: Path) -> str:
+    """Of a safetensors file's size, its header, and blocks spread evenly over its tensors (all of a small file)."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), _LARGEST_HEADER))
+        digest = hashlib.sha256(f"{size}\n".encode() + length + header)
+        start = file.tell()
+        last = size - _BLOCK_BYTES
+        if size - start <= _BLOCKS * _BLOCK_BYTES:
+            digest.update(file.read())
+        else:
+            for block in range(_BLOCKS):
+                file.seek(start + (last - start) * block // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
