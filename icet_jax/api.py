@@ -10,7 +10,7 @@ One model, asked at three exits:
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
 from icet_jax.checkpoints.source import generation_tokens, local_directory
 from icet_jax.data.image_batches import batch_images
+from icet_jax.data.limits import beyond_positions, max_positions
 from icet_jax.data.processor import Processor, load_processor
 from icet_jax.errors import UserError
 from icet_jax.generation.decode import Generation, generate
@@ -141,6 +142,7 @@ class VLM:
       mesh: where the weights are, None on the default device.
       eos_ids: tokens that end a response.
       pad_id: the token that pads one.
+      max_positions: most that a prompt, images included, and its answer may take; None where config.json names none.
       suppress_ids: tokens that are never sampled.
       hidden_size: width of the decoder.
       lora_shapes: its projections that LoRA can adapt (`init_lora`).
@@ -161,6 +163,7 @@ class VLM:
         eos_ids, pad_id = generation_tokens(checkpoint.directory, checkpoint.hf_config, model.vocab_size)
         self.eos_ids: tuple[int, ...] = eos_ids
         self.pad_id: int = pad_id
+        self.max_positions = max_positions(checkpoint.hf_config)
         self.num_exits: int = model.num_exits
         self.default_exit: int = model.default_exit
         self.exit_definition: str = model.exit_definition
@@ -192,6 +195,18 @@ class VLM:
     def sampling(self, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
         """How this model's responses are drawn: its own EOS and pad tokens; placeholder and pad are never sampled."""
         return Sampling(max_new_tokens, temperature, top_k, top_p, self.eos_ids, self.suppress_ids, self.pad_id)
+
+    def misfit(self, ids: Sequence[int] | np.ndarray, max_new_tokens: int) -> str | None:
+        """Why a prompt and its answer are longer than the tokenizer or the model takes, or None.
+
+        Args:
+          ids: tokens of the prompt, image positions included (`processor.token_ids`).
+          max_new_tokens: of the longest answer.
+
+        Raises:
+          UserError: see `processor`.
+        """
+        return self.processor.misfit(ids) or beyond_positions(len(ids), max_new_tokens, self.max_positions)
 
     def encode(self, inputs: Inputs, upto: int | None = None) -> "Encoding":
         """Runs the image encoder once for all exits, or for those up to `upto` (the blocks after it are skipped).
@@ -262,8 +277,8 @@ class VLM:
           UserError: an exit or a setting out of range, inputs that do not fit each other or the model, or logits that
             are NaN or infinite (the message names the exit and the row, from 0).
         """
-        tokens, mask = self._text(inputs)
         sampling = self.sampling(max_new_tokens, temperature, top_k, top_p)
+        tokens, mask = self._text(inputs, max_new_tokens)
         encoded = self.encode(inputs) if encoded is None else encoded
         exit_index = self._exit(exit_layer, encoded.upto)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens.shape[0]))
@@ -298,7 +313,7 @@ class VLM:
             raise UserError(f"exit_layer: {number} is beyond `upto` ({upto}), where this encoding stopped")
         return jnp.int32(number)
 
-    def _text(self, inputs: Inputs) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    def _text(self, inputs: Inputs, max_new_tokens: int = 0) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
         tokens = np.asarray(_entry(inputs, "input_ids"))
         mask = np.asarray(inputs["attention_mask"]) if "attention_mask" in inputs else np.ones_like(tokens)
         if tokens.ndim != 2 or tokens.shape != mask.shape:
@@ -306,6 +321,10 @@ class VLM:
         last = max(self.vocab_size - 1, self.config.image_token_index)  # which may be no token of the vocabulary
         if tokens.size and not 0 <= tokens.min() <= tokens.max() <= last:
             raise UserError(f"inputs: input_ids reach {tokens.max()}, but this model's tokens are 0..{last}")
+        for row, length in enumerate(np.count_nonzero(mask, axis=1)):
+            problem = beyond_positions(int(length), max_new_tokens, self.max_positions)
+            if problem is not None:
+                raise UserError(f"row {row}: {problem}")
         return place_rows((tokens.astype(np.int32), mask.astype(bool)), self.mesh)
 
     def _images(self, inputs: Inputs) -> Images | None:

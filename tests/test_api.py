@@ -1,5 +1,6 @@
 """The Python surface against transformers, on random LLaVA-1.5 checkpoints written to disk."""
 
+import copy
 import shutil
 
 import jax
@@ -206,6 +207,18 @@ def changed(inputs, **arrays):
 def test_inputs_that_do_not_fit_are_named(vlm, hf_model, change, complaint):
     with pytest.raises(UserError, match=complaint):
         vlm.logits(change(tiny.batch(hf_model.config, IMAGES)))
+
+
+def test_a_prompt_and_answer_longer_than_the_model_takes_are_named(vlm, hf_model):
+    inputs = tiny.batch(hf_model.config, IMAGES)
+    small, length = copy.copy(vlm), int(np.asarray(inputs["attention_mask"]).sum(axis=1).max())
+    small.max_positions = length + 3
+    says = rf"row \d: the prompt takes {length} positions, .* up to 4 .* model has {length + 3} "
+    with pytest.raises(UserError, match=says):
+        small.generate(inputs, max_new_tokens=4)
+    small.max_positions = length - 1
+    with pytest.raises(UserError, match=rf"row \d: the prompt takes {length} positions, images included, but"):
+        small.logits(inputs)
 
 
 def test_hidden_states_need_images(vlm, hf_model):

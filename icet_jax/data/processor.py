@@ -18,6 +18,7 @@ from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.data.anyres import packing
 from icet_jax.data.image_batches import batch_images
 from icet_jax.data.images import ImageLike, StoredImage, image_size, open_image, require_resizable
+from icet_jax.data.limits import beyond_tokens, max_tokens
 from icet_jax.data.templates import (
     IMAGE_TOKEN,
     MLLAMA_IMAGE_TOKEN,
@@ -93,8 +94,8 @@ class Processor(ABC):
           aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles].
 
         Raises:
-          UserError: names the row whose image cannot be opened, whose prompt is too long for `pad_to`, or whose prompt
-            holds the image placeholder.
+          UserError: names the row whose image cannot be opened, whose prompt is too long for `pad_to` or the tokenizer,
+            or whose prompt holds the image placeholder.
         """
         rows = self._open_rows(images, prompts)
         texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
@@ -111,6 +112,11 @@ class Processor(ABC):
         rows = _as_rows(images, prompts)
         texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         return self._ids(texts)
+
+    def misfit(self, ids: Sequence[int] | np.ndarray) -> str | None:
+        """Why a row of `token_ids` is longer than the tokenizer says a text may be, or None."""
+        count = int(np.count_nonzero(np.asarray(ids) != self.config.image_token_index))
+        return beyond_tokens(count, max_tokens(self.tokenizer))
 
     def batch_images(self, inputs: Inputs, *, num_rows: int, per_row: int | None = None) -> Images | None:
         """The images of a batch as the network takes them, see `icet_jax.data.image_batches.batch_images`."""
@@ -155,6 +161,9 @@ class Processor(ABC):
         lengths = [len(ids) for ids in encoded]
         length = max(lengths, default=0) if pad_to is None else pad_to
         for row, needed in enumerate(lengths):
+            problem = self.misfit(encoded[row])
+            if problem is not None:
+                raise UserError(f"row {row}: {problem}")
             if needed > length:
                 raise UserError(
                     f"row {row}: the prompt takes {needed} tokens, images included, but the bucket holds {length}"

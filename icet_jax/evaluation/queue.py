@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from icet_jax.data.batches import load_ahead
 from icet_jax.data.records import Example
+from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch, prompt_tokens
 from icet_jax.evaluation.schedule import Stretch, Unit, prompt_bucket, stretches
 from icet_jax.generation.engine import Engine, Finished, Prompts, Work, run_prefix
@@ -74,7 +75,8 @@ class Queue:
           compile_ahead: gets (name, lowered program) of what rows of similar length need, before they are run.
 
         Raises:
-          UserError: a prompt that the processor rejects, or an image whose size is needed and cannot be read.
+          UserError: a prompt that the processor rejects or that is too long for the model or its tokenizer, or an
+            image whose size is needed and cannot be read.
         """
         self._slots, self._together = group_sizes(slots, vlm.mesh)
         self._compile_ahead = compile_ahead
@@ -82,6 +84,10 @@ class Queue:
         self._keys = np.asarray(jax.random.key_data(keys))
         self._per_row = max(len(example.images) for example in examples)
         self._prompts = prompt_tokens(vlm, examples)
+        for example, ids in zip(examples, self._prompts, strict=True):
+            problem = vlm.misfit(ids, sampling.max_new_tokens)
+            if problem is not None:
+                raise UserError(f"row {example.id}: {problem}")
         self._stretches = stretches(examples, self._prompts, vlm.config.image_token_index)
         units = sum(len(stretch.units) for stretch in self._stretches)
         self._encoded_at_once = _spread(min(self._together, units), vlm.mesh)

@@ -28,7 +28,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
       options: `prompt`, `image` (any number of files, none for a question without images) and `exits`.
 
     Raises:
-      UserError: no prompt, an exit that the model does not have, an image that cannot be opened.
+      UserError: no prompt, an exit that the model does not have, an image that cannot be opened, a prompt that is
+        longer than the model or its tokenizer takes.
     """
     if not (options.prompt or "").strip():
         raise UserError('--mode=ask needs a question: --prompt="what is this?"')
@@ -41,6 +42,9 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     )  # fmt: skip
     exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
     inputs = vlm.processor(images=[list(options.image)], prompts=[options.prompt])
+    problem = vlm.misfit(inputs["input_ids"][0], config.sweep.max_new_tokens)
+    if problem is not None:
+        raise UserError(f"--prompt: {problem}")
     encoded = vlm.encode(inputs, upto=max(exits))
     sweep, answers = config.sweep, {}
     for layer in exits:

@@ -1,5 +1,6 @@
 """The sweep: one encode for all exits, the same answers whatever the batch, killed and resumed equals never killed."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -294,6 +295,14 @@ def test_one_damaged_exit_is_named_and_the_answers_before_it_are_kept(vlm, tmp_p
         run(damaged, transcript_path=path)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert {row["layer"] for row in kept if row["id"] != "d"} == {1, 2, 3}
+
+
+def test_a_prompt_and_answer_longer_than_the_model_takes_is_one_line(vlm):
+    small = copy.copy(vlm)
+    small.max_positions = max(map(len, queue.prompt_tokens(vlm, bundle.rows()))) + 5
+    says = rf"^row \S+: the prompt takes \d+ positions, .* up to 6 .* but the model has {small.max_positions} \(config"
+    with pytest.raises(UserError, match=says):
+        run(small)
 
 
 def test_bad_input_is_one_line(vlm):

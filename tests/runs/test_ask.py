@@ -1,6 +1,8 @@
 """Answers at chosen exits, side by side: what is printed is what the model says there."""
 
 import argparse
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -68,6 +70,25 @@ def test_bad_questions_are_one_line(directory, capsys, more, complaint):
     assert main.main(arguments(directory, *more)) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "limits", "more", "complaint"),
+    [
+        ("config.json", {"text_config": {"max_position_embeddings": 40}}, [SHORT], "and the answer up to 6 (max_new"),
+        ("config.json", {"text_config": {"max_position_embeddings": 60}}, [], "lower max_new_tokens"),
+        ("tokenizer_config.json", {"model_max_length": 20}, [SHORT], "texts have at most 20 (tokenizer_config.json"),
+    ],
+)
+def test_a_prompt_longer_than_the_model_takes_is_one_line(tmp_path, directory, file, limits, more, complaint, capsys):
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / file).read_text())
+    for name, value in limits.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    (tmp_path / file).write_text(json.dumps(values))
+    assert main.main(arguments(tmp_path, f"--prompt={'box ' * 10}", *more)) == 2
+    said = capsys.readouterr().err
+    assert "the prompt takes" in said and complaint in said and said.count("\n") == 1
 
 
 def test_exits():
