@@ -41,6 +41,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
         return
     theirs = json.loads(json.dumps(flatten(read_config(path))))
+    theirs["scorers"] = _without_removed(theirs)
     differing = [name for name in sorted({*mine, *theirs} - {*_ANY}) if mine.get(name) != theirs.get(name)]
     if differing and not has_begun(workdir):
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
@@ -50,6 +51,21 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         )
         more = f" and {len(differing) - _SHOWN_FIELDS} more" if len(differing) > _SHOWN_FIELDS else ""
         raise UserError(f"--workdir={workdir} holds a run of another config: {shown}{more}; choose another folder")
+
+
+def _without_removed(values: dict[str, Any]) -> Any:
+    """A stored config's scorers, without definitions of a kind that there is no more and that the run did not use."""
+    scorers = values.get("scorers")
+    if not isinstance(scorers, dict):
+        return scorers
+    used = [values.get(name) for name in ("reward.model", "sweep.scorers", "sweep.utility_scorers")]
+    used += [definition for definition in scorers.values() if isinstance(definition, dict) and "members" in definition]
+    words = json.dumps(used)
+    return {
+        name: definition
+        for name, definition in scorers.items()
+        if json.dumps(name) in words or not isinstance(definition, dict) or definition.get("kind") != "perspective"
+    }
 
 
 def has_begun(workdir: Path) -> bool:

@@ -102,6 +102,18 @@ def test_only_what_two_runs_measured_is_drawn(tmp_path):
     assert "<figcaption><b>Toxicity" not in page
 
 
+def test_runs_that_perspective_judged_are_compared_and_reported(tmp_path):
+    names = ("ts/perspective", "ts/perspective.insult")
+    runs = [write_run(tmp_path / name, exits=8, default=7, more=names) for name in ("a", "b")]
+    for run in runs:
+        values = json.loads((run / "config.json").read_text())
+        values["scorers"] = {"perspective": {"kind": "perspective", "attributes": ["TOXICITY", "INSULT"]}}
+        (run / "config.json").write_text(json.dumps(values))
+    assert set(names) <= set(load_comparison(runs).metrics("sweep/forbidden"))
+    assert "ts/perspective" in render(load_comparison(runs))
+    assert "ts/perspective" in report.build(runs[0]).read_text(encoding="utf-8")
+
+
 def test_what_else_differs_is_said_at_the_top(tmp_path):
     first = write_run(tmp_path / "a", exits=8, default=7, source="toy:forbidden", rows=100)
     second = write_run(tmp_path / "b", exits=8, default=7, source="mine.csv", rows=40)

@@ -48,6 +48,21 @@ def test_compilations_are_counted_by_jaxs_own_events(tmp_path):
     assert phases(tmp_path)["second"]["compilations"] == 0
 
 
+def test_a_run_that_defined_perspective_and_did_not_use_it_goes_on(tmp_path):
+    config = organism()
+    run_dir.claim(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("")
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["scorers"] = {"perspective": {"kind": "perspective", "attributes": ["TOXICITY"]}}
+    path.write_text(json.dumps(values))
+    run_dir.claim(tmp_path, config)
+    values["sweep"]["scorers"] = [*values["sweep"]["scorers"], "perspective"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="holds a run of another config: scorers"):
+        run_dir.claim(tmp_path, config)
+
+
 def test_a_run_from_before_a_field_existed_goes_on(tmp_path):
     config = organism()
     run_dir.claim(tmp_path, config)
