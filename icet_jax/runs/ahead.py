@@ -190,7 +190,7 @@ class AbstractRun:
         )  # fmt: skip
         yield rollout
         made = self._outputs(rollout, compiled, batch, phases.rollout, *arguments)
-        per_row = (np.zeros(batch, np.float32), np.zeros(batch, bool))
+        per_row = (np.zeros(batch, np.float32), np.zeros(batch, bool), np.ones(batch, bool))
         given = (vlm.params, state.trainable, state.controls, made, *per_row)
         encoder = self._weights(policy=False)
         prepare = Phase(
