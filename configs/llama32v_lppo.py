@@ -2,7 +2,8 @@
 
     python -m icet_jax.main --config=configs/llama32v_lppo.py --config.data.root=DATA --workdir=runs/llama32v
 
-For DATA see configs/llava15_lppo.py; what all experiments share is in `icet_jax.config.paper`.
+For DATA, and for the over-refusal that `:mixed` is against, see configs/llava15_lppo.py; what all experiments share is
+in `icet_jax.config.paper`.
 What exit l means in this family, and what E2 and E5 mean: docs/families.md.
 """
 
@@ -10,9 +11,14 @@ from icet_jax import config as icet_config
 
 
 def get_config(variant: str = "") -> icet_config.ConfigDict:
-    """`:E2` and `:E5` read exits in the other ways (E1 is the default); `:smoke` runs every step on miniatures."""
-    icet_config.choose_variant(variant, ("E2", "E5", "smoke"))
+    """`:E2` and `:E5` read exits in the other ways (E1 is the default); `:mixed` trains on benign and VQA rows too.
+
+    `:smoke` runs every step on miniatures.
+    """
+    icet_config.choose_variant(variant, ("E2", "E5", "mixed", "smoke"))
     config = icet_config.paper.lppo(icet_config.paper.llama32v())
     if variant in ("E2", "E5"):
         config.model.exit_rule = variant
+    if variant == "mixed":
+        return icet_config.paper.mixed(config)
     return icet_config.paper.miniature(config, "mllama", exits=(1, 16, 32)) if variant == "smoke" else config

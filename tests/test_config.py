@@ -61,6 +61,19 @@ def test_the_papers_experiment_names_its_sets_and_defines_its_scorers(family, va
     }
 
 
+@pytest.mark.parametrize("family", PAPER)
+def test_mixed_adds_benign_and_vqa_rows_that_no_test_set_holds(family):
+    alone, mixed = (config_files.load(f"configs/{family}_lppo.py{variant}") for variant in ("", ":mixed"))
+    first, *others = mixed.data.train.split(" + ")
+    assert first == alone.data.train and [source.partition(":")[0] for source in others] == ["captions", "vqa_v2"]
+    assert all("train2014" in source and "val2014" not in source for source in others)
+    assert alone.data.mixture.to_dict() == {"forbidden": 1.0}
+    assert set(mixed.data.mixture) == {"forbidden", "benign", "vqa"} and mixed.reward.normalise
+    before, after = icet_config.flatten(alone), icet_config.flatten(mixed)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"data.train", "data.mixture", "reward.by_kind", "reward.normalise"}
+
+
 KINDS = ("lppo", "sweep")
 CHECKPOINTS = {
     "llava15": "llava-hf/llava-1.5-7b-hf",

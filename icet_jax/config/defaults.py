@@ -155,7 +155,8 @@ def _lora() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.train = config_dict.placeholder(str)  # .csv or .jsonl of (prompt, image[, kind, answer]), or "organism:train"
+    # .csv or .jsonl of (prompt, image[, kind, answer]), FORMAT:PATH, "organism:train", or several joined by " + ".
+    data.train = config_dict.placeholder(str)
     data.root = config_dict.placeholder(str)  # folder that relative paths of sources start from; unset: where you are
     data.mixture = ConfigDict({"forbidden": 1.0})  # share of each kind of row; paper: harmful prompts alone
     data.batch_size = 64  # sequences per rollout; ours (TRL: 128)

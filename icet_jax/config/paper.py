@@ -108,6 +108,26 @@ def lppo(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def mixed(config: ConfigDict) -> ConfigDict:
+    """`config` of L-PPO on rows of all three kinds instead of the paper's forbidden rows alone (all ours).
+
+    The test sets' photographs are of MS-COCO's val2014, so the additional rows are of train2014. Descriptions of
+    photographs stand for harmless requests; a file of your own with requests that only sound harmful is better.
+    """
+    config.data.train = " + ".join(
+        (
+            config.data.train,
+            "captions:captions_train2014.json?images=train2014&limit=2000",
+            "vqa_v2:.?split=train2014&images=train2014&limit=2000",
+        )
+    )
+    config.data.mixture = {"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}  # as on the embedded organism
+    # The paper's reward model was trained for harmlessness alone: it may well prefer a refusal of a harmless request.
+    config.reward.by_kind = {"forbidden": "reward_model", "benign": "none", "vqa": "exact_match"}
+    config.reward.normalise = True  # the reward model's scale would drown the exact-match rewards (0 or 1)
+    return config
+
+
 def sweep(config: ConfigDict) -> ConfigDict:
     """`config` with the settings that every sweep of all exits shares."""
     config.sweep.exits = "all"  # paper

@@ -17,6 +17,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.report.load import Run, load_run
 from icet_jax.report.schema import metric_family
 from icet_jax.report.text import duration, number, percent, points, signed, visible
+from icet_jax.runs.sources import SOURCE_JOIN
 
 _ALGORITHMS = {
     "lppo": "L-PPO (Clip-PPO whose policy, reference and value are conditioned on the sampled exit)",
@@ -274,6 +275,8 @@ def _public(value: Any) -> Any:
     """A source or a checkpoint without the folders that it lies in; a hub id as it is."""
     if not isinstance(value, str) or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
         return value
+    if SOURCE_JOIN in value:
+        return SOURCE_JOIN.join(str(_public(part)) for part in value.split(SOURCE_JOIN))
     source, question, query = value.partition("?")
     origin, colon, path = source.rpartition(":")
     options = [option.partition("=") for option in query.split("&")]

@@ -1,10 +1,11 @@
 """Where a run's rows and weights come from: the user's files, hub ids, the shipped organism, or toys.
 
 rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
-            | toy:KIND | toy:FORMAT
+            | toy:KIND | toy:FORMAT | several of these, joined by " + "
 weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:mllama | ...
 """
 
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from icet_jax.parallel.distributed import first_before_others
 
 # Rows of an organism source: enough for 95% intervals of a few points, and for a run without a repeated row.
 _ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256, "benign": 256, "vqa": 1024}}
+
+SOURCE_JOIN = " + "
+"""Stands between sources whose rows make one set."""
 
 
 def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
@@ -111,6 +115,9 @@ def read_rows(
     Raises:
       UserError: no such source, or a file without a usable row.
     """
+    if SOURCE_JOIN in source:
+        where: dict[str, Any] = dict(root=root, image_root=image_root, seed=seed, workdir=workdir, decode=decode)
+        return _joined(source, limit, where)
     origin, _, name = source.partition(":")
     if origin == "toy" and name not in ("", "mixed", *KINDS):
         from icet_jax.runs.toy import published
@@ -125,6 +132,31 @@ def read_rows(
         if place and not Path(place).is_dir():
             raise UserError(f"config.data.{field}={place}: no such folder; it is where the data sets' files lie")
     return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
+
+
+def _joined(source: str, limit: int | None, where: dict[str, Any]) -> Records:
+    """The rows of several sources, one after the other; ids carry their source's number, since two may use the same."""
+    parts = [part.strip() for part in source.split(SOURCE_JOIN)]
+    if not all(parts):
+        raise UserError(f"{source}: a source is missing beside '{SOURCE_JOIN}'; write SOURCE{SOURCE_JOIN}SOURCE")
+    all_records: list[Records] = []
+    for number, part in enumerate(parts, 1):
+        rest = None if limit is None else limit - sum(len(records.examples) for records in all_records)
+        if rest == 0:
+            break
+        records = read_rows(part, limit=rest, **where)
+        examples = [dataclasses.replace(row, id=f"{number}:{row.id}") for row in records.examples]
+        problems = [dataclasses.replace(row, detail=f"{part}: {row.detail}") for row in records.problems]
+        all_records.append(dataclasses.replace(records, examples=examples, problems=problems))
+    return Records(
+        source,
+        [row for records in all_records for row in records.examples],
+        [problem for records in all_records for problem in records.problems],
+        repeats=sum(records.repeats for records in all_records),
+        animated=sum(records.animated for records in all_records),
+        replaced=tuple(image for records in all_records for image in records.replaced),
+        complete=len(all_records) == len(parts) and all(records.complete for records in all_records),
+    )
 
 
 @functools.cache

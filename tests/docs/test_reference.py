@@ -34,7 +34,7 @@ def test_every_field_is_in_the_reference_with_default_and_meaning():
         row = re.search(rf"^\| `{re.escape(name)}` \| (.*) \| (.*) \| (.*) \|$", page, re.MULTILINE)
         assert row and all(cell.strip() for cell in row.groups()), name
     assert "| `lppo.lam` | `0.95` | between 0 and 1 | GAE's lambda; TRL |" in page
-    assert "`configs/llava_next_lppo.py` | `:13b`, `:mistral`, `:smoke` |" in page
+    assert "`configs/llava_next_lppo.py` | `:13b`, `:mistral`, `:mixed`, `:smoke` |" in page
 
 
 def test_a_field_without_a_comment_is_refused():

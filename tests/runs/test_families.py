@@ -24,6 +24,8 @@ def finished(tmp_path_factory):
             folder / family,
             lppo__iterations="1",
             data__batch_size="4",
+            data__train="toy:redteam_2k + toy:benign + toy:vqa_v2",
+            data__max_prompt_tokens="128",
             data__directory=str(folder / f"{family}_data"),
             sweep__datasets="{'forbidden': 'toy:custom'}",
             sweep__utility="{}",

@@ -35,7 +35,7 @@ def run(tmp_path):
         run / "config.json",
         model__checkpoint="llava-hf/llava-1.5-7b-hf",
         model__revision="abc123",
-        data__train="redteam_2k:/home/someone/RedTeam_2K.csv?images=/home/someone/coco&seed=3",
+        data__train="redteam_2k:/home/someone/RedTeam_2K.csv?images=/home/someone/coco&seed=3 + /home/someone/more.csv",
         reward__model="/home/someone/models/harmless-rm",
         sweep__datasets={"forbidden": "/home/someone/test.csv"},
     )
@@ -67,7 +67,8 @@ def test_the_facts_are_the_runs(run):
     card = text(run)
     assert line(card, "| Base model |") == "| Base model | llava-hf/llava-1.5-7b-hf, revision abc123 |"
     assert line(card, "| Iterations |") == "| Iterations | 47 of 48 |"
-    assert "redteam\\_2k:RedTeam\\_2K.csv?images=coco&amp;seed=3 (forbidden: 2000)" in line(card, "| Training data |")
+    sources = "redteam\\_2k:RedTeam\\_2K.csv?images=coco&amp;seed=3 + more.csv"
+    assert f"{sources} (forbidden: 2000)" in line(card, "| Training data |")
     assert line(card, "| Test prompts").endswith("| forbidden: 7 |")
     assert line(card, "| Exits during training |").endswith("| stratified |")
     assert line(card, "| `lppo.kl_coef` |") == "| `lppo.kl_coef` | 0.05 |"

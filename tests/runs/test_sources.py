@@ -33,6 +33,27 @@ def test_toy_files_are_of_the_published_formats(name, tmp_path, capsys):
     assert [row.id for row in sources.load_rows(f"toy:{name}")][:4] == [row.id for row in rows]
 
 
+def test_joined_sources_are_one_set_whose_ids_differ(tmp_path):
+    parts = ["toy:redteam_2k", "toy:benign", "toy:vqa_v2"]
+    alone = [sources.read_rows(part, workdir=tmp_path) for part in parts]
+    joined = sources.read_rows(" + ".join(parts), root="/nowhere", workdir=tmp_path)
+    assert [row.prompt for row in joined.examples] == [row.prompt for records in alone for row in records.examples]
+    assert len({row.id for row in joined.examples}) == len(joined.examples)
+    assert {row.kind for row in joined.examples} == {"forbidden", "benign", "vqa"} and joined.complete
+    assert joined.dropped() == {k: v for records in alone for k, v in records.dropped().items()} != {}
+    assert any("toy:redteam_2k: " in problem.detail for problem in joined.problems)
+    first = len(alone[0].examples)
+    for limit in (3, first, first + 2):
+        some = sources.read_rows(" + ".join(parts), limit=limit, workdir=tmp_path)
+        assert [row.id for row in some.examples] == [row.id for row in joined.examples][:limit] and not some.complete
+
+
+@pytest.mark.parametrize("source", ["a.csv + ", " + a.csv", "toy:vqa +  + toy:benign"])
+def test_a_missing_joined_source_is_one_line(source):
+    with pytest.raises(UserError, match="a source is missing beside"):
+        sources.read_rows(source)
+
+
 def test_relative_sources_start_from_the_root(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "placeholder", "image": []}\n')
     assert sources.load_rows("rows.jsonl", root=str(tmp_path))[0].prompt == "placeholder"
