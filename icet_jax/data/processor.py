@@ -154,7 +154,8 @@ class Processor(ABC):
         bos = self.tokenizer.bos_token
         special = [bos is None or not text.startswith(bos) for text in texts]
         pairs = zip(texts, special, strict=True)
-        return [self.tokenizer(text, add_special_tokens=add)["input_ids"] for text, add in pairs]
+        # verbose=False: what is longer than the tokenizer says is told by `misfit`, so the tokenizer need not warn.
+        return [self.tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"] for text, add in pairs]
 
     def _tokenize(self, texts: list[str], pad_to: int | None) -> Inputs:
         encoded = self._ids(texts)

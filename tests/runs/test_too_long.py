@@ -79,6 +79,27 @@ def test_rows_of_a_sweep_leave_the_model_room_for_the_answer(rows, tmp_path, cap
         load(rows, tmp_path / "none", sweep__max_new_tokens="511", **same)
 
 
+def test_rows_of_a_sweep_fit_the_tokenizer(rows, tmp_path, capsys):
+    folder = tiny.save_llava(tmp_path / "model")
+    edit(folder / "tokenizer_config.json", lambda values: values.update(model_max_length=100))
+    edit(folder / "config.json", lambda values: values["text_config"].update(max_position_embeddings=5000))
+    same = {"model__checkpoint": str(folder), "sweep__datasets": f"{{'mine': {str(rows)!r}}}", "sweep__exits": "1"}
+    setting, facts = load(rows, tmp_path / "run", **same)
+    assert [row.id for row in setting.tests["mine"]] == ["first", "third", "fourth"]
+    assert facts["left_out"]["mine"] == {"too long": 1}
+    said = capsys.readouterr().err
+    assert "1 of 4 prompts are longer than the tokenizer's model_max_length=100 (row second takes" in said
+    assert "Token indices" not in said  # transformers' own warning
+    with pytest.raises(UserError, match="model_max_length=100 .*; shorten the prompts, or leave them out"):
+        load(rows, tmp_path / "stop", data__too_long="stop", data__max_prompt_tokens="2000", **same)
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
 def test_the_published_prompts_fit_the_papers_configs():
     largest = {"llava15": 576, "llava15:13b": 576, "llava_next": 576 + 48 * 48 + 48, "llama32v": 1}  # of an image
     for name, image in largest.items():
