@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from icet_jax.data.hh_rlhf import Pair
 from icet_jax.data.images import StoredImage
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
@@ -50,6 +51,25 @@ def check_rows(workdir: Path, sets: Mapping[str, Sequence[Example]]) -> None:
       UserError: rows have changed since the run began: the line says of which set and how many.
     """
     on_first(lambda: _check(workdir, _ROWS, _rows(sets), record=True))
+
+
+def check_pairs(workdir: Path, sets: Mapping[str, Sequence[Pair]]) -> None:
+    """`check_rows` for the preference pairs of a reward model; a pair goes by its number, from 1.
+
+    Raises:
+      UserError: pairs have changed since the run began: the line says of which set and how many.
+    """
+
+    def check() -> None:
+        hashes = {
+            name: {
+                str(number): _hash(json.dumps(pair).encode())[:_DIGITS] for number, pair in enumerate(pairs, start=1)
+            }
+            for name, pairs in sets.items()
+        }
+        _check(workdir, _ROWS, hashes, record=True)
+
+    on_first(check)
 
 
 def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, record: bool = True) -> None:

@@ -28,7 +28,7 @@ from icet_jax.judges.pairs import HH_TEMPLATE, PairTokenizer
 from icet_jax.judges.reward_training import RewardState, RewardTrainer, TokenPair, tokenise
 from icet_jax.lppo.state import OptimizerSettings, learning_rate, make_optimizer
 from icet_jax.parallel.mesh import visible_mesh
-from icet_jax.runs import run_dir, run_lock, sources
+from icet_jax.runs import fingerprints, run_dir, run_lock, sources
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
 from icet_jax.runs.signals import kept_waiting
@@ -58,7 +58,8 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
     metrics.jsonl, cost.json and checkpoints.
 
     Raises:
-      UserError: bad input, before anything is trained; a loss that is not finite.
+      UserError: bad input, before anything is trained; pairs or a base model that are not those that the run in
+        `workdir` began with; a loss that is not finite.
     """
     require(config, "model.checkpoint", "rm.train")
     if config.seeds:
@@ -67,6 +68,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
     result = workdir / "reward.json"
     with run_lock.locked(workdir):
         run_dir.claim(workdir, config)
+        _check_same(config, workdir)
         if not (result.is_file() and (workdir / "hf" / "config.json").is_file()):
             train(config, workdir, name)
     print(f"{_summary(json.loads(result.read_text(encoding='utf-8')))}\nmodel: {workdir / 'hf'}", file=sys.stderr)
@@ -116,8 +118,20 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
     write_text_atomic(workdir / "reward.json", json.dumps(content, indent=1) + "\n")
 
 
+def _check_same(config: ConfigDict, workdir: Path) -> None:
+    """Checks that pairs and base model are those that the run in `workdir` began with, also when it has finished."""
+    sets = {"train": config.rm.train, "held_out": config.rm.held_out}
+    pairs = {name: _pairs(source, config.seed).pairs for name, source in sets.items() if source is not None}
+    fingerprints.check_pairs(workdir, pairs)
+    fingerprints.check_checkpoint(workdir, {"model": _base_directory(config, workdir)})
+
+
+def _base_directory(config: ConfigDict, workdir: Path) -> Path:
+    return local_directory(sources.checkpoint_directory(config.model.checkpoint, workdir), config.model.revision)
+
+
 def _load_base(config: ConfigDict, workdir: Path) -> Checkpoint:
-    directory = local_directory(sources.checkpoint_directory(config.model.checkpoint, workdir), config.model.revision)
+    directory = _base_directory(config, workdir)
     mesh = visible_mesh(**config.mesh)
     return load_gpt2_base(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat, seed=config.seed)
 
@@ -158,12 +172,18 @@ def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tup
 
 
 def _read(source: str, seed: int) -> Preferences:
-    """The pairs of a file, or the organism's own; what a file's bad rows are is said on stderr."""
+    """`_pairs`; what a file's bad rows are is said on stderr."""
+    found = _pairs(source, seed)
+    if not source.startswith("organism:"):
+        print(f"icet-jax: {found.report()}", file=sys.stderr)
+    return found
+
+
+def _pairs(source: str, seed: int) -> Preferences:
+    """The pairs of a file, or the organism's own."""
     origin, _, rest = source.partition(":")
     if origin != "organism":
-        found = read_pairs(source)
-        print(f"icet-jax: {found.report()}", file=sys.stderr)
-        return found
+        return read_pairs(source)
     from icet_jax.organism.preferences import preference_pairs
 
     split, _, count = rest.partition(":")

@@ -131,6 +131,22 @@ def test_a_finished_run_is_not_trained_again(files, finished, monkeypatch, capsy
     assert "another config: rm.epochs" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_refused_with_other_pairs_or_another_base(files, finished, monkeypatch, capsys):
+    monkeypatch.setattr(RewardTrainer, "__init__", None)
+    held_out, config = files["rm__held_out"], files["model__checkpoint"] / "config.json"
+    changed = {held_out: b"\n".join([row("say 9", "kind", "rude").encode()] * 2), config: config.read_bytes() + b"\n"}
+    says = {held_out: "(held_out: 1 changed (1), 20 removed (", config: "(model: 1 changed (config.json))"}
+    for path, content in changed.items():
+        before = path.read_bytes()
+        path.write_bytes(content)
+        try:
+            assert main.main(arguments(finished, **files)) == 2
+        finally:
+            path.write_bytes(before)
+        assert says[path] in capsys.readouterr().err
+    assert main.main(arguments(finished, **files)) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
