@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from icet_jax.data.tables import json_row
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json, require_regular
+from icet_jax.files import require_regular
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -102,13 +103,13 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _pair(line: bytes) -> Pair:
     try:
-        row = parse_json(line.decode("utf-8-sig"))
+        row = json_row(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise _BadRow("not UTF-8") from None
     except ValueError:
         raise _BadRow("not JSON") from None
-    if not isinstance(row, dict):
-        raise _BadRow("not a JSON object")
+    if isinstance(row, str):
+        raise _BadRow(row)
     (prompt, chosen), (other, rejected) = (_split(row.get(name), name) for name in ("chosen", "rejected"))
     if prompt != other:
         raise _BadRow("the transcripts differ before the last answer")

@@ -119,11 +119,20 @@ def jsonl_rows(path: Path) -> Iterator[RawRow]:
             if not text.strip():
                 continue
             try:
-                fields = parse_json(text, object_pairs_hook=_object)
+                row = json_row(text)
             except ValueError as error:
                 yield line, f"not JSON ({getattr(error, 'msg', error)})"
                 continue
-            yield line, _row(fields)
+            yield line, row
+
+
+def json_row(text: str) -> dict[str, Any] | str:
+    """The fields of a JSON object, or why the text is no row: no object, or one that has a field more than once.
+
+    Raises:
+      ValueError: it is not JSON.
+    """
+    return _row(parse_json(text, object_pairs_hook=_object))
 
 
 def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:

@@ -27,6 +27,7 @@ DAMAGE = {
     "not JSON": '{"chosen": "half a li',
     "not UTF-8": b'{"chosen": "\xff\xfe"}',
     "not a JSON object": '["chosen", "rejected"]',
+    "field 'chosen' more than once": '{"chosen": "x", ' + GOOD[1:],
     "chosen is no text": row(3, transcript("q", "a")),
     "rejected is no text": json.dumps({"chosen": transcript("q", "a")}),
     "chosen is no transcript of Human and Assistant": row("just text", transcript("q", "a")),
@@ -70,7 +71,7 @@ def test_the_report_counts_every_row(tmp_path):
     found = read_pairs(write(tmp_path / "pairs.jsonl", [GOOD, *DAMAGE.values(), "[]", LONG]))
     assert found.read == len(found.pairs) + found.dropped.total() == len(DAMAGE) + 3
     assert found.report().startswith(
-        "pairs.jsonl: 2 pairs of 17 rows, 15 left out (not a JSON object: 2 (first on line 4)"
+        "pairs.jsonl: 2 pairs of 18 rows, 16 left out (not a JSON object: 2 (first on line 4)"
     )
 
 
