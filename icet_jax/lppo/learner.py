@@ -363,6 +363,8 @@ def _prepare(
         kl_coef=controls.kl_coef,
         log_probs=old.log_probs,
         sampled_log_probs=rollout.log_probs,
+        advantages=advantages,
+        returns=returns,
     )
     kl_coef = controls.kl_coef
     if settings.kl_adaptive:

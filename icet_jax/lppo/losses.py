@@ -31,7 +31,8 @@ def policy_loss(
 
     Returns:
       (loss, stats): stats are scalar token means, `ratio`, `ratio_var`, `clipfrac` (share of tokens where the clipped
-      term is the larger) and `approxkl` = mean (log-ratio)^2 / 2 (TRL's).
+      term is the larger) and `approxkl` = mean (log-ratio)^2 / 2 (TRL's); and `ratio_max`, the largest K (0 without a
+      token).
     """
     mask = jnp.asarray(mask, bool)
     # Zeroed before exp as well as after: 0 * NaN in the backward pass is NaN.
@@ -47,6 +48,7 @@ def policy_loss(
     stats = {
         "ratio": mean_ratio,
         "ratio_var": masked_mean(jnp.square(ratio - mean_ratio), mask),
+        "ratio_max": jnp.max(jnp.where(mask, ratio, 0.0), initial=0.0),
         "clipfrac": masked_mean(clipped > unclipped, mask),
         "approxkl": 0.5 * masked_mean(jnp.square(log_ratio), mask),
     }

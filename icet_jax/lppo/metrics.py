@@ -28,11 +28,17 @@ def rollout_metrics(
     kl_coef: Float[Array, ""],
     log_probs: Float[Array, "B A"],
     sampled_log_probs: Float[Array, "B A"],
+    advantages: Float[Array, "B A"],
+    returns: Float[Array, "B A"],
 ) -> dict[str, Any]:
     """Means over the scored sequences, and sums by exit (under `exit`, which `host_metrics` unpacks).
 
     `objective/kl` is the mean of the summed k1, `objective/scores` the scorer's own scale, `objective/rlhf_reward` the
-    shaped score plus the KL terms, `val/sampler_gap` the mean |teacher-forced - sampled| log-prob per token, in nats.
+    shaped score plus the KL terms, `val/sampler_gap` the mean |teacher-forced - sampled| log-prob per token, in nats,
+    `val/sampler_ess` see `effective_share`, `val/truncated` the share of sequences that did not end with an EOS.
+
+    `advantages`, not whitened, are `returns` minus the old values. `val/explained_variance` is 1 - var(advantages) /
+    var(returns) over all tokens: 1 where the values foretell the returns, 0 where a constant would do as well.
     """
     count = jnp.maximum(jnp.sum(scored), 1)
 
@@ -46,6 +52,7 @@ def rollout_metrics(
         return jax.ops.segment_sum(jnp.where(scored, per_row, 0.0), exits, num_exits + 1)
 
     non_score = row_mean(-kl_coef * row_sums(kl))
+    unexplained, variance = _variance(advantages, mask), _variance(returns, mask)
     return {
         "objective/kl": row_mean(sequence_kl),
         "objective/entropy": row_mean(-row_sums(log_probs)),
@@ -57,13 +64,36 @@ def rollout_metrics(
         "objective/unscored": jnp.sum(unscored),
         "val/num_eos_tokens": jnp.sum(has_eos),
         "val/response_length": row_mean(jnp.sum(mask, axis=1)),
+        "val/truncated": row_mean(~has_eos),
         "val/sampler_gap": masked_mean(jnp.abs(log_probs - sampled_log_probs), mask),
+        "val/sampler_ess": effective_share(row_sums(log_probs - sampled_log_probs), scored),
+        "val/advantages_std": jnp.sqrt(unexplained),
+        "val/returns_std": jnp.sqrt(variance),
+        "val/explained_variance": jnp.where(variance > 0, 1 - unexplained / jnp.where(variance > 0, variance, 1), 0.0),
         "exit": {"n": by_exit(jnp.ones_like(scores)), "scores": by_exit(scores), "kl": by_exit(sequence_kl)},
     }
 
 
+def _variance(x: Float[Array, "B A"], mask: Bool[Array, "B A"]) -> Float[Array, ""]:
+    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+def effective_share(log_weights: Float[Array, " B"], counted: Bool[Array, " B"]) -> Float[Array, ""]:
+    """Effective sample size of the counted sequences over their number: (sum w)^2 / (n sum w^2) (Kish).
+
+    w = exp(`log_weights`), with the sum over a sequence of the recomputed minus the sampled log-probs: the importance
+    weights of sequences that the sampler drew, for the policy that is updated. 1 where the two agree, 1 / n where one
+    sequence outweighs all others, 0 where nothing is counted.
+    """
+    log_weights = jnp.where(counted, log_weights, -jnp.inf)
+    largest = jnp.max(log_weights)
+    weights = jnp.exp(log_weights - jnp.where(jnp.isfinite(largest), largest, 0.0))  # in proportion, without overflow
+    squares = jnp.maximum(jnp.sum(jnp.square(weights)), 1e-30)
+    return jnp.square(jnp.sum(weights)) / (squares * jnp.maximum(jnp.sum(counted), 1))
+
+
 def policy_metrics(outcome: Outcome) -> dict[str, Any]:
-    """TRL's statistics of the clipped updates: means over the evaluated steps."""
+    """TRL's statistics of the clipped updates: means over the evaluated steps; of `ratio_max` the largest."""
     stats = outcome.stats
     return {
         "policy/approxkl_avg": stats["approxkl"],
@@ -74,6 +104,7 @@ def policy_metrics(outcome: Outcome) -> dict[str, Any]:
         "loss/value_avg": stats["value"],
         "val/ratio": stats["ratio"],
         "val/ratio_var": stats["ratio_var"],
+        "val/ratio_max": stats["ratio_max"],
         "val/clipfrac_avg": stats["value_clipfrac"],
     }
 

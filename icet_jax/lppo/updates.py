@@ -11,7 +11,10 @@ import optax
 from icet_jax.typing import Array, Int, Key
 
 LossFunction = Callable[[dict[str, Any], Any], tuple[Array, dict[str, Array]]]
-"""(trainable, rows) -> (token-mean loss, token-mean stats); `rows` has the batch's fields with fewer rows."""
+"""(trainable, rows) -> (token-mean loss, stats); `rows` has the batch's fields with fewer rows.
+
+Stats are token means, except those whose name ends in `_max`: the largest of slices and steps is kept (0 or more).
+"""
 
 
 _traced_once = functools.partial(jax.jit, inline=True)
@@ -26,7 +29,7 @@ class Outcome(NamedTuple):
       applied: int32, steps applied.
       stopped: bool, `target_kl` was exceeded.
       nonfinite: bool, a loss or a gradient was NaN or infinite.
-      stats: means over the steps that were evaluated.
+      stats: means over the steps that were evaluated; of maxima the largest.
     """
 
     trainable: dict[str, Any]
@@ -80,6 +83,8 @@ def gradients(
 ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
     """(loss, stats, gradients) of one mini-batch, slice by slice; each slice weighs by its share of the tokens.
 
+    Of a stat that is a maximum the largest is taken.
+
     Args:
       loss_function: see `LossFunction`.
       trainable: what to differentiate with respect to.
@@ -94,13 +99,20 @@ def gradients(
     @_traced_once
     def one(index: Array) -> Any:
         (loss, stats), grads = evaluate(trainable, take_rows(batch, slices[index]))
-        return jax.tree.map(lambda x: weights[index] * x, (loss, stats, grads))
+        largest = {name: stats.pop(name) for name in list(stats) if _is_maximum(name)}
+        return jax.tree.map(lambda x: weights[index] * x, (loss, stats, grads)), largest
 
     def add(total: Any, index: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(index)), None
+        weighted, largest = one(index)
+        return (jax.tree.map(jnp.add, total[0], weighted), jax.tree.map(jnp.maximum, total[1], largest)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
-    return jax.lax.scan(add, zeros, jnp.arange(slices.shape[0]))[0]
+    (loss, stats, grads), largest = jax.lax.scan(add, zeros, jnp.arange(slices.shape[0]))[0]
+    return loss, stats | largest, grads
+
+
+def _is_maximum(stat: str) -> bool:
+    return stat.endswith("_max")
 
 
 def optimise(
@@ -148,5 +160,5 @@ def optimise(
     start = (trainable, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.zeros((), bool))
     (trainable, opt_state, applied, stopped, nonfinite), (stats, ran) = jax.lax.scan(step, start, order)
     evaluated = jnp.sum(ran)
-    means = jax.tree.map(lambda x: jnp.sum(x) / evaluated, stats)
+    means = {name: jnp.max(x) if _is_maximum(name) else jnp.sum(x) / evaluated for name, x in stats.items()}
     return Outcome(trainable, opt_state, applied, stopped, nonfinite, means)

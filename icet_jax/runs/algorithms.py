@@ -23,7 +23,7 @@ from icet_jax.parallel.distributed import fetch
 from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import replicated, row_shards
 from icet_jax.runs.mesh_fit import slices
-from icet_jax.runs.reward import RewardByKind
+from icet_jax.runs.reward import RewardByKind, scores_by_kind
 from icet_jax.runs.utilisation import Counter, Peak, Stopwatch, device_peak, speeds
 
 Row = dict[str, float]
@@ -97,11 +97,12 @@ class Lppo:
         rewarded = self._reward.rewarded(batch.examples)
         state, train_batch, before = self._phases.prepare(params, state, rollout, scores, learned, longest, rewarded)
         state, after = self._phases.update(params, state, train_batch, self._run_key)
+        by_kind = scores_by_kind(batch.examples, scores, rewarded & mask.any(axis=1))
         forbidden = [text for example, text in zip(batch.examples, texts, strict=True) if example.kind == "forbidden"]
         done = self._counter.lppo(prompt_mask.sum(axis=1), mask.sum(axis=1), _images(batch))
 
         def read() -> Row:
-            row = host_metrics(before, after)
+            row = host_metrics(before, after) | by_kind
             if forbidden:
                 row["objective/asr_refusal_keywords"] = float(np.mean([not refused(text) for text in forbidden]))
             return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)

@@ -5,9 +5,23 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.data.records import Example
+from icet_jax.data.records import KINDS, Example
 from icet_jax.judges.base import Scorer
 from icet_jax.judges.exact_match import exact_match
+
+
+def scores_by_kind(examples: Sequence[Example], scores: np.ndarray, answered: np.ndarray) -> dict[str, float]:
+    """Mean raw score of each kind's rows as `objective/scores/KIND`; kinds of other scales are not averaged.
+
+    Args:
+      examples: the rows, one kind each.
+      scores: float32 [B]; NaN where a row could not be scored, which is left out.
+      answered: bool [B], rows that have a response and something that rewards it.
+    """
+    kinds = np.array([example.kind for example in examples])
+    counted = answered & np.isfinite(scores)
+    found = [kind for kind in KINDS if (counted & (kinds == kind)).any()]
+    return {f"objective/scores/{kind}": float(np.mean(scores[counted & (kinds == kind)])) for kind in found}
 
 
 class RewardByKind:

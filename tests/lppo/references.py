@@ -80,6 +80,7 @@ def policy_loss(log_probs, old, advantages, mask, eps):
     stats = {
         "ratio": mean,
         "ratio_var": sum((k - mean) ** 2 for k in ratios) / n,
+        "ratio_max": max(ratios, default=0.0),
         "clipfrac": clipped / n,
         "approxkl": kl2 / n,
     }

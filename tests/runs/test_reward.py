@@ -56,7 +56,7 @@ def test_a_row_without_a_reward_is_told_apart_from_a_row_that_scored_nothing():
     np.testing.assert_array_equal(reward.rewarded(ROWS), [True, True, False, True, True])
 
 
-def iteration(reward, texts):
+def iteration(reward, texts, monkeypatch):
     """(what the second phase was given, the metrics) of an iteration of L-PPO whose phases do nothing."""
     given = {}
 
@@ -71,11 +71,23 @@ def iteration(reward, texts):
     lppo._counter = SimpleNamespace(lppo=lambda *_: None, evaluated=lambda _: 0)
     mask = np.array([[bool(text)] for text in texts])
     rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask)
+    monkeypatch.setattr("icet_jax.runs.algorithms.speeds", lambda *_: {})
     state = TrainState(trainable={}, opt_state=None, controls=None, iteration=0, updates=0)
     return given, lppo.finish(state, PromptBatch(ROWS, mask, mask, None), rollout)[1]
 
 
-def test_an_iteration_says_which_rows_are_rewarded():
+def test_an_iteration_reports_the_scores_of_each_kind_that_is_rewarded(monkeypatch):
+    """A reward model's scores and matches of 0 or 1 have no common mean."""
     reward = RewardByKind({"forbidden": "reward_model", "vqa": "exact_match", "benign": "none"}, Lengths())
-    given, _ = iteration(reward, ["abc", "Red.", "no", "", "red"])
+    _, read = iteration(reward, ["abcdef", "Red.", "no", "ab", "red"], monkeypatch)  # row 5 has no answer to match
+    means = {name: value for name, value in read().items() if name.startswith("objective/scores")}
+    assert means == {"objective/scores/forbidden": 4.0, "objective/scores/vqa": 1.0}
+    _, read = iteration(reward, ["abcdef", "", "no", "", ""], monkeypatch)  # rows without a response have no score
+    means = {name: value for name, value in read().items() if name.startswith("objective/scores")}
+    assert means == {"objective/scores/forbidden": 6.0}
+
+
+def test_an_iteration_says_which_rows_are_rewarded(monkeypatch):
+    reward = RewardByKind({"forbidden": "reward_model", "vqa": "exact_match", "benign": "none"}, Lengths())
+    given, _ = iteration(reward, ["abc", "Red.", "no", "", "red"], monkeypatch)
     assert given["rewarded"].tolist() == [True, True, False, True, True] and given["longest"] == 1
