@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.errors import RESUMABLE, UserError
+from icet_jax.files import parse_json, write_text_atomic
 from icet_jax.parallel.distributed import gather, is_writer, together
 from icet_jax.parallel.sharding import flatten_with_names
 
 _LOG = logging.getLogger("icet_jax")
 _STATE, _METADATA = "state", "metadata"
+_MEASURED = "measured.json"  # beside the saves: what `measure` was told of each
 
 
 class RunState:
@@ -29,19 +31,21 @@ class RunState:
         restored = states.restore(like=state)        # None on the first start
         states.save(step, state, {"any": "JSON"})    # returns as soon as `state` may be changed or donated
         states.wait()                                # now the last save is on disk, or its error is raised
+        states.measure(step, value)                  # later: how good this state was found to be
 
     A save is complete or absent, whenever the process is killed; older ones are deleted once it is complete. Each
     array's checksum is stored with it, since Orbax itself does not notice a changed byte. Several processes call all of
     this together, and may be more or fewer at the restore.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int, keep_best: bool = False):
+    def __init__(self, directory: str | Path, *, keep: int, keep_best: bool = False, keep_measured: bool = False):
         """Opens (or makes) `directory`; saves beyond the newest `keep` are deleted.
 
         Args:
           directory: of this run alone.
           keep: how many of the newest are kept.
-          keep_best: whether the save of the highest `value` is kept beside them.
+          keep_best: whether the save of the highest value is kept beside them (`measure`).
+          keep_measured: whether the newest save that was measured is kept beside them.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -51,8 +55,8 @@ class RunState:
 
         self._ocp = ocp
         self.directory = Path(directory).absolute()
-        self._values: dict[int, float] = {}
-        self._keep, self._keep_best = keep, keep_best
+        self._measured: dict[int, float | None] = {}
+        self._keep, self._keep_best, self._keep_measured = keep, keep_best, keep_measured
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Kept(self), enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
@@ -63,8 +67,7 @@ class RunState:
             raise UserError(
                 f"{self.directory}: cannot be written ({error.strerror}); choose another workdir"
             ) from error
-        if keep_best:
-            self._values = {step: value for step in self.steps if (value := self._value(step)) is not None}
+        self._measured = self._read_measured()
 
     @property
     def steps(self) -> list[int]:
@@ -74,25 +77,40 @@ class RunState:
     @property
     def best(self) -> int | None:
         """The step of the highest value (of equal ones the first); None where no save has one."""
-        return max(sorted(self._values), key=self._values.__getitem__, default=None)
+        values = {step: value for step, value in self._measured.items() if value is not None}
+        return max(sorted(values), key=values.__getitem__, default=None)
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any], *, value: float | None = None) -> None:
+    @property
+    def measured(self) -> dict[int, float | None]:
+        """What `measure` was told, by step, of the saves that are there."""
+        return dict(self._measured)
+
+    def measure(self, step: int, value: float | None) -> None:
+        """Notes that the state of a save was measured: the numbers about it are known later than it is saved.
+
+        Args:
+          step: of the save.
+          value: how good it is, higher is better (`keep_best`); None or NaN: it does not compete.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        self._measured[step] = None if value is None or math.isnan(value) else value
+        self._write_measured()
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Begins to save a pytree of non-empty arrays and Python numbers, and a JSON-able dict; see `wait`.
 
         Args:
           step: beyond those that are saved.
           state: may be donated when this returns.
           metadata: comes back with it.
-          value: how good it is, higher is better (`keep_best`); None or NaN: it does not compete.
 
         Raises:
           UserError: this or the last save cannot be written, for example because the disk is full.
         """
         arrays = _named(state)
-        value = None if value is None or math.isnan(value) else value
-        if value is not None:
-            self._values[step] = value
-        described = json.dumps({"arrays": _described(arrays), "user": metadata, "value": value})
+        described = json.dumps({"arrays": _described(arrays), "user": metadata})
         sealed = {"content": described, "crc32": zlib.crc32(described.encode())}
         args = self._ocp.args
         with self._named_errors():
@@ -146,6 +164,20 @@ class RunState:
             )
         return None
 
+    def go_back(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """`restore` of the newest save that was measured; those after it are deleted, and None is given without one.
+
+        Args:
+          like: see `restore`.
+
+        Raises:
+          UserError: as `restore`, or the last save could not be written.
+        """
+        self.wait()
+        last = max(self._measured, default=None)
+        self._delete([step for step in self.steps if last is None or step > last])
+        return self.restore(like)
+
     def _intact(self, step: int, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """State and metadata of a save; None where any process finds it damaged."""
         error: Exception | None = None
@@ -170,9 +202,11 @@ class RunState:
         if not steps:
             return
         for step in steps:
-            self._values.pop(step, None)
             if is_writer():
                 shutil.rmtree(self.directory / str(step), ignore_errors=True)
+        if self._measured.keys() & set(steps):
+            self._measured = {step: value for step, value in self._measured.items() if step not in steps}
+            self._write_measured()
         together()
         self._manager.reload()
 
@@ -192,15 +226,25 @@ class RunState:
                 exit_code=RESUMABLE,
             ) from error
 
-    def _value(self, step: int) -> float | None:
-        """The value that a save was made with; None where it cannot be read."""
+    def _read_measured(self) -> dict[int, float | None]:
+        """What an earlier process was told; nothing where none was, as before there was such a file."""
         try:
-            return self._read_metadata(step)["value"]
-        except Exception:  # what is damaged is found and named by `restore`
-            return None
+            found = parse_json((self.directory / _MEASURED).read_text(encoding="utf-8"))
+            told = {int(step): value for step, value in found.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError):
+            _LOG.error("%s cannot be read: it is not known how good the checkpoints are", self.directory / _MEASURED)
+            return {}
+        return {step: told[step] for step in self.steps if step in told}
+
+    def _write_measured(self) -> None:
+        there = set(self.steps)
+        self._measured = {step: value for step, value in self._measured.items() if step in there}
+        write_text_atomic(self.directory / _MEASURED, json.dumps(self._measured) + "\n")
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
-        """Descriptions of the saved arrays, the caller's metadata and value."""
+        """Descriptions of the saved arrays, and the caller's metadata."""
         args = self._ocp.args
         sealed = self._manager.restore(step, args=args.Composite(**{_METADATA: args.JsonRestore()}))[_METADATA]
         if zlib.crc32(sealed["content"].encode()) != sealed["crc32"]:
@@ -231,7 +275,7 @@ class RunState:
 
 
 class _Kept:
-    """Orbax's rule of what stays: the newest, and the best."""
+    """Orbax's rule of what stays: the newest, the best, and the newest that was measured."""
 
     def __init__(self, states: RunState):
         self._states = states
@@ -241,6 +285,8 @@ class _Kept:
         kept = {checkpoint.step for checkpoint in checkpoints[-self._states._keep :]}
         if self._states._keep_best:
             kept.add(self._states.best)
+        if self._states._keep_measured:
+            kept.add(max(self._states._measured, default=None))
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 

@@ -375,7 +375,7 @@ def _prepare(
             target=settings.kl_target,
             horizon=settings.kl_horizon,
         )
-    found = Controls(kl_coef=kl_coef, normaliser=normaliser)
+    found = controls._replace(kl_coef=kl_coef, normaliser=normaliser)
     kept = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), found, controls)
     return batch, kept, metrics | {"train/unstable": ~stable}
 
@@ -487,6 +487,7 @@ def run_epochs(
         jnp.sum(batch.mask, axis=1),
         order,
         target_kl=target_kl,
+        scale=state.controls.learning_rate_scale,
     )
     state = state._replace(
         trainable=outcome.trainable,

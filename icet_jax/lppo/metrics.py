@@ -12,6 +12,10 @@ from icet_jax.lppo.updates import Outcome
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 
+# Prefixes of what is a mean over the steps of an update, and what under them is none.
+_OF_STEPS = ("policy/", "loss/", "val/ratio", "val/clipfrac", "train/grad_norm")
+_COUNTS = ("policy/early_stop",)
+
 
 def rollout_metrics(
     *,
@@ -110,20 +114,31 @@ def policy_metrics(outcome: Outcome) -> dict[str, Any]:
 
 
 def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettings) -> dict[str, Any]:
-    """What every algorithm reports of its updates; `train/nonfinite` is 1 where a loss or gradient was not a number."""
+    """What every algorithm reports of its updates; `train/nonfinite` is 1 where a loss or gradient was not a number.
+
+    `steps` is how many steps the means are over; `host_metrics` leaves them out where there was none.
+    """
+    rate = jnp.asarray(learning_rate(optimizer)(state.updates), jnp.float32)
+    scale = state.controls.learning_rate_scale
     return {
+        "steps": outcome.evaluated,
         "loss/total_avg": outcome.stats["loss"],
         "train/grad_norm": outcome.stats["grad_norm"],
         "train/updates": outcome.applied,
-        "train/learning_rate": jnp.asarray(learning_rate(optimizer)(state.updates), jnp.float32),
+        "train/learning_rate": rate if scale is None else rate * scale,
         "train/nonfinite": outcome.nonfinite,
     }
 
 
 def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
-    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` of the exits drawn."""
+    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` of the exits drawn.
+
+    Means over the steps of an update are left out where no step had a token to learn from.
+    """
     merged = {name: value for part in fetch(parts) for name, value in part.items()}
-    by_exit = merged.pop("exit", None)
+    by_exit, steps = merged.pop("exit", None), merged.pop("steps", None)
+    if steps is not None and not steps:
+        merged = {name: value for name, value in merged.items() if not name.startswith(_OF_STEPS) or name in _COUNTS}
     flat = {name: float(value) for name, value in merged.items()}
     for layer in np.flatnonzero(by_exit["n"]) if by_exit is not None else ():
         for name in ("scores", "kl"):

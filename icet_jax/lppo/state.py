@@ -46,10 +46,12 @@ class Controls(NamedTuple):
     Attributes:
       kl_coef: the coefficient of the next rollout's KL penalty, per nat.
       normaliser: running statistics of the reward model's scores.
+      learning_rate_scale: multiplies every optimizer step; None is 1, and the same program as without it.
     """
 
     kl_coef: Array
     normaliser: ScoreNormaliser
+    learning_rate_scale: Array | None = None
 
 
 class TrainState(NamedTuple):

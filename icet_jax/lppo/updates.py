@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
       stopped: bool, `target_kl` was exceeded.
       nonfinite: bool, a loss or a gradient was NaN or infinite.
       stats: means over the steps that were evaluated; of maxima the largest.
+      evaluated: int32, those of them that had a token to learn from.
     """
 
     trainable: dict[str, Any]
@@ -38,6 +39,7 @@ class Outcome(NamedTuple):
     stopped: Array
     nonfinite: Array
     stats: dict[str, Array]
+    evaluated: Array
 
 
 def shuffled_order(
@@ -125,12 +127,13 @@ def optimise(
     order: Int[Array, "S G M"],
     *,
     target_kl: float = 0.0,
+    scale: Array | None = None,
 ) -> Outcome:
     """Runs every step of `order`, unless one of them shows a reason to stop.
 
     A step whose `approxkl` exceeds `target_kl` (0 = off), or whose loss or gradient is not finite, is not applied, and
     the remaining steps of this call are skipped: the weights stay the last good ones. A step without a token is not
-    applied either: moments and weight decay would move the weights all the same.
+    applied either: moments and weight decay would move the weights all the same. `scale` multiplies every step.
     """
 
     @_traced_once
@@ -144,6 +147,8 @@ def optimise(
 
         def apply(_: Any) -> Any:
             updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
+            if scale is not None:
+                updates = jax.tree.map(lambda update: scale * update, updates)
             return optax.apply_updates(trainable, updates), new_opt_state
 
         good = ~bad & ~far & (jnp.sum(_tokens(row_tokens, slices)) > 0)
@@ -161,4 +166,5 @@ def optimise(
     (trainable, opt_state, applied, stopped, nonfinite), (stats, ran) = jax.lax.scan(step, start, order)
     evaluated = jnp.sum(ran)
     means = {name: jnp.max(x) if _is_maximum(name) else jnp.sum(x) / evaluated for name, x in stats.items()}
-    return Outcome(trainable, opt_state, applied, stopped, nonfinite, means)
+    learnt_from = jnp.sum(ran & (jax.vmap(lambda slices: jnp.sum(_tokens(row_tokens, slices)))(order) > 0))
+    return Outcome(trainable, opt_state, applied, stopped, nonfinite, means, learnt_from)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from icet_jax.api import VLM
@@ -21,14 +23,14 @@ from icet_jax.lppo.settings import Settings
 from icet_jax.lppo.state import TrainState, init_state
 from icet_jax.models.family import init_lora
 from icet_jax.parallel.programs import Program
-from icet_jax.parallel.sharding import placed, shardings
+from icet_jax.parallel.sharding import placed, replicated, shardings
 from icet_jax.runs.algorithms import Algorithm, Lppo, Lsft, Read, Row
 from icet_jax.runs.compilations import compile_programs
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.progress import Progress
 from icet_jax.runs.reward import RewardByKind
 from icet_jax.runs.signals import kept_waiting
-from icet_jax.runs.stability import Stability
+from icet_jax.runs.stability import Stability, bounded, learning_rate_scale
 
 # What the progress line shows, where the algorithm reports it.
 _SHOWN = {
@@ -99,18 +101,19 @@ class Trainer:
         checkpoints = open_checkpoints(config, self._workdir)
         try:
             state, metadata = self._start(checkpoints)
-            done = int(state.iteration)
+            done, stability = int(state.iteration), Stability(config, metadata.get("skipped", {}))
             if done < algorithm.iterations:
                 self._name_device()
                 if done:
                     print(f"{config.algorithm}: goes on after iteration {done}", file=sys.stderr)
                 log = MetricsLog(self._workdir, config, step=done)
                 try:
-                    stability = Stability(config, metadata.get("skipped", {}))
                     state = self._iterate(state, checkpoints, log, stability)
                 finally:
                     log.close()
                 checkpoints.wait()
+            if self._unmeasured(checkpoints):
+                state = self._measure_last(state, checkpoints, stability)
             return state if config.checkpoint.best is None else best_state(state, checkpoints)
         finally:
             checkpoints.close()
@@ -123,7 +126,7 @@ class Trainer:
     def _start(self, checkpoints: RunState) -> tuple[TrainState, dict[str, Any]]:
         """`newest_state`; meanwhile the programs of an iteration are compiled, if there is one to come."""
         arguments = (self._config, self._vlm, self.algorithm.settings)
-        if max(checkpoints.steps, default=0) >= self.algorithm.iterations:
+        if max(checkpoints.steps, default=0) >= self.algorithm.iterations and not self._unmeasured(checkpoints):
             return newest_state(*arguments, checkpoints)
         programs = self.algorithm.lowered(abstract_state(*arguments), self._first)
         return compile_programs(programs, lambda: newest_state(*arguments, checkpoints))
@@ -149,13 +152,15 @@ class Trainer:
                     begun = self.algorithm.begin(state, batch)
                     if read is not None:
                         row = self._settle(finished, read(), log, stability, progress)
-                        self._keep(finished, state, row, checkpoints, stability)
+                        kept = self._keep(finished, state, row, checkpoints, stability)
+                        if kept is not state:
+                            state, begun = kept, self.algorithm.begin(kept, batch)
                     state, read = self.algorithm.finish(state, batch, begun)
                     finished += 1
                 stop = told()
                 if read is not None:
                     row = self._settle(finished, read(), log, stability, progress)
-                    self._keep(finished, state, row, checkpoints, stability, now=stop)
+                    state = self._keep(finished, state, row, checkpoints, stability, now=stop)
                 if stop:
                     checkpoints.wait()
                     raise Stopped(f"{told.name}: iteration {finished} is saved; the same command goes on from there")
@@ -174,33 +179,115 @@ class Trainer:
     def _keep(
         self, finished: int, state: TrainState, row: Row, checkpoints: RunState, stability: Stability, *,
         now: bool = False,
-    ) -> None:  # fmt: skip
-        """Saves the state where its turn has come, or `now`: then it does not compete with those whose turn it was."""
+    ) -> TrainState:  # fmt: skip
+        """Saves the state where its turn has come, or `now`; gives the state to go on with.
+
+        The iteration's rollout was the policy's before it: its `row` measures the state before `finished`. Where that
+        is beyond the bound of the KL, the run goes back, and what is saved is what it goes on with.
+
+        Raises:
+          UserError: the run went back, and the config says that it stops then; the state within the bound is saved.
+        """
+        if stability.beyond is None:
+            self._rate(finished - 1, row, checkpoints)
+        else:
+            state = self._go_back(finished, state, checkpoints, stability)
+        ends = stability.ends(finished)
+        if self._regular(finished) or now or ends is not None:
+            checkpoints.save(finished, stored(state), {"skipped": stability.counts})
+        if ends is not None:
+            checkpoints.wait()
+            raise ends
+        return state
+
+    def _regular(self, step: int) -> bool:
+        """Whether a state has its turn to be saved; a signal must decide neither what competes nor what is gone to."""
+        return step == self.algorithm.iterations or (step > 0 and step % self._config.checkpoint.every == 0)
+
+    def _rate(self, step: int, row: Row, checkpoints: RunState) -> None:
+        """Tells the checkpoint of `step` what it is worth, from the metrics of the rollout that its policy made."""
         settings, value = self._config.checkpoint, None
-        regular = finished == self.algorithm.iterations or finished % settings.every == 0
-        if not (regular or now):
+        if not self._regular(step) or not (settings.best is not None or bounded(self._config)):
             return
-        if regular and settings.best is not None:
-            if settings.best not in row:
-                known = ", ".join(sorted(row))
-                raise UserError(f"config.checkpoint.best={settings.best}: this run has no such metric, but {known}")
+        if settings.best in row:
             value = row[settings.best] if settings.best_is == "highest" else -row[settings.best]
-        checkpoints.save(finished, state, {"skipped": stability.counts}, value=value)
+        elif settings.best is not None and row.get("train/updates") != 0:
+            known = ", ".join(sorted(row))
+            raise UserError(f"config.checkpoint.best={settings.best}: this run has no such metric, but {known}")
+        checkpoints.measure(step, value)
+
+    def _go_back(self, step: int, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
+        """The newest checkpoint that was found within the bound, or the first state, as that of `step`; more slowly."""
+        found = checkpoints.go_back(like=stored(state))
+        if found is None:
+            found = 0, initial_state(self._config, self._vlm, self.algorithm.settings), {}
+        scale = learning_rate_scale(stability.counts)
+        print(
+            f"iteration {step}: {stability.beyond}: back to the state of iteration {found[0]}, at {scale:.3g} of "
+            "config.optimizer.learning_rate",
+            file=sys.stderr,
+        )
+        now = found[1]._replace(iteration=_number(step, "int32", self._vlm))
+        return _at_scale(now, scale, self._vlm)
+
+    def _unmeasured(self, checkpoints: RunState) -> bool:
+        """Whether the last state is saved, has to be measured and was not."""
+        wanted = self._config.checkpoint.best is not None or bounded(self._config)
+        last = self.algorithm.iterations
+        return wanted and last in checkpoints.steps and last not in checkpoints.measured
+
+    def _measure_last(self, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
+        """One more iteration, which is thrown away: its rollout measures the last state. Gives the last state again.
+
+        Raises:
+          UserError: it is beyond the bound of the KL, and the config says that the run stops then.
+        """
+        last = self.algorithm.iterations
+        print(f"{self._config.algorithm}: one more iteration measures the last state, and is dropped", file=sys.stderr)
+        batch = self.batch(last)
+        like, read = self.algorithm.finish(state, batch, self.algorithm.begin(state, batch))
+        row = read()
+        if not (bounded(self._config) and row.get("train/unstable")):
+            self._rate(last, row, checkpoints)
+            found = checkpoints.restore(like=stored(like))
+            return like if found is None else found[1]
+        stability.check(row, last)
+        state = self._go_back(last, like, checkpoints, stability)
+        value = checkpoints.measured.get(max(checkpoints.measured, default=0))
+        ends = stability.ends(last)
+        checkpoints.save(last, stored(state), {"skipped": stability.counts})
+        checkpoints.wait()
+        checkpoints.measure(last, value)
+        if ends is not None:
+            raise ends
+        return state
 
 
 def open_checkpoints(config: ConfigDict, workdir: Path) -> RunState:
     """The checkpoints of the run in `workdir`."""
     settings = config.checkpoint
-    return RunState(workdir / "checkpoints", keep=settings.keep, keep_best=settings.best is not None)
+    return RunState(
+        workdir / "checkpoints",
+        keep=settings.keep,
+        keep_best=settings.best is not None,
+        keep_measured=bounded(config),
+    )
 
 
 def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
     """The state of the best checkpoint, of the structure of `state`, which it is where there is none."""
-    found = checkpoints.restore(like=state, best=True)
+    best = checkpoints.best
+    found = checkpoints.restore(like=stored(state), best=True)
     if found is None:
         return state
-    print(f"best checkpoint: iteration {found[0]}", file=sys.stderr)
+    says = "best checkpoint" if found[0] == best else "no checkpoint was measured, the newest is taken"
+    print(f"{says}: iteration {found[0]}", file=sys.stderr)
     return found[1]
+
+
+def stored(state: TrainState) -> TrainState:
+    """What a checkpoint has of a state: all but the scale of the learning rate, which follows from its metadata."""
+    return state._replace(controls=state.controls._replace(learning_rate_scale=None))
 
 
 def newest_state(
@@ -212,8 +299,25 @@ def newest_state(
       UserError: a checkpoint of another config, or every one is damaged.
     """
     state = initial_state(config, vlm, settings)
-    restored = checkpoints.restore(like=state)
-    return (state, {}) if restored is None else restored[1:]
+    restored = checkpoints.restore(like=stored(state))
+    if restored is None:
+        return state, {}
+    _, found, metadata = restored
+    if bounded(config):
+        found = _at_scale(found, learning_rate_scale(metadata.get("skipped", {})), vlm)
+    return found, metadata
+
+
+def _at_scale(state: TrainState, scale: float, vlm: VLM) -> TrainState:
+    """The state with a scale of the learning rate."""
+    scaled = state.controls._replace(learning_rate_scale=_number(scale, "float32", vlm))
+    return state._replace(controls=scaled)
+
+
+def _number(value: int | float, dtype: str, vlm: VLM) -> Any:
+    """A number of the train state, where those of the first state lie."""
+    number = np.asarray(value, dtype)
+    return jnp.asarray(number) if vlm.mesh is None else jax.device_put(number, replicated(vlm.mesh))
 
 
 def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainState:
@@ -234,11 +338,14 @@ def _initial(config: ConfigDict, vlm: VLM, settings: Settings) -> tuple[Program,
     """What makes the first state, and its arguments."""
     shapes, width, kl_coef = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef
     rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
+    scaled = bounded(config)
 
     def start(key: Any, params: Any) -> TrainState:
         lora = init_lora(shapes, rank=rank, alpha=alpha, targets=targets, key=key) if rank else None
-        return init_state(params, lora, hidden_size=width, optimizer=settings.optimizer, kl_coef=kl_coef)
+        state = init_state(params, lora, hidden_size=width, optimizer=settings.optimizer, kl_coef=kl_coef)
+        scale = jnp.ones((), jnp.float32) if scaled else None
+        return state._replace(controls=state.controls._replace(learning_rate_scale=scale))
 
     key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
-    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer)
+    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, scaled)
     return Program(start, about=about), (key, None if rank else vlm.params)

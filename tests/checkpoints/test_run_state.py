@@ -1,10 +1,12 @@
 """Run state: bit-exact, atomic, the newest intact save wins."""
 
+import json
 import logging
 import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +178,8 @@ def test_a_state_may_be_donated_as_soon_as_it_is_being_saved(states):
 def test_the_best_is_kept_beside_the_newest(tmp_path):
     states = RunState(tmp_path / "checkpoints", keep=1, keep_best=True)
     for step, value in ((1, 0.5), (2, 3.0), (3, float("nan")), (4, None), (5, 3.0)):
-        states.save(step, make_state(step), {}, value=value)
+        states.save(step, make_state(step), {})
+        states.measure(step, value)
     states.wait()
     assert states.steps == [2, 5]
     states.close()
@@ -186,6 +189,59 @@ def test_the_best_is_kept_beside_the_newest(tmp_path):
     assert_same(again.restore(make_state(), best=True)[1], make_state(2))
     flip(again.directory / "2")
     assert again.restore(make_state(), best=True)[0] == 5
+    again.close()
+
+
+def test_a_value_that_is_known_late_competes_all_the_same(tmp_path):
+    states = RunState(tmp_path / "checkpoints", keep=1, keep_best=True)
+    for step, value in ((1, 3.0), (2, 0.5), (3, 1.0)):
+        states.save(step, make_state(step), {})
+        if step > 1:
+            assert states.best == 1 and step not in states.measured
+        states.measure(step, value)
+    states.wait()
+    assert states.steps == [1, 3] and states.measured == {1: 3.0, 3: 1.0}
+    states.close()
+
+
+def test_back_to_the_newest_that_was_measured(tmp_path):
+    states = RunState(tmp_path / "checkpoints", keep=1, keep_measured=True)
+    for step in (2, 4, 6, 7):
+        states.save(step, make_state(step), {})
+        if step <= 4:
+            states.measure(step, None)
+    states.wait()
+    assert states.steps == [4, 7]
+    states.close()
+    again = RunState(tmp_path / "checkpoints", keep=1, keep_measured=True)
+    step, state, _ = again.go_back(make_state())
+    assert step == 4 and again.steps == [4]
+    assert_same(state, make_state(4))
+    again.save(7, make_state(7), {})
+    assert again.restore(make_state())[0] == 7
+    again.close()
+
+
+def test_without_a_measured_one_all_are_left_behind(states):
+    states.save(1, make_state(1), {})
+    assert states.go_back(make_state()) is None and states.steps == []
+
+
+def test_values_that_older_versions_stored_with_a_save_do_not_compete(tmp_path, monkeypatch):
+    def dumps(tree):
+        return json.dumps(tree | {"value": 9.0} if "user" in tree else tree)
+
+    with monkeypatch.context() as patch:  # as they stored it: of the rollout before the update
+        patch.setattr(run_state, "json", SimpleNamespace(dumps=dumps, loads=json.loads))
+        states = RunState(tmp_path / "checkpoints", keep=2, keep_best=True)
+        states.save(1, make_state(1), {"a": 1})
+        states.save(2, make_state(2), {"a": 2})
+        states.close()
+    again = RunState(tmp_path / "checkpoints", keep=2, keep_best=True)
+    assert again.best is None
+    step, state, metadata = again.restore(make_state(), best=True)
+    assert (step, metadata) == (2, {"a": 2})
+    assert_same(state, make_state(2))
     again.close()
 
 

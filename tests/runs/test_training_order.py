@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import Stopped, UserError
-from icet_jax.lppo.state import TrainState
+from icet_jax.lppo.state import Controls, TrainState
 from icet_jax.runs.metrics_log import MetricsLog
 from icet_jax.runs.signals import handled
 from icet_jax.runs.stability import Stability
 from icet_jax.runs.training import Trainer
 
-BEFORE = TrainState(trainable={}, opt_state=None, controls=None, iteration=0, updates=0)
+BEFORE = TrainState(trainable={}, opt_state=None, controls=Controls(1.0, None), iteration=0, updates=0)
 
 
 class Algorithm:
@@ -56,10 +56,15 @@ class Kept(RunState):
     def __init__(self, events):
         self.events = events
 
-    def save(self, step, state, metadata, *, value=None):
+        self.values = {}
+
+    def save(self, step, state, metadata):
         assert state.iteration == step
         self.events.append(f"save {step}")
-        self.metadata, self.value = metadata, value
+        self.metadata = metadata
+
+    def measure(self, step, value):
+        self.values[step] = value
 
     def wait(self):
         self.events.append("wait")
@@ -72,7 +77,7 @@ class Batches:
 
 def iterate(events, kept=None, skip=False, checkpoint=None, algorithm=Algorithm, **options):
     trainer = Trainer.__new__(Trainer)
-    lppo = {"on_instability": "skip" if skip else "stop", "max_skipped": 1}
+    lppo = {"on_instability": "skip" if skip else "stop", "max_skipped": 1, "max_kl": 0.0}
     checkpoint = {"every": 2, "best": None, "best_is": "highest"} | (checkpoint or {})
     trainer._config = ConfigDict({"algorithm": "lppo", "log": {"every": 1}, "checkpoint": checkpoint, "lppo": lppo})
     trainer.algorithm, trainer._batches = algorithm(events, **options), Batches()
@@ -103,7 +108,7 @@ def test_an_unstable_iteration_may_be_skipped_and_is_counted():
     events = []
     kept = Kept(events)
     assert iterate(events, kept, skip=True, broken=[2]).iteration == 3
-    assert "log 2" in events and kept.metadata == {"skipped": {"in_a_row": 0, "in_all": 1}}
+    assert "log 2" in events and kept.metadata == {"skipped": {"in_a_row": 0, "in_all": 1, "rollbacks": 0}}
 
 
 def test_too_many_in_a_row_stop_the_run():
@@ -128,13 +133,13 @@ def test_a_signal_saves_what_is_finished_and_stops(number):
         iterate(events, kept, algorithm=Told, checkpoint={"every": 100, "best": "train/nonfinite"})
     assert caught.value.line == f"{number.name}: iteration 2 is saved; the same command goes on from there"
     assert caught.value.code == 75
-    assert events[-2:] == ["save 2", "wait"] and kept.value is None, "signals must not decide what competes"
+    assert events[-2:] == ["save 2", "wait"] and not kept.values, "signals must not decide what competes"
 
 
 def test_the_value_of_a_checkpoint_is_the_metric_that_the_config_names():
     for best_is, sign in (("highest", 1), ("lowest", -1)):
         kept = Kept([])
         iterate([], kept, skip=True, broken=[3], checkpoint={"best": "train/skipped", "best_is": best_is})
-        assert kept.value == sign * 1
+        assert kept.values == {2: sign * 1}, "iteration 3 is the first that the state of iteration 2 made a rollout for"
     with pytest.raises(UserError, match="has no such metric, but train/nonfinite, train/skipped"):
         iterate([], checkpoint={"best": "objective/nothing"})
