@@ -237,9 +237,13 @@ def _lppo() -> ConfigDict:
     lppo.minibatches = 1  # optimizer steps per epoch; TRL: one
     lppo.accumulation = 8  # slices of a mini-batch whose gradients are summed; ours, for memory
     lppo.target_kl = 0.0  # approximate KL per token at which the remaining updates of a rollout are skipped; 0 = off
-    lppo.max_kl = 0.0  # mean KL to the reference, nats per sequence, above which a rollout is not learnt from; 0 = off
+    # Mean KL to the reference, nats per sequence, that a state may have; 0 = off. A rollout beyond it is not learnt
+    # from: the run goes back to the newest checkpoint whose own rollout was within it, at half the learning rate each
+    # time.
+    lppo.max_kl = 0.0
     # What follows from a rollout beyond max_kl, or a loss or gradient that is NaN or infinite; neither is ever applied.
-    # "stop": the run ends, its last checkpoint is good; "skip": it goes on with the next rollout, and counts them.
+    # "stop": the run ends with a good last checkpoint (beyond max_kl: the state that it went back to, from which the
+    # same command goes on more slowly); "skip": it goes on with the next rollout, and counts them.
     lppo.on_instability = "stop"
     lppo.max_skipped = 5  # iterations in a row that "skip" gives up; with one more the run stops after all
     lppo.temperature = 1.0  # of rollouts, and of every log-prob after them; *ours*, as in TRL
@@ -309,8 +313,9 @@ def _checkpoint() -> ConfigDict:
     checkpoint.every = 10  # iterations between complete checkpoints; the last iteration is always one
     checkpoint.keep = 2  # newest checkpoints kept
     # Name in metrics.jsonl, such as "objective/rlhf_reward": of the checkpoints made every so many iterations, the one
-    # whose iteration has the best value is kept as well, and is what align measures and exports at the end, and
-    # --mode=export writes. Unset: the last one is.
+    # with the best value is kept as well, and is what align measures and exports at the end, and --mode=export writes.
+    # The value is that of the next iteration's rollout, which the checkpoint's policy makes; one more iteration, which
+    # is dropped, measures the last. Unset: the last one is taken.
     checkpoint.best = config_dict.placeholder(str)
     checkpoint.best_is = "highest"  # or "lowest": which value of checkpoint.best is the best
     return checkpoint

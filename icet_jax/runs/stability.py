@@ -76,7 +76,7 @@ class Stability:
         self._in_a_row = 0
         return UserError(
             f"{said}; the state within it is saved as iteration {iteration}, and the same command goes on from there "
-            f"at {_SLOWER ** self._rollbacks:.3g} of config.optimizer.learning_rate"
+            f"at {_SLOWER**self._rollbacks:.3g} of config.optimizer.learning_rate"
         )
 
     def _goes_on(self) -> bool:

@@ -259,6 +259,7 @@ def test_a_rollout_beyond_max_kl_moves_nothing(model):
         assert (instability(row) is None) == taught and int(state.iteration) == 1
         if not taught:
             assert "beyond config.lppo.max_kl" in instability(row)
+            assert "objective/kl" in row and not {"val/ratio", "loss/total_avg", "train/grad_norm"} & row.keys()
             assert moved(before.trainable, state.trainable) == 0 and moved(before.opt_state, state.opt_state) == 0
 
 

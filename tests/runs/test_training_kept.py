@@ -52,9 +52,16 @@ class Numbers:
         step = 0.0 if beyond or number >= self.iterations else self.steps[number] * scale
         state.trainable["w"].delete()  # as an update donates it
         after = state._replace(
-            trainable={"w": jnp.asarray(before + step)}, iteration=jnp.asarray(number + 1), updates=jnp.asarray(number + 1)
+            trainable={"w": jnp.asarray(before + step)},
+            iteration=jnp.asarray(number + 1),
+            updates=jnp.asarray(number + 1),
         )
-        row = {"objective/kl": kl, "train/nonfinite": 0.0, "train/unstable": float(beyond), "train/learning_rate": scale}
+        row = {
+            "objective/kl": kl,
+            "train/nonfinite": 0.0,
+            "train/unstable": float(beyond),
+            "train/learning_rate": scale,
+        }
         return after, lambda: dict(row)
 
 
