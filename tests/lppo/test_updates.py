@@ -16,7 +16,7 @@ OPTIMIZER = OptimizerSettings(learning_rate=0.1, weight_decay=0.01)
 
 def loss_function(trainable: dict, rows: dict) -> tuple[Array, dict[str, Array]]:
     loss = jnp.mean((trainable["w"] - rows["x"]) ** 2)
-    names = ("approxkl", "clipfrac", "entropy", "policy", "value", "ratio", "ratio_var", "value_clipfrac")
+    names = ("approxkl", "clipfrac", "entropy", "policy", "value", "ratio", "ratio_var", "ratio_max", "value_clipfrac")
     return loss, dict.fromkeys(names, loss)
 
 
