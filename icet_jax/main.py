@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk
+from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk, out_of_memory
 
 COMMAND = "python -m icet_jax.main"
 EXAMPLE = f"{COMMAND} --config=configs/organism_lppo.py --workdir=runs/organism"
@@ -250,8 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output is gone (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        known = full_disk(error)
+    except Exception as error:
+        known = full_disk(error) or out_of_memory(error)
         if known is None:
             raise
         print(f"icet-jax: {known}", file=sys.stderr)

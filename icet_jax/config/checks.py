@@ -36,6 +36,7 @@ _POSITIVE: _Rule = (lambda v: v > 0, "above 0")
 _NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "0 or more")
 _SHARE: _Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
 _DECAY: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
+_TOO_LARGE = 2**31  # of sizes and counts, which devices hold as int32
 
 
 def _one_of(choices: tuple[str, ...]) -> _Rule:
@@ -155,6 +156,8 @@ def check(config: ConfigDict) -> None:
         if name not in values:
             raise UserError(f"config.{name} is missing: the config replaced its section; change single fields instead")
         _check_type(name, values[name], reference)
+        if type(values[name]) is int and values[name] >= _TOO_LARGE and name != "seed":
+            raise UserError(f"config.{name} is {values[name]}, but must be below 2^31: no array can be larger")
         if name in _RULES and values[name] is not None:
             allowed, says = _RULES[name]
             if not allowed(values[name]):

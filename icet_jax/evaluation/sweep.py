@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from icet_jax.data.records import Example
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, during
 from icet_jax.evaluation.queue import CompileAhead, Queue
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.statistics import Interval
@@ -265,7 +265,8 @@ class _Runner:
         """Judges the answers that wait, by `batch_size`, while there are at least `least` (0: all)."""
         while self.unjudged and len(self.unjudged) >= least:
             rows, self.unjudged = self.unjudged[: self.batch_size], self.unjudged[self.batch_size :]
-            judge(rows, self.scorers, mixed=self.mixed)
+            with during("judging"):
+                judge(rows, self.scorers, mixed=self.mixed)
             self.file.add(rows, judged=True)
             new = self.tokens - self.reported
             self.reported = self.tokens

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from icet_jax import files
-from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk
+from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk, out_of_memory
 from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards
 
 _T = TypeVar("_T")
@@ -382,6 +382,7 @@ def _watch() -> None:
 
 def _fail(error: BaseException) -> NoReturn:
     """Names this process's error to all, unless another process has failed before, and ends with its exit code."""
+    error = out_of_memory(error) or error
     line, code = describe(error)
     client, index = _client(), jax.process_index()
     if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
@@ -411,7 +412,7 @@ def describe(error: BaseException) -> tuple[str, int]:
         return error.line, RESUMABLE
     if isinstance(error, SystemExit):
         return f"exit code {error.code}", error.code if isinstance(error.code, int) else 1
-    error = full_disk(error) or error
+    error = full_disk(error) or out_of_memory(error) or error
     first = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, UserError):
         return first, error.exit_code

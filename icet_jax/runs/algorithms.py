@@ -13,6 +13,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from icet_jax.api import VLM
+from icet_jax.errors import during
 from icet_jax.evaluation.batching import PromptBatch
 from icet_jax.judges.keywords import refused
 from icet_jax.lppo import learner, lsft
@@ -80,27 +81,33 @@ class Lppo:
     def begin(self, state: TrainState, batch: PromptBatch) -> Any:
         """See `Algorithm`."""
         self._watch.start()
-        exits = self._exits(self._run_key, state.iteration)
-        return self._phases.rollout(
-            self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
-        )
+        with during("rollout"):
+            exits = self._exits(self._run_key, state.iteration)
+            return self._phases.rollout(
+                self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
+            )
 
     def finish(self, state: TrainState, batch: PromptBatch, begun: Any) -> tuple[TrainState, Read]:
         """See `Algorithm`."""
         params, rollout = self._vlm.params, begun
-        tokens, mask, prompt_mask = fetch((rollout.tokens, rollout.mask, batch.mask))
+        with during("rollout"):  # what fails on a device is told where its results are asked for
+            tokens, mask, prompt_mask = fetch((rollout.tokens, rollout.mask, batch.mask))
         seconds = {"rollout": self._watch.lap()}
         texts = self._vlm.processor.decode(tokens, mask)
-        scores, learned = self._reward(batch.examples, texts)
+        with during("judging"):
+            scores, learned = self._reward(batch.examples, texts)
         seconds["score"] = self._watch.lap()
         longest = int(mask.sum(axis=1).max())
         rewarded = self._reward.rewarded(batch.examples)
-        state, train_batch, before = self._phases.prepare(params, state, rollout, scores, learned, longest, rewarded)
-        state, after = self._phases.update(params, state, train_batch, self._run_key)
+        with during("update"):
+            prepared = self._phases.prepare(params, state, rollout, scores, learned, longest, rewarded)
+            state, train_batch, before = prepared
+            state, after = self._phases.update(params, state, train_batch, self._run_key)
         by_kind = scores_by_kind(batch.examples, scores, rewarded & mask.any(axis=1))
         forbidden = [text for example, text in zip(batch.examples, texts, strict=True) if example.kind == "forbidden"]
         done = self._counter.lppo(prompt_mask.sum(axis=1), mask.sum(axis=1), _images(batch))
 
+        @during("update")
         def read() -> Row:
             row = host_metrics(before, after) | by_kind
             if forbidden:
@@ -141,10 +148,12 @@ class Lsft:
 
     def finish(self, state: TrainState, batch: PromptBatch, begun: Any) -> tuple[TrainState, Read]:
         """See `Algorithm`."""
-        state, metrics = self._update(self._vlm.params, state, *begun)
+        with during("update"):
+            state, metrics = self._update(self._vlm.params, state, *begun)
         prompt_mask, target_mask = fetch(batch.mask), begun[5]
         done = self._counter.lsft(prompt_mask.sum(axis=1), target_mask.sum(axis=1), _images(batch))
 
+        @during("update")
         def read() -> Row:
             row = host_metrics(metrics)
             return row | speeds(done, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)

@@ -18,7 +18,7 @@ from icet_jax import api, report
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.config import check_exits
 from icet_jax.data.records import Example
-from icet_jax.errors import UserError
+from icet_jax.errors import UserError, during
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import Scorer
 from icet_jax.parallel.distributed import is_writer, on_first
@@ -88,6 +88,7 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
     return Setting(vlm, judges, utility_judges, rows, train[0] if train else [])
 
 
+@during("loading the model")
 def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> api.VLM:
     """The model that `config.model` names, with its start adapter, over all devices if there are several.
 

@@ -16,6 +16,7 @@ import jax
 import jax.monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
+from icet_jax.errors import during
 from icet_jax.parallel.programs import keep_traces
 
 OFF = "off"
@@ -102,14 +103,15 @@ def compile_programs(programs: Iterable[tuple[str, Any]], meanwhile: Callable[[]
       What `meanwhile` returned.
     """
 
-    def seconds_of(lowered: Any) -> float:
+    def seconds_of(name: str, lowered: Any) -> float:
         began = time.perf_counter()
-        lowered.compile()
+        with during(f"compiling {name}"):
+            lowered.compile()
         return time.perf_counter() - began
 
     start = time.perf_counter()
     with CompilationCounter() as counter, ThreadPoolExecutor(os.cpu_count(), _THREADS) as threads:
-        futures = [(name, threads.submit(seconds_of, lowered)) for name, lowered in programs]
+        futures = [(name, threads.submit(seconds_of, name, lowered)) for name, lowered in programs]
         result = meanwhile()
         parts = ", ".join(f"{name} {future.result():.1f} s" for name, future in futures)
     kept = f", {counter.kept} of {len(futures)} kept from before" if counter.kept else ""

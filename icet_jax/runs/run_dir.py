@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax.config import OPEN_FIELDS, default, flatten
-from icet_jax.errors import UserError, write_error
+from icet_jax.errors import UserError, during, write_error
 from icet_jax.files import parse_json, read_text, write_text_atomic
 
 SCHEMA = 1
@@ -121,7 +121,8 @@ class Costs:
         start = time.perf_counter()
         with CompilationCounter() as compilations:
             try:
-                yield extra
+                with during(name.replace("_", " ")):
+                    yield extra
             finally:
                 entry = self._phases.setdefault(name, {"name": name, "seconds": 0.0})
                 numbers = {

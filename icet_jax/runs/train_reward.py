@@ -19,7 +19,7 @@ from icet_jax.checkpoints.source import local_directory
 from icet_jax.config import require
 from icet_jax.data.hh_rlhf import Pair, Preferences, read_pairs, split_by_prompt, without_prompts
 from icet_jax.data.tokenizer import load_tokenizer
-from icet_jax.errors import Stopped, UserError
+from icet_jax.errors import Stopped, UserError, during
 from icet_jax.evaluation.statistics import Interval, mean_interval
 from icet_jax.files import write_text_atomic
 from icet_jax.judges.base import metric_name
@@ -96,7 +96,7 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
         mesh=visible_mesh(**config.mesh),
     )
     costs = run_dir.Costs(workdir)
-    with costs.phase("train"):
+    with costs.phase("train"), during("fitting the reward model"):
         state, last = _train(config, workdir, trainer, trainer.start(base.params), optimizer)
     with costs.phase("held_out"):
         margins = trainer.margins(state.params, held_out.tokens)
