@@ -10,14 +10,14 @@ from PIL import Image
 from icet_jax import main as front_door
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.data.hh_rlhf import read_pairs
-from icet_jax.data.images import open_image
+from icet_jax.data.images import image_size, open_image
 from icet_jax.data.prepared import read_facts
 from icet_jax.errors import UserError
 from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.judges.cache import _Table
 from icet_jax.judges.human import _rows
 from icet_jax.report.load import read_json
-from icet_jax.runs import run_dir
+from icet_jax.runs import fingerprints, run_dir
 from icet_jax.runs.config_files import load
 from icet_jax.runs.metrics_log import truncate
 from icet_jax.runs.sources import read_rows
@@ -41,6 +41,9 @@ READERS = {
     "rows.csv": lambda path: read_rows(str(path)),
     "rows.jsonl": lambda path: read_rows(str(path)),
     "picture.png": open_image,
+    "scene.png": image_size,
+    "captions.json": lambda path: read_rows(f"captions:{path}?images={path.parent}"),
+    "fingerprints.json": fingerprints._read,
     "pairs.jsonl": read_pairs,
     "pairs.jsonl.gz": read_pairs,
     "labels": _rows,

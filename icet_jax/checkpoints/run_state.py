@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.errors import RESUMABLE, UserError
-from icet_jax.files import parse_json, write_text_atomic
+from icet_jax.files import parse_json, read_text, write_text_atomic
 from icet_jax.parallel.distributed import gather, is_writer, together
 from icet_jax.parallel.sharding import flatten_with_names
 
@@ -229,7 +229,7 @@ class RunState:
     def _read_measured(self) -> dict[int, float | None]:
         """What an earlier process was told; nothing where none was, as before there was such a file."""
         try:
-            found = parse_json((self.directory / _MEASURED).read_text(encoding="utf-8"))
+            found = parse_json(read_text(self.directory / _MEASURED))
             told = {int(step): value for step, value in found.items()}
         except FileNotFoundError:
             return {}

@@ -13,7 +13,7 @@ from icet_jax.data.image_files import MISSING
 from icet_jax.data.records import BadRow, Example, Records, category, collect, inside, prompt_of, text, usable_image
 from icet_jax.data.tables import RawRow, csv_rows
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from icet_jax.data.published import _Request
@@ -129,7 +129,7 @@ def read_captions(request: "_Request") -> Records:
 def _caption_rows(path: Path) -> Iterator[RawRow]:
     """{id, file, caption} of each image of a captions file, in the order of its list `images`."""
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_bytes(path))
     except ValueError as error:
         raise UserError(
             f"{path}: not a JSON file ({error}); give captions in MS-COCO's or Karpathy's layout"

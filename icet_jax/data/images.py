@@ -98,6 +98,8 @@ def image_size(source: ImageLike, name: str | None = None) -> tuple[int, int]:
 def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
     """(height, width) after turning upright; None where pixels must be decoded to know it, or the file is damaged."""
     try:
+        if isinstance(file, Path):
+            require_regular(file)
         with Image.open(file, formats=_SIZED_BY_HEADER) as image:
             if image.format not in _SIZED_BY_HEADER or image.width * image.height > MAX_PIXELS:
                 return None

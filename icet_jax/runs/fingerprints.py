@@ -20,7 +20,7 @@ from icet_jax.data.hh_rlhf import Pair
 from icet_jax.data.images import StoredImage
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json, write_text_atomic
+from icet_jax.files import parse_json, read_text, write_text_atomic
 from icet_jax.parallel.distributed import on_first
 from icet_jax.runs.run_dir import has_begun
 
@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Fingerprints]:
       UserError: it is damaged.
     """
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
         if not isinstance(content, dict):
             raise ValueError("not an object")
         kinds = {kind: content[kind] for kind in (_ROWS, _CHECKPOINTS) if kind in content}
