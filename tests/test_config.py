@@ -206,6 +206,8 @@ def test_overrides_are_read_by_the_type_of_the_field():
         ("lppo.kl_kind", "k4", "one of k1, k2, k3"),
         ("lppo.fixed_exit", "0", "from 1"),
         ("lppo.minibatches", "3", "does not divide"),
+        ("lppo.dual_clip", "0.5", "must be 0, which is off, or above 1"),
+        ("lppo.max_ratio", "1", "must be 0, which is off, or above 1"),
         ("model.dtype", "float16", "one of float32, bfloat16"),
         ("lora.targets", "q_proj,qproj", "distinct names"),
         ("seeds", "1,1", "distinct"),
@@ -279,6 +281,15 @@ def test_exits_are_checked_against_the_model():
 def test_a_missing_field_says_how_to_give_it():
     with pytest.raises(UserError, match="config.model.checkpoint is not set.*--config.model.checkpoint="):
         icet_config.require(icet_config.default(), "seed", "model.checkpoint")
+
+
+@pytest.mark.parametrize("family", PAPER)
+def test_the_guards_are_on_in_the_papers_configs_and_off_elsewhere(family):
+    guards = ("target_kl", "max_ratio", "dual_clip")
+    for variant in ("", ":mixed", ":smoke"):
+        config = config_files.load(f"configs/{family}_lppo.py{variant}")
+        assert all(config.lppo[guard] > 0 for guard in guards)
+    assert not any(config.lppo[guard] for config in (icet_config.default(), icet_config.organism()) for guard in guards)
 
 
 @pytest.mark.parametrize("family", PAPER)

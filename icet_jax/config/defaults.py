@@ -219,6 +219,8 @@ def _lppo() -> ConfigDict:
     lppo.gamma = 1.0  # discount; TRL
     lppo.lam = 0.95  # GAE's lambda; TRL
     lppo.clip_range = 0.2  # the paper's epsilon; value from TRL
+    # Bound of a token's loss where its advantage is negative, in advantages (Ye et al. 2020: 3); 0 = off.
+    lppo.dual_clip = 0.0
     lppo.value_clip_range = 0.0  # 0 = off: the paper's value loss is the plain squared error
     # The paper's c1, of the squared error (V - R)^2. The number is TRL's, which halves the error: ours is twice its
     # term.
@@ -237,6 +239,7 @@ def _lppo() -> ConfigDict:
     lppo.minibatches = 1  # optimizer steps per epoch; TRL: one
     lppo.accumulation = 8  # slices of a mini-batch whose gradients are summed; ours, for memory
     lppo.target_kl = 0.0  # approximate KL per token at which the remaining updates of a rollout are skipped; 0 = off
+    lppo.max_ratio = 0.0  # largest ratio of any token beyond which they are skipped too; 0 = off
     # Mean KL to the reference, nats per sequence, that a state may have; 0 = off. A rollout beyond it is not learnt
     # from: the run goes back to the newest checkpoint whose own rollout was within it, at half the learning rate each
     # time.

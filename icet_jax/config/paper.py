@@ -101,6 +101,13 @@ def lppo(config: ConfigDict) -> ConfigDict:
     # ours: at TRL's 10,000 sequences the coefficient can move to 0.887 or 1.128 of its start over the whole run, which
     # is as good as fixed; at 1,000 to 0.30 or 3.3.
     config.lppo.kl_horizon = 1000.0
+    # Guards against a runaway, all ours. A step beyond a bound is not applied and ends the updates of its rollout.
+    config.lppo.dual_clip = 3.0  # Ye et al. 2020
+    # Nats per token. On the embedded organism 0.18 cost utility and a runaway reached 23; with the clip at 0.2 a token
+    # that moves as far as it is rewarded for adds 0.02.
+    config.lppo.target_kl = 0.1
+    # A rare token may well become ten times as likely within a rollout's updates, a hundred times is a runaway.
+    config.lppo.max_ratio = 100.0
     config.optimizer.learning_rate = 1e-5  # ours (TRL: 1.41e-5)
     config.lora.rank = 64  # Rewards-in-Context's PPO, the source of the reward model
     config.lora.alpha = 128.0  # as above

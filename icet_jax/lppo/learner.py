@@ -413,9 +413,8 @@ def lppo_loss(
         chunk=settings.log_prob_chunk,
         value_stop_gradient=settings.value_stop_gradient,
     )
-    policy_term, stats = losses.policy_loss(
-        new.log_probs, rows.old_log_probs, rows.advantages, rows.mask, clip_range=settings.clip_range
-    )
+    clips: dict[str, Any] = dict(clip_range=settings.clip_range, dual_clip=settings.dual_clip or None)
+    policy_term, stats = losses.policy_loss(new.log_probs, rows.old_log_probs, rows.advantages, rows.mask, **clips)
     value_term, value_stats = losses.value_loss(
         new.values, rows.old_values, rows.returns, rows.mask, clip_range=settings.value_clip_range or None
     )
@@ -444,13 +443,14 @@ def _update(
         batch,
         run_key,
         target_kl=settings.target_kl,
+        max_ratio=settings.max_ratio,
     )
     return new_state, policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
 
 
 def run_epochs(
     loss_function: LossFunction, settings: Settings, mesh: jax.sharding.Mesh | None, state: TrainState, batch: Any,
-    run_key: Array, *, target_kl: float = 0.0,
+    run_key: Array, *, target_kl: float = 0.0, max_ratio: float = 0.0,
 ) -> tuple[TrainState, Outcome]:  # fmt: skip
     """One iteration's epochs x mini-batches x accumulation; L-PPO and L-SFT share it.
 
@@ -461,7 +461,7 @@ def run_epochs(
       state: before the iteration.
       batch: row-aligned, with a `mask` of response tokens, [B, A].
       run_key: of the run.
-      target_kl: see `optimise`.
+      target_kl, max_ratio: see `optimise`.
 
     Returns:
       (the state after the iteration, placed on the mesh as the one before it was; the outcome of its steps).
@@ -487,6 +487,7 @@ def run_epochs(
         jnp.sum(batch.mask, axis=1),
         order,
         target_kl=target_kl,
+        max_ratio=max_ratio,
         scale=state.controls.learning_rate_scale,
     )
     state = state._replace(

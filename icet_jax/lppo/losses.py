@@ -19,8 +19,12 @@ def policy_loss(
     mask: Bool[ArrayLike, "B A"],
     *,
     clip_range: Scalar,
+    dual_clip: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
     """E[max(-K A, -clip(K, 1 - eps, 1 + eps) A)] with K = exp(log_probs - old_log_probs) (paper; Schulman 2017, eq. 7).
+
+    With `dual_clip` c a token of negative A costs at most -c A (Ye et al. 2020, "Mastering Complex Control in MOBA
+    Games with Deep Reinforcement Learning", eq. 5): the first bound does not hold there, and -K A grows with K.
 
     Args:
       log_probs: of the response tokens under the policy being updated, conditioned on the row's exit.
@@ -28,6 +32,7 @@ def policy_loss(
       advantages: constants; no gradient is asked of them.
       mask: true on the response tokens; entries outside it may be anything, NaN included.
       clip_range: eps.
+      dual_clip: c, above 1; None is off.
 
     Returns:
       (loss, stats): stats are scalar token means, `ratio`, `ratio_var`, `clipfrac` (share of tokens where the clipped
@@ -43,7 +48,10 @@ def policy_loss(
     ratio = jnp.exp(log_ratio)
     unclipped = -ratio * advantages
     clipped = -jnp.clip(ratio, 1.0 - clip_range, 1.0 + clip_range) * advantages
-    loss = masked_mean(jnp.maximum(unclipped, clipped), mask)
+    per_token = jnp.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        per_token = jnp.where(advantages < 0, jnp.minimum(per_token, -dual_clip * advantages), per_token)
+    loss = masked_mean(per_token, mask)
     mean_ratio = masked_mean(ratio, mask)
     stats = {
         "ratio": mean_ratio,

@@ -39,7 +39,9 @@ class Settings:
     epochs: int = 4
     minibatches: int = 1
     accumulation: int = 1
+    dual_clip: float = 0.0
     target_kl: float = 0.0
+    max_ratio: float = 0.0
     max_kl: float = 0.0
     log_prob_chunk: int = 16
     entropy_coef: float = 0.0

@@ -27,7 +27,7 @@ class Outcome(NamedTuple):
     Attributes:
       trainable, opt_state: after the last applied step.
       applied: int32, steps applied.
-      stopped: bool, `target_kl` was exceeded.
+      stopped: bool, `target_kl` or `max_ratio` was exceeded.
       nonfinite: bool, a loss or a gradient was NaN or infinite.
       stats: means over the steps that were evaluated; of maxima the largest.
       evaluated: int32, those of them that had a token to learn from.
@@ -127,13 +127,15 @@ def optimise(
     order: Int[Array, "S G M"],
     *,
     target_kl: float = 0.0,
+    max_ratio: float = 0.0,
     scale: Array | None = None,
 ) -> Outcome:
     """Runs every step of `order`, unless one of them shows a reason to stop.
 
-    A step whose `approxkl` exceeds `target_kl` (0 = off), or whose loss or gradient is not finite, is not applied, and
-    the remaining steps of this call are skipped: the weights stay the last good ones. A step without a token is not
-    applied either: moments and weight decay would move the weights all the same. `scale` multiplies every step.
+    A step whose `approxkl` exceeds `target_kl` (0 = off), whose `ratio_max` exceeds `max_ratio` (0 = off), or whose
+    loss or gradient is not finite, is not applied, and the remaining steps of this call are skipped: the weights stay
+    the last good ones. A step without a token is not applied either: moments and weight decay would move the weights
+    all the same. `scale` multiplies every step.
     """
 
     @_traced_once
@@ -144,6 +146,7 @@ def optimise(
         stats = stats | {"loss": loss, "grad_norm": norm}
         bad = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
         far = stats["approxkl"] > target_kl if target_kl else jnp.zeros((), bool)
+        far |= stats["ratio_max"] > max_ratio if max_ratio else False
 
         def apply(_: Any) -> Any:
             updates, new_opt_state = optimizer.update(grads, opt_state, trainable)

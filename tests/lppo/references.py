@@ -63,7 +63,7 @@ def token_rewards(scores, log_probs, ref_log_probs, mask, kl_coef, kind):
     return out
 
 
-def policy_loss(log_probs, old, advantages, mask, eps):
+def policy_loss(log_probs, old, advantages, mask, eps, dual_clip=None):
     """(loss, d loss / d log_probs, stats)."""
     n = max(int(mask.sum()), 1)
     loss, gradient, ratios, clipped, kl2 = 0.0, np.zeros(mask.shape), [], 0, 0.0
@@ -71,8 +71,11 @@ def policy_loss(log_probs, old, advantages, mask, eps):
         d, a = log_probs[b, t] - old[b, t], advantages[b, t]
         k = np.exp(d)
         plain, bounded = -k * a, -min(max(k, 1 - eps), 1 + eps) * a
-        loss += max(plain, bounded) / n
-        gradient[b, t] = plain / n if plain >= bounded else 0.0
+        cost, slope = max(plain, bounded), plain if plain >= bounded else 0.0
+        if dual_clip is not None and a < 0 and cost > -dual_clip * a:
+            cost, slope = -dual_clip * a, 0.0
+        loss += cost / n
+        gradient[b, t] = slope / n
         ratios.append(k)
         clipped += bounded > plain
         kl2 += d * d / 2

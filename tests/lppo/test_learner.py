@@ -11,6 +11,7 @@ from flax import nnx
 
 from icet_jax.errors import UserError
 from icet_jax.lppo import learner, lsft
+from icet_jax.lppo.forward import Scored
 from icet_jax.lppo.metrics import host_metrics, instability
 from icet_jax.lppo.state import pure_dict
 from icet_jax.lppo.updates import gradients, shuffled_order, take_rows
@@ -274,14 +275,29 @@ def test_controls_stay_numbers(model):
     assert float(state.controls.kl_coef) == float(controls.kl_coef)
 
 
-def test_target_kl_skips_the_remaining_updates(model):
+@pytest.mark.parametrize("guard", [{"target_kl": 1e-6}, {"max_ratio": 1.001}], ids=["target_kl", "max_ratio"])
+def test_a_guard_skips_the_remaining_updates(model, guard):
     _, params = model
-    stopping = dataclasses.replace(
-        toy.phases(toy.SETTINGS), update=toy.phases(toy.settings(epochs=4, target_kl=1e-6)).update
-    )
+    stopping = dataclasses.replace(toy.phases(toy.SETTINGS), update=toy.phases(toy.settings(epochs=4, **guard)).update)
     state, _, row = iterate(stopping, params, toy.state(params))
     assert row["policy/early_stop"] == 1 and 1 <= row["train/updates"] < 8
     assert int(state.updates) == row["train/updates"]
+
+
+def test_the_dual_clip_of_the_settings_bounds_the_loss(model, monkeypatch):
+    graphdef, params = model
+    shape, whole = (toy.ROWS, toy.NEW_TOKENS), jnp.zeros((toy.ROWS, 4), jnp.int32)
+    zero, one = jnp.zeros(shape), jnp.ones(shape)
+    monkeypatch.setattr(learner, "score_responses", lambda *_, **__: Scored(5 * one, zero, zero))
+    batch = learner.TrainBatch(
+        prompts=whole, prompt_mask=whole > 0, visual=None, responses=one.astype(jnp.int32), mask=one > 0,
+        old_log_probs=zero, old_values=zero, advantages=-one, returns=zero,
+    )  # fmt: skip
+    trainable = toy.state(params).trainable
+    losses = [
+        learner.lppo_loss(graphdef, toy.settings(dual_clip=bound), params, trainable, batch)[0] for bound in (0.0, 3.0)
+    ]
+    np.testing.assert_allclose(losses, [np.exp(5), 3], rtol=1e-5)
 
 
 def test_adaptive_coefficient_moves_after_the_rewards(model):

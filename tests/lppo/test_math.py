@@ -120,22 +120,34 @@ def test_k3_is_accurate_near_zero():
     np.testing.assert_allclose(got, ref.kl(d, 0.0, "k3"), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_policy_loss_and_its_gradient(seed):
+def test_policy_loss_and_its_gradient(seed, dual_clip):
     (log_probs, old, advantages, _), mask, rng = ref.random_case(seed)
     old = log_probs + 0.4 * old
-    want, want_gradient, want_stats = ref.policy_loss(log_probs, old, advantages, mask, 0.2)
+    want, want_gradient, want_stats = ref.policy_loss(log_probs, old, advantages, mask, 0.2, dual_clip)
     inputs = [ref.poison(x, mask, rng) for x in (log_probs, old, advantages)]
     (loss, stats), gradient = jax.value_and_grad(
-        lambda lp: lppo.policy_loss(lp, inputs[1], inputs[2], mask, clip_range=jnp.float32(0.2)), has_aux=True
+        lambda lp: lppo.policy_loss(lp, inputs[1], inputs[2], mask, clip_range=jnp.float32(0.2), dual_clip=dual_clip),
+        has_aux=True,
     )(inputs[0])
     np.testing.assert_allclose(loss, want, **TOLERANCE)
     np.testing.assert_allclose(gradient, want_gradient, **TOLERANCE)
     assert stats.keys() == want_stats.keys()
     for name, value in want_stats.items():
         np.testing.assert_allclose(stats[name], value, **TOLERANCE)
-    clean = jax.grad(lambda *a: lppo.policy_loss(*a, mask, clip_range=0.2)[0], (1, 2))(*inputs)
+    clean = jax.grad(lambda *a: lppo.policy_loss(*a, mask, clip_range=0.2, dual_clip=dual_clip)[0], (1, 2))(*inputs)
     assert all(np.all(np.isfinite(g)) and not np.any(g[~mask]) for g in clean)
+
+
+def test_the_dual_clip_bounds_what_one_token_can_cost():
+    """A token that became e^5 times as likely, and was worse than expected."""
+    one, mask = np.ones((1, 1), np.float32), np.ones((1, 1), bool)
+    free, _ = lppo.policy_loss(5 * one, 0 * one, -one, mask, clip_range=0.2)
+    bounded, _ = lppo.policy_loss(5 * one, 0 * one, -one, mask, clip_range=0.2, dual_clip=3.0)
+    np.testing.assert_allclose([free, bounded], [np.exp(5), 3], rtol=1e-5)
+    rewarded, _ = lppo.policy_loss(5 * one, 0 * one, one, mask, clip_range=0.2, dual_clip=3.0)
+    np.testing.assert_allclose(rewarded, -1.2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])

@@ -103,3 +103,13 @@ def test_the_largest_ratio_is_that_of_all_slices_and_steps_and_the_mean_stays_a_
     assert outcome.applied == 4
     assert outcome.stats["ratio_max"] == 3
     np.testing.assert_allclose(outcome.stats["ratio"], RATIOS.mean(), rtol=1e-6)
+
+
+def test_a_step_beyond_the_largest_ratio_ends_the_updates_and_is_not_applied():
+    """Whatever the mean is: rows 0 and 1, of ratios 1 and 3, are never in the same step."""
+    free, guarded = updated(), updated(max_ratio=2.9)
+    assert guarded.stopped and not free.stopped and not guarded.nonfinite
+    assert guarded.applied < 2 and guarded.stats["ratio_max"] == 3
+    within = updated(max_ratio=3.1)
+    assert within.applied == 4 and not within.stopped
+    np.testing.assert_array_equal(within.trainable["w"], free.trainable["w"])
