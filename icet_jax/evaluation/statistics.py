@@ -20,6 +20,8 @@ import numpy as np
 
 from icet_jax.lppo.exits import groups
 
+_RESAMPLES = 1000
+_ROUNDING = 1e-9  # shares that differ by less are equal
 GROUP_NAMES = ("early", "middle", "late")
 
 
@@ -82,6 +84,66 @@ def paired_interval(
     centre = up - down
     half = student_quantile(table.prompts - 1) * math.sqrt((up + down - centre**2) / (rows + 2))
     return Interval(table.mean, max(-1.0, min(centre - half, table.mean)), min(1.0, max(centre + half, table.mean)))
+
+
+def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[int, Interval]:
+    """The layer with the highest share (the first of equals), and a 95% interval of the highest true share.
+
+    The highest of many estimates lies too high, because the layer is chosen by the same answers. The lower end
+    therefore is that share less the 97.5% quantile of the largest error among the layers that may be the worst: the
+    bootstrap over prompts gives these errors, and a layer may be the worst unless its share is lower than the highest
+    by more than twice that quantile of all layers (the adaptive selection of Chernozhukov, Lee and Rosen 2013). The
+    upper end is the highest upper end of the single layers. The interval is never narrower than that of the layer
+    alone, since answers that are all alike tell the bootstrap nothing.
+
+    Args:
+      values: 0 or 1, float [E, n]; NaN is left out, and so is a layer without an observation.
+      clusters: [n] what makes rows dependent: their prompts.
+
+    Raises:
+      ValueError: no observation at all.
+    """
+    observed = np.isfinite(values).any(axis=0)
+    values = np.asarray(values, np.float64)[:, observed]
+    clusters = [cluster for cluster, there in zip(clusters, observed, strict=True) if there]
+    single = [mean_interval(layer, clusters, share=True) for layer in values]
+    means = np.array([interval.mean for interval in single])
+    worst = int(np.argmax(means >= np.nanmax(means) - _ROUNDING))
+    measured = np.flatnonzero(np.isfinite(means))
+    highs = [single[layer].high for layer in measured]
+    if math.isnan(single[worst].low):
+        return worst, single[worst]
+    errors = _bootstrap_errors(values[measured], clusters, means[measured])
+    slack = 2 * float(np.quantile(errors.max(axis=1), 0.975))
+    near = means[measured] >= means[worst] - slack
+    mean = single[worst].mean
+    low = mean - float(np.quantile(errors[:, near].max(axis=1), 0.975))
+    return worst, Interval(mean, max(0.0, min(low, single[worst].low)), float(np.nanmax(highs)))
+
+
+def _bootstrap_errors(values: np.ndarray, clusters: Sequence[Hashable], means: np.ndarray) -> np.ndarray:
+    """Resampled less observed means, [1000, E]: each time as many prompts are drawn with replacement as there are.
+
+    The draws are the same for the same prompts, so that a resumed sweep writes the same numbers.
+    """
+    codes = _codes(clusters)
+    prompts = int(codes.max()) + 1
+    used = np.isfinite(values)
+    sums, counts = (
+        np.stack([np.bincount(codes, weights=layer, minlength=prompts) for layer in table], axis=1)
+        for table in (np.where(used, values, 0.0), used.astype(np.float64))
+    )
+    generator = np.random.default_rng(0)
+    errors = []
+    at_once = max(1, 2**20 // prompts)  # bounds the memory
+    for start in range(0, _RESAMPLES, at_once):
+        size = min(at_once, _RESAMPLES - start)
+        places = generator.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
+        drawn = np.bincount(places.ravel(), minlength=size * prompts).reshape(size, prompts).astype(np.float64)
+        rows = drawn @ counts
+        # A layer that none of the drawn prompts has says nothing about its error.
+        errors.append(np.where(rows > 0, drawn @ sums / np.maximum(rows, 1.0) - means, 0.0))
+    return np.concatenate(errors)
 
 
 def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]:

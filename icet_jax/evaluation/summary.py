@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.evaluation.statistics import Interval, group_weights, mean_interval, paired_interval
+from icet_jax.evaluation.statistics import Interval, group_weights, maximum_interval, mean_interval, paired_interval
 
 SHARE_FAMILIES = ("asr", "refusal", "refusal_unsafe", "vqa", "accuracy", "degenerate", "empty", "truncated")
 """First part of the names of metrics whose values are 0 or 1 ("vqa": or a part of full credit)."""
@@ -25,6 +25,7 @@ Table = dict[str, Any]
 def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
     """`{"layers": [...], "groups": {...}}` of a sweep's rows, in the form of `sweeps/*.json`.
 
+    Where rows have an attack success rate, `"worst_exit": {metric: {"layer": ..., "mean": ..., "ci95": ...}}` too.
     Where rows have a policy, `"policies": {policy: [...]}` too: a list as `layers`, of `POLICY_FAMILIES` alone.
 
     Args:
@@ -35,6 +36,9 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict
     rows = list(rows)
     policies = _by_policy(rows)
     tables = _summarise(rows, exits, num_exits)
+    worst_exits = _worst_exits(rows, exits)
+    if worst_exits:
+        tables["worst_exit"] = worst_exits
     if policies:
         tables["policies"] = {name: _summarise(part, exits, num_exits)["layers"] for name, part in policies.items()}
     return tables
@@ -64,6 +68,19 @@ def _summarise(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dic
 
     counts = [int(count) for count in measured.present.sum(axis=1)]
     return _tables(list(measured.values), exits, num_exits, counts, estimate)
+
+
+def _worst_exits(rows: Sequence[Row], exits: Sequence[int]) -> dict[str, Table]:
+    """The exit with the highest value of each attack success rate, with the interval of that maximum."""
+    measured = _Measured(rows, exits)
+    found = {}
+    for metric, values in measured.values.items():
+        if _family(metric) == "asr" and np.isfinite(values).any():
+            position, interval = maximum_interval(values, measured.prompts)
+            errors = int(measured.errors[metric][position].sum())
+            estimate = _estimate(interval, int(np.isfinite(values[position]).sum()), errors)
+            found[metric] = {"layer": int(exits[position]), **estimate}
+    return found
 
 
 def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _header(comparison: Comparison) -> str:
         dataset, judge = comparison.headline
         basis = f"<p class=basis>ASR is {code(judge)} on {escape(dataset_name(dataset))}.</p>"
     planted = [member.name for member in comparison.members if member.study.first.organism]
-    caveats = _cautions(comparison)
+    caveats = [*_senseless_answers(comparison), *_cautions(comparison)]
     if planted:
         caveats.append(
             f"{', '.join(planted)}: a small model trained here, whose hole, where it has one, was built in. It is no "
@@ -92,6 +92,21 @@ def _header(comparison: Comparison) -> str:
         + "".join(f"<p class=caveat>{escape(text)}</p>" for text in caveats)
         + "</header>"
     )
+
+
+def _senseless_answers(comparison: Comparison) -> list[str]:
+    """Names the runs whose worst exit, which the headline counts, has empty or degenerate answers."""
+    if comparison.headline is None:
+        return []
+    dataset, judge = comparison.headline
+    listed = []
+    for phase in comparison.phases(dataset, judge):
+        for _, member in comparison.holders(dataset, judge):
+            worst = member.study.worst(phase, dataset, judge)
+            share = worst and member.study.senseless(phase, dataset, worst[0])
+            if worst and share:
+                listed.append(f"{member.name}, {phase} training, exit {worst[0]}: {percent(share.mean)}")
+    return [f"Some answers of the worst exits are empty or degenerate ({'; '.join(listed)})."] if listed else []
 
 
 def _cautions(comparison: Comparison) -> list[str]:

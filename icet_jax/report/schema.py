@@ -34,6 +34,12 @@ class Layer(TypedDict):
     metrics: dict[str, Estimate]
 
 
+class WorstExit(Estimate):
+    """The exit with the highest attack success rate. `ci95` is of that maximum, the choice of the exit included."""
+
+    layer: int
+
+
 class Group(TypedDict):
     """Average over the exits of a group; `average` is the mean of the three groups and has no `layers`."""
 
@@ -59,6 +65,7 @@ class Sweep(TypedDict):
     generation: dict[str, Any]
     layers: list[Layer]
     groups: dict[str, Group]  # early, middle, late, average
+    worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
     policies: NotRequired[dict[str, list[Layer]]]  # attack and refusal metrics of the rows of each policy
 
 

@@ -11,6 +11,7 @@ from icet_jax.report.schema import METRIC_FAMILIES
 GROUPS = ("early", "middle", "late", "average")
 KINDS = ("forbidden", "mixed", "benign", "vqa")
 HUMAN = "asr/human"
+_ROUNDING = 1e-9  # shares that differ by less are equal
 _LARGEST = 1e30  # sums and squares of such numbers are finite
 
 
@@ -160,8 +161,24 @@ class Study:
         return [(layer, value) for layer, value in values if isinstance(layer, int) and value is not None]
 
     def worst(self, phase: str, dataset: str, metric: str) -> tuple[int, Value] | None:
-        """The exit with the highest mean (the first of equals)."""
-        return max(self.curve(phase, dataset, metric), key=lambda item: item[1].mean, default=None)
+        """The exit with the highest mean (the first of equals); its interval is that of the maximum, where known."""
+        worst = max(self.curve(phase, dataset, metric), key=lambda item: item[1].mean, default=None)
+        if worst is None or self.several:
+            return worst
+        layer, of_maximum = _of_maximum(self.first.tables[phase, dataset], metric)
+        known = self.value(phase, dataset, metric, layer)
+        if known is None or of_maximum is None or layer is None:
+            return worst
+        same = max(abs(value.mean - worst[1].mean) for value in (known, of_maximum)) < _ROUNDING
+        return (layer, of_maximum) if same else worst
+
+    def senseless(self, phase: str, dataset: str, layer: int | None) -> Value | None:
+        """The share of an exit's answers that are empty or degenerate, whatever a judge says; None where it is 0."""
+        for metric in ("degenerate/text_rules", "empty"):  # an empty answer is a degenerate one too
+            share = self.value(phase, dataset, metric, layer)
+            if share is not None:
+                return share if share.mean > 0 else None
+        return None
 
     def judges(self, dataset: str) -> list[str]:
         """ASR metrics of all rows of a data set, the keyword judge last: it sees refusals, not what an answer says.
@@ -235,6 +252,14 @@ def _entry(layers: list[dict[str, Any]], metric: str, layer: int | None) -> Valu
         if entry["layer"] == layer and metric in entry["metrics"]:
             return as_value(entry["metrics"][metric], entry.get("n"))
     return None
+
+
+def _of_maximum(table: dict[str, Any], metric: str) -> tuple[int | None, Value | None]:
+    """The worst exit, and its value with the interval of the maximum; None for both in files of earlier versions."""
+    worst = table.get("worst_exit")
+    entry = worst.get(metric) if isinstance(worst, dict) else None
+    layer = entry.get("layer") if isinstance(entry, dict) else None
+    return (layer, as_value(entry)) if isinstance(layer, int) else (None, None)
 
 
 def _policies(table: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from icet_jax.evaluation.statistics import group_weights, mean_interval, paired_interval, student_quantile
+from icet_jax.evaluation.statistics import (
+    group_weights,
+    maximum_interval,
+    mean_interval,
+    paired_interval,
+    student_quantile,
+)
 
 Z = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 10: 2.2281, 30: 2.0423, 100: 1.9840, 1001: 1.96233}
 
@@ -110,6 +116,45 @@ def test_share_intervals_cover(rate, spread):
         got = mean_interval((rng.random(100) < np.repeat(rates, 5)).astype(float), clusters, share=True)
         hits += got.low <= rate <= got.high
     assert hits / 400 >= 0.93
+
+
+@pytest.mark.parametrize(
+    ("rates", "alone"),
+    [(np.full(24, 0.5), 0.7), (np.array([0.6, *[0.05] * 23]), 1.0)],
+    ids=["all alike", "one far above"],
+)
+def test_the_interval_of_the_worst_layer_covers_the_highest_rate(rates, alone):
+    """60 prompts at 24 layers: the interval of the layer that was chosen for its mean misses the truth too often."""
+    rng = np.random.default_rng(2)
+    hits, hits_alone = 0, 0
+    for _ in range(100):
+        values = (rng.random((24, 60)) < rates[:, None]).astype(float)
+        layer, got = maximum_interval(values, range(60))
+        assert layer == values.sum(axis=1).argmax() and got.mean == pytest.approx(values[layer].mean())
+        single = mean_interval(values[layer], range(60), share=True)
+        assert got.low <= single.low and got.high >= single.high
+        hits += got.low <= rates.max() <= got.high
+        hits_alone += single.low <= rates.max() <= single.high
+    assert hits / 100 >= 0.92 and hits_alone / 100 <= alone
+
+
+def test_rows_of_one_prompt_and_missing_layers_of_a_maximum():
+    rng = np.random.default_rng(3)
+    agreeing = np.repeat((rng.random((8, 12)) < 0.5).astype(float), 5, axis=1)
+    clustered = maximum_interval(agreeing, np.repeat(range(12), 5).tolist())[1]
+    alone = maximum_interval(agreeing, range(60))[1]
+    assert clustered.high - clustered.low > 1.5 * (alone.high - alone.low)
+    gaps = np.vstack([np.full(60, np.nan), agreeing])
+    gaps = np.hstack([gaps, np.full((9, 3), np.nan)])  # prompts that a judge could not judge anywhere
+    clusters = [*np.repeat(range(12), 5).tolist(), 97, 98, 99]
+    layer, got = maximum_interval(gaps, clusters)
+    assert layer == agreeing.sum(axis=1).argmax() + 1 and got == pytest.approx(clustered)
+
+
+def test_a_maximum_of_answers_that_are_all_alike_has_an_interval():
+    layer, got = maximum_interval(np.ones((3, 4)), range(4))
+    assert (layer, got.mean, got.high) == (0, 1.0, 1.0) and got.low == pytest.approx(0.283, abs=1e-3)
+    assert math.isnan(maximum_interval(np.ones((3, 2)), ["same", "same"])[1].low)
 
 
 def test_pairing_narrows_real_differences():

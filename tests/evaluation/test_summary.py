@@ -63,6 +63,18 @@ def test_groups_are_means_of_layer_means():
     assert summarise(rows, [1, 2], 8)["groups"] == {}
 
 
+def test_the_worst_exit_of_each_judge():
+    rows = [row(str(n), layer, {"asr/x": float(n < layer), "tr/x": 1.0}) for n in range(6) for layer in (1, 2, 4)]
+    rows += [row("6", layer, {"asr/x": None}) for layer in (1, 2, 4)]
+    table = summarise(rows, [1, 2, 4], 6)
+    worst = table["worst_exit"]["asr/x"]
+    alone = table["layers"][2]["metrics"]["asr/x"]["ci95"]
+    assert list(table["worst_exit"]) == ["asr/x"]
+    assert (worst["layer"], worst["mean"], worst["n"], worst["n_error"]) == (4, pytest.approx(4 / 6), 6, 1)
+    assert worst["ci95"][0] <= alone[0] and worst["ci95"][1] >= alone[1]
+    assert "worst_exit" not in summarise([row("a", 1, {"refusal/x": 1.0})], [1], 3)
+
+
 def test_policies_have_tables_of_their_own():
     rows = [
         row("a", 1, {"asr/x": 1.0, "tr/r": 2.0}) | {"policy": "odd"},

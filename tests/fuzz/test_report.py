@@ -50,7 +50,7 @@ SWEEP = {
     "schema": 1, "model": "m", "dataset": "d", "kind": "forbidden", "num_exits": 2, "default_exit": 2,
     "exit_definition": "e", "seed": 0, "generation": {"temperature": 0.0}, "layers": LAYERS,
     "groups": {name: {"layers": [1, 2], "metrics": {"asr/x": entry(0.5)}} for name in ("early", "late", "average")},
-    "policies": {"p": LAYERS},
+    "policies": {"p": LAYERS}, "worst_exit": {"asr/x": {"layer": 1, **entry(0.5)}},
 }  # fmt: skip
 
 

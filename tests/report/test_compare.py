@@ -85,6 +85,19 @@ def test_the_headline_spans_the_runs_worst_exits(runs, tmp_path):
     assert f"is between {100 * asr('before', 0.5):.1f}% and 92.9% unsafe" in sentence(load_comparison([*runs, late]))
 
 
+def test_empty_and_degenerate_answers_of_the_worst_exits_are_named(runs, tmp_path):
+    assert "empty or degenerate" not in render(load_comparison(runs))
+    path = runs[0] / "sweeps/before.forbidden.json"
+    before = path.read_text()
+    table = json.loads(before)
+    for layer in table["layers"]:
+        layer["metrics"]["degenerate/text_rules"] = {"mean": 0.25}
+    path.write_text(json.dumps(table))
+    page = render(load_comparison(runs))
+    path.write_text(before)
+    assert "Some answers of the worst exits are empty or degenerate (llava, before training, exit 1: 25.0%)." in page
+
+
 def test_only_what_two_runs_measured_is_drawn(tmp_path):
     first = write_run(tmp_path / "a", exits=8, default=7, more=("asr/llama_guard", "ts/one"))
     second = write_run(tmp_path / "b", exits=8, default=7, datasets=("forbidden",), more=("ts/two",))
