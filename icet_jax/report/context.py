@@ -169,8 +169,8 @@ def limits_html(study: Study) -> str:
         )
     else:
         limits.append(
-            "Intervals are clustered by prompt and cover the choice of prompts; the worst exit’s in the headline covers "
-            "the choice of the exit too, unless an earlier version measured it. They do not cover a scorer’s "
+            "Intervals are clustered by prompt and cover the choice of prompts; the worst exit’s in the headline "
+            "covers the choice of the exit too, unless an earlier version measured it. They do not cover a scorer’s "
             "mistakes, and with one training seed they do not say how another training run would end."
         )
     if any(study.metrics(dataset, "tr") for dataset in study.datasets):

@@ -45,10 +45,10 @@ def json_script(value: Any) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """0.123 -> "12.3%", exactly 0 and 1 without decimals; None -> an en dash."""
+    """0.123 -> "12.3%", 0 and 1 (but for rounding) without decimals; None -> an en dash."""
     if share is None:
         return "–"
-    return f"{_rounded(100 * share, 0 if share in (0, 1) else digits)}%"
+    return f"{_rounded(100 * share, 0 if min(abs(share), abs(share - 1)) < 1e-12 else digits)}%"
 
 
 def number(value: float | None) -> str:

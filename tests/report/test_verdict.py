@@ -96,7 +96,7 @@ def test_before_alone(tmp_path):
 def test_answers_without_sense_are_named_beside_the_share_that_counts_them(tmp_path):
     run = synthetic.write_run(tmp_path / "run", after=False, parts=())
     shares = [0.25, 0.5, 0.75, 1.0, 0.5, 0.25, 0.0, 0.0]
-    set_metric(run, "before.forbidden", "asr/world_exact", shares, n=4, ci95=[0.28, 1.0])
+    set_metric(run, "before.forbidden", "asr/world_exact", shares, n=4, ci95=[0.28, 0.9999999999999999])
     set_metric(run, "before.forbidden", "degenerate/text_rules", [0.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 0.0], n=4)
     assert judged(run).sentence == (
         "The default exit 7 is 0% unsafe; the worst is exit 4, at 100% unsafe "
