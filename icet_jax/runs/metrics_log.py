@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,9 +40,10 @@ class MetricsLog:
         Raises:
           UserError: Weights & Biases is asked for and not installed, or the directory cannot be written to.
         """
-        path = workdir / "metrics.jsonl" if is_writer() else Path(os.devnull)
-        truncate(path, step)
-        self._path = path
+        path = workdir / "metrics.jsonl"
+        if is_writer():
+            truncate(path, step)
+        self._path = path if is_writer() else None
         self._tensorboard: _Events | None = None
         self._wandb: Any = None
         if config.log.tensorboard and is_writer():
@@ -59,7 +59,8 @@ class MetricsLog:
         """
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         row = {"step": step} | {name: finite.get(name) for name in metrics}
-        append_text(self._path, json.dumps(row) + "\n")
+        if self._path is not None:
+            append_text(self._path, json.dumps(row) + "\n")
         if self._tensorboard is not None:
             self._tensorboard.write(step, finite)
         if self._wandb is not None:
