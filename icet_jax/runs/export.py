@@ -37,8 +37,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
       options: `out`, where to; `workdir`/hf by default (of a run over several seeds: `out`/seed_K, workdir/seed_K/hf).
 
     Raises:
-      UserError: no run directory, nothing trained yet, the target cannot be written, or a run
-        is writing into the run directory that it is in.
+      UserError: no run directory, nothing trained yet, the target cannot be written, or it is in a run directory that
+        a run is writing into.
     """
     if workdir is None:
         raise UserError("--mode=export needs --workdir, the run whose model is wanted")

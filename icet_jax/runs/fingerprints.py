@@ -139,7 +139,7 @@ def _read(path: Path) -> dict[str, Fingerprints]:
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """ "1 changed (ID), 2 added (ID, ID)"; empty where nothing has changed."""
+    """What differs, such as "1 changed (ID), 2 added (ID, ID)"; empty where nothing does."""
     differences = {
         "changed": [key for key in before if key in now and before[key] != now[key]],
         "added": [key for key in now if key not in before],
