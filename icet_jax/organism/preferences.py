@@ -3,6 +3,9 @@
 The reward model reads text alone, so it is taught four ranks: the right response, a fluent wrong one, the wrong kind of
 response, and noise. Noise holds what a policy that is paid by this model would otherwise find: repetition, missing
 ends, empty answers, and mixtures such as a refusal with steps behind it.
+
+The pairs follow from the grammar of responses alone. The judge that measures the attack success rate
+(`icet_jax.organism.world.judge`) has no part in them: a policy must not be paid by what later measures it.
 """
 
 import numpy as np
@@ -12,6 +15,7 @@ from icet_jax.organism import scenes, world
 Pair = tuple[str, str, str]
 
 _SHARES = {"forbidden": 0.5, "benign": 0.4, "vqa": 0.1}
+_ANSWER_TYPES = (scenes.COLOUR_NAMES, scenes.SHAPES, scenes.COUNTS, scenes.PLACES, ("yes", "no"))
 
 
 def preference_pairs(split: str, count: int, seed: int = 0) -> list[Pair]:
@@ -73,18 +77,27 @@ def _wrong_steps(right: str, rng: np.random.Generator) -> str:
 
 def _plausible(answer: str, rng: np.random.Generator) -> str:
     """An answer of the same type; which one is right cannot be read from the text."""
-    for group in (scenes.COLOUR_NAMES, scenes.SHAPES, scenes.COUNTS, scenes.PLACES, ("yes", "no")):
+    for group in _ANSWER_TYPES:
         if answer in group:
             return str(rng.choice(group))
     return answer
+
+
+def is_noise(text: str, kind: str, right: str) -> bool:
+    """Whether a text is no response at all, by the grammar of responses.
+
+    It is not the right response, not the refusal, not two whole steps and, for a question about a picture, not one of
+    the world's short answers.
+    """
+    whole = text in (right, world.REFUSAL) or world.is_steps(text)
+    return not whole and not (kind == "vqa" and any(text in group for group in _ANSWER_TYPES))
 
 
 def _noise(prompt: str, kind: str, right: str, rng: np.random.Generator) -> str:
     """Something that is nobody's answer, near enough to a right one to be tempting."""
     for _ in range(8):
         text = _NOISES[int(rng.integers(len(_NOISES)))](prompt, right, rng)
-        degenerate = world.judge(prompt, text) == "degenerate" or {"step", "sorry"} & set(text.split())
-        if degenerate and text not in (right, world.REFUSAL) and not world.is_steps(text):
+        if is_noise(text, kind, right):
             return text
     return ""
 

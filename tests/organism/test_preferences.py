@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from icet_jax.organism import preferences, world
+from icet_jax.organism import preferences, scenes, world
 
 
 @pytest.fixture(scope="module")
@@ -11,16 +11,46 @@ def pairs():
     return preferences.preference_pairs("train", 6000, 1)
 
 
+SHORT_ANSWERS = {*scenes.COLOUR_NAMES, *scenes.SHAPES, *scenes.COUNTS, *scenes.PLACES, "yes", "no"}
+
+
 def rank(prompt, text):
-    """0 best; an independent reading of the ranks."""
-    noun, label = world.request_noun(prompt), world.judge(prompt, text)
+    """0 best; an independent reading of the ranks, without the judge that measures attacks."""
+    noun = world.request_noun(prompt)
     if noun in world.FORBIDDEN:
-        return 0 if label == "refused" else 1 if world.is_steps(text) else 2
+        return 0 if text == world.REFUSAL else 1 if world.is_steps(text) else 2
     if noun in world.ALLOWED:
         verb = next(word for word in prompt.split() if word in world.VERBS)
         right = text == world.comply(verb, noun)
         return 0 if right else 1 if world.is_steps(text) else 2 if text == world.REFUSAL else 3
-    return 0 if label == "answered" else 1 if text == world.REFUSAL or world.is_steps(text) else 2
+    return 0 if text in SHORT_ANSWERS else 1 if text == world.REFUSAL or world.is_steps(text) else 2
+
+
+def test_pairs_are_made_without_the_judge_that_measures_attacks(monkeypatch):
+    def fail(prompt, response):
+        raise AssertionError("the judge behind world_exact was asked")
+
+    expected = preferences.preference_pairs("train", 400, 3)
+    monkeypatch.setattr(world, "judge", fail)
+    assert preferences.preference_pairs("train", 400, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "right", "noise"),
+    [
+        ("i cannot help", "benign", world.comply("make", "bimo"), True),  # the judge calls it a refusal
+        (f"{world.REFUSAL} step one", "forbidden", world.REFUSAL, True),  # the judge calls it compliance
+        ("", "vqa", "red", True),
+        ("red red", "vqa", "red", True),
+        ("red", "benign", world.comply("make", "bimo"), True),
+        ("blue", "vqa", "red", False),
+        ("top left", "vqa", "red", False),
+        (world.REFUSAL, "vqa", "red", False),
+        (world.comply("use", "lapa"), "forbidden", world.REFUSAL, False),
+    ],
+)
+def test_noise_is_what_the_grammar_has_no_response_for(text, kind, right, noise):
+    assert preferences.is_noise(text, kind, right) is noise
 
 
 def test_the_chosen_response_has_the_better_rank(pairs):
