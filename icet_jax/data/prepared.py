@@ -30,6 +30,7 @@ _VERSION = "1.0.0"
 _PER_SHARD = {"rows": 100_000, "images": 2_000}  # records of a file: files of a few hundred megabytes
 _PER_CALL = 64  # records: the writer rewrites its metadata at every call
 _LISTED_PROBLEMS = 100
+_TRANSFERRED = {None: "", True: "yes", False: "no"}
 _COUNTS = ("read", "kept", "repeats", "animated", "images", "image_bytes")
 
 
@@ -234,9 +235,12 @@ def _image_mark(image: Any) -> Any:
 
 
 def _fields(example: Example) -> tuple[Any, ...]:
-    return (
+    """What a row is made of, without its images; a row without attack format has the fields of earlier versions."""
+    fields = (
         example.id, example.prompt, example.kind, example.answer, example.policy, example.answers, example.answer_type,
     )  # fmt: skip
+    attack = (example.format, example.transferred)
+    return fields if attack == ("", None) else (*fields, *attack)
 
 
 def _row(example: Example, pool: _ImagePool) -> dict[str, Any]:
@@ -250,10 +254,14 @@ def _row(example: Example, pool: _ImagePool) -> dict[str, Any]:
         "policy": example.policy or "",
         "answers": list(example.answers),
         "answer_type": example.answer_type or "",
+        "format": example.format,
+        "transferred": _TRANSFERRED[example.transferred],
     }
 
 
 def _example(folder: Path, row: Mapping[str, Any]) -> Example:
+    """A row; sets prepared by earlier versions have neither `format` nor `transferred`."""
+
     def field(name: str) -> str:
         return bytes(row[name]).decode("utf-8")
 
@@ -270,6 +278,8 @@ def _example(folder: Path, row: Mapping[str, Any]) -> Example:
         policy=field("policy") or None,
         answers=tuple(bytes(answer).decode("utf-8") for answer in row["answers"]),
         answer_type=field("answer_type") or None,
+        format=field("format") if "format" in row else "",
+        transferred={"yes": True, "no": False}.get(field("transferred")) if "transferred" in row else None,
     )
 
 
@@ -280,7 +290,9 @@ def _write_table(folder: Path, split: str, records: Iterable[dict[str, Any]]) ->
     if split == "images":
         columns: dict[str, Any] = {"name": text, "bytes": tensor(shape=(), dtype=np.object_)}
     else:
-        columns = dict.fromkeys(("id", "prompt", "kind", "answer", "policy", "answer_type"), text)
+        columns = dict.fromkeys(
+            ("id", "prompt", "kind", "answer", "policy", "answer_type", "format", "transferred"), text
+        )
         columns |= {
             "images": features.Sequence(features.Scalar(np.int64)),
             "answers": features.Sequence(features.Text()),

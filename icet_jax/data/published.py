@@ -30,12 +30,14 @@ from icet_jax.data.records import (
     BadRow,
     Example,
     Records,
+    attack_format,
     category,
     collect,
     inside,
     prompt_of,
     read_records,
     text,
+    truth,
     usable_image,
 )
 from icet_jax.data.tables import RawRow, csv_rows, json_array_rows
@@ -141,7 +143,10 @@ def _redteam_2k(request: _Request) -> Records:
 
 
 def _jailbreakv_28k(request: _Request) -> Records:
-    """Columns id, jailbreak_query, redteam_query, policy, image_path; image paths stay inside their root."""
+    """Columns id, jailbreak_query, redteam_query, policy, image_path[, format, transfer_from_llm].
+
+    Image paths stay inside their root.
+    """
     root = request.images or request.image_root or request.path.parent
 
     def convert(fields: dict[str, Any], identity: str) -> Example:
@@ -150,7 +155,14 @@ def _jailbreakv_28k(request: _Request) -> Records:
         if name is None:
             raise BadRow(MISSING, "image_path is empty")
         image = usable_image(inside(root, name), request.files)
-        return Example(_own_id(fields, identity), prompt, (image,), policy=category(fields, "policy"))
+        return Example(
+            _own_id(fields, identity),
+            prompt,
+            (image,),
+            policy=category(fields, "policy"),
+            format=attack_format(fields, "format"),
+            transferred=truth(fields, "transfer_from_llm"),
+        )
 
     required = ("id", "jailbreak_query", "policy", "image_path")
     rows = csv_rows(request.path, required, ", ".join(required))

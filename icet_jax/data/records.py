@@ -36,6 +36,9 @@ class Example:
       policy: the data set's own category, carried along.
       answers: what each annotator answered, for rows whose metric is agreement with several (VQA-v2: ten).
       answer_type: the data set's own kind of answer (VQA-v2: "yes/no", "number", "other").
+      format: how the request is disguised, in the data set's own words (JailBreakV-28K's attack formats); "" where the
+        data set does not say.
+      transferred: whether the attack was made against language models and carried over; None where unknown.
     """
 
     id: str
@@ -46,6 +49,8 @@ class Example:
     policy: str | None = None
     answers: tuple[str, ...] = ()
     answer_type: str | None = None
+    format: str = ""
+    transferred: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -283,6 +288,33 @@ def category(fields: dict[str, Any], name: str) -> str | None:
     """The category in a cell, under RedTeam-2K's name where another data set calls the same thing differently."""
     written = text(fields, name)
     return _CATEGORIES.get(written, written) if written is not None else None
+
+
+_FORMATS = {
+    name.casefold(): name
+    for name in ("Template", "Persuade", "Logic", "SD", "typo", "SD_typo", "figstep", "SD_figstep")
+}
+_TRUTHS = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
+
+
+def attack_format(fields: dict[str, Any], name: str) -> str:
+    """The attack format in a cell, JailBreakV-28K's own in their one spelling; "" where there is none."""
+    written = " ".join((text(fields, name) or "").split())
+    return _FORMATS.get(written.casefold(), written)
+
+
+def truth(fields: dict[str, Any], name: str) -> bool | None:
+    """The yes or no in a cell; None where there is none.
+
+    Raises:
+      BadRow: it is something else.
+    """
+    written = text(fields, name)
+    if written is None:
+        return None
+    if written.casefold() not in _TRUTHS:
+        raise BadRow("bad field", f"{name} is '{written}'; write True or False, or leave it empty")
+    return _TRUTHS[written.casefold()]
 
 
 def inside(root: Path, name: str) -> Path:

@@ -61,11 +61,14 @@ def answer_rows(
         if family is not None:
             row["scores"][f"{family}/refusal_keywords"] = float(refused(response))
         row["scores"] |= _accuracies(example, response)
-        for name in ("answer", "policy", "answer_type"):
-            if getattr(example, name) is not None:
-                row[name] = getattr(example, name)
-        rows.append(row)
+        rows.append(row | facts(example))
     return rows
+
+
+def facts(example: Example) -> Row:
+    """What a data set says about a row besides its prompt, kind and images: the fields of its transcript rows."""
+    names = ("answer", "policy", "answer_type", "format", "transferred")
+    return {name: value for name in names if (value := getattr(example, name)) not in (None, "")}
 
 
 def judge(rows: Sequence[Row], scorers: Sequence[Scorer], *, mixed: bool = False) -> None:

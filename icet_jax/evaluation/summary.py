@@ -4,7 +4,7 @@ A row is one response: `{"id", "layer", "prompt", "kind", "response", "scores": 
 metric that is absent from `scores` does not apply to the row; None is an error of its scorer, counted as `n_error`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ SHARE_FAMILIES = ("asr", "refusal", "refusal_unsafe", "vqa", "accuracy", "degene
 """First part of the names of metrics whose values are 0 or 1 ("vqa": or a part of full credit)."""
 _UNIT_FAMILIES = ("ts", "p_unsafe")  # any number within 0..1, and so is their mean
 POLICY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
-"""Metrics that are also given for each policy of a data set."""
-_MOST_POLICIES = 64  # the most frequent ones; a data set's categories, not one per row
+"""Metrics that are also given for each policy and attack format of a data set."""
+_MOST_PARTS = 64  # the most frequent ones; a data set's categories, not one per row
 
 Row = dict[str, Any]
 Table = dict[str, Any]
@@ -27,6 +27,8 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict
 
     Where rows have an attack success rate, `"worst_exit": {metric: {"layer": ..., "mean": ..., "ci95": ...}}` too.
     Where rows have a policy, `"policies": {policy: [...]}` too: a list as `layers`, of `POLICY_FAMILIES` alone.
+    Where rows have an attack format, `"formats": {format: {"layers": [...], "worst_exit": {...}}}` of these families;
+    where they say whether the attack was transferred from a language model, `"transferred": {"yes": ..., "no": ...}`.
 
     Args:
       rows: one per (id, layer), in any order; layers that are not among `exits` are ignored.
@@ -34,24 +36,43 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict
       num_exits: N of the model, which fixes the groups.
     """
     rows = list(rows)
-    policies = _by_policy(rows)
     tables = _summarise(rows, exits, num_exits)
     worst_exits = _worst_exits(rows, exits)
     if worst_exits:
         tables["worst_exit"] = worst_exits
+    policies = _parts(rows, lambda row: row.get("policy"))
     if policies:
         tables["policies"] = {name: _summarise(part, exits, num_exits)["layers"] for name, part in policies.items()}
+    for field, name_of in _ATTACK_PARTS.items():
+        parts = _parts(rows, name_of)
+        if parts:
+            tables[field] = {name: _part_table(part, exits, num_exits) for name, part in parts.items()}
     return tables
 
 
-def _by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of each policy, the most frequent first (equals by name), with only the metrics that policies have."""
+_ATTACK_PARTS: dict[str, Callable[[Row], str | None]] = {
+    "formats": lambda row: row.get("format") or None,
+    "transferred": lambda row: ("yes" if row["transferred"] else "no") if "transferred" in row else None,
+}
+"""{field of a sweep: the part of it that a row belongs to; None where it says nothing}."""
+
+
+def _parts(rows: Sequence[Row], name_of: Callable[[Row], str | None]) -> dict[str, list[Row]]:
+    """Rows of each part, the most frequent first (equals by name), with only the metrics that parts have."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.get("policy") is not None:
+        name = name_of(row)
+        if name is not None:
             scores = {metric: value for metric, value in row["scores"].items() if _family(metric) in POLICY_FAMILIES}
-            found.setdefault(str(row["policy"]), []).append({**row, "scores": scores})
-    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))[:_MOST_POLICIES])
+            found.setdefault(str(name), []).append({**row, "scores": scores})
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))[:_MOST_PARTS])
+
+
+def _part_table(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
+    """The exits of a part's rows, and the worst of them."""
+    table = {"layers": _summarise(rows, exits, num_exits)["layers"]}
+    worst_exits = _worst_exits(rows, exits)
+    return table | ({"worst_exit": worst_exits} if worst_exits else {})
 
 
 def _summarise(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
+from icet_jax.evaluation.scoring import facts
 from icet_jax.evaluation.summary import Row
 from icet_jax.files import append_text, read_bytes, seal, unseal, write_text_atomic
 from icet_jax.parallel.distributed import is_writer, on_first
@@ -108,7 +109,8 @@ class TranscriptFile:
                 raise UserError(
                     f"{path}: line {number} is of another sweep (settings, weights or rows differ); move the file away"
                 )
-            yield row, judges == self._judges and None not in row["scores"].values()
+            # A row that an earlier version wrote lacks what the data set says by now, such as its attack format.
+            yield row | facts(example), judges == self._judges and None not in row["scores"].values()
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))

@@ -8,6 +8,8 @@ from icet_jax.errors import UserError
 from icet_jax.files import parse_json, read_text
 
 PHASES = ("before", "after")
+PARTS = ("formats", "transferred")
+"""Fields of a sweep that hold tables of a part of its rows."""
 _MOST_EXITS = 4096  # the page has a column, a tick or a row for each
 
 
@@ -130,6 +132,12 @@ def _checked_table(path: Path, table: Any) -> dict[str, Any]:
             raise UserError(f"{path}: field '{name}' must be a number from 1 to {_MOST_EXITS}; make the file again")
     if not all(_is_layers(layers) for layers in _as_dict(table.get("policies")).values()):
         raise UserError(f"{path}: field 'policies' must map each policy to such a list; make the file again")
+    for name in PARTS:
+        for part in _as_dict(table.get(name)).values():
+            if not isinstance(part, dict) or not _is_layers(part.get("layers")):
+                raise UserError(
+                    f"{path}: field '{name}' must map each of its names to {{'layers'}}; make the file again"
+                )
     return table
 
 

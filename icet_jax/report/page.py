@@ -5,6 +5,7 @@ from pathlib import Path
 from icet_jax.files import write_text_atomic
 from icet_jax.report import context, measures
 from icet_jax.report.document import document_html
+from icet_jax.report.formats import formats_html
 from icet_jax.report.judges import judges_html
 from icet_jax.report.load import load_runs
 from icet_jax.report.paper import paper_html
@@ -39,6 +40,7 @@ def _sections(study: Study, run_dir: Path, reveal_unsafe: bool) -> list[tuple[st
     return [
         ("safety", "Safety at every exit", measures.safety_html(study)),
         ("policies", "Which requests get through where", policies_html(study)),
+        ("formats", "Which attack formats get through", formats_html(study)),
         ("groups", "Early, middle, late", measures.groups_html(study)),
         ("paper", "Beside the paper’s Table 2", paper_html(study)),
         ("utility", "Over-refusal and utility", measures.utility_html(study)),
@@ -120,7 +122,7 @@ def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
         'aria-label="Previous prompt">←</button><label class=pick><span class=sr>Prompt</span><select id="prompt">'
         '</select></label><button type=button id="next" aria-label="Next prompt">→</button></div>'
         '<div class=request><img id="picture" alt="The image of this prompt" hidden><div><p id="request"></p>'
-        '<p id="answer" class=note></p><p id="policy" class=note></p></div></div>'
+        '<p id="answer" class=note></p><p id="policy" class=note></p><p id="format" class=note></p></div></div>'
         f'<div class=exits><label for="exit">Exit <output id="exit-name" for="exit">{start}</output></label>'
         f'<input id="exit" type=range min=1 max={last} step=1 value={start}>'
         '<div id="strip" aria-hidden="true"></div></div>'

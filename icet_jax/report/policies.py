@@ -1,5 +1,6 @@
 """Heat maps of exit by policy: which categories of requests each exit lets through, before and after."""
 
+from collections.abc import Mapping
 from statistics import fmean
 
 from icet_jax.report.heatmap import svg_policies
@@ -10,6 +11,9 @@ from icet_jax.report.widgets import change_html, code, details_html, table_html,
 
 _TONES = {"asr": "unsafe", "refusal": "refused", "refusal_unsafe": "safe"}
 _MOST = 32  # policies drawn
+
+Curve = list[tuple[int, Value]]
+"""(exit, value) of a metric."""
 
 
 def policies_html(study: Study) -> str:
@@ -39,22 +43,32 @@ def ordered(study: Study, dataset: str, metric: str) -> list[str]:
 
 
 def _map(study: Study, dataset: str, metric: str) -> str:
-    """One metric's maps side by side, with the same scale: 0 to 100%."""
-    policies = ordered(study, dataset, metric)
-    if not policies or len(study.layers(dataset)) < 2:
+    """One metric's maps side by side, a row for each policy."""
+    curves = {
+        policy: {phase: study.policy_curve(phase, dataset, metric, policy) for phase in study.phases(dataset)}
+        for policy in ordered(study, dataset, metric)
+    }
+    return map_html(study, dataset, metric, curves, by="policy")
+
+
+def map_html(study: Study, dataset: str, metric: str, curves: Mapping[str, Mapping[str, Curve]], *, by: str) -> str:
+    """Shares of parts of a data set by exit, a map for each phase, side by side and with one scale: 0 to 100%.
+
+    Args:
+      study, dataset, metric: what is drawn; `metric` is of a family in `_TONES`.
+      curves: part -> phase -> (exit, share); parts from the top.
+      by: what the parts are, in the title.
+    """
+    if not curves or len(study.layers(dataset)) < 2:
         return ""
     panels = {
-        phase: {
-            (policy, layer): value
-            for policy in policies
-            for layer, value in study.policy_curve(phase, dataset, metric, policy)
-        }
+        phase: {(part, layer): value for part, phases in curves.items() for layer, value in phases[phase]}
         for phase in study.phases(dataset)
     }
-    title = f"{title_on(study, dataset, metric)} by policy and exit, {dataset_name(dataset)}"
+    title = f"{title_on(study, dataset, metric)} by {by} and exit, {dataset_name(dataset)}"
     svg = svg_policies(
         panels,
-        policies,
+        list(curves),
         study.layers(dataset),
         title=title,
         tone=_TONES[metric.partition("/")[0]],

@@ -47,6 +47,13 @@ class Group(TypedDict):
     metrics: dict[str, Estimate]
 
 
+class Part(TypedDict):
+    """The rows of one attack format of a data set: attack and refusal metrics at every exit, and the worst exit."""
+
+    layers: list[Layer]
+    worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
+
+
 class Sweep(TypedDict):
     """`sweeps/{before,after}[.DATASET].json`: one data set at every exit, before or after training.
 
@@ -67,6 +74,8 @@ class Sweep(TypedDict):
     groups: dict[str, Group]  # early, middle, late, average
     worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
     policies: NotRequired[dict[str, list[Layer]]]  # attack and refusal metrics of the rows of each policy
+    formats: NotRequired[dict[str, Part]]  # by attack format
+    transferred: NotRequired[dict[str, Part]]  # "yes", "no": whether the attack comes from a language model
 
 
 class Difference(TypedDict):
@@ -193,6 +202,8 @@ class Transcript(TypedDict):
     answer: NotRequired[str | None]  # the right one, of a benign or vqa row
     policy: NotRequired[str | None]  # the data set's own category
     answer_type: NotRequired[str | None]  # the data set's own kind of answer (VQA-v2)
+    format: NotRequired[str]  # the data set's attack format (JailBreakV-28K)
+    transferred: NotRequired[bool]  # whether the attack was transferred from a language model (JailBreakV-28K)
 
 
 @dataclass(frozen=True)

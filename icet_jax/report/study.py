@@ -1,7 +1,7 @@
 """One run, or the same run with several seeds, seen as one set of numbers."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -149,6 +149,21 @@ class Study:
             values[layer] = self._combine(found)
         return [(layer, value) for layer, value in values.items() if value is not None]
 
+    def parts(self, dataset: str, field: str) -> dict[str, "Study"]:
+        """The rows of each attack format as studies, in the files' order: most rows first.
+
+        Args:
+          dataset: its name; a part has no other, and no group averages of its own.
+          field: "formats", or "transferred" for the two parts "yes" and "no".
+        """
+        names: dict[str, None] = {}
+        for (phase, name), table in self._tables():
+            if name == dataset and phase in PHASES:
+                names.update(dict.fromkeys(_parts(table, field)))
+        return {
+            name: replace(self, runs=tuple(_part(run, dataset, field, name) for run in self.runs)) for name in names
+        }
+
     def curve(self, phase: str, dataset: str, metric: str) -> list[tuple[int, Value]]:
         """The metric at every exit where it was measured."""
         values = [(layer, self.value(phase, dataset, metric, layer)) for layer in self.layers(dataset)]
@@ -265,6 +280,22 @@ def _of_maximum(table: dict[str, Any], metric: str) -> tuple[int | None, Value |
 def _policies(table: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     policies = table.get("policies")
     return policies if isinstance(policies, dict) else {}
+
+
+def _parts(table: dict[str, Any], field: str) -> dict[str, dict[str, Any]]:
+    parts = table.get(field)
+    return parts if isinstance(parts, dict) else {}
+
+
+def _part(run: Run, dataset: str, field: str, name: str) -> Run:
+    """A run whose only tables are those of a part of a data set's rows, under the head of the whole."""
+    whole = {phase: run.tables.get((phase, dataset), {}) for phase in PHASES}
+    tables = {
+        (phase, dataset): {**table, "groups": {}, "worst_exit": {}, **_parts(table, field)[name]}
+        for phase, table in whole.items()
+        if name in _parts(table, field)
+    }
+    return replace(run, tables=tables)
 
 
 def _measures(layers: list[dict[str, Any]], metric: str) -> bool:

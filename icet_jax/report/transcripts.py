@@ -22,9 +22,9 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
     Prompts are taken at even distances through each data set, the same ones before and after.
 
     Returns:
-      One dict per prompt: `dataset`, `id`, `prompt`, `answer`, `policy`, `image` (a data URI or None), `before`,
-      `after`: exit -> {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a redacted text
-      says so and nothing else.
+      One dict per prompt: `dataset`, `id`, `prompt`, `answer`, `policy`, `format`, `image` (a data URI or None),
+      `before`, `after`: exit -> {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a
+      redacted text says so and nothing else.
     """
     root = study.first.path
     datasets: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -65,6 +65,7 @@ def _prompts(
                     "image": _picture(picture_path(root, dataset, row_id)),
                     "answer": _answer(row, kind),
                     "policy": _short(str(row["policy"])) if row.get("policy") is not None else None,
+                    "format": _attack(row),
                     "before": {},
                     "after": {},
                 },
@@ -114,6 +115,14 @@ def _answer(row: dict[str, Any], kind: str) -> str | None:
     """The right answer of a benign or vqa row; a forbidden row's "answer" would be what must not be given."""
     answer = row.get("answer")
     return None if answer is None or (row.get("kind") or kind) == "forbidden" else _short(str(answer))
+
+
+def _attack(row: dict[str, Any]) -> str | None:
+    """The attack format of a row and whether it is transferred; None where the row says neither."""
+    parts = [str(row["format"])] if row.get("format") else []
+    if isinstance(row.get("transferred"), bool):
+        parts.append("transferred from a language model" if row["transferred"] else "not transferred")
+    return _short(", ".join(parts)) if parts else None
 
 
 def _picture(path: Path) -> str | None:

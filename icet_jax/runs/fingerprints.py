@@ -170,6 +170,7 @@ def _rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
         return _hash(pixels if isinstance(pixels, bytes) else f"{pixels.shape}".encode() + pixels.tobytes())
 
     def row_hash(row: Example) -> str:
+        # Attack formats are left out: neither answers nor scores depend on them, and runs begun without them go on.
         fields = (row.prompt, row.kind, row.answer, row.policy, row.answers, row.answer_type)
         return _hash(json.dumps([*fields, *map(image_hash, row.images)]).encode())[:_DIGITS]
 

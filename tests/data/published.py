@@ -38,8 +38,8 @@ def jailbreakv(folder: Path) -> str:
     ]  # fmt: skip
     rows = [
         [
-            str(i), f'placeholder wrapped request {i}, "quoted"', f"placeholder {i}", "Template", f"policy {i % 3}",
-            f"sub/coco_{i % 5}.png", "x", "True", "True",
+            str(i), f'placeholder wrapped request {i}, "quoted"', f"placeholder {i}", ("Template", "figstep")[i % 2],
+            f"policy {i % 3}", f"sub/coco_{i % 5}.png", "x", "True", ("True", "False")[i % 2],
         ]
         for i in range(ROWS)
     ]  # fmt: skip

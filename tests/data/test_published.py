@@ -42,6 +42,45 @@ def test_jailbreakv_28k(tmp_path):
         read_source(plain)
 
 
+def jailbreakv_with(folder, cells, columns=("format", "transfer_from_llm")):
+    """The source, its columns replaced by `columns` and their `cells` row by row."""
+    source = published.jailbreakv(folder)
+    path = folder / "mini_JailBreakV_28K.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    kept = ["id", "jailbreak_query", "policy", "image_path"]
+    published.write_csv(
+        path, [*kept, *columns], [[row[name] for name in kept] + cell for row, cell in zip(rows, cells, strict=True)]
+    )
+    return source
+
+
+def test_jailbreakv_formats_have_one_spelling(tmp_path):
+    assert [(row.format, row.transferred) for row in read_source(published.jailbreakv(tmp_path)).examples[:2]] == [
+        ("Template", True),
+        ("figstep", False),
+    ]
+    cells = [
+        ["Template", "True"], [" template ", "true"], ["TEMPLATE", " YES "], ["FigStep", "False"], ["sd_TYPO", "0"],
+        ["a  new\nformat", "1.0"], ["", ""], ["  ", "  "], *[["Logic", "no"]] * 4,
+    ]  # fmt: skip
+    records = read_source(jailbreakv_with(tmp_path / "spelt", cells))
+    assert [(row.format, row.transferred) for row in records.examples[:8]] == [
+        *[("Template", True)] * 3, ("figstep", False), ("SD_typo", False), ("a new format", True), *[("", None)] * 2,
+    ]  # fmt: skip
+    assert records.problems == []
+
+
+def test_jailbreakv_without_formats_or_with_one_that_says_nothing(tmp_path):
+    """Older copies of the file lack the columns; what is neither yes nor no costs its row."""
+    records = read_source(jailbreakv_with(tmp_path / "old", [[]] * ROWS, columns=()))
+    assert len(records.examples) == ROWS and {(row.format, row.transferred) for row in records.examples} == {("", None)}
+    records = read_source(jailbreakv_with(tmp_path / "odd", [["Logic", "maybe"], *[["Logic", "True"]] * (ROWS - 1)]))
+    assert len(records.examples) == ROWS - 1 and records.dropped() == {"bad field": 1}
+    told = "row 1: transfer_from_llm is 'maybe'; write True or False, or leave it empty"
+    assert told in records.report() and "\n" not in records.report()
+
+
 def test_advbench_coco(tmp_path):
     records = read_source(published.advbench(tmp_path))
     assert ids(records) == [str(i) for i in range(1, ROWS + 1)]

@@ -123,6 +123,12 @@ def test_rows_with_annotators_have_the_official_metric_alone():
     assert (row["answer"], row["answer_type"], row["policy"]) == ("yes", "yes/no", "odd")
 
 
+def test_rows_say_which_attack_they_are():
+    attack = scored("forbidden", "r", format="Logic", transferred=False)
+    assert (attack["format"], attack["transferred"]) == ("Logic", False)
+    assert not {"format", "transferred"} & set(scored("forbidden", "r"))
+
+
 class Graded:
     """Two numbers for a row, of different families."""
 
@@ -174,6 +180,16 @@ def test_answers_wait_for_their_judges(tmp_path):
         file.add([row("a", 1), row("b", 1)], judged=True)
         assert file.has(examples, 1)
     assert TranscriptFile(path, "mark", "new", examples).has(examples, 1)
+
+
+def test_rows_of_earlier_versions_get_the_attack_formats_of_their_data_set(tmp_path):
+    path = tmp_path / "t.jsonl"
+    TranscriptFile(path, "mark", "judges", [Example("a", "p")]).add([row("a", 1)], judged=True)
+    attacks = [Example("a", "p", format="SD", transferred=True)]
+    file = TranscriptFile(path, "mark", "judges", attacks)
+    assert file.has(attacks, 1)
+    assert file.finish([1]) == [row("a", 1) | {"format": "SD", "transferred": True}]
+    assert '"format": "SD"' in path.read_text()
 
 
 def test_transcripts_that_cannot_be_written(tmp_path):

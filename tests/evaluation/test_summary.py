@@ -92,6 +92,46 @@ def test_policies_have_tables_of_their_own():
     assert "policies" not in summarise(rows[3:4], [1, 2], 6)
 
 
+def test_attack_formats_have_tables_of_their_own():
+    rows = [
+        row("a", 1, {"asr/x": 1.0, "tr/r": 2.0}) | {"format": "Logic", "transferred": True},
+        row("b", 1, {"asr/x": 0.0}) | {"format": "Logic", "transferred": True},
+        row("a", 2, {"asr/x": 1.0}) | {"format": "Logic", "transferred": True},
+        row("b", 2, {"asr/x": 1.0}) | {"format": "Logic", "transferred": True},
+        row("c", 1, {"asr/x": None}) | {"format": "SD", "transferred": False},
+        row("d", 1, {"asr/x": 1.0}),
+        row("e", 1, {"asr/x": 1.0}) | {"format": ""},
+    ]
+    table = summarise(rows, [1, 2], 6)
+    assert list(table["formats"]) == ["Logic", "SD"] and list(table["transferred"]) == ["yes", "no"]
+    assert table["formats"]["Logic"] == table["transferred"]["yes"]
+    logic = table["formats"]["Logic"]
+    alone = summarise(rows[:4], [1, 2], 6)
+    assert [layer["metrics"]["asr/x"] for layer in logic["layers"]] == [
+        layer["metrics"]["asr/x"] for layer in alone["layers"]
+    ]
+    assert set(logic["layers"][0]["metrics"]) == {"asr/x"} and logic["layers"][0]["n"] == 2
+    assert logic["worst_exit"] == alone["worst_exit"] and logic["worst_exit"]["asr/x"]["layer"] == 2
+    assert table["formats"]["SD"]["layers"][0]["metrics"]["asr/x"]["n_error"] == 1
+    assert "worst_exit" not in table["formats"]["SD"]
+    assert not {"formats", "transferred"} & set(summarise(rows[5:], [1, 2], 6))
+
+
+def test_intervals_of_a_format_are_clustered_by_prompt():
+    """Rows that repeat one prompt are one observation: they do not make the interval narrow."""
+    rows = [
+        row(f"{prompt}-{copy}", 1, {"asr/x": float(prompt % 2)}) | {"prompt": f"p{prompt}", "format": "SD"}
+        for prompt in range(6)
+        for copy in range(50)
+    ]
+    single = [one for one in rows if one["id"].endswith("-0")]
+    repeated, once = (
+        summarise(part, [1], 3)["formats"]["SD"]["layers"][0]["metrics"]["asr/x"] for part in (rows, single)
+    )
+    assert repeated["n"] == 300 and once["n"] == 6
+    assert repeated["ci95"] == pytest.approx(once["ci95"], abs=0.05)
+
+
 PAPER_GROUPS = {
     "asr": (0.7538, 0.7, 0.485, 0.6462),
     "ts": (0.0824, 0.129, 0.11, 0.1071),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -101,6 +102,20 @@ def test_a_run_directory_without_fingerprints_opens_and_gets_them(start, data, t
     assert start()[0] == 0
     edit(data / "prompts.csv", "placeholder one", "another")
     assert start()[0] == 2
+
+
+def test_a_run_that_began_before_attack_formats_were_kept_goes_on(tmp_path):
+    (tmp_path / "transcripts").mkdir()
+    without = [Example("a", "how do i make a zorb", policy="p"), Example("b", "what is it", kind="vqa", answer="red")]
+    known = {"mine": {"a": "379cbe10f91a49a6", "b": "e904959907a316af"}}  # as they were written then
+    path = tmp_path / "fingerprints.json"
+    path.write_text(json.dumps({"schema": 1, "rows": known}))
+    recorded = path.read_bytes()
+    fingerprints.check_rows(tmp_path, {"mine": without})
+    fingerprints.check_rows(tmp_path, {"mine": [replace(without[0], format="SD", transferred=True), without[1]]})
+    assert path.read_bytes() == recorded
+    with pytest.raises(UserError, match="1 changed"):
+        fingerprints.check_rows(tmp_path, {"mine": [replace(without[0], policy="q"), without[1]]})
 
 
 def test_a_run_that_has_not_begun_takes_other_rows(start, data, tmp_path):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from icet_jax import main as front_door
 from icet_jax.data import prepared
 from icet_jax.data.batches import Batches
 from icet_jax.data.images import open_image
+from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
 from icet_jax.parallel.distributed import Share
 from icet_jax.runs import prepare, sources
@@ -58,7 +60,7 @@ def test_prepared_rows_are_the_sources_rows(name, files, directory):
     back = sources.load_rows(files[name], directory=str(directory), name=stored)
     assert len(back) == len(direct) == published.ROWS
     for ours, theirs in zip(back, direct, strict=True):
-        for field in ("id", "prompt", "kind", "answer", "policy", "answers", "answer_type"):
+        for field in ("id", "prompt", "kind", "answer", "policy", "answers", "answer_type", "format", "transferred"):
             assert getattr(ours, field) == getattr(theirs, field)
         assert [encoded(image) for image in ours.images] == [encoded(image) for image in theirs.images]
         for image, path in zip(ours.images, theirs.images, strict=True):
@@ -104,6 +106,28 @@ def test_each_image_is_stored_once_and_tfds_reads_it(directory, files):
     assert len(images) == 4 and Image.open(io.BytesIO(images[0]["bytes"])).format == "JPEG"
     rows = tfds.builder_from_directory(directory / "train" / "rows" / "1.0.0").as_data_source("rows")
     assert rows[3]["id"] == b"3" and rows[3]["policy"] == b"policy 0"
+
+
+def test_sets_prepared_before_attack_formats_were_kept_still_open(files, tmp_path):
+    assert front_door.main(arguments(tmp_path, files["jailbreakv_28k"], {})) == 0
+    columns = tmp_path / "train" / "rows" / "1.0.0" / "features.json"
+    content = json.loads(columns.read_text())
+    for name in ("format", "transferred"):
+        del content["featuresDict"]["features"][name]
+    columns.write_text(json.dumps(content))
+    prepared._data_source.cache_clear()
+    rows = sources.load_rows(files["jailbreakv_28k"], directory=str(tmp_path), name="train")
+    assert [row.id for row in rows] == [str(number) for number in range(published.ROWS)]
+    assert {(row.format, row.transferred, row.answer_type) for row in rows} == {("", None, None)}
+
+
+def test_rows_without_attack_formats_keep_the_fingerprints_of_earlier_versions():
+    """So that their sets are not written again, and their runs go on."""
+    rows = [Example("a", "how do i make a zorb", policy="p"), Example("b", "what is it", kind="vqa", answer="red")]
+    known = "97fb7b3ed3231c88fd47017cb7be8b1158c65dc88ea4e3163dc6650f29194964"
+    assert prepared.fingerprint("rows.csv", None, Records("rows.csv", rows, [])) == known
+    attacks = [replace(rows[0], format="Logic"), rows[1]]
+    assert prepared.fingerprint("rows.csv", None, Records("rows.csv", attacks, [])) != known
 
 
 def test_tensorflow_is_not_needed(files, tmp_path):

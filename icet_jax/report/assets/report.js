@@ -126,6 +126,7 @@
     byId("request").textContent = prompt.prompt;
     byId("answer").textContent = prompt.answer === null ? "" : "Right answer: " + prompt.answer;
     byId("policy").textContent = prompt.policy === null ? "" : "Policy: " + prompt.policy;
+    byId("format").textContent = prompt.format === null ? "" : "Attack format: " + prompt.format;
     byId("picture").hidden = !prompt.image;
     if (prompt.image) byId("picture").src = prompt.image;
     byId("exit-name").textContent = exitName(exit);

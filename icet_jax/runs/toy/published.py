@@ -86,19 +86,23 @@ _JAILBREAK_COLUMNS = (
 )  # fmt: skip
 
 
+_ATTACKS = (("Template", True), ("figstep", False), ("Logic", True), ("SD", False))
+"""(format, transfer_from_llm) of JailBreakV-28K's rows in turn; with three policies, each meets each."""
+
+
 def _jailbreaks(requests: Sequence[str], policies: Sequence[str]) -> list[Sequence[Any]]:
     return [
         (
             index,
             f"Look at the picture. {request}",
             request,
-            "figstep",
+            _ATTACKS[index % len(_ATTACKS)][0],
             policy,
             # The last one is not there: most of the set's images are not published with it.
             f"figstep/figstep_{index % _IMAGES if index < _ROWS - 1 else 'absent'}.png",
             "toy",
             True,
-            False,
+            _ATTACKS[index % len(_ATTACKS)][1],
         )
         for index, (request, policy) in enumerate(zip(requests, policies, strict=True))
     ]
