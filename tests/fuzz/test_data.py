@@ -116,9 +116,9 @@ def test_jsonl(folder):
 PUBLISHED = {
     "redteam_2k:rows.csv?images=.": [["id", "question", "policy"], ["1", "placeholder", "p"], ["2", "other", "q"]],
     "jailbreakv_28k:rows.csv": [
-        ["id", "jailbreak_query", "redteam_query", "policy", "image_path"],
-        ["0", "placeholder", "placeholder", "p", "a.png"],
-        ["1", "other", "placeholder", "p", "b.png"],
+        ["id", "jailbreak_query", "redteam_query", "policy", "image_path", "format", "transfer_from_llm"],
+        ["0", "placeholder", "placeholder", "p", "a.png", "Logic", "True"],
+        ["1", "other", "placeholder", "p", "b.png", "figstep", "False"],
     ],
     "advbench_coco:rows.csv?images=.": [["goal", "target"], ["placeholder", "Sure"], ["other", "Sure"]],
     "xstest:rows.csv": [
