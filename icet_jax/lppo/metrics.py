@@ -74,7 +74,7 @@ def rollout_metrics(
         "val/advantages_std": jnp.sqrt(unexplained),
         "val/returns_std": jnp.sqrt(variance),
         "val/explained_variance": jnp.where(variance > 0, 1 - unexplained / jnp.where(variance > 0, variance, 1), 0.0),
-        "exit": {"n": by_exit(jnp.ones_like(scores)), "scores": by_exit(scores), "kl": by_exit(sequence_kl)},
+        "exit": {"n": by_exit(jnp.ones_like(scores)), "kl": by_exit(sequence_kl)},
     }
 
 
@@ -131,7 +131,7 @@ def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettin
 
 
 def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
-    """One flat dict of floats from the phases' metrics, with `exit/<layer>/{scores,kl}` of the exits drawn.
+    """One flat dict of floats from the phases' metrics, with `exit/<layer>/kl` of the exits drawn.
 
     Means over the steps of an update are left out where no step had a token to learn from.
     """
@@ -141,8 +141,7 @@ def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
         merged = {name: value for name, value in merged.items() if not name.startswith(_OF_STEPS) or name in _COUNTS}
     flat = {name: float(value) for name, value in merged.items()}
     for layer in np.flatnonzero(by_exit["n"]) if by_exit is not None else ():
-        for name in ("scores", "kl"):
-            flat[f"exit/{layer}/{name}"] = float(by_exit[name][layer] / by_exit["n"][layer])
+        flat[f"exit/{layer}/kl"] = float(by_exit["kl"][layer] / by_exit["n"][layer])
     return flat
 
 

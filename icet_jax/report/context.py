@@ -1,9 +1,11 @@
 """The sections about how the numbers came to be: geometry, training, config, cost, limits, what is planted."""
 
 import json
+import re
 from statistics import fmean
 from typing import Any
 
+from icet_jax.data.records import KINDS
 from icet_jax.report.charts import Chart, Line, Point
 from icet_jax.report.heatmap import svg_heatmap
 from icet_jax.report.study import HUMAN, Study, as_value, dataset_name
@@ -18,7 +20,8 @@ _TRAINING = {
     "objective/kl": "KL to the reference, nats per response",
     "loss/value_avg": "Value loss",
 }
-_EXIT_SCORES = ("scores", "score", "reward")
+_MIXED_SCORES = ("scores", "score", "reward")  # names of earlier versions, which did not tell kinds apart
+_EXIT_SCORE = re.compile(rf"exit/\d+/(scores/(?:{'|'.join(KINDS)})|{'|'.join(_MIXED_SCORES)})")
 _MAX_STEPS = 200
 
 
@@ -54,8 +57,8 @@ def training_html(study: Study) -> str:
     plain = [name for name in names if "/" in name and not name.startswith("exit/")]
     first = [_training_figure(study, name, title) for name, title in _TRAINING.items() if name in plain]
     rest = [_training_figure(study, name, name) for name in plain if name not in _TRAINING]
-    heat = _exit_heatmap(study, names)
-    return _recipe(study) + grid_html(first) + heat + details_html("More training curves", grid_html(rest))
+    heatmaps = _exit_heatmaps(study, names)
+    return _recipe(study) + grid_html(first) + heatmaps + details_html("More training curves", grid_html(rest))
 
 
 def config_html(study: Study) -> str:
@@ -285,25 +288,27 @@ def _binned(points: list[Point]) -> list[Point]:
     return [Point(part[len(part) // 2].x, fmean(point.y for point in part)) for part in stretches]
 
 
-def _exit_heatmap(study: Study, names: list[str]) -> str:
-    """The sampled responses' scores by exit and step."""
-    found = next(
-        (
-            kind
-            for kind in _EXIT_SCORES
-            if any(name.startswith("exit/") and name.endswith(f"/{kind}") for name in names)
-        ),
-        None,
-    )
-    if found is None:
-        return ""
-    cells: dict[tuple[int, float], list[float]] = {}
-    for run in study.runs:
-        for exit_layer in range(1, study.num_exits + 1):
-            for point in _series(run.history, f"exit/{exit_layer}/{found}"):
-                cells.setdefault((exit_layer, point.x), []).append(point.y)
-    means = {key: fmean(values) for key, values in cells.items()}
-    return svg_heatmap(means, study.num_exits, title="Score by exit over training", name=f"exit/*/{found}")
+def _exit_heatmaps(study: Study, names: list[str]) -> str:
+    """The sampled responses' scores by exit and step, one figure for each kind of row.
+
+    Runs from before scores were told apart by kind have one mean over all kinds, which is shown as that.
+    """
+    matches = [match for name in names if (match := _EXIT_SCORE.fullmatch(name))]
+    titles = {
+        f"scores/{kind}": f"Score by exit over training, {'VQA' if kind == 'vqa' else kind} rows" for kind in KINDS
+    }
+    titles |= dict.fromkeys(_MIXED_SCORES, "Score by exit over training, all kinds of rows in one mean")
+    present = {match[1] for match in matches}
+    figures = []
+    for metric in (metric for metric in titles if metric in present):
+        cells: dict[tuple[int, float], list[float]] = {}
+        for run in study.runs:
+            for exit_layer in range(1, study.num_exits + 1):
+                for point in _series(run.history, f"exit/{exit_layer}/{metric}"):
+                    cells.setdefault((exit_layer, point.x), []).append(point.y)
+        means = {key: fmean(values) for key, values in cells.items()}
+        figures.append(svg_heatmap(means, study.num_exits, title=titles[metric], name=f"exit/*/{metric}"))
+    return "".join(figures)
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -91,7 +91,7 @@ class Lppo:
         """See `Algorithm`."""
         params, rollout = self._vlm.params, begun
         with during("rollout"):  # what fails on a device is told where its results are asked for
-            tokens, mask, prompt_mask = fetch((rollout.tokens, rollout.mask, batch.mask))
+            tokens, mask, prompt_mask, exits = fetch((rollout.tokens, rollout.mask, batch.mask, rollout.exits))
         seconds = {"rollout": self._watch.lap()}
         texts = self._vlm.processor.decode(tokens, mask)
         with during("judging"):
@@ -103,7 +103,7 @@ class Lppo:
             prepared = self._phases.prepare(params, state, rollout, scores, learned, longest, rewarded)
             state, train_batch, before = prepared
             state, after = self._phases.update(params, state, train_batch, self._run_key)
-        by_kind = scores_by_kind(batch.examples, scores, rewarded & mask.any(axis=1))
+        by_kind = scores_by_kind(batch.examples, scores, rewarded & mask.any(axis=1), exits)
         forbidden = [text for example, text in zip(batch.examples, texts, strict=True) if example.kind == "forbidden"]
         done = self._counter.lppo(prompt_mask.sum(axis=1), mask.sum(axis=1), _images(batch))
 

@@ -10,18 +10,29 @@ from icet_jax.judges.base import Scorer
 from icet_jax.judges.exact_match import exact_match
 
 
-def scores_by_kind(examples: Sequence[Example], scores: np.ndarray, answered: np.ndarray) -> dict[str, float]:
-    """Mean raw score of each kind's rows as `objective/scores/KIND`; kinds of other scales are not averaged.
+def scores_by_kind(
+    examples: Sequence[Example], scores: np.ndarray, answered: np.ndarray, exits: np.ndarray
+) -> dict[str, float]:
+    """Mean raw scores of each kind's rows: of all as `objective/scores/KIND`, of exit L's as `exit/L/scores/KIND`.
+
+    Kinds are never averaged with each other: a reward model's scores and matches of 0 or 1 have no common mean.
 
     Args:
       examples: the rows, one kind each.
       scores: float32 [B]; NaN where a row could not be scored, which is left out.
       answered: bool [B], rows that have a response and something that rewards it.
+      exits: int [B], the exit that each row was drawn at.
     """
     kinds = np.array([example.kind for example in examples])
     counted = answered & np.isfinite(scores)
-    found = [kind for kind in KINDS if (counted & (kinds == kind)).any()]
-    return {f"objective/scores/{kind}": float(np.mean(scores[counted & (kinds == kind)])) for kind in found}
+    means = {}
+    for kind in KINDS:
+        rows = counted & (kinds == kind)
+        if rows.any():
+            means[f"objective/scores/{kind}"] = float(np.mean(scores[rows]))
+        for layer in np.unique(exits[rows]):
+            means[f"exit/{layer}/scores/{kind}"] = float(np.mean(scores[rows & (exits == layer)]))
+    return means
 
 
 class RewardByKind:

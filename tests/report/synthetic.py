@@ -205,7 +205,8 @@ def step(index: int, draw: random.Random) -> dict[str, Any]:
         "perf/tokens_per_second": 900.0,
     }
     for layer in draw.sample(range(1, NUM_EXITS + 1), 3):
-        row[f"exit/{layer}/scores"] = 2.4 * gain - 1 - (0.6 * (1 - gain) if layer < 5 else 0)
+        row[f"exit/{layer}/scores/forbidden"] = 2.4 * gain - 1 - (0.6 * (1 - gain) if layer < 5 else 0)
+        row[f"exit/{layer}/scores/vqa"] = 0.8 + 0.1 * gain
     return row
 
 

@@ -152,6 +152,20 @@ def test_seeds_are_averaged_and_linked(tmp_path):
     assert "95% interval" not in text.split("</style>")[1].split('id="limits"')[0]
 
 
+def test_scores_by_exit_have_one_map_per_kind_and_those_of_older_runs_one_for_all(tmp_path):
+    run = synthetic.write_run(tmp_path / "run")
+    page = build(run)
+    maps = [f"exit/*/scores/{kind}" for kind in ("forbidden", "vqa")]
+    assert all(f"{name}</code>" in page for name in maps)
+    assert "exit/*/scores</code>" not in page and "exit/*/scores/benign" not in page
+    older = (run / "metrics.jsonl").read_text().replace("/scores/forbidden", "/scores").splitlines()
+    rows = [{name: value for name, value in json.loads(row).items() if "/scores/vqa" not in name} for row in older]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = build(run)
+    assert "exit/*/scores</code>" in page and "all kinds of rows in one mean" in page
+    assert not any(name in page for name in maps)
+
+
 def test_sparse_and_odd_numbers(tmp_path):
     run = synthetic.write_run(tmp_path / "run", parts=("history", "cost", "geometry"))
     path = run / "sweeps/after.forbidden.json"

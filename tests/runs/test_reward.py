@@ -33,6 +33,7 @@ ROWS = [
     Example("d", "fourth", kind="forbidden"),
     Example("e", "fifth", kind="vqa"),
 ]
+EXITS = np.array([3, 3, 3, 7, 7], np.int32)
 
 
 def test_rows_are_rewarded_by_kind():
@@ -70,7 +71,7 @@ def iteration(reward, texts, monkeypatch):
     lppo._phases = SimpleNamespace(prepare=prepare, update=lambda params, state, *_: (state, {}))
     lppo._counter = SimpleNamespace(lppo=lambda *_: None, evaluated=lambda _: 0)
     mask = np.array([[bool(text)] for text in texts])
-    rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask)
+    rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask, exits=EXITS)
     monkeypatch.setattr("icet_jax.runs.algorithms.speeds", lambda *_: {})
     state = TrainState(trainable={}, opt_state=None, controls=None, iteration=0, updates=0)
     return given, lppo.finish(state, PromptBatch(ROWS, mask, mask, None), rollout)[1]
@@ -85,6 +86,14 @@ def test_an_iteration_reports_the_scores_of_each_kind_that_is_rewarded(monkeypat
     _, read = iteration(reward, ["abcdef", "", "no", "", ""], monkeypatch)  # rows without a response have no score
     means = {name: value for name, value in read().items() if name.startswith("objective/scores")}
     assert means == {"objective/scores/forbidden": 6.0}
+
+
+def test_the_scores_of_an_exit_are_told_apart_by_kind(monkeypatch):
+    """At exit 3 a reward model's 6.0 and a match of 1 have the mean 3.5, which says nothing."""
+    reward = RewardByKind({"forbidden": "reward_model", "vqa": "exact_match", "benign": "none"}, Lengths())
+    _, read = iteration(reward, ["abcdef", "Red.", "no", "ab", "red"], monkeypatch)
+    means = {name: value for name, value in read().items() if name.startswith("exit/")}
+    assert means == {"exit/3/scores/forbidden": 6.0, "exit/3/scores/vqa": 1.0, "exit/7/scores/forbidden": 2.0}
 
 
 def test_an_iteration_says_which_rows_are_rewarded(monkeypatch):
