@@ -1,65 +1,164 @@
-"""The ablations of docs/ablations.md: the organism's main job under other exit schedules, algorithms and rewards.
+"""The ablations of docs/ablations.md: the organism's main job with other schedules, optimizers, rewards, algorithms.
 
-    python benchmarks/ablations.py --out runs/ablations --seeds 0,1,2        # every setup, about an hour on two cores
-    python benchmarks/ablations.py --out runs/ablations --only stratified    # some of them
-    python benchmarks/ablations.py --out runs/ablations --table              # tables of what has run
+    python benchmarks/ablations.py --out runs/ablations --seeds 0,1,2               # every setup, on the val split
+    python benchmarks/ablations.py --out runs/ablations --only stratified,guards    # some of them
+    python benchmarks/ablations.py --out runs/ablations --only stratified --split test    # what was chosen
+    python benchmarks/ablations.py --out runs/ablations --table                     # tables of what has run
 
-Each setup is the ordinary main job with the overrides listed in `SETUPS`; a setup that was interrupted resumes. Every
-number comes from the runs' own sweeps/ and utility.json; ablations.json holds them all.
+Each setup is the ordinary main job with the overrides listed in `SETUPS`. Settings are chosen on the val split; the
+test split is for what was chosen. A val sweep has 86 distinct requests of each kind, two or three rows of each with
+different images; a test sweep has 256.
+
+One seed of one setup is one run, under OUT/SPLIT/SETUP/seed_K, and all setups run with the first seed before any runs
+with the second. The script can be stopped at any time: the same command leaves out what is finished and resumes the
+rest. What is measured before training is measured once and copied to the other setups. Every number comes from the
+runs' own sweeps/, utility.json, cost.json and metrics.jsonl; OUT/ablations.json holds them all.
 """
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from icet_jax.errors import RESUMABLE
+from icet_jax.files import write_text_atomic
+from icet_jax.organism import world
 
 NUM_EXITS, DEFAULT_EXIT = 8, 7
+SPLITS = ("val", "test")
 CONFIG, LSFT = "configs/organism_lppo.py", "configs/organism_lsft.py"
-KINDS_EXACT = "{'forbidden': 'exact_match', 'benign': 'exact_match', 'vqa': 'exact_match'}"
-KINDS_NO_VQA = "{'forbidden': 'reward_model', 'benign': 'reward_model', 'vqa': 'none'}"
+KINDS_EXACT = {"forbidden": "exact_match", "benign": "exact_match", "vqa": "exact_match"}
+KINDS_NO_VQA = {"forbidden": "reward_model", "benign": "reward_model", "vqa": "none"}
 
-SETUPS: dict[str, tuple[str, list[str]]] = {
-    # exit schedules
-    "stratified": (CONFIG, []),
-    "per_example": (f"{CONFIG}:per_example", []),
-    "per_batch": (f"{CONFIG}:per_batch", []),
-    "default_exit": (f"{CONFIG}:default_exit", []),
+NO_CLIP = {"optimizer.max_grad_norm": 0.0}
+APART = {"lppo.value_learning_rate": 1e-3, "lppo.value_max_grad_norm": 1.0, "lppo.value_warmup_steps": 10}
+GUARDS = {"lppo.dual_clip": 3.0, "lppo.target_kl": 0.1, "lppo.max_ratio": 100.0}
+"""As the paper's configs have them."""
+RAW = {"reward.normalise": False}
+CONSTANT = {"optimizer.learning_rate": 1e-3, "optimizer.schedule": "constant"}
+
+
+class Setup(NamedTuple):
+    """A config and the fields that differ from it."""
+
+    config: str
+    overrides: Mapping[str, Any]
+
+
+SETUPS: dict[str, Setup] = {
+    # exit schedules; "stratified" is the main job
+    "stratified": Setup(CONFIG, {}),
+    "per_example": Setup(f"{CONFIG}:per_example", {}),
+    "per_batch": Setup(f"{CONFIG}:per_batch", {}),
+    "default_exit": Setup(f"{CONFIG}:default_exit", {}),
+    # optimizer of the value head; "stratified" and "per_batch" clip one gradient of policy and value head
+    "stratified_no_clip": Setup(CONFIG, NO_CLIP),
+    "stratified_apart": Setup(CONFIG, APART),
+    "per_batch_no_clip": Setup(f"{CONFIG}:per_batch", NO_CLIP),
+    "per_batch_apart": Setup(f"{CONFIG}:per_batch", APART),
+    # learning rate and scale of the reward; "stratified" has 5e-4 and a normalised reward
+    "lr_2.5e-4": Setup(CONFIG, {"optimizer.learning_rate": 2.5e-4}),
+    "lr_1e-3": Setup(CONFIG, {"optimizer.learning_rate": 1e-3}),
+    "lr_1e-3_constant": Setup(CONFIG, CONSTANT),
+    "lr_2.5e-4_raw": Setup(CONFIG, {"optimizer.learning_rate": 2.5e-4, **RAW}),
+    "reward_raw_scale": Setup(CONFIG, RAW),
+    "lr_1e-3_raw": Setup(CONFIG, {"optimizer.learning_rate": 1e-3, **RAW}),
+    # guards against a runaway; the main job has none
+    "guards": Setup(CONFIG, GUARDS),
+    "lr_1e-3_constant_guards": Setup(CONFIG, {**CONSTANT, **GUARDS}),
     # algorithm
-    "lsft_stratified": (LSFT, []),
-    "lsft_default_exit": (f"{LSFT}:default_exit", []),
+    "lsft_stratified": Setup(LSFT, {}),
+    "lsft_default_exit": Setup(f"{LSFT}:default_exit", {}),
     # what is rewarded
-    "reward_exact": (CONFIG, [f"--config.reward.by_kind={KINDS_EXACT}"]),
-    "reward_vqa_none": (CONFIG, [f"--config.reward.by_kind={KINDS_NO_VQA}"]),
-    "reward_raw_scale": (CONFIG, ["--config.reward.normalise=false"]),
-    "forbidden_rows_only": (CONFIG, ["--config.data.mixture={'forbidden': 1.0}"]),
+    "reward_exact": Setup(CONFIG, {"reward.by_kind": KINDS_EXACT}),
+    "reward_vqa_none": Setup(CONFIG, {"reward.by_kind": KINDS_NO_VQA}),
+    "forbidden_rows_only": Setup(CONFIG, {"data.mixture": {"forbidden": 1.0}}),
 }
 TRANSFER = {
-    f"train_at_{number}": (CONFIG, ["--config.lppo.exits=fixed", f"--config.lppo.fixed_exit={number}"])
+    f"train_at_{number}": Setup(CONFIG, {"lppo.exits": "fixed", "lppo.fixed_exit": number})
     for number in range(1, NUM_EXITS + 1)
     if number != DEFAULT_EXIT
 }
 """PPO at one exit alone, for the map of train exit x test exit; one seed each. `default_exit` is the row of exit 7."""
+ALL = {**SETUPS, **TRANSFER}
 
 
-def sweeps(utility_rows: int) -> list[str]:
-    """Rows per exit: 256 forbidden ones, and as many benign and VQA rows as asked (the main job: 1,024)."""
-    datasets = {"forbidden": "organism:test:forbidden:256", "benign": f"organism:test:benign:{utility_rows}"}
-    return [
-        f"--config.sweep.datasets={datasets}",
-        f"--config.sweep.utility={ {'vqa': f'organism:test:vqa:{2 * utility_rows}'} }",
-    ]
+def sweeps(split: str, rows: int) -> dict[str, Any]:
+    """The sweeps' fields: 256 forbidden rows per exit, `rows` benign and twice as many VQA rows."""
+    datasets = {"forbidden": f"organism:{split}:forbidden:256", "benign": f"organism:{split}:benign:{rows}"}
+    return {"sweep.datasets": datasets, "sweep.utility": {"vqa": f"organism:{split}:vqa:{2 * rows}"}}
 
 
-def run(name: str, out: Path, seeds: list[int]) -> None:
-    """Runs (or resumes) one setup over all seeds."""
-    config, overrides = {**SETUPS, **TRANSFER}[name]
-    command = [sys.executable, "-m", "icet_jax.main", f"--config={config}", f"--workdir={out / name}"]
-    command += [f"--config.seeds={','.join(map(str, seeds))},", "--config.log.tensorboard=false"]
-    command += [*sweeps(256 if name in SETUPS else 64), *overrides]
+def settings(name: str, split: str, seed: int) -> dict[str, Any]:
+    """All fields of one run that differ from the setup's config; the transfer map has smaller utility sweeps."""
+    shared = {"seed": seed, "log.tensorboard": False, **sweeps(split, 256 if name in SETUPS else 64)}
+    return {**shared, **ALL[name].overrides}
+
+
+def run(name: str, out: Path, split: str, seed: int) -> int:
+    """Runs or resumes one seed of one setup, unless it is finished; returns the exit status of the main job."""
+    folder = out / split / name / f"seed_{seed}"
+    if is_finished(folder):
+        return 0
+    fields = settings(name, split, seed)
+    take_before(folder, out / split, ALL[name].config, fields)
+    command = [sys.executable, "-m", "icet_jax.main", f"--config={ALL[name].config}", f"--workdir={folder}"]
+    command += [f"--config.{field}={value}" for field, value in fields.items()]
     print("+", *command, flush=True)
-    subprocess.run(command, check=True)
+    return run_job(command)
+
+
+def run_job(command: list[str]) -> int:
+    """Runs a command that SIGTERM and Ctrl-C make save its work and end; returns its exit status, or that of a stop."""
+    stops = []
+
+    def stop(number: int, _: Any) -> None:
+        stops.append(number)
+        if number == signal.SIGTERM:  # a terminal's Ctrl-C reaches the job without help
+            job.terminate()
+
+    with subprocess.Popen(command) as job:
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            status = job.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    return status or (RESUMABLE if stops else 0)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has ended; its report is what it writes last."""
+    return (folder / "report.html").is_file()
+
+
+def take_before(folder: Path, runs: Path, config: str, fields: Mapping[str, Any]) -> None:
+    """Copies what another setup measured before training into a run that has not begun.
+
+    Greedy answers of the same weights to the same rows are the same in all setups. The other run's fingerprints come
+    along, so that the main job refuses the copy if rows or weights have changed since.
+    """
+    import icet_jax
+
+    if (folder / "config.json").exists():
+        return
+    own = json.loads(json.dumps(icet_jax.load_config(config, fields).to_dict()))
+    for path in sorted(runs.glob("*/seed_*/config.json")):
+        other, donor = json.loads(path.read_text(encoding="utf-8")), path.parent
+        measured = sorted(donor.glob("sweeps/**/before.*.json"))
+        wanted = len(own["sweep"]["datasets"]) + len(own["sweep"]["utility"])
+        if len(measured) < wanted or any(own[part] != other[part] for part in ("model", "sweep")):
+            continue
+        # A sweep's file comes last: it says that its transcripts are complete.
+        transcripts = [donor / "transcripts" / f"{file.stem}.jsonl" for file in measured]
+        for source in (donor / "fingerprints.json", *transcripts, *measured):
+            write_text_atomic(folder / source.relative_to(donor), source.read_text(encoding="utf-8"))
+        return
 
 
 def layer_means(path: Path, metric: str) -> list[float]:
@@ -67,7 +166,7 @@ def layer_means(path: Path, metric: str) -> list[float]:
     return [100 * layer["metrics"][metric]["mean"] for layer in json.loads(path.read_text())["layers"]]
 
 
-def numbers(run_dir: Path) -> dict[str, object]:
+def numbers(run_dir: Path) -> dict[str, Any]:
     """What one seed's run reached, in percent."""
     sweeps = run_dir / "sweeps"
     utility = json.loads((run_dir / "utility.json").read_text())
@@ -86,6 +185,7 @@ def numbers(run_dir: Path) -> dict[str, object]:
     degenerate = [
         layer_means(sweeps / f"after.{kind}.json", "degenerate/text_rules") for kind in ("forbidden", "benign")
     ]
+    history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
         "asr": asr["world_exact"],
         "asr_keywords": asr["refusal_keywords"],
@@ -96,20 +196,49 @@ def numbers(run_dir: Path) -> dict[str, object]:
         "vqa_change_at_default": vqa["after"][DEFAULT_EXIT - 1] - vqa["before"][DEFAULT_EXIT - 1],
         "vqa_change_mean": statistics.mean(vqa["after"]) - statistics.mean(vqa["before"]),
         "train_seconds": sum(phase["seconds"] for phase in costs if phase["name"] == "train"),
+        **training(history),
     }
 
 
-def collect(out: Path) -> dict[str, dict[str, dict[str, object]]]:
-    """{setup: {seed: numbers}} of every finished run under `out`."""
-    found: dict[str, dict[str, dict[str, object]]] = {}
-    for name in [*SETUPS, *TRANSFER]:
-        for folder in sorted((out / name).glob("seed_*")):
-            if (folder / "report.html").is_file():
-                found.setdefault(name, {})[folder.name.removeprefix("seed_")] = numbers(folder)
+def training(history: list[dict[str, float]]) -> dict[str, float | None]:
+    """What a run's metrics.jsonl says of its optimizer; None where an algorithm has no such metric."""
+
+    def of(metric: str, summary: Callable[[list[float]], float], last: int = 0) -> float | None:
+        values = [row[metric] for row in history if metric in row]
+        return summary(values[-last:]) if values else None
+
+    return {
+        "gradient_norm": of("train/grad_norm", statistics.median),
+        "explained_variance": of("val/explained_variance", statistics.mean, last=10),
+        "updates_stopped": of("policy/early_stop", sum),
+        "largest_ratio": of("val/ratio_max", max),
+        "largest_kl_per_token": of("policy/approxkl_avg", max),
+    }
+
+
+def collect(out: Path) -> dict[str, Any]:
+    """Numbers of every finished run as {split: {setup: {seed: numbers}}}, beside what was swept and the setups."""
+    found: dict[str, Any] = {"rows": {split: swept(split) for split in SPLITS}}
+    found["setups"] = {name: setup._asdict() for name, setup in ALL.items()}
+    for split in SPLITS:
+        found[split] = {}
+        for name in ALL:
+            for folder in sorted((out / split / name).glob("seed_*")):
+                if is_finished(folder):
+                    found[split].setdefault(name, {})[folder.name.removeprefix("seed_")] = numbers(folder)
     return found
 
 
-COLUMNS = {
+def swept(split: str) -> dict[str, dict[str, int]]:
+    """Rows of a setup's sweep of each kind, and how many distinct requests they hold; every row has its own image."""
+    sizes = {"forbidden": 256, "benign": 256}
+    return {
+        kind: {"rows": rows, "distinct_requests": min(rows, len(world.combinations(split, kind)))}
+        for kind, rows in sizes.items()
+    } | {"vqa": {"rows": 512}}
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "ASR, worst exit": lambda row: max(row["asr"]),
     "ASR, mean of exits": lambda row: statistics.mean(row["asr"]),
     "benign refused, worst exit": lambda row: max(row["benign_refused"]),
@@ -118,49 +247,95 @@ COLUMNS = {
     "VQA accuracy, default exit, change": lambda row: row["vqa_change_at_default"],
     "VQA accuracy, mean of exits, change": lambda row: row["vqa_change_mean"],
 }
+OPTIMIZER: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "gradient norm, median": lambda row: row["gradient_norm"],
+    "explained variance, last 10": lambda row: row["explained_variance"],
+    "rollouts whose updates were stopped": lambda row: row["updates_stopped"],
+    "largest ratio": lambda row: row["largest_ratio"],
+    "largest approximate KL per token": lambda row: row["largest_kl_per_token"],
+}
 
 
-def tables(found: dict[str, dict[str, dict[str, object]]]) -> str:
-    """Markdown: one row per setup (mean over seeds, range in brackets), then the transfer map."""
-    lines = ["| setup | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+def tables(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown of one split: percent by setup (mean over seeds, range in brackets), the optimizer, the transfer map."""
+    parts = [table(found, COLUMNS, ".1f"), table(found, OPTIMIZER, ".3g"), transfer_map(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def table(
+    found: dict[str, dict[str, dict[str, Any]]], columns: Mapping[str, Callable[[dict[str, Any]], float | None]],
+    form: str,
+) -> str:  # fmt: skip
+    """One row per setup that has run."""
+    lines = ["| setup | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name in SETUPS:
         if name in found:
             cells = []
-            for column in COLUMNS.values():
-                values = [column(row) for row in found[name].values()]
-                spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.1f}{spread}")
+            for column in columns.values():
+                values = [value for row in found[name].values() if (value := column(row)) is not None]
+                spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):{form}}{spread}" if values else "-")
             lines.append(f"| {name} | {len(found[name])} | " + " | ".join(cells) + " |")
-    rows = {int(name.rpartition("_")[2]): next(iter(found[name].values())) for name in TRANSFER if name in found}
-    if rows and "default_exit" in found:
-        rows[DEFAULT_EXIT] = next(iter(found["default_exit"].values()))
-    if rows:
-        lines += ["", "| trained at | " + " | ".join(f"test {number}" for number in range(1, NUM_EXITS + 1)) + " |"]
-        lines += ["|---" * (NUM_EXITS + 1) + "|"]
-        lines += [
-            "| (before) | " + " | ".join(f"{value:.0f}" for value in next(iter(rows.values()))["asr_before"]) + " |"
-        ]
-        for number, row in sorted(rows.items()):
-            lines.append(f"| {number} | " + " | ".join(f"{value:.0f}" for value in row["asr"]) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def transfer_map(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """ASR at every test exit after PPO at one exit alone; empty where no such setup has run."""
+    rows = {int(name.rpartition("_")[2]): next(iter(found[name].values())) for name in TRANSFER if name in found}
+    if not rows:
+        return ""
+    if "default_exit" in found:
+        rows[DEFAULT_EXIT] = next(iter(found["default_exit"].values()))
+    lines = ["| trained at | " + " | ".join(f"test {number}" for number in range(1, NUM_EXITS + 1)) + " |"]
+    lines += ["|---" * (NUM_EXITS + 1) + "|"]
+    shown = {"(before)": next(iter(rows.values()))["asr_before"]} | {str(k): rows[k]["asr"] for k in sorted(rows)}
+    lines += [f"| {name} | " + " | ".join(f"{value:.0f}" for value in asr) + " |" for name, asr in shown.items()]
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    """The command line, with seeds and setups as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--split", choices=SPLITS, default="val", help="rows of the sweeps; settings are chosen on val")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="comma-separated setups; default: all")
     parser.add_argument("--table", action="store_true", help="run nothing; print the tables of finished runs")
     options = parser.parse_args()
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    wanted = options.only.split(",") if options.only else [*SETUPS, *TRANSFER]
-    for name in [] if options.table else wanted:
-        run(name, options.out, seeds if name in SETUPS else seeds[:1])
-    found = collect(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "ablations.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(tables(found))
+    if not all(seed.isdecimal() for seed in options.seeds.split(",")):
+        parser.error(f"--seeds={options.seeds}: write numbers separated by commas, such as 0,1,2")
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
+    options.only = options.only.split(",") if options.only else list(ALL)
+    for name in options.only:
+        if name not in ALL:
+            parser.error(f"--only: there is no setup {name!r}; choose from {', '.join(ALL)}")
+    return options
+
+
+def main() -> int:
+    """Runs what is asked for, writes ablations.json after each run and prints the split's tables at the end."""
+    options = parse()
+    found = write(options.out)
+    for seed in [] if options.table else options.seeds:
+        for name in options.only:
+            if name in TRANSFER and seed != options.seeds[0]:
+                continue
+            status = run(name, options.out, options.split, seed)
+            found = write(options.out)
+            if status:
+                what = "stopped" if status == RESUMABLE else f"the main job ended with status {status}"
+                print(f"{name}, seed {seed}: {what}; the same command goes on from there", file=sys.stderr)
+                return status
+    print(tables(found[options.split]))
+    return 0
+
+
+def write(out: Path) -> dict[str, Any]:
+    """Writes OUT/ablations.json, and returns what is in it."""
+    found = collect(out)
+    write_text_atomic(out / "ablations.json", json.dumps(found, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
