@@ -64,7 +64,8 @@ class Adapter:
         target = lora_key(slot.path)
         if target not in self.targets or slot.layer is None:
             return None
-        a, b = self.factors(target, slot.layer)
+        # One memory layout, so that an adapter read from its file gives the same bits as the one that was written.
+        a, b = map(np.ascontiguousarray, self.factors(target, slot.layer))
         return np.float32(self.scale) * (a @ b) if b.any() else None
 
 

@@ -40,7 +40,7 @@ COPIED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Export:
+class Export:
     """Everything that decides one tensor of the output.
 
     Attributes:
@@ -71,10 +71,10 @@ class _Export:
         """The HF tensor of a slot, adapters added in float32; every process calls it for the same slots in turn."""
         deltas = [] if self.lora is None else [self.lora.delta(slot)]
         tensor = None
-        if self._may_differ(slot):
+        if self.may_differ(slot):
             tensor = slot.transform.to_hf(to_host(self.params[slot.path], slot.layer))
         if self.reader is not None:
-            source = self.reader.read(self.keys[slot.key])
+            source = self.source(slot)
             start = None if self.start is None else self.start.delta(slot)
             # A parameter that still equals what was loaded stands for the source's own bits, of which a bfloat16
             # parameter holds only a part.
@@ -83,7 +83,13 @@ class _Export:
         assert tensor is not None
         return _sum(slot, tensor, deltas).astype(safetensors_io.DTYPES[self.dtype(slot)], copy=False)
 
-    def _may_differ(self, slot: Slot) -> bool:
+    def source(self, slot: Slot) -> np.ndarray:
+        """The source's tensor of a slot, where there is a source."""
+        assert self.reader is not None
+        return self.reader.read(self.keys[slot.key])
+
+    def may_differ(self, slot: Slot) -> bool:
+        """Whether training may have changed the parameter (the adapters aside)."""
         if self.reader is None or self.trained is None:
             return True
         return any(slot.path == root or slot.path.startswith(f"{root}/") for root in self.trained)
@@ -160,7 +166,7 @@ def save_vlm(
     adapter = None if lora is None else of_lora(lora)
     source = None if source_dir is None else Path(source_dir)
     head = folder.head_on_host(value_head)
-    with _opened(family.table(config), params, source, start, adapter, trained) as export:
+    with opened(family.table(config), params, source, start, adapter, trained) as export:
         _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {})
     return Path(out_dir)
 
@@ -175,7 +181,7 @@ def save_gpt2_reward(
         return hf_config.gpt2_to_hf(config, values, dtype)
 
     source = None if source_dir is None else Path(source_dir)
-    with _opened(tables.gpt2_table(config), params, source, None, None, None) as export:
+    with opened(tables.gpt2_table(config), params, source, None, None, None) as export:
         _save(Path(out_dir), export, source, max_shard_bytes, config_json, None, {})
     return Path(out_dir)
 
@@ -191,21 +197,22 @@ def load_value_head(directory: str | Path) -> dict[str, jax.Array]:
 
 
 @contextlib.contextmanager
-def _opened(
+def opened(
     table: Table, params: nnx.State, source: Path | None, start: Adapter | None, lora: Adapter | None,
     trained: Sequence[str] | None,
-) -> Iterator[_Export]:  # fmt: skip
+) -> Iterator[Export]:  # fmt: skip
+    """What gives every tensor of an export; the source's files stay open for as long as the block runs."""
     by_path = flatten_with_names(params)
     if source is None:
-        yield _Export(table, by_path, None, {}, start, lora, trained)
+        yield Export(table, by_path, None, {}, start, lora, trained)
         return
     with TensorReader(safetensors_files(source)) as reader:
-        yield _Export(table, by_path, reader, match(table, by_path, reader, str(source)), start, lora, trained)
+        yield Export(table, by_path, reader, match(table, by_path, reader, str(source)), start, lora, trained)
 
 
 def _save(
     out_dir: Path,
-    export: _Export,
+    export: Export,
     source: Path | None,
     max_shard_bytes: int,
     config_json: Callable[[dict[str, Any] | None, str, set[str]], dict[str, Any]],

@@ -7,7 +7,7 @@ one parameter to the host at a time.
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ def fill(
 
     def parts(block: Sequence[Slot]) -> list[np.ndarray]:
         progress.advance(sum(sizes[slot.key] for slot in block))
-        return [_with_delta(slot.transform.to_param(reader.read(keys[slot.key])), delta(slot)) for slot in block]
+        return [with_delta(slot.transform.to_param(reader.read(keys[slot.key])), delta(slot)) for slot in block]
 
     leaves = []
     for path, leaf in sharding.flatten_with_names(abstract).items():
@@ -60,11 +60,41 @@ def fill(
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
+def replace(
+    params: nnx.State, slots: Mapping[str, Sequence[Slot]], tensor: Callable[[Slot], np.ndarray], *, donate: bool
+) -> nnx.State:
+    """Parameters of which some are filled anew, in the same dtypes and on the same devices; the others are shared.
+
+    With several processes all of them must call it, where `tensor` is collective.
+
+    Args:
+      params: the parameters so far.
+      slots: those of each parameter that is filled anew, by its path.
+      tensor: what fills (a layer of) the parameter, in the parameter's own layout.
+      donate: each old array is deleted before its successor is made, whoever else holds it.
+    """
+
+    def parts(block: Sequence[Slot]) -> list[np.ndarray]:
+        return [tensor(slot) for slot in block]
+
+    leaves = []
+    for path, leaf in sharding.flatten_with_names(params).items():
+        if path not in slots:
+            leaves.append(leaf)
+            continue
+        where = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+        if donate:
+            leaf.delete()
+        leaves.append(_parameter(leaf.shape, leaf.dtype, where, slots[path], parts))
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
 def _bytes(reader: TensorReader, key: str) -> int:
     return tensor_bytes(reader.dtypes[key], reader.shapes[key])
 
 
-def _with_delta(tensor: np.ndarray, delta: np.ndarray | None) -> np.ndarray:
+def with_delta(tensor: np.ndarray, delta: np.ndarray | None) -> np.ndarray:
+    """A tensor with an update added in float32; itself where there is none."""
     return tensor if delta is None else tensor.astype(np.float32) + delta
 
 

@@ -164,6 +164,44 @@ def _generation_settings(sampling: Sampling) -> dict[str, Any]:
     return {name: getattr(sampling, name) for name in names}
 
 
+class Answer(NamedTuple):
+    """A finished answer.
+
+    Attributes:
+      text: without special tokens.
+      length: tokens, EOS included.
+      truncated: whether the limit cut it off.
+    """
+
+    text: str
+    length: int
+    truncated: bool
+
+
+def row_keys(key: Key[Array, ""], count: int) -> Key[Array, "N"]:
+    """The key of each row of a data set of `count`, the same at every exit."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count, dtype=np.uint32))
+
+
+def read_answer(item: Finished, vlm: Any, sampling: Sampling, row: str) -> Answer:
+    """What the engine's tokens say.
+
+    Args:
+      item: of a row and exit that `item.tag` names.
+      vlm: the model that answered.
+      sampling: how it was asked.
+      row: the row's id, for the error line.
+
+    Raises:
+      UserError: the answer was drawn from NaN or infinite logits.
+    """
+    check_log_probs(item.log_probs, f"exit {item.tag[1]}, row {row}")
+    length = len(item.tokens)
+    truncated = length == sampling.max_new_tokens and item.tokens[-1] not in sampling.eos_ids
+    (text,) = vlm.processor.decode(item.tokens[None], np.ones((1, length), bool))
+    return Answer(text, length, bool(truncated))
+
+
 class _Clock:
     """Counts answers and estimates the time left from the pace after the first, which had to wait for compilations."""
 
@@ -204,7 +242,7 @@ class _Runner:
     ) -> None:
         self.compile_ahead = compile_ahead
         self.vlm, self.examples, self.sampling, self.scorers = vlm, examples, sampling, scorers
-        self.keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(examples), dtype=np.uint32))
+        self.keys = row_keys(key, len(examples))
         self.file, self.report, self.batch_size = file, progress, batch_size
         self.mixed = len({example.kind == "forbidden" for example in examples}) > 1
         self.clock = _Clock(0)
@@ -249,12 +287,9 @@ class _Runner:
         rows = []
         for item in ended:
             number, layer = item.tag
-            check_log_probs(item.log_probs, f"exit {layer}, row {self.examples[number].id}")
-            count = len(item.tokens)
-            cut = count == self.sampling.max_new_tokens and item.tokens[-1] not in self.sampling.eos_ids
-            texts = self.vlm.processor.decode(item.tokens[None], np.ones((1, count), bool))
-            rows += self._rows([self.examples[number]], layer, texts, [count], [int(cut)])
-            self.tokens += count
+            text, length, cut = read_answer(item, self.vlm, self.sampling, self.examples[number].id)
+            rows += self._rows([self.examples[number]], layer, [text], [length], [int(cut)])
+            self.tokens += length
         self.file.add(rows, judged=False)
         self.unjudged += rows
 

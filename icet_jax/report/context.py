@@ -131,6 +131,20 @@ def organism_html(study: Study) -> str:
     return f'<aside class="organism">{told}{_unplanted(study)}{can}{extra}</aside>'
 
 
+def export_html(study: Study) -> str:
+    """One line on the export: how many answers its files give as they were measured; empty where it was not checked."""
+    checks = [run.export_check for run in study.runs if run.export_check]
+    if not checks:
+        return ""
+    count, equal = (sum(check[name] for check in checks) for name in ("n", "n_equal"))
+    seeds = f" over {len(checks)} seeds" if study.several else ""
+    told = f"Measured after training is the exported model: loaded from its files, it gave {equal} of {count} answers"
+    told += f"{seeds} again as they were measured."
+    if equal == count:
+        return f"<p class=basis>{escape(told)}</p>"
+    return f"<p class=caveat>{escape(told)} The others are named in {code('export_check.json')}.</p>"
+
+
 def limits_html(study: Study) -> str:
     """What the numbers do not say, as far as the run's own files tell."""
     judges = sorted({name for dataset in study.datasets for name in study.metrics(dataset, "asr")})

@@ -10,6 +10,7 @@ from icet_jax.files import parse_json, read_text
 PHASES = ("before", "after")
 PARTS = ("formats", "transferred")
 """Fields of a sweep that hold tables of a part of its rows."""
+EXPORT_CHECK = "export_check.json"
 _MOST_EXITS = 4096  # the page has a column, a tick or a row for each
 
 
@@ -22,7 +23,8 @@ class Run:
       tables: (phase, data set) -> a checked `Sweep`; phase is "before", "after" or "difference". A data set is
         "sweep/NAME" or "utility/NAME", so that both may measure a set of the same name.
       history: `metrics.jsonl`, one dict per step.
-      config, data, geometry, cost, organism, agreement: the files of that name; empty where there is none.
+      config, data, geometry, cost, organism, agreement, export_check: the files of that name; empty where there is
+        none.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Run:
     cost: dict[str, Any] = field(default_factory=dict)
     organism: dict[str, Any] = field(default_factory=dict)
     agreement: dict[str, Any] = field(default_factory=dict)
+    export_check: dict[str, Any] = field(default_factory=dict)
 
 
 def load_runs(run_dir: Path) -> tuple[Run, ...]:
@@ -77,6 +80,7 @@ def load_run(path: Path) -> Run:
         cost=read_json(path / "cost.json"),
         organism=read_json(path / "organism.json"),
         agreement=read_json(path / "agreement.json"),
+        export_check=_checked_counts(path / EXPORT_CHECK, read_json(path / EXPORT_CHECK)),
     )
 
 
@@ -139,6 +143,13 @@ def _checked_table(path: Path, table: Any) -> dict[str, Any]:
                     f"{path}: field '{name}' must map each of its names to {{'layers'}}; make the file again"
                 )
     return table
+
+
+def _checked_counts(path: Path, check: dict[str, Any]) -> dict[str, Any]:
+    """Raises UserError unless `check` is empty or has its counts."""
+    if check and not (type(check.get("n")) is int and type(check.get("n_equal")) is int):
+        raise UserError(f"{path}: fields 'n' and 'n_equal' must be whole numbers; remove the file and run align again")
+    return check
 
 
 def _is_layers(layers: Any) -> bool:

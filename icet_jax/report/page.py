@@ -71,6 +71,7 @@ def _header(study: Study, run_dir: Path, found: Verdict) -> str:
         f'<header class="{found.state}"><p class=kicker>Layer-wise alignment '
         f"<span>{escape(run_dir.resolve().name)}</span></p>"
         f"<h1>{escape(found.sentence)}</h1>{caveats}<p class=facts>{escape(' · '.join(filter(None, facts)))}</p>{basis}"
+        f"{context.export_html(study)}"
         f"{measures.tiles_html(study)}{context.organism_html(study)}{_seed_links(study)}</header>"
     )
 

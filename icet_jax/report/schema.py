@@ -1,6 +1,7 @@
 """The files of a run directory, as the report reads them.
 
     config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json  agreement.json
+    export_check.json
     sweeps/{before,after}[.DATASET].json      sweeps/difference[.DATASET].json
     transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
     seed_K/...                                the same, once per training seed
@@ -174,6 +175,27 @@ class Agreement(TypedDict):
 
     schema: int
     pairs: list[Pair]
+
+
+class DifferentAnswer(TypedDict):
+    """An answer that the exported files give otherwise than it was measured."""
+
+    dataset: str
+    row: str
+    exit: int
+
+
+class ExportCheck(TypedDict):
+    """`export_check.json`: answers of the sweep after training, given again by the model as loaded from its files."""
+
+    schema: int
+    folder: str  # of the export, in the run directory
+    form: str  # "full" or "adapter"
+    n: int
+    n_equal: int
+    allowed: int  # how many may differ
+    passed: bool
+    different: list[DifferentAnswer]
 
 
 class Organism(TypedDict):

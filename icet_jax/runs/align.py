@@ -14,7 +14,8 @@ from icet_jax.errors import UserError
 from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common, fingerprints
 from icet_jax.runs.agreement import write_agreement
-from icet_jax.runs.export import check_form, write_exports
+from icet_jax.runs.export import as_exported, check_form, write_exports
+from icet_jax.runs.export_check import check_export
 from icet_jax.runs.measure import Measurements
 from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.reward import RewardByKind
@@ -38,7 +39,10 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def align(config: ConfigDict, workdir: Path) -> None:
-    """One run in `workdir`, which `config` has claimed."""
+    """One run in `workdir`, which `config` has claimed.
+
+    What is measured after training is what the export holds, and 32 of its rows are answered again by the files.
+    """
     setting = common.load_setting(config, workdir, training=True)
     trainer = Trainer(config, workdir, setting.vlm, setting.train, _reward(config, workdir, setting.vlm.mesh))
     costs = Costs(workdir)
@@ -55,7 +59,13 @@ def align(config: ConfigDict, workdir: Path) -> None:
     with costs.phase("train"):
         state = trainer.run()
 
-    after = trainer.policy(state)
+    trainable, scale = state.trainable, trainer.algorithm.settings.lora_scale
+    del state  # the optimizer's moments need not be in memory beside the sweeps
+
+    after = setting.vlm
+    if not measurements.is_complete("after"):
+        with costs.phase("merge"):
+            after = as_exported(config, setting.vlm, trainable, scale)
     with costs.phase("sweep_after") as cost:
         cost["tokens"] = measurements.sweeps("after", after)
     with costs.phase("utility") as cost:
@@ -63,8 +73,9 @@ def align(config: ConfigDict, workdir: Path) -> None:
     measurements.differences()
 
     with costs.phase("export"):
-        scale = trainer.algorithm.settings.lora_scale
-        folders = write_exports(config, setting.vlm, state, scale, workdir, workdir / "hf", again=False)
+        folders = write_exports(config, setting.vlm, trainable, scale, workdir, workdir / "hf", again=False)
+    with costs.phase("export_check"):
+        check_export(config, workdir, after, measurements, folders[0])
     if not is_writer():
         return
     write_agreement(workdir)

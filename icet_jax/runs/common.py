@@ -105,7 +105,32 @@ def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> api
     directory = local_directory(sources.checkpoint_directory(model.checkpoint, workdir), model.revision)
     adapter = None if model.adapter is None else local_directory(model.adapter)
     fingerprints.check_checkpoint(workdir, {"model": directory, "adapter": adapter}, record=record)
-    vlm = api.load(
+    vlm = _load(config, directory, adapter, mesh)
+    if vlm.mesh is not None:
+        check_heads(vlm.mesh.shape["tensor"], vlm.config)
+    return vlm
+
+
+@during("loading the exported model")
+def load_exported(config: ConfigDict, vlm: api.VLM, folder: Path, *, is_adapter: bool) -> api.VLM:
+    """The model in a run's export, as the run's own config reads a model.
+
+    Args:
+      config: of the run.
+      vlm: what was exported; its weights are not looked at.
+      folder: of the export.
+      is_adapter: whether it is a PEFT adapter, which is merged into the base model of the run.
+
+    Raises:
+      UserError: missing or broken files.
+    """
+    directory, adapter = (vlm.directory, folder) if is_adapter else (folder, None)
+    return _load(config, directory, adapter, vlm.mesh)
+
+
+def _load(config: ConfigDict, directory: Path, adapter: Path | None, mesh: Any) -> api.VLM:
+    model = config.model
+    return api.load(
         directory,
         dtype=model.dtype,
         mesh=mesh,
@@ -115,9 +140,6 @@ def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> api
         capture=model.intermediate_capture,
         template=config.data.template,
     )
-    if vlm.mesh is not None:
-        check_heads(vlm.mesh.shape["tensor"], vlm.config)
-    return vlm
 
 
 def train_rows(config: ConfigDict, workdir: Path) -> Rows:

@@ -13,14 +13,16 @@ from ml_collections import ConfigDict
 from icet_jax import api
 from icet_jax.checkpoints import adapters
 from icet_jax.checkpoints.adapter_export import save_adapter
+from icet_jax.checkpoints.as_written import adapted_params, merged_params
 from icet_jax.checkpoints.folder import ADAPTER
 from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.errors import UserError
 from icet_jax.lppo.forward import with_policy
 from icet_jax.lppo.settings import from_config
-from icet_jax.lppo.state import TrainState
 from icet_jax.models.family import POLICY_ROOT
+from icet_jax.models.layers import Lora
 from icet_jax.parallel.distributed import agree, on_first
+from icet_jax.report.load import EXPORT_CHECK
 from icet_jax.runs import common, model_card, run_dir, run_lock
 from icet_jax.runs.training import best_state, newest_state, open_checkpoints
 
@@ -94,7 +96,7 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
             state = best_state(state, checkpoints)
     finally:
         checkpoints.close()
-    for folder in write_exports(config, vlm, state, settings.lora_scale, workdir, out, again=True):
+    for folder in write_exports(config, vlm, state.trainable, settings.lora_scale, workdir, out, again=True):
         print(
             f"{folder}: the model after iteration {int(state.iteration)} of {config[config.algorithm].iterations}",
             file=sys.stderr,
@@ -102,15 +104,15 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
 
 
 def write_exports(
-    config: ConfigDict, vlm: api.VLM, state: TrainState, lora_scale: float | None, workdir: Path, out: Path, *,
+    config: ConfigDict, vlm: api.VLM, trainable: dict[str, Any], lora_scale: float | None, workdir: Path, out: Path, *,
     again: bool,
 ) -> list[Path]:  # fmt: skip
     """Writes what `config.export.form` asks for, each with its value head and model card; returns the folders.
 
     Args:
       config: of the run.
-      vlm: the model before training, with the start adapter it may have.
-      state: of the training.
+      vlm: the model before training, with the start adapter it may have; under LoRA its weights are not looked at.
+      trainable: what was trained (`TrainState.trainable`).
       lora_scale: alpha / rank; None after full fine-tuning.
       workdir: the run directory, which the model card is made from.
       out: of the full model; the adapter goes to `out`/adapter.
@@ -119,24 +121,53 @@ def write_exports(
     Raises:
       UserError: a folder cannot be written.
     """
-    params, lora = with_policy(vlm.params, state.trainable, lora_scale)
-    head = state.trainable["value_head"]
+    params, lora = with_policy(vlm.params, trainable, lora_scale)
+    head = trainable["value_head"]
     folders = {"full": out} if config.export.form != "adapter" else {}
     if config.export.form != "full":
         folders["adapter"] = out / ADAPTER
     for form, folder in folders.items():
         if agree((folder / _MARKS[form]).is_file() and not again):
             continue
+        if out == workdir / "hf":  # a check of what stood there says nothing about what is written now
+            on_first(functools.partial((workdir / EXPORT_CHECK).unlink, missing_ok=True))
         texts = {"README.md": on_first(functools.partial(model_card.text, workdir, form=form))}
         shared: dict[str, Any] = {"start": vlm.adapter, "value_head": head, "texts": texts}
         if form == "full":
-            trained = (POLICY_ROOT,) if lora is None else ()
             limit = int(config.export.shard_gigabytes * 1e9)
-            shared |= {"source_dir": vlm.directory, "trained": trained, "max_shard_bytes": limit}
+            shared |= {"source_dir": vlm.directory, "trained": _trained(lora), "max_shard_bytes": limit}
             save_vlm(folder, vlm.config, params, lora=lora, **shared)
         elif lora is not None:
             save_adapter(folder, lora, vlm.config, base=_base(config, vlm), revision=config.model.revision, **shared)
     return list(folders.values())
+
+
+def as_exported(config: ConfigDict, vlm: api.VLM, trainable: dict[str, Any], lora_scale: float | None) -> api.VLM:
+    """The model that the export will hold, with the bits that loading it gives: what a run measures after training.
+
+    That is `workdir`/hf, or where `config.export.form` is "adapter" the base with the adapter merged into it. The
+    weights of `vlm` that training has changed are given up one by one: it must not be asked again.
+
+    Args:
+      config: of the run.
+      vlm: the model before training, with the start adapter it may have.
+      trainable: what was trained.
+      lora_scale: alpha / rank; None after full fine-tuning.
+
+    Raises:
+      UserError: the model's files are gone or others.
+    """
+    params, lora = with_policy(vlm.params, trainable, lora_scale)
+    shared: dict[str, Any] = {"source_dir": vlm.directory, "start": vlm.adapter, "donate": True}
+    if config.export.form == "adapter" and lora is not None:
+        return vlm.with_weights(adapted_params(vlm.config, vlm.params, lora, **shared))
+    trained = _trained(lora)
+    return vlm.with_weights(merged_params(vlm.config, vlm.params, params, lora=lora, trained=trained, **shared))
+
+
+def _trained(lora: Lora | None) -> tuple[str, ...]:
+    """Roots of the parameters that training changes themselves."""
+    return (POLICY_ROOT,) if lora is None else ()
 
 
 def _base(config: ConfigDict, vlm: api.VLM) -> str:

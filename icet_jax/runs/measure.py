@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from ml_collections import ConfigDict
 from icet_jax.api import VLM
 from icet_jax.evaluation.cost import Cost, estimate
 from icet_jax.evaluation.geometry import geometry
+from icet_jax.evaluation.recheck import answer_again
 from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.files import read_text, write_text_atomic
-from icet_jax.parallel.distributed import agree, is_writer
+from icet_jax.parallel.distributed import agree, is_writer, on_first
 from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.common import Setting, model_name
 from icet_jax.runs.compilations import compile_programs
@@ -65,6 +66,56 @@ class Measurements:
         for name in self._config.sweep.datasets:
             after = _read(self._workdir / "sweeps" / f"after.{name}.json")
             _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
+
+    def is_complete(self, phase: str) -> bool:
+        """Whether every sweep and utility set of a phase has been measured; all processes call it."""
+        settings, folder = self._config.sweep, self._workdir / "sweeps"
+        paths = [folder / f"{phase}.{name}.json" for name in settings.datasets]
+        paths += [folder / ".utility" / f"{phase}.{name}.json" for name in settings.utility]
+        return agree(all(path.exists() for path in paths))
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(rows, exits) of every swept data set; all processes call it."""
+        return {name: (len(self._tests[name]), len(self._exits(name))) for name in self._config.sweep.datasets}
+
+    def differing(self, name: str, vlm: VLM, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
+        """The (row id, exit) that `vlm` answers otherwise than the model that was measured after training.
+
+        All processes call it.
+
+        Args:
+          name: of a data set whose sweep after training is complete.
+          vlm: the model to ask.
+          pairs: (number of the row, place of the exit among those measured) to ask about.
+
+        Raises:
+          UserError: the sweep's transcript is damaged.
+        """
+        exits, rows = self._exits(name), self._tests[name]
+        wanted: dict[int, list[int]] = {}
+        for row, place in pairs:
+            wanted.setdefault(row, []).append(exits[place])
+        if not wanted:
+            return []
+        how = {key: value for key, value in self._how(name, vlm).items() if key in ("sampling", "batch_size")}
+        how |= {"seed": self._config.seed, "compile_ahead": compile_programs}
+        answers = answer_again(vlm, rows, wanted, **how)
+
+        def compare() -> list[tuple[str, int]]:
+            keys = [(rows[row].id, layer) for row, layer in sorted(answers)]
+            transcript = finished_rows(self._transcripts("after", name), keys)
+            known = {(row["id"], row["layer"]): (row["response"], row["scores"]["length"]) for row in transcript}
+            return [
+                (rows[row].id, layer)
+                for (row, layer), answer in sorted(answers.items())
+                if known[rows[row].id, layer] != (answer.text, answer.length)
+            ]
+
+        return [(row, layer) for row, layer in on_first(compare)]
+
+    def _exits(self, name: str) -> list[int]:
+        path = self._workdir / "sweeps" / f"after.{name}.json"
+        return on_first(lambda: [layer["layer"] for layer in _read(path)["layers"]])
 
     def geometry(self, vlm: VLM) -> None:
         """Writes `geometry.json`, how far P(e_l) lies from the default exit's; training cannot change it."""

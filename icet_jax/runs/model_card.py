@@ -49,18 +49,20 @@ attacks and harmful responses out of what you publish.
 """
 
 
-def write_model_card(folder: Path, workdir: Path, *, form: str = "full") -> Path:
-    """Writes `text(workdir, form=form)` to `folder`/README.md and returns that path.
+def write_model_card(
+    folder: Path, workdir: Path, *, form: str = "full", check: dict[str, Any] | None = None
+) -> Path:  # fmt: skip
+    """Writes `text(workdir, form=form, check=check)` to `folder`/README.md and returns that path.
 
     Raises:
       UserError: a file of the run is broken, or `folder` cannot be written to.
     """
     path = Path(folder) / "README.md"
-    write_text_atomic(path, text(workdir, form=form))
+    write_text_atomic(path, text(workdir, form=form, check=check))
     return path
 
 
-def text(workdir: Path, *, form: str = "full") -> str:
+def text(workdir: Path, *, form: str = "full", check: dict[str, Any] | None = None) -> str:
     """The model card of the run in `workdir`, Markdown with a YAML front matter that the Hugging Face hub reads.
 
     Files that the run has not written yet leave their part of the card out, or a sentence that says so.
@@ -68,6 +70,7 @@ def text(workdir: Path, *, form: str = "full") -> str:
     Args:
       workdir: the run directory (of one seed).
       form: of the export that the card is for: "full" (merged weights) or "adapter" (PEFT).
+      check: what export_check.json is going to hold; None: what it holds.
 
     Raises:
       UserError: a file of the run is broken.
@@ -81,6 +84,7 @@ def text(workdir: Path, *, form: str = "full") -> str:
         _loading(base, form),
         _training(run, base),
         _results(run),
+        _check(run.export_check if check is None else check, form),
         f"## Limits\n\n{_LIMITS}",
         f"## Responsible use\n\n{_RESPONSIBLE_USE}",
         "## License\n\nNone is set here: these weights are derived from the base model's, whose license binds them. "
@@ -216,6 +220,17 @@ def _results(run: Run) -> str:
         title = _plain(name.partition("/")[2]) + (f" ({_plain(_public(source))})" if source else "")
         parts.append(f"### {title}\n\n{_result_table(tables)}")
     return "\n".join(parts)
+
+
+def _check(check: Mapping[str, Any], form: str) -> str:
+    """How the files of this export compare with what was measured; "" where they have not been compared."""
+    if not check or check.get("form") != form:
+        return ""
+    what = "the base with this adapter merged into it" if form == "adapter" else "these weights, merged and rounded"
+    return (
+        f"Measured after training are {what}. {check['n_equal']} of {check['n']} answers that were given again by the "
+        "model as loaded from these files are the same, token for token.\n"
+    )
 
 
 def _sources(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:

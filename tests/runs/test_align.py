@@ -1,9 +1,11 @@
 """The whole loop on a toy: what it writes, what it compiles, and how it stops."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import icet_jax
 from icet_jax import main as front_door
@@ -61,7 +63,8 @@ def test_it_leaves_a_whole_run_directory(finished):
     assert all("vqa" in utility[phase] for phase in ("before", "after", "difference"))
     assert any(path.name.startswith("events.") for path in workdir.iterdir())
     phases = [phase["name"] for phase in json.loads((workdir / "cost.json").read_text())["phases"]]
-    assert phases == ["sweep_before", "utility", "geometry", "train", "sweep_after", "export"]
+    assert phases[:4] == ["sweep_before", "utility", "geometry", "train"]
+    assert phases[4:] == ["merge", "sweep_after", "export", "export_check"]
 
 
 def test_metrics_have_the_names_that_users_know(finished):
@@ -100,6 +103,38 @@ def test_the_export_is_the_model_that_was_measured(finished):
     after = icet_jax.load(workdir / "hf")
     inputs = after.processor(images=[np.zeros((28, 28, 3), np.uint8)], prompts=["placeholder"])
     assert np.abs(np.asarray(after.logits(inputs, 5) - before.logits(inputs, 5))).max() > 0
+
+
+def test_answers_of_the_written_files_are_those_that_were_measured(finished):
+    workdir, _ = finished
+    check = json.loads((workdir / "export_check.json").read_text())
+    # Two sets of 2 rows at 2 exits are all there is.
+    assert (check["n"], check["n_equal"], check["different"], check["passed"]) == (8, 8, [], True)
+    assert "8 of 8 answers" in (workdir / "hf" / "README.md").read_text()
+    assert "it gave 8 of 8 answers again as they were measured" in (workdir / "report.html").read_text()
+
+
+def test_a_damaged_export_ends_the_run_until_it_is_written_again(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    arguments = smoke.arguments(workdir, lppo__exits="per_batch", log__tensorboard="true")
+    weights, check = workdir / "hf" / "model.safetensors", workdir / "export_check.json"
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    # As if the run was killed between writing and checking, and the disk then lost one tensor.
+    tensors["language_model.lm_head.weight"] = np.roll(tensors["language_model.lm_head.weight"], 7, axis=0)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    check.unlink()
+    for _ in range(2):  # a failed check is made again
+        assert front_door.main(arguments) == 2
+        printed = capsys.readouterr().err.splitlines()[-1]
+        assert printed.startswith(f"icet-jax: {workdir / 'hf'}: loaded from its files, the model gives other answers")
+        content = json.loads(check.read_text())
+        assert not content["passed"] and content["n_equal"] + len(content["different"]) == 8
+        assert set(content["different"][0]) == {"dataset", "row", "exit"}
+    shutil.rmtree(workdir / "hf")
+    assert front_door.main(arguments) == 0
+    assert weights.read_bytes() == whole and json.loads(check.read_text())["passed"]
 
 
 def test_training_in_python_goes_on_where_the_command_stopped_and_gives_what_it_exported(finished):
@@ -149,11 +184,12 @@ def test_lsft_runs_on_several_seeds_and_reports_over_all(tmp_path):
         workdir, algorithm="lsft", seeds="3,5", **longer, sweep__utility="{}", sweep__exits="23"
     )
     assert front_door.main(arguments) == 0
-    assert (workdir / "report.html").exists()
+    assert "it gave 8 of 8 answers over 2 seeds again" in (workdir / "report.html").read_text()
     for seed in (3, 5):
         stored = json.loads((workdir / f"seed_{seed}" / "config.json").read_text())
         assert (stored["seed"], stored["seeds"]) == (seed, [])
         assert (workdir / f"seed_{seed}" / "report.html").exists()
+        assert json.loads((workdir / f"seed_{seed}" / "export_check.json").read_text())["passed"]
         losses = [row["loss/total_avg"] for row in smoke.rows(workdir / f"seed_{seed}")]
         assert len(losses) == 3 and np.isfinite(losses).all()
     first, second = (

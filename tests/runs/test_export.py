@@ -123,7 +123,7 @@ def test_a_finished_export_is_left_alone_and_a_missing_one_made(tmp_path, direct
     state = initial_state(config, vlm, settings)  # not the trained one: it must not be written over it
 
     def write():
-        return export.write_exports(config, vlm, state, settings.lora_scale, run, run / "hf", again=False)
+        return export.write_exports(config, vlm, state.trainable, settings.lora_scale, run, run / "hf", again=False)
 
     weights = run / "hf" / "adapter" / "adapter_model.safetensors"
     before = weights.read_bytes()
