@@ -1,7 +1,6 @@
 """From eight (emulated) devices and from two processes: the same parameters in, the same bytes out."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from icet_jax.parallel.sharding import flatten_with_names  # noqa: E402
 from tests import tiny, tiny_families  # noqa: E402
 from tests.checkpoints.test_adapters import random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
+from tests.devices import emulating  # noqa: E402
 
 # Runs in each process: loads spread over the mesh, checks this process's parts against `single`, exports.
 PROGRAM = """
@@ -92,10 +92,7 @@ def on_one_device(folder):
 
 def spread(folder, out, mesh, devices, processes=1):
     """Runs `PROGRAM` and compares what it wrote with the reference."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-    }
+    environment = emulating(devices)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

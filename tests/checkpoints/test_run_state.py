@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import resource
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from icet_jax.checkpoints import run_state
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.errors import UserError
+from tests.devices import emulating
 
 # Orbax abandons its other reads when one fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -307,7 +307,7 @@ states.close()
 
 
 def test_a_state_is_restored_onto_any_mesh(tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = emulating(8)
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "checkpoints")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,6 +1,5 @@
 """Scorers' checkpoints: every key style loads, what is not supported is one clear line, meshes change nothing."""
 
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 from icet_jax.checkpoints.scorers import ARCHITECTURES, architecture, load_scorer_network
 from icet_jax.errors import UserError
 from tests import tiny, tiny_scorers
+from tests.devices import emulating
 from tests.models.scorers import ours, theirs
 
 torch = pytest.importorskip("torch")
@@ -179,7 +179,7 @@ def test_spread_weights_give_the_same_scores(tmp_path):
     config = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     builds = {name: BUILDERS[name] for name in ("bert", "deberta", "llama")}
     directories = [str(tiny_scorers.save(tmp_path / name, build(**config))) for name, build in builds.items()]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = emulating(8)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *directories], env=environment, capture_output=True, text=True, timeout=600
     )

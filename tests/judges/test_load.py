@@ -1,7 +1,6 @@
 """Scorers by path: the numbers are transformers', and a saved reward model comes back as it was."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from icet_jax.judges.load import load_defined, load_scorer, save_reward_model
 from icet_jax.judges.reward_model import RewardModel
 from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
 from tests import tiny, tiny_scorers
+from tests.devices import emulating
 
 PROMPTS = ["say hi", "a longer prompt, with a comma", "x", "p" * 70]
 RESPONSES = [" hi there", "no", "", "r" * 20]
@@ -228,7 +228,7 @@ def test_judges_spread_over_eight_devices_agree_with_one(tmp_path):
         tiny_scorers.save(tmp_path / "bert", tiny_scorers.bert()),
         tiny_scorers.save(tmp_path / "rm", tiny_scorers.llama_reward()),
     ]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = emulating(8)
     done = subprocess.run(
         [sys.executable, "-c", MESH, *map(str, folders)], env=environment, capture_output=True, text=True, timeout=600
     )

@@ -1,6 +1,5 @@
 """Reward-model training: torch's gradients, an order that is a pure function of the step, the same on any devices."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from icet_jax.errors import UserError
 from icet_jax.judges.reward_training import PairOrder, RewardTrainer, preference_loss
 from icet_jax.judges.rows import pad_rows
 from tests import tiny
+from tests.devices import emulating
 
 LENGTHS = [int(n) for n in np.random.default_rng(0).integers(3, 60, 50)]
 
@@ -170,7 +170,7 @@ print("agreed")
 
 def test_spread_weights_learn_the_same(tmp_path):
     directory = tiny.save_reward_model(tmp_path, tiny.reward_model(seed=3))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = emulating(8)
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(directory)], env=environment, capture_output=True, text=True, timeout=600

@@ -1,7 +1,6 @@
 """A whole run on two processes is the run on one: same answers and scores, same parameters."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -20,14 +19,12 @@ SHORT = {
     "sweep__utility": "{}",
     "sweep__exits": "1,23",
 }
-FASTER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # most of the time is compiling
 
 
 def align(folder, processes, devices, **changes):
     command = [sys.executable, "launch/local_processes.py", f"--processes={processes}", f"--devices={devices}", "--"]
     command += smoke.arguments(folder, **SHORT, **changes)
-    environment = os.environ | {"XLA_FLAGS": FASTER}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,8 @@ def test_every_notebook_is_tried():
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_it_runs_and_shows_what_it_says(name):
+def test_it_runs_and_shows_what_it_says(name, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # as a reader runs it; one of them trains, which optimised programs do faster
     notebook = notebooks.execute(name, [CLAIMS[name]])
     text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "Traceback" not in text and "FAIL" not in text

@@ -1,8 +1,9 @@
 """Chunks of a batch that is split over devices stay where they are."""
 
-import os
 import subprocess
 import sys
+
+from tests.devices import emulating
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
@@ -27,11 +28,7 @@ print("chunked over", jax.device_count(), "devices")
 
 
 def test_chunks_move_nothing_between_devices():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    }
+    environment = emulating(8) | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "chunked over 8 devices\n"

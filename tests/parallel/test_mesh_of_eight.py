@@ -1,6 +1,5 @@
 """A checkpoint loaded onto eight (emulated) devices computes what it computes on one, whatever its family."""
 
-import os
 import subprocess
 import sys
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_families
+from tests.devices import emulating
 
 pytest.importorskip("torch")
 
@@ -80,7 +80,7 @@ def test_spread_weights_give_the_same_logits(tmp_path, family):
     if batch.images.layout is not None:
         arrays["layout"] = batch.images.layout
     np.savez(tmp_path / "batch.npz", per_row=batch.images.per_row, **{k: np.asarray(x) for k, x in arrays.items()})
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = emulating(8)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path), str(tmp_path / "batch.npz")],
         env=environment, capture_output=True, text=True, timeout=600,

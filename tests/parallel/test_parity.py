@@ -18,7 +18,6 @@ pytest.importorskip("torch")
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
 SPREAD = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
-FASTER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # most of the time is compiling
 
 
 def llava(folder):
@@ -74,7 +73,8 @@ def differences(tmp_path_factory):
     for case, folder in folders.items():  # not by the threads: transformers imports its models when they are named
         FAMILIES[CASES[case][0]](folder / "vlm")
     with pytest.MonkeyPatch.context() as patched, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        patched.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {FASTER}")
+        # A third less to compile again. Not for all tests: rows of other batches then differ by rounding.
+        patched.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false")
         patched.setenv("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner warns of gathers of embeddings
         return dict(zip(folders, pool.map(measured, folders, folders.values()), strict=True))
 

@@ -1,7 +1,6 @@
 """What was traced in one process is found by the next, under everything that it follows from."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,6 +12,7 @@ import pytest
 
 from icet_jax.parallel import programs
 from icet_jax.parallel.programs import Program
+from tests.devices import emulating
 from tests.lppo import toy
 
 LEARN = """
@@ -60,10 +60,7 @@ print(json.dumps({"traced": len(traced), "digest": digest}))
 
 
 def learn(folder, devices, compiled):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = (
-        {"JAX_COMPILATION_CACHE_DIR": str(compiled)} | os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    )
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(compiled)} | emulating(devices)
     command = [sys.executable, "-W", "error::UserWarning", "-c", LEARN, str(folder), str(devices)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -12,6 +12,7 @@ import pytest
 
 from icet_jax.runs import compilations, run_dir
 from icet_jax.runs.config_files import load
+from tests.devices import emulating
 from tests.runs import smoke
 
 AHEAD = """
@@ -61,7 +62,7 @@ def python(program, *arguments, **environment):
 
 def test_on_a_mesh_the_first_step_compiles_nothing_after_the_programs_were_compiled_at_once():
     kept = {name: value for name, value in os.environ.items() if "CACHE" in name}
-    done = python(AHEAD, XLA_FLAGS="--xla_force_host_platform_device_count=4", **kept)
+    done = python(AHEAD, XLA_FLAGS=emulating(4)["XLA_FLAGS"], **kept)
     assert done.stdout.splitlines()[-1] == "compiled in the first step: 0"
     assert done.stderr.splitlines()[-1].startswith("compiled: update ")
     assert all(f"{name} " in done.stderr for name in ("update", "rollout", "prepare"))

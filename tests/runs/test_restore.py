@@ -56,7 +56,6 @@ sys.exit(local_processes.wait(local_processes.start([sys.executable, *sys.argv[3
 EIGHT = (1, 8, {"mesh__fsdp": "2", "mesh__tensor": "2"})
 TWO = (2, 1, {"mesh__fsdp": "2"})
 ONE = (1, 1, {})
-FASTER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # most of the time is compiling
 
 
 class Places:
@@ -73,7 +72,6 @@ class Places:
         last = str(stop_after - 1 if stop_after else 0)
         command = [sys.executable, "-c", START, str(processes), str(devices), str(self.folder / "program.py"), last]
         environment = os.environ | {
-            "XLA_FLAGS": FASTER,
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -1,0 +1,24 @@
+"""What conftest.py sets up holds in the processes that tests start as well."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.devices import emulating
+
+PROGRAM = """
+import jax
+print(jax.device_count(), jax.default_backend(), jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_a_process_with_three_devices_compiles_as_the_tests_do_and_shares_their_programs():
+    environment = emulating(3)
+    assert environment["XLA_FLAGS"].startswith(os.environ["XLA_FLAGS"])
+    assert "--xla_backend_optimization_level=" in environment["XLA_FLAGS"]
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, backend, folder = done.stdout.split(maxsplit=2)
+    assert (count, backend) == ("3", "cpu")
+    assert Path(folder.strip()).is_dir() and folder.strip() == os.environ["JAX_COMPILATION_CACHE_DIR"]
