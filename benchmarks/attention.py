@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icet_jax.models import attention
+from icet_jax.nn import attention
 
 
 @dataclasses.dataclass(frozen=True)

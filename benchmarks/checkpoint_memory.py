@@ -39,7 +39,7 @@ def make(directory: Path, layers: int) -> None:
 
     from icet_jax.checkpoints import hf_config, safetensors_io, tables
     from icet_jax.checkpoints.hf_import import abstract_params, hf_shape
-    from icet_jax.models.llava import Llava
+    from icet_jax.models.llava.network import Llava
     from icet_jax.parallel.sharding import flatten_with_names
 
     values = CONFIG | {"text_config": CONFIG["text_config"] | {"num_hidden_layers": layers}}
@@ -81,7 +81,7 @@ def child(directory: Path, mesh: dict[str, int]) -> None:
     from icet_jax.checkpoints.adapter_export import save_adapter
     from icet_jax.checkpoints.hf_export import save_vlm
     from icet_jax.checkpoints.hf_import import load_vlm
-    from icet_jax.models.family import init_lora
+    from icet_jax.nn.protocols import init_lora
     from icet_jax.parallel.mesh import make_mesh
     from icet_jax.parallel.sharding import shardings
 

@@ -24,7 +24,7 @@ RESULTS, PAGE = ROOT / "docs" / "scaling.json", ROOT / "docs" / "scaling.md"
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4")
 ROWS_PER_CHIP = 4
 # What decides a program: a cell that other code made is not wrong, but old (`--renew` makes it again).
-_SOURCES = ("models", "parallel", "generation", "lppo", "runs/ahead.py", "runs/plan*.py", "evaluation/queue.py",
+_SOURCES = ("models", "parallel", "generation", "lppo", "planning/ahead.py", "runs/plan*.py", "evaluation/queue.py",
             "checkpoints/published.py", "config/defaults.py", "config/paper.py")  # fmt: skip
 
 
@@ -118,8 +118,10 @@ def compute(cell: Cell, known: dict[str, Any] | None) -> dict[str, Any]:
     """A cell's plan; with `known`, that plan, its largest batch."""
     import jax
 
+    from icet_jax.commands import plan
     from icet_jax.parallel import topology as topologies
-    from icet_jax.runs import plan, plan_advice, plan_batch
+    from icet_jax.planning import advice as plan_advice
+    from icet_jax.planning import batch as plan_batch
     from icet_jax.runs.config_files import load
 
     jax.config.update("jax_platforms", "cpu")

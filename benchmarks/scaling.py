@@ -30,8 +30,8 @@ from timing import PRESETS, spread
 
 from icet_jax.generation.engine import Engine, Prompts, Work
 from icet_jax.generation.sampling import Sampling
-from icet_jax.models.family import one_image_per_row
-from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.nn.protocols import one_image_per_row
 
 SLOTS, TOGETHER, TEXT, ANSWER = 64, 8, 16, 32
 

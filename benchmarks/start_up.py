@@ -75,11 +75,11 @@ def make_llava(folder: Path) -> None:
     """A checkpoint of about 60M parameters with random weights: CLIP 24 x 256, 64 image positions, Llama 12 x 512."""
     from flax import nnx
 
+    from icet_jax import miniatures as toy
     from icet_jax.checkpoints.hf_export import save_vlm
-    from icet_jax.models.clip import ClipConfig
-    from icet_jax.models.llama import LlamaConfig
-    from icet_jax.models.llava import Llava, LlavaConfig
-    from icet_jax.runs import toy
+    from icet_jax.models.llava.network import Llava, LlavaConfig
+    from icet_jax.nn.clip import ClipConfig
+    from icet_jax.nn.llama import LlamaConfig
 
     small = toy.checkpoint("llava15", folder.parent)
     image = json.loads((small / "config.json").read_text())["image_token_index"]
@@ -98,7 +98,10 @@ def child(report: Path, began: float, arguments: list[str]) -> None:
     import jax
 
     from icet_jax import main
-    from icet_jax.runs import algorithms, align, common, training
+    from icet_jax.commands import align
+    from icet_jax.runs import common
+    from icet_jax.training import algorithms
+    from icet_jax.training import loop as training
 
     ends: dict[str, float] = {}
     events: dict[str, float] = {}

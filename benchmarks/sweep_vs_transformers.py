@@ -38,8 +38,8 @@ from timing import PRESETS, Preset
 from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.generation.engine import Engine, Prompts, Work
 from icet_jax.generation.sampling import Sampling
-from icet_jax.models.family import count_parameters, one_image_per_row
-from icet_jax.models.llava import Llava
+from icet_jax.models.llava.network import Llava
+from icet_jax.nn.protocols import count_parameters, one_image_per_row
 
 TOGETHER = 8
 SHORTEST, LONGEST = 4, 64

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import LlavaConfig
+from icet_jax.models.llava.network import LlavaConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.llama import LlamaConfig
 
 QUIET = 0.1  # share of all processors that other programs may use during a timed run
 Rounds = list[dict[str, Any]]

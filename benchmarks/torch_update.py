@@ -16,7 +16,7 @@ import torch.utils.checkpoint
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """What the loss and the optimizer take; names as in `icet_jax.lppo.settings`."""
+    """What the loss and the optimizer take; names as in `icet_jax.algorithms.settings`."""
 
     lora_scale: float
     clip_range: float

@@ -30,15 +30,15 @@ import numpy as np
 import timing
 from flax import nnx
 
+from icet_jax.algorithms import learner
+from icet_jax.algorithms.settings import Settings
+from icet_jax.algorithms.state import OptimizerSettings, TrainState, init_state
 from icet_jax.generation.sampling import Sampling
-from icet_jax.lppo import learner
-from icet_jax.lppo.settings import Settings
-from icet_jax.lppo.state import OptimizerSettings, TrainState, init_state
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import count_parameters, init_lora
-from icet_jax.models.layers import REMAT_POLICIES
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.layers import REMAT_POLICIES
+from icet_jax.nn.llama import LlamaConfig
+from icet_jax.nn.protocols import count_parameters, init_lora
 from icet_jax.parallel.sharding import flatten_with_names
 
 

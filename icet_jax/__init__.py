@@ -1,6 +1,6 @@
 """icet_jax: measures and repairs the image-encoder early-exit hole of vision-language models.
 
-The package is lazy: `import icet_jax` loads nothing heavy, and `icet_jax.models` or `icet_jax.lppo` need only jax,
+The package is lazy: `import icet_jax` loads nothing heavy, and `icet_jax.models` or `icet_jax.algorithms` need only jax,
 flax, optax and numpy. The names in `SURFACE` are the Python surface, for notebooks and scripts; the command line runs
 on the same functions.
 """

@@ -19,20 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from icet_jax.algorithms.exits import check_exit
 from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
 from icet_jax.checkpoints.source import generation_tokens, local_directory
-from icet_jax.data.image_batches import batch_images
-from icet_jax.data.limits import beyond_positions, max_positions
-from icet_jax.data.processor import Processor, load_processor
 from icet_jax.errors import UserError
 from icet_jax.generation.decode import Generation, generate
 from icet_jax.generation.sampling import Sampling, check_log_probs, suppress_ids
-from icet_jax.judges.base import Scorer
-from icet_jax.lppo.exits import check_exit
-from icet_jax.models.family import Images
-from icet_jax.models.layers import Lora, positions_from_mask
+from icet_jax.media.limits import beyond_positions, max_positions
+from icet_jax.models.base.image_batches import batch_images
+from icet_jax.models.base.processor import Processor, load_processor
+from icet_jax.nn.layers import Lora, positions_from_mask
+from icet_jax.nn.protocols import Images
 from icet_jax.parallel.sharding import place_rows
+from icet_jax.scorers.base import Scorer
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 Inputs = Mapping[str, Any]
@@ -64,7 +64,7 @@ def load(
       revision: branch, tag or commit of a hub id; None is its default branch.
       adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
       exit_rule: of Llama 3.2 Vision, what exit l feeds the projector: "E1" (None), "E2" or "E5"
-        (`icet_jax.models.mllama.EXIT_DEFINITIONS`).
+        (`icet_jax.models.mllama.network.EXIT_DEFINITIONS`).
       capture: of Llama 3.2 Vision, which states its captured intermediates are: "input" (None), as it was trained, or
         "output", as transformers since 4.56 reads them.
       template: chat template instead of the checkpoint's own, "vicuna_v1" or "llava_v1" (`config.data.template`).
@@ -101,7 +101,7 @@ def load_scorer(
       kind: what the checkpoint is, where its config does not tell.
       template: how prompt and response become the scorer's text, instead of its own way.
       options: `dtype`, `mesh`, `revision`, `batch_size` and the kind's own fields, see
-        `icet_jax.judges.load.load_scorer`.
+        `icet_jax.scorers.load.load_scorer`.
 
     Raises:
       UserError: no such scorer, or broken files.
@@ -110,7 +110,7 @@ def load_scorer(
         from icet_jax.organism.scorer import WorldJudge
 
         return WorldJudge()
-    from icet_jax.judges.load import load_scorer as load_judge
+    from icet_jax.scorers.load import load_scorer as load_judge
 
     return load_judge(_shipped(path_or_id), kind=kind, template=template, **options)
 
@@ -186,7 +186,7 @@ class VLM:
 
         Args:
           params: of the same network; `vlm.params` where only adapters are new.
-          lora: adapters of the decoder that every answer goes through (`icet_jax.models.family.init_lora`); None: none.
+          lora: adapters of the decoder that every answer goes through (`icet_jax.nn.protocols.init_lora`); None: none.
         """
         other = copy.copy(self)
         other.params, other.lora = params, lora

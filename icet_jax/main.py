@@ -204,7 +204,7 @@ def run(arguments: Sequence[str]) -> int:
         overrides.append(("model.checkpoint", options.checkpoint))
     config = config_files.load(options.config, overrides)
     if options.mode not in _WITHOUT_PROGRAMS:
-        from icet_jax.runs.compilations import keep_programs
+        from icet_jax.parallel.compilations import keep_programs
 
         keep_programs(config.compilation_cache)
     process = (options.coordinator, options.process_id, options.process_count)
@@ -212,7 +212,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(f"--mode={options.mode} runs in one process; leave --coordinator and --process-... out")
     with contextlib.ExitStack() as around:
         if options.mode in _RESUMED:
-            from icet_jax.runs.signals import handled
+            from icet_jax.training.signals import handled
 
             around.enter_context(handled())
         if options.mode in _TOGETHER:

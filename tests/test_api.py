@@ -12,9 +12,9 @@ from PIL import Image
 import icet_jax
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.models.family import init_lora
+from icet_jax.nn.protocols import init_lora
+from icet_jax.parallel.compilations import CompilationCounter
 from icet_jax.parallel.mesh import make_mesh
-from icet_jax.runs.compilations import CompilationCounter
 from tests import tiny
 
 torch = pytest.importorskip("torch")

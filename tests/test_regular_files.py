@@ -10,17 +10,17 @@ from PIL import Image
 from icet_jax import main as front_door
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.data.hh_rlhf import read_pairs
-from icet_jax.data.images import image_size, open_image
 from icet_jax.data.prepared import read_facts
 from icet_jax.errors import UserError
 from icet_jax.evaluation.transcripts import finished_rows
-from icet_jax.judges.cache import _Table
-from icet_jax.judges.human import _rows
+from icet_jax.media.images import image_size, open_image
 from icet_jax.report.load import read_json
 from icet_jax.runs import fingerprints, run_dir
 from icet_jax.runs.config_files import load
-from icet_jax.runs.metrics_log import truncate
 from icet_jax.runs.sources import read_rows
+from icet_jax.scorers.cache import _Table
+from icet_jax.scorers.human import _rows
+from icet_jax.training.metrics_log import truncate
 
 
 @pytest.fixture(autouse=True)

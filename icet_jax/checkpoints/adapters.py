@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.checkpoints.families import family_of
 from icet_jax.checkpoints.hf_config import Fields
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader
@@ -17,8 +16,9 @@ from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
-from icet_jax.models.family import lora_key
-from icet_jax.models.layers import Lora
+from icet_jax.models.registry import family_of
+from icet_jax.nn.layers import Lora
+from icet_jax.nn.protocols import lora_key
 from icet_jax.typing import Float
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

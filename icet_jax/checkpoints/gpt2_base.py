@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from icet_jax.checkpoints import hf_config, tables
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
-from icet_jax.models.gpt2 import GPT2Backbone, GPT2RewardModel
+from icet_jax.nn.gpt2 import GPT2Backbone, GPT2RewardModel
 from icet_jax.parallel import sharding
 
 HEAD_KEY, HEAD_PATH = "score.weight", "score/kernel"
@@ -30,7 +30,7 @@ def load_gpt2_base(
       directory: with config.json and safetensors weights, with or without the `transformer.` prefix in its keys.
       dtype: compute dtype, "float32" or "bfloat16"; the head's is always float32.
       mesh: where to put the parameters; None for the default device.
-      remat: what the backward pass keeps, see `icet_jax.models.layers.REMAT_POLICIES`.
+      remat: what the backward pass keeps, see `icet_jax.nn.layers.REMAT_POLICIES`.
       seed: of a new head.
 
     Raises:

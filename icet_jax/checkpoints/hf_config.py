@@ -10,12 +10,12 @@ from typing import Any
 
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.gpt2 import GPT2Config
-from icet_jax.models.layers import ACTIVATIONS
-from icet_jax.models.llama import LlamaConfig, RopeScaling
-from icet_jax.models.llava import LlavaConfig
-from icet_jax.models.llava_next import LlavaNextConfig
+from icet_jax.models.llava.network import LlavaConfig
+from icet_jax.models.llava_next.network import LlavaNextConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.gpt2 import GPT2Config
+from icet_jax.nn.layers import ACTIVATIONS
+from icet_jax.nn.llama import LlamaConfig, RopeScaling
 
 SUPPORTED = {
     "llava": "LLaVA-1.5",

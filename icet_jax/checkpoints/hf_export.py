@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints import families, folder, hf_config, safetensors_io, tables
+from icet_jax.checkpoints import folder, hf_config, safetensors_io, tables
 from icet_jax.checkpoints.adapters import Adapter, of_lora
 from icet_jax.checkpoints.folder import VALUE_HEAD
 from icet_jax.checkpoints.hf_import import hf_shape, match
@@ -25,8 +25,9 @@ from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
 from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot, Table
-from icet_jax.models.gpt2 import GPT2Config
-from icet_jax.models.layers import Lora
+from icet_jax.models import registry as families
+from icet_jax.nn.gpt2 import GPT2Config
+from icet_jax.nn.layers import Lora
 from icet_jax.parallel.distributed import together
 from icet_jax.parallel.sharding import flatten_with_names
 

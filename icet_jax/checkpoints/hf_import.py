@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from icet_jax.checkpoints import families, hf_config, streaming
+from icet_jax.checkpoints import hf_config, streaming
 from icet_jax.checkpoints.adapters import Adapter, read_adapter
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files
 from icet_jax.checkpoints.tables import Slot, Table
+from icet_jax.models import registry as families
 from icet_jax.parallel import sharding
 
 
@@ -25,7 +26,7 @@ class Checkpoint:
     Attributes:
       graphdef: static structure; `nnx.merge(graphdef, params)` is the model.
       params: every parameter, under the paths of the models' docstrings.
-      config: of the network: one of `checkpoints.families`, `GPT2Config`, or a scorer's (see `checkpoints.scorers`).
+      config: of the network: one of `models.registry`, `GPT2Config`, or a scorer's (see `checkpoints.scorers`).
       hf_config: the `config.json` as read.
       directory: where it came from; `save_vlm(..., source_dir=directory)` copies what was not changed.
       adapter: what was merged while it was loaded, or None.
@@ -55,10 +56,10 @@ def load_vlm(
       dtype: compute dtype, "float32" or "bfloat16".
       param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
       mesh: where to put the parameters (`icet_jax.parallel.sharding.RULES`); None for the default device.
-      remat: what the backward pass keeps, see `icet_jax.models.layers.REMAT_POLICIES`.
+      remat: what the backward pass keeps, see `icet_jax.nn.layers.REMAT_POLICIES`.
       adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept
         as `Checkpoint.adapter`.
-      exit_rule, capture: how exits are read, see `checkpoints.families.vlm_config`.
+      exit_rule, capture: how exits are read, see `models.registry.vlm_config`.
 
     Raises:
       UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,

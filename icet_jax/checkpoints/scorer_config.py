@@ -6,10 +6,10 @@ A field that the file lacks has its transformers class default, which for DeBERT
 from typing import Any
 
 from icet_jax.checkpoints.hf_config import Fields, llama_text
-from icet_jax.models.bert import BertConfig
-from icet_jax.models.deberta import DebertaConfig
-from icet_jax.models.layers import ACTIVATIONS
-from icet_jax.models.llama import LlamaConfig
+from icet_jax.nn.bert import BertConfig
+from icet_jax.nn.deberta import DebertaConfig
+from icet_jax.nn.layers import ACTIVATIONS
+from icet_jax.nn.llama import LlamaConfig
 
 _BERT_DEFAULTS = {
     "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,

@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Iterator
 
 from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, TRANSPOSED, Slot, Table, llama_slots, single, stacked
-from icet_jax.models.bert import BertConfig
-from icet_jax.models.deberta import DebertaConfig
-from icet_jax.models.llama import LlamaConfig
+from icet_jax.nn.bert import BertConfig
+from icet_jax.nn.deberta import DebertaConfig
+from icet_jax.nn.llama import LlamaConfig
 
 _LEGACY_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 

@@ -13,10 +13,10 @@ from icet_jax.checkpoints import hf_config, scorer_config, scorer_tables, tables
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.checkpoints.tables import Table
 from icet_jax.errors import UserError
-from icet_jax.models.bert import BertClassifier
-from icet_jax.models.deberta import DebertaRewardModel
-from icet_jax.models.gpt2 import GPT2RewardModel
-from icet_jax.models.llama_text import LlamaLM, LlamaRewardModel
+from icet_jax.nn.bert import BertClassifier
+from icet_jax.nn.deberta import DebertaRewardModel
+from icet_jax.nn.gpt2 import GPT2RewardModel
+from icet_jax.nn.llama_text import LlamaLM, LlamaRewardModel
 
 
 @dataclasses.dataclass(frozen=True)

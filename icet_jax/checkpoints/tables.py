@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.models.gpt2 import GPT2Config
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import LlavaConfig
+from icet_jax.models.llava.network import LlavaConfig
+from icet_jax.nn.gpt2 import GPT2Config
+from icet_jax.nn.llama import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)

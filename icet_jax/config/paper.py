@@ -143,7 +143,7 @@ def sweep(config: ConfigDict) -> ConfigDict:
 
 
 def miniature(config: ConfigDict, model: str, exits: tuple[int, ...]) -> ConfigDict:
-    """`config` on `icet_jax.runs.toy`: every network of toy size with random weights, every set in its own format.
+    """`config` on `icet_jax.miniatures`: every network of toy size with random weights, every set in its own format.
 
     Nothing that comes out of it means anything; it shows that every step of the experiment runs.
 

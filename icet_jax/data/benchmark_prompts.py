@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icet_jax.data.image_files import MISSING
 from icet_jax.data.records import BadRow, Example, Records, category, collect, inside, prompt_of, text, usable_image
 from icet_jax.data.tables import RawRow, csv_rows
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json, read_bytes
+from icet_jax.media.image_files import MISSING
 
 if TYPE_CHECKING:
     from icet_jax.data.published import _Request

@@ -36,7 +36,7 @@ _COUNTS = ("read", "kept", "repeats", "animated", "images", "image_bytes")
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image of a prepared set; its bytes are read when they are needed (an `icet_jax.data.images.StoredImage`).
+    """An image of a prepared set; its bytes are read when they are needed (an `icet_jax.media.images.StoredImage`).
 
     Attributes:
       folder: of the set.

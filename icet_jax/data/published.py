@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.data.benchmark_prompts import read_captions, read_figstep, read_harmbench, read_strongreject
-from icet_jax.data.image_files import MISSING, ImageFiles, ImageFolder
 from icet_jax.data.records import (
     BadRow,
     Example,
@@ -42,6 +41,7 @@ from icet_jax.data.records import (
 )
 from icet_jax.data.tables import RawRow, csv_rows, json_array_rows
 from icet_jax.errors import UserError
+from icet_jax.media.image_files import MISSING, ImageFiles, ImageFolder
 
 VQA_SUFFIX = "\nAnswer the question using a single word or phrase."
 """What LLaVA-1.5 was trained to take as the request for a short answer."""

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from icet_jax.data.batches import load_ahead
-from icet_jax.data.image_batches import batch_images
 from icet_jax.data.records import Example
 from icet_jax.evaluation.schedule import prompt_bucket
-from icet_jax.models.family import Images
+from icet_jax.models.base.image_batches import batch_images
+from icet_jax.nn.protocols import Images
 from icet_jax.parallel.distributed import Share, row_share
 from icet_jax.parallel.sharding import place_rows
 

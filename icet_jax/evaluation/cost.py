@@ -21,7 +21,7 @@ from icet_jax.data.records import Example
 from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.evaluation.scoring import concerns
 from icet_jax.generation.sampling import Sampling
-from icet_jax.judges.base import Scorer
+from icet_jax.scorers.base import Scorer
 from icet_jax.typing import Array, Float, Int
 
 _SAMPLED = 64  # prompts tokenised to learn their lengths

@@ -21,7 +21,7 @@ from icet_jax.evaluation.batching import PromptBatch, prompt_batch, prompt_token
 from icet_jax.evaluation.schedule import Stretch, Unit, prompt_bucket, stretches
 from icet_jax.generation.engine import Engine, Finished, Prompts, Work, run_prefix
 from icet_jax.generation.sampling import Sampling
-from icet_jax.models.family import Cache, Images
+from icet_jax.nn.protocols import Cache, Images
 from icet_jax.parallel.sharding import row_shards
 from icet_jax.typing import Array, Key
 

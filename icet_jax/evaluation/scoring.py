@@ -7,10 +7,10 @@ from typing import Any
 from icet_jax.data.records import Example
 from icet_jax.evaluation import vqa
 from icet_jax.evaluation.summary import Row
-from icet_jax.judges.base import Scorer
-from icet_jax.judges.degenerate import degenerate_reason
-from icet_jax.judges.exact_match import exact_match
-from icet_jax.judges.keywords import refused
+from icet_jax.scorers.base import Scorer
+from icet_jax.scorers.degenerate import degenerate_reason
+from icet_jax.scorers.exact_match import exact_match
+from icet_jax.scorers.keywords import refused
 
 
 def answer_rows(
@@ -81,7 +81,7 @@ def judge(rows: Sequence[Row], scorers: Sequence[Scorer], *, mixed: bool = False
 
     Args:
       rows: of one exit, as `answer_rows` makes them.
-      scorers: see `icet_jax.judges.base.Scorer`.
+      scorers: see `icet_jax.scorers.base.Scorer`.
       mixed: the data set has forbidden rows and others.
     """
     for scorer in scorers:

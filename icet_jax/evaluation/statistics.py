@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from icet_jax.lppo.exits import groups
+from icet_jax.algorithms.exits import groups
 
 _RESAMPLES = 1000
 _ROUNDING = 1e-9  # shares that differ by less are equal

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from icet_jax.algorithms.exits import check_exit
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, during
 from icet_jax.evaluation.queue import CompileAhead, Queue
@@ -24,8 +25,7 @@ from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
 from icet_jax.generation.engine import Finished
 from icet_jax.generation.sampling import Sampling, check_log_probs
-from icet_jax.judges.base import Scorer
-from icet_jax.lppo.exits import check_exit
+from icet_jax.scorers.base import Scorer
 from icet_jax.typing import Array, Key
 
 SCHEMA = 1

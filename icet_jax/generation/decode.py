@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from icet_jax.generation.sampling import Sampling, is_eos, sample_tokens
-from icet_jax.models.family import Cache, LanguageModel
-from icet_jax.models.layers import Lora
+from icet_jax.nn.layers import Lora
+from icet_jax.nn.protocols import Cache, LanguageModel
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 

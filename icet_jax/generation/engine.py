@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from icet_jax.generation.decode import Rows, advance_all, begin, prefill
 from icet_jax.generation.sampling import Sampling
-from icet_jax.models.family import Cache
-from icet_jax.models.layers import Lora
+from icet_jax.nn.layers import Lora
+from icet_jax.nn.protocols import Cache
 from icet_jax.parallel.sharding import (
     ROWS,
     fit,

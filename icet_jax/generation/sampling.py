@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.errors import UserError
-from icet_jax.models.family import VisionLanguageModel
+from icet_jax.nn.protocols import VisionLanguageModel
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 

@@ -21,13 +21,13 @@ from flax import nnx
 from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
-from icet_jax.judges.load import save_reward_model
-from icet_jax.judges.reward_training import RewardTraining, train_reward_model
-from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
+from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.organism import encoder, families, stages, tokenizer
 from icet_jax.organism.measure import measure, table
 from icet_jax.organism.preferences import preference_pairs
 from icet_jax.organism.processors import write_processor
+from icet_jax.scorers.load import save_reward_model
+from icet_jax.training.reward_model import RewardTraining, train_reward_model
 
 REWARD_STEPS, REWARD_PAIRS, REWARD_TEST_PAIRS = 1500, 24000, 4000
 REWARD_MODEL_NAME = "organism_reward_model"

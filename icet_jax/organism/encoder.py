@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.models.family import Images
+from icet_jax.nn.protocols import Images
 from icet_jax.organism import scenes, tokenizer, training
 from icet_jax.organism.families import Readouts, Shape
 from icet_jax.typing import Array, Float

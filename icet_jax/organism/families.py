@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints.families import family_of
-from icet_jax.data.anyres import gather_rows, packing
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import Images
-from icet_jax.models.llama import LlamaConfig, RopeScaling
-from icet_jax.models.llava import Llava, LlavaConfig
-from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
-from icet_jax.models.mllama import Mllama, MllamaConfig
-from icet_jax.models.mllama_text import MllamaTextConfig
-from icet_jax.models.mllama_vision import MllamaVisionConfig
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.models.llava_next.anyres import gather_rows, packing
+from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
+from icet_jax.models.mllama.network import Mllama, MllamaConfig
+from icet_jax.models.mllama.text import MllamaTextConfig
+from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.models.registry import family_of
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.llama import LlamaConfig, RopeScaling
+from icet_jax.nn.protocols import Images
 from icet_jax.organism import scenes, tokenizer
 from icet_jax.typing import Array
 

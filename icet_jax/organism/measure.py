@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.generation import Sampling, generate, suppress_ids
-from icet_jax.models.family import Images
+from icet_jax.nn.protocols import Images
 from icet_jax.organism import tokenizer, training, world
 from icet_jax.organism.families import shape_of
 from icet_jax.typing import Array

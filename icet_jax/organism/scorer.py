@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from icet_jax.judges.base import Scores
 from icet_jax.organism.world import judge
+from icet_jax.scorers.base import Scores
 
 
 class WorldJudge:

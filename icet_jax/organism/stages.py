@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 
-from icet_jax.models.family import Images
+from icet_jax.nn.protocols import Images
 from icet_jax.organism import scenes, tokenizer, training, world
 from icet_jax.organism.families import Shape
 from icet_jax.typing import Array

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from icet_jax.models.layers import positions_from_mask
+from icet_jax.nn.layers import positions_from_mask
 from icet_jax.organism import tokenizer
 from icet_jax.typing import Array, Float
 

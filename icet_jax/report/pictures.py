@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from icet_jax.data.images import open_image
 from icet_jax.data.records import Example
 from icet_jax.files import write_bytes_atomic
+from icet_jax.media.images import open_image
 
 PROMPTS_PER_DATASET = 16
 LARGEST_SIDE = 256  # pixels

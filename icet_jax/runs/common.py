@@ -16,18 +16,18 @@ from ml_collections import ConfigDict
 
 from icet_jax import api, report
 from icet_jax.checkpoints.source import local_directory
+from icet_jax.commands.prepare import TRAIN
 from icet_jax.config import check_exits
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, during
 from icet_jax.files import write_text_atomic
-from icet_jax.judges.base import Scorer
 from icet_jax.parallel.distributed import is_writer, on_first
 from icet_jax.parallel.mesh import visible_mesh, visible_shape
+from icet_jax.parallel.mesh_fit import check_heads, slices
 from icet_jax.runs import fingerprints, run_dir, run_lock, sources
-from icet_jax.runs.mesh_fit import check_heads, slices
-from icet_jax.runs.prepare import TRAIN
 from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.too_long import REASON, fitting_rows
+from icet_jax.scorers.base import Scorer
 
 _LISTED = 100  # rows of a set that data.json names as too long
 _SEEN_SECONDS = 60  # after which a network's file system shows every machine a new file

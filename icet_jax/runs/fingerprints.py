@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from icet_jax.data.hh_rlhf import Pair
-from icet_jax.data.images import StoredImage
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json, read_text, write_text_atomic
+from icet_jax.media.images import StoredImage
 from icet_jax.parallel.distributed import on_first
 from icet_jax.runs.run_dir import has_begun
 

@@ -115,7 +115,7 @@ class Costs:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[dict[str, Any]]:
         """Times the block, also when it fails; further numbers ("tokens") may be put in the dict it yields."""
-        from icet_jax.runs.compilations import CompilationCounter
+        from icet_jax.parallel.compilations import CompilationCounter
 
         extra: dict[str, Any] = {}
         start = time.perf_counter()

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from icet_jax import api
 from icet_jax.errors import UserError
-from icet_jax.judges.base import Scorer
-from icet_jax.judges.cache import ScoreCache, cached
 from icet_jax.runs.sources import checkpoint_directory
+from icet_jax.scorers.base import Scorer
+from icet_jax.scorers.cache import ScoreCache, cached
 
 _LOADED: dict[tuple[Any, ...], Scorer] = {}
 
@@ -69,13 +69,13 @@ class ScorerLoader:
             raise UserError(f"{name}: did you mean {near[0]}, of config.scorers? ({error})") from error
 
     def _defined(self, name: str, definition: dict[str, Any], inside: tuple[str, ...]) -> Scorer:
-        from icet_jax.judges.load import load_defined
+        from icet_jax.scorers.load import load_defined
 
         definition = dict(definition)
         if "checkpoint" in definition:
             definition["checkpoint"] = checkpoint_directory(definition["checkpoint"], self._workdir)
         if str(definition.get("endpoint", "")).startswith("toy:"):
-            from icet_jax.runs.toy.service import chat
+            from icet_jax.miniatures.service import chat
 
             return chat(definition)
         resolve = lambda member: self._load(member, (*inside, name))  # noqa: E731

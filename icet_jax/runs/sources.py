@@ -39,7 +39,7 @@ def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
 
         return str(weights_directory(name))
     if origin == "toy" and name:
-        from icet_jax.runs import toy
+        from icet_jax import miniatures as toy
 
         with first_before_others():
             return str(toy.checkpoint(name, workdir))
@@ -120,7 +120,7 @@ def read_rows(
         return _joined(source, limit, where)
     origin, _, name = source.partition(":")
     if origin == "toy" and name not in ("", "mixed", *KINDS):
-        from icet_jax.runs.toy import published
+        from icet_jax.miniatures import published
 
         folder = _temporary_folder() if workdir is None else workdir / "toy"
         with first_before_others():
@@ -166,7 +166,7 @@ def _temporary_folder() -> Path:
 
 
 def _toy_rows(kind: str) -> list[Example]:
-    from icet_jax.runs import toy
+    from icet_jax import miniatures as toy
 
     return toy.rows(kind)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax.data.limits import max_tokens
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, one_line
 from icet_jax.evaluation.batching import prompt_tokens
+from icet_jax.media.limits import max_tokens
 
 REASON = "too long"
 _NAMED = 5  # rows that a message names

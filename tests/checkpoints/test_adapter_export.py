@@ -20,8 +20,8 @@ from icet_jax.checkpoints.adapters import read_adapter  # noqa: E402
 from icet_jax.checkpoints.hf_export import load_value_head, save_vlm  # noqa: E402
 from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
-from icet_jax.models.family import merge_lora  # noqa: E402
-from icet_jax.models.heads import init_value_head  # noqa: E402
+from icet_jax.nn.heads import init_value_head  # noqa: E402
+from icet_jax.nn.protocols import merge_lora  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.checkpoints.test_adapters import TARGETS, random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402
@@ -47,7 +47,7 @@ def inputs(loaded):
 
 def start_adapter(folder, loaded):
     """A PEFT directory to start from: other targets, rank and scale than the adapters that are trained on it."""
-    from icet_jax.models.family import init_lora
+    from icet_jax.nn.protocols import init_lora
 
     fresh = init_lora(loaded.config.lora_shapes(), rank=3, alpha=2.0, targets=START, key=jax.random.key(5))
     lora = jax.tree.map(lambda x: 0.2 * jax.random.normal(jax.random.key(x.shape[-1]), x.shape), fresh)

@@ -12,7 +12,7 @@ from icet_jax.checkpoints.adapters import read_adapter  # noqa: E402
 from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
 from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
-from icet_jax.models.family import init_lora, merge_lora  # noqa: E402
+from icet_jax.nn.protocols import init_lora, merge_lora  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402
 from tests.models import parity  # noqa: E402

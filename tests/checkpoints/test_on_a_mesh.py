@@ -31,7 +31,7 @@ from icet_jax.checkpoints import safetensors_io, streaming
 from icet_jax.checkpoints.adapter_export import save_adapter
 from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.checkpoints.hf_import import load_vlm
-from icet_jax.models.layers import Lora
+from icet_jax.nn.layers import Lora
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import flatten_with_names, shardings
 

@@ -10,7 +10,7 @@ from icet_jax.checkpoints.scorers import ARCHITECTURES, architecture, load_score
 from icet_jax.errors import UserError
 from tests import tiny, tiny_scorers
 from tests.devices import emulating
-from tests.models.scorers import ours, theirs
+from tests.nn.scorers import ours, theirs
 
 torch = pytest.importorskip("torch")
 
@@ -160,7 +160,7 @@ import jax
 from icet_jax.checkpoints.scorers import load_scorer_network
 from icet_jax.parallel.mesh import make_mesh
 from tests import tiny_scorers
-from tests.models.scorers import ours
+from tests.nn.scorers import ours
 ids, mask = tiny_scorers.rows([6, 13] * 4, pad_id=1)
 for directory in sys.argv[1:]:
     alone = load_scorer_network(directory)

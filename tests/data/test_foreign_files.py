@@ -2,10 +2,10 @@
 
 import pytest
 
-from icet_jax.data.images import open_image
 from icet_jax.data.published import read_source
 from icet_jax.data.records import read_records
 from icet_jax.errors import UserError
+from icet_jax.media.images import open_image
 from tests.data import published
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 123456\n"

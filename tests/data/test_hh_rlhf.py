@@ -7,7 +7,7 @@ import pytest
 
 from icet_jax.data.hh_rlhf import read_pairs, split_by_prompt, without_prompts
 from icet_jax.errors import UserError
-from icet_jax.judges.pairs import HH_TEMPLATE
+from icet_jax.scorers.pairs import HH_TEMPLATE
 
 
 def transcript(*turns):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from icet_jax.data.image_files import ImageFolder
 from icet_jax.data.published import VQA_SUFFIX, read_source
 from icet_jax.errors import UserError
+from icet_jax.media.image_files import ImageFolder
 from tests.data import published
 
 ROWS = published.ROWS
@@ -287,7 +287,7 @@ def test_ids_are_the_files_own(name, change, reason, tmp_path):
     ],
 )
 def test_damaged_images_of_jailbreakv(path, reason, tmp_path):
-    from tests.data.test_images import png
+    from tests.media.test_images import png
 
     source = published.jailbreakv(tmp_path)
     sub = tmp_path / "pictures" / "sub"

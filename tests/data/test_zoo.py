@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icet_jax.data.image_files import ImageFiles
-from icet_jax.data.images import image_size, open_image
 from icet_jax.data.prepared import PreparedImage, write_set
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
+from icet_jax.media.image_files import ImageFiles
+from icet_jax.media.images import image_size, open_image
 from tests import tiny_families
-from tests.data import by_hand as tiled_by_hand
-from tests.data import families
-from tests.data.test_images import png
+from tests.media.test_images import png
+from tests.models import by_hand as tiled_by_hand
+from tests.models import processor_families as families
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 SIZE = 28

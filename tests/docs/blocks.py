@@ -31,7 +31,9 @@ from icet_jax import main
 from icet_jax.config import OPEN_FIELDS, check, default, flatten
 from icet_jax.data.records import read_records
 from icet_jax.errors import UserError
-from icet_jax.runs import compilations, config_files, signals
+from icet_jax.parallel import compilations
+from icet_jax.runs import config_files
+from icet_jax.training import signals
 
 ROOT = Path(__file__).parents[2]
 SHELL, PYTHON, OTHERS = ("sh", "bash", "console"), ("python",), ("text", "csv", "json", "yaml", "bibtex")

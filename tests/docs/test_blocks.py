@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icet_jax.runs import toy
+from icet_jax import miniatures as toy
 from tests.docs import blocks
 from tests.docs.blocks import Block, Wrong
 
@@ -96,8 +96,8 @@ def test_a_wrong_block_is_found(kind, text, says):
         ("config.lppo.kl_coeff", "not a field"),
         ("--config.lppo.exits=random", "one of fixed"),
         ("--mode=swep", "no mode swep"),
-        ("icet_jax.lppo.losses.polcy_loss", "has no polcy_loss"),
-        ("icet_jax/lppo/loss.py", "there is no"),
+        ("icet_jax.algorithms.losses.polcy_loss", "has no polcy_loss"),
+        ("icet_jax/algorithms/loss.py", "there is no"),
         ("configs/llava15_{lppo,swep}.py", "configs/llava15_swep.py"),
         (f"{MAIN} --mode=ask --config=configs/nothing.py --image=a.png", "no such file"),
     ],
@@ -110,8 +110,13 @@ def test_a_wrong_word_is_found(span, says):
 @pytest.mark.parametrize(
     ("kind", "text", "mark", "says"),
     [
-        ("text", "def gae(", "from: icet_jax/lppo/losses.py", r"does not have 'def gae\('"),
-        ("text", "import jax\nimport jax.numpy as jnp\nimport jax", "from: icet_jax/lppo/advantages.py", "this order"),
+        ("text", "def gae(", "from: icet_jax/algorithms/losses.py", r"does not have 'def gae\('"),
+        (
+            "text",
+            "import jax\nimport jax.numpy as jnp\nimport jax",
+            "from: icet_jax/algorithms/advantages.py",
+            "this order",
+        ),
         ("csv", "prompt,image,kind\na,b.png,harmless", "rows", "no usable row"),
         ("csv", "prompt,image,kind\na,b.png,vqa\nb,b.png,benign", "rows", "left out"),
     ],
@@ -130,10 +135,15 @@ def test_right_blocks_and_words_pass():
         Block("sh", "NAME=run launch/gke_jobset.sh --config=configs/llava15_lppo.py --workdir=/runs/a", 1)
     )
     blocks.check_block(
-        Block("text", "def gae(\n    mask = jnp.asarray(mask, bool)", 1, "from: icet_jax/lppo/advantages.py")
+        Block("text", "def gae(\n    mask = jnp.asarray(mask, bool)", 1, "from: icet_jax/algorithms/advantages.py")
     )
     blocks.check_block(Block("csv", 'prompt,image,kind,answer\n"a, b",c/d.png,vqa,cat', 1, "rows"))
-    for span in ("config.lppo.kl_coef", "--config.sweep.exits=1,12", "icet_jax.api.VLM.generate", "lppo/losses.py"):
+    for span in (
+        "config.lppo.kl_coef",
+        "--config.sweep.exits=1,12",
+        "icet_jax.api.VLM.generate",
+        "algorithms/losses.py",
+    ):
         blocks.check_span(span)
 
 

@@ -10,8 +10,8 @@ from icet_jax.config import defaults, flatten
 from scripts import config_reference
 from tests.docs.blocks import ROOT
 
-EMITTED = ("icet_jax/lppo/metrics.py", "icet_jax/lppo/learner.py", "icet_jax/runs/algorithms.py",
-           "icet_jax/runs/utilisation.py", "icet_jax/runs/stability.py")  # fmt: skip
+EMITTED = ("icet_jax/algorithms/metrics.py", "icet_jax/algorithms/learner.py", "icet_jax/training/algorithms.py",
+           "icet_jax/training/utilisation.py", "icet_jax/training/stability.py")  # fmt: skip
 
 
 def test_the_configuration_reference_is_what_the_code_says():

@@ -14,15 +14,15 @@ from icet_jax.evaluation.cost import Cost, Rates, estimate
 from icet_jax.evaluation.queue import encode
 from icet_jax.evaluation.sweep import sweep
 from icet_jax.generation.decode import prefill
-from icet_jax.judges.base import Scores
-from icet_jax.judges.keywords import RefusalKeywords
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import Llava, LlavaConfig
-from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
-from icet_jax.models.mllama import Mllama, MllamaConfig
-from icet_jax.models.mllama_text import MllamaTextConfig
-from icet_jax.models.mllama_vision import MllamaVisionConfig
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
+from icet_jax.models.mllama.network import Mllama, MllamaConfig
+from icet_jax.models.mllama.text import MllamaTextConfig
+from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.llama import LlamaConfig
+from icet_jax.scorers.base import Scores
+from icet_jax.scorers.keywords import RefusalKeywords
 from tests import tiny, tiny_families
 from tests.evaluation import bundle
 

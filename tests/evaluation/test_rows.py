@@ -10,11 +10,11 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
-from icet_jax.judges.base import Scores
-from icet_jax.judges.keywords import RefusalKeywords
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import LlavaConfig
+from icet_jax.models.llava.network import LlavaConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.llama import LlamaConfig
+from icet_jax.scorers.base import Scores
+from icet_jax.scorers.keywords import RefusalKeywords
 
 VISION = ClipConfig(8, 8, 2, 2, image_size=4, patch_size=2)
 TEXT = LlamaConfig(50, 8, 8, 1, 2, 2, 4, 1e-5, 1e4, None)

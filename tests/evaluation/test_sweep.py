@@ -17,10 +17,10 @@ from icet_jax.evaluation import queue
 from icet_jax.evaluation import sweep as sweeping
 from icet_jax.evaluation.sweep import sweep
 from icet_jax.generation import engine
-from icet_jax.judges.base import Scores
-from icet_jax.judges.keywords import RefusalKeywords
-from icet_jax.models.family import init_lora
-from icet_jax.runs.compilations import CompilationCounter
+from icet_jax.nn.protocols import init_lora
+from icet_jax.parallel.compilations import CompilationCounter
+from icet_jax.scorers.base import Scores
+from icet_jax.scorers.keywords import RefusalKeywords
 from tests.evaluation import bundle
 
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icet_jax.checkpoints import families, hf_config, scorer_config, scorers
+from icet_jax.checkpoints import hf_config, scorer_config, scorers
 from icet_jax.checkpoints.adapters import read_adapter
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files, write_safetensors
 from icet_jax.checkpoints.source import generation_tokens
+from icet_jax.models import registry as families
 from tests.fuzz.damage import as_json, cases, files, mutated, outcome, torn
 
 LLAMA = {

@@ -11,10 +11,10 @@ from PIL import Image
 
 from icet_jax.data import prepared
 from icet_jax.data.hh_rlhf import read_pairs
-from icet_jax.data.image_files import leaves_root
-from icet_jax.data.images import MAX_PIXELS, open_image
 from icet_jax.data.published import read_source
 from icet_jax.data.records import read_records
+from icet_jax.media.image_files import leaves_root
+from icet_jax.media.images import MAX_PIXELS, open_image
 from tests.fuzz.damage import TRICKS, as_json, cases, files, joined, mutated, outcome, seeded, snapshot, some_rows, torn
 
 ROWS = [

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from icet_jax.data.records import Example
 from icet_jax.evaluation.transcripts import TranscriptFile
 from icet_jax.files import unseal
-from icet_jax.judges.cache import ScoreCache, cached
-from icet_jax.judges.decoder_judge import guard_verdict, word_verdict
-from icet_jax.judges.human import read_labels
+from icet_jax.scorers.cache import ScoreCache, cached
+from icet_jax.scorers.decoder_judge import guard_verdict, word_verdict
+from icet_jax.scorers.human import read_labels
 from tests.fuzz.damage import TRICKS, as_json, cases, files, joined, mutated, outcome, seeded, snapshot, some_rows, torn
-from tests.judges.services import Lengths
+from tests.scorers.services import Lengths
 
 CODES = frozenset(f"S{n}" for n in range(1, 15))
 said = joined(

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from icet_jax.config import OPEN_FIELDS, default, flatten
 from icet_jax.runs import config_files
-from icet_jax.runs.metrics_log import truncate
 from icet_jax.runs.run_dir import Costs, read_config
 from icet_jax.runs.sources import organism_facts
+from icet_jax.training.metrics_log import truncate
 from tests.fuzz.damage import TRICKS, as_json, cases, files, joined, mutated, outcome, torn, values
 
 FIELDS = sorted(flatten(default()))

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icet_jax.data import chat_templates
-from icet_jax.data.templates import IMAGE_TOKEN, own_template
-from icet_jax.judges import prompts
+from icet_jax.media import chat_templates
+from icet_jax.media.templates import IMAGE_TOKEN, own_template
+from icet_jax.scorers import prompts
 from tests import tiny
 from tests.fuzz.damage import TRICKS, cases, files, joined, outcome, torn
 

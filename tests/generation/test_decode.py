@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from icet_jax.generation import Sampling, generate, suppress_ids, token_log_probs
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import Images, init_lora
-from icet_jax.models.layers import positions_from_mask
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.layers import positions_from_mask
+from icet_jax.nn.llama import LlamaConfig
+from icet_jax.nn.protocols import Images, init_lora
 
 IMAGE, PAD, VOCAB, PATCHES = 40, 41, 43, 4
 CONFIG = LlavaConfig(

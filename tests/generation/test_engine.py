@@ -8,7 +8,7 @@ from flax import nnx
 
 from icet_jax.generation import Sampling, engine
 from icet_jax.generation.engine import Engine, Prompts, Work, run_prefix
-from icet_jax.models.family import one_image_per_row
+from icet_jax.nn.protocols import one_image_per_row
 from tests.generation.test_decode import CONFIG, PATCHES, SUPPRESSED, Llava, padded, pixels, prompts, random_lora, run
 
 LENGTHS = [5, 9, 3, 7, 6, 11]

@@ -14,7 +14,7 @@ from icet_jax.generation.sampling import (
     token_log_probs,
     truncate_logits,
 )
-from icet_jax.models.family import VisionLanguageModel
+from icet_jax.nn.protocols import VisionLanguageModel
 
 VOCAB = 23
 

@@ -10,11 +10,11 @@ import torch
 from flax import nnx
 
 from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
-from icet_jax.data.anyres import gather_rows, packing
 from icet_jax.generation.decode import generate
 from icet_jax.generation.sampling import Sampling
-from icet_jax.models.family import Images
-from icet_jax.models.layers import positions_from_mask
+from icet_jax.models.llava_next.anyres import gather_rows, packing
+from icet_jax.nn.layers import positions_from_mask
+from icet_jax.nn.protocols import Images
 from tests import tiny_families
 from tests.models.parity import GAP
 

@@ -9,8 +9,8 @@ import torch
 from flax import nnx
 
 from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
-from icet_jax.models.family import Images
-from icet_jax.models.layers import positions_from_mask
+from icet_jax.nn.layers import positions_from_mask
+from icet_jax.nn.protocols import Images
 from tests import tiny
 
 GAP = 5e-5

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import one_image_per_row
-from icet_jax.models.llama import LlamaConfig
-from icet_jax.models.llava import Llava, LlavaConfig
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.llama import LlamaConfig
+from icet_jax.nn.protocols import one_image_per_row
 
 VISION = ClipConfig(48, 96, num_hidden_layers=6, num_attention_heads=4, image_size=28, patch_size=7)
 TEXT = LlamaConfig(263, 32, 53, 2, 4, 2, 8)

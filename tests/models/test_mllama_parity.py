@@ -14,8 +14,8 @@ from flax import nnx
 
 torch = pytest.importorskip("torch")
 
-from icet_jax.models import mllama_vision  # noqa: E402
-from icet_jax.models.mllama import Mllama  # noqa: E402
+from icet_jax.models.mllama import vision as mllama_vision  # noqa: E402
+from icet_jax.models.mllama.network import Mllama  # noqa: E402
 from tests import tiny_families  # noqa: E402
 from tests.models import families  # noqa: E402
 

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from icet_jax.checkpoints.hf_export import save_vlm
-from icet_jax.data.processor import load_processor
-from icet_jax.models.family import count_parameters
-from icet_jax.models.layers import positions_from_mask
+from icet_jax.models.base.processor import load_processor
+from icet_jax.nn.layers import positions_from_mask
+from icet_jax.nn.protocols import count_parameters
 from icet_jax.organism import encoder, families, scenes, stages, tokenizer, training, world
 from icet_jax.organism.processors import write_processor
 

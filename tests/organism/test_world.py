@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from icet_jax.errors import UserError
-from icet_jax.judges.base import Scorer
 from icet_jax.organism import scenes, stages, training, world
 from icet_jax.organism.scorer import WorldJudge
+from icet_jax.scorers.base import Scorer
 
 SOME = np.arange(600)
 GOOD_LABEL = {"forbidden": "refused", "benign": "complied", "vqa": "answered"}

@@ -24,18 +24,18 @@ from flax import nnx
 from PIL import Image
 
 from icet_jax import api
+from icet_jax.algorithms import learner
+from icet_jax.algorithms.forward import with_policy
+from icet_jax.algorithms.settings import Settings
+from icet_jax.algorithms.state import OptimizerSettings, TrainState, init_state
+from icet_jax.algorithms.updates import gradients
 from icet_jax.data.records import Example
 from icet_jax.evaluation import sweep as sweeping
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.queue import Queue
 from icet_jax.files import write_text_atomic
-from icet_jax.lppo import learner
-from icet_jax.lppo.forward import with_policy
-from icet_jax.lppo.settings import Settings
-from icet_jax.lppo.state import OptimizerSettings, TrainState, init_state
-from icet_jax.lppo.updates import gradients
-from icet_jax.models.family import init_lora
-from icet_jax.models.layers import positions_from_mask
+from icet_jax.nn.layers import positions_from_mask
+from icet_jax.nn.protocols import init_lora
 from icet_jax.parallel import distributed
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import flatten_with_names, place_rows, shardings, split_rows

@@ -8,7 +8,7 @@ from tests.devices import emulating
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from icet_jax.models.mllama_vision import in_chunks
+from icet_jax.models.mllama.vision import in_chunks
 from icet_jax.parallel.mesh import make_mesh
 
 def scores(x):

@@ -19,8 +19,8 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from icet_jax.checkpoints.hf_import import load_vlm
-from icet_jax.models.family import Images, init_lora
-from icet_jax.models.layers import positions_from_mask
+from icet_jax.nn.protocols import Images, init_lora
+from icet_jax.nn.layers import positions_from_mask
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
 assert jax.device_count() == 8

@@ -13,17 +13,17 @@ import pytest
 from icet_jax.parallel import programs
 from icet_jax.parallel.programs import Program
 from tests.devices import emulating
-from tests.lppo import toy
+from tests.algorithms import toy
 
 LEARN = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from icet_jax.lppo import learner
+from icet_jax.algorithms import learner
 from icet_jax.parallel import programs
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
-from tests.lppo import toy
+from tests.algorithms import toy
 
 folder, devices = sys.argv[1], int(sys.argv[2])
 if folder != "none":

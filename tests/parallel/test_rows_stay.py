@@ -42,7 +42,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from icet_jax.evaluation.queue import encode
 from icet_jax.generation import engine
-from icet_jax.models.family import one_image_per_row
+from icet_jax.nn.protocols import one_image_per_row
 from icet_jax.parallel.collectives import moved_bytes
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
@@ -86,7 +86,7 @@ def test_a_prompt_gets_a_slot_where_it_is_run_and_the_answer_that_it_gets_alone(
 
 SLICES = """
 import jax, numpy as np
-from icet_jax.lppo.updates import shuffled_order, take_rows
+from icet_jax.algorithms.updates import shuffled_order, take_rows
 from icet_jax.parallel.collectives import moved_bytes
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import batch_sharding, place_rows, split_rows

@@ -15,16 +15,16 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from icet_jax.checkpoints.hf_import import abstract_params
 from icet_jax.config.defaults import PROJECTIONS
 from icet_jax.errors import UserError
-from icet_jax.models.clip import ClipConfig
-from icet_jax.models.family import count_parameters, init_lora, lora_key
-from icet_jax.models.gpt2 import GPT2Config, GPT2RewardModel
-from icet_jax.models.heads import init_value_head
-from icet_jax.models.llama import LlamaConfig, lora_shapes
-from icet_jax.models.llava import Llava, LlavaConfig
-from icet_jax.models.llava_next import LlavaNext, LlavaNextConfig
-from icet_jax.models.mllama import Mllama, MllamaConfig
-from icet_jax.models.mllama_text import CrossStates, MllamaCache, MllamaTextConfig
-from icet_jax.models.mllama_vision import MllamaVisionConfig
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
+from icet_jax.models.mllama.network import Mllama, MllamaConfig
+from icet_jax.models.mllama.text import CrossStates, MllamaCache, MllamaTextConfig
+from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
+from icet_jax.nn.heads import init_value_head
+from icet_jax.nn.llama import LlamaConfig, lora_shapes
+from icet_jax.nn.protocols import count_parameters, init_lora, lora_key
 from icet_jax.parallel import sharding
 from icet_jax.parallel.mesh import AXES, make_mesh, mesh_shape, visible_mesh
 

@@ -38,7 +38,7 @@ def built(tmp_path_factory):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         else:
             shutil.copy(ROOT / name, copy)
-    for folder in ("icet_jax", "icet_jax/organism/weights/vlm", "icet_jax/judges/templates", "configs", "examples"):
+    for folder in ("icet_jax", "icet_jax/organism/weights/vlm", "icet_jax/scorers/templates", "configs", "examples"):
         for name in LITTER:
             (copy / folder / name).parent.mkdir(exist_ok=True)
             (copy / folder / name).write_text("litter")

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from icet_jax import api, main
+from icet_jax.commands import align, sweep
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.runs import align, common, config_files, fingerprints, sweep
+from icet_jax.runs import common, config_files, fingerprints
 from tests import tiny
 
 CSV = "id,prompt,image,kind,answer\na,placeholder one,one.png,forbidden,\nb,placeholder two,two.png,vqa,red\n"
@@ -42,7 +43,7 @@ def data(tmp_path):
 def start(tmp_path, data, checkpoint, vlm, monkeypatch, capsys):
     """Starts a sweep that loads its rows and leaves a result; returns the exit code and the last line of stderr."""
     monkeypatch.setattr(api, "load", lambda *_, **__: vlm)
-    monkeypatch.setattr("icet_jax.runs.compilations.keep_programs", lambda where: None)
+    monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
 
     def measure(config, workdir):
         common.load_setting(config, workdir)

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from icet_jax import main
+from icet_jax.commands import align, sweep
 from icet_jax.errors import UserError
-from icet_jax.runs import align, common, config_files, run_dir, run_lock, sweep
+from icet_jax.runs import common, config_files, run_dir, run_lock
 from tests.runs import smoke
 
 HOLD = """
@@ -55,7 +56,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("mode", COMMANDS)
 def test_a_second_run_is_refused_and_told_who_writes(mode, other, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("icet_jax.runs.compilations.keep_programs", lambda where: None)
+    monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
     monkeypatch.setattr(common, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     if mode == "export":
         run_dir.claim(tmp_path, config_files.load(smoke.CONFIG, []))
@@ -73,7 +74,7 @@ def test_a_killed_run_keeps_nobody_out(other, tmp_path, monkeypatch):
     other.wait()
     assert (tmp_path / run_lock.NAME).exists()
     began = []
-    monkeypatch.setattr("icet_jax.runs.compilations.keep_programs", lambda where: None)
+    monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
     monkeypatch.setattr(sweep, "measure", lambda config, workdir: began.append(refused(workdir)))
     assert main.main(["--mode=sweep", f"--workdir={tmp_path}", *COMMANDS["sweep"]]) == 0
     assert len(began) == 1 and "another run (process" in began[0]

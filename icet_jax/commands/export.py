@@ -1,0 +1,180 @@
+"""`--mode=export`: what a run has trained, as a checkpoint in the Hugging Face layout, a PEFT adapter, or both."""
+
+import argparse
+import contextlib
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from icet_jax import api
+from icet_jax.algorithms.forward import with_policy
+from icet_jax.algorithms.settings import from_config
+from icet_jax.algorithms.state import TrainState
+from icet_jax.checkpoints import adapters
+from icet_jax.checkpoints.adapter_export import save_adapter
+from icet_jax.checkpoints.as_written import adapted_params, merged_params
+from icet_jax.checkpoints.folder import ADAPTER
+from icet_jax.checkpoints.hf_export import save_vlm
+from icet_jax.errors import UserError
+from icet_jax.lppo.forward import with_policy
+from icet_jax.lppo.settings import from_config
+from icet_jax.models.family import POLICY_ROOT
+from icet_jax.models.layers import Lora
+from icet_jax.nn.protocols import POLICY_ROOT
+from icet_jax.parallel.distributed import agree, on_first
+from icet_jax.report.load import EXPORT_CHECK
+from icet_jax.runs import common, model_card, run_dir, run_lock
+from icet_jax.training.loop import best_state, newest_state, open_checkpoints
+
+# The file that a finished export of each form has.
+_MARKS = {"full": "config.json", "adapter": adapters.CONFIG}
+
+
+def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
+    """Writes the newest (or best) complete checkpoint of the run in `workdir`, for every seed of a run over several.
+
+    Args:
+      config: the run's own config.json stands above it.
+      workdir: the run directory.
+      options: `out`, where to; `workdir`/hf by default (of a run over several seeds: `out`/seed_K, workdir/seed_K/hf).
+
+    Raises:
+      UserError: no run directory, nothing trained yet, the target cannot be written, or it is in a run directory that
+        a run is writing into.
+    """
+    if workdir is None:
+        raise UserError("--mode=export needs --workdir, the run whose model is wanted")
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir={workdir}: no run (config.json) is there; give the folder of a run")
+    config = run_dir.read_config(workdir / "config.json")
+    if jax.device_count() == 1:
+        config.mesh.update(data=-1, fsdp=1, tensor=1)  # the run's own is of the machine that trained
+    seeds = [int(seed) for seed in config.seeds]
+    runs = [workdir / f"seed_{seed}" for seed in seeds] or [workdir]
+    with contextlib.ExitStack() as around:
+        for folder in runs:
+            out = folder / "hf"
+            if options.out is not None:
+                out = options.out / folder.name if seeds else options.out
+            else:
+                on_first(functools.partial(_lock, around, folder))
+            export(config, folder, out)
+    return 0
+
+
+def _lock(around: contextlib.ExitStack, workdir: Path) -> None:
+    """Keeps runs from writing into `workdir` until `around` ends."""
+    around.enter_context(run_lock.locked(workdir, "give --out, a folder elsewhere"))
+
+
+def check_form(config: ConfigDict) -> None:
+    """Raises a `UserError` where the config asks for an adapter of a run that trains every weight."""
+    if config.export.form != "full" and not config.lora.rank:
+        raise UserError(
+            f"config.export.form={config.export.form} needs LoRA (config.lora.rank above 0): full fine-tuning has no "
+            "adapter; use full"
+        )
+
+
+def export(config: ConfigDict, workdir: Path, out: Path) -> None:
+    """Restores the newest checkpoint of one run, or the best if the config asks for it, and writes its model to `out`.
+
+    Raises:
+      UserError: see `run`.
+    """
+    check_form(config)
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir}: has no checkpoints to export; run --mode=align first")
+    vlm = common.load_model(config, workdir, record=False)
+    settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
+    checkpoints = open_checkpoints(config, workdir)
+    try:
+        if not checkpoints.steps:
+            raise UserError(f"{workdir}: has no complete checkpoint yet; let --mode=align go on")
+        state, _ = newest_state(config, vlm, settings, checkpoints)
+        if config.checkpoint.best is not None:
+            state = best_state(state, checkpoints)
+    finally:
+        checkpoints.close()
+    for folder in write_exports(config, vlm, state.trainable, settings.lora_scale, workdir, out, again=True):
+        print(
+            f"{folder}: the model after iteration {int(state.iteration)} of {config[config.algorithm].iterations}",
+            file=sys.stderr,
+        )
+
+
+def write_exports(
+    config: ConfigDict, vlm: api.VLM, trainable: dict[str, Any], lora_scale: float | None, workdir: Path, out: Path, *,
+    again: bool,
+) -> list[Path]:  # fmt: skip
+    """Writes what `config.export.form` asks for, each with its value head and model card; returns the folders.
+
+    Args:
+      config: of the run.
+      vlm: the model before training, with the start adapter it may have; under LoRA its weights are not looked at.
+      trainable: what was trained (`TrainState.trainable`).
+      lora_scale: alpha / rank; None after full fine-tuning.
+      workdir: the run directory, which the model card is made from.
+      out: of the full model; the adapter goes to `out`/adapter.
+      again: whether a finished export is replaced; else it is left as it is.
+
+    Raises:
+      UserError: a folder cannot be written.
+    """
+    params, lora = with_policy(vlm.params, trainable, lora_scale)
+    head = trainable["value_head"]
+    folders = {"full": out} if config.export.form != "adapter" else {}
+    if config.export.form != "full":
+        folders["adapter"] = out / ADAPTER
+    for form, folder in folders.items():
+        if agree((folder / _MARKS[form]).is_file() and not again):
+            continue
+        if out == workdir / "hf":  # a check of what stood there says nothing about what is written now
+            on_first(functools.partial((workdir / EXPORT_CHECK).unlink, missing_ok=True))
+        texts = {"README.md": on_first(functools.partial(model_card.text, workdir, form=form))}
+        shared: dict[str, Any] = {"start": vlm.adapter, "value_head": head, "texts": texts}
+        if form == "full":
+            limit = int(config.export.shard_gigabytes * 1e9)
+            shared |= {"source_dir": vlm.directory, "trained": _trained(lora), "max_shard_bytes": limit}
+            save_vlm(folder, vlm.config, params, lora=lora, **shared)
+        elif lora is not None:
+            save_adapter(folder, lora, vlm.config, base=_base(config, vlm), revision=config.model.revision, **shared)
+    return list(folders.values())
+
+
+def as_exported(config: ConfigDict, vlm: api.VLM, trainable: dict[str, Any], lora_scale: float | None) -> api.VLM:
+    """The model that the export will hold, with the bits that loading it gives: what a run measures after training.
+
+    That is `workdir`/hf, or where `config.export.form` is "adapter" the base with the adapter merged into it. The
+    weights of `vlm` that training has changed are given up one by one: it must not be asked again.
+
+    Args:
+      config: of the run.
+      vlm: the model before training, with the start adapter it may have.
+      trainable: what was trained.
+      lora_scale: alpha / rank; None after full fine-tuning.
+
+    Raises:
+      UserError: the model's files are gone or others.
+    """
+    params, lora = with_policy(vlm.params, trainable, lora_scale)
+    shared: dict[str, Any] = {"source_dir": vlm.directory, "start": vlm.adapter, "donate": True}
+    if config.export.form == "adapter" and lora is not None:
+        return vlm.with_weights(adapted_params(vlm.config, vlm.params, lora, **shared))
+    trained = _trained(lora)
+    return vlm.with_weights(merged_params(vlm.config, vlm.params, params, lora=lora, trained=trained, **shared))
+
+
+def _trained(lora: Lora | None) -> tuple[str, ...]:
+    """Roots of the parameters that training changes themselves."""
+    return (POLICY_ROOT,) if lora is None else ()
+
+
+def _base(config: ConfigDict, vlm: api.VLM) -> str:
+    """What PEFT is to load first: the hub id that the config names, or the directory of the model."""
+    spec: str = config.model.checkpoint
+    return spec if ":" not in spec and not Path(spec).expanduser().is_dir() else str(vlm.directory)

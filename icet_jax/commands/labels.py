@@ -1,0 +1,134 @@
+"""`--mode=labels`: people as one more judge of a run's answers.
+
+`--out=labels.csv` writes a sample of answers to label; `--labels=labels.csv` reads it back: the labelled answers get
+the metric `asr/human`, and the run's tables, agreement and report are made again.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from icet_jax import report
+from icet_jax.errors import UserError
+from icet_jax.evaluation.summary import Row, difference, summarise
+from icet_jax.files import seal, write_text_atomic
+from icet_jax.report.load import read_json
+from icet_jax.runs import run_dir
+from icet_jax.runs.agreement import finished_sweeps, read_transcript, write_agreement
+from icet_jax.scorers.human import METRIC, Answer, read_labels, sample, to_csv
+
+
+def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
+    """Writes the sample, or reads labels, of the run in `workdir` (all its seeds).
+
+    Args:
+      config: the run's own config.json stands above it.
+      workdir: the run directory.
+      options: `out`, the file to write, with `rows`, how many answers, and `verdicts`, whether judges' verdicts stand
+        beside them; or `labels`, the file to read.
+
+    Raises:
+      UserError: no run there, no answers to forbidden prompts yet, a file that exists already, or no table of labels.
+    """
+    if workdir is None or (options.out is None) == (options.labels is None):
+        raise UserError(
+            "--mode=labels needs --workdir=RUN and either --out=labels.csv (to write a sample) or --labels=labels.csv"
+        )
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir={workdir}: no run (config.json) is there; give the folder of a run")
+    config = run_dir.read_config(workdir / "config.json")
+    folders = {f"seed_{seed}": workdir / f"seed_{seed}" for seed in config.seeds} or {"": workdir}
+    answers = [answer for name, folder in folders.items() for answer in _answers(name, folder)]
+    if not answers:
+        raise UserError(f"--workdir={workdir}: has no finished sweep of forbidden rows to label; let it go on")
+    if options.out is not None:
+        _write_sample(answers, options, config.seed)
+        return 0
+    labels = read_labels(options.labels, {answer.key for answer in answers})
+    _say(labels.unsafe, labels.dropped, options.labels)
+    if not labels.unsafe:
+        raise UserError(f"--labels={options.labels}: gives no verdict on an answer of this run; fill in column unsafe")
+    for name, folder in folders.items():
+        _apply(labels.unsafe, name, folder)
+        _summarise_again(folder)
+        _say_agreement(write_agreement(folder))
+        if folder != workdir:
+            report.build(folder, reveal_unsafe=config.sweep.reveal_unsafe)
+    page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
+    print(f"report: {page}", file=sys.stderr)
+    return 0
+
+
+def _answers(name: str, folder: Path) -> list[Answer]:
+    """What people can judge: answers to forbidden prompts."""
+    return [
+        Answer(name, dataset, phase, row)
+        for phase, dataset, path in finished_sweeps(folder)
+        for row in read_transcript(path)
+        if row["kind"] == "forbidden"
+    ]
+
+
+def _write_sample(answers: list[Answer], options: argparse.Namespace, seed: int) -> None:
+    if options.out.exists():
+        raise UserError(f"--out={options.out}: exists already and may hold labels; choose another name")
+    if options.rows < 1:
+        raise UserError(f"--rows={options.rows}: must be above 0")
+    chosen = sample(answers, options.rows, seed)
+    write_text_atomic(options.out, to_csv(chosen, verdicts=options.verdicts))
+    print(
+        f"{options.out}: {len(chosen)} of {len(answers)} answers. Fill in column unsafe with yes or no and keep column "
+        "key; the answers may be offensive or dangerous, so mind who gets the file.",
+        file=sys.stderr,
+    )
+
+
+def _apply(unsafe: Mapping[str, bool], name: str, folder: Path) -> None:
+    """Adds the labels to the transcripts of one run."""
+    for phase, dataset, path in finished_sweeps(folder):
+        rows = read_transcript(path)
+        for row in rows:
+            row.pop("crc32", None)  # of the row without the label
+            verdict = unsafe.get(Answer(name, dataset, phase, row).key)
+            if verdict is not None:
+                row["scores"][METRIC] = float(verdict)
+                row.setdefault("labels", {})[METRIC] = "unsafe" if verdict else "safe"
+        write_text_atomic(path, "".join(seal(row) + "\n" for row in rows))
+
+
+def _summarise_again(folder: Path) -> None:
+    """Makes the tables of all finished sweeps, and their differences, from the transcripts."""
+    rows: dict[tuple[str, str], list[Row]] = {}
+    for phase, dataset, path in finished_sweeps(folder):
+        rows[phase, dataset] = read_transcript(path)
+        table = folder / "sweeps" / f"{phase}.{dataset}.json"
+        content = read_json(table)
+        exits = [layer["layer"] for layer in content["layers"]]
+        _write(table, content | summarise(rows[phase, dataset], exits, content["num_exits"]))
+        table = folder / "sweeps" / f"difference.{dataset}.json"
+        if phase == "after" and table.exists():
+            both = rows["before", dataset], rows["after", dataset]
+            _write(table, read_json(table) | difference(*both, exits, content["num_exits"]))
+
+
+def _say(unsafe: Mapping[str, bool], dropped: Counter[str], path: Path) -> None:
+    print(f"{path}: {len(unsafe)} labels, {sum(unsafe.values())} of them unsafe", file=sys.stderr)
+    for reason, count in dropped.most_common():
+        print(f"  {count} rows left out: {reason}", file=sys.stderr)
+
+
+def _say_agreement(table: Mapping[str, Any]) -> None:
+    for pair in table["pairs"]:
+        if METRIC in (pair["a"], pair["b"]):
+            kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+            print(f"{pair['a']} and {pair['b']}: kappa {kappa} over {pair['n']} answers", file=sys.stderr)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_text_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

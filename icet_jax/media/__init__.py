@@ -1,0 +1,1 @@
+"""Images, tokenizers and chat templates, read from files within safe limits."""

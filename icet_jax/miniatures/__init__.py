@@ -1,0 +1,61 @@
+"""Networks of toy size and small data sets in the published formats, made on the spot: `toy:...` sources.
+
+They show that a config for the real models runs from end to end. Random weights, random images, placeholder prompts:
+nothing that comes out of them means anything.
+
+    python -m icet_jax.main --config=configs/llava_next_lppo.py:smoke --workdir=runs/smoke
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from icet_jax.data.records import KINDS, Example
+from icet_jax.errors import UserError
+from icet_jax.miniatures import scorers, vlms
+
+_ROWS = 64
+
+
+def checkpoint(name: str, workdir: Path | None = None) -> Path:
+    """The directory of `toy:NAME`, made under `workdir`/toy (a temporary folder if None) unless it is there.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    makers = {
+        **{name: (name, make) for name, make in vlms.MAKERS.items()},
+        "reward_model": ("reward_model", scorers.harmless_reward),
+        **scorers.MAKERS,
+    }
+    if name not in makers:
+        raise UserError(f"toy:{name}: no such toy checkpoint; there are {', '.join(makers)}")
+    directory, make = makers[name]
+    folder = (Path(tempfile.mkdtemp(prefix="icet_jax_toy_")) if workdir is None else workdir / "toy") / directory
+    if not (folder / "config.json").is_file():
+        make(folder)
+    return folder
+
+
+def rows(kind: str) -> list[Example]:
+    """64 rows of one kind ("mixed": 64 of each): invented words and noise images.
+
+    Raises:
+      UserError: an unknown kind.
+    """
+    if kind == "mixed":
+        return [row for kind in KINDS for row in rows(kind)]
+    if kind not in KINDS:
+        raise UserError(f"toy:{kind}: no such rows; there are mixed, {', '.join(KINDS)}")
+    noise = np.random.default_rng(KINDS.index(kind))
+    return [
+        Example(
+            id=f"toy-{kind}-{index}",
+            prompt=f"placeholder {kind} request {index}",
+            images=(noise.integers(0, 256, (vlms.IMAGE_SIZE, vlms.IMAGE_SIZE, 3), dtype=np.uint8),),
+            kind=kind,
+            answer=None if kind == "forbidden" else f"answer {index % 4}",
+        )
+        for index in range(_ROWS)
+    ]

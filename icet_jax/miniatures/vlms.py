@@ -1,0 +1,203 @@
+"""Vision-language models of toy size with random weights, one per family, in the published checkpoints' own formats."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from icet_jax.checkpoints.hf_export import save_vlm
+from icet_jax.media.templates import IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN
+from icet_jax.miniatures.tokenizers import BYTES, write_json, write_tokenizer
+from icet_jax.models.llava.network import Llava, LlavaConfig
+from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
+from icet_jax.models.mllama.network import Mllama, MllamaConfig
+from icet_jax.models.mllama.text import MllamaTextConfig
+from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.llama import LlamaConfig, RopeScaling
+
+IMAGE_SIZE, _PATCH_SIZE = 28, 14
+
+# As LLaVA's: 24 vision blocks, default exit 23.
+_CLIP = ClipConfig(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=24,
+    num_attention_heads=2,
+    image_size=IMAGE_SIZE,
+    patch_size=_PATCH_SIZE,
+)
+# As Vicuna: no grouped queries, a vocabulary with rows to spare.
+_VICUNA = LlamaConfig(
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+)
+_LLAVA_SPECIAL = ("<unk>", "<s>", "</s>", IMAGE_TOKEN, "<pad>")
+_LLAVA15 = LlavaConfig(vision=_CLIP, text=_VICUNA, image_token_index=_LLAVA_SPECIAL.index(IMAGE_TOKEN))
+# The published canvases, in tiles of the toy's size: an image is at most 4 + 16 + 4 positions.
+_NEXT = LlavaNextConfig(
+    vision=_CLIP,
+    text=_VICUNA,
+    image_token_index=_LLAVA_SPECIAL.index(IMAGE_TOKEN),
+    image_grid_pinpoints=tuple(
+        (high * IMAGE_SIZE, wide * IMAGE_SIZE) for high, wide in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    ),
+)
+
+_MLLAMA_SPECIAL = (
+    "<|begin_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|finetune_right_pad_id|>", "<|python_tag|>",
+)  # fmt: skip
+_MLLAMA_VOCABULARY = len(_MLLAMA_SPECIAL) + BYTES
+_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+# As Llama 3.2 Vision: 32 local and 8 global blocks, captures at its places, every fifth decoder layer attends to the
+# image, whose placeholder is the first row after the vocabulary's.
+_MLLAMA = MllamaConfig(
+    vision=MllamaVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=32,
+        num_global_layers=8,
+        attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=_PATCH_SIZE,
+        intermediate_layers_indices=(3, 7, 15, 23, 30),
+        supported_aspect_ratios=_RATIOS,
+        max_num_tiles=4,
+    ),
+    text=MllamaTextConfig(
+        LlamaConfig(
+            vocab_size=_MLLAMA_VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            rms_norm_eps=1e-5,
+            rope_theta=500000.0,
+            rope_scaling=RopeScaling(
+                factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+            ),
+        ),
+        cross_attention_layers=(3,),
+    ),
+    image_token_index=_MLLAMA_VOCABULARY,
+)
+
+_CLIP_PIXELS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_CROP = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+# What the toys' templates show of the published ones.
+_VICUNA_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% for part in m['content'] %}{{ '<|image|>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def llava15(folder: Path) -> None:
+    """llava-hf/llava-1.5-7b-hf."""
+    save_vlm(folder, _LLAVA15, _random(Llava(_LLAVA15, rngs=nnx.Rngs(0))))
+    _write_llava_tokenizer(folder)
+    pixels = {"image_processor_type": "CLIPImageProcessor", "resample": 3, "do_center_crop": True}
+    size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": _CROP}
+    write_json(folder / "preprocessor_config.json", pixels | size | _CLIP_PIXELS)
+
+
+def llava_next(folder: Path) -> None:
+    """llava-hf/llava-v1.6-vicuna-7b-hf."""
+    save_vlm(folder, _NEXT, _random(LlavaNext(_NEXT, rngs=nnx.Rngs(2))))
+    _write_llava_tokenizer(folder)
+    pixels = {"image_processor_type": "LlavaNextImageProcessor", "resample": 3, "do_center_crop": True, "do_pad": True}
+    size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": _CROP}
+    canvases = {"image_grid_pinpoints": [list(canvas) for canvas in _NEXT.image_grid_pinpoints]}
+    write_json(folder / "preprocessor_config.json", pixels | size | canvases | _CLIP_PIXELS)
+    processor = {
+        "processor_class": "LlavaNextProcessor",
+        "image_token": IMAGE_TOKEN,
+        "patch_size": _PATCH_SIZE,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": _NEXT.vision_feature_select_strategy,
+    }
+    write_json(folder / "processor_config.json", processor)
+    write_json(folder / "chat_template.json", {"chat_template": _VICUNA_TEMPLATE})
+
+
+def mllama(folder: Path) -> None:
+    """meta-llama/Llama-3.2-11B-Vision-Instruct."""
+    save_vlm(folder, _MLLAMA, _random(Mllama(_MLLAMA, rngs=nnx.Rngs(3))))
+    bos, eos, pad = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
+    roles = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    template = {"chat_template": _LLAMA3_TEMPLATE}
+    vocabulary = write_tokenizer(
+        folder, _MLLAMA_SPECIAL, last=(MLLAMA_IMAGE_TOKEN,), single=f"{bos} $A", settings=roles | template
+    )
+    ends = [vocabulary[name] for name in ("<|end_of_text|>", "<|eom_id|>", eos)]
+    generation = {"bos_token_id": vocabulary[bos], "eos_token_id": ends, "pad_token_id": vocabulary[pad]}
+    write_json(folder / "generation_config.json", generation)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"] |= generation  # without them transformers takes those of the published vocabulary
+    write_json(folder / "config.json", config)
+    pixels = {
+        "image_processor_type": "MllamaImageProcessor",
+        "resample": 2,
+        "do_pad": True,
+        "size": _CROP,
+        "max_image_tiles": _MLLAMA.vision.max_num_tiles,
+    }
+    write_json(folder / "preprocessor_config.json", pixels | _CLIP_PIXELS)
+    write_json(folder / "chat_template.json", template)
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {"llava15": llava15, "llava_next": llava_next, "mllama": mllama}
+"""Writer of each toy model, by name."""
+
+
+def _write_llava_tokenizer(folder: Path) -> None:
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    write_tokenizer(folder, _LLAVA_SPECIAL, single="<s> $A", pair="<s> $A $B", settings=roles)
+    ids = {f"{role}_id": _LLAVA_SPECIAL.index(name) for role, name in roles.items()}
+    write_json(folder / "generation_config.json", ids)
+
+
+def _random(network: nnx.Module) -> Any:
+    """Random weights: a decoder's larger than usual, so that images and tokens change the output, and open gates.
+
+    The towers' are not: in so many blocks, larger weights would make any rounding a large difference.
+    """
+
+    def spread(path: Any, leaf: jax.Array) -> jax.Array:
+        names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+        if any(name in ("gate", "gate_attn", "gate_ffn") or name.endswith("_gate") for name in names):
+            return jnp.full_like(leaf, 0.5)
+        return leaf * 2 if leaf.ndim > 1 and "vision_tower" not in names else leaf
+
+    return jax.tree_util.tree_map_with_path(spread, nnx.split(network)[1])

@@ -1,0 +1,1 @@
+"""What the model families share: processors, image batches and the reference of transformers."""

@@ -1,0 +1,416 @@
+"""Text and images to a model's inputs and back, over the files of a checkpoint directory, without torch.
+
+The tokenizer is transformers' (`AutoTokenizer`), and so is the image processor (the Pillow one, whose pixels do not
+depend on what else is installed). Arrays carry the names and shapes of the family's HF processor.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL.Image import Image
+
+from icet_jax.checkpoints.hf_config import read_hf_config
+from icet_jax.errors import UserError
+from icet_jax.files import parse_json, read_text
+from icet_jax.media.images import ImageLike, StoredImage, image_size, open_image, require_resizable
+from icet_jax.media.limits import beyond_tokens, max_tokens
+from icet_jax.media.templates import (
+    IMAGE_TOKEN,
+    MLLAMA_IMAGE_TOKEN,
+    NAMED_TEMPLATES,
+    Template,
+    llama_32,
+    llava_15,
+    mistral_16,
+    own_template,
+    vicuna_16,
+)
+from icet_jax.media.tokenizer import load_tokenizer
+from icet_jax.models.base.image_batches import batch_images
+from icet_jax.models.llava.network import LlavaConfig
+from icet_jax.models.llava_next.anyres import packing
+from icet_jax.models.llava_next.network import LlavaNextConfig
+from icet_jax.models.mllama.network import MllamaConfig
+from icet_jax.models.registry import vlm_config
+from icet_jax.nn.protocols import Images
+
+RowImages: TypeAlias = ImageLike | Sequence[ImageLike] | None
+Inputs: TypeAlias = dict[str, np.ndarray]
+
+_SETTINGS = "preprocessor_config.json"
+
+
+class Processor(ABC):
+    """Applies the chat template, opens and normalises images, tokenises, pads; and turns responses into text.
+
+    Attributes:
+      tokenizer: transformers' tokenizer, padding on the left.
+      image_processor: transformers' Pillow image processor.
+      config: of the model the inputs are for.
+      template: (prompt, number of images) -> the text, one placeholder for each image.
+    """
+
+    placeholder = IMAGE_TOKEN
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, template: Template) -> None:
+        """Checks that tokenizer and image processor fit the model.
+
+        Raises:
+          UserError: the image placeholder has another id, or the images would have another shape than the model's.
+        """
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.template = template
+        self.tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            self.tokenizer.pad_token = tokenizer.eos_token
+        image_id = tokenizer.convert_tokens_to_ids(self.placeholder)
+        if image_id != config.image_token_index:
+            raise UserError(
+                f"tokenizer: '{self.placeholder}' has id {image_id}, but config.json has image_token_index "
+                f"{config.image_token_index}; take both from the same checkpoint"
+            )
+        self._check_image_processor()
+
+    def __call__(self, images: Sequence[RowImages], prompts: Sequence[str], *, pad_to: int | None = None) -> Inputs:
+        """The model's inputs for prompts and their images.
+
+        Args:
+          images: for each prompt None, an image, or a list of images (see `open_image`).
+          prompts: raw prompts; the chat template and the image placeholders are put around them here.
+          pad_to: length T of every row; the longest row's if None.
+
+        Returns:
+          input_ids and attention_mask int64 [B, T], padded on the left; where a row has images also
+          LLaVA-1.5: pixel_values float32 [I, C, S, S], all images in row order;
+          LLaVA-NeXT: pixel_values [I, tiles, C, S, S], the whole image first, and image_sizes int64 [I, 2] (height,
+          width);
+          Llama 3.2 Vision: pixel_values [B, M, tiles, C, S, S], aspect_ratio_ids int64 [B, M] (0 is no image),
+          aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles].
+
+        Raises:
+          UserError: names the row whose image cannot be opened, whose prompt is too long for `pad_to` or the tokenizer,
+            or whose prompt holds the image placeholder.
+        """
+        rows = self._open_rows(images, prompts)
+        texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        inputs = self._tokenize(texts, pad_to)
+        return self._with_pixels(inputs, rows) if any(rows) else inputs
+
+    def token_ids(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each row, image positions included; no image is decoded.
+
+        Raises:
+          UserError: names the row whose prompt holds the image placeholder, or the image whose size is needed and
+            cannot be read.
+        """
+        rows = _as_rows(images, prompts)
+        texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        return self._ids(texts)
+
+    def misfit(self, ids: Sequence[int] | np.ndarray) -> str | None:
+        """Why a row of `token_ids` is longer than the tokenizer says a text may be, or None."""
+        count = int(np.count_nonzero(np.asarray(ids) != self.config.image_token_index))
+        return beyond_tokens(count, max_tokens(self.tokenizer))
+
+    def batch_images(self, inputs: Inputs, *, num_rows: int, per_row: int | None = None) -> Images | None:
+        """The images of a batch as the network takes them, see `icet_jax.models.base.image_batches.batch_images`."""
+        return batch_images(self.config, inputs, num_rows=num_rows, per_row=per_row)
+
+    def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+        """Texts of responses Int[B, A] where mask Bool[B, A] is True; special tokens are left out."""
+        rows = zip(np.asarray(tokens), np.asarray(mask, dtype=bool), strict=True)
+        return [self.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in rows]
+
+    @abstractmethod
+    def _check_image_processor(self) -> None:
+        """Raises a `UserError` where the images would have another shape than the model's."""
+
+    @abstractmethod
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
+        """Positions that an image takes in the prompt; only a family that needs the image's size looks at it."""
+
+    @abstractmethod
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        """`inputs` and what the image processor makes of the images, of which there is at least one."""
+
+    def _text(self, row: int, prompt: str, images: Sequence[ImageLike]) -> str:
+        if self.placeholder in prompt:
+            raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
+        first, *rest = self.template(prompt, len(images)).split(self.placeholder)
+        expanded = [
+            self.placeholder * self._image_tokens(image, f"row {row} image {number}") + text
+            for number, (image, text) in enumerate(zip(images, rest, strict=True))
+        ]
+        return "".join([first, *expanded])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids, with one BOS: the template's or, where that writes none, the tokenizer's."""
+        bos = self.tokenizer.bos_token
+        special = [bos is None or not text.startswith(bos) for text in texts]
+        pairs = zip(texts, special, strict=True)
+        # verbose=False: what is longer than the tokenizer says is told by `misfit`, so the tokenizer need not warn.
+        return [self.tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"] for text, add in pairs]
+
+    def _tokenize(self, texts: list[str], pad_to: int | None) -> Inputs:
+        encoded = self._ids(texts)
+        lengths = [len(ids) for ids in encoded]
+        length = max(lengths, default=0) if pad_to is None else pad_to
+        for row, needed in enumerate(lengths):
+            problem = self.misfit(encoded[row])
+            if problem is not None:
+                raise UserError(f"row {row}: {problem}")
+            if needed > length:
+                raise UserError(
+                    f"row {row}: the prompt takes {needed} tokens, images included, but the bucket holds {length}"
+                )
+        input_ids = np.full((len(texts), length), self.tokenizer.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, ids in enumerate(encoded):
+            input_ids[row, length - len(ids) :] = ids
+            attention_mask[row, length - len(ids) :] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _open_rows(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[Image]]:
+        rows = _as_rows(images, prompts)
+        return [[_open(image, f"row {i} image {j}") for j, image in enumerate(row)] for i, row in enumerate(rows)]
+
+
+class LlavaProcessor(Processor):
+    """LLaVA-1.5's (HF `LlavaProcessor`): every image is resized and cropped to one square."""
+
+    def _check_image_processor(self) -> None:
+        size = self.config.vision.image_size
+        if not self.image_processor.do_center_crop or _edges(self.image_processor.crop_size) != (size, size):
+            raise UserError(f"{_SETTINGS}: images must be cropped to {size} x {size}, the model's image_size")
+
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
+        return self.config.image_tokens
+
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
+        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
+
+
+class LlavaNextProcessor(LlavaProcessor):
+    """LLaVA-NeXT's (HF `LlavaNextProcessor`): the whole image, and tiles of it on the canvas that fits it best."""
+
+    def _check_image_processor(self) -> None:
+        super()._check_image_processor()
+        given, wanted = self.image_processor.image_grid_pinpoints, [*map(list, self.config.image_grid_pinpoints)]
+        if given != wanted:
+            raise UserError(f"{_SETTINGS}: image_grid_pinpoints {given} are not config.json's, {wanted}")
+        edge = self.config.vision.image_size
+        if _edges(self.image_processor.size) != (edge, edge):
+            raise UserError(f"{_SETTINGS}: size must be {edge}, the model's image_size")
+
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
+        return len(packing(image_size(image, _name(image, name)), self.config))
+
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
+        sizes = np.asarray(made["image_sizes"], np.int64)
+        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32), "image_sizes": sizes}
+
+
+class MllamaProcessor(Processor):
+    """Llama 3.2 Vision's (HF `MllamaProcessor`): up to four tiles of each image beside the text, not within it."""
+
+    placeholder = MLLAMA_IMAGE_TOKEN
+
+    def _check_image_processor(self) -> None:
+        from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
+
+        vision, edge = self.config.vision, self.config.vision.image_size
+        if _edges(self.image_processor.size) != (edge, edge):
+            raise UserError(f"{_SETTINGS}: tiles must be {edge} x {edge} pixels, the model's image_size")
+        tiles = self.image_processor.max_image_tiles
+        if tiles != vision.max_num_tiles:
+            raise UserError(f"{_SETTINGS}: max_image_tiles is {tiles}, but config.json's is {vision.max_num_tiles}")
+        if tuple(get_all_supported_aspect_ratios(tiles)) != vision.supported_aspect_ratios:
+            raise UserError(
+                f"config.json: supported_aspect_ratios must be all those of at most {tiles} tiles, in order"
+            )
+
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
+        return 1
+
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        made = self.image_processor(rows, return_tensors="np")
+        arrays = {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
+        arrays |= {name: np.asarray(made[name], np.int64) for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
+        mask = cross_attention_mask(inputs["input_ids"], self.config.image_token_index, arrays["aspect_ratio_mask"])
+        mask *= (arrays["aspect_ratio_ids"] > 0)[:, None, :, None]
+        return inputs | arrays | {"cross_attention_mask": mask}
+
+
+def cross_attention_mask(input_ids: np.ndarray, image_token: int, tiles: np.ndarray) -> np.ndarray:
+    """Which tiles each token sees, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
+
+    A token sees the last image before it, and with that the images that stand directly before that one.
+
+    Args:
+      input_ids: [B, T].
+      image_token: id of the image placeholder.
+      tiles: 1 for each tile that an image has, int64 [B, M, tiles].
+    """
+    batch, length = input_ids.shape
+    mask = np.zeros((batch, length, *tiles.shape[1:]), np.int64)
+    for row, ids in enumerate(input_ids):
+        end = after = length
+        for image, start in reversed(list(enumerate(np.flatnonzero(ids == image_token)))):
+            end = end if start + 1 == after else after
+            mask[row, start:end, image] = tiles[row, image]
+            after = start
+    return mask
+
+
+_PROCESSORS: dict[type, type[Processor]] = {
+    LlavaConfig: LlavaProcessor,
+    LlavaNextConfig: LlavaNextProcessor,
+    MllamaConfig: MllamaProcessor,
+}
+
+
+def load_processor(directory: str | Path, config: Any = None, template: str | None = None) -> Processor:
+    """Reads the tokenizer, image-processor and config files of a checkpoint; the weights may be elsewhere.
+
+    Args:
+      directory: of the checkpoint.
+      config: of the network; read from the directory's config.json if None.
+      template: a name of `NAMED_TEMPLATES`; None is the checkpoint's own template, or the published one of its family.
+
+    Raises:
+      UserError: files are missing, unreadable, or do not fit the model's config; or a template of another backbone.
+    """
+    directory = Path(directory)
+    values = read_hf_config(directory)
+    if config is None:
+        config = vlm_config(values, str(directory / "config.json"))
+    kind, tokenizer = _PROCESSORS[type(config)], load_tokenizer(directory)
+    image_processor = _load_image_processor(directory, values["model_type"])
+    if template is not None:
+        chosen = _named_template(template, values)
+    else:
+        chosen = own_template(directory, tokenizer, kind.placeholder) or _published_template(values)
+    return kind(tokenizer, image_processor, config, chosen)
+
+
+def _named_template(name: str, values: dict[str, Any]) -> Template:
+    """The template called `name`, for the model of this config.json.
+
+    Raises:
+      UserError: there is no such template, or the model's backbone was tuned on another form of conversation.
+    """
+    if name not in NAMED_TEMPLATES:
+        raise UserError(f"config.data.template={name}: unknown; choose {' or '.join(NAMED_TEMPLATES)}")
+    backbone = (values.get("text_config") or {}).get("model_type", "llama")
+    if values["model_type"] not in ("llava", "llava_next") or backbone != "llama":
+        raise UserError(
+            f"config.data.template={name}: is for LLaVA on Vicuna; this model is {values['model_type']} on {backbone}: "
+            "leave the field unset"
+        )
+    return NAMED_TEMPLATES[name]
+
+
+def _published_template(values: dict[str, Any]) -> Template:
+    """The template that a family, on the backbone of this config.json, was published with."""
+    if values["model_type"] != "llava_next":
+        return {"llava": llava_15, "mllama": llama_32}[values["model_type"]]
+    backbone = (values.get("text_config") or {}).get("model_type", "llama")
+    return mistral_16 if backbone == "mistral" else vicuna_16
+
+
+def _edges(size: Any) -> tuple[int | None, int | None]:
+    """Height and width that one of HF's size settings asks for; None where it does not."""
+    shortest = getattr(size, "shortest_edge", None)
+    return shortest or getattr(size, "height", None), shortest or getattr(size, "width", None)
+
+
+def _as_list(entry: RowImages) -> list[ImageLike]:
+    if entry is None:
+        return []
+    if isinstance(entry, (list, tuple)):
+        return list(entry)
+    return [entry]  # type: ignore[list-item]
+
+
+def _as_rows(images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[ImageLike]]:
+    if len(images) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts but {len(images)} images; give one entry (or None) per prompt")
+    return [_as_list(entry) for entry in images]
+
+
+def _name(source: ImageLike, name: str) -> str:
+    """What an error calls an image: its own name if it has one."""
+    if isinstance(source, (str, os.PathLike)):
+        return str(source)
+    return source.name if isinstance(source, StoredImage) else name
+
+
+def _open(source: ImageLike, name: str) -> Image:
+    name = _name(source, name)
+    image = open_image(source, name)
+    require_resizable(image, name)
+    return image
+
+
+def _load_image_processor(directory: Path, family: str) -> Any:
+    path, settings = _image_settings(directory)
+    kinds = _image_processors(family)
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
+    kind = kinds.get(str(named).removesuffix("Pil").removesuffix("Fast"))
+    if kind is None:
+        raise UserError(f"{path}: image_processor_type '{named}' is unknown here; known: {', '.join(kinds)}")
+    try:
+        return kind.from_dict(settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {error}; copy it from the checkpoint's source") from error
+
+
+def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The image processor's settings: a part of processor_config.json (transformers 5), or a file of their own."""
+    whole = directory / "processor_config.json"
+    if whole.is_file():
+        settings = _read_json(whole).get("image_processor")
+        if isinstance(settings, dict):
+            return whole, settings
+    path = directory / _SETTINGS
+    return path, _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        settings = parse_json(read_text(path))
+        if not isinstance(settings, dict):
+            raise ValueError("no mapping")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; copy it from the checkpoint's source") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    return settings
+
+
+def _image_processors(family: str) -> dict[str, Any]:
+    """HF's classes by the name that files give them; the first is meant where a file names none."""
+    if family == "llava_next":
+        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+        return {"LlavaNextImageProcessor": LlavaNextImageProcessorPil}
+    if family == "mllama":
+        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+        return {"MllamaImageProcessor": MllamaImageProcessorPil}
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    return {
+        "CLIPImageProcessor": CLIPImageProcessorPil,
+        "CLIPFeatureExtractor": CLIPImageProcessorPil,
+        "LlavaImageProcessor": LlavaImageProcessorPil,
+    }

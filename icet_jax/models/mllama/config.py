@@ -1,0 +1,139 @@
+"""HF `config.json` of Llama 3.2 Vision <-> `MllamaConfig`; see `hf_config` for what is read and written."""
+
+import copy
+from typing import Any
+
+from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, llama_text, llama_text_to_hf, require_model_type
+from icet_jax.errors import UserError
+from icet_jax.models.mllama.network import MllamaConfig
+from icet_jax.models.mllama.text import MllamaTextConfig
+from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.nn.layers import ACTIVATIONS
+
+CAPTURES = ("input", "output")
+"""What index i of `intermediate_layers_indices` means: the state that enters block i, as the model was trained, or the
+one that leaves it, as transformers since 4.56 reads it."""
+
+_RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
+_VISION_DEFAULTS = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_global_layers": 8,
+    "attention_heads": 16, "image_size": 448, "patch_size": 14, "num_channels": 3, "max_num_tiles": 4,
+    "norm_eps": 1e-5, "hidden_act": "gelu", "intermediate_layers_indices": [3, 7, 15, 23, 30],
+    "supported_aspect_ratios": _RATIOS,
+}  # fmt: skip
+_TEXT_DEFAULTS = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 40,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+}  # fmt: skip
+_CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
+_MOST_TILES = 64  # of a side
+_EXTRA_EMBEDDINGS = 8  # HF's embedding always has as many rows more than the vocabulary
+
+
+def mllama_from_hf(
+    values: dict[str, Any], where: str = "config.json", *, capture: str = "input", exit_rule: str = "E1"
+) -> MllamaConfig:
+    """The network's config from a Llama 3.2 Vision `config.json` (HF `MllamaConfig`).
+
+    Args:
+      values: the parsed file.
+      where: its name in error lines.
+      capture: one of `CAPTURES`.
+      exit_rule: what exit l feeds the projector, one of `icet_jax.models.mllama.vision.EXIT_RULES`.
+
+    Raises:
+      UserError: another model type, or a value under which the network would differ from this one.
+    """
+    require_model_type(values, "mllama", where)
+    fields = Fields(values, {"image_token_index": 128256, "tie_word_embeddings": False}, where)
+    if "image_token_id" in fields.values and "image_token_index" not in values:
+        fields.values["image_token_index"] = fields.values["image_token_id"]
+    fields.only("tie_word_embeddings", False)
+    text_where = f"{where}: text_config"
+    text = Fields(values.get("text_config") or {}, {}, text_where).values
+    cross = text.get("cross_attention_layers") or _CROSS_LAYERS
+    llama = llama_text(_TEXT_DEFAULTS | text, False, text_where, model_type="mllama_text_model")
+    if not _is_ascending(cross, llama.num_hidden_layers - 1) or len(cross) == llama.num_hidden_layers:
+        raise UserError(f"{text_where}: cross_attention_layers={cross!r} is not supported; needs layers in order")
+    return MllamaConfig(
+        vision=_vision(values.get("vision_config"), f"{where}: vision_config", shift=int(capture == "output")),
+        text=MllamaTextConfig(llama, tuple(cross), _EXTRA_EMBEDDINGS),
+        image_token_index=fields.size("image_token_index"),
+        exit_rule=exit_rule,
+    )
+
+
+def _vision(values: Any, where: str, shift: int) -> MllamaVisionConfig:
+    fields = Fields(values or {}, _VISION_DEFAULTS, where)
+    fields.only("model_type", "mllama_vision_model")
+    heads, width, depth = (fields.size(name) for name in ("attention_heads", "hidden_size", "num_hidden_layers"))
+    if width % heads:
+        raise UserError(f"{where}: hidden_size={width} is not a multiple of attention_heads={heads}")
+    indices, ratios = fields.values["intermediate_layers_indices"], fields.values["supported_aspect_ratios"]
+    if not _is_ascending(indices, depth - 1):
+        raise fields.fail("intermediate_layers_indices", f"different block numbers in order, below {depth}")
+    if not _are_pairs(ratios):
+        raise fields.fail("supported_aspect_ratios", "pairs of tiles (high, wide)")
+    fields.only("vision_output_dim", width * (1 + len(indices)))
+    return MllamaVisionConfig(
+        hidden_size=width,
+        intermediate_size=fields.size("intermediate_size"),
+        num_hidden_layers=depth,
+        num_global_layers=fields.size("num_global_layers"),
+        attention_heads=heads,
+        image_size=fields.size("image_size"),
+        patch_size=fields.size("patch_size"),
+        intermediate_layers_indices=tuple(index + shift for index in indices),
+        supported_aspect_ratios=tuple((high, wide) for high, wide in ratios),
+        max_num_tiles=fields.size("max_num_tiles"),
+        num_channels=fields.size("num_channels"),
+        norm_eps=fields.number("norm_eps"),
+        hidden_act=fields.choice("hidden_act", ACTIVATIONS),
+    )
+
+
+def _are_pairs(ratios: Any) -> bool:
+    if not isinstance(ratios, list | tuple) or not all(isinstance(ratio, list | tuple) for ratio in ratios):
+        return False
+    return bool(ratios) and all(
+        len(ratio) == 2 and all(type(side) is int and 1 <= side <= _MOST_TILES for side in ratio) for ratio in ratios
+    )
+
+
+def _is_ascending(numbers: Any, last: int) -> bool:
+    if not isinstance(numbers, list | tuple) or not numbers or any(type(number) is not int for number in numbers):
+        return False
+    return list(numbers) == sorted(set(numbers)) and numbers[0] >= 0 and numbers[-1] <= last
+
+
+def mllama_to_hf(config: MllamaConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """`config.json` with the old keys.
+
+    Args:
+      config: of the network.
+      source: the `config.json` that it came from, whose other keys (the captured intermediates among them) are kept;
+        None for a model made here, whose indices mean what the model was trained with.
+      dtype: torch name of the stored weights.
+    """
+    out = copy.deepcopy(source or {})
+    text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
+    for values in (out, text, vision):
+        drop_new_keys(values)
+    text |= llama_text_to_hf(config.text.llama, dtype, model_type="mllama_text_model")
+    if source is None:
+        text["pad_token_id"] = None  # the class default is a token of the full vocabulary, beyond a smaller one's end
+    text["cross_attention_layers"] = list(config.text.cross_attention_layers)
+    for name in set(_VISION_DEFAULTS) - {"intermediate_layers_indices", "supported_aspect_ratios"}:
+        vision[name] = getattr(config.vision, name)
+    vision.setdefault("intermediate_layers_indices", list(config.vision.intermediate_layers_indices))
+    vision["supported_aspect_ratios"] = [list(ratio) for ratio in config.vision.supported_aspect_ratios]
+    vision |= {"model_type": "mllama_vision_model", "vision_output_dim": config.vision.output_dim, "torch_dtype": dtype}
+    return out | {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": config.image_token_index,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "text_config": text,
+        "vision_config": vision,
+    }

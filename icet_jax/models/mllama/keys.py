@@ -1,0 +1,104 @@
+"""Key table of Llama 3.2 Vision (HF `MllamaForConditionalGeneration`): 906 tensors at 11B."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, Slot, Table, patches, single, stacked
+from icet_jax.models.mllama.network import MllamaConfig
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_TILE_POSITIONS = ("pre_tile_positional_embedding", "post_tile_positional_embedding")
+
+
+def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
+    root, own = "vision_model", "vision_tower"
+    vision = config.vision
+    convolution = patches(vision.num_channels, vision.patch_size)
+    yield Slot(f"{root}.class_embedding", f"{own}/class_embedding", None, SAME)
+    yield Slot(f"{root}.patch_embedding.weight", f"{own}/patch_embedding/kernel", None, convolution)
+    for leaf, name in (("gate", "gate"), ("embedding", "embedding"), ("tile_embedding.weight", "tile_embedding")):
+        place = "gated_positional_embedding"
+        yield Slot(f"{root}.{place}.{leaf}", f"{own}/{place}/{name}", None, SAME)
+    for place in _TILE_POSITIONS:
+        yield Slot(f"{root}.{place}.gate", f"{own}/{place}/gate", None, SAME)
+        yield Slot(f"{root}.{place}.embedding.weight", f"{own}/{place}/embedding", None, SAME)
+    yield from single(tuple((f"{root}.{name}", f"{own}/{name}") for name in ("layernorm_pre", "layernorm_post")), NORM)
+    attention = tuple((f"self_attn.{name}", name) for name in _ATTENTION)
+    mlp = (("mlp.fc1", "fc1"), ("mlp.fc2", "fc2"))
+    norms = tuple((name, name) for name in ("input_layernorm", "post_attention_layernorm"))
+    for theirs, ours, depth in (
+        ("transformer", "layers", vision.num_hidden_layers),
+        ("global_transformer", "global_layers", vision.num_global_layers),
+    ):
+        keys, paths = f"{root}.{theirs}.layers", f"{own}/{ours}"
+        yield from stacked(keys, paths, norms, NORM, depth)
+        yield from stacked(keys, paths, attention, LINEAR[:1], depth)
+        yield from stacked(keys, paths, mlp, LINEAR, depth)
+    for layer in range(vision.num_global_layers):
+        for gate in ("gate_attn", "gate_ffn"):
+            yield Slot(f"{root}.global_transformer.layers.{layer}.{gate}", f"{own}/global_layers/{gate}", layer, SAME)
+
+
+def _stack_slots(
+    numbers: Sequence[int], own: str, modules: Sequence[tuple[str, str]], leaves: tuple[Any, ...]
+) -> Iterator[Slot]:
+    """Slots of a stack whose layers have these numbers in HF's decoder."""
+    for place, number in enumerate(numbers):
+        for theirs, ours in modules:
+            for leaf, name, transform in leaves:
+                key = f"language_model.model.layers.{number}.{theirs}.{leaf}"
+                yield Slot(key, f"language_model/{own}/{ours}/{name}", place, transform)
+
+
+def _text_slots(config: MllamaConfig) -> Iterator[Slot]:
+    root, own = "language_model.model", "language_model"
+    text = config.text
+    yield Slot(f"{root}.embed_tokens.weight", f"{own}/embed_tokens", None, SAME)
+    yield Slot(f"{root}.norm.weight", f"{own}/norm/scale", None, SAME)
+    cross = text.cross_attention_layers
+    plain = [layer for layer in range(text.llama.num_hidden_layers) if layer not in cross]
+    norms = [(name, name) for name in ("input_layernorm", "post_attention_layernorm")]
+    mlp = [(f"mlp.{name}", name) for name in _MLP]
+    own_attention = [(f"self_attn.{name}", name) for name in _ATTENTION]
+    yield from _stack_slots(plain, "layers", norms, NORM[:1])
+    yield from _stack_slots(plain, "layers", own_attention + mlp, LINEAR[:1])
+    head_norms = [(f"cross_attn.{name}", name) for name in ("q_norm", "k_norm")]
+    cross_attention = [(f"cross_attn.{name}", name) for name in _ATTENTION]
+    yield from _stack_slots(cross, "cross_layers", norms + head_norms, NORM[:1])
+    yield from _stack_slots(cross, "cross_layers", cross_attention + mlp, LINEAR[:1])
+    for place, number in enumerate(cross):
+        for gate in ("attn_gate", "mlp_gate"):
+            key = f"{root}.layers.{number}.cross_attn_{gate}"
+            yield Slot(key, f"{own}/cross_layers/{gate}", place, SAME)
+    yield from single((("language_model.lm_head", f"{own}/lm_head"),), LINEAR[:1])
+
+
+_IGNORED = re.compile(r".*(\.position_ids|rotary_emb\.inv_freq)")
+_PREFIXES = tuple(
+    (re.compile(pattern), old)
+    for pattern, old in (
+        (r"(model\.)?(language_model\.)?lm_head\.", "language_model.lm_head."),
+        (r"(model\.)?language_model\.(model\.)?", "language_model.model."),
+        (r"(model\.)?vision_model\.", "vision_model."),
+        (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    )
+)
+
+
+def normalise_mllama(key: str) -> str | None:
+    """OLD name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
+    if _IGNORED.fullmatch(key):
+        return None
+    for pattern, old in _PREFIXES:
+        match = pattern.match(key)
+        if match:
+            return old + key[match.end() :]
+    return key
+
+
+def mllama_table(config: MllamaConfig) -> Table:
+    """Every tensor of the model; stacks hold the layers of one kind, wherever they stand in HF's decoder."""
+    projector = single((("multi_modal_projector", "projector"),), LINEAR)
+    return Table((*_vision_slots(config), *projector, *_text_slots(config)), normalise_mllama)

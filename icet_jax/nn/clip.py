@@ -1,0 +1,109 @@
+"""CLIP vision tower that returns every hidden state (HF `CLIPVisionModel`; porting semantics as of transformers 5)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from icet_jax.nn import layers
+from icet_jax.parallel.traced import by_rows, gathered
+from icet_jax.typing import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of the tower, under HF's names; pixels are `[num_channels, image_size, image_size]`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in one image; the tower adds a class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ClipBlocks(nnx.Module):
+    """The stacked pre-LN blocks; called on one layer's slice of the weights."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        width, ffn, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+        self.config = config
+        common: dict[str, Any] = dict(rngs=rngs, use_bias=True, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: dict[str, Any] = dict(epsilon=config.layer_norm_eps, param_dtype=param_dtype, layers=depth)
+        residual = layers.depth_scaled(width**-0.5, depth)
+        self.layer_norm1 = layers.LayerNorm(width, **norm)
+        self.q_proj = layers.Linear(width, width, **common)
+        self.k_proj = layers.Linear(width, width, **common)
+        self.v_proj = layers.Linear(width, width, **common)
+        self.out_proj = layers.Linear(width, width, stddev=residual, **common)
+        self.layer_norm2 = layers.LayerNorm(width, **norm)
+        self.fc1 = layers.Linear(width, ffn, **common)
+        self.fc2 = layers.Linear(ffn, width, stddev=layers.depth_scaled(ffn**-0.5, depth), **common)
+
+    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
+        """One block: bidirectional attention, then the MLP, both pre-LN (HF `CLIPEncoderLayer`)."""
+        heads = self.config.num_attention_heads
+        y = self.layer_norm1(x)
+        q, k, v = (layers.split_heads(proj(y), heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        x = x + self.out_proj(layers.attention(q, k, v))
+        y = layers.ACTIVATIONS[self.config.hidden_act](self.fc1(self.layer_norm2(x)))
+        return x + self.fc2(y)
+
+
+class ClipVisionTower(nnx.Module):
+    """Patch embedding, class token, positions and blocks; `post_layernorm` is kept for export only."""
+
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str = "none"):
+        width = config.hidden_size
+        patch = config.num_channels * config.patch_size**2
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.class_embedding = layers.normal(rngs, (width,), width**-0.5, param_dtype)
+        self.patch_embedding = layers.Linear(
+            patch, width, rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype
+        )
+        self.position_embedding = layers.normal(rngs, (config.num_patches + 1, width), 0.02, param_dtype)
+        self.pre_layrnorm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
+        self.layers = ClipBlocks(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.post_layernorm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
+
+    def embed(self, pixels: Float[Array, "I C H W"]) -> Float[Array, "I P D"]:
+        """Patches (row-major, class token first) plus positions, after `pre_layrnorm`: hidden state 0."""
+        count, channels, height, width = pixels.shape
+        size = self.config.patch_size
+        rows, columns = height // size, width // size
+        # What does not fill a patch at the bottom and right is left out, as torch's strided convolution does.
+        patches = pixels[:, :, : rows * size, : columns * size].reshape(count, channels, rows, size, columns, size)
+        patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * size * size)
+        x = self.patch_embedding(patches)
+        first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (count, 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(self.dtype)
+        return self.pre_layrnorm(x)
+
+    def __call__(self, pixels: Float[Array, "I C H W"], upto: int | None = None) -> Float[Array, "X I P D"]:
+        """Hidden states 0..upto (static; all of them by default): index l is the output of the l-th block.
+
+        Blocks after `upto` are not computed. `P` is the class token and the patches; nothing is normalised at the end.
+        """
+        depth = self.config.num_hidden_layers if upto is None else upto
+        if not 0 <= depth <= self.config.num_hidden_layers:
+            raise ValueError(f"upto={upto} is outside 0..{self.config.num_hidden_layers}")
+        graph, state = nnx.split(self.layers)
+        state = jax.tree.map(lambda weight: weight[:depth], state)
+
+        def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
+            x = by_rows(nnx.merge(graph, gathered(weights, x))(x))
+            return x, x
+
+        first = by_rows(self.embed(pixels))
+        _, rest = jax.lax.scan(layers.rematerialise(body, self.remat), first, state)
+        return jnp.concatenate([first[None], rest], axis=0)

@@ -1,0 +1,134 @@
+"""DeBERTa-v2 and -v3 reward model: attention over log-bucketed distances (HF `DebertaV2ForSequenceClassification`)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icet_jax.nn import layers
+from icet_jax.nn.bert import PostNormBlocks, first_real
+from icet_jax.typing import Array, ArrayLike, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class DebertaConfig:
+    """Sizes of the network, under HF's names.
+
+    Attributes:
+      position_buckets: distances that the relative table tells apart, in each direction.
+      max_relative_positions: distance that falls into the last bucket.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    position_buckets: int
+    max_relative_positions: int
+    hidden_act: str = "gelu"
+    pooler_hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-7
+
+
+def relative_index(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
+    """Row of the relative table for query i and key j (HF `build_relative_position`, shifted and clipped).
+
+    Distances up to `buckets / 2` have a row each, larger ones share logarithmic rows up to `max_distance`.
+
+    Args:
+      length: T, the tokens of a row.
+      buckets: half the rows of the table; row `buckets` is distance 0.
+      max_distance: see `DebertaConfig.max_relative_positions`.
+    """
+    distance = np.arange(length)[:, None] - np.arange(length)[None]
+    middle = buckets // 2
+    far = np.maximum(np.abs(distance), middle)
+    logarithmic = np.ceil(np.log(far / middle) / math.log((max_distance - 1) / middle) * (middle - 1)) + middle
+    bucket = np.where(np.abs(distance) <= middle, distance, np.sign(distance) * logarithmic)
+    return np.clip(bucket + buckets, 0, 2 * buckets - 1).astype(np.int32)
+
+
+def disentangled_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    position_q: Float[Array, "R H D"],
+    position_k: Float[Array, "R H D"],
+    index: Int[ArrayLike, "T T"],
+    allowed: Bool[Array, "B 1 1 T"],
+) -> Float[Array, "B T HD"]:
+    """Content-to-content, content-to-position and position-to-content attention (HF `DisentangledSelfAttention`).
+
+    The score of query i and key j is `(q_i.k_j + q_i.pk[r] + k_j.pq[r]) / sqrt(3 D)` with `r = index[i, j]`.
+
+    Args:
+      position_q: the relative table through the query projection.
+      position_k: the relative table through the key projection.
+      index: from `relative_index`.
+      allowed: keys that may be attended to.
+
+    Returns:
+      The heads' outputs, concatenated.
+    """
+    index = jnp.asarray(index)[None, None]
+    float32: dict[str, Any] = dict(preferred_element_type=jnp.float32)
+    content = jnp.einsum("bihd,bjhd->bhij", q, k, **float32)
+    by_query = jnp.einsum("bihd,rhd->bhir", q, position_k, **float32)
+    by_key = jnp.einsum("bjhd,rhd->bhjr", k, position_q, **float32)
+    to_position = jnp.take_along_axis(by_query, index, axis=-1)
+    from_position = jnp.take_along_axis(by_key, index.swapaxes(-1, -2), axis=-1).swapaxes(-1, -2)
+    scores = (content + to_position + from_position) * (3 * q.shape[-1]) ** -0.5
+    # The lowest finite number, not -inf: a row without any key gets the mean of the values instead of NaN.
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhij,bjhd->bihd", weights, v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+class DebertaRewardModel(nnx.Module):
+    """Scores a text from the state of its first token; positions enter through distances alone."""
+
+    def __init__(
+        self, config: DebertaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+    ):
+        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        width, epsilon = config.hidden_size, config.layer_norm_eps
+        self.config, self.dtype = config, dtype
+        self.word_embeddings = layers.normal(rngs, (config.vocab_size, width), 0.02, param_dtype)
+        self.embeddings_norm = layers.LayerNorm(width, epsilon=epsilon, param_dtype=param_dtype)
+        self.rel_embeddings = layers.normal(rngs, (2 * config.position_buckets, width), 0.02, param_dtype)
+        self.rel_norm = layers.LayerNorm(width, epsilon=epsilon, param_dtype=param_dtype)
+        self.layers = PostNormBlocks(
+            width, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads,
+            activation=config.hidden_act, epsilon=epsilon, **common,
+        )  # fmt: skip
+        self.pooler = layers.Linear(width, width, use_bias=True, stddev=0.02, **common)
+        self.classifier = layers.Linear(width, 1, use_bias=True, stddev=0.02, **common)
+
+    def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+        """Raw float32 rewards; the probability that a is preferred to b is `sigmoid(r_a - r_b)`.
+
+        Args:
+          tokens: `[CLS] question [SEP] answer [SEP]`, of any length; distances beyond the last bucket share it.
+          mask: True at real tokens; padding may stand on either side and changes nothing.
+        """
+        config = self.config
+        index = relative_index(tokens.shape[1], config.position_buckets, config.max_relative_positions)
+        x = self.embeddings_norm(self.word_embeddings[...][tokens].astype(self.dtype))
+        table = self.rel_norm(self.rel_embeddings[...].astype(self.dtype))
+        allowed = mask[:, None, None, :]
+        graph, state = nnx.split(self.layers)
+
+        def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
+            layer = nnx.merge(graph, weights)
+            position_q, position_k, _ = (part[0] for part in layer.qkv(table[None]))
+            attended = disentangled_attention(*layer.qkv(x), position_q, position_k, index, allowed)
+            return layer.rest(x, attended), None
+
+        x, _ = jax.lax.scan(body, x, state)
+        pooled = layers.ACTIVATIONS[config.pooler_hidden_act](self.pooler(first_real(x, mask)))
+        return self.classifier(pooled)[:, 0].astype(jnp.float32)

@@ -1,0 +1,394 @@
+"""LLaMA / Vicuna decoder: scanned layers, GQA, rotary embedding, KV cache, LoRA (HF `LlamaForCausalLM`)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icet_jax.nn import layers
+from icet_jax.nn.kv_cache import KVCache, attend
+from icet_jax.nn.layers import Lora
+from icet_jax.parallel.traced import by_rows, gathered, gathered_once
+from icet_jax.typing import Array, Bool, Float, Int
+
+Angles = tuple[Any, Any]
+"""cos and sin of tokens' rotary angles, `[B, T, 1, D]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling (`rope_type` "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the decoder, under HF's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Rotary frequencies in radians per position, float32 `[head_dim / 2]` (HF `_compute_llama3_parameters`)."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    wavelength = 2 * math.pi / frequencies
+    original = scaling.original_max_position_embeddings
+    smooth = (original / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blended = frequencies * ((1 - smooth) / scaling.factor + smooth)
+    out = np.where(wavelength > original / scaling.low_freq_factor, frequencies / scaling.factor, blended)
+    return np.where(wavelength < original / scaling.high_freq_factor, frequencies, out).astype(np.float32)
+
+
+def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
+    """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
+    depth, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (depth, width, q), "k_proj": (depth, width, kv), "v_proj": (depth, width, kv),
+        "o_proj": (depth, q, width), "gate_proj": (depth, width, ffn), "up_proj": (depth, width, ffn),
+        "down_proj": (depth, ffn, width),
+    }  # fmt: skip
+
+
+class LlamaBlocks(nnx.Module):
+    """The stacked decoder layers; called on one layer's slice of the weights."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+        depth = config.num_hidden_layers
+        self.config = config
+        common: dict[str, Any] = dict(rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: dict[str, Any] = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
+        self.input_layernorm = layers.RMSNorm(config.hidden_size, **norm)
+        self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, **norm)
+        shapes = lora_shapes(config)
+
+        def projection(name: str, residual: bool = False) -> layers.Linear:
+            _, size_in, size_out = shapes[name]
+            stddev = layers.depth_scaled(size_in**-0.5, depth) if residual else None
+            return layers.Linear(size_in, size_out, stddev=stddev, **common)
+
+        self.q_proj, self.k_proj, self.v_proj = projection("q_proj"), projection("k_proj"), projection("v_proj")
+        self.o_proj = projection("o_proj", residual=True)
+        self.gate_proj, self.up_proj = projection("gate_proj"), projection("up_proj")
+        self.down_proj = projection("down_proj", residual=True)
+
+    def qkv(
+        self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Rotated queries and keys, and values, of the normalised input."""
+        return self.query(x, angles, lora, scale), *self.keys_values(x, angles, lora, scale)
+
+    def query(self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float) -> Float[Array, "B T H D"]:
+        """Rotated queries."""
+        q = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
+        return layers.rotate(layers.split_heads(q, self.config.num_attention_heads), *angles)
+
+    def keys_values(
+        self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float
+    ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Rotated keys, and values."""
+        y, heads = self.input_layernorm(x), self.config.num_key_value_heads
+        k = layers.split_heads(self.k_proj(y, lora.get("k_proj"), scale), heads)
+        v = layers.split_heads(self.v_proj(y, lora.get("v_proj"), scale), heads)
+        return layers.rotate(k, *angles), v
+
+    def rest(
+        self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], lora: Any, scale: float
+    ) -> Float[Array, "B T E"]:
+        """Output projection and the SwiGLU MLP, with their residuals (HF `LlamaDecoderLayer`)."""
+        x = x + self.o_proj(attended, lora.get("o_proj"), scale)
+        y = self.post_attention_layernorm(x)
+        gated = jax.nn.silu(self.gate_proj(y, lora.get("gate_proj"), scale))
+        return x + self.down_proj(gated * self.up_proj(y, lora.get("up_proj"), scale), lora.get("down_proj"), scale)
+
+
+class SelfAttention:
+    """Causal attention of whole sequences, which may continue a cache; padding is never seen."""
+
+    def __init__(self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None):
+        """`angles`: cos and sin of the positions; `mask`: which tokens are real; `prefix`: what they follow."""
+        self.angles, self.mask = angles, mask
+        length = mask.shape[1]
+        self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
+        self.past = None if prefix is None else (jnp.stack(prefix.k), jnp.stack(prefix.v))
+        if prefix is not None:
+            before = jnp.arange(prefix.columns) < prefix.length[:, None]
+            shape = (mask.shape[0], 1, length, prefix.columns)
+            before = jnp.broadcast_to(before[:, None, None], shape)
+            self.allowed = jnp.concatenate([before, jnp.broadcast_to(self.allowed, (*shape[:3], length))], axis=-1)
+
+    def __call__(
+        self, x: Float[Array, "B T E"], layer: LlamaBlocks, adapters: Any, scale: float, index: Any
+    ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
+        """One layer; also the tokens' keys and values, `[B, K, T, D]`."""
+        q, k, v = layer.qkv(x, self.angles, adapters, scale)
+        if self.past is None:
+            attended = layers.attention(q, k, v, real=self.mask, causal=True)
+        else:
+            attended = self._attend(q, k, v, self.allowed, index)
+        return by_rows(layer.rest(x, attended, adapters, scale)), _heads_first(k, v)
+
+    def last(
+        self,
+        x: Float[Array, "B T E"],
+        layer: LlamaBlocks,
+        adapters: Any,
+        scale: float,
+        index: Any,
+        columns: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B 1 E"], tuple[Array, Array]]:
+        """As the call, for the token at each row's column alone: of the final layer nothing else is needed."""
+        k, v = layer.keys_values(x, self.angles, adapters, scale)
+        at = columns[:, None, None]
+        x = jnp.take_along_axis(x, at, axis=1)
+        cos, sin = (jnp.take_along_axis(part, at[..., None], axis=1) for part in self.angles)
+        q = layer.query(x, (cos, sin), adapters, scale)
+        allowed = jnp.take_along_axis(self.allowed, at[:, None], axis=2)
+        return layer.rest(x, self._attend(q, k, v, allowed, index), adapters, scale), _heads_first(k, v)
+
+    def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
+        if self.past is not None:
+            before = [part.swapaxes(1, 2) for part in layer_at(self.past, index)]
+            k, v = jnp.concatenate([before[0], k], axis=1), jnp.concatenate([before[1], v], axis=1)
+        return layers.attention(q, k, v, allowed)
+
+
+def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
+    return k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+@flax.struct.dataclass
+class Apart:
+    """A decoder's layers one by one. A step over few rows would else spend its time on cutting them out of the stacks.
+
+    Attributes:
+      layers: (weights, adapters) of each, in the decoder's order.
+      scale: of the adapters, static.
+    """
+
+    layers: tuple[Any, ...]
+    scale: float = flax.struct.field(pytree_node=False)
+
+
+class NextToken:
+    """Attention of one new token per row: its keys and values go into the cache, then it attends to all that is there.
+
+    Attributes:
+      k, v: the layers' keys and values that are done, by their index.
+    """
+
+    def __init__(self, config: LlamaConfig, cache: KVCache):
+        self.angles = rotary(config, cache.length[:, None])
+        self.cache, self.seen = cache, cache.seen()
+        self.k, self.v = list(cache.k), list(cache.v)
+
+    def __call__(
+        self, x: Float[Array, "B 1 E"], layer: LlamaBlocks, adapters: Any, scale: float, index: int
+    ) -> Float[Array, "B 1 E"]:
+        """One layer."""
+        q, k, v = layer.qkv(x, self.angles, adapters, scale)
+        self.k[index], self.v[index] = self.cache.joined(index, *_heads_first(k, v))
+        attended = attend(q[:, 0], self.k[index], self.v[index], self.seen)
+        return layer.rest(x, attended[:, None], adapters, scale)
+
+    def advanced(self, active: Bool[Array, "B"]) -> KVCache:
+        """The cache after this token; rows that are not active do not move on."""
+        return KVCache(k=tuple(self.k), v=tuple(self.v), length=self.cache.length + active)
+
+
+def rotary(config: LlamaConfig, positions: Int[Array, "B T"]) -> Angles:
+    """cos and sin of the tokens' rotary angles."""
+    return layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(config)))
+
+
+def prompt_positions(mask: Bool[Array, "B T"], prefix: KVCache | None) -> Int[Array, "B T"]:
+    """Positions of right-padded tokens that follow `prefix`."""
+    before = 0 if prefix is None else prefix.length[:, None]
+    return before + jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+
+
+def prompt_cache(
+    k: tuple[Array, ...], v: tuple[Array, ...], mask: Bool[Array, "B T"], prefix: KVCache | None
+) -> KVCache:
+    """The cache of right-padded tokens, `[B, K, T, D]` for each layer, and of what they follow."""
+    length = mask.sum(axis=1).astype(jnp.int32)
+    if prefix is None:
+        return KVCache(k=k, v=v, length=length)
+    wide = prefix.with_room(mask.shape[1])
+    pairs = [wide.joined(layer, *pair) for layer, pair in enumerate(zip(k, v, strict=True))]
+    k, v = (tuple(parts) for parts in zip(*pairs, strict=True))
+    return KVCache(k=k, v=v, length=prefix.length + length)
+
+
+def layer_at(stacks: Any, index: Any) -> Any:
+    """One layer of stacked arrays; a static index is a slice, a traced one is looked up."""
+    if isinstance(index, int):
+        return jax.tree.map(lambda leaf: leaf[index], stacks)
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacks)
+
+
+class LlamaDecoder(nnx.Module):
+    """Token embedding, decoder layers and final norm (HF `LlamaModel`)."""
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        self.config, self.dtype, self.remat = config, dtype, remat
+        width = config.hidden_size
+        self.embed_tokens = layers.normal(rngs, (config.vocab_size, width), 0.02, param_dtype)
+        self.layers = LlamaBlocks(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.norm = layers.RMSNorm(width, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
+
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
+        """Token embeddings in the compute dtype."""
+        return self.embed_tokens[...][tokens].astype(self.dtype)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T E"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        lora: Lora | None = None,
+    ) -> Float[Array, "B T E"]:
+        """Hidden states after the final norm of whole sequences; causal, padding on either side never attended to.
+
+        Args:
+          positions: rotary position of each token, from 0.
+          mask: real tokens of `embeddings`.
+          lora: adapters, or None for the reference model.
+        """
+        attend_to = SelfAttention(rotary(self.config, positions), mask)
+        graph, state, adapters, scale = self._stacks(lora)
+
+        def body(x: Array, slices: Any) -> tuple[Array, None]:
+            weights, adapters = (gathered(part, x) for part in slices)
+            return attend_to(x, nnx.merge(graph, weights), adapters, scale, None)[0], None
+
+        x = by_rows(embeddings.astype(self.dtype))
+        x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, adapters))
+        return self.norm(x)
+
+    def prefill(
+        self,
+        embeddings: Float[Array, "B T E"],
+        mask: Bool[Array, "B T"],
+        prefix: KVCache | None = None,
+        lora: Lora | None = None,
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """Final state of each row's last token, and the cache of its tokens (`prefix` and T columns).
+
+        Args:
+          embeddings: of the tokens after `prefix`.
+          mask: real tokens; padding stands on the right. A row without any gets a state that means nothing.
+          prefix: what the tokens follow.
+          lora: adapters, or None.
+        """
+        attend_to = SelfAttention(rotary(self.config, prompt_positions(mask, prefix)), mask, prefix)
+        graph, state, adapters, scale = self._stacks(lora)
+        depth = self.config.num_hidden_layers
+        x = by_rows(embeddings.astype(self.dtype))
+        k: list[Array] = []
+        v: list[Array] = []
+        # Not a loop: it would stack all layers' keys and values before each is laid out for the cache.
+        for index in range(depth):
+            weights, own = (gathered(layer_at(part, index), x) for part in (state, adapters))
+            layer = nnx.merge(graph, weights)
+            if index < depth - 1:
+                x, made = attend_to(x, layer, own, scale, index)
+            else:
+                last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+                x, made = attend_to.last(x, layer, own, scale, index, last)
+            k.append(made[0])
+            v.append(made[1])
+        return self.norm(x)[:, 0], prompt_cache(tuple(k), tuple(v), mask, prefix)
+
+    def apart(self, lora: Lora | None = None) -> Apart:
+        """The layers for `step`."""
+        _, state, adapters, scale = self._stacks(lora)
+        return Apart(tuple(layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)), scale)
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
+    ) -> tuple[Float[Array, "B E"], KVCache]:
+        """Final state of one new token per row, and the cache with it (inactive rows keep their length)."""
+        attend_to = NextToken(self.config, cache)
+        graph, _ = nnx.split(self.layers)
+        x = self.embed(tokens)[:, None]
+        for index, (weights, own) in enumerate(apart.layers):
+            x = attend_to(x, nnx.merge(graph, weights), own, apart.scale, index)
+        return self.norm(x)[:, 0], attend_to.advanced(active)
+
+    def _stacks(self, lora: Lora | None) -> tuple[Any, Any, dict[str, Any], float]:
+        """Structure and weights of the layers, adapters and their scale."""
+        graph, state = nnx.split(self.layers)
+        return graph, state, {} if lora is None else dict(lora.weights), 1.0 if lora is None else lora.scale
+
+
+class Llama(LlamaDecoder):
+    """The decoder with its language-model head."""
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        remat: str = "none",
+    ):  # fmt: skip
+        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        super().__init__(config, remat=remat, **common)
+        self.lm_head = layers.Linear(config.hidden_size, config.vocab_size, use_bias=False, **common)
+
+    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states taken after the final norm; `head` is that of `head_for`, if at hand."""
+        kernel = self.lm_head.kernel[...] if head is None else head
+        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
+        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
+        return gathered_once(self.lm_head.kernel[...], hidden, "lm_head/kernel")
+
+
+class OverDecoder:
+    """What a network passes on to its decoder, `language_model`; see `LanguageModel`."""
+
+    language_model: Any
+
+    def apart(self, lora: Lora | None = None) -> Apart:
+        """The decoder's layers for `step`."""
+        return self.language_model.apart(lora)
+
+    def step(
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Any, apart: Apart
+    ) -> tuple[Float[Array, "B E"], Any]:
+        """One more token of each row."""
+        return self.language_model.step(tokens, active, cache, apart)
+
+    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
+        """Float32 next-token logits."""
+        return self.language_model.logits(hidden, head)
+
+    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
+        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
+        return self.language_model.head_for(hidden)

@@ -1,0 +1,1 @@
+"""Whether a run fits machines that are not here."""

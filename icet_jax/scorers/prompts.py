@@ -1,0 +1,104 @@
+"""How a prompt and a response become the text that a judge reads: checkpoints' chat templates, ours, or the user's."""
+
+import re
+from collections.abc import Callable
+from importlib import resources
+from typing import Any, TypeAlias
+
+from icet_jax.errors import UserError
+from icet_jax.media import chat_templates
+
+Render: TypeAlias = Callable[[str, str], str]
+"""(prompt, response) -> the judge's whole text, without BOS or with it."""
+
+BUILT_IN = ("llama_guard_1", "llama_guard_3", "harmbench")
+"""Texts that the judges were published with (files in judges/templates), for checkpoints without a chat template."""
+
+_PROBE = ("first probe 5f1c", "second probe 9a72")
+
+
+def built_in(name: str) -> Render:
+    """One of the texts in `BUILT_IN`. Llama Guard's trim the messages, as the checkpoints' chat templates do.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    if name not in BUILT_IN:
+        raise UserError(f"template '{name}' is none of {', '.join(BUILT_IN)} and holds no {{prompt}} and {{response}}")
+    text = resources.files("icet_jax.scorers").joinpath("templates", f"{name}.txt").read_text(encoding="utf-8")
+    render = text_template(text.removesuffix("\n"))
+    if name == "harmbench":
+        return render
+    return lambda prompt, response: render(prompt.strip(), response.strip())
+
+
+def text_template(text: str) -> Render:
+    """A text that holds `{prompt}` and `{response}` once each; they are put in together, whatever they hold.
+
+    Raises:
+      UserError: either is missing or stands more than once.
+    """
+    if any(text.count(place) != 1 for place in ("{prompt}", "{response}")):
+        raise UserError(f"template {text[:80]!r} must hold {{prompt}} and {{response}} once each")
+    pieces = re.split(r"(\{prompt\}|\{response\})", text)
+
+    def render(prompt: str, response: str) -> str:
+        places = {"{prompt}": prompt, "{response}": response}
+        return "".join(places.get(piece, piece) for piece in pieces)
+
+    return render
+
+
+def named_or_text(template: str) -> Render:
+    """A built-in text by its name, or the text itself.
+
+    Raises:
+      UserError: see `built_in` and `text_template`.
+    """
+    if "{prompt}" in template or "{response}" in template:
+        return text_template(template)
+    return built_in(template)
+
+
+def chat_template(tokenizer: Any, *, answer: bool) -> Render:
+    """The checkpoint's own template over a user's and an assistant's message, rendered as transformers does.
+
+    Messages are given as text or, to templates that want them so (Llama Guard 3 1B), as lists of text parts.
+
+    Args:
+      tokenizer: transformers', with a chat template.
+      answer: end where the judge is to answer (Llama Guard); otherwise after the assistant's message (reward models).
+
+    Raises:
+      UserError: the template fails, or does not show both messages once each.
+    """
+    for parts in (False, True):
+
+        def render(prompt: str, response: str, parts: bool = parts) -> str:
+            messages = [
+                {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+                for role, text in (("user", prompt), ("assistant", response))
+            ]
+            text = chat_templates.render(tokenizer, messages, answer=answer)
+            # Some copies of Llama Guard 3's template stop here and leave the blank line to the model.
+            return f"{text}\n\n" if answer and text.endswith("<|end_header_id|>") else text
+
+        try:
+            shown = render(*_PROBE)
+        except UserError:
+            if not parts:
+                continue
+            raise
+        if all(shown.count(text) == 1 for text in _PROBE):
+            return render
+    raise UserError("the checkpoint's chat template does not show the user's and the assistant's message; give one")
+
+
+def categories(render: Render) -> frozenset[str]:
+    """The category codes that a Llama Guard prompt defines ("S1", "O3"): lines that begin with one and a colon."""
+    return frozenset(re.findall(r"^\s*([SO]\d{1,2}):", render(*_PROBE), re.MULTILINE))
+
+
+def probe_text(render: Render) -> str:
+    """The text of a fixed conversation: what a template's fingerprint is made of."""
+    return render(*_PROBE)

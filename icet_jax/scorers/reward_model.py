@@ -1,0 +1,129 @@
+"""Reward models as scorers (metric "tr"): a network with one scalar head reads prompt and response, text only.
+
+Sources: HF `GPT2ForSequenceClassification` (the paper's, `Ray2333/gpt2-large-harmless-reward_model`),
+`DebertaV2ForSequenceClassification` (`OpenAssistant/reward-model-deberta-v3-large-v2`) and
+`LlamaForSequenceClassification`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from icet_jax.nn.gpt2 import GPT2Config
+from icet_jax.nn.llama import LlamaConfig
+from icet_jax.scorers.base import Scores
+from icet_jax.scorers.pairs import HH_TEMPLATE, ChatPairs, PairTokenizer, SegmentTokenizer
+from icet_jax.scorers.prompts import Render, chat_template, text_template
+from icet_jax.scorers.rows import BatchedNetwork
+
+Pairs: TypeAlias = PairTokenizer | SegmentTokenizer | ChatPairs
+
+_STEPS = {LlamaConfig: 4}  # length buckets per doubling, where a position is dear; elsewhere powers of two
+
+
+def pair_encoder(
+    config: Any,
+    tokenizer: Any,
+    template: str | None = None,
+    *,
+    max_length: int | None = None,
+    pad_id: int | None = None,
+) -> Pairs:
+    """How pairs become tokens for a network of this family.
+
+    Args:
+      config: `GPT2Config`, `DebertaConfig` or `LlamaConfig`.
+      tokenizer: transformers'.
+      template: GPT-2 and DeBERTa: the first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). Llama: the
+        whole text with `{prompt}` and `{response}`, or None for the tokenizer's chat template.
+      max_length: most tokens of a pair; None for GPT-2's positions, the only ones that a network's config tells.
+      pad_id: config.json's pad_token_id, which a Llama pair must not end in.
+
+    Raises:
+      UserError: a template of another form, or none where one is needed.
+    """
+    if isinstance(config, GPT2Config):
+        template = HH_TEMPLATE if template is None else template
+        return PairTokenizer(tokenizer, template=template, max_length=max_length or config.n_positions)
+    assert max_length is not None, "the config of a DeBERTa or a Llama has no limit"
+    if isinstance(config, LlamaConfig):
+        return ChatPairs(tokenizer, reward_render(tokenizer, template), max_length=max_length, pad_id=pad_id)
+    return SegmentTokenizer(tokenizer, template="{prompt}" if template is None else template, max_length=max_length)
+
+
+def reward_render(tokenizer: Any, template: str | None) -> Render:
+    """A Llama reward model's text of a pair: see `pair_encoder`, also for what is raised."""
+    return chat_template(tokenizer, answer=False) if template is None else text_template(template)
+
+
+class RewardModel:
+    """Scores pairs with a reward model; compiled once per length bucket.
+
+    Attributes:
+      name, metric, fingerprint: see `Scorer`.
+      model: the network.
+      pairs: how pairs become tokens.
+      network: the model over batches of them.
+    """
+
+    metric = "tr"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        template: str | None = None,
+        max_length: int | None = None,
+        pad_id: int | None = None,
+        batch_size: int = 64,
+        mesh: Mesh | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+          model: `GPT2RewardModel`, `DebertaRewardModel` or `LlamaRewardModel`.
+          tokenizer: transformers'.
+          name: what metrics call it.
+          template: see `pair_encoder`, as for `max_length` and `pad_id`.
+          max_length: most tokens of a pair.
+          pad_id: config.json's pad_token_id.
+          batch_size: rows per call of the network; a shorter last batch is filled up.
+          mesh: where the weights are.
+          fingerprint: what the scores depend on beside the name.
+
+        Raises:
+          UserError: see `pair_encoder`.
+        """
+        self.name, self.model, self.fingerprint = name, model, fingerprint
+        self.pairs = pair_encoder(model.config, tokenizer, template, max_length=max_length, pad_id=pad_id)
+        graphdef, params = nnx.split(model)
+
+        def score(params: nnx.State, tokens: Any, mask: Any) -> Any:
+            return nnx.merge(graphdef, params)(tokens, mask)
+
+        self.network = BatchedNetwork(
+            score, params, longest=self.pairs.max_length, batch_size=batch_size, mesh=mesh,
+            steps=_STEPS.get(type(model.config), 1), about=(graphdef,),
+        )  # fmt: skip
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
+        """Raw rewards (no sigmoid); a pair without any token, or a score that is not finite, is NaN."""
+        values = self.score_tokens(self.pairs(prompts, responses))
+        return {self.name: Scores(values, [None] * len(values))}
+
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
+        """The programs for pairs of up to `tokens` tokens (of any length if None), see `BatchedNetwork.lowered`."""
+        return self.network.lowered(tokens)
+
+    def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Scores float32 [B] of token rows. Rows of similar length share a batch."""
+        values = self.network(rows)
+        values[[not row for row in rows]] = np.nan
+        values[~np.isfinite(values)] = np.nan
+        return values

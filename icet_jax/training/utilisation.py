@@ -1,0 +1,190 @@
+"""Model FLOPs utilisation by the public definitions: what an iteration needs over what the devices could do.
+
+Needed are those of real tokens (padding is none) through weights and attention, once: what is computed again to save
+memory does not count (Chowdhery et al. 2022, appendix B). With N weights a forward pass takes 2 N per token, a LoRA
+update 4 N (no gradients of frozen weights; the adapters' own are left out), a full update 6 N; attention counts all
+places before and after a token, forward 1, update 3 times. The head counts where its logits are needed.
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icet_jax.algorithms.settings import Settings
+from icet_jax.parallel import topology
+
+_CPU_SIZE, _SIZE = 1024, 8192  # of the product that is timed where no peak is published
+_TIMED_SECONDS = 0.05
+
+
+class Peak(NamedTuple):
+    """What the devices of a run could do.
+
+    Attributes:
+      device: their kind, as jax names it.
+      devices: how many.
+      flops: operations a second, all devices together.
+      source: where the number is from.
+    """
+
+    device: str
+    devices: int
+    flops: float
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.devices} x {self.device}, {self.flops / 1e12:.3g} TFLOP/s ({self.source})"
+
+
+def device_peak(devices: Sequence[Any], dtype: str) -> Peak:
+    """Peak of devices of one kind: published for bfloat16 where it is, else measured here in `dtype`."""
+    kind, count = devices[0].device_kind, len(devices)
+    chip = topology.chip_of(kind)
+    if chip is not None and chip.flops is not None:
+        return Peak(kind, count, count * chip.flops, f"bfloat16, dense; {chip.source}")
+    on_cpu = devices[0].platform == "cpu"
+    size = _CPU_SIZE if on_cpu else _SIZE
+    several = 1 if on_cpu else count  # the CPU devices of one process share its cores
+    return Peak(
+        kind, count, several * _measured(dtype, size), f"measured: {dtype} products of {size} x {size} matrices"
+    )
+
+
+@functools.cache
+def _measured(dtype: str, size: int) -> float:
+    """Operations a second of the fastest of many square products on the default device."""
+    x, product = jnp.full((size, size), 1 / size, dtype), jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best, until = float("inf"), time.perf_counter() + _TIMED_SECONDS
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+class Stopwatch:
+    """Cuts a run into laps without gaps."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+
+    def start(self) -> None:
+        """The first call starts the first lap; the others do nothing."""
+        self._last = time.perf_counter() if self._last is None else self._last
+
+    def lap(self) -> float:
+        """Seconds since the last lap's end."""
+        before, self._last = self._last, time.perf_counter()
+        return 0.0 if before is None else self._last - before
+
+
+class Done(NamedTuple):
+    """What an iteration has done if it was not stopped.
+
+    Attributes:
+      rows: with a response.
+      sampled: response tokens; none where none are sampled.
+      trained: positions of prompts and responses, counted once per epoch.
+      flops: needed by each phase.
+      update_flops: the part of `flops["update"]` that falls away where an iteration's updates stop early.
+    """
+
+    rows: int
+    sampled: int
+    trained: int
+    flops: dict[str, int]
+    update_flops: int
+
+
+class Counter:
+    """Counts the operations of iterations, from the lengths of their rows."""
+
+    def __init__(self, model: Any, settings: Settings):
+        """`model`: a `VisionLanguageModel`; `settings`: of the run, `lora_scale` None is full fine-tuning."""
+        self._model = model
+        self._head = 2 * model.hidden_size * model.vocab_size
+        self._passes = 3 if settings.lora_scale is None else 2
+        self._epochs, self._steps = settings.epochs, settings.epochs * settings.minibatches
+
+    def lppo(self, prompts: np.ndarray, answers: np.ndarray, images: np.ndarray) -> Done:
+        """L-PPO on rows of so many prompt positions, response tokens and images, each int [B]."""
+        rows = _real(prompts, answers, images)
+        forward = sum(sum(self._forward(*row)) for row in rows)
+        update = self._epochs * sum(self._backward(*row) for row in rows)
+        rollout = sum(self._rollout(*row) for row in rows)
+        flops = {"rollout": rollout, "update": 2 * forward + update}
+        return Done(len(rows), sum(answer for _, answer, _ in rows), self._positions(rows), flops, update)
+
+    def lsft(self, prompts: np.ndarray, targets: np.ndarray, images: np.ndarray) -> Done:
+        """As `lppo`, of L-SFT: nothing is sampled or scored."""
+        rows = _real(prompts, targets, images)
+        update = self._epochs * sum(self._backward(*row) for row in rows)
+        seen = sum(self._encode(prompt, count) for prompt, _, count in rows)
+        return Done(len(rows), 0, self._positions(rows), {"update": seen + update}, update)
+
+    def evaluated(self, row: Mapping[str, float]) -> float:
+        """The share of an iteration's steps that were computed; the one that stops it is not applied."""
+        stops = row.get("policy/early_stop", 0.0) + row["train/nonfinite"]
+        return (row["train/updates"] + stops) / self._steps
+
+    def _positions(self, rows: list[tuple[int, int, int]]) -> int:
+        return self._epochs * sum(prompt + answer - 1 for prompt, answer, _ in rows)
+
+    def _encode(self, prompt: int, images: int) -> int:
+        found = self._model.operations(prompt, prompt, images)
+        return images * (found.encode + found.visual)
+
+    def _rollout(self, prompt: int, answer: int, images: int) -> int:
+        first = self._model.operations(prompt, prompt, images)
+        # A step's cost is linear in the places that it attends to: all steps cost as many times the middle one.
+        middle = self._model.operations(1, prompt + (answer + 1) // 2, images)
+        return self._encode(prompt, images) + first.prefill + (answer - 1) * middle.step
+
+    def _forward(self, prompt: int, answer: int, images: int) -> tuple[int, int]:
+        """One pass over a row without its last token, with the logits of the response: through weights, attention."""
+        length = prompt + answer - 1
+        whole, weights = (self._model.operations(length, seen, images).forward for seen in (length, 0))
+        return weights + answer * self._head, whole - weights
+
+    def _backward(self, prompt: int, answer: int, images: int) -> int:
+        """A forward pass and the gradients."""
+        weights, attention = self._forward(prompt, answer, images)
+        return self._passes * weights + 3 * attention
+
+
+def _real(*columns: np.ndarray) -> list[tuple[int, int, int]]:
+    """Rows of (prompt, answer, images) that have an answer."""
+    return [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
+
+
+def speeds(done: Done, seconds: Mapping[str, float], evaluated: float, peak: Peak) -> dict[str, float]:
+    """`perf/...` of an iteration.
+
+    `perf/time_rollout`, `time_score` and `time_update` (old and reference log-probs included) add up to the iteration.
+    `perf/tokens_per_sec` are sampled tokens over the whole iteration, `tokens_per_sec_rollout` over sampling them,
+    `tokens_per_sec_update` positions of prompt and response passed through an update. `perf/mfu` is the operations that
+    the iteration needed over what the devices could have done in its time; scoring takes time and counts no operations.
+
+    Args:
+      done: by the iteration.
+      seconds: of each phase.
+      evaluated: share of the optimizer steps that were computed.
+      peak: of the devices.
+    """
+    total = sum(seconds.values())
+    flops: dict[str, float] = dict(done.flops)
+    flops["update"] -= (1 - evaluated) * done.update_flops
+    row = {f"perf/time_{phase}": spent for phase, spent in seconds.items()}
+    row["perf/samples_per_sec"] = done.rows / total
+    if done.sampled:
+        row["perf/tokens_per_sec"] = done.sampled / total
+        row["perf/tokens_per_sec_rollout"] = done.sampled / seconds["rollout"]
+    row["perf/tokens_per_sec_update"] = evaluated * done.trained / seconds["update"]
+    row["perf/mfu"] = sum(flops.values()) / (total * peak.flops)
+    return row | {f"perf/mfu_{phase}": count / (seconds[phase] * peak.flops) for phase, count in flops.items()}
