@@ -1,6 +1,6 @@
 """icet_jax: measures and repairs the image-encoder early-exit hole of vision-language models.
 
-The package is lazy: `import icet_jax` loads nothing heavy, and `icet_jax.models` or `icet_jax.algorithms` need only jax,
+The package is lazy: `import icet_jax` loads nothing heavy, and `icet_jax.nn` or `icet_jax.algorithms` need only jax,
 flax, optax and numpy. The names in `SURFACE` are the Python surface, for notebooks and scripts; the command line runs
 on the same functions.
 """
@@ -10,14 +10,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 SURFACE = {
-    "load": "api.load",
-    "load_scorer": "api.load_scorer",
-    "VLM": "api.VLM",
+    "load": "runs.loading.load",
+    "load_scorer": "runs.loading.load_scorer",
+    "VLM": "vlm.VLM",
     "load_config": "runs.config_files.load",
     "load_rows": "runs.sources.load_rows",
     "sweep": "evaluation.sweep.sweep",
-    "train": "runs.align.train",
-    "verify": "runs.verify.verify",
+    "train": "commands.align.train",
+    "verify": "commands.verify.verify",
 }
 """`icet_jax.NAME` -> where it is defined."""
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     if name in SURFACE:
         module, _, attribute = SURFACE[name].rpartition(".")
         return getattr(importlib.import_module(f"icet_jax.{module}"), attribute)
-    if name in ("lppo", "models", "api", "config", "evaluation", "generation", "judges"):
+    if name in ("algorithms", "config", "evaluation", "generation", "models", "nn", "scorers"):
         return importlib.import_module(f"icet_jax.{name}")
     raise AttributeError(f"module 'icet_jax' has no attribute '{name}'")
 

@@ -1,7 +1,7 @@
 """Array annotations that carry shapes: `Float[Array, "B T D"]`.
 
 jaxtyping is checked at run time in the tests and is optional everywhere else: where it is not installed the
-annotations fall back to `Any`, so that `icet_jax.models` and `icet_jax.algorithms` need only jax, flax, optax and numpy.
+annotations fall back to `Any`, so that `icet_jax.nn` and `icet_jax.algorithms` need only jax, flax, optax and numpy.
 """
 
 from typing import TYPE_CHECKING, Any

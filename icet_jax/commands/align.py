@@ -8,7 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax import report
-from icet_jax.api import VLM
 from icet_jax.commands.prepare import TRAIN
 from icet_jax.config import check_exits, require
 from icet_jax.errors import UserError
@@ -23,6 +22,7 @@ from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.too_long import fitting_rows
 from icet_jax.training.loop import Trainer
 from icet_jax.training.reward import RewardByKind
+from icet_jax.vlm import VLM
 
 
 def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:

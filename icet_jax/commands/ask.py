@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from icet_jax import api
 from icet_jax.config import require
 from icet_jax.errors import UserError
+from icet_jax.runs import loading
 from icet_jax.runs.sources import checkpoint_directory
 
 _DEFAULT_EXITS = 5  # spread over the encoder, beside the default exit
@@ -36,7 +36,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     require(config, "model.checkpoint")
     model = config.model
     directory = checkpoint_directory(model.checkpoint, workdir)
-    vlm = api.load(
+    vlm = loading.load(
         directory, dtype=model.dtype, revision=model.revision, adapter=model.adapter, exit_rule=model.exit_rule,
         capture=model.intermediate_capture, template=config.data.template,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from icet_jax import api
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import from_config
 from icet_jax.algorithms.state import TrainState
@@ -29,6 +28,7 @@ from icet_jax.parallel.distributed import agree, on_first
 from icet_jax.report.load import EXPORT_CHECK
 from icet_jax.runs import common, model_card, run_dir, run_lock
 from icet_jax.training.loop import best_state, newest_state, open_checkpoints
+from icet_jax.vlm import VLM
 
 # The file that a finished export of each form has.
 _MARKS = {"full": "config.json", "adapter": adapters.CONFIG}
@@ -108,7 +108,7 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
 
 
 def write_exports(
-    config: ConfigDict, vlm: api.VLM, trainable: dict[str, Any], lora_scale: float | None, workdir: Path, out: Path, *,
+    config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_scale: float | None, workdir: Path, out: Path, *,
     again: bool,
 ) -> list[Path]:  # fmt: skip
     """Writes what `config.export.form` asks for, each with its value head and model card; returns the folders.
@@ -146,7 +146,7 @@ def write_exports(
     return list(folders.values())
 
 
-def as_exported(config: ConfigDict, vlm: api.VLM, trainable: dict[str, Any], lora_scale: float | None) -> api.VLM:
+def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_scale: float | None) -> VLM:
     """The model that the export will hold, with the bits that loading it gives: what a run measures after training.
 
     That is `workdir`/hf, or where `config.export.form` is "adapter" the base with the adapter merged into it. The
@@ -174,7 +174,7 @@ def _trained(lora: Lora | None) -> tuple[str, ...]:
     return (POLICY_ROOT,) if lora is None else ()
 
 
-def _base(config: ConfigDict, vlm: api.VLM) -> str:
+def _base(config: ConfigDict, vlm: VLM) -> str:
     """What PEFT is to load first: the hub id that the config names, or the directory of the model."""
     spec: str = config.model.checkpoint
     return spec if ":" not in spec and not Path(spec).expanduser().is_dir() else str(vlm.directory)

@@ -20,7 +20,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from icet_jax import api
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.commands.ask import parse_exits
 from icet_jax.config import require
@@ -28,7 +27,9 @@ from icet_jax.errors import UserError
 from icet_jax.media.tokenizer import has_tokenizer
 from icet_jax.models.base import reference
 from icet_jax.models.base.processor import Inputs
+from icet_jax.runs import loading
 from icet_jax.runs.sources import checkpoint_directory
+from icet_jax.vlm import VLM
 
 NEW_TOKENS = 32
 TOLERANCE = 2e-5
@@ -127,7 +128,7 @@ def verify(
     directory = local_directory(checkpoint_directory(str(path_or_id)), revision)
     with jax.default_matmul_precision("highest"):
         capture = reference.transformers_capture(directory)
-        vlm = api.load(directory, capture=capture, exit_rule=exit_rule)
+        vlm = loading.load(directory, capture=capture, exit_rule=exit_rule)
         layers = parse_exits(exits, vlm.num_exits, vlm.default_exit)
         rows, inputs, checks = _inputs(vlm, *_questions(images, prompt))
         ours = _ours(vlm, inputs, layers)
@@ -225,7 +226,7 @@ def _questions(own: Sequence[str | Path], question: str | None) -> tuple[list[li
     return images, prompts
 
 
-def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list[Inputs], Inputs, list[Check]]:
+def _inputs(vlm: VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list[Inputs], Inputs, list[Check]]:
     """Each row as transformers' processor makes it, these as one batch, and what ours makes of it in comparison.
 
     Random token ids and pixels where the checkpoint has no tokenizer.
@@ -246,7 +247,7 @@ def _inputs(vlm: api.VLM, images: list[list[Any]], prompts: list[str]) -> tuple[
     return rows, theirs, [_equal(names.get(name, name.replace("_", " ")), ours[name], theirs[name]) for name in ours]
 
 
-def _ours(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
+def _ours(vlm: VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
     encoded = vlm.encode(inputs)
     return Answers(
         hidden=np.asarray(vlm.hidden_states(inputs)),
@@ -255,7 +256,7 @@ def _ours(vlm: api.VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
     )
 
 
-def _theirs(vlm: api.VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference:
+def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference:
     """transformers' answers to each row alone, laid out as ours are."""
     import torch
     from transformers import AutoModelForImageTextToText, GenerationConfig
@@ -289,7 +290,7 @@ def _theirs(vlm: api.VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Refer
 
 
 def _hf_forward(
-    model: Any, vlm: api.VLM, rows: Sequence[dict[str, Any]], exits: Sequence[int]
+    model: Any, vlm: VLM, rows: Sequence[dict[str, Any]], exits: Sequence[int]
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Hidden states [X, I, P, D] of the image encoder, and logits [B, T, V] at each exit, 0 at padding on the left."""
     encoded = [reference.encoder_states(model, vlm.config, row) for row in rows if "pixel_values" in row]

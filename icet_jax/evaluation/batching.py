@@ -13,6 +13,7 @@ from icet_jax.models.base.image_batches import batch_images
 from icet_jax.nn.protocols import Images
 from icet_jax.parallel.distributed import Share, row_share
 from icet_jax.parallel.sharding import place_rows
+from icet_jax.vlm import VLM
 
 _CHUNK = 256  # rows tokenised at once
 
@@ -35,7 +36,7 @@ class PromptBatch:
 
 
 def prompt_batch(
-    vlm: Any, examples: Sequence[Example], batch_size: int, per_row: int, *, length: int | None = None
+    vlm: VLM, examples: Sequence[Example], batch_size: int, per_row: int, *, length: int | None = None
 ) -> PromptBatch:
     """Tokens and images of rows, filled up to a fixed shape.
 
@@ -43,7 +44,7 @@ def prompt_batch(
     number of images; else, and where rows do not divide over the mesh, each opens all.
 
     Args:
-      vlm: the model, an `icet_jax.api.VLM`.
+      vlm: the model.
       examples: at most `batch_size` rows.
       batch_size: B.
       per_row: most images that any row of the data set has.
@@ -69,7 +70,7 @@ def prompt_batch(
     return PromptBatch(list(examples), tokens, mask, pictures)
 
 
-def prompt_tokens(vlm: Any, examples: Sequence[Example]) -> list[np.ndarray]:
+def prompt_tokens(vlm: VLM, examples: Sequence[Example]) -> list[np.ndarray]:
     """Tokens of every row, image positions included, on several threads; no image is decoded.
 
     Raises:

@@ -23,6 +23,7 @@ from icet_jax.evaluation.scoring import concerns
 from icet_jax.generation.sampling import Sampling
 from icet_jax.scorers.base import Scorer
 from icet_jax.typing import Array, Float, Int
+from icet_jax.vlm import VLM
 
 _SAMPLED = 64  # prompts tokenised to learn their lengths
 _SHORT = 1 / 8  # of the token limit: answers of the optimistic end of the range
@@ -86,7 +87,7 @@ class Cost:
 
 
 def estimate(
-    vlm: Any,
+    vlm: VLM,
     examples: Sequence[Example],
     *,
     exits: Sequence[int] | str = "all",
@@ -99,7 +100,7 @@ def estimate(
     """The cost of `icet_jax.evaluation.sweep.sweep` with the same arguments, before it starts.
 
     Args:
-      vlm: the model, an `icet_jax.api.VLM`.
+      vlm: the model.
       examples: the data set's rows.
       exits: "all", or numbers.
       sampling: how answers are drawn.
@@ -188,7 +189,7 @@ def _products(
     return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)
 
 
-def _prompt_lengths(vlm: Any, examples: Sequence[Example]) -> list[int]:
+def _prompt_lengths(vlm: VLM, examples: Sequence[Example]) -> list[int]:
     """Tokens of at most `_SAMPLED` prompts at even distances, images included."""
     count = min(len(examples), _SAMPLED)
     sample = [examples[index * len(examples) // count] for index in range(count)]

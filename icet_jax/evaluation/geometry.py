@@ -16,20 +16,21 @@ from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.queue import encode
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.vlm import VLM
 
 SCHEMA = 1
 _CKA_TOKENS = 1024  # tokens compared by CKA, evenly spread over the images: its Gram matrices are this wide
 _AT_ONCE = 4  # images encoded together
 
 
-def geometry(vlm: Any, examples: Sequence[Example], *, max_images: int = 32) -> dict[str, Any]:
+def geometry(vlm: VLM, examples: Sequence[Example], *, max_images: int = 32) -> dict[str, Any]:
     """The content of `geometry.json`: P(e_l) against P(e_L), the default exit's, at every exit.
 
     Per layer, over the tokens of all images: `norm_ratio`, the mean norm over the default exit's; `cosine`, the mean
     cosine between the same token at the two exits; `cka`, see `linear_cka`. None where there is no such number.
 
     Args:
-      vlm: the model, an `icet_jax.api.VLM`.
+      vlm: the model.
       examples: rows whose first images are looked at.
       max_images: the most images.
 

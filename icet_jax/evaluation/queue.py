@@ -24,6 +24,7 @@ from icet_jax.generation.sampling import Sampling
 from icet_jax.nn.protocols import Cache, Images
 from icet_jax.parallel.sharding import row_shards
 from icet_jax.typing import Array, Key
+from icet_jax.vlm import VLM
 
 _TOGETHER = 8  # prompts run at once: enough rows for full speed, few enough that slots do not wait for one another
 
@@ -55,7 +56,7 @@ class Queue:
 
     def __init__(
         self,
-        vlm: Any,
+        vlm: VLM,
         examples: Sequence[Example],
         keys: Key[Array, "N"],
         todo: Mapping[int, Sequence[int]],
@@ -66,7 +67,7 @@ class Queue:
         """Tokenises the rows and orders them; nothing runs on the device yet.
 
         Args:
-          vlm: the model, an `icet_jax.api.VLM`, with its adapters if it has any.
+          vlm: the model, with its adapters if it has any.
           examples: the rows.
           keys: of each row, the same at every exit.
           todo: the exits wanted of each row.

@@ -27,6 +27,7 @@ from icet_jax.generation.engine import Finished
 from icet_jax.generation.sampling import Sampling, check_log_probs
 from icet_jax.scorers.base import Scorer
 from icet_jax.typing import Array, Key
+from icet_jax.vlm import VLM
 
 SCHEMA = 1
 
@@ -82,7 +83,7 @@ class SweepResult:
 
 
 def sweep(
-    vlm: Any,
+    vlm: VLM,
     examples: Sequence[Example],
     *,
     exits: Sequence[int] | str = "all",
@@ -103,7 +104,7 @@ def sweep(
     seed draw with common random numbers at all exits, before and after training.
 
     Args:
-      vlm: the model, an `icet_jax.api.VLM`, with its adapters if it has any.
+      vlm: the model, with its adapters if it has any.
       examples: the rows; ids must differ.
       exits: "all", or numbers from 1.
       sampling: how answers are drawn (temperature 0 is greedy).
@@ -230,7 +231,7 @@ class _Runner:
 
     def __init__(
         self,
-        vlm: Any,
+        vlm: VLM,
         examples: Sequence[Example],
         sampling: Sampling,
         scorers: Sequence[Scorer],

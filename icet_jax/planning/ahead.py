@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from icet_jax.algorithms import learner
 from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
-from icet_jax.api import VLM
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params
 from icet_jax.checkpoints.published import config_values
 from icet_jax.evaluation import queue
@@ -29,6 +28,7 @@ from icet_jax.parallel.mesh_fit import slices
 from icet_jax.parallel.sharding import ROWS, flatten_with_names, placed, replicated, row_shards, shardings
 from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.training.loop import initial_state
+from icet_jax.vlm import VLM
 
 
 @dataclasses.dataclass(frozen=True)

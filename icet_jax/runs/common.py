@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax import api, report
+from icet_jax import report
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.commands.prepare import TRAIN
 from icet_jax.config import check_exits
@@ -24,10 +24,11 @@ from icet_jax.files import write_text_atomic
 from icet_jax.parallel.distributed import is_writer, on_first
 from icet_jax.parallel.mesh import visible_mesh, visible_shape
 from icet_jax.parallel.mesh_fit import check_heads, slices
-from icet_jax.runs import fingerprints, run_dir, run_lock, sources
+from icet_jax.runs import fingerprints, loading, run_dir, run_lock, sources
 from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.too_long import REASON, fitting_rows
 from icet_jax.scorers.base import Scorer
+from icet_jax.vlm import VLM
 
 _LISTED = 100  # rows of a set that data.json names as too long
 _SEEN_SECONDS = 60  # after which a network's file system shows every machine a new file
@@ -45,7 +46,7 @@ class Setting:
       train: rows of `config.data.train`; none where nothing is trained.
     """
 
-    vlm: api.VLM
+    vlm: VLM
     scorers: list[Scorer]
     utility_scorers: list[Scorer]
     tests: dict[str, list[Example]]
@@ -89,7 +90,7 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
 
 
 @during("loading the model")
-def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> api.VLM:
+def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> VLM:
     """The model that `config.model` names, with its start adapter, over all devices if there are several.
 
     Args:
@@ -112,7 +113,7 @@ def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> api
 
 
 @during("loading the exported model")
-def load_exported(config: ConfigDict, vlm: api.VLM, folder: Path, *, is_adapter: bool) -> api.VLM:
+def load_exported(config: ConfigDict, vlm: VLM, folder: Path, *, is_adapter: bool) -> VLM:
     """The model in a run's export, as the run's own config reads a model.
 
     Args:
@@ -128,9 +129,9 @@ def load_exported(config: ConfigDict, vlm: api.VLM, folder: Path, *, is_adapter:
     return _load(config, directory, adapter, vlm.mesh)
 
 
-def _load(config: ConfigDict, directory: Path, adapter: Path | None, mesh: Any) -> api.VLM:
+def _load(config: ConfigDict, directory: Path, adapter: Path | None, mesh: Any) -> VLM:
     model = config.model
-    return api.load(
+    return loading.load(
         directory,
         dtype=model.dtype,
         mesh=mesh,
@@ -159,7 +160,7 @@ def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit:
 
 
 def _fitting(
-    config: ConfigDict, vlm: api.VLM, tests: dict[str, Rows], train: Rows | None
+    config: ConfigDict, vlm: VLM, tests: dict[str, Rows], train: Rows | None
 ) -> tuple[dict[str, Rows], Rows | None, dict[str, dict[str, int]]]:
     """The rows of each set that fit, with those that do not among the ones left out, and {set: {id: positions}}."""
     named = {**config.sweep.datasets, **config.sweep.utility}

@@ -9,7 +9,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax.api import VLM
 from icet_jax.evaluation.cost import Cost, estimate
 from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.recheck import answer_again
@@ -24,6 +23,7 @@ from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.common import Setting, model_name
 from icet_jax.runs.forecast import paragraph
 from icet_jax.training.progress import Progress
+from icet_jax.vlm import VLM
 
 SCHEMA = 1
 

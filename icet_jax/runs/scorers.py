@@ -11,8 +11,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax import api
 from icet_jax.errors import UserError
+from icet_jax.runs import loading
 from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.scorers.base import Scorer
 from icet_jax.scorers.cache import ScoreCache, cached
@@ -61,7 +61,7 @@ class ScorerLoader:
     def _plain(self, name: str) -> Scorer:
         place = checkpoint_directory(name, self._workdir) if name.startswith("toy:") else name
         try:
-            return api.load_scorer(place, mesh=self._mesh)
+            return loading.load_scorer(place, mesh=self._mesh)
         except UserError as error:
             near = difflib.get_close_matches(name, self._definitions, n=1)
             if not near:

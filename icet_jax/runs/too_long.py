@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -10,6 +9,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError, one_line
 from icet_jax.evaluation.batching import prompt_tokens
 from icet_jax.media.limits import max_tokens
+from icet_jax.vlm import VLM
 
 REASON = "too long"
 _NAMED = 5  # rows that a message names
@@ -17,7 +17,7 @@ _SHOWN = 60  # characters of a row's id
 
 
 def fitting_rows(
-    config: ConfigDict, vlm: Any, source: str, name: str, examples: Sequence[Example], *, training: bool = False
+    config: ConfigDict, vlm: VLM, source: str, name: str, examples: Sequence[Example], *, training: bool = False
 ) -> tuple[list[Example], dict[str, int]]:
     """The rows that fit, and {id: positions} of those that do not, which `config.data.too_long` may refuse.
 
@@ -26,7 +26,7 @@ def fitting_rows(
 
     Args:
       config: of the run.
-      vlm: the model, an `icet_jax.api.VLM`.
+      vlm: the model.
       source: where the rows come from.
       name: of the set, as messages call it.
       examples: its rows.
@@ -59,7 +59,7 @@ def fitting_rows(
     return [row for row in examples if row.id not in long], long
 
 
-def _limit(config: ConfigDict, vlm: Any, training: bool) -> tuple[int | None, str, str]:
+def _limit(config: ConfigDict, vlm: VLM, training: bool) -> tuple[int | None, str, str]:
     """(positions that a prompt may take or None, what says so, how to raise it with the longest prompt's as `{}`)."""
     answer = "lppo.max_new_tokens" if training else "sweep.max_new_tokens"
     new = config.lppo.max_new_tokens if training else config.sweep.max_new_tokens

@@ -16,7 +16,6 @@ from icet_jax.algorithms import learner, lsft
 from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
-from icet_jax.api import VLM
 from icet_jax.errors import during
 from icet_jax.evaluation.batching import PromptBatch
 from icet_jax.parallel.distributed import fetch
@@ -26,6 +25,7 @@ from icet_jax.parallel.sharding import replicated, row_shards
 from icet_jax.scorers.keywords import refused
 from icet_jax.training.reward import RewardByKind, scores_by_kind
 from icet_jax.training.utilisation import Counter, Peak, Stopwatch, device_peak, speeds
+from icet_jax.vlm import VLM
 
 Row = dict[str, float]
 Read = Callable[[], Row]

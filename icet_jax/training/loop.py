@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import TrainState, init_state
-from icet_jax.api import VLM
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.data.batches import Batches
 from icet_jax.data.records import Example
@@ -31,6 +30,7 @@ from icet_jax.training.progress import Progress
 from icet_jax.training.reward import RewardByKind
 from icet_jax.training.signals import kept_waiting
 from icet_jax.training.stability import Stability, bounded, learning_rate_scale
+from icet_jax.vlm import VLM
 
 # What the progress line shows, where the algorithm reports it.
 _SHOWN = {

@@ -181,10 +181,10 @@ def test_compiled_for_this_machine_every_part_is_known_and_the_shapes_are_the_ru
     assert all(line.temporaries and line.moved == 0 and line.work.flops > 0 for line in lines)
     assert lines[3].cache > 0 and lines[5].cache == 0
 
-    from icet_jax import api
     from icet_jax.evaluation.batching import prompt_batch
+    from icet_jax.runs import loading
 
-    vlm = api.load("organism:vlm")
+    vlm = loading.load("organism:vlm")
     rows = sources.load_rows("organism:train")[:8]
     batch = prompt_batch(vlm, rows, 8, 1, length=config.data.max_prompt_tokens)
     state = initial_state(config, vlm, abstract.settings)

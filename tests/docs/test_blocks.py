@@ -141,7 +141,7 @@ def test_right_blocks_and_words_pass():
     for span in (
         "config.lppo.kl_coef",
         "--config.sweep.exits=1,12",
-        "icet_jax.api.VLM.generate",
+        "icet_jax.vlm.VLM.generate",
         "algorithms/losses.py",
     ):
         blocks.check_span(span)

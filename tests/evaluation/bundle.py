@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from icet_jax.api import VLM, load
 from icet_jax.data.records import Example
+from icet_jax.runs.loading import load
+from icet_jax.vlm import VLM
 from tests import tiny
 
 

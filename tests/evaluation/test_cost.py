@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.api import load
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.cost import Cost, Rates, estimate
 from icet_jax.evaluation.queue import encode
@@ -21,6 +20,7 @@ from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig
+from icet_jax.runs.loading import load
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.keywords import RefusalKeywords
 from tests import tiny, tiny_families

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.api import load
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation import geometry as geometry_module
 from icet_jax.evaluation.geometry import geometry, linear_cka
+from icet_jax.runs.loading import load
 from tests import tiny_families
 from tests.evaluation import bundle
 

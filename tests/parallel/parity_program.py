@@ -23,7 +23,6 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from icet_jax import api
 from icet_jax.algorithms import learner
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import Settings
@@ -39,6 +38,7 @@ from icet_jax.nn.protocols import init_lora
 from icet_jax.parallel import distributed
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import flatten_with_names, place_rows, shardings, split_rows
+from icet_jax.runs import loading
 
 ITERATIONS, ROWS, NEW_TOKENS, ANSWER, LENGTH = 5, 16, 6, 6, 128
 TARGETS = ("q_proj", "v_proj", "down_proj")
@@ -68,7 +68,7 @@ class Bench:
     """One model over one mesh, or on one device."""
 
     def __init__(self, folder: Path, mesh: jax.sharding.Mesh | None, full: bool):
-        self.mesh, self.vlm = mesh, api.load(folder / "vlm", mesh=mesh)
+        self.mesh, self.vlm = mesh, loading.load(folder / "vlm", mesh=mesh)
         self.key = jax.random.key(SEED)
         self.settings = Settings(
             sampling=self.vlm.sampling(NEW_TOKENS, temperature=1.0),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icet_jax import api, main
+from icet_jax import main
 from icet_jax.commands import align, sweep
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.runs import common, config_files, fingerprints
+from icet_jax.runs import common, config_files, fingerprints, loading
 from tests import tiny
 
 CSV = "id,prompt,image,kind,answer\na,placeholder one,one.png,forbidden,\nb,placeholder two,two.png,vqa,red\n"
@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vlm(checkpoint):
-    return api.load(checkpoint)
+    return loading.load(checkpoint)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def data(tmp_path):
 @pytest.fixture
 def start(tmp_path, data, checkpoint, vlm, monkeypatch, capsys):
     """Starts a sweep that loads its rows and leaves a result; returns the exit code and the last line of stderr."""
-    monkeypatch.setattr(api, "load", lambda *_, **__: vlm)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: vlm)
     monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
 
     def measure(config, workdir):
@@ -194,7 +194,7 @@ def test_large_weight_files_are_sampled_over_their_whole_length(tmp_path):
 
 
 def test_the_training_set_counts_in_align_and_in_train(tmp_path, data, checkpoint, vlm, monkeypatch):
-    monkeypatch.setattr(api, "load", lambda *_, **__: vlm)
+    monkeypatch.setattr(loading, "load", lambda *_, **__: vlm)
     monkeypatch.setattr(align, "Trainer", lambda *_: pytest.fail("it trains"))
     rows = str(data / "prompts.csv")
     config = config_files.load(
@@ -243,7 +243,7 @@ def test_export_refuses_other_weights_and_writes_nothing_beside_them(tmp_path, c
     assert not (tmp_path / "fingerprints.json").exists()
     common.load_model(config, tmp_path)
     (checkpoint / "added.json").write_text("{}")
-    monkeypatch.setattr(api, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     try:
         with pytest.raises(UserError, match=re.escape("(model: 1 added (added.json))")):
             common.load_model(config, tmp_path, record=False)

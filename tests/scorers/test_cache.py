@@ -161,7 +161,8 @@ def test_no_text_is_stored(tmp_path):
 
 def test_several_processes_at_once(tmp_path):
     code = (
-        "import sys; from icet_jax.scorers.cache import ScoreCache, cached; from tests.scorers.services import Lengths\n"
+        "import sys; from icet_jax.scorers.cache import ScoreCache, cached\n"
+        "from tests.scorers.services import Lengths\n"
         "scorer = cached(Lengths(), ScoreCache(sys.argv[1])); scorer.scorer.remote = True\n"
         "for i in range(300): scorer(['p'] * 2, [f'{i % 200} {sys.argv[2]}', f'shared {i % 200}'])"
     )

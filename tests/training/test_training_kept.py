@@ -7,10 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from icet_jax.algorithms.state import Controls, TrainState
-from icet_jax.api import VLM
 from icet_jax.errors import UserError
 from icet_jax.training import loop as training
 from icet_jax.training.loop import Trainer
+from icet_jax.vlm import VLM
 from tests.algorithms import toy
 
 

@@ -1,4 +1,4 @@
-"""The Python surface: a vision-language model as one object, for notebooks, scripts and our own runs.
+"""A vision-language model as one object: network, weights and processor, for notebooks, scripts and our own runs.
 
 One model, asked at three exits:
 
@@ -21,8 +21,8 @@ from flax import nnx
 
 from icet_jax.algorithms.exits import check_exit
 from icet_jax.checkpoints.hf_export import save_vlm
-from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
-from icet_jax.checkpoints.source import generation_tokens, local_directory
+from icet_jax.checkpoints.hf_import import Checkpoint
+from icet_jax.checkpoints.source import generation_tokens
 from icet_jax.errors import UserError
 from icet_jax.generation.decode import Generation, generate
 from icet_jax.generation.sampling import Sampling, check_log_probs, suppress_ids
@@ -32,97 +32,11 @@ from icet_jax.models.base.processor import Processor, load_processor
 from icet_jax.nn.layers import Lora, positions_from_mask
 from icet_jax.nn.protocols import Images
 from icet_jax.parallel.sharding import place_rows
-from icet_jax.scorers.base import Scorer
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 Inputs = Mapping[str, Any]
 """What the family's HF processor returns: input_ids and attention_mask [B, T]; pixel_values and their like if there are
 images."""
-
-
-def load(
-    path_or_id: str | Path,
-    dtype: Any = "float32",
-    mesh: jax.sharding.Mesh | None = None,
-    *,
-    param_dtype: Any = None,
-    remat: str = "none",
-    revision: str | None = None,
-    adapter: str | Path | None = None,
-    exit_rule: str | None = None,
-    capture: str | None = None,
-    template: str | None = None,
-) -> "VLM":
-    """Loads a vision-language model with its weights; tokenizer and image processor follow when they are first used.
-
-    Args:
-      path_or_id: a checkpoint directory in the Hugging Face layout, a hub id, or "organism:vlm", which ships with us.
-      dtype: of the computation, "float32" or "bfloat16".
-      mesh: devices to spread the weights over (`icet_jax.parallel.mesh.make_mesh`); None is the default device.
-      param_dtype: of the stored weights; `dtype` by default.
-      remat: what a backward pass keeps: "none" (everything), "dots" (kernels' outputs), "full" (layers' inputs alone).
-      revision: branch, tag or commit of a hub id; None is its default branch.
-      adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
-      exit_rule: of Llama 3.2 Vision, what exit l feeds the projector: "E1" (None), "E2" or "E5"
-        (`icet_jax.models.mllama.network.EXIT_DEFINITIONS`).
-      capture: of Llama 3.2 Vision, which states its captured intermediates are: "input" (None), as it was trained, or
-        "output", as transformers since 4.56 reads them.
-      template: chat template instead of the checkpoint's own, "vicuna_v1" or "llava_v1" (`config.data.template`).
-
-    Raises:
-      UserError: no such checkpoint, an unsupported model, or broken files; one line.
-    """
-    names = [None if name is None else _dtype_name(name) for name in (dtype, param_dtype)]
-    directory = local_directory(_shipped(path_or_id), revision)
-    start = None if adapter is None else local_directory(adapter)
-    options: dict[str, Any] = {
-        "dtype": str(names[0]),
-        "param_dtype": names[1],
-        "mesh": mesh,
-        "remat": remat,
-        "adapter": start,
-        "exit_rule": exit_rule,
-        "capture": capture,
-    }
-    return VLM(load_vlm(directory, **options), mesh, template)
-
-
-def load_scorer(
-    path_or_id: str | Path,
-    kind: str | None = None,
-    template: Callable[[str, str], str] | str | None = None,
-    **options: Any,
-) -> Scorer:
-    """Loads what judges responses: `score(prompts, responses)` -> {name: `Scores`}, prompts raw, not chat-templated.
-
-    Args:
-      path_or_id: "refusal_keywords", a checkpoint directory, a hub id, "organism:reward_model", or the exact judge of
-        the organism's world, "organism:judge".
-      kind: what the checkpoint is, where its config does not tell.
-      template: how prompt and response become the scorer's text, instead of its own way.
-      options: `dtype`, `mesh`, `revision`, `batch_size` and the kind's own fields, see
-        `icet_jax.scorers.load.load_scorer`.
-
-    Raises:
-      UserError: no such scorer, or broken files.
-    """
-    if path_or_id == "organism:judge":
-        from icet_jax.organism.scorer import WorldJudge
-
-        return WorldJudge()
-    from icet_jax.scorers.load import load_scorer as load_judge
-
-    return load_judge(_shipped(path_or_id), kind=kind, template=template, **options)
-
-
-def _shipped(path_or_id: str | Path) -> str | Path:
-    """The directory of an "organism:NAME"; anything else as it is."""
-    origin, _, name = str(path_or_id).partition(":")
-    if origin != "organism" or not name:
-        return path_or_id
-    from icet_jax.organism import weights_directory
-
-    return weights_directory(name)
 
 
 class VLM:
@@ -373,16 +287,6 @@ class Responses:
           UserError: the checkpoint has no tokenizer files.
         """
         return self._decode(self.tokens, self.mask)
-
-
-def _dtype_name(dtype: Any) -> str:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"dtype: {name} given; use float32 or bfloat16")
-    return name
 
 
 def _entry(inputs: Inputs, name: str) -> Any:
