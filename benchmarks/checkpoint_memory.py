@@ -78,9 +78,9 @@ def child(directory: Path, mesh: dict[str, int]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from icet_jax.checkpoints.adapter_export import save_adapter
-    from icet_jax.checkpoints.hf_export import save_vlm
-    from icet_jax.checkpoints.hf_import import load_vlm
+    from icet_jax.models.adapter_export import save_adapter
+    from icet_jax.models.loading import load_vlm
+    from icet_jax.models.saving import save_vlm
     from icet_jax.nn.protocols import init_lora
     from icet_jax.parallel.mesh import make_mesh
     from icet_jax.parallel.sharding import shardings

@@ -76,8 +76,8 @@ def make_llava(folder: Path) -> None:
     from flax import nnx
 
     from icet_jax import miniatures as toy
-    from icet_jax.checkpoints.hf_export import save_vlm
     from icet_jax.models.llava.network import Llava, LlavaConfig
+    from icet_jax.models.saving import save_vlm
     from icet_jax.nn.clip import ClipConfig
     from icet_jax.nn.llama import LlamaConfig
 

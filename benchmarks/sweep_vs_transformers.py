@@ -190,7 +190,7 @@ def models(preset: Preset) -> tuple[nnx.GraphDef, nnx.State, Any]:
     import torch
     import transformers
 
-    from icet_jax.checkpoints.hf_import import load_vlm
+    from icet_jax.models.loading import load_vlm
 
     vision, text = preset.vision, preset.text
     config = transformers.LlavaConfig(

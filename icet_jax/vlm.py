@@ -19,8 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms.exits import check_exit
-from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.checkpoints.hf_import import Checkpoint
 from icet_jax.checkpoints.source import generation_tokens
 from icet_jax.errors import UserError
@@ -29,8 +27,9 @@ from icet_jax.generation.sampling import Sampling, check_log_probs, suppress_ids
 from icet_jax.media.limits import beyond_positions, max_positions
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.models.base.processor import Processor, load_processor
+from icet_jax.models.saving import save_vlm
 from icet_jax.nn.layers import Lora, positions_from_mask
-from icet_jax.nn.protocols import Images
+from icet_jax.nn.protocols import Images, check_exit
 from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.errors import UserError
+from icet_jax.nn.protocols import check_exit
 from icet_jax.typing import Array, Int, Key
 
 SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
@@ -54,17 +55,6 @@ def sample(
     if schedule == "stratified":
         return _stratified(key, batch, num_exits)
     raise UserError(f"config.lppo.exits: unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
-
-
-def check_exit(exit_layer: int, num_exits: int, field: str) -> int:
-    """`exit_layer` itself if it is one of 1..num_exits.
-
-    Raises:
-      UserError: it is not; the message names `field`.
-    """
-    if not 1 <= exit_layer <= num_exits:
-        raise UserError(f"{field}: exit {exit_layer} is out of range; this model has exits 1..{num_exits}")
-    return exit_layer
 
 
 def _stratified(key: Key[Array, ""], batch: int, num_exits: int) -> Int[Array, " B"]:

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,22 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.checkpoints import folder, hf_config, safetensors_io, tables
-from icet_jax.checkpoints.adapters import Adapter, of_lora
+from icet_jax.checkpoints.adapter import Adapter
 from icet_jax.checkpoints.folder import VALUE_HEAD
 from icet_jax.checkpoints.hf_import import hf_shape, match
 from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
 from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot, Table
-from icet_jax.models import registry as families
 from icet_jax.nn.gpt2 import GPT2Config
-from icet_jax.nn.layers import Lora
 from icet_jax.parallel.distributed import together
 from icet_jax.parallel.sharding import flatten_with_names
 
 MAX_SHARD_BYTES = 5_000_000_000
+
+ConfigWriter: TypeAlias = Callable[[dict[str, Any] | None, str, set[str]], dict[str, Any]]
+"""(`config.json` of the source or None, torch dtype, tied keys that the file leaves out) -> `config.json`."""
+
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
@@ -120,54 +122,38 @@ def _sum(slot: Slot, tensor: np.ndarray, deltas: Sequence[np.ndarray | None]) ->
     return tensor
 
 
-def save_vlm(
+def save_network(
     out_dir: str | Path,
-    config: Any,
+    table: Table,
     params: nnx.State,
+    config_json: ConfigWriter,
     *,
     source_dir: str | Path | None = None,
     start: Adapter | None = None,
-    lora: Lora | None = None,
+    lora: Adapter | None = None,
     trained: Sequence[str] | None = None,
     value_head: dict[str, jax.Array] | None = None,
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a vision-language model's checkpoint directory, all of it or nothing.
+    """Writes a checkpoint directory, all of it or nothing.
 
     Args:
       out_dir: new, or an earlier export, which is replaced.
-      config: of the network, of any family.
-      params: its parameters, as `load_vlm` returned or training left them.
-      source_dir: the directory they were loaded from: gives dtypes, untouched tensors, config keys unknown here,
-        generation config, tokenizer and processor files. None for a network made here: dtypes are the parameters'.
-      start: the adapter that was merged when they were loaded (`Checkpoint.adapter`); the export contains it.
-      lora: trained adapters to merge, in float32, into the source's weights.
-      trained: roots of the paths that training may have changed: () for none (LoRA on a frozen base), in which case no
-        parameter is looked at; ("language_model",). None compares every parameter with its source, one at a time.
-      value_head: saved beside the model as `value_head.safetensors`, which transformers does not read.
-      texts: further files by name, such as the model card.
-      max_shard_bytes: larger models are cut into shards with an index.
+      table: key table of the network.
+      params: its parameters.
+      config_json: makes `config.json`.
+      source_dir, start, lora, trained, value_head, texts, max_shard_bytes: see `icet_jax.models.saving.save_vlm`.
 
     Returns:
       `out_dir`.
 
     Raises:
-      UserError: the directory cannot be written or holds something else; the source does not fit `config`.
+      UserError: the directory cannot be written or holds something else; the source does not fit the table.
     """
-
-    family = families.family_of(config)
-
-    def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
-        out = family.to_hf(config, values, dtype)
-        if out["tie_word_embeddings"] and not tied:
-            out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False
-        return out
-
-    adapter = None if lora is None else of_lora(lora)
     source = None if source_dir is None else Path(source_dir)
     head = folder.head_on_host(value_head)
-    with opened(family.table(config), params, source, start, adapter, trained) as export:
+    with opened(table, params, source, start, lora, trained) as export:
         _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {})
     return Path(out_dir)
 
@@ -176,15 +162,14 @@ def save_gpt2_reward(
     out_dir: str | Path, config: GPT2Config, params: nnx.State, *, source_dir: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:  # fmt: skip
-    """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`); see `save_vlm`."""
+    """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`), all of it or nothing."""
 
     def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
         return hf_config.gpt2_to_hf(config, values, dtype)
 
-    source = None if source_dir is None else Path(source_dir)
-    with opened(tables.gpt2_table(config), params, source, None, None, None) as export:
-        _save(Path(out_dir), export, source, max_shard_bytes, config_json, None, {})
-    return Path(out_dir)
+    return save_network(
+        out_dir, tables.gpt2_table(config), params, config_json, source_dir=source_dir, max_shard_bytes=max_shard_bytes
+    )
 
 
 def load_value_head(directory: str | Path) -> dict[str, jax.Array]:
@@ -216,7 +201,7 @@ def _save(
     export: Export,
     source: Path | None,
     max_shard_bytes: int,
-    config_json: Callable[[dict[str, Any] | None, str, set[str]], dict[str, Any]],
+    config_json: ConfigWriter,
     head: dict[str, np.ndarray] | None,
     texts: Mapping[str, str],
 ) -> None:

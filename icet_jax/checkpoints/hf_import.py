@@ -1,7 +1,6 @@
-"""Loads HF checkpoints: vision-language models and GPT-2 reward models, tensor by tensor, straight onto the mesh."""
+"""Loads the networks of HF checkpoints, tensor by tensor, straight onto the mesh."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from icet_jax.checkpoints import hf_config, streaming
-from icet_jax.checkpoints.adapters import Adapter, read_adapter
+from icet_jax.checkpoints import streaming
+from icet_jax.checkpoints.adapter import Adapter
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files
 from icet_jax.checkpoints.tables import Slot, Table
-from icet_jax.models import registry as families
 from icet_jax.parallel import sharding
 
 
@@ -26,7 +24,7 @@ class Checkpoint:
     Attributes:
       graphdef: static structure; `nnx.merge(graphdef, params)` is the model.
       params: every parameter, under the paths of the models' docstrings.
-      config: of the network: one of `models.registry`, `GPT2Config`, or a scorer's (see `checkpoints.scorers`).
+      config: of the network: that of a model family, `GPT2Config`, or a scorer's (see `checkpoints.scorers`).
       hf_config: the `config.json` as read.
       directory: where it came from; `save_vlm(..., source_dir=directory)` copies what was not changed.
       adapter: what was merged while it was loaded, or None.
@@ -43,37 +41,6 @@ class Checkpoint:
     def model(self) -> Any:
         """The network with its weights."""
         return nnx.merge(self.graphdef, self.params)
-
-
-def load_vlm(
-    directory: str | Path, *, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None,
-    remat: str = "none", adapter: str | Path | None = None, exit_rule: str | None = None, capture: str | None = None,
-) -> Checkpoint:  # fmt: skip
-    """Loads a vision-language model of any family in any of the layouts that transformers 4.46 to 5.x write.
-
-    Args:
-      directory: with config.json and safetensors weights, one file or shards.
-      dtype: compute dtype, "float32" or "bfloat16".
-      param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
-      mesh: where to put the parameters (`icet_jax.parallel.sharding.RULES`); None for the default device.
-      remat: what the backward pass keeps, see `icet_jax.nn.layers.REMAT_POLICIES`.
-      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept
-        as `Checkpoint.adapter`.
-      exit_rule, capture: how exits are read, see `models.registry.vlm_config`.
-
-    Raises:
-      UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,
-        duplicate or of a wrong shape or dtype, all listed together.
-    """
-    directory = Path(directory)
-    values = hf_config.read_hf_config(directory)
-    config = families.vlm_config(values, str(directory / "config.json"), exit_rule=exit_rule, capture=capture)
-    family = families.family_of(config)
-    make = functools.partial(family.network, config, remat=remat)
-    start = None if adapter is None else read_adapter(adapter, config)
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
-    graphdef, params = load_network(directory, make, family.table(config), **dtypes, mesh=mesh, adapter=start)
-    return Checkpoint(graphdef, params, config, values, directory, start)
 
 
 def abstract_params(make: Callable[..., nnx.Module], dtype: str, param_dtype: str) -> tuple[nnx.GraphDef, nnx.State]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.models.llava.network import LlavaConfig
+from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.gpt2 import GPT2Config
 from icet_jax.nn.llama import LlamaConfig
 
@@ -93,9 +93,14 @@ LINEAR = (("weight", "kernel", TRANSPOSED), ("bias", "bias", SAME))
 NORM = (("weight", "scale", SAME), ("bias", "bias", SAME))
 
 
-def _clip_slots(config: LlavaConfig) -> Iterator[Slot]:
-    root, own = "vision_tower.vision_model", "vision_tower"
-    vision = config.vision
+def clip_slots(vision: ClipConfig, root: str, own: str) -> Iterator[Slot]:
+    """Slots of a CLIP vision tower (HF `CLIPVisionTransformer`).
+
+    Args:
+      vision: sizes of the tower.
+      root: prefix of its keys, "vision_tower.vision_model".
+      own: our prefix of its paths.
+    """
     convolution = patches(vision.num_channels, vision.patch_size)
     yield Slot(f"{root}.embeddings.class_embedding", f"{own}/class_embedding", None, SAME)
     yield Slot(f"{root}.embeddings.patch_embedding.weight", f"{own}/patch_embedding/kernel", None, convolution)
@@ -131,49 +136,6 @@ def llama_slots(config: LlamaConfig, root: str, own: str, head: str | None) -> I
     if head is not None:
         tied = embedding if config.tie_word_embeddings else None
         yield Slot(head, f"{own}/lm_head/kernel", None, TRANSPOSED, fallback=tied)
-
-
-_LLAVA_IGNORED = re.compile(r".*(\.position_ids|rotary_emb\.inv_freq)")
-_LLAVA_PREFIXES = tuple(
-    (re.compile(pattern), old)
-    for pattern, old in (
-        (r"(model\.)?(language_model\.)?lm_head\.", "language_model.lm_head."),
-        (r"(model\.)?language_model\.(model\.)?", "language_model.model."),
-        (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower.vision_model."),
-        (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-        (r"(model\.)?image_newline$", "image_newline"),
-    )
-)
-
-
-def normalise_llava(key: str) -> str | None:
-    """OLD name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
-    if _LLAVA_IGNORED.fullmatch(key):
-        return None
-    for pattern, old in _LLAVA_PREFIXES:
-        match = pattern.match(key)
-        if match:
-            return old + key[match.end() :]
-    return key
-
-
-def llava_table(config: LlavaConfig) -> Table:
-    """LLaVA-1.5 (HF `LlavaForConditionalGeneration`): 686 tensors at 7B."""
-    return Table(tuple(_llava_slots(config)), normalise_llava)
-
-
-def llava_next_table(config: LlavaConfig) -> Table:
-    """LLaVA-NeXT (HF `LlavaNextForConditionalGeneration`): LLaVA-1.5's tensors and one more."""
-    newline = Slot("image_newline", "image_newline", None, SAME)
-    return Table((*_llava_slots(config), newline), normalise_llava)
-
-
-def _llava_slots(config: LlavaConfig) -> Iterator[Slot]:
-    leaves = LINEAR if config.multimodal_projector_bias else LINEAR[:1]
-    projector = tuple((f"multi_modal_projector.{name}", f"projector/{name}") for name in ("linear_1", "linear_2"))
-    yield from _clip_slots(config)
-    yield from single(projector, leaves)
-    yield from llama_slots(config.text, "language_model.model", "language_model", "language_model.lm_head.weight")
 
 
 _GPT2_IGNORED = re.compile(r"h\.\d+\.(attn\.(masked_)?bias|crossattention\..*)|lm_head\.weight")

@@ -19,6 +19,7 @@ from icet_jax.runs.export_check import check_export
 from icet_jax.runs.measure import Measurements
 from icet_jax.runs.run_dir import Costs
 from icet_jax.runs.scorers import ScorerLoader
+from icet_jax.runs.sources import TRAIN
 from icet_jax.runs.too_long import fitting_rows
 from icet_jax.training.loop import Trainer
 from icet_jax.training.reward import RewardByKind

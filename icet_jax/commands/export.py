@@ -13,16 +13,13 @@ from ml_collections import ConfigDict
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import from_config
 from icet_jax.algorithms.state import TrainState
-from icet_jax.checkpoints import adapters
-from icet_jax.checkpoints.adapter_export import save_adapter
 from icet_jax.checkpoints.as_written import adapted_params, merged_params
 from icet_jax.checkpoints.folder import ADAPTER
-from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.errors import UserError
-from icet_jax.lppo.forward import with_policy
-from icet_jax.lppo.settings import from_config
-from icet_jax.models.family import POLICY_ROOT
-from icet_jax.models.layers import Lora
+from icet_jax.models import adapters
+from icet_jax.models.adapter_export import save_adapter
+from icet_jax.models.saving import save_vlm
+from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import POLICY_ROOT
 from icet_jax.parallel.distributed import agree, on_first
 from icet_jax.report.load import EXPORT_CHECK

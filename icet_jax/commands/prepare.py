@@ -13,10 +13,9 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError, one_line
 from icet_jax.files import write_text_atomic
 from icet_jax.runs import sources
+from icet_jax.runs.sources import TRAIN
 
 SCHEMA = 1
-TRAIN = "train"
-"""What the training set is called among the prepared sets."""
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:

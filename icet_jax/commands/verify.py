@@ -236,11 +236,11 @@ def _inputs(vlm: VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list
         allowed = np.setdiff1d(np.arange(vlm.vocab_size), [*vlm.suppress_ids, *vlm.eos_ids])
         rows = [reference.random_row(vlm.config, allowed, len(row), 9 + i, noise) for i, row in enumerate(images)]
         skipped = Check("token ids, pixels", "skipped: no tokenizer files", "", True)
-        return rows, reference.join(rows, vlm.pad_id), [skipped]
+        return rows, reference.join(vlm.config, rows, vlm.pad_id), [skipped]
     ours, processor = vlm.processor(images=images, prompts=prompts), reference.hf_processor(vlm.directory, vlm.config)
     pairs = zip(images, prompts, strict=True)
     rows = [reference.hf_row(processor, vlm.processor.template, row, prompt) for row, prompt in pairs]
-    theirs = reference.join(rows, vlm.processor.tokenizer.pad_token_id)
+    theirs = reference.join(vlm.config, rows, vlm.processor.tokenizer.pad_token_id)
     if set(ours) != set(theirs):
         return rows, theirs, [Check("inputs", ", ".join(sorted(ours)), ", ".join(sorted(theirs)), False)]
     names = {"input_ids": "token ids", "pixel_values": "pixels"}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from icet_jax.algorithms.exits import check_exit
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, during
 from icet_jax.evaluation.queue import CompileAhead, Queue
@@ -25,6 +24,7 @@ from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
 from icet_jax.generation.engine import Finished
 from icet_jax.generation.sampling import Sampling, check_log_probs
+from icet_jax.nn.protocols import check_exit
 from icet_jax.scorers.base import Scorer
 from icet_jax.typing import Array, Key
 from icet_jax.vlm import VLM

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.media.templates import IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN
 from icet_jax.miniatures.tokenizers import BYTES, write_json, write_tokenizer
 from icet_jax.models.llava.network import Llava, LlavaConfig
@@ -17,6 +16,7 @@ from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama.network import Mllama, MllamaConfig
 from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.models.saving import save_vlm
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig, RopeScaling
 

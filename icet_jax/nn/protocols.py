@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icet_jax.errors import UserError
 from icet_jax.nn.layers import Lora
 from icet_jax.parallel.sharding import path_name
 from icet_jax.typing import Array, Bool, Float, Int, Key, Shaped
@@ -216,6 +217,17 @@ class VisionLanguageModel(LanguageModel, Protocol):
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
         """What rows of `per_row` images and `length` positions take, and then steps on `cached` places."""
         ...
+
+
+def check_exit(exit_layer: int, num_exits: int, field: str) -> int:
+    """`exit_layer` itself if it is one of 1..num_exits.
+
+    Raises:
+      UserError: it is not; the message names `field`.
+    """
+    if not 1 <= exit_layer <= num_exits:
+        raise UserError(f"{field}: exit {exit_layer} is out of range; this model has exits 1..{num_exits}")
+    return exit_layer
 
 
 POLICY_ROOT = "language_model"

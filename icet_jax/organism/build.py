@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
+from icet_jax.models.saving import save_vlm
 from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.organism import encoder, families, stages, tokenizer
 from icet_jax.organism.measure import measure, table

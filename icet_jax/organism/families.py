@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from icet_jax.models import family_of
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from icet_jax.models.llava_next.anyres import gather_rows, packing
 from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama.network import Mllama, MllamaConfig
 from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
-from icet_jax.models.registry import family_of
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig, RopeScaling
 from icet_jax.nn.protocols import Images

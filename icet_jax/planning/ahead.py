@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from icet_jax import models as families
 from icet_jax.algorithms import learner
 from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
@@ -20,7 +21,6 @@ from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params
 from icet_jax.checkpoints.published import config_values
 from icet_jax.evaluation import queue
 from icet_jax.generation import engine
-from icet_jax.models import registry as families
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import POLICY_ROOT, Images

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from icet_jax import report
 from icet_jax.checkpoints.source import local_directory
-from icet_jax.commands.prepare import TRAIN
 from icet_jax.config import check_exits
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, during
@@ -26,6 +25,7 @@ from icet_jax.parallel.mesh import visible_mesh, visible_shape
 from icet_jax.parallel.mesh_fit import check_heads, slices
 from icet_jax.runs import fingerprints, loading, run_dir, run_lock, sources
 from icet_jax.runs.scorers import ScorerLoader
+from icet_jax.runs.sources import TRAIN
 from icet_jax.runs.too_long import REASON, fitting_rows
 from icet_jax.scorers.base import Scorer
 from icet_jax.vlm import VLM

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from icet_jax.checkpoints.hf_import import load_vlm
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.errors import UserError
+from icet_jax.models.loading import load_vlm
 from icet_jax.scorers.base import Scorer
 from icet_jax.vlm import VLM
 

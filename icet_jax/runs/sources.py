@@ -26,6 +26,9 @@ _ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256
 SOURCE_JOIN = " + "
 """Stands between sources whose rows make one set."""
 
+TRAIN = "train"
+"""What the training set is called among the prepared sets."""
+
 
 def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
     """The directory (or hub id) of `spec`; toy weights are made under `workdir`, or in a temporary folder.

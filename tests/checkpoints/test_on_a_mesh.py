@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("torch")
 
-from icet_jax.checkpoints.adapter_export import save_adapter  # noqa: E402
-from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
+from icet_jax.models.adapter_export import save_adapter  # noqa: E402
+from icet_jax.models.loading import load_vlm  # noqa: E402
+from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.parallel.sharding import flatten_with_names  # noqa: E402
 from tests import tiny, tiny_families  # noqa: E402
-from tests.checkpoints.test_adapters import random_lora  # noqa: E402
+from tests.models.test_adapters import random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
 from tests.devices import emulating  # noqa: E402
 
@@ -28,9 +28,9 @@ if options["processes"] > 1:
     jax.distributed.initialize(options["address"], options["processes"], int(sys.argv[2]))
 import numpy as np
 from icet_jax.checkpoints import safetensors_io, streaming
-from icet_jax.checkpoints.adapter_export import save_adapter
-from icet_jax.checkpoints.hf_export import save_vlm
-from icet_jax.checkpoints.hf_import import load_vlm
+from icet_jax.models.adapter_export import save_adapter
+from icet_jax.models.saving import save_vlm
+from icet_jax.models.loading import load_vlm
 from icet_jax.nn.layers import Lora
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import flatten_with_names, shardings

@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from icet_jax.checkpoints import progress, streaming, tables  # noqa: E402
-from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
+from icet_jax.models.loading import load_vlm  # noqa: E402
+from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.parallel.sharding import flatten_with_names  # noqa: E402
 from tests import tiny  # noqa: E402
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 import icet_jax
 from icet_jax import main
-from icet_jax.checkpoints.adapter_export import save_adapter
 from icet_jax.commands import ask
 from icet_jax.errors import UserError
+from icet_jax.models.adapter_export import save_adapter
 from icet_jax.nn.protocols import init_lora
 from tests import tiny
 

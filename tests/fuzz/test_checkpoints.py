@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icet_jax import models as families
 from icet_jax.checkpoints import hf_config, scorer_config, scorers
-from icet_jax.checkpoints.adapters import read_adapter
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files, write_safetensors
 from icet_jax.checkpoints.source import generation_tokens
-from icet_jax.models import registry as families
+from icet_jax.models.adapters import read_adapter
 from tests.fuzz.damage import as_json, cases, files, mutated, outcome, torn
 
 LLAMA = {
@@ -76,7 +76,7 @@ def test_configs_of_vision_language_models(valid, tmp_path):
         if config is not None:
             outcome(families.family_of(config).table, config)
             assert all(size > 0 for shape in config.lora_shapes().values() for size in shape)
-            outcome(families.family_of(config).to_hf, config, read, "float32")
+            outcome(families.family_of(config).config_to_hf, config, read, "float32")
 
     holds()
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from icet_jax.checkpoints.hf_import import Checkpoint, load_vlm
+from icet_jax.checkpoints.hf_import import Checkpoint
+from icet_jax.models.loading import load_vlm
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.nn.protocols import Images
 from tests import tiny

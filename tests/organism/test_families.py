@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.checkpoints.hf_export import save_vlm
 from icet_jax.models.base.processor import load_processor
+from icet_jax.models.saving import save_vlm
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.nn.protocols import count_parameters
 from icet_jax.organism import encoder, families, scenes, stages, tokenizer, training, world

@@ -11,14 +11,14 @@ from tests.devices import emulating
 
 pytest.importorskip("torch")
 
-from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
+from icet_jax.models.loading import load_vlm  # noqa: E402
 from tests.models import families, parity  # noqa: E402
 
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from icet_jax.checkpoints.hf_import import load_vlm
+from icet_jax.models.loading import load_vlm
 from icet_jax.nn.protocols import Images, init_lora
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.parallel.mesh import make_mesh

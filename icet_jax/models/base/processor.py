@@ -16,32 +16,18 @@ from PIL.Image import Image
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json, read_text
-from icet_jax.media.images import ImageLike, StoredImage, image_size, open_image, require_resizable
+from icet_jax.media.images import ImageLike, StoredImage, open_image, require_resizable
 from icet_jax.media.limits import beyond_tokens, max_tokens
-from icet_jax.media.templates import (
-    IMAGE_TOKEN,
-    MLLAMA_IMAGE_TOKEN,
-    NAMED_TEMPLATES,
-    Template,
-    llama_32,
-    llava_15,
-    mistral_16,
-    own_template,
-    vicuna_16,
-)
+from icet_jax.media.templates import IMAGE_TOKEN, NAMED_TEMPLATES, Template, own_template
 from icet_jax.media.tokenizer import load_tokenizer
+from icet_jax.models import family_of, vlm_config
 from icet_jax.models.base.image_batches import batch_images
-from icet_jax.models.llava.network import LlavaConfig
-from icet_jax.models.llava_next.anyres import packing
-from icet_jax.models.llava_next.network import LlavaNextConfig
-from icet_jax.models.mllama.network import MllamaConfig
-from icet_jax.models.registry import vlm_config
 from icet_jax.nn.protocols import Images
 
 RowImages: TypeAlias = ImageLike | Sequence[ImageLike] | None
 Inputs: TypeAlias = dict[str, np.ndarray]
 
-_SETTINGS = "preprocessor_config.json"
+SETTINGS_FILE = "preprocessor_config.json"
 
 
 class Processor(ABC):
@@ -52,9 +38,12 @@ class Processor(ABC):
       image_processor: transformers' Pillow image processor.
       config: of the model the inputs are for.
       template: (prompt, number of images) -> the text, one placeholder for each image.
+      placeholder: what stands for an image in the text.
+      on_vicuna: whether the family was published on Vicuna, whose conversations `NAMED_TEMPLATES` are.
     """
 
     placeholder = IMAGE_TOKEN
+    on_vicuna = False
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: Any, template: Template) -> None:
         """Checks that tokenizer and image processor fit the model.
@@ -127,6 +116,16 @@ class Processor(ABC):
         rows = zip(np.asarray(tokens), np.asarray(mask, dtype=bool), strict=True)
         return [self.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in rows]
 
+    @classmethod
+    @abstractmethod
+    def published_template(cls, values: dict[str, Any]) -> Template:
+        """The chat template that the family, on the backbone of this config.json, was published with."""
+
+    @classmethod
+    @abstractmethod
+    def image_processors(cls) -> dict[str, Any]:
+        """HF's classes by the name that files give them; the first is meant where a file names none."""
+
     @abstractmethod
     def _check_image_processor(self) -> None:
         """Raises a `UserError` where the images would have another shape than the model's."""
@@ -181,102 +180,6 @@ class Processor(ABC):
         return [[_open(image, f"row {i} image {j}") for j, image in enumerate(row)] for i, row in enumerate(rows)]
 
 
-class LlavaProcessor(Processor):
-    """LLaVA-1.5's (HF `LlavaProcessor`): every image is resized and cropped to one square."""
-
-    def _check_image_processor(self) -> None:
-        size = self.config.vision.image_size
-        if not self.image_processor.do_center_crop or _edges(self.image_processor.crop_size) != (size, size):
-            raise UserError(f"{_SETTINGS}: images must be cropped to {size} x {size}, the model's image_size")
-
-    def _image_tokens(self, image: ImageLike, name: str) -> int:
-        return self.config.image_tokens
-
-    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
-        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
-
-
-class LlavaNextProcessor(LlavaProcessor):
-    """LLaVA-NeXT's (HF `LlavaNextProcessor`): the whole image, and tiles of it on the canvas that fits it best."""
-
-    def _check_image_processor(self) -> None:
-        super()._check_image_processor()
-        given, wanted = self.image_processor.image_grid_pinpoints, [*map(list, self.config.image_grid_pinpoints)]
-        if given != wanted:
-            raise UserError(f"{_SETTINGS}: image_grid_pinpoints {given} are not config.json's, {wanted}")
-        edge = self.config.vision.image_size
-        if _edges(self.image_processor.size) != (edge, edge):
-            raise UserError(f"{_SETTINGS}: size must be {edge}, the model's image_size")
-
-    def _image_tokens(self, image: ImageLike, name: str) -> int:
-        return len(packing(image_size(image, _name(image, name)), self.config))
-
-    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
-        sizes = np.asarray(made["image_sizes"], np.int64)
-        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32), "image_sizes": sizes}
-
-
-class MllamaProcessor(Processor):
-    """Llama 3.2 Vision's (HF `MllamaProcessor`): up to four tiles of each image beside the text, not within it."""
-
-    placeholder = MLLAMA_IMAGE_TOKEN
-
-    def _check_image_processor(self) -> None:
-        from transformers.models.mllama.image_processing_pil_mllama import get_all_supported_aspect_ratios
-
-        vision, edge = self.config.vision, self.config.vision.image_size
-        if _edges(self.image_processor.size) != (edge, edge):
-            raise UserError(f"{_SETTINGS}: tiles must be {edge} x {edge} pixels, the model's image_size")
-        tiles = self.image_processor.max_image_tiles
-        if tiles != vision.max_num_tiles:
-            raise UserError(f"{_SETTINGS}: max_image_tiles is {tiles}, but config.json's is {vision.max_num_tiles}")
-        if tuple(get_all_supported_aspect_ratios(tiles)) != vision.supported_aspect_ratios:
-            raise UserError(
-                f"config.json: supported_aspect_ratios must be all those of at most {tiles} tiles, in order"
-            )
-
-    def _image_tokens(self, image: ImageLike, name: str) -> int:
-        return 1
-
-    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        made = self.image_processor(rows, return_tensors="np")
-        arrays = {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
-        arrays |= {name: np.asarray(made[name], np.int64) for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
-        mask = cross_attention_mask(inputs["input_ids"], self.config.image_token_index, arrays["aspect_ratio_mask"])
-        mask *= (arrays["aspect_ratio_ids"] > 0)[:, None, :, None]
-        return inputs | arrays | {"cross_attention_mask": mask}
-
-
-def cross_attention_mask(input_ids: np.ndarray, image_token: int, tiles: np.ndarray) -> np.ndarray:
-    """Which tiles each token sees, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
-
-    A token sees the last image before it, and with that the images that stand directly before that one.
-
-    Args:
-      input_ids: [B, T].
-      image_token: id of the image placeholder.
-      tiles: 1 for each tile that an image has, int64 [B, M, tiles].
-    """
-    batch, length = input_ids.shape
-    mask = np.zeros((batch, length, *tiles.shape[1:]), np.int64)
-    for row, ids in enumerate(input_ids):
-        end = after = length
-        for image, start in reversed(list(enumerate(np.flatnonzero(ids == image_token)))):
-            end = end if start + 1 == after else after
-            mask[row, start:end, image] = tiles[row, image]
-            after = start
-    return mask
-
-
-_PROCESSORS: dict[type, type[Processor]] = {
-    LlavaConfig: LlavaProcessor,
-    LlavaNextConfig: LlavaNextProcessor,
-    MllamaConfig: MllamaProcessor,
-}
-
-
 def load_processor(directory: str | Path, config: Any = None, template: str | None = None) -> Processor:
     """Reads the tokenizer, image-processor and config files of a checkpoint; the weights may be elsewhere.
 
@@ -292,16 +195,16 @@ def load_processor(directory: str | Path, config: Any = None, template: str | No
     values = read_hf_config(directory)
     if config is None:
         config = vlm_config(values, str(directory / "config.json"))
-    kind, tokenizer = _PROCESSORS[type(config)], load_tokenizer(directory)
-    image_processor = _load_image_processor(directory, values["model_type"])
+    kind, tokenizer = family_of(config).processor, load_tokenizer(directory)
+    image_processor = _load_image_processor(directory, kind.image_processors())
     if template is not None:
-        chosen = _named_template(template, values)
+        chosen = _named_template(template, kind, values)
     else:
-        chosen = own_template(directory, tokenizer, kind.placeholder) or _published_template(values)
+        chosen = own_template(directory, tokenizer, kind.placeholder) or kind.published_template(values)
     return kind(tokenizer, image_processor, config, chosen)
 
 
-def _named_template(name: str, values: dict[str, Any]) -> Template:
+def _named_template(name: str, kind: type[Processor], values: dict[str, Any]) -> Template:
     """The template called `name`, for the model of this config.json.
 
     Raises:
@@ -309,8 +212,8 @@ def _named_template(name: str, values: dict[str, Any]) -> Template:
     """
     if name not in NAMED_TEMPLATES:
         raise UserError(f"config.data.template={name}: unknown; choose {' or '.join(NAMED_TEMPLATES)}")
-    backbone = (values.get("text_config") or {}).get("model_type", "llama")
-    if values["model_type"] not in ("llava", "llava_next") or backbone != "llama":
+    backbone = backbone_of(values)
+    if not kind.on_vicuna or backbone != "llama":
         raise UserError(
             f"config.data.template={name}: is for LLaVA on Vicuna; this model is {values['model_type']} on {backbone}: "
             "leave the field unset"
@@ -318,15 +221,12 @@ def _named_template(name: str, values: dict[str, Any]) -> Template:
     return NAMED_TEMPLATES[name]
 
 
-def _published_template(values: dict[str, Any]) -> Template:
-    """The template that a family, on the backbone of this config.json, was published with."""
-    if values["model_type"] != "llava_next":
-        return {"llava": llava_15, "mllama": llama_32}[values["model_type"]]
-    backbone = (values.get("text_config") or {}).get("model_type", "llama")
-    return mistral_16 if backbone == "mistral" else vicuna_16
+def backbone_of(values: dict[str, Any]) -> str:
+    """`model_type` of the decoder of a config.json."""
+    return (values.get("text_config") or {}).get("model_type", "llama")
 
 
-def _edges(size: Any) -> tuple[int | None, int | None]:
+def edges(size: Any) -> tuple[int | None, int | None]:
     """Height and width that one of HF's size settings asks for; None where it does not."""
     shortest = getattr(size, "shortest_edge", None)
     return shortest or getattr(size, "height", None), shortest or getattr(size, "width", None)
@@ -346,7 +246,7 @@ def _as_rows(images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[I
     return [_as_list(entry) for entry in images]
 
 
-def _name(source: ImageLike, name: str) -> str:
+def image_name(source: ImageLike, name: str) -> str:
     """What an error calls an image: its own name if it has one."""
     if isinstance(source, (str, os.PathLike)):
         return str(source)
@@ -354,15 +254,14 @@ def _name(source: ImageLike, name: str) -> str:
 
 
 def _open(source: ImageLike, name: str) -> Image:
-    name = _name(source, name)
+    name = image_name(source, name)
     image = open_image(source, name)
     require_resizable(image, name)
     return image
 
 
-def _load_image_processor(directory: Path, family: str) -> Any:
+def _load_image_processor(directory: Path, kinds: dict[str, Any]) -> Any:
     path, settings = _image_settings(directory)
-    kinds = _image_processors(family)
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
     kind = kinds.get(str(named).removesuffix("Pil").removesuffix("Fast"))
     if kind is None:
@@ -380,7 +279,7 @@ def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
         settings = _read_json(whole).get("image_processor")
         if isinstance(settings, dict):
             return whole, settings
-    path = directory / _SETTINGS
+    path = directory / SETTINGS_FILE
     return path, _read_json(path)
 
 
@@ -394,23 +293,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
     return settings
-
-
-def _image_processors(family: str) -> dict[str, Any]:
-    """HF's classes by the name that files give them; the first is meant where a file names none."""
-    if family == "llava_next":
-        from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-        return {"LlavaNextImageProcessor": LlavaNextImageProcessorPil}
-    if family == "mllama":
-        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-
-        return {"MllamaImageProcessor": MllamaImageProcessorPil}
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
-    return {
-        "CLIPImageProcessor": CLIPImageProcessorPil,
-        "CLIPFeatureExtractor": CLIPImageProcessorPil,
-        "LlavaImageProcessor": LlavaImageProcessorPil,
-    }

@@ -1,7 +1,7 @@
 """LLaVA-1.5: CLIP tower, two-layer projector, LLaMA decoder (HF `LlavaForConditionalGeneration`)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from icet_jax.typing import Array, Bool, Float, Int
 class LlavaConfig:
     """Sizes of a LLaVA-1.5 model, under HF's names."""
 
+    model_type: ClassVar[str] = "llava"
     vision: ClipConfig
     text: LlamaConfig
     image_token_index: int

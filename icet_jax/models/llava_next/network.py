@@ -6,7 +6,7 @@ on the host as indices, so that the network's shapes do not depend on sizes.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +22,7 @@ from icet_jax.typing import Array, Bool, Float, Int
 class LlavaNextConfig(LlavaConfig):
     """Sizes of a LLaVA-NeXT model; `image_grid_pinpoints` are the canvases (height, width) that images may fill."""
 
+    model_type: ClassVar[str] = "llava_next"
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
 
     @property

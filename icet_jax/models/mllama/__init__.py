@@ -1,1 +1,23 @@
-"""Llama 3.2 Vision."""
+"""Llama 3.2 Vision: tiled tower, projector, cross-attention decoder."""
+
+from icet_jax.models.base.family import Family
+from icet_jax.models.mllama.config import CAPTURES, mllama_from_hf, mllama_to_hf
+from icet_jax.models.mllama.images import image_parts, image_shape
+from icet_jax.models.mllama.keys import mllama_table
+from icet_jax.models.mllama.network import Mllama
+from icet_jax.models.mllama.processor import MllamaProcessor
+from icet_jax.models.mllama.reference import REFERENCE
+from icet_jax.models.mllama.vision import EXIT_RULES
+
+FAMILY = Family(
+    name="mllama",
+    config_from_hf=mllama_from_hf,
+    config_to_hf=mllama_to_hf,
+    network=Mllama,
+    table=mllama_table,
+    image_shape=image_shape,
+    image_parts=image_parts,
+    processor=MllamaProcessor,
+    reference=REFERENCE,
+    exit_options={"exit_rule": EXIT_RULES, "capture": CAPTURES},
+)

@@ -1,7 +1,7 @@
 """Llama 3.2 Vision: tiled tower, projector, cross-attention decoder (HF `MllamaForConditionalGeneration`)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ EXIT_DEFINITIONS = {
 class MllamaConfig:
     """Sizes of the model; `exit_rule` says what exit l means (`EXIT_RULES`)."""
 
+    model_type: ClassVar[str] = "mllama"
     vision: MllamaVisionConfig
     text: MllamaTextConfig
     image_token_index: int

@@ -1,25 +1,20 @@
 """PEFT LoRA adapters: read, to be merged into the decoder as it is loaded, joined and written."""
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from icet_jax.checkpoints.adapter import Adapter
 from icet_jax.checkpoints.hf_config import Fields
 from icet_jax.checkpoints.problems import Problems
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader
-from icet_jax.checkpoints.streaming import to_host
-from icet_jax.checkpoints.tables import Slot
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
-from icet_jax.models.registry import family_of
-from icet_jax.nn.layers import Lora
+from icet_jax.models import family_of
 from icet_jax.nn.protocols import lora_key
-from icet_jax.typing import Float
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -39,45 +34,6 @@ _KEY = re.compile(
     r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>[0-9]{1,9})"
     r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """Low-rank updates of decoder projections, `W += scale * a @ b`, of which one layer is on the host at a time.
-
-    Attributes:
-      rank: r, of every target.
-      scale: alpha / r (or alpha / sqrt(r)).
-      targets: adapted projections, as `Lora.weights` names them.
-      factors: (target, layer of its stack) -> float32 `a [in, r]` and `b [r, out]`, in the order x @ a @ b; zero where
-        that layer of the target is left alone. With several processes it may be collective: all must ask in the same
-        order.
-    """
-
-    rank: int
-    scale: float
-    targets: tuple[str, ...]
-    factors: Callable[[str, int], tuple[np.ndarray, np.ndarray]]
-
-    def delta(self, slot: Slot) -> Float[np.ndarray, "size_in size_out"] | None:
-        """The float32 update `[in, out]` of the kernel that `slot` fills; None where there is none."""
-        target = lora_key(slot.path)
-        if target not in self.targets or slot.layer is None:
-            return None
-        # One memory layout, so that an adapter read from its file gives the same bits as the one that was written.
-        a, b = map(np.ascontiguousarray, self.factors(target, slot.layer))
-        return np.float32(self.scale) * (a @ b) if b.any() else None
-
-
-def of_lora(lora: Lora) -> Adapter:
-    """Trained LoRA weights, wherever their devices are, as an `Adapter`."""
-    rank = next(iter(lora.weights.values()))["a"].shape[-1]
-
-    def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        a, b = (to_host(lora.weights[target][side], layer).astype(np.float32) for side in "ab")
-        return a, b
-
-    return Adapter(rank, lora.scale, tuple(sorted(lora.weights)), factors)
 
 
 def places(config: Any) -> dict[tuple[str, int], tuple[int, str]]:

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from icet_jax.checkpoints import folder, safetensors_io
-from icet_jax.checkpoints.adapters import CONFIG, WEIGHTS, Adapter, concatenate, of_lora, places
+from icet_jax.checkpoints.adapter import Adapter, of_lora
 from icet_jax.errors import UserError
+from icet_jax.models.adapters import CONFIG, WEIGHTS, concatenate, places
 from icet_jax.nn.layers import Lora
 from icet_jax.parallel.distributed import together
 

@@ -8,10 +8,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from icet_jax.checkpoints.adapters import read_adapter  # noqa: E402
-from icet_jax.checkpoints.hf_export import save_vlm  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
+from icet_jax.models.adapters import read_adapter  # noqa: E402
+from icet_jax.models.loading import load_vlm  # noqa: E402
+from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.nn.protocols import init_lora, merge_lora  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402

@@ -15,15 +15,16 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from icet_jax.checkpoints.adapter_export import NAMES, save_adapter  # noqa: E402
-from icet_jax.checkpoints.adapters import read_adapter  # noqa: E402
-from icet_jax.checkpoints.hf_export import load_value_head, save_vlm  # noqa: E402
-from icet_jax.checkpoints.hf_import import load_vlm  # noqa: E402
+from icet_jax.checkpoints.hf_export import load_value_head  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
+from icet_jax.models.adapter_export import NAMES, save_adapter  # noqa: E402
+from icet_jax.models.adapters import read_adapter  # noqa: E402
+from icet_jax.models.loading import load_vlm  # noqa: E402
+from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.nn.heads import init_value_head  # noqa: E402
 from icet_jax.nn.protocols import merge_lora  # noqa: E402
 from tests import tiny  # noqa: E402
-from tests.checkpoints.test_adapters import TARGETS, random_lora  # noqa: E402
+from tests.models.test_adapters import TARGETS, random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402
 from tests.models import parity  # noqa: E402
 
@@ -159,8 +160,8 @@ KILLED = """
 import sys, time
 import numpy as np
 from icet_jax.checkpoints import safetensors_io
-from icet_jax.checkpoints.hf_export import save_vlm
-from icet_jax.checkpoints.hf_import import load_vlm
+from icet_jax.models.saving import save_vlm
+from icet_jax.models.loading import load_vlm
 loaded = load_vlm(sys.argv[1])
 real, count = safetensors_io.TensorReader.read, 0
 def read(self, key):

@@ -1,0 +1,127 @@
+"""HF `config.json` of LLaVA-1.5 <-> `LlavaConfig`; see `hf_config` for what is read and written."""
+
+import copy
+from typing import Any
+
+from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, llama_text, llama_text_to_hf, require_model_type
+from icet_jax.errors import UserError
+from icet_jax.models.llava.network import LlavaConfig
+from icet_jax.nn.clip import ClipConfig
+from icet_jax.nn.layers import ACTIVATIONS
+from icet_jax.nn.llama import LlamaConfig
+
+# What transformers fills in where the tower's part is sparse: its class defaults.
+_VISION_DEFAULTS = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32, "num_channels": 3, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+}  # fmt: skip
+_CLIP_FIELDS = tuple(_VISION_DEFAULTS)
+# What is meant where the vision config is absent altogether (CLIP ViT-L/14-336).
+_VISION_ABSENT = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+_LLAVA_DEFAULTS = {
+    "image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
+}  # fmt: skip
+# Where a Mistral decoder's defaults are others. Its window, 4096 tokens if the key is absent, is not implemented.
+_MISTRAL_DEFAULTS = {"intermediate_size": 14336, "num_key_value_heads": 8}
+_MISTRAL_WINDOW = 4096
+
+
+def llava_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaConfig:
+    """The network's config from a LLaVA-1.5 `config.json` (HF `LlavaConfig`).
+
+    Args:
+      values: the parsed file.
+      where: its name in error lines.
+
+    Raises:
+      UserError: another model type, or a value under which the network would differ from this one.
+    """
+    require_model_type(values, "llava", where)
+    return LlavaConfig(**llava_values(values, where))
+
+
+def llava_values(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of `LlavaConfig`, which LLaVA-1.5 and LLaVA-NeXT have in common."""
+    fields = Fields(values, _LLAVA_DEFAULTS, where)
+    if "image_token_id" in fields.values and "image_token_index" not in values:
+        fields.values["image_token_index"] = fields.values["image_token_id"]
+    vision = _vision(values.get("vision_config"), f"{where}: vision_config")
+    layer, depth = fields.values["vision_feature_layer"], vision.num_hidden_layers
+    if isinstance(layer, bool) or not isinstance(layer, int) or not -depth - 1 <= layer <= depth:
+        raise fields.fail("vision_feature_layer", f"one integer in -{depth + 1}..{depth}")
+    return {
+        "vision": vision,
+        "text": _decoder(values.get("text_config"), bool(fields.values["tie_word_embeddings"]), where),
+        "image_token_index": fields.size("image_token_index"),
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": fields.choice("vision_feature_select_strategy", ("default", "full")),
+        "projector_hidden_act": fields.choice("projector_hidden_act", ACTIVATIONS),
+        "multimodal_projector_bias": fields.choice("multimodal_projector_bias", (True, False)),
+    }
+
+
+def _decoder(values: Any, tied: bool, where: str) -> LlamaConfig:
+    """A Llama, or a Mistral that is one in all but name: without a sliding window."""
+    where = f"{where}: text_config"
+    if not isinstance(values, dict) or values.get("model_type") != "mistral":
+        return llama_text(values or {}, tied, where)
+    if values.get("sliding_window", _MISTRAL_WINDOW) is not None:
+        window = values.get("sliding_window", f"{_MISTRAL_WINDOW} (the default)")
+        raise UserError(f"{where}: sliding_window={window} is not supported; needs null, attention to all tokens")
+    known = {key: value for key, value in values.items() if value is not None}
+    return llama_text(_MISTRAL_DEFAULTS | known, tied, where, model_type="mistral")
+
+
+def _vision(values: Any, where: str) -> ClipConfig:
+    fields = Fields(_VISION_ABSENT if values is None else values, _VISION_DEFAULTS, where)
+    fields.only("model_type", "clip_vision_model")
+    heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
+    if width % heads:
+        raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    if fields.size("patch_size") > fields.size("image_size"):
+        raise fields.fail("patch_size", f"at most image_size={fields.size('image_size')}")
+    return ClipConfig(
+        hidden_size=width,
+        intermediate_size=fields.size("intermediate_size"),
+        num_hidden_layers=fields.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        image_size=fields.size("image_size"),
+        patch_size=fields.size("patch_size"),
+        num_channels=fields.size("num_channels"),
+        layer_norm_eps=fields.number("layer_norm_eps"),
+        hidden_act=fields.choice("hidden_act", ACTIVATIONS),
+    )
+
+
+def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """`config.json` with the old keys.
+
+    Args:
+      config: of the network.
+      source: the `config.json` that it came from, whose other keys are kept; None for a model made here.
+      dtype: torch name of the stored weights, "float16".
+    """
+    out = copy.deepcopy(source or {})
+    text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
+    for values in (out, text, vision):
+        drop_new_keys(values)
+    kind = text.get("model_type") or "llama"
+    text |= llama_text_to_hf(config.text, dtype, kind)
+    if kind == "mistral":
+        text["sliding_window"] = None  # an absent one is not none
+    vision |= {"model_type": "clip_vision_model", **{field: getattr(config.vision, field) for field in _CLIP_FIELDS}}
+    out |= {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        **{field: getattr(config, field) for field in _LLAVA_DEFAULTS if field != "tie_word_embeddings"},
+        "image_seq_length": config.image_tokens,
+        "tie_word_embeddings": config.text.tie_word_embeddings,
+        "torch_dtype": dtype,
+        "text_config": text,
+        "vision_config": vision,
+    }
+    return out

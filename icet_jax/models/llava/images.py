@@ -1,0 +1,34 @@
+"""Images of a LLaVA-1.5 batch: each is one square of pixels."""
+
+import numpy as np
+
+from icet_jax.errors import UserError
+from icet_jax.models.base.image_batches import ImageParts, Inputs, pixel_values
+from icet_jax.models.llava.network import LlavaConfig
+
+
+def image_shape(config: LlavaConfig) -> tuple[int, ...]:
+    """Shape of one image, (C, H, W)."""
+    return (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+
+
+def image_parts(config: LlavaConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
+    """Pixels and rows of the images; they have no layout."""
+    pixels = pixel_values(inputs, image_shape(config), axes=1)
+    return pixels, image_rows(ids, len(pixels), config), lambda places: None
+
+
+def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> np.ndarray:
+    """The row of each LLaVA-1.5 image, int32 [I] ascending, from the placeholders in input_ids [B, T].
+
+    Raises:
+      UserError: a row's placeholders are no whole number of images, or the images are too few or too many.
+    """
+    counts, rest = np.divmod((input_ids == config.image_token_index).sum(axis=1), config.image_tokens)
+    if rest.any():
+        raise UserError(
+            f"input_ids: row {int(rest.argmax())} holds no whole number of images (each {config.image_tokens} tokens)"
+        )
+    if counts.sum() != num_images:
+        raise UserError(f"input_ids hold placeholders for {counts.sum()} images, pixel_values hold {num_images}")
+    return np.repeat(np.arange(len(counts), dtype=np.int32), counts)

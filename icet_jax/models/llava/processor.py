@@ -1,0 +1,46 @@
+"""LLaVA-1.5's processor (HF `LlavaProcessor`)."""
+
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image
+
+from icet_jax.errors import UserError
+from icet_jax.media.images import ImageLike
+from icet_jax.media.templates import Template, llava_15
+from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, Processor, edges
+
+
+class LlavaProcessor(Processor):
+    """LLaVA-1.5's (HF `LlavaProcessor`): every image is resized and cropped to one square."""
+
+    on_vicuna = True
+
+    @classmethod
+    def published_template(cls, values: dict[str, Any]) -> Template:
+        """See `Processor`."""
+        return llava_15
+
+    @classmethod
+    def image_processors(cls) -> dict[str, Any]:
+        """See `Processor`."""
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+        from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+        return {
+            "CLIPImageProcessor": CLIPImageProcessorPil,
+            "CLIPFeatureExtractor": CLIPImageProcessorPil,
+            "LlavaImageProcessor": LlavaImageProcessorPil,
+        }
+
+    def _check_image_processor(self) -> None:
+        size = self.config.vision.image_size
+        if not self.image_processor.do_center_crop or edges(self.image_processor.crop_size) != (size, size):
+            raise UserError(f"{SETTINGS_FILE}: images must be cropped to {size} x {size}, the model's image_size")
+
+    def _image_tokens(self, image: ImageLike, name: str) -> int:
+        return self.config.image_tokens
+
+    def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
+        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
+        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32)}

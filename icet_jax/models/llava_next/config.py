@@ -1,0 +1,37 @@
+"""HF `config.json` of LLaVA-NeXT <-> `LlavaNextConfig`; see `hf_config` for what is read and written."""
+
+from typing import Any
+
+from icet_jax.checkpoints.hf_config import Fields, require_model_type
+from icet_jax.models.llava.config import llava_to_hf, llava_values
+from icet_jax.models.llava_next.network import LlavaNextConfig
+
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def llava_next_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaNextConfig:
+    """The network's config from a LLaVA-NeXT (v1.6) `config.json` (HF `LlavaNextConfig`); see `llava_from_hf`."""
+    require_model_type(values, "llava_next", where)
+    common = llava_values(values, where)
+    fields, tile = Fields(values, {"image_grid_pinpoints": _PINPOINTS}, where), common["vision"].image_size
+    canvases = fields.values["image_grid_pinpoints"]
+    if not _are_canvases(canvases, tile):
+        raise fields.fail("image_grid_pinpoints", f"pairs (height, width), multiples of image_size={tile}")
+    fields.only("vision_feature_select_strategy", "default")  # transformers itself fails on "full"
+    return LlavaNextConfig(**common, image_grid_pinpoints=tuple((height, width) for height, width in canvases))
+
+
+def _are_canvases(values: Any, tile: int) -> bool:
+    pairs = isinstance(values, list | tuple) and values and all(isinstance(pair, list | tuple) for pair in values)
+    return bool(pairs) and all(
+        len(pair) == 2 and all(type(edge) is int and edge > 0 and edge % tile == 0 for edge in pair) for pair in values
+    )
+
+
+def llava_next_to_hf(config: LlavaNextConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """`config.json` with the old keys; see `llava_to_hf`."""
+    return llava_to_hf(config, {"use_image_newline_parameter": True} | (source or {}), dtype) | {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "image_grid_pinpoints": [list(canvas) for canvas in config.image_grid_pinpoints],
+    }

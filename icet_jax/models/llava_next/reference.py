@@ -1,0 +1,38 @@
+"""LLaVA-NeXT in transformers, for `--mode=verify`."""
+
+from typing import Any
+
+import numpy as np
+
+from icet_jax.models.base.processor import Inputs
+from icet_jax.models.base.reference import Reference, States, random_pixels, stacked_images
+from icet_jax.models.llava.reference import at_exit, prepare_processor
+from icet_jax.models.llava_next.anyres import canvas, packing
+from icet_jax.models.llava_next.network import LlavaNextConfig
+
+
+def random_row(config: LlavaNextConfig, text: np.ndarray, count: int, noise: np.random.Generator) -> Inputs:
+    """Arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
+    sizes = [(int(high), int(wide)) for high, wide in noise.integers(20, 1200, (count, 2))]
+    places = sum(len(packing(size, config)) for size in sizes)
+    ids = np.concatenate([np.full(places, config.image_token_index), text])[None]
+    row = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    if count:
+        pixels = random_pixels(noise, (count, config.max_tiles), config)
+        for image, size in enumerate(sizes):
+            high, wide = (edge // config.vision.image_size for edge in canvas(size, config.image_grid_pinpoints))
+            pixels[image, 1 + high * wide :] = 0
+        row |= {"pixel_values": pixels, "image_sizes": np.array(sizes)}
+    return row
+
+
+def hidden_states(model: Any, config: LlavaNextConfig, row: dict[str, Any]) -> States:
+    """States 0..num_exits of the image encoder for one row\'s images."""
+    pixels = row["pixel_values"]
+    tiles = pixels.new_zeros((len(pixels), config.max_tiles, *pixels.shape[2:]))
+    tiles[:, : pixels.shape[1]] = pixels
+    pixels = tiles.flatten(0, 1)
+    return list(model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
+
+
+REFERENCE = Reference("LlavaNextProcessor", random_row, hidden_states, at_exit, stacked_images, prepare_processor)

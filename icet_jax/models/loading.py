@@ -1,0 +1,43 @@
+"""Loads vision-language models of every family from HF checkpoints."""
+
+import functools
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from icet_jax.checkpoints.hf_config import read_hf_config
+from icet_jax.checkpoints.hf_import import Checkpoint, load_network
+from icet_jax.models import family_of, vlm_config
+from icet_jax.models.adapters import read_adapter
+
+
+def load_vlm(
+    directory: str | Path, *, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None,
+    remat: str = "none", adapter: str | Path | None = None, exit_rule: str | None = None, capture: str | None = None,
+) -> Checkpoint:  # fmt: skip
+    """Loads a vision-language model of any family in any of the layouts that transformers 4.46 to 5.x write.
+
+    Args:
+      directory: with config.json and safetensors weights, one file or shards.
+      dtype: compute dtype, "float32" or "bfloat16".
+      param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
+      mesh: where to put the parameters (`icet_jax.parallel.sharding.RULES`); None for the default device.
+      remat: what the backward pass keeps, see `icet_jax.nn.layers.REMAT_POLICIES`.
+      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept
+        as `Checkpoint.adapter`.
+      exit_rule, capture: how exits are read, see `icet_jax.models.vlm_config`.
+
+    Raises:
+      UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,
+        duplicate or of a wrong shape or dtype, all listed together.
+    """
+    directory = Path(directory)
+    values = read_hf_config(directory)
+    config = vlm_config(values, str(directory / "config.json"), exit_rule=exit_rule, capture=capture)
+    family = family_of(config)
+    table = family.table(config)
+    make = functools.partial(family.network, config, remat=remat)
+    start = None if adapter is None else read_adapter(adapter, config)
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
+    graphdef, params = load_network(directory, make, table, **dtypes, mesh=mesh, adapter=start)
+    return Checkpoint(graphdef, params, config, values, directory, start)
