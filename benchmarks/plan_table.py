@@ -24,7 +24,7 @@ RESULTS, PAGE = ROOT / "docs" / "scaling.json", ROOT / "docs" / "scaling.md"
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4")
 ROWS_PER_CHIP = 4
 # What decides a program: a cell that other code made is not wrong, but old (`--renew` makes it again).
-_SOURCES = ("models", "parallel", "generation", "lppo", "planning/ahead.py", "runs/plan*.py", "evaluation/queue.py",
+_SOURCES = ("models", "nn", "parallel", "generation", "algorithms", "planning", "evaluation/queue.py",
             "checkpoints/published.py", "config/defaults.py", "config/paper.py")  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from icet_jax.config import checks, defaults
+from icet_jax.config import checks, defaults, names
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
 from icet_jax.runs import config_files
@@ -146,7 +146,7 @@ def _allowed(name: str, value: Any, config: Any) -> str:
     """The rule of the field, or its type where it has none."""
     if name in checks._RULES:
         return checks._RULES[name][1]
-    if name in defaults.OPEN_FIELDS:
+    if name in names.OPEN_FIELDS:
         return "your own keys"
     section, _, leaf = name.rpartition(".")
     kind = type(value) if value is not None else (config[section] if section else config).get_type(leaf)
@@ -162,10 +162,10 @@ def _capital(text: str) -> str:
 
 
 def _open_fields() -> str:
-    names = ", ".join(f"`{name}`" for name in defaults.OPEN_FIELDS)
-    kinds, rewards = (", ".join(f"`{item}`" for item in items) for items in (defaults.KINDS, defaults.REWARDS))
+    open_fields = ", ".join(f"`{name}`" for name in names.OPEN_FIELDS)
+    kinds, rewards = (", ".join(f"`{item}`" for item in items) for items in (names.KINDS, names.REWARDS))
     return (
-        f"## Fields with keys of your own\n\n{names} are dicts. The keys\n"
+        f"## Fields with keys of your own\n\n{open_fields} are dicts. The keys\n"
         f"of `data.mixture` and `reward.by_kind` are kinds of rows ({kinds}), values of the latter\n"
         f"{rewards}. Those of `sweep.datasets` and `sweep.utility` are names of your own\n"
         "for [sources](../data.md#sources).\n"
@@ -180,10 +180,10 @@ def _scorers() -> str:
         "| kind | fields of its own | fields of its network |\n| --- | --- | --- |\n"
     )
     rows = []
-    for kind, own in defaults.SCORER_FIELDS.items():
-        network = {} if kind in defaults.WITHOUT_NETWORK else defaults.NETWORK_FIELDS
+    for kind, own in names.SCORER_FIELDS.items():
+        network = {} if kind in names.WITHOUT_NETWORK else names.NETWORK_FIELDS
         cells = (
-            ", ".join(f"`{name}` ({checks.TYPE_NAMES[of]})" for name, of in names.items()) for names in (own, network)
+            ", ".join(f"`{name}` ({checks.TYPE_NAMES[of]})" for name, of in fields.items()) for fields in (own, network)
         )
         rows.append("| " + " | ".join([f"`{kind}`", *(cell or "none" for cell in cells)]) + " |")
     return head + "\n".join(rows) + "\n"

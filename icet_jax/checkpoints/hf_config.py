@@ -8,7 +8,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from icet_jax.config.families import FAMILIES
+from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
 from icet_jax.nn.gpt2 import GPT2Config

@@ -7,7 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax.config.defaults import (
+from icet_jax.config.defaults import default
+from icet_jax.config.names import (
     ALGORITHMS,
     CAPTURES,
     DTYPES,
@@ -27,7 +28,6 @@ from icet_jax.config.defaults import (
     TEMPLATES,
     TOO_LONG,
     WITHOUT_NETWORK,
-    default,
 )
 from icet_jax.errors import UserError
 

@@ -10,52 +10,7 @@ paper's match; *RiC* is Rewards-in-Context's PPO, the source of the reward model
 
 from ml_collections import ConfigDict, config_dict
 
-ALGORITHMS = ("lppo", "lsft")
-DTYPES = ("float32", "bfloat16")
-EXIT_SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
-KINDS = ("forbidden", "benign", "vqa")
-KL_KINDS = ("k1", "k2", "k3")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-REMATS = ("none", "dots", "full")
-TOO_LONG = ("drop", "stop")
-INSTABILITIES = ("stop", "skip")
-REWARDS = ("reward_model", "exact_match", "none")
-SCHEDULES = ("constant", "linear", "cosine")
-TEMPLATES = ("vicuna_v1", "llava_v1")
-EXIT_RULES = ("E1", "E2", "E5")
-CAPTURES = ("input", "output")
-EXPORT_FORMS = ("full", "adapter", "both")
-SCORER_FIELDS: dict[str, dict[str, type]] = {
-    "refusal_keywords": {},
-    "llama_guard": {"template": str, "max_new_tokens": int},
-    "decoder_judge": {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
-    "reward_model": {"template": str},
-    "toxicity": {"heads": tuple},
-    "chat": {
-        "endpoint": str,  # URL in front of /chat/completions
-        "model": str,  # its name there
-        "template": str,
-        "unsafe": str,
-        "safe": str,
-        "max_new_tokens": int,
-        "timeout": float,  # s for one request, from the connection to the last byte
-        "retries": int,
-        "requests_per_second": float,  # of all processes together
-        "key_variable": str,  # environment variable that holds the key; unset: no key is sent
-    },
-    "ensemble": {"members": dict},
-}
-"""Kinds of scorers and their own fields. Those with a checkpoint also take `NETWORK_FIELDS`."""
-NETWORK_FIELDS: dict[str, type] = {
-    "checkpoint": str,  # HF directory or hub id
-    "revision": str,  # of a hub id
-    "dtype": str,  # of the computation
-    "batch_size": int,  # rows judged at once
-}
-WITHOUT_NETWORK = ("refusal_keywords", "chat", "ensemble")
-
-# Fields whose own keys the user chooses.
-OPEN_FIELDS = ("data.mixture", "reward.by_kind", "scorers", "sweep.datasets", "sweep.utility")
+from icet_jax.config.names import PROJECTIONS
 
 
 def default() -> ConfigDict:

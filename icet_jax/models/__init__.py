@@ -1,13 +1,13 @@
 """The families of vision-language models, one folder each: `family` and `family_of` find the one that is meant.
 
 A family is a folder with `network`, `config`, `keys`, `processor` and `reference`, whose `FAMILY` says everything about
-it, and one line in `icet_jax.config.families`.
+it, and one line in `icet_jax.config.names`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from icet_jax.config.families import FAMILIES
+from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.checkpoints.published import scorer_values
 from icet_jax.checkpoints.scorers import abstract_scorer
-from icet_jax.config.defaults import WITHOUT_NETWORK
+from icet_jax.config.names import WITHOUT_NETWORK
 from icet_jax.parallel.sharding import placed, shardings
 from icet_jax.planning.ahead import bytes_per_device
 from icet_jax.runs.sources import checkpoint_directory

@@ -20,7 +20,7 @@ from icet_jax.checkpoints.hf_export import save_gpt2_reward
 from icet_jax.checkpoints.hf_import import Checkpoint
 from icet_jax.checkpoints.scorers import architecture, default_dtype, load_scorer_network
 from icet_jax.checkpoints.source import generation_tokens, local_directory
-from icet_jax.config.defaults import SCORER_FIELDS
+from icet_jax.config.names import SCORER_FIELDS
 from icet_jax.errors import UserError
 from icet_jax.files import replace_dir_atomic
 from icet_jax.generation import Sampling
@@ -86,7 +86,7 @@ def load_scorer(
       mesh: where the weights go; None for the default device.
       revision: of a hub id: branch, tag or commit.
       batch_size: rows judged at once; 16 for a Llama and 64 for the others if None.
-      fields: of the kind (`icet_jax.config.defaults.SCORER_FIELDS`): toxicity's `heads`, a judge's `max_new_tokens`, a
+      fields: of the kind (`icet_jax.config.names.SCORER_FIELDS`): toxicity's `heads`, a judge's `max_new_tokens`, a
         decoder judge's words `unsafe` and `safe`.
 
     Raises:

@@ -12,7 +12,7 @@ Render: TypeAlias = Callable[[str, str], str]
 """(prompt, response) -> the judge's whole text, without BOS or with it."""
 
 BUILT_IN = ("llama_guard_1", "llama_guard_3", "harmbench")
-"""Texts that the judges were published with (files in judges/templates), for checkpoints without a chat template."""
+"""Texts that the judges were published with (files in scorers/templates), for checkpoints without a chat template."""
 
 _PROBE = ("first probe 5f1c", "second probe 9a72")
 

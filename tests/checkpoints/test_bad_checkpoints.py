@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
 import icet_jax  # noqa: E402
-from icet_jax.checkpoints.hf_config import llava_from_hf  # noqa: E402
 from icet_jax.checkpoints.problems import compact  # noqa: E402
 from icet_jax.checkpoints.safetensors_io import TensorReader  # noqa: E402
 from icet_jax.checkpoints.scorers import load_scorer_network  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
+from icet_jax.models.llava.config import llava_from_hf  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
 from tests import tiny  # noqa: E402

@@ -15,9 +15,9 @@ from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.parallel.sharding import flatten_with_names  # noqa: E402
 from tests import tiny, tiny_families  # noqa: E402
-from tests.models.test_adapters import random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
 from tests.devices import emulating  # noqa: E402
+from tests.models.test_adapters import random_lora  # noqa: E402
 
 # Runs in each process: loads spread over the mesh, checks this process's parts against `single`, exports.
 PROGRAM = """

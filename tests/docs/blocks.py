@@ -48,7 +48,7 @@ FREE = (
     "pre-commit",
 )  # commands that are nobody's here
 ROOTS = ("icet_jax", "configs", "examples", "benchmarks", "launch", "scripts", "tests", "docs")
-ROOMS = ("models", "data", "generation", "judges", "lppo", "evaluation", "report", "runs", "parallel")
+PACKAGES = tuple(sorted(folder.name for folder in (ROOT / "icet_jax").iterdir() if folder.is_dir()))
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([\w+-]*)[^`]*$")
 _MARK = re.compile(r"<!-- ((?:no-run|fails)(?=: \S)|from: \S+|rows)(?:: .*)? -->")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -364,7 +364,7 @@ def check_span(span: str) -> None:
             raise Wrong(f"there is no mode {found[1]}")
     elif re.fullmatch(r"icet_jax(\.\w+)+", span):
         _resolve(span)
-    elif re.fullmatch(rf"({'|'.join(ROOTS + ROOMS)})/[\w./{{}},*-]*", span):
+    elif re.fullmatch(rf"({'|'.join(ROOTS + PACKAGES)})/[\w./{{}},*-]*", span):
         _check_file(span)
 
 

@@ -15,7 +15,7 @@ CODE = [page for page in PAGES if any(block.kind in blocks.PYTHON for block in b
 SCRIPTS = [
     path for folder in ("configs", "benchmarks", "scripts", "launch") for path in (blocks.ROOT / folder).glob("*.py")
 ]
-SCRIPTS += [blocks.ROOT / f"icet_jax/{name}.py" for name in ("main", "organism/build", "runs/toy/__init__")]
+SCRIPTS += [blocks.ROOT / f"icet_jax/{name}.py" for name in ("main", "organism/build", "miniatures/__init__")]
 names = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(blocks.ROOT)))
 
 

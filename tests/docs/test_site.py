@@ -76,9 +76,9 @@ def test_the_reference_has_the_python_surface_with_its_arguments(site):
     text = (site / "reference" / "api" / "index.html").read_text(encoding="utf-8")
     for name in (
         *icet_jax.SURFACE.values(),
-        "api.VLM.generate",
-        "lppo.losses.policy_loss",
-        "judges.base.Scorer",
+        "vlm.VLM.generate",
+        "algorithms.losses.policy_loss",
+        "scorers.base.Scorer",
     ):
         assert f'id="icet_jax.{name}"' in text, name
     assert "max_new_tokens" in text and "_answer" not in text

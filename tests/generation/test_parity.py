@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from icet_jax.generation import Sampling, generate, suppress_ids
-from icet_jax.models.base.image_batches import image_rows
+from icet_jax.models.llava.images import image_rows
 from icet_jax.models.loading import load_vlm
 from icet_jax.nn.protocols import Images
 from tests import tiny

@@ -24,9 +24,9 @@ from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.nn.heads import init_value_head  # noqa: E402
 from icet_jax.nn.protocols import merge_lora  # noqa: E402
 from tests import tiny  # noqa: E402
-from tests.models.test_adapters import TARGETS, random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402
 from tests.models import parity  # noqa: E402
+from tests.models.test_adapters import TARGETS, random_lora  # noqa: E402
 
 START = ("k_proj", "v_proj")
 

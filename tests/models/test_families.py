@@ -21,9 +21,9 @@ from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.nn.protocols import merge_lora  # noqa: E402
 from tests import tiny, tiny_families  # noqa: E402
-from tests.models.test_adapters import random_lora  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
 from tests.models import families as parity  # noqa: E402
+from tests.models.test_adapters import random_lora  # noqa: E402
 
 SIZES = [[(30, 50)], [], [(20, 60), (57, 57)]]
 MAKERS = {

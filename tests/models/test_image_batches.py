@@ -14,8 +14,9 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.models import family_of
-from icet_jax.models.base.image_batches import anyres_rows, batch_images
+from icet_jax.models.base.image_batches import batch_images
 from icet_jax.models.llava_next.anyres import gather_rows, packing
+from icet_jax.models.llava_next.images import anyres_rows
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.parallel.distributed import Share
 from tests import tiny_families

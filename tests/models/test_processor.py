@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from icet_jax.errors import UserError
-from icet_jax.models.base.image_batches import image_rows
 from icet_jax.models.base.processor import load_processor
+from icet_jax.models.llava.images import image_rows
 from tests import tiny
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from icet_jax.errors import UserError
 from icet_jax.media import templates
-from icet_jax.models.base.processor import cross_attention_mask, load_processor
+from icet_jax.models.base.processor import load_processor
+from icet_jax.models.mllama.processor import cross_attention_mask
 from tests import tiny_families
 from tests.models import processor_families as families
 from tests.models.processor_families import edit

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from icet_jax.checkpoints.hf_import import abstract_params
-from icet_jax.config.defaults import PROJECTIONS
+from icet_jax.config.names import PROJECTIONS
 from icet_jax.errors import UserError
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig

@@ -1,13 +1,13 @@
 """Llama 3.2 Vision: tiled tower, projector, cross-attention decoder."""
 
+from icet_jax.config.names import CAPTURES, EXIT_RULES
 from icet_jax.models.base.family import Family
-from icet_jax.models.mllama.config import CAPTURES, mllama_from_hf, mllama_to_hf
+from icet_jax.models.mllama.config import mllama_from_hf, mllama_to_hf
 from icet_jax.models.mllama.images import image_parts, image_shape
 from icet_jax.models.mllama.keys import mllama_table
 from icet_jax.models.mllama.network import Mllama
 from icet_jax.models.mllama.processor import MllamaProcessor
 from icet_jax.models.mllama.reference import REFERENCE
-from icet_jax.models.mllama.vision import EXIT_RULES
 
 FAMILY = Family(
     name="mllama",

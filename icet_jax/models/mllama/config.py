@@ -10,10 +10,6 @@ from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
 from icet_jax.nn.layers import ACTIVATIONS
 
-CAPTURES = ("input", "output")
-"""What index i of `intermediate_layers_indices` means: the state that enters block i, as the model was trained, or the
-one that leaves it, as transformers since 4.56 reads it."""
-
 _RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 _VISION_DEFAULTS = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_global_layers": 8,
@@ -38,8 +34,9 @@ def mllama_from_hf(
     Args:
       values: the parsed file.
       where: its name in error lines.
-      capture: one of `CAPTURES`.
-      exit_rule: what exit l feeds the projector, one of `icet_jax.models.mllama.vision.EXIT_RULES`.
+      capture: what index i of `intermediate_layers_indices` means, one of `CAPTURES`: the state that enters block i, as
+        the model was trained, or the one that leaves it, as transformers since 4.56 reads it.
+      exit_rule: what exit l feeds the projector, one of `EXIT_RULES`.
 
     Raises:
       UserError: another model type, or a value under which the network would differ from this one.

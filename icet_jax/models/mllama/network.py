@@ -7,8 +7,9 @@ import flax
 import jax.numpy as jnp
 from flax import nnx
 
+from icet_jax.config.names import EXIT_RULES
 from icet_jax.models.mllama.text import CrossStates, MllamaCache, MllamaDecoder, MllamaTextConfig
-from icet_jax.models.mllama.vision import EXIT_RULES, MllamaVisionConfig, MllamaVisionTower
+from icet_jax.models.mllama.vision import MllamaVisionConfig, MllamaVisionTower
 from icet_jax.nn import flops as operations
 from icet_jax.nn import layers
 from icet_jax.nn.layers import Lora

@@ -20,9 +20,6 @@ from icet_jax.parallel.sharding import row_shards
 from icet_jax.parallel.traced import by_rows, gathered, gathered_once, mesh_of, taken
 from icet_jax.typing import Array, Bool, Float, Int
 
-EXIT_RULES = ("E1", "E2", "E5")
-"""What feeds the projector at exit l; see `MllamaVisionTower.features`."""
-
 _EMBED_EPS = 1e-5  # of layernorm_pre and layernorm_post, whatever the config's norm_eps
 _SCORE_BYTES = 4 << 30  # most that the float32 attention scores of one block take on a device
 

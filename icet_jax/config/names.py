@@ -1,0 +1,73 @@
+"""The names that a config may contain; tables without jax, so that a wrong name is found at once.
+
+What a name stands for is imported by those who need it.
+"""
+
+from typing import NamedTuple
+
+ALGORITHMS = ("lppo", "lsft")
+DTYPES = ("float32", "bfloat16")
+EXIT_SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
+KINDS = ("forbidden", "benign", "vqa")
+KL_KINDS = ("k1", "k2", "k3")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REMATS = ("none", "dots", "full")
+TOO_LONG = ("drop", "stop")
+INSTABILITIES = ("stop", "skip")
+REWARDS = ("reward_model", "exact_match", "none")
+SCHEDULES = ("constant", "linear", "cosine")
+TEMPLATES = ("vicuna_v1", "llava_v1")
+EXIT_RULES = ("E1", "E2", "E5")  # what feeds the projector at exit l of Llama 3.2 Vision
+CAPTURES = ("input", "output")  # which states Llama 3.2 Vision's captured intermediates are
+EXPORT_FORMS = ("full", "adapter", "both")
+SCORER_FIELDS: dict[str, dict[str, type]] = {
+    "refusal_keywords": {},
+    "llama_guard": {"template": str, "max_new_tokens": int},
+    "decoder_judge": {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
+    "reward_model": {"template": str},
+    "toxicity": {"heads": tuple},
+    "chat": {
+        "endpoint": str,  # URL in front of /chat/completions
+        "model": str,  # its name there
+        "template": str,
+        "unsafe": str,
+        "safe": str,
+        "max_new_tokens": int,
+        "timeout": float,  # s for one request, from the connection to the last byte
+        "retries": int,
+        "requests_per_second": float,  # of all processes together
+        "key_variable": str,  # environment variable that holds the key; unset: no key is sent
+    },
+    "ensemble": {"members": dict},
+}
+"""Kinds of scorers and their own fields. Those with a checkpoint also take `NETWORK_FIELDS`."""
+NETWORK_FIELDS: dict[str, type] = {
+    "checkpoint": str,  # HF directory or hub id
+    "revision": str,  # of a hub id
+    "dtype": str,  # of the computation
+    "batch_size": int,  # rows judged at once
+}
+WITHOUT_NETWORK = ("refusal_keywords", "chat", "ensemble")
+
+# Fields whose own keys the user chooses.
+OPEN_FIELDS = ("data.mixture", "reward.by_kind", "scorers", "sweep.datasets", "sweep.utility")
+
+
+class FamilyName(NamedTuple):
+    """One family of vision-language models; a folder of `icet_jax.models` and a line of `FAMILIES`.
+
+    Attributes:
+      title: as people call it.
+      module: package whose `FAMILY` says everything about it.
+    """
+
+    title: str
+    module: str
+
+
+FAMILIES = {
+    "llava": FamilyName("LLaVA-1.5", "icet_jax.models.llava"),
+    "llava_next": FamilyName("LLaVA-NeXT", "icet_jax.models.llava_next"),
+    "mllama": FamilyName("Llama 3.2 Vision", "icet_jax.models.mllama"),
+}
+"""`model_type` of a `config.json` -> family."""
