@@ -7,11 +7,14 @@ it, and one line in `icet_jax.config.names`.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from icet_jax.config.names import FAMILIES
+from icet_jax.config.names import CAPTURES, FAMILIES
 from icet_jax.errors import UserError
 
 if TYPE_CHECKING:
     from icet_jax.models.base.family import Family
+
+_DEFAULTS = {"capture": CAPTURES[0]}
+"""Options that every config sets, whatever the family."""
 
 
 def family(model_type: Any, where: str = "config.json") -> "Family":
@@ -51,12 +54,15 @@ def vlm_config(values: dict[str, Any], where: str = "config.json", **options: st
         the family does not have, or a value that the option does not have.
     """
     found = family(values.get("model_type"), where)
-    chosen = {name: value for name, value in options.items() if value is not None}
-    for name, value in chosen.items():
-        known = found.exit_options.get(name)
-        if known is None:
+    chosen = {}
+    for name, value in options.items():
+        known = found.exit_options.get(name, ())
+        if value is None or (not known and value == _DEFAULTS.get(name)):
+            continue
+        if not known:
             title = FAMILIES[found.name].title
             raise UserError(f"{where}: {title} has one kind of exit; leave out the {name} {value}")
         if value not in known:
             raise UserError(f"{name}={value!r}: give one of {', '.join(known)}")
+        chosen[name] = value
     return found.config_from_hf(values, where, **chosen)
