@@ -12,10 +12,10 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.summary import summarise
 from icet_jax.evaluation.transcripts import TranscriptFile
-from icet_jax.judges.keywords import RefusalKeywords
 from icet_jax.report.formats import formats_html
 from icet_jax.report.load import load_run, load_runs
 from icet_jax.report.study import Study
+from icet_jax.scorers.keywords import RefusalKeywords
 from tests.data import published
 from tests.report import synthetic
 from tests.report.test_page import PAYLOAD, Page
