@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import icet_jax
-from icet_jax.lppo.settings import from_config
+from icet_jax.algorithms.settings import from_config
 from icet_jax.organism import world
 
 ROOT = Path(__file__).parents[2]

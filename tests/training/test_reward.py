@@ -72,7 +72,7 @@ def iteration(reward, texts, monkeypatch):
     lppo._counter = SimpleNamespace(lppo=lambda *_: None, evaluated=lambda _: 0)
     mask = np.array([[bool(text)] for text in texts])
     rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask, exits=EXITS)
-    monkeypatch.setattr("icet_jax.runs.algorithms.speeds", lambda *_: {})
+    monkeypatch.setattr("icet_jax.training.algorithms.speeds", lambda *_: {})
     state = TrainState(trainable={}, opt_state=None, controls=None, iteration=0, updates=0)
     return given, lppo.finish(state, PromptBatch(ROWS, mask, mask, None), rollout)[1]
 
