@@ -8,13 +8,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax import report
-from icet_jax.commands.prepare import TRAIN
+from icet_jax.commands.export import as_exported, check_form, write_exports
 from icet_jax.config import check_exits, require
 from icet_jax.errors import UserError
 from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common, fingerprints
 from icet_jax.runs.agreement import write_agreement
-from icet_jax.runs.export import as_exported, check_form, write_exports
 from icet_jax.runs.export_check import check_export
 from icet_jax.runs.measure import Measurements
 from icet_jax.runs.run_dir import Costs

@@ -12,12 +12,11 @@ from ml_collections import ConfigDict
 
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import from_config
-from icet_jax.algorithms.state import TrainState
-from icet_jax.checkpoints.as_written import adapted_params, merged_params
 from icet_jax.checkpoints.folder import ADAPTER
 from icet_jax.errors import UserError
 from icet_jax.models import adapters
 from icet_jax.models.adapter_export import save_adapter
+from icet_jax.models.as_written import adapted_params, merged_params
 from icet_jax.models.saving import save_vlm
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import POLICY_ROOT

@@ -1,7 +1,6 @@
 """Some of a sweep's answers once more, with the programs and the random numbers of the sweep."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ from icet_jax.data.records import Example
 from icet_jax.evaluation.queue import CompileAhead, Queue
 from icet_jax.evaluation.sweep import Answer, read_answer, row_keys
 from icet_jax.generation.sampling import Sampling
+from icet_jax.vlm import VLM
 
 # Numbers the generator that chooses; sweeps and training draw from jax's.
 _CHOICE_STREAM = 14
@@ -47,7 +47,7 @@ def spread_pairs(sizes: Mapping[str, tuple[int, int]], count: int, seed: int) ->
 
 
 def answer_again(
-    vlm: Any,
+    vlm: VLM,
     examples: Sequence[Example],
     wanted: Mapping[int, Sequence[int]],
     *,

@@ -184,7 +184,7 @@ def row_keys(key: Key[Array, ""], count: int) -> Key[Array, "N"]:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count, dtype=np.uint32))
 
 
-def read_answer(item: Finished, vlm: Any, sampling: Sampling, row: str) -> Answer:
+def read_answer(item: Finished, vlm: VLM, sampling: Sampling, row: str) -> Answer:
     """What the engine's tokens say.
 
     Args:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from icet_jax.api import VLM
 from icet_jax.errors import UserError
 from icet_jax.evaluation.recheck import spread_pairs
 from icet_jax.files import write_text_atomic
@@ -18,6 +17,7 @@ from icet_jax.parallel.distributed import on_first
 from icet_jax.report.load import EXPORT_CHECK, read_json
 from icet_jax.runs import common, model_card
 from icet_jax.runs.measure import Measurements
+from icet_jax.vlm import VLM
 
 SCHEMA = 1
 ROWS = 32

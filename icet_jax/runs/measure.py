@@ -16,9 +16,8 @@ from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.files import read_text, write_text_atomic
-from icet_jax.parallel.distributed import agree, is_writer, on_first
 from icet_jax.parallel.compilations import compile_programs
-from icet_jax.parallel.distributed import agree, is_writer
+from icet_jax.parallel.distributed import agree, is_writer, on_first
 from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.common import Setting, model_name
 from icet_jax.runs.forecast import paragraph

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints import families, streaming
-from icet_jax.checkpoints.adapters import Adapter, concatenate, of_lora
+from icet_jax.checkpoints import streaming
+from icet_jax.checkpoints.adapter import Adapter, of_lora
 from icet_jax.checkpoints.hf_export import opened
 from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.tables import Slot
-from icet_jax.models.family import lora_key
-from icet_jax.models.layers import Lora
+from icet_jax.models import family_of
+from icet_jax.models.adapters import concatenate
+from icet_jax.nn.layers import Lora
+from icet_jax.nn.protocols import lora_key
 from icet_jax.parallel.sharding import flatten_with_names
 
 
@@ -33,7 +35,7 @@ def merged_params(
     trained: Sequence[str] | None = None,
     donate: bool = False,
 ) -> nnx.State:
-    """The parameters that loading gives of what `hf_export.save_vlm` writes of the same arguments.
+    """The parameters that loading gives of what `models.saving.save_vlm` writes of the same arguments.
 
     With several processes all of them must call it. Parameters that an export leaves as they were are shared with
     `loaded`; the others lie where those of `loaded` do and have their dtypes.
@@ -42,14 +44,14 @@ def merged_params(
       config: of the network.
       loaded: the parameters as they were loaded.
       params: those that are exported (under LoRA `loaded` itself).
-      source_dir, start, lora, trained: see `hf_export.save_vlm`.
+      source_dir, start, lora, trained: see `models.saving.save_vlm`.
       donate: parameters of `loaded` that have a successor are deleted one by one, so that no two models are in memory.
 
     Raises:
       UserError: the source does not fit `config`.
     """
     adapter = None if lora is None else of_lora(lora)
-    table = families.family_of(config).table(config)
+    table = family_of(config).table(config)
     with opened(table, params, source_dir, start, adapter, trained) as export:
 
         def tensor(slot: Slot) -> np.ndarray:
@@ -76,7 +78,7 @@ def adapted_params(
       UserError: the source does not fit `config`.
     """
     adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
-    table = families.family_of(config).table(config)
+    table = family_of(config).table(config)
     with opened(table, loaded, source_dir, None, None, ()) as base:
 
         def tensor(slot: Slot) -> np.ndarray:

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 import icet_jax
-from icet_jax.checkpoints.adapter_export import save_adapter
+from icet_jax.algorithms.state import pure_dict
 from icet_jax.checkpoints.folder import ADAPTER
-from icet_jax.checkpoints.hf_export import save_vlm
+from icet_jax.commands import export
 from icet_jax.config import defaults
-from icet_jax.lppo.state import pure_dict
-from icet_jax.models.family import POLICY_ROOT, init_lora
+from icet_jax.models.adapter_export import save_adapter
+from icet_jax.models.saving import save_vlm
+from icet_jax.nn.protocols import POLICY_ROOT, init_lora
 from icet_jax.parallel.sharding import flatten_with_names
-from icet_jax.runs import common, export
+from icet_jax.runs import common
 from tests import tiny
 
 
