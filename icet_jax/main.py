@@ -51,7 +51,6 @@ EXAMPLES = {
 }
 _TOGETHER = ("align", "sweep", "export")  # modes that several processes can share
 _RESUMED = ("align", "sweep", "reward")  # modes that go on where they were stopped
-_MODULES = {"reward": "train_reward"}  # of modes whose file in icet_jax/runs has another name
 _REPORTED = ("align", "sweep")  # modes that end with the report of a run
 _WITHOUT_PROGRAMS = ("compare", "labels")  # modes that compile nothing
 _WITHOUT_CONFIG = ("export", "labels", "compare")  # modes that read the config of a run, or none
@@ -219,7 +218,7 @@ def run(arguments: Sequence[str]) -> int:
             from icet_jax.parallel.distributed import joined
 
             around.enter_context(joined(*process))
-        module = importlib.import_module(f"icet_jax.runs.{_MODULES.get(options.mode, options.mode)}")
+        module = importlib.import_module(f"icet_jax.commands.{options.mode}")
         code: int = module.run(config, options.workdir, options)
         if options.mode in _REPORTED:
             _print_headline(options.workdir)

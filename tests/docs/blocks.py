@@ -48,7 +48,8 @@ FREE = (
     "pre-commit",
 )  # commands that are nobody's here
 ROOTS = ("icet_jax", "configs", "examples", "benchmarks", "launch", "scripts", "tests", "docs")
-PACKAGES = tuple(sorted(folder.name for folder in (ROOT / "icet_jax").iterdir() if folder.is_dir()))
+_FOLDERS = {folder.name for folder in (ROOT / "icet_jax").iterdir() if folder.is_dir()}
+PACKAGES = tuple(sorted(_FOLDERS - {"checkpoints"}))  # a run directory has a folder of that name too
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([\w+-]*)[^`]*$")
 _MARK = re.compile(r"<!-- ((?:no-run|fails)(?=: \S)|from: \S+|rows)(?:: .*)? -->")
 _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
@@ -357,7 +358,7 @@ def check_span(span: str) -> None:
         for words in commands(span):
             if len(words) > 3 and not any(_PLACEHOLDER.fullmatch(word) for word in words):
                 check_command(words)
-    elif found := re.match(r"(?:--)?config((?:\.\w+)+)(=.*)?$", span):
+    elif span != "config.py" and (found := re.match(r"(?:--)?config((?:\.\w+)+)(=.*)?$", span)):
         _check_field(found[1][1:], found[2])
     elif found := re.match(r"--mode=(\w+)", span):
         if found[1] not in main.MODES:
