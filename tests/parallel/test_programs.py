@@ -12,8 +12,8 @@ import pytest
 
 from icet_jax.parallel import programs
 from icet_jax.parallel.programs import Program
-from tests.devices import emulating
 from tests.algorithms import toy
+from tests.devices import emulating
 
 LEARN = """
 import json, sys
