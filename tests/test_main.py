@@ -119,7 +119,7 @@ def test_help_names_the_modes_and_the_command(capsys):
 def test_every_example_of_help_starts_its_mode(mode, monkeypatch):
     """As typed, in the repository: its flags parse, its config loads, its files are there, and its mode is started."""
     monkeypatch.chdir(ROOT)
-    module = importlib.import_module(f"icet_jax.runs.{ {'reward': 'train_reward'}.get(mode, mode) }")
+    module = importlib.import_module(f"icet_jax.commands.{mode}")
     monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
     calls = []
     monkeypatch.setattr(module, "run", lambda *given: calls.append(given) or 0)
@@ -201,7 +201,7 @@ def test_the_repository_has_the_files_its_commands_name():
     ("mode", "finished", "shown"), [("sweep", True, "worst\n"), ("sweep", False, ""), ("plan", True, "")]
 )
 def test_a_finished_measurement_ends_with_its_headline(mode, finished, shown, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(f"icet_jax.runs.{mode}.run", lambda *given: 0)
+    monkeypatch.setattr(f"icet_jax.commands.{mode}.run", lambda *given: 0)
     monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
     monkeypatch.setattr("icet_jax.report.headline", lambda folder: "worst" if folder == tmp_path else "")
     if finished:

@@ -246,7 +246,7 @@ def check_main(arguments: list[str]) -> None:
     real = importlib.import_module
 
     def imported(name, *rest):
-        return Mode if started == [] and re.fullmatch(r"icet_jax\.runs\.\w+", name) else real(name, *rest)
+        return Mode if started == [] and re.fullmatch(r"icet_jax\.commands\.\w+", name) else real(name, *rest)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as around:
         from icet_jax.parallel import distributed
