@@ -109,7 +109,7 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
         fingerprints.check_rows(workdir, {TRAIN: rows})
         vlm = common.load_model(config, workdir)
         check_exits(config, vlm.num_exits)
-        rows, _ = fitting_rows(config, vlm, config.data.train, TRAIN, rows, training=True)
+        rows, _ = fitting_rows(config, vlm.processor, vlm.max_positions, config.data.train, TRAIN, rows, training=True)
         trainer = Trainer(config, workdir, vlm, rows, _reward(config, workdir, vlm.mesh))
         return trainer.policy(trainer.run())
 

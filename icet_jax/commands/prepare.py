@@ -8,12 +8,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.data import prepared
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, one_line
 from icet_jax.files import write_text_atomic
+from icet_jax.media.limits import max_positions
+from icet_jax.models.base.processor import load_processor
 from icet_jax.runs import sources
 from icet_jax.runs.sources import TRAIN
+from icet_jax.runs.too_long import fitting_rows
 
 SCHEMA = 1
 
@@ -21,8 +25,9 @@ SCHEMA = 1
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
     """Writes `config.data.train` and the sets of the sweeps, skipping those whose sources have not changed.
 
-    Prints a table and writes it to `report.json` beside the sets: rows read, kept and dropped by reason, repeats, and
-    test prompts that are training prompts.
+    Prints a table and writes it to `report.json` beside the sets: rows read, kept and dropped by reason, repeats, test
+    prompts that are training prompts, and where the model's tokenizer is on this machine, rows whose prompts are too
+    long for it. These stay in the sets, which serve other models too; a run leaves them out.
 
     Args:
       config: its `data` and `sweep` name the sources.
@@ -30,7 +35,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
       options: `out`, the folder to write to instead of `config.data.directory`.
 
     Raises:
-      UserError: no folder or no data set is named, a source that cannot be read, or a folder that cannot be written to.
+      UserError: no folder or no data set is named, a source that cannot be read, a folder that cannot be written to, or
+        a prompt that is too long where `config.data.too_long` is "stop".
     """
     directory = options.out if options.out is not None else config.data.directory
     if not directory:
@@ -40,9 +46,13 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         raise UserError("--mode=prepare: the config names no data set (data.train, sweep.datasets, sweep.utility)")
     directory = Path(directory)
     reports, rows = {}, {}
+    model = _model_directory(config, workdir)
+    where = {"root": config.data.root, "image_root": config.data.image_root, "workdir": workdir}
+    too_long = {} if model is None else _too_long(config, model, named, where)
     for name, (source, limit) in named.items():
-        where = {"root": config.data.root, "image_root": config.data.image_root, "workdir": workdir}
         reports[name] = _prepare(directory, name, source, limit, where)
+        if model is not None:
+            reports[name]["too_long"] = too_long[name]
         rows[name] = prepared.read_set(directory, name, source, limit)
         print(_line(name, reports[name]))
     train: list[Example] = rows.pop(TRAIN, [])
@@ -64,6 +74,34 @@ def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
         raise UserError(f"config.sweep names a data set '{TRAIN}', which is what the training set is called; rename it")
     named = {TRAIN: (config.data.train, None)} if config.data.train else {}
     return named | {name: (source, config.sweep.limit) for name, source in tests.items()}
+
+
+def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
+    """The folder of `config.model.checkpoint`; None, with a line that says so, where it is not on this machine."""
+    spec = config.model.checkpoint
+    if spec is None:
+        return None
+    directory = Path(sources.checkpoint_directory(spec, workdir)).expanduser()
+    if directory.is_dir():
+        return directory
+    print(
+        f"lengths of prompts are not measured: the files of config.model.checkpoint={one_line(spec)} are not on this "
+        "machine; every run measures them at its start",
+        file=sys.stderr,
+    )
+    return None
+
+
+def _too_long(
+    config: ConfigDict, model: Path, named: dict[str, tuple[str, int | None]], where: dict[str, Any]
+) -> dict[str, dict[str, int]]:
+    """{set: {row id: positions}} of the prompts that a run will leave out, before any image is decoded."""
+    processor, positions = load_processor(model, template=config.data.template), max_positions(read_hf_config(model))
+    too_long = {}
+    for name, (source, limit) in named.items():
+        examples = sources.read_rows(source, limit=limit, **where).examples
+        _, too_long[name] = fitting_rows(config, processor, positions, source, name, examples, training=name == TRAIN)
+    return too_long
 
 
 def _prepare(directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +131,8 @@ def _line(name: str, report: dict[str, Any]) -> str:
     for key, what in (("repeats", "repeated rows kept"), ("animated", "animated images (first frame used)")):
         if report[key]:
             parts.append(f"{report[key]} {what}")
+    if report.get("too_long"):
+        parts.append(f"{len(report['too_long'])} too long for the model, which runs leave out")
     if report.get("replaced_images"):
         images = report["replaced_images"]
         more = ", ..." if len(images) > 1 else ""

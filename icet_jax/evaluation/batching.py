@@ -10,6 +10,7 @@ from icet_jax.data.batches import load_ahead
 from icet_jax.data.records import Example
 from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.models.base.image_batches import batch_images
+from icet_jax.models.base.processor import Processor
 from icet_jax.nn.protocols import Images
 from icet_jax.parallel.distributed import Share, row_share
 from icet_jax.parallel.sharding import place_rows
@@ -70,7 +71,7 @@ def prompt_batch(
     return PromptBatch(list(examples), tokens, mask, pictures)
 
 
-def prompt_tokens(vlm: VLM, examples: Sequence[Example]) -> list[np.ndarray]:
+def prompt_tokens(processor: Processor, examples: Sequence[Example]) -> list[np.ndarray]:
     """Tokens of every row, image positions included, on several threads; no image is decoded.
 
     Raises:
@@ -79,7 +80,7 @@ def prompt_tokens(vlm: VLM, examples: Sequence[Example]) -> list[np.ndarray]:
 
     def tokens(start: int) -> list[np.ndarray]:
         rows = examples[start : start + _CHUNK]
-        found = vlm.processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
+        found = processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
         return [np.array(ids, np.int32) for ids in found]
 
     return [ids for part in load_ahead(tokens, range(0, len(examples), _CHUNK)) for ids in part]

@@ -84,7 +84,7 @@ class Queue:
         self._vlm, self._examples, self._todo, self._sampling = vlm, examples, todo, sampling
         self._keys = np.asarray(jax.random.key_data(keys))
         self._per_row = max(len(example.images) for example in examples)
-        self._prompts = prompt_tokens(vlm, examples)
+        self._prompts = prompt_tokens(vlm.processor, examples)
         for example, ids in zip(examples, self._prompts, strict=True):
             problem = vlm.misfit(ids, sampling.max_new_tokens)
             if problem is not None:

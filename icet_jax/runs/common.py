@@ -168,7 +168,7 @@ def _fitting(
 
     def fitting(name: str, source: str, rows: Rows, *, training: bool = False) -> Rows:
         examples, left_out = rows
-        kept, long = fitting_rows(config, vlm, source, name, examples, training=training)
+        kept, long = fitting_rows(config, vlm.processor, vlm.max_positions, source, name, examples, training=training)
         if long:
             too_long[name] = long
         return kept, left_out | ({REASON: len(long)} if long else {})

@@ -9,7 +9,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError, one_line
 from icet_jax.evaluation.batching import prompt_tokens
 from icet_jax.media.limits import max_tokens
-from icet_jax.vlm import VLM
+from icet_jax.models.base.processor import Processor
 
 REASON = "too long"
 _NAMED = 5  # rows that a message names
@@ -17,8 +17,9 @@ _SHOWN = 60  # characters of a row's id
 
 
 def fitting_rows(
-    config: ConfigDict, vlm: VLM, source: str, name: str, examples: Sequence[Example], *, training: bool = False
-) -> tuple[list[Example], dict[str, int]]:
+    config: ConfigDict, processor: Processor, max_positions: int | None, source: str, name: str,
+    examples: Sequence[Example], *, training: bool = False,
+) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
     """The rows that fit, and {id: positions} of those that do not, which `config.data.too_long` may refuse.
 
     A training row must fit `config.data.max_prompt_tokens`; any row must leave the model room for the longest answer
@@ -26,7 +27,8 @@ def fitting_rows(
 
     Args:
       config: of the run.
-      vlm: the model.
+      processor: of the model.
+      max_positions: of the model, most that a prompt and its answer may take; None is no limit.
       source: where the rows come from.
       name: of the set, as messages call it.
       examples: its rows.
@@ -35,13 +37,13 @@ def fitting_rows(
     Raises:
       UserError: no row fits, or one does not and `config.data.too_long` is "stop".
     """
-    limit, field, mend = _limit(config, vlm, training)
-    most = max_tokens(vlm.processor.tokenizer)
+    limit, field, mend = _limit(config, max_positions, training)
+    most = max_tokens(processor.tokenizer)
     if limit is None and most is None:
         return list(examples), {}
-    pairs = list(zip(examples, prompt_tokens(vlm, examples), strict=True))
+    pairs = list(zip(examples, prompt_tokens(processor, examples), strict=True))
     beyond = {row.id: len(ids) for row, ids in pairs if limit is not None and len(ids) > limit}
-    misfits = {row.id: len(ids) for row, ids in pairs if row.id not in beyond and vlm.processor.misfit(ids) is not None}
+    misfits = {row.id: len(ids) for row, ids in pairs if row.id not in beyond and processor.misfit(ids) is not None}
     long = beyond | misfits
     if not long:
         return list(examples), {}
@@ -59,11 +61,10 @@ def fitting_rows(
     return [row for row in examples if row.id not in long], long
 
 
-def _limit(config: ConfigDict, vlm: VLM, training: bool) -> tuple[int | None, str, str]:
+def _limit(config: ConfigDict, positions: int | None, training: bool) -> tuple[int | None, str, str]:
     """(positions that a prompt may take or None, what says so, how to raise it with the longest prompt's as `{}`)."""
     answer = "lppo.max_new_tokens" if training else "sweep.max_new_tokens"
     new = config.lppo.max_new_tokens if training else config.sweep.max_new_tokens
-    positions = vlm.max_positions
     room = None if positions is None else max(positions - new, 0)
     longest = config.data.max_prompt_tokens
     if training and (room is None or longest <= room):

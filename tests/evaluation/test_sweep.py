@@ -299,7 +299,7 @@ def test_one_damaged_exit_is_named_and_the_answers_before_it_are_kept(vlm, tmp_p
 
 def test_a_prompt_and_answer_longer_than_the_model_takes_is_one_line(vlm):
     small = copy.copy(vlm)
-    small.max_positions = max(map(len, queue.prompt_tokens(vlm, bundle.rows()))) + 5
+    small.max_positions = max(map(len, queue.prompt_tokens(vlm.processor, bundle.rows()))) + 5
     says = rf"^row \S+: the prompt takes \d+ positions, .* up to 6 .* but the model has {small.max_positions} \(config"
     with pytest.raises(UserError, match=says):
         run(small)

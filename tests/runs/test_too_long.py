@@ -106,3 +106,28 @@ def test_the_published_prompts_fit_the_papers_configs():
         family, _, variant = name.partition(":")
         config = config_files.load(f"configs/{family}_lppo.py{f':{variant}' * bool(variant)}")
         assert config.data.max_prompt_tokens >= image + 205  # RedTeam-2K's longest, by Llama 2's tokenizer
+
+
+def prepare(rows, directory, **changes):
+    fields = settings(rows, **changes) | {"data__directory": str(directory), "sweep__datasets": "{}"}
+    return front_door.main([*smoke.arguments(directory.parent / "work", **fields), "--mode=prepare"])
+
+
+def test_prepare_counts_the_rows_that_are_too_long_and_keeps_them_for_other_models(rows, tmp_path, capsys):
+    assert prepare(rows, tmp_path / "sets") == 0
+    said = capsys.readouterr()
+    report = json.loads((tmp_path / "sets" / "report.json").read_text())["sets"]["train"]
+    assert list(report["too_long"]) == ["second"] and report["too_long"]["second"] > 200
+    assert report["kept"] == 4 and "1 too long for the model, which runs leave out" in said.out
+    assert "row second takes" in said.err
+
+
+def test_prepare_stops_at_a_row_that_is_too_long_if_asked_to(rows, tmp_path, capsys):
+    assert prepare(rows, tmp_path / "sets", data__too_long="stop") == 2
+    assert "row second takes" in capsys.readouterr().err and not (tmp_path / "sets" / "report.json").exists()
+
+
+def test_prepare_says_where_it_cannot_measure(rows, tmp_path, capsys):
+    assert prepare(rows, tmp_path / "sets", model__checkpoint="someone/not-here") == 0
+    report = json.loads((tmp_path / "sets" / "report.json").read_text())["sets"]["train"]
+    assert "too_long" not in report and "config.model.checkpoint=someone/not-here" in capsys.readouterr().err
