@@ -30,9 +30,10 @@ import numpy as np
 import timing
 from flax import nnx
 
+import icet_jax.config
 from icet_jax.algorithms import learner
-from icet_jax.algorithms.settings import Settings
-from icet_jax.algorithms.state import OptimizerSettings, TrainState, init_state
+from icet_jax.algorithms.settings import from_config
+from icet_jax.algorithms.state import TrainState, init_state
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from icet_jax.nn.clip import ClipConfig
@@ -82,10 +83,13 @@ class Job:
         text, vision = preset.text, preset.vision
         self.image, self.pad = text.vocab_size - 1, text.vocab_size - 2
         self.config = LlavaConfig(vision=vision, text=text, image_token_index=self.image)
-        self.settings = Settings(
-            sampling=Sampling(preset.responses, eos_ids=(2,), suppress_ids=(self.image, self.pad), pad_id=self.pad),
-            optimizer=OptimizerSettings(learning_rate=1e-4, max_grad_norm=1.0),
+        sampling = Sampling(preset.responses, eos_ids=(2,), suppress_ids=(self.image, self.pad), pad_id=self.pad)
+        default = from_config(icet_jax.config.default(), sampling)
+        self.settings = dataclasses.replace(
+            default,
+            optimizer=dataclasses.replace(default.optimizer, learning_rate=1e-4, max_grad_norm=1.0),
             lora_scale=2.0,
+            kl_adaptive=False,
             epochs=epochs,
             accumulation=accumulation,
         )

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icet_jax.config.names import EXIT_SCHEDULES
 from icet_jax.errors import UserError
 from icet_jax.nn.protocols import check_exit
 from icet_jax.typing import Array, Int, Key
-
-SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
 
 
 def groups(num_exits: int) -> list[np.ndarray]:
@@ -54,7 +53,7 @@ def sample(
         return jax.random.randint(key, (batch,), 1, num_exits + 1, jnp.int32)
     if schedule == "stratified":
         return _stratified(key, batch, num_exits)
-    raise UserError(f"config.lppo.exits: unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    raise UserError(f"config.lppo.exits: unknown schedule {schedule!r}; choose one of {', '.join(EXIT_SCHEDULES)}")
 
 
 def _stratified(key: Key[Array, ""], batch: int, num_exits: int) -> Int[Array, " B"]:

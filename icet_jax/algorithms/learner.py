@@ -1,7 +1,7 @@
 """The jitted phases of L-PPO: rollout, prepare, update; pure functions over explicit pytrees.
 
     graphdef, params = nnx.split(model)                    # frozen: tower, projector and the reference policy
-    settings = settings.from_config(config, eos_ids=..., suppress_ids=..., pad_id=...)
+    settings = settings.from_config(config, vlm.sampling(max_new_tokens, temperature))
     state = state.init_state(params, lora, hidden_size=model.hidden_size, optimizer=settings.optimizer, kl_coef=...)
     phases = learner.build(graphdef, settings, mesh)       # lora: models.family.init_lora(...), None = full fine-tuning
     run_key = jax.random.key(seed)

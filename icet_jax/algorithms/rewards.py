@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from icet_jax.config.names import KL_KINDS
 from icet_jax.errors import UserError
 from icet_jax.typing import Array, ArrayLike, Bool, Float, Scalar
 
@@ -34,7 +35,7 @@ def kl_penalty(
     if kind == "k3":
         # expm1: an error of eps * |d| rather than eps, where the two distributions nearly agree.
         return _finite_gradient(lambda x: jnp.expm1(-x) + x, d, jnp.isfinite(d) & (d > -_EXP_LIMIT))
-    raise UserError(f"config.lppo.kl_kind: unknown estimator {kind!r}; choose k1, k2 or k3")
+    raise UserError(f"config.lppo.kl_kind: unknown estimator {kind!r}; choose one of {', '.join(KL_KINDS)}")
 
 
 def _finite_gradient(function: Callable[[Array], Array], x: Array, finite: Array) -> Array:

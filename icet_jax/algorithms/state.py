@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from icet_jax.algorithms.rewards import ScoreNormaliser, init_normaliser
+from icet_jax.config.names import SCHEDULES
 from icet_jax.errors import UserError
 from icet_jax.nn.heads import init_value_head
 from icet_jax.nn.layers import Lora
@@ -18,7 +19,7 @@ from icet_jax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its schedule; the fields are those of `config.optimizer`, plus the length of the run.
+    """AdamW and its schedule; the fields are those of `config.optimizer`, whose defaults hold, plus the run's length.
 
     Attributes:
       total_steps: optimizer steps after which `linear` and `cosine` reach zero.
@@ -27,14 +28,14 @@ class OptimizerSettings:
     """
 
     learning_rate: float
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    total_steps: int = 1
+    schedule: str
+    warmup_steps: int
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+    total_steps: int
     value_learning_rate: float | None = None
     value_max_grad_norm: float | None = None
     value_warmup_steps: int | None = None
@@ -89,7 +90,7 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
         after = optax.cosine_decay_schedule(peak, rest)
     else:
         raise UserError(
-            f"config.optimizer.schedule: unknown schedule {settings.schedule!r}; choose constant, linear or cosine"
+            f"config.optimizer.schedule: unknown schedule {settings.schedule!r}; choose one of {', '.join(SCHEDULES)}"
         )
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 

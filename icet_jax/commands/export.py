@@ -86,7 +86,7 @@ def export(config: ConfigDict, workdir: Path, out: Path) -> None:
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: has no checkpoints to export; run --mode=align first")
     vlm = common.load_model(config, workdir, record=False)
-    settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
+    settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
     checkpoints = open_checkpoints(config, workdir)
     try:
         if not checkpoints.steps:

@@ -70,10 +70,7 @@ class AbstractRun:
         self.config, self.mesh = config, mesh
         self.vlm = _abstract_vlm(config, mesh)
         vlm = self.vlm
-        sampling = vlm.sampling(config.lppo.max_new_tokens)
-        settings = from_config(
-            config, eos_ids=sampling.eos_ids, suppress_ids=sampling.suppress_ids, pad_id=sampling.pad_id
-        )
+        settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
         self.settings: Settings = dataclasses.replace(settings, accumulation=slices(config, row_shards(mesh)))
 
         def start(params: Any) -> TrainState:

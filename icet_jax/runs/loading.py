@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from icet_jax.checkpoints.source import local_directory
+from icet_jax.config.names import DTYPES
 from icet_jax.errors import UserError
 from icet_jax.models.loading import load_vlm
 from icet_jax.scorers.base import Scorer
@@ -104,6 +105,6 @@ def _dtype_name(dtype: Any) -> str:
         name = jnp.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"dtype: {name} given; use float32 or bfloat16")
+    if name not in DTYPES:
+        raise UserError(f"dtype: {name} given; use {' or '.join(DTYPES)}")
     return name

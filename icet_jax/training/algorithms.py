@@ -186,10 +186,8 @@ def _images(batch: PromptBatch) -> np.ndarray:
 
 
 def _settings(config: ConfigDict, vlm: VLM, iterations: int) -> Settings:
-    drawn = vlm.sampling(config.lppo.max_new_tokens)
-    settings = from_config(
-        config, eos_ids=drawn.eos_ids, suppress_ids=drawn.suppress_ids, pad_id=drawn.pad_id, iterations=iterations
-    )
+    sampling = vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature)
+    settings = from_config(config, sampling, iterations=iterations)
     shards = 1 if vlm.mesh is None else row_shards(vlm.mesh)
     return dataclasses.replace(settings, accumulation=slices(config, shards))
 

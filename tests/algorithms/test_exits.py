@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from icet_jax.algorithms import exits
+from icet_jax.config.names import EXIT_SCHEDULES
 from icet_jax.errors import UserError
 
 
@@ -15,7 +16,7 @@ def draw(schedule, seed=0, batch=10, num_exits=8, default_exit=7, **options):
     )
 
 
-@pytest.mark.parametrize("schedule", exits.SCHEDULES)
+@pytest.mark.parametrize("schedule", EXIT_SCHEDULES)
 @pytest.mark.parametrize("num_exits", [1, 2, 3, 8, 24])
 def test_every_schedule_stays_in_range_reaches_every_exit_and_repeats(schedule, num_exits):
     seen = set()

@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from icet_jax.algorithms.settings import from_config
-from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
+from icet_jax.algorithms.state import make_optimizer
 from icet_jax.config import default
+from icet_jax.generation.sampling import Sampling
 from icet_jax.parallel.sharding import shardings
 
-JOINT = OptimizerSettings(learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.01)
+DEFAULT = from_config(default(), Sampling(max_new_tokens=1)).optimizer
+JOINT = dataclasses.replace(DEFAULT, learning_rate=0.1, max_grad_norm=1.0, weight_decay=0.01)
 START = {"policy": {"a": [1.0, -2.0]}, "value_head": {"kernel": [[0.5], [0.25]]}}
 # Gradients of three steps: the value head's grow, the policy's stay.
 STEPS = [{"policy": {"a": [0.3, 0.4]}, "value_head": {"kernel": [[size], [0.0]]}} for size in (0.5, 40.0, 1.0)]
@@ -72,9 +74,9 @@ def test_the_value_head_has_its_own_rate_clip_and_warm_up():
 def test_the_config_reaches_the_optimizer(field):
     config = default().unlock()
     config.lppo[field] = 3
-    settings = from_config(config, eos_ids=(2,), suppress_ids=(), pad_id=0)
+    settings = from_config(config, Sampling(max_new_tokens=1))
     assert getattr(settings.optimizer, field) == 3
-    assert getattr(from_config(default(), eos_ids=(2,), suppress_ids=(), pad_id=0).optimizer, field) is None
+    assert getattr(from_config(default(), Sampling(max_new_tokens=1)).optimizer, field) is None
 
 
 def test_the_state_of_apart_optimizers_has_places_on_a_mesh():

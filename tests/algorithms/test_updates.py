@@ -1,5 +1,7 @@
 """The scan of an update's steps, on a loss of one number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,12 @@ import optax
 import pytest
 
 from icet_jax.algorithms.metrics import host_metrics, policy_metrics, step_metrics
-from icet_jax.algorithms.state import Controls, OptimizerSettings, TrainState, make_optimizer
+from icet_jax.algorithms.state import Controls, TrainState, make_optimizer
 from icet_jax.algorithms.updates import optimise, shuffled_order
 from icet_jax.typing import Array
+from tests.algorithms import toy
 
-OPTIMIZER = OptimizerSettings(learning_rate=0.1, weight_decay=0.01)
+OPTIMIZER = dataclasses.replace(toy.SETTINGS.optimizer, learning_rate=0.1, weight_decay=0.01, max_grad_norm=0.0)
 
 
 def loss_function(trainable: dict, rows: dict) -> tuple[Array, dict[str, Array]]:

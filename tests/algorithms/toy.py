@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.algorithms import learner
-from icet_jax.algorithms.settings import Settings
-from icet_jax.algorithms.state import OptimizerSettings, init_state
+from icet_jax.algorithms.settings import from_config
+from icet_jax.algorithms.state import init_state
+from icet_jax.config import default
 from icet_jax.generation import Sampling
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from icet_jax.nn.clip import ClipConfig
@@ -36,9 +37,11 @@ VISION = ClipConfig(
     patch_size=2,
 )
 ROWS, NEW_TOKENS = 8, 5
-SETTINGS = Settings(
-    sampling=Sampling(NEW_TOKENS, temperature=0.7, eos_ids=(EOS,), suppress_ids=(IMAGE, PAD), pad_id=PAD),
-    optimizer=OptimizerSettings(learning_rate=1e-2, max_grad_norm=1.0),
+SAMPLING = Sampling(NEW_TOKENS, temperature=0.7, eos_ids=(EOS,), suppress_ids=(IMAGE, PAD), pad_id=PAD)
+_DEFAULT = from_config(default(), SAMPLING)
+SETTINGS = dataclasses.replace(
+    _DEFAULT,
+    optimizer=dataclasses.replace(_DEFAULT.optimizer, learning_rate=1e-2, max_grad_norm=1.0),
     lora_scale=2.0,
     epochs=2,
     minibatches=2,

@@ -13,6 +13,7 @@ import pytest
 
 import icet_jax
 from icet_jax.algorithms.settings import from_config
+from icet_jax.generation.sampling import Sampling
 from icet_jax.organism import world
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def config_of(ablations):
 
 
 def optimizer(config):
-    return from_config(config, eos_ids=[1], suppress_ids=[], pad_id=0).optimizer
+    return from_config(config, Sampling(max_new_tokens=1)).optimizer
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

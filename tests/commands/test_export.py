@@ -40,7 +40,7 @@ def a_run(workdir, directory, rank, **more):
     config = config_files.load(None, (overrides | more).items())
     run_dir.claim(workdir, config)
     vlm = icet_jax.load(directory, adapter=config.model.adapter)
-    settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
+    settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
     state = initial_state(config, vlm, settings)
     noise = np.random.default_rng(rank)
     trainable = jax.tree.map(
@@ -120,7 +120,7 @@ def test_a_finished_export_is_left_alone_and_a_missing_one_made(tmp_path, direct
     assert [path.name for path in (run / "hf").iterdir()] == ["adapter"]
     config = run_dir.read_config(run / "config.json")
     vlm = icet_jax.load(directory)
-    settings = from_config(config, eos_ids=vlm.eos_ids, suppress_ids=vlm.suppress_ids, pad_id=vlm.pad_id)
+    settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
     state = initial_state(config, vlm, settings)  # not the trained one: it must not be written over it
 
     def write():

@@ -10,6 +10,7 @@ language model in place of adapters.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -25,14 +26,16 @@ from PIL import Image
 
 from icet_jax.algorithms import learner
 from icet_jax.algorithms.forward import with_policy
-from icet_jax.algorithms.settings import Settings
-from icet_jax.algorithms.state import OptimizerSettings, TrainState, init_state
+from icet_jax.algorithms.settings import from_config
+from icet_jax.algorithms.state import TrainState, init_state
 from icet_jax.algorithms.updates import gradients
+from icet_jax.config import default
 from icet_jax.data.records import Example
 from icet_jax.evaluation import sweep as sweeping
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.queue import Queue
 from icet_jax.files import write_text_atomic
+from icet_jax.generation.sampling import Sampling
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.nn.protocols import init_lora
 from icet_jax.parallel import distributed
@@ -45,7 +48,10 @@ TARGETS = ("q_proj", "v_proj", "down_proj")
 GAP = 1e-4  # between the two likeliest tokens, below which either may be the answer
 # The value head's bias begins with gradients of nothing but rounding, as rewards are normalised: Adam without a floor
 # would make whole steps of it.
-OPTIMIZER = OptimizerSettings(learning_rate=3e-3, eps=float(os.environ.get("ICET_PARITY_EPS", 1e-5)), max_grad_norm=1.0)
+DEFAULT = from_config(default(), Sampling(NEW_TOKENS))
+OPTIMIZER = dataclasses.replace(
+    DEFAULT.optimizer, learning_rate=3e-3, eps=float(os.environ.get("ICET_PARITY_EPS", 1e-5)), max_grad_norm=1.0
+)
 SEED = 0
 
 
@@ -70,7 +76,8 @@ class Bench:
     def __init__(self, folder: Path, mesh: jax.sharding.Mesh | None, full: bool):
         self.mesh, self.vlm = mesh, loading.load(folder / "vlm", mesh=mesh)
         self.key = jax.random.key(SEED)
-        self.settings = Settings(
+        self.settings = dataclasses.replace(
+            DEFAULT,
             sampling=self.vlm.sampling(NEW_TOKENS, temperature=1.0),
             optimizer=OPTIMIZER,
             lora_scale=None if full else 2.0,
