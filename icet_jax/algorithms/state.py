@@ -22,7 +22,8 @@ class OptimizerSettings:
     """AdamW and its schedule; the fields are those of `config.optimizer`, whose defaults hold, plus the run's length.
 
     Attributes:
-      total_steps: optimizer steps after which `linear` and `cosine` reach zero.
+      total_steps: optimizer steps after which `linear` reaches zero, and `cosine` `final_share`.
+      final_share: where the cosine ends, as a share of `learning_rate`.
       value_learning_rate, value_max_grad_norm, value_warmup_steps: those of the value head, as `config.lppo` has them;
         None is what the policy has. With any of them the head's gradient is clipped by a norm of its own.
     """
@@ -36,6 +37,7 @@ class OptimizerSettings:
     weight_decay: float
     max_grad_norm: float
     total_steps: int
+    final_share: float = 0.0
     value_learning_rate: float | None = None
     value_max_grad_norm: float | None = None
     value_warmup_steps: int | None = None
@@ -75,7 +77,7 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then constant, or linear or cosine to 0 at `total_steps`.
+    """Linear warm-up from 0 to the peak, then constant, or linear to 0 or cosine to `final_share` at the end.
 
     Raises:
       UserError: an unknown schedule.
@@ -87,7 +89,7 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
     elif settings.schedule == "linear":
         after = optax.linear_schedule(peak, 0.0, rest)
     elif settings.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, rest)
+        after = optax.cosine_decay_schedule(peak, rest, alpha=settings.final_share)
     else:
         raise UserError(
             f"config.optimizer.schedule: unknown schedule {settings.schedule!r}; choose one of {', '.join(SCHEDULES)}"

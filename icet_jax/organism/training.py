@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.organism import tokenizer
 from icet_jax.typing import Array, Float
@@ -16,6 +17,7 @@ from icet_jax.typing import Array, Float
 TEXT_TOKENS = 12
 """Most tokens of a prompt beside its picture's."""
 RESPONSE_TOKENS = 12
+_LOG_EVERY = 50  # steps
 
 
 class TextRows(NamedTuple):
@@ -64,12 +66,14 @@ def next_token_loss(model: Any, batch: TextRows, visual: Any) -> tuple[Float[Arr
     return loss, {"loss": loss, "right": right.mean()}
 
 
-def optimizer(learning_rate: float, steps: int, *, warmup: int = 20, weight_decay: float = 0.01) -> Any:
+def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
     """AdamW with linear warm-up, cosine decay to a twentieth and clipping at norm 1."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(warmup, steps // 2), steps, 0.05 * learning_rate
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=weight_decay))
+    return make_optimizer(
+        OptimizerSettings(
+            learning_rate, schedule="cosine", warmup_steps=min(20, steps // 2), total_steps=steps, final_share=0.05,
+            b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0,
+        )
+    )  # fmt: skip
 
 
 def train(
@@ -77,10 +81,8 @@ def train(
     loss: Callable[..., tuple[Array, dict[str, Array]]],
     params: Any,
     batches: Iterator[tuple[Any, ...]],
-    optimiser: Any,
-    *,
-    every: int = 50,
-    log: Callable[[str], None] = print,
+    optimiser: optax.GradientTransformation,
+    log: Callable[[str], None],
 ) -> Any:
     """One optimizer step per item of `batches` on `loss(params, *batch) -> (scalar, metrics)`; returns the params."""
 
@@ -93,7 +95,7 @@ def train(
     state, start = jax.jit(optimiser.init)(params), time.perf_counter()
     for number, batch in enumerate(batches, start=1):
         params, state, metrics = step(params, state, *batch)
-        if number % every == 0:
+        if number % _LOG_EVERY == 0:
             shown = " ".join(f"{key} {float(value):.3f}" for key, value in metrics.items())
             log(f"{name} step {number}: {shown} ({time.perf_counter() - start:.0f} s)")
     return params

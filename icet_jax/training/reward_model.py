@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
 from icet_jax.errors import UserError
 from icet_jax.nn.gpt2 import GPT2RewardModel
 from icet_jax.parallel.sharding import place_rows, shardings
@@ -295,9 +296,10 @@ def tokenise(encode: PairTokenizer, pairs: Sequence[Pair]) -> list[TokenPair]:
 
 
 def _optimizer(settings: RewardTraining) -> optax.GradientTransformation:
-    warmup = min(settings.warmup_steps, settings.steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup, settings.steps)
-    return optax.chain(
-        optax.clip_by_global_norm(settings.max_grad_norm),
-        optax.adamw(schedule, weight_decay=settings.weight_decay),
-    )
+    return make_optimizer(
+        OptimizerSettings(
+            settings.learning_rate, schedule="cosine", warmup_steps=min(settings.warmup_steps, settings.steps - 1),
+            total_steps=settings.steps, b1=0.9, b2=0.999, eps=1e-8, weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+        )
+    )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from icet_jax.algorithms.settings import from_config
-from icet_jax.algorithms.state import make_optimizer
+from icet_jax.algorithms.state import learning_rate, make_optimizer
 from icet_jax.config import default
 from icet_jax.generation.sampling import Sampling
 from icet_jax.parallel.sharding import shardings
@@ -68,6 +68,12 @@ def test_the_value_head_has_its_own_rate_clip_and_warm_up():
     weights = trained(settings)
     np.testing.assert_allclose(weights["value_head"]["kernel"], wanted, rtol=1e-5)
     np.testing.assert_allclose(weights["policy"]["a"], policy_alone(), rtol=1e-5)
+
+
+def test_a_cosine_ends_at_its_share_of_the_peak():
+    settings = dataclasses.replace(JOINT, schedule="cosine", warmup_steps=2, total_steps=10, final_share=0.05)
+    rates = [float(learning_rate(settings)(step)) for step in (0, 1, 2, 6, 10, 50)]
+    np.testing.assert_allclose(rates, [0.0, 0.05, 0.1, 0.0525, 0.005, 0.005], rtol=1e-5)
 
 
 @pytest.mark.parametrize("field", ["value_learning_rate", "value_max_grad_norm", "value_warmup_steps"])
