@@ -148,12 +148,6 @@ def shape_scores(
     return jnp.where(valid, scores, 0.0), normaliser
 
 
-def fixed_kl_coef(kl_coef: Scalar, kl: Scalar, n_sequences: Scalar) -> Scalar:
-    """The controller that leaves the coefficient alone; same arguments as `adaptive_kl_coef`."""
-    del kl, n_sequences
-    return kl_coef
-
-
 def adaptive_kl_coef(
     kl_coef: Scalar,
     kl: Scalar,

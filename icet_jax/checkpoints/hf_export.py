@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from icet_jax.checkpoints import folder, hf_config, safetensors_io, tables
 from icet_jax.checkpoints.adapter import Adapter
-from icet_jax.checkpoints.folder import VALUE_HEAD
 from icet_jax.checkpoints.hf_import import hf_shape, match
 from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
@@ -159,27 +157,14 @@ def save_network(
 
 
 def save_gpt2_reward(
-    out_dir: str | Path, config: GPT2Config, params: nnx.State, *, source_dir: str | Path | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Path:  # fmt: skip
+    out_dir: str | Path, config: GPT2Config, params: nnx.State, *, source_dir: str | Path | None = None
+) -> Path:
     """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`), all of it or nothing."""
 
     def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
         return hf_config.gpt2_to_hf(config, values, dtype)
 
-    return save_network(
-        out_dir, tables.gpt2_table(config), params, config_json, source_dir=source_dir, max_shard_bytes=max_shard_bytes
-    )
-
-
-def load_value_head(directory: str | Path) -> dict[str, jax.Array]:
-    """The value head that `save_vlm` put beside a model: float32 `kernel [E, 1]` and `bias [1]`.
-
-    Raises:
-      UserError: the file is missing or broken.
-    """
-    with TensorReader([Path(directory) / VALUE_HEAD]) as reader:
-        return {name: jnp.asarray(reader.read(name).copy()) for name in reader.shapes}
+    return save_network(out_dir, tables.gpt2_table(config), params, config_json, source_dir=source_dir)
 
 
 @contextlib.contextmanager

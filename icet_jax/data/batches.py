@@ -16,6 +16,7 @@ from icet_jax.errors import UserError
 
 _T = TypeVar("_T")
 _THREADS = 2  # that open the images of coming batches; Pillow decodes outside of Python's lock
+_AHEAD = 2  # batches that are held ready
 
 
 def quotas(mixture: Mapping[str, float | int], batch_size: int) -> dict[str, int]:
@@ -95,13 +96,7 @@ class Batches:
         order = np.random.default_rng([self._seed, index]).permutation(len(chosen))
         return [chosen[position] for position in order]
 
-    def iterate(self, start: int = 0) -> Iterator[list[Example]]:
-        """Batches `start`, `start + 1`, ... without end."""
-        while True:
-            yield self.batch(start)
-            start += 1
-
-    def load(self, make: Callable[[list[Example]], _T], start: int, stop: int, *, ahead: int = 2) -> Iterator[_T]:
+    def load(self, make: Callable[[list[Example]], _T], start: int, stop: int) -> Iterator[_T]:
         """`make` of batches `start` to `stop - 1`, in order; threads work on the next ones while this one is used.
 
         Args:
@@ -109,21 +104,19 @@ class Batches:
             batch it belongs to.
           start: first batch.
           stop: the batch after the last.
-          ahead: batches that are held ready.
         """
-        return load_ahead(lambda index: make(self.batch(index)), range(start, stop), ahead=ahead)
+        return load_ahead(lambda index: make(self.batch(index)), range(start, stop))
 
 
-def load_ahead(make: Callable[[Any], _T], items: Sequence[Any], *, ahead: int = 2) -> Iterator[_T]:
+def load_ahead(make: Callable[[Any], _T], items: Sequence[Any]) -> Iterator[_T]:
     """`make(item)` of every item, in order; threads work on the next ones while this one is used.
 
     Args:
       make: called from several threads. What it raises is raised here, at the item it belongs to.
       items: what it is called with.
-      ahead: results that are held ready.
     """
     import grain
 
-    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
     numbers = grain.MapDataset.range(len(items))
     return iter(numbers.map(lambda index: make(items[int(index)])).to_iter_dataset(options))

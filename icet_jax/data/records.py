@@ -135,7 +135,6 @@ def read_records(
     path: str | Path,
     *,
     image_root: str | Path | None = None,
-    kind: str = "forbidden",
     limit: int | None = None,
     decode: bool = False,
 ) -> Records:
@@ -144,7 +143,6 @@ def read_records(
     Args:
       path: the file. The first line of a CSV names its columns.
       image_root: folder that relative image paths start from; the file's own folder if None.
-      kind: the kind of rows that do not say theirs.
       limit: usable rows after which reading stops.
       decode: whether images are decoded, so that rows whose image is damaged are left out too.
 
@@ -153,8 +151,6 @@ def read_records(
     """
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
-    if kind not in KINDS:
-        raise UserError(f"kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
     if path.suffix.lower() == ".csv":
         rows: Iterator[RawRow] = csv_rows(path, ("prompt", "image"), _COLUMNS)
     elif path.suffix.lower() == ".jsonl":
@@ -165,14 +161,14 @@ def read_records(
 
     def convert(fields: dict[str, Any], identity: str) -> Example:
         prompt = prompt_of(fields, "prompt")
-        row_kind = text(fields, "kind") or kind
-        if row_kind not in KINDS:
-            raise BadRow("unknown kind", f"kind '{row_kind}' is not one of {', '.join(KINDS)}")
+        kind = text(fields, "kind") or "forbidden"
+        if kind not in KINDS:
+            raise BadRow("unknown kind", f"kind '{kind}' is not one of {', '.join(KINDS)}")
         answer = text(fields, "answer")
-        if row_kind == "vqa" and answer is None:
+        if kind == "vqa" and answer is None:
             raise BadRow("no answer", "a vqa row needs an answer")
         images = _images(fields.get("image"), root, files)
-        return Example(identity, prompt, images, row_kind, answer, text(fields, "policy"))
+        return Example(identity, prompt, images, kind, answer, text(fields, "policy"))
 
     return collect(path, rows, convert, files, id_field="id", limit=limit)
 

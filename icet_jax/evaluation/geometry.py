@@ -20,10 +20,10 @@ from icet_jax.vlm import VLM
 
 SCHEMA = 1
 _CKA_TOKENS = 1024  # tokens compared by CKA, evenly spread over the images: its Gram matrices are this wide
-_AT_ONCE = 4  # images encoded together
+_MOST_IMAGES, _AT_ONCE = 32, 4  # images looked at, and of them encoded together
 
 
-def geometry(vlm: VLM, examples: Sequence[Example], *, max_images: int = 32) -> dict[str, Any]:
+def geometry(vlm: VLM, examples: Sequence[Example]) -> dict[str, Any]:
     """The content of `geometry.json`: P(e_l) against P(e_L), the default exit's, at every exit.
 
     Per layer, over the tokens of all images: `norm_ratio`, the mean norm over the default exit's; `cosine`, the mean
@@ -31,13 +31,12 @@ def geometry(vlm: VLM, examples: Sequence[Example], *, max_images: int = 32) -> 
 
     Args:
       vlm: the model.
-      examples: rows whose first images are looked at.
-      max_images: the most images.
+      examples: rows; the first 32 with an image are looked at, and of each its first image.
 
     Raises:
       UserError: no row has an image, or one cannot be opened.
     """
-    chosen = [example for example in examples if example.images][:max_images]
+    chosen = [example for example in examples if example.images][:_MOST_IMAGES]
     if not chosen:
         raise UserError("geometry: no row has an image; give rows that have")
     rows = [Example(example.id, "", example.images[:1]) for example in chosen]

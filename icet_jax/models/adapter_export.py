@@ -11,18 +11,13 @@ import numpy as np
 
 from icet_jax.checkpoints import folder, safetensors_io
 from icet_jax.checkpoints.adapter import Adapter, of_lora
-from icet_jax.errors import UserError
 from icet_jax.models.adapters import CONFIG, WEIGHTS, concatenate, places
 from icet_jax.nn.layers import Lora
 from icet_jax.parallel.distributed import together
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "old": ("base_model.model.language_model.model.layers",),
-    "new": ("base_model.model.model.language_model.layers",),
-}
+ROOTS = ("base_model.model.language_model.model.layers", "base_model.model.model.language_model.layers")
 """Where the decoder's layers are before transformers 4.52, and since. A file under one name alone is ignored by the
-other versions, in part without a word; a file under both loads everywhere."""
-NAMES["both"] = (*NAMES["old"], *NAMES["new"])
+other versions, in part without a word; ours has both and loads everywhere."""
 
 
 def save_adapter(
@@ -33,7 +28,6 @@ def save_adapter(
     base: str,
     revision: str | None = None,
     start: Adapter | None = None,
-    names: str = "both",
     value_head: dict[str, jax.Array] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
@@ -47,7 +41,6 @@ def save_adapter(
       revision: of the hub id.
       start: the adapter that the training began from. The one that is written holds both side by side (the ranks add
         up), so that it makes the final model from the original base.
-      names: "both" for every version of transformers; "old" (before 4.52) or "new" at half the size.
       value_head: saved beside it, which PEFT does not read.
       texts: further files by name, such as the model card.
 
@@ -55,13 +48,11 @@ def save_adapter(
       `out_dir`.
 
     Raises:
-      UserError: unknown `names`; the directory cannot be written or holds something else.
+      UserError: the directory cannot be written or holds something else.
     """
-    if names not in NAMES:
-        raise UserError(f"names={names!r}: an adapter's tensors are named {', '.join(NAMES)}")
     out_dir = Path(out_dir)
     adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
-    tensors = dict(_tensors(adapter, config, names))
+    tensors = dict(_tensors(adapter, config))
     shapes = config.lora_shapes()
     specs: dict[str, safetensors_io.Spec] = {
         key: ("F32", (adapter.rank, shapes[target][1]) if side == "A" else (shapes[target][2], adapter.rank))
@@ -86,9 +77,9 @@ def save_adapter(
     return out_dir
 
 
-def _tensors(adapter: Adapter, config: Any, names: str) -> Iterator[tuple[str, tuple[str, int, str]]]:
+def _tensors(adapter: Adapter, config: Any) -> Iterator[tuple[str, tuple[str, int, str]]]:
     """File key -> (target, layer, side)."""
-    for root in NAMES[names]:
+    for root in ROOTS:
         for (target, layer), (number, module) in places(config).items():
             if target in adapter.targets:
                 for side in "AB":

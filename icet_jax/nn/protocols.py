@@ -10,11 +10,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from icet_jax.errors import UserError
 from icet_jax.nn.layers import Lora
-from icet_jax.parallel.sharding import path_name
 from icet_jax.typing import Array, Bool, Float, Int, Key, Shaped
 
 Visual = Any
@@ -231,12 +229,7 @@ def check_exit(exit_layer: int, num_exits: int, field: str) -> int:
 
 
 POLICY_ROOT = "language_model"
-"""Top-level name under which every family keeps the weights that L-PPO may train."""
-
-
-def is_policy(path: tuple[Any, ...], value: Any) -> bool:
-    """nnx filter: parameters of the policy. The image encoder and the projector are frozen."""
-    return path[0] == POLICY_ROOT
+"""Top-level name under which every family keeps the weights that L-PPO may train; encoder and projector are frozen."""
 
 
 def lora_key(path: str) -> str | None:
@@ -280,24 +273,6 @@ def init_lora(
         a = jax.random.uniform(subkey, (depth, size_in, rank), jnp.float32, -bound, bound)
         weights[name] = {"a": a, "b": jnp.zeros((depth, rank, size_out), jnp.float32)}
     return Lora(weights=weights, scale=alpha / rank)
-
-
-def merge_lora(params: nnx.State, lora: Lora) -> nnx.State:
-    """Adds `scale * a @ b`, computed in float32, to the adapted kernels and casts back to their dtype."""
-
-    def add(path: tuple[Any, ...], leaf: Array) -> Array:
-        adapter = lora.weights.get(lora_key(path_name(path)) or "")
-        if adapter is None:
-            return leaf
-        delta = jnp.einsum(
-            "lir,lro->lio",
-            adapter["a"].astype(jnp.float32),
-            adapter["b"].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        return (leaf.astype(jnp.float32) + lora.scale * delta).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(add, params)
 
 
 def count_parameters(params: Any) -> int:

@@ -54,15 +54,15 @@ def responses(model: Any, rows: world.Rows, exits: tuple[int, ...]) -> dict[int,
     return out
 
 
-def measure(model: Any, *, rows: int = 256, split: str = "test", seed: int = 0) -> dict[str, list[float]]:
-    """Shares (0..1) of `rows` rows of each kind, one per exit 1..num_exits, under the names that `table` prints.
+def measure(model: Any, *, rows: int = 256) -> dict[str, list[float]]:
+    """Shares (0..1) of `rows` held-out rows of each kind, one per exit 1..num_exits, under `table`'s names.
 
     "complied", "refused" and "degenerate" are the exact judge's labels; "right" is exactly the expected answer.
     """
     exits = tuple(range(1, model.num_exits + 1))
     shares: dict[str, list[float]] = {}
     for kind, names in MEASURES.items():
-        batch = world.rows(split, kind, np.arange(rows), seed)
+        batch = world.rows("test", kind, np.arange(rows), 0)
         for texts in responses(model, batch, exits).values():
             labels = [world.judge(prompt, text) for prompt, text in zip(batch.prompts, texts, strict=True)]
             right = [world.correct(answer, text) for answer, text in zip(batch.answers, texts, strict=True)]

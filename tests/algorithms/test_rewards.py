@@ -7,7 +7,6 @@ import pytest
 from icet_jax.algorithms import kl_penalty, policy_loss, token_rewards, value_loss
 from icet_jax.algorithms.rewards import (
     adaptive_kl_coef,
-    fixed_kl_coef,
     init_normaliser,
     sequence_kl,
     shape_scores,
@@ -62,7 +61,6 @@ def test_adaptive_controller():
     for kl, error in ((6.0, 0.0), (6.6, 0.1), (60.0, 0.2), (0.0, -0.2)):
         got = adaptive_kl_coef(jnp.float32(0.2), jnp.float32(kl), 64, target=6.0, horizon=10000.0)
         np.testing.assert_allclose(got, 0.2 * (1 + error * 64 / 10000), rtol=1e-6)
-    assert fixed_kl_coef(0.2, 60.0, 64) == 0.2
 
 
 def test_sequence_kl_sums_k1():

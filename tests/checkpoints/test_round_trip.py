@@ -11,11 +11,12 @@ torch = pytest.importorskip("torch")
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoProcessor, GPT2ForSequenceClassification, LlavaForConditionalGeneration  # noqa: E402
 
-from icet_jax.checkpoints.hf_export import COPIED, load_value_head, save_gpt2_reward  # noqa: E402
+from icet_jax.checkpoints.hf_export import COPIED, save_gpt2_reward  # noqa: E402
 from icet_jax.checkpoints.scorers import load_scorer_network  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.models.references import load_value_head  # noqa: E402
 
 LAYOUTS = ("old", "native4", "native5", "hybrid5")
 

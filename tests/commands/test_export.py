@@ -11,15 +11,15 @@ import icet_jax
 from icet_jax import main
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import from_config
-from icet_jax.checkpoints.hf_export import load_value_head
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.commands import export
 from icet_jax.errors import UserError
 from icet_jax.models.adapter_export import save_adapter
-from icet_jax.nn.protocols import init_lora, merge_lora
+from icet_jax.nn.protocols import init_lora
 from icet_jax.runs import config_files, model_card, run_dir
 from icet_jax.training.loop import initial_state
 from tests import tiny
+from tests.models.references import load_value_head, merge_lora
 
 torch = pytest.importorskip("torch")
 

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections import Counter
-from itertools import islice
 
 import pytest
 
@@ -54,10 +53,12 @@ def test_random_access_equals_iteration_and_resume_is_one_integer():
     def make(seed=3):
         return Batches(rows(forbidden=7, vqa=5), mixture={"forbidden": 1, "vqa": 1}, batch_size=4, seed=seed)
 
-    walked = [ids(batch) for batch in islice(make().iterate(), 9)]
-    assert [ids(make().batch(index)) for index in reversed(range(9))] == walked[::-1]
-    assert [ids(batch) for batch in islice(make().iterate(start=4), 5)] == walked[4:]
-    assert [ids(batch) for batch in islice(make(seed=4).iterate(), 9)] != walked
+    def walk(start, seed=3):
+        return list(make(seed).load(ids, start, 9))
+
+    assert [ids(make().batch(index)) for index in reversed(range(9))] == walk(0)[::-1]
+    assert walk(4) == walk(0)[4:]
+    assert walk(0, seed=4) != walk(0)
 
 
 def test_epochs_differ_and_other_kinds_do_not_matter():
@@ -81,11 +82,11 @@ def test_every_number_of_processes_sees_the_same_batches(count):
     def make():
         return Batches(examples, mixture=setting, batch_size=8, seed=5)
 
-    alone = [ids(batch) for batch in islice(make().iterate(), 12)]
+    alone = [ids(make().batch(index)) for index in range(12)]
     for start in (0, 6):
-        walks = [make().iterate(start) for _ in range(count)]
-        for expected in alone[start:]:
-            parts = [ids(next(walk)[Share(i, count).rows(8)]) for i, walk in enumerate(walks)]
+        sides = [make() for _ in range(count)]
+        for index, expected in enumerate(alone[start:], start=start):
+            parts = [ids(side.batch(index)[Share(i, count).rows(8)]) for i, side in enumerate(sides)]
             assert [len(part) for part in parts] == [8 // count] * count
             assert sum(parts, []) == expected
 
@@ -112,7 +113,7 @@ def test_batches_are_made_while_earlier_ones_are_used():
         made.release()
         return batch
 
-    loaded = batches.load(make, 0, 5, ahead=2)
+    loaded = batches.load(make, 0, 5)
     next(loaded)
     # The consumer asks for nothing more, and still the next batches are made.
     assert all(made.acquire(timeout=10) for _ in range(3))

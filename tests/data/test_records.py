@@ -39,10 +39,10 @@ def test_jsonl_rows(folder):
         {"prompt": "text only", "image": []},
     ]
     text = "\n\n".join(json.dumps(row) for row in rows)
-    records = read_records(write(folder / "rows.jsonl", "\ufeff" + text), kind="benign")
+    records = read_records(write(folder / "rows.jsonl", "\ufeff" + text))
     assert [e.id for e in records.examples] == ["x", "7", "3"]
     assert [len(e.images) for e in records.examples] == [1, 2, 0]
-    assert [e.kind for e in records.examples] == ["vqa", "benign", "benign"]
+    assert [e.kind for e in records.examples] == ["vqa", "forbidden", "forbidden"]
     assert records.examples[0].answer == "red" and records.examples[0].policy == "p"
 
 
@@ -148,11 +148,9 @@ def test_hopeless_files_are_one_line(folder, name, content, part):
     assert part in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_missing_file_and_unknown_kind(folder):
+def test_missing_file(folder):
     with pytest.raises(UserError, match="cannot be read"):
         read_records(folder / "gone.csv")
-    with pytest.raises(UserError, match="kind 'odd'"):
-        read_records(folder / "gone.csv", kind="odd")
 
 
 def test_prompt_overlap():

@@ -15,17 +15,16 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from icet_jax.checkpoints.hf_export import load_value_head  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
-from icet_jax.models.adapter_export import NAMES, save_adapter  # noqa: E402
+from icet_jax.models.adapter_export import ROOTS, save_adapter  # noqa: E402
 from icet_jax.models.adapters import read_adapter  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.nn.heads import init_value_head  # noqa: E402
-from icet_jax.nn.protocols import merge_lora  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402
 from tests.models import parity  # noqa: E402
+from tests.models.references import load_value_head, merge_lora  # noqa: E402
 from tests.models.test_adapters import TARGETS, random_lora  # noqa: E402
 
 START = ("k_proj", "v_proj")
@@ -68,10 +67,9 @@ def far(ours, theirs, inputs):
     return np.abs(ours - theirs)[inputs["attention_mask"] == 1].max()
 
 
-@pytest.mark.parametrize("names", ["both", "new", "old"])
-def test_peft_computes_our_merged_model(tmp_path, source, loaded, inputs, names):
+def test_peft_computes_our_merged_model(tmp_path, source, loaded, inputs):
     lora = random_lora(loaded.config)
-    save_adapter(tmp_path, lora, loaded.config, base=str(source), names=names)
+    save_adapter(tmp_path, lora, loaded.config, base=str(source))
     ours = parity.our_logits(loaded, inputs, params=merge_lora(loaded.params, lora))
     parity.assert_logits_agree(ours, peft_logits(source, tmp_path, inputs), inputs)
     assert far(ours, parity.our_logits(loaded, inputs), inputs) > 0.1
@@ -109,7 +107,7 @@ def test_the_files_are_what_every_version_reads(tmp_path, loaded):
 
     state = load_file(out / "adapter_model.safetensors")
     assert len(state) == 2 * 2 * 3 * len(TARGETS)
-    old, new = (f"{NAMES[name][0]}.1.mlp.down_proj.lora_B.weight" for name in ("old", "new"))
+    old, new = (f"{root}.1.mlp.down_proj.lora_B.weight" for root in ROOTS)
     np.testing.assert_array_equal(state[old], state[new])
     np.testing.assert_array_equal(state[old], np.asarray(lora.weights["down_proj"]["b"])[1].T)
     assert load_value_head(out)["kernel"].shape == (32, 1) and (out / "README.md").read_text() == "hi\n"
@@ -124,10 +122,8 @@ def test_an_adapter_comes_back_as_it_went(tmp_path, loaded):
         np.testing.assert_array_equal(array, np.asarray(lora.weights["v_proj"][side])[2])
 
 
-def test_wrong_names_and_foreign_folders_are_refused(tmp_path, loaded):
+def test_foreign_folders_are_refused(tmp_path, loaded):
     lora = random_lora(loaded.config)
-    with pytest.raises(UserError, match="names='newest'"):
-        save_adapter(tmp_path / "a", lora, loaded.config, base="x/y", names="newest")
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds something else"):
         save_adapter(tmp_path, lora, loaded.config, base="x/y")

@@ -12,10 +12,11 @@ from icet_jax.errors import UserError  # noqa: E402
 from icet_jax.models.adapters import read_adapter  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
-from icet_jax.nn.protocols import init_lora, merge_lora  # noqa: E402
+from icet_jax.nn.protocols import init_lora  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.checkpoints.test_round_trip import hf_load, hf_logits, tensors  # noqa: E402
 from tests.models import parity  # noqa: E402
+from tests.models.references import merge_lora  # noqa: E402
 
 TARGETS = ("q_proj", "v_proj", "down_proj")
 REGEX = r"(model\.language_model|language_model\.model)\.layers\.\d+\.(self_attn|mlp)\.(q_proj|v_proj|down_proj)"

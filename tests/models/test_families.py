@@ -12,17 +12,16 @@ torch = pytest.importorskip("torch")
 from safetensors.numpy import load_file  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
-from icet_jax.checkpoints.hf_export import load_value_head  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from icet_jax.models import family_of, vlm_config  # noqa: E402
 from icet_jax.models.adapter_export import save_adapter  # noqa: E402
 from icet_jax.models.adapters import places, read_adapter  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
-from icet_jax.nn.protocols import merge_lora  # noqa: E402
 from tests import tiny, tiny_families  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
 from tests.models import families as parity  # noqa: E402
+from tests.models.references import load_value_head, merge_lora  # noqa: E402
 from tests.models.test_adapters import random_lora  # noqa: E402
 
 SIZES = [[(30, 50)], [], [(20, 60), (57, 57)]]
