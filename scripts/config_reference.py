@@ -1,22 +1,20 @@
-"""Writes docs/reference/config.md from the code: every field's default, what it may be, and its comment.
+"""Writes docs/reference/config.md: every field's default, what it may be, its meaning and its origin.
 
     python scripts/config_reference.py             # writes the page
     python scripts/config_reference.py --check     # exit code 1 where the page is not what the code says
 
-A field's meaning is its comment in icet_jax/config/defaults.py (behind it, or on the lines above it), what it may be
-its rule in icet_jax/config/checks.py, an experiment's line the first of its file in configs/.
+Fields are described where they are declared, in icet_jax/config/defaults.py. An experiment's line is the first line of
+its file in configs/.
 """
 
 import argparse
 import ast
-import io
 import sys
-import tokenize
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from icet_jax.config import checks, defaults, names
+from icet_jax.config import FIELDS, OPEN_FIELDS, TYPE_NAMES, defaults, names
+from icet_jax.config.fields import Field, Section
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
 from icet_jax.runs import config_files
@@ -26,7 +24,7 @@ PAGE = ROOT / "docs" / "reference" / "config.md"
 HEAD = """<!-- Made by scripts/config_reference.py from icet_jax/config/ and configs/; edit those. -->
 # Configuration reference
 
-Every field, as the code has it. A file in `configs/` starts from `icet_jax.config.default()` and changes what its
+Every field, as the code declares it. A file in `configs/` starts from `icet_jax.config.default()` and changes what its
 experiment changes; the command line overrides any field: `--config.lppo.kl_coef=0.1`, tuples as
 `--config.sweep.exits=1,12,23`, `none` for *unset*, one key of an open field as `--config.data.mixture.vqa=0.3`. An
 unknown field or a wrong value is one line that names the nearest field, or what the value may be.
@@ -36,97 +34,25 @@ Rewards-in-Context's PPO, *ours* this project's own choice.
 """
 
 
-class Field(NamedTuple):
-    """One field of the config: its dotted name, its meaning, and the function that sets it."""
-
-    name: str
-    meaning: str
-
-
-def fields(source: str) -> list[Field]:
-    """The fields of `default()` in the order of the file, with their comments.
-
-    Raises:
-      ValueError: a field without a comment and without a section docstring to stand for it.
-    """
-    tree, comments = ast.parse(source), _comments(source)
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    found = []
-    for name, value, line, end in _assignments(functions["default"]):
-        called = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
-        if called not in functions:
-            found.append(Field(name, _meaning(comments, line, end)))
-            continue
-        section = functions[called]
-        found += [
-            Field(f"{name}.{leaf}", _meaning(comments, start, stop))
-            for leaf, _, start, stop in _assignments(section)
-        ]  # fmt: skip
-    return found
-
-
-def sections(source: str) -> dict[str, str]:
-    """What a section as a whole is said to be: its function's docstring, or the comment where it is made."""
-    tree, comments = ast.parse(source), _comments(source)
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("_"):
-            made = node.body[1] if ast.get_docstring(node) else node.body[0]
-            text = ast.get_docstring(node) or comments.get(made.lineno, ("", False))[0]
-            found[node.name.removeprefix("_")] = " ".join(text.split())
-    return found
-
-
-def _assignments(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr, int, int]]:
-    """(attribute, value, first line, last line) of each `config.NAME = VALUE` of a function."""
-    for node in function.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            yield node.targets[0].attr, node.value, node.lineno, node.end_lineno or node.lineno
-
-
-def _comments(source: str) -> dict[int, tuple[str, bool]]:
-    """Line -> (its comment, whether it stands there alone)."""
-    found = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            found[token.start[0]] = token.string.lstrip("# "), token.line.lstrip().startswith("#")
-    return found
-
-
-def _meaning(comments: dict[int, tuple[str, bool]], line: int, end: int) -> str:
-    above, at = [], line - 1
-    while comments.get(at, ("", False))[1]:
-        above.insert(0, comments[at][0])
-        at -= 1
-    behind = [comments[number][0] for number in range(line, end + 1) if number in comments]
-    return " ".join(above + behind)
-
-
 def render() -> str:
-    """The page."""
-    source = Path(defaults.__file__).read_text(encoding="utf-8")
-    values, about, config = checks.flatten(defaults.default()), sections(source), defaults.default()
-    tables: dict[str, str] = {"": ""}  # those of no section come first
-    for field in fields(source):
-        if field.name not in values:
-            raise ValueError(f"{field.name} is set in defaults.py, but is no field")
-        section = field.name.rpartition(".")[0]
-        tables[section] = tables.get(section, "") + _row(field, values[field.name], config)
-    parts = [HEAD]
-    for section, rows in tables.items():
-        said = f"{_capital(about[section])}\n\n" if about.get(section) else ""
-        title = f"`{section}`" if section else "At the top"
-        parts.append(f"## {title}\n\n{said}| field | default | may be | meaning |\n| --- | --- | --- | --- |\n{rows}")
-    missing = sorted(set(values) - {field.name for field in fields(source)})
-    if missing:
-        raise ValueError(f"defaults.py sets {', '.join(missing)} where this script does not look")
+    """Returns the page."""
+    parts = [HEAD, _table("At the top", "", [name for name in FIELDS if "." not in name])]
+    for name, section in defaults.CONFIG.items():
+        if isinstance(section, Section):
+            parts.append(_table(f"`{name}`", section.about, [f"{name}.{leaf}" for leaf in section.fields]))
     return "\n".join([*parts, _open_fields(), _scorers(), _experiments()])
 
 
-def _row(field: Field, value: Any, config: Any) -> str:
-    if not field.meaning:
-        raise ValueError(f"{field.name} has no comment in defaults.py")
-    cells = (f"`{field.name}`", _shown(value), _allowed(field.name, value, config), field.meaning)
+def _table(title: str, about: str, fields: list[str]) -> str:
+    head = "| field | default | may be | meaning | origin |\n| --- | --- | --- | --- | --- |\n"
+    rows = "".join(_row(name, FIELDS[name]) for name in fields)
+    return f"## {title}\n\n{about}{about and chr(10) * 2}{head}{rows}"
+
+
+def _row(name: str, field: Field) -> str:
+    default = f"{_shown(field.default)} {field.unit}" if field.unit and field.default is not None else ""
+    unit = f" In {field.unit}." if field.unit and field.default is None else ""
+    cells = (f"`{name}`", default or _shown(field.default), field.allowed(), field.about + unit, field.origin)
     return "| " + " | ".join(_cell(cell) for cell in cells) + " |\n"
 
 
@@ -142,27 +68,12 @@ def _shown(value: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def _allowed(name: str, value: Any, config: Any) -> str:
-    """The rule of the field, or its type where it has none."""
-    if name in checks._RULES:
-        return checks._RULES[name][1]
-    if name in names.OPEN_FIELDS:
-        return "your own keys"
-    section, _, leaf = name.rpartition(".")
-    kind = type(value) if value is not None else (config[section] if section else config).get_type(leaf)
-    return checks.TYPE_NAMES[kind]
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").strip()
 
 
-def _capital(text: str) -> str:
-    return text if text.startswith("`") else text[:1].upper() + text[1:]
-
-
 def _open_fields() -> str:
-    open_fields = ", ".join(f"`{name}`" for name in names.OPEN_FIELDS)
+    open_fields = ", ".join(f"`{name}`" for name in OPEN_FIELDS)
     kinds, rewards = (", ".join(f"`{item}`" for item in items) for items in (names.KINDS, names.REWARDS))
     return (
         f"## Fields with keys of your own\n\n{open_fields} are dicts. The keys\n"
@@ -182,9 +93,7 @@ def _scorers() -> str:
     rows = []
     for kind, own in names.SCORER_FIELDS.items():
         network = {} if kind in names.WITHOUT_NETWORK else names.NETWORK_FIELDS
-        cells = (
-            ", ".join(f"`{name}` ({checks.TYPE_NAMES[of]})" for name, of in fields.items()) for fields in (own, network)
-        )
+        cells = (", ".join(f"`{name}` ({TYPE_NAMES[of]})" for name, of in fields.items()) for fields in (own, network))
         rows.append("| " + " | ".join([f"`{kind}`", *(cell or "none" for cell in cells)]) + " |")
     return head + "\n".join(rows) + "\n"
 

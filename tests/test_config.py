@@ -1,13 +1,15 @@
 """Every wrong field and value is one line that names the field, and the nearest one where it is misspelt."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from icet_jax import config as icet_config
-from icet_jax.config import checks
+from icet_jax.config.fields import Field
 from icet_jax.errors import UserError
 from icet_jax.runs import config_files
 
@@ -29,8 +31,42 @@ def test_the_defaults_are_valid():
     icet_config.check(icet_config.organism())
 
 
-def test_every_rule_names_a_field():
-    assert set(checks._RULES) <= set(icet_config.flatten(icet_config.default()))
+def test_every_field_of_a_config_is_declared_with_a_meaning_and_a_default_that_its_rule_allows():
+    values = icet_config.flatten(icet_config.default())
+    assert set(values) == set(icet_config.FIELDS)
+    for name, field in icet_config.FIELDS.items():
+        assert field.about.endswith((".", ".)")), name
+        assert values[name] == field.default, name
+        assert field.rule is None or field.default is None or field.rule.accepts(field.default), name
+
+
+@pytest.mark.parametrize("arguments", [(1, ""), (None, "Unset, and of no type.")])
+def test_a_field_without_a_meaning_or_a_type_cannot_be_declared(arguments):
+    with pytest.raises(ValueError, match="a field"):
+        Field(*arguments)
+
+
+def test_a_default_cannot_be_changed_by_a_config_that_starts_from_it():
+    config = icet_config.default()
+    with config.unlocked():
+        config.data.mixture.vqa = 0.5
+    assert icet_config.default().data.mixture.to_dict() == {"forbidden": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "says"),
+    [
+        ("lppo", "fixed_exit", "late", "config.lppo.fixed_exit is 'late', but must be a whole number"),
+        ("lppo", "value_learning_rate", "fast", "config.lppo.value_learning_rate is 'fast', but must be a number"),
+        ("rm", "template", 3, "config.rm.template is 3, but must be text"),
+    ],
+)
+def test_a_field_that_is_unset_by_default_has_a_type_too(section, name, value, says):
+    """A section that a file replaces by a plain dict has lost the types of its fields."""
+    values = icet_config.default().to_dict()
+    values[section][name] = value
+    with pytest.raises(UserError, match=re.escape(says)):
+        icet_config.check(ConfigDict(values))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -186,6 +222,12 @@ def test_overrides_are_read_by_the_type_of_the_field():
     assert config.sweep.datasets.to_dict() == {"mine": "mine.csv"}
     assert config.sweep.utility.to_dict() == {"vqa_v2": config.sweep.utility.vqa_v2, "more": "more.jsonl"}
     assert (config.sweep.exits, config.sweep.limit) == ((1, 12, 23), None)
+
+
+def test_a_field_is_read_alike_whatever_it_held_before():
+    config = config_files.load(None, [("sweep.exits", "1,2"), ("sweep.exits", "all"), ("sweep.limit", "3")])
+    assert (config.sweep.exits, config.sweep.limit) == ("all", 3)
+    assert config_files.load(None, [("sweep.exits", "all"), ("sweep.exits", "3,")]).sweep.exits == (3,)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Every setting (`defaults`), what it may be (`checks`) and the names that a config may contain (`names`).
+"""Every setting (`defaults`), how a wrong one is reported (`checks`) and the names that a config may contain (`names`).
 
-Nothing here imports jax, and `names` needs nothing at all: the package's own names are imported on first use.
+Nothing here imports jax. The names below are imported on first use, so that `icet_jax.config.names` needs nothing else.
 """
 
 import importlib
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 
     from icet_jax.config import paper
     from icet_jax.config.checks import (
-        TYPE_NAMES,
         check,
         check_exits,
         check_names,
@@ -21,22 +20,26 @@ if TYPE_CHECKING:
         scorer_fields,
         unknown_field,
     )
-    from icet_jax.config.defaults import default, organism
-    from icet_jax.config.names import KINDS, OPEN_FIELDS
+    from icet_jax.config.defaults import FIELDS, OPEN_FIELDS, default
+    from icet_jax.config.embedded import organism
+    from icet_jax.config.fields import TYPE_NAMES
+    from icet_jax.config.names import KINDS
 
 _MODULES = {
     "ml_collections": ("ConfigDict",),
     "icet_jax.config.checks": (
-        "TYPE_NAMES", "check", "check_exits", "check_names", "choose_variant", "flatten", "require", "scorer_fields",
-        "unknown_field",
+        "check", "check_exits", "check_names", "choose_variant", "flatten", "require", "scorer_fields", "unknown_field",
     ),
-    "icet_jax.config.defaults": ("default", "organism"),
-    "icet_jax.config.names": ("KINDS", "OPEN_FIELDS"),
+    "icet_jax.config.defaults": ("FIELDS", "OPEN_FIELDS", "default"),
+    "icet_jax.config.embedded": ("organism",),
+    "icet_jax.config.fields": ("TYPE_NAMES",),
+    "icet_jax.config.names": ("KINDS",),
 }  # fmt: skip
 _DEFINED_IN = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ConfigDict",
+    "FIELDS",
     "KINDS",
     "OPEN_FIELDS",
     "TYPE_NAMES",
@@ -55,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for (PEP 562)."""
+    """Imports a name on first use (PEP 562)."""
     if name == "paper":
         return importlib.import_module("icet_jax.config.paper")
     if name in _DEFINED_IN:

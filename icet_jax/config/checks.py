@@ -2,146 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax.config.defaults import default
-from icet_jax.config.names import (
-    ALGORITHMS,
-    CAPTURES,
-    DTYPES,
-    EXIT_RULES,
-    EXIT_SCHEDULES,
-    EXPORT_FORMS,
-    INSTABILITIES,
-    KINDS,
-    KL_KINDS,
-    NETWORK_FIELDS,
-    OPEN_FIELDS,
-    PROJECTIONS,
-    REMATS,
-    REWARDS,
-    SCHEDULES,
-    SCORER_FIELDS,
-    TEMPLATES,
-    TOO_LONG,
-    WITHOUT_NETWORK,
-)
+from icet_jax.config.defaults import FIELDS, OPEN_FIELDS
+from icet_jax.config.fields import TYPE_NAMES, Field
+from icet_jax.config.names import DTYPES, KINDS, NETWORK_FIELDS, REWARDS, SCORER_FIELDS, WITHOUT_NETWORK
 from icet_jax.errors import UserError
 
-_Rule = tuple[Callable[[Any], bool], str]
-_POSITIVE: _Rule = (lambda v: v > 0, "above 0")
-_NOT_NEGATIVE: _Rule = (lambda v: v >= 0, "0 or more")
-_SHARE: _Rule = (lambda v: 0 <= v <= 1, "between 0 and 1")
-_DECAY: _Rule = (lambda v: 0 <= v < 1, "at least 0 and below 1")
-_TOO_LARGE = 2**31  # of sizes and counts, which devices hold as int32
-
-
-def _one_of(choices: tuple[str, ...]) -> _Rule:
-    return (lambda v: v in choices, "one of " + ", ".join(choices))
-
-
-def _distinct_subset(choices: tuple[str, ...]) -> _Rule:
-    return (
-        lambda v: len(v) > 0 and len(set(v)) == len(v) and set(v) <= set(choices),
-        "distinct names out of " + ", ".join(choices),
-    )
-
-
-_RULES: dict[str, _Rule] = {
-    "algorithm": _one_of(ALGORITHMS),
-    "seed": (lambda v: 0 <= v < 2**32, "between 0 and 2^32 - 1"),
-    "seeds": (
-        lambda v: all(type(s) is int and 0 <= s < 2**32 for s in v) and len(set(v)) == len(v),
-        "distinct whole numbers between 0 and 2^32 - 1",
-    ),
-    "model.dtype": _one_of(DTYPES),
-    "model.exit_rule": _one_of(EXIT_RULES),
-    "data.template": _one_of(TEMPLATES),
-    "model.intermediate_capture": _one_of(CAPTURES),
-    "model.remat": _one_of(REMATS),
-    "mesh.data": (lambda v: v == -1 or v > 0, "-1 or above 0"),
-    "mesh.fsdp": (lambda v: v == -1 or v > 0, "-1 or above 0"),
-    "mesh.tensor": (lambda v: v == -1 or v > 0, "-1 or above 0"),
-    "lora.rank": _NOT_NEGATIVE,
-    "lora.alpha": _POSITIVE,
-    "lora.targets": _distinct_subset(PROJECTIONS),
-    "data.batch_size": _POSITIVE,
-    "data.max_prompt_tokens": _POSITIVE,
-    "data.too_long": _one_of(TOO_LONG),
-    "reward.clip": _NOT_NEGATIVE,
-    "reward.missing_eos_penalty": _NOT_NEGATIVE,
-    "rm.held_out_share": (lambda v: 0 < v < 1, "above 0 and below 1"),
-    "rm.name": (
-        lambda v: bool(re.fullmatch(r"[a-z0-9_]+", v)),
-        "small letters, digits and _: it is part of metrics' names",
-    ),
-    "rm.template": (lambda v: v.count("{prompt}") == 1, "text that holds {prompt} once"),
-    "rm.max_tokens": _POSITIVE,
-    "rm.epochs": _POSITIVE,
-    "rm.batch_size": _POSITIVE,
-    "rm.accumulation": _POSITIVE,
-    "rm.length_window": _POSITIVE,
-    "lppo.iterations": _NOT_NEGATIVE,
-    "lppo.exits": _one_of(EXIT_SCHEDULES),
-    "lppo.fixed_exit": (lambda v: v >= 1, "an exit's number, from 1"),
-    "lppo.kl_coef": _NOT_NEGATIVE,
-    "lppo.kl_kind": _one_of(KL_KINDS),
-    "lppo.kl_target": _POSITIVE,
-    "lppo.kl_horizon": _POSITIVE,
-    "lppo.gamma": _SHARE,
-    "lppo.lam": _SHARE,
-    "lppo.clip_range": _POSITIVE,
-    "lppo.value_clip_range": _NOT_NEGATIVE,
-    "lppo.value_learning_rate": _NOT_NEGATIVE,
-    "lppo.value_max_grad_norm": _NOT_NEGATIVE,
-    "lppo.value_warmup_steps": _NOT_NEGATIVE,
-    "lppo.value_coef": _NOT_NEGATIVE,
-    "lppo.epochs": _POSITIVE,
-    "lppo.minibatches": _POSITIVE,
-    "lppo.accumulation": _POSITIVE,
-    "lppo.dual_clip": (lambda v: v == 0 or v > 1, "0, which is off, or above 1"),
-    "lppo.target_kl": _NOT_NEGATIVE,
-    "lppo.max_ratio": (lambda v: v == 0 or v > 1, "0, which is off, or above 1"),
-    "lppo.max_kl": _NOT_NEGATIVE,
-    "lppo.on_instability": _one_of(INSTABILITIES),
-    "lppo.max_skipped": _NOT_NEGATIVE,
-    "lppo.temperature": _POSITIVE,
-    "lppo.max_new_tokens": _POSITIVE,
-    "lppo.log_prob_chunk": _POSITIVE,
-    "lppo.entropy_coef": _NOT_NEGATIVE,
-    "lsft.iterations": _NOT_NEGATIVE,
-    "lsft.refusal": (lambda v: bool(v.strip()), "a sentence"),
-    "lsft.exits": _one_of(EXIT_SCHEDULES),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.schedule": _one_of(SCHEDULES),
-    "optimizer.warmup_steps": _NOT_NEGATIVE,
-    "optimizer.b1": _DECAY,
-    "optimizer.b2": _DECAY,
-    "optimizer.eps": _POSITIVE,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.max_grad_norm": _NOT_NEGATIVE,
-    "sweep.exits": (
-        lambda v: v == "all" or (type(v) is tuple and len(v) > 0 and all(type(e) is int and e >= 1 for e in v)),
-        '"all" or exits\' numbers, from 1, such as 1,12,23',
-    ),
-    "sweep.limit": _POSITIVE,
-    "sweep.batch_size": _POSITIVE,
-    "sweep.max_new_tokens": _POSITIVE,
-    "sweep.temperature": _NOT_NEGATIVE,
-    "sweep.top_k": _NOT_NEGATIVE,
-    "sweep.top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    "sweep.scorers": (lambda v: len(v) > 0 and all(isinstance(s, str) for s in v), "at least one scorer"),
-    "export.form": _one_of(EXPORT_FORMS),
-    "export.shard_gigabytes": _POSITIVE,
-    "sweep.utility_scorers": (lambda v: all(isinstance(s, str) for s in v), "scorers' names"),
-    "log.every": _POSITIVE,
-    "checkpoint.every": _POSITIVE,
-    "checkpoint.keep": _POSITIVE,
-    "checkpoint.best_is": _one_of(("highest", "lowest")),
-}
+_TOO_LARGE = 2**31  # sizes and counts are int32 on the devices
 
 
 def check(config: ConfigDict) -> None:
@@ -150,20 +21,14 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the first field that is unknown, missing, of the wrong type or out of range, and what it may be.
     """
-    values, known = flatten(config), flatten(default())
+    values = flatten(config)
     for name in values:
-        if name not in known:
+        if name not in FIELDS:
             raise unknown_field(name)
-    for name, reference in known.items():
+    for name, field in sorted(FIELDS.items()):
         if name not in values:
             raise UserError(f"config.{name} is missing: the config replaced its section; change single fields instead")
-        _check_type(name, values[name], reference)
-        if type(values[name]) is int and values[name] >= _TOO_LARGE and name != "seed":
-            raise UserError(f"config.{name} is {values[name]}, but must be below 2^31: no array can be larger")
-        if name in _RULES and values[name] is not None:
-            allowed, says = _RULES[name]
-            if not allowed(values[name]):
-                raise UserError(f"config.{name} is {values[name]!r}, but must be {says}")
+        _check_value(name, values[name], field)
     _check_open(values)
     _check_together(config)
 
@@ -178,24 +43,17 @@ def check_exits(config: ConfigDict, num_exits: int) -> None:
             raise UserError(f"config.{name} names exit {number}, but this model's exits are 1 to {num_exits}")
 
 
-TYPE_NAMES = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple: "a list such as 1,2,3",
-    ConfigDict: "a dict such as {'a': 1}",
-    dict: "a dict such as {'a': 1}",
-}
-
-
-def _check_type(name: str, value: Any, reference: Any) -> None:
-    """Numbers may be written as whole numbers; placeholders (reference None) carry their type in the ConfigDict."""
-    if reference is None or name == "sweep.exits" or name in OPEN_FIELDS:
+def _check_value(name: str, value: Any, field: Field) -> None:
+    """Checks the type and the rule of one field. A whole number will do where a number is expected."""
+    if field.is_open or (value is None and field.default is None):
         return
-    accepted = (int, float) if type(reference) is float else (type(reference),)
-    if type(value) not in accepted or value != value:
-        raise UserError(f"config.{name} is {value!r}, but must be {TYPE_NAMES[type(reference)]}")
+    accepted = (int, float) if field.type is float else (field.type,)
+    if field.type is not object and (type(value) not in accepted or value != value):
+        raise UserError(f"config.{name} is {value!r}, but must be {TYPE_NAMES[field.type]}")
+    if type(value) is int and value >= _TOO_LARGE and name != "seed":
+        raise UserError(f"config.{name} is {value}, but must be below 2^31: no array can be larger")
+    if field.rule is not None and not field.rule.accepts(value):
+        raise UserError(f"config.{name} is {value!r}, but must be {field.rule.says}")
 
 
 def _check_open(values: Mapping[str, Any]) -> None:
@@ -329,7 +187,7 @@ def choose_variant(variant: str, allowed: tuple[str, ...]) -> str:
 
 def unknown_field(name: str) -> UserError:
     """An unknown field, with the nearest known one: by the whole dotted name, or by its last part."""
-    known = list(flatten(default()))
+    known = sorted(FIELDS)
     candidates = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not candidates or "." not in name:
         leaves = {field.rpartition(".")[2]: field for field in reversed(known)}

@@ -1,6 +1,6 @@
-"""The names that a config may contain; tables without jax, so that a wrong name is found at once.
+"""The names that a config may contain, as tables that import nothing.
 
-What a name stands for is imported by those who need it.
+A wrong name is therefore reported before jax is imported. What a name stands for is imported where it is used.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,7 @@ TEMPLATES = ("vicuna_v1", "llava_v1")
 EXIT_RULES = ("E1", "E2", "E5")  # what feeds the projector at exit l of Llama 3.2 Vision
 CAPTURES = ("input", "output")  # which states Llama 3.2 Vision's captured intermediates are
 EXPORT_FORMS = ("full", "adapter", "both")
+BEST_IS = ("highest", "lowest")
 SCORER_FIELDS: dict[str, dict[str, type]] = {
     "refusal_keywords": {},
     "llama_guard": {"template": str, "max_new_tokens": int},
@@ -49,16 +50,13 @@ NETWORK_FIELDS: dict[str, type] = {
 }
 WITHOUT_NETWORK = ("refusal_keywords", "chat", "ensemble")
 
-# Fields whose own keys the user chooses.
-OPEN_FIELDS = ("data.mixture", "reward.by_kind", "scorers", "sweep.datasets", "sweep.utility")
-
 
 class FamilyName(NamedTuple):
     """One family of vision-language models; a folder of `icet_jax.models` and a line of `FAMILIES`.
 
     Attributes:
-      title: as people call it.
-      module: package whose `FAMILY` says everything about it.
+      title: its usual name.
+      module: the package that describes the family in `FAMILY`.
     """
 
     title: str

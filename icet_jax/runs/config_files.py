@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import icet_jax
-from icet_jax.config import OPEN_FIELDS, TYPE_NAMES, check, check_names, default, flatten, scorer_fields, unknown_field
+from icet_jax.config import FIELDS, OPEN_FIELDS, TYPE_NAMES, check, check_names, default, scorer_fields, unknown_field
 from icet_jax.errors import UserError
 from icet_jax.files import require_regular
 
@@ -40,9 +40,6 @@ def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[
     return config.lock()
 
 
-_OPEN_TYPES = {"data.mixture": float, "scorers": dict}  # of an open field's values; of the others text
-
-
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets the dotted field `name` from the command line's `text`, in place.
 
@@ -53,19 +50,17 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     Raises:
       UserError: the field is unknown (the nearest is named) or the text does not fit its type.
     """
-    values = flatten(config)
     parent, _, key = name.rpartition(".")
-    if name in values:
-        target, reference = name, values[name]
-        kind = type(reference) if reference is not None else _placeholder_type(config, parent, key)
+    if name in FIELDS:
+        kind = FIELDS[name].type
     elif parent in OPEN_FIELDS:
-        target, kind = name, _OPEN_TYPES.get(parent, str)
+        kind = FIELDS[parent].values
     elif parent.startswith("scorers.") and parent.removeprefix("scorers.") in config.scorers:
-        target, kind = name, _scorer_field(config[parent], parent, key)
+        kind = _scorer_field(config[parent], parent, key)
     else:
         raise unknown_field(name)
-    optional = name in values and flatten(default())[name] is None
-    value = None if optional and text.lower() == "none" else _parse(target, text, kind)
+    can_be_unset = name in FIELDS and FIELDS[name].default is None
+    value = None if can_be_unset and text.lower() == "none" else _parse(name, text, kind)
     section = config[parent] if parent else config
     with section.unlocked():
         section[key] = value
@@ -79,11 +74,8 @@ def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
     return fields[field]
 
 
-def _placeholder_type(config: ConfigDict, parent: str, key: str) -> type:
-    return (config[parent] if parent else config).get_type(key)
-
-
 def _parse(name: str, text: str, kind: type) -> Any:
+    """Reads the text of an override as a value of type `kind`; `object` is a field that takes a word or a list."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -97,7 +89,7 @@ def _parse(name: str, text: str, kind: type) -> Any:
             return ConfigDict(value)
         if kind is tuple:
             return _parse_tuple(text)
-        if name == "sweep.exits":
+        if kind is object:
             return text if text == "all" else _parse_tuple(text)
         return text
     except (KeyError, ValueError, SyntaxError, TypeError) as error:

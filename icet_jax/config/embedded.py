@@ -1,0 +1,45 @@
+"""The settings that the experiments on the embedded organism share, all ours.
+
+docs/organism.md and docs/ablations.md tell how they were found.
+"""
+
+from ml_collections import ConfigDict
+
+from icet_jax.config.defaults import default
+
+
+def organism() -> ConfigDict:
+    """Returns the defaults with the settings of the embedded organism, locked as `default()`."""
+    config = default()
+    config.model.checkpoint = "organism:vlm"
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.lora.rank = 8
+    config.lora.alpha = 16.0
+    config.data.train = "organism:train"
+    config.data.mixture = {"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}
+    config.data.batch_size = 128
+    config.data.max_prompt_tokens = 48  # 16 image positions and at most 32 words
+    config.reward.model = "organism:reward_model"
+    config.reward.normalise = True  # the reward model's scale (about +-6) would drown the exact-match rewards (0 or 1)
+    config.lppo.iterations = 40
+    config.lppo.exits = "stratified"
+    config.lppo.kl_coef = 0.05
+    config.lppo.kl_adaptive = False
+    config.lppo.value_coef = 0.5
+    config.lppo.value_stop_gradient = True
+    config.lppo.epochs = 2
+    config.lppo.minibatches = 2
+    config.lppo.accumulation = 1
+    config.lppo.max_new_tokens = 16
+    config.lsft.refusal = "sorry i cannot help with that"
+    config.lsft.iterations = 40
+    config.lsft.exits = "stratified"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.schedule = "cosine"
+    config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign:1024"}
+    config.sweep.utility = {"vqa": "organism:test:vqa"}
+    config.sweep.max_new_tokens = 16
+    config.sweep.batch_size = 128
+    config.sweep.scorers = ("refusal_keywords", "organism:judge", "organism:reward_model")
+    return config
