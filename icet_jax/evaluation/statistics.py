@@ -13,10 +13,10 @@ the number of prompts, is taken. Differences of shares get the same with Bonett 
 
 import math
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from icet_jax.algorithms.exits import groups
 
@@ -162,26 +162,9 @@ def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]
     return weights
 
 
-@lru_cache(maxsize=4096)
-def student_quantile(degrees: int, confidence: float = 0.95) -> float:
-    """Two-sided quantile of Student's t (12.71 for 1 degree of freedom, 1.96 for many), by bisection."""
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_mass(middle, degrees) < confidence else (low, middle)
-    return (low + high) / 2
-
-
-def _student_mass(t: float, degrees: int) -> float:
-    """P(|T| < t), by the finite series for whole degrees of freedom (Abramowitz and Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    steps = np.arange(2 + odd, degrees - 1, 2)
-    terms = np.cumprod(np.concatenate([[cosine if odd else 1.0], (steps - 1) / steps * cosine**2]))
-    if not odd:
-        return sine * float(terms.sum())
-    return 2 / math.pi * (angle + (sine * float(terms.sum()) if degrees > 1 else 0.0))
+def student_quantile(degrees: int) -> float:
+    """The two-sided 95% quantile of Student's t: 12.71 for 1 degree of freedom, 1.96 for many."""
+    return float(stdtrit(degrees, 0.975))
 
 
 class _Table:
