@@ -1,9 +1,11 @@
 """metrics.jsonl goes on where the restored checkpoint stands."""
 
 import json
+import struct
 
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX.proto import event_pb2
 
 from icet_jax.errors import UserError
 from icet_jax.training import metrics_log
@@ -37,11 +39,40 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
     assert rows(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 1.0}]
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def events(folder):
+    """What TensorBoard shows of a folder, {(step, name): value}: a start at step n takes back what was from n on."""
+    shown = {}
+    for path in sorted(folder.glob("events.*"), key=lambda path: path.stat().st_mtime_ns):
+        data, start = path.read_bytes(), 0
+        while start < len(data):
+            (length,) = struct.unpack_from("<Q", data, start)
+            event = event_pb2.Event.FromString(data[start + 12 : start + 12 + length])
+            start += 12 + length + 4
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = {key: value for key, value in shown.items() if key[0] < event.step}
+            shown |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+    return shown
+
+
+def test_tensorboard_has_every_number_as_soon_as_it_is_written(tmp_path):
     log = metrics_log.MetricsLog(tmp_path, config(tensorboard=True), step=0)
-    log.write(1, {"objective/kl": 1.0})
+    row = {f"policy/number_{n}": float(n) for n in range(40)}
+    for step in (1, 2):
+        log.write(step, row)
+        assert events(tmp_path) == {(past, name): row[name] for past in range(1, step + 1) for name in row}
     log.close()
-    assert any(path.name.startswith("events.") for path in tmp_path.iterdir())
+
+
+def test_tensorboard_goes_on_after_the_restored_step_without_a_number_twice(tmp_path, monkeypatch):
+    for session, (restored, steps) in enumerate([(0, (1, 2, 3)), (2, (3, 4))]):
+        monkeypatch.setattr("time.time", lambda now=1e9 + session: now)  # it names the file
+        log = metrics_log.MetricsLog(tmp_path, config(tensorboard=True), step=restored)
+        for step in steps:
+            log.write(step, {"objective/kl": step + 10.0 * session})
+        log.close()
+    assert events(tmp_path) == {
+        (step, "objective/kl"): float(value) for step, value in ((1, 1), (2, 2), (3, 13), (4, 14))
+    }
 
 
 def test_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch):
