@@ -27,6 +27,7 @@ features stay with the rollout, row-aligned, and no gradient reaches tower or pr
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -48,7 +49,16 @@ from icet_jax.generation.decode import generate
 from icet_jax.generation.sampling import is_eos
 from icet_jax.nn.protocols import Images
 from icet_jax.parallel.programs import Program
-from icet_jax.parallel.sharding import batch_sharding, placed, replicated, row_shards, shardings, split_rows
+from icet_jax.parallel.sharding import (
+    batch_sharding,
+    joined_slices,
+    placed,
+    replicated,
+    row_shards,
+    row_slices,
+    shardings,
+    split_rows,
+)
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
@@ -280,21 +290,6 @@ def _score_slice(graphdef: Any, settings: Settings, params: Any, trainable: Any,
     return old, reference.log_probs
 
 
-def _in_slices(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
-    """`function` on `count` slices of the rows in turn, so that no phase holds more activations than an update does.
-
-    Slice i takes rows i, i + count, ...: a batch that is sharded over devices stays so in every slice.
-    """
-
-    def split(leaf: Array) -> Array:
-        return leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]).swapaxes(0, 1)
-
-    def join(leaf: Array) -> Array:
-        return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
-
-    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(split, rows)))
-
-
 def _prepare(
     graphdef: Any, settings: Settings, params: Any, trainable: Any, controls: Controls, rollout: Rollout,
     scores: Array, learned: Array, rewarded: Array, *, columns: int | None = None,
@@ -309,11 +304,10 @@ def _prepare(
     scored = jnp.isfinite(scores) & rollout.mask.any(axis=1)
     mask = rollout.mask & scored[:, None]
     check_divides(settings, mask.shape[0])
-    old, ref_log_probs = _in_slices(
-        lambda rows: _score_slice(graphdef, settings, params, trainable, rows),
-        rollout,
-        settings.minibatches * settings.accumulation,
-    )
+    # As many slices as an update has, so that this phase holds no more activations than that one.
+    slices = row_slices(rollout, settings.minibatches * settings.accumulation)
+    score = functools.partial(_score_slice, graphdef, settings, params, trainable)
+    old, ref_log_probs = joined_slices(jax.lax.map(score, slices))
     last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
     last_token = jnp.take_along_axis(rollout.tokens, last[:, None], axis=1)[:, 0]
     has_eos = is_eos(last_token, settings.sampling.eos_ids) & scored

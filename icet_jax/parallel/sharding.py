@@ -150,6 +150,19 @@ def split_rows(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def row_slices(tree: Any, count: int) -> Any:
+    """The rows of every array in `count` equal slices, [B, ...] to [count, B / count, ...], for `lax.map` and `scan`.
+
+    Slice i has rows i, i + count, ...: rows that are split over devices stay so in every slice.
+    """
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), tree)
+
+
+def joined_slices(tree: Any) -> Any:
+    """The rows of `row_slices` in their order again, [count, B / count, ...] to [B, ...]."""
+    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), tree)
+
+
 def place_rows(tree: Any, mesh: Mesh | None, parts: int = 1) -> Any:
     """Arrays on the device, their first axis split over the mesh's row axes where it divides, whole elsewhere.
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
 from icet_jax.errors import UserError
 from icet_jax.nn.gpt2 import GPT2RewardModel
-from icet_jax.parallel.sharding import place_rows, shardings
+from icet_jax.parallel.sharding import place_rows, row_slices, shardings
 from icet_jax.scorers.pairs import HH_TEMPLATE, PairTokenizer
 from icet_jax.scorers.rows import BatchedNetwork, bucket, pad_rows
 from icet_jax.typing import Array, Bool, Float, Int
@@ -212,10 +212,6 @@ def _make_step(
         rewards = model(tokens.reshape(-1, length), mask.reshape(-1, length)).reshape(-1, 2)
         return preference_loss(rewards[:, 0], rewards[:, 1]), rewards
 
-    def sliced(x: Array) -> Array:
-        """[B, ...] to [accumulation, B / accumulation, ...]; rows split over devices stay so in every slice."""
-        return jnp.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1)
-
     def step(
         params: nnx.State, state: Any, tokens: Int[Array, "B 2 T"], mask: Bool[Array, "B 2 T"]
     ) -> tuple[nnx.State, Any, dict[str, Array]]:
@@ -224,7 +220,7 @@ def _make_step(
             return jax.tree.map(jnp.add, total, gradients), (loss, rewards)
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, (losses, rewards) = jax.lax.scan(add, zeros, (sliced(tokens), sliced(mask)))
+        total, (losses, rewards) = jax.lax.scan(add, zeros, row_slices((tokens, mask), accumulation))
         gradients = jax.tree.map(lambda leaf: leaf / accumulation, total)
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)

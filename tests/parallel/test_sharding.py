@@ -210,3 +210,13 @@ def test_arrays_can_be_placed_on_a_real_mesh():
     x = jax.device_put(np.arange(4.0), sharding.batch_sharding(mesh))
     assert mesh.shape == {"data": 1, "fsdp": 1, "tensor": 1}
     np.testing.assert_array_equal(np.asarray(x), np.arange(4.0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_slices_take_rows_at_a_stride_and_come_together_again(count):
+    rows = {"a": np.arange(12).reshape(6, 2), "b": np.arange(6)}
+    slices = sharding.row_slices(rows, count)
+    for number in range(count):
+        np.testing.assert_array_equal(slices["a"][number], rows["a"][number::count])
+    np.testing.assert_array_equal(sharding.joined_slices(slices)["a"], rows["a"])
+    np.testing.assert_array_equal(sharding.joined_slices(slices)["b"], rows["b"])

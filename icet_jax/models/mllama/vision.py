@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.nn import layers
-from icet_jax.parallel.sharding import row_shards
+from icet_jax.parallel.sharding import joined_slices, row_shards, row_slices
 from icet_jax.parallel.traced import by_rows, gathered, gathered_once, mesh_of, taken
 from icet_jax.typing import Array, Bool, Float, Int
 
@@ -269,9 +269,5 @@ def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Arra
         return function(*arrays)
     chunk = -(-count // (steps * shards)) * shards
 
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, chunk * steps - count), *[(0, 0)] * (x.ndim - 1)])
-        return x.reshape(chunk, steps, *x.shape[1:]).swapaxes(0, 1)
-
-    out = jax.lax.map(lambda parts: function(*parts), tuple(map(cut, arrays)))
-    return out.swapaxes(0, 1).reshape(chunk * steps, *out.shape[2:])[:count]
+    filled = [jnp.pad(x, [(0, chunk * steps - count), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
+    return joined_slices(jax.lax.map(lambda parts: function(*parts), row_slices(filled, steps)))[:count]
