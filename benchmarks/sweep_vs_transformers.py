@@ -35,7 +35,7 @@ import timing
 from flax import nnx
 from timing import PRESETS, Preset
 
-from icet_jax.evaluation.schedule import prompt_bucket
+from icet_jax.data.padding import prompt_bucket
 from icet_jax.generation.engine import Engine, Prompts, Work
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.llava.network import Llava

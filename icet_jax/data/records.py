@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from icet_jax.config.names import KINDS
 from icet_jax.data.tables import RawRow, csv_rows, jsonl_rows, text_problem
 from icet_jax.errors import UserError, one_line
 from icet_jax.media.image_files import MISSING, OUTSIDE, ImageFiles, leaves_root, require_file_name
 from icet_jax.media.templates import PLACEHOLDERS
 
-KINDS = ("forbidden", "benign", "vqa")
 _COLUMNS = "prompt, image[, id, policy, kind, answer]"
 _REPORTED_PROBLEMS = 5
 _SHOWN = 300  # characters of a problem

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from icet_jax.data.batches import load_ahead
+from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
-from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.models.base.processor import Processor
 from icet_jax.nn.protocols import Images

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
-from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.evaluation.scoring import concerns
 from icet_jax.generation.sampling import Sampling
 from icet_jax.scorers.base import Scorer

@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from icet_jax.data.batches import load_ahead
+from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch, prompt_tokens
-from icet_jax.evaluation.schedule import Stretch, Unit, prompt_bucket, stretches
+from icet_jax.evaluation.schedule import Stretch, Unit, stretches
 from icet_jax.generation.engine import Engine, Finished, Prompts, Work, run_prefix
 from icet_jax.generation.sampling import Sampling
 from icet_jax.nn.protocols import Cache, Images

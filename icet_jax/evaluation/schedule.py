@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
 
-_FINEST = 16  # positions; short prompts are padded to a multiple of it
 _FEW = 16  # rows that join the next longer ones
 
 
@@ -36,12 +36,6 @@ class Stretch:
 
     units: tuple[Unit, ...]
     length: int
-
-
-def prompt_bucket(length: int) -> int:
-    """The padded length for prompts of up to `length` positions: at most an eighth longer (or the next 16)."""
-    step = max(_FINEST, 1 << max(length.bit_length() - 4, 0))
-    return -(-length // step) * step
 
 
 def stretches(examples: Sequence[Example], prompts: Sequence[np.ndarray], image_token: int) -> list[Stretch]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from icet_jax.data.records import KINDS, Example
+from icet_jax.config.names import KINDS
+from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.miniatures import scorers, vlms
 

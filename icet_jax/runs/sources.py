@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from icet_jax.config.names import KINDS
 from icet_jax.data import prepared
 from icet_jax.data.published import read_source
-from icet_jax.data.records import KINDS, Example, Records, prompt_overlap
+from icet_jax.data.records import Example, Records, prompt_overlap
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
 from icet_jax.parallel.distributed import first_before_others

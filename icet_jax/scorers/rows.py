@@ -8,37 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from icet_jax.data.padding import bucket, pad_rows
 from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import ROWS, place_rows, replicated
 
-_SHORTEST_BUCKET = 32  # positions
 _FULL_BATCH = 1024  # positions up to which a batch is full: attention over longer rows would take too much memory
-
-
-def bucket(length: int, longest: int, steps: int = 1) -> int:
-    """The padded length for texts of up to `length` tokens: at least 32, at most `longest`.
-
-    Args:
-      length: tokens.
-      longest: of any text.
-      steps: buckets per doubling; 1 gives the powers of two, 4 wastes at most a quarter of the positions.
-    """
-    power = max(_SHORTEST_BUCKET, 1 << max(length - 1, 0).bit_length())
-    step = max(_SHORTEST_BUCKET, power // 2 // steps)
-    return min(longest, -(-max(length, 1) // step) * step)
-
-
-def pad_rows(
-    rows: Sequence[Sequence[int]], length: int, count: int, side: str = "right"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pads rows on `side` to tokens int32 [count, length] and mask bool; missing and empty rows are all padding."""
-    tokens = np.zeros((count, length), np.int32)
-    mask = np.zeros((count, length), bool)
-    for index, ids in enumerate(rows):
-        where = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
-        tokens[index, where] = ids
-        mask[index, where] = True
-    return tokens, mask
 
 
 class BatchedNetwork:
@@ -72,7 +46,7 @@ class BatchedNetwork:
           batch_size: rows per call of up to 1024 tokens each.
           mesh: that of `params`, over which rows are split; None for the default device.
           side: of the padding, "left" or "right".
-          steps: see `bucket`.
+          steps: see `data.padding.bucket`.
           about: what `function` closes over, see `parallel.programs.Program`.
         """
         self.longest, self.batch_size = longest, batch_size

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.data.records import KINDS, Example
+from icet_jax.config.names import KINDS
+from icet_jax.data.records import Example
 from icet_jax.scorers.base import Scorer
 from icet_jax.scorers.exact_match import exact_match
 

@@ -12,11 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
+from icet_jax.data.padding import bucket, pad_rows
 from icet_jax.errors import UserError
 from icet_jax.nn.gpt2 import GPT2RewardModel
 from icet_jax.parallel.sharding import place_rows, row_slices, shardings
 from icet_jax.scorers.pairs import HH_TEMPLATE, PairTokenizer
-from icet_jax.scorers.rows import BatchedNetwork, bucket, pad_rows
+from icet_jax.scorers.rows import BatchedNetwork
 from icet_jax.typing import Array, Bool, Float, Int
 
 Pair = tuple[str, str, str]

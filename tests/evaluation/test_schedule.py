@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
-from icet_jax.evaluation.schedule import Unit, prompt_bucket, stretches
+from icet_jax.evaluation.schedule import Unit, stretches
 
 IMAGE = 9
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
-from icet_jax.evaluation.schedule import prompt_bucket
 from icet_jax.models import family_of
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.models.llava_next.anyres import gather_rows, packing

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from icet_jax.scorers.rows import BatchedNetwork, bucket, pad_rows
+from icet_jax.data.padding import bucket, pad_rows
+from icet_jax.scorers.rows import BatchedNetwork
 
 
 @pytest.mark.parametrize(("length", "expected"), [(0, 32), (1, 32), (32, 32), (33, 64), (64, 64), (65, 100), (99, 100)])
