@@ -13,6 +13,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,7 +233,7 @@ def render(results: dict[str, Any]) -> str:
         parts[f"time {training}"] = _table(_TIME, [_time(cell, found, results) for cell, found in known])
         left = [cell.key for cell in chosen if cell.key not in results]
         parts[f"left {training}"] = "\n" + f"Not compiled yet: {'; '.join(left)}.\n" if left else ""
-    mends = [f"- {cell.key}: {'; '.join(results[cell.key]['mend'])}"
+    mends = [_wrapped(f"- {cell.key}: {'; '.join(results[cell.key]['mend'])}")
              for cell in cells() if results.get(cell.key, {}).get("mend")]  # fmt: skip
     searched = [f"- {cell.key}: {_largest(results[cell.key]['largest'])}"
                 for cell in cells() if "largest" in results.get(cell.key, {})]  # fmt: skip
@@ -242,6 +243,11 @@ def render(results: dict[str, Any]) -> str:
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part)
     return text
+
+
+def _wrapped(item: str) -> str:
+    """A list item in lines of at most 118 characters."""
+    return textwrap.fill(item, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 _MEMORY = ("model", "chips", "data x fsdp x tensor", "rows (slices)", "weights", "trained", "judges", "inputs + cache",

@@ -15,11 +15,7 @@ OTHERS_LINES = {
     "docs/reference/config.md": "its text is the config's comments",
     "docs/ablations.md": "being measured",
 }
-TO_WRAP = (
-    "CHANGELOG.md", "SECURITY.md", "docs/guides/data.md", "docs/guides/family.md", "docs/guides/judge.md",
-    "docs/guides/ppo_trouble.md", "docs/guides/troubleshooting.md", "docs/paper_to_code.md", "docs/performance.md",
-    "docs/reward_models.md", "docs/scaling.md", "launch/README.md",
-)  # fmt: skip
+TO_WRAP = ("CHANGELOG.md",)
 PAGES = [page for page in blocks.pages() if str(page.relative_to(ROOT)) not in (*OTHERS_LINES, *TO_WRAP)]
 
 
