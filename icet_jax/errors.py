@@ -27,7 +27,7 @@ def one_line(text: str) -> str:
 class UserError(Exception):
     """Bad input: one line that names the file, field or row, what was wrong, and the mend.
 
-    The front door (`icet_jax.main`) prints the line alone and exits with `exit_code`.
+    The command line (`icet_jax.main`) prints the line alone and exits with `exit_code`.
     """
 
     def __init__(self, line: str, *, exit_code: int = WRONG_INPUT) -> None:
@@ -40,7 +40,7 @@ class Stopped(SystemExit):
     """The run was told to stop, and the same command goes on. Signals raise it anywhere, so it is no `Exception`."""
 
     def __init__(self, line: str) -> None:
-        """`line` is what the front door prints."""
+        """`line` is what the command line prints."""
         super().__init__(RESUMABLE)
         self.line = line
 

@@ -1,4 +1,4 @@
-"""The front door as a user meets it: a process, its exit code and the one line it prints."""
+"""The command line as a user meets it: a process, its exit code and the one line it prints."""
 
 import importlib
 import json
@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icet_jax import main as front_door
-from icet_jax.runs import run_dir
+import icet_jax
+from icet_jax import main as command_line
+from icet_jax.config import FIELDS
+from icet_jax.runs import run_dir, shipped
 from icet_jax.runs.config_files import load
 from icet_jax.runs.sources import read_rows
 
@@ -29,19 +31,24 @@ def run(*arguments: str | bytes, **kwargs):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "no --config (nor --checkpoint); type: python -m icet_jax.main --config="),
+        (["align"], "no --config (nor --checkpoint); type: python -m icet_jax.main align --config="),
         ([CONFIG], "needs --workdir"),
         ([CONFIG, "--mode=swep", "--workdir=x"], "no such mode (did you mean --mode=sweep?); there are align, sweep,"),
         ([CONFIG, "--mode=tidy", "--workdir=x"], "--mode=tidy: no such mode; there are align, sweep,"),
         ([CONFIG, "--workdr=x"], "--workdr=x: no such flag (did you mean --workdir?); type: python -m icet_jax.main"),
         ([CONFIG, "--lppo.kl_coef=1"], "no such flag (did you mean --config.lppo.kl_coef=1?)"),
-        (["ask", "--checkpoint=organism:vlm"], "'ask' stands alone (did you mean --mode=ask?)"),
-        (["--checkpoint=organism:vlm", "--prompt=hello"], "type: python -m icet_jax.main --mode=ask --checkpoint="),
+        (["--checkpoint=organism:vlm", "ask"], "'ask' stands alone (did you mean ask?): a mode is the first word"),
+        (["swep", CONFIG], "'swep' stands alone (did you mean sweep?): a mode is the first word"),
+        (["sweep", CONFIG, "--mode=plan"], "sweep and --mode=plan: the mode is given twice"),
+        (["sweep", CONFIG, "--mode", "sweep"], "sweep and --mode: the mode is given twice"),
+        (["sweep", CONFIG], "--mode=sweep needs --workdir"),
+        (["--fields=lpo"], "--fields=lpo: no such section (did you mean lppo?); there are algorithm,"),
+        (["--checkpoint=organism:vlm", "--prompt=hello"], "type: python -m icet_jax.main ask --checkpoint="),
         ([CONFIG, "--workdir=x", "--topology=v5e:4x4"], "--topology is for --mode=plan only"),
         (["--mode=ask", "--checkpoint=organism:vlm", "--largest-batch"], "--largest-batch is for --mode=plan only"),
         (["--mode=ask", "--checkpoint=organism:vlm", "--rows=3"], "--rows is for --mode=labels only"),
-        (["--mode=ask"], "type: python -m icet_jax.main --mode=ask --checkpoint=organism:vlm --image="),
-        (["--mode=reward", "--config=configs/rm_gpt2.py"], "type: python -m icet_jax.main --mode=reward --config="),
+        (["--mode=ask"], "type: python -m icet_jax.main ask --checkpoint=organism:vlm --image="),
+        (["--mode=reward", "--config=configs/rm_gpt2.py"], "type: python -m icet_jax.main reward --config="),
         ([CONFIG, "--mode"], "expected one argument; type: "),
         (["--config", "configs/nothing.py", "--workdir=x"], "configs/nothing.py: no such file"),
         ([CONFIG, "--workdir=x", "--config.lppo.kl_coeff=1"], "the nearest is config.lppo.kl_coef"),
@@ -53,7 +60,7 @@ def run(*arguments: str | bytes, **kwargs):
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert front_door.main(arguments) == 2
+    assert command_line.main(arguments) == 2
     printed = capsys.readouterr().err
     assert says in printed and printed.count("\n") == 1 and printed.startswith("icet-jax: ")
     assert list(tmp_path.iterdir()) == []
@@ -73,7 +80,7 @@ UNREADABLE = os.fsdecode(b"what is this \xff?")  # as it arrives in sys.argv
     ],
 )
 def test_bytes_that_are_no_text_are_one_line(arguments, names, capsys):
-    assert front_door.main(arguments) == 2
+    assert command_line.main(arguments) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"icet-jax: {names}: holds bytes that are not text in this terminal's encoding, ")
     assert printed.count("\n") == 1 and "LC_ALL=C.UTF-8" in printed
@@ -104,30 +111,76 @@ def test_a_wrong_flag_is_answered_before_jax_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_help_names_the_modes_and_the_command(capsys):
+def test_no_arguments_print_the_usage():
+    result = run()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: icet-jax [MODE] [--config=FILE]")
+    for name, mode in command_line.MODES.items():
+        assert f"  {name:8} {mode.about}\n" in result.stderr
+
+
+def test_version_is_the_packages():
+    result = run("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"icet-jax {icet_jax.__version__}\n", "")
+
+
+def help_of(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        front_door.main(["--help"])
+        command_line.main(arguments)
     assert caught.value.code == 0
-    printed = capsys.readouterr().out
-    assert front_door.EXAMPLE in printed and front_door.EXAMPLES.keys() == front_door.MODES.keys()
-    for mode, what in front_door.MODES.items():
-        line, example = (line.strip() for line in printed.partition(f"  {mode:8} ")[2].splitlines()[:2])
-        assert (line, example) == (what, f"icet-jax {front_door.EXAMPLES[mode]}")
+    return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", front_door.MODES)
-def test_every_example_of_help_starts_its_mode(mode, monkeypatch):
+def test_help_names_the_modes_and_the_command(capsys):
+    printed = help_of(["--help"], capsys)
+    assert command_line.COMMAND in printed
+    for name, mode in command_line.MODES.items():
+        line, example = (line.strip() for line in printed.partition(f"  {name:8} ")[2].splitlines()[:2])
+        assert (line, example) == (mode.about, f"icet-jax {mode.example}") and mode.example.startswith(f"{name} ")
+
+
+@pytest.mark.parametrize("form", [["plan", "--help"], ["--mode=plan", "--help"]])
+def test_help_of_a_mode_shows_its_flags_alone(form, capsys):
+    printed = help_of(form, capsys)
+    assert f"icet-jax {command_line.MODES['plan'].example}" in printed and "--topology" in printed
+    assert "--config" in printed and not any(flag in printed for flag in ("--image", "--verdicts", "--coordinator"))
+
+
+def test_the_fields_of_a_config_are_listed(capsys):
+    assert command_line.main(["--fields"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition("=")[0] for line in printed[::2]] == [f"--config.{name}" for name in FIELDS]
+    assert printed[1::2] == [f"    {field.about}" for field in FIELDS.values()]
+    assert command_line.main(["--fields", "lppo.kl_coef"]) == 0
+    assert capsys.readouterr().out == (
+        "--config.lppo.kl_coef=0.2 per nat    (0 or more; TRL)\n    First coefficient of the KL term.\n"
+    )
+
+
+def started(arguments, monkeypatch):
+    """What the mode's `run` is called with: the config, the run directory and the flags."""
+    calls = []
+    monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
+    for mode in command_line.MODES:
+        module = importlib.import_module(f"icet_jax.commands.{mode}")
+        monkeypatch.setattr(module, "run", lambda *given, mode=mode: calls.append((mode, *given)) or 0)
+    assert command_line.main(arguments) == 0
+    [(mode, config, workdir, options)] = calls
+    assert options.mode == mode
+    return config, workdir, options
+
+
+@pytest.mark.parametrize("mode", command_line.MODES)
+def test_every_example_of_help_starts_its_mode_in_both_forms(mode, monkeypatch):
     """As typed, in the repository: its flags parse, its config loads, its files are there, and its mode is started."""
     monkeypatch.chdir(ROOT)
-    module = importlib.import_module(f"icet_jax.commands.{mode}")
-    monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
-    calls = []
-    monkeypatch.setattr(module, "run", lambda *given: calls.append(given) or 0)
-    assert front_door.main(shlex.split(front_door.EXAMPLES[mode])) == 0
-    [(config, workdir, options)] = calls
+    words = shlex.split(command_line.MODES[mode].example)
+    config, workdir, options = started(words, monkeypatch)
     assert options.mode == mode and (workdir is None or workdir.parts[0] == "runs")
     named = [*options.image, *(path for path in config.sweep.datasets.values() if path.startswith("examples"))]
     assert all((ROOT / path).is_file() for path in named)
+    for flag in ([f"--mode={mode}", *words[1:]], [*words[1:], "--mode", mode]):
+        assert started(flag, monkeypatch) == (config, workdir, options)
 
 
 def test_the_example_image_is_one_of_the_organisms_world():
@@ -135,6 +188,17 @@ def test_the_example_image_is_one_of_the_organisms_world():
 
     shown = np.asarray(Image.open(ROOT / "examples" / "scene.png"))
     np.testing.assert_array_equal(shown, world.rows("test", "vqa", np.arange(5, 6)).images[0])
+
+
+def test_an_example_is_found_where_it_does_not_lie_and_ones_own_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(shipped.example("examples/scene.png")).read_bytes() == (ROOT / "examples" / "scene.png").read_bytes()
+    assert len(read_rows("examples/prompts.csv").examples) == 6
+    for path in ("README.md", "examples/none.png", str(tmp_path / "examples" / "scene.png")):
+        assert shipped.example(path) == path
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "scene.png").write_bytes(b"mine")
+    assert Path(shipped.example(Path("examples/scene.png"))).read_bytes() == b"mine"
 
 
 def test_the_example_rows_are_all_usable():
@@ -146,8 +210,8 @@ def test_ctrl_c_is_quiet(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(front_door, "run", interrupted)
-    assert front_door.main([]) == 130
+    monkeypatch.setattr(command_line, "run", interrupted)
+    assert command_line.main([]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 
@@ -170,7 +234,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path, capsys):
     before = (tmp_path / "config.json").read_bytes()
     run_dir.claim(tmp_path, load("configs/organism_lppo.py"))
     arguments = [CONFIG, f"--workdir={tmp_path}", "--config.lppo.kl_coef=0.5", "--config.sweep.utility.more=a.csv"]
-    assert front_door.main(arguments) == 2
+    assert command_line.main(arguments) == 2
     printed = capsys.readouterr().err
     assert "lppo.kl_coef (0.05 there, 0.5 now)" in printed and "sweep.utility" in printed
     assert (tmp_path / "config.json").read_bytes() == before
@@ -179,7 +243,7 @@ def test_a_workdir_of_another_config_is_refused(tmp_path, capsys):
 
 def test_a_broken_config_json_is_named(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
-    assert front_door.main([CONFIG, f"--workdir={tmp_path}"]) == 2
+    assert command_line.main([CONFIG, f"--workdir={tmp_path}"]) == 2
     assert "not a run's config" in capsys.readouterr().err
 
 
@@ -193,7 +257,7 @@ def test_config_json_holds_every_field(tmp_path):
 
 def test_the_repository_has_the_files_its_commands_name():
     makefile = (ROOT / "Makefile").read_text()
-    assert front_door.EXAMPLE.removeprefix("python ") in makefile
+    assert command_line.EXAMPLE.removeprefix("python ") in makefile
     assert "make test" in (ROOT / ".ci" / "run").read_text() and "make demo" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -206,5 +270,5 @@ def test_a_finished_measurement_ends_with_its_headline(mode, finished, shown, tm
     monkeypatch.setattr("icet_jax.report.headline", lambda folder: "worst" if folder == tmp_path else "")
     if finished:
         (tmp_path / "report.html").touch()
-    assert front_door.main([f"--mode={mode}", CONFIG, f"--workdir={tmp_path}"]) == 0
+    assert command_line.main([f"--mode={mode}", CONFIG, f"--workdir={tmp_path}"]) == 0
     assert capsys.readouterr().out == shown

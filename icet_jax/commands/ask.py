@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config import require
 from icet_jax.errors import UserError
-from icet_jax.runs import loading
+from icet_jax.runs import loading, shipped
 from icet_jax.runs.sources import checkpoint_directory
 
 _DEFAULT_EXITS = 5  # spread over the encoder, beside the default exit
@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         capture=model.intermediate_capture, template=config.data.template,
     )  # fmt: skip
     exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
-    inputs = vlm.processor(images=[list(options.image)], prompts=[options.prompt])
+    inputs = vlm.processor(images=[[shipped.example(path) for path in options.image]], prompts=[options.prompt])
     problem = vlm.misfit(inputs["input_ids"][0], config.sweep.max_new_tokens)
     if problem is not None:
         raise UserError(f"--prompt: {problem}")

@@ -27,7 +27,7 @@ from icet_jax.errors import UserError
 from icet_jax.media.tokenizer import has_tokenizer
 from icet_jax.models.base import reference
 from icet_jax.models.base.processor import Inputs
-from icet_jax.runs import loading
+from icet_jax.runs import loading, shipped
 from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.vlm import VLM
 
@@ -92,8 +92,9 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     if config.model.adapter is not None:
         raise UserError("--mode=verify compares whole checkpoints: export the model with its adapter, and give that")
     directory = checkpoint_directory(config.model.checkpoint, workdir)
+    images = [shipped.example(path) for path in options.image]
     checks = verify(
-        directory, options.exits, images=options.image, prompt=options.prompt, revision=config.model.revision,
+        directory, options.exits, images=images, prompt=options.prompt, revision=config.model.revision,
         exit_rule=config.model.exit_rule,
     )  # fmt: skip
     print(table(checks))

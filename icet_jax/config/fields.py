@@ -113,6 +113,18 @@ class Field:
             return self.rule.says
         return "your own keys" if self.is_open else TYPE_NAMES[self.type]
 
+    def summary(self) -> str:
+        """The default as the command line takes it, its unit, what it may be and its origin, in one line."""
+        unit = f" {self.unit}" if self.unit else ""
+        origin = f"; {self.origin}" if self.origin else ""
+        return f"{_as_typed(self.default)}{unit}    ({self.allowed()}{origin})"
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
 
 def unset(kind: type, about: str, rule: Rule | None = None, *, unit: str = "", origin: str = "") -> Field:
     """A field of type `kind` that is unset by default."""

@@ -1,1 +1,1 @@
-"""One file per mode of the front door; each `run(config, workdir, options)` reads top to bottom."""
+"""What several modes share: configs, sources of rows, models, scorers and run directories."""

@@ -1,9 +1,8 @@
-"""From `--config=configs/NAME.py[:variant]` and `--config.FIELD=VALUE` to a checked config."""
+"""Reads `--config=configs/NAME.py[:variant]`, applies `--config.FIELD=VALUE` and checks the result."""
 
 import ast
 import importlib.util
 import inspect
-import os
 import re
 import traceback
 from collections.abc import Iterable, Mapping
@@ -12,10 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import icet_jax
 from icet_jax.config import FIELDS, OPEN_FIELDS, TYPE_NAMES, check, check_names, default, scorer_fields, unknown_field
 from icet_jax.errors import UserError
 from icet_jax.files import require_regular
+from icet_jax.runs import shipped
 
 
 def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[str, str]] = ()) -> ConfigDict:
@@ -67,7 +66,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
-    """The type of a scorer's field; a field that its kind does not have is one clear line."""
+    """Returns the type of a scorer's field; one that its kind does not have is reported in one line."""
     fields = scorer_fields(definition.kind)
     if field not in fields:
         raise UserError(f"config.{where}.{field}: a {definition.kind} has {', '.join(fields)}")
@@ -102,18 +101,17 @@ def _parse_tuple(text: str) -> tuple[Any, ...]:
 
 
 def _find(path: str) -> Path:
-    package = Path(icet_jax.__file__).parent
-    for folder in (Path.cwd(), package.parent, package):
-        if os.path.isfile(folder / path):  # unlike `Path.is_file`, false for names that no file can have
-            return folder / path
-        require_regular(folder / path, f"--config={path}")
-    known = sorted(f.name for folder in (package.parent, package) for f in (folder / "configs").glob("[!_]*.py"))
+    file = shipped.find(path)
+    if file is not None:
+        return file
+    require_regular(path, f"--config={path}")
+    known = sorted(f.name for folder in shipped.FOLDERS for f in (folder / "configs").glob("[!_]*.py"))
     listed = ", ".join(f"configs/{name}" for name in dict.fromkeys(known))
     raise UserError(f"--config={path}: no such file; this project has {listed or 'no configs'}")
 
 
 def _run_config_file(path: Path, variant: str) -> ConfigDict:
-    """Runs the file's `get_config`; what goes wrong inside it becomes one line."""
+    """Runs the file's `get_config`. An error inside it is reported in one line."""
     spec = importlib.util.spec_from_file_location(f"_icet_jax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not a Python file; a config is configs/NAME.py")
@@ -139,7 +137,7 @@ def _run_config_file(path: Path, variant: str) -> ConfigDict:
 
 
 def _from_config_error(path: Path, error: Exception) -> UserError:
-    """ml_collections' complaint about a field, or any other exception of the file, as one line."""
+    """Puts an error of ml_collections about a field, or any other exception of the file, into one line."""
     frames = traceback.extract_tb(error.__traceback__)
     line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), "?")
     missing = re.search(r"Key \"(\w+)\" does not exist|^[\"'\\]*(\w+)[\"'\\]*(?:\\n|\n|$)", str(error))

@@ -20,6 +20,7 @@ from icet_jax.data.records import Example, Records, prompt_overlap
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
 from icet_jax.parallel.distributed import first_before_others
+from icet_jax.runs import shipped
 
 # Rows of an organism source: enough for 95% intervals of a few points, and for a run without a repeated row.
 _ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256, "benign": 256, "vqa": 1024}}
@@ -135,6 +136,7 @@ def read_rows(
     for field, place in (("root", root), ("image_root", image_root)):
         if place and not Path(place).is_dir():
             raise UserError(f"config.data.{field}={place}: no such folder; it is where the data sets' files lie")
+    source = source if root else str(shipped.example(source))
     return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
 
 

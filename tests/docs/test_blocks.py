@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from icet_jax import miniatures as toy
+from icet_jax.main import MODES
 from tests.docs import blocks
 from tests.docs.blocks import Block, Wrong
 
@@ -66,6 +67,9 @@ MAIN = "python -m icet_jax.main"
         ("sh", f"{MAIN} --mode=sweeep --config=configs/llava15_sweep.py --workdir=a", "sweeep"),
         ("sh", f"{MAIN} --config=configs/llava15_lppo.py:14b --workdir=a", "variant '14b'"),
         ("sh", f"{MAIN} --mode=labels --workdir=RUN --out=a.csv [--rows=many]", "many"),
+        ("sh", "icet-jax sweeep --config=configs/llava15_sweep.py --workdir=a", "did you mean sweep?"),
+        ("sh", "icet-jax sweep --config=configs/llava15_sweep.py", "needs --workdir"),
+        ("sh", "icet-jax", "starts no mode"),
         ("sh", "icet-jax --mode=plan --topologie=v5e:4x4 --config=configs/llava15_lppo.py", "topologie"),
         ("sh", "python benchmarks/ablation.py --out runs/a", "there is no benchmarks/ablation.py"),
         ("sh", "python benchmarks/ablations.py --outt runs/a", "no --outt"),
@@ -131,6 +135,9 @@ def test_right_blocks_and_words_pass():
         f"XLA_FLAGS=--a=8 {MAIN} --config=configs/llava15_lppo.py:smoke --workdir=runs/two [--config.seed=1]  # a # b"
     )
     blocks.check_block(Block("sh", text, 1))
+    for mode in MODES.values():
+        blocks.check_block(Block("sh", f"icet-jax {mode.example}", 1))
+    blocks.check_block(Block("sh", f"icet-jax --version\n{MAIN} plan --help\nicet-jax --fields=lppo", 1))
     blocks.check_block(
         Block("sh", "NAME=run launch/gke_jobset.sh --config=configs/llava15_lppo.py --workdir=/runs/a", 1)
     )

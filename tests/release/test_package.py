@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import icet_jax
-from icet_jax.main import EXAMPLES
+from icet_jax.main import MODES
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
@@ -66,11 +66,13 @@ def repository_files(folder, suffixes):
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_the_wheel_holds_the_package_its_data_and_the_configs_and_nothing_else(files):
+def test_the_wheel_holds_the_package_its_data_the_configs_the_examples_and_nothing_else(files):
     package = repository_files("icet_jax", {".py", ".typed", *DATA})
     configs = {f"icet_jax/{name}": content for name, content in repository_files("configs", {".py"}).items()}
     info = {name for name in files if name.startswith(f"icet_jax-{icet_jax.__version__}.dist-info/")}
-    assert {name: files[name] for name in files.keys() - info} == package | configs
+    examples = {f"icet_jax/{name}": content for name, content in repository_files("examples", {".csv", ".png"}).items()}
+    assert {"icet_jax/examples/scene.png", "icet_jax/examples/prompts.csv"} == examples.keys()
+    assert {name: files[name] for name in files.keys() - info} == package | configs | examples
     assert {"vlm", "control", "next", "mllama", "reward_model"} <= {
         name.split("/")[3] for name in files if name.endswith("model.safetensors")
     }
@@ -169,7 +171,7 @@ def test_the_demo_runs_from_the_wheel_in_another_directory(installed):
         "sweep.exits": "3,7", "sweep.max_new_tokens": "4", "sweep.batch_size": "8",
         "sweep.scorers": "refusal_keywords", "log.tensorboard": "false",
     }  # fmt: skip
-    arguments = [*shlex.split(EXAMPLES["align"]), *(f"--config.{name}={value}" for name, value in small.items())]
+    arguments = [*shlex.split(MODES["align"].example), *(f"--config.{name}={value}" for name, value in small.items())]
     done = installed.run("icet-jax", *arguments)
     assert done.returncode == 0, done.stderr
     run = installed.folder / "runs" / "organism"
@@ -180,10 +182,16 @@ def test_the_demo_runs_from_the_wheel_in_another_directory(installed):
     assert (run / "config.json").is_file() and (run / "figures").is_dir()
 
 
+def test_the_example_rows_are_read_from_the_wheel(installed):
+    code = "from icet_jax.runs import sources; print(len(sources.load_rows('examples/prompts.csv')))"
+    done = installed.run("python", "-c", code)
+    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr
+
+
 def test_ask_from_the_wheel_prints_what_the_readme_shows(installed):
-    shutil.copytree(ROOT / "examples", installed.folder / "examples")
+    assert not (installed.folder / "examples").exists()
     shown = re.search(r"^(exit 1 .*?)\n\nexit 1 ", (ROOT / "README.md").read_text(), flags=re.M | re.S)
     assert shown is not None
-    done = installed.run("icet-jax", *shlex.split(EXAMPLES["ask"]), "--exits=1,3,7")
+    done = installed.run("icet-jax", *shlex.split(MODES["ask"].example), "--exits=1,3,7")
     assert done.returncode == 0, done.stderr
     assert [line.rstrip() for line in done.stdout.strip().splitlines()] == shown[1].splitlines()
