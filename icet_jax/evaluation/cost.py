@@ -6,29 +6,25 @@ decoding step's; what else a model does, and slots that stand empty at the end, 
 and the judges' own work, are not in it.
 """
 
-import functools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
 from icet_jax.evaluation.scoring import concerns
 from icet_jax.generation.sampling import Sampling
+from icet_jax.parallel.speed import product_speed
 from icet_jax.scorers.base import Scorer
-from icet_jax.typing import Array, Float, Int
 from icet_jax.vlm import VLM
 
 _SAMPLED = 64  # prompts tokenised to learn their lengths
 _SHORT = 1 / 8  # of the token limit: answers of the optimistic end of the range
 _SLACK = 3.0  # pessimistic end: three times the time of the bare products
-_TIMED_SECONDS = 0.05
 _CPU_ROWS, _ROWS = 256, 4096  # of the product that stands for a prompt's
 _CPU_ELEMENTS = 1 << 23  # largest matrix timed on a CPU
 
@@ -148,7 +144,6 @@ def estimate(
     )
 
 
-@functools.lru_cache(maxsize=16)
 def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: int = 1) -> Rates:
     """Speeds of this process's device, times `devices`, timed in less than about a second.
 
@@ -163,30 +158,8 @@ def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: i
     if on_cpu:
         ffn = max(1, min(ffn, _CPU_ELEMENTS // width))
     rows = _CPU_ROWS if on_cpu else _ROWS
-    prompts, steps = (_timed_rate(count, width, ffn, dtype) for count in (rows, batch_size))
+    prompts, steps = (product_speed(count, width, ffn, dtype) for count in (rows, batch_size))
     return Rates(devices * prompts, devices * min(prompts, steps))
-
-
-def _timed_rate(rows: int, width: int, ffn: int, dtype: str) -> float:
-    x = jnp.ones((rows, width), dtype)
-    up, down = jnp.full((width, ffn), 1 / width, dtype), jnp.full((ffn, width), 1 / ffn, dtype)
-    repeats, seconds = 1, 0.0
-    _products(x, up, down, repeats).block_until_ready()  # compiles
-    while True:
-        began = time.perf_counter()
-        _products(x, up, down, repeats).block_until_ready()
-        seconds = time.perf_counter() - began
-        if seconds >= _TIMED_SECONDS:
-            return repeats * 4 * rows * width * ffn / seconds
-        repeats *= max(2, min(64, math.ceil(_TIMED_SECONDS / max(seconds, 1e-6))))
-
-
-@jax.jit
-def _products(
-    x: Float[Array, "B E"], up: Float[Array, "E F"], down: Float[Array, "F E"], repeats: int | Int[Array, ""]
-) -> Float[Array, "B E"]:
-    """`repeats` times two products, each waiting for the one before."""
-    return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)
 
 
 def _prompt_lengths(vlm: VLM, examples: Sequence[Example]) -> list[int]:

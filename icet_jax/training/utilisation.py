@@ -6,20 +6,17 @@ update 4 N (no gradients of frozen weights; the adapters' own are left out), a f
 places before and after a token, forward 1, update 3 times. The head counts where its logits are needed.
 """
 
-import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.algorithms.settings import Settings
 from icet_jax.parallel import topology
+from icet_jax.parallel.speed import product_speed
 
 _CPU_SIZE, _SIZE = 1024, 8192  # of the product that is timed where no peak is published
-_TIMED_SECONDS = 0.05
 
 
 class Peak(NamedTuple):
@@ -50,22 +47,8 @@ def device_peak(devices: Sequence[Any], dtype: str) -> Peak:
     on_cpu = devices[0].platform == "cpu"
     size = _CPU_SIZE if on_cpu else _SIZE
     several = 1 if on_cpu else count  # the CPU devices of one process share its cores
-    return Peak(
-        kind, count, several * _measured(dtype, size), f"measured: {dtype} products of {size} x {size} matrices"
-    )
-
-
-@functools.cache
-def _measured(dtype: str, size: int) -> float:
-    """Operations a second of the fastest of many square products on the default device."""
-    x, product = jnp.full((size, size), 1 / size, dtype), jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    best, until = float("inf"), time.perf_counter() + _TIMED_SECONDS
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        product(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    measured = several * product_speed(size, size, size, dtype)
+    return Peak(kind, count, measured, f"measured: {dtype} products of {size} x {size} matrices")
 
 
 class Stopwatch:

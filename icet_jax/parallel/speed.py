@@ -1,0 +1,40 @@
+"""How fast the default device multiplies matrices, measured where no number of its maker's will do."""
+
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from icet_jax.typing import Array, Float, Int
+
+_SECONDS, _RUNS = 0.05, 3
+
+
+@functools.cache
+def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
+    """Operations a second of products [rows, width] x [width, ffn] and back, the fastest of three runs of 50 ms."""
+    x = jnp.ones((rows, width), dtype)
+    up, down = jnp.full((width, ffn), 1 / width, dtype), jnp.full((ffn, width), 1 / ffn, dtype)
+
+    def timed(repeats: int) -> float:
+        began = time.perf_counter()
+        _products(x, up, down, repeats).block_until_ready()
+        return time.perf_counter() - began
+
+    timed(1)  # compiles
+    repeats, seconds = 1, timed(1)
+    while seconds < _SECONDS:
+        repeats *= max(2, min(64, math.ceil(_SECONDS / max(seconds, 1e-6))))
+        seconds = timed(repeats)
+    fastest = min(seconds, *(timed(repeats) for _ in range(_RUNS - 1)))
+    return repeats * 4 * rows * width * ffn / fastest
+
+
+@jax.jit
+def _products(
+    x: Float[Array, "B E"], up: Float[Array, "E F"], down: Float[Array, "F E"], repeats: int | Int[Array, ""]
+) -> Float[Array, "B E"]:
+    """`repeats` times two products, each waiting for the one before."""
+    return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)
