@@ -59,9 +59,10 @@ def test_a_default_cannot_be_changed_by_a_config_that_starts_from_it():
         ("lppo", "fixed_exit", "late", "config.lppo.fixed_exit is 'late', but must be a whole number"),
         ("lppo", "value_learning_rate", "fast", "config.lppo.value_learning_rate is 'fast', but must be a number"),
         ("rm", "template", 3, "config.rm.template is 3, but must be text"),
+        ("data", "mixture", 1.0, "config.data.mixture is 1.0, but must be a dict such as {'a': 1}"),
     ],
 )
-def test_a_field_that_is_unset_by_default_has_a_type_too(section, name, value, says):
+def test_a_section_without_its_types_is_checked_for_them(section, name, value, says):
     """A section that a file replaces by a plain dict has lost the types of its fields."""
     values = icet_config.default().to_dict()
     values[section][name] = value

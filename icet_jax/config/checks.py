@@ -1,15 +1,14 @@
-"""What every field may be, and the one line that a wrong one gets."""
+"""Checks a config and reports the first wrong field in one line."""
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import FIELDS, OPEN_FIELDS
-from icet_jax.config.fields import TYPE_NAMES, Field
-from icet_jax.config.names import DTYPES, KINDS, NETWORK_FIELDS, REWARDS, SCORER_FIELDS, WITHOUT_NETWORK
+from icet_jax.config.fields import TYPE_NAMES, Field, Rule, Table
+from icet_jax.config.names import DTYPES, NETWORK_FIELDS, SCORER_FIELDS, WITHOUT_NETWORK
 from icet_jax.errors import UserError
 
 _TOO_LARGE = 2**31  # sizes and counts are int32 on the devices
@@ -29,7 +28,10 @@ def check(config: ConfigDict) -> None:
         if name not in values:
             raise UserError(f"config.{name} is missing: the config replaced its section; change single fields instead")
         _check_value(name, values[name], field)
-    _check_open(values)
+    for name, table in OPEN_FIELDS.items():
+        _check_table(name, values[name], table)
+    _check_scorers(values["scorers"])
+    _check_mixture(values["data.mixture"], values["reward.by_kind"])
     _check_together(config)
 
 
@@ -45,7 +47,12 @@ def check_exits(config: ConfigDict, num_exits: int) -> None:
 
 def _check_value(name: str, value: Any, field: Field) -> None:
     """Checks the type and the rule of one field. A whole number will do where a number is expected."""
-    if field.is_open or (value is None and field.default is None):
+    if value is None and field.default is None:
+        return
+    if field.table is not None:
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.{name} is {value!r}, but must be {TYPE_NAMES[dict]}")
+        check_names(name, value)
         return
     accepted = (int, float) if field.type is float else (field.type,)
     if field.type is not object and (type(value) not in accepted or value != value):
@@ -56,32 +63,26 @@ def _check_value(name: str, value: Any, field: Field) -> None:
         raise UserError(f"config.{name} is {value!r}, but must be {field.rule.says}")
 
 
-def _check_open(values: Mapping[str, Any]) -> None:
-    for field in OPEN_FIELDS:
-        check_names(field, values[field])
-    _check_scorers(values["scorers"])
-    mixture = values["data.mixture"]
-    for kind, share in mixture.items():
-        if kind not in KINDS:
-            raise UserError(f"config.data.mixture.{kind}: a row is one of {', '.join(KINDS)}{_nearest(kind, KINDS)}")
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < float("inf"):
-            raise UserError(f"config.data.mixture.{kind} is {share!r}, but must be a share, 0 or more")
+def _check_table(where: str, entries: Mapping[str, Any], table: Table) -> None:
+    """Checks the keys and the values of a field whose keys the user chooses."""
+    for key, value in entries.items():
+        if isinstance(table.keys, Rule):
+            if not table.keys.accepts(key):
+                raise UserError(f"config.{where}: {key!r} {table.keys.says}")
+        elif key not in table.keys:
+            near = _nearest(key, table.keys)
+            raise UserError(f"config.{where}.{key}: a row is one of {', '.join(table.keys)}{near}")
+        if table.values is not None and not table.values.accepts(value):
+            raise UserError(f"config.{where}.{key} is {value!r}, but must be {table.values.says}")
+
+
+def _check_mixture(mixture: Mapping[str, Any], rewards: Mapping[str, Any]) -> None:
+    """Some kind of row must be drawn, and every drawn kind must have a reward."""
     if sum(mixture.values()) <= 0:
         raise UserError("config.data.mixture leaves no rows: give at least one kind a share above 0")
-    for kind, reward in values["reward.by_kind"].items():
-        if kind not in KINDS:
-            raise UserError(f"config.reward.by_kind.{kind}: a row is one of {', '.join(KINDS)}{_nearest(kind, KINDS)}")
-        if reward not in REWARDS:
-            raise UserError(f"config.reward.by_kind.{kind} is {reward!r}, but must be one of {', '.join(REWARDS)}")
     for kind, share in mixture.items():
-        if share > 0 and kind not in values["reward.by_kind"]:
+        if share > 0 and kind not in rewards:
             raise UserError(f"config.reward.by_kind.{kind} is missing: config.data.mixture draws {kind} rows")
-    for field in ("sweep.datasets", "sweep.utility"):
-        for name, source in values[field].items():
-            if not isinstance(source, str) or not source:
-                raise UserError(f"config.{field}.{name} is {source!r}, but must be a file or an organism: source")
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise UserError(f"config.{field}: {name!r} names a file; use letters, digits, _ and - alone")
 
 
 def check_names(where: str, value: Any) -> None:
@@ -93,18 +94,16 @@ def check_names(where: str, value: Any) -> None:
 
 
 def scorer_fields(kind: str) -> dict[str, type]:
-    """Fields of a scorer's definition and their types; none for an unknown kind."""
+    """Returns the fields of a scorer's definition and their types; none for an unknown kind."""
     if kind not in SCORER_FIELDS:
         return {}
     return {"kind": str, **SCORER_FIELDS[kind], **({} if kind in WITHOUT_NETWORK else NETWORK_FIELDS)}
 
 
 def _check_scorers(scorers: Mapping[str, Any]) -> None:
-    """Every definition is `{"kind": ..., fields of that kind}`."""
+    """Checks that every definition is `{"kind": ..., fields of that kind}`."""
     for name, definition in scorers.items():
         where = f"config.scorers.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            raise UserError(f"config.scorers: {name!r} is part of metrics' names; use letters, digits, _ - . alone")
         if isinstance(definition, Mapping) and definition.get("kind") == "perspective":
             raise UserError(
                 f"{where}: the Perspective API ended on 2026-12-31; use kind: toxicity (Detoxify-type checkpoint) or "
@@ -132,6 +131,7 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
 
 
 def _check_together(config: ConfigDict) -> None:
+    """Checks what several fields must agree on."""
     lppo, batch = config.lppo, config.data.batch_size
     if batch % (lppo.minibatches * lppo.accumulation):
         raise UserError(
@@ -161,7 +161,7 @@ def require(config: ConfigDict, *names: str) -> None:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{dotted name: value}; an open field (its keys are the user's) is one plain dict."""
+    """Returns {dotted name: value}. A table whose keys the user chooses is one plain dict."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, node: ConfigDict) -> None:
@@ -179,14 +179,14 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def choose_variant(variant: str, allowed: tuple[str, ...]) -> str:
-    """`variant` itself, for a config file's `get_config`; a `UserError` names the variants that the file has."""
+    """Returns `variant`, for a config file's `get_config`; a `UserError` names the variants that the file has."""
     if variant in ("", *allowed):
         return variant
     raise UserError(f"variant {variant!r}: this config has {', '.join(allowed) or 'none'}{_nearest(variant, allowed)}")
 
 
 def unknown_field(name: str) -> UserError:
-    """An unknown field, with the nearest known one: by the whole dotted name, or by its last part."""
+    """Returns the error for an unknown field, which names the nearest one by its dotted name or by its last part."""
     known = sorted(FIELDS)
     candidates = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not candidates or "." not in name:

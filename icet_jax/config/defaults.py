@@ -24,6 +24,7 @@ from icet_jax.config.fields import (
     Field,
     Rule,
     Section,
+    Table,
     Tree,
     build,
     distinct,
@@ -32,6 +33,17 @@ from icet_jax.config.fields import (
     matches,
     one_of,
     unset,
+)  # fmt: skip
+
+_SHARES = Table(
+    float,
+    names.KINDS,
+    Rule(lambda share: type(share) in (int, float) and 0 <= share < float("inf"), "a share, 0 or more"),
+)
+_SOURCES = Table(
+    str,
+    matches(r"[A-Za-z0-9_-]+", "names a file; use letters, digits, _ and - alone"),
+    Rule(lambda source: isinstance(source, str) and source != "", "a file or an organism: source"),
 )
 
 MODEL = Section(
@@ -100,7 +112,7 @@ DATA = Section(
         ),
         "root": unset(str, "Folder that relative paths of sources start from. Unset: the working directory."),
         "mixture": Field(
-            {"forbidden": 1.0}, "Share of each kind of row.", values=float, origin="paper: harmful prompts alone"
+            {"forbidden": 1.0}, "Share of each kind of row.", table=_SHARES, origin="paper: harmful prompts alone"
         ),
         "batch_size": Field(64, "Sequences per rollout.", POSITIVE, unit="sequences", origin="ours (TRL: 128)"),
         "max_prompt_tokens": Field(
@@ -144,7 +156,7 @@ REWARD = Section(
             {"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"},
             'What rewards a row of each kind. "none": the row learns from the KL alone. A text-only reward model '
             "cannot grade an answer about an image.",
-            values=str,
+            table=Table(str, names.KINDS, one_of(names.REWARDS)),
         ),
         "normalise": Field(
             False,
@@ -401,9 +413,9 @@ SWEEP = Section(
             type=object,
         ),
         "datasets": Field(
-            {}, "{name: source} of forbidden and benign rows, measured at every exit before and after.", values=str
+            {}, "{name: source} of forbidden and benign rows, measured at every exit before and after.", table=_SOURCES
         ),
-        "utility": Field({}, "{name: source} of rows with an answer (VQA), measured before and after.", values=str),
+        "utility": Field({}, "{name: source} of rows with an answer (VQA), measured before and after.", table=_SOURCES),
         "limit": unset(int, "Rows of each source. Unset: all.", POSITIVE, unit="rows"),
         "batch_size": Field(32, "Rows answered at once.", POSITIVE, unit="rows"),
         "max_new_tokens": Field(128, "Longest answer.", POSITIVE, unit="tokens", origin="ours"),
@@ -495,7 +507,7 @@ CONFIG: Tree = {
     "scorers": Field(
         {},
         "{name: definition} for `sweep.scorers` and `reward.model`; see the table of kinds below.",
-        values=dict,
+        table=Table(dict, matches(r"[A-Za-z0-9_.-]+", "is part of metrics' names; use letters, digits, _ - . alone")),
     ),
     "reward": REWARD,
     "rm": RM,
@@ -517,8 +529,8 @@ CONFIG: Tree = {
 FIELDS = leaves(CONFIG)
 """Dotted name -> field."""
 
-OPEN_FIELDS = tuple(sorted(name for name, field in FIELDS.items() if field.is_open))
-"""Tables whose keys the user chooses."""
+OPEN_FIELDS = {name: field.table for name, field in sorted(FIELDS.items()) if field.table is not None}
+"""Dotted name -> what may be in it, for the fields whose keys the user chooses."""
 
 
 def default() -> ConfigDict:

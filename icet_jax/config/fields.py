@@ -61,6 +61,20 @@ def matches(pattern: str, says: str) -> Rule:
     return Rule(lambda value: bool(re.fullmatch(pattern, value)), says)
 
 
+class Table(NamedTuple):
+    """What a field may hold whose value is a table with keys of the user's choice.
+
+    Attributes:
+      of: the type of its values.
+      keys: the possible keys, or a rule for keys that the user makes up; its `says` stands behind the key.
+      values: which values are allowed; None is judged elsewhere.
+    """
+
+    of: type
+    keys: tuple[str, ...] | Rule
+    values: Rule | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """One setting.
@@ -73,7 +87,7 @@ class Field:
       origin: where the default comes from: "paper", "TRL", "RiC" or "ours" (see `icet_jax.config.defaults`), with more
         words where they help.
       type: `object` where values may have several types; by default the type of `default`.
-      values: of a table whose keys the user chooses: the type of its values. None: the field is no such table.
+      table: what its keys and values may be, where the user chooses the keys.
     """
 
     default: Any
@@ -83,7 +97,7 @@ class Field:
     unit: str = ""
     origin: str = ""
     type: Any = None
-    values: Any = None
+    table: Table | None = None
 
     def __post_init__(self) -> None:
         if not self.about:
@@ -92,14 +106,9 @@ class Field:
             raise ValueError(f"'{self.about}': a field that is unset by default needs a type")
         object.__setattr__(self, "type", self.type or type(self.default))
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it is a table whose keys the user chooses."""
-        return self.values is not None
-
     def initial(self) -> Any:
         """The default as a new `ConfigDict` takes it, with the field's type where it is unset."""
-        if self.is_open:
+        if self.table is not None:
             return ConfigDict(self.default)
         if self.default is None:
             return config_dict.placeholder(self.type)
@@ -111,7 +120,12 @@ class Field:
         """What it may be, in words: its rule, or its type where it has none."""
         if self.rule is not None:
             return self.rule.says
-        return "your own keys" if self.is_open else TYPE_NAMES[self.type]
+        if self.table is None:
+            return TYPE_NAMES[self.type]
+        keys, values = self.table.keys, self.table.values
+        if isinstance(keys, Rule) or values is None:
+            return "your own keys"
+        return f"{values.says}; keys are {', '.join(keys)}"
 
     def summary(self) -> str:
         """The default as the command line takes it, its unit, what it may be and its origin, in one line."""

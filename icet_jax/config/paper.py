@@ -1,4 +1,4 @@
-"""The paper's experiment on each of its three families, as their configs share it; and the same on miniatures.
+"""The paper's experiment: what the configs of its three model families share, and the same experiment on miniatures.
 
 Origins: *paper* is the ICML 2025 text, *cards* the model cards of the checkpoints, *ours* this project's own choice.
 """
@@ -7,25 +7,28 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import default
 
-# Positions of a prompt beside its image (ours). The longest of RedTeam-2K, which alone is trained on, takes 205
-# with its template and Llama 2's tokenizer, 781 with LLaVA-1.5's image; 320 leave room for other templates and
-# tokenizers. Sweeps take what the model has positions for; mini JailBreakV-28K's longest takes 1,109 on LLaVA-1.5.
+# Positions of a prompt without its image (ours). Training uses RedTeam-2K alone. Its longest prompt takes 205 positions
+# with the template and Llama 2's tokenizer, or 781 with LLaVA-1.5's image. 320 leave room for other templates and
+# tokenizers. Sweeps use all positions of the model: the longest prompt of mini JailBreakV-28K takes 1,109 on LLaVA-1.5.
 _TEXT_POSITIONS = 320
 
 
 def llava15(size: str = "7b") -> ConfigDict:
-    """LLaVA-1.5 (`size` "7b" or "13b")."""
+    """Returns the experiment on LLaVA-1.5 (`size` "7b" or "13b")."""
     config = _experiment()
     config.model.checkpoint = f"llava-hf/llava-1.5-{size}-hf"  # paper (7B); ours (13B)
-    config.data.max_prompt_tokens = 576 + _TEXT_POSITIONS  # 896; `--mode=plan` reckons sweeps at this length too
+    config.data.max_prompt_tokens = 576 + _TEXT_POSITIONS  # 896; `--mode=plan` computes sweeps at this length too
     return config
 
 
 def llava_next(backbone: str = "vicuna-7b") -> ConfigDict:
-    """LLaVA-NeXT (v1.6; `backbone` "vicuna-7b", "vicuna-13b" or "mistral-7b"). The paper measures it alone."""
+    """Returns the experiment on LLaVA-NeXT (v1.6; `backbone` "vicuna-7b", "vicuna-13b" or "mistral-7b").
+
+    The paper measures this family and does not align it.
+    """
     config = _experiment()
     config.model.checkpoint = f"llava-hf/llava-v1.6-{backbone}-hf"
-    # The whole image's 576 positions, and 48 x 48 patches and 48 newlines of four tiles: what an image takes at most.
+    # The largest image: 576 positions of the whole image, and 48 x 48 patches and 48 newlines of four tiles.
     config.data.max_prompt_tokens = 576 + 48 * 48 + 48 + _TEXT_POSITIONS
     config.lppo.accumulation = 16  # ours, for memory: sequences are four times as long as LLaVA-1.5's
     config.sweep.batch_size = 8  # ours, for memory: the states of all exits of an image are 0.15 GB in bfloat16
@@ -33,35 +36,35 @@ def llava_next(backbone: str = "vicuna-7b") -> ConfigDict:
 
 
 def llama32v() -> ConfigDict:
-    """Llama 3.2 Vision (11B). The paper measures it alone.
+    """Returns the experiment on Llama 3.2 Vision (11B). The paper measures this family and does not align it.
 
-    How the paper reads exit l of this family is not known; E1 is ours, and `config.model.exit_rule` takes another.
+    It is not known how the paper reads exit l of this family. E1 is ours; `config.model.exit_rule` chooses another.
     """
     config = _experiment()
     config.model.checkpoint = "meta-llama/Llama-3.2-11B-Vision-Instruct"
     config.model.exit_rule = "E1"  # ours: local blocks after l are skipped
     config.model.intermediate_capture = "input"  # as the model was trained
-    config.data.max_prompt_tokens = _TEXT_POSITIONS  # an image takes one position, and attention of its own
+    config.data.max_prompt_tokens = _TEXT_POSITIONS  # an image takes one position and is read by cross-attention
     config.lppo.accumulation = 16  # ours, for memory
     config.sweep.batch_size = 4  # ours, for memory: the states of all exits of an image are 0.54 GB in bfloat16
     return config
 
 
 def _experiment() -> ConfigDict:
-    """The paper's data sets and scorers; the model is to be set.
+    """Returns a config with the paper's data sets and scorers, and without a model.
 
-    The published files are yours to bring (none may be shipped): put them into one folder, `config.data.root`.
+    The published files may not be shipped. Download them into one folder, `config.data.root`.
     """
     config = default()
 
     # RedTeam-2K's 2,000 prompts, each with a benign image (paper) drawn from MS-COCO's validation set (ours).
     config.data.train = "redteam_2k:RedTeam_2K.csv?images=val2014"
-    # The paper's reward model, cited there by the work that released it.
+    # The paper's reward model, which the paper cites by the work that released it.
     config.reward.model = "harmless_reward"
     config.reward.by_kind = {"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"}
 
     config.scorers = {
-        # paper: ASR by Llama Guard, which it does not version; both are offered, the first is its contemporary.
+        # paper: ASR by Llama Guard, of which the paper names no version. Both are offered.
         "llama_guard_1": {"kind": "llama_guard", "checkpoint": "meta-llama/LlamaGuard-7b", "dtype": "bfloat16"},
         "llama_guard_3": {"kind": "llama_guard", "checkpoint": "meta-llama/Llama-Guard-3-8B", "dtype": "bfloat16"},
         # ours: a second opinion from another lab; yes = harmful (cards).
@@ -93,20 +96,21 @@ def _experiment() -> ConfigDict:
 
 
 def lppo(config: ConfigDict) -> ConfigDict:
-    """`config` with the settings of L-PPO that all families share."""
+    """Returns `config` with the settings of L-PPO that all families share."""
     config.algorithm = "lppo"
     config.lppo.exits = "per_example"  # ours: each sequence its own exit (paper: one layer a run, or sampled ones)
     config.lppo.iterations = 94  # ours: 94 x 64 sequences are three passes over RedTeam-2K
     config.lppo.max_new_tokens = 128  # TRL <= 0.11
-    # ours: at TRL's 10,000 sequences the coefficient can move to 0.887 or 1.128 of its start over the whole run, which
-    # is as good as fixed; at 1,000 to 0.30 or 3.3.
+    # ours: with TRL's 10,000 sequences the coefficient stays between 0.887 and 1.128 times its start over the whole
+    # run, which is nearly fixed. With 1,000 it can reach 0.30 or 3.3 times its start.
     config.lppo.kl_horizon = 1000.0
-    # Guards against a runaway, all ours. A step beyond a bound is not applied and ends the updates of its rollout.
+    # Guards against a policy that runs away, all ours. A step beyond a bound is not applied, and the remaining updates
+    # of its rollout are skipped.
     config.lppo.dual_clip = 3.0  # Ye et al. 2020
-    # Nats per token. On the embedded organism 0.18 cost utility and a runaway reached 23; with the clip at 0.2 a token
-    # that moves as far as it is rewarded for adds 0.02.
+    # Nats per token. On the embedded organism 0.18 cost utility, and a policy that ran away reached 23. A token whose
+    # ratio reaches the clip of 0.2 adds 0.02.
     config.lppo.target_kl = 0.1
-    # A rare token may well become ten times as likely within a rollout's updates, a hundred times is a runaway.
+    # Within one rollout's updates a rare token can become ten times as likely. A hundred times means running away.
     config.lppo.max_ratio = 100.0
     config.optimizer.learning_rate = 1e-5  # ours (TRL: 1.41e-5)
     config.lora.rank = 64  # Rewards-in-Context's PPO, the source of the reward model
@@ -116,10 +120,10 @@ def lppo(config: ConfigDict) -> ConfigDict:
 
 
 def mixed(config: ConfigDict) -> ConfigDict:
-    """`config` of L-PPO on rows of all three kinds instead of the paper's forbidden rows alone (all ours).
+    """Returns `config` of L-PPO with rows of all three kinds instead of the paper's forbidden rows alone (all ours).
 
-    The test sets' photographs are of MS-COCO's val2014, so the additional rows are of train2014. Descriptions of
-    photographs stand for harmless requests; a file of your own with requests that only sound harmful is better.
+    The test sets use photographs of MS-COCO's val2014, so the additional rows come from train2014. Descriptions of
+    photographs serve as harmless requests. A file of your own, with requests that only sound harmful, is better.
     """
     config.data.train = " + ".join(
         (
@@ -129,28 +133,28 @@ def mixed(config: ConfigDict) -> ConfigDict:
         )
     )
     config.data.mixture = {"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}  # as on the embedded organism
-    # The paper's reward model was trained for harmlessness alone: it may well prefer a refusal of a harmless request.
+    # The paper's reward model was trained for harmlessness alone: it may prefer a refusal of a harmless request.
     config.reward.by_kind = {"forbidden": "reward_model", "benign": "none", "vqa": "exact_match"}
     config.reward.normalise = True  # the reward model's scale would drown the exact-match rewards (0 or 1)
     return config
 
 
 def sweep(config: ConfigDict) -> ConfigDict:
-    """`config` with the settings that every sweep of all exits shares."""
+    """Returns `config` with the settings that every sweep of all exits shares."""
     config.sweep.exits = "all"  # paper
     config.sweep.temperature = 0.0  # ours: greedy, one response per prompt (paper: one)
     return config
 
 
 def miniature(config: ConfigDict, model: str, exits: tuple[int, ...]) -> ConfigDict:
-    """`config` on `icet_jax.miniatures`: every network of toy size with random weights, every set in its own format.
+    """Returns `config` on `icet_jax.miniatures`: random networks of toy size, and data sets in their own formats.
 
-    Nothing that comes out of it means anything; it shows that every step of the experiment runs.
+    The numbers mean nothing. They show that every step of the experiment runs.
 
     Args:
-      config: of the experiment at full size.
-      model: name of the toy model, of the same family.
-      exits: that are swept.
+      config: the experiment at full size.
+      model: the name of the toy model, of the same family.
+      exits: the exits to sweep.
     """
     config.model.checkpoint = f"toy:{model}"
     config.model.dtype = "float32"

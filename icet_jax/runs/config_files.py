@@ -42,9 +42,9 @@ def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets the dotted field `name` from the command line's `text`, in place.
 
-    Numbers, true/false and words are read by the field's own type; tuples are comma-separated; `none` unsets an
-    optional field; an open field takes a Python dict, or one key as `data.mixture.vqa=0.3`; so does a scorer
-    (`scorers.NAME.batch_size=8`).
+    The type of the field decides how the text is read. Lists are separated by commas. `none` unsets a field that is
+    unset by default. A table takes a Python dict, or one key as in `data.mixture.vqa=0.3` and
+    `scorers.NAME.batch_size=8`.
 
     Raises:
       UserError: the field is unknown (the nearest is named) or the text does not fit its type.
@@ -53,7 +53,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     if name in FIELDS:
         kind = FIELDS[name].type
     elif parent in OPEN_FIELDS:
-        kind = FIELDS[parent].values
+        kind = OPEN_FIELDS[parent].of
     elif parent.startswith("scorers.") and parent.removeprefix("scorers.") in config.scorers:
         kind = _scorer_field(config[parent], parent, key)
     else:

@@ -33,6 +33,7 @@ def test_every_field_is_in_the_reference_with_default_and_meaning():
         assert row and all(cell.strip() for cell in row.groups()), name
     assert "| `lppo.lam` | `0.95` | between 0 and 1 | GAE's lambda. | TRL |" in page
     assert "| `lppo.kl_target` | `6.0` nats per sequence | above 0 | " in page
+    assert "| `data.mixture` | `forbidden`: `1.0` | a share, 0 or more; keys are forbidden, benign, vqa | " in page
     assert page.index("`lppo.gamma`") < page.index("`lppo.lam`") < page.index("## `lsft`")
     assert "`configs/llava_next_lppo.py` | `:13b`, `:mistral`, `:mixed`, `:smoke` |" in page
 
