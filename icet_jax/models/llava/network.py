@@ -7,8 +7,7 @@ import flax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.nn import flops as operations
-from icet_jax.nn import layers
+from icet_jax.nn import flops, layers
 from icet_jax.nn.clip import ClipConfig, ClipVisionTower
 from icet_jax.nn.kv_cache import KVCache
 from icet_jax.nn.layers import Lora
@@ -157,13 +156,14 @@ class Llava(OverDecoder, nnx.Module):
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
         """Operations of one image and of one row, see `VisionLanguageModel.operations`."""
         text, tiles = self.config.text, self.config.max_tiles
-        projector = self.config.vision.hidden_size * text.hidden_size + text.hidden_size**2
+        projector = (self.config.vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)
+        head = flops.logits(text.hidden_size, text.vocab_size)
         return Operations(
-            encode=tiles * operations.clip(self.config.vision),
-            visual=2 * tiles * self.config.image_tokens * projector,
-            prefill=operations.llama_prefill(text, length) + operations.logits(text),
-            step=operations.llama_layers(text, 1, cached) + operations.logits(text),
-            forward=operations.llama_layers(text, length, cached),
+            encode=tiles * flops.clip(self.config.vision),
+            visual=flops.products(tiles * self.config.image_tokens, *projector),
+            prefill=flops.llama_prefill(text, length) + head,
+            step=flops.llama_layers(text, 1, cached) + head,
+            forward=flops.llama_layers(text, length, cached),
         )
 
     def merge(self, tokens: Int[Array, "B T"], visual: Float[Array, "B MN E"] | None) -> Float[Array, "B T E"]:

@@ -10,8 +10,7 @@ from flax import nnx
 from icet_jax.config.names import EXIT_RULES
 from icet_jax.models.mllama.text import CrossStates, MllamaCache, MllamaDecoder, MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig, MllamaVisionTower
-from icet_jax.nn import flops as operations
-from icet_jax.nn import layers
+from icet_jax.nn import flops, layers
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.llama import OverDecoder
 from icet_jax.nn.protocols import Images, Operations
@@ -145,18 +144,18 @@ class Mllama(OverDecoder, nnx.Module):
         patches = vision.max_num_tiles * (vision.tokens_per_tile - 1)
         image_tokens = vision.max_num_tiles * vision.tokens_per_tile
         after = 0 if self.config.exit_rule == "E5" else vision.num_global_layers
-        head = operations.logits(text.llama)
-        own = [operations.llama_layers(text.self_layers, *sizes) for sizes in ((length, length), (1, cached))]
-        cross = [text.cross_operations(count, per_row * image_tokens) for count in (length, 1)]
-        made = text.cross_keys_operations(per_row * image_tokens)
+        head = flops.logits(text.llama.hidden_size, text.llama.vocab_size)
+        own = [flops.llama_layers(text.self_layers, *sizes) for sizes in ((length, length), (1, cached))]
+        cross = [flops.cross_layers(text.cross_layers, count, per_row * image_tokens) for count in (length, 1)]
+        made = flops.keys_and_values(text.cross_layers, per_row * image_tokens)
         return Operations(
-            encode=operations.encoder_blocks(vision.num_hidden_layers, *encoder)
-            + 2 * patches * vision.num_channels * vision.patch_size**2 * vision.hidden_size,
-            visual=operations.encoder_blocks(after, *encoder)
-            + 2 * image_tokens * vision.output_dim * text.llama.hidden_size,
+            encode=flops.encoder_blocks(vision.num_hidden_layers, *encoder)
+            + flops.products(patches, (vision.num_channels, vision.patch_size**2, vision.hidden_size)),
+            visual=flops.encoder_blocks(after, *encoder)
+            + flops.products(image_tokens, (vision.output_dim, text.llama.hidden_size)),
             prefill=own[0] + cross[0] + made + head,
             step=own[1] + cross[1] + head,
-            forward=operations.llama_layers(text.self_layers, length, cached) + cross[0] + made,
+            forward=flops.llama_layers(text.self_layers, length, cached) + cross[0] + made,
         )
 
     def decode(

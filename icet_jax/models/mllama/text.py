@@ -6,7 +6,6 @@ Self-attention and cross-attention layers are stacked apart. Where cross-attenti
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import flax
@@ -65,20 +64,6 @@ class MllamaTextConfig:
         """`(layers, in, out)` of every projection that LoRA can adapt, by its adapter's key."""
         cross = {f"{CROSS}/{name}": shape for name, shape in lora_shapes(self.cross_layers).items()}
         return lora_shapes(self.self_layers) | cross
-
-    def cross_keys_operations(self, image_tokens: int) -> int:
-        """Operations of the keys and values of a row's `image_tokens`, in every cross-attention layer."""
-        shapes = lora_shapes(self.cross_layers)
-        return 2 * image_tokens * sum(math.prod(shapes[name]) for name in ("k_proj", "v_proj"))
-
-    def cross_operations(self, length: int, image_tokens: int) -> int:
-        """Operations of the cross-attention layers over `length` positions, but those keys and values."""
-        if not image_tokens:
-            return 0
-        shapes, cross = lora_shapes(self.cross_layers), self.cross_layers
-        weights = sum(math.prod(shape) for name, shape in shapes.items() if name not in ("k_proj", "v_proj"))
-        scores = 4 * length * image_tokens * cross.num_attention_heads * cross.head_dim
-        return 2 * length * weights + cross.num_hidden_layers * scores
 
     @property
     def super_blocks(self) -> tuple[int, tuple[bool, ...]]:
