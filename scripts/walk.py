@@ -77,7 +77,7 @@ def _ours(words: list[str]) -> list[str]:
         words = ["python", "-m", "icet_jax.main", *words[1:]]
     if words[:3] != ["python", "-m", "icet_jax.main"] and words[:2] != ["python", "launch/local_processes.py"]:
         return []
-    if "--mode=plan" not in words:  # which takes no weights
+    if "--mode=plan" not in words and words[3:4] != ["plan"]:  # which takes no weights
         words = [PUBLISHED.sub(r"\1:smoke", word) for word in words]
     words = [sys.executable, *words[1:]]
     return [str(ROOT / word) if word.startswith("launch/") else word for word in words]

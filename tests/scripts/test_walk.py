@@ -19,9 +19,9 @@ def test_every_command_of_the_readme_is_run_or_left_out_for_a_reason():
 
 def test_published_models_are_miniatures_and_all_else_is_as_written():
     found = [str(command) for command in walk.commands()]
-    run = [text for text in found if "--mode=plan" not in text]
+    run = [text for text in found if "icet-jax plan" not in text]
     assert not [text for text in run if re.search(r"configs/(llava15|llama32v|llava_next)_\w+\.py(?!:smoke)", text)]
-    assert any(text.endswith("--mode=export --workdir=runs/llava15 --out=release") for text in found)
+    assert any(text.endswith("export --workdir=runs/llava15 --out=release") for text in found)
     assert any("launch/local_processes.py --processes 2" in text for text in found)
 
 
