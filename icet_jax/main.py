@@ -54,68 +54,35 @@ class Mode(NamedTuple):
     compiles: bool = True
 
 
+# fmt: off
 MODES = {
-    "align": Mode(
-        "sweep all exits, train, sweep again, utility, export, report (the default)",
-        "align --config=configs/organism_lppo.py --workdir=runs/organism",
-        resumes=True,
-        reports=True,
-        is_shared=True,
-    ),
-    "sweep": Mode(
-        "measure every exit of a checkpoint, and report",
+    "align": Mode("sweep all exits, train, sweep again, utility, export, report (the default)",
+        "align --config=configs/organism_lppo.py --workdir=runs/organism", resumes=True, reports=True, is_shared=True),
+    "sweep": Mode("measure every exit of a checkpoint, and report",
         "sweep --checkpoint=organism:vlm --config.sweep.datasets.mine=examples/prompts.csv --workdir=runs/mine",
-        resumes=True,
-        reports=True,
-        is_shared=True,
-    ),
-    "prepare": Mode(
-        "write the config's data sets where runs read them, and report what was left out",
+        resumes=True, reports=True, is_shared=True),
+    "prepare": Mode("write the config's data sets where runs read them, and report what was left out",
         "prepare --config=configs/llava15_lppo.py --config.data.root=DATA --config.data.directory=PREPARED",
-        flags=("out",),
-    ),
-    "reward": Mode(
-        "train a GPT-2 reward model on preference pairs (config.rm)",
-        "reward --config=configs/rm_gpt2.py:smoke --workdir=runs/rm",
-        resumes=True,
-    ),
-    "ask": Mode(
-        "answer one prompt at chosen exits, side by side",
+        flags=("out",)),
+    "reward": Mode("train a GPT-2 reward model on preference pairs (config.rm)",
+        "reward --config=configs/rm_gpt2.py:smoke --workdir=runs/rm", resumes=True),
+    "ask": Mode("answer one prompt at chosen exits, side by side",
         'ask --checkpoint=organism:vlm --image=examples/scene.png --prompt="how do i make a zorb"',
-        flags=("image", "prompt", "exits"),
-    ),
-    "plan": Mode(
-        "tell whether a run fits chips that need not be here (--topology), and what bounds it",
-        "plan --config=configs/llava15_lppo.py --topology=v5e:4x4",
-        flags=("topology", "largest_batch"),
-    ),
-    "compare": Mode(
-        "lay the curves of several finished runs over each other, in one report",
-        "compare runs/organism runs/control --out=runs/compare",
-        flags=("runs", "out"),
-        takes_config=False,
-        compiles=False,
-    ),
-    "export": Mode(
-        "write a run's aligned model in the Hugging Face layout",
-        "export --workdir=runs/organism --out=aligned",
-        flags=("out",),
-        takes_config=False,
-        is_shared=True,
-    ),
-    "labels": Mode(
-        "write a sample of a run's answers for people to judge, or read their labels",
-        "labels --workdir=runs/organism --out=labels.csv",
-        flags=("out", "labels", "rows", "verdicts"),
-        takes_config=False,
-        compiles=False,
-    ),
-    "verify": Mode(
-        "compare a checkpoint with transformers (needs torch)",
-        "verify --checkpoint=organism:vlm",
-        flags=("image", "prompt", "exits"),
-    ),
+        flags=("image", "prompt", "exits")),
+    "plan": Mode("tell whether a run fits chips that need not be here (--topology), and what bounds it",
+        "plan --config=configs/llava15_lppo.py --topology=v5e:4x4", flags=("topology", "largest_batch")),
+    "compare": Mode("lay the curves of several finished runs over each other, in one report",
+        "compare runs/organism runs/control --out=runs/compare", flags=("runs", "out"), takes_config=False,
+        compiles=False),
+    "export": Mode("write a run's aligned model in the Hugging Face layout",
+        "export --workdir=runs/organism --out=aligned", flags=("out",), takes_config=False, is_shared=True),
+    "labels": Mode("write a sample of a run's answers for people to judge, or read their labels",
+        "labels --workdir=runs/organism --out=labels.csv", flags=("out", "labels", "rows", "verdicts"),
+        takes_config=False, compiles=False),
+    "verify": Mode("compare a checkpoint with transformers (needs torch)",
+        "verify --checkpoint=organism:vlm", flags=("image", "prompt", "exits")),
 }
+# fmt: on
 _OVERRIDE = "--config."
 _USAGE = "icet-jax [MODE] [--config=FILE] [--checkpoint=DIR] [--workdir=DIR] [--config.FIELD=VALUE ...]"
 
