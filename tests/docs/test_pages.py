@@ -39,6 +39,12 @@ def test_a_long_line_of_prose_is_found_and_tables_code_and_targets_are_not():
     assert long_prose(text) == [2, 9]
 
 
+@pytest.mark.parametrize("page", blocks.pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_avoid_the_words_that_the_glossary_replaces(page):
+    text = page.read_text(encoding="utf-8").partition("## Words to replace")[0]
+    assert re.findall(r"\b(?:mend(?:s|ed|ing)?|the house|front door|rooms)\b", text, re.IGNORECASE) == []
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= README_LINES
