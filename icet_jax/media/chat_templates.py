@@ -2,6 +2,11 @@
 
 transformers renders them in Jinja's sandbox, which keeps them from attributes and calls that could reach the machine.
 Nothing there ends a loop, and arithmetic may take any time and memory: both are bounded here.
+
+The bound counts steps, so that every process and every machine refuses the same templates; a time limit would not. A
+worker process with such a limit would also have to import transformers, whose environment (dictionaries without
+methods, its own filters and blocks) the templates are rendered in: 0.9 s of processor time, where the warm start of the
+embedded organism takes 2.9 s. Counting makes a rendering slower, 0.2 instead of 0.03 ms for a two-message conversation.
 """
 
 import functools

@@ -3,6 +3,9 @@
 They show that a config for the real models runs from end to end. Random weights, random images, placeholder prompts:
 nothing that comes out of them means anything.
 
+Tests of parity have small checkpoints of their own (`tests/tiny*.py`): transformers and torch write those, which the
+package does not import, so that no mistake of ours is in the files that ours is compared with.
+
     python -m icet_jax.main --config=configs/llava_next_lppo.py:smoke --workdir=runs/smoke
 """
 
