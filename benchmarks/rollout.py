@@ -26,12 +26,12 @@ import timing
 from flax import nnx
 from timing import PRESETS, Preset
 
+from icet_jax.algorithms.utilisation import device_peak
 from icet_jax.generation.decode import advance_all, begin, prefill
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.llava.network import Llava
 from icet_jax.nn.protocols import count_parameters, one_image_per_row
 from icet_jax.parallel import topology
-from icet_jax.training.utilisation import device_peak
 
 STEPS = 32
 

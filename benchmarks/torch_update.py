@@ -110,7 +110,7 @@ class TorchUpdate:
         return found
 
     def loss(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Clipped surrogate + value_coef * squared error, token means; fields are those of `learner.TrainBatch`."""
+        """Clipped surrogate + value_coef * squared error, token means; fields are those of `lppo.TrainBatch`."""
         hyper, mask = self.hyper, batch["mask"]
         width = batch["prompts"].shape[1]
         tokens = torch.cat([batch["prompts"], batch["responses"][:, :-1]], dim=1)

@@ -31,7 +31,7 @@ import timing
 from flax import nnx
 
 import icet_jax.config
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import lppo
 from icet_jax.algorithms.settings import from_config
 from icet_jax.algorithms.state import TrainState, init_state
 from icet_jax.generation.sampling import Sampling
@@ -99,7 +99,7 @@ class Job:
             return nnx.split(self.network("none"))[1]
 
         self.params = jax.block_until_ready(make())
-        self.batch: learner.TrainBatch = jax.device_put(self._batch())
+        self.batch: lppo.TrainBatch = jax.device_put(self._batch())
         self.key = jax.random.key(0)
 
     def network(self, remat: str) -> Llava:
@@ -122,7 +122,7 @@ class Job:
         moved = jax.tree.map(lambda x: x + 0.02 * random.standard_normal(x.shape).astype(np.float32), state.trainable)
         return state._replace(trainable=moved)
 
-    def _batch(self) -> learner.TrainBatch:
+    def _batch(self) -> lppo.TrainBatch:
         """Prompts of unequal lengths, left-padded, an image in each; responses of half to full length."""
         preset, random = self.preset, np.random.default_rng(0)
         rows, new, images = preset.rows, preset.responses, self.config.image_tokens
@@ -138,7 +138,7 @@ class Job:
             return (offset + scale * random.standard_normal((rows, new))).astype(np.float32)
 
         visual = jnp.asarray(random.standard_normal((rows, images, preset.text.hidden_size)), preset.dtype)
-        return learner.TrainBatch(
+        return lppo.TrainBatch(
             prompts=prompts,
             prompt_mask=np.arange(width) >= short[:, None],
             visual=0.1 * visual,
@@ -173,7 +173,7 @@ class Ours:
     def __init__(self, job: Job, remat: str):
         self.job, self.name = job, f"icet_jax, remat {remat}"
         self.graphdef, self.state = job.graphdef(remat), job.state()
-        update = learner.build(self.graphdef, job.settings).update
+        update = lppo.build(self.graphdef, job.settings).update
         began = time.perf_counter()
         self.compiled = update.lower(job.params, self.state, job.batch, job.key).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -196,7 +196,7 @@ class Ours:
         @jax.jit
         def grad(params: Any, trainable: Any, batch: Any) -> Any:
             def loss(trainable: Any) -> Any:
-                return learner.lppo_loss(self.graphdef, job.settings, params, trainable, batch)
+                return lppo.lppo_loss(self.graphdef, job.settings, params, trainable, batch)
 
             return jax.value_and_grad(loss, has_aux=True)(trainable)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from icet_jax import main as front_door
+from icet_jax.algorithms.lppo import Lppo
 from icet_jax.errors import during
 from icet_jax.parallel.compilations import compile_programs
 from icet_jax.parallel.distributed import describe
 from icet_jax.runs import run_dir
-from icet_jax.training.algorithms import Lppo
 from tests.runs import smoke
 
 ALLOCATION = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")

@@ -1,30 +1,58 @@
-"""L-SFT, the ablation: supervised targets (refusals for forbidden rows) at sampled exits, on L-PPO's state and budget.
+"""L-SFT, the ablation: supervised answers at drawn exits, on L-PPO's budget (ours; the paper compares with SFT).
+
+One iteration, step by step:
+
+    1. batch        prompts x with images, B rows                                             `training.loop`
+    2. exits        l ~ the schedule of `config.lsft.exits`, one per row                      `begin`
+    3. targets      y: the refusal for forbidden rows, the known answer for others            `begin`, `pad_targets`
+    4. encode       e_1 .. e_N = E(image): the tower once, for all exits                      `_update`
+    5. visual       P(e_l), through the same projector at every exit
+    6. update       K epochs of mini-batches:  L = -mean over tokens of log pi(y_t | P(e_l), x, y_<t)     `lsft_loss`
+    7. metrics      read while the next iteration runs                                        `finish`
+
+Nothing is sampled, nothing is rewarded, and there is no critic. Epochs, mini-batches, accumulation and optimizer are
+those of L-PPO: only the data of the loss differ. The phase can be used alone:
 
     update = lsft.build(graphdef, settings)
     targets, target_mask = lsft.pad_targets(token_ids, eos_id=.., length=.., pad_id=..)      # one list of ids per row
     state, metrics = update(params, state, images, tokens, mask, exits, targets, target_mask, run_key)
-
-The arguments are those of `learner.Phases.rollout`. `settings` is L-PPO's own: one call runs the same epochs x
-mini-batches x accumulation on a batch as an iteration of L-PPO does, with the same optimizer; only the data of the loss
-differ. The value head of the shared state keeps its zeros.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
 from icet_jax.algorithms.forward import score_responses, with_policy
-from icet_jax.algorithms.learner import check_divides, encode_visual, run_epochs
 from icet_jax.algorithms.losses import masked_mean
-from icet_jax.algorithms.metrics import step_metrics
+from icet_jax.algorithms.metrics import host_metrics, step_metrics
+from icet_jax.algorithms.phases import (
+    check_divides,
+    encode_visual,
+    program_name,
+    response_columns,
+    response_widths,
+    run_epochs,
+)
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import TrainState
-from icet_jax.errors import UserError
+from icet_jax.algorithms.utilisation import speeds
+from icet_jax.errors import UserError, during
+from icet_jax.parallel.distributed import fetch
 from icet_jax.parallel.programs import Program
 from icet_jax.typing import Array, Float
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from icet_jax.algorithms.reward_by_kind import RewardByKind
+    from icet_jax.evaluation.batching import PromptBatch
+    from icet_jax.planning.ahead import AbstractRun
+    from icet_jax.vlm import VLM
 
 
 class TargetBatch(NamedTuple):
@@ -71,7 +99,7 @@ def pad_targets(
 def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None) -> Program:
     """The one phase of L-SFT; see the module's docstring for its arguments and results. It donates the state.
 
-    `mesh` is as in `learner.build`.
+    With a `mesh`, the state it gives lies where `parallel.sharding.shardings` puts it; place the first one so too.
     """
 
     def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -106,7 +134,7 @@ def _update(
     graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, params: Any, state: TrainState, images: Any,
     tokens: Array, mask: Array, exits: Array, targets: Array, target_mask: Array, run_key: Array,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-    """Encode, pick the exits, then the same scan of updates as L-PPO's; advances the iteration."""
+    """4 to 6: encode, pick the exits, then the same scan of updates as L-PPO's; advances the iteration."""
     check_divides(settings, tokens.shape[0])
     batch = TargetBatch(
         prompts=tokens,
@@ -125,3 +153,83 @@ def _update(
     )
     metrics = {"policy/entropy_avg": outcome.stats["entropy"], "loss/policy_avg": outcome.stats["loss"]}
     return new_state, metrics | step_metrics(state, outcome, settings.optimizer)
+
+
+class Lsft(Algorithm):
+    """The recipe on the host; see the module for its steps."""
+
+    def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
+        """See `Algorithm`."""
+        super().__init__(config, vlm, reward)
+        self._refusal = config.lsft.refusal
+        self._update = build(vlm.graphdef, self.settings, vlm.mesh)
+
+    def lowered(self, state: TrainState, batch: "PromptBatch") -> Iterator[tuple[str, Any]]:
+        """See `Algorithm`."""
+        exits = self._exits.eval_shape(self._run_key, state.iteration, state.controls.exits)
+        for columns in response_widths(batch.tokens.shape[1], self.settings.sampling.max_new_tokens):
+            inputs = self._inputs(batch, exits, *self._targets(batch, columns))
+            yield program_name("update", columns), self._update.lower(self._vlm.params, state, *inputs)
+
+    def begin(self, state: TrainState, batch: "PromptBatch") -> tuple[Any, ...]:
+        """Steps 2 and 3; waits for nothing."""
+        self._watch.start()
+        targets, mask = self._targets(batch)
+        length = self.settings.sampling.max_new_tokens
+        columns = response_columns(batch.tokens.shape[1], length, int(mask.sum(axis=1).max()))
+        exits = self._exits(self._run_key, state.iteration, state.controls.exits)
+        return self._inputs(batch, exits, targets[:, :columns], mask[:, :columns])
+
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, Read]:
+        """Steps 4 to 7; donates `state`, and waits for no update."""
+        with during("update"):
+            state, metrics = self._update(self._vlm.params, state, *begun)
+        prompt_mask, target_mask = fetch(batch.mask), begun[5]
+        done = self._counter.done(
+            prompt_mask.sum(axis=1), target_mask.sum(axis=1), images_per_row(batch), sampled=False
+        )
+
+        @during("update")
+        def read() -> Row:
+            row = host_metrics(metrics)
+            return row | speeds(done, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+
+        return state, read
+
+    def _targets(self, batch: "PromptBatch", columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask of what the rows are to answer; the first `columns`, or all that may be sampled."""
+        sampling = self.settings.sampling
+        texts = [self._refusal if row.kind == "forbidden" else row.answer for row in batch.examples]
+        tokenizer = self._vlm.processor.tokenizer
+        ids = [None if text is None else tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        targets, mask = pad_targets(
+            ids, eos_id=sampling.eos_ids[0], length=sampling.max_new_tokens, pad_id=sampling.pad_id
+        )
+        return targets[:, :columns], mask[:, :columns]
+
+    def _inputs(self, batch: "PromptBatch", exits: Any, targets: Any, mask: Any) -> tuple[Any, ...]:
+        return (batch.images, batch.tokens, batch.mask, exits, targets, mask, self._run_key)
+
+    @classmethod
+    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+        """See `Algorithm`."""
+        vlm, settings, state = run.vlm, run.settings, run.state
+        batch, length = run.config.data.batch_size, run.settings.sampling.max_new_tokens
+        check_divides(settings, batch)
+        update: Any = build(vlm.graphdef, settings, run.devices)
+        images, (tokens, mask) = run.images(batch), run.prompts(batch)
+        targets = tuple(jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, jnp.bool_))
+        inputs = (images, tokens, mask, run.exits(batch), *targets)
+        reference = () if settings.lora_scale is not None else run.weights(policy=True)
+        yield PlannedPhase(
+            "update", inputs, None, lambda: update.jitted.lower(vlm.params, state, *inputs, run.key), reference
+        )
+
+    @classmethod
+    def work(cls, run: "AbstractRun") -> Mapping[str, PhaseWork]:
+        """See `Algorithm`."""
+        encode, update = run.encode_flops(), run.update_work()
+        return {"update": update._replace(flops=encode + update.flops)}
+
+
+ALGORITHM = Lsft

@@ -9,9 +9,10 @@ from icet_jax.generation.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the phases are compiled for. Fields not listed here are those of `config.lppo` and `config.reward`.
+    """What the phases are compiled for.
 
-    No field has a default: a setting's default stands in `icet_jax.config` alone, and `from_config` reads it.
+    Fields not listed here are those of the algorithm's own section, `config.lppo` and `config.reward`. No field has a
+    default: a setting's default stands in `icet_jax.config` alone, and `from_config` reads it.
 
     Attributes:
       sampling: the rollout's; its temperature and suppressed tokens hold for every log-prob.
@@ -51,19 +52,20 @@ class Settings:
     missing_eos_penalty: float
 
 
-def from_config(config: Any, sampling: Sampling, *, iterations: int | None = None) -> Settings:
-    """Reads `Settings` from a whole config.
+def from_config(config: Any, sampling: Sampling) -> Settings:
+    """`Settings` of the algorithm that a whole config names.
+
+    Its own section decides where it has a field; every other comes from `config.lppo` and `config.reward`.
 
     Args:
       config: `icet_jax.config`'s tree.
       sampling: how rollouts are drawn, with `config.lppo`'s length and temperature and the model's own token ids
         (`VLM.sampling`).
-      iterations: length of the run, for the learning-rate schedule; None is `config.lppo.iterations`.
     """
-    lppo, rank = config.lppo, config.lora.rank
-    steps = (lppo.iterations if iterations is None else iterations) * lppo.epochs * lppo.minibatches
+    lppo, rank, section = config.lppo, config.lora.rank, config[config.algorithm]
+    steps = section.iterations * lppo.epochs * lppo.minibatches
     own = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "optimizer", "lora_scale"}
-    shared = {name: section[name] for section in (lppo, config.reward) for name in section if name in own}
+    shared = {name: part[name] for part in (lppo, config.reward, section) for name in part if name in own}
     return Settings(
         sampling=sampling,
         optimizer=OptimizerSettings(

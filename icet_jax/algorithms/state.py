@@ -50,19 +50,21 @@ class Controls(NamedTuple):
       kl_coef: the coefficient of the next rollout's KL penalty, per nat.
       normaliser: running statistics of the reward model's scores.
       learning_rate_scale: multiplies every optimizer step; None is 1, and the same program as without it.
+      exits: what the exit schedule has learnt (`exits.Schedule.observe`); None where it learns nothing.
     """
 
     kl_coef: Array
     normaliser: ScoreNormaliser
     learning_rate_scale: Array | None = None
+    exits: Any = None
 
 
 class TrainState(NamedTuple):
     """Everything that a resumed run needs; nothing else changes during training.
 
     Attributes:
-      trainable: `{"policy": ..., "value_head": ...}`, float32. The policy is LoRA's `weights`, or under full
-        fine-tuning the parameters under `language_model` as a pure dict.
+      trainable: `{"policy": ..., "value_head": ...}`, float32; without a value head where the algorithm has no critic.
+        The policy is LoRA's `weights`, or under full fine-tuning the parameters under `language_model` as a pure dict.
       opt_state: optax's.
       controls: see `Controls`.
       iteration: rollouts (or supervised batches) finished; it seeds what the next one draws.
@@ -134,8 +136,9 @@ def _adamw(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 
 def init_state(
-    params: Any, lora: Lora | None, *, hidden_size: int, optimizer: OptimizerSettings, kl_coef: float
-) -> TrainState:
+    params: Any, lora: Lora | None, *, hidden_size: int, optimizer: OptimizerSettings, kl_coef: float,
+    value_head: bool = True, exits: Any = None,
+) -> TrainState:  # fmt: skip
     """The state before the first iteration; it shares no buffer with `params` or `lora`, so that it can be donated.
 
     Args:
@@ -144,14 +147,16 @@ def init_state(
       hidden_size: the decoder's width, for the value head.
       optimizer: see `OptimizerSettings`.
       kl_coef: initial coefficient of the KL penalty.
+      value_head: whether there is one.
+      exits: of the exit schedule, from `exits.Schedule.initial_state`.
     """
     source = pure_dict(params[POLICY_ROOT]) if lora is None else lora.weights
     policy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), source)
-    trainable = {"policy": policy, "value_head": init_value_head(hidden_size)}
+    trainable = {"policy": policy} | ({"value_head": init_value_head(hidden_size)} if value_head else {})
     return TrainState(
         trainable=trainable,
         opt_state=make_optimizer(optimizer).init(trainable),
-        controls=Controls(kl_coef=jnp.asarray(kl_coef, jnp.float32), normaliser=init_normaliser()),
+        controls=Controls(kl_coef=jnp.asarray(kl_coef, jnp.float32), normaliser=init_normaliser(), exits=exits),
         iteration=jnp.zeros((), jnp.int32),
         updates=jnp.zeros((), jnp.int32),
     )

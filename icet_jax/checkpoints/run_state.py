@@ -164,6 +164,14 @@ class RunState:
             )
         return None
 
+    def array_names(self) -> set[str]:
+        """Names of the arrays of the newest save whose metadata can be read; none where there is no such save."""
+        self.wait()
+        for step in reversed(self.steps):
+            with contextlib.suppress(Exception):  # a damaged save is named when it is restored
+                return set(self._read_metadata(step)["arrays"])
+        return set()
+
     def go_back(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """`restore` of the newest save that was measured; those after it are deleted, and None is given without one.
 

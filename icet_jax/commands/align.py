@@ -8,8 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from icet_jax import report
+from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.commands.export import as_exported, check_form, write_exports
 from icet_jax.config import check_exits, require
+from icet_jax.config.names import ALGORITHMS
 from icet_jax.errors import UserError
 from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common, fingerprints
@@ -21,7 +23,6 @@ from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.sources import TRAIN
 from icet_jax.runs.too_long import fitting_rows
 from icet_jax.training.loop import Trainer
-from icet_jax.training.reward import RewardByKind
 from icet_jax.vlm import VLM
 
 
@@ -121,9 +122,11 @@ def _require_training(config: ConfigDict) -> None:
 
 
 def _asks_reward_model(config: ConfigDict) -> bool:
-    """Whether L-PPO draws rows that the reward model is to grade."""
+    """Whether the algorithm is rewarded and draws rows that the reward model is to grade."""
     drawn = [kind for kind, share in config.data.mixture.items() if share > 0]
-    return config.algorithm == "lppo" and any(config.reward.by_kind[kind] == "reward_model" for kind in drawn)
+    return ALGORITHMS[config.algorithm].rewarded and any(
+        config.reward.by_kind[kind] == "reward_model" for kind in drawn
+    )
 
 
 def _reward(config: ConfigDict, workdir: Path, mesh: Any) -> RewardByKind:

@@ -122,7 +122,7 @@ def write_exports(
       UserError: a folder cannot be written.
     """
     params, lora = with_policy(vlm.params, trainable, lora_scale)
-    head = trainable["value_head"]
+    head = trainable.get("value_head")
     folders = {"full": out} if config.export.form != "adapter" else {}
     if config.export.form != "full":
         folders["adapter"] = out / ADAPTER

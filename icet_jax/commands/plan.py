@@ -1,8 +1,9 @@
 """`--mode=plan`: will a run fit, and what will bound it? Compiled for chips that need not be here.
 
-Every phase of an L-PPO run and a sweep's answers are compiled ahead of time for the topology, from shapes alone: what
-each chip holds is what that compiler says. For GPUs there is no compiler without the hardware; of them only what
-follows from shapes is told, as a lower bound. Times are estimates at the chip's published peak, which no run reaches.
+Every phase of a training run, whatever its algorithm, and a sweep's answers are compiled ahead of time for the
+topology, from shapes alone: what each chip holds is what that compiler says. For GPUs there is no compiler without the
+hardware; of them only what follows from shapes is told, as a lower bound. Times are estimates at the chip's published
+peak, which no run reaches.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from icet_jax.algorithms.base import PlannedPhase
 from icet_jax.config import require
 from icet_jax.errors import UserError
 from icet_jax.parallel import topology as topologies
@@ -24,7 +26,7 @@ from icet_jax.parallel.mesh import abstract_mesh, make_mesh, mesh_shape
 from icet_jax.parallel.mesh_fit import check_heads
 from icet_jax.planning import advice as plan_advice
 from icet_jax.planning import batch as plan_batch
-from icet_jax.planning.ahead import AbstractRun, Phase, bytes_per_device
+from icet_jax.planning.ahead import AbstractRun, bytes_per_device
 from icet_jax.planning.scorers import scorer_bytes
 from icet_jax.planning.work import Work, work
 
@@ -95,14 +97,12 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
       options: `topology`.
 
     Raises:
-      UserError: no or an unknown topology, a mesh that does not fit it, a model whose sizes are not known, L-SFT, or
-        no libtpu.
+      UserError: no or an unknown topology, a mesh that does not fit it, a model whose sizes are not known, or no
+        libtpu.
     """
     require(config, "model.checkpoint")
     if options.topology is None:
         raise UserError("--mode=plan needs --topology, the chips to plan for; type for example --topology=v5e:8x8")
-    if config.algorithm != "lppo":
-        raise UserError(f"--mode=plan: config.algorithm={config.algorithm} is not planned; lppo is")
     topology = topologies.parse(options.topology)
     mesh_shape(topology.count, **config.mesh)  # its errors come before jax starts anything
     jax.config.update("jax_platforms", "cpu")  # the chips planned for need no others
@@ -153,7 +153,7 @@ def plan(
     return lines, abstract
 
 
-def room(chip: topologies.Chip, phase: Phase, judges: int) -> int | None:
+def room(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int | None:
     """Bytes of a chip that a phase's program may take; None where that is not known.
 
     Left to itself the compiler takes all of a chip where that is faster, for weights gathered ahead of time: it does
@@ -162,7 +162,7 @@ def room(chip: topologies.Chip, phase: Phase, judges: int) -> int | None:
     return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
 
 
-def _compile(phase: Phase, room: int | None = None) -> tuple[Any, str]:
+def _compile(phase: PlannedPhase, room: int | None = None) -> tuple[Any, str]:
     """The program, in `room` bytes, or the compiler's reason why no chip can hold it."""
     options = {} if room is None else {"xla_tpu_max_hbm_size_mib": max(room >> 20, 1)}
     try:
@@ -174,7 +174,7 @@ def _compile(phase: Phase, room: int | None = None) -> tuple[Any, str]:
         return None, f"the compiler needs {found[1].lstrip('(')}iB for it" if found else str(error).splitlines()[0]
 
 
-def _line(abstract: AbstractRun, phase: Phase, judges: int, program: Any, refused: str) -> Line:
+def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Any, refused: str) -> Line:
     cache, temporaries, moved = bytes_per_device(phase.cache), None, None
     if program is not None:
         memory = program.memory_analysis()

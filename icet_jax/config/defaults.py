@@ -301,7 +301,7 @@ CHECKPOINT = Section(
 
 CONFIG: Tree = {
     "algorithm": Field("lppo", '"lppo": L-PPO. "lsft": supervised refusals at sampled exits, the ablation.',
-        one_of(names.ALGORITHMS), origin="paper (lsft: ours)"),
+        one_of(tuple(names.ALGORITHMS)), origin="paper (lsft: ours)"),
     "seed": Field(0, "Drives exits, sampling, the order of the data and the first values of adapters.", _SEED),
     "seeds": Field((), "Several seeds: one run each under WORKDIR/seed_K, and one report over all of them.",
         _SEEDS),

@@ -5,7 +5,6 @@ A wrong name is therefore reported before jax is imported. What a name stands fo
 
 from typing import NamedTuple
 
-ALGORITHMS = ("lppo", "lsft")
 DTYPES = ("float32", "bfloat16")
 EXIT_SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
 KINDS = ("forbidden", "benign", "vqa")
@@ -49,6 +48,36 @@ NETWORK_FIELDS: dict[str, type] = {
     "batch_size": int,  # rows judged at once
 }
 WITHOUT_NETWORK = ("refusal_keywords", "chat", "ensemble")
+
+
+class AlgorithmName(NamedTuple):
+    """One training algorithm: a file of `icet_jax.algorithms`, a line of `ALGORITHMS` and a section of the config.
+
+    Attributes:
+      title: as reports call it.
+      about: what it does, in half a sentence.
+      module: whose `ALGORITHM` says everything else about it.
+      rewarded: whether `config.reward` scores responses for it.
+    """
+
+    title: str
+    about: str
+    module: str
+    rewarded: bool = False
+
+
+ALGORITHMS = {
+    "lppo": AlgorithmName(
+        title="L-PPO",
+        about="Clip-PPO whose policy, reference and value are conditioned on the sampled exit",
+        module="icet_jax.algorithms.lppo",
+        rewarded=True,
+    ),
+    "lsft": AlgorithmName(
+        title="L-SFT", about="supervised refusals at sampled exits", module="icet_jax.algorithms.lsft"
+    ),
+}
+"""`config.algorithm` -> what can be said of it without jax; its settings are the section of the same name."""
 
 
 class FamilyName(NamedTuple):

@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from icet_jax import models as families
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import phases
+from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, algorithm_class
 from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params
@@ -31,33 +32,14 @@ from icet_jax.training.loop import initial_state
 from icet_jax.vlm import VLM
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One jitted program of a run.
-
-    Attributes:
-      name: of its line in the plan.
-      inputs: what it takes beside weights and train state, abstractly; row-aligned.
-      cache: the KV cache that it works on, abstractly, or None.
-      lower: gives what `.compile()` compiles; it needs a mesh of devices.
-      beside: what lies on the chips meanwhile without being taken: weights and train state that others use.
-      held: the cache is not made by the phase, but taken and given back.
-    """
-
-    name: str
-    inputs: Any
-    cache: Any
-    lower: Callable[[], Any]
-    beside: Any = ()
-    held: bool = False
-
-
 class AbstractRun:
     """A run of `config` without weights or rows: every array is a shape, a dtype and a place on the mesh.
 
     Attributes:
       vlm: the model; its `params` are abstract, and lie on `mesh` instead of its own.
-      settings: of L-PPO.
+      algorithm: which the config names.
+      devices: the mesh, where its devices can be compiled for; else None.
+      settings: of the algorithm.
       state: the train state, abstract.
     """
 
@@ -70,6 +52,9 @@ class AbstractRun:
         self.config, self.mesh = config, mesh
         self.vlm = _abstract_vlm(config, mesh)
         vlm = self.vlm
+        self.algorithm: type[Algorithm] = algorithm_class(config.algorithm)
+        self.devices = mesh if isinstance(mesh, Mesh) else None
+        self.key = _keys()
         settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
         self.settings: Settings = dataclasses.replace(settings, accumulation=slices(config, row_shards(mesh)))
 
@@ -110,6 +95,15 @@ class AbstractRun:
         shape = (batch, self.config.data.max_prompt_tokens)
         return self.rows((jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)), batch)
 
+    def exits(self, batch: int) -> Any:
+        """The exit of each row."""
+        return self.rows(jax.ShapeDtypeStruct((batch,), jnp.int32), batch)
+
+    @property
+    def slices(self) -> int:
+        """Slices of a batch: what one pass takes at once is one of them."""
+        return self.settings.minibatches * self.settings.accumulation
+
     def cache(self, batch: int, new_tokens: int) -> Any:
         """The KV cache of an answer, placed by the rules (the compiler may choose otherwise)."""
 
@@ -121,26 +115,28 @@ class AbstractRun:
         cache = jax.eval_shape(filled, self.vlm.params, self.images(batch), *self.prompts(batch))
         return placed(cache, shardings(cache, self.mesh, "cache"))
 
-    def phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+    def phases(self, compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
         """The phases in a run's order; `compiled` gives the program of one already yielded, None if there is none."""
         yield from self.sweep_phases(compiled)
         yield from self.training_phases(compiled)
 
-    def _weights(self, *, policy: bool) -> dict[str, Any]:
+    def weights(self, *, policy: bool) -> dict[str, Any]:
         """Those of the decoder, or those of the image encoder and the projector."""
         named = flatten_with_names(self.vlm.params).items()
         return {name: leaf for name, leaf in named if name.startswith(f"{POLICY_ROOT}/") == policy}
 
-    def sweep_phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
+    def sweep_phases(self, compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
         """Those of a sweep's answers."""
         vlm, options, length = self.vlm, self.config.sweep, self.config.data.max_prompt_tokens
         slots, together = queue.group_sizes(options.batch_size, self.mesh)
         images = self.images(together)
         sampling = vlm.sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-        encode = Phase("sweep: encode", images, None, lambda: queue.encode.lower(vlm.graphdef, vlm.params, images),
-                       [self._weights(policy=True), self.state])  # fmt: skip
+        encode = PlannedPhase(
+            "sweep: encode", images, None, lambda: queue.encode.lower(vlm.graphdef, vlm.params, images),
+            [self.weights(policy=True), self.state],
+        )  # fmt: skip
         yield encode
-        encoded = self._outputs(
+        encoded = self.outputs(
             encode, compiled, together, lambda *a: _merge(vlm, a[0]).encode(a[1]), vlm.params, images
         )
         lora, state = None, self.state
@@ -157,59 +153,68 @@ class AbstractRun:
         )  # fmt: skip
         rows = machine.shapes(engine.Work([], prompts, encoded))
         static = vlm.graphdef, sampling, self.mesh
-        yield Phase(
+        yield PlannedPhase(
             "sweep: fill", (encoded, prompts), rows.cache,
             lambda: engine.fill.lower(*static, vlm.params, lora, rows, numbers, prompts, encoded, None),
             state, held=True,
         )  # fmt: skip
-        yield Phase(
+        yield PlannedPhase(
             "sweep: decode", machine.apart_shapes(), rows.cache,
             lambda: engine.decode.lower(*static, vlm.params, machine.apart_shapes(), rows),
-            [self._weights(policy=False), state], held=True,
+            [self.weights(policy=False), state], held=True,
         )  # fmt: skip
 
-    def training_phases(self, compiled: Callable[[Phase], Any]) -> Iterator[Phase]:
-        """Those of an L-PPO iteration."""
-        vlm, config, state = self.vlm, self.config, self.state
-        batch = config.data.batch_size
-        learner.check_divides(self.settings, batch)
-        mesh = self.mesh if isinstance(self.mesh, Mesh) else None
-        phases: Any = learner.build(vlm.graphdef, self.settings, mesh)
-        images, (tokens, mask) = self.images(batch), self.prompts(batch)
-        exits = self.rows(jax.ShapeDtypeStruct((batch,), jnp.int32), batch)
-        key = _keys()
-        # Under full fine-tuning the policy has weights of its own, and only `prepare` takes the reference.
-        reference = () if self.settings.lora_scale is not None else self._weights(policy=True)
-        arguments = (vlm.params, state, images, tokens, mask, exits, key)
-        rollout = Phase(
-            "rollout", (images, tokens, mask), self.cache(batch, config.lppo.max_new_tokens),
-            lambda: phases.rollout.jitted.lower(*arguments), [reference, state.opt_state],
-        )  # fmt: skip
-        yield rollout
-        made = self._outputs(rollout, compiled, batch, phases.rollout, *arguments)
-        per_row = (np.zeros(batch, np.float32), np.zeros(batch, bool), np.ones(batch, bool))
-        given = (vlm.params, state.trainable, state.controls, made, *per_row)
-        encoder = self._weights(policy=False)
-        prepare = Phase(
-            "prepare", made, None, lambda: phases.prepare_arrays.jitted.lower(*given), [encoder, state.opt_state]
-        )  # fmt: skip
-        yield prepare
-        train_batch = self._outputs(prepare, compiled, batch, phases.prepare_arrays, *given, first=True)
-        yield Phase(
-            "update", train_batch, None,
-            lambda: phases.update.jitted.lower(vlm.params, state, train_batch, key),
-            [encoder, reference],
-        )  # fmt: skip
+    def training_phases(self, compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+        """Those of an iteration of the run's algorithm."""
+        return self.algorithm.planned(self, compiled)
 
-    def _outputs(
-        self, phase: Phase, compiled: Callable[[Phase], Any], batch: int, function: Any, *arguments: Any,
+    def outputs(
+        self, phase: PlannedPhase, compiled: Callable[[PlannedPhase], Any], batch: int, function: Any, *arguments: Any,
         first: bool = False,
     ) -> Any:  # fmt: skip
         """What a phase returns (the first part of it): placed by the compiler, or over rows where there is none."""
         program = compiled(phase)
-        found = jax.eval_shape(function, *arguments) if program is None else learner.outputs(program)
+        found = jax.eval_shape(function, *arguments) if program is None else phases.outputs(program)
         found = found[0] if first else found
         return self.rows(found, batch) if program is None else found
+
+    def forward_flops(self) -> tuple[int, int]:
+        """One teacher-forced pass over a row's prompt and response: the model's operations, and the adapters'."""
+        taught = self.settings.sampling.max_new_tokens
+        length = self.config.data.max_prompt_tokens + taught - 1
+        head = 2 * self.vlm.hidden_size * self.vlm.vocab_size
+        one = self.model.operations(length, length, 1)
+        rank, targets = self.config.lora.rank, self.config.lora.targets
+        shapes = self.vlm.lora_shapes.items()
+        adapted = sum(
+            depth * rank * (size_in + size_out)
+            for name, (depth, size_in, size_out) in shapes
+            if name.rpartition("/")[2] in targets
+        )
+        return one.forward + taught * head, 2 * length * adapted
+
+    def encode_flops(self) -> int:
+        """The images of a batch through the tower, and one exit of each through the projector."""
+        length = self.config.data.max_prompt_tokens
+        one = self.model.operations(length, length, 1)
+        return self.config.data.batch_size * (one.encode + one.visual)
+
+    def rollout_work(self) -> PhaseWork:
+        """A batch's answers, each token after the other."""
+        length, taught = self.config.data.max_prompt_tokens, self.settings.sampling.max_new_tokens
+        sampled = self.model.operations(length, length + taught, 1)
+        batch = self.config.data.batch_size
+        flops = sampled.encode + sampled.visual + sampled.prefill + (taught - 1) * sampled.step
+        return PhaseWork(batch * flops, taught)
+
+    def update_work(self) -> PhaseWork:
+        """An iteration's epochs over a batch, with what `config.model.remat` computes again."""
+        policy, adapters = self.forward_flops()
+        again = int(self.config.model.remat == "full")  # the forward pass, once more while going back
+        weights_too = int(self.settings.lora_scale is None)
+        epochs, batch = self.settings.epochs, self.config.data.batch_size
+        flops = epochs * batch * ((2 + weights_too + again) * policy + (3 + again) * adapters)
+        return PhaseWork(flops, epochs * self.slices * (2 + again))
 
 
 def _abstract_vlm(config: ConfigDict, mesh: Mesh | AbstractMesh) -> VLM:

@@ -5,6 +5,7 @@ import re
 from statistics import fmean
 from typing import Any
 
+from icet_jax.config.names import ALGORITHMS
 from icet_jax.data.records import KINDS
 from icet_jax.report.charts import Chart, Line, Point
 from icet_jax.report.heatmap import svg_heatmap
@@ -251,7 +252,8 @@ def _recipe(study: Study) -> str:
     schedule = str(settings.get("exits")).replace("_", " ")
     told = [f"{algorithm(study)}, {settings.get('iterations')} iterations, exits drawn {schedule}."]
     reward, mixture = config.get("reward"), config.get("data", {}).get("mixture")
-    if config.get("algorithm") == "lppo" and isinstance(reward, dict) and isinstance(mixture, dict):
+    named = ALGORITHMS.get(str(config.get("algorithm")))
+    if named is not None and named.rewarded and isinstance(reward, dict) and isinstance(mixture, dict):
         names = {
             "reward_model": f"the reward model ({reward.get('model')})",
             "exact_match": "exact match with the training answers",

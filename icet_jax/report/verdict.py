@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from icet_jax.config.names import ALGORITHMS
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import percent, points
 
@@ -14,7 +15,6 @@ RULES = (
     f"{100 * OPEN_ASR:.0f} points. Over-refusal is named where benign refusals rose above {OVER_REFUSAL:.0%} at some "
     f"exit, lost utility where an accuracy at the default exit fell by more than {100 * LOST_ACCURACY:.0f} points."
 )
-_ALGORITHMS = {"lppo": "L-PPO", "lsft": "L-SFT"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def algorithm(study: Study) -> str:
     config = study.first.config
     name = str(config.get("algorithm", ""))
     settings = config.get(name)
-    shown = _ALGORITHMS.get(name, "Training")
+    shown = ALGORITHMS[name].title if name in ALGORITHMS else "Training"
     if isinstance(settings, dict) and settings.get("exits") == "fixed":
         exit_layer = settings.get("fixed_exit") or config.get("lppo", {}).get("fixed_exit")
         alone = exit_layer in (None, study.default_exit)

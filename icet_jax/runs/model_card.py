@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import icet_jax
+from icet_jax.config.names import ALGORITHMS
 from icet_jax.evaluation.statistics import GROUP_NAMES
 from icet_jax.files import write_text_atomic
 from icet_jax.report.load import Run, load_run
@@ -19,10 +20,6 @@ from icet_jax.report.schema import metric_family
 from icet_jax.report.text import duration, number, percent, points, signed, visible
 from icet_jax.runs.sources import SOURCE_JOIN
 
-_ALGORITHMS = {
-    "lppo": "L-PPO (Clip-PPO whose policy, reference and value are conditioned on the sampled exit)",
-    "lsft": "L-SFT (supervised refusals at sampled exits)",
-}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MARKUP = re.compile(r"([\\`*_\[\]|~#])")
 # Families that describe the text rather than judge it; the report has them.
@@ -154,18 +151,19 @@ def _training(run: Run, base: str) -> str:
     if not config:
         return ""
     name = str(config.get("algorithm"))
+    named = ALGORITHMS.get(name)
     done = run.history[-1].get("step") if run.history else None
     revision, adapter = _field(config, "model.revision"), _field(config, "model.adapter")
     rows, shared = _field(run.data, "rows.train"), _field(run.data, "prompts_shared_with_train")
     facts = {
         "Base model": _plain(base) + (f", revision {_plain(revision)}" if revision else ""),
         "Start adapter": _plain(_public(adapter)) if adapter else None,
-        "Method": _ALGORITHMS.get(name, _plain(name)),
+        "Method": f"{named.title} ({named.about})" if named else _plain(name),
         "Trained": "the whole language model" if _field(config, "lora.rank") == 0 else "LoRA on the language model",
         "Exits during training": _plain(_field(config, f"{name}.exits")),
         "Iterations": f"{_plain(done or 0)} of {_plain(_field(config, f'{name}.iterations'))}",
         "Training data": _plain(_public(_field(config, "data.train"))) + (f" ({_counts(rows)})" if rows else ""),
-        "Reward model": _plain(_public(_field(config, "reward.model"))) if name == "lppo" else None,
+        "Reward model": _plain(_public(_field(config, "reward.model"))) if named and named.rewarded else None,
         "Test prompts that are training prompts": _counts(shared),
         "Cost": _cost(run),
         "Made with": f"icet-jax {icet_jax.__version__}",

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from icet_jax.algorithms import exits as exit_schedules
+from icet_jax.algorithms.base import Algorithm, Read, Row, algorithm_class
 from icet_jax.algorithms.forward import with_policy
+from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import TrainState, init_state
 from icet_jax.checkpoints.run_state import RunState
@@ -24,10 +27,8 @@ from icet_jax.nn.protocols import init_lora
 from icet_jax.parallel.compilations import compile_programs
 from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import placed, replicated, shardings
-from icet_jax.training.algorithms import Algorithm, Lppo, Lsft, Read, Row
 from icet_jax.training.metrics_log import MetricsLog
 from icet_jax.training.progress import Progress
-from icet_jax.training.reward import RewardByKind
 from icet_jax.training.signals import kept_waiting
 from icet_jax.training.stability import Stability, bounded, learning_rate_scale
 from icet_jax.vlm import VLM
@@ -56,13 +57,13 @@ class Trainer:
           workdir: claimed by this config.
           vlm: the model before training; its weights stay as they are.
           examples: the training rows.
-          reward: scores responses (L-PPO).
+          reward: scores responses, for algorithms that are rewarded.
 
         Raises:
           UserError: the mixture asks for rows that are not there, a prompt does not fit, or an image is broken.
         """
         self._config, self._workdir, self._vlm = config, workdir, vlm
-        self.algorithm: Algorithm = Lppo(config, vlm, reward) if config.algorithm == "lppo" else Lsft(config, vlm)
+        self.algorithm: Algorithm = algorithm_class(config.algorithm)(config, vlm, reward)
         size = config.data.batch_size
         mixture = config.data.mixture.to_dict()
         self._batches = Batches(examples, mixture=mixture, batch_size=size, seed=config.seed)
@@ -128,7 +129,8 @@ class Trainer:
         arguments = (self._config, self._vlm, self.algorithm.settings)
         if max(checkpoints.steps, default=0) >= self.algorithm.iterations and not self._unmeasured(checkpoints):
             return newest_state(*arguments, checkpoints)
-        programs = self.algorithm.lowered(abstract_state(*arguments), self._first)
+        head = has_value_head(self._config, checkpoints)
+        programs = self.algorithm.lowered(abstract_state(*arguments, head), self._first)
         return compile_programs(programs, lambda: newest_state(*arguments, checkpoints))
 
     def _name_device(self) -> None:
@@ -220,7 +222,8 @@ class Trainer:
         """The newest checkpoint that was found within the bound, or the first state, as that of `step`; more slowly."""
         found = checkpoints.go_back(like=stored(state))
         if found is None:
-            found = 0, initial_state(self._config, self._vlm, self.algorithm.settings), {}
+            head = "value_head" in state.trainable
+            found = 0, initial_state(self._config, self._vlm, self.algorithm.settings, head), {}
         scale = learning_rate_scale(stability.counts)
         print(
             f"iteration {step}: {stability.beyond}: back to the state of iteration {found[0]}, at {scale:.3g} of "
@@ -274,6 +277,15 @@ def open_checkpoints(config: ConfigDict, workdir: Path) -> RunState:
     )
 
 
+def has_value_head(config: ConfigDict, checkpoints: RunState) -> bool:
+    """Whether the run's states have a value head: where its algorithm trains one, or its checkpoints have one.
+
+    Checkpoints of L-SFT once had one, which stayed zero; such a run goes on as it began.
+    """
+    of_algorithm = algorithm_class(config.algorithm).value_head
+    return of_algorithm or any("value_head" in name for name in checkpoints.array_names())
+
+
 def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
     """The state of the best checkpoint, of the structure of `state`, which it is where there is none."""
     best = checkpoints.best
@@ -298,7 +310,7 @@ def newest_state(
     Raises:
       UserError: a checkpoint of another config, or every one is damaged.
     """
-    state = initial_state(config, vlm, settings)
+    state = initial_state(config, vlm, settings, has_value_head(config, checkpoints))
     restored = checkpoints.restore(like=stored(state))
     if restored is None:
         return state, {}
@@ -320,32 +332,50 @@ def _number(value: int | float, dtype: str, vlm: VLM) -> Any:
     return jnp.asarray(number) if vlm.mesh is None else jax.device_put(number, replicated(vlm.mesh))
 
 
-def initial_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainState:
-    """The state before the first iteration: fresh adapters (LoRA), or masters of the language model (rank 0)."""
-    program, arguments = _initial(config, vlm, settings)
+def initial_state(
+    config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool | None = None
+) -> TrainState:  # fmt: skip
+    """The state before the first iteration: fresh adapters (LoRA), or masters of the language model (rank 0).
+
+    Args:
+      config: of the run.
+      vlm: the model before training.
+      settings: of the run's algorithm.
+      value_head: whether there is one; None: as the algorithm says.
+    """
+    program, arguments = _initial(config, vlm, settings, value_head)
     state = program(*arguments)
     return state if vlm.mesh is None else jax.device_put(state, shardings(state, vlm.mesh))
 
 
-def abstract_state(config: ConfigDict, vlm: VLM, settings: Settings) -> TrainState:
+def abstract_state(
+    config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool | None = None
+) -> TrainState:  # fmt: skip
     """Shapes, dtypes and places of `initial_state`."""
-    program, arguments = _initial(config, vlm, settings)
+    program, arguments = _initial(config, vlm, settings, value_head)
     state = program.eval_shape(*arguments)
     return state if vlm.mesh is None else placed(state, shardings(state, vlm.mesh))
 
 
-def _initial(config: ConfigDict, vlm: VLM, settings: Settings) -> tuple[Program, tuple[Any, Any]]:
+def _initial(
+    config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool | None
+) -> tuple[Program, tuple[Any, Any]]:  # fmt: skip
     """What makes the first state, and its arguments."""
     shapes, width, kl_coef = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef
     rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
     scaled = bounded(config)
+    critic = algorithm_class(config.algorithm).value_head if value_head is None else value_head
+    exits = exit_schedules.schedule(settings.exits, num_exits=vlm.num_exits, default_exit=vlm.default_exit)
 
     def start(key: Any, params: Any) -> TrainState:
         lora = init_lora(shapes, rank=rank, alpha=alpha, targets=targets, key=key) if rank else None
-        state = init_state(params, lora, hidden_size=width, optimizer=settings.optimizer, kl_coef=kl_coef)
+        state = init_state(
+            params, lora, hidden_size=width, optimizer=settings.optimizer, kl_coef=kl_coef, value_head=critic,
+            exits=exits.initial_state(),
+        )  # fmt: skip
         scale = jnp.ones((), jnp.float32) if scaled else None
         return state._replace(controls=state.controls._replace(learning_rate_scale=scale))
 
     key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
-    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, scaled)
+    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, scaled, critic, exits)
     return Program(start, about=about), (key, None if rank else vlm.params)

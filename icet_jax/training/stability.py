@@ -4,6 +4,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from icet_jax.algorithms.base import algorithm_class
 from icet_jax.algorithms.metrics import instability
 from icet_jax.errors import UserError
 
@@ -12,7 +13,7 @@ _SLOWER = 0.5  # the learning rate after a KL beyond the bound, relative to that
 
 def bounded(config: ConfigDict) -> bool:
     """Whether a KL beyond `config.lppo.max_kl` takes the run back to a state within it."""
-    return config.algorithm == "lppo" and config.lppo.max_kl > 0
+    return config.lppo.max_kl > 0 and algorithm_class(config.algorithm).bounded
 
 
 def learning_rate_scale(counted: dict[str, Any]) -> float:

@@ -11,9 +11,8 @@ from icet_jax.errors import UserError
 
 def draw(schedule, seed=0, batch=10, num_exits=8, default_exit=7, **options):
     key = jax.random.key(seed)
-    return np.asarray(
-        exits.sample(schedule, key, batch=batch, num_exits=num_exits, default_exit=default_exit, **options)
-    )
+    drawer = exits.schedule(schedule, num_exits=num_exits, default_exit=default_exit, **options)
+    return np.asarray(drawer.draw(key, drawer.initial_state(), batch=batch))
 
 
 @pytest.mark.parametrize("schedule", EXIT_SCHEDULES)
@@ -52,7 +51,8 @@ def test_stratified_covers_the_paper_groups_evenly(batch, num_exits):
 
 
 def test_stratified_works_under_jit():
-    jitted = jax.jit(lambda key: exits.sample("stratified", key, batch=6, num_exits=8, default_exit=7))
+    drawer = exits.schedule("stratified", num_exits=8, default_exit=7)
+    jitted = jax.jit(lambda key: drawer.draw(key, None, batch=6))
     np.testing.assert_array_equal(jitted(jax.random.key(3)), draw("stratified", 3, batch=6))
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.algorithms import learner, lsft
-from icet_jax.algorithms.forward import Scored
+from icet_jax.algorithms import lppo, lsft
+from icet_jax.algorithms import phases as shared_phases
+from icet_jax.algorithms.forward import Scored, with_policy
 from icet_jax.algorithms.metrics import host_metrics, instability
 from icet_jax.algorithms.state import pure_dict
 from icet_jax.algorithms.updates import gradients, shuffled_order, take_rows
@@ -49,7 +50,7 @@ def test_before_the_first_update_ratio_is_one_and_kl_zero(model, lora_scale):
     row = host_metrics(metrics)
     assert row["objective/kl"] == 0 and row["objective/non_score_reward"] == 0
     assert row["val/sampler_gap"] < 1e-5
-    _, stats = jax.jit(lambda *a: learner.lppo_loss(graphdef, settings, *a))(params, state.trainable, batch)
+    _, stats = jax.jit(lambda *a: lppo.lppo_loss(graphdef, settings, *a))(params, state.trainable, batch)
     assert abs(stats["ratio"] - 1) < 1e-6 and stats["ratio_var"] < 1e-10
     assert stats["approxkl"] < 1e-10 and stats["clipfrac"] == 0
 
@@ -84,11 +85,11 @@ def test_drawing_every_exit_compiles_nothing_after_the_first_iteration(model):
         lambda name, *_, **__: durations.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
     )
     draw = dict(batch=toy.ROWS, num_exits=4, default_exit=3)
-    state, *_ = iterate(phases, params, state, learner.draw_exits(toy.SETTINGS, RUN_KEY, state.iteration, **draw))
+    state, *_ = iterate(phases, params, state, shared_phases.draw_exits(toy.SETTINGS, RUN_KEY, state.iteration, **draw))
     compiled = len(durations)
     assert compiled > 0
     for exit_layer in range(1, 5):
-        drawn = learner.draw_exits(toy.SETTINGS, RUN_KEY, state.iteration, **draw)
+        drawn = shared_phases.draw_exits(toy.SETTINGS, RUN_KEY, state.iteration, **draw)
         assert drawn.shape == (toy.ROWS,)
         state, _, row = iterate(phases, params, state, np.full(toy.ROWS, exit_layer, np.int32), seed=exit_layer)
         assert {name for name in row if name.startswith("exit/")} == {f"exit/{exit_layer}/kl"}
@@ -107,7 +108,7 @@ def test_accumulation_gives_the_same_gradients(model):
     trainable = jax.tree.map(lambda x: x + 0.05 * rng.normal(size=x.shape).astype(np.float32), state.trainable)
 
     def loss(trainable, rows):
-        return learner.lppo_loss(graphdef, toy.settings(entropy_coef=0.1), params, trainable, rows)
+        return lppo.lppo_loss(graphdef, toy.settings(entropy_coef=0.1), params, trainable, rows)
 
     (whole,), (sliced,) = (shuffled_order(RUN_KEY, rows=8, epochs=1, minibatches=1, accumulation=n) for n in (1, 4))
     results = [
@@ -136,7 +137,7 @@ def test_masked_garbage_does_not_reach_the_gradients(model):
         advantages=poisoned(batch.advantages),
         returns=poisoned(batch.returns),
     )
-    grad = jax.jit(jax.grad(lambda t, b: learner.lppo_loss(graphdef, toy.SETTINGS, params, t, b)[0]))
+    grad = jax.jit(jax.grad(lambda t, b: lppo.lppo_loss(graphdef, toy.SETTINGS, params, t, b)[0]))
     for mine, theirs in zip(
         jax.tree.leaves(grad(state.trainable, dirty)), jax.tree.leaves(grad(state.trainable, batch)), strict=True
     ):
@@ -156,7 +157,7 @@ def test_only_the_policy_and_the_value_head_move(model, lora_scale):
     assert moved(start["policy"], state.trainable["policy"]) > 0
     assert moved(start["value_head"], state.trainable["value_head"]) > 0
     assert moved(before, pure_dict(params)) == 0
-    merged, lora = learner.with_policy(params, state.trainable, lora_scale)
+    merged, lora = with_policy(params, state.trainable, lora_scale)
     frozen = {name: merged[name] for name in ("vision_tower", "projector")}
     assert moved({name: before[name] for name in frozen}, frozen) == 0
     assert (lora is None) == (lora_scale is None)
@@ -178,7 +179,7 @@ def test_bfloat16_trains_float32_weights_and_forms_no_logits_of_whole_responses(
     settings = toy.settings(lora_scale=lora_scale)
     graphdef, params = nnx.split(nnx.eval_shape(lambda: toy.llava(jnp.bfloat16)))
     state = jax.eval_shape(lambda params: toy.state(params, settings), params)
-    phases = learner.build(graphdef, settings)
+    phases = lppo.build(graphdef, settings)
     rollout = jax.eval_shape(phases.rollout, params, state, *toy.inputs(), EXITS, RUN_KEY)
     scores, every = np.zeros(8, np.float32), np.ones(8, bool)
     _, batch, _ = jax.eval_shape(lambda *args: phases.prepare(*args, scores, every), params, state, rollout)
@@ -286,14 +287,14 @@ def test_the_dual_clip_of_the_settings_bounds_the_loss(model, monkeypatch):
     graphdef, params = model
     shape, whole = (toy.ROWS, toy.NEW_TOKENS), jnp.zeros((toy.ROWS, 4), jnp.int32)
     zero, one = jnp.zeros(shape), jnp.ones(shape)
-    monkeypatch.setattr(learner, "score_responses", lambda *_, **__: Scored(5 * one, zero, zero))
-    batch = learner.TrainBatch(
+    monkeypatch.setattr(lppo, "score_responses", lambda *_, **__: Scored(5 * one, zero, zero))
+    batch = lppo.TrainBatch(
         prompts=whole, prompt_mask=whole > 0, visual=None, responses=one.astype(jnp.int32), mask=one > 0,
         old_log_probs=zero, old_values=zero, advantages=-one, returns=zero,
     )  # fmt: skip
     trainable = toy.state(params).trainable
     losses = [
-        learner.lppo_loss(graphdef, toy.settings(dual_clip=bound), params, trainable, batch)[0] for bound in (0.0, 3.0)
+        lppo.lppo_loss(graphdef, toy.settings(dual_clip=bound), params, trainable, batch)[0] for bound in (0.0, 3.0)
     ]
     np.testing.assert_allclose(losses, [np.exp(5), 3], rtol=1e-5)
 
@@ -377,7 +378,7 @@ def test_lsft_learns_its_targets_at_every_exit(model):
     assert rows[-1]["loss/policy_avg"] < 0.7 * rows[0]["loss/policy_avg"]
     assert rows[0]["train/updates"] == 4 and int(state.iteration) == 12
     assert moved(before, state.trainable["value_head"]) == 0
-    policy, lora = learner.with_policy(params, state.trainable, settings.lora_scale)
+    policy, lora = with_policy(params, state.trainable, settings.lora_scale)
     assert lora is not None and nnx.merge(graphdef, policy).num_exits == 4
 
 

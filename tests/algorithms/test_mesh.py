@@ -4,7 +4,7 @@ from tests.devices import assert_agreed
 
 PROGRAM = """
 import jax, numpy as np
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import lppo
 from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
@@ -20,7 +20,7 @@ settings = toy.settings(accumulation=1)
 key, every, exits = jax.random.key(0), np.ones(8, bool), np.array([1, 2, 3, 4] * 2, np.int32)
 
 def run(mesh, iterations):
-    phases, state = learner.build(graphdef, settings, mesh), toy.state(params, settings)
+    phases, state = lppo.build(graphdef, settings, mesh), toy.state(params, settings)
     weights = params if mesh is None else jax.device_put(params, shardings(params, mesh))
     state = state if mesh is None else jax.device_put(state, shardings(state, mesh))
     start, counts, rows = jax.tree.map(lambda leaf: leaf.sharding, state), [], []

@@ -36,7 +36,10 @@ def test_settings_hold_what_the_config_says():
         assert getattr(settings.optimizer, name) == value, name
     assert settings.lora_scale == config.lora.alpha / config.lora.rank
     assert settings.optimizer.total_steps == config.lppo.iterations * config.lppo.epochs * config.lppo.minibatches
-    assert from_config(config, SAMPLING, iterations=3).optimizer.total_steps == 3 * 4
+    own = config.copy_and_resolve_references().unlock()
+    own.algorithm, own.lsft.iterations, own.lsft.exits = "lsft", 3, "stratified"
+    settings = from_config(own, SAMPLING)
+    assert (settings.optimizer.total_steps, settings.exits) == (3 * 4, "stratified")
 
 
 def test_tables_of_the_code_have_the_names_that_a_config_may_contain():

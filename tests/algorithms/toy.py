@@ -1,4 +1,4 @@
-"""A toy LLaVA, rollout inputs and settings for the learner's tests."""
+"""A toy LLaVA, rollout inputs and settings for the tests of algorithms."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import lppo
 from icet_jax.algorithms.settings import from_config
 from icet_jax.algorithms.state import init_state
 from icet_jax.config import default
@@ -117,4 +117,4 @@ def token_score(rollout):
 @functools.cache
 def phases(config):
     """The phases for the toy model, compiled once per settings and test run."""
-    return learner.build(model()[0], config)
+    return lppo.build(model()[0], config)

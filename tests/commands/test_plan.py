@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from icet_jax import main
+from icet_jax.algorithms.base import PlannedPhase
 from icet_jax.checkpoints.published import PUBLISHED, SCORERS, config_values
 from icet_jax.checkpoints.scorers import abstract_scorer
 from icet_jax.commands import plan
@@ -16,7 +17,7 @@ from icet_jax.nn.protocols import count_parameters
 from icet_jax.parallel import topology
 from icet_jax.parallel.mesh import abstract_mesh, make_mesh
 from icet_jax.planning.advice import mends
-from icet_jax.planning.ahead import AbstractRun, Phase
+from icet_jax.planning.ahead import AbstractRun
 from icet_jax.planning.scorers import scorer_bytes
 from icet_jax.planning.work import Work
 from icet_jax.runs import sources
@@ -145,7 +146,6 @@ def test_wrong_usage_is_one_line(capsys, monkeypatch):
         (("--topology=v5e:4x4",), "needs the `tpu` extra"),
         (("--topology=h100:8", "--config.mesh.fsdp=3"), "does not fit 8 devices"),
         (("--topology=h100:8", "--largest-batch"), "what fits h100 chips is not known"),
-        (("--topology=h100:8", "--config.algorithm=lsft"), "config.algorithm=lsft is not planned"),
         (("--topology=h100:64", "--config.mesh.tensor=64"), "choose one of 1, 2, 4, 8, 16, 32"),
         (("--topology=h100:24",), "does not divide over the 24 devices of mesh.data x mesh.fsdp; choose 48 or 72"),
         (("--topology=h100:8", "--config.lppo.accumulation=7"), "does not divide into 1 mini-batches"),
@@ -161,7 +161,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
             "HLO temporaries (400.00G) exceeds available HBM (15.75G). HLO module: jit__lambda."
         )
 
-    program, refused = plan._compile(Phase("rollout", None, None, lambda: SimpleNamespace(compile=compile)))
+    program, refused = plan._compile(PlannedPhase("rollout", None, None, lambda: SimpleNamespace(compile=compile)))
     assert program is None and refused == "the compiler needs 400.00GiB for it"
     line = plan.Line("rollout", 1, 1, 1, 1, 1, None, Work(1, 1, 1), None, refused)
     assert line.fits(topology.CHIPS["v5e"]) is False
@@ -237,3 +237,14 @@ def test_the_mend_of_a_phase_divides_over_the_mesh(phase, fields, says):
     verdict, mend = mends(config, run, [phase], 0, 16e9)
     assert verdict == f"does not fit: {phase}"
     assert mend.startswith(f"mend {phase} (then plan again): ") and says in mend
+
+
+def test_an_algorithm_that_samples_nothing_is_planned_by_its_own_phases():
+    config = load(ORGANISM, [*SMALL, ("algorithm", "lsft")])
+    lines, abstract = plan.plan(config, topology.parse("cpu:1"), "training")
+    assert [line.phase for line in lines] == ["update"]
+    (update,) = lines
+    assert update.temporaries and update.cache == 0 and update.work.flops > 0
+    lppo = AbstractRun(load(ORGANISM, SMALL), abstract.mesh)
+    assert lppo.algorithm.work(lppo)["update"].flops < update.work.flops  # L-SFT's encodes the images too
+    assert "value_head" not in abstract.state.trainable

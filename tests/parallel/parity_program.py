@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import lppo, phases
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import from_config
 from icet_jax.algorithms.state import TrainState, init_state
@@ -88,7 +88,7 @@ class Bench:
             kl_horizon=100.0,
             normalise=True,
         )
-        self.phases = learner.build(self.vlm.graphdef, self.settings, mesh)
+        self.phases = lppo.build(self.vlm.graphdef, self.settings, mesh)
         self.gradients = jax.jit(self._gradients)
 
     def state(self) -> TrainState:
@@ -113,15 +113,15 @@ class Bench:
         rows = [Example(text, text, (picture(n + iteration),)) for n, text in enumerate(texts)]
         batch = prompt_batch(self.vlm, rows, ROWS, 1, length=LENGTH)
         sizes = dict(batch=ROWS, num_exits=self.vlm.num_exits, default_exit=self.vlm.default_exit)
-        exits = learner.draw_exits(self.settings, self.key, iteration, **sizes)
+        exits = phases.draw_exits(self.settings, self.key, iteration, **sizes)
         return batch.images, batch.tokens, batch.mask, exits, self.key
 
-    def rollouts(self) -> Iterator[learner.Rollout]:
+    def rollouts(self) -> Iterator[phases.Rollout]:
         """This policy's own, each drawn when the one before it has been learnt from."""
         for iteration in range(ITERATIONS):
             yield self.phases.rollout(self.vlm.params, self.now, *self.inputs(iteration))
 
-    def train(self, rollouts: Any, at: Any = None, ready: Any = None) -> tuple[list[learner.Rollout], Found]:
+    def train(self, rollouts: Any, at: Any = None, ready: Any = None) -> tuple[list[phases.Rollout], Found]:
         """Learns from each rollout in turn, graded by its share of low token ids.
 
         Args:
@@ -145,12 +145,12 @@ class Bench:
         loss, grads = self.gradients(self.vlm.params, at, first)
         return used, Found(*distributed.fetch((own, loss, grads, self.now.trainable)))
 
-    def _gradients(self, params: Any, trainable: Any, batch: learner.TrainBatch) -> tuple[Any, Any]:
+    def _gradients(self, params: Any, trainable: Any, batch: lppo.TrainBatch) -> tuple[Any, Any]:
         """Loss and gradients of one step, in slices, as an update takes them."""
 
         def loss(trainable: Any, rows: Any) -> Any:
             rows = rows if self.mesh is None else split_rows(rows, self.mesh)
-            return learner.lppo_loss(self.vlm.graphdef, self.settings, params, trainable, rows)
+            return lppo.lppo_loss(self.vlm.graphdef, self.settings, params, trainable, rows)
 
         count = self.settings.accumulation
         slices = jnp.broadcast_to(jnp.arange(count)[:, None], (count, ROWS // count))
@@ -250,12 +250,12 @@ def distances(found: Found, alone: Found, start: Any) -> dict[str, float]:
     }
 
 
-def write(path: Path, rollouts: list[learner.Rollout], found: Found) -> None:
+def write(path: Path, rollouts: list[phases.Rollout], found: Found) -> None:
     """Everything that was recorded."""
     np.savez(path, **flatten_with_names(jax.device_get({"rollouts": rollouts, "found": found})))
 
 
-def read(path: Path, bench: Bench) -> tuple[list[learner.Rollout], Found]:
+def read(path: Path, bench: Bench) -> tuple[list[phases.Rollout], Found]:
     """The same again; `bench` is one of that family."""
     with np.load(path) as arrays:
         stored = dict(arrays)

@@ -18,7 +18,7 @@ from tests.runs import smoke
 
 AHEAD = """
 import jax, numpy as np
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import lppo
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
 from icet_jax.parallel.compilations import CompilationCounter, compile_programs
@@ -28,7 +28,7 @@ mesh, settings = make_mesh(data=2, fsdp=2), toy.settings(accumulation=1)
 graphdef, params = toy.model()
 state = toy.state(params, settings)
 params, state = (jax.device_put(tree, shardings(tree, mesh)) for tree in (params, state))
-phases, key, exits = learner.build(graphdef, settings, mesh), jax.random.key(0), np.array([1, 2, 3, 4] * 2, np.int32)
+phases, key, exits = lppo.build(graphdef, settings, mesh), jax.random.key(0), np.array([1, 2, 3, 4] * 2, np.int32)
 inputs = place_rows(toy.inputs(), mesh)
 compile_programs(phases.lowered(params, state, *inputs, exits, key))
 scores, learned = np.ones(8, np.float32), np.ones(8, bool)

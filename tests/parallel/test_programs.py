@@ -19,7 +19,7 @@ LEARN = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from icet_jax.algorithms import learner
+from icet_jax.algorithms import lppo
 from icet_jax.parallel import programs
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
@@ -29,8 +29,8 @@ folder, devices = sys.argv[1], int(sys.argv[2])
 if folder != "none":
     programs.keep_traces(Path(folder))
 traced = []
-sample = learner._rollout
-learner._rollout = lambda *arguments: traced.append(1) or sample(*arguments)
+sample = lppo.sample_responses
+lppo.sample_responses = lambda *arguments: traced.append(1) or sample(*arguments)
 mesh, settings = make_mesh(data=2, fsdp=2) if devices == 4 else None, toy.settings(accumulation=1)
 graphdef, params = toy.model()
 state = toy.state(params, settings)
@@ -38,7 +38,7 @@ inputs, key, exits = toy.inputs(), jax.random.key(0), np.array([1, 2, 3, 4] * 2,
 if mesh is not None:
     params, state = (jax.device_put(tree, shardings(tree, mesh)) for tree in (params, state))
     inputs = place_rows(inputs, mesh)
-phases = learner.build(graphdef, settings, mesh)
+phases = lppo.build(graphdef, settings, mesh)
 for _, program in phases.lowered(params, state, *inputs, exits, key):
     program.compile()
 compiled = []

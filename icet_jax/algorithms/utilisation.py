@@ -95,21 +95,26 @@ class Counter:
         self._passes = 3 if settings.lora_scale is None else 2
         self._epochs, self._steps = settings.epochs, settings.epochs * settings.minibatches
 
-    def lppo(self, prompts: np.ndarray, answers: np.ndarray, images: np.ndarray) -> Done:
-        """L-PPO on rows of so many prompt positions, response tokens and images, each int [B]."""
-        rows = _real(prompts, answers, images)
-        forward = sum(sum(self._forward(*row)) for row in rows)
-        update = self._epochs * sum(self._backward(*row) for row in rows)
-        rollout = sum(self._rollout(*row) for row in rows)
-        flops = {"rollout": rollout, "update": 2 * forward + update}
-        return Done(len(rows), sum(answer for _, answer, _ in rows), self._positions(rows), flops, update)
+    def done(
+        self, prompts: np.ndarray, answers: np.ndarray, images: np.ndarray, *, sampled: bool = True, passes: int = 0
+    ) -> Done:  # fmt: skip
+        """Epochs of updates on rows of so many prompt positions, response tokens and images, each int [B].
 
-    def lsft(self, prompts: np.ndarray, targets: np.ndarray, images: np.ndarray) -> Done:
-        """As `lppo`, of L-SFT: nothing is sampled or scored."""
-        rows = _real(prompts, targets, images)
+        Args:
+          prompts, answers, images: of each row; one without an answer is a filler.
+          sampled: whether the answers were drawn in a rollout, rather than given.
+          passes: teacher-forced passes over every row beside those of the updates.
+        """
+        rows = [row for row in zip(*(column.tolist() for column in (prompts, answers, images)), strict=True) if row[1]]
         update = self._epochs * sum(self._backward(*row) for row in rows)
-        seen = sum(self._encode(prompt, count) for prompt, _, count in rows)
-        return Done(len(rows), 0, self._positions(rows), {"update": seen + update}, update)
+        beside = passes * sum(sum(self._forward(*row)) for row in rows)
+        if sampled:
+            flops = {"rollout": sum(self._rollout(*row) for row in rows), "update": beside + update}
+        else:
+            seen = sum(self._encode(prompt, count) for prompt, _, count in rows)
+            flops = {"update": seen + beside + update}
+        tokens = sum(answer for _, answer, _ in rows) if sampled else 0
+        return Done(len(rows), tokens, self._positions(rows), flops, update)
 
     def evaluated(self, row: Mapping[str, float]) -> float:
         """The share of an iteration's steps that were computed; the one that stops it is not applied."""
@@ -139,11 +144,6 @@ class Counter:
         """A forward pass and the gradients."""
         weights, attention = self._forward(prompt, answer, images)
         return self._passes * weights + 3 * attention
-
-
-def _real(*columns: np.ndarray) -> list[tuple[int, int, int]]:
-    """Rows of (prompt, answer, images) that have an answer."""
-    return [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
 
 
 def speeds(done: Done, seconds: Mapping[str, float], evaluated: float, peak: Peak) -> dict[str, float]:

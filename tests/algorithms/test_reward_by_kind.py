@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from icet_jax.algorithms.state import TrainState
+from icet_jax.algorithms.lppo import Lppo
+from icet_jax.algorithms.reward_by_kind import RewardByKind
+from icet_jax.algorithms.state import Controls, TrainState
+from icet_jax.algorithms.utilisation import Stopwatch
 from icet_jax.data.records import Example
 from icet_jax.evaluation.batching import PromptBatch
 from icet_jax.scorers.base import Scores
-from icet_jax.training.algorithms import Lppo
-from icet_jax.training.reward import RewardByKind
-from icet_jax.training.utilisation import Stopwatch
 
 
 class Lengths:
@@ -61,7 +61,7 @@ def iteration(reward, texts, monkeypatch):
     """(what the second phase was given, the metrics) of an iteration of L-PPO whose phases do nothing."""
     given = {}
 
-    def prepare(params, state, rollout, scores, learned, longest, rewarded):
+    def prepare(params, state, rollout, scores, learned, longest, rewarded, failures):
         given.update(scores=scores, learned=learned, longest=longest, rewarded=rewarded)
         return state, None, {}
 
@@ -69,11 +69,11 @@ def iteration(reward, texts, monkeypatch):
     lppo._reward, lppo._watch, lppo._run_key, lppo.peak = reward, Stopwatch(), None, None
     lppo._vlm = SimpleNamespace(params=None, processor=SimpleNamespace(decode=lambda tokens, mask: texts))
     lppo._phases = SimpleNamespace(prepare=prepare, update=lambda params, state, *_: (state, {}))
-    lppo._counter = SimpleNamespace(lppo=lambda *_: None, evaluated=lambda _: 0)
+    lppo._counter = SimpleNamespace(done=lambda *_, **__: None, evaluated=lambda _: 0)
     mask = np.array([[bool(text)] for text in texts])
     rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask, exits=EXITS)
-    monkeypatch.setattr("icet_jax.training.algorithms.speeds", lambda *_: {})
-    state = TrainState(trainable={}, opt_state=None, controls=None, iteration=0, updates=0)
+    monkeypatch.setattr("icet_jax.algorithms.lppo.speeds", lambda *_: {})
+    state = TrainState(trainable={}, opt_state=None, controls=Controls(None, None), iteration=0, updates=0)
     return given, lppo.finish(state, PromptBatch(ROWS, mask, mask, None), rollout)[1]
 
 

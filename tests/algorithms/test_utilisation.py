@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from icet_jax.algorithms.utilisation import Counter, Done, Peak, device_peak, speeds
 from icet_jax.nn.protocols import Operations
 from icet_jax.parallel.topology import CHIPS, chip_of
-from icet_jax.training.utilisation import Counter, Done, Peak, device_peak, speeds
 from tests.algorithms import toy
 
 N, HEAD, DEPTH_WIDTH = 1000, 2 * 16 * 16, 7
@@ -31,7 +31,7 @@ def counter(**changes):
 
 @pytest.mark.parametrize(("lora_scale", "per_weight"), [(2.0, 4), (None, 6)], ids=["lora", "full"])
 def test_an_update_needs_4n_per_token_under_lora_and_6n_in_full_and_attention_three_times(lora_scale, per_weight):
-    done = counter(lora_scale=lora_scale).lppo(np.array([10, 12]), np.array([5, 0]), np.array([1, 1]))
+    done = counter(lora_scale=lora_scale).done(np.array([10, 12]), np.array([5, 0]), np.array([1, 1]), passes=2)
     length = 14  # the last token is not fed; the second row is a filler
     attention = 4 * length**2 * DEPTH_WIDTH
     head = 5 * HEAD
