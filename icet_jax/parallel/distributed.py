@@ -90,9 +90,10 @@ def find(
     The flags come first, then JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES. Beside an address, Open
     MPI and SLURM may tell the numbers. Without one, jax is asked under SLURM, Open MPI 4, and on the hosts of a TPU.
 
-    jax finds the addresses; whether to ask it is decided here, because `jax.distributed.initialize()` (0.10.2) gives the
-    same `ValueError` for one process and for two of Open MPI 5, which would both write into one run directory, and in a
-    SLURM step of one task starts a coordinator on a port that follows from the job: a second step's could not start.
+    jax finds the addresses; whether to ask it is decided here, because `jax.distributed.initialize()` (0.10.2) gives
+    the same `ValueError` for one process and for two of Open MPI 5, which would both write into one run directory, and
+    in a SLURM step of one task starts a coordinator on a port that follows from the job: a second step's could not
+    start.
 
     Raises:
       UserError: half an address, or numbers that are none.
