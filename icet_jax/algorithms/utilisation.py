@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icet_jax.algorithms.settings import Settings
+from icet_jax.nn.flops import logits
 from icet_jax.parallel import topology
 from icet_jax.parallel.speed import product_speed
 
@@ -91,7 +92,7 @@ class Counter:
     def __init__(self, model: Any, settings: Settings):
         """`model`: a `VisionLanguageModel`; `settings`: of the run, `lora_scale` None is full fine-tuning."""
         self._model = model
-        self._head = 2 * model.hidden_size * model.vocab_size
+        self._head = logits(model.hidden_size, model.vocab_size)
         self._passes = 3 if settings.lora_scale is None else 2
         self._epochs, self._steps = settings.epochs, settings.epochs * settings.minibatches
 

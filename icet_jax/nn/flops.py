@@ -5,6 +5,7 @@ The families' `operations` add these up; forecasts, plans and utilisation multip
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig, lora_shapes
@@ -67,3 +68,8 @@ def cross_layers(config: LlamaConfig, length: int, places: int) -> int:
 def logits(hidden_size: int, vocab_size: int) -> int:
     """The head at one position."""
     return products(1, (hidden_size, vocab_size))
+
+
+def adapters(shapes: Iterable[tuple[int, int, int]], rank: int) -> int:
+    """LoRA's two products at one position, in projections of `(layers, in, out)`."""
+    return sum(products(1, (depth, size_in, rank), (depth, rank, size_out)) for depth, size_in, size_out in shapes)

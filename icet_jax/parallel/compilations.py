@@ -81,7 +81,10 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Keeps the newest `_LARGEST` bytes; another process may do the same at once."""
+    """Keeps the newest `_LARGEST` bytes; another process may do the same at once.
+
+    jax's own limit, `jax_compilation_cache_max_size`, does not count the kept traces, and locks the folder for a read.
+    """
     files = sorted(((entry.stat(), entry.path) for entry in os.scandir(folder)), key=lambda file: -file[0].st_mtime)
     total = 0
     for facts, path in files:

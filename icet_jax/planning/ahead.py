@@ -23,6 +23,7 @@ from icet_jax.checkpoints.published import config_values
 from icet_jax.evaluation import queue
 from icet_jax.generation import engine
 from icet_jax.models.base.image_batches import batch_images
+from icet_jax.nn import flops
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import POLICY_ROOT, Images
 from icet_jax.parallel.mesh_fit import slices
@@ -182,16 +183,11 @@ class AbstractRun:
         """One teacher-forced pass over a row's prompt and response: the model's operations, and the adapters'."""
         taught = self.settings.sampling.max_new_tokens
         length = self.config.data.max_prompt_tokens + taught - 1
-        head = 2 * self.vlm.hidden_size * self.vlm.vocab_size
+        head = flops.logits(self.vlm.hidden_size, self.vlm.vocab_size)
         one = self.model.operations(length, length, 1)
         rank, targets = self.config.lora.rank, self.config.lora.targets
-        shapes = self.vlm.lora_shapes.items()
-        adapted = sum(
-            depth * rank * (size_in + size_out)
-            for name, (depth, size_in, size_out) in shapes
-            if name.rpartition("/")[2] in targets
-        )
-        return one.forward + taught * head, 2 * length * adapted
+        adapted = [shape for name, shape in self.vlm.lora_shapes.items() if name.rpartition("/")[2] in targets]
+        return one.forward + taught * head, length * flops.adapters(adapted, rank)
 
     def encode_flops(self) -> int:
         """The images of a batch through the tower, and one exit of each through the projector."""

@@ -33,3 +33,7 @@ def test_cross_attention_without_images_is_skipped(places):
 
 def test_an_encoder_block_has_four_square_and_two_wide_matrices():
     assert flops.encoder_blocks(2, 5, 8, 20) == 2 * (2 * 5 * (4 * 64 + 2 * 160) + 2 * 2 * 5 * 5 * 8)
+
+
+def test_adapters_are_two_thin_matrices_for_each_layer():
+    assert flops.adapters([(3, 8, 20), (2, 8, 4)], rank=5) == 2 * 5 * (3 * 28 + 2 * 12)
