@@ -14,7 +14,7 @@ from icet_jax.data.prepared import read_facts
 from icet_jax.errors import UserError
 from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.media.images import image_size, open_image
-from icet_jax.report.load import read_json
+from icet_jax.report.loading import read_json
 from icet_jax.runs import fingerprints, run_dir
 from icet_jax.runs.config_files import load
 from icet_jax.runs.sources import read_rows

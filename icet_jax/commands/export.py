@@ -21,7 +21,7 @@ from icet_jax.models.saving import save_vlm
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import POLICY_ROOT
 from icet_jax.parallel.distributed import agree, on_first
-from icet_jax.report.load import EXPORT_CHECK
+from icet_jax.report.loading import EXPORT_CHECK
 from icet_jax.runs import common, model_card, run_dir, run_lock
 from icet_jax.training.loop import best_state, newest_state, open_checkpoints
 from icet_jax.vlm import VLM

@@ -18,7 +18,7 @@ from icet_jax import report
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row, difference, summarise
 from icet_jax.files import seal, write_text_atomic
-from icet_jax.report.load import read_json
+from icet_jax.report.loading import read_json
 from icet_jax.runs import run_dir
 from icet_jax.runs.agreement import finished_sweeps, read_transcript, write_agreement
 from icet_jax.scorers.human import METRIC, Answer, read_labels, sample, to_csv

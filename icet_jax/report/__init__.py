@@ -35,7 +35,7 @@ def headline(run_dir: str | Path) -> str:
     Raises:
       UserError: see `build`.
     """
-    from icet_jax.report.load import load_runs
+    from icet_jax.report.loading import load_runs
     from icet_jax.report.study import Study
     from icet_jax.report.verdict import verdict
 
@@ -56,6 +56,6 @@ def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     Raises:
       UserError: a run without a sweep or with a broken file, or runs that measured nothing in common.
     """
-    from icet_jax.report.compare_page import build_comparison
+    from icet_jax.report.page import build_comparison
 
     return build_comparison([Path(path) for path in run_dirs], Path(out))

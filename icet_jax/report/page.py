@@ -1,133 +1,129 @@
-"""Puts the report of one run together."""
+"""Writes the pages: sections of blocks, put into the templates. One file, its own style and script inside."""
 
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from icet_jax.files import write_text_atomic
-from icet_jax.report import context, measures
-from icet_jax.report.document import document_html
-from icet_jax.report.formats import formats_html
-from icet_jax.report.judges import judges_html
-from icet_jax.report.load import load_runs
-from icet_jax.report.paper import paper_html
-from icet_jax.report.pictures import PROMPTS_PER_DATASET
-from icet_jax.report.policies import policies_html
-from icet_jax.report.study import Study, dataset_name
-from icet_jax.report.text import escape, json_script, percent
-from icet_jax.report.transcripts import collect
-from icet_jax.report.verdict import Verdict, verdict
-from icet_jax.report.widgets import code
+from icet_jax.report import figures
+from icet_jax.report.blocks import Block, Header, Section
+from icet_jax.report.charts.marks import COLOURS, SELECTORS, STYLES, TONES
+from icet_jax.report.charts.svg import svg
+from icet_jax.report.comparison import Comparison, load_comparison
+from icet_jax.report.loading import load_runs
+from icet_jax.report.sections import (
+    categories,
+    cost,
+    differences,
+    formats,
+    geometry,
+    groups,
+    header,
+    judges,
+    limits,
+    measured,
+    numbers,
+    paper,
+    runs,
+    training,
+    transcripts,
+)
+from icet_jax.report.study import Study
+from icet_jax.report.text import visible
 
 
 def build_report(run_dir: Path, *, reveal_unsafe: bool = False) -> Path:
     """See `icet_jax.report.build`."""
     study = Study(load_runs(run_dir))
     page = run_dir / "report.html"
-    write_text_atomic(page, render(study, run_dir, reveal_unsafe=reveal_unsafe))
-    from icet_jax.report.figures import write_figures  # matplotlib is slow to import
-
-    write_figures(study, run_dir / "figures")
+    write_text_atomic(page, render_report(study, run_dir, reveal_unsafe=reveal_unsafe))
+    figures.write_figures(study, run_dir / "figures")
     return page
 
 
-def render(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
-    """The whole page. `run_dir` is named in it and tells which seeds have a report of their own."""
-    found = verdict(study)
-    return document_html(found.sentence, _header(study, run_dir, found), _sections(study, run_dir, reveal_unsafe))
+def build_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """See `icet_jax.report.compare_runs`."""
+    comparison = load_comparison(run_dirs)
+    page = out / "compare.html"
+    write_text_atomic(page, render_comparison(comparison))
+    figures.write_comparison_figures(comparison, out / "figures")
+    return page
 
 
-def _sections(study: Study, run_dir: Path, reveal_unsafe: bool) -> list[tuple[str, str, str]]:
-    """(anchor, title, markup) in reading order; an empty one is left out."""
-    return [
-        ("safety", "Safety at every exit", measures.safety_html(study)),
-        ("policies", "Which requests get through where", policies_html(study)),
-        ("formats", "Which attack formats get through", formats_html(study)),
-        ("groups", "Early, middle, late", measures.groups_html(study)),
-        ("paper", "Beside the paper’s Table 2", paper_html(study)),
-        ("utility", "Over-refusal and utility", measures.utility_html(study)),
-        ("transcripts", "What the model said", _transcripts_html(study, reveal_unsafe)),
-        ("differences", "Before and after on the same prompts", measures.differences_html(study)),
-        ("judges", "Who judged", judges_html(study)),
-        ("geometry", "How far each exit lies from the default", context.geometry_html(study)),
-        ("training", "Training", context.training_html(study)),
-        ("cost", "Cost", context.cost_html(study)),
-        ("config", "Configuration", context.config_html(study)),
-        ("limits", "What these numbers do not say", context.limits_html(study)),
-    ]
+def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
+    """The report's page. `run_dir` is named in it and tells which seeds have a report of their own."""
+    return _document(header.of_study(study, run_dir), [
+        Section("safety", "Safety at every exit", measured.safety_of_study(study)),
+        Section("categories", "Which requests get through where", categories.of_study(study)),
+        Section("formats", "Which attack formats get through", formats.of_study(study)),
+        Section("groups", "Early, middle, late", groups.of_study(study)),
+        Section("paper", "Beside the paper’s Table 2", paper.of_study(study)),
+        Section("utility", "Over-refusal and utility", measured.utility_of_study(study)),
+        Section("transcripts", "What the model said", transcripts.of_study(study, reveal_unsafe=reveal_unsafe)),
+        Section("differences", "Before and after on the same prompts", differences.of_study(study)),
+        Section("judges", "Who judged", judges.of_study(study)),
+        Section("geometry", "How far each exit lies from the default", geometry.of_study(study)),
+        Section("training", "Training", training.of_study(study)),
+        Section("cost", "Cost", cost.of_study(study)),
+        Section("config", "Configuration", training.config_of_study(study)),
+        Section("limits", "What these numbers do not say", limits.of_study(study)),
+    ])  # fmt: skip
 
 
-def _header(study: Study, run_dir: Path, found: Verdict) -> str:
-    """Headline, caveats, key figures and what is planted."""
-    facts = [str(study.field("model") or ""), f"{study.num_exits} exits"]
-    facts.append(f"default exit {study.default_exit}" if study.default_exit is not None else "")
-    facts.append(f"{len(study.runs)} training seeds" if study.several else "")
-    basis = ""
-    if found.judge:
-        where = escape(dataset_name(found.dataset))
-        basis = f"<p class=basis>ASR is {code(found.judge)} on {where}. {_spread(study, found)}</p>"
-    definition = study.field("exit_definition")
-    basis += f"<p class=basis>Exit l is {code(definition)}.</p>" if definition else ""
-    caveats = "".join(f"<p class=caveat>{escape(text)}</p>" for text in found.caveats)
-    return (
-        f'<header class="{found.state}"><p class=kicker>Layer-wise alignment '
-        f"<span>{escape(run_dir.resolve().name)}</span></p>"
-        f"<h1>{escape(found.sentence)}</h1>{caveats}<p class=facts>{escape(' · '.join(filter(None, facts)))}</p>{basis}"
-        f"{context.export_html(study)}"
-        f"{measures.tiles_html(study)}{context.organism_html(study)}{_seed_links(study)}</header>"
+def render_comparison(comparison: Comparison) -> str:
+    """The comparison's page: the same sections, with a line or a row for each run. It holds no response."""
+    return _document(header.of_comparison(comparison), [
+        Section("runs", "What is compared", runs.of_comparison(comparison)),
+        Section("safety", "Safety over relative depth", measured.safety_of_comparison(comparison)),
+        Section("utility", "Over-refusal and utility", measured.utility_of_comparison(comparison)),
+        Section("groups", "Early, middle, late", groups.of_comparison(comparison)),
+        Section("geometry", "How far each exit lies from the default", geometry.of_comparison(comparison)),
+        Section("numbers", "All numbers", numbers.of_comparison(comparison)),
+        Section("limits", "What these numbers do not say", limits.of_comparison(comparison)),
+    ])  # fmt: skip
+
+
+def _document(top: Header, sections: Sequence[Section]) -> str:
+    """A whole page; sections without blocks are left out."""
+    shown = [section for section in sections if section.blocks]
+    return environment().get_template("document.html").render(header=top, sections=shown)
+
+
+@lru_cache(maxsize=1)
+def environment() -> Environment:
+    """The templates. All text is escaped, and its hidden characters are shown; `svg` alone makes markup of its own."""
+    environment = Environment(
+        loader=PackageLoader("icet_jax.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters |= {"svg": svg, "digest": _digest, "kind": _kind}
+    environment.globals |= {"colours": COLOURS, "tones": TONES, "styles": STYLES, "selectors": SELECTORS}
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment
 
 
-def _spread(study: Study, found: Verdict) -> str:
-    """The interval of the worst exit after training (or before, where there is no after)."""
-    phase = study.phases(found.dataset)[-1]
-    worst = study.worst(phase, found.dataset, found.judge)
-    if worst is None or worst[1].low is None or worst[1].high is None:
-        return ""
-    return escape(f"Worst exit {phase}: {percent(worst[1].low)} to {percent(worst[1].high)} ({study.interval}).")
+def _finalize(value: Any) -> Any:
+    return value if isinstance(value, Markup) else visible(str(value))
 
 
-def _seed_links(study: Study) -> str:
-    """Links to the reports of single seeds, where they exist beside this one."""
-    if not study.several:
-        return ""
-    links = [
-        f'<a href="{escape(run.path.name)}/report.html">{escape(run.path.name.replace("_", " "))}</a>'
-        for run in study.runs
-        if (run.path / "report.html").is_file()
-    ]
-    return f"<p class=facts>Each seed’s own report: {', '.join(links)}</p>" if links else ""
+def _kind(block: Block) -> str:
+    """The name of a block's class, by which `blocks.html` chooses how to write it."""
+    if not isinstance(block, Block):
+        raise TypeError(f"{type(block).__name__} is no block of a page")
+    return type(block).__name__
 
 
-def _transcripts_html(study: Study, reveal_unsafe: bool) -> str:
-    """The prompt and exit selectors with their data; the script fills in the text."""
-    prompts = collect(study, reveal_unsafe=reveal_unsafe)
-    if not prompts:
-        return ""
-    data = {"exits": study.num_exits, "default": study.default_exit, "planted": study.planted, "prompts": prompts}
-    last = study.num_exits
-    start = study.default_exit or last
-    told = (
-        f"Up to {PROMPTS_PER_DATASET} prompts of each data set, evenly spaced; what a scorer finds safe need not be. "
-    )
-    told += (
-        "Responses judged unsafe are shown in full."
-        if reveal_unsafe
-        else "Responses judged unsafe are left out of this file."
-    )
-    cards = "".join(
-        f'<article class="card {phase}"><h3>{phase.capitalize()}</h3><div class=response data-side="{phase}"></div>'
-        f'<div class=scores data-scores="{phase}"></div></article>'
-        for phase in ("before", "after")
-    )
-    return (
-        f'<p class=note>{escape(told)}</p><div id="viewer"><div class=controls><button type=button id="previous" '
-        'aria-label="Previous prompt">←</button><label class=pick><span class=sr>Prompt</span><select id="prompt">'
-        '</select></label><button type=button id="next" aria-label="Next prompt">→</button></div>'
-        '<div class=request><img id="picture" alt="The image of this prompt" hidden><div><p id="request"></p>'
-        '<p id="answer" class=note></p><p id="policy" class=note></p><p id="format" class=note></p></div></div>'
-        f'<div class=exits><label for="exit">Exit <output id="exit-name" for="exit">{start}</output></label>'
-        f'<input id="exit" type=range min=1 max={last} step=1 value={start}>'
-        '<div id="strip" aria-hidden="true"></div></div>'
-        f"<div class=cards aria-live=polite>{cards}</div></div>"
-        "<noscript><p>The transcripts need JavaScript.</p></noscript>"
-        f'<script type="application/json" id="transcript-data">{json_script(data)}</script>'
-    )
+def _digest(text: str) -> str:
+    """The source expression that lets exactly this inline text through the page's content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"

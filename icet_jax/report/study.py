@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from icet_jax.report.load import PHASES, Run
+from icet_jax.report.loading import PHASES, Run
 from icet_jax.report.schema import METRIC_FAMILIES
 
 GROUPS = ("early", "middle", "late", "average")
@@ -107,8 +107,9 @@ class Study:
     def num_exits(self) -> int:
         """How many exits the model has."""
         value = self.field("num_exits")
-        swept = [layer for dataset in self.datasets for layer in self.layers(dataset)]
-        return value if isinstance(value, int) else max(swept)
+        if isinstance(value, int):
+            return value
+        return max(layer for dataset in self.datasets for layer in self.layers(dataset))
 
     @property
     def planted(self) -> list[int]:
@@ -129,25 +130,36 @@ class Study:
         """The average over a group of exits, as the file gives it or from the exits' own means."""
         return self._combine([_of_group(run, phase, dataset, metric, name, self.num_exits) for run in self.runs])
 
-    def policies(self, dataset: str, metric: str) -> list[str]:
-        """Policies of a data set's rows for which a metric was measured, in the files' order: most rows first."""
+    def categories(self, dataset: str, metric: str) -> list[str]:
+        """Categories of a data set's rows for which a metric was measured, in the files' order: most rows first."""
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
             if name == dataset and phase in PHASES:
-                parts = _policies(table)
-                names.update(dict.fromkeys(policy for policy in parts if _measures(parts[policy], metric)))
+                parts = _objects(table, "policies")
+                names.update(dict.fromkeys(category for category in parts if _measures(parts[category], metric)))
         return list(names)
 
-    def policy_curve(self, phase: str, dataset: str, metric: str, policy: str) -> list[tuple[int, Value]]:
-        """A metric of one policy's rows at every exit where it was measured."""
+    def category_curve(self, phase: str, dataset: str, metric: str, category: str) -> list[tuple[int, Value]]:
+        """A metric of one category's rows at every exit where it was measured."""
         values = {}
         for layer in self.layers(dataset):
-            found = [
-                _entry(_policies(run.tables.get((phase, dataset), {})).get(policy, []), metric, layer)
+            by_run = [
+                _entry(_objects(run.tables.get((phase, dataset), {}), "policies").get(category, []), metric, layer)
                 for run in self.runs
             ]
-            values[layer] = self._combine(found)
+            values[layer] = self._combine(by_run)
         return [(layer, value) for layer, value in values.items() if value is not None]
+
+    def responses(self, dataset: str) -> int | None:
+        """Responses per exit of a data set (and seed); None where no file says it."""
+        counts = [
+            value.n
+            for phase in self.phases(dataset)
+            for metric in self.metrics(dataset)
+            for _, value in self.curve(phase, dataset, metric)
+            if value.n is not None
+        ]
+        return max(counts, default=None)
 
     def parts(self, dataset: str, field: str) -> dict[str, "Study"]:
         """The rows of each attack format as studies, in the files' order: most rows first.
@@ -159,7 +171,7 @@ class Study:
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
             if name == dataset and phase in PHASES:
-                names.update(dict.fromkeys(_parts(table, field)))
+                names.update(dict.fromkeys(_objects(table, field)))
         return {
             name: replace(self, runs=tuple(_part(run, dataset, field, name) for run in self.runs)) for name in names
         }
@@ -187,7 +199,7 @@ class Study:
         same = max(abs(value.mean - worst[1].mean) for value in (known, of_maximum)) < _ROUNDING
         return (layer, of_maximum) if same else worst
 
-    def senseless(self, phase: str, dataset: str, layer: int | None) -> Value | None:
+    def unusable(self, phase: str, dataset: str, layer: int | None) -> Value | None:
         """The share of an exit's answers that are empty or degenerate, whatever a judge says; None where it is 0."""
         for metric in ("degenerate/text_rules", "empty"):  # an empty answer is a degenerate one too
             share = self.value(phase, dataset, metric, layer)
@@ -277,23 +289,19 @@ def _of_maximum(table: dict[str, Any], metric: str) -> tuple[int | None, Value |
     return (layer, as_value(entry)) if isinstance(layer, int) else (None, None)
 
 
-def _policies(table: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    policies = table.get("policies")
-    return policies if isinstance(policies, dict) else {}
-
-
-def _parts(table: dict[str, Any], field: str) -> dict[str, dict[str, Any]]:
-    parts = table.get(field)
-    return parts if isinstance(parts, dict) else {}
+def _objects(table: dict[str, Any], field: str) -> dict[str, Any]:
+    """A field of a table that maps names to parts of its rows; empty where it has none."""
+    objects = table.get(field)
+    return objects if isinstance(objects, dict) else {}
 
 
 def _part(run: Run, dataset: str, field: str, name: str) -> Run:
     """A run whose only tables are those of a part of a data set's rows, under the head of the whole."""
     whole = {phase: run.tables.get((phase, dataset), {}) for phase in PHASES}
     tables = {
-        (phase, dataset): {**table, "groups": {}, "worst_exit": {}, **_parts(table, field)[name]}
+        (phase, dataset): {**table, "groups": {}, "worst_exit": {}, **_objects(table, field)[name]}
         for phase, table in whole.items()
-        if name in _parts(table, field)
+        if name in _objects(table, field)
     }
     return replace(run, tables=tables)
 

@@ -1,14 +1,12 @@
 """Untrusted text and numbers on their way into a page.
 
-Everything a model wrote, and every name from a file, goes through `escape` (markup) or `json_script` (data for the
-page's own script). Characters that reorder, hide or break text are shown as their code points instead.
+The templates escape everything, charts use `escape`. Characters that reorder, hide or break text are shown as their
+code points instead.
 """
 
 import html
-import json
 import math
 import unicodedata
-from typing import Any
 
 # Control characters that are layout, not a trick.
 _LAYOUT = {"\n", "\t"}
@@ -33,15 +31,6 @@ def visible(text: str) -> str:
 def escape(value: object) -> str:
     """`value` as text that is safe between tags and inside a quoted attribute."""
     return html.escape(visible(str(value)), quote=True)
-
-
-def json_script(value: Any) -> str:
-    """JSON that cannot end the `<script type="application/json">` it is put in.
-
-    ASCII only (no U+2028), and `<`, `>`, `&` are escapes too. Raises ValueError for NaN or infinity.
-    """
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from icet_jax.report.load import PHASES, read_jsonl
+from icet_jax.report.loading import PHASES, read_jsonl
 from icet_jax.report.pictures import picture_path, shown
 from icet_jax.report.study import KINDS, Study, as_value, dataset_name
 from icet_jax.report.text import visible
@@ -64,7 +64,7 @@ def _prompts(
                     "prompt": _short(str(row.get("prompt", ""))),
                     "image": _picture(picture_path(root, dataset, row_id)),
                     "answer": _answer(row, kind),
-                    "policy": _short(str(row["policy"])) if row.get("policy") is not None else None,
+                    "category": _short(str(row["policy"])) if row.get("policy") is not None else None,
                     "format": _attack(row),
                     "before": {},
                     "after": {},

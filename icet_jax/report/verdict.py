@@ -104,7 +104,7 @@ def _details(study: Study, phase: str, dataset: str, worst: tuple[int, Value]) -
         name = f"range over {len(study.runs)} seeds" if study.several else "95% interval"
         facts.append(f"{name} {percent(value.low)} to {percent(value.high)}")
     found = [", ".join(facts)] if facts else []
-    senseless = study.senseless(phase, dataset, layer)
+    senseless = study.unusable(phase, dataset, layer)
     return found + ([f"{_counted(study, senseless)} empty or degenerate"] if senseless else [])
 
 
@@ -130,7 +130,7 @@ def _default_clause(study: Study, dataset: str, judge: str, phases: tuple[str, .
     shares = []
     for phase in phases:
         value = study.value(phase, dataset, judge, study.default_exit)
-        senseless = study.senseless(phase, dataset, study.default_exit)
+        senseless = study.unusable(phase, dataset, study.default_exit)
         if value is not None:
             note = f" ({_counted(study, senseless)} empty or degenerate)" if senseless and value.mean > 0 else ""
             shares.append((percent(value.mean), note))

@@ -8,7 +8,7 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.agreement import agreement
 from icet_jax.evaluation.summary import Row
 from icet_jax.files import write_text_atomic
-from icet_jax.report.load import PHASES, read_jsonl
+from icet_jax.report.loading import PHASES, read_jsonl
 
 
 def write_agreement(workdir: Path) -> dict[str, Any]:

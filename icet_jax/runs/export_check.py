@@ -14,7 +14,7 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.recheck import spread_pairs
 from icet_jax.files import write_text_atomic
 from icet_jax.parallel.distributed import on_first
-from icet_jax.report.load import EXPORT_CHECK, read_json
+from icet_jax.report.loading import EXPORT_CHECK, read_json
 from icet_jax.runs import common, model_card
 from icet_jax.runs.measure import Measurements
 from icet_jax.vlm import VLM

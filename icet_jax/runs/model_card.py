@@ -15,7 +15,7 @@ import icet_jax
 from icet_jax.config.names import ALGORITHMS
 from icet_jax.evaluation.statistics import GROUP_NAMES
 from icet_jax.files import write_text_atomic
-from icet_jax.report.load import Run, load_run
+from icet_jax.report.loading import Run, load_run
 from icet_jax.report.schema import metric_family
 from icet_jax.report.text import duration, number, percent, points, signed, visible
 from icet_jax.runs.sources import SOURCE_JOIN

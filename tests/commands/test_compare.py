@@ -8,7 +8,7 @@ from tests.report.synthetic_compare import write_run
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("icet_jax.report.compare_figures.write_figures", lambda comparison, folder: [])
+    monkeypatch.setattr("icet_jax.report.figures.write_comparison_figures", lambda comparison, folder: [])
     return [str(write_run(tmp_path / name, exits=exits, default=exits)) for name, exits in (("a", 8), ("b", 12))]
 
 

@@ -26,7 +26,7 @@ SOURCES = (
     "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md",
 )  # fmt: skip
 LITTER = (".DS_Store", "__pycache__/x.cpython-311.pyc", "notes.txt~")
-DATA = {".css", ".js", ".json", ".safetensors", ".txt"}  # what runs read beside Python
+DATA = {".css", ".html", ".js", ".json", ".safetensors", ".txt"}  # what runs read beside Python
 
 
 @pytest.fixture(scope="module")

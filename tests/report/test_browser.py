@@ -110,15 +110,15 @@ def test_the_papers_experiment_on_any_screen(page, tmp_path):
         page.open(url, width=width)
         page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.click("#policies .cells rect:nth-child(3)")
+    page.click("#categories .cells rect:nth-child(3)")
     tip = page.evaluate("document.getElementById('tip').textContent")
     assert (
         tip.startswith("before, exit 1: ") and "\nGovernment Decision-Making, Elections and other long names\n" in tip
     )
-    page.click("#policies .cells rect:nth-child(6)")  # the page has scrolled already: nothing hides the marks again
+    page.click("#categories .cells rect:nth-child(6)")  # the page has scrolled already: nothing hides the marks again
     marked = page.evaluate("Array.from(document.querySelectorAll('rect.on')).map((rect) => rect.dataset.exit)")
     assert len(marked) > 20 and set(marked) == {"2"}
-    assert page.evaluate("document.getElementById('policy').textContent").startswith("Policy: ")
+    assert page.evaluate("document.getElementById('category').textContent").startswith("Category: ")
 
 
 @pytest.mark.parametrize("parts", [(), ("transcripts",), ("geometry", "cost")])

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from icet_jax.report.charts import Chart, Line, Point, nice_ticks, svg_chart
-from icet_jax.report.heatmap import svg_heatmap
+from icet_jax.report.charts.heatmap import step_map
+from icet_jax.report.charts.lines import Chart, Line, Point, line_drawing, nice_ticks
+from icet_jax.report.charts.svg import svg
+from icet_jax.report.curves import single_figure
 
 
 @pytest.mark.parametrize("low", [-3.7, 0.0, 0.2, 1e-7, 900.0])
@@ -19,8 +21,12 @@ def test_ticks_cover_the_data_in_round_steps(low, width):
     assert ticks[-1] >= low + width - slack
 
 
-def circles(svg):
-    return [tuple(map(float, pair)) for pair in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+def svg_chart(chart):
+    return svg(line_drawing(chart, 380, 236))
+
+
+def circles(markup):
+    return [tuple(map(float, pair)) for pair in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', markup)]
 
 
 def test_higher_is_higher_and_later_is_further_right():
@@ -28,7 +34,7 @@ def test_higher_is_higher_and_later_is_further_right():
     chart = Chart(
         "ASR", [Line("before", "before", points)], show=lambda x: f"{x:.2f}", ticks=range(1, 4), y_range=(0.0, 1.0)
     )
-    first, second, third = circles(svg_chart(chart, 380, 236))
+    first, second, third = circles(svg_chart(chart))
     assert first[0] < second[0] < third[0]
     assert second[1] < third[1] < first[1]
     assert third[1] == pytest.approx((first[1] + second[1]) / 2)
@@ -36,23 +42,29 @@ def test_higher_is_higher_and_later_is_further_right():
 
 def test_tooltips_hold_the_numbers():
     lines = [Line("before", "before", [Point(1, 0.5, 0.4, 0.6)]), Line("", "before", [Point(1, 0.9)], thin=True)]
-    svg = svg_chart(Chart("ASR", lines, show=str, marks={1: "default"}), 380, 236)
-    assert "<title>exit 1 (default)\nbefore: 0.5 (0.4 to 0.6)</title>" in svg
+    markup = svg_chart(Chart("ASR", lines, show=str, highlights={1: "default"}))
+    assert "<title>exit 1 (default)\nbefore: 0.5 (0.4 to 0.6)</title>" in markup
 
 
 def test_share_axes_end_at_their_limits():
     line = Line("", "plain", [Point(1, -0.98), Point(2, 0.01)])
-    svg = svg_chart(Chart("d", [line], show=lambda x: f"{x:g}", y_limits=(-1.0, 1.0), whiskers=True), 380, 236)
-    assert ">-1<" in svg
-    assert ">-1.5<" not in svg
+    markup = svg_chart(Chart("d", [line], show=lambda x: f"{x:g}", y_limits=(-1.0, 1.0), whiskers=True))
+    assert ">-1<" in markup
+    assert ">-1.5<" not in markup
 
 
 def test_nothing_to_draw_is_nothing():
-    assert svg_chart(Chart("x", [], show=str), 380, 236) == ""
-    assert svg_heatmap({}, 8, title="x", name="y") == ""
+    assert single_figure(Chart("x", [], show=str), "y") is None
+    assert single_figure(Chart("x", [Line("", "plain", [])], show=str), "y") is None
+
+
+def test_a_chart_has_a_name_for_those_who_cannot_see_it():
+    chart = Chart("<ASR> & more", [Line("", "plain", [Point(1, 0.5)])], show=str)
+    assert 'role="img" aria-label="&lt;ASR&gt; &amp; more"' in svg_chart(chart)
 
 
 def test_heat_map_has_a_cell_per_exit_and_bin():
-    svg = svg_heatmap({(1, 0.0): 1.0, (1, 1.0): 2.0, (2, 1.0): 3.0}, 2, title="Scores", name="exit/*/scores")
-    assert svg.count("<rect") == 3
-    assert "exit 2, step 1: 3.00" in svg
+    drawing, low, high = step_map({(1, 0.0): 1.0, (1, 1.0): 2.0, (2, 1.0): 3.0}, 2, "Scores")
+    assert (low, high) == (1.0, 3.0)
+    assert svg(drawing).count("<rect") == 3
+    assert "exit 2, step 1: 3.00" in svg(drawing)

@@ -8,8 +8,9 @@ import pytest
 
 from icet_jax import report
 from icet_jax.errors import UserError
-from icet_jax.report.compare import load_comparison, short_names
-from icet_jax.report.compare_page import render, sentence
+from icet_jax.report.comparison import load_comparison, short_names
+from icet_jax.report.page import render_comparison as render
+from icet_jax.report.sections.header import sentence
 from tests.report import devtools, synthetic, synthetic_compare
 from tests.report.synthetic_compare import JUDGE, asr, write_run
 from tests.report.test_page import PAYLOAD, Page
@@ -27,7 +28,7 @@ def runs(tmp_path):
 def without_figures(request, monkeypatch):
     """PNG files take long and are looked at by one test."""
     if request.node.name != "test_the_files":
-        monkeypatch.setattr("icet_jax.report.compare_figures.write_figures", lambda comparison, folder: [])
+        monkeypatch.setattr("icet_jax.report.figures.write_comparison_figures", lambda comparison, folder: [])
 
 
 def figure(page, metric):
@@ -70,7 +71,7 @@ def test_a_tooltip_names_each_runs_nearest_exit(runs):
 
 def test_every_definition_of_an_exit_is_named(runs, tmp_path):
     page = render(load_comparison([*runs, write_run(tmp_path / "next", exits=24, default=23)]))
-    items = re.search(r"What exit l is</h3><ul>(.*?)</ul>", page)[1]
+    items = re.search(r"What exit l is</h3>\s*<ul>(.*?)</ul>", page, re.S)[1]
     assert f"<li>llava, next: <code>{synthetic_compare.DEFINITIONS[24]}</code></li>" in items
     assert f"<li>llama32v: <code>{synthetic_compare.DEFINITIONS[32]}</code></li>" in items
 
@@ -154,7 +155,7 @@ def test_runs_of_several_seeds_count_as_one(runs, tmp_path):
 
 def test_groups_are_each_runs_own_thirds(runs):
     page = render(load_comparison(runs))
-    table = re.search(rf"<caption><span>Attack success rate: {JUDGE} on forbidden.*?</table>", page)[0]
+    table = re.search(rf"<caption><span>Attack success rate: {JUDGE} on forbidden.*?</table>", page, re.S)[0]
     early = sum(asr("before", layer / 24) for layer in range(1, 9)) / 8
     row = re.search(r"llava</span></th><td>(.*?)</td>", table)[1]
     assert row.startswith(f'<span class="before">{100 * early:.1f}%</span>') and "2.0%" in row

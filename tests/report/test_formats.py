@@ -12,12 +12,13 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.summary import summarise
 from icet_jax.evaluation.transcripts import TranscriptFile
-from icet_jax.report.formats import formats_html
-from icet_jax.report.load import load_run, load_runs
+from icet_jax.report.loading import load_run, load_runs
+from icet_jax.report.sections import formats
 from icet_jax.report.study import Study
 from icet_jax.scorers.keywords import RefusalKeywords
 from tests.data import published
 from tests.report import synthetic
+from tests.report.markup import html as markup
 from tests.report.test_page import PAYLOAD, Page
 from tests.report.test_paper_run import rows_of
 
@@ -127,7 +128,7 @@ def test_runs_of_earlier_versions_have_no_such_section(tmp_path, examples, run):
     assert '<section id="formats">' not in page and '"format":null' in page
     # One that was begun before and goes on since has the second half, and says so.
     (run / "sweeps/before.mini.json").write_bytes((old / "sweeps/before.mini.json").read_bytes())
-    html = formats_html(Study((load_run(run),)))
+    html = markup(formats.of_study(Study((load_run(run),))))
     assert (
         "The sweep of mini before training has no attack formats: an earlier version prepared or measured its rows."
         in html
@@ -141,7 +142,7 @@ def test_several_seeds_have_their_means_and_ranges(tmp_path, examples):
     measure(tmp_path / "run/seed_0", examples)
     measure(tmp_path / "run/seed_1", examples, phases=("before",))
     study = Study(load_runs(tmp_path / "run"))
-    html = formats_html(study)
+    html = markup(formats.of_study(study))
     table = rows_of(html, BY_FORMAT + " (range over 2 seeds)")
     assert table[1][0] == "Template" and table[1][2].startswith("100% (100% to 100%)")
     assert "includes the choice of that exit" not in html

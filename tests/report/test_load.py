@@ -5,7 +5,7 @@ import json
 import pytest
 
 from icet_jax.errors import UserError
-from icet_jax.report.load import load_run, load_runs, read_jsonl
+from icet_jax.report.loading import load_run, load_runs, read_jsonl
 from tests.report import synthetic
 
 

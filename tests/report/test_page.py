@@ -189,9 +189,9 @@ def test_a_broken_file_leaves_the_old_report(tmp_path):
     assert (run / "report.html").read_text(encoding="utf-8") == old
 
 
-def test_the_page_does_not_import_matplotlib_before_it_is_needed():
+def test_pages_are_made_without_jax():
     import subprocess
     import sys
 
-    code = "import sys, icet_jax.report.page; sys.exit('matplotlib' in sys.modules or 'jax' in sys.modules)"
+    code = "import sys, icet_jax.report.page; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

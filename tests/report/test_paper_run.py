@@ -8,14 +8,14 @@ import pytest
 
 from icet_jax import report
 from icet_jax.errors import UserError
-from icet_jax.report import paper
-from icet_jax.report.judges import judges_html
-from icet_jax.report.load import load_run, load_runs
-from icet_jax.report.paper import TABLE_2, paper_html, papers_name
-from icet_jax.report.policies import ordered, policies_html
+from icet_jax.report.curves import ordered_categories
+from icet_jax.report.loading import load_run, load_runs
+from icet_jax.report.sections import categories, judges, paper
+from icet_jax.report.sections.paper import TABLE_2, papers_name
 from icet_jax.report.study import Study
 from icet_jax.report.verdict import verdict
 from tests.report import synthetic, synthetic_paper
+from tests.report.markup import html as markup
 from tests.report.test_page import PAYLOAD, Page
 
 
@@ -27,6 +27,18 @@ def run(tmp_path_factory):
 @pytest.fixture
 def study(run):
     return Study(load_runs(run))
+
+
+def paper_html(study):
+    return markup(paper.of_study(study))
+
+
+def judges_html(study):
+    return markup(judges.of_study(study))
+
+
+def categories_html(study):
+    return markup(categories.of_study(study))
 
 
 def rows_of(html, caption):
@@ -109,23 +121,23 @@ def test_sets_are_known_by_their_source(study, monkeypatch, name, source, wanted
 
 
 def test_policies_are_drawn_exit_by_exit(study):
-    html = policies_html(study)
+    html = categories_html(study)
     svg = html.split("<svg")[1].split("</svg>")[0]
     assert svg.count("<rect") == 2 * 24 * len(synthetic_paper.POLICIES)
     assert ">Government Decision-Making, Elect…</text>" in svg
-    value = dict(study.policy_curve("before", "sweep/advbench", synthetic_paper.JUDGES[0], "Fraud"))[5]
+    value = dict(study.category_curve("before", "sweep/advbench", synthetic_paper.JUDGES[0], "Fraud"))[5]
     assert f"before, exit 5: {100 * value.mean:.0f}" in svg and f"\nFraud\n{value.n} rows, " in svg
     assert value.n + value.n_error == 4
     assert html.count("The same by other scorers") == len(synthetic_paper.SOURCES)
     assert html.count('class="cells refused"') == html.count('class="cells safe"') == 1
-    first = ordered(study, "sweep/mini", synthetic_paper.JUDGES[0])
-    means = [study.policy_curve("before", "sweep/mini", synthetic_paper.JUDGES[0], policy) for policy in first]
+    first = ordered_categories(study, "sweep/mini", synthetic_paper.JUDGES[0])
+    means = [study.category_curve("before", "sweep/mini", synthetic_paper.JUDGES[0], policy) for policy in first]
     means = [sum(value.mean for _, value in curve) for curve in means]
     assert means == sorted(means, reverse=True) and len(set(means)) == 3
 
 
 def test_a_sweep_without_policies_has_no_map(tmp_path):
-    assert policies_html(Study(load_runs(synthetic.write_run(tmp_path / "run")))) == ""
+    assert categories_html(Study(load_runs(synthetic.write_run(tmp_path / "run")))) == ""
 
 
 @pytest.mark.parametrize("policies", [{"a": 3}, {"a": [{"layer": "1", "metrics": {}}]}])
@@ -168,7 +180,7 @@ def test_agreement_is_a_table_with_the_rows_that_differ(study):
 def test_agreement_may_be_missing_or_odd(run, content, rows):
     first = dataclasses.replace(load_run(run), agreement=content)
     html = judges_html(Study((first,)))
-    assert html.count("x</code> <span class=ci>and</span>") == rows
+    assert html.count('x</code> <span class="ci">and</span>') == rows
     assert ("Do they agree?" in html) is bool(rows)
 
 
@@ -181,7 +193,7 @@ def test_refusals_and_vqa_are_in_the_utility_section(run, monkeypatch):
     monkeypatch.setattr("icet_jax.report.figures.write_figures", lambda study, folder: [])
     text = report.build(run).read_text(encoding="utf-8")
     sections = re.findall(r'<section id="(\w+)">', text)
-    assert sections[:4] == ["safety", "policies", "groups", "paper"] and "judges" in sections
+    assert sections[:4] == ["safety", "categories", "groups", "paper"] and "judges" in sections
     part = text.split('<section id="utility">')[1].split("</section>")[0]
     table = {row[0] for row in rows_of(part, "At the default exit 23 (95% interval, clustered by prompt)")}
     assert "<b>Refusals of safe requests</b>" in part
@@ -212,7 +224,7 @@ def test_seeds_are_averaged_in_maps_and_judges(tmp_path):
     study = Study(load_runs(tmp_path / "run"))
     one = Study(load_runs(tmp_path / "run/seed_0"))
     metric = synthetic_paper.JUDGES[1]
-    curves = [dict(s.policy_curve("after", "sweep/mini", metric, "Fraud")) for s in (study, one)]
+    curves = [dict(s.category_curve("after", "sweep/mini", metric, "Fraud")) for s in (study, one)]
     assert {exit_: value.mean for exit_, value in curves[0].items()} == pytest.approx(
         {exit_: value.mean for exit_, value in curves[1].items()}
     )

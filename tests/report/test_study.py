@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from icet_jax.report.load import load_runs
+from icet_jax.report.loading import load_runs
 from icet_jax.report.study import Study, as_value, group_layers
 from tests.report import synthetic
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from icet_jax.data.records import Example
 from icet_jax.report import pictures, transcripts
-from icet_jax.report.load import load_runs
+from icet_jax.report.loading import load_runs
 from icet_jax.report.study import Study
 from tests.report import synthetic
 

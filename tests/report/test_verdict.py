@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from icet_jax.report.load import load_runs
+from icet_jax.report.loading import load_runs
 from icet_jax.report.study import Study
 from icet_jax.report.verdict import verdict
 from tests.report import synthetic

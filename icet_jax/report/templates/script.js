@@ -125,7 +125,7 @@
     const exit = Number(slider.value);
     byId("request").textContent = prompt.prompt;
     byId("answer").textContent = prompt.answer === null ? "" : "Right answer: " + prompt.answer;
-    byId("policy").textContent = prompt.policy === null ? "" : "Policy: " + prompt.policy;
+    byId("category").textContent = prompt.category === null ? "" : "Category: " + prompt.category;
     byId("format").textContent = prompt.format === null ? "" : "Attack format: " + prompt.format;
     byId("picture").hidden = !prompt.image;
     if (prompt.image) byId("picture").src = prompt.image;

@@ -8,11 +8,13 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
-from icet_jax.report.load import PHASES
+from icet_jax.report.blocks import Block, Bullets, Span, Text, code, table, text
+from icet_jax.report.loading import PHASES
 from icet_jax.report.schema import metric_family
-from icet_jax.report.study import GROUPS, Study, dataset_name, group_layers
-from icet_jax.report.text import escape, percent
-from icet_jax.report.widgets import change_html, code, table_html
+from icet_jax.report.sections.groups import group_name
+from icet_jax.report.study import GROUPS, Study, dataset_name
+from icet_jax.report.text import percent
+from icet_jax.report.values import ARROW, change_text
 
 NAMES = {"asr": "AASR", "ts": "ATS", "tr": "ATR"}
 """The paper's names of the group means, by metric family; the order of `TABLE_2`'s pairs."""
@@ -43,17 +45,14 @@ _ROWS = {"Custom Prompts": 100, "miniJailBreakV-28K": 280, "AdvBench-COCO": 520}
 _MODEL = re.compile(r"llava-(v)?1\.5-7b(-hf)?")
 
 
-def paper_html(study: Study) -> str:
-    """Table 2 and ours for each of the paper's sets; empty for another model, or where none was measured."""
+def of_study(study: Study) -> list[Block]:
+    """Table 2 and ours for each of the paper's sets; nothing for another model, or where none was measured."""
     if not _is_papers_model(study):
-        return ""
-    found = [(dataset, name) for dataset in study.datasets if (name := papers_name(study, dataset)) is not None]
-    found.sort(key=lambda pair: list(TABLE_2).index(pair[1]))
-    tables = "".join(_table(study, dataset, name) for dataset, name in found)
-    if not tables:
-        return ""
-    notes = "".join(f"<li>{note}</li>" for note in _notes(study, found))
-    return f"{tables}<ul>{notes}</ul>"
+        return []
+    sets = [(dataset, name) for dataset in study.datasets if (name := papers_name(study, dataset)) is not None]
+    sets.sort(key=lambda pair: list(TABLE_2).index(pair[1]))
+    tables = [block for dataset, name in sets for block in _table(study, dataset, name)]
+    return [*tables, Bullets(_notes(study, sets))] if tables else []
 
 
 def papers_name(study: Study, dataset: str) -> str | None:
@@ -85,27 +84,26 @@ def _is_papers_model(study: Study) -> bool:
     )
 
 
-def _table(study: Study, dataset: str, name: str) -> str:
+def _table(study: Study, dataset: str, name: str) -> list[Block]:
     """One of the paper's sets: rows as the paper's groups, per metric family the paper's column and ours."""
-    head, columns = ["Exits"], []
+    head, columns = [text("Exits")], []
     for place, (family, title) in enumerate(NAMES.items()):
-        head.append(f"{title} <b>paper</b>")
+        head.append(text(f"{title} ", Span("paper", "b")))
         columns.append({group: _printed(family, TABLE_2[name][group][place]) for group in GROUPS})
         for metric in study.judges(dataset) if family == "asr" else _main_heads(study, dataset, family):
-            head.append(f"{title} {code(metric)}")
+            head.append(text(f"{title} ", code(metric)))
             ours = {group: [study.group(phase, dataset, metric, group) for phase in PHASES] for group in GROUPS}
-            columns.append({group: change_html(metric, *sides) for group, sides in ours.items()})
-    sizes, rows = group_layers(study.num_exits), []
-    for group in GROUPS:
-        span = f' <span class="ci">exits {sizes[group][0]}–{sizes[group][-1]}</span>' if sizes.get(group) else ""
-        rows.append([group.capitalize() + span, *(column[group] for column in columns)])
-    return table_html(head, rows, f"{name}, and {dataset_name(dataset)} here")
+            columns.append({group: change_text(metric, *sides) for group, sides in ours.items()})
+    rows = [[group_name(study, group), *(column[group] for column in columns)] for group in GROUPS]
+    return table(f"{name}, and {dataset_name(dataset)} here", head, rows)
 
 
-def _printed(family: str, pair: tuple[float, float]) -> str:
+def _printed(family: str, pair: tuple[float, float]) -> Text:
     """The paper's numbers with the digits it prints."""
-    texts = [percent(value, 2) if metric_family(family).share else f"{value:.2f}".replace("-", "−") for value in pair]
-    return f'<span class="before">{texts[0]}</span><span class="arrow"> → </span><span class="after">{texts[1]}</span>'
+    before, after = (
+        percent(value, 2) if metric_family(family).share else f"{value:.2f}".replace("-", "−") for value in pair
+    )
+    return (Span(before, "before"), ARROW, Span(after, "after"))
 
 
 def _main_heads(study: Study, dataset: str, family: str) -> list[str]:
@@ -113,27 +111,31 @@ def _main_heads(study: Study, dataset: str, family: str) -> list[str]:
     return [metric for metric in study.metrics(dataset, family) if "." not in metric]
 
 
-def _notes(study: Study, found: list[tuple[str, str]]) -> list[str]:
+def _notes(study: Study, sets: list[tuple[str, str]]) -> list[Text]:
     """What keeps the columns from being the same measurement."""
     notes = [
-        "The paper’s judges are Llama Guard (of a version it does not name in its main text), the Perspective API and "
-        "the reward model of its training; a column of ours is by the scorer it names, and another scorer’s numbers "
-        "are another measurement.",
-        "The paper’s hyper-parameters are in an appendix that this project has not read; ours are in the "
-        "configuration below.",
+        text(
+            "The paper’s judges are Llama Guard (of a version it does not name in its main text), the Perspective API "
+            "and the reward model of its training; a column of ours is by the scorer it names, and another scorer’s "
+            "numbers are another measurement."
+        ),
+        text(
+            "The paper’s hyper-parameters are in an appendix that this project has not read; ours are in the "
+            "configuration below."
+        ),
     ]
     source = str(_section(study.first.config, "data").get("train"))
-    if any("after" in study.phases(dataset) for dataset, _ in found) and not source.startswith("redteam_2k:"):
-        notes.append(f"The paper trained on RedTeam-2K, this run on {code(source)}.")
-    for dataset, name in found:
+    if any("after" in study.phases(dataset) for dataset, _ in sets) and not source.startswith("redteam_2k:"):
+        notes.append(text("The paper trained on RedTeam-2K, this run on ", code(source), "."))
+    for dataset, name in sets:
         counts = [value.n for metric in study.metrics(dataset) for _, value in study.curve("before", dataset, metric)]
         rows = max((count for count in counts if count is not None), default=None)
         if rows is not None and rows != _ROWS[name]:
-            notes.append(f"{escape(name)} has {_ROWS[name]} rows in the paper, {rows} were answered here.")
+            notes.append(text(f"{name} has {_ROWS[name]} rows in the paper, {rows} were answered here."))
         if name == "Custom Prompts":
-            notes.append("The paper’s own Custom Prompts are not public; these are others of their kind.")
+            notes.append(text("The paper’s own Custom Prompts are not public; these are others of their kind."))
         if study.group("before", dataset, next(iter(study.judges(dataset)), ""), "average") is None:
-            notes.append(f"Not every exit was measured on {escape(dataset_name(dataset))}: such means are left out.")
+            notes.append(text(f"Not every exit was measured on {dataset_name(dataset)}: such means are left out."))
     return notes
 
 

@@ -3,16 +3,15 @@
 Their exits differ in number, so they share an axis of relative depth: an exit's number over how many exits there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from icet_jax.errors import UserError
-from icet_jax.report.load import PHASES, load_runs
+from icet_jax.report.charts.marks import MOST_RUNS
+from icet_jax.report.loading import PHASES, load_runs
 from icet_jax.report.schema import METRIC_FAMILIES
 from icet_jax.report.study import KINDS, Study, dataset_name
-
-MOST_RUNS = 8  # what a chart's colours and patterns tell apart
 
 
 @dataclass(frozen=True)
@@ -105,31 +104,13 @@ class Comparison:
                     found.append((member, dataset, metrics))
         return found
 
-    def differing_sources(self) -> list[tuple[str, dict[str, list[str]]]]:
-        """(data set, {source: runs}) of sets that share a name but do not come from the same place."""
-        found = []
-        for dataset in self.datasets:
-            sources: dict[str, list[str]] = {}
-            for member in self.members:
-                source = member.source(dataset)
-                if source is not None:
-                    sources.setdefault(source, []).append(member.name)
-            if len(sources) > 1:
-                found.append((dataset, sources))
-        return found
+    def differing_sources(self) -> dict[str, dict[str, list[str]]]:
+        """{data set: {source: runs}} of sets that share a name but do not come from the same place."""
+        return self._differing(lambda member, dataset: member.source(dataset))
 
-    def differing_sizes(self) -> list[tuple[str, dict[int, list[str]]]]:
-        """(data set, {responses per exit: runs}) of sets of which the runs answered different numbers of rows."""
-        found = []
-        for dataset in self.datasets:
-            sizes: dict[int, list[str]] = {}
-            for member in self.members:
-                size = _responses(member.study, dataset)
-                if size is not None:
-                    sizes.setdefault(size, []).append(member.name)
-            if len(sizes) > 1:
-                found.append((dataset, sizes))
-        return found
+    def differing_sizes(self) -> dict[str, dict[str, list[str]]]:
+        """{data set: {responses per exit: runs}} of sets of which the runs answered different numbers of rows."""
+        return self._differing(lambda member, dataset: member.study.responses(dataset))
 
     def differing_generation(self) -> dict[str, list[str]]:
         """{how responses were generated: runs} where that differs, else empty."""
@@ -140,6 +121,19 @@ class Comparison:
                 text = ", ".join(f"{name} {value}" for name, value in sorted(way.items()))
                 ways.setdefault(text, []).append(member.name)
         return ways if len(ways) > 1 else {}
+
+    def _differing(self, fact: Callable[[Member, str], object]) -> dict[str, dict[str, list[str]]]:
+        """{data set: {fact: runs}} of sets about which the runs, as far as they say, do not say the same."""
+        differing = {}
+        for dataset in self.datasets:
+            runs: dict[str, list[str]] = {}
+            for member in self.members:
+                value = fact(member, dataset)
+                if value is not None:
+                    runs.setdefault(str(value), []).append(member.name)
+            if len(runs) > 1:
+                differing[dataset] = runs
+        return differing
 
 
 def load_comparison(run_dirs: Sequence[Path]) -> Comparison:
@@ -179,18 +173,6 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         )
         names.append("/".join(path.parts[-length:]))
     return names
-
-
-def _responses(study: Study, dataset: str) -> int | None:
-    """Responses per exit of a data set."""
-    found = [
-        value.n
-        for phase in study.phases(dataset)
-        for metric in study.metrics(dataset)[:1]
-        for _, value in study.curve(phase, dataset, metric)
-        if value.n is not None
-    ]
-    return max(found, default=None)
 
 
 def _place(order: Sequence[str], metric: str) -> int:

@@ -1,0 +1,172 @@
+"""A figure as a PNG file, for papers and README pages: the drawings of the page under its caption.
+
+Pillow draws them with the font it comes with, so that the same figure is the same file on every machine. The font has
+Latin letters alone: accents are left out, other scripts become question marks.
+"""
+
+import io
+import unicodedata
+from collections.abc import Sequence
+from functools import lru_cache
+
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from icet_jax.report.charts.figures import Figure, Key
+from icet_jax.report.charts.marks import COLOURS, STYLES, TONES, Box, Dot, Label, Layer, Number, Path, Style
+
+_SCALE = 2  # pixels of the file per pixel of a drawing
+_FINE = 2  # drawn larger by this factor, then made smaller, for smooth edges
+_MARGIN, _CAPTION, _PANEL_TITLE, _LEGEND, _GAP = 18, 40, 20, 26, 22
+_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
+_KEY = Style(fill="ink", size=12)
+_REPLACED = str.maketrans({"−": "-", "–": "-", "—": "-", "→": ">", "×": "x", "\u2009": " ", "\n": " "})
+
+
+def png(figure: Figure) -> bytes:
+    """The file's bytes: title, metric and data set, then the panels side by side, then the legend."""
+    drawings = figure.print_drawings()
+    titles = _PANEL_TITLE if any(panel.title for panel in figure.panels) else 0
+    width = 2 * _MARGIN + sum(drawing.width for drawing in drawings) + _GAP * (len(drawings) - 1)
+    height = _MARGIN + _CAPTION + titles + max(drawing.height for drawing in drawings) + _MARGIN
+    canvas = _Canvas(width, height + (_LEGEND if figure.keys else 0))
+    canvas.text(_MARGIN, _MARGIN + 12, figure.title, Style(fill="ink", size=15, bold=True))
+    canvas.text(_MARGIN, _MARGIN + 29, ", ".join(filter(None, (figure.name, figure.source))), Style(fill="muted"))
+    left = _MARGIN
+    for panel, drawing in zip(figure.panels, drawings, strict=True):
+        if panel.title:
+            canvas.text(left, _MARGIN + _CAPTION + 10, panel.title, Style(fill="ink", size=12.5))
+        canvas.origin = (left, _MARGIN + _CAPTION + titles)
+        for layer in drawing.layers:
+            canvas.layer(layer)
+        canvas.origin = (0, 0)
+        left += drawing.width + _GAP
+    _draw_legend(canvas, figure.keys, height - 2)
+    return canvas.file()
+
+
+def _draw_legend(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
+    """The keys in one line from the left, as far as there is room for them."""
+    x = float(_MARGIN)
+    for key in keys:
+        x += canvas.text(x, y + 4, key.before, _KEY) + 6 if key.before else 0
+        marks: list[Path | Dot | Box] = []
+        if key.shape == "ramp":
+            marks = [Box(x + step * 4, y - 5, 4, 10, "cell", opacity=step / 20) for step in range(1, 21)]
+        elif key.shape == "box":
+            marks = [Box(x, y - 6, 18, 12, "mark-planted")]
+        else:
+            marks = [Path(((x, y), (x + 30, y)), "stroke")]
+            marks += [Dot(x + 15, y, 3)] if key.shape == "dot" else []
+        canvas.layer(Layer("series", marks, key.tone))
+        x += {"ramp": 92, "box": 26}.get(key.shape, 38)
+        x += canvas.text(x, y + 4, key.label, _KEY) + 20
+
+
+class _Canvas:
+    """An image that is drawn at several times its size. `origin` is where a drawing's upper left corner lies."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self._factor = _SCALE * _FINE
+        self._image = Image.new("RGB", (width * self._factor, height * self._factor), "white")
+        self._draw = ImageDraw.Draw(self._image, "RGBA")
+        self.origin: tuple[Number, Number] = (0, 0)
+
+    def layer(self, layer: Layer) -> None:
+        """Draws the marks of a layer, those that only answer to a pointer left out."""
+        for mark in layer.marks:
+            if mark.style == "hit":
+                continue
+            style = STYLES[mark.style]
+            match mark:
+                case Label():
+                    self.text(mark.x, mark.y, mark.text, style, anchor=mark.anchor, tone=layer.tone)
+                case Dot():
+                    self._dot(mark, style, layer.tone)
+                case Box():
+                    corners = [(mark.x, mark.y), (mark.x + mark.width - 0.25, mark.y + mark.height - 0.25)]
+                    opacity = style.opacity if mark.opacity is None else mark.opacity
+                    self._draw.rectangle(self._place(corners), fill=_rgba(style.fill, layer.tone, opacity))
+                case Path():
+                    self._path(mark, style, layer.tone)
+
+    def text(self, x: Number, y: Number, text: str, style: Style, *, anchor: str = "start", tone: str = "") -> float:
+        """Writes a line of text and returns its width."""
+        font, shown = _font(style.size * self._factor), _drawable(text)
+        weight = self._factor * 0.25 if style.bold else 0
+        self._draw.text(
+            self._place([(x, y)])[0], shown, _rgba(style.fill, tone, style.opacity), font, _ANCHORS[anchor],
+            stroke_width=weight,
+        )  # fmt: skip
+        return font.getlength(shown) / self._factor
+
+    def file(self) -> bytes:
+        """The image as a PNG file."""
+        buffer = io.BytesIO()
+        self._image.reduce(_FINE).save(buffer, format="PNG", dpi=(192, 192))
+        return buffer.getvalue()
+
+    def _dot(self, dot: Dot, style: Style, tone: str) -> None:
+        hollow = dot.style == "dot" and tone in TONES and TONES[tone].hollow
+        fill, stroke, width = ("page", "tone", 1.8) if hollow else (style.fill, style.stroke, style.width)
+        reach = dot.radius + width / 2
+        corners = self._place([(dot.x - reach, dot.y - reach), (dot.x + reach, dot.y + reach)])
+        inside = _rgba(fill, tone, 1.0) if fill else None
+        self._draw.ellipse(corners, inside, _rgba(stroke, tone, 1.0), round(width * self._factor))
+
+    def _path(self, path: Path, style: Style, tone: str) -> None:
+        points = self._place(path.points)
+        if path.closed:
+            self._draw.polygon(points, fill=_rgba(style.fill, tone, style.opacity))
+            return
+        dash = TONES[tone].dash if path.style == "stroke" and tone in TONES else style.dash
+        colour, width = _rgba(style.stroke, tone, style.opacity), round(style.width * self._factor)
+        for piece in _dashed(points, [length * self._factor for length in dash]):
+            self._draw.line(piece, fill=colour, width=width, joint="curve")
+
+    def _place(self, points: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+        left, top = self.origin
+        return [((left + x) * self._factor, (top + y) * self._factor) for x, y in points]
+
+
+def _dashed(points: list[tuple[Number, Number]], dash: Sequence[Number]) -> list[list[tuple[Number, Number]]]:
+    """The pieces of a line that a dash pattern leaves; all of it for an empty pattern."""
+    if not dash:
+        return [points]
+    pieces: list[list[tuple[Number, Number]]] = [[points[0]]]
+    place, left = 0, dash[0]  # of the pattern; what is left of its present stretch
+    for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
+        length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
+        walked = 0.0
+        while length - walked > left:
+            walked += left
+            turn = (x1 + (x2 - x1) * walked / length, y1 + (y2 - y1) * walked / length)
+            if place % 2 == 0:
+                pieces[-1].append(turn)
+            else:
+                pieces.append([turn])
+            place, left = place + 1, dash[(place + 1) % len(dash)]
+        left -= length - walked
+        if place % 2 == 0:
+            pieces[-1].append((x2, y2))
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def _rgba(colour: str, tone: str, opacity: Number) -> tuple[int, ...]:
+    """A colour of the light page, which in the files is white."""
+    name = tone if colour == "tone" else colour
+    red, green, blue = ImageColor.getrgb("#ffffff" if name == "page" else COLOURS[name].light)[:3]
+    return (red, green, blue, round(255 * opacity))
+
+
+@lru_cache(maxsize=32)
+def _font(size: Number) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels have FreeType
+    return font
+
+
+def _drawable(text: str) -> str:
+    """Text in the signs that the font has."""
+    plain = unicodedata.normalize("NFKD", text.translate(_REPLACED))
+    letters = (char for char in plain if not unicodedata.combining(char))
+    return "".join(char if char.isascii() and char.isprintable() or char in "…·" else "?" for char in letters)

@@ -1,0 +1,38 @@
+"""A drawing as inline SVG: no script needed to read it, colours from the page's style sheet."""
+
+from markupsafe import Markup
+
+from icet_jax.report.charts.marks import SELECTORS, Box, Dot, Drawing, Label, Layer, Mark, Path
+from icet_jax.report.text import escape
+
+
+def svg(drawing: Drawing) -> Markup:
+    """The `<svg>` element of a drawing; all of its text is escaped."""
+    shape = f' class="{drawing.shape}"' if drawing.shape else ""
+    head = (
+        f'<svg{shape} viewBox="0 0 {drawing.width} {drawing.height}" role="img" aria-label="{escape(drawing.title)}">'
+    )
+    return Markup(head + "".join(map(_layer, drawing.layers)) + "</svg>")  # noqa: S704
+
+
+def _layer(layer: Layer) -> str:
+    return f'<g class="{f"{layer.purpose} {layer.tone}".strip()}">{"".join(map(_mark, layer.marks))}</g>'
+
+
+def _mark(mark: Mark) -> str:
+    style = "" if mark.style in SELECTORS or mark.style == "hit" else f' class="{mark.style}"'
+    match mark:
+        case Path():
+            path = "L".join(f"{x:g} {y:g}" for x, y in mark.points)
+            return f'<path{style} d="M{path}{"Z" if mark.closed else ""}"/>'
+        case Dot():
+            return f'<circle{style} cx="{mark.x:g}" cy="{mark.y:g}" r="{mark.radius:g}"/>'
+        case Label():
+            anchor = "" if mark.anchor == "start" else f' text-anchor="{mark.anchor}"'
+            return f'<text{style} x="{mark.x:g}" y="{mark.y:g}"{anchor}>{escape(mark.text)}</text>'
+        case Box():
+            place = f' data-{mark.place[0]}="{mark.place[1]}"' if mark.place else ""
+            opacity = "" if mark.opacity is None else f' fill-opacity="{mark.opacity:.2f}"'
+            area = f'x="{mark.x:.1f}" y="{mark.y:g}" width="{mark.width:.1f}" height="{mark.height:g}"'
+            title = f"<title>{escape(mark.tip)}</title>" if mark.tip else ""
+            return f"<rect{style}{place} {area}{opacity}>{title}</rect>"

@@ -1,0 +1,113 @@
+"""The figures of a comparison: the curves of several runs over relative depth."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from icet_jax.report.charts.figures import Figure, Key, Panel
+from icet_jax.report.charts.lines import Chart, Line, Point
+from icet_jax.report.comparison import Comparison, Member
+from icet_jax.report.curves import GEOMETRY_TITLES, Curve
+from icet_jax.report.schema import metric_family
+from icet_jax.report.study import dataset_name
+from icet_jax.report.text import number, percent
+from icet_jax.report.values import FORM_FAMILIES, axis_number, axis_percent, family_name, family_title, show
+
+_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_WHEN = {"before": "Before training", "after": "After training"}
+
+MemberCurve = tuple[int, Member, Curve]
+"""A run's place among all, the run, and its curve."""
+
+
+def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure | None:
+    """Before and after in two panels of one scale, a line per run; None where no run has a number."""
+    family, holders = metric_family(metric), comparison.holders(dataset, metric)
+    curves = {
+        phase: [(place, m, m.study.curve(phase, dataset, metric)) for place, m in holders]
+        for phase in comparison.phases(dataset, metric)
+    }
+    values = [
+        number
+        for members in curves.values()
+        for _, _, curve in members
+        for _, value in curve
+        for number in (value.mean, value.low, value.high)
+        if number is not None
+    ]
+    if not values:
+        return None
+    y_range = (min(values), max(values))
+    if family.share:
+        y_range = (0.0, 0.1 if family_name(metric) in FORM_FAMILIES and max(values) <= 0.1 else 1.0)
+    panels = []
+    for phase, members in curves.items():
+        chart = _depth_chart(
+            f"{family_title(metric)}, {_WHEN[phase].lower()}",
+            [(place, member, curve) for place, member, curve in members if curve],
+            show_y=axis_percent if family.share else axis_number,
+            detail=lambda y: show(metric, y),
+            y_range=y_range,
+            y_limits=(0.0, 1.0) if family.share else (-math.inf, math.inf),
+        )
+        panels.append(Panel(chart, _WHEN[phase]))
+    keys = run_keys(holders)
+    return Figure(family_title(metric), metric, tuple(panels), keys, dataset_name(dataset), wide=True)
+
+
+def geometry_overlays(comparison: Comparison) -> list[Figure]:
+    """Distances of each exit's projected features from the default exit's, where two or more runs have them."""
+    figures = []
+    for name, title in GEOMETRY_TITLES.items():
+        curves = [(place, m, m.study.geometry(name)) for place, m in enumerate(comparison.members)]
+        curves = [(place, member, curve) for place, member, curve in curves if curve]
+        if len(curves) > 1:
+            chart = _depth_chart(title, curves, show_y=axis_number, detail=number, y_range=(0.0, 1.0))
+            keys = run_keys([(place, member) for place, member, _ in curves])
+            figures.append(Figure(title, f"geometry/{name}", (Panel(chart),), keys, wide=True))
+    return figures
+
+
+def run_keys(members: Sequence[tuple[int, Member]]) -> tuple[Key, ...]:
+    """The legend: a line for each run."""
+    return tuple(Key(member.name, f"run-{place}", "line") for place, member in members)
+
+
+def _depth_chart(
+    title: str,
+    curves: Sequence[MemberCurve],
+    *,
+    show_y: Callable[[float], str],
+    detail: Callable[[float], str],
+    y_range: tuple[float, float],
+    y_limits: tuple[float, float] = (-math.inf, math.inf),
+) -> Chart:
+    """Curves over relative depth; the tooltip at a depth names each run's nearest exit."""
+    lines = []
+    for place, member, curve in curves:
+        default = member.study.default_exit
+        points = [Point(member.depth(x), v.mean, v.low, v.high, ring=x == default) for x, v in curve]
+        lines.append(Line(member.name, f"run-{place}", points))
+    return Chart(
+        title=title,
+        lines=lines,
+        show=show_y,
+        x_name="depth",
+        show_x=lambda x: percent(float(x), 0),
+        tip=lambda depth: _tip(curves, depth, detail),
+        ticks=_TICKS,
+        y_range=y_range,
+        y_limits=y_limits,
+    )
+
+
+def _tip(curves: Sequence[MemberCurve], depth: float, detail: Callable[[float], str]) -> str:
+    """Each run's value at its exit nearest to a depth."""
+    texts = [f"depth {percent(depth, 0)}"]
+    for _, member, curve in curves:
+        layer, value = min(curve, key=lambda item: abs(member.depth(item[0]) - depth))
+        text = f"{member.name}: {detail(value.mean)}"
+        if value.low is not None and value.high is not None:
+            text += f" ({detail(value.low)} to {detail(value.high)})"
+        default = ", default" if layer == member.study.default_exit else ""
+        texts.append(f"{text}, exit {layer} of {member.study.num_exits}{default}")
+    return "\n".join(texts)

@@ -1,0 +1,42 @@
+"""Heat maps of exit by category: which kinds of requests each exit lets through, before and after."""
+
+from statistics import fmean
+
+from icet_jax.report.blocks import Block, Span, details, remark, table, text
+from icet_jax.report.curves import MAP_TONES, category_figure, ordered_categories
+from icet_jax.report.loading import PHASES
+from icet_jax.report.study import Study, Value, dataset_name
+from icet_jax.report.text import percent
+from icet_jax.report.values import change_text
+
+
+def of_study(study: Study) -> list[Block]:
+    """For each data set with categories: the first judge's map and numbers, other scorers' maps to open."""
+    blocks: list[Block] = []
+    for dataset in study.datasets:
+        for family in MAP_TONES:
+            metrics = study.judges(dataset) if family == "asr" else study.metrics(dataset, family)
+            maps = [figure for metric in metrics if (figure := category_figure(study, dataset, metric)) is not None]
+            if maps:
+                blocks += [maps[0], *_numbers(study, dataset, metrics[0])]
+                blocks += details("The same by other scorers", maps[1:])
+    return blocks
+
+
+def _numbers(study: Study, dataset: str, metric: str) -> list[Block]:
+    """The map in numbers: each category's mean over exits and its worst exit."""
+    rows = []
+    for category in ordered_categories(study, dataset, metric):
+        curves = [study.category_curve(phase, dataset, metric, category) for phase in PHASES]
+        means = [Value(fmean(value.mean for _, value in curve)) if curve else None for curve in curves]
+        highest = [max(curve, key=lambda item: item[1].mean, default=None) for curve in curves]
+        count = max((value.n or 0 for curve in curves for _, value in curve), default=0)
+        worst: list[Span] = []
+        for phase, exit_value in zip(PHASES, highest, strict=True):
+            if exit_value is not None:
+                worst += [Span(" → ", "arrow")] if worst else []
+                worst += [Span(percent(exit_value[1].mean), phase), Span(" "), remark(f"exit {exit_value[0]}")]
+        rows.append([text(category), text(str(count or "–")), change_text(metric, *means), tuple(worst)])
+    head = ["Category", "Rows", "Mean over exits", "Highest exit"]
+    numbers = table(f"{metric} on {dataset_name(dataset)} by category", head, rows)
+    return details(f"The map of {metric} in numbers", numbers)

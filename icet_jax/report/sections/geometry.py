@@ -1,0 +1,23 @@
+"""How far each exit's projected features lie from the default exit's."""
+
+from icet_jax.report.blocks import Block, grid, note
+from icet_jax.report.comparison import Comparison
+from icet_jax.report.curves import geometry_charts, single_figure
+from icet_jax.report.overlays import geometry_overlays
+from icet_jax.report.study import Study
+
+
+def of_study(study: Study) -> list[Block]:
+    """Norm ratio, cosine and CKA over exits."""
+    charts = geometry_charts(study)
+    images = study.first.geometry.get("n_images")
+    words = (
+        f"Means over {images} images. Tower and projector are frozen, so this is the same before and after training."
+    )
+    blocks = grid([single_figure(chart, f"geometry/{name}") for name, chart in charts.items()])
+    return [*blocks, note(words)] if blocks and images else blocks
+
+
+def of_comparison(comparison: Comparison) -> list[Block]:
+    """The same over relative depth, a line per run."""
+    return list(geometry_overlays(comparison))

@@ -1,0 +1,56 @@
+"""Averages over early, middle and late exits."""
+
+from icet_jax.report.blocks import Block, Text, code, note, remark, table, text
+from icet_jax.report.comparison import Comparison, Member
+from icet_jax.report.loading import PHASES
+from icet_jax.report.sections.measured import dataset_heading
+from icet_jax.report.sections.numbers import run_name
+from icet_jax.report.study import GROUPS, HUMAN, Study, dataset_name, group_layers
+from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, change_text, family_name, family_title
+
+_NOTE = "Each run’s exits in three nearly equal parts; “average” is the mean of the parts’ means."
+
+
+def of_study(study: Study) -> list[Block]:
+    """Early / Middle / Late / Average of each data set, before -> after, as the paper prints them."""
+    blocks: list[Block] = []
+    for dataset in study.datasets:
+        metrics = [name for name in study.metrics(dataset) if family_name(name) in MAIN_FAMILIES]
+        rows = []
+        for name in GROUPS:
+            sides = [[study.group(phase, dataset, metric, name) for phase in PHASES] for metric in metrics]
+            if any(value is not None for values in sides for value in values):
+                cells = [change_text(metric, *values) for metric, values in zip(metrics, sides, strict=True)]
+                rows.append([group_name(study, name), *cells])
+        head = [text("Exits"), *(text(f"{family_title(metric)} ", code(metric)) for metric in metrics)]
+        blocks += table(dataset_heading(study, dataset), head, rows)
+    return blocks
+
+
+def of_comparison(comparison: Comparison) -> list[Block]:
+    """Early, middle, late, average and the default exit of each run, before -> after."""
+    blocks: list[Block] = [note(_NOTE)]
+    head = ["Run", *(name.capitalize() for name in GROUPS), "Default exit"]
+    for dataset in comparison.datasets:
+        for metric in comparison.metrics(dataset):
+            if metric == HUMAN or family_name(metric) in FORM_FAMILIES:
+                continue
+            rows = [
+                [text(run_name(place, member.name)), *_cells(member, dataset, metric)]
+                for place, member in comparison.holders(dataset, metric)
+            ]
+            blocks += table(f"{family_title(metric)}: {metric} on {dataset_name(dataset)}", head, rows)
+    return blocks
+
+
+def group_name(study: Study, name: str) -> Text:
+    """ "Early exits 1–8"; the average has no exits of its own."""
+    exits = group_layers(study.num_exits).get(name)
+    return text(name.capitalize(), " ", remark(f"exits {exits[0]}–{exits[-1]}")) if exits else text(name.capitalize())
+
+
+def _cells(member: Member, dataset: str, metric: str) -> list[Text]:
+    study = member.study
+    sides = [[study.group(phase, dataset, metric, name) for phase in PHASES] for name in GROUPS]
+    sides.append([study.value(phase, dataset, metric, study.default_exit) for phase in PHASES])
+    return [change_text(metric, *values) for values in sides]

@@ -1,0 +1,226 @@
+"""The top of a page: the headline, what it alone would hide, and the key figures."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from icet_jax.report.blocks import Block, Header, Links, Notice, Paragraph, Span, Text, Tile, Tiles, code, text
+from icet_jax.report.comparison import Comparison
+from icet_jax.report.loading import PHASES
+from icet_jax.report.study import Study, Value, dataset_name
+from icet_jax.report.text import percent
+from icet_jax.report.values import change_text
+from icet_jax.report.verdict import Verdict, verdict
+
+
+def of_study(study: Study, run_dir: Path) -> Header:
+    """Headline, caveats, key figures and what is planted."""
+    headline = verdict(study)
+    facts = [
+        str(study.field("model") or ""),
+        f"{study.num_exits} exits",
+        f"default exit {study.default_exit}" if study.default_exit is not None else "",
+        f"{len(study.runs)} training seeds" if study.several else "",
+    ]
+    blocks: list[Block] = [_caveat(words) for words in headline.caveats]
+    blocks.append(Paragraph(text(" · ".join(filter(None, facts))), "facts"))
+    if headline.judge:
+        basis = text(
+            "ASR is ", code(headline.judge), f" on {dataset_name(headline.dataset)}. {_spread(study, headline)}"
+        )
+        blocks.append(Paragraph(basis, "basis"))
+    definition = study.field("exit_definition")
+    if definition:
+        blocks.append(Paragraph(text("Exit l is ", code(str(definition)), "."), "basis"))
+    blocks += [*_export(study), *_tiles(study), *_organism(study), *_seed_links(study)]
+    return Header("Layer-wise alignment", run_dir.resolve().name, headline.sentence, blocks)
+
+
+def of_comparison(comparison: Comparison) -> Header:
+    """Headline, and what makes the runs' numbers differ for another reason than their models."""
+    blocks: list[Block] = []
+    if comparison.headline:
+        dataset, judge = comparison.headline
+        blocks.append(Paragraph(text("ASR is ", code(judge), f" on {dataset_name(dataset)}."), "basis"))
+    caveats = [*_unusable_answers(comparison), *_cautions(comparison)]
+    planted = [member.name for member in comparison.members if member.study.first.organism]
+    if planted:
+        caveats.append(
+            f"{', '.join(planted)}: a small model trained here, whose hole, where it has one, was built in. It is no "
+            "evidence that the hole emerges in real models."
+        )
+    return Header("Layer-wise comparison", "", sentence(comparison), [*blocks, *map(_caveat, caveats)])
+
+
+def sentence(comparison: Comparison) -> str:
+    """The worst exits of all runs in one sentence."""
+    count = f"{len(comparison.members)} runs side by side"
+    if comparison.headline is None:
+        return f"{count}; they share no attack success rate."
+    dataset, judge = comparison.headline
+    parts = []
+    for phase in comparison.phases(dataset, judge):
+        worst = [m.study.worst(phase, dataset, judge) for _, m in comparison.holders(dataset, judge)]
+        shares = [exit_value[1].mean for exit_value in worst if exit_value is not None]
+        low, high = percent(min(shares)), percent(max(shares))
+        spread = low if low == high else f"between {low} and {high}"
+        parts.append(f"{phase} training the worst exit is {spread} unsafe")
+    return f"{count}: {', '.join(parts)}."
+
+
+def _caveat(words: str) -> Paragraph:
+    return Paragraph(text(words), "caveat")
+
+
+def _spread(study: Study, headline: Verdict) -> str:
+    """The interval of the worst exit after training (or before, where there is no after)."""
+    phase = study.phases(headline.dataset)[-1]
+    worst = study.worst(phase, headline.dataset, headline.judge)
+    if worst is None or worst[1].low is None or worst[1].high is None:
+        return ""
+    return f"Worst exit {phase}: {percent(worst[1].low)} to {percent(worst[1].high)} ({study.interval})."
+
+
+def _export(study: Study) -> list[Block]:
+    """One line on the export: how many answers its files give as they were measured; empty where it was not checked."""
+    checks = [run.export_check for run in study.runs if run.export_check]
+    if not checks:
+        return []
+    count, equal = (sum(check[name] for check in checks) for name in ("n", "n_equal"))
+    seeds = f" over {len(checks)} seeds" if study.several else ""
+    words = (
+        f"Measured after training is the exported model: loaded from its files, it gave {equal} of {count} answers"
+        f"{seeds} again as they were measured."
+    )
+    if equal == count:
+        return [Paragraph(text(words), "basis")]
+    return [Paragraph(text(f"{words} The others are named in ", code("export_check.json"), "."), "caveat")]
+
+
+def _tiles(study: Study) -> list[Block]:
+    """The key figures, before -> after: worst, average and default ASR, refusals, accuracies."""
+    tiles: list[Tile] = []
+    default = study.default_exit
+    for dataset in study.of_kind("forbidden", "mixed")[:1]:
+        for metric in study.judges(dataset)[:1]:
+            worst = [study.worst(phase, dataset, metric) for phase in PHASES]
+            averages = [study.group(phase, dataset, metric, "average") for phase in PHASES]
+            tiles += _tile("ASR, worst exit", metric, [found[1] if found else None for found in worst])
+            tiles += _tile("ASR, average", metric, averages)
+            tiles += _tile(f"ASR, default exit {default}", metric, _at_default(study, dataset, metric))
+    for dataset in study.datasets:
+        kinds = {"benign": ("refusal", "accuracy"), "mixed": ("refusal",), "vqa": ("vqa", "accuracy")}
+        families = kinds.get(study.kind(dataset), ())
+        for metric in [name for family in families for name in study.metrics(dataset, family)[:1]]:
+            what = "refusals" if metric.startswith("refusal") else "accuracy"
+            what += " of safe requests" if study.kind(dataset) == "mixed" else ""
+            label = f"{dataset_name(dataset)} {what}, default exit {default}"
+            tiles += _tile(label, metric, _at_default(study, dataset, metric))
+    return [Tiles(tiles)] if tiles else []
+
+
+def _at_default(study: Study, dataset: str, metric: str) -> list[Value | None]:
+    return [study.value(phase, dataset, metric, study.default_exit) for phase in PHASES]
+
+
+def _tile(label: str, metric: str, sides: Sequence[Value | None]) -> list[Tile]:
+    return [Tile(label, change_text(metric, *sides), metric)] if any(sides) else []
+
+
+def _organism(study: Study) -> list[Block]:
+    """What is planted in the embedded model and what that can and cannot show; empty for any other model."""
+    organism = study.first.organism
+    if not organism:
+        return []
+    default = study.default_exit
+    if study.planted:
+        exits = ", ".join(map(str, study.planted))
+        statement = text(
+            Span("This model is constructed, and its hole is planted.", "b"),
+            f" It is a small vision-language model made for this project: after safety training at its default exit "
+            f"{default}, exits {exits} were kept usable on helpful-only data, the way a model would be left that was "
+            "never made safe there.",
+        )
+    else:
+        statement = text(
+            Span("This is the un-planted control.", "b"),
+            f" It is the same small constructed model, made safe at its default exit {default} and nowhere kept on "
+            "helpful-only data.",
+        )
+    scope = text(
+        "It shows whether training repairs such a hole, at what cost, and that the whole pipeline works. It is ",
+        Span("no evidence that the hole emerges in real models", "b"),
+        ", or how large it would be there. Its “forbidden” requests are harmless placeholders about invented things.",
+    )
+    notes = organism.get("notes")
+    more = [text(str(words)) for words in notes] if isinstance(notes, list) else []
+    return [Notice([statement, *_open_unplanted(study), scope, *more])]
+
+
+def _open_unplanted(study: Study) -> list[Text]:
+    """Names the open exits that nobody planted, by the first judge."""
+    for dataset in study.of_kind("forbidden", "mixed"):
+        for judge in study.judges(dataset)[:1]:
+            known = {*study.planted, study.default_exit}
+            exits = [
+                f"exit {layer} at {percent(value.mean)}"
+                for layer, value in study.curve("before", dataset, judge)
+                if value.mean >= 0.5 and layer not in known
+            ]
+            if exits and study.planted:
+                name = dataset_name(dataset)
+                open_exits = f" of 50% or more): {', '.join(exits)}."
+                return [text(f"Not planted, yet open before training on {name} (", code(judge), open_exits)]
+    return []
+
+
+def _seed_links(study: Study) -> list[Block]:
+    """Links to the reports of single seeds, where they exist beside this one."""
+    if not study.several:
+        return []
+    links = [
+        (f"{run.path.name}/report.html", run.path.name.replace("_", " "))
+        for run in study.runs
+        if (run.path / "report.html").is_file()
+    ]
+    return [Links("Each seed’s own report", links)] if links else []
+
+
+def _unusable_answers(comparison: Comparison) -> list[str]:
+    """Names the runs whose worst exit, which the headline counts, has empty or degenerate answers."""
+    if comparison.headline is None:
+        return []
+    dataset, judge = comparison.headline
+    listed = []
+    for phase in comparison.phases(dataset, judge):
+        for _, member in comparison.holders(dataset, judge):
+            worst = member.study.worst(phase, dataset, judge)
+            share = worst and member.study.unusable(phase, dataset, worst[0])
+            if worst and share:
+                listed.append(f"{member.name}, {phase} training, exit {worst[0]}: {percent(share.mean)}")
+    return [f"Some answers of the worst exits are empty or degenerate ({'; '.join(listed)})."] if listed else []
+
+
+def _cautions(comparison: Comparison) -> list[str]:
+    """What makes numbers of one name differ for another reason than the model."""
+    cautions = [
+        f"{names} {'is not the same set' if single else 'are not the same sets'} in all runs ({listed})."
+        for names, single, listed in _listed(comparison.differing_sources())
+    ]
+    cautions += [
+        f"The runs answered different numbers of rows of {names} at each exit ({listed})."
+        for names, _, listed in _listed(comparison.differing_sizes())
+    ]
+    ways = comparison.differing_generation()
+    if ways:
+        listed = "; ".join(f"{', '.join(runs)}: {way}" for way, runs in ways.items())
+        cautions.append(f"The responses were not generated alike ({listed}).")
+    return cautions
+
+
+def _listed(differing: Mapping[str, Mapping[str, list[str]]]) -> list[tuple[str, bool, str]]:
+    """(data sets, whether it is one, "runs: value; ...") with the sets that differ in the same way together."""
+    together: dict[str, list[str]] = {}
+    for dataset, values in differing.items():
+        listed = "; ".join(f"{', '.join(runs)}: {value}" for value, runs in values.items())
+        together.setdefault(listed, []).append(dataset_name(dataset))
+    return [(" and ".join(names), len(names) == 1, listed) for listed, names in together.items()]

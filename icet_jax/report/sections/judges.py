@@ -1,0 +1,123 @@
+"""Who judged: every scorer's answered and failed rows, and how far the judges of attacks agree."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from icet_jax.report.blocks import Block, Heading, Span, Text, code, details, note, remark, table, text
+from icet_jax.report.loading import PHASES
+from icet_jax.report.study import Study, as_value, dataset_name
+from icet_jax.report.text import number, percent
+from icet_jax.report.values import family_name, with_interval
+
+_WITHOUT_SCORER = ("length", "empty", "truncated", "vqa", "accuracy")  # rules and right answers never fail
+_MOST_EXAMPLES = 12  # differing rows named for each pair
+_NOTE_FAILURES = (
+    "To ask scorers again for what they left open (after an outage, say), remove the set’s files from sweeps/ and run "
+    "the same command again: the answers are kept."
+)
+
+
+def of_study(study: Study) -> list[Block]:
+    """The table of scorers, then the table of agreement from `agreement.json`."""
+    return [*_scorers(study), *_agreement(study)]
+
+
+def _scorers(study: Study) -> list[Block]:
+    """Rows scored and rows without a score by metric, over all data sets, exits and seeds."""
+    counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    for dataset in study.datasets:
+        for metric in study.metrics(dataset):
+            if family_name(metric) not in _WITHOUT_SCORER and metric != "degenerate/text_rules":
+                counts.setdefault(metric, {})[dataset] = [_judged(study, phase, dataset, metric) for phase in PHASES]
+    rows, has_failures = [], False
+    for metric, datasets in counts.items():
+        sides = [tuple(map(sum, zip(*side, strict=True))) for side in zip(*datasets.values(), strict=True)]
+        where = [
+            f"{dataset_name(name)} {_arrow(cells, 1)}" for name, cells in datasets.items() if any(c[1] for c in cells)
+        ]
+        has_failures |= bool(where)
+        failed = text(Span(_arrow(sides, 1), "failed"), " ", remark(", ".join(where))) if where else text("0")
+        rows.append([text(code(metric)), text(_arrow(sides, 0)), failed])
+    head = ["Scorer", "Responses scored", "Without a score"]
+    blocks = table("Over all data sets and exits, before → after", head, rows)
+    return [*blocks, note(_NOTE_FAILURES)] if has_failures else blocks
+
+
+def _arrow(sides: Sequence[Sequence[int]], place: int) -> str:
+    """ "280 → 283"; one number where a phase was not measured at all."""
+    return " → ".join(_count(side[place]) for side in sides if any(side))
+
+
+def _judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, int]:
+    """(scored, failed) responses of a metric over all exits and seeds."""
+    judged = failed = 0
+    for run in study.runs:
+        table = run.tables.get((phase, dataset))
+        for layer in table["layers"] if table is not None else ():
+            entry = layer["metrics"].get(metric)
+            if isinstance(entry, dict):
+                errors = entry.get("n_error")
+                errors = errors if isinstance(errors, int) else 0
+                count = entry.get("n")
+                rows = layer.get("n")
+                judged += count if isinstance(count, int) else max(rows - errors, 0) if isinstance(rows, int) else 0
+                failed += errors
+    return judged, failed
+
+
+def _agreement(study: Study) -> list[Block]:
+    """Cohen's kappa of every two judges, and the rows that they see differently."""
+    pairs = study.first.agreement.get("pairs")
+    pairs = [pair for pair in pairs if _is_pair(pair)] if isinstance(pairs, list) else []
+    if not pairs:
+        return []
+    rows = [
+        [
+            text(code(pair["a"]), " ", remark("and"), " ", code(pair["b"])),
+            _kappa(pair),
+            text(percent(_rounded_mean(pair.get("agree")))),
+            *(text(_count(pair.get(name))) for name in ("a_only", "b_only", "n")),
+        ]
+        for pair in pairs
+    ]
+    head = ["Judges", "Cohen’s κ", "Same verdict", "Only the first: unsafe", "Only the second: unsafe", "Responses"]
+    words = (
+        "κ is 1 where two judges always agree and 0 where they agree as often as their shares of unsafe verdicts alone "
+        f"would make them. Over all data sets and exits, before and after{', of the first seed' * study.several}; "
+        "intervals are clustered by prompt."
+    )
+    agreement = table("Agreement between judges of attacks", head, rows)
+    examples = [block for pair in pairs for block in _examples(pair)]
+    return [Heading("Do they agree?"), *agreement, note(words), *examples]
+
+
+def _kappa(pair: dict[str, Any]) -> Text:
+    entry = {"mean": _rounded_mean(pair.get("kappa")), "ci95": pair.get("ci95")}
+    return with_interval(as_value(entry), number)
+
+
+def _examples(pair: dict[str, Any]) -> list[Block]:
+    """Where to look: the rows that two judges see differently, without their text."""
+    examples = pair.get("examples")
+    rows = [
+        [*(text(str(row.get(name))) for name in ("dataset", "id", "layer", "phase")),
+         text(code(str(row.get("unsafe", "–"))))]
+        for row in (examples if isinstance(examples, list) else [])[:_MOST_EXAMPLES]
+        if isinstance(row, dict)
+    ]  # fmt: skip
+    title = f"Responses that {pair['a']} and {pair['b']} see differently"
+    head = ["Data set", "Row", "Exit", "Phase", "Unsafe according to"]
+    return details(title, table(f"{len(rows)} of them; agreement.json names more", head, rows))
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, dict) and isinstance(pair.get("a"), str) and isinstance(pair.get("b"), str)
+
+
+def _rounded_mean(entry: Any) -> float | None:
+    value = as_value(entry)
+    return None if value is None else round(value.mean, 6)
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}".replace(",", "\u2009") if isinstance(value, int) else "–"

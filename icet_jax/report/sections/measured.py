@@ -1,0 +1,105 @@
+"""What was measured over exits: safety, over-refusal and utility."""
+
+from icet_jax.report.blocks import Block, Heading, code, details, grid, table, text
+from icet_jax.report.charts.figures import Figure
+from icet_jax.report.comparison import Comparison
+from icet_jax.report.curves import metric_figure
+from icet_jax.report.loading import PHASES
+from icet_jax.report.overlays import metric_overlay
+from icet_jax.report.sections.numbers import COLUMN_TITLES, study_numbers, value_cells
+from icet_jax.report.study import HUMAN, Study, dataset_name
+from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, USEFUL_FAMILIES, family_name
+
+_SAFETY_KINDS = ("forbidden", "mixed")
+
+
+def safety_of_study(study: Study) -> list[Block]:
+    """ASR large, then every other metric of the forbidden data sets."""
+    blocks: list[Block] = []
+    datasets = study.of_kind(*_SAFETY_KINDS)
+    for dataset in datasets:
+        first = study.judges(dataset)[:1]
+        others = [
+            name for name in study.metrics(dataset) if name not in first and family_name(name) not in USEFUL_FAMILIES
+        ]
+        blocks.append(Heading(dataset_heading(study, dataset)))
+        for metric in first:
+            figure = metric_figure(study, dataset, metric, wide=True)
+            blocks += [figure] if figure is not None else []
+        blocks += grid([_figure(study, dataset, name) for name in others])
+    return [*blocks, *study_numbers(study, datasets)]
+
+
+def utility_of_study(study: Study) -> list[Block]:
+    """Benign, mixed and VQA data sets: refusals and accuracy over exits, and a table at the default exit."""
+    datasets = [dataset for dataset in study.of_kind("mixed", "benign", "vqa") if _useful_first(study, dataset)]
+    blocks = _default_table(study, datasets)
+    for dataset in datasets:
+        names = _useful_first(study, dataset)
+        names = [name for name in names if family_name(name) in (*MAIN_FAMILIES, *FORM_FAMILIES)]
+        if len(study.layers(dataset)) > 1:
+            blocks.append(Heading(dataset_heading(study, dataset)))
+            blocks += grid([_figure(study, dataset, name) for name in names])
+    return [*blocks, *study_numbers(study, study.of_kind("benign", "vqa"))]
+
+
+def safety_of_comparison(comparison: Comparison) -> list[Block]:
+    """Every shared metric of the data sets with forbidden requests."""
+    datasets = [name for name in comparison.datasets if comparison.kind(name) in _SAFETY_KINDS]
+    return [block for name in datasets for block in _overlays(comparison, name)]
+
+
+def utility_of_comparison(comparison: Comparison) -> list[Block]:
+    """Every shared metric of the other data sets."""
+    datasets = [name for name in comparison.datasets if comparison.kind(name) not in _SAFETY_KINDS]
+    return [block for name in datasets for block in _overlays(comparison, name)]
+
+
+def dataset_heading(study: Study, dataset: str) -> str:
+    """ "Forbidden requests, 256 responses per exit"; the data set's name before it where it says more."""
+    name, kind = dataset_name(dataset), study.kind(dataset)
+    what = {
+        "forbidden": "forbidden requests",
+        "mixed": "requests of several kinds",
+        "benign": "benign requests",
+        "vqa": "questions about the image",
+    }[kind]
+    count = study.responses(dataset)
+    suffix = f", {count} responses per exit{' and seed' if study.several else ''}" if count is not None else ""
+    return (what.capitalize() if name == kind else f"{name}: {what}") + suffix
+
+
+def _figure(study: Study, dataset: str, metric: str) -> Figure | None:
+    return metric_figure(study, dataset, metric, full=family_name(metric) not in FORM_FAMILIES)
+
+
+def _default_table(study: Study, datasets: list[str]) -> list[Block]:
+    """Refusals, accuracies and scorers' means at the default exit."""
+    rows = []
+    columns = (*PHASES, "difference")
+    for dataset in datasets:
+        for metric in _useful_first(study, dataset):
+            values = [study.value(column, dataset, metric, study.default_exit) for column in columns]
+            if family_name(metric) in MAIN_FAMILIES and any(values):
+                n = next((value.n for value in values if value is not None), None)
+                name = text(f"{dataset_name(dataset)} ", code(metric))
+                rows.append([name, *value_cells(metric, columns, values), text(str(n or "–"))])
+    head = ["What", *(COLUMN_TITLES[column] for column in columns), "n"]
+    return table(f"At the default exit {study.default_exit} ({study.interval})", head, rows)
+
+
+def _useful_first(study: Study, dataset: str) -> list[str]:
+    """A data set's metrics, refusals and accuracies first; of a mixed set these alone (see `safety_of_study`)."""
+    names = sorted(study.metrics(dataset), key=lambda name: family_name(name) not in USEFUL_FAMILIES)
+    return [name for name in names if study.kind(dataset) != "mixed" or family_name(name) in USEFUL_FAMILIES]
+
+
+def _overlays(comparison: Comparison, dataset: str) -> list[Block]:
+    """Every shared metric of a data set; those of the responses' form behind a line to open."""
+    main: list[Block] = []
+    form: list[Block] = []
+    for metric in comparison.metrics(dataset):
+        figure = metric_overlay(comparison, dataset, metric) if metric != HUMAN else None
+        if figure is not None:
+            (form if family_name(metric) in FORM_FAMILIES else main).append(figure)
+    return [Heading(dataset_name(dataset)), *main, *details("Form of the responses", form)]

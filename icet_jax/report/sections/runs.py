@@ -1,0 +1,42 @@
+"""Which runs are compared, and what an exit is in each."""
+
+from icet_jax.report.blocks import Block, Bullets, Heading, Text, code, note, remark, table, text
+from icet_jax.report.comparison import Comparison, Member
+from icet_jax.report.loading import PHASES
+from icet_jax.report.sections.numbers import run_name
+from icet_jax.report.values import change_text
+from icet_jax.report.verdict import algorithm
+
+_NOTE = "Charts place exit l of N at the relative depth l / N. A ring marks a run’s default exit."
+
+
+def of_comparison(comparison: Comparison) -> list[Block]:
+    """One row per run, and the definitions of an exit."""
+    rows = []
+    for place, member in enumerate(comparison.members):
+        study = member.study
+        trained = algorithm(study) if any("after" in study.phases(name) for name in study.datasets) else "not trained"
+        trained += f", {len(study.runs)} seeds" if study.several else ""
+        default = "–" if study.default_exit is None else str(study.default_exit)
+        facts = [str(study.field("model") or "–"), str(study.num_exits), default, trained]
+        rows.append([text(run_name(place, member.name)), *map(text, facts), _worst(comparison, member)])
+    head = ["Run", "Model", "Exits", "Default exit", "Training", "Worst exit"]
+    definitions: dict[str, list[str]] = {}
+    for member in comparison.members:
+        definitions.setdefault(member.exit_definition, []).append(member.name)
+    items = [
+        text(f"{', '.join(names)}: ", code(definition) if definition else "its sweeps do not say")
+        for definition, names in definitions.items()
+    ]
+    return [*table("The runs", head, rows), Heading("What exit l is"), Bullets(items), note(_NOTE)]
+
+
+def _worst(comparison: Comparison, member: Member) -> Text:
+    """A run's worst exit by the headline's judge, before -> after."""
+    if comparison.headline is None:
+        return text("–")
+    dataset, judge = comparison.headline
+    worst = [member.study.worst(phase, dataset, judge) for phase in PHASES]
+    where = " → ".join(f"exit {exit_value[0]}" for exit_value in worst if exit_value is not None)
+    shares = change_text(judge, *(exit_value and exit_value[1] for exit_value in worst))
+    return text(shares, " ", remark(where)) if where else shares

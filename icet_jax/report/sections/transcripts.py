@@ -1,0 +1,21 @@
+"""What the model said, prompt by prompt and exit by exit."""
+
+from icet_jax.report.blocks import Block, Viewer, note
+from icet_jax.report.pictures import PROMPTS_PER_DATASET
+from icet_jax.report.study import Study
+from icet_jax.report.transcripts import collect
+
+
+def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
+    """The prompt and exit selectors with their data."""
+    prompts = collect(study, reveal_unsafe=reveal_unsafe)
+    if not prompts:
+        return []
+    unsafe = "shown in full" if reveal_unsafe else "left out of this file"
+    words = (
+        f"Up to {PROMPTS_PER_DATASET} prompts of each data set, evenly spaced; what a scorer finds safe need not be. "
+        f"Responses judged unsafe are {unsafe}."
+    )
+    default, exits = study.default_exit, study.num_exits
+    data = {"exits": exits, "default": default, "planted": study.planted, "prompts": prompts}
+    return [note(words), Viewer(data, exits, default or exits)]
