@@ -17,7 +17,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
-    """The page's transcripts, ready for `json_script`, from the study's first run.
+    """The page's transcripts, ready to be written as JSON, from the study's first run.
 
     Prompts are taken at even distances through each data set, the same ones before and after.
 
