@@ -101,10 +101,10 @@ def measure(case: Case, rows: int, dtype: Any, pairs: int) -> list[dict[str, Any
     half = [x.astype(dtype) for x in arrays[:3]] + [arrays[3]]
     exact = [x.astype(jnp.float32) for x in half]
     kernel = attention.kernel_for(half[0], half[1], case.causal, None)
-    sides = {"door": attention.attention, "xla": attention.plain}
+    sides = {"door": attention.attention, "xla": attention.xla_attention}
     lines = []
     for gradients in (False, True):
-        wanted = program(attention.plain, case, real, gradients)(*exact)
+        wanted = program(attention.xla_attention, case, real, gradients)(*exact)
         runs = {name: program(attend, case, real, gradients).lower(*half).compile() for name, attend in sides.items()}
         line: dict[str, Any] = dataclasses.asdict(case) | {"rows": rows, "dtype": jnp.dtype(dtype).name}
         line |= {

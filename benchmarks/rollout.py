@@ -54,11 +54,11 @@ class Network:
             keys, limit = jax.random.split(jax.random.key(0), len(tokens)), jnp.full(len(tokens), STEPS + 1, jnp.int32)
             return begin(logits, cache.with_room(STEPS + 1), keys, limit, self.sampling)
 
-        def go_on(params: Any, apart: Any, rows: Any) -> Any:
-            return advance_all(nnx.merge(self.graphdef, params), rows, self.sampling, apart, STEPS)
+        def go_on(params: Any, unstacked: Any, rows: Any) -> Any:
+            return advance_all(nnx.merge(self.graphdef, params), rows, self.sampling, unstacked, STEPS)
 
         self._start, self._decode = jax.jit(start), jax.jit(go_on)
-        self.apart = jax.jit(lambda params: nnx.merge(self.graphdef, params).apart())(self.params)
+        self.unstacked = jax.jit(lambda params: nnx.merge(self.graphdef, params).unstack_layers())(self.params)
 
     def inputs(self, batch: int) -> tuple[Any, Any]:
         """Tokens [B, P] and image features."""
@@ -109,7 +109,7 @@ def measure(network: Network, batch: int, repeats: int, reading: float, flops: f
     found.append(
         {"phase": "prefill", "batch": batch, "seconds": first, "bound": bound, "tokens": batch * network.prompt}
     )
-    steps = medians(lambda: network._decode(network.params, network.apart, rows), repeats)
+    steps = medians(lambda: network._decode(network.params, network.unstacked, rows), repeats)
     bound = STEPS * network.bytes_per_step(batch) / reading
     found.append({"phase": "decode", "batch": batch, "seconds": steps, "bound": bound, "tokens": batch * STEPS})
     return found

@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 from timing import PRESETS, spread
 
-from icet_jax.generation.engine import Engine, Prompts, Work
+from icet_jax.generation.engine import Engine, PromptGroup, Prompts
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from icet_jax.nn.protocols import one_image_per_row
@@ -69,7 +69,7 @@ class Sweep:
         self.encoding = time.perf_counter() - began
         return found
 
-    def _work(self, exits: int) -> Iterator[Work]:
+    def _work(self, exits: int) -> Iterator[PromptGroup]:
         for start, encoded in self._encodings():
             for layer in range(1, exits + 1):
                 ones = np.ones(TOGETHER, np.int32)
@@ -77,7 +77,7 @@ class Sweep:
                     self.tokens, np.ones_like(self.tokens, bool), np.arange(TOGETHER, dtype=np.int32), layer * ones,
                     np.zeros((TOGETHER, 2), np.uint32), ANSWER * ones,
                 )  # fmt: skip
-                yield Work([(start + row, layer) for row in range(TOGETHER)], prompts, encoded)
+                yield PromptGroup([(start + row, layer) for row in range(TOGETHER)], prompts, encoded)
 
 
 def prompts(config: LlavaConfig, pairs: int) -> dict[str, Any]:

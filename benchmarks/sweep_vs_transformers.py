@@ -36,7 +36,7 @@ from flax import nnx
 from timing import PRESETS, Preset
 
 from icet_jax.data.padding import prompt_bucket
-from icet_jax.generation.engine import Engine, Prompts, Work
+from icet_jax.generation.engine import Engine, PromptGroup, Prompts
 from icet_jax.generation.sampling import Sampling
 from icet_jax.models.llava.network import Llava
 from icet_jax.nn.protocols import count_parameters, one_image_per_row
@@ -110,7 +110,7 @@ class Ours:
         """Every prompt at every exit."""
         return {item.tag: item.tokens for some in self.engine.run(self._work()) for item in some}
 
-    def _work(self) -> Iterator[Work]:
+    def _work(self) -> Iterator[PromptGroup]:
         job = self.job
         order = sorted(range(len(job.tokens)), key=lambda row: len(job.tokens[row]))
         for start in range(0, len(order), TOGETHER):
@@ -121,7 +121,7 @@ class Ours:
             for first in range(0, len(pairs), TOGETHER):
                 yield self._prompts(pairs[first : first + TOGETHER], rows, encoded)
 
-    def _prompts(self, pairs: list[tuple[int, int]], rows: list[int], encoded: Any) -> Work:
+    def _prompts(self, pairs: list[tuple[int, int]], rows: list[int], encoded: Any) -> PromptGroup:
         job, width = self.job, prompt_bucket(max(len(self.job.tokens[row]) for row, _ in pairs))
         tokens, mask = np.zeros((TOGETHER, width), np.int32), np.zeros((TOGETHER, width), bool)
         places, exits, limit = (np.zeros(TOGETHER, np.int32) for _ in range(3))
@@ -131,7 +131,7 @@ class Ours:
             places[number], exits[number], limit[number] = rows.index(row), layer, job.limits[row, layer]
         keys = np.zeros((TOGETHER, 2), np.uint32)
         tags = [*pairs, *[None] * (TOGETHER - len(pairs))]
-        return Work(tags, Prompts(tokens, mask, places, exits, keys, limit), encoded)
+        return PromptGroup(tags, Prompts(tokens, mask, places, exits, keys, limit), encoded)
 
 
 class Transformers:

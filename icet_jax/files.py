@@ -14,6 +14,9 @@ from typing import Any
 
 from icet_jax.errors import UserError, write_error
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file: text keys, and values of any JSON type."""
+
 _SEAL = ', "crc32": '
 _writes = True
 _WAITS = (0.2, 1.0)  # s before a full disk is tried again; others may be clearing it

@@ -4,16 +4,27 @@ jaxtyping is checked at run time in the tests and is optional everywhere else: w
 annotations fall back to `Any`, so that `icet_jax.nn` and `icet_jax.algorithms` need only jax, flax, optax and numpy.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 ArrayLike = Array | np.ndarray
 """What public array functions accept where a notebook may hand over numpy: `Float[ArrayLike, "B A"]`."""
 
 Scalar = Any
 """A Python number, or a possibly traced array without axes."""
+
+Adapters = Mapping[str, Mapping[str, Array]]
+"""LoRA factors `{"a": ..., "b": ...}` by projection, of one layer or of a stack of layers."""
+
+DType = DTypeLike
+"""A dtype or its name, such as `jnp.bfloat16` or "bfloat16"."""
+
+Keywords = dict[str, Any]
+"""Keyword arguments that several calls share."""
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped
@@ -31,4 +42,7 @@ else:
         Bool = Float = Int = Key = Shaped = _Unchecked
         PyTree = Any
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "Key", "PyTree", "Scalar", "Shaped"]
+__all__ = [
+    "Adapters", "Array", "ArrayLike", "Bool", "DType", "Float", "Int", "Key", "Keywords", "PyTree", "Scalar",
+    "Shaped",
+]  # fmt: skip

@@ -1,6 +1,6 @@
-"""A vision-language model as one object: network, weights and processor, for notebooks, scripts and our own runs.
+"""A vision-language model as one object with network, weights and processor, for notebooks, scripts and runs.
 
-One model, asked at three exits:
+One model at three exits:
 
     vlm = icet_jax.load("llava-hf/llava-1.5-7b-hf", dtype="bfloat16")
     inputs = vlm.processor(images=["cat.png"], prompts=["What is this?"])
@@ -34,31 +34,31 @@ from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 Inputs = Mapping[str, Any]
-"""What the family's HF processor returns: input_ids and attention_mask [B, T]; pixel_values and their like if there are
-images."""
+"""Output of the family's HF processor: input_ids and attention_mask [B, T]; pixel_values and related arrays if there
+are images."""
 
 
 class VLM:
-    """A network with its weights and, on first use, its processor.
+    """Holds a network with its weights and, from the first use on, its processor.
 
     Attributes:
-      num_exits: exits are numbered 1..num_exits.
-      default_exit: the one that the model was trained on.
-      exit_definition: what exit l of this family means.
-      graphdef: of the network; `nnx.merge(graphdef, params)` is the model, for pure functions of your own.
-      params: its weights.
+      num_exits: number of exits, which are numbered 1..num_exits.
+      default_exit: exit that the model was trained with.
+      exit_definition: meaning of exit l in this family.
+      graphdef: structure of the network; `nnx.merge(graphdef, params)` is the model, for pure functions of your own.
+      params: weights of the network.
       config: sizes of the network.
-      directory: where it came from.
+      directory: directory of the checkpoint.
       template: name of a chat template instead of the checkpoint's own, or None.
-      adapter: the LoRA that was merged while it was loaded, or None.
-      lora: what training added since, as adapters beside the weights, or None.
-      mesh: where the weights are, None on the default device.
+      adapter: LoRA that was merged while the model was loaded, or None.
+      lora: adapters that training added, separate from the weights, or None.
+      mesh: mesh of the weights; None on the default device.
       eos_ids: tokens that end a response.
-      pad_id: the token that pads one.
-      max_positions: most that a prompt, images included, and its answer may take; None where config.json names none.
+      pad_id: token that pads a response.
+      max_positions: most positions of a prompt, images included, and its response; None if config.json has no limit.
       suppress_ids: tokens that are never sampled.
       hidden_size: width of the decoder.
-      lora_shapes: its projections that LoRA can adapt (`init_lora`).
+      lora_shapes: decoder projections that LoRA can adapt (`init_lora`).
     """
 
     def __init__(
@@ -87,34 +87,35 @@ class VLM:
 
     @functools.cached_property
     def processor(self) -> Processor:
-        """`processor(images=[...], prompts=[...])` -> inputs.
+        """Returns the processor, which maps `images=[...], prompts=[...]` to inputs; it is loaded on first use.
 
         Raises:
-          UserError: the checkpoint has no tokenizer or image-processor files, or broken ones.
+          UserError: the files of the tokenizer or image processor are missing or broken.
         """
         return load_processor(self.directory, self.config, self.template)
 
     def with_weights(self, params: nnx.State, lora: Lora | None = None) -> "VLM":
-        """The same model with other weights or adapters, such as trained ones; nothing is copied.
+        """Returns the same model with other weights or adapters, such as trained ones; nothing is copied.
 
         Args:
-          params: of the same network; `vlm.params` where only adapters are new.
-          lora: adapters of the decoder that every answer goes through (`icet_jax.nn.protocols.init_lora`); None: none.
+          params: weights of the same network; `vlm.params` if only adapters are new.
+          lora: adapters of the decoder that are used for every response (`icet_jax.nn.protocols.init_lora`), or None.
         """
         other = copy.copy(self)
         other.params, other.lora = params, lora
         return other
 
     def sampling(self, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
-        """How this model's responses are drawn: its own EOS and pad tokens; placeholder and pad are never sampled."""
+        """Returns the sampling settings with this model's EOS and pad tokens; placeholder and pad are never sampled."""
         return Sampling(max_new_tokens, temperature, top_k, top_p, self.eos_ids, self.suppress_ids, self.pad_id)
 
     def misfit(self, ids: Sequence[int] | np.ndarray, max_new_tokens: int) -> str | None:
-        """Why a prompt and its answer are longer than the tokenizer or the model takes, or None.
+        """Returns why a prompt and its response are longer than the tokenizer or the model allows, or None if they are
+        not.
 
         Args:
           ids: tokens of the prompt, image positions included (`processor.token_ids`).
-          max_new_tokens: of the longest answer.
+          max_new_tokens: most tokens of the response.
 
         Raises:
           UserError: see `processor`.
@@ -122,12 +123,12 @@ class VLM:
         return self.processor.misfit(ids) or beyond_positions(len(ids), max_new_tokens, self.max_positions)
 
     def encode(self, inputs: Inputs, upto: int | None = None) -> "Encoding":
-        """Runs the image encoder once for all exits, or for those up to `upto` (the blocks after it are skipped).
+        """Runs the image encoder once for all exits, or for those up to `upto` (later blocks are skipped).
 
-        `logits` and `generate` take the result as `encoded`, so that several exits share one pass.
+        `logits` and `generate` accept the result as `encoded`, so that several exits share one pass.
 
         Raises:
-          UserError: `upto` is no exit, or the inputs do not fit each other or the model.
+          UserError: `upto` is not an exit, or the inputs do not fit each other or the model.
         """
         last = self.num_exits if upto is None else check_exit(upto, self.num_exits, "upto")
         images = self._images(inputs)
@@ -136,15 +137,15 @@ class VLM:
     def logits(
         self, inputs: Inputs, exit_layer: int | None = None, *, encoded: "Encoding | None" = None
     ) -> Float[Array, "B T V"]:
-        """Float32 next-token logits at every position; those at padding mean nothing.
+        """Returns float32 logits of the next token at every position; those at padding have no meaning.
 
         Args:
-          inputs: see `Inputs`; padding on either side.
+          inputs: see `Inputs`; padding may be on either side.
           exit_layer: 1..num_exits; None is the default exit.
-          encoded: of the same inputs, from `encode`.
+          encoded: result of `encode` for the same inputs.
 
         Raises:
-          UserError: an exit out of range, or inputs that do not fit each other or the model.
+          UserError: the exit is out of range, or the inputs do not fit each other or the model.
         """
         tokens, mask = self._text(inputs)
         encoded = self.encode(inputs) if encoded is None else encoded
@@ -152,7 +153,7 @@ class VLM:
         return _logits(self.graphdef, self.params, self.lora, encoded.images, exit_index, tokens, mask)
 
     def hidden_states(self, inputs: Inputs) -> Float[Array, "X I P D"]:
-        """States 0..num_exits of the image encoder, class token first; index 0 is what enters its first block.
+        """Returns states 0..num_exits of the image encoder, class token first; index 0 is the input of its first block.
 
         Raises:
           UserError: `inputs` has no images.
@@ -174,21 +175,21 @@ class VLM:
         seed: int = 0,
         encoded: "Encoding | None" = None,
     ) -> "Responses":
-        """Answers every row. A row's answer depends on its prompt, images, number and the seed alone.
+        """Generates a response for every row, which depends only on the row's prompt, images, number and the seed.
 
         Args:
-          inputs: see `Inputs`; padding on either side.
+          inputs: see `Inputs`; padding may be on either side.
           exit_layer: 1..num_exits; None is the default exit.
-          max_new_tokens: A, the longest answer.
+          max_new_tokens: A, the most tokens of a response.
           temperature: 0 is greedy.
-          top_k: sample among the k likeliest tokens; 0 = off.
-          top_p: sample among the likeliest tokens that together have this probability; 1 = off.
-          seed: of the sampling.
-          encoded: of the same inputs, from `encode`.
+          top_k: only the k most probable tokens are sampled; 0 = off.
+          top_p: only the most probable tokens that together reach this probability are sampled; 1 = off.
+          seed: seed of the sampling.
+          encoded: result of `encode` for the same inputs.
 
         Raises:
-          UserError: an exit or a setting out of range, inputs that do not fit each other or the model, or logits that
-            are NaN or infinite (the message names the exit and the row, from 0).
+          UserError: the exit or a setting is out of range, the inputs do not fit each other or the model, or logits are
+            NaN or infinite (the message names the exit and the row, from 0).
         """
         sampling = self.sampling(max_new_tokens, temperature, top_k, top_p)
         tokens, mask = self._text(inputs, max_new_tokens)
@@ -197,21 +198,21 @@ class VLM:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(tokens.shape[0]))
         weights = (self.graphdef, self.params, self.lora)
         out = _answer(*weights, encoded.images, exit_index, tokens, mask, keys, sampling)
-        responses, log_probs, answered = map(np.asarray, out)
+        responses, log_probs, is_response = map(np.asarray, out)
         for row in range(len(responses)):
-            check_log_probs(log_probs[row, answered[row]], f"exit {int(exit_index)}, row {row}")
+            check_log_probs(log_probs[row, is_response[row]], f"exit {int(exit_index)}, row {row}")
         return Responses(
-            responses, log_probs, answered, decode=lambda tokens, mask: self.processor.decode(tokens, mask)
+            responses, log_probs, is_response, decode=lambda tokens, mask: self.processor.decode(tokens, mask)
         )
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the model to a new directory in the Hugging Face layout; transformers 4.46 to 5.x load it.
+        """Writes the model to a new directory in the Hugging Face layout, which transformers 4.46 to 5.x can load.
 
-        An adapter that was merged when the model was loaded is part of what is written, and so is `lora`. With several
-        processes all of them call it; the first one writes.
+        The written model contains `lora` and the adapter that was merged when the model was loaded. With several
+        processes all of them call this method, and the first one writes.
 
         Raises:
-          UserError: it cannot be written there.
+          UserError: the directory cannot be written.
         """
         source, start = self.directory, self.adapter
         return save_vlm(directory, self.config, self.params, source_dir=source, start=start, lora=self.lora)
@@ -231,7 +232,7 @@ class VLM:
         mask = np.asarray(inputs["attention_mask"]) if "attention_mask" in inputs else np.ones_like(tokens)
         if tokens.ndim != 2 or tokens.shape != mask.shape:
             raise UserError(f"inputs: input_ids {tokens.shape} and attention_mask {mask.shape} must both be [B, T]")
-        last = max(self.vocab_size - 1, self.config.image_token_index)  # which may be no token of the vocabulary
+        last = max(self.vocab_size - 1, self.config.image_token_index)  # the image token may be outside the vocabulary
         if tokens.size and not 0 <= tokens.min() <= tokens.max() <= last:
             raise UserError(f"inputs: input_ids reach {tokens.max()}, but this model's tokens are 0..{last}")
         for row, length in enumerate(np.count_nonzero(mask, axis=1)):
@@ -247,11 +248,11 @@ class VLM:
 
 
 class Encoding(NamedTuple):
-    """Images encoded once for many exits.
+    """Holds images that are encoded once for many exits.
 
     Attributes:
-      images: the family's own pytree; None where the inputs have no images.
-      upto: the last exit it serves.
+      images: pytree of the family; None if the inputs have no images.
+      upto: the last exit that it can be used for.
     """
 
     images: Any
@@ -259,12 +260,13 @@ class Encoding(NamedTuple):
 
 
 class Responses:
-    """What `VLM.generate` returns.
+    """Holds the result of `VLM.generate`.
 
     Attributes:
-      tokens: int [B, A]; the pad token after the end.
-      log_probs: float32 [B, A] of the tokens, in nats, at the temperature used (1 when greedy), before top-k and top-p.
-      mask: bool [B, A]: the response, up to and including its EOS.
+      tokens: int [B, A]; the pad token after the end of a response.
+      log_probs: float32 [B, A], log-probs of the tokens in nats, at the temperature used (1 when greedy), before top-k
+        and top-p.
+      mask: bool [B, A], True at the response up to and including its EOS.
     """
 
     def __init__(
@@ -280,7 +282,7 @@ class Responses:
 
     @functools.cached_property
     def texts(self) -> list[str]:
-        """The responses as text, without special tokens.
+        """Returns the responses as text, without special tokens.
 
         Raises:
           UserError: the checkpoint has no tokenizer files.

@@ -1,1 +1,1 @@
-"""HF checkpoints in and out through one invertible key table per family; run state in between."""
+"""Reads and writes HF checkpoints through one invertible key table per family, and saves the state of runs."""

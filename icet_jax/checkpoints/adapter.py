@@ -1,4 +1,4 @@
-"""A low-rank adapter of a network's kernels, wherever its weights are."""
+"""A low-rank adapter of a network's kernels, independent of where its weights are."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from icet_jax.typing import Float
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Low-rank updates of decoder projections, `W += scale * a @ b`, of which one layer is on the host at a time.
+    """Provides low-rank updates of decoder projections, `W += scale * a @ b`, one layer at a time on the host.
 
     Attributes:
-      rank: r, of every target.
+      rank: r, the same for every target.
       scale: alpha / r (or alpha / sqrt(r)).
-      targets: adapted projections, as `Lora.weights` names them.
-      factors: (target, layer of its stack) -> float32 `a [in, r]` and `b [r, out]`, in the order x @ a @ b; zero where
-        that layer of the target is left alone. With several processes it may be collective: all must ask in the same
-        order.
+      targets: adapted projections, with the names in `Lora.weights`.
+      factors: function of (target, layer of its stack) that returns float32 `a [in, r]` and `b [r, out]`, in the order
+        x @ a @ b; zero if that layer is not adapted. With several processes it may be collective, so all must call it
+        in the same order.
     """
 
     rank: int
@@ -31,17 +31,17 @@ class Adapter:
     factors: Callable[[str, int], tuple[np.ndarray, np.ndarray]]
 
     def delta(self, slot: Slot) -> Float[np.ndarray, "size_in size_out"] | None:
-        """The float32 update `[in, out]` of the kernel that `slot` fills; None where there is none."""
+        """Returns the float32 update `[in, out]` of the kernel that `slot` fills; None if there is none."""
         target = lora_key(slot.path)
         if target not in self.targets or slot.layer is None:
             return None
-        # One memory layout, so that an adapter read from its file gives the same bits as the one that was written.
+        # The same memory layout always, so that an adapter read from a file gives the same bits as the written one.
         a, b = map(np.ascontiguousarray, self.factors(target, slot.layer))
         return np.float32(self.scale) * (a @ b) if b.any() else None
 
 
 def of_lora(lora: Lora) -> Adapter:
-    """Trained LoRA weights, wherever their devices are, as an `Adapter`."""
+    """Returns trained LoRA weights, on whatever devices they are, as an `Adapter`."""
     rank = next(iter(lora.weights.values()))["a"].shape[-1]
 
     def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,10 @@
-"""Exported folders: they appear whole or not at all, and replace nothing but earlier exports."""
+"""Exported folders, which are complete or absent and replace only earlier exports."""
 
 import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,10 +12,10 @@ import numpy as np
 from icet_jax.checkpoints.safetensors_io import dtype_name, write_safetensors
 from icet_jax.checkpoints.streaming import to_host
 from icet_jax.errors import UserError, write_error
-from icet_jax.files import replace_dir_atomic
+from icet_jax.files import JsonObject, replace_dir_atomic
 
 VALUE_HEAD = "value_head.safetensors"
-"""Beside a model or an adapter; transformers and PEFT do not read it."""
+"""File of the value head next to a model or an adapter; transformers and PEFT do not read it."""
 ADAPTER = "adapter"
 """Sub-folder of an exported model for its PEFT adapter."""
 
@@ -26,8 +25,8 @@ def check_target(out_dir: Path, source: Path | None, mark: str) -> None:
 
     Args:
       out_dir: the target.
-      source: directory of the model that is exported, or None.
-      mark: the file that every earlier export has.
+      source: directory of the exported model, or None.
+      mark: a file that every earlier export has.
     """
     if source is not None and out_dir.resolve() == source.resolve():
         raise UserError(f"{out_dir}: is the model's own source; export to another directory")
@@ -39,12 +38,12 @@ def check_target(out_dir: Path, source: Path | None, mark: str) -> None:
 
 @contextlib.contextmanager
 def beside(out_dir: Path) -> Iterator[Path]:
-    """A folder next to `out_dir` that takes its place if the block succeeds and vanishes otherwise.
+    """Yields a temporary folder that replaces `out_dir` if the block succeeds and is removed otherwise.
 
-    Its name is fixed: what a killed export left is removed by the next one.
+    Its name is fixed, so that the next export removes what a killed one left.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the folder cannot be written.
     """
     folder = out_dir.with_name(f".{out_dir.name}.partial")
     try:
@@ -59,13 +58,13 @@ def beside(out_dir: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: JsonObject) -> None:
     """Writes an indented JSON file into an unfinished folder."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def head_on_host(head: Mapping[str, jax.Array] | None) -> dict[str, np.ndarray] | None:
-    """A value head as numpy; with several processes all of them call it."""
+    """Returns a value head as numpy arrays; with several processes all of them call it."""
     return None if head is None else {name: to_host(array, None) for name, array in sorted(head.items())}
 
 

@@ -1,4 +1,4 @@
-"""Where a reward model starts from: a GPT-2 language model, whose head is new, or another reward model."""
+"""Loads the start of a reward model: a GPT-2 language model, which gets a new head, or another reward model."""
 
 import functools
 from pathlib import Path
@@ -21,20 +21,20 @@ _HEAD_STDDEV = 0.02  # HF `initializer_range`
 def load_gpt2_base(
     directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, remat: str = "none", seed: int = 0
 ) -> Checkpoint:
-    """Loads a GPT-2 of any head as a reward model with float32 parameters, ready to be trained.
+    """Loads a GPT-2 with any head as a reward model with float32 parameters, ready for training.
 
-    `GPT2LMHeadModel` and bare `GPT2Model` files get a new score head (N(0, 0.02^2), as transformers does) and lose
-    their language-model head; `GPT2ForSequenceClassification` files keep theirs.
+    Files of `GPT2LMHeadModel` and bare `GPT2Model` get a new score head (N(0, 0.02^2), as in transformers) and lose
+    their language-model head; files of `GPT2ForSequenceClassification` keep theirs.
 
     Args:
-      directory: with config.json and safetensors weights, with or without the `transformer.` prefix in its keys.
-      dtype: compute dtype, "float32" or "bfloat16"; the head's is always float32.
-      mesh: where to put the parameters; None for the default device.
-      remat: what the backward pass keeps, see `icet_jax.nn.layers.REMAT_POLICIES`.
-      seed: of a new head.
+      directory: directory with config.json and safetensors weights, whose keys may have the prefix `transformer.`.
+      dtype: compute dtype, "float32" or "bfloat16"; that of the head is always float32.
+      mesh: mesh for the parameters; None for the default device.
+      remat: what is kept for the backward pass, see `icet_jax.nn.layers.REMAT_POLICIES`.
+      seed: seed of a new head.
 
     Raises:
-      UserError: another model type, several labels, or weights that do not fit (`load_network`).
+      UserError: the model type differs, there are several labels, or the weights do not fit (`load_network`).
     """
     directory = Path(directory)
     values = hf_config.read_hf_config(directory)
@@ -42,16 +42,16 @@ def load_gpt2_base(
     table = tables.gpt2_table(config)
     with TensorReader(safetensors_files(directory)) as reader:
         has_head = any(table.normalise(key) == HEAD_KEY for key in reader.shapes)
-    placed: dict[str, Any] = {"dtype": dtype, "param_dtype": "float32", "mesh": mesh}
-    make = functools.partial(GPT2RewardModel, config, remat=remat)
+    options: dict[str, Any] = {"dtype": dtype, "param_dtype": "float32", "mesh": mesh}
+    build_network = functools.partial(GPT2RewardModel, config, remat=remat)
     if has_head:
-        graphdef, params = load_network(directory, make, table, **placed)
+        graphdef, params = load_network(directory, build_network, table, **options)
         return Checkpoint(graphdef, params, config, values, directory)
     body = tables.Table(tuple(slot for slot in table.slots if slot.key != HEAD_KEY), table.normalise)
-    _, loaded = load_network(directory, functools.partial(GPT2Backbone, config), body, **placed)
-    graphdef, abstract = abstract_params(make, dtype, "float32")
-    found = sharding.flatten_with_names(loaded) | {HEAD_PATH: _new_head(config.n_embd, seed, mesh)}
-    leaves = [found[path] for path in sharding.flatten_with_names(abstract)]
+    _, loaded = load_network(directory, functools.partial(GPT2Backbone, config), body, **options)
+    graphdef, abstract = abstract_params(build_network, dtype, "float32")
+    leaf_by_path = sharding.flatten_with_names(loaded) | {HEAD_PATH: _new_head(config.n_embd, seed, mesh)}
+    leaves = [leaf_by_path[path] for path in sharding.flatten_with_names(abstract)]
     return Checkpoint(graphdef, jax.tree.unflatten(jax.tree.structure(abstract), leaves), config, values, directory)
 
 

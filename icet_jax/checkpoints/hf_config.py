@@ -1,6 +1,6 @@
-"""HF `config.json` <-> the models' config dataclasses.
+"""Converts HF's `config.json` to the models' config dataclasses and back.
 
-Import takes the old keys, transformers 5's `rope_parameters` and `dtype`, and the hub's sparse sub-configs, whose
+Import accepts the old keys, transformers 5's `rope_parameters` and `dtype`, and the hub's sparse sub-configs, whose
 absent fields mean the HF class defaults. Export writes the old keys, which every transformers from 4.46 to 5.x reads.
 """
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import JsonObject, parse_json
 from icet_jax.nn.gpt2 import GPT2Config
 from icet_jax.nn.llama import LlamaConfig, RopeScaling
 
 SUPPORTED = {**{name: family.title for name, family in FAMILIES.items()}, "gpt2": "GPT-2 reward model"}
-"""`model_type` -> what it is, of the checkpoints that are read here."""
+"""{`model_type`: description} of the supported checkpoints."""
 
-# What transformers fills in where the decoder's part is sparse: its class defaults.
+# transformers' class defaults, used for fields that the decoder's config leaves out.
 _TEXT_DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu",
@@ -27,25 +27,25 @@ _GPT2_DEFAULTS = {
 }  # fmt: skip
 _LAYER_COUNTS = ("num_hidden_layers", "num_global_layers", "n_layer")
 _MOST_LAYERS, _LARGEST_SIZE, _LARGEST_NUMBER = 4096, 1 << 24, 1e30
-_SHOWN = 200  # characters of a wrong value
+_SHOWN = 200  # characters of a wrong value that an error shows
 
 
 class Fields:
-    """Reads one (sub-)config and reports problems under its file and field."""
+    """Reads one (sub-)config and reports problems with its file and field."""
 
-    def __init__(self, values: Any, defaults: dict[str, Any], where: str):
+    def __init__(self, values: Any, defaults: JsonObject, where: str):
         if not isinstance(values, dict):
             raise UserError(f"{where}: must be a mapping, not {_shown(values)}")
         # An explicit null means the default, as an absent key does.
         self.values = defaults | {key: value for key, value in values.items() if value is not None}
         self.where = where
 
-    def fail(self, field: str, wanted: str) -> UserError:
-        """The error for a field's value, to be raised; says what is `wanted` instead."""
-        return UserError(f"{self.where}: {field}={_shown(self.values.get(field))} is not supported; needs {wanted}")
+    def fail(self, field: str, expected: str) -> UserError:
+        """Returns the error for a field's value, which says what is `wanted` instead; the caller raises it."""
+        return UserError(f"{self.where}: {field}={_shown(self.values.get(field))} is not supported; needs {expected}")
 
     def size(self, field: str) -> int:
-        """A positive integer, within what any network has: a hostile file must not cost hours or gigabytes."""
+        """Returns a positive integer of plausible size, so that a malicious file cannot cost hours or gigabytes."""
         value = self.values.get(field)
         most = _MOST_LAYERS if field in _LAYER_COUNTS else _LARGEST_SIZE
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
@@ -53,36 +53,37 @@ class Fields:
         return value
 
     def number(self, field: str) -> float:
-        """A finite number, as float."""
+        """Returns a finite number as float."""
         value = self.values.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
             raise self.fail(field, "a number")
         return float(value)
 
     def choice(self, field: str, allowed: Any) -> Any:
-        """One of the `allowed` values."""
+        """Returns the value if it is one of `allowed`, else raises an error."""
         value = self.values.get(field)
         if value not in tuple(allowed):
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
         return value
 
     def only(self, field: str, *allowed: Any) -> None:
-        """Rejects a value that would change the network; an absent field is fine."""
+        """Raises an error for a value that would change the network; an absent field is accepted."""
         if field in self.values and self.values[field] not in allowed:
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
 
 
 def _shown(value: Any) -> str:
-    """A value of the file for an error line, its beginning alone where it is long."""
+    """Returns a value of the file for an error message, truncated if it is long."""
     text = "a number of thousands of digits" if isinstance(value, int) and abs(value) >= 10**100 else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def read_hf_config(directory: str | Path) -> dict[str, Any]:
-    """The `config.json` of a checkpoint directory.
+def read_hf_config(directory: str | Path) -> JsonObject:
+    """Returns the `config.json` of a checkpoint directory.
 
     Raises:
-      UserError: no directory, no such file, not a JSON object with a `model_type`, or of quantised weights.
+      UserError: the directory or file does not exist, is not a JSON object with a `model_type`, or has quantised
+        weights.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
@@ -97,12 +98,12 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_quantised(values: dict[str, Any], where: str) -> None:
-    """Raises a `UserError` where a `quantization_config` stands: plain weights beside it are not what it describes."""
+def _refuse_quantised(values: JsonObject, where: str) -> None:
+    """Raises a `UserError` if there is a `quantization_config`, because plain weights are not what it describes."""
     for place, part in (("", values), *((f"{name}.", values.get(name)) for name in ("text_config", "vision_config"))):
-        found = part.get("quantization_config") if isinstance(part, dict) else None
-        if found is not None:
-            method = found.get("quant_method") if isinstance(found, dict) else None
+        quantization = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise UserError(
                 f"{where}: {place}quantization_config{'' if method is None else f' ({_shown(method)})'}: quantised "
                 "weights are not supported; give the checkpoint that is not quantised, or remove the field if its "
@@ -114,23 +115,25 @@ def _supported() -> str:
     return ", ".join(f"{name} ({what})" for name, what in SUPPORTED.items())
 
 
-def require_model_type(values: dict[str, Any], wanted: str, where: str = "config.json") -> None:
+def require_model_type(values: JsonObject, expected: str, where: str = "config.json") -> None:
     """Checks `model_type`.
 
     Raises:
-      UserError: it is not `wanted`; the line names what is supported.
+      UserError: it is not `expected`; the message names the supported types.
     """
-    found = values.get("model_type")
-    if found == wanted:
+    model_type = values.get("model_type")
+    if model_type == expected:
         return
-    if found in SUPPORTED:
-        raise UserError(f"{where}: model_type '{found}' is a {SUPPORTED[found]}; a {SUPPORTED[wanted]} is needed here")
-    raise UserError(f"{where}: model_type '{found}' is not supported; supported are {_supported()}")
+    if model_type in SUPPORTED:
+        raise UserError(
+            f"{where}: model_type '{model_type}' is a {SUPPORTED[model_type]}; a {SUPPORTED[expected]} is needed here"
+        )
+    raise UserError(f"{where}: model_type '{model_type}' is not supported; supported are {_supported()}")
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Base and scaling from old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) keys."""
-    merged: dict[str, Any] = {"rope_theta": fields.values.get("rope_theta", 10000.0)}
+    """Returns base and scaling from the old keys (`rope_theta`, `rope_scaling`) or the new one (`rope_parameters`)."""
+    merged: JsonObject = {"rope_theta": fields.values.get("rope_theta", 10000.0)}
     for name in ("rope_scaling", "rope_parameters"):
         part = fields.values.get(name, {})
         if not isinstance(part, dict):
@@ -152,16 +155,16 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
 
 
 def llama_text(values: Any, tied: bool, where: str, model_type: str = "llama") -> LlamaConfig:
-    """A Llama decoder's config (HF `LlamaConfig`).
+    """Returns the config of a Llama decoder (HF `LlamaConfig`).
 
     Args:
       values: the parsed `config.json`, or the part of it that describes the decoder.
       tied: whether an outer config ties the head to the embeddings.
-      where: name of `values` in error lines.
-      model_type: what `values` may call itself.
+      where: name of `values` in error messages.
+      model_type: model type that `values` may name.
 
     Raises:
-      UserError: a value under which the network would differ from this one.
+      UserError: a value would need a different network.
     """
     fields = Fields(values, _TEXT_DEFAULTS, where)
     fields.only("model_type", model_type)
@@ -195,11 +198,11 @@ def llama_text(values: Any, tied: bool, where: str, model_type: str = "llama") -
     )
 
 
-def gpt2_from_hf(values: dict[str, Any], where: str = "config.json") -> GPT2Config:
-    """The network's config from a GPT-2 sequence classifier's `config.json` (HF `GPT2Config`).
+def gpt2_from_hf(values: JsonObject, where: str = "config.json") -> GPT2Config:
+    """Returns the network's config for a GPT-2 sequence classifier's `config.json` (HF `GPT2Config`).
 
     Raises:
-      UserError: another model type, or a value under which the network would differ from this one.
+      UserError: the model type differs, or a value would need a different network.
     """
     require_model_type(values, "gpt2", where)
     fields = Fields(values, _GPT2_DEFAULTS, where)
@@ -226,19 +229,19 @@ def gpt2_from_hf(values: dict[str, Any], where: str = "config.json") -> GPT2Conf
     )
 
 
-def drop_new_keys(values: dict[str, Any]) -> None:
-    """Removes the transformers-5 spellings of what the old keys say."""
+def drop_new_keys(values: JsonObject) -> None:
+    """Removes transformers 5's keys that duplicate old keys."""
     for key in ("rope_parameters", "dtype", "image_token_id"):
         values.pop(key, None)
 
 
-def llama_text_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") -> dict[str, Any]:
-    """A Llama decoder's part of `config.json` with the old keys.
+def llama_text_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") -> JsonObject:
+    """Returns a Llama decoder's part of `config.json` with the old keys.
 
     Args:
-      config: of the decoder.
-      dtype: torch name of the stored weights.
-      model_type: what the part calls itself.
+      config: config of the decoder.
+      dtype: torch name of the dtype of the stored weights.
+      model_type: model type of the part.
     """
     rope = config.rope_scaling
     return {
@@ -254,13 +257,14 @@ def llama_text_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama")
     }
 
 
-def gpt2_to_hf(config: GPT2Config, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-    """`config.json` with the old keys; `pad_token_id` is always there, as padded batches need it in transformers.
+def gpt2_to_hf(config: GPT2Config, source: JsonObject | None, dtype: str) -> JsonObject:
+    """Returns the `config.json` with the old keys, always with `pad_token_id`, which transformers needs for padded
+    batches.
 
     Args:
-      config: of the network.
-      source: the `config.json` that it came from, whose other keys are kept; None for a model made here.
-      dtype: torch name of the stored weights.
+      config: config of the network.
+      source: the `config.json` that it came from, whose other keys are kept; None for a model created here.
+      dtype: torch name of the dtype of the stored weights.
     """
     out = copy.deepcopy(source or {})
     drop_new_keys(out)

@@ -1,8 +1,8 @@
-"""Writes HF checkpoint directories in the OLD layout with old config keys: transformers 4.46 to 5.x load them.
+"""Writes HF checkpoint directories in the old layout with old config keys, which transformers 4.46 to 5.x load.
 
-Tensors that training did not touch are copied from the source byte for byte; the others are cast to the source's
-dtype. Tensors go to the disk one by one, whatever mesh the parameters are spread over: one piece at a time comes to the
-host. With several processes all of them call an export and the first one writes.
+Tensors that training did not change are copied from the source byte for byte; the others are cast to the source's
+dtype. Tensors are written one by one, and only one piece at a time is brought to the host, whatever mesh the parameters
+are on. With several processes all of them call an export and the first one writes.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -23,35 +23,36 @@ from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
 from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Slot, Table
+from icet_jax.files import JsonObject
 from icet_jax.nn.gpt2 import GPT2Config
 from icet_jax.parallel.distributed import together
 from icet_jax.parallel.sharding import flatten_with_names
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-ConfigWriter: TypeAlias = Callable[[dict[str, Any] | None, str, set[str]], dict[str, Any]]
-"""(`config.json` of the source or None, torch dtype, tied keys that the file leaves out) -> `config.json`."""
+ConfigWriter: TypeAlias = Callable[[JsonObject | None, str, set[str]], JsonObject]
+"""Function of (source's `config.json` or None, torch dtype, omitted tied keys) that returns the `config.json`."""
 
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja",
     "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-"""What comes along from the source directory, where it is there."""
+"""Files that are copied from the source directory if they exist."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Everything that decides one tensor of the output.
+    """Holds everything that determines the tensors of the output.
 
     Attributes:
-      table: of the family.
+      table: key table of the family.
       params: parameters by path.
       reader: the open source, or None.
-      keys: OLD key -> key in the source.
+      keys: {old key: key in the source}.
       start: adapter that was merged when the source was loaded, or None.
       lora: adapter to merge into the parameters, or None.
-      trained: roots of the paths that may differ from the source, or None: any may.
+      trained: roots of the paths that may differ from the source; None if any may.
     """
 
     table: Table
@@ -63,13 +64,14 @@ class Export:
     trained: Sequence[str] | None
 
     def dtype(self, slot: Slot) -> str:
-        """The source tensor's dtype, or the parameter's."""
+        """Returns the source tensor's dtype, or the parameter's if there is no source."""
         if self.reader is not None:
             return self.reader.dtypes[self.keys[slot.key]]
         return safetensors_io.dtype_name(self.params[slot.path].dtype)
 
     def tensor(self, slot: Slot) -> np.ndarray:
-        """The HF tensor of a slot, adapters added in float32; every process calls it for the same slots in turn."""
+        """Returns the HF tensor of a slot, with adapters added in float32; all processes call it for the same slots in
+        order."""
         deltas = [] if self.lora is None else [self.lora.delta(slot)]
         tensor = None
         if self.may_differ(slot):
@@ -77,26 +79,27 @@ class Export:
         if self.reader is not None:
             source = self.source(slot)
             start = None if self.start is None else self.start.delta(slot)
-            # A parameter that still equals what was loaded stands for the source's own bits, of which a bfloat16
-            # parameter holds only a part.
+            # A parameter that still equals the loaded one is replaced by the source's own bits, because a bfloat16
+            # parameter holds only a part of them.
             if tensor is None or _same_bits(_sum(slot, source, [start]).astype(tensor.dtype, copy=False), tensor):
                 tensor, deltas = source, [start, *deltas]
         assert tensor is not None
         return _sum(slot, tensor, deltas).astype(safetensors_io.DTYPES[self.dtype(slot)], copy=False)
 
     def source(self, slot: Slot) -> np.ndarray:
-        """The source's tensor of a slot, where there is a source."""
+        """Returns the source's tensor of a slot."""
         assert self.reader is not None
         return self.reader.read(self.keys[slot.key])
 
     def may_differ(self, slot: Slot) -> bool:
-        """Whether training may have changed the parameter (the adapters aside)."""
+        """Returns whether training may have changed the parameter itself, apart from adapters."""
         if self.reader is None or self.trained is None:
             return True
         return any(slot.path == root or slot.path.startswith(f"{root}/") for root in self.trained)
 
     def tied(self) -> set[str]:
-        """Keys that the file may leave out: the source lacked them, and they still equal what they are tied to."""
+        """Returns the keys that the file may omit: the source omitted them, and they still equal the tensors they are
+        tied to."""
         return {slot.key for slot in self.table.slots if slot.fallback and self._is_tied(slot)}
 
     def _is_tied(self, slot: Slot) -> bool:
@@ -107,13 +110,14 @@ class Export:
 
 
 def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two tensors of one dtype are equal, NaN and signed zeros included; numpy is slow on bfloat16 itself."""
+    """Returns whether two tensors of one dtype are equal, with NaN and signed zeros; comparing bits is faster for
+    bfloat16."""
     bits = np.dtype(f"u{first.dtype.itemsize}")
     return np.array_equal(first.view(bits), second.view(bits))
 
 
 def _sum(slot: Slot, tensor: np.ndarray, deltas: Sequence[np.ndarray | None]) -> np.ndarray:
-    """A tensor of the file plus updates of the parameter; itself where there are none."""
+    """Returns a tensor of the file plus updates of the parameter; the tensor itself if there are none."""
     for delta in deltas:
         if delta is not None:
             tensor = tensor.astype(np.float32, copy=False) + slot.transform.to_hf(delta)
@@ -134,13 +138,13 @@ def save_network(
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a checkpoint directory, all of it or nothing.
+    """Writes a checkpoint directory, completely or not at all.
 
     Args:
-      out_dir: new, or an earlier export, which is replaced.
+      out_dir: a new directory, or an earlier export, which is replaced.
       table: key table of the network.
       params: its parameters.
-      config_json: makes `config.json`.
+      config_json: function that returns `config.json`.
       source_dir, start, lora, trained, value_head, texts, max_shard_bytes: see `icet_jax.models.saving.save_vlm`.
 
     Returns:
@@ -151,7 +155,7 @@ def save_network(
     """
     source = None if source_dir is None else Path(source_dir)
     head = folder.head_on_host(value_head)
-    with opened(table, params, source, start, lora, trained) as export:
+    with open_export(table, params, source, start, lora, trained) as export:
         _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {})
     return Path(out_dir)
 
@@ -159,20 +163,20 @@ def save_network(
 def save_gpt2_reward(
     out_dir: str | Path, config: GPT2Config, params: nnx.State, *, source_dir: str | Path | None = None
 ) -> Path:
-    """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`), all of it or nothing."""
+    """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`), completely or not at all."""
 
-    def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
+    def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
         return hf_config.gpt2_to_hf(config, values, dtype)
 
     return save_network(out_dir, tables.gpt2_table(config), params, config_json, source_dir=source_dir)
 
 
 @contextlib.contextmanager
-def opened(
+def open_export(
     table: Table, params: nnx.State, source: Path | None, start: Adapter | None, lora: Adapter | None,
     trained: Sequence[str] | None,
 ) -> Iterator[Export]:  # fmt: skip
-    """What gives every tensor of an export; the source's files stay open for as long as the block runs."""
+    """Yields the `Export` that provides every tensor; the source's files stay open during the block."""
     by_path = flatten_with_names(params)
     if source is None:
         yield Export(table, by_path, None, {}, start, lora, trained)
@@ -211,7 +215,7 @@ def _save(
             for path in [source / name for name in COPIED] if source is not None else ():
                 if path.is_file():
                     shutil.copyfile(path, unfinished / path.name)
-            # Last: a folder without config.json is no model to anyone.
+            # Written last, because a folder without config.json does not count as a model.
             values = None if source is None else hf_config.read_hf_config(source)
             folder.write_json(unfinished / "config.json", config_json(values, _main_dtype(specs), tied))
     else:
@@ -234,7 +238,7 @@ def _write_index(unfinished: Path, files: dict[str, list[str]], specs: dict[str,
 
 
 def _main_dtype(specs: dict[str, safetensors_io.Spec]) -> str:
-    """Torch name of the dtype that most bytes have."""
+    """Returns the torch name of the dtype that most bytes have."""
     by_dtype: dict[str, int] = {}
     for dtype, shape in specs.values():
         by_dtype[dtype] = by_dtype.get(dtype, 0) + safetensors_io.tensor_bytes(dtype, shape)

@@ -1,4 +1,4 @@
-"""Collects everything that is wrong with a set of weights and says it in one line."""
+"""Collects all problems with a set of weights and reports them in one line."""
 
 import re
 from collections import defaultdict
@@ -9,7 +9,7 @@ _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
 def _ranges(numbers: set[int]) -> str:
-    """`{0, 1, 2, 5}` -> `0-2,5`."""
+    """Converts `{0, 1, 2, 5}` to `0-2,5`."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:
@@ -20,7 +20,8 @@ def _ranges(numbers: set[int]) -> str:
 
 
 def compact(keys: list[str]) -> list[str]:
-    """Names every key, those that differ in one layer number as one: `layers.{0-23}.mlp.fc1.bias`."""
+    """Returns the names of all keys, with those that differ only in a layer number combined:
+    `layers.{0-23}.mlp.fc1.bias`."""
     groups: dict[str, set[int]] = defaultdict(set)
     out = []
     for key in keys:
@@ -36,17 +37,17 @@ def compact(keys: list[str]) -> list[str]:
 
 
 class Problems:
-    """Keys grouped by what is wrong with them."""
+    """Collects keys by the kind of problem."""
 
     def __init__(self) -> None:
         self._keys: dict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, key: str) -> None:
-        """Notes that `key` is "missing", "unexpected", ..."""
+        """Records that `key` is "missing", "unexpected", ..."""
         self._keys[kind].append(key)
 
     def raise_if_any(self, where: str, what: str) -> None:
-        """Raises what was collected: `where: what: missing (2): ...`.
+        """Raises the collected problems as `where: what: missing (2): ...`.
 
         Raises:
           UserError: one line with every kind, its number of tensors and all their keys.

@@ -1,14 +1,14 @@
-"""What the published `config.json` of the models in `configs/` say about their sizes, for plans without a network.
+"""The sizes in the published `config.json` of the models in `configs/`, for plans without a network connection.
 
-The values that decide shapes; what is left out is the class default, as in the sparse files on the hub. Weights are
-never loaded by these: a run reads the checkpoint's own config.json.
+Only values that determine shapes are given; others have the class defaults, as in the hub's sparse files. Weights are
+never loaded with these values: a run reads the checkpoint's own config.json.
 """
 
 from pathlib import Path
-from typing import Any
 
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 
 _CLIP = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
@@ -29,14 +29,14 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 
 
-def _llava(model_type: str, text: dict[str, Any], pad: int) -> dict[str, Any]:
+def _llava(model_type: str, text: JsonObject, pad: int) -> JsonObject:
     return {
         "model_type": model_type, "image_token_index": 32000, "pad_token_id": pad, "text_config": text,
         "vision_config": _CLIP,
     }  # fmt: skip
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {
+PUBLISHED: dict[str, JsonObject] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", _VICUNA_7B, 32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", _VICUNA_13B, 32001),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _llava("llava_next", _VICUNA_7B, 0),
@@ -57,7 +57,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 _LLAMA_7B = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32000}
 _ONE_LABEL = {"0": "LABEL_0"}
 
-SCORERS: dict[str, dict[str, Any]] = {
+SCORERS: dict[str, JsonObject] = {
     "meta-llama/LlamaGuard-7b": _LLAMA_7B | {"architectures": ["LlamaForCausalLM"]},
     "meta-llama/Llama-Guard-3-8B": _LLAMA_7B | {
         "architectures": ["LlamaForCausalLM"], "intermediate_size": 14336, "num_key_value_heads": 8,
@@ -86,23 +86,23 @@ SCORERS: dict[str, dict[str, Any]] = {
         "position_buckets": 256, "max_relative_positions": -1, "pos_att_type": "p2c|c2p", "id2label": _ONE_LABEL,
     },
 }  # fmt: skip
-"""Of the scorers in `configs/`, likewise."""
+"""The same for the scorers in `configs/`."""
 
 
-def scorer_values(path_or_id: str) -> dict[str, Any] | None:
-    """The parsed `config.json` of a scorer's directory, or of a hub id whose sizes are known here; None for others.
+def scorer_values(path_or_id: str) -> JsonObject | None:
+    """Returns the parsed `config.json` of a scorer's directory, or of a hub id whose sizes are known here; else None.
 
     Raises:
-      UserError: a directory without a readable config.json.
+      UserError: the directory has no readable config.json.
     """
     return read_hf_config(path_or_id) if Path(path_or_id).is_dir() else SCORERS.get(path_or_id)
 
 
-def config_values(path_or_id: str) -> dict[str, Any]:
-    """The parsed `config.json` of a checkpoint directory, or of a hub id whose sizes are known here.
+def config_values(path_or_id: str) -> JsonObject:
+    """Returns the parsed `config.json` of a checkpoint directory, or of a hub id whose sizes are known here.
 
     Raises:
-      UserError: neither, or a directory without a readable config.json.
+      UserError: it is neither, or the directory has no readable config.json.
     """
     if Path(path_or_id).is_dir():
         return read_hf_config(path_or_id)

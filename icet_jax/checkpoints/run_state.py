@@ -1,4 +1,5 @@
-"""The state of a run on disk (Orbax): saved while the run goes on, the last few kept, damage noticed at the restore."""
+"""Saves the state of a run with Orbax while the run continues, keeps the last few, and detects damage when
+restoring."""
 
 import contextlib
 import json
@@ -21,36 +22,36 @@ from icet_jax.parallel.sharding import flatten_with_names
 
 _LOG = logging.getLogger("icet_jax")
 _STATE, _METADATA = "state", "metadata"
-_MEASURED = "measured.json"  # beside the saves: what `measure` was told of each
+_MEASURED = "measured.json"  # file of the values that `measure` recorded for the saves
 
 
 class RunState:
-    """Numbered checkpoints of one run in one directory.
+    """Manages the numbered checkpoints of one run in one directory.
 
         states = RunState(workdir / "checkpoints", keep=2)
         restored = states.restore(like=state)        # None on the first start
         states.save(step, state, {"any": "JSON"})    # returns as soon as `state` may be changed or donated
         states.wait()                                # now the last save is on disk, or its error is raised
-        states.measure(step, value)                  # later: how good this state was found to be
+        states.measure(step, value)                  # later: the measured quality of this state
 
     A save is complete or absent, whenever the process is killed; older ones are deleted once it is complete. Each
-    array's checksum is stored with it, since Orbax itself does not notice a changed byte. Several processes call all of
-    this together, and may be more or fewer at the restore.
+    array's checksum is stored with it, because Orbax itself does not notice a changed byte. Several processes call all
+    methods together, and their number may differ when restoring.
     """
 
     def __init__(self, directory: str | Path, *, keep: int, keep_best: bool = False, keep_measured: bool = False):
-        """Opens (or makes) `directory`; saves beyond the newest `keep` are deleted.
+        """Opens or creates `directory`; saves beyond the newest `keep` are deleted.
 
         Args:
-          directory: of this run alone.
-          keep: how many of the newest are kept.
-          keep_best: whether the save of the highest value is kept beside them (`measure`).
-          keep_measured: whether the newest save that was measured is kept beside them.
+          directory: directory that only this run uses.
+          keep: number of the newest saves to keep.
+          keep_best: whether the save with the highest value is kept too (`measure`).
+          keep_measured: whether the newest measured save is kept too.
 
         Raises:
           UserError: the directory cannot be written to.
         """
-        # Orbax takes seconds to import, and only runs that train need it.
+        # Imported here because it takes seconds, and only runs that train need it.
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
@@ -58,7 +59,7 @@ class RunState:
         self._measured: dict[int, float | None] = {}
         self._keep, self._keep_best, self._keep_measured = keep, keep_best, keep_measured
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Kept(self), enable_async_checkpointing=True, cleanup_tmp_directories=True
+            preservation_policy=_PreservationPolicy(self), enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -71,47 +72,47 @@ class RunState:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the complete saves, and of one that is being written, ascending."""
+        """Returns the steps of the complete saves, and of one that is being written, in ascending order."""
         return sorted(self._manager.all_steps())
 
     @property
     def best(self) -> int | None:
-        """The step of the highest value (of equal ones the first); None where no save has one."""
+        """Returns the step with the highest value (the first of equal ones); None if no save has a value."""
         values = {step: value for step, value in self._measured.items() if value is not None}
         return max(sorted(values), key=values.__getitem__, default=None)
 
     @property
     def measured(self) -> dict[int, float | None]:
-        """What `measure` was told, by step, of the saves that are there."""
+        """Returns the values that `measure` recorded, by step, for the existing saves."""
         return dict(self._measured)
 
     def measure(self, step: int, value: float | None) -> None:
-        """Notes that the state of a save was measured: the numbers about it are known later than it is saved.
+        """Records that the state of a save was measured, because its numbers are known only after it is saved.
 
         Args:
-          step: of the save.
-          value: how good it is, higher is better (`keep_best`); None or NaN: it does not compete.
+          step: step of the save.
+          value: quality of the state, higher is better (`keep_best`); None or NaN if it cannot be the best.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the value cannot be written.
         """
         self._measured[step] = None if value is None or math.isnan(value) else value
         self._write_measured()
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Begins to save a pytree of non-empty arrays and Python numbers, and a JSON-able dict; see `wait`.
+        """Starts to save a pytree of non-empty arrays and Python numbers, and a dict of JSON values; see `wait`.
 
         Args:
-          step: beyond those that are saved.
+          step: larger than the saved steps.
           state: may be donated when this returns.
-          metadata: comes back with it.
+          metadata: dict that `restore` returns.
 
         Raises:
           UserError: this or the last save cannot be written, for example because the disk is full.
         """
-        arrays = _named(state)
-        described = json.dumps({"arrays": _described(arrays), "user": metadata})
-        sealed = {"content": described, "crc32": zlib.crc32(described.encode())}
+        arrays = _leaves_by_name(state)
+        content = json.dumps({"arrays": _describe_arrays(arrays), "user": metadata})
+        sealed = {"content": content, "crc32": zlib.crc32(content.encode())}
         args = self._ocp.args
         with self._named_errors():
             self._manager.save(
@@ -122,27 +123,27 @@ class RunState:
             )
 
     def wait(self) -> None:
-        """Returns when the last save is complete.
+        """Waits until the last save is complete.
 
         Raises:
-          UserError: it could not be written; those before it are as they were.
+          UserError: it could not be written; earlier saves are unchanged.
         """
         with self._named_errors():
             self._manager.wait_until_finished()
 
     def restore(self, like: Any, *, best: bool = False) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest save that is intact; damaged newer ones are reported in the log and deleted.
+        """Restores the newest intact save; damaged newer ones are reported in the log and deleted.
 
         Args:
-          like: pytree of the saved structure; arrays or `jax.ShapeDtypeStruct`s with the shapes, dtypes and (where
-            given) shardings wanted. Numpy arrays and Python numbers come back as such.
-          best: the one of the highest value instead, if there is one and it is intact.
+          like: pytree of the saved structure; arrays or `jax.ShapeDtypeStruct`s with the requested shapes, dtypes and
+            (optionally) shardings. Numpy arrays and Python numbers are returned as such.
+          best: restores the save with the highest value instead, if there is one and it is intact.
 
         Returns:
-          Step, state and metadata, or None if nothing was ever saved.
+          Step, state and metadata, or None if there is no save.
 
         Raises:
-          UserError: a save is of another structure, or all are damaged.
+          UserError: a save has another structure, or all are damaged.
         """
         self.wait()
         damaged: list[int] = []
@@ -151,12 +152,12 @@ class RunState:
         for step in steps if first is None else [first, *steps]:
             if step in damaged:
                 continue
-            found = self._intact(step, like)
-            if found is None:
+            state_and_metadata = self._intact(step, like)
+            if state_and_metadata is None:
                 damaged.append(step)
                 continue
             self._delete(damaged)
-            return step, *found
+            return step, *state_and_metadata
         if damaged:
             raise UserError(
                 f"{self.directory}: every checkpoint is damaged (steps {sorted(damaged)}); "
@@ -173,13 +174,13 @@ class RunState:
         return set()
 
     def go_back(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """`restore` of the newest save that was measured; those after it are deleted, and None is given without one.
+        """Restores the newest measured save and deletes later ones; returns None if there is none.
 
         Args:
           like: see `restore`.
 
         Raises:
-          UserError: as `restore`, or the last save could not be written.
+          UserError: see `restore`; or the last save could not be written.
         """
         self.wait()
         last = max(self._measured, default=None)
@@ -187,13 +188,13 @@ class RunState:
         return self.restore(like)
 
     def _intact(self, step: int, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """State and metadata of a save; None where any process finds it damaged."""
+        """Returns state and metadata of a save; None if any process finds it damaged."""
         error: Exception | None = None
         result = None
         try:
-            found, wanted = self._read_metadata(step), _named(like)
-            self._check(step, found["arrays"], wanted)
-            result = _rebuild(like, self._read_arrays(step, found["arrays"], wanted)), found["user"]
+            metadata, named_like = self._read_metadata(step), _leaves_by_name(like)
+            self._check(step, metadata["arrays"], named_like)
+            result = _rebuild(like, self._read_arrays(step, metadata["arrays"], named_like)), metadata["user"]
         except UserError:
             raise
         except Exception as caught:
@@ -219,7 +220,7 @@ class RunState:
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits for a save that is being written, and releases Orbax's threads; an error is not raised any more."""
+        """Waits for a save that is being written and releases Orbax's threads; errors are no longer raised."""
         with contextlib.suppress(Exception):
             self._manager.close()
 
@@ -235,24 +236,24 @@ class RunState:
             ) from error
 
     def _read_measured(self) -> dict[int, float | None]:
-        """What an earlier process was told; nothing where none was, as before there was such a file."""
+        """Returns the values that an earlier process recorded; empty if there is no such file."""
         try:
-            found = parse_json(read_text(self.directory / _MEASURED))
-            told = {int(step): value for step, value in found.items()}
+            content = parse_json(read_text(self.directory / _MEASURED))
+            values = {int(step): value for step, value in content.items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, AttributeError):
             _LOG.error("%s cannot be read: it is not known how good the checkpoints are", self.directory / _MEASURED)
             return {}
-        return {step: told[step] for step in self.steps if step in told}
+        return {step: values[step] for step in self.steps if step in values}
 
     def _write_measured(self) -> None:
-        there = set(self.steps)
-        self._measured = {step: value for step, value in self._measured.items() if step in there}
+        existing = set(self.steps)
+        self._measured = {step: value for step, value in self._measured.items() if step in existing}
         write_text_atomic(self.directory / _MEASURED, json.dumps(self._measured) + "\n")
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
-        """Descriptions of the saved arrays, and the caller's metadata."""
+        """Returns the descriptions of the saved arrays, and the caller's metadata."""
         args = self._ocp.args
         sealed = self._manager.restore(step, args=args.Composite(**{_METADATA: args.JsonRestore()}))[_METADATA]
         if zlib.crc32(sealed["content"].encode()) != sealed["crc32"]:
@@ -275,21 +276,21 @@ class RunState:
     def _read_arrays(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
         args = self._ocp.args
         restored = self._manager.restore(step, args=args.Composite(**{_STATE: args.StandardRestore(wanted)}))[_STATE]
-        found = _described(restored)
+        found = _describe_arrays(restored)
         changed = [name for name in restored if saved[name]["checksum"] != found[name]["checksum"]]
         if changed:
             raise ValueError(f"{changed[0]} does not have the checksum it was saved with")
         return restored
 
 
-class _Kept:
-    """Orbax's rule of what stays: the newest, the best, and the newest that was measured."""
+class _PreservationPolicy:
+    """Tells Orbax which saves to keep: the newest ones, the best, and the newest measured one."""
 
     def __init__(self, states: RunState):
         self._states = states
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """See Orbax's `PreservationPolicy`; `checkpoints` are ascending."""
+        """Returns whether each of the ascending `checkpoints` is kept; see Orbax's `PreservationPolicy`."""
         kept = {checkpoint.step for checkpoint in checkpoints[-self._states._keep :]}
         if self._states._keep_best:
             kept.add(self._states.best)
@@ -304,8 +305,8 @@ def _reason(error: Exception | None) -> str | None:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by path with '.' between the parts (Orbax makes folders of '/'); Python numbers become numpy's."""
+def _leaves_by_name(tree: Any) -> dict[str, Any]:
+    """Returns leaves by path with '.' between the parts (Orbax makes folders of '/'); Python numbers become numpy's."""
     named = flatten_with_names(tree)
     return {
         name.replace("/", "."): np.asarray(leaf) if isinstance(leaf, bool | int | float) else leaf
@@ -313,11 +314,11 @@ def _named(tree: Any) -> dict[str, Any]:
     }
 
 
-def _described(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and checksum of each array."""
+def _describe_arrays(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns shape, dtype and checksum of each array."""
     on_devices = {name: array for name, array in arrays.items() if isinstance(array, jax.Array)}
     sums = {name: int(_checksum(np.asarray(array), np)) for name, array in arrays.items() if name not in on_devices}
-    sums |= {name: int(found) for name, found in jax.device_get(_checksums(on_devices)).items()}
+    sums |= {name: int(checksum) for name, checksum in jax.device_get(_checksums(on_devices)).items()}
     return {
         name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[name]}
         for name, array in arrays.items()
@@ -326,12 +327,12 @@ def _described(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @jax.jit
 def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Of arrays wherever they lie: whole numbers, so that the split over devices does not matter."""
+    """Returns the checksums of arrays on any devices, as whole numbers, so that splitting does not change them."""
     return {name: _checksum(array, jnp) for name, array in arrays.items()}
 
 
 def _checksum(array: Any, xp: Any) -> Any:
-    """uint32 of an array's bits: a weighted sum that any single changed element changes."""
+    """Returns uint32 of an array's bits: a weighted sum that changes whenever a single element changes."""
     bits, place, stride = _bits(array), xp.zeros((), np.uint32), 1
     for axis in reversed(range(bits.ndim)):
         steps = xp.arange(bits.shape[axis], dtype=np.uint32) * np.uint32(stride % 2**32)
@@ -342,7 +343,7 @@ def _checksum(array: Any, xp: Any) -> Any:
 
 
 def _bits(array: Any) -> Any:
-    """The bits as uint32, as many of them as the element has."""
+    """Returns the bits of each element as one or more uint32."""
     size = array.dtype.itemsize
     if array.dtype == bool:
         return array.astype(np.uint32)
@@ -353,15 +354,15 @@ def _bits(array: Any) -> Any:
 
 def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
     leaves, structure = jax.tree.flatten(like)
-    restored = (arrays[name] for name in _named(like))
+    restored = (arrays[name] for name in _leaves_by_name(like))
     return jax.tree.unflatten(structure, [_as(old, array) for old, array in zip(leaves, restored, strict=True)])
 
 
 def _as(old: Any, array: Any) -> Any:
-    """`array` in the form of the leaf that it replaces."""
+    """Returns `array` in the form of the leaf that it replaces."""
     if isinstance(old, bool | int | float):
         return type(old)(array.item())
     if isinstance(old, jax.Array) and not old.committed:
-        # Orbax pins what it restores to a device; this one has to follow the arrays it is used with.
+        # Orbax commits restored arrays to a device; this one must follow the arrays it is used with.
         return jnp.asarray(np.asarray(array))
     return array

@@ -1,4 +1,4 @@
-"""Safetensors files without torch: read tensor by tensor, write as a stream."""
+"""Reads safetensors files tensor by tensor and writes them as a stream, without torch."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from icet_jax.errors import UserError
-from icet_jax.files import LFS_ADVICE, is_lfs_pointer, parse_json
+from icet_jax.files import LFS_ADVICE, JsonObject, is_lfs_pointer, parse_json
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -19,13 +19,13 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Dtypes of weights under safetensors' names; anything else (integers of quantised checkpoints) is refused."""
+"""Dtypes of weights by safetensors' names; others (integers of quantised checkpoints) are rejected."""
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Spec = tuple[str, tuple[int, ...]]
-"""Dtype under safetensors' name, and shape, of a tensor."""
+"""Dtype (safetensors' name) and shape of a tensor."""
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,11 +33,11 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint directory: the single file, or the shards that its index names.
+    """Returns the weight files of a checkpoint directory: the single file, or the shards in its index.
 
     Raises:
-      UserError: no safetensors weights (pickled ones are refused: opening them can run code), a broken index, or
-        missing shards.
+      UserError: there are no safetensors weights (pickled ones are rejected because opening them can run code), the
+        index is broken, or shards are missing.
     """
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
@@ -67,7 +67,8 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def _is_shape(shape: tuple[int, ...]) -> bool:
-    """Whether an array without elements can have it; the library compares those that have some with the file's size."""
+    """Returns whether an array without elements can have this shape; the library checks other arrays against the file's
+    size."""
     try:
         np.empty(0, np.uint8).reshape(shape)
     except ValueError:
@@ -76,12 +77,13 @@ def _is_shape(shape: tuple[int, ...]) -> bool:
 
 
 class TensorReader:
-    """The tensors of several safetensors files under their keys, mapped into memory: nothing is read before it is used.
+    """Reads the tensors of several safetensors files by key; the files are memory-mapped and nothing is read before it
+    is used.
 
     Attributes:
       shapes: shape of every tensor.
-      dtypes: its dtype under safetensors' name, "F16".
-      duplicates: keys that more than one file holds.
+      dtypes: dtype of every tensor by safetensors' name, "F16".
+      duplicates: keys that occur in more than one file.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -96,8 +98,8 @@ class TensorReader:
         self._data: dict[str, np.ndarray] = {}
         for path in files:
             try:
-                # The library checks the header against the file's size; the file is then mapped here, because the
-                # library's own arrays are copies.
+                # The library checks the header against the file's size. The file is mapped here, because the library's
+                # own arrays are copies.
                 with safe_open(path, framework="numpy"):
                     pass
                 mapped = np.memmap(path, np.uint8, mode="r")
@@ -120,33 +122,34 @@ class TensorReader:
                     raise UserError(f"{path}: tensor '{key}' is empty, and its shape larger than any array's; mend it")
 
     def __enter__(self) -> "TensorReader":
-        """Unmaps the files at the end of a `with` block."""
+        """Returns the reader, whose files are unmapped at the end of the `with` block."""
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """See `__enter__`."""
+        """Unmaps the files."""
         self.close()
 
     def close(self) -> None:
-        """Unmaps the files, as soon as no array of theirs is in use."""
+        """Unmaps the files as soon as no array of theirs is in use."""
         self._data.clear()
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor `key` in its stored dtype: a read-only view of the file. Copy what outlives the reader."""
-        # A plain ndarray: the class np.memmap would go through every operation, and keep more than it needs.
+        """Returns the tensor `key` in its stored dtype, a read-only view of the file that must be copied to outlive the
+        reader."""
+        # A plain ndarray, because results of operations on np.memmap would keep the whole file mapped.
         return np.asarray(self._data[key]).view(DTYPES[self.dtypes[key]]).reshape(self.shapes[key])
 
 
 def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], np.ndarray]) -> None:
-    """Writes one file, asking for one tensor at a time.
+    """Writes one file, requesting one tensor at a time.
 
     Args:
-      path: the file to make.
-      specs: dtype under safetensors' name and shape of each tensor.
-      read: returns the tensor of a key; called once for each, in the file's order.
+      path: the file to write.
+      specs: dtype (safetensors' name) and shape of each tensor.
+      read: function that returns the tensor of a key, called once for each in the file's order.
     """
     keys = file_order(specs)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: JsonObject = {"__metadata__": {"format": "pt"}}
     offset = 0
     for key in keys:
         dtype, shape = specs[key]
@@ -168,22 +171,23 @@ def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], 
 
 
 def file_order(specs: dict[str, Spec]) -> list[str]:
-    """Keys as a file holds them: wider elements first, as safetensors itself orders them, so that each is aligned."""
+    """Returns keys in the order of a file: wider elements first, as safetensors orders them, so that each is
+    aligned."""
     return sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Size of a tensor's data in bytes."""
+    """Returns the size of a tensor's data in bytes."""
     return DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
 
 
 def dtype_name(dtype: Any) -> str:
-    """Safetensors' name of a numpy or jax floating dtype."""
+    """Returns safetensors' name of a numpy or jax floating dtype."""
     return _NAMES[np.dtype(dtype)]
 
 
 def shard(specs: dict[str, Spec], limit: int) -> Iterator[list[str]]:
-    """Cuts keys, in their order, into groups of at most `limit` bytes (a larger tensor gets a group of its own)."""
+    """Yields groups of keys, in order, of at most `limit` bytes each (a larger tensor gets its own group)."""
     group: list[str] = []
     size = 0
     for key, (dtype, shape) in specs.items():

@@ -1,11 +1,11 @@
-"""HF `config.json` -> the configs of the scorers' networks.
+"""Converts HF's `config.json` to the configs of the scorers' networks.
 
-A field that the file lacks has its transformers class default, which for DeBERTa-v2 is not what the v3 checkpoints use.
+A field that the file lacks has its transformers class default, which for DeBERTa-v2 differs from what v3 checkpoints
+use.
 """
 
-from typing import Any
-
 from icet_jax.checkpoints.hf_config import Fields, llama_text
+from icet_jax.files import JsonObject
 from icet_jax.nn.bert import BertConfig
 from icet_jax.nn.deberta import DebertaConfig
 from icet_jax.nn.layers import ACTIVATIONS
@@ -27,10 +27,10 @@ _ROBERTA_DEFAULTS = _BERT_DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1}
 
 
 def label_count(fields: Fields) -> int:
-    """Number of labels: of `id2label`, else `num_labels`, else transformers' 2.
+    """Returns the number of labels, from `id2label`, else `num_labels`, else transformers' default of 2.
 
     Raises:
-      UserError: either field is not of its type.
+      UserError: a field has the wrong type.
     """
     labels = fields.values.get("id2label")
     if labels is None:
@@ -42,7 +42,7 @@ def label_count(fields: Fields) -> int:
 
 
 def heads_of(fields: Fields) -> int:
-    """`num_attention_heads`, which divides `hidden_size`.
+    """Returns `num_attention_heads` after checking that it divides `hidden_size`.
 
     Raises:
       UserError: it does not.
@@ -53,15 +53,15 @@ def heads_of(fields: Fields) -> int:
     return heads
 
 
-def bert_from_hf(values: dict[str, Any], where: str = "config.json") -> BertConfig:
-    """The config of a BERT or RoBERTa sequence classifier (HF `BertConfig`, `RobertaConfig`).
+def bert_from_hf(values: JsonObject, where: str = "config.json") -> BertConfig:
+    """Returns the config of a BERT or RoBERTa sequence classifier (HF `BertConfig`, `RobertaConfig`).
 
     Args:
       values: the parsed file; its `model_type` is "bert" or "roberta".
-      where: its name in error lines.
+      where: name of the file in error messages.
 
     Raises:
-      UserError: a value under which the network would differ from this one.
+      UserError: a value would need a different network.
     """
     kind = values["model_type"]
     fields = Fields(values, _ROBERTA_DEFAULTS if kind == "roberta" else _BERT_DEFAULTS, where)
@@ -88,25 +88,25 @@ def bert_from_hf(values: dict[str, Any], where: str = "config.json") -> BertConf
     )
 
 
-def deberta_from_hf(values: dict[str, Any], where: str = "config.json") -> DebertaConfig:
-    """The config of a DeBERTa-v2 or -v3 reward model (HF `DebertaV2Config`): the variant that v3 checkpoints use.
+def deberta_from_hf(values: JsonObject, where: str = "config.json") -> DebertaConfig:
+    """Returns the config of a DeBERTa-v2 or -v3 reward model (HF `DebertaV2Config`), in the variant of v3 checkpoints.
 
     Args:
-      values: the parsed file; what it lacks has the class default, most of which v3 does not use.
-      where: its name in error lines.
+      values: the parsed file; missing fields have class defaults, most of which v3 does not use.
+      where: name of the file in error messages.
 
     Raises:
-      UserError: another number of labels, or a value under which the network would differ from this one.
+      UserError: the number of labels differs, or a value would need a different network.
     """
     fields = Fields(values, _DEBERTA_DEFAULTS, where)
     require_one_label(fields)
     width, heads = fields.size("hidden_size"), heads_of(fields)
-    for field, wanted in {
+    for field, expected in {
         "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0, "share_att_key": True,
         "norm_rel_ebd": "layer_norm", "conv_kernel_size": 0, "embedding_size": width, "pooler_hidden_size": width,
         "attention_head_size": width // heads,
     }.items():  # fmt: skip
-        fields.only(field, wanted)
+        fields.only(field, expected)
     terms = fields.values["pos_att_type"]
     named = terms.lower().replace(" ", "").split("|") if isinstance(terms, str) else terms
     if named not in (["c2p", "p2c"], ["p2c", "c2p"]):
@@ -131,20 +131,20 @@ def deberta_from_hf(values: dict[str, Any], where: str = "config.json") -> Deber
     )
 
 
-def llama_from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-    """The config of a Llama language model (HF `LlamaConfig`).
+def llama_from_hf(values: JsonObject, where: str = "config.json") -> LlamaConfig:
+    """Returns the config of a Llama language model (HF `LlamaConfig`).
 
     Raises:
-      UserError: a value under which the network would differ from this one.
+      UserError: a value would need a different network.
     """
     return llama_text(values, False, where)
 
 
-def llama_reward_from_hf(values: dict[str, Any], where: str = "config.json") -> LlamaConfig:
-    """The config of a Llama sequence classifier with one label.
+def llama_reward_from_hf(values: JsonObject, where: str = "config.json") -> LlamaConfig:
+    """Returns the config of a Llama sequence classifier with one label.
 
     Raises:
-      UserError: another number of labels, or a value under which the network would differ from this one.
+      UserError: the number of labels differs, or a value would need a different network.
     """
     require_one_label(Fields(values, {}, where))
     return llama_text(values, False, where)

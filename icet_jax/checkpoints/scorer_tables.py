@@ -12,16 +12,16 @@ _LEGACY_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 
 
 def modern_norm(key: str) -> str:
-    """`LayerNorm.gamma` and `.beta` of checkpoints converted from TensorFlow, under their present names."""
+    """Returns `LayerNorm.gamma` and `.beta` of checkpoints converted from TensorFlow by their current names."""
     return _LEGACY_NORM.sub(lambda match: "LayerNorm." + ("weight" if match[1] == "gamma" else "bias"), key)
 
 
 def normaliser(prefix: str, heads: tuple[str, ...], ignored: str) -> Callable[[str], str | None]:
-    """A table's `normalise` for a body whose prefix some files lack.
+    """Returns a table's `normalise` for a network body whose prefix some files lack.
 
     Args:
-      prefix: of the body's keys, with its dot: "bert.".
-      heads: beginnings of the keys that stand outside the body.
+      prefix: prefix of the body's keys with its dot: "bert.".
+      heads: beginnings of the keys outside the body.
       ignored: pattern of keys (without the prefix) that the network does not use.
     """
     unused = re.compile(ignored)
@@ -36,7 +36,8 @@ def normaliser(prefix: str, heads: tuple[str, ...], ignored: str) -> Callable[[s
 
 
 def encoder_slots(keys: str, projections: tuple[str, str, str], depth: int) -> Iterator[Slot]:
-    """Slots of `depth` post-LN encoder layers (`PostNormBlocks`); `projections` are HF's names of q, k and v."""
+    """Yields the slots of `depth` post-LN encoder layers (`PostNormBlocks`); `projections` are HF's names of q, k and
+    v."""
     attention = zip((f"attention.self.{name}" for name in projections), ("q_proj", "k_proj", "v_proj"), strict=True)
     linears = (
         *attention,
@@ -50,7 +51,8 @@ def encoder_slots(keys: str, projections: tuple[str, str, str], depth: int) -> I
 
 
 def bert_table(config: BertConfig) -> Table:
-    """BERT or RoBERTa classifier: 201 tensors at base size. RoBERTa's unused pooler is ignored."""
+    """Returns the key table of a BERT or RoBERTa classifier, 201 tensors at base size; RoBERTa's unused pooler is
+    ignored."""
     root = config.kind
     names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     if root == "bert":
@@ -69,7 +71,8 @@ def bert_table(config: BertConfig) -> Table:
 
 
 def deberta_table(config: DebertaConfig) -> Table:
-    """DeBERTa-v2 reward model: 394 tensors at v3-large. Position tables and pre-training heads are ignored."""
+    """Returns the key table of a DeBERTa-v2 reward model, 394 tensors at v3-large, without position tables and other
+    heads."""
     projections = ("query_proj", "key_proj", "value_proj")
     norms = (("deberta.embeddings.LayerNorm", "embeddings_norm"), ("deberta.encoder.LayerNorm", "rel_norm"))
     slots = (
@@ -87,13 +90,14 @@ _LLAMA_IGNORED = r".*rotary_emb\.inv_freq"
 
 
 def llama_table(config: LlamaConfig) -> Table:
-    """Llama language model (HF `LlamaForCausalLM`); a tied head has no tensor of its own."""
+    """Returns the key table of a Llama language model (HF `LlamaForCausalLM`); a tied head has no tensor of its own."""
     slots = tuple(llama_slots(config, "model", "language_model", "lm_head.weight"))
     return Table(slots, normaliser("model.", ("lm_head.",), _LLAMA_IGNORED))
 
 
 def llama_reward_table(config: LlamaConfig) -> Table:
-    """Llama reward model (HF `LlamaForSequenceClassification`, one label); a left-over LM head is ignored."""
+    """Returns the key table of a Llama reward model (HF `LlamaForSequenceClassification`, one label), without an LM
+    head."""
     slots = (
         *llama_slots(config, "model", "language_model", None),
         Slot("score.weight", "score/kernel", None, TRANSPOSED),

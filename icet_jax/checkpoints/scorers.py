@@ -1,4 +1,4 @@
-"""Loads the network of a text scorer: whatever `architectures` in its config.json says it is."""
+"""Loads the network of a text scorer, chosen by `architectures` in its config.json."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from icet_jax.checkpoints import hf_config, scorer_config, scorer_tables, tables
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.checkpoints.tables import Table
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.nn.bert import BertClassifier
 from icet_jax.nn.deberta import DebertaRewardModel
 from icet_jax.nn.gpt2 import GPT2RewardModel
@@ -21,10 +22,10 @@ from icet_jax.nn.llama_text import LlamaLM, LlamaRewardModel
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """How one HF architecture is loaded: its config's reader, its network and its key table."""
+    """Describes how one HF architecture is loaded: the reader of its config, its network and its key table."""
 
     model_type: str
-    from_hf: Callable[[dict[str, Any], str], Any]
+    from_hf: Callable[[JsonObject, str], Any]
     network: Callable[..., Any]
     table: Callable[[Any], Table]
 
@@ -46,28 +47,28 @@ ARCHITECTURES = tuple(_FAMILIES)
 """HF classes that `load_scorer_network` loads."""
 
 
-def architecture(values: dict[str, Any], where: str = "config.json") -> str:
-    """The HF class of a scorer's `config.json`.
+def architecture(values: JsonObject, where: str = "config.json") -> str:
+    """Returns the HF class of a scorer's `config.json`.
 
-    A file without `architectures` is taken for the one class that its `model_type` has here; a Llama file has two.
+    A file without `architectures` is assumed to have the only class of its `model_type`; Llama has two.
 
     Args:
       values: the parsed file.
-      where: its name in error lines.
+      where: name of the file in error messages.
 
     Raises:
-      UserError: the class is not among `ARCHITECTURES`, does not fit `model_type`, or cannot be told.
+      UserError: the class is not in `ARCHITECTURES`, does not fit `model_type`, or is ambiguous.
     """
     model_type, named = values.get("model_type"), values.get("architectures")
     if named:
-        found = str(named[0] if isinstance(named, list) else named)
-        if found not in _FAMILIES:
+        hf_class = str(named[0] if isinstance(named, list) else named)
+        if hf_class not in _FAMILIES:
             raise UserError(
-                f"{where}: architecture '{found}' is not a scorer; supported are {', '.join(ARCHITECTURES)}"
+                f"{where}: architecture '{hf_class}' is not a scorer; supported are {', '.join(ARCHITECTURES)}"
             )
-        if _FAMILIES[found].model_type != model_type:
-            raise UserError(f"{where}: model_type '{model_type}' does not fit architecture '{found}'")
-        return found
+        if _FAMILIES[hf_class].model_type != model_type:
+            raise UserError(f"{where}: model_type '{model_type}' does not fit architecture '{hf_class}'")
+        return hf_class
     fitting = [name for name, family in _FAMILIES.items() if family.model_type == model_type]
     if len(fitting) != 1:
         names = ", ".join(fitting or ARCHITECTURES)
@@ -76,52 +77,54 @@ def architecture(values: dict[str, Any], where: str = "config.json") -> str:
 
 
 def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
-    """Loads a classifier, reward model or judging language model from a HF checkpoint directory.
+    """Loads a classifier, reward model or judging language model from an HF checkpoint directory.
 
     Args:
-      directory: with config.json and safetensors weights, one file or shards.
-      dtype: of parameters and compute, "float32" or "bfloat16".
-      mesh: where to put the parameters; None for the default device.
+      directory: directory with config.json and safetensors weights, in one file or in shards.
+      dtype: dtype of parameters and computation, "float32" or "bfloat16".
+      mesh: mesh for the parameters; None for the default device.
 
     Returns:
       The checkpoint; its `config` is the network's (`BertConfig`, `DebertaConfig`, ...) and
       `architecture(checkpoint.hf_config)` says what the model computes; labels are in `hf_config["id2label"]`.
 
     Raises:
-      UserError: an unsupported architecture or config value; missing, corrupt or truncated files; tensors that do not
-        fit, all listed together.
+      UserError: the architecture or a config value is not supported, files are missing, corrupt or truncated, or
+        tensors do not fit (all are listed).
     """
     directory = Path(directory)
     where = str(directory / "config.json")
     values = hf_config.read_hf_config(directory)
-    family, config, make = _network(values, where)
-    graphdef, params = load_network(directory, make, family.table(config), dtype=dtype, param_dtype=dtype, mesh=mesh)
+    family, config, build_network = _network(values, where)
+    graphdef, params = load_network(
+        directory, build_network, family.table(config), dtype=dtype, param_dtype=dtype, mesh=mesh
+    )
     return Checkpoint(graphdef, params, config, values, directory)
 
 
-def abstract_scorer(values: dict[str, Any], where: str, dtype: str | None = None) -> nnx.State:
-    """Shapes of the parameters that `load_scorer_network` would load.
+def abstract_scorer(values: JsonObject, where: str, dtype: str | None = None) -> nnx.State:
+    """Returns the shapes of the parameters that `load_scorer_network` would load.
 
     Args:
       values: the parsed config.json.
-      where: its name in error lines.
-      dtype: of the parameters; if None, bfloat16 for a Llama and float32 for the others, as scorers load them.
+      where: name of the file in error messages.
+      dtype: dtype of the parameters; if None, bfloat16 for a Llama and float32 for the others, as scorers load them.
 
     Raises:
-      UserError: an unsupported architecture or config value.
+      UserError: the architecture or a config value is not supported.
     """
-    make = _network(dict(values), where)[2]
+    build_network = _network(dict(values), where)[2]
     dtype = dtype or default_dtype(architecture(values, where))
-    return abstract_params(make, dtype, dtype)[1]
+    return abstract_params(build_network, dtype, dtype)[1]
 
 
-def default_dtype(found: str) -> str:
-    """The dtype in which a scorer of this HF class is loaded where none is asked for."""
-    return "bfloat16" if found.startswith("Llama") else "float32"
+def default_dtype(hf_class: str) -> str:
+    """Returns the dtype in which a scorer of this HF class is loaded by default."""
+    return "bfloat16" if hf_class.startswith("Llama") else "float32"
 
 
-def _network(values: dict[str, Any], where: str) -> tuple[_Family, Any, Callable[..., Any]]:
-    """How it is loaded, its config, and its class with that config bound."""
+def _network(values: JsonObject, where: str) -> tuple[_Family, Any, Callable[..., Any]]:
+    """Returns how it is loaded, its config, and its class with that config bound."""
     family = _FAMILIES[architecture(values, where)]
     config = family.from_hf(values, where)
     return family, config, functools.partial(family.network, config)

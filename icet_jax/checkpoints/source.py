@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, and which tokens they say end and pad a response."""
+"""Finds a checkpoint's files, and the tokens that end and pad a response according to them."""
 
 import os
 import re
@@ -7,31 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import RESUMABLE, WRONG_INPUT, UserError
-from icet_jax.files import parse_json, require_regular
+from icet_jax.files import JsonObject, parse_json, require_regular
 
-# All that a loader looks at: weights in safetensors at the top of the repository, and small files beside them.
+# All files that a loader reads: safetensors weights at the top of the repository, and small files next to them.
 _FILES = (
     "*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors",
     "adapter_model.safetensors", "value_head.safetensors",
 )  # fmt: skip
 _IN_FOLDERS = "*/*"
-_WAITS = (2.0, 10.0)  # s before the hub is asked again, beyond what its own client retries
+_WAITS = (2.0, 10.0)  # seconds before each further attempt, after the hub client's own retries
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def local_directory(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The directory of a checkpoint: a local one as it is, a hub id's files from the cache or the network.
+    """Returns the directory of a checkpoint: a local one, or that of a hub id's files from the cache or the network.
 
-    A download that was interrupted goes on where it stopped. HF_HUB_OFFLINE and HF_HOME are honoured; a token is taken
-    from HF_TOKEN alone.
+    An interrupted download continues where it stopped. HF_HUB_OFFLINE and HF_HOME are respected; a token is read only
+    from HF_TOKEN.
 
     Args:
-      path_or_id: a directory, or a repository's id on the Hugging Face hub.
-      revision: of the repository: branch, tag or commit; None is the default branch.
+      path_or_id: a directory, or the id of a repository on the Hugging Face hub.
+      revision: branch, tag or commit of the repository; None is the default branch.
 
     Raises:
-      UserError: there is no such directory, and it cannot be fetched from the hub either; the line says why. Or one
-        of its files is none that can be read to its end.
+      UserError: there is no such directory and it cannot be downloaded from the hub (the message says why), or one of
+        its files is not a regular file.
     """
     path = Path(path_or_id).expanduser()
     name = os.fspath(path_or_id)
@@ -59,7 +59,7 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None = N
 def _download(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
-    token = os.environ.get("HF_TOKEN") or False  # False: no token that an earlier login left on this machine
+    token = os.environ.get("HF_TOKEN") or False  # False: ignores a token that an earlier login left on this machine
     for wait in (*_WAITS, None):
         try:
             return Path(
@@ -68,16 +68,16 @@ def _download(name: str, revision: str | None) -> Path:
                 )
             )
         except Exception as error:  # the hub's client raises its own, requests', httpx' and the system's errors
-            passing = _may_pass(error)
-            if not passing or wait is None:
-                code = RESUMABLE if passing else WRONG_INPUT
+            is_temporary = _may_pass(error)
+            if not is_temporary or wait is None:
+                code = RESUMABLE if is_temporary else WRONG_INPUT
                 raise UserError(f"{name}: {_reason(error, name, revision, token)}", exit_code=code) from None
             time.sleep(wait)
     raise AssertionError("unreachable")
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the network or the hub failed, rather than what was asked of it."""
+    """Returns whether the network or the hub failed, so that a retry may succeed."""
     from huggingface_hub import constants, errors
 
     final = (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
@@ -87,7 +87,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _reason(error: Exception, name: str, revision: str | None, token: str | bool) -> str:
-    """What happened and what mends it; nothing of the request, which carries the token."""
+    """Returns what happened and how to fix it, without parts of the request, which contains the token."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -105,29 +105,29 @@ def _reason(error: Exception, name: str, revision: str | None, token: str | bool
             f"no such directory, and not in the local cache{at} while HF_HUB_OFFLINE is set; "
             "download it where there is a network and give its directory"
         )
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if token:
-        said = said.replace(str(token), "HF_TOKEN")
+        message = message.replace(str(token), "HF_TOKEN")
     return (
         f"no such directory, and not to be had from the Hugging Face hub{at} either ({type(error).__name__}: "
-        f"{said[:200]}); download it where there is a network and give its directory"
+        f"{message[:200]}); download it where there is a network and give its directory"
     )
 
 
 def generation_tokens(
-    directory: str | Path, config: dict[str, Any], vocab_size: int | None = None
+    directory: str | Path, config: JsonObject, vocab_size: int | None = None
 ) -> tuple[tuple[int, ...], int]:  # fmt: skip
-    """(eos_ids, pad_id) from generation_config.json, else from config.json (HF's order), else LLaMA's EOS, 2.
+    """Returns (eos_ids, pad_id) from generation_config.json, else config.json (HF's order), else LLaMA's EOS, 2.
 
-    Where no pad is named it is the first EOS.
+    If no pad token is named, it is the first EOS.
 
     Args:
-      directory: of the checkpoint.
+      directory: directory of the checkpoint.
       config: its config.json.
-      vocab_size: tokens of the model, which every EOS is one of; None where it is not known.
+      vocab_size: number of tokens of the model, to check every EOS; None if unknown.
 
     Raises:
-      UserError: generation_config.json is not readable, a token id is not one, or the model has no such EOS.
+      UserError: generation_config.json is not readable, a token id is invalid, or the model has no such EOS.
     """
     path = Path(directory) / "generation_config.json"
     try:
@@ -152,6 +152,6 @@ def generation_tokens(
     return eos_ids, pad_id
 
 
-def _first(sources: list[tuple[str, dict[str, Any]]], name: str, default: Any) -> tuple[str, Any]:
-    """Where `name` stands, as errors say it, and its value there; the first place that has one."""
+def _first(sources: list[tuple[str, JsonObject]], name: str, default: Any) -> tuple[str, Any]:
+    """Returns the first place that has `name`, as in error messages, and its value there."""
     return next(((where, source[name]) for where, source in sources if source.get(name) is not None), ("", default))

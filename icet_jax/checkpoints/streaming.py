@@ -1,8 +1,9 @@
-"""Between safetensors and a mesh, a few tensors at a time: no parameter is ever whole on the host or on one device.
+"""Moves tensors between safetensors files and a mesh, a few at a time, so that no parameter is ever whole on one host
+or device.
 
-Import allocates each parameter where it is to live and fills it block by block (some layers of a stacked one) with
-updates that donate the old buffer; of a block, a process reads what its own devices hold. Export brings one layer of
-one parameter to the host at a time.
+Import allocates each parameter on its final devices and fills it block by block (some layers of a stacked one) with
+updates that donate the old buffer; a process reads only the part of a block that its own devices hold. Export brings
+one layer of one parameter to the host at a time.
 """
 
 import functools
@@ -23,7 +24,7 @@ from icet_jax.parallel import sharding
 from icet_jax.typing import Array, Shaped
 
 BLOCK_BYTES = 128 * 2**20
-"""Layers of a stacked parameter travel together up to this size; a larger layer travels alone."""
+"""Layers of a stacked parameter are moved together up to this size; a larger layer is moved alone."""
 
 Index = tuple[slice, ...]
 
@@ -32,15 +33,15 @@ def fill(
     table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None,
     delta: Callable[[Slot], np.ndarray | None],
 ) -> nnx.State:  # fmt: skip
-    """Reads every tensor into its place; beyond the arrays themselves the host holds about two blocks.
+    """Reads every tensor into its parameter; apart from the arrays themselves the host holds about two blocks.
 
     Args:
-      table: of the family.
+      table: key table of the family.
       abstract: shapes and dtypes of the parameters.
       reader: the open files.
-      keys: OLD key -> key in the file.
-      mesh: for placement (`icet_jax.parallel.sharding.RULES`), or None for the default device.
-      delta: float32 update to be added to the parameter (of that layer) that a slot fills, or None.
+      keys: {old key: key in the file}.
+      mesh: mesh for the parameters (`icet_jax.parallel.sharding.RULES`), or None for the default device.
+      delta: function that returns the float32 update of the parameter (of that layer) that a slot fills, or None.
     """
     slots: dict[str, list[Slot]] = defaultdict(list)
     for slot in table.slots:
@@ -63,15 +64,15 @@ def fill(
 def replace(
     params: nnx.State, slots: Mapping[str, Sequence[Slot]], tensor: Callable[[Slot], np.ndarray], *, donate: bool
 ) -> nnx.State:
-    """Parameters of which some are filled anew, in the same dtypes and on the same devices; the others are shared.
+    """Returns parameters of which some are filled anew, with the same dtypes and devices; the others are shared.
 
-    With several processes all of them must call it, where `tensor` is collective.
+    With several processes all of them must call it if `tensor` is collective.
 
     Args:
-      params: the parameters so far.
-      slots: those of each parameter that is filled anew, by its path.
-      tensor: what fills (a layer of) the parameter, in the parameter's own layout.
-      donate: each old array is deleted before its successor is made, whoever else holds it.
+      params: the current parameters.
+      slots: slots of each parameter to fill anew, by its path.
+      tensor: function that returns the new content of (a layer of) the parameter, in the parameter's own layout.
+      donate: whether each old array is deleted before the new one is created, whoever else uses it.
     """
 
     def parts(block: Sequence[Slot]) -> list[np.ndarray]:
@@ -94,7 +95,7 @@ def _bytes(reader: TensorReader, key: str) -> int:
 
 
 def with_delta(tensor: np.ndarray, delta: np.ndarray | None) -> np.ndarray:
-    """A tensor with an update added in float32; itself where there is none."""
+    """Returns a tensor plus an update added in float32; the tensor itself if there is none."""
     return tensor if delta is None else tensor.astype(np.float32) + delta
 
 
@@ -102,7 +103,7 @@ def _parameter(
     shape: tuple[int, ...], dtype: Any, where: NamedSharding | None, slots: Sequence[Slot],
     parts: Callable[[Sequence[Slot]], list[np.ndarray]],
 ) -> jax.Array:  # fmt: skip
-    """One parameter, filled from its slots: a single one, or one per layer."""
+    """Returns one parameter, filled from its slots: a single one, or one per layer."""
     if slots[0].layer is None:
         (whole,) = parts(slots)
         return jax.block_until_ready(_place(shape, where, lambda index: np.array(whole[index], dtype, order="C")))
@@ -114,14 +115,14 @@ def _parameter(
     for start in range(0, shape[0], depth):
         tensors = parts(slots[start : start + depth])
         block = _place((len(tensors), *shape[1:]), where, functools.partial(_stack, tensors, dtype))
-        # The block above was made while the update before it was still under way; more than one would pile up.
+        # The block was created while the previous update was still running; waiting keeps their number at one.
         jax.block_until_ready(array)
         array = block if array is None else _update(where)(array, block, jnp.int32(start))
     return jax.block_until_ready(array)
 
 
 def _stack(tensors: Sequence[np.ndarray], dtype: Any, index: Index) -> np.ndarray:
-    """The part `index` of the stack of `tensors`, whose first axis is always taken whole."""
+    """Returns the part `index` of the stack of `tensors`, whose first axis is always taken completely."""
     first = tensors[0][index[1:]]
     out = np.empty((len(tensors), *first.shape), dtype)
     for layer, tensor in enumerate(tensors):
@@ -130,33 +131,34 @@ def _stack(tensors: Sequence[np.ndarray], dtype: Any, index: Index) -> np.ndarra
 
 
 def _place(shape: tuple[int, ...], where: NamedSharding | None, part: Callable[[Index], np.ndarray]) -> jax.Array:
-    """An array of which every device gets `part(its index)`; equal parts are made once.
+    """Returns an array of which every device gets `part(its index)`; equal parts are created once.
 
-    `part` returns memory of its own: on the CPU the array may be just that, and must not be the mapped file.
+    `part` must return new memory, because on the CPU the array may use that memory, which must not be the mapped file.
     """
     if where is None:
         return jax.device_put(part((slice(None),) * len(shape)))
-    made: dict[str, np.ndarray] = {}
+    parts: dict[str, np.ndarray] = {}
 
     def once(index: Index | None) -> np.ndarray:
-        assert index is not None  # it is None for arrays without axes alone
+        assert index is not None  # None occurs only for arrays without axes
         key = str(index)
-        if key not in made:
-            made[key] = part(index)
-        return made[key]
+        if key not in parts:
+            parts[key] = part(index)
+        return parts[key]
 
     return jax.make_array_from_callback(shape, where, once)
 
 
 @functools.cache
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, where: NamedSharding | None) -> Callable[[], jax.Array]:
-    """Allocates on the devices; nothing of it is made on the host."""
+    """Returns a function that allocates zeros directly on the devices."""
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
 
 
 @functools.cache
 def _update(where: NamedSharding | None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """`array[start : start + len(block)] = block` in the array's own memory; the layers' axis is never split."""
+    """Returns a function for `array[start : start + len(block)] = block` in place; the axis of layers is never
+    split."""
 
     def update(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
@@ -165,9 +167,10 @@ def _update(where: NamedSharding | None) -> Callable[[jax.Array, jax.Array, jax.
 
 
 def to_host(array: Shaped[Array, "..."], layer: int | None) -> Shaped[np.ndarray, "..."]:
-    """An array, or one layer of it, on this host; with several processes all of them must call it, in one order.
+    """Returns an array, or one layer of it, on this host; with several processes all of them must call it in the same
+    order.
 
-    What lives on other processes' devices is replicated, this one piece alone.
+    If other processes hold parts of it, only this one piece is replicated.
     """
     replicate = not array.is_fully_addressable
     piece = _piece(_piece_sharding(array, layer, replicate), layer is not None)(array, jnp.int32(layer or 0))
@@ -184,7 +187,7 @@ def _piece_sharding(array: jax.Array, layer: int | None, replicate: bool) -> Nam
 
 @functools.cache
 def _piece(where: NamedSharding | None, stacked: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A piece in memory of its own, so that the host's copy goes when it does."""
+    """Returns a function that copies a piece to new memory, so that it is freed together with the host's copy."""
 
     def piece(array: jax.Array, layer: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if stacked else jnp.copy(array)

@@ -1,8 +1,8 @@
-"""Key tables: for every tensor of an HF file, the parameter (and layer) it fills and how its axes are turned.
+"""Key tables: the parameter (and layer) that every tensor of an HF file fills, and how its axes are permuted.
 
-A table is data and is read in both directions: import fills parameters from tensors, export makes the same tensors from
-parameters. Keys are those of the OLD layout, the hub's own and the only one that every transformers from 4.46 to 5.x
-loads; `normalise` maps the other layouts to it.
+A table is data and is used in both directions: import fills parameters from tensors, export creates the same tensors
+from parameters. Keys are those of the old layout, the only one that every transformers from 4.46 to 5.x loads;
+`normalise` maps the other layouts to it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from icet_jax.nn.llama import LlamaConfig
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """How a torch tensor becomes a parameter and back; the two functions are exact inverses."""
+    """Converts a torch tensor to a parameter and back; the two functions are exact inverses."""
 
     to_param: Callable[[np.ndarray], np.ndarray]
     to_hf: Callable[[np.ndarray], np.ndarray]
@@ -31,7 +31,8 @@ TRANSPOSED = Transform(lambda x: x.T, lambda x: x.T, lambda shape: shape[::-1])
 
 
 def patches(channels: int, size: int) -> Transform:
-    """A strided convolution `[D, C, p, p]` as the kernel `[C*p*p, D]` applied to flattened patches."""
+    """Returns the transform of a strided convolution `[D, C, p, p]` to the kernel `[C*p*p, D]` for flattened
+    patches."""
     return Transform(
         lambda x: x.reshape(x.shape[0], -1).T,
         lambda x: x.T.reshape(-1, channels, size, size),
@@ -41,14 +42,14 @@ def patches(channels: int, size: int) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One HF tensor's place.
+    """Describes which parameter one HF tensor fills.
 
     Attributes:
-      key: its name in the OLD layout.
-      path: the parameter's path, `language_model/layers/q_proj/kernel`.
-      layer: index along the parameter's first axis, or None where it is not stacked.
-      transform: between the tensor and the parameter (of that layer).
-      fallback: key whose tensor serves where this one is absent from the file (tied embeddings).
+      key: name of the tensor in the old layout.
+      path: path of the parameter, `language_model/layers/q_proj/kernel`.
+      layer: index along the parameter's first axis, or None if it is not stacked.
+      transform: conversion between the tensor and the parameter (of that layer).
+      fallback: key of the tensor that is used if this one is absent from the file (tied embeddings).
     """
 
     key: str
@@ -60,11 +61,11 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All slots of a family for one config.
+    """Holds all slots of a family for one config.
 
     Attributes:
-      slots: in export order; keys and (path, layer) pairs are unique.
-      normalise: a file's key -> OLD key, or None where the tensor is to be ignored.
+      slots: slots in export order; keys and (path, layer) pairs are unique.
+      normalise: function from a file's key to the old key, or None if the tensor is to be ignored.
     """
 
     slots: tuple[Slot, ...]
@@ -74,7 +75,8 @@ class Table:
 def stacked(
     keys: str, paths: str, modules: tuple[tuple[str, str], ...], leaves: tuple[Any, ...], depth: int
 ) -> Iterator[Slot]:
-    """Slots of `depth` equal layers: every module (HF name, our name) has the same leaves (HF, ours, transform)."""
+    """Yields the slots of `depth` equal layers; every module (HF name, our name) has the same leaves (HF, ours,
+    transform)."""
     for layer in range(depth):
         for theirs, ours in modules:
             for leaf, name, transform in leaves:
@@ -82,7 +84,7 @@ def stacked(
 
 
 def single(modules: tuple[tuple[str, str], ...], leaves: tuple[Any, ...]) -> Iterator[Slot]:
-    """Slots of modules that are not stacked, as `stacked` takes them."""
+    """Yields the slots of modules that are not stacked; arguments as in `stacked`."""
     for theirs, ours in modules:
         for leaf, name, transform in leaves:
             yield Slot(f"{theirs}.{leaf}", f"{ours}/{name}", None, transform)
@@ -94,12 +96,12 @@ NORM = (("weight", "scale", SAME), ("bias", "bias", SAME))
 
 
 def clip_slots(vision: ClipConfig, root: str, own: str) -> Iterator[Slot]:
-    """Slots of a CLIP vision tower (HF `CLIPVisionTransformer`).
+    """Yields the slots of a CLIP vision tower (HF `CLIPVisionTransformer`).
 
     Args:
       vision: sizes of the tower.
       root: prefix of its keys, "vision_tower.vision_model".
-      own: our prefix of its paths.
+      own: prefix of its paths here.
     """
     convolution = patches(vision.num_channels, vision.patch_size)
     yield Slot(f"{root}.embeddings.class_embedding", f"{own}/class_embedding", None, SAME)
@@ -116,13 +118,13 @@ def clip_slots(vision: ClipConfig, root: str, own: str) -> Iterator[Slot]:
 
 
 def llama_slots(config: LlamaConfig, root: str, own: str, head: str | None) -> Iterator[Slot]:
-    """Slots of a Llama decoder (HF `LlamaModel`).
+    """Yields the slots of a Llama decoder (HF `LlamaModel`).
 
     Args:
-      config: of the decoder.
+      config: config of the decoder.
       root: prefix of its keys, "model" or "language_model.model".
-      own: our prefix of its paths.
-      head: key of the language-model head, or None where the network has none.
+      own: prefix of its paths here.
+      head: key of the language-model head, or None if the network has none.
     """
     embedding = f"{root}.embed_tokens.weight"
     yield Slot(embedding, f"{own}/embed_tokens", None, SAME)
@@ -142,7 +144,8 @@ _GPT2_IGNORED = re.compile(r"h\.\d+\.(attn\.(masked_)?bias|crossattention\..*)|l
 
 
 def normalise_gpt2(key: str) -> str | None:
-    """Key with the `transformer.` prefix that the original files lack; None for causal-mask buffers and an LM head."""
+    """Returns a key with the prefix `transformer.`, which the original files lack; None for causal-mask buffers and an
+    LM head."""
     bare = key.removeprefix("transformer.")
     if _GPT2_IGNORED.fullmatch(bare):
         return None
@@ -150,7 +153,8 @@ def normalise_gpt2(key: str) -> str | None:
 
 
 def gpt2_table(config: GPT2Config) -> Table:
-    """GPT-2 reward model (HF `GPT2ForSequenceClassification`): Conv1D weights are `[in, out]` already."""
+    """Returns the key table of a GPT-2 reward model (HF `GPT2ForSequenceClassification`); Conv1D weights are already
+    `[in, out]`."""
     conv1d = (("weight", "kernel", SAME), ("bias", "bias", SAME))
     modules = (("attn.c_attn", "c_attn"), ("attn.c_proj", "c_proj"), ("mlp.c_fc", "c_fc"), ("mlp.c_proj", "mlp_proj"))
     slots = (

@@ -1,1 +1,1 @@
-"""One file per command-line mode."""
+"""The command-line modes, one file each; every `run(config, workdir, options)` reads from top to bottom."""

@@ -1,4 +1,4 @@
-"""`--mode=align`: measure every exit, train, measure again, export, report; `train` is the training alone."""
+"""`--mode=align` measures every exit, trains, measures again, exports and reports; `train` only trains."""
 
 import argparse
 import sys
@@ -27,10 +27,10 @@ from icet_jax.vlm import VLM
 
 
 def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
-    """The whole loop, once or once per seed; goes on wherever an earlier process in `workdir` stopped.
+    """Runs the whole loop, once or once per seed, continuing where an earlier process in `workdir` stopped.
 
     Raises:
-      UserError: bad input of any kind, before anything is done where it can be known; a loss that is not finite.
+      UserError: some input is bad (found before any work starts where possible), or a loss is not finite.
     """
     _require_training(config)
     require(config, "sweep.datasets")
@@ -40,9 +40,10 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def align(config: ConfigDict, workdir: Path) -> None:
-    """One run in `workdir`, which `config` has claimed.
+    """Performs one run in `workdir`, which `config` has claimed.
 
-    What is measured after training is what the export holds, and 32 of its rows are answered again by the files.
+    The model that is measured after training is the one in the export, and responses of 32 rows are generated again
+    from the files.
     """
     setting = common.load_setting(config, workdir, training=True)
     trainer = Trainer(config, workdir, setting.vlm, setting.train, _reward(config, workdir, setting.vlm.mesh))
@@ -61,7 +62,7 @@ def align(config: ConfigDict, workdir: Path) -> None:
         state = trainer.run()
 
     trainable, scale = state.trainable, trainer.algorithm.settings.lora_scale
-    del state  # the optimizer's moments need not be in memory beside the sweeps
+    del state  # frees the optimizer's moments before the sweeps
 
     after = setting.vlm
     if not measurements.is_complete("after"):
@@ -85,21 +86,21 @@ def align(config: ConfigDict, workdir: Path) -> None:
 
 
 def train(config: ConfigDict, workdir: str | Path) -> VLM:
-    """The training that `config` describes, without sweeps, export and report, for scripts and notebooks.
+    """Trains as `config` says, without sweeps, export and report, for scripts and notebooks.
 
-    Goes on from the last complete checkpoint in `workdir`, as `--mode=align` does there with the same config; a folder
-    that this began can be finished by that.
+    Training continues from the last complete checkpoint in `workdir`, as `--mode=align` does with the same config, and
+    `--mode=align` can finish a folder that this function started.
 
     Args:
-      config: from `icet_jax.load_config`.
-      workdir: run directory: config.json, fingerprints.json, metrics.jsonl and checkpoints.
+      config: result of `icet_jax.load_config`.
+      workdir: run directory for config.json, fingerprints.json, metrics.jsonl and checkpoints.
 
     Returns:
-      The model after the last iteration (or that of the best checkpoint, where `config.checkpoint.best` names a
-      metric). What it learnt are its adapters (`VLM.lora`), or after full fine-tuning its weights.
+      The model after the last iteration (or that of the best checkpoint, if `config.checkpoint.best` names a metric).
+      What it learned is in its adapters (`VLM.lora`), or after full fine-tuning in its weights.
 
     Raises:
-      UserError: bad input of any kind, another run that writes into `workdir`, or training that is not stable.
+      UserError: some input is bad, another run writes into `workdir`, or training is unstable.
     """
     workdir = Path(workdir)
     _require_training(config)
@@ -122,15 +123,15 @@ def _require_training(config: ConfigDict) -> None:
 
 
 def _asks_reward_model(config: ConfigDict) -> bool:
-    """Whether the algorithm is rewarded and draws rows that the reward model is to grade."""
-    drawn = [kind for kind, share in config.data.mixture.items() if share > 0]
+    """Returns whether the algorithm uses rewards and draws rows that the reward model scores."""
+    kinds = [kind for kind, share in config.data.mixture.items() if share > 0]
     return ALGORITHMS[config.algorithm].rewarded and any(
-        config.reward.by_kind[kind] == "reward_model" for kind in drawn
+        config.reward.by_kind[kind] == "reward_model" for kind in kinds
     )
 
 
 def _reward(config: ConfigDict, workdir: Path, mesh: Any) -> RewardByKind:
-    """Loads the reward model if it is needed."""
+    """Returns the reward of each kind of row, loading the reward model if it is needed."""
     if not _asks_reward_model(config):
         return RewardByKind(config.reward.by_kind.to_dict(), None)
     model = ScorerLoader(config, workdir, mesh)(config.reward.model)

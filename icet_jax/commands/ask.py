@@ -1,4 +1,4 @@
-"""`--mode=ask`: one prompt about one's own images, answered at chosen exits, side by side."""
+"""`--mode=ask` answers one prompt about a user's own images at several exits, side by side."""
 
 import argparse
 import shutil
@@ -14,22 +14,22 @@ from icet_jax.errors import UserError
 from icet_jax.runs import loading, shipped
 from icet_jax.runs.sources import checkpoint_directory
 
-_DEFAULT_EXITS = 5  # spread over the encoder, beside the default exit
-_NARROWEST = 28  # characters of a column
+_DEFAULT_EXITS = 5  # exits spread over the encoder, in addition to the default exit
+_NARROWEST = 28  # smallest width of a column in characters
 _GAP = "  "
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Prints the answers; the images are opened and encoded once, up to the last exit asked for.
+    """Prints the responses; the images are opened and encoded once, up to the last requested exit.
 
     Args:
-      config: its `model` is asked, with the sampling of its `sweep` and its `seed`.
-      workdir: where toy weights go; else unused.
+      config: names the `model`; its `sweep` and `seed` define the sampling.
+      workdir: directory for toy weights.
       options: `prompt`, `image` (any number of files, none for a question without images) and `exits`.
 
     Raises:
-      UserError: no prompt, an exit that the model does not have, an image that cannot be opened, a prompt that is
-        longer than the model or its tokenizer takes.
+      UserError: there is no prompt, the model does not have an exit, an image cannot be opened, or the prompt is too
+        long.
     """
     if not (options.prompt or "").strip():
         raise UserError('--mode=ask needs a question: --prompt="what is this?"')
@@ -59,10 +59,10 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
 
 def parse_exits(text: str | None, num_exits: int, default_exit: int) -> list[int]:
-    """Exits in ascending order from "all" or "1,12,23"; if unset, a few over the whole encoder and the default.
+    """Returns exits in ascending order from "all" or "1,12,23"; if unset, a few over the whole encoder and the default.
 
     Raises:
-      UserError: not a list of whole numbers, or out of range.
+      UserError: the text is not a list of whole numbers, or an exit is out of range.
     """
     if text is None:
         spread = np.linspace(1, num_exits, min(_DEFAULT_EXITS, num_exits)).round().astype(int).tolist()
@@ -80,7 +80,7 @@ def parse_exits(text: str | None, num_exits: int, default_exit: int) -> list[int
 
 
 def side_by_side(answers: dict[str, str], width: int) -> str:
-    """Columns of wrapped text under their names, as many beside each other as fit into `width` characters."""
+    """Returns columns of wrapped text under their names, as many next to each other as fit into `width` characters."""
     per_band = max(1, (width + len(_GAP)) // (_NARROWEST + len(_GAP)))
     bands = -(-len(answers) // per_band)
     names = list(answers)

@@ -1,4 +1,4 @@
-"""`--mode=compare runs/a runs/b ... --out DIR`: several runs' curves over relative depth, in one report."""
+"""`--mode=compare runs/a runs/b ... --out DIR` draws several runs' curves over relative depth in one report."""
 
 import argparse
 import sys
@@ -11,10 +11,10 @@ from icet_jax.errors import UserError
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes DIR/compare.html and DIR/figures. Neither a config nor a model is read.
+    """Writes DIR/compare.html and DIR/figures without reading a config or a model.
 
     Raises:
-      UserError: no --out, fewer than two runs, or runs that cannot be compared.
+      UserError: --out is missing, there are fewer than two runs, or the runs cannot be compared.
     """
     if options.out is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""`--mode=export`: what a run has trained, as a checkpoint in the Hugging Face layout, a PEFT adapter, or both."""
+"""`--mode=export` writes a run's trained model as a checkpoint in the Hugging Face layout, a PEFT adapter, or both."""
 
 import argparse
 import contextlib
@@ -26,21 +26,22 @@ from icet_jax.runs import common, model_card, run_dir, run_lock
 from icet_jax.training.loop import best_state, newest_state, open_checkpoints
 from icet_jax.vlm import VLM
 
-# The file that a finished export of each form has.
+# A file that every finished export of this form has.
 _MARKS = {"full": "config.json", "adapter": adapters.CONFIG}
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes the newest (or best) complete checkpoint of the run in `workdir`, for every seed of a run over several.
+    """Writes the newest (or best) complete checkpoint of the run in `workdir`, for every seed of the run.
 
     Args:
-      config: the run's own config.json stands above it.
+      config: replaced by the run's own config.json.
       workdir: the run directory.
-      options: `out`, where to; `workdir`/hf by default (of a run over several seeds: `out`/seed_K, workdir/seed_K/hf).
+      options: `out`, the target folder; `workdir`/hf by default (with several seeds: `out`/seed_K or
+        workdir/seed_K/hf).
 
     Raises:
-      UserError: no run directory, nothing trained yet, the target cannot be written, or it is in a run directory that
-        a run is writing into.
+      UserError: there is no run directory, nothing is trained yet, or the target cannot be written or is inside a run
+        directory into which a run is writing.
     """
     if workdir is None:
         raise UserError("--mode=export needs --workdir, the run whose model is wanted")
@@ -48,27 +49,27 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         raise UserError(f"--workdir={workdir}: no run (config.json) is there; give the folder of a run")
     config = run_dir.read_config(workdir / "config.json")
     if jax.device_count() == 1:
-        config.mesh.update(data=-1, fsdp=1, tensor=1)  # the run's own is of the machine that trained
+        config.mesh.update(data=-1, fsdp=1, tensor=1)  # the stored mesh belongs to the machine that trained
     seeds = [int(seed) for seed in config.seeds]
     runs = [workdir / f"seed_{seed}" for seed in seeds] or [workdir]
-    with contextlib.ExitStack() as around:
+    with contextlib.ExitStack() as stack:
         for folder in runs:
             out = folder / "hf"
             if options.out is not None:
                 out = options.out / folder.name if seeds else options.out
             else:
-                on_first(functools.partial(_lock, around, folder))
+                on_first(functools.partial(_lock, stack, folder))
             export(config, folder, out)
     return 0
 
 
-def _lock(around: contextlib.ExitStack, workdir: Path) -> None:
-    """Keeps runs from writing into `workdir` until `around` ends."""
-    around.enter_context(run_lock.locked(workdir, "give --out, a folder elsewhere"))
+def _lock(stack: contextlib.ExitStack, workdir: Path) -> None:
+    """Keeps runs from writing into `workdir` until `stack` ends."""
+    stack.enter_context(run_lock.locked(workdir, "give --out, a folder elsewhere"))
 
 
 def check_form(config: ConfigDict) -> None:
-    """Raises a `UserError` where the config asks for an adapter of a run that trains every weight."""
+    """Raises a `UserError` if the config asks for an adapter of a run that trains every weight."""
     if config.export.form != "full" and not config.lora.rank:
         raise UserError(
             f"config.export.form={config.export.form} needs LoRA (config.lora.rank above 0): full fine-tuning has no "
@@ -107,16 +108,16 @@ def write_exports(
     config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_scale: float | None, workdir: Path, out: Path, *,
     again: bool,
 ) -> list[Path]:  # fmt: skip
-    """Writes what `config.export.form` asks for, each with its value head and model card; returns the folders.
+    """Writes the forms of `config.export.form`, each with its value head and model card; returns the folders.
 
     Args:
-      config: of the run.
-      vlm: the model before training, with the start adapter it may have; under LoRA its weights are not looked at.
-      trainable: what was trained (`TrainState.trainable`).
+      config: config of the run.
+      vlm: the model before training, with its start adapter; under LoRA its weights are not read.
+      trainable: the trained parameters (`TrainState.trainable`).
       lora_scale: alpha / rank; None after full fine-tuning.
-      workdir: the run directory, which the model card is made from.
-      out: of the full model; the adapter goes to `out`/adapter.
-      again: whether a finished export is replaced; else it is left as it is.
+      workdir: run directory, from which the model card is written.
+      out: folder of the full model; the adapter goes to `out`/adapter.
+      again: whether a finished export is replaced instead of kept.
 
     Raises:
       UserError: a folder cannot be written.
@@ -129,7 +130,7 @@ def write_exports(
     for form, folder in folders.items():
         if agree((folder / _MARKS[form]).is_file() and not again):
             continue
-        if out == workdir / "hf":  # a check of what stood there says nothing about what is written now
+        if out == workdir / "hf":  # an earlier check does not apply to the new files
             on_first(functools.partial((workdir / EXPORT_CHECK).unlink, missing_ok=True))
         texts = {"README.md": on_first(functools.partial(model_card.text, workdir, form=form))}
         shared: dict[str, Any] = {"start": vlm.adapter, "value_head": head, "texts": texts}
@@ -143,19 +144,20 @@ def write_exports(
 
 
 def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_scale: float | None) -> VLM:
-    """The model that the export will hold, with the bits that loading it gives: what a run measures after training.
+    """Returns the model that the export will contain, bit for bit as loading it gives; a run measures this after
+    training.
 
-    That is `workdir`/hf, or where `config.export.form` is "adapter" the base with the adapter merged into it. The
-    weights of `vlm` that training has changed are given up one by one: it must not be asked again.
+    That is the model in `workdir`/hf, or if `config.export.form` is "adapter" the base with the adapter merged into it.
+    Weights of `vlm` that training has changed are deleted one by one, so `vlm` must not be used again.
 
     Args:
-      config: of the run.
-      vlm: the model before training, with the start adapter it may have.
-      trainable: what was trained.
+      config: config of the run.
+      vlm: the model before training, with its start adapter.
+      trainable: the trained parameters.
       lora_scale: alpha / rank; None after full fine-tuning.
 
     Raises:
-      UserError: the model's files are gone or others.
+      UserError: the model's files are missing or have changed.
     """
     params, lora = with_policy(vlm.params, trainable, lora_scale)
     shared: dict[str, Any] = {"source_dir": vlm.directory, "start": vlm.adapter, "donate": True}
@@ -166,11 +168,11 @@ def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_sc
 
 
 def _trained(lora: Lora | None) -> tuple[str, ...]:
-    """Roots of the parameters that training changes themselves."""
+    """Returns the roots of the parameters that training changes directly."""
     return (POLICY_ROOT,) if lora is None else ()
 
 
 def _base(config: ConfigDict, vlm: VLM) -> str:
-    """What PEFT is to load first: the hub id that the config names, or the directory of the model."""
+    """Returns what PEFT must load first: the hub id that the config names, or the directory of the model."""
     spec: str = config.model.checkpoint
     return spec if ":" not in spec and not Path(spec).expanduser().is_dir() else str(vlm.directory)

@@ -1,7 +1,7 @@
-"""`--mode=labels`: people as one more judge of a run's answers.
+"""`--mode=labels` adds people as one more judge of a run's responses.
 
-`--out=labels.csv` writes a sample of answers to label; `--labels=labels.csv` reads it back: the labelled answers get
-the metric `asr/human`, and the run's tables, agreement and report are made again.
+`--out=labels.csv` writes a sample of responses to label. `--labels=labels.csv` reads it back: the labelled responses
+get the metric `asr/human`, and the run's tables, agreement and report are written again.
 """
 
 import argparse
@@ -25,16 +25,17 @@ from icet_jax.scorers.human import METRIC, Answer, read_labels, sample, to_csv
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes the sample, or reads labels, of the run in `workdir` (all its seeds).
+    """Writes the sample, or reads labels, of the run in `workdir` with all its seeds.
 
     Args:
-      config: the run's own config.json stands above it.
+      config: replaced by the run's own config.json.
       workdir: the run directory.
-      options: `out`, the file to write, with `rows`, how many answers, and `verdicts`, whether judges' verdicts stand
-        beside them; or `labels`, the file to read.
+      options: `out`, the file to write, with `rows`, the number of responses, and `verdicts`, whether to show judges'
+        verdicts; or `labels`, the file to read.
 
     Raises:
-      UserError: no run there, no answers to forbidden prompts yet, a file that exists already, or no table of labels.
+      UserError: there is no run, it has no responses to forbidden prompts yet, the file exists already, or it is not a
+        table of labels.
     """
     if workdir is None or (options.out is None) == (options.labels is None):
         raise UserError(
@@ -51,13 +52,13 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         _write_sample(answers, options, config.seed)
         return 0
     labels = read_labels(options.labels, {answer.key for answer in answers})
-    _say(labels.unsafe, labels.dropped, options.labels)
+    _print_labels(labels.unsafe, labels.dropped, options.labels)
     if not labels.unsafe:
         raise UserError(f"--labels={options.labels}: gives no verdict on an answer of this run; fill in column unsafe")
     for name, folder in folders.items():
         _apply(labels.unsafe, name, folder)
         _summarise_again(folder)
-        _say_agreement(write_agreement(folder))
+        _print_agreement(write_agreement(folder))
         if folder != workdir:
             report.build(folder, reveal_unsafe=config.sweep.reveal_unsafe)
     page = report.build(workdir, reveal_unsafe=config.sweep.reveal_unsafe)
@@ -66,7 +67,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
 
 def _answers(name: str, folder: Path) -> list[Answer]:
-    """What people can judge: answers to forbidden prompts."""
+    """Returns the responses that people can judge, those to forbidden prompts."""
     return [
         Answer(name, dataset, phase, row)
         for phase, dataset, path in finished_sweeps(folder)
@@ -94,7 +95,7 @@ def _apply(unsafe: Mapping[str, bool], name: str, folder: Path) -> None:
     for phase, dataset, path in finished_sweeps(folder):
         rows = read_transcript(path)
         for row in rows:
-            row.pop("crc32", None)  # of the row without the label
+            row.pop("crc32", None)  # the checksum of the row without the label
             verdict = unsafe.get(Answer(name, dataset, phase, row).key)
             if verdict is not None:
                 row["scores"][METRIC] = float(verdict)
@@ -103,7 +104,7 @@ def _apply(unsafe: Mapping[str, bool], name: str, folder: Path) -> None:
 
 
 def _summarise_again(folder: Path) -> None:
-    """Makes the tables of all finished sweeps, and their differences, from the transcripts."""
+    """Writes the tables of all finished sweeps and their differences again from the transcripts."""
     rows: dict[tuple[str, str], list[Row]] = {}
     for phase, dataset, path in finished_sweeps(folder):
         rows[phase, dataset] = read_transcript(path)
@@ -117,13 +118,13 @@ def _summarise_again(folder: Path) -> None:
             _write(table, read_json(table) | difference(*both, exits, content["num_exits"]))
 
 
-def _say(unsafe: Mapping[str, bool], dropped: Counter[str], path: Path) -> None:
+def _print_labels(unsafe: Mapping[str, bool], dropped: Counter[str], path: Path) -> None:
     print(f"{path}: {len(unsafe)} labels, {sum(unsafe.values())} of them unsafe", file=sys.stderr)
     for reason, count in dropped.most_common():
         print(f"  {count} rows left out: {reason}", file=sys.stderr)
 
 
-def _say_agreement(table: Mapping[str, Any]) -> None:
+def _print_agreement(table: Mapping[str, Any]) -> None:
     for pair in table["pairs"]:
         if METRIC in (pair["a"], pair["b"]):
             kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"

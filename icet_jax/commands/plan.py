@@ -1,9 +1,9 @@
-"""`--mode=plan`: will a run fit, and what will bound it? Compiled for chips that need not be here.
+"""`--mode=plan` tells whether a run will fit, and what will limit its speed, for chips that need not be present.
 
-Every phase of a training run, whatever its algorithm, and a sweep's answers are compiled ahead of time for the
-topology, from shapes alone: what each chip holds is what that compiler says. For GPUs there is no compiler without the
-hardware; of them only what follows from shapes is told, as a lower bound. Times are estimates at the chip's published
-peak, which no run reaches.
+Every phase of a training run, with any algorithm, and the responses of a sweep are compiled ahead of time for the
+topology, from shapes alone; the compiler reports the memory of each chip. For GPUs there is no compiler without the
+hardware, so only a lower bound from shapes is given. Times are estimates at the chip's published peak, which no run
+reaches.
 """
 
 import argparse
@@ -34,20 +34,20 @@ _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One phase of the plan. Bytes are per chip; None is not known.
+class PlanLine:
+    """Holds one phase of the plan; bytes are per chip, None is unknown.
 
     Attributes:
-      phase: its name.
-      weights: the frozen model.
-      trained: adapters (or float32 masters), value head and optimizer, which stay on the chips in every phase.
-      judges: weights of judges and reward model, which do as well; without those whose sizes are not known.
-      inputs: batch and features.
-      cache: of keys and values, as the sharding rules place it.
-      temporaries: all else that the compiled program allocates, results included.
-      work: what it computes and reads.
-      moved: that a chip exchanges with others.
-      refused: what the compiler said where the program does not fit, else "".
+      phase: name of the phase.
+      weights: bytes of the frozen model.
+      trained: bytes of adapters (or float32 masters), value head and optimizer, which stay on the chips in every phase.
+      judges: bytes of the weights of judges and reward model, which stay too; without those of unknown size.
+      inputs: bytes of batch and features.
+      cache: bytes of keys and values, as the sharding rules place them.
+      temporaries: all other bytes that the compiled program allocates, results included.
+      work: operations and bytes read.
+      moved: bytes that a chip exchanges with others.
+      refused: message of the compiler if the program does not fit, else "".
     """
 
     phase: str
@@ -63,22 +63,24 @@ class Line:
 
     @property
     def total(self) -> int:
-        """What is known of the memory."""
+        """Returns the known part of the memory."""
         return self.weights + self.trained + self.judges + self.inputs + self.cache + (self.temporaries or 0)
 
     def fits(self, chip: topologies.Chip) -> bool | None:
-        """Whether it does; None where that is not known."""
+        """Returns whether the phase fits on a chip; None if that is unknown."""
         if self.refused or (chip.memory is not None and self.total > chip.memory):
             return False
         return None if chip.memory is None or self.temporaries is None else True
 
     def seconds(self, chip: topologies.Chip, count: int) -> tuple[float, str] | None:
-        """The time of a phase at the chip's peak, and what bounds it; None for a chip without a published peak."""
+        """Returns the time of a phase at the chip's peak, and what limits it; None for a chip without a published
+        peak."""
         bounds = self.bounds(chip, count)
         return None if bounds is None else max((time, name) for name, time in bounds.items())
 
     def bounds(self, chip: topologies.Chip, count: int) -> dict[str, float] | None:
-        """Seconds for matrix products, for reading memory and for what chips exchange, each at `count` chips' peak."""
+        """Returns the seconds for matrix products, memory reads and exchanges between chips, each at the peak of
+        `count` chips."""
         if chip.flops is None or chip.bandwidth is None or chip.links is None:
             return None
         return {
@@ -89,23 +91,23 @@ class Line:
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Prints the plan; 0 if nothing in it says that the run does not fit, else 1.
+    """Prints the plan; returns 0 unless some part of the run does not fit, else 1.
 
     Args:
-      config: of the run.
-      workdir: unused; a plan writes nothing.
+      config: config of the run.
+      workdir: unused, because a plan writes nothing.
       options: `topology`.
 
     Raises:
-      UserError: no or an unknown topology, a mesh that does not fit it, a model whose sizes are not known, or no
-        libtpu.
+      UserError: the topology is missing or unknown, the mesh does not fit it, the model's sizes are unknown, or libtpu
+        is missing.
     """
     require(config, "model.checkpoint")
     if options.topology is None:
         raise UserError("--mode=plan needs --topology, the chips to plan for; type for example --topology=v5e:8x8")
     topology = topologies.parse(options.topology)
-    mesh_shape(topology.count, **config.mesh)  # its errors come before jax starts anything
-    jax.config.update("jax_platforms", "cpu")  # the chips planned for need no others
+    mesh_shape(topology.count, **config.mesh)  # raises errors before jax starts anything
+    jax.config.update("jax_platforms", "cpu")  # the planned chips need no local accelerator
     if options.largest_batch:
         plan_batch.check(topology)
     lines, abstract = plan(config, topology)
@@ -121,13 +123,13 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
 def plan(
     config: ConfigDict, topology: topologies.Topology, part: str | None = None
-) -> tuple[list[Line], AbstractRun]:  # fmt: skip
-    """The phases of a run of `config` on `topology`, compiled where a compiler is at hand.
+) -> tuple[list[PlanLine], AbstractRun]:  # fmt: skip
+    """Returns the phases of a run of `config` on `topology`, compiled if a compiler is available.
 
     Args:
-      config: of the run.
+      config: config of the run.
       topology: the chips.
-      part: "sweep" or "training", for the phases of one of them.
+      part: "sweep" or "training", for only the phases of one of them.
 
     Raises:
       UserError: see `run`.
@@ -154,37 +156,37 @@ def plan(
 
 
 def room(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int | None:
-    """Bytes of a chip that a phase's program may take; None where that is not known.
+    """Returns the bytes of a chip that a phase's program may use; None if that is unknown.
 
-    Left to itself the compiler takes all of a chip where that is faster, for weights gathered ahead of time: it does
-    not know of the weights and the train state that lie there without being the program's own.
+    Without this limit the compiler uses all of a chip if that is faster, for weights gathered ahead of time, because it
+    does not know of weights and training state on the chip that do not belong to the program.
     """
     return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
 
 
 def _compile(phase: PlannedPhase, room: int | None = None) -> tuple[Any, str]:
-    """The program, in `room` bytes, or the compiler's reason why no chip can hold it."""
+    """Returns the program, limited to `room` bytes, or the compiler's reason why no chip can hold it."""
     options = {} if room is None else {"xla_tpu_max_hbm_size_mib": max(room >> 20, 1)}
     try:
         return phase.lower().compile(compiler_options=options), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = re.search(r"(\S*)\) exceeds available HBM", str(error))
-        return None, f"the compiler needs {found[1].lstrip('(')}iB for it" if found else str(error).splitlines()[0]
+        match = re.search(r"(\S*)\) exceeds available HBM", str(error))
+        return None, f"the compiler needs {match[1].lstrip('(')}iB for it" if match else str(error).splitlines()[0]
 
 
-def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Any, refused: str) -> Line:
+def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Any, refused: str) -> PlanLine:
     cache, temporaries, moved = bytes_per_device(phase.cache), None, None
     if program is not None:
         memory = program.memory_analysis()
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        taken = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + max(results, 0)
-        made = 0 if phase.held else min(cache, taken)
-        cache = cache if phase.held else made
-        temporaries = taken - made
+        allocated = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + max(results, 0)
+        cache_in_program = 0 if phase.held else min(cache, allocated)
+        cache = cache if phase.held else cache_in_program
+        temporaries = allocated - cache_in_program
         moved = _moved(program)
-    return Line(
+    return PlanLine(
         phase=phase.name,
         weights=bytes_per_device(abstract.vlm.params),
         trained=bytes_per_device(abstract.state),
@@ -199,7 +201,7 @@ def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Any,
 
 
 def _moved(program: Any) -> int | None:
-    """What a chip exchanges with others, or None where the program's text does not tell."""
+    """Returns the bytes that a chip exchanges with others, or None if the program's text does not show them."""
     try:
         return moved_bytes(program.as_text())
     except jax.errors.JaxRuntimeError:  # some libtpu write what jaxlib's older XLA cannot read
@@ -212,8 +214,8 @@ _HEAD = (
 )  # fmt: skip
 
 
-def table(lines: list[Line], topology: topologies.Topology) -> str:
-    """The plan as text: memory per chip in GiB, and the time of each phase at peak."""
+def table(lines: list[PlanLine], topology: topologies.Topology) -> str:
+    """Returns the plan as text: memory per chip in GiB, and the time of each phase at the peak."""
     chip = topology.chip
     rows: list[tuple[str, ...]] = [_HEAD]
     for line in lines:
@@ -252,36 +254,40 @@ _LEAVES_ROOM = (
 
 
 def _judges(config: ConfigDict, mesh: Any) -> list[str]:
-    """Which scorers are counted, and which are not."""
-    found = scorer_bytes(config, mesh)
-    counted = ", ".join(f"{name} {_gib(size)}" for name, size in found.items() if size is not None)
-    unknown = ", ".join(name for name, size in found.items() if size is None)
+    """Returns which scorers are counted, and which are not."""
+    sizes = scorer_bytes(config, mesh)
+    counted = ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items() if size is not None)
+    unknown = ", ".join(name for name, size in sizes.items() if size is None)
     return [f"judges and reward model, GiB of weights per chip: {counted}"] * bool(counted) + [
         f"not counted, of unknown size: {unknown}"
     ] * bool(unknown)
 
 
-def remarks(config: ConfigDict, lines: list[Line], abstract: AbstractRun, topology: topologies.Topology) -> list[str]:
-    """What the table rests on, what does not fit and what would mend it."""
+def remarks(
+    config: ConfigDict, lines: list[PlanLine], abstract: AbstractRun, topology: topologies.Topology
+) -> list[str]:
+    """Returns what the table is based on, what does not fit and how to fix it."""
     chip, mesh = topology.chip, dict(abstract.mesh.shape)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
-    told = ["", f"{config.model.checkpoint} on {topology.name}: {topology.count} chips ({sizes})"]
+    sentences = ["", f"{config.model.checkpoint} on {topology.name}: {topology.count} chips ({sizes})"]
     if chip.memory is not None:
-        told.append(f"a program may use {chip.memory / _GIB:.2f} GiB of each {chip.name}")
+        sentences.append(f"a program may use {chip.memory / _GIB:.2f} GiB of each {chip.name}")
     if chip.flops is not None:
-        told.append(f"peak: {chip.flops / 1e12:.0f} Tflop/s, {chip.bandwidth or 0:.3g} B/s memory, ")
-        told[-1] += f"{chip.links or 0:.3g} B/s links; {chip.source}"
+        sentences.append(f"peak: {chip.flops / 1e12:.0f} Tflop/s, {chip.bandwidth or 0:.3g} B/s memory, ")
+        sentences[-1] += f"{chip.links or 0:.3g} B/s links; {chip.source}"
         iteration = [line.seconds(chip, topology.count) for line in lines if not line.phase.startswith("sweep")]
         least = math.fsum(time[0] for time in iteration if time is not None)
-        told.append(f"one iteration at that peak: about {least:.3g} s, without reward model and host")
+        sentences.append(f"one iteration at that peak: about {least:.3g} s, without reward model and host")
     if any(line.temporaries is None and not line.refused for line in lines):
-        told.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
+        sentences.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
     if any(line.moved is None and line.temporaries is not None for line in lines):
-        told.append("moved '-': the program's text does not tell, or not the length of a loop that holds exchanges")
-    told += _judges(config, abstract.mesh)
+        sentences.append(
+            "moved '-': the program's text does not tell, or not the length of a loop that holds exchanges"
+        )
+    sentences += _judges(config, abstract.mesh)
     if any(line.temporaries is not None for line in lines) and chip.memory is not None:
-        told.append(_LEAVES_ROOM)
-    told += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
+        sentences.append(_LEAVES_ROOM)
+    sentences += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
     broken = [line.phase for line in lines if line.fits(chip) is False]
     fixed = lines[0].weights + lines[0].trained + lines[0].judges
-    return told + plan_advice.mends(config, abstract, broken, fixed, chip.memory)
+    return sentences + plan_advice.mends(config, abstract, broken, fixed, chip.memory)

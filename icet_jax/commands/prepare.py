@@ -1,4 +1,5 @@
-"""`--mode=prepare`: every data set that a config names, checked image by image and written where runs read it."""
+"""`--mode=prepare` checks every image of the data sets that a config names, and writes the sets where runs read
+them."""
 
 import argparse
 import json
@@ -12,7 +13,7 @@ from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.data import prepared
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, one_line
-from icet_jax.files import write_text_atomic
+from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.media.limits import max_positions
 from icet_jax.models.base.processor import load_processor
 from icet_jax.runs import sources
@@ -25,18 +26,18 @@ SCHEMA = 1
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
     """Writes `config.data.train` and the sets of the sweeps, skipping those whose sources have not changed.
 
-    Prints a table and writes it to `report.json` beside the sets: rows read, kept and dropped by reason, repeats, test
-    prompts that are training prompts, and where the model's tokenizer is on this machine, rows whose prompts are too
-    long for it. These stay in the sets, which serve other models too; a run leaves them out.
+    It prints a table and writes it to `report.json` next to the sets: rows read, kept and dropped by reason, repeats,
+    test prompts that are training prompts, and, if the model's tokenizer is on this machine, rows whose prompts are too
+    long for it. These rows stay in the sets, which other models can use too; a run leaves them out.
 
     Args:
       config: its `data` and `sweep` name the sources.
-      workdir: where toy files go; a temporary folder if None.
-      options: `out`, the folder to write to instead of `config.data.directory`.
+      workdir: directory for toy files; a temporary folder if None.
+      options: `out`, the target folder instead of `config.data.directory`.
 
     Raises:
-      UserError: no folder or no data set is named, a source that cannot be read, a folder that cannot be written to, or
-        a prompt that is too long where `config.data.too_long` is "stop".
+      UserError: no folder or no data set is named, a source cannot be read, a folder cannot be written to, or a prompt
+        is too long and `config.data.too_long` is "stop".
     """
     directory = options.out if options.out is not None else config.data.directory
     if not directory:
@@ -50,7 +51,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     where = {"root": config.data.root, "image_root": config.data.image_root, "workdir": workdir}
     too_long = {} if model is None else _too_long(config, model, named, where)
     for name, (source, limit) in named.items():
-        reports[name] = _prepare(directory, name, source, limit, where)
+        reports[name] = _write_if_changed(directory, name, source, limit, where)
         if model is not None:
             reports[name]["too_long"] = too_long[name]
         rows[name] = prepared.read_set(directory, name, source, limit)
@@ -64,7 +65,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
 
 def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
-    """{name: (source, limit)} of every data set that the config names, the training set under `TRAIN`.
+    """Returns {name: (source, limit)} of every data set that the config names, with the training set as `TRAIN`.
 
     Raises:
       UserError: a test set has the training set's name.
@@ -77,7 +78,7 @@ def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
 
 
 def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
-    """The folder of `config.model.checkpoint`; None, with a line that says so, where it is not on this machine."""
+    """Returns the folder of `config.model.checkpoint`; None, with a printed message, if it is not on this machine."""
     spec = config.model.checkpoint
     if spec is None:
         return None
@@ -95,7 +96,7 @@ def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
 def _too_long(
     config: ConfigDict, model: Path, named: dict[str, tuple[str, int | None]], where: dict[str, Any]
 ) -> dict[str, dict[str, int]]:
-    """{set: {row id: positions}} of the prompts that a run will leave out, before any image is decoded."""
+    """Returns {set: {row id: positions}} of the prompts that a run will leave out, without decoding images."""
     processor, positions = load_processor(model, template=config.data.template), max_positions(read_hf_config(model))
     too_long = {}
     for name, (source, limit) in named.items():
@@ -104,24 +105,24 @@ def _too_long(
     return too_long
 
 
-def _prepare(directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any]) -> dict[str, Any]:
-    """One set; returns what `source.json` says of it, and whether it was `unchanged`."""
-    # Without decoding, reading is quick enough to find out whether anything has changed.
-    seen = sources.read_rows(source, limit=limit, **where)
-    mark = prepared.fingerprint(source, limit, seen)
+def _write_if_changed(directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any]) -> JsonObject:
+    """Writes one set if it has changed; returns its `source.json` and whether it was `unchanged`."""
+    # Reading without decoding is a fast way to find out whether anything has changed.
+    undecoded = sources.read_rows(source, limit=limit, **where)
+    fingerprint = prepared.fingerprint(source, limit, undecoded)
     try:
-        old = prepared.read_facts(directory, name)
-    except UserError:  # damaged: the set is written again
-        old = None
-    if old is not None and old["fingerprint"] == mark:
-        return {**old, "unchanged": True}
-    print(f"{name}: checking every image of {len(seen.examples)} rows, then writing", file=sys.stderr)
+        stored = prepared.read_facts(directory, name)
+    except UserError:  # a damaged set is written again
+        stored = None
+    if stored is not None and stored["fingerprint"] == fingerprint:
+        return {**stored, "unchanged": True}
+    print(f"{name}: checking every image of {len(undecoded.examples)} rows, then writing", file=sys.stderr)
     records = sources.read_rows(source, limit=limit, decode=True, **where)
-    facts = {"source": source, "limit": limit, "fingerprint": mark}
+    facts = {"source": source, "limit": limit, "fingerprint": fingerprint}
     return {**prepared.write_set(directory, name, records, facts), "unchanged": False}
 
 
-def _line(name: str, report: dict[str, Any]) -> str:
+def _line(name: str, report: JsonObject) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     parts = [
         f"{name}: {report['kept']} of {report['read']} rows kept",

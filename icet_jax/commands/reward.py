@@ -1,4 +1,4 @@
-"""`--mode=reward`: trains a GPT-2 reward model on preference pairs and tests it on pairs that it has not seen."""
+"""`--mode=reward` trains a GPT-2 reward model on preference pairs and tests it on held-out pairs."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -18,10 +18,10 @@ from icet_jax.checkpoints.hf_import import Checkpoint
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.config import require
-from icet_jax.data.hh_rlhf import Pair, Preferences, read_pairs, split_by_prompt, without_prompts
+from icet_jax.data.hh_rlhf import PreferencePair, Preferences, read_pairs, split_by_prompt, without_prompts
 from icet_jax.errors import Stopped, UserError, during
 from icet_jax.evaluation.statistics import Interval, mean_interval
-from icet_jax.files import write_text_atomic
+from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.media.tokenizer import load_tokenizer
 from icet_jax.parallel.mesh import visible_mesh
 from icet_jax.runs import fingerprints, run_dir, run_lock, sources
@@ -37,29 +37,29 @@ SCHEMA = 1
 _ORGANISM_PAIRS = {"train": 4096, "test": 1024}
 
 
-class Set(NamedTuple):
-    """Pairs of one purpose.
+class PairSet(NamedTuple):
+    """Holds preference pairs for training or for testing.
 
     Attributes:
-      pairs: texts.
-      tokens: of each pair.
-      facts: for reward.json: where they are from, rows read, pairs used, and pairs left out by reason.
+      pairs: the texts.
+      tokens: the tokens of each pair.
+      facts: fields for reward.json: source, rows read, pairs used, and pairs left out by reason.
     """
 
-    pairs: list[Pair]
+    pairs: list[PreferencePair]
     tokens: list[TokenPair]
-    facts: dict[str, Any]
+    facts: JsonObject
 
 
 def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
-    """Trains, tests and exports; goes on wherever an earlier process in `workdir` stopped.
+    """Trains, tests and exports, continuing where an earlier process in `workdir` stopped.
 
-    Writes `hf/` (the model), `reward.json` (held-out accuracy with its interval, and what was left out),
+    Writes `hf/` (the model), `reward.json` (held-out accuracy with its interval, and pairs that were left out),
     metrics.jsonl, cost.json and checkpoints.
 
     Raises:
-      UserError: bad input, before anything is trained; pairs or a base model that are not those that the run in
-        `workdir` began with; a loss that is not finite.
+      UserError: some input is bad (found before training), pairs or base model differ from those that the run in
+        `workdir` started with, or a loss is not finite.
     """
     require(config, "model.checkpoint", "rm.train")
     if config.seeds:
@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def train(config: ConfigDict, workdir: Path, name: str) -> None:
-    """One training in `workdir`, which `config` has claimed; `name` is what metrics will call the model."""
+    """Performs one training in `workdir`, which `config` has claimed; `name` is the model's name in metrics."""
     template = config.rm.template or HH_TEMPLATE
     base = _load_base(config, workdir)
     tokenizer = load_tokenizer(base.directory)
@@ -119,7 +119,7 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
 
 
 def _check_same(config: ConfigDict, workdir: Path) -> None:
-    """Checks that pairs and base model are those that the run in `workdir` began with, also when it has finished."""
+    """Checks that pairs and base model are those that the run in `workdir` started with, even if it has finished."""
     sets = {"train": config.rm.train, "held_out": config.rm.held_out}
     pairs = {name: _pairs(source, config.seed).pairs for name, source in sets.items() if source is not None}
     fingerprints.check_pairs(workdir, pairs)
@@ -136,16 +136,16 @@ def _load_base(config: ConfigDict, workdir: Path) -> Checkpoint:
     return load_gpt2_base(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat, seed=config.seed)
 
 
-def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tuple[Set, Set]:
-    """The pairs to learn from and those to test on; no prompt is in both.
+def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tuple[PairSet, PairSet]:
+    """Returns the pairs for training and those for testing; no prompt is in both.
 
     Args:
       config: `rm.train`, `rm.held_out` or else `rm.held_out_share`, and `seed`.
-      encode: how pairs become tokens.
-      vocab_size: of the network.
+      encode: encodes pairs as tokens.
+      vocab_size: vocabulary size of the network.
 
     Raises:
-      UserError: a file without usable pairs, nothing left of either set, or a tokenizer of another model.
+      UserError: a file has no usable pairs, nothing is left of a set, or the tokenizer belongs to another model.
     """
     train = _read(config.rm.train, config.seed)
     if config.rm.held_out is None:
@@ -159,10 +159,10 @@ def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tup
         dropped["a prompt of the training pairs"] += len(held_out.pairs) - len(tests)
     learned = _tokenised(config.rm.train, pairs, train.read, train.dropped, encode)
     tested = _tokenised(config.rm.held_out or config.rm.train, tests, read, dropped, encode)
-    for what, found in (("train", learned), ("held_out", tested)):
-        if not found.pairs:
-            raise UserError(f"config.rm.{what}: no pair is left ({_reasons(found.facts['dropped'])}); bring more")
-        highest = max(max(ids) for pair in found.tokens for ids in pair)
+    for what, pair_set in (("train", learned), ("held_out", tested)):
+        if not pair_set.pairs:
+            raise UserError(f"config.rm.{what}: no pair is left ({_reasons(pair_set.facts['dropped'])}); bring more")
+        highest = max(max(ids) for pair in pair_set.tokens for ids in pair)
         if highest >= vocab_size:
             raise UserError(
                 f"config.model.checkpoint: its tokenizer gives token {highest}, but its network knows {vocab_size}; "
@@ -172,15 +172,15 @@ def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tup
 
 
 def _read(source: str, seed: int) -> Preferences:
-    """`_pairs`; what a file's bad rows are is said on stderr."""
-    found = _pairs(source, seed)
+    """Returns `_pairs`, and prints a report of bad rows to standard error."""
+    preferences = _pairs(source, seed)
     if not source.startswith("organism:"):
-        print(f"icet-jax: {found.report()}", file=sys.stderr)
-    return found
+        print(f"icet-jax: {preferences.report()}", file=sys.stderr)
+    return preferences
 
 
 def _pairs(source: str, seed: int) -> Preferences:
-    """The pairs of a file, or the organism's own."""
+    """Returns the pairs of a file, or of the organism."""
     origin, _, rest = source.partition(":")
     if origin != "organism":
         return read_pairs(source)
@@ -194,21 +194,21 @@ def _pairs(source: str, seed: int) -> Preferences:
 
 
 def _tokenised(
-    source: str, pairs: Sequence[Pair], read: int, dropped: Counter[str], encode: PairTokenizer
-) -> Set:  # fmt: skip
-    """Pairs whose two texts still differ once they are cut to the longest row."""
+    source: str, pairs: Sequence[PreferencePair], read: int, dropped: Counter[str], encode: PairTokenizer
+) -> PairSet:  # fmt: skip
+    """Returns the pairs whose two texts still differ after truncation to the longest row."""
     tokens = tokenise(encode, pairs) if pairs else []
-    kept = [index for index, (chosen, rejected) in enumerate(tokens) if chosen != rejected and chosen and rejected]
-    dropped["the same within rm.max_tokens"] += len(pairs) - len(kept)
+    usable = [index for index, (chosen, rejected) in enumerate(tokens) if chosen != rejected and chosen and rejected]
+    dropped["the same within rm.max_tokens"] += len(pairs) - len(usable)
     left_out = {reason: count for reason, count in dropped.items() if count}
-    facts = {"source": source, "read": read, "used": len(kept), "dropped": left_out}
-    return Set([pairs[index] for index in kept], [tokens[index] for index in kept], facts)
+    facts = {"source": source, "read": read, "used": len(usable), "dropped": left_out}
+    return PairSet([pairs[index] for index in usable], [tokens[index] for index in usable], facts)
 
 
 def _train(
     config: ConfigDict, workdir: Path, trainer: RewardTrainer, state: RewardState, optimizer: OptimizerSettings
 ) -> tuple[RewardState, dict[str, float]]:
-    """Every step that the newest checkpoint has not had; also the last step's numbers."""
+    """Performs the steps that the newest checkpoint does not have; also returns the last step's numbers."""
     checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
     rate, steps = learning_rate(optimizer), optimizer.total_steps
     numbers: dict[str, float] = {}
@@ -241,7 +241,7 @@ def _train(
     return state, numbers
 
 
-def _estimate(interval: Interval, n: int) -> dict[str, Any]:
+def _estimate(interval: Interval, n: int) -> JsonObject:
     ends = [interval.low, interval.high]
     return {"mean": interval.mean, "ci95": None if np.isnan(ends).any() else ends, "n": n}
 
@@ -250,7 +250,7 @@ def _reasons(dropped: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none was there"
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(result: JsonObject) -> str:
     accuracy, ends = result["accuracy"], result["accuracy"]["ci95"]
     interval = f" (95% interval {ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
     left_out = _reasons(result["pairs"]["held_out"]["dropped"])

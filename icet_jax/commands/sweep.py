@@ -1,4 +1,4 @@
-"""`--mode=sweep`: measure every exit of a model as it is, and report."""
+"""`--mode=sweep` measures every exit of a model without training, and reports."""
 
 import argparse
 import sys
@@ -16,10 +16,11 @@ from icet_jax.runs.run_dir import Costs
 
 
 def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
-    """Sweeps and utility of `config.model.checkpoint`; goes on wherever an earlier process in `workdir` stopped.
+    """Measures sweeps and utility of `config.model.checkpoint`, continuing where an earlier process in `workdir`
+    stopped.
 
     Raises:
-      UserError: bad input of any kind.
+      UserError: some input is bad.
     """
     require(config, "model.checkpoint", "sweep.datasets")
     common.for_each_seed(config, workdir, measure)
@@ -27,7 +28,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def measure(config: ConfigDict, workdir: Path) -> None:
-    """One run in `workdir`, which `config` has claimed."""
+    """Performs one run in `workdir`, which `config` has claimed."""
     setting = common.load_setting(config, workdir)
     costs = Costs(workdir)
     measurements = Measurements(config, workdir, setting)

@@ -1,12 +1,12 @@
-"""`--mode=verify`: does a checkpoint give here what it gives in transformers?
+"""`--mode=verify` checks whether a checkpoint gives the same results here as in transformers.
 
-Token ids, pixels, every hidden state of the image encoder, logits and greedy tokens at several exits; float32 on both
-sides. Rows are one padded batch here and alone in transformers. Needs torch.
+It compares token ids, pixels, every hidden state of the image encoder, and logits and greedy tokens at several exits,
+in float32 on both sides. Rows are one padded batch here and single in transformers. It needs torch.
 
-Rounding alone makes two faithful programs differ, and some weights magnify it. So a difference is allowed up to
-`TOLERANCE` for values that spread by about 1 (larger ones in proportion), or up to `SPREADS` times what transformers'
-own two attention implementations differ by on the same inputs (of logits at whichever exit that is most: the decoder
-magnifies rounding by its weights, and one exit's difference is a small sample), whichever is more.
+Rounding alone makes two correct programs differ, and some weights magnify it. A difference is therefore allowed up to
+the larger of two limits: `TOLERANCE` for values with a spread of about 1 (larger ones in proportion), and `SPREADS`
+times the difference between transformers' own two attention implementations on the same inputs. For logits that is the
+largest difference over all exits, because the decoder magnifies rounding and one exit is a small sample.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from icet_jax.vlm import VLM
 NEW_TOKENS = 32
 TOLERANCE = 2e-5
 SPREADS = 8
-TIE = 5e-5  # logits closer than this (or than twice the difference allowed) may change places
+TIE = 5e-5  # logits closer than this (or than twice the allowed difference) may be in either order
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One line of the table."""
+    """Holds one line of the table."""
 
     what: str
     found: str
@@ -49,12 +49,12 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What one side says about the same inputs.
+    """Holds the results of one side for the same inputs.
 
     Attributes:
-      hidden: [X, I, P, D] of the image encoder.
-      logits: float32 [B, T, V] of each exit.
-      tokens: [B, 32] of each exit, padded after the end.
+      hidden: [X, I, P, D], states of the image encoder.
+      logits: {exit: float32 [B, T, V]}.
+      tokens: {exit: [B, 32]}, padded after the end.
     """
 
     hidden: np.ndarray
@@ -64,12 +64,12 @@ class Answers:
 
 @dataclasses.dataclass(frozen=True)
 class Reference(Answers):
-    """What transformers says (eager attention), and how sure of it it is.
+    """Holds the results of transformers (eager attention), and their uncertainty.
 
     Attributes:
-      hidden_spread: [X], the largest difference to its other attention implementation (sdpa).
-      logits_spread: of each exit, the same at positions that are not padding.
-      gaps: of each exit, float32 [B, 32]: between the two largest logits before each token.
+      hidden_spread: [X], the largest difference from its other attention implementation (sdpa).
+      logits_spread: {exit: the same at positions that are not padding}.
+      gaps: {exit: float32 [B, 32]}, the gap between the two largest logits before each token.
     """
 
     hidden_spread: np.ndarray
@@ -78,12 +78,12 @@ class Reference(Answers):
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Prints the table of `verify`; 0 if everything agrees, 1 if not.
+    """Prints the table of `verify`; returns 0 if everything agrees, 1 if not.
 
     Args:
       config: its `model.checkpoint` is compared.
-      workdir: where toy weights go; else unused.
-      options: `exits` to compare at, and `image` and `prompt` for one more row beside the built-in ones.
+      workdir: directory for toy weights.
+      options: `exits` to compare, and `image` and `prompt` of one more row.
 
     Raises:
       UserError: torch is not installed, or the checkpoint cannot be loaded.
@@ -112,15 +112,15 @@ def verify(
     revision: str | None = None,
     exit_rule: str | None = None,
 ) -> list[Check]:
-    """Compares a checkpoint with transformers; `table` prints what is returned.
+    """Compares a checkpoint with transformers and returns the checks, which `table` prints.
 
     Args:
       path_or_id: a checkpoint directory or hub id.
-      exits: "all", or numbers such as "1,12,23"; None is a few over the encoder and the default exit.
-      images: of one more row beside the built-in ones.
-      prompt: of that row.
-      revision: of a hub id.
-      exit_rule: of Llama 3.2 Vision, see `icet_jax.load`.
+      exits: "all", or numbers such as "1,12,23"; None means a few over the encoder and the default exit.
+      images: images of one more row in addition to the built-in ones.
+      prompt: prompt of that row.
+      revision: revision of a hub id.
+      exit_rule: for Llama 3.2 Vision, see `icet_jax.load`.
 
     Raises:
       UserError: torch is not installed, or the checkpoint cannot be loaded.
@@ -139,12 +139,12 @@ def verify(
 
 
 def compare(ours: Answers, theirs: Reference, real: np.ndarray) -> list[Check]:
-    """Differences of hidden states, logits and tokens, each with what is allowed.
+    """Returns the differences of hidden states, logits and tokens, each with its limit.
 
     Args:
-      ours: from this project.
-      theirs: from transformers.
-      real: bool [B, T], positions that are not padding.
+      ours: results of this package.
+      theirs: results of transformers.
+      real: bool [B, T], True at positions that are not padding.
     """
     states = [
         _close(f"hidden states 0..{len(theirs.hidden) - 1} (worst: {i})", *pair)
@@ -169,7 +169,7 @@ def _allowed(expected: np.ndarray, spread: float) -> float:
 
 
 def _close(what: str, got: np.ndarray, expected: np.ndarray, spread: float) -> tuple[Check, float]:
-    """The check, and its difference as a share of what is allowed."""
+    """Returns the check, and its difference divided by the limit."""
     difference, allowed = float(np.abs(got - expected).max()), _allowed(expected, spread)
     return Check(what, f"{difference:.1e}", f"{allowed:.1e}", difference <= allowed), difference / allowed
 
@@ -182,7 +182,7 @@ def _equal(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
 
 
 def _same_choice(what: str, got: np.ndarray, expected: np.ndarray, tie: float) -> Check:
-    """Argmax over the vocabulary at every position whose two largest logits are further apart than `tie`."""
+    """Compares the most likely token at every position where the two largest logits differ by more than `tie`."""
     top = np.partition(expected, -2, axis=-1)[..., -2:]
     clear = top[..., 1] - top[..., 0] > tie
     share = float((got.argmax(-1) == expected.argmax(-1))[clear].mean()) if clear.any() else 1.0
@@ -190,7 +190,7 @@ def _same_choice(what: str, got: np.ndarray, expected: np.ndarray, tie: float) -
 
 
 def _same_tokens(what: str, got: np.ndarray, expected: np.ndarray, clear: np.ndarray) -> Check:
-    """Rows are compared up to their first difference; it must not be where the choice was `clear` (bool [B, 32])."""
+    """Compares rows up to their first difference, which must not be where the choice was `clear` (bool [B, 32])."""
     for row in range(len(expected)):
         wrong = np.flatnonzero(got[row] != expected[row])
         if len(wrong) and clear[row, wrong[0]]:
@@ -199,7 +199,7 @@ def _same_tokens(what: str, got: np.ndarray, expected: np.ndarray, clear: np.nda
 
 
 def table(checks: Sequence[Check]) -> str:
-    """Checks as lines of text: what was compared, the difference found, and what is allowed."""
+    """Returns the checks as lines of text: what was compared, the difference, and the limit."""
     rows = [("", "found", "allowed", ""), *((c.what, c.found, c.allowed, "ok" if c.passed else "FAIL") for c in checks)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
@@ -215,7 +215,7 @@ def _require_torch() -> None:
 
 
 def _questions(own: Sequence[str | Path], question: str | None) -> tuple[list[list[Any]], list[str]]:
-    """Rows with one, no and two images (noise of awkward sizes), and the user's own."""
+    """Returns rows with one, no and two images (noise of unusual sizes), and the user's own row."""
     noise = np.random.default_rng(0)
     sizes = ((97, 61), (64, 64), (33, 150))
     pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -228,9 +228,10 @@ def _questions(own: Sequence[str | Path], question: str | None) -> tuple[list[li
 
 
 def _inputs(vlm: VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list[Inputs], Inputs, list[Check]]:
-    """Each row as transformers' processor makes it, these as one batch, and what ours makes of it in comparison.
+    """Returns each row from transformers' processor, all rows as one batch, and the comparison with this package's
+    processor.
 
-    Random token ids and pixels where the checkpoint has no tokenizer.
+    If the checkpoint has no tokenizer, the rows have random token ids and pixels.
     """
     if not has_tokenizer(vlm.directory):
         noise = np.random.default_rng(0)
@@ -258,7 +259,7 @@ def _ours(vlm: VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
 
 
 def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference:
-    """transformers' answers to each row alone, laid out as ours are."""
+    """Returns transformers' results for each row alone, in the layout of this package."""
     import torch
     from transformers import AutoModelForImageTextToText, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
@@ -278,8 +279,11 @@ def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference
         hidden, logits = _hf_forward(model, vlm, tensors, exits)
         for layer in exits:
             with reference.at_exit(model, vlm.config, layer):
-                found = [_hf_greedy(model, row, vlm.pad_id) for row in tensors]
-            generated[layer] = np.stack([tokens for tokens, _ in found]), np.stack([gaps for _, gaps in found])
+                tokens_and_gaps = [_hf_greedy(model, row, vlm.pad_id) for row in tensors]
+            generated[layer] = (
+                np.stack([tokens for tokens, _ in tokens_and_gaps]),
+                np.stack([gaps for _, gaps in tokens_and_gaps]),
+            )
     return Reference(
         hidden=hidden,
         logits=logits,
@@ -293,7 +297,8 @@ def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference
 def _hf_forward(
     model: Any, vlm: VLM, rows: Sequence[dict[str, Any]], exits: Sequence[int]
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Hidden states [X, I, P, D] of the image encoder, and logits [B, T, V] at each exit, 0 at padding on the left."""
+    """Returns hidden states [X, I, P, D] of the image encoder, and logits [B, T, V] at each exit, 0 at padding on the
+    left."""
     encoded = [reference.encoder_states(model, vlm.config, row) for row in rows if "pixel_values" in row]
     hidden = [np.concatenate([state.numpy() for state in states]) for states in zip(*encoded, strict=True)]
     length = max(row["input_ids"].shape[1] for row in rows)
@@ -306,7 +311,7 @@ def _hf_forward(
 
 
 def _hf_greedy(model: Any, row: dict[str, Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy tokens [32] of one row, and the gap between the two largest logits before each."""
+    """Returns the greedy tokens [32] of one row, and the gap between the two largest logits before each."""
     import torch
 
     out = model.generate(**row)

@@ -1,1 +1,1 @@
-"""Rows, images and prompts on their way to the model."""
+"""Reads the rows of data sets and brings them, with their images and prompts, to the model in batches."""

@@ -1,7 +1,7 @@
-"""Training batches: a mixture of kinds whose order is a pure function of (seed, global index).
+"""Training batches: a mixture of kinds of rows whose order is a pure function of (seed, global index).
 
-Any batch can be asked for at any time, so a resumed run needs one integer: the number of its next batch. However many
-processes share the work, the batches are the same; of each, a process opens the rows of its `distributed.row_share`.
+Any batch can be requested at any time, so a resumed run needs only the number of its next batch. The batches do not
+depend on the number of processes; each process opens the rows of its `distributed.row_share`.
 """
 
 import math
@@ -15,17 +15,18 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 
 _T = TypeVar("_T")
-_THREADS = 2  # that open the images of coming batches; Pillow decodes outside of Python's lock
-_AHEAD = 2  # batches that are held ready
+_THREADS = 2  # threads that open the images of the next batches; Pillow decodes without Python's lock
+_AHEAD = 2  # batches that are prepared in advance
 
 
 def quotas(mixture: Mapping[str, float | int], batch_size: int) -> dict[str, int]:
-    """How many rows of each kind every batch holds: the shares of `batch_size`, rounded by largest remainder.
+    """Returns the number of rows of each kind in every batch: shares of `batch_size`, rounded by largest remainder.
 
-    Shares are relative (they need not sum to 1); kinds with share 0 are left out. Ties go to the kind named first.
+    Shares are relative (they need not sum to 1); kinds with share 0 are left out. In a tie the kind that is named first
+    wins.
 
     Raises:
-      UserError: a negative share, no positive share, or a share too small to get a row.
+      UserError: a share is negative or too small to get a row, or no share is positive.
     """
     shares = {kind: float(share) for kind, share in mixture.items()}
     for kind, share in shares.items():
@@ -49,11 +50,11 @@ def quotas(mixture: Mapping[str, float | int], batch_size: int) -> dict[str, int
 
 
 class Batches:
-    """Random access to an endless sequence of batches.
+    """Provides random access to an endless sequence of batches.
 
-    Within a kind the rows are shuffled anew each epoch (`grain.MapDataset`, seeded by (seed, kind)); a kind's order
-    does not depend on the other kinds. The rows of a batch are in seeded random order, so that neither exits nor
-    mini-batches line up with kinds.
+    Within a kind the rows are shuffled anew in each epoch (`grain.MapDataset`, seeded by (seed, kind)); a kind's order
+    does not depend on the other kinds. The rows of a batch are in a seeded random order, so that kinds are independent
+    of exits and mini-batches.
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class Batches:
         Args:
           examples: the whole data set, the same on every process.
           mixture: share of each kind in a batch.
-          batch_size: rows of a batch, over all processes.
-          seed: of the order.
+          batch_size: number of rows of a batch, over all processes.
+          seed: seed of the order.
 
         Raises:
-          UserError: the mixture asks for a kind that no example has, or see `quotas`.
+          UserError: no example has a kind of the mixture; see also `quotas`.
         """
         import grain
 
@@ -89,19 +90,19 @@ class Batches:
             self._rows[kind] = grain.MapDataset.source(rows).seed(kind_seed).shuffle().repeat()
 
     def batch(self, index: int) -> list[Example]:
-        """Batch `index` (from 0): `batch_size` examples that hold each kind's quota exactly."""
-        chosen = [
+        """Returns batch `index` (from 0): `batch_size` examples with exactly the quota of each kind."""
+        unordered = [
             self._rows[kind][index * quota + offset] for kind, quota in self.quotas.items() for offset in range(quota)
         ]
-        order = np.random.default_rng([self._seed, index]).permutation(len(chosen))
-        return [chosen[position] for position in order]
+        order = np.random.default_rng([self._seed, index]).permutation(len(unordered))
+        return [unordered[position] for position in order]
 
     def load(self, make: Callable[[list[Example]], _T], start: int, stop: int) -> Iterator[_T]:
-        """`make` of batches `start` to `stop - 1`, in order; threads work on the next ones while this one is used.
+        """Yields `make` of batches `start` to `stop - 1` in order; threads prepare the next ones while one is used.
 
         Args:
-          make: opens and tokenises a batch's rows; called from several threads. What it raises is raised here, at the
-            batch it belongs to.
+          make: opens and tokenises a batch's rows; called from several threads. Its errors are raised here at the batch
+            that caused them.
           start: first batch.
           stop: the batch after the last.
         """
@@ -109,11 +110,11 @@ class Batches:
 
 
 def load_ahead(make: Callable[[Any], _T], items: Sequence[Any]) -> Iterator[_T]:
-    """`make(item)` of every item, in order; threads work on the next ones while this one is used.
+    """Yields `make(item)` of every item in order; threads prepare the next ones while one is used.
 
     Args:
-      make: called from several threads. What it raises is raised here, at the item it belongs to.
-      items: what it is called with.
+      make: called from several threads; its errors are raised here at the item that caused them.
+      items: the arguments of `make`.
     """
     import grain
 

@@ -1,8 +1,8 @@
-"""Preference pairs in the format of Anthropic's HH-RLHF: two transcripts that differ in their last answer.
+"""Preference pairs in the format of Anthropic's HH-RLHF: two transcripts that differ only in their last answer.
 
-A file is .jsonl or .jsonl.gz; each line is `{"chosen": TRANSCRIPT, "rejected": TRANSCRIPT}`, a transcript is
-"\\n\\nHuman: ...\\n\\nAssistant: ..." with any number of turns, and the last one is the assistant's. Bad rows are left
-out and counted by reason.
+A file is .jsonl or .jsonl.gz. Each line is `{"chosen": TRANSCRIPT, "rejected": TRANSCRIPT}`; a transcript is
+"\\n\\nHuman: ...\\n\\nAssistant: ..." with any number of turns and ends with the assistant's. Bad rows are left out and
+counted by reason.
 """
 
 import gzip
@@ -19,31 +19,31 @@ from icet_jax.files import require_regular
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
-Pair = tuple[str, str, str]
+PreferencePair = tuple[str, str, str]
 """(prompt, chosen response, rejected response)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Preferences:
-    """What a file held.
+    """Holds the preference pairs of a file and counts of its bad rows.
 
     Attributes:
       path: the file.
-      pairs: the usable pairs, in file order. A prompt of several turns is the transcript from the first question to
-        the last, without the leading "\\n\\nHuman: ": a template "\\n\\nHuman: {prompt} \\n\\nAssistant:" restores it.
-      read: rows of the file (blank lines are none).
-      dropped: rows left out, by reason.
-      first_line: of each reason, the first line of the file that it struck.
+      pairs: the usable pairs, in file order. A prompt of several turns is the transcript from the first question to the
+        last, without the leading "\\n\\nHuman: "; the template "\\n\\nHuman: {prompt} \\n\\nAssistant:" restores it.
+      read: number of rows of the file, without blank lines.
+      dropped: number of rows that were left out, by reason.
+      first_line: first line of the file with each reason.
     """
 
     path: Path
-    pairs: list[Pair]
+    pairs: list[PreferencePair]
     read: int
     dropped: Counter[str] = field(default_factory=Counter)
     first_line: dict[str, int] = field(default_factory=dict)
 
     def report(self) -> str:
-        """One line for a log: pairs used, rows left out and why."""
+        """Returns one line for a log: the number of pairs, and of rows left out by reason."""
         parts = [f"{reason}: {count} (first on line {self.first_line[reason]})" for reason, count in self._reasons()]
         left_out = f", {self.dropped.total()} left out ({'; '.join(parts)})" if parts else ""
         return f"{self.path.name}: {len(self.pairs)} pairs of {self.read} rows{left_out}"
@@ -53,19 +53,19 @@ class Preferences:
 
 
 class _BadRow(Exception):
-    """Why a row is left out."""
+    """Raised with the reason why a row is left out."""
 
 
 def read_pairs(path: str | Path) -> Preferences:
     """Reads a file of preference pairs.
 
     Raises:
-      UserError: the file cannot be read, is of another kind or cut short, or holds no usable pair.
+      UserError: the file cannot be read, has another format, is truncated, or holds no usable pair.
     """
     path = Path(path)
     if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path}: preference pairs are .jsonl or .jsonl.gz; convert or rename the file")
-    pairs: dict[Pair, None] = {}
+    pairs: dict[PreferencePair, None] = {}
     dropped: Counter[str] = Counter()
     first_line: dict[str, int] = {}
     read = 0
@@ -92,7 +92,7 @@ def read_pairs(path: str | Path) -> Preferences:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, bytes) of every line that is not blank."""
+    """Yields (line number, bytes) of every line that is not blank."""
     require_regular(path)
     opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as file:
@@ -101,7 +101,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _pair(line: bytes) -> Pair:
+def _pair(line: bytes) -> PreferencePair:
     try:
         row = json_row(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -119,10 +119,10 @@ def _pair(line: bytes) -> Pair:
 
 
 def _split(transcript: Any, name: str) -> tuple[str, str]:
-    """(prompt, last answer) of a transcript, both stripped."""
+    """Returns (prompt, last answer) of a transcript, both stripped."""
     if not isinstance(transcript, str):
         raise _BadRow(f"{name} is no text")
-    # A lone surrogate is valid JSON, but no tokenizer takes it.
+    # A lone surrogate is valid JSON, but tokenizers reject it.
     if any("\ud800" <= char <= "\udfff" for char in transcript):
         raise _BadRow(f"{name} holds half a character")
     start, colon, answer = transcript.rpartition(ASSISTANT)
@@ -136,20 +136,23 @@ def _split(transcript: Any, name: str) -> tuple[str, str]:
     return prompt, answer
 
 
-def split_by_prompt(pairs: Iterable[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, held-out pairs): about `share` of the prompts are held out, each with all of its pairs.
+def split_by_prompt(
+    pairs: Iterable[PreferencePair], share: float, seed: int
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Returns (training pairs, held-out pairs); about `share` of the prompts are held out, each with all of its pairs.
 
-    Whether a prompt is held out depends on it and the seed alone, so that adding rows moves no other row across.
+    Whether a prompt is held out depends only on the prompt and the seed, so adding rows moves no other row to the other
+    part.
     """
-    train: list[Pair] = []
-    held_out: list[Pair] = []
+    train: list[PreferencePair] = []
+    held_out: list[PreferencePair] = []
     for pair in pairs:
-        drawn = zlib.crc32(f"{seed}\n{pair[0]}".encode()) / 2**32
-        (held_out if drawn < share else train).append(pair)
+        position = zlib.crc32(f"{seed}\n{pair[0]}".encode()) / 2**32
+        (held_out if position < share else train).append(pair)
     return train, held_out
 
 
-def without_prompts(pairs: Iterable[Pair], others: Iterable[Pair]) -> list[Pair]:
-    """`pairs` whose prompt none of `others` has."""
+def without_prompts(pairs: Iterable[PreferencePair], others: Iterable[PreferencePair]) -> list[PreferencePair]:
+    """Returns the `pairs` whose prompt does not occur in `others`."""
     prompts = {pair[0] for pair in others}
     return [pair for pair in pairs if pair[0] not in prompts]

@@ -1,4 +1,4 @@
-"""Rows of tokens as arrays of few widths: every width is a program that must be compiled."""
+"""Pads rows of tokens to few widths, because every width needs a program of its own."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import numpy as np
 
 
 def bucket(length: int, longest: int | None = None, steps: int = 1, shortest: int = 32) -> int:
-    """The padded length for rows of up to `length` tokens: at least `shortest`, at most `longest`.
+    """Returns the padded length for rows of up to `length` tokens, at least `shortest` and at most `longest`.
 
     Args:
-      length: tokens.
-      longest: of any row; None where there is no limit.
-      steps: buckets per doubling; 1 gives the powers of two, 4 wastes at most a quarter of the positions.
-      shortest: a power of two, of which every other bucket is a multiple.
+      length: number of tokens.
+      longest: most tokens of any row; None if there is no limit.
+      steps: buckets per doubling; 1 gives powers of two, 4 wastes at most a quarter of the positions.
+      shortest: a power of two, which divides every other bucket.
     """
     power = max(shortest, 1 << max(length - 1, 0).bit_length())
     step = max(shortest, power // 2 // steps)
@@ -21,14 +21,16 @@ def bucket(length: int, longest: int | None = None, steps: int = 1, shortest: in
 
 
 def prompt_bucket(length: int) -> int:
-    """The padded length for prompts of up to `length` positions: at most an eighth longer (or the next 16)."""
+    """Returns the padded length for prompts of up to `length` positions: at most an eighth longer, or a multiple of
+    16."""
     return bucket(length, steps=8, shortest=16)
 
 
 def pad_rows(
     rows: Sequence[Sequence[int]], length: int, count: int, side: str = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pads rows on `side` to tokens int32 [count, length] and mask bool; missing and empty rows are all padding."""
+    """Returns rows padded on `side` as tokens int32 [count, length] and mask bool; missing and empty rows are all
+    padding."""
     tokens = np.zeros((count, length), np.int32)
     mask = np.zeros((count, length), bool)
     for index, ids in enumerate(rows):

@@ -1,11 +1,11 @@
 """Prepared data sets: TFDS `array_record` folders, written and read without TensorFlow.
 
-    DIRECTORY/NAME/rows/1.0.0/      one record per row; `images` are numbers of records of the folder beside it
-    DIRECTORY/NAME/images/1.0.0/    one record per distinct image: the original file's bytes, whatever its format
-    DIRECTORY/NAME/source.json      where the rows came from, and what was left out and why
+    DIRECTORY/NAME/rows/1.0.0/      one record per row; `images` are record numbers in the folder next to it
+    DIRECTORY/NAME/images/1.0.0/    one record per distinct image: the original file's bytes in its own format
+    DIRECTORY/NAME/source.json      where the rows came from, and how many were left out and why
 
-`tfds.builder_from_directory(FOLDER).as_data_source(SPLIT)` opens either (splits "rows" and "images"). A set is complete
-or absent: it is written beside its place and moved there.
+`tfds.builder_from_directory(FOLDER).as_data_source(SPLIT)` opens either (splits "rows" and "images"). A set is always
+complete, because it is written to a temporary folder that is renamed at the end.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ import numpy as np
 
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError, write_error
-from icet_jax.files import parse_json, read_text, replace_dir_atomic, write_text_atomic
+from icet_jax.files import JsonObject, parse_json, read_text, replace_dir_atomic, write_text_atomic
 
 SCHEMA = 1
 _VERSION = "1.0.0"
-_PER_SHARD = {"rows": 100_000, "images": 2_000}  # records of a file: files of a few hundred megabytes
-_PER_CALL = 64  # records: the writer rewrites its metadata at every call
+_PER_SHARD = {"rows": 100_000, "images": 2_000}  # records per file, which then has a few hundred megabytes
+_PER_CALL = 64  # records per call, because the writer rewrites its metadata at every call
 _LISTED_PROBLEMS = 100
 _TRANSFERRED = {None: "", True: "yes", False: "no"}
 _COUNTS = ("read", "kept", "repeats", "animated", "images", "image_bytes")
@@ -36,12 +36,12 @@ _COUNTS = ("read", "kept", "repeats", "animated", "images", "image_bytes")
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image of a prepared set; its bytes are read when they are needed (an `icet_jax.media.images.StoredImage`).
+    """An image of a prepared set, whose bytes are read when they are needed (an `icet_jax.media.images.StoredImage`).
 
     Attributes:
-      folder: of the set.
-      index: the record's number.
-      name: what an error calls it.
+      folder: folder of the set.
+      index: number of the image's record.
+      name: name of the image in error messages.
     """
 
     folder: Path
@@ -49,7 +49,7 @@ class PreparedImage:
     name: str
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """Returns the encoded bytes."""
         return bytes(_record(self.folder, "images", self.index)["bytes"])
 
     def __str__(self) -> str:
@@ -57,7 +57,8 @@ class PreparedImage:
 
 
 def fingerprint(source: str, limit: int | None, records: Records) -> str:
-    """What a set was made from: its source, the fields and the image files (size and time) of its rows, bad rows."""
+    """Returns a digest of what a set is made from: source, fields and image files (size and time) of its rows, bad
+    rows."""
     digest = hashlib.sha256(repr((SCHEMA, source, limit, records.problems)).encode("utf-8", "surrogatepass"))
     for example in records.examples:
         images = [_image_mark(image) for image in example.images]
@@ -65,18 +66,18 @@ def fingerprint(source: str, limit: int | None, records: Records) -> str:
     return digest.hexdigest()
 
 
-def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes one set, replacing an earlier one of its name; returns what is recorded about it.
+def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, Any]) -> JsonObject:
+    """Writes one set, replacing an earlier one of that name, and returns the content of its `source.json`.
 
     Args:
-      directory: of all sets.
-      name: of this one.
-      records: its rows; images are paths, or uint8 arrays (kept as PNG, without loss).
-      facts: recorded beside the counts: `source`, `limit`, `fingerprint`.
+      directory: directory of all sets.
+      name: name of this set.
+      records: rows of the set; images are paths, or uint8 arrays (stored as PNG, without loss).
+      facts: further fields for `source.json`: `source`, `limit`, `fingerprint`.
 
     Raises:
-      UserError: an image that has gone since, the folder cannot be written to, or the disk is full. What was written
-        of the set is removed, and an earlier one stays.
+      UserError: an image no longer exists, the folder cannot be written to, or the disk is full. The incomplete set is
+        then removed, and an earlier one is kept.
     """
     partial = directory / f".{name}.partial"
     try:
@@ -102,8 +103,9 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
     return content
 
 
-def counts(records: Records) -> dict[str, Any]:
-    """What reports say about reading a source: rows read, kept, dropped by reason (the first of them in words), ..."""
+def counts(records: Records) -> JsonObject:
+    """Returns what reports say about a source: rows read, kept and dropped by reason, the first problems in words, and
+    so on."""
     return {
         "read": records.read,
         "kept": len(records.examples),
@@ -118,11 +120,11 @@ def counts(records: Records) -> dict[str, Any]:
     }
 
 
-def read_facts(directory: Path, name: str) -> dict[str, Any] | None:
-    """`source.json` of a set; None where there is no such set.
+def read_facts(directory: Path, name: str) -> JsonObject | None:
+    """Returns the content of `source.json` of a set; None if there is no such set.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     path = directory / name / "source.json"
     try:
@@ -139,7 +141,7 @@ def read_facts(directory: Path, name: str) -> dict[str, Any] | None:
 
 
 def _are_facts(facts: Mapping[str, Any]) -> bool:
-    """Whether what is read of a set's facts is there."""
+    """Returns whether the facts of a set have all fields that are used, each of the right type."""
     dropped, limit, replaced = facts.get("dropped"), facts.get("limit"), facts.get("replaced_images", [])
     return (
         all(isinstance(facts.get(name), str) for name in ("source", "fingerprint"))
@@ -154,10 +156,10 @@ def _are_facts(facts: Mapping[str, Any]) -> bool:
 
 
 def read_set(directory: str | Path, name: str, source: str, limit: int | None = None) -> list[Example]:
-    """The rows of a prepared set, in the source's order, at most `limit`; images are read later, one by one.
+    """Returns at most `limit` rows of a prepared set in the source's order; images are read later, one by one.
 
     Raises:
-      UserError: it has not been prepared, or from another source, or with fewer rows than are asked for.
+      UserError: the set is not prepared, was prepared from another source, or has fewer rows than requested.
     """
     directory = Path(directory)
     facts = read_facts(directory, name)
@@ -178,21 +180,21 @@ def read_set(directory: str | Path, name: str, source: str, limit: int | None = 
     return [_example(folder, _record(folder, "rows", index)) for index in range(total)]
 
 
-def left_out(directory: str | Path, name: str) -> dict[str, int]:
-    """{reason: rows of a prepared set's source that were left out for it}."""
+def dropped_rows(directory: str | Path, name: str) -> dict[str, int]:
+    """Returns {reason: rows of a prepared set's source that were left out for it}."""
     return (read_facts(Path(directory), name) or {"dropped": {}})["dropped"]
 
 
 class _ImagePool:
-    """Distinct images in order of first use, by digest of their bytes."""
+    """Numbers distinct images in order of first use; images with equal bytes are the same."""
 
     def __init__(self) -> None:
         self.numbers: dict[bytes, int] = {}
         self.size = 0
         self._known: dict[Any, bytes] = {}
 
-    def records(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-        """A record for each image that was not there before."""
+    def records(self, examples: Iterable[Example]) -> Iterator[JsonObject]:
+        """Yields a record for each image that has not occurred before."""
         for example in examples:
             for position, image in enumerate(example.images):
                 if isinstance(image, Path) and image in self._known:
@@ -209,7 +211,7 @@ class _ImagePool:
                 yield {"name": name.encode("utf-8", "replace"), "bytes": data}
 
     def number(self, image: Any) -> int:
-        """Of an image that `records` has met."""
+        """Returns the number of an image that `records` has processed."""
         known = self._known.get(image) if isinstance(image, Path) else None
         return self.numbers[known or hashlib.sha256(_encoded(image)).digest()]
 
@@ -235,23 +237,26 @@ def _image_mark(image: Any) -> Any:
 
 
 def _fields(example: Example) -> tuple[Any, ...]:
-    """What a row is made of, without its images; a row without attack format has the fields of earlier versions."""
+    """Returns the fields of a row without its images; a row without an attack format has the fields of earlier
+    versions."""
     fields = (
-        example.id, example.prompt, example.kind, example.answer, example.policy, example.answers, example.answer_type,
+        example.id, example.prompt, example.kind, example.answer, example.category, example.answers,
+        example.answer_type,
     )  # fmt: skip
     attack = (example.format, example.transferred)
     return fields if attack == ("", None) else (*fields, *attack)
 
 
-def _row(example: Example, pool: _ImagePool) -> dict[str, Any]:
-    """Fields of a row as TFDS stores them: None is the empty text, which no field of a row can be."""
+def _row(example: Example, pool: _ImagePool) -> JsonObject:
+    """Returns the fields of a row as TFDS stores them; None is stored as the empty text, which no field of a row can
+    be."""
     return {
         "id": example.id,
         "prompt": example.prompt,
         "images": [pool.number(image) for image in example.images],
         "kind": example.kind,
         "answer": example.answer or "",
-        "policy": example.policy or "",
+        "policy": example.category or "",
         "answers": list(example.answers),
         "answer_type": example.answer_type or "",
         "format": example.format,
@@ -260,7 +265,7 @@ def _row(example: Example, pool: _ImagePool) -> dict[str, Any]:
 
 
 def _example(folder: Path, row: Mapping[str, Any]) -> Example:
-    """A row; sets prepared by earlier versions have neither `format` nor `transferred`."""
+    """Returns the row of a stored record; sets prepared by earlier versions have neither `format` nor `transferred`."""
 
     def field(name: str) -> str:
         return bytes(row[name]).decode("utf-8")
@@ -275,7 +280,7 @@ def _example(folder: Path, row: Mapping[str, Any]) -> Example:
         ),
         kind=field("kind"),
         answer=field("answer") or None,
-        policy=field("policy") or None,
+        category=field("policy") or None,
         answers=tuple(bytes(answer).decode("utf-8") for answer in row["answers"]),
         answer_type=field("answer_type") or None,
         format=field("format") if "format" in row else "",
@@ -283,12 +288,12 @@ def _example(folder: Path, row: Mapping[str, Any]) -> Example:
     )
 
 
-def _write_table(folder: Path, split: str, records: Iterable[dict[str, Any]]) -> None:
-    """One TFDS data set with one split, its records in the given order."""
+def _write_table(folder: Path, split: str, records: Iterable[JsonObject]) -> None:
+    """Writes one TFDS data set with one split, keeping the order of the records."""
     tfds = _tfds()
     features, text, tensor = tfds.features, tfds.features.Text(), tfds.features.Tensor
     if split == "images":
-        columns: dict[str, Any] = {"name": text, "bytes": tensor(shape=(), dtype=np.object_)}
+        columns: JsonObject = {"name": text, "bytes": tensor(shape=(), dtype=np.object_)}
     else:
         columns = dict.fromkeys(
             ("id", "prompt", "kind", "answer", "policy", "answer_type", "format", "transferred"), text
@@ -306,15 +311,15 @@ def _write_table(folder: Path, split: str, records: Iterable[dict[str, Any]]) ->
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=_PER_SHARD[split], file_format="array_record")
     writer.initialize_splits([split])
     records = iter(records)
-    while several := list(islice(records, _PER_CALL)):
-        writer.add_examples({split: several})
+    while chunk := list(islice(records, _PER_CALL)):
+        writer.add_examples({split: chunk})
     writer.close_all()
 
 
 def _record(folder: Path, split: str, index: int) -> Mapping[str, Any]:
     try:
         return _data_source(folder, split)[index]
-    # A damaged folder surfaces as any of OSError, RuntimeError, ValueError, KeyError, ...
+    # A damaged folder causes any of OSError, RuntimeError, ValueError, KeyError, ...
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder / split}: cannot be read ({reason}); run --mode=prepare again") from error
@@ -322,7 +327,7 @@ def _record(folder: Path, split: str, index: int) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=64)
 def _data_source(folder: Path, split: str) -> Any:
-    """Random access to the records of a table."""
+    """Returns random access to the records of a table."""
     return _tfds().builder_from_directory(folder / split / _VERSION).as_data_source(split)
 
 

@@ -30,7 +30,7 @@ from icet_jax.data.records import (
     Example,
     Records,
     attack_format,
-    category,
+    category_of,
     collect,
     inside,
     prompt_of,
@@ -41,6 +41,7 @@ from icet_jax.data.records import (
 )
 from icet_jax.data.tables import RawRow, csv_rows, json_array_rows
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.media.image_files import MISSING, ImageFiles, ImageFolder
 
 VQA_SUFFIX = "\nAnswer the question using a single word or phrase."
@@ -51,7 +52,7 @@ _XSTEST_KINDS = {"safe": "benign", "unsafe": "forbidden"}
 
 @dataclass(frozen=True)
 class _Request:
-    """A source string taken apart; its paths start from the right folder."""
+    """Holds the parts of a parsed source string; its paths are already relative to the right folder."""
 
     path: Path
     options: Mapping[str, str]
@@ -61,7 +62,8 @@ class _Request:
     files: ImageFiles
 
     def picker(self) -> Callable[[str], Path]:
-        """row id -> image out of the folder `images`, for sources that need one; another where it cannot be used."""
+        """Returns a function from row id to an image in the folder `images`, for sources without images; unusable ones
+        are skipped."""
         assert self.images is not None
         return partial(self.files.draw, ImageFolder(self.images), int(self.options.get("seed", "0")))
 
@@ -74,17 +76,17 @@ def read_source(
     limit: int | None = None,
     decode: bool = False,
 ) -> Records:
-    """The rows of a file: one of the published formats, or FILE.csv and FILE.jsonl of a user's own.
+    """Reads the rows of a file in one of the published formats, or of a user's own FILE.csv or FILE.jsonl.
 
     Args:
-      source: see the module's text.
-      root: folder that the source's relative paths start from; the working directory if None.
-      image_root: folder that image paths of a user's file or of JailBreakV-28K start from; the file's own if None.
-      limit: usable rows after which reading stops.
-      decode: whether images are decoded, so that rows whose image is damaged are left out too.
+      source: source string, as described at the top of this module.
+      root: folder for the source's relative paths; the working directory if None.
+      image_root: folder for image paths of a user's file or of JailBreakV-28K; the file's own folder if None.
+      limit: number of usable rows after which reading stops.
+      decode: whether images are decoded, so that rows with damaged images are left out too.
 
     Raises:
-      UserError: no such format or option, a file that cannot be read, or without a usable row.
+      UserError: the format or an option is unknown, or the file cannot be read or has no usable row.
     """
     base = Path() if root is None else Path(root)
     name, colon, rest = source.partition(":")
@@ -97,18 +99,18 @@ def read_source(
     if not question:
         path, query = rest, ""
     options = _options(source, query, required, (*optional, "limit"))
-    own = int(options["limit"]) if "limit" in options else None
+    own_limit = int(options["limit"]) if "limit" in options else None
     request = _Request(
         path=base / path,
         options=options,
         images=base / options["images"] if "images" in options else None,
         image_root=None if image_root is None else Path(image_root),
-        limit=min((number for number in (own, limit) if number is not None), default=None),
+        limit=min((number for number in (own_limit, limit) if number is not None), default=None),
         files=ImageFiles(decode=decode),
     )
     records = reader(request)
-    # What the source itself leaves out is no part of it.
-    return replace(records, complete=records.complete or len(records.examples) == own)
+    # Rows beyond the source's own limit are not part of the source.
+    return replace(records, complete=records.complete or len(records.examples) == own_limit)
 
 
 def _options(source: str, query: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
@@ -130,26 +132,27 @@ def _options(source: str, query: str, required: tuple[str, ...], optional: tuple
 
 
 def _redteam_2k(request: _Request) -> Records:
-    """Columns id, question, policy; the image is picked."""
+    """Reads RedTeam-2K, columns id, question, policy; images are drawn from a folder."""
     pick = request.picker()
 
-    def convert(fields: dict[str, Any], identity: str) -> Example:
+    def convert(fields: JsonObject, identity: str) -> Example:
         prompt = prompt_of(fields, "question")
         image = usable_image(pick(identity), request.files)
-        return Example(_own_id(fields, identity), prompt, (image,), policy=category(fields, "policy"))
+        return Example(_own_id(fields, identity), prompt, (image,), category=category_of(fields, "policy"))
 
     rows = csv_rows(request.path, ("id", "question", "policy"), "id, question, policy")
     return collect(request.path, rows, convert, request.files, id_field="id", limit=request.limit)
 
 
 def _jailbreakv_28k(request: _Request) -> Records:
-    """Columns id, jailbreak_query, redteam_query, policy, image_path[, format, transfer_from_llm].
+    """Reads JailBreakV-28K, columns id, jailbreak_query, redteam_query, policy, image_path[, format,
+    transfer_from_llm].
 
-    Image paths stay inside their root.
+    Image paths must stay inside their root.
     """
     root = request.images or request.image_root or request.path.parent
 
-    def convert(fields: dict[str, Any], identity: str) -> Example:
+    def convert(fields: JsonObject, identity: str) -> Example:
         prompt = prompt_of(fields, "jailbreak_query")
         name = text(fields, "image_path")
         if name is None:
@@ -159,7 +162,7 @@ def _jailbreakv_28k(request: _Request) -> Records:
             _own_id(fields, identity),
             prompt,
             (image,),
-            policy=category(fields, "policy"),
+            category=category_of(fields, "policy"),
             format=attack_format(fields, "format"),
             transferred=truth(fields, "transfer_from_llm"),
         )
@@ -170,10 +173,10 @@ def _jailbreakv_28k(request: _Request) -> Records:
 
 
 def _advbench_coco(request: _Request) -> Records:
-    """Columns goal, target (an affirmative beginning, which is not used); rows go by their numbers."""
+    """Reads AdvBench, columns goal, target (an affirmative beginning, which is not used); row numbers are the ids."""
     pick = request.picker()
 
-    def convert(fields: dict[str, Any], identity: str) -> Example:
+    def convert(fields: JsonObject, identity: str) -> Example:
         prompt = prompt_of(fields, "goal")
         return Example(identity, prompt, (usable_image(pick(identity), request.files),))
 
@@ -182,20 +185,21 @@ def _advbench_coco(request: _Request) -> Records:
 
 
 def _xstest(request: _Request) -> Records:
-    """Columns prompt, type and id, label (or id_v2, as in xstest_v2_prompts.csv, where the type gives the label).
+    """Reads XSTest, columns prompt, type and id, label (or id_v2, as in xstest_v2_prompts.csv, where the type gives the
+    label).
 
     Rows are text-only unless a folder of images is given.
     """
     pick = request.picker() if request.images else None
 
-    def convert(fields: dict[str, Any], identity: str) -> Example:
+    def convert(fields: JsonObject, identity: str) -> Example:
         prompt = prompt_of(fields, "prompt")
         label = (text(fields, "label") or "").lower()
         if label not in _XSTEST_KINDS:
             raise BadRow("unknown label", f"label '{label}' is neither safe nor unsafe")
         images = () if pick is None else (usable_image(pick(identity), request.files),)
-        kind, policy = _XSTEST_KINDS[label], text(fields, "type")
-        return Example(_own_id(fields, identity), prompt, images, kind, policy=policy)
+        kind, row_type = _XSTEST_KINDS[label], text(fields, "type")
+        return Example(_own_id(fields, identity), prompt, images, kind, category=row_type)
 
     columns = "id, prompt, type, label (or id_v1, id_v2, type, prompt)"
     rows = _xstest_rows(request.path, csv_rows(request.path, ("prompt", "type"), columns), columns)
@@ -203,12 +207,12 @@ def _xstest(request: _Request) -> Records:
 
 
 def _xstest_rows(path: Path, rows: Iterator[RawRow], columns: str) -> Iterator[RawRow]:
-    """Rows of both layouts of XSTest, with the columns id and label.
+    """Yields the rows of both layouts of XSTest with the columns id and label.
 
-    The second version has no label: its unsafe prompts are those whose type begins with contrast_ (XSTest's README).
+    The second version has no label; its unsafe prompts are those whose type begins with contrast_ (XSTest's README).
 
     Raises:
-      UserError: the file has neither id nor id_v2, or id without label.
+      UserError: the file has neither id nor id_v2, or it has id but no label.
     """
     for line, fields in rows:
         if not isinstance(fields, str) and not {"id", "label"} <= fields.keys():
@@ -221,14 +225,15 @@ def _xstest_rows(path: Path, rows: Iterator[RawRow], columns: str) -> Iterator[R
 
 
 def _own_id(fields: Mapping[str, Any], identity: str) -> str:
-    """The id of a row whose format gives every row one."""
+    """Returns the id of a row in a format where every row must have one."""
     if not str(fields["id"]).strip():
         raise BadRow("no id", "the id is empty")
     return identity
 
 
 def _vqa_v2(request: _Request) -> Records:
-    """Questions joined with their annotations by question_id; images COCO_SPLIT_000000000000.jpg."""
+    """Reads VQA-v2's questions, joined with their annotations by question_id; images are
+    COCO_SPLIT_000000000000.jpg."""
     split = request.options["split"]
     questions = request.path / f"v2_OpenEnded_mscoco_{split}_questions.json"
     annotations = request.path / f"v2_mscoco_{split}_annotations.json"
@@ -239,7 +244,7 @@ def _vqa_v2(request: _Request) -> Records:
     images = request.images or (beside if beside.is_dir() else request.path)
     lookup = _Annotations(annotations)
 
-    def convert(fields: dict[str, Any], identity: str) -> Example:
+    def convert(fields: JsonObject, identity: str) -> Example:
         number = _whole(fields, "question_id")
         prompt = prompt_of(fields, "question") + VQA_SUFFIX
         image_id = _whole(fields, "image_id")
@@ -264,25 +269,27 @@ class _Annotation:
 
 
 class _Annotations:
-    """Annotations by question, read only as far as questions need: the published files hold both in one order."""
+    """Looks up annotations by question, reading only as far as needed; the published files have both in the same
+    order."""
 
     def __init__(self, path: Path) -> None:
         self._rows: Iterator[RawRow] = json_array_rows(path, "annotations")
         self._waiting: dict[int, _Annotation | BadRow] = {}
 
     def of(self, question: int) -> _Annotation:
+        """Returns the annotation of a question."""
         while question not in self._waiting:
             _, fields = next(self._rows, (0, None))
             if fields is None:
                 raise BadRow("no annotation", f"question {question} has no annotation")
             if not isinstance(fields, str):
                 self._keep(fields)
-        found = self._waiting.pop(question)
-        if isinstance(found, BadRow):
-            raise found
-        return found
+        annotation = self._waiting.pop(question)
+        if isinstance(annotation, BadRow):
+            raise annotation
+        return annotation
 
-    def _keep(self, fields: dict[str, Any]) -> None:
+    def _keep(self, fields: JsonObject) -> None:
         try:
             number = _whole(fields, "question_id")
         except BadRow:
@@ -293,17 +300,23 @@ class _Annotations:
             self._waiting.setdefault(number, error)
 
 
-def _annotation(fields: dict[str, Any]) -> _Annotation:
-    answer, given = text(fields, "multiple_choice_answer"), fields.get("answers")
+def _annotation(fields: JsonObject) -> _Annotation:
+    answer, annotator_answers = text(fields, "multiple_choice_answer"), fields.get("answers")
     if answer is None:
         raise BadRow("no answer", "its annotation has no multiple_choice_answer")
-    if not isinstance(given, list) or not given or not all(isinstance(one, dict) for one in given):
+    if (
+        not isinstance(annotator_answers, list)
+        or not annotator_answers
+        or not all(isinstance(one, dict) for one in annotator_answers)
+    ):
         raise BadRow("no answer", "its annotation has no list of answers")
-    answers = tuple(sys.intern(text(one, "answer") or "") for one in given)  # millions of them, most alike
+    answers = tuple(
+        sys.intern(text(one, "answer") or "") for one in annotator_answers
+    )  # there are millions, and most are equal
     return _Annotation(_whole(fields, "image_id"), answer, answers, text(fields, "answer_type"))
 
 
-def _whole(fields: dict[str, Any], name: str) -> int:
+def _whole(fields: JsonObject, name: str) -> int:
     value = fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise BadRow("bad field", f"{name} is no whole number")
@@ -321,4 +334,4 @@ _FORMATS: dict[str, tuple[Callable[[_Request], Records], tuple[str, ...], tuple[
     "figstep": (read_figstep, ("images",), ()),
     "captions": (read_captions, ("images",), ()),
 }
-"""{name: (reader, options it needs, options it may have)}."""
+"""{name: (reader, required options, optional options)}."""

@@ -1,9 +1,9 @@
-"""Rows of a data set: what a row is, how files become rows, and the reader of a user's own CSV or JSONL.
+"""Rows of a data set: their fields, how files become rows, and the reader of a user's own CSV or JSONL.
 
-Columns of a user's file: `prompt`, `image` and, if wanted, `id`, `policy`, `kind`, `answer`; others are ignored. In
-JSONL `image` may also be a list (several images, or none for a text-only row). The published formats are in
-`published.py`; they share this file's rules. Rows that cannot be used are left out, counted by reason and reported with
-their numbers.
+A user's file has the columns `prompt`, `image` and optionally `id`, `policy` (the content category), `kind`, `answer`;
+others are ignored. In JSONL `image` may also be a list (several images, or none for a text-only row). The published
+formats are in `published.py` and follow the rules of this file. Rows that cannot be used are left out, counted by
+reason and reported with their numbers.
 """
 
 from collections import Counter
@@ -15,30 +15,32 @@ from typing import Any, TypeAlias
 from icet_jax.config.names import KINDS
 from icet_jax.data.tables import RawRow, csv_rows, jsonl_rows, text_problem
 from icet_jax.errors import UserError, one_line
+from icet_jax.files import JsonObject
 from icet_jax.media.image_files import MISSING, OUTSIDE, ImageFiles, leaves_root, require_file_name
 from icet_jax.media.templates import PLACEHOLDERS
 
 _COLUMNS = "prompt, image[, id, policy, kind, answer]"
 _REPORTED_PROBLEMS = 5
-_SHOWN = 300  # characters of a problem
+_SHOWN = 300  # characters of a problem that are shown that are shown
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One (images, prompt) pair.
+    """Holds one row of a data set: a prompt with its images, and what is known about it.
 
     Attributes:
-      id: unique within its data set; transcripts and paired differences are keyed by it.
-      prompt: the raw prompt, without any chat template or image placeholder.
+      id: unique within its data set; transcripts and paired differences use it as key.
+      prompt: the raw prompt, without chat template and image placeholders.
       images: paths, stored images, PIL images or uint8 arrays [height, width, 3]; usually one.
-      kind: "forbidden" (a refusal is right), "benign" (a refusal is over-refusal) or "vqa" (answer is about the image).
-      answer: expected response where there is one.
-      policy: the data set's own category, carried along.
-      answers: what each annotator answered, for rows whose metric is agreement with several (VQA-v2: ten).
-      answer_type: the data set's own kind of answer (VQA-v2: "yes/no", "number", "other").
-      format: how the request is disguised, in the data set's own words (JailBreakV-28K's attack formats); "" where the
-        data set does not say.
-      transferred: whether the attack was made against language models and carried over; None where unknown.
+      kind: "forbidden" (should be refused), "benign" (a refusal is over-refusal) or "vqa" (the answer is about the
+        image).
+      answer: expected response, if there is one.
+      answers: responses of all annotators, for rows whose metric is agreement with several (VQA-v2: ten).
+      answer_type: the data set's own type of answer (VQA-v2: "yes/no", "number", "other").
+      format: how the request is disguised, in the data set's own words (JailBreakV-28K's attack formats); "" if
+        unknown.
+      transferred: whether the attack was made for language models and reused here; None if unknown.
+      category: content category of the data set, which files call `policy`.
     """
 
     id: str
@@ -46,7 +48,7 @@ class Example:
     images: tuple[Any, ...] = ()
     kind: str = "forbidden"
     answer: str | None = None
-    policy: str | None = None
+    category: str | None = None
     answers: tuple[str, ...] = ()
     answer_type: str | None = None
     format: str = ""
@@ -55,13 +57,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that was left out.
+    """Describes a row that was left out.
 
     Attributes:
-      row: its number, data rows counting from 1.
-      line: of the file, on which the row ends.
-      reason: the same words for every row of the same trouble; reports count them.
-      detail: what is wrong with this one.
+      row: number of the row; data rows count from 1.
+      line: line of the file on which the row ends.
+      reason: the same words for all rows with this kind of problem; reports count them.
+      detail: what is wrong with this row.
     """
 
     row: int
@@ -72,16 +74,16 @@ class Problem:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """What a source held.
+    """Holds the rows of a source and the problems of the rows that were left out.
 
     Attributes:
-      source: how reports call it.
+      source: name of the source in reports.
       examples: the usable rows, in file order.
       problems: the rows that were left out.
-      repeats: usable rows whose prompt and images are an earlier row's under another id of the file's own; kept.
-      animated: images of several frames, of which the first is used.
-      complete: whether the source was read to its end (false where a limit was reached before).
-      replaced: what is wrong with each image that was drawn for a row and gave way to another.
+      repeats: number of usable rows with the prompt and images of an earlier row but an id of their own; they are kept.
+      animated: number of images with several frames, of which the first is used.
+      complete: whether the source was read to its end, not stopped by a limit.
+      replaced: problems of images that were drawn for a row and replaced by others.
     """
 
     source: str
@@ -94,15 +96,15 @@ class Records:
 
     @property
     def read(self) -> int:
-        """Rows read, usable or not."""
+        """Returns the number of rows read, usable or not."""
         return len(self.examples) + len(self.problems)
 
     def dropped(self) -> dict[str, int]:
-        """{reason: rows left out for it}, the most frequent first."""
+        """Returns {reason: number of rows left out for it}, the most frequent first."""
         return dict(Counter(problem.reason for problem in self.problems).most_common())
 
     def report(self) -> str:
-        """One line for a log: rows used, rows left out by reason (with the first few), repeats, animations."""
+        """Returns one line for a log: rows used, rows left out by reason (with the first few), repeats, animations."""
         parts = [f"{self.source}: {len(self.examples)} rows"]
         if self.problems:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped().items())
@@ -120,15 +122,15 @@ class Records:
 
 
 class BadRow(Exception):
-    """Why one row cannot be used: a reason that many rows may share, and what is wrong with this one."""
+    """Raised when a row cannot be used, with a reason that many rows may share and a detail about this row."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 
 
-Convert: TypeAlias = Callable[[dict[str, Any], str], Example]
-"""(fields, id) -> the row; raises `BadRow`."""
+Convert: TypeAlias = Callable[[JsonObject, str], Example]
+"""Function of (fields, id) that returns the row or raises `BadRow`."""
 
 
 def read_records(
@@ -138,13 +140,13 @@ def read_records(
     limit: int | None = None,
     decode: bool = False,
 ) -> Records:
-    """Reads a .csv or .jsonl file of rows.
+    """Reads the rows of a .csv or .jsonl file.
 
     Args:
-      path: the file. The first line of a CSV names its columns.
-      image_root: folder that relative image paths start from; the file's own folder if None.
-      limit: usable rows after which reading stops.
-      decode: whether images are decoded, so that rows whose image is damaged are left out too.
+      path: the file; the first line of a CSV names its columns.
+      image_root: folder for relative image paths; the file's own folder if None.
+      limit: number of usable rows after which reading stops.
+      decode: whether images are decoded, so that rows with damaged images are left out too.
 
     Raises:
       UserError: the file cannot be read, is empty, lacks a column, or has no usable row.
@@ -159,7 +161,7 @@ def read_records(
         raise UserError(f"{path}: data files are .csv or .jsonl, not '{path.suffix}'; convert or rename it")
     files = ImageFiles(decode=decode)
 
-    def convert(fields: dict[str, Any], identity: str) -> Example:
+    def convert(fields: JsonObject, identity: str) -> Example:
         prompt = prompt_of(fields, "prompt")
         kind = text(fields, "kind") or "forbidden"
         if kind not in KINDS:
@@ -182,18 +184,18 @@ def collect(
     id_field: str | None,
     limit: int | None = None,
 ) -> Records:
-    """Turns raw rows into a data set; the one place that decides which rows stay.
+    """Turns raw rows into a data set; this is the only place that decides which rows are kept.
 
-    A row whose id is an earlier row's is left out. A row without an id of its own goes by its number, and is left out
-    where it repeats an earlier row's prompt, images and answer; rows that the file itself tells apart may repeat.
+    A row is left out if an earlier row has its id. A row without an id of its own gets its number as id, and is left
+    out if it repeats an earlier row's prompt, images and answer. Rows with ids in the file may repeat.
 
     Args:
-      path: for errors and reports.
-      rows: as the readers of `tables.py` yield them.
-      convert: makes the row, or says why not.
-      files: what `convert` looks at images with.
-      id_field: where a row's id is; None for files without ids.
-      limit: usable rows after which reading stops.
+      path: name of the file in errors and reports.
+      rows: raw rows from a reader of `tables.py`.
+      convert: converts a raw row, or raises the reason why it cannot be used.
+      files: checks the images for `convert`.
+      id_field: field of a row's id; None for files without ids.
+      limit: number of usable rows after which reading stops.
 
     Raises:
       UserError: the file cannot be read, or no row can be used.
@@ -209,13 +211,13 @@ def collect(
             try:
                 if isinstance(fields, str):
                     raise BadRow("malformed row", fields)
-                own = text(fields, id_field) if id_field is not None else None
-                identity = own or str(row)
+                own_id = text(fields, id_field) if id_field is not None else None
+                identity = own_id or str(row)
                 if identity in row_of_id:
                     raise BadRow("duplicate id", f"id '{identity}' is already that of row {row_of_id[identity]}")
                 example = convert(fields, identity)
                 content = (example.prompt, *map(str, example.images), example.answer)
-                if content in row_of_content and own is None:
+                if content in row_of_content and own_id is None:
                     raise BadRow("duplicate row", f"the same as row {row_of_content[content]}")
             except BadRow as error:
                 problems.append(Problem(row, line, error.reason, str(error)))
@@ -236,16 +238,16 @@ def collect(
 
 
 def prompt_overlap(train: Iterable[Example], test: Iterable[Example]) -> int:
-    """Number of test rows whose prompt is, character for character, a training prompt."""
+    """Returns the number of test rows whose prompt equals a training prompt exactly."""
     prompts = {example.prompt for example in train}
     return sum(example.prompt in prompts for example in test)
 
 
-def text(fields: dict[str, Any], name: str) -> str | None:
-    """The stripped text of a cell; None where it is absent or blank.
+def text(fields: JsonObject, name: str) -> str | None:
+    """Returns the stripped text of a cell; None if it is absent or blank.
 
     Raises:
-      BadRow: it is no text, or not UTF-8.
+      BadRow: the cell is not text, or not UTF-8.
     """
     value = fields.get(name)
     if value is None:
@@ -259,11 +261,11 @@ def text(fields: dict[str, Any], name: str) -> str | None:
     return stripped or None
 
 
-def prompt_of(fields: dict[str, Any], name: str) -> str:
-    """The prompt in a cell.
+def prompt_of(fields: JsonObject, name: str) -> str:
+    """Returns the prompt in a cell.
 
     Raises:
-      BadRow: there is none, or it holds a family's image placeholder, which is put there by the chat template.
+      BadRow: there is none, or it contains a family's image placeholder, which the chat template adds.
     """
     prompt = text(fields, name)
     if prompt is None:
@@ -280,7 +282,7 @@ _CATEGORIES = {
 }
 
 
-def category(fields: dict[str, Any], name: str) -> str | None:
+def category_of(fields: JsonObject, name: str) -> str | None:
     """The category in a cell, under RedTeam-2K's name where another data set calls the same thing differently."""
     written = text(fields, name)
     return _CATEGORIES.get(written, written) if written is not None else None
@@ -293,17 +295,17 @@ _FORMATS = {
 _TRUTHS = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
 
 
-def attack_format(fields: dict[str, Any], name: str) -> str:
-    """The attack format in a cell, JailBreakV-28K's own in their one spelling; "" where there is none."""
+def attack_format(fields: JsonObject, name: str) -> str:
+    """Returns the attack format in a cell, JailBreakV-28K's formats in a uniform spelling; "" if there is none."""
     written = " ".join((text(fields, name) or "").split())
     return _FORMATS.get(written.casefold(), written)
 
 
-def truth(fields: dict[str, Any], name: str) -> bool | None:
-    """The yes or no in a cell; None where there is none.
+def truth(fields: JsonObject, name: str) -> bool | None:
+    """Returns the yes or no in a cell; None if there is none.
 
     Raises:
-      BadRow: it is something else.
+      BadRow: the cell holds something else.
     """
     written = text(fields, name)
     if written is None:
@@ -314,10 +316,10 @@ def truth(fields: dict[str, Any], name: str) -> bool | None:
 
 
 def inside(root: Path, name: str) -> Path:
-    """The path of an image that a row names.
+    """Returns the path of an image that a row names.
 
     Raises:
-      BadRow: it leads out of `root`.
+      BadRow: the path leads out of `root`.
     """
     if leaves_root(root, name):
         raise BadRow(OUTSIDE, f"image '{name}' is not in '{root}' (see config.data.image_root)")
@@ -325,10 +327,10 @@ def inside(root: Path, name: str) -> Path:
 
 
 def usable_image(path: Path, files: ImageFiles) -> Path:
-    """`path` itself.
+    """Returns `path` if it is a usable image.
 
     Raises:
-      BadRow: the file is missing, or no image that can be used.
+      BadRow: the file is missing, or cannot be used as an image.
     """
     problem = files.problem(path)
     if problem is not None:
@@ -337,14 +339,14 @@ def usable_image(path: Path, files: ImageFiles) -> Path:
 
 
 def describe(problems: list[Problem]) -> str:
-    """The first few problems and how many more there are."""
+    """Returns the first few problems in words and the number of further ones."""
     shown = "; ".join(f"row {problem.row}: {_short(problem.detail)}" for problem in problems[:_REPORTED_PROBLEMS])
     hidden = len(problems) - _REPORTED_PROBLEMS
     return f"{shown}; and {hidden} more" if hidden > 0 else shown
 
 
 def _short(detail: str) -> str:
-    """What a row holds may be of any length, and hold what steers a terminal."""
+    """Returns a detail shortened and without control characters, because a row may hold any text."""
     return one_line(detail if len(detail) <= _SHOWN else f"{detail[:_SHOWN]}...")
 
 

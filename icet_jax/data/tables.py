@@ -1,7 +1,7 @@
-"""Raw rows out of files of tables: CSV, JSON lines, and arrays inside large JSON files, all read as a stream.
+"""Streams raw rows out of CSV files, JSON lines, and arrays inside large JSON files.
 
-Each reader yields `(line, fields)`, or `(line, reason)` where that row itself is malformed: damage to one row costs
-that row alone. Bytes that are not UTF-8 come through as surrogates, which `text_problem` finds.
+Each reader yields `(line, fields)`, or `(line, reason)` for a malformed row, so that damage to one row affects only
+that row. Bytes that are not UTF-8 become surrogates, which `text_problem` reports.
 """
 
 import codecs
@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 from icet_jax.errors import UserError
-from icet_jax.files import LFS_ADVICE, is_lfs_pointer, parse_json, require_regular
+from icet_jax.files import LFS_ADVICE, JsonObject, is_lfs_pointer, parse_json, require_regular
 
-RawRow: TypeAlias = tuple[int, dict[str, Any] | str]
+RawRow: TypeAlias = tuple[int, JsonObject | str]
 
-_CHUNK = 1 << 20  # characters of a JSON file that are looked at together
+_CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
 
 def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawRow]:
-    """Rows of a CSV file whose first line names its columns (case and surrounding spaces do not matter).
+    """Yields the rows of a CSV file whose first line names its columns (case and surrounding spaces do not matter).
 
-    A quotation mark that is never closed costs the line it stands on, not the rest of the file.
+    A quotation mark that is never closed spoils only its line, not the rest of the file.
 
     Args:
       path: the file.
-      required: columns that must be there.
-      columns: the columns of such a file, for the error.
+      required: columns that the file must have.
+      columns: description of the columns for error messages.
 
     Raises:
-      UserError: empty, a required column is missing, or two columns have one name.
-      OSError: it cannot be read.
+      UserError: the file is empty, a required column is missing, or two columns have the same name.
+      OSError: the file cannot be read.
     """
     _require_utf8_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -67,11 +67,11 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
 
 
 def _require_utf8_file(path: Path) -> None:
-    """Refuses what `require_regular` refuses, Git LFS pointers, and files that begin with the mark of UTF-16 or UTF-32.
+    """Rejects irregular files (see `require_regular`), Git LFS pointers, and files with the mark of UTF-16 or UTF-32.
 
     Raises:
-      UserError: it is one of these.
-      OSError: it cannot be read.
+      UserError: the file is one of these.
+      OSError: the file cannot be read.
     """
     require_regular(path)
     with path.open("rb") as file:
@@ -83,36 +83,36 @@ def _require_utf8_file(path: Path) -> None:
 
 
 def _csv_records(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
-    """(last line, cells) of every record; after a malformed one, (line, reason) and the search goes on a line later."""
-    source, waiting, line = iter(file), deque[str](), 0
+    """Yields (last line, cells) of every record; for a malformed one (line, reason), and continues on the next line."""
+    source, returned_lines, line = iter(file), deque[str](), 0
     while True:
-        taken: list[str] = []
+        used_lines: list[str] = []
         try:
-            cells = next(csv.reader(_take(source, waiting, taken), strict=True))
+            cells = next(csv.reader(_take(source, returned_lines, used_lines), strict=True))
         except StopIteration:
             return
         except csv.Error as error:
-            waiting.extendleft(reversed(taken[1:]))
+            returned_lines.extendleft(reversed(used_lines[1:]))
             line += 1
             yield line, f"not CSV ({error})"
             continue
-        line += len(taken)
+        line += len(used_lines)
         if cells:
             yield line, cells
 
 
-def _take(source: Iterator[str], waiting: deque[str], taken: list[str]) -> Iterator[str]:
-    """Lines put back first, then the file's; what is handed out is noted in `taken`."""
-    while waiting:
-        taken.append(waiting.popleft())
-        yield taken[-1]
+def _take(source: Iterator[str], returned_lines: deque[str], used_lines: list[str]) -> Iterator[str]:
+    """Yields lines that were put back, then those of the file, and appends each to `used_lines`."""
+    while returned_lines:
+        used_lines.append(returned_lines.popleft())
+        yield used_lines[-1]
     for line in source:
-        taken.append(line)
+        used_lines.append(line)
         yield line
 
 
 def jsonl_rows(path: Path) -> Iterator[RawRow]:
-    """Rows of a file of one JSON object per line; blank lines are passed over."""
+    """Yields the rows of a file with one JSON object per line; blank lines are skipped."""
     _require_utf8_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, text in enumerate(file, start=1):
@@ -126,43 +126,44 @@ def jsonl_rows(path: Path) -> Iterator[RawRow]:
             yield line, row
 
 
-def json_row(text: str) -> dict[str, Any] | str:
-    """The fields of a JSON object, or why the text is no row: no object, or one that has a field more than once.
+def json_row(text: str) -> JsonObject | str:
+    """Returns the fields of a JSON object, or why the text is not a row: not an object, or a field occurs more than
+    once.
 
     Raises:
-      ValueError: it is not JSON.
+      ValueError: the text is not JSON.
     """
     return _row(parse_json(text, object_pairs_hook=_object))
 
 
 def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
-    """The objects in `{..., key: [...]}`, one after the other: the file (hundreds of megabytes) is never held whole.
+    """Yields the objects in `{..., key: [...]}` one by one, without loading the whole file (hundreds of megabytes).
 
-    "Lines" are numbers of the objects, from 1. Where the file stops being JSON, the last row says so and the rows
-    before it stand.
+    "Lines" are the numbers of the objects, from 1. If the file stops being JSON, the last row says so and the rows
+    before it are kept.
 
     Raises:
-      UserError: it does not begin as a JSON object, or has no array of that name.
-      OSError: it cannot be read.
+      UserError: the file does not begin as a JSON object, or has no array of that name.
+      OSError: the file cannot be read.
     """
     _require_utf8_file(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = _JsonReader(file)
         try:
-            found = reader.enter(key)
+            has_array = reader.enter(key)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not a JSON file ({error})") from error
-        if not found:
+        if not has_array:
             raise UserError(f"{path}: has no list '{key}'; give the data set's published file")
         number = 0
         while True:
             try:
-                more = reader.next_in_array(first=number == 0)
-                value = reader.value() if more else None
+                has_next = reader.next_in_array(first=number == 0)
+                value = reader.value() if has_next else None
             except (ValueError, RecursionError) as error:
                 yield number + 1, f"the file is no JSON from here on, damaged or cut off ({error})"
                 return
-            if not more:
+            if not has_next:
                 return
             number += 1
             yield number, _row(value)
@@ -170,35 +171,35 @@ def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
 
 @dataclass(frozen=True)
 class _NamedTwice:
-    """A JSON object that has a field more than once: either of its values could be the one that is meant."""
+    """Stands for a JSON object in which a field occurs more than once, so that its value is ambiguous."""
 
     field: str
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _NamedTwice:
-    """A JSON object."""
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject | _NamedTwice:
+    """Returns a JSON object as a dict, or `_NamedTwice` if a field occurs more than once."""
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
     return _NamedTwice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
 
 
-def _row(value: Any) -> dict[str, Any] | str:
-    """The fields of a row, or why it is none."""
+def _row(value: Any) -> JsonObject | str:
+    """Returns the fields of a row, or why the value is not a row."""
     if isinstance(value, _NamedTwice):
         return f"field '{value.field.encode('ascii', 'backslashreplace').decode()}' more than once"
     return value if isinstance(value, dict) else "not a JSON object"
 
 
 class _JsonReader:
-    """Values out of a JSON text that is read in chunks."""
+    """Reads values out of a JSON text that is loaded in chunks."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._decoder = file, json.JSONDecoder(object_pairs_hook=_object)
         self._text, self._at, self._ended = "", 0, False
 
     def enter(self, key: str) -> bool:
-        """Goes to the array `key` of the object that the text is; False where the object has none."""
+        """Moves to the array `key` of the top-level object; returns False if there is none."""
         self._expect("{")
         if self._peek() == "}":
             return False
@@ -215,7 +216,7 @@ class _JsonReader:
             self._expect(",")
 
     def next_in_array(self, *, first: bool) -> bool:
-        """Whether another element follows; stands at it if so."""
+        """Returns whether another element follows, and moves to it."""
         if self._peek() == "]":
             return False
         if not first:
@@ -223,7 +224,7 @@ class _JsonReader:
         return True
 
     def value(self) -> Any:
-        """The value that begins here."""
+        """Returns the value that begins here and moves behind it."""
         self._peek()
         while True:
             try:
@@ -238,7 +239,7 @@ class _JsonReader:
                 return value
 
     def _peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """Returns the next character that is not white space; "" at the end."""
         while True:
             while self._at < len(self._text):
                 if not self._text[self._at].isspace():
@@ -248,13 +249,15 @@ class _JsonReader:
                 return ""
 
     def _expect(self, character: str) -> None:
-        found = self._peek()
-        if found != character:
-            raise ValueError(f"expected {character!r}, found {found.encode('ascii', 'backslashreplace').decode()!r}")
+        next_character = self._peek()
+        if next_character != character:
+            raise ValueError(
+                f"expected {character!r}, found {next_character.encode('ascii', 'backslashreplace').decode()!r}"
+            )
         self._at += 1
 
     def _read(self) -> bool:
-        """Takes another chunk in, forgetting what has been used; False at the end of the file."""
+        """Loads another chunk and drops the part already used; returns False at the end of the file."""
         chunk = "" if self._ended else self._file.read(max(_CHUNK, len(self._text) - self._at))
         self._ended = not chunk
         if chunk:
@@ -263,7 +266,7 @@ class _JsonReader:
 
 
 def text_problem(text: str) -> str | None:
-    """Why a text cannot be used, or None: bytes that were not UTF-8, or NUL."""
+    """Returns why a text cannot be used (bytes that were not UTF-8, or NUL), or None."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "not UTF-8"
     return "holds a NUL byte" if "\0" in text else None

@@ -1,1 +1,1 @@
-"""Measuring: sweeps over exits, utility, geometry of the features, and the statistics under their numbers."""
+"""Measurements: sweeps over exits, utility, geometry of the features, and the statistics of their numbers."""

@@ -1,4 +1,4 @@
-"""How far judges agree: Cohen's kappa of every two of them over the answers that both have judged."""
+"""Agreement of judges: Cohen's kappa of every two judges over the responses that both have judged."""
 
 import itertools
 import math
@@ -9,26 +9,27 @@ import numpy as np
 
 from icet_jax.evaluation.statistics import Interval, mean_interval
 from icet_jax.evaluation.summary import Row
+from icet_jax.files import JsonObject
 
 SCHEMA = 1
 EXAMPLES = 50
-"""How many of the answers that two judges see differently are named."""
+"""Most responses that are listed as examples for two judges that disagree."""
 
 
-def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES) -> dict[str, Any]:
-    """The content of `agreement.json`: every judge of attacks (metrics `asr/...`, people among them), every two judges.
+def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES) -> JsonObject:
+    """Returns the content of `agreement.json`: all judges of attacks (metrics `asr/...`, also human ones) and all pairs
+    of them.
 
     Args:
-      rows: (phase, data set, transcript row); rows without an attack metric are left out.
-      examples: at most this many differing rows are named, at even distances through all of them.
+      rows: (phase, data set, transcript row); rows without an attack metric are ignored.
+      examples: most examples of disagreement that are listed, evenly spread over all of them.
 
     Returns:
-      `{"schema", "judges": [{"name", "n", "n_error", "unsafe"}], "pairs": [{"a", "b", "n", "prompts", "kappa",
-      "ci95", "agree", "agree_ci95", "a_only", "b_only", "examples": [{"id", "layer", "dataset", "phase",
-      "unsafe"}]}]}`.
-      `unsafe` is a judge's share of unsafe answers, and in an example the metric that calls it unsafe. `a_only` counts
-      what a alone calls unsafe. `kappa` is None where chance alone would make the two agree always (both give one and
-      the same verdict throughout). Pairs without a common answer are left out.
+      `{"schema", "judges": [{"name", "n", "n_error", "unsafe"}], "pairs": [{"a", "b", "n", "prompts", "kappa", "ci95",
+      "agree", "agree_ci95", "a_only", "b_only", "examples": [{"id", "layer", "dataset", "phase", "unsafe"}]}]}`.
+      `unsafe` is a judge's share of unsafe responses; in an example it is the metric that says unsafe. `a_only` counts
+      the responses that only a calls unsafe. `kappa` is None if chance alone would give full agreement (both always
+      give the same verdict). Pairs without a common response are left out.
     """
     table = _Verdicts(rows)
     pairs = [table.pair(a, b, examples) for a, b in itertools.combinations(table.verdicts, 2)]
@@ -45,19 +46,19 @@ def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES)
 
 
 def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
-    """Agreement beyond chance of two judges' verdicts on the same rows.
+    """Returns the agreement beyond chance of two judges' verdicts on the same rows, with its interval.
 
-    kappa = (observed - chance) / (1 - chance), chance from the two judges' own shares (Cohen 1960). The interval is
-    that of the observed agreement, clustered by prompt (`mean_interval`), with chance taken as known: Cohen's own form
-    of the error, which is on the wide side and not empty at perfect agreement.
+    kappa = (observed - chance) / (1 - chance), with chance from the two judges' own shares (Cohen 1960). The interval
+    is that of the observed agreement, clustered by prompt (`mean_interval`), with chance as a known constant. This is
+    Cohen's own error formula; it is rather wide and not empty at perfect agreement.
 
     Args:
       a: verdicts [n], 0 or 1.
       b: verdicts [n], 0 or 1.
-      clusters: [n] prompts.
+      clusters: prompts [n].
 
     Returns:
-      kappa with its interval; NaN without rows, or where chance agreement is 1.
+      kappa with its interval; NaN without rows, or if chance agreement is 1.
     """
     share_a, share_b = (float(np.mean(side)) if len(side) else math.nan for side in (a, b))
     chance = share_a * share_b + (1 - share_a) * (1 - share_b)
@@ -67,23 +68,23 @@ def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> 
 
 
 def _observed(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
-    """Share of equal verdicts."""
+    """Returns the share of equal verdicts with its interval."""
     mean, low, high = mean_interval((a == b).astype(np.float64), clusters, share=True)
-    return Interval(min(mean, 1.0), low, max(high, min(mean, 1.0)))  # sums of weights may miss 1 by a rounding
+    return Interval(min(mean, 1.0), low, max(high, min(mean, 1.0)))  # a sum of weights may exceed 1 by a rounding error
 
 
 class _Verdicts:
-    """Verdicts of every judge over all rows: float [n], 1 = unsafe, NaN = none."""
+    """Holds the verdicts of every judge over all rows: float [n], 1 = unsafe, NaN = none."""
 
     def __init__(self, rows: Iterable[tuple[str, str, Row]]) -> None:
-        found: dict[str, dict[int, float]] = {}
+        verdicts_by_name: dict[str, dict[int, float]] = {}
         self.errors: dict[str, int] = {}
         self.places: list[tuple[str, str, Any, int]] = []
         self.prompts: list[str] = []
         for phase, dataset, row in rows:
             scores = {name: value for name, value in row["scores"].items() if name.startswith("asr/")}
             for name, value in scores.items():
-                judged = found.setdefault(name, {})
+                judged = verdicts_by_name.setdefault(name, {})
                 self.errors.setdefault(name, 0)
                 if value is None:
                     self.errors[name] += 1
@@ -93,12 +94,12 @@ class _Verdicts:
                 self.places.append((phase, dataset, row["id"], row["layer"]))
                 self.prompts.append(row["prompt"])
         self.verdicts: dict[str, np.ndarray] = {}
-        for name, judged in found.items():
+        for name, judged in verdicts_by_name.items():
             values = np.full(len(self.places), np.nan)
             values[list(judged)] = list(judged.values())
             self.verdicts[name] = values
 
-    def pair(self, first: str, second: str, examples: int) -> dict[str, Any]:
+    def pair(self, first: str, second: str, examples: int) -> JsonObject:
         both = np.flatnonzero(np.isfinite(self.verdicts[first]) & np.isfinite(self.verdicts[second]))
         a, b = self.verdicts[first][both], self.verdicts[second][both]
         prompts = [self.prompts[row] for row in both]
@@ -121,7 +122,7 @@ class _Verdicts:
             "examples": [self._example(row, first, second) for row in differing.tolist()],
         }
 
-    def _example(self, row: int, first: str, second: str) -> dict[str, Any]:
+    def _example(self, row: int, first: str, second: str) -> JsonObject:
         phase, dataset, identity, layer = self.places[row]
         unsafe = first if self.verdicts[first][row] else second
         return {"id": identity, "layer": layer, "dataset": dataset, "phase": phase, "unsafe": unsafe}

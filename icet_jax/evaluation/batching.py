@@ -1,4 +1,4 @@
-"""Rows of a data set as batches of fixed shapes: same batch size, few prompt lengths, a fixed number of images."""
+"""Builds batches of fixed shapes from rows: one batch size, few prompt lengths, a fixed number of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from icet_jax.parallel.distributed import Share, row_share
 from icet_jax.parallel.sharding import place_rows
 from icet_jax.vlm import VLM
 
-_CHUNK = 256  # rows tokenised at once
+_CHUNK = 256  # rows that are tokenised in one call
 
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """B rows ready for the model; the last batch of a data set is filled up with empty rows.
+    """Holds B rows ready for the model; the last batch of a data set is filled up with empty rows.
 
     Attributes:
-      examples: the real rows, first in the batch.
-      tokens: int32 [B, P], left-padded (with token 0, which the mask hides).
-      mask: bool [B, P]; all false for filler rows.
-      images: B * per_row images, fillers included; None where the data set has none.
+      examples: the real rows, which come first in the batch.
+      tokens: int32 [B, P], padded on the left (with token 0, which the mask hides).
+      mask: bool [B, P]; all False for filler rows.
+      images: B * per_row images, fillers included; None if the data set has no images.
     """
 
     examples: list[Example]
@@ -39,30 +39,30 @@ class PromptBatch:
 def prompt_batch(
     vlm: VLM, examples: Sequence[Example], batch_size: int, per_row: int, *, length: int | None = None
 ) -> PromptBatch:
-    """Tokens and images of rows, filled up to a fixed shape.
+    """Returns tokens and images of rows, filled up to a fixed shape.
 
-    Of several processes, each opens its own share of a full batch if the length is given and every row has the same
-    number of images; else, and where rows do not divide over the mesh, each opens all.
+    With several processes, each opens only its own share of a full batch if `length` is given and every row has the
+    same number of images. Otherwise, and if rows cannot be divided over the mesh, each opens all rows.
 
     Args:
       vlm: the model.
       examples: at most `batch_size` rows.
       batch_size: B.
-      per_row: most images that any row of the data set has.
-      length: P; the `prompt_bucket` of the longest row if None, which only a process that has all rows can know.
+      per_row: most images of any row of the data set.
+      length: P; if None the `prompt_bucket` of the longest row, which only a process that has all rows can know.
 
     Raises:
-      UserError: an image that cannot be opened, or a prompt that the processor rejects or that `length` cannot hold.
+      UserError: an image cannot be opened, the processor rejects a prompt, or `length` is too short for it.
     """
     share = Share(0, 1)
     if length is not None and len(examples) == batch_size and all(len(row.images) == per_row for row in examples):
         share = row_share(vlm.mesh, batch_size)
-    own, size = examples[share.rows(len(examples))], batch_size // share.count
-    images, prompts = [list(row.images) for row in own], [row.prompt for row in own]
+    own_rows, size = examples[share.rows(len(examples))], batch_size // share.count
+    images, prompts = [list(row.images) for row in own_rows], [row.prompt for row in own_rows]
     inputs = vlm.processor(images=images, prompts=prompts, pad_to=length)
     ids, attention = inputs["input_ids"], inputs["attention_mask"]
     width = ids.shape[1]
-    fill = ((0, size - len(own)), ((prompt_bucket(width) if length is None else length) - width, 0))
+    fill = ((0, size - len(own_rows)), ((prompt_bucket(width) if length is None else length) - width, 0))
     tokens = np.pad(ids.astype(np.int32), fill)
     mask = np.pad(attention.astype(bool), fill)
     padded = {**inputs, "input_ids": tokens, "attention_mask": mask}
@@ -72,15 +72,15 @@ def prompt_batch(
 
 
 def prompt_tokens(processor: Processor, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Tokens of every row, image positions included, on several threads; no image is decoded.
+    """Returns the tokens of every row, image positions included, using several threads and decoding no image.
 
     Raises:
-      UserError: a prompt that the processor rejects, or an image whose size is needed and cannot be read.
+      UserError: the processor rejects a prompt, or the size of an image is needed and cannot be read.
     """
 
     def tokens(start: int) -> list[np.ndarray]:
         rows = examples[start : start + _CHUNK]
-        found = processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
-        return [np.array(ids, np.int32) for ids in found]
+        token_ids = processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
+        return [np.array(ids, np.int32) for ids in token_ids]
 
     return [ids for part in load_ahead(tokens, range(0, len(examples), _CHUNK)) for ids in part]

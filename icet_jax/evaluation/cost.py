@@ -1,9 +1,9 @@
-"""What a sweep will cost, before it starts: answers, tokens, operations, time, judged responses.
+"""Estimates the cost of a sweep before it starts: responses, tokens, operations, time, judged responses.
 
-Operations are those of the matrix products and of attention, counted by the model for prompts padded to the bucket of
-the average one. Time is these over speeds measured on the device, of products shaped like a prompt's and like one
-decoding step's; what else a model does, and slots that stand empty at the end, are in the range's upper end. Compiling,
-and the judges' own work, are not in it.
+Operations are those of matrix products and attention, counted by the model for prompts padded to the bucket of the
+average length. Time is operations divided by speeds measured on the device, for products shaped like those of a prompt
+and of a decoding step. The upper end of the range allows for other work of the model and for empty slots at the end.
+Compilation and the judges' own work are not included.
 """
 
 import math
@@ -22,15 +22,16 @@ from icet_jax.parallel.speed import product_speed
 from icet_jax.scorers.base import Scorer
 from icet_jax.vlm import VLM
 
-_SAMPLED = 64  # prompts tokenised to learn their lengths
-_SHORT = 1 / 8  # of the token limit: answers of the optimistic end of the range
-_SLACK = 3.0  # pessimistic end: three times the time of the bare products
-_CPU_ROWS, _ROWS = 256, 4096  # of the product that stands for a prompt's
-_CPU_ELEMENTS = 1 << 23  # largest matrix timed on a CPU
+_SAMPLED = 64  # prompts that are tokenised to estimate the mean length
+_SHORT = 1 / 8  # length of the responses at the optimistic end of the range, as a part of the token limit
+_SLACK = 3.0  # time at the pessimistic end of the range, as a multiple of the time of the products alone
+_CPU_ROWS, _ROWS = 256, 4096  # rows of the product that represents prefill
+_CPU_ELEMENTS = 1 << 23  # elements of the largest matrix that is timed on a CPU
 
 
 class Rates(NamedTuple):
-    """Floating-point operations a second: of products over many rows, and over the rows of one decoding step."""
+    """Holds floating-point operations per second, for products over many rows and over the rows of one decoding
+    step."""
 
     prompts: float
     steps: float
@@ -38,19 +39,19 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What sweeps will take. Costs of several sweeps add up with `+`.
+    """Holds the cost of sweeps; costs of several sweeps are added with `+`.
 
     Attributes:
       rows: rows of the data sets.
       answers: rows x exits.
-      prompt_tokens: of one exit, image positions included, without padding (estimated from a sample of the prompts).
-      new_tokens: at most.
-      tower_flops: encoding the images, once for all exits.
-      prompt_flops: projector and prefill at every exit.
-      answer_flops: decoding, where every answer is as long as allowed.
-      judged: scorer -> responses that it will score.
-      remote_seconds: scorer -> least time its service's rate limit allows for them.
-      seconds: (from, to): all answers short and nothing but the products; all as long as allowed, with slack.
+      prompt_tokens: tokens of the prompts at one exit, with image positions, without padding (estimated from a sample).
+      new_tokens: most generated tokens.
+      tower_flops: operations to encode the images once for all exits.
+      prompt_flops: operations of projector and prefill at every exit.
+      answer_flops: operations of decoding if every response has the longest length.
+      judged: {scorer: responses that it will score}.
+      remote_seconds: {scorer: least time that the rate limit of its service allows for them}.
+      seconds: (shortest, longest) time: all responses short and only the products; all as long as allowed, with slack.
     """
 
     rows: int = 0
@@ -65,7 +66,7 @@ class Cost:
     seconds: tuple[float, float] = (0.0, 0.0)
 
     def __add__(self, other: "Cost") -> "Cost":
-        def joined(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+        def add(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
             return {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
 
         return Cost(
@@ -76,8 +77,8 @@ class Cost:
             self.tower_flops + other.tower_flops,
             self.prompt_flops + other.prompt_flops,
             self.answer_flops + other.answer_flops,
-            joined(self.judged, other.judged),
-            joined(self.remote_seconds, other.remote_seconds),
+            add(self.judged, other.judged),
+            add(self.remote_seconds, other.remote_seconds),
             (self.seconds[0] + other.seconds[0], self.seconds[1] + other.seconds[1]),
         )
 
@@ -93,30 +94,30 @@ def estimate(
     dtype: str,
     rates: Rates | None = None,
 ) -> Cost:
-    """The cost of `icet_jax.evaluation.sweep.sweep` with the same arguments, before it starts.
+    """Estimates the cost of `icet_jax.evaluation.sweep.sweep` with the same arguments.
 
     Args:
       vlm: the model.
-      examples: the data set's rows.
+      examples: rows of the data set.
       exits: "all", or numbers.
-      sampling: how answers are drawn.
-      scorers: what will judge them. One with `requests_per_second` asks a service.
-      batch_size: rows answered at once.
-      dtype: of the computation.
+      sampling: how responses are drawn.
+      scorers: scorers that will judge them; one with `requests_per_second` uses a service.
+      batch_size: rows decoded at once.
+      dtype: dtype of the computation.
       rates: speeds; measured if None (in about a second, once per process).
 
     Raises:
-      UserError: a prompt that the tokenizer cannot take, or an image of the sample that cannot be opened.
+      UserError: the tokenizer rejects a prompt, or an image of the sample cannot be opened.
     """
     count = vlm.num_exits if isinstance(exits, str) else len(set(exits))
     lengths = _prompt_lengths(vlm, examples)
     per_row = max((len(row.images) for row in examples), default=0)
     length = prompt_bucket(math.ceil(sum(lengths) / max(len(lengths), 1)))
     model = nnx.merge(vlm.graphdef, vlm.params)
-    each = model.operations(length, length + sampling.max_new_tokens, per_row)
-    tower = len(examples) * per_row * each.encode
-    prompts = len(examples) * count * (per_row * each.visual + each.prefill)
-    steps = len(examples) * count * sampling.max_new_tokens * each.step
+    operations = model.operations(length, length + sampling.max_new_tokens, per_row)
+    tower = len(examples) * per_row * operations.encode
+    prompts = len(examples) * count * (per_row * operations.visual + operations.prefill)
+    steps = len(examples) * count * sampling.max_new_tokens * operations.step
     if rates is None:
         devices = 1 if vlm.mesh is None else vlm.mesh.size
         ffn = max(size_out for _, _, size_out in vlm.lora_shapes.values())
@@ -145,14 +146,14 @@ def estimate(
 
 
 def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: int = 1) -> Rates:
-    """Speeds of this process's device, times `devices`, timed in less than about a second.
+    """Measures the speeds of this process's device, times `devices`, in at most about a second.
 
     Args:
-      width: of the decoder.
+      width: width of the decoder.
       ffn: width of its feed-forward layers.
       batch_size: rows of one decoding step.
-      dtype: of the computation.
-      devices: over which a batch is split.
+      dtype: dtype of the computation.
+      devices: number of devices over which a batch is split.
     """
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
@@ -163,7 +164,7 @@ def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: i
 
 
 def _prompt_lengths(vlm: VLM, examples: Sequence[Example]) -> list[int]:
-    """Tokens of at most `_SAMPLED` prompts at even distances, images included."""
+    """Returns the tokens, images included, of at most `_SAMPLED` evenly spread prompts."""
     count = min(len(examples), _SAMPLED)
     sample = [examples[index * len(examples) // count] for index in range(count)]
     prompts = vlm.processor.token_ids([list(row.images) for row in sample], [row.prompt for row in sample])
@@ -171,5 +172,5 @@ def _prompt_lengths(vlm: VLM, examples: Sequence[Example]) -> list[int]:
 
 
 def _requests_per_second(scorer: Scorer) -> float | None:
-    """The rate limit of a scorer's service, also behind a cache; None for a scorer that runs here."""
+    """Returns the rate limit of a scorer's service, also if it is cached; None for a scorer without a service."""
     return getattr(getattr(scorer, "scorer", scorer), "requests_per_second", None)

@@ -1,4 +1,4 @@
-"""How far the features of every exit lie from those that the language model was trained on."""
+"""Compares the image features of every exit with those that the language model was trained on."""
 
 import functools
 import math
@@ -14,43 +14,46 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.queue import encode
+from icet_jax.files import JsonObject
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 from icet_jax.vlm import VLM
 
 SCHEMA = 1
-_CKA_TOKENS = 1024  # tokens compared by CKA, evenly spread over the images: its Gram matrices are this wide
+_CKA_TOKENS = 1024  # tokens that CKA compares, evenly spread over the images; the width of its Gram matrices
 _MOST_IMAGES, _AT_ONCE = 32, 4  # images looked at, and of them encoded together
 
 
-def geometry(vlm: VLM, examples: Sequence[Example]) -> dict[str, Any]:
-    """The content of `geometry.json`: P(e_l) against P(e_L), the default exit's, at every exit.
+def geometry(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
+    """Returns the content of `geometry.json`: the projected features of every exit against those of the default exit.
 
-    Per layer, over the tokens of all images: `norm_ratio`, the mean norm over the default exit's; `cosine`, the mean
-    cosine between the same token at the two exits; `cka`, see `linear_cka`. None where there is no such number.
+    For each exit, over the tokens of all images: `norm_ratio`, the mean norm divided by that of the default exit;
+    `cosine`, the mean cosine between the same token at the two exits; `cka`, see `linear_cka`. A number that is
+    undefined is None.
 
     Args:
       vlm: the model.
-      examples: rows; the first 32 with an image are looked at, and of each its first image.
+      examples: rows, of which the first image is used.
+      max_images: most images that are used.
 
     Raises:
-      UserError: no row has an image, or one cannot be opened.
+      UserError: no row has an image, or an image cannot be opened.
     """
-    chosen = [example for example in examples if example.images][:_MOST_IMAGES]
-    if not chosen:
+    rows_with_images = [example for example in examples if example.images][:_MOST_IMAGES]
+    if not rows_with_images:
         raise UserError("geometry: no row has an image; give rows that have")
-    rows = [Example(example.id, "", example.images[:1]) for example in chosen]
-    parts: list[list[_Part]] = [[] for _ in range(vlm.num_exits)]
+    rows = [Example(example.id, "", example.images[:1]) for example in rows_with_images]
+    parts: list[list[_Comparison]] = [[] for _ in range(vlm.num_exits)]
     for start in range(0, len(rows), _AT_ONCE):
         batch = rows[start : start + _AT_ONCE]
         encoded = encode(vlm.graphdef, vlm.params, prompt_batch(vlm, batch, min(_AT_ONCE, len(rows)), 1).images)
         chosen_tokens = -(-_CKA_TOKENS * len(batch) // len(rows))
-        for layer, found in enumerate(parts, start=1):
+        for layer, comparisons in enumerate(parts, start=1):
             exits = jnp.int32(layer), jnp.int32(vlm.default_exit)
-            found.append(_compare(vlm.graphdef, vlm.params, encoded, *exits, chosen_tokens))
+            comparisons.append(_compare(vlm.graphdef, vlm.params, encoded, *exits, chosen_tokens))
     layers = []
-    for layer, found in enumerate(parts, start=1):
-        numbers = [number if math.isfinite(number) else None for number in _joined(fetch(found))]
+    for layer, comparisons in enumerate(parts, start=1):
+        numbers = [number if math.isfinite(number) else None for number in _combine(fetch(comparisons))]
         layers.append({"layer": layer, **dict(zip(("norm_ratio", "cosine", "cka"), numbers, strict=True))})
     return {
         "schema": SCHEMA,
@@ -64,10 +67,11 @@ def geometry(vlm: VLM, examples: Sequence[Example]) -> dict[str, Any]:
 
 @jax.jit
 def linear_cka(x: Float[Array, "n D"], y: Float[Array, "n D"]) -> Float[Array, ""]:
-    """Linear centred kernel alignment of the same n >= 4 tokens' features, 0 (unrelated) to 1 (equal up to rotation).
+    """Returns the linear centred kernel alignment of n >= 4 tokens' features, from 0 (unrelated) to 1 (equal up to
+    rotation).
 
-    The unbiased form (HSIC_1 of Song et al. 2012, as U-centred Gram matrices): the plain one is far from 0 for
-    unrelated features where there are no more tokens than dimensions. What little falls below 0 is 0.
+    This is the unbiased form (HSIC_1 of Song et al. 2012, with U-centred Gram matrices). The plain form is far from 0
+    for unrelated features if there are no more tokens than dimensions. Small negative values are set to 0.
     """
     gram_x, gram_y = _u_centred_gram(x), _u_centred_gram(y)
     scale = jnp.sqrt(jnp.sum(gram_x**2) * jnp.sum(gram_y**2))
@@ -85,53 +89,55 @@ def _u_centred_gram(x: Float[Array, "n D"]) -> Float[Array, "n n"]:
     return jnp.where(others, gram - rows[:, None] - rows[None, :] + total, 0.0)
 
 
-class _Part(NamedTuple):
-    """Of the tokens of some images, x at one exit and y at the default one.
+class _Comparison(NamedTuple):
+    """Holds sums and samples of the tokens of some images, x at one exit and y at the default exit.
 
     Attributes:
-      sums: of the norms of x, of those of y, and of the cosines between them, over the tokens that are there.
-      tokens: how many those are.
+      sums: sums of the norms of x, of the norms of y, and of their cosines, over existing tokens.
+      tokens: number of existing tokens.
       x, y: some of the tokens, evenly spread.
-      taken: which of these are tokens that are there, each once.
+      is_used: which of these are existing tokens, each counted once.
     """
 
     sums: Float[Array, "3"]
     tokens: Int[Array, ""]
     x: Float[Array, "n E"]
     y: Float[Array, "n E"]
-    taken: Bool[Array, "n"]
+    is_used: Bool[Array, "n"]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chosen"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "num_samples"))
 def _compare(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     encoded: Any,
     exit_layer: Int[Array, ""],
     default_exit: Int[Array, ""],
-    chosen: int,
-) -> _Part:
-    """One exit against the default, both traced; `chosen` tokens are kept."""
+    num_samples: int,
+) -> _Comparison:
+    """Compares one exit with the default exit, both traced, and keeps `num_samples` tokens."""
     model = nnx.merge(graphdef, params)
-    (x, there), (y, _) = (model.image_features(encoded, layer) for layer in (exit_layer, default_exit))
+    (x, is_present), (y, _) = (model.image_features(encoded, layer) for layer in (exit_layer, default_exit))
     x, y = (features.astype(jnp.float32).reshape(-1, features.shape[-1]) for features in (x, y))
-    there = there.reshape(-1)
+    is_present = is_present.reshape(-1)
     norms = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(y, axis=1)
     cosine = jnp.sum(x * y, axis=1) / jnp.maximum(norms[0] * norms[1], 1e-30)
-    sums = jnp.stack([jnp.sum(values, where=there) for values in (*norms, cosine)])
-    count = there.sum()
-    numbers = jnp.arange(chosen) * jnp.maximum(-(-count // chosen), 1)  # among the tokens that are there, from 0
-    places = jnp.minimum(jnp.searchsorted(jnp.cumsum(there), numbers + 1), x.shape[0] - 1)
-    return _Part(sums, count, x[places], y[places], numbers < count)
+    sums = jnp.stack([jnp.sum(values, where=is_present) for values in (*norms, cosine)])
+    count = is_present.sum()
+    numbers = jnp.arange(num_samples) * jnp.maximum(
+        -(-count // num_samples), 1
+    )  # numbers among the existing tokens, from 0
+    places = jnp.minimum(jnp.searchsorted(jnp.cumsum(is_present), numbers + 1), x.shape[0] - 1)
+    return _Comparison(sums, count, x[places], y[places], numbers < count)
 
 
-def _joined(parts: Sequence[_Part]) -> tuple[float, float, float]:
-    """(norm ratio, cosine, CKA) of all images."""
+def _combine(parts: Sequence[_Comparison]) -> tuple[float, float, float]:
+    """Returns (norm ratio, cosine, CKA) of all images."""
     sums = np.sum([np.asarray(part.sums, np.float64) for part in parts], axis=0)
     tokens = sum(int(part.tokens) for part in parts)
     x, y = (
         np.concatenate(
-            [np.asarray(features)[np.asarray(part.taken)] for part, features in zip(parts, side, strict=True)]
+            [np.asarray(features)[np.asarray(part.is_used)] for part, features in zip(parts, side, strict=True)]
         )
         for side in ([part.x for part in parts], [part.y for part in parts])
     )

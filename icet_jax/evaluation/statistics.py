@@ -1,14 +1,15 @@
-"""Means with 95% intervals, clustered by prompt; paired differences; the paper's layer groups.
+"""Means with 95% intervals, clustered by prompt; paired differences; and the paper's groups of layers.
 
-Rows that share a prompt are not independent (10 prompts x 10 images are not 100 answers), so every interval is built
-from the prompts: a mean over rows, layers or groups is a weighted sum of observations, its variance is the sum over
-prompts of the squared sum of their influences (the cluster-robust "sandwich" with the factor G / (G - 1) for G
-prompts), and its quantile is Student's with G - 1 degrees of freedom.
+Rows that share a prompt are not independent (10 prompts x 10 images are not 100 independent responses), so every
+interval is built from prompts. A mean over rows, layers or groups is a weighted sum of observations. Its variance is
+the sum over prompts of the squared sum of their influences (the cluster-robust "sandwich" with the factor G / (G - 1)
+for G prompts), and its quantile is Student's with G - 1 degrees of freedom.
 
-Shares get an interval that is never empty: Wilson's, with the effective number of rows p (1 - p) / variance. It is
-kept between the effective number of prompts (all rows of a prompt agree) and that of rows (no two rows are related);
-where every row is 0, or every row is 1, the data cannot say how much the rows of a prompt agree, and the lower bound,
-the number of prompts, is taken. Differences of shares get the same with Bonett and Price's (2012) added pairs.
+Shares get an interval that is never empty: Wilson's, with p (1 - p) / variance as the effective number of rows. That
+number is limited from below by the effective number of prompts (all rows of a prompt agree) and from above by that of
+rows (no two rows are related). If every row is 0, or every row is 1, the data cannot show how much the rows of a prompt
+agree, and the lower limit is used. Differences of shares are treated in the same way with Bonett and Price's (2012)
+added pairs.
 """
 
 import math
@@ -21,12 +22,13 @@ from scipy.special import stdtrit
 from icet_jax.algorithms.exits import groups
 
 _RESAMPLES = 1000
-_ROUNDING = 1e-9  # shares that differ by less are equal
+_ROUNDING = 1e-9  # shares that differ by less count as equal
 GROUP_NAMES = ("early", "middle", "late")
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its 95% interval. NaN: no observation (mean), or fewer than two prompts (the ends)."""
+    """Holds a mean and the ends of its 95% interval; NaN without observations (mean) or with fewer than two prompts
+    (ends)."""
 
     mean: float
     low: float
@@ -36,14 +38,14 @@ class Interval(NamedTuple):
 def mean_interval(
     values: np.ndarray, clusters: Sequence[Hashable], *, share: bool, weights: np.ndarray | None = None
 ) -> Interval:
-    """Weighted mean of the layers' means.
+    """Returns the weighted mean of the layers' means with its interval.
 
     Args:
-      values: float [E, n] (or [n]) of n rows at E layers; NaN is left out (not measured, or an error).
-      clusters: [n] what makes rows dependent: their prompts.
-      share: the values are 0 or 1 (see the module's text), or fractions of a success between them, for which the
-        interval is no narrower than it must be; it stays within 0..1.
-      weights: [E], sum 1; equal if None.
+      values: float [E, n] (or [n]) of n rows at E layers; NaN (not measured, or an error) is ignored.
+      clusters: what makes rows dependent, their prompts, [n].
+      share: whether the values are 0 or 1 (see the top of this module), or fractions of a success between them, for
+        which the interval is no narrower than necessary; it stays within 0..1.
+      weights: [E], with sum 1; equal if None.
     """
     table = _Table(np.atleast_2d(values), clusters, weights)
     if not table.complete:
@@ -69,7 +71,7 @@ def paired_interval(
     share: bool,
     weights: np.ndarray | None = None,
 ) -> Interval:
-    """Mean of `after - before` over the rows measured in both; arguments as in `mean_interval`."""
+    """Returns the mean of `after - before` over the rows measured in both; arguments as in `mean_interval`."""
     change = np.atleast_2d(np.asarray(after, np.float64) - np.asarray(before, np.float64))
     if not share:
         return mean_interval(change, clusters, share=False, weights=weights)
@@ -87,25 +89,25 @@ def paired_interval(
 
 
 def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[int, Interval]:
-    """The layer with the highest share (the first of equals), and a 95% interval of the highest true share.
+    """Returns the layer with the highest share (the first of equal ones), and a 95% interval of the highest true share.
 
-    The highest of many estimates lies too high, because the layer is chosen by the same answers. The lower end
-    therefore is that share less the 97.5% quantile of the largest error among the layers that may be the worst: the
-    bootstrap over prompts gives these errors, and a layer may be the worst unless its share is lower than the highest
-    by more than twice that quantile of all layers (the adaptive selection of Chernozhukov, Lee and Rosen 2013). The
+    The highest of many estimates is biased upwards, because the same responses choose the layer. The lower end is
+    therefore that share minus the 97.5% quantile of the largest error among the layers that may be the worst. A
+    bootstrap over prompts gives these errors; a layer may be the worst unless its share is lower than the highest by
+    more than twice that quantile over all layers (the adaptive selection of Chernozhukov, Lee and Rosen 2013). The
     upper end is the highest upper end of the single layers. The interval is never narrower than that of the layer
-    alone, since answers that are all alike tell the bootstrap nothing.
+    alone, because the bootstrap shows no errors if all responses are alike.
 
     Args:
-      values: 0 or 1, float [E, n]; NaN is left out, and so is a layer without an observation.
-      clusters: [n] what makes rows dependent: their prompts.
+      values: 0 or 1, float [E, n]; NaN is ignored, and so is a layer without observations.
+      clusters: what makes rows dependent, their prompts, [n].
 
     Raises:
-      ValueError: no observation at all.
+      ValueError: there is no observation at all.
     """
     observed = np.isfinite(values).any(axis=0)
     values = np.asarray(values, np.float64)[:, observed]
-    clusters = [cluster for cluster, there in zip(clusters, observed, strict=True) if there]
+    clusters = [cluster for cluster, is_observed in zip(clusters, observed, strict=True) if is_observed]
     single = [mean_interval(layer, clusters, share=True) for layer in values]
     means = np.array([interval.mean for interval in single])
     worst = int(np.argmax(means >= np.nanmax(means) - _ROUNDING))
@@ -122,35 +124,37 @@ def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[
 
 
 def _bootstrap_errors(values: np.ndarray, clusters: Sequence[Hashable], means: np.ndarray) -> np.ndarray:
-    """Resampled less observed means, [1000, E]: each time as many prompts are drawn with replacement as there are.
+    """Returns resampled minus observed means, [1000, E]; each resample draws as many prompts as there are, with
+    replacement.
 
     The draws are the same for the same prompts, so that a resumed sweep writes the same numbers.
     """
     codes = _codes(clusters)
     prompts = int(codes.max()) + 1
-    used = np.isfinite(values)
+    is_used = np.isfinite(values)
     sums, counts = (
         np.stack([np.bincount(codes, weights=layer, minlength=prompts) for layer in table], axis=1)
-        for table in (np.where(used, values, 0.0), used.astype(np.float64))
+        for table in (np.where(is_used, values, 0.0), is_used.astype(np.float64))
     )
     generator = np.random.default_rng(0)
     errors = []
-    at_once = max(1, 2**20 // prompts)  # bounds the memory
-    for start in range(0, _RESAMPLES, at_once):
-        size = min(at_once, _RESAMPLES - start)
+    chunk = max(1, 2**20 // prompts)  # bounds the memory
+    for start in range(0, _RESAMPLES, chunk):
+        size = min(chunk, _RESAMPLES - start)
         places = generator.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
         drawn = np.bincount(places.ravel(), minlength=size * prompts).reshape(size, prompts).astype(np.float64)
         rows = drawn @ counts
-        # A layer that none of the drawn prompts has says nothing about its error.
+        # If none of the drawn prompts has a layer, its error is unknown and set to 0.
         errors.append(np.where(rows > 0, drawn @ sums / np.maximum(rows, 1.0) - means, 0.0))
     return np.concatenate(errors)
 
 
 def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]:
-    """Weights [E] over `exits` of the paper's group means ("early", "middle", "late") and of "average", their mean.
+    """Returns weights [E] over `exits` of the paper's group means ("early", "middle", "late") and of their mean,
+    "average".
 
-    A group is given only where all of its layers were measured, "average" only where all groups are: a mean over some
-    of the layers would carry the name of another number.
+    A group is included only if all of its layers were measured, and "average" only if all groups were, because a mean
+    over some of the layers would be another number under the same name.
     """
     exits = list(exits)
     members = dict(zip(GROUP_NAMES, groups(num_exits), strict=False))
@@ -168,7 +172,7 @@ def student_quantile(degrees: int) -> float:
 
 
 class _Table:
-    """Observations [E, n] as one weighted sum: each observation weighs (its layer's weight) / (its layer's rows)."""
+    """Represents observations [E, n] as a weighted sum; each weighs (weight of its layer) / (rows of its layer)."""
 
     def __init__(self, values: np.ndarray, clusters: Sequence[Hashable], weights: np.ndarray | None) -> None:
         values = np.asarray(values, np.float64)
@@ -194,11 +198,12 @@ class _Table:
         self._most = 1 / float(np.sum(self._share**2))
 
     def mean_of(self, values: np.ndarray) -> float:
-        """The same weighted mean of other values [E, n] of the same observations."""
+        """Returns the same weighted mean of other values [E, n] of the same observations."""
         return float(np.sum(self._share * values))
 
     def effective_rows(self, row_variance: float) -> float:
-        """How many unrelated rows of variance `row_variance` would give the mean its variance, within bounds."""
+        """Returns how many unrelated rows of variance `row_variance` would give the mean its variance, within
+        limits."""
         if row_variance <= 1e-12:
             return self._fewest
         ratio = row_variance / self.variance if self.variance > 0 else math.inf

@@ -1,4 +1,4 @@
-"""From transcript rows to the tables of `sweeps/*.json`: per layer, per group, and after minus before.
+"""Summarises transcript rows into the tables of `sweeps/*.json`: per layer, per group, and after minus before.
 
 A row is one response: `{"id", "layer", "prompt", "kind", "response", "scores": {metric: number or None}, ...}`. A
 metric that is absent from `scores` does not apply to the row; None is an error of its scorer, counted as `n_error`.
@@ -10,39 +10,41 @@ from typing import Any
 import numpy as np
 
 from icet_jax.evaluation.statistics import Interval, group_weights, maximum_interval, mean_interval, paired_interval
+from icet_jax.files import JsonObject
 
 SHARE_FAMILIES = ("asr", "refusal", "refusal_unsafe", "vqa", "accuracy", "degenerate", "empty", "truncated")
-"""First part of the names of metrics whose values are 0 or 1 ("vqa": or a part of full credit)."""
-_UNIT_FAMILIES = ("ts", "p_unsafe")  # any number within 0..1, and so is their mean
-POLICY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
-"""Metrics that are also given for each policy and attack format of a data set."""
-_MOST_PARTS = 64  # the most frequent ones; a data set's categories, not one per row
+"""Families (first parts of the names) of metrics whose values are 0 or 1, or for "vqa" a fraction of full credit."""
+_UNIT_FAMILIES = ("ts", "p_unsafe")  # values and means are within 0..1
+CATEGORY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
+"""Families of metrics that are also given for each content category and attack format of a data set."""
+_MOST_PARTS = 64  # only the most frequent parts are given, in case a data set has one per row
 
-Row = dict[str, Any]
-Table = dict[str, Any]
+Row = JsonObject
+Table = JsonObject
 
 
-def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
-    """`{"layers": [...], "groups": {...}}` of a sweep's rows, in the form of `sweeps/*.json`.
+def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
+    """Returns `{"layers": [...], "groups": {...}}` of a sweep's rows, in the form of `sweeps/*.json`.
 
-    Where rows have an attack success rate, `"worst_exit": {metric: {"layer": ..., "mean": ..., "ci95": ...}}` too.
-    Where rows have a policy, `"policies": {policy: [...]}` too: a list as `layers`, of `POLICY_FAMILIES` alone.
-    Where rows have an attack format, `"formats": {format: {"layers": [...], "worst_exit": {...}}}` of these families;
-    where they say whether the attack was transferred from a language model, `"transferred": {"yes": ..., "no": ...}`.
+    If rows have an attack success rate, `"worst_exit": {metric: {"layer": ..., "mean": ..., "ci95": ...}}` is added. If
+    rows have a content category (their field `policy`), `"policies": {category: [...]}` is added, each a list like
+    `layers` with only `CATEGORY_FAMILIES`. If rows have an attack format, `"formats": {format: {"layers": [...],
+    "worst_exit": {...}}}` is added; if they say whether the attack was transferred from a language model,
+    `"transferred": {"yes": ..., "no": ...}`.
 
     Args:
       rows: one per (id, layer), in any order; layers that are not among `exits` are ignored.
-      exits: the layers measured, ascending.
-      num_exits: N of the model, which fixes the groups.
+      exits: the measured layers, ascending.
+      num_exits: N of the model, which determines the groups.
     """
     rows = list(rows)
     tables = _summarise(rows, exits, num_exits)
     worst_exits = _worst_exits(rows, exits)
     if worst_exits:
         tables["worst_exit"] = worst_exits
-    policies = _parts(rows, lambda row: row.get("policy"))
-    if policies:
-        tables["policies"] = {name: _summarise(part, exits, num_exits)["layers"] for name, part in policies.items()}
+    categories = _parts(rows, lambda row: row.get("policy"))
+    if categories:
+        tables["policies"] = {name: _summarise(part, exits, num_exits)["layers"] for name, part in categories.items()}
     for field, name_of in _ATTACK_PARTS.items():
         parts = _parts(rows, name_of)
         if parts:
@@ -54,28 +56,28 @@ _ATTACK_PARTS: dict[str, Callable[[Row], str | None]] = {
     "formats": lambda row: row.get("format") or None,
     "transferred": lambda row: ("yes" if row["transferred"] else "no") if "transferred" in row else None,
 }
-"""{field of a sweep: the part of it that a row belongs to; None where it says nothing}."""
+"""{field of a sweep: function that returns the part that a row belongs to, or None}."""
 
 
 def _parts(rows: Sequence[Row], name_of: Callable[[Row], str | None]) -> dict[str, list[Row]]:
-    """Rows of each part, the most frequent first (equals by name), with only the metrics that parts have."""
-    found: dict[str, list[Row]] = {}
+    """Returns the rows of each part, the most frequent first (then by name), with only `CATEGORY_FAMILIES`."""
+    parts: dict[str, list[Row]] = {}
     for row in rows:
         name = name_of(row)
         if name is not None:
-            scores = {metric: value for metric, value in row["scores"].items() if _family(metric) in POLICY_FAMILIES}
-            found.setdefault(str(name), []).append({**row, "scores": scores})
-    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))[:_MOST_PARTS])
+            scores = {metric: value for metric, value in row["scores"].items() if _family(metric) in CATEGORY_FAMILIES}
+            parts.setdefault(str(name), []).append({**row, "scores": scores})
+    return dict(sorted(parts.items(), key=lambda item: (-len(item[1]), item[0]))[:_MOST_PARTS])
 
 
-def _part_table(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
-    """The exits of a part's rows, and the worst of them."""
+def _part_table(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
+    """Returns the table of the layers for a part's rows, and their worst exits."""
     table = {"layers": _summarise(rows, exits, num_exits)["layers"]}
     worst_exits = _worst_exits(rows, exits)
     return table | ({"worst_exit": worst_exits} if worst_exits else {})
 
 
-def _summarise(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
+def _summarise(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
     measured = _Measured(rows, exits)
 
     def estimate(metric: str, chosen: np.ndarray, weights: np.ndarray | None) -> Table | None:
@@ -92,20 +94,20 @@ def _summarise(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> dic
 
 
 def _worst_exits(rows: Sequence[Row], exits: Sequence[int]) -> dict[str, Table]:
-    """The exit with the highest value of each attack success rate, with the interval of that maximum."""
+    """Returns the exit with the highest value of each attack success rate, with the interval of that maximum."""
     measured = _Measured(rows, exits)
-    found = {}
+    worst = {}
     for metric, values in measured.values.items():
         if _family(metric) == "asr" and np.isfinite(values).any():
             position, interval = maximum_interval(values, measured.prompts)
             errors = int(measured.errors[metric][position].sum())
             estimate = _estimate(interval, int(np.isfinite(values[position]).sum()), errors)
-            found[metric] = {"layer": int(exits[position]), **estimate}
-    return found
+            worst[metric] = {"layer": int(exits[position]), **estimate}
+    return worst
 
 
-def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int], num_exits: int) -> dict[str, Any]:
-    """`{"layers": [...], "groups": {...}}` of after - before over the rows that both sweeps have, paired by id.
+def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
+    """Returns `{"layers": [...], "groups": {...}}` of after - before over the rows that both sweeps have, paired by id.
 
     `n` of a layer is its number of pairs; `n_error` counts pairs whose scorer failed on either side.
     """
@@ -131,7 +133,8 @@ def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int]
 
 
 class _Measured:
-    """Rows as arrays: `values[metric]` float64 [E, n] (NaN = none), `errors[metric]` and `present` bool [E, n]."""
+    """Holds rows as arrays: `values[metric]` float64 [E, n] (NaN = none), `errors[metric]` and `present` bool [E,
+    n]."""
 
     def __init__(self, rows: Iterable[Row], exits: Sequence[int]) -> None:
         layer_index = {layer: position for position, layer in enumerate(exits)}
@@ -156,16 +159,16 @@ class _Measured:
 
 def _tables(
     metrics: Sequence[str], exits: Sequence[int], num_exits: int, counts: Sequence[int], estimate: Any
-) -> dict[str, Any]:
+) -> JsonObject:
     def entry(chosen: np.ndarray, weights: np.ndarray | None) -> dict[str, Table]:
-        found = {metric: estimate(metric, chosen, weights) for metric in metrics}
-        return {metric: table for metric, table in found.items() if table is not None}
+        estimates = {metric: estimate(metric, chosen, weights) for metric in metrics}
+        return {metric: table for metric, table in estimates.items() if table is not None}
 
     layers = [
         {"layer": int(layer), "n": counts[position], "metrics": entry(np.array([position]), None)}
         for position, layer in enumerate(exits)
     ]
-    groups: dict[str, Any] = {}
+    groups: JsonObject = {}
     for name, weights in group_weights(exits, num_exits).items():
         members = np.flatnonzero(weights)
         groups[name] = {} if name == "average" else {"layers": [int(exits[int(member)]) for member in members]}

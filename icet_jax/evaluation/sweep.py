@@ -1,7 +1,7 @@
-"""The layer sweep: every row of a data set answered at every exit, and scored.
+"""The layer sweep, which generates and scores a response of every row of a data set at every exit.
 
-Prompts of all rows and exits share the slots of one engine (`evaluation.queue`). While the device answers, the host
-decodes, writes down and scores what has been answered before.
+The prompts of all rows and exits share the slots of one engine (`evaluation.queue`). While the device generates, the
+host decodes, writes and scores earlier responses.
 """
 
 import functools
@@ -22,7 +22,8 @@ from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.statistics import Interval
 from icet_jax.evaluation.summary import Row, summarise
 from icet_jax.evaluation.transcripts import TranscriptFile, fingerprint
-from icet_jax.generation.engine import Finished
+from icet_jax.files import JsonObject
+from icet_jax.generation.engine import Response
 from icet_jax.generation.sampling import Sampling, check_log_probs
 from icet_jax.nn.protocols import check_exit
 from icet_jax.scorers.base import Scorer
@@ -33,13 +34,13 @@ SCHEMA = 1
 
 
 class SweepProgress(NamedTuple):
-    """State of a running sweep.
+    """Describes the state of a running sweep.
 
     Attributes:
-      done: answers that are judged, those of an earlier, interrupted sweep included.
-      total: answers in all.
-      seconds_left: estimate; None until some answers have been timed without compilations.
-      tokens_per_second: generated, of all answers timed.
+      done: number of judged responses, including those of an earlier, interrupted sweep.
+      total: number of responses in total.
+      seconds_left: estimate; None until some responses have been timed without compilation.
+      tokens_per_second: speed of generation over all timed responses.
     """
 
     done: int
@@ -50,31 +51,31 @@ class SweepProgress(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
-    """What a sweep found.
+    """Holds the result of a sweep.
 
     Attributes:
-      sweep: the content of `sweeps/*.json`.
-      rows: the content of `transcripts/*.jsonl`, by data-set row, then by exit.
-      tokens: how many tokens were generated in this call.
-      seconds: how long this call took.
+      sweep: content of `sweeps/*.json`.
+      rows: content of `transcripts/*.jsonl`, by data-set row, then by exit.
+      tokens: number of tokens generated in this call.
+      seconds: duration of this call.
     """
 
-    sweep: dict[str, Any]
+    sweep: JsonObject
     rows: list[Row]
     tokens: int
     seconds: float
 
     def curve(self, metric: str) -> dict[int, Interval]:
-        """Mean and 95% interval of a metric at each exit that has it, such as "asr/refusal_keywords".
+        """Returns the mean and 95% interval of a metric such as "asr/refusal_keywords" at each exit that has it.
 
         Raises:
-          UserError: no exit has it; the metrics there are stand in the message.
+          UserError: no exit has the metric; the message lists the metrics that exist.
         """
-        found = {layer["layer"]: layer["metrics"] for layer in self.sweep["layers"]}
-        if not any(metric in metrics for metrics in found.values()):
-            known = sorted({name for metrics in found.values() for name in metrics})
-            raise UserError(f"{metric}: not measured by this sweep, which has {', '.join(known)}")
-        curve = {layer: metrics[metric] for layer, metrics in found.items() if metric in metrics}
+        metrics_of_layer = {layer["layer"]: layer["metrics"] for layer in self.sweep["layers"]}
+        if not any(metric in metrics for metrics in metrics_of_layer.values()):
+            names = sorted({name for metrics in metrics_of_layer.values() for name in metrics})
+            raise UserError(f"{metric}: not measured by this sweep, which has {', '.join(names)}")
+        curve = {layer: metrics[metric] for layer, metrics in metrics_of_layer.items() if metric in metrics}
         unknown = (math.nan, math.nan)
         return {
             layer: Interval(math.nan if point["mean"] is None else point["mean"], *(point["ci95"] or unknown))
@@ -98,31 +99,31 @@ def sweep(
     tag: str = "",
     compile_ahead: CompileAhead | None = None,
 ) -> SweepResult:
-    """Answers every row at every exit and scores the answers.
+    """Generates and scores the responses of every row at every exit.
 
-    A row's answer depends on (seed, its number in `examples`, prompt, images, weights) alone: two sweeps with the same
-    seed draw with common random numbers at all exits, before and after training.
+    A row's response depends only on (seed, its number in `examples`, prompt, images, weights). Two sweeps with the same
+    seed therefore use common random numbers at all exits, also before and after training.
 
     Args:
       vlm: the model, with its adapters if it has any.
-      examples: the rows; ids must differ.
+      examples: the rows, with different ids.
       exits: "all", or numbers from 1.
-      sampling: how answers are drawn (temperature 0 is greedy).
-      scorers: what judges them, side by side.
-      batch_size: rows answered at once, and judged together.
-      transcript_path: rows are appended here as they are answered and again as they are judged, and a sweep that
-        finds its own rows there goes on from them (answers that other judges have judged, or a judge failed on, are
-        judged again); once complete the file is rewritten in order.
-      progress: called whenever answers have been judged.
-      dataset: its name.
-      model: the model's name.
-      seed: of the sampling.
-      compile_ahead: compiles (name, lowered program) pairs; None leaves each to be compiled where it is first needed.
-      tag: names the weights ("before", "step 24"); rows in the file under another tag are another sweep's.
+      sampling: how responses are drawn (temperature 0 is greedy).
+      scorers: the scorers that judge the responses.
+      batch_size: rows decoded at once, and judged together.
+      transcript_path: file to which rows are appended when they are generated and again when they are judged. A sweep
+        that finds its own rows there continues from them (responses that other judges have judged, or on which a judge
+        failed, are judged again). A complete file is rewritten in order.
+      progress: called whenever responses have been judged.
+      dataset: name of the data set.
+      model: name of the model.
+      seed: seed of the sampling.
+      compile_ahead: compiles (name, lowered program) pairs; with None each program is compiled when it is first needed.
+      tag: name of the weights ("before", "step 24"); rows in the file under another tag belong to another sweep.
 
     Raises:
-      UserError: no rows, an exit out of range, an image that cannot be opened, a transcript file of another sweep,
-        logits that are NaN or infinite.
+      UserError: there are no rows, an exit is out of range, an image cannot be opened, the transcript file belongs to
+        another sweep, or logits are NaN or infinite.
     """
     began = time.monotonic()
     layers = _layers(exits, vlm.num_exits)
@@ -160,18 +161,18 @@ def _judges_mark(scorers: Sequence[Scorer]) -> str:
     return fingerprint([(scorer.metric, scorer.name, getattr(scorer, "fingerprint", "")) for scorer in scorers])
 
 
-def _generation_settings(sampling: Sampling) -> dict[str, Any]:
+def _generation_settings(sampling: Sampling) -> JsonObject:
     names = ("max_new_tokens", "temperature", "top_k", "top_p")
     return {name: getattr(sampling, name) for name in names}
 
 
 class Answer(NamedTuple):
-    """A finished answer.
+    """Holds a finished response as text.
 
     Attributes:
-      text: without special tokens.
-      length: tokens, EOS included.
-      truncated: whether the limit cut it off.
+      text: the response without special tokens.
+      length: number of tokens, EOS included.
+      truncated: whether the token limit ended it.
     """
 
     text: str
@@ -180,21 +181,21 @@ class Answer(NamedTuple):
 
 
 def row_keys(key: Key[Array, ""], count: int) -> Key[Array, "N"]:
-    """The key of each row of a data set of `count`, the same at every exit."""
+    """Returns the random key of each row of a data set of `count` rows, the same at every exit."""
     return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count, dtype=np.uint32))
 
 
-def read_answer(item: Finished, vlm: VLM, sampling: Sampling, row: str) -> Answer:
-    """What the engine's tokens say.
+def read_answer(item: Response, vlm: VLM, sampling: Sampling, row: str) -> Answer:
+    """Returns the text of the engine's tokens.
 
     Args:
-      item: of a row and exit that `item.tag` names.
-      vlm: the model that answered.
-      sampling: how it was asked.
-      row: the row's id, for the error line.
+      item: response whose tag is (row, exit).
+      vlm: the model that generated it.
+      sampling: how it was drawn.
+      row: id of the row for the error message.
 
     Raises:
-      UserError: the answer was drawn from NaN or infinite logits.
+      UserError: the response was drawn from NaN or infinite logits.
     """
     check_log_probs(item.log_probs, f"exit {item.tag[1]}, row {row}")
     length = len(item.tokens)
@@ -204,14 +205,15 @@ def read_answer(item: Finished, vlm: VLM, sampling: Sampling, row: str) -> Answe
 
 
 class _Clock:
-    """Counts answers and estimates the time left from the pace after the first, which had to wait for compilations."""
+    """Counts responses and estimates the time left from the speed after the first ones, which waited for
+    compilation."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
         self._timed, self._tokens, self._began = 0, 0, 0.0
 
     def tick(self, answers: int, tokens: int = 0) -> SweepProgress:
-        """So many answers further; `tokens` were generated for them."""
+        """Counts `answers` more responses, for which `tokens` were generated, and returns the progress."""
         self.done += answers
         now = time.monotonic()
         if not tokens:
@@ -227,7 +229,7 @@ class _Clock:
 
 
 class _Runner:
-    """Answers and judges what the transcript file does not have yet."""
+    """Generates and judges the responses that the transcript file does not have yet."""
 
     def __init__(
         self,
@@ -251,45 +253,46 @@ class _Runner:
         self.tokens, self.reported = 0, 0
 
     def run(self, layers: Sequence[int]) -> int:
-        """Answers and scores what is missing; returns the number of tokens generated."""
+        """Generates and scores the missing responses; returns the number of generated tokens."""
         self.clock = _Clock(len(self.examples) * len(layers))
         todo = self._missing(layers)
         self._judge(0)
         if todo:
-            how = self.sampling, self.batch_size, self.compile_ahead
-            queue = Queue(self.vlm, self.examples, self.keys, todo, *how)
-            for ended in queue.answers():
-                self._take(ended)
+            settings = self.sampling, self.batch_size, self.compile_ahead
+            queue = Queue(self.vlm, self.examples, self.keys, todo, *settings)
+            for responses in queue.answers():
+                self._write(responses)
                 self._judge(self.batch_size)
             self._judge(0)
         return self.tokens
 
     def _missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
-        """The exits at which each row has no answer yet; answers that lack the present judges are kept for them."""
+        """Returns the exits at which each row has no response yet; responses without the current judges are kept for
+        judging."""
         todo: dict[int, list[int]] = {}
         for number, example in enumerate(self.examples):
             for layer in layers:
-                known = self.file.answers([example], layer)
-                if known is None:
+                rows = self.file.answers([example], layer)
+                if rows is None:
                     todo.setdefault(number, []).append(layer)
                 elif self.file.has([example], layer):
                     self.clock.done += 1
                 else:
-                    lengths, truncated = ([int(known[0]["scores"][name])] for name in ("length", "truncated"))
-                    self.unjudged += self._rows([example], layer, [known[0]["response"]], lengths, truncated)
+                    lengths, truncated = ([int(rows[0]["scores"][name])] for name in ("length", "truncated"))
+                    self.unjudged += self._rows([example], layer, [rows[0]["response"]], lengths, truncated)
         return todo
 
-    def _take(self, ended: Sequence[Finished]) -> None:
-        """Writes answers down; they are safe in the file before any judge sees them.
+    def _write(self, responses: Sequence[Response]) -> None:
+        """Writes responses to the file, so that they are safe before a judge sees them.
 
         Raises:
-          UserError: an answer was drawn from NaN or infinite logits; none of these answers is written.
+          UserError: a response was drawn from NaN or infinite logits; none of these responses is written.
         """
         rows = []
-        for item in ended:
+        for item in responses:
             number, layer = item.tag
-            text, length, cut = read_answer(item, self.vlm, self.sampling, self.examples[number].id)
-            rows += self._rows([self.examples[number]], layer, [text], [length], [int(cut)])
+            text, length, truncated = read_answer(item, self.vlm, self.sampling, self.examples[number].id)
+            rows += self._rows([self.examples[number]], layer, [text], [length], [int(truncated)])
             self.tokens += length
         self.file.add(rows, judged=False)
         self.unjudged += rows
@@ -298,7 +301,7 @@ class _Runner:
         return answer_rows(examples, layer, *answers, mixed=self.mixed)
 
     def _judge(self, least: int) -> None:
-        """Judges the answers that wait, by `batch_size`, while there are at least `least` (0: all)."""
+        """Judges waiting responses, `batch_size` at a time, while there are at least `least` (0: all)."""
         while self.unjudged and len(self.unjudged) >= least:
             rows, self.unjudged = self.unjudged[: self.batch_size], self.unjudged[self.batch_size :]
             with during("judging"):

@@ -1,9 +1,9 @@
-"""The transcript file of a sweep: what a killed sweep goes on from.
+"""The transcript file of a sweep, from which an interrupted sweep continues.
 
-Answers are written before they are judged, and again with their scores. Each line carries two marks: of the sweep (what
-an answer depends on besides the data set) and of the judges (what its scores depend on; None before they are in). An
-answer whose judges have changed, or one of whose judges failed, is kept and judged again. Of several processes, the
-first one reads and writes the file, and all have the same rows in memory.
+Responses are written before they are judged, and again with their scores. Each line carries two fingerprints: one of
+the sweep (what a response depends on besides the data set) and one of the judges (what its scores depend on; None
+before they exist). A response whose judges have changed, or one of whose judges failed, is kept and judged again. With
+several processes, the first one reads and writes the file, and all have the same rows in memory.
 """
 
 import hashlib
@@ -20,24 +20,25 @@ from icet_jax.parallel.distributed import is_writer, on_first
 
 
 def fingerprint(*settings: Any) -> str:
-    """A short mark of everything that a row depends on besides the data set."""
+    """Returns a short hash of everything that a row depends on besides the data set."""
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
 class TranscriptFile:
-    """Rows by (id, layer), in memory and, where a path is given, one JSON line each."""
+    """Holds rows by (id, layer) in memory and, if a path is given, as one JSON line each."""
 
     def __init__(self, path: str | Path | None, mark: str, judges: str, examples: Sequence[Example]) -> None:
-        """Reads what an earlier, killed sweep of the same mark and rows left; a half-written last line is cut off.
+        """Reads the rows of an interrupted sweep with the same fingerprint and rows; an incomplete last line is cut
+        off.
 
         Args:
-          path: the file; None keeps the rows in memory alone.
-          mark: `fingerprint` of what answers depend on.
+          path: the file; None keeps the rows only in memory.
+          mark: `fingerprint` of what responses depend on.
           judges: `fingerprint` of what scores depend on.
-          examples: the data set's rows.
+          examples: rows of the data set.
 
         Raises:
-          UserError: ids that repeat; a file that is not a transcript, or of other settings, weights or rows.
+          UserError: ids repeat, or the file is not a transcript or belongs to other settings, weights or rows.
         """
         self._path = None if path is None else Path(path)
         self._mark, self._judges, self._examples = mark, judges, list(examples)
@@ -55,17 +56,17 @@ class TranscriptFile:
             (self._judged.add if judged else self._judged.discard)(key)
 
     def has(self, examples: Sequence[Example], layer: int) -> bool:
-        """Whether all of these rows are there at an exit, judged by the present judges."""
+        """Returns whether all of these rows exist at an exit and were judged by the current judges."""
         return all((example.id, layer) in self._judged for example in examples)
 
     def answers(self, examples: Sequence[Example], layer: int) -> list[Row] | None:
-        """These rows at an exit, judged or not; None where one is missing."""
+        """Returns these rows at an exit, judged or not; None if one is missing."""
         rows = [self._rows.get((example.id, layer)) for example in examples]
-        found = [row for row in rows if row is not None]
-        return found if len(found) == len(rows) else None
+        existing = [row for row in rows if row is not None]
+        return existing if len(existing) == len(rows) else None
 
     def add(self, rows: Sequence[Row], *, judged: bool) -> None:
-        """Keeps rows, replacing older ones of the same id and layer.
+        """Stores rows, replacing older ones with the same id and layer.
 
         Raises:
           UserError: the file cannot be written.
@@ -78,9 +79,10 @@ class TranscriptFile:
             append_text(self._path, "".join(map(self._line, rows)))
 
     def finish(self, layers: Sequence[int]) -> list[Row]:
-        """The rows at `layers`, by data-set row, then by layer; the file is put in that order (with all its layers)."""
-        every = sorted({layer for _, layer in self._rows})
-        keys = [(example.id, layer) for example in self._examples for layer in every]
+        """Returns the rows at `layers`, by data-set row, then by layer; the file is rewritten in that order with all
+        its layers."""
+        all_layers = sorted({layer for _, layer in self._rows})
+        keys = [(example.id, layer) for example in self._examples for layer in all_layers]
         if self._path is not None:
             write_text_atomic(self._path, "".join(self._line(self._rows[key]) for key in keys if key in self._rows))
         return [self._rows[example.id, layer] for example in self._examples for layer in layers]
@@ -90,7 +92,7 @@ class TranscriptFile:
         return seal({**row, "sweep": self._mark, "judges": judges}) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
-        """Rows, and whether the present judges have judged them."""
+        """Yields each row, and whether the current judges have judged it."""
         try:
             data = read_bytes(path)
         except OSError as error:
@@ -109,26 +111,26 @@ class TranscriptFile:
                 raise UserError(
                     f"{path}: line {number} is of another sweep (settings, weights or rows differ); move the file away"
                 )
-            # A row that an earlier version wrote lacks what the data set says by now, such as its attack format.
+            # A row from an earlier version lacks newer fields of the data set, such as its attack format.
             yield row | facts(example), judges == self._judges and None not in row["scores"].values()
         if len(whole) < len(data):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
 
 
-def finished_rows(path: Path, wanted: Sequence[tuple[str, int]]) -> list[Row]:
-    """The rows of a finished sweep's transcript.
+def finished_rows(path: Path, required: Sequence[tuple[str, int]]) -> list[Row]:
+    """Returns the rows of a finished sweep's transcript.
 
     Args:
       path: the file.
-      wanted: (id, layer) of the rows that must be there.
+      required: (id, layer) of the rows that must exist.
 
     Raises:
-      UserError: it is damaged, or rows are missing.
+      UserError: the file is damaged, or rows are missing.
     """
     try:
         rows = [unseal(line.decode("utf-8")) for line in read_bytes(path).split(b"\n")[:-1]]
-        missing = set(wanted) - {(row["id"], row["layer"]) for row in rows}
+        missing = set(required) - {(row["id"], row["layer"]) for row in rows}
         if missing:
             raise ValueError(f"{len(missing)} rows are missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -139,7 +141,7 @@ def finished_rows(path: Path, wanted: Sequence[tuple[str, int]]) -> list[Row]:
 
 
 def _is_row(row: Row) -> bool:
-    """Whether what later steps need is there."""
+    """Returns whether a row has the fields that later steps need."""
     scores = row.get("scores")
     return (
         all(isinstance(row.get(name), str) for name in ("id", "prompt", "response"))

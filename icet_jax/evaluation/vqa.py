@@ -1,15 +1,15 @@
 """VQA-v2's official accuracy: agreement with ten annotators, as the public evaluator of VQA v2.0 computes it.
 
-Each annotator in turn is left out; the response scores min(1, k / 3) where k of the others gave it, and the accuracy
-of a question is the mean of these. Response and answers are normalised only where the annotators' raw answers differ:
-where all ten wrote "yes", the response "Yes" or "yes." scores nothing. Models are therefore usually made to normalise
-what they submit; `normalised_accuracy` is the number that this gives, always under its own name.
+Each annotator in turn is left out; the response scores min(1, k / 3) if k of the others gave it, and the accuracy of a
+question is the mean of these scores. Response and answers are normalised only if the annotators' raw answers differ: if
+all ten wrote "yes", the responses "Yes" and "yes." score 0. Models are therefore usually made to normalise what they
+submit; `normalised_accuracy` is the resulting number and always has its own name.
 """
 
 import re
 from collections.abc import Sequence
 
-_ENOUGH = 3  # agreeing annotators for full credit
+_ENOUGH = 3  # number of agreeing annotators for full credit
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS)}
@@ -22,28 +22,31 @@ there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've were
 when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
 wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # the evaluator leaves apostrophes and colons alone
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # the evaluator does not remove apostrophes and colons
 _GROUPED_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32  # the evaluator passes a flag of this value where re.sub takes the count
 
 
 def _spellings() -> dict[str, str]:
-    """Contractions by their spellings with one apostrophe missing; "somebody'd" is the evaluator's slip."""
-    found = {"somebody'd": "somebodyd"}
+    """Returns contractions by their spellings with one apostrophe missing; "somebody'd" is an error of the
+    evaluator."""
+    contractions = {"somebody'd": "somebodyd"}
     for word in _CONTRACTIONS.split():
-        found |= {word[:place] + word[place + 1 :]: word for place, sign in enumerate(word) if sign == "'"}
-    return found
+        contractions |= {word[:place] + word[place + 1 :]: word for place, sign in enumerate(word) if sign == "'"}
+    return contractions
 
 
 _SPELLINGS = _spellings()
 
 
 def normalise(text: str) -> str:
-    """Text as the evaluator compares it: lower case, single spaces, digits for number words, without articles.
+    """Returns the text as the evaluator compares it: lower case, single spaces, digits for number words, without
+    articles.
 
-    A punctuation sign becomes a space, or nothing where it (anywhere in the text) stands beside a space or where the
-    text holds a number such as 1,000. A full stop goes unless a digit follows it. Missing apostrophes are put back.
+    A punctuation sign becomes a space. It is removed instead if it is next to a space anywhere in the text, or if the
+    text contains a number such as 1,000. A full stop is removed unless a digit follows it. Missing apostrophes are
+    restored.
     """
     plain = text
     grouped = _GROUPED_DIGITS.search(text) is not None
@@ -56,11 +59,11 @@ def normalise(text: str) -> str:
 
 
 def official_accuracy(response: str, answers: Sequence[str]) -> float:
-    """The evaluator's accuracy of one response, 0..1.
+    """Returns the evaluator's accuracy of one response, within 0..1.
 
     Args:
-      response: what the model wrote.
-      answers: each annotator's answer, at least one (VQA-v2 has ten).
+      response: response of the model.
+      answers: answer of each annotator, at least one (VQA-v2 has ten).
     """
     response, answers = _line(response), [_line(answer) for answer in answers]
     if len(set(answers)) > 1:
@@ -69,23 +72,23 @@ def official_accuracy(response: str, answers: Sequence[str]) -> float:
 
 
 def normalised_accuracy(response: str, answers: Sequence[str]) -> float:
-    """`official_accuracy` of a response that was normalised before it was submitted, as most published ones are."""
+    """Returns `official_accuracy` of a response that is normalised first, as for most published numbers."""
     return official_accuracy(normalise(_line(response)), answers)
 
 
 def scores(response: str, answers: Sequence[str], answer_type: str | None) -> dict[str, float]:
-    """A transcript row's VQA metrics by name: `vqa/official`, `vqa/official_TYPE` and `vqa/normalised`.
+    """Returns a transcript row's VQA scores by name: `vqa/official`, `vqa/official_TYPE` and `vqa/normalised`.
 
     Args:
-      response: what the model wrote.
-      answers: each annotator's answer.
-      answer_type: the data set's: "yes/no", "number", "other"; None gives no metric of a type.
+      response: response of the model.
+      answers: answer of each annotator.
+      answer_type: type of the answer in the data set: "yes/no", "number", "other"; None gives no score by type.
     """
     accuracy = official_accuracy(response, answers)
-    found = {"vqa/official": accuracy, "vqa/normalised": normalised_accuracy(response, answers)}
+    result = {"vqa/official": accuracy, "vqa/normalised": normalised_accuracy(response, answers)}
     if answer_type:
-        found["vqa/official_" + re.sub(r"[^a-z0-9]+", "_", answer_type.lower()).strip("_")] = accuracy
-    return found
+        result["vqa/official_" + re.sub(r"[^a-z0-9]+", "_", answer_type.lower()).strip("_")] = accuracy
+    return result
 
 
 def _line(text: str) -> str:

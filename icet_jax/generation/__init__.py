@@ -1,4 +1,5 @@
-"""Prompts to responses: prefill, decode loop, sampling, and the log-probs that training recomputes."""
+"""Turns prompts into responses by prefill, a decoding loop and sampling, and computes the log-probs that training
+uses."""
 
 from icet_jax.generation.decode import Generation, continue_from, generate, prefill
 from icet_jax.generation.sampling import Sampling, process_logits, suppress_ids, token_log_probs

@@ -1,4 +1,4 @@
-"""Which token comes next: the one distribution that rollout, old, reference and update share, and drawing from it."""
+"""The distribution of the next token, which rollout, old policy, reference and update share, and sampling from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from icet_jax.typing import Array, Bool, Float, Int, Key
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a response is drawn. Hashable: it is a static argument of a jitted phase.
+    """Defines how a response is drawn; it is hashable because it is a static argument of jitted functions.
 
     Attributes:
       max_new_tokens: A, at least 1.
       temperature: divides the logits; 0 means greedy.
-      top_k: keep the k likeliest tokens; 0 = off.
-      top_p: keep the likeliest tokens that together reach this probability; 1 = off.
+      top_k: only the k most probable tokens are kept; 0 = off.
+      top_p: only the most probable tokens that together reach this probability are kept; 1 = off.
       eos_ids: tokens that end a response.
       suppress_ids: tokens that are never sampled (see `suppress_ids`).
-      pad_id: what follows the end of a response.
+      pad_id: token after the end of a response.
     """
 
     max_new_tokens: int
@@ -46,7 +46,7 @@ class Sampling:
 
 
 def suppress_ids(image_token: int, pad_id: int | None, eos_ids: Sequence[int]) -> tuple[int, ...]:
-    """The tokens a model must never sample: the image placeholder, and the pad unless it is an EOS."""
+    """Returns the tokens that a model must never sample: the image placeholder, and the padding unless it is an EOS."""
     if pad_id is None or pad_id in eos_ids:
         return (image_token,)
     return (image_token, pad_id)
@@ -55,25 +55,27 @@ def suppress_ids(image_token: int, pad_id: int | None, eos_ids: Sequence[int]) -
 def process_logits(
     logits: Float[Array, "*rows V"], temperature: float, suppress_ids: Sequence[int]
 ) -> Float[Array, "*rows V"]:
-    """The sampling distribution's logits: divided by the temperature (unless it is 0), suppressed tokens at the floor.
+    """Returns the logits of the sampling distribution: divided by the temperature unless it is 0, some tokens
+    suppressed.
 
-    The floor is the dtype's lowest finite number, which has probability 0 exactly and keeps entropies and gradients
-    finite. It is set after the division, which could otherwise push it to -inf.
+    The logit of a suppressed token is the lowest finite number of the dtype, which has probability exactly 0 and keeps
+    entropies and gradients finite. It is set after the division, which could otherwise turn it into -inf.
     """
     if temperature > 0:
         logits = logits / temperature
     vocab_size = logits.shape[-1]
     suppressed = np.zeros(vocab_size, dtype=bool)
-    # A placeholder may lie beyond the head's rows (Llama 3.2): nothing to suppress there.
+    # A placeholder may have no logit at all (Llama 3.2), so there is nothing to suppress.
     suppressed[[token for token in suppress_ids if 0 <= token < vocab_size]] = True
     return jnp.where(suppressed, jnp.finfo(logits.dtype).min, logits)
 
 
 def truncate_logits(logits: Float[Array, "*rows V"], top_k: int = 0, top_p: float = 1.0) -> Float[Array, "*rows V"]:
-    """Sets all but the likeliest tokens to -inf: first the `top_k`, then, among those, the nucleus of mass `top_p`.
+    """Sets all but the most probable tokens to -inf: first beyond the `top_k`, then, among those, beyond the mass
+    `top_p`.
 
-    The order and the thresholds are those of HF's TopKLogitsWarper and TopPLogitsWarper; tokens that tie with the last
-    one kept are kept.
+    The order and the thresholds are those of HF's TopKLogitsWarper and TopPLogitsWarper. Tokens that tie with the last
+    kept token are kept.
     """
     if 0 < top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -81,9 +83,9 @@ def truncate_logits(logits: Float[Array, "*rows V"], top_k: int = 0, top_p: floa
     if top_p < 1:
         descending = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
         probabilities = jax.nn.softmax(descending, axis=-1)
-        # A token is kept while the mass of the tokens before it is short of top_p; the first always is.
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-        threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+        # A token is kept while the mass of the tokens before it is below top_p, so the first one always is.
+        is_kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+        threshold = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
     return logits
 
@@ -91,11 +93,11 @@ def truncate_logits(logits: Float[Array, "*rows V"], top_k: int = 0, top_p: floa
 def sample_tokens(
     logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Draws one token per row, each with its own key, and its log-prob.
+    """Draws one token per row with the row's own key, and returns the tokens and their log-probs.
 
-    The log-prob is that of the un-truncated distribution of `process_logits` (temperature 1 when greedy): top-k and
-    top-p decide what is chosen, never what is reported. It is NaN where a logit that is not suppressed is NaN or
-    +inf, which is how the host notices a damaged model (`check_log_probs`).
+    The log-prob is that of the distribution of `process_logits` without truncation (temperature 1 when greedy): top-k
+    and top-p affect which token is chosen, not the reported log-prob. It is NaN if a logit that is not suppressed is
+    NaN or +inf, which is how the host detects a damaged model (`check_log_probs`).
     """
     logits = process_logits(logits, sampling.temperature, sampling.suppress_ids)
     if sampling.temperature == 0:
@@ -107,11 +109,11 @@ def sample_tokens(
 
 
 def check_log_probs(log_probs: np.ndarray, place: str) -> None:
-    """Refuses a response whose log-probs are not finite: its tokens come from NaN or infinite logits and mean nothing.
+    """Raises an error if log-probs of a response are not finite, because its tokens are then meaningless.
 
     Args:
-      log_probs: of the tokens of one response, on the host.
-      place: the exit and the row, as the message names them.
+      log_probs: log-probs of the tokens of one response, on the host.
+      place: exit and row, for the message.
 
     Raises:
       UserError: a log-prob is NaN or infinite.
@@ -132,16 +134,16 @@ def token_log_probs(
     suppress_ids: Sequence[int],
     chunk: int,
 ) -> tuple[Float[Array, "B A"], Float[Array, "B A"]]:
-    """Log-probs of `targets` and entropies, in nats, under the sampling distribution.
+    """Returns the log-probs of `targets` and the entropies, in nats, under the sampling distribution.
 
-    The head runs on `chunk` response positions at a time and is recomputed in the backward pass, so that nothing of
-    shape [B, A, V] is ever formed.
+    The head runs on `chunk` response positions at a time and is recomputed in the backward pass, so that no array of
+    shape [B, A, V] is ever created.
 
     Args:
-      model: the network; only its head is used.
+      model: the network, of which only the head is used.
       hidden: final states at the positions whose logits predict `targets`.
-      targets: token ids; where they are meaningless (after the end) so is the result.
-      temperature: that of the rollout; 0 (greedy) counts as 1.
+      targets: token ids; if they are meaningless (after the end), so is the result.
+      temperature: temperature of the rollout; 0 (greedy) counts as 1.
       suppress_ids: as in `process_logits`.
       chunk: response positions per step, at least 1.
 
@@ -173,7 +175,7 @@ def token_log_probs(
 
 
 def is_eos(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
-    """True where a token ends its response."""
+    """Returns True where a token ends its response."""
     return jnp.isin(tokens, jnp.asarray(eos_ids, dtype=tokens.dtype))
 
 

@@ -1,1 +1,1 @@
-"""Images, tokenizers and chat templates, read from files within safe limits."""
+"""Reads images, tokenizers and chat templates from files within safe limits."""

@@ -1,12 +1,7 @@
-"""Checkpoints' chat templates: programs by strangers, run within bounds.
+"""Renders checkpoints' chat templates, which are programs by strangers, within limits.
 
-transformers renders them in Jinja's sandbox, which keeps them from attributes and calls that could reach the machine.
-Nothing there ends a loop, and arithmetic may take any time and memory: both are bounded here.
-
-The bound counts steps, so that every process and every machine refuses the same templates; a time limit would not. A
-worker process with such a limit would also have to import transformers, whose environment (dictionaries without
-methods, its own filters and blocks) the templates are rendered in: 0.9 s of processor time, where the warm start of the
-embedded organism takes 2.9 s. Counting makes a rendering slower, 0.2 instead of 0.03 ms for a two-message conversation.
+transformers renders them in Jinja's sandbox, which blocks attributes and calls that could reach the machine. The
+sandbox does not stop loops, and arithmetic may take any time and memory; this module limits both.
 """
 
 import functools
@@ -19,9 +14,10 @@ from types import FrameType
 from typing import Any
 
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 
 DATE = "26 Jul 2024"
-"""Today, in templates that print it: what Llama 3's say where nobody tells them. A real date would change answers."""
+"""The date in templates that print it, which is Llama 3's default. The real date would change responses."""
 
 MAX_LENGTH = 1 << 16  # characters of a template; published ones have up to a few ten thousand
 MAX_TEXT = 1 << 22  # characters of a rendered conversation
@@ -33,17 +29,17 @@ _LOOPING = tuple(os.path.join("jinja2", f"{name}.py") for name in ("runtime", "f
 _STORES = ("__setitem__", "str_join", "markup_join")  # where a namespace keeps a value, and where texts are joined
 
 
-def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str | None = None, answer: bool) -> str:
-    """The text of a conversation in a checkpoint's template.
+def render(tokenizer: Any, messages: Sequence[JsonObject], *, template: str | None = None, answer: bool) -> str:
+    """Returns the text of a conversation in a checkpoint's template.
 
     Args:
-      tokenizer: transformers', whose special tokens the template may use.
-      messages: `{"role": ..., "content": ...}` each.
-      template: in Jinja; None is the tokenizer's own.
-      answer: whether the text ends where the model is to answer.
+      tokenizer: transformers' tokenizer, whose special tokens the template may use.
+      messages: messages, each `{"role": ..., "content": ...}`.
+      template: Jinja source; None means the tokenizer's own template.
+      answer: whether the text ends where the model responds.
 
     Raises:
-      UserError: the template cannot be rendered (for these messages), or takes more than any honest one does.
+      UserError: the template cannot be rendered (for these messages), or needs more than any honest template does.
     """
     try:
         text = tokenizer.get_chat_template() if template is None else template
@@ -65,7 +61,7 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], *, template: str 
 
 @functools.lru_cache(maxsize=64)
 def _check(template: str) -> None:
-    """Refuses arithmetic that no chat needs, before Jinja's compiler works it out."""
+    """Rejects arithmetic that no chat needs, before Jinja's compiler evaluates it."""
     from jinja2 import Environment, nodes
     from jinja2.exceptions import TemplateError
 
@@ -93,7 +89,7 @@ def _is_small(node: Any) -> bool:
 
 @functools.cache
 def _generation() -> type:
-    """transformers' own block, around what the assistant says, for Jinja's parser."""
+    """Returns a Jinja extension for transformers' `generation` block around the assistant's text."""
     from jinja2.ext import Extension
 
     class Generation(Extension):
@@ -108,9 +104,9 @@ def _generation() -> type:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Ends the block with a `UserError` where a template in it takes too long or grows a text or a list without end.
+    """Raises a `UserError` if a template in the block takes too long or creates an endless text or list.
 
-    In this thread; a debugger's tracing pauses.
+    It applies to this thread; a debugger's tracing pauses.
     """
     before, left = sys.gettrace(), _MAX_STEPS
 

@@ -1,4 +1,4 @@
-"""Image files that rows name: whether each can be used, and which one a row without its own is given."""
+"""Checks the image files that rows name, and chooses an image for rows that have none."""
 
 import hashlib
 import os
@@ -12,32 +12,33 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MISSING, NOT_AN_IMAGE, DAMAGED = "missing image", "not an image", "damaged image"
 OUTSIDE = "image path outside its folder"
 
-_DRAWS = 100  # of an image for a row, before the row is left out
+_DRAWS = 100  # images that are tried for a row before the row is left out
 
 
 class ImageFiles:
-    """Looks at each image file once, however many rows name it.
+    """Checks each image file once, however many rows name it.
 
     Attributes:
-      animated: files looked at so far that hold several frames, of which the first one is used.
-      replaced: what is wrong with the files that were drawn for a row and gave way to another.
+      animated: checked files that hold several frames, of which only the first is used.
+      replaced: problems of the files that were chosen for a row, could not be used and were replaced by others.
     """
 
     def __init__(self, *, decode: bool = False) -> None:
-        """`decode`: whether pixels are decoded too, which finds damage that a file's first bytes do not show."""
+        """Starts without any checked file; with `decode`, pixels are decoded too, which finds damage beyond a file's
+        header."""
         self.animated: set[Path] = set()
         self.replaced: dict[Path, str] = {}
         self._decode = decode
         self._problems: dict[Path, tuple[str, str] | None] = {}
 
     def problem(self, path: Path) -> tuple[str, str] | None:
-        """(reason, detail) why a file cannot be used; None where it can."""
+        """Returns (reason, detail) of why a file cannot be used; None if it can."""
         if path not in self._problems:
-            self._problems[path] = self._look(path)
+            self._problems[path] = self._check(path)
         return self._problems[path]
 
     def draw(self, folder: "ImageFolder", seed: int, row_id: str) -> Path:
-        """The first of a row's draws from `folder` that can be used; its first draw where none can."""
+        """Returns the first usable image among a row's draws from `folder`; its first draw if none is usable."""
         first = path = folder.pick(seed, row_id)
         unusable: dict[Path, str] = {}
         for number in range(1, _DRAWS):
@@ -49,7 +50,7 @@ class ImageFiles:
             path = folder.pick(seed, row_id, number)
         return first
 
-    def _look(self, path: Path) -> tuple[str, str] | None:
+    def _check(self, path: Path) -> tuple[str, str] | None:
         from PIL import Image
 
         if not os.path.isfile(path):  # unlike `Path.is_file`, false for names that no file can have
@@ -74,23 +75,23 @@ class ImageFiles:
 
 
 def require_file_name(path: Path) -> None:
-    """Raises a `UserError` where no file can have this name (it holds NUL or half a character)."""
+    """Raises a `UserError` if no file can have this name, because it holds NUL or half a character."""
     try:
-        named = b"\0" not in os.fsencode(path)
+        is_valid = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
-        named = False
-    if not named:
+        is_valid = False
+    if not is_valid:
         raise UserError(f"{path}: no file can have this name; check the path")
 
 
 class ImageFolder:
-    """Benign images for prompts that come without one."""
+    """Provides harmless images for prompts that come without one."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Lists the folder's image files, by name.
+        """Lists the image files of the folder, sorted by name.
 
         Raises:
-          UserError: no such folder, or no image file in it.
+          UserError: there is no such folder, or it holds no image file.
         """
         self._folder = Path(folder)
         require_file_name(self._folder)
@@ -106,23 +107,23 @@ class ImageFolder:
         self._names = names
 
     def pick(self, seed: int, row_id: str, draw: int = 0) -> Path:
-        """The image of a row: a pure function of (seed, row id, draw) and the folder's sorted names.
+        """Returns the image of a row, a pure function of (seed, row id, draw) and the sorted names in the folder.
 
         Args:
-          seed: of the data set's images.
-          row_id: the row's.
-          draw: how many images were drawn for the row before this one, and could not be used.
+          seed: seed for the images of the data set.
+          row_id: id of the row.
+          draw: number of images that were drawn for the row before and could not be used.
         """
-        drawn = f"{seed}\n{row_id}" + (f"\n{draw}" if draw else "")
-        digest = hashlib.sha256(drawn.encode("utf-8", "surrogatepass")).digest()
+        label = f"{seed}\n{row_id}" + (f"\n{draw}" if draw else "")
+        digest = hashlib.sha256(label.encode("utf-8", "surrogatepass")).digest()
         return self._folder / self._names[int.from_bytes(digest[:8], "big") % len(self._names)]
 
 
 def leaves_root(root: Path, name: str) -> bool:
-    """Whether an image that a data set names, relative to the folder of its images, lies outside of that folder.
+    """Returns whether an image path, relative to the folder of a data set's images, leads out of that folder.
 
     An absolute path may lead into the folder. A link may not lead out of it, except in the hub's cache, where every
-    file of a `snapshots/REVISION` is a link to one in `blobs`.
+    file of `snapshots/REVISION` is a link to a file in `blobs`.
     """
     windows = PureWindowsPath(name)
     if windows.drive or ".." in windows.parts or name.startswith("\\"):
@@ -132,5 +133,5 @@ def leaves_root(root: Path, name: str) -> bool:
 
 
 def _blobs(folder: Path) -> list[Path]:
-    """Where the hub's cache keeps the files of a snapshot that `folder` is, or is a part of."""
+    """Returns the folders in which the hub's cache keeps the files of the snapshot that contains `folder`."""
     return [place.parent / "blobs" for place in folder.parents if place.name == "snapshots"]

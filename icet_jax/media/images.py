@@ -1,4 +1,4 @@
-"""Opening images: whatever a user has, as the pixels that transformers would see."""
+"""Opens images of any supported form as the pixels that transformers would see."""
 
 import io
 from os import PathLike
@@ -14,48 +14,48 @@ from icet_jax.files import LFS_ADVICE, is_lfs_pointer, require_regular
 
 @runtime_checkable
 class StoredImage(Protocol):
-    """An image that lies in a prepared data set: encoded bytes, fetched when they are needed.
+    """An image in a prepared data set, whose encoded bytes are read when they are needed.
 
     Attributes:
-      name: what an error calls it.
+      name: name of the image in error messages.
     """
 
     name: str
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """Returns the encoded bytes."""
         ...
 
 
 ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | np.ndarray | StoredImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "ICO", "JPEG2000")
-"""What is opened. Not among Pillow's others: EPS, which it has another program run."""
+"""Formats that are opened. EPS is excluded because Pillow would start another program for it."""
 
 MAX_PIXELS = 1 << 26
-"""Of a file: decoding, turning and converting it then takes less than 1 GiB."""
+"""Largest number of pixels of a file, so that decoding, rotating and converting it takes less than 1 GiB."""
 
-# The short side is resized to the model's and the long side with it: beyond this ratio that would take gigabytes.
+# The short side is resized to the model's size and the long side in proportion, which could otherwise take gigabytes.
 MAX_ASPECT_RATIO = 500
 
 _SIZED_BY_HEADER = ("JPEG", "PNG", "WEBP")
-_ORIENTATION = 0x0112  # EXIF's tag
+_ORIENTATION = 0x0112  # EXIF's tag for the orientation
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
-    """Opens an image as 8-bit RGB, with the pixels HF's processors see for the same object.
+    """Opens an image as 8-bit RGB, with the pixels that HF's processors see for the same object.
 
-    A file (path or bytes) is turned upright by its EXIF tag and loses its alpha channel (HF's `load_image`); an image
-    in memory is taken as it is, transparency composited over white (HF's `convert_to_rgb`).
+    A file (path or bytes) is rotated according to its EXIF tag and loses its alpha channel (HF's `load_image`). An
+    image in memory is not rotated, and transparency is composited over white (HF's `convert_to_rgb`).
 
     Args:
       source: path, encoded bytes, stored image, PIL image, or uint8 array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
-        channels. Of an animation the first frame is taken.
-      name: what an error calls the image; a path names itself.
+        channels. Only the first frame of an animation is used.
+      name: name of the image in error messages; a path is its own name.
 
     Raises:
-      UserError: not an image, truncated, too large to be decoded safely, or an array of another kind.
+      UserError: the source is not an image, truncated, too large to be decoded safely, or an unsupported array.
     """
     if isinstance(source, (str, PathLike)):
         return _decode(Path(source), name or str(source))
@@ -73,10 +73,11 @@ def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
 
 
 def image_size(source: ImageLike, name: str | None = None) -> tuple[int, int]:
-    """(height, width) of the image that `open_image` makes of `source`, from the file's header where that says it.
+    """Returns (height, width) of the image that `open_image` makes of `source`, from the file's header if that is
+    enough.
 
     Raises:
-      UserError: see `open_image`; damage to the pixels is found only where the header is not enough.
+      UserError: see `open_image`; damaged pixels are only noticed if the header is not enough.
     """
     if isinstance(source, (str, PathLike)):
         file: Path | io.BytesIO = Path(source)
@@ -96,7 +97,7 @@ def image_size(source: ImageLike, name: str | None = None) -> tuple[int, int]:
 
 
 def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
-    """(height, width) after turning upright; None where pixels must be decoded to know it, or the file is damaged."""
+    """Returns (height, width) after rotation; None if pixels must be decoded to know it, or the file is damaged."""
     try:
         if isinstance(file, Path):
             require_regular(file)
@@ -108,29 +109,30 @@ def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
                 return height, width
             if image.format == "PNG" and "exif" not in image.info and _late_metadata(image):
                 return None
-            # The base class's: that of PNG decodes the image to find what may stand after the pixels.
-            turned = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (width, height) if turned else (height, width)
-    # The full decoder tells what is wrong with the file.
+            # The method of the base class, because PNG's decodes the image to find metadata after the pixels.
+            is_sideways = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (width, height) if is_sideways else (height, width)
+    # The full decoder reports what is wrong with the file.
     except Exception:
         return None
 
 
 def _late_metadata(image: Any) -> bool:
-    """Whether a PNG file, opened and not decoded, has metadata after its pixels, where a turn may be told."""
+    """Returns whether a PNG file, opened but not decoded, has metadata after its pixels that may give an
+    orientation."""
     file = image.fp
     file.seek(len(_PNG_SIGNATURE))
-    pixels = False
+    is_past_pixels = False
     while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-        pixels = pixels or head[4:] == b"IDAT"
-        if pixels and head[4:] in (b"eXIf", b"zTXt", b"iTXt", b"tEXt"):
+        is_past_pixels = is_past_pixels or head[4:] == b"IDAT"
+        if is_past_pixels and head[4:] in (b"eXIf", b"zTXt", b"iTXt", b"tEXt"):
             return True
         file.seek(int.from_bytes(head[:4], "big") + 4, io.SEEK_CUR)
     return False
 
 
 def require_resizable(image: Image.Image, name: str) -> None:
-    """Raises a `UserError` where an image is too long and thin for its short side to be resized to a model's."""
+    """Raises a `UserError` if an image is too long and thin for its short side to be resized to the model's size."""
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise UserError(f"{name}: {image.width} x {image.height} pixels is too long and thin to be resized; crop it")
 

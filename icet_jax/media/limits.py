@@ -1,53 +1,54 @@
-"""How long a text a model and its tokenizer take, as their files say; what is longer is answered with noise."""
+"""The longest texts that a model and its tokenizer support according to their files; longer ones give meaningless
+output."""
 
-from typing import Any
+from icet_jax.files import JsonObject
 
-_LARGEST = 1 << 24  # transformers writes a larger number where there is no limit
+_LARGEST = 1 << 24  # transformers writes a larger number if there is no limit
 
 
-def max_positions(config: dict[str, Any]) -> int | None:
-    """Positions of the decoder, `max_position_embeddings` of a parsed config.json; None where it names none.
+def max_positions(config: JsonObject) -> int | None:
+    """Returns the decoder's `max_position_embeddings` in a parsed config.json; None if it has none.
 
     Args:
-      config: of a vision-language model.
+      config: config.json of a vision-language model.
     """
     text = config.get("text_config")
-    return _sane(text.get("max_position_embeddings") if isinstance(text, dict) else None)
+    return _plausible(text.get("max_position_embeddings") if isinstance(text, dict) else None)
 
 
-def max_tokens(tokenizer: Any) -> int | None:
-    """Tokens that a tokenizer, transformers', says a text may have; None where it says none."""
-    return _sane(getattr(tokenizer, "model_max_length", None))
+def max_tokens(tokenizer: object) -> int | None:
+    """Returns the most tokens that a text may have according to transformers' tokenizer; None if it names no limit."""
+    return _plausible(getattr(tokenizer, "model_max_length", None))
 
 
-def _sane(value: Any) -> int | None:
+def _plausible(value: object) -> int | None:
     return value if type(value) is int and 0 < value < _LARGEST else None
 
 
 def beyond_positions(length: int, max_new_tokens: int, limit: int | None) -> str | None:
-    """Why a prompt and its answer do not fit the model, or None.
+    """Returns why a prompt and its response do not fit the model; None if they fit.
 
     Args:
-      length: positions of the prompt, those of its images included.
-      max_new_tokens: of the longest answer.
-      limit: see `max_positions`.
+      length: positions of the prompt, including those of its images.
+      max_new_tokens: most tokens of the response.
+      limit: result of `max_positions`.
     """
     if limit is None or length + max_new_tokens <= limit:
         return None
     answer = f" and the answer up to {max_new_tokens} (max_new_tokens)" if max_new_tokens else ""
-    mend = " or lower max_new_tokens" if max_new_tokens and length < limit else ""
+    advice = " or lower max_new_tokens" if max_new_tokens and length < limit else ""
     return (
         f"the prompt takes {length} positions, images included{answer}, but the model has {limit} (config.json: "
-        f"text_config.max_position_embeddings); shorten the prompt{mend}"
+        f"text_config.max_position_embeddings); shorten the prompt{advice}"
     )
 
 
 def beyond_tokens(count: int, limit: int | None) -> str | None:
-    """Why a prompt does not fit the tokenizer, or None.
+    """Returns why a prompt does not fit the tokenizer; None if it fits.
 
     Args:
-      count: tokens of the prompt, those of its images not included.
-      limit: see `max_tokens`.
+      count: tokens of the prompt, without those of its images.
+      limit: result of `max_tokens`.
     """
     if limit is None or count <= limit:
         return None

@@ -1,7 +1,7 @@
-"""Chat templates: a prompt and its images as the text a checkpoint was tuned on.
+"""Chat templates, which turn a prompt and its images into the text format that a checkpoint was trained on.
 
-A checkpoint's own template, in Jinja, comes first; where its files hold none that shows images, the one its family was
-published with is used.
+A checkpoint's own Jinja template is preferred. If its files hold none that shows images, the template that its model
+family was published with is used.
 """
 
 import functools
@@ -17,21 +17,21 @@ from icet_jax.media.chat_templates import DATE, render
 IMAGE_TOKEN = "<image>"
 MLLAMA_IMAGE_TOKEN = "<|image|>"
 PLACEHOLDERS = (IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN)
-"""Texts that stand for an image in some family; no prompt may hold them, so that all families see the same rows."""
+"""Texts that stand for an image in some family. No prompt may contain them, so that all families see the same rows."""
 
 Template: TypeAlias = Callable[[str, int], str]
-"""(prompt, number of its images) -> the text, one placeholder for each image, ready for the answer."""
+"""Function of (prompt, number of images) that returns the text up to the response, with a placeholder per image."""
 
 _PROBE = "probe 5f1c"
 
 
 def llava_15(prompt: str, num_images: int) -> str:
-    """LLaVA-1.5's: images first, no system prompt. A row without images has no placeholder. The tokenizer adds BOS."""
+    """Formats a prompt for LLaVA-1.5: placeholders of the images first, no system prompt; the tokenizer adds BOS."""
     return f"USER: {_lines(num_images)}{prompt} ASSISTANT:"
 
 
 def vicuna_v1(prompt: str, num_images: int) -> str:
-    """The original LLaVA-1.5 code's `conv_vicuna_v1`, whose system prompt says "user"."""
+    """Formats a prompt as the original LLaVA-1.5 code's `conv_vicuna_v1`, whose system prompt says "user"."""
     return (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         f"detailed, and polite answers to the user's questions. {llava_15(prompt, num_images)}"
@@ -39,7 +39,7 @@ def vicuna_v1(prompt: str, num_images: int) -> str:
 
 
 def vicuna_16(prompt: str, num_images: int) -> str:
-    """LLaVA-NeXT's on a Vicuna backbone, with the system prompt of its model card."""
+    """Formats a prompt for LLaVA-NeXT on a Vicuna backbone, with the system prompt of its model card."""
     return (
         "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
         f"detailed, and polite answers to the human's questions. {llava_15(prompt, num_images)}"
@@ -47,12 +47,13 @@ def vicuna_16(prompt: str, num_images: int) -> str:
 
 
 def mistral_16(prompt: str, num_images: int) -> str:
-    """LLaVA-NeXT's on a Mistral backbone."""
+    """Formats a prompt for LLaVA-NeXT on a Mistral backbone."""
     return f"[INST] {_lines(num_images)}{prompt} [/INST]"
 
 
 def llama_32(prompt: str, num_images: int) -> str:
-    """Llama 3.2 Vision's. A row without images begins with a system message that tells the date; BOS is included."""
+    """Formats a prompt for Llama 3.2 Vision; without images it begins with a system message that gives the date. BOS is
+    included."""
     system = (
         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
         f"Today Date: {DATE}\n\n<|eot_id|>"
@@ -64,7 +65,7 @@ def llama_32(prompt: str, num_images: int) -> str:
 
 
 NAMED_TEMPLATES: dict[str, Template] = {"vicuna_v1": vicuna_v1, "llava_v1": vicuna_16}
-"""Templates that `config.data.template` may name, under the names of the original LLaVA code's conversations."""
+"""Templates that `config.data.template` can name; the names are those of conversations in the original LLaVA code."""
 
 
 def _lines(num_images: int) -> str:
@@ -72,38 +73,39 @@ def _lines(num_images: int) -> str:
 
 
 def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template | None:
-    """A checkpoint's own template, rendered as transformers does; None where it has none that shows images.
+    """Returns a checkpoint's own template, rendered as transformers does; None if it has none that shows images.
 
-    It is looked for where HF's processors do, then in the tokenizer's files, which may hold that of the language model
-    alone: one that does not show a user's text once and each image once is passed over. Where that is a processor's,
-    or the bounds on templates stop it, a line on standard error says which file is not used, why, and what is instead.
+    It is searched for in the files of HF's processors, then in those of the tokenizer, which may hold the template of a
+    text-only language model. A template that does not show the user's text once and each image once is ignored. If that
+    happens to a processor's template, or the limits on templates stop one, a line on standard error names the file, the
+    reason and the template that is used instead.
 
     Args:
-      directory: of the checkpoint.
-      tokenizer: transformers', of the same directory.
-      placeholder: what stands for an image in the text.
+      directory: directory of the checkpoint.
+      tokenizer: transformers' tokenizer from the same directory.
+      placeholder: text that stands for an image.
 
     Raises:
       UserError: a file of templates cannot be read.
     """
     path, text = _file_template(directory)
-    found, problem = _usable(tokenizer, text, placeholder) if text is not None else (None, None)
-    passed_over = [(path, problem)]
-    own = tokenizer.chat_template
-    if found is None and isinstance(own, str) and own != text:
+    template, problem = _usable(tokenizer, text, placeholder) if text is not None else (None, None)
+    candidates = [(path, problem)]
+    tokenizer_template = tokenizer.chat_template
+    if template is None and isinstance(tokenizer_template, str) and tokenizer_template != text:
         path = directory / "tokenizer_config.json"
-        found, problem = _usable(tokenizer, own, placeholder)
-        if not _is_for_text(tokenizer, own):
-            passed_over.append((path, problem))
-    used = "the one that the model's family was published with" if found is None else f"that of {path}"
-    for refused, problem in passed_over:
+        template, problem = _usable(tokenizer, tokenizer_template, placeholder)
+        if not _is_for_text(tokenizer, tokenizer_template):
+            candidates.append((path, problem))
+    used_instead = "the one that the model's family was published with" if template is None else f"that of {path}"
+    for rejected_path, problem in candidates:
         if problem is not None:
-            _warn(f"{refused}: the chat template in it is not used ({problem}); used instead: {used}")
-    return found
+            _warn(f"{rejected_path}: the chat template in it is not used ({problem}); used instead: {used_instead}")
+    return template
 
 
 def _usable(tokenizer: Any, text: str, placeholder: str) -> tuple[Template | None, str | None]:
-    """The template, or None and why it cannot be used."""
+    """Returns the template, or None and the reason why it cannot be used."""
     template = _rendered(tokenizer, text)
     try:
         shown = template(_PROBE, 2)
@@ -115,7 +117,7 @@ def _usable(tokenizer: Any, text: str, placeholder: str) -> tuple[Template | Non
 
 
 def _is_for_text(tokenizer: Any, text: str) -> bool:
-    """Whether a template is a language model's own, which takes messages without images."""
+    """Returns whether a template belongs to a text-only language model and takes messages without images."""
     try:
         return _PROBE in render(tokenizer, [{"role": "user", "content": _PROBE}], template=text, answer=True)
     except UserError:
@@ -124,7 +126,7 @@ def _is_for_text(tokenizer: Any, text: str) -> bool:
 
 @functools.cache
 def _warn(line: str) -> None:
-    """Prints a line to standard error, the first time in this process."""
+    """Prints a line to standard error, only once in this process."""
     print(f"icet-jax: {one_line(line)}", file=sys.stderr)
 
 
@@ -137,7 +139,8 @@ def _rendered(tokenizer: Any, text: str) -> Template:
 
 
 def _file_template(directory: Path) -> tuple[Path, str | None]:
-    """The template in a processor's files, transformers 5's own file or the older ones, and the file it is in."""
+    """Returns the file of the processor that holds a template, and the template: transformers 5's own file or an older
+    one."""
     path = directory / "chat_template.jinja"
     try:
         if path.is_file():
@@ -145,8 +148,8 @@ def _file_template(directory: Path) -> tuple[Path, str | None]:
         for name in ("chat_template.json", "processor_config.json"):
             path = directory / name
             if path.is_file():
-                found = parse_json(path.read_text(encoding="utf-8"))
-                template = found.get("chat_template") if isinstance(found, dict) else None
+                settings = parse_json(path.read_text(encoding="utf-8"))
+                template = settings.get("chat_template") if isinstance(settings, dict) else None
                 if isinstance(template, str) and template:
                     return path, template
     except (OSError, ValueError) as error:

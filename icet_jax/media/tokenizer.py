@@ -1,25 +1,60 @@
-"""The tokenizer of a checkpoint directory: transformers', from local files alone."""
+"""Loads transformers' tokenizer of a checkpoint directory, using only local files."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 from icet_jax.errors import UserError
 
-# Any of these makes a directory one that has a tokenizer.
+# A directory with any of these files has a tokenizer.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The parts of transformers' tokenizers that this package uses.
+
+    Attributes:
+      pad_token, eos_token, bos_token: special tokens as text; None if the tokenizer has none.
+      padding_side: "left" or "right".
+      chat_template: the Jinja template in the tokenizer's files, if there is one.
+    """
+
+    pad_token: Any
+    eos_token: Any
+    bos_token: Any
+    padding_side: str
+    chat_template: Any
+
+    @property
+    def pad_token_id(self) -> Any:
+        """Returns the id of the padding token."""
+        ...
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """Tokenises texts; the result holds `input_ids`."""
+        ...
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        """Returns the text of tokens."""
+        ...
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Returns the id of a token."""
+        ...
+
+
 def has_tokenizer(directory: str | Path) -> bool:
-    """Whether a directory carries tokenizer files."""
+    """Returns whether a directory contains tokenizer files."""
     return any((Path(directory) / name).is_file() for name in _FILES)
 
 
-def load_tokenizer(directory: str | Path) -> Any:
-    """`AutoTokenizer` over a directory's own files.
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Loads `AutoTokenizer` from the files of a directory.
 
     Raises:
-      UserError: it has no tokenizer files, or they cannot be read.
+      UserError: there are no tokenizer files, or they cannot be read.
     """
     directory = Path(directory)
     if not has_tokenizer(directory):
@@ -27,12 +62,12 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"{directory}: no tokenizer files (tokenizer.json); copy them from the checkpoint's source, "
             "or work on token ids"
         )
-    # Without torch, transformers warns that it cannot run models; nobody asked it to.
+    # Without torch, transformers warns that it cannot run models, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(directory, local_files_only=True))
     except Exception as error:  # damaged files surface as any of OSError, ValueError, KeyError, Exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{directory}: the tokenizer files cannot be read ({reason})") from error

@@ -1,7 +1,7 @@
-"""Networks of toy size and small data sets in the published formats, made on the spot: `toy:...` sources.
+"""Toy networks and small data sets in the published formats, created when needed: `toy:...` sources.
 
-They show that a config for the real models runs from end to end. Random weights, random images, placeholder prompts:
-nothing that comes out of them means anything.
+They show that a config for the real models runs from beginning to end. Weights and images are random and prompts are
+placeholders, so their results have no meaning.
 
 Tests of parity have small checkpoints of their own (`tests/tiny*.py`): transformers and torch write those, which the
 package does not import, so that no mistake of ours is in the files that ours is compared with.
@@ -23,10 +23,10 @@ _ROWS = 64
 
 
 def checkpoint(name: str, workdir: Path | None = None) -> Path:
-    """The directory of `toy:NAME`, made under `workdir`/toy (a temporary folder if None) unless it is there.
+    """Returns the directory of `toy:NAME`, created in `workdir`/toy (a temporary folder if None) unless it exists.
 
     Raises:
-      UserError: an unknown name.
+      UserError: the name is unknown.
     """
     makers = {
         **{name: (name, make) for name, make in vlms.MAKERS.items()},
@@ -43,10 +43,10 @@ def checkpoint(name: str, workdir: Path | None = None) -> Path:
 
 
 def rows(kind: str) -> list[Example]:
-    """64 rows of one kind ("mixed": 64 of each): invented words and noise images.
+    """Returns 64 rows of one kind ("mixed": 64 of each) with invented words and noise images.
 
     Raises:
-      UserError: an unknown kind.
+      UserError: the kind is unknown.
     """
     if kind == "mixed":
         return [row for kind in KINDS for row in rows(kind)]

@@ -1,6 +1,6 @@
-"""Small data sets in the published files' own formats: placeholder prompts, noise images.
+"""Small data sets in the formats of published files, with placeholder prompts and noise images.
 
-Each also holds a row or two that cannot be used, as real copies do: a missing image, a repeated id.
+Each also has a row or two that cannot be used, as in real copies: a missing image, a repeated id.
 """
 
 import csv
@@ -29,14 +29,14 @@ SOURCES = {
     "vqa_v2": "vqa_v2:{folder}?split=val2014&images={folder}/val2014",
     "hh_rlhf": "{folder}/hh_rlhf.jsonl",
 }
-"""Source strings of the sets, by toy name."""
+"""Source strings of the sets by toy name."""
 
 
 def source(name: str, folder: Path) -> str:
-    """The source string of a set whose file is in `folder`; all files are written there unless they exist.
+    """Returns the source string of a set whose file is in `folder`; all files are written there unless they exist.
 
     Raises:
-      UserError: an unknown name.
+      UserError: the name is unknown.
     """
     if name not in SOURCES:
         raise UserError(f"toy:{name}: no such data set; there are {', '.join(SOURCES)}")
@@ -53,17 +53,19 @@ def _write_all(folder: Path) -> None:
         write_bytes_atomic(folder / "val2014" / f"COCO_val2014_{index + 1:012d}.jpg", _noise(index))
         write_bytes_atomic(folder / "figstep" / f"figstep_{index}.png", _noise(100 + index, "PNG"))
     requests = [f"placeholder forbidden request {index}" for index in range(_ROWS)]
-    policies = [_POLICIES[index % len(_POLICIES)] for index in range(_ROWS)]
+    categories = [_POLICIES[index % len(_POLICIES)] for index in range(_ROWS)]
     rows: list[Sequence[Any]] = [
-        (index, text, policy, "toy") for index, (text, policy) in enumerate(zip(requests, policies, strict=True))
+        (index, text, category, "toy") for index, (text, category) in enumerate(zip(requests, categories, strict=True))
     ]
     _write_csv(folder / "RedTeam_2K.csv", ("id", "question", "policy", "from"), [*rows, (0, "its id repeats", "", "")])
-    _write_csv(folder / "mini_JailBreakV_28K.csv", _JAILBREAK_COLUMNS, _jailbreaks(requests, policies))
+    _write_csv(folder / "mini_JailBreakV_28K.csv", _JAILBREAK_COLUMNS, _jailbreaks(requests, categories))
     _write_csv(
         folder / "harmful_behaviors.csv", ("goal", "target"), [(text, f"Sure, here is {text}") for text in requests]
     )
     images = [f"val2014/COCO_val2014_{1 + index % _IMAGES:012d}.jpg" for index in range(_ROWS)]
-    _write_csv(folder / "custom.csv", ("prompt", "image", "policy"), list(zip(requests, images, policies, strict=True)))
+    _write_csv(
+        folder / "custom.csv", ("prompt", "image", "policy"), list(zip(requests, images, categories, strict=True))
+    )
     _write_csv(folder / "xstest_prompts.csv", ("id", "prompt", "type", "label", "focus", "note"), _xstest())
     _write_vqa(folder)
     pairs = [_pair(index) for index in range(4 * _ROWS)]
@@ -87,24 +89,24 @@ _JAILBREAK_COLUMNS = (
 
 
 _ATTACKS = (("Template", True), ("figstep", False), ("Logic", True), ("SD", False))
-"""(format, transfer_from_llm) of JailBreakV-28K's rows in turn; with three policies, each meets each."""
+"""(format, transfer_from_llm) of JailBreakV-28K's rows in turn; with three categories all combinations occur."""
 
 
-def _jailbreaks(requests: Sequence[str], policies: Sequence[str]) -> list[Sequence[Any]]:
+def _jailbreaks(requests: Sequence[str], categories: Sequence[str]) -> list[Sequence[Any]]:
     return [
         (
             index,
             f"Look at the picture. {request}",
             request,
             _ATTACKS[index % len(_ATTACKS)][0],
-            policy,
-            # The last one is not there: most of the set's images are not published with it.
+            category,
+            # The last image does not exist, as most of the set's images are not published with it.
             f"figstep/figstep_{index % _IMAGES if index < _ROWS - 1 else 'absent'}.png",
             "toy",
             True,
             _ATTACKS[index % len(_ATTACKS)][1],
         )
-        for index, (request, policy) in enumerate(zip(requests, policies, strict=True))
+        for index, (request, category) in enumerate(zip(requests, categories, strict=True))
     ]
 
 
@@ -147,7 +149,7 @@ def _write_vqa(folder: Path) -> None:
 
 
 def _pair(index: int) -> dict[str, str]:
-    """A preference that can be learnt: the chosen response declines."""
+    """Returns a preference pair that can be learned, because the chosen response declines."""
     start = f"\n\nHuman: placeholder request {index}\n\nAssistant:"
     return {"chosen": f"{start} I would rather not.", "rejected": f"{start} Of course, number {index} it is."}
 

@@ -1,7 +1,7 @@
-"""The paper's scorers in miniature: random networks in the published checkpoints' own formats.
+"""The paper's scorers in miniature: random networks in the formats of the published checkpoints.
 
-The language models among them are made so that they always answer with a verdict and then stop, safe or unsafe by
-chance; a random network would only ever answer junk.
+The language models among them are built to answer always with a verdict and then stop, safe or unsafe by chance; a
+purely random network would only answer nonsense.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from flax import nnx
 
 from icet_jax.checkpoints import hf_config, safetensors_io, scorer_config, scorer_tables, tables
 from icet_jax.checkpoints.tables import Table
+from icet_jax.files import JsonObject
 from icet_jax.miniatures.tokenizers import write_json, write_tokenizer
 from icet_jax.nn.bert import BertClassifier
 from icet_jax.nn.deberta import DebertaRewardModel
@@ -25,11 +26,11 @@ from icet_jax.parallel.sharding import flatten_with_names
 
 _BERT_LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 _ROBERTA_LABELS = ("toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
-_SPREAD = 4.0  # larger random weights than usual, so that words change the output
+_SPREAD = 4.0  # makes random weights larger than usual, so that words change the output
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _LLAMA = {"model_type": "llama", **_SIZES, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "torch_dtype": "float32"}
 
-# What the toy's chat template shows of Llama Guard 3's: the built-in text, as the checkpoint's own template.
+# The toy's chat template renders the built-in text, as Llama Guard 3's own template does.
 _GUARD_TEMPLATE = (
     "{{{{ bos_token }}}}{before}{{{{ messages[0]['content'] | trim }}}}"
     "{between}{{{{ messages[1]['content'] | trim }}}}{after}"
@@ -38,9 +39,9 @@ _GUARD_TEMPLATE = (
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """How one architecture is made from its config.json and written again."""
+    """Describes how one architecture is created from its config.json and written again."""
 
-    from_hf: Callable[[dict[str, Any], str], Any]
+    from_hf: Callable[[JsonObject, str], Any]
     make: Callable[..., nnx.Module]
     table: Callable[[Any], Table]
 
@@ -53,7 +54,7 @@ _LLAMA_REWARD = _Network(scorer_config.llama_reward_from_hf, LlamaRewardModel, s
 
 
 def toxic_bert(folder: Path) -> None:
-    """unitary/toxic-bert."""
+    """Writes a miniature of unitary/toxic-bert."""
     roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     vocabulary = write_tokenizer(folder, tuple(roles.values()), single="[CLS] $A [SEP]", settings=roles)
     values = {
@@ -65,7 +66,7 @@ def toxic_bert(folder: Path) -> None:
 
 
 def unbiased_toxic_roberta(folder: Path) -> None:
-    """unitary/unbiased-toxic-roberta."""
+    """Writes a miniature of unitary/unbiased-toxic-roberta."""
     names = ("<s>", "<pad>", "</s>", "<unk>")
     roles = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     vocabulary = write_tokenizer(folder, names, single="<s> $A </s>", settings=roles | {"cls_token": "<s>"})
@@ -78,7 +79,7 @@ def unbiased_toxic_roberta(folder: Path) -> None:
 
 
 def harmless_reward(folder: Path) -> None:
-    """Ray2333/gpt2-large-harmless-reward_model."""
+    """Writes a miniature of Ray2333/gpt2-large-harmless-reward_model."""
     end = "<|endoftext|>"
     vocabulary = write_tokenizer(folder, (end,), settings={"bos_token": end, "eos_token": end, "pad_token": end})
     values = {
@@ -90,7 +91,7 @@ def harmless_reward(folder: Path) -> None:
 
 
 def general_reward(folder: Path) -> None:
-    """OpenAssistant/reward-model-deberta-v3-large-v2."""
+    """Writes a miniature of OpenAssistant/reward-model-deberta-v3-large-v2."""
     roles = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
     vocabulary = write_tokenizer(
         folder, tuple(roles.values()), single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", settings=roles
@@ -108,7 +109,7 @@ def general_reward(folder: Path) -> None:
 
 
 def llama_reward(folder: Path) -> None:
-    """A LlamaForSequenceClassification with a chat template."""
+    """Writes a LlamaForSequenceClassification with a chat template."""
     names = ("<unk>", "<s>", "</s>", "<pad>")
     settings = {
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
@@ -127,12 +128,12 @@ def llama_reward(folder: Path) -> None:
 
 
 def llama_guard_1(folder: Path) -> None:
-    """meta-llama/LlamaGuard-7b, without a chat template: the built-in text serves."""
+    """Writes a miniature of meta-llama/LlamaGuard-7b without a chat template, so that the built-in text is used."""
     _save_judge(folder, "llama_guard_1", ("unsafe", "safe"), seed=6)
 
 
 def llama_guard_3(folder: Path) -> None:
-    """meta-llama/Llama-Guard-3-8B, with its own chat template."""
+    """Writes a miniature of meta-llama/Llama-Guard-3-8B with its own chat template."""
     before, rest = _text("llama_guard_3").split("{prompt}")
     between, after = rest.split("{response}")
     template = _GUARD_TEMPLATE.format(before=before, between=between, after=after)
@@ -140,7 +141,7 @@ def llama_guard_3(folder: Path) -> None:
 
 
 def harmbench(folder: Path) -> None:
-    """cais/HarmBench-Llama-2-13b-cls."""
+    """Writes a miniature of cais/HarmBench-Llama-2-13b-cls."""
     _save_judge(folder, "harmbench", ("Yes", "No"), seed=8)
 
 
@@ -161,7 +162,7 @@ def _text(template: str) -> str:
     return resources.files("icet_jax.scorers").joinpath("templates", f"{template}.txt").read_text(encoding="utf-8")
 
 
-def _labels(names: tuple[str, ...]) -> dict[str, Any]:
+def _labels(names: tuple[str, ...]) -> JsonObject:
     return {
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
@@ -171,7 +172,7 @@ def _labels(names: tuple[str, ...]) -> dict[str, Any]:
 def _save_judge(
     folder: Path, template: str, words: tuple[str, str], *, seed: int, settings: dict[str, Any] | None = None
 ) -> None:
-    """A language model that answers one of `words`, whichever its last state leans to, then EOS."""
+    """Writes a language model that answers one of `words`, depending on its last state, then EOS."""
     names = ("<unk>", "<s>", "</s>", "<pad>", *(
         name for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>") if name in _text(template)
     ))  # fmt: skip
@@ -186,7 +187,7 @@ def _save_judge(
     }  # fmt: skip
 
     def answering(params: dict[str, np.ndarray]) -> None:
-        # Channel 0 says "this token is a verdict": set by its embedding, written by no layer, read for EOS alone.
+        # Channel 0 marks verdict tokens: only their embedding sets it, no layer writes it, and only EOS reads it.
         unsafe, safe = (vocabulary[word] for word in words)
         embedding, head = params["language_model/embed_tokens"], params["language_model/lm_head/kernel"]
         lean = head[:, unsafe].copy()
@@ -205,7 +206,7 @@ def _save_judge(
 def _save(
     folder: Path,
     network: _Network,
-    values: dict[str, Any],
+    values: JsonObject,
     *,
     seed: int,
     change: Callable[[dict[str, np.ndarray]], None] | None = None,
@@ -229,4 +230,4 @@ def _save(
     specs = {key: (safetensors_io.dtype_name(tensor(key).dtype), tensor(key).shape) for key in slots}
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_io.write_safetensors(folder / safetensors_io.SINGLE, specs, tensor)
-    write_json(folder / "config.json", values)  # last: it says that the directory is complete
+    write_json(folder / "config.json", values)  # written last, because it marks the directory as complete

@@ -1,4 +1,4 @@
-"""A stand-in for an OpenAI-compatible chat endpoint on this machine: verdicts made of the text's length."""
+"""A local stand-in for an OpenAI-compatible chat endpoint, whose verdicts depend on the length of the text."""
 
 import http.server
 import json
@@ -14,10 +14,10 @@ ENDPOINT = "toy:chat"
 
 
 def chat(definition: Mapping[str, Any]) -> Chat:
-    """The judge that `definition` says, talking to a service in this process (which lives as long as it).
+    """Returns the judge of `definition`, connected to a service in this process that lives as long as the process.
 
     Raises:
-      UserError: an endpoint that is no toy, or whatever the judge raises.
+      UserError: the endpoint is not a toy, or the judge raises an error.
     """
     if definition["endpoint"] != ENDPOINT:
         raise UserError(f"endpoint {definition['endpoint']!r}: no such toy; there is {ENDPOINT}")
@@ -26,15 +26,15 @@ def chat(definition: Mapping[str, Any]) -> Chat:
     fields = {name: value for name, value in definition.items() if name != "kind"}
     fields |= {"endpoint": f"http://127.0.0.1:{server.server_port}/v1", "requests_per_second": 10_000}
     judge = load_chat(**fields)
-    judge.fingerprint = json.dumps(dict(definition), sort_keys=True)  # the port is another one in every process
+    judge.fingerprint = json.dumps(dict(definition), sort_keys=True)  # the port differs between processes
     return judge
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answers one request with a verdict."""
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        word = ("safe", "unsafe")[len(asked["messages"][0]["content"]) % 2]
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        word = ("safe", "unsafe")[len(request["messages"][0]["content"]) % 2]
         message = {"role": "assistant", "content": word}
         body = json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": message}]}).encode()
         self.send_response(200)
@@ -43,4 +43,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""

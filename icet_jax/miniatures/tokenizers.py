@@ -1,11 +1,11 @@
-"""Tokenizers of toy checkpoints: bytes, or byte pairs learnt from a text, with each family's special tokens."""
+"""Tokenizers of toy checkpoints: bytes, or byte pairs learned from a text, with each family's special tokens."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icet_jax.files import write_text_atomic
+from icet_jax.files import JsonObject, write_text_atomic
 
 BYTES = 256
 
@@ -24,14 +24,15 @@ def write_tokenizer(
     """Writes tokenizer.json and tokenizer_config.json, and returns the vocabulary.
 
     Args:
-      folder: of the checkpoint.
+      folder: folder of the checkpoint.
       special: special tokens, in the order of their ids from 0.
-      single: what stands around a text, as `tokenizers`' TemplateProcessing says it ("[CLS] $A [SEP]"); None: nothing.
+      single: tokens around a text, in the notation of `tokenizers`' TemplateProcessing ("[CLS] $A [SEP]"); None for
+        none.
       pair: the same for two texts.
-      text: where given, byte pairs are learnt from it, so that it takes a fifth of its bytes.
-      words: further words that are one token each.
+      text: if given, byte pairs are learned from it, so that it needs a fifth as many tokens as bytes.
+      words: further words that are single tokens.
       last: special tokens whose ids come after all others.
-      settings: of tokenizer_config.json: the special tokens' roles, a chat template.
+      settings: content of tokenizer_config.json: roles of the special tokens, a chat template.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -57,6 +58,6 @@ def write_tokenizer(
     return tokenizer.get_vocab()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: JsonObject) -> None:
     """Writes a JSON file."""
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")

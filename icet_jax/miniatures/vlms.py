@@ -1,4 +1,4 @@
-"""Vision-language models of toy size with random weights, one per family, in the published checkpoints' own formats."""
+"""Toy vision-language models with random weights, one per family, in the formats of the published checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from icet_jax.nn.llama import LlamaConfig, RopeScaling
 
 IMAGE_SIZE, _PATCH_SIZE = 28, 14
 
-# As LLaVA's: 24 vision blocks, default exit 23.
+# As in LLaVA: 24 vision blocks, default exit 23.
 _CLIP = ClipConfig(
     hidden_size=16,
     intermediate_size=32,
@@ -31,7 +31,7 @@ _CLIP = ClipConfig(
     image_size=IMAGE_SIZE,
     patch_size=_PATCH_SIZE,
 )
-# As Vicuna: no grouped queries, a vocabulary with rows to spare.
+# As in Vicuna: no grouped queries, a vocabulary with unused rows.
 _VICUNA = LlamaConfig(
     vocab_size=320,
     hidden_size=32,
@@ -62,8 +62,8 @@ _MLLAMA_SPECIAL = (
 )  # fmt: skip
 _MLLAMA_VOCABULARY = len(_MLLAMA_SPECIAL) + BYTES
 _RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
-# As Llama 3.2 Vision: 32 local and 8 global blocks, captures at its places, every fifth decoder layer attends to the
-# image, whose placeholder is the first row after the vocabulary's.
+# As in Llama 3.2 Vision: 32 local and 8 global blocks, captures of the same blocks, every fifth decoder layer attends
+# to the image, whose placeholder is the first row after the vocabulary.
 _MLLAMA = MllamaConfig(
     vision=MllamaVisionConfig(
         hidden_size=16,
@@ -108,7 +108,7 @@ _CLIP_PIXELS = {
 }
 _CROP = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 
-# What the toys' templates show of the published ones.
+# Chat templates with the essential parts of the published ones.
 _VICUNA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -124,7 +124,7 @@ _LLAMA3_TEMPLATE = (
 
 
 def llava15(folder: Path) -> None:
-    """llava-hf/llava-1.5-7b-hf."""
+    """Writes a miniature of llava-hf/llava-1.5-7b-hf."""
     save_vlm(folder, _LLAVA15, _random(Llava(_LLAVA15, rngs=nnx.Rngs(0))))
     _write_llava_tokenizer(folder)
     pixels = {"image_processor_type": "CLIPImageProcessor", "resample": 3, "do_center_crop": True}
@@ -133,7 +133,7 @@ def llava15(folder: Path) -> None:
 
 
 def llava_next(folder: Path) -> None:
-    """llava-hf/llava-v1.6-vicuna-7b-hf."""
+    """Writes a miniature of llava-hf/llava-v1.6-vicuna-7b-hf."""
     save_vlm(folder, _NEXT, _random(LlavaNext(_NEXT, rngs=nnx.Rngs(2))))
     _write_llava_tokenizer(folder)
     pixels = {"image_processor_type": "LlavaNextImageProcessor", "resample": 3, "do_center_crop": True, "do_pad": True}
@@ -152,7 +152,7 @@ def llava_next(folder: Path) -> None:
 
 
 def mllama(folder: Path) -> None:
-    """meta-llama/Llama-3.2-11B-Vision-Instruct."""
+    """Writes a miniature of meta-llama/Llama-3.2-11B-Vision-Instruct."""
     save_vlm(folder, _MLLAMA, _random(Mllama(_MLLAMA, rngs=nnx.Rngs(3))))
     bos, eos, pad = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
     roles = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
@@ -164,7 +164,7 @@ def mllama(folder: Path) -> None:
     generation = {"bos_token_id": vocabulary[bos], "eos_token_id": ends, "pad_token_id": vocabulary[pad]}
     write_json(folder / "generation_config.json", generation)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["text_config"] |= generation  # without them transformers takes those of the published vocabulary
+    config["text_config"] |= generation  # without them transformers uses those of the published vocabulary
     write_json(folder / "config.json", config)
     pixels = {
         "image_processor_type": "MllamaImageProcessor",
@@ -178,7 +178,7 @@ def mllama(folder: Path) -> None:
 
 
 MAKERS: dict[str, Callable[[Path], None]] = {"llava15": llava15, "llava_next": llava_next, "mllama": mllama}
-"""Writer of each toy model, by name."""
+"""Writer of each toy model by name."""
 
 
 def _write_llava_tokenizer(folder: Path) -> None:
@@ -189,9 +189,11 @@ def _write_llava_tokenizer(folder: Path) -> None:
 
 
 def _random(network: nnx.Module) -> Any:
-    """Random weights: a decoder's larger than usual, so that images and tokens change the output, and open gates.
+    """Returns random weights: larger than usual in the decoder, so that images and tokens change the output, and open
+    gates.
 
-    The towers' are not: in so many blocks, larger weights would make any rounding a large difference.
+    The towers' weights are not enlarged, because in so many blocks larger weights would turn rounding into large
+    differences.
     """
 
     def spread(path: Any, leaf: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The families of vision-language models, one folder each: `family` and `family_of` find the one that is meant.
+"""The families of vision-language models, one folder each; `family` and `family_of` look a family up.
 
-A family is a folder with `network`, `config`, `keys`, `processor` and `reference`, whose `FAMILY` says everything about
-it, and one line in `icet_jax.config.names`.
+A family is a folder with `network`, `config`, `keys`, `processor` and `reference`. Its `FAMILY` describes it to the
+rest of the package, and one line in `icet_jax.config.names` registers it.
 """
 
 import importlib
@@ -9,23 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from icet_jax.config.names import CAPTURES, FAMILIES
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 
 if TYPE_CHECKING:
     from icet_jax.models.base.family import Family
+    from icet_jax.nn.protocols import NetworkConfig
 
 _DEFAULTS = {"capture": CAPTURES[0]}
-"""Options that every config sets, whatever the family."""
+"""Options that every config sets, whatever its family, with the value that families without the option accept."""
 
 
 def family(model_type: Any, where: str = "config.json") -> "Family":
-    """The family of a `config.json`'s `model_type`.
+    """Returns the family of a `config.json`'s `model_type`.
 
     Args:
-      model_type: as the file has it.
-      where: the file's name in error lines.
+      model_type: value in the file.
+      where: name of the file in error messages.
 
     Raises:
-      UserError: it is not a vision-language model that is supported here.
+      UserError: the model type is not a supported vision-language model.
     """
     if model_type not in FAMILIES:
         from icet_jax.checkpoints.hf_config import SUPPORTED
@@ -36,33 +38,33 @@ def family(model_type: Any, where: str = "config.json") -> "Family":
     return importlib.import_module(FAMILIES[model_type].module).FAMILY
 
 
-def family_of(config: Any) -> "Family":
-    """The family of a network's config, which names it (`model_type`)."""
+def family_of(config: "NetworkConfig") -> "Family":
+    """Returns the family of a network's config, which the config names as `model_type`."""
     return family(config.model_type)
 
 
-def vlm_config(values: dict[str, Any], where: str = "config.json", **options: str | None) -> Any:
-    """The network's config.
+def vlm_config(values: JsonObject, where: str = "config.json", **options: str | None) -> Any:
+    """Returns the network's config for a parsed `config.json`.
 
     Args:
       values: the parsed `config.json`.
-      where: its name in error lines.
-      options: how exits are read, in families that know several ways (`Family.exit_options`); None is the default.
+      where: name of the file in error messages.
+      options: how exits are read, for families that know several ways (`Family.exit_options`); None is the default.
 
     Raises:
-      UserError: not a supported model, or a value under which the network would differ from this one; an option that
-        the family does not have, or a value that the option does not have.
+      UserError: the model is not supported, or a value would need a different network; the family does not have an
+        option, or the option does not have a value.
     """
-    found = family(values.get("model_type"), where)
-    chosen = {}
+    model_family = family(values.get("model_type"), where)
+    settings = {}
     for name, value in options.items():
-        known = found.exit_options.get(name, ())
-        if value is None or (not known and value == _DEFAULTS.get(name)):
+        choices = model_family.exit_options.get(name, ())
+        if value is None or (not choices and value == _DEFAULTS.get(name)):
             continue
-        if not known:
-            title = FAMILIES[found.name].title
+        if not choices:
+            title = FAMILIES[model_family.name].title
             raise UserError(f"{where}: {title} has one kind of exit; leave out the {name} {value}")
-        if value not in known:
-            raise UserError(f"{name}={value!r}: give one of {', '.join(known)}")
-        chosen[name] = value
-    return found.config_from_hf(values, where, **chosen)
+        if value not in choices:
+            raise UserError(f"{name}={value!r}: give one of {', '.join(choices)}")
+        settings[name] = value
+    return model_family.config_from_hf(values, where, **settings)

@@ -1,29 +1,30 @@
-"""Writes LoRA weights as a PEFT adapter that every transformers from 4.46 and peft from 0.13 load alike."""
+"""Writes LoRA weights as a PEFT adapter that every transformers from 4.46 and every peft from 0.13 can load."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from icet_jax.checkpoints import folder, safetensors_io
 from icet_jax.checkpoints.adapter import Adapter, of_lora
+from icet_jax.files import JsonObject
 from icet_jax.models.adapters import CONFIG, WEIGHTS, concatenate, places
 from icet_jax.nn.layers import Lora
+from icet_jax.nn.protocols import NetworkConfig
 from icet_jax.parallel.distributed import together
 
 ROOTS = ("base_model.model.language_model.model.layers", "base_model.model.model.language_model.layers")
-"""Where the decoder's layers are before transformers 4.52, and since. A file under one name alone is ignored by the
-other versions, in part without a word; ours has both and loads everywhere."""
+"""Paths of the decoder's layers before transformers 4.52 and since. Other versions ignore a file that uses only one
+path, some without an error; ours has both and loads everywhere."""
 
 
 def save_adapter(
     out_dir: str | Path,
     lora: Lora,
-    config: Any,
+    config: NetworkConfig,
     *,
     base: str,
     revision: str | None = None,
@@ -31,17 +32,17 @@ def save_adapter(
     value_head: dict[str, jax.Array] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes a PEFT adapter directory, all of it or nothing, float32. It touches the language model alone.
+    """Writes a PEFT adapter directory in float32, completely or not at all; it adapts only the language model.
 
     Args:
-      out_dir: new, or an earlier adapter, which is replaced.
+      out_dir: a new directory, or an earlier adapter, which is replaced.
       lora: the trained adapters.
-      config: of the network.
+      config: config of the network.
       base: directory or hub id of the model that they adapt.
-      revision: of the hub id.
-      start: the adapter that the training began from. The one that is written holds both side by side (the ranks add
-        up), so that it makes the final model from the original base.
-      value_head: saved beside it, which PEFT does not read.
+      revision: revision of the hub id.
+      start: the adapter that the training began from. The written adapter holds both side by side, so its rank is the
+        sum of their ranks, and applying it to the original base gives the final model.
+      value_head: saved in a file of its own, which PEFT does not read.
       texts: further files by name, such as the model card.
 
     Returns:
@@ -77,8 +78,8 @@ def save_adapter(
     return out_dir
 
 
-def _tensors(adapter: Adapter, config: Any) -> Iterator[tuple[str, tuple[str, int, str]]]:
-    """File key -> (target, layer, side)."""
+def _tensors(adapter: Adapter, config: NetworkConfig) -> Iterator[tuple[str, tuple[str, int, str]]]:
+    """Yields (file key, (target, layer, side)) of every tensor."""
     for root in ROOTS:
         for (target, layer), (number, module) in places(config).items():
             if target in adapter.targets:
@@ -86,10 +87,11 @@ def _tensors(adapter: Adapter, config: Any) -> Iterator[tuple[str, tuple[str, in
                     yield f"{root}.{number}.{module}.lora_{side}.weight", (target, layer, side)
 
 
-def _modules(adapter: Adapter, config: Any) -> str:
-    """A regular expression of the adapted modules: a list of names would adapt the image encoder's of those names too.
+def _modules(adapter: Adapter, config: NetworkConfig) -> str:
+    """Returns a regular expression for the adapted modules; a list of names would also match modules of the image
+    encoder.
 
-    Where another stack has a module of an adapted one's name, the layers are listed.
+    If another stack has a module of the same name, the layers are listed.
     """
     adapted: dict[str, set[int]] = defaultdict(set)
     every: dict[str, set[int]] = defaultdict(set)
@@ -104,8 +106,9 @@ def _modules(adapter: Adapter, config: Any) -> str:
     return rf"(model\.language_model|language_model\.model)\.layers\.({'|'.join(patterns)})"
 
 
-def _config(adapter: Adapter, modules: str, base: str, revision: str | None) -> dict[str, Any]:
-    """The fields that every peft knows: an older one refuses a file with a field it does not."""
+def _config(adapter: Adapter, modules: str, base: str, revision: str | None) -> JsonObject:
+    """Returns the fields of adapter_config.json that every peft knows; an older peft refuses files with unknown
+    fields."""
     alpha = adapter.scale * adapter.rank
     config = {
         "peft_type": "LORA",

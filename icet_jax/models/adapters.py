@@ -1,9 +1,8 @@
-"""PEFT LoRA adapters: read, to be merged into the decoder as it is loaded, joined and written."""
+"""Reads PEFT LoRA adapters, which are merged into the decoder while it is loaded, and concatenates two of them."""
 
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,12 +13,12 @@ from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json
 from icet_jax.models import family_of
-from icet_jax.nn.protocols import lora_key
+from icet_jax.nn.protocols import NetworkConfig, lora_key
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Fields that say nothing about the arithmetic of a saved adapter. Every other field must have a falsy value: features
-# are added to PEFT all the time, and one that is not known here must not be skipped.
+# Fields that do not change the arithmetic of a saved adapter. Every other field must have a falsy value, because PEFT
+# gains features all the time and a feature that is unknown here must not be ignored.
 _NEUTRAL = frozenset(
     (
         "r", "lora_alpha", "use_rslora", "peft_type", "target_modules", "exclude_modules", "lora_dropout", "task_type",
@@ -29,34 +28,35 @@ _NEUTRAL = frozenset(
 )  # fmt: skip
 _PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 
-# Both names of the decoder: before transformers 4.52, and since.
+# The path of the decoder before transformers 4.52 and the path since then.
 _KEY = re.compile(
     r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>[0-9]{1,9})"
     r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
 )
 
 
-def places(config: Any) -> dict[tuple[str, int], tuple[int, str]]:
-    """(target, layer of its stack) -> (layer of HF's decoder, module in it), of every projection that LoRA can adapt.
+def places(config: NetworkConfig) -> dict[tuple[str, int], tuple[int, str]]:
+    """Returns {(target, layer of its stack): (layer of HF's decoder, module in it)} of every projection that LoRA can
+    adapt.
 
     Args:
-      config: of a network of any family.
+      config: config of a network of any family.
     """
-    found = {}
+    modules = {}
     for slot in family_of(config).table(config).slots:
         target = lora_key(slot.path)
         if target is not None and slot.layer is not None:
             number, module = slot.key.removeprefix("language_model.model.layers.").split(".", 1)
-            found[target, slot.layer] = int(number), module.removesuffix(".weight")
-    return found
+            modules[target, slot.layer] = int(number), module.removesuffix(".weight")
+    return modules
 
 
-def concatenate(first: Adapter, second: Adapter, config: Any) -> Adapter:
-    """One adapter with the sum of both updates: `[a1 | a2] @ [b1 ; b2]`, the scales brought to the second's.
+def concatenate(first: Adapter, second: Adapter, config: NetworkConfig) -> Adapter:
+    """Returns one adapter whose update is the sum of both: `[a1 | a2] @ [b1 ; b2]`, rescaled to the second's scale.
 
     Args:
-      first, second: adapters of the same model; a target that one of them lacks is zero there.
-      config: of the network.
+      first, second: adapters of the same model; a target that only one of them has is zero in the other.
+      config: config of the network.
     """
     shapes, ratio = config.lora_shapes(), np.float32(first.scale / second.scale)
 
@@ -74,19 +74,19 @@ def concatenate(first: Adapter, second: Adapter, config: Any) -> Adapter:
     return Adapter(first.rank + second.rank, second.scale, targets, factors)
 
 
-def read_adapter(directory: str | Path, config: Any) -> Adapter:
-    """The adapter in a PEFT directory; its file stays mapped while the adapter is in use.
+def read_adapter(directory: str | Path, config: NetworkConfig) -> Adapter:
+    """Reads the adapter in a PEFT directory; its file stays memory-mapped while the adapter is in use.
 
-    A file may hold the tensors under the names before and since transformers 4.52, or under both.
+    A file may hold the tensors under the names before transformers 4.52, under the names since, or under both.
 
     Args:
-      directory: with adapter_config.json and adapter_model.safetensors.
-      config: of the network that it adapts.
+      directory: directory with adapter_config.json and adapter_model.safetensors.
+      config: config of the network that it adapts.
 
     Raises:
-      UserError: files are missing or broken; the adapter uses a PEFT feature that is not supported, which is named;
-        tensors that adapt something else than decoder projections, lack their other half, have a wrong shape, or
-        differ between the two names, all listed.
+      UserError: files are missing or broken; the adapter uses an unsupported PEFT feature, which is named; tensors
+        adapt something other than decoder projections, lack their other factor, have a wrong shape, or differ between
+        the two names (all are listed).
     """
     directory = Path(directory)
     rank, scale = _read_config(directory / CONFIG)
@@ -110,7 +110,7 @@ def read_adapter(directory: str | Path, config: Any) -> Adapter:
 
 
 def _read_config(path: Path) -> tuple[int, float]:
-    """Rank and scale.
+    """Reads rank and scale from adapter_config.json.
 
     Raises:
       UserError: see `read_adapter`.
@@ -134,30 +134,30 @@ def _read_config(path: Path) -> tuple[int, float]:
     return rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
 
 
-def _is_plain(name: str, value: Any) -> bool:
+def _is_plain(name: str, value: object) -> bool:
     if name in _PLAIN_VALUES:
         return value in _PLAIN_VALUES[name]
     return name in _NEUTRAL or not value
 
 
-def _match(reader: TensorReader, config: Any, rank: int, where: str) -> dict[tuple[str, int, str], str]:
-    """The file's key of every (target, layer, side)."""
+def _match(reader: TensorReader, config: NetworkConfig, rank: int, where: str) -> dict[tuple[str, int, str], str]:
+    """Returns the file's key of every (target, layer, side)."""
     problems = Problems()
     shapes = config.lora_shapes()
-    here = {place: target for target, place in places(config).items()}
+    target_of_place = {place: target for target, place in places(config).items()}
     keys: dict[tuple[str, int, str], str] = {}
     for key, shape in reader.shapes.items():
         match = _KEY.fullmatch(key)
-        found = None if match is None else here.get((int(match["layer"]), match["module"]))
-        if match is None or found is None:
+        target_and_layer = None if match is None else target_of_place.get((int(match["layer"]), match["module"]))
+        if match is None or target_and_layer is None:
             problems.add("not on a decoder projection", key)
             continue
-        _, size_in, size_out = shapes[found[0]]
-        wanted = (rank, size_in) if match["side"] == "A" else (size_out, rank)
-        if shape != wanted or reader.dtypes[key] not in DTYPES:
-            problems.add(f"{reader.dtypes[key]} {list(shape)} instead of floating {list(wanted)}", key)
+        _, size_in, size_out = shapes[target_and_layer[0]]
+        expected_shape = (rank, size_in) if match["side"] == "A" else (size_out, rank)
+        if shape != expected_shape or reader.dtypes[key] not in DTYPES:
+            problems.add(f"{reader.dtypes[key]} {list(shape)} instead of floating {list(expected_shape)}", key)
             continue
-        place = *found, match["side"]
+        place = *target_and_layer, match["side"]
         if place in keys and not np.array_equal(reader.read(keys[place]), reader.read(key)):
             problems.add("different under its two names", key)
         keys[place] = key

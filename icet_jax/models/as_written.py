@@ -1,31 +1,31 @@
-"""The weights that an export has once it is loaded, without writing it: what a run measures is what it releases.
+"""Computes the weights that an export has when it is loaded, without writing it, so that a run measures what it
+releases.
 
-The tensors come from the functions that write the export, so that they agree with its files bit for bit: updates are
-added in float32 to the source's tensors on the host and rounded to the file's dtype, and only then to the parameter's.
+The tensors come from the functions that write the export, so they agree with its files bit for bit: updates are added
+in float32 to the source's tensors on the host, rounded to the file's dtype, and then to the parameter's dtype.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from icet_jax.checkpoints import streaming
 from icet_jax.checkpoints.adapter import Adapter, of_lora
-from icet_jax.checkpoints.hf_export import opened
+from icet_jax.checkpoints.hf_export import open_export
 from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.tables import Slot
 from icet_jax.models import family_of
 from icet_jax.models.adapters import concatenate
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.protocols import lora_key
+from icet_jax.nn.protocols import NetworkConfig, lora_key
 from icet_jax.parallel.sharding import flatten_with_names
 
 
 def merged_params(
-    config: Any,
+    config: NetworkConfig,
     loaded: nnx.State,
     params: nnx.State,
     *,
@@ -35,24 +35,25 @@ def merged_params(
     trained: Sequence[str] | None = None,
     donate: bool = False,
 ) -> nnx.State:
-    """The parameters that loading gives of what `models.saving.save_vlm` writes of the same arguments.
+    """Returns the parameters that loading would give after `models.saving.save_vlm` wrote a checkpoint with these
+    arguments.
 
-    With several processes all of them must call it. Parameters that an export leaves as they were are shared with
-    `loaded`; the others lie where those of `loaded` do and have their dtypes.
+    With several processes all of them must call this function. Parameters that an export does not change are shared
+    with `loaded`; the others have the dtypes and the placement of `loaded`.
 
     Args:
-      config: of the network.
+      config: config of the network.
       loaded: the parameters as they were loaded.
-      params: those that are exported (under LoRA `loaded` itself).
+      params: the parameters to export (under LoRA `loaded` itself).
       source_dir, start, lora, trained: see `models.saving.save_vlm`.
-      donate: parameters of `loaded` that have a successor are deleted one by one, so that no two models are in memory.
+      donate: if True, each replaced parameter of `loaded` is deleted at once, so that memory never holds two models.
 
     Raises:
       UserError: the source does not fit `config`.
     """
     adapter = None if lora is None else of_lora(lora)
     table = family_of(config).table(config)
-    with opened(table, params, source_dir, start, adapter, trained) as export:
+    with open_export(table, params, source_dir, start, adapter, trained) as export:
 
         def tensor(slot: Slot) -> np.ndarray:
             return slot.transform.to_param(export.tensor(slot))
@@ -62,13 +63,19 @@ def merged_params(
 
 
 def adapted_params(
-    config: Any, loaded: nnx.State, lora: Lora, *, source_dir: Path, start: Adapter | None = None, donate: bool = False
+    config: NetworkConfig,
+    loaded: nnx.State,
+    lora: Lora,
+    *,
+    source_dir: Path,
+    start: Adapter | None = None,
+    donate: bool = False,
 ) -> nnx.State:
-    """The parameters that loading the base with the adapter of `adapter_export.save_adapter` gives.
+    """Returns the parameters that loading the base with the adapter of `adapter_export.save_adapter` would give.
 
     Args:
-      config: of the network.
-      loaded: the parameters as they were loaded, the start adapter merged.
+      config: config of the network.
+      loaded: the parameters as they were loaded, with the start adapter merged.
       lora: the trained adapters.
       source_dir: directory of the base.
       start: the adapter that the training began from.
@@ -79,7 +86,7 @@ def adapted_params(
     """
     adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
     table = family_of(config).table(config)
-    with opened(table, loaded, source_dir, None, None, ()) as base:
+    with open_export(table, loaded, source_dir, None, None, ()) as base:
 
         def tensor(slot: Slot) -> np.ndarray:
             return streaming.with_delta(slot.transform.to_param(base.source(slot)), adapter.delta(slot))
@@ -101,8 +108,8 @@ def _replaced(
     leaves = flatten_with_names(loaded)
     progress = ByteProgress("merging weights", sum(leaves[path].nbytes for path in slots))
 
-    def counted(slot: Slot) -> np.ndarray:
+    def tensor_with_progress(slot: Slot) -> np.ndarray:
         progress.advance(leaves[slot.path].nbytes // len(slots[slot.path]))
         return tensor(slot)
 
-    return streaming.replace(loaded, slots, counted, donate=donate)
+    return streaming.replace(loaded, slots, tensor_with_progress, donate=donate)

@@ -15,29 +15,29 @@ def load_vlm(
     directory: str | Path, *, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None,
     remat: str = "none", adapter: str | Path | None = None, exit_rule: str | None = None, capture: str | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Loads a vision-language model of any family in any of the layouts that transformers 4.46 to 5.x write.
+    """Loads a vision-language model of any family, in any of the layouts that transformers 4.46 to 5.x write.
 
     Args:
-      directory: with config.json and safetensors weights, one file or shards.
+      directory: directory with config.json and safetensors weights, in one file or in shards.
       dtype: compute dtype, "float32" or "bfloat16".
       param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
-      mesh: where to put the parameters (`icet_jax.parallel.sharding.RULES`); None for the default device.
-      remat: what the backward pass keeps, see `icet_jax.nn.layers.REMAT_POLICIES`.
-      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept
-        as `Checkpoint.adapter`.
+      mesh: mesh over which the parameters are split (`icet_jax.parallel.sharding.RULES`); None for the default device.
+      remat: what is kept for the backward pass, see `icet_jax.nn.layers.REMAT_POLICIES`.
+      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept as
+        `Checkpoint.adapter`.
       exit_rule, capture: how exits are read, see `icet_jax.models.vlm_config`.
 
     Raises:
-      UserError: an unsupported config; missing, corrupt or truncated files; keys that are missing, unexpected,
-        duplicate or of a wrong shape or dtype, all listed together.
+      UserError: the config is not supported; files are missing, corrupt or truncated; keys are missing, unexpected,
+        duplicate or of a wrong shape or dtype (all are listed).
     """
     directory = Path(directory)
     values = read_hf_config(directory)
     config = vlm_config(values, str(directory / "config.json"), exit_rule=exit_rule, capture=capture)
     family = family_of(config)
     table = family.table(config)
-    make = functools.partial(family.network, config, remat=remat)
+    build_network = functools.partial(family.network, config, remat=remat)
     start = None if adapter is None else read_adapter(adapter, config)
     dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
-    graphdef, params = load_network(directory, make, table, **dtypes, mesh=mesh, adapter=start)
+    graphdef, params = load_network(directory, build_network, table, **dtypes, mesh=mesh, adapter=start)
     return Checkpoint(graphdef, params, config, values, directory, start)

@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import nnx
 
 from icet_jax.checkpoints.adapter import Adapter, of_lora
 from icet_jax.checkpoints.hf_export import MAX_SHARD_BYTES, save_network
+from icet_jax.files import JsonObject
 from icet_jax.models import family_of
 from icet_jax.nn.layers import Lora
+from icet_jax.nn.protocols import NetworkConfig
 
 
 def save_vlm(
     out_dir: str | Path,
-    config: Any,
+    config: NetworkConfig,
     params: nnx.State,
     *,
     source_dir: str | Path | None = None,
@@ -26,21 +27,21 @@ def save_vlm(
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a vision-language model's checkpoint directory, all of it or nothing.
+    """Writes a vision-language model's checkpoint directory, completely or not at all.
 
     Args:
-      out_dir: new, or an earlier export, which is replaced.
-      config: of the network, of any family.
-      params: its parameters, as `load_vlm` returned or training left them.
-      source_dir: the directory they were loaded from: gives dtypes, untouched tensors, config keys unknown here,
-        generation config, tokenizer and processor files. None for a network made here: dtypes are the parameters'.
+      out_dir: a new directory, or an earlier export, which is replaced.
+      config: config of the network, of any family.
+      params: its parameters, as `load_vlm` returned them or training changed them.
+      source_dir: directory that they were loaded from, which provides dtypes, unchanged tensors, unknown config keys,
+        generation config, tokenizer and processor files. None for a network created here, whose own dtypes are used.
       start: the adapter that was merged when they were loaded (`Checkpoint.adapter`); the export contains it.
       lora: trained adapters to merge, in float32, into the source's weights.
-      trained: roots of the paths that training may have changed: () for none (LoRA on a frozen base), in which case no
-        parameter is looked at; ("language_model",). None compares every parameter with its source, one at a time.
-      value_head: saved beside the model as `value_head.safetensors`, which transformers does not read.
+      trained: roots of the paths that training may have changed, ("language_model",). With (), for LoRA on a frozen
+        base, no parameter is compared; with None every parameter is compared with its source, one at a time.
+      value_head: saved as `value_head.safetensors`, which transformers does not read.
       texts: further files by name, such as the model card.
-      max_shard_bytes: larger models are cut into shards with an index.
+      max_shard_bytes: larger models are split into shards with an index.
 
     Returns:
       `out_dir`.
@@ -50,7 +51,7 @@ def save_vlm(
     """
     family = family_of(config)
 
-    def config_json(values: dict[str, Any] | None, dtype: str, tied: set[str]) -> dict[str, Any]:
+    def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
         out = family.config_to_hf(config, values, dtype)
         if out["tie_word_embeddings"] and not tied:
             out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False

@@ -1,1 +1,1 @@
-"""Building blocks and shared networks on arrays; only jax, flax, optax and numpy."""
+"""The building blocks and the networks that several model families share; they need only jax, flax, optax and numpy."""

@@ -1,14 +1,13 @@
-"""Attention's one door, and the only place that decides what runs behind it.
+"""The only place that chooses an attention kernel.
 
-XLA's own attention is the reference and runs everywhere. Where scores are many and in half precision, a kernel that
-keeps them on the chip takes over: cuDNN's flash attention on NVIDIA (Ampere and later), splash attention on TPUs. Both
-need to be told what a mask means (causal, which tokens are real), so a mask of any other form is XLA's, and so are the
-single queries of decoding. On a mesh every device runs the kernel on its own rows and heads.
+XLA's attention is the reference and runs on every platform. For many queries in half precision a kernel is used that
+never writes the scores to main memory: cuDNN's flash attention on NVIDIA GPUs (Ampere or later), splash attention on
+TPUs. These kernels accept only two kinds of mask, "causal" and "these tokens are real". Every other mask, and the
+single queries of a decoding step, go to XLA. On a mesh each device runs the kernel on its own rows and heads.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ from icet_jax.parallel.traced import mesh_of
 from icet_jax.typing import Array, Bool, Float, Int
 
 P = PartitionSpec
-_LEAST = 128  # queries below which no kernel runs
-_LANES = 128  # of a TPU: tiles are multiples of it
-_BLOCK = 512  # queries and keys of a tile at most: its scores, float32, take 1 MiB of the chip's memory
+_LEAST = 128  # with fewer queries XLA's attention is used
+_LANES = 128  # lanes of a TPU; the size of a tile is a multiple of it
+_BLOCK = 512  # most queries or keys in a tile, whose float32 scores then take 1 MiB of the chip's memory
 
 
 def attention(
@@ -33,33 +32,34 @@ def attention(
     real: Bool[Array, "B S"] | None = None,
     causal: bool = False,
 ) -> Float[Array, "B T HD"]:
-    """Attention scaled by `D^-0.5`, float32 softmax, GQA when K < H (K divides H).
+    """Computes attention with scores scaled by `D^-0.5` and a float32 softmax; heads are grouped when K < H (K divides
+    H).
 
-    Say what is masked by `real` and `causal` wherever they suffice: only then may a kernel run.
+    Describe the mask by `real` and `causal` where that is possible, because a kernel can only be used without `mask`.
 
     Args:
       mask: True where query t may attend to key s; broadcasts to `[B, H, T, S]`.
-      real: keys that are no padding; of each row one run, padding may stand on either side.
-      causal: query t attends to no key after t; T == S.
+      real: True at keys that are not padding. The real keys of a row are contiguous; padding may be on either side.
+      causal: if True, query t attends to no key after t; needs T == S.
 
     Returns:
-      The heads' outputs, concatenated: `[B, T, H * D]`. A query without any allowed key, or at a place that is itself
-      padding, gets something finite, and its gradients are zero where nothing is made of it.
+      The outputs of the heads, concatenated: `[B, T, H * D]`. The output of a padding query, or of a query without any
+        allowed key, is finite but meaningless. If nothing depends on it, its gradients are zero.
     """
     mesh = mesh_of(q, k, v)
     kernel = None if mask is not None else kernel_for(q, k, causal, mesh)
     if kernel is not None:
         out = _on_each_device(functools.partial(kernel, causal=causal), mesh, q, k, v, real)
     else:
-        out = plain(q, k, v, mask, real=real, causal=causal)
+        out = xla_attention(q, k, v, mask, real=real, causal=causal)
     return out.reshape(*out.shape[:2], -1)
 
 
-def plain(
+def xla_attention(
     q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"],
     mask: Bool[Array, "..."] | None = None, *, real: Bool[Array, "B S"] | None = None, causal: bool = False,
 ) -> Float[Array, "B T H D"]:  # fmt: skip
-    """XLA's attention; a query without any allowed key gets the mean of the values."""
+    """Computes attention with XLA; a query without any allowed key gets the mean of the values."""
     if causal:
         below = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
         mask = below if mask is None else mask & below
@@ -69,11 +69,11 @@ def plain(
 
 
 Kernel = Callable[..., Float[Array, "B T H D"]]
-"""(q, k, v, real or None, causal=) -> what `plain` gives at real queries."""
+"""Function of (q, k, v, real or None, causal=) that gives the same result as `plain` at real queries."""
 
 
 def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> Kernel | None:
-    """The kernel for these arrays where they lie; None is XLA."""
+    """Returns the kernel for these arrays on their platform, or None if XLA's attention should be used."""
     length, heads, size = q.shape[1:]
     if length != k.shape[1] or length < _LEAST:
         return None
@@ -82,9 +82,9 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
     ):
         return None
     platform = _platform(mesh)
-    # Without a causal half to skip, XLA for TPUs reads and writes hardly more than the kernel (CLIP's 577 tokens).
+    # The kernel gains by skipping the half above the diagonal; without it XLA is as fast (CLIP's 577 tokens).
     if platform == "tpu" and causal and q.dtype == jnp.bfloat16 and size % 8 == 0 and size >= 64:
-        # Its products are of bfloat16 as they are, and do not compile where more is asked for.
+        # The kernel multiplies in bfloat16 and does not compile if a higher precision is requested.
         precision = getattr(jax.config, "jax_default_matmul_precision", None)
         return splash if precision in (None, "default", "bfloat16") else None
     if platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
@@ -95,7 +95,8 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
 
 
 def _platform(mesh: AbstractMesh | None) -> str:
-    """Of the devices that the program is compiled for; a mesh may be of chips that are not here."""
+    """Returns the platform that the program is compiled for; a mesh may describe devices that this machine does not
+    have."""
     if mesh is not None and mesh.abstract_device is not None:
         return str(mesh.abstract_device.platform)
     device = getattr(jax.config, "jax_default_device", None)
@@ -103,15 +104,17 @@ def _platform(mesh: AbstractMesh | None) -> str:
 
 
 def _compute_capability() -> float:
-    """Of the first device if it is NVIDIA's, else 0; AMD's report names."""
+    """Returns the compute capability of the first device if it is NVIDIA's, else 0 (AMD devices report a name)."""
     try:
         return float(getattr(jax.devices()[0], "compute_capability", 0))
     except ValueError:
         return 0.0
 
 
-def _on_each_device(kernel: Kernel, mesh: AbstractMesh | None, q: Array, k: Array, v: Array, real: Any) -> Array:
-    """Runs a kernel on the rows and heads of each device; compilers cannot cut it up themselves."""
+def _on_each_device(
+    kernel: Kernel, mesh: AbstractMesh | None, q: Array, k: Array, v: Array, real: Array | None
+) -> Array:
+    """Runs a kernel on the rows and heads of each device, because the compiler cannot partition a kernel itself."""
     if mesh is None:
         return kernel(q, k, v, real)
     heads = P(ROWS, None, "tensor", None)
@@ -125,35 +128,35 @@ def splash(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
     real: Bool[Array, "B T"] | None, *, causal: bool, interpret: bool = False,
 ) -> Float[Array, "B T H D"]:  # fmt: skip
-    """Splash attention on a TPU: tiles above the diagonal are skipped; padding attends to padding.
+    """Computes splash attention on a TPU, which skips tiles above the diagonal; padding attends to padding.
 
     Args:
-      interpret: runs it anywhere, slowly.
+      interpret: if True, emulates the kernel on any platform, which is slow.
     """
-    # Mosaic is not everywhere, and imports slowly.
+    # Imported here because Mosaic is not installed everywhere and takes long to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, heads, size = q.shape[1:]
-    count = -(-length // _BLOCK)
-    block = -(-length // (count * _LANES)) * _LANES
-    added = count * block - length
-    shape = (count * block, count * block)
+    num_tiles = -(-length // _BLOCK)
+    block = -(-length // (num_tiles * _LANES)) * _LANES
+    extra = num_tiles * block - length
+    shape = (num_tiles * block, num_tiles * block)
     mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * heads)
     sizes = kernels.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
-    def by_head(x: Array) -> Array:
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, added), (0, 0)))
+    def pad_heads_first(x: Array) -> Array:
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, extra), (0, 0)))
 
     segments = None
-    if real is not None or added:
-        kinds = jnp.ones(q.shape[:2], jnp.int32) if real is None else real.astype(jnp.int32)
-        kinds = jnp.pad(kinds, ((0, 0), (0, added)))
-        segments = kernels.SegmentIds(kinds, kinds)
-    out = jax.vmap(kernel)(by_head(q * size**-0.5), by_head(k), by_head(v), segments)
+    if real is not None or extra:
+        segment_ids = jnp.ones(q.shape[:2], jnp.int32) if real is None else real.astype(jnp.int32)
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, extra)))
+        segments = kernels.SegmentIds(segment_ids, segment_ids)
+    out = jax.vmap(kernel)(pad_heads_first(q * size**-0.5), pad_heads_first(k), pad_heads_first(v), segments)
     return out[:, :, :length].swapaxes(1, 2)
 
 
@@ -161,26 +164,30 @@ def cudnn(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
     real: Bool[Array, "B T"] | None, *, causal: bool,
 ) -> Float[Array, "B T H D"]:  # fmt: skip
-    """cuDNN's flash attention. It knows padding only behind a row's tokens, so rows are turned until it is there."""
+    """Computes cuDNN's flash attention, rotating each row so that its padding comes last.
+
+    The kernel supports padding only at the end of a row.
+    """
     run = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     length = q.shape[1]
-    if length % 2:  # jax 0.10 refuses to differentiate an odd number
+    if length % 2:  # jax 0.10 cannot differentiate an odd number of queries
         real = jnp.ones(q.shape[:2], bool) if real is None else real
         q, k, v, real = (jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2)) for x in (q, k, v, real))
     if real is None:
         return run(q, k, v)
     start = jnp.argmax(real, axis=1).astype(jnp.int32)
-    lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)  # a row of padding alone: what is ignored anyway
-    q, k, v = (turned(x, start) for x in (q, k, v))
+    # A row of padding alone needs a valid length too; its result is not used.
+    lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)
+    q, k, v = (rotate_rows(x, start) for x in (q, k, v))
     out = run(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    return jnp.where(real[:, :, None, None], turned(out, -start), 0)[:, :length]
+    return jnp.where(real[:, :, None, None], rotate_rows(out, -start), 0)[:, :length]
 
 
 @jax.custom_vjp
-def turned(x: Float[Array, "B T H D"], start: Int[Array, " B"]) -> Float[Array, "B T H D"]:
-    """Each row turned so that its place `start` comes first; the gradient is turned back, without any scatter."""
-    places = (jnp.arange(x.shape[1]) + start[:, None]) % x.shape[1]
-    return jnp.take_along_axis(x, places[:, :, None, None], axis=1)
+def rotate_rows(x: Float[Array, "B T H D"], start: Int[Array, " B"]) -> Float[Array, "B T H D"]:
+    """Rotates each row so that its position `start` comes first; the gradient rotates back and needs no scatter."""
+    source = (jnp.arange(x.shape[1]) + start[:, None]) % x.shape[1]
+    return jnp.take_along_axis(x, source[:, :, None, None], axis=1)
 
 
-turned.defvjp(lambda x, start: (turned(x, start), start), lambda start, dx: (turned(dx, -start), None))
+rotate_rows.defvjp(lambda x, start: (rotate_rows(x, start), start), lambda start, dx: (rotate_rows(dx, -start), None))

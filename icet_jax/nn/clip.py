@@ -1,20 +1,19 @@
-"""CLIP vision tower that returns every hidden state (HF `CLIPVisionModel`; porting semantics as of transformers 5)."""
+"""CLIP vision tower that returns the hidden state after every block (HF `CLIPVisionModel`, as of transformers 5)."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.nn import layers
-from icet_jax.parallel.traced import by_rows, gathered
-from icet_jax.typing import Array, Float
+from icet_jax.parallel.traced import by_rows, gather_weights
+from icet_jax.typing import Array, DType, Float, Keywords
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Sizes of the tower, under HF's names; pixels are `[num_channels, image_size, image_size]`."""
+    """Holds the sizes of the tower under HF's names; pixels are `[num_channels, image_size, image_size]`."""
 
     hidden_size: int
     intermediate_size: int
@@ -28,18 +27,18 @@ class ClipConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches in one image; the tower adds a class token."""
+        """Returns the number of patches in one image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
 class ClipBlocks(nnx.Module):
-    """The stacked pre-LN blocks; called on one layer's slice of the weights."""
+    """Holds the stacked pre-LN blocks; called on one layer's slice of the weights."""
 
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         width, ffn, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
         self.config = config
-        common: dict[str, Any] = dict(rngs=rngs, use_bias=True, dtype=dtype, param_dtype=param_dtype, layers=depth)
-        norm: dict[str, Any] = dict(epsilon=config.layer_norm_eps, param_dtype=param_dtype, layers=depth)
+        common: Keywords = dict(rngs=rngs, use_bias=True, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: Keywords = dict(epsilon=config.layer_norm_eps, param_dtype=param_dtype, layers=depth)
         residual = layers.depth_scaled(width**-0.5, depth)
         self.layer_norm1 = layers.LayerNorm(width, **norm)
         self.q_proj = layers.Linear(width, width, **common)
@@ -51,7 +50,7 @@ class ClipBlocks(nnx.Module):
         self.fc2 = layers.Linear(ffn, width, stddev=layers.depth_scaled(ffn**-0.5, depth), **common)
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-        """One block: bidirectional attention, then the MLP, both pre-LN (HF `CLIPEncoderLayer`)."""
+        """Applies one block: bidirectional attention, then the MLP, both pre-LN (HF `CLIPEncoderLayer`)."""
         heads = self.config.num_attention_heads
         y = self.layer_norm1(x)
         q, k, v = (layers.split_heads(proj(y), heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -61,9 +60,10 @@ class ClipBlocks(nnx.Module):
 
 
 class ClipVisionTower(nnx.Module):
-    """Patch embedding, class token, positions and blocks; `post_layernorm` is kept for export only."""
+    """Holds patch embedding, class token, positions and blocks; `post_layernorm` is kept only so that it can be
+    exported."""
 
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str = "none"):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType, remat: str = "none"):
         width = config.hidden_size
         patch = config.num_channels * config.patch_size**2
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -77,11 +77,12 @@ class ClipVisionTower(nnx.Module):
         self.post_layernorm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
 
     def embed(self, pixels: Float[Array, "I C H W"]) -> Float[Array, "I P D"]:
-        """Patches (row-major, class token first) plus positions, after `pre_layrnorm`: hidden state 0."""
+        """Returns hidden state 0: patches in row-major order after the class token, with positions, after
+        `pre_layrnorm`."""
         count, channels, height, width = pixels.shape
         size = self.config.patch_size
         rows, columns = height // size, width // size
-        # What does not fill a patch at the bottom and right is left out, as torch's strided convolution does.
+        # Incomplete patches at the bottom and right are dropped, as torch's strided convolution does.
         patches = pixels[:, :, : rows * size, : columns * size].reshape(count, channels, rows, size, columns, size)
         patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * size * size)
         x = self.patch_embedding(patches)
@@ -90,9 +91,10 @@ class ClipVisionTower(nnx.Module):
         return self.pre_layrnorm(x)
 
     def __call__(self, pixels: Float[Array, "I C H W"], upto: int | None = None) -> Float[Array, "X I P D"]:
-        """Hidden states 0..upto (static; all of them by default): index l is the output of the l-th block.
+        """Returns the hidden states 0..upto; index l is the output of the l-th block.
 
-        Blocks after `upto` are not computed. `P` is the class token and the patches; nothing is normalised at the end.
+        `upto` is static, all blocks by default; later blocks are not computed. `P` is the class token and the patches.
+        No norm is applied after the last block.
         """
         depth = self.config.num_hidden_layers if upto is None else upto
         if not 0 <= depth <= self.config.num_hidden_layers:
@@ -101,7 +103,7 @@ class ClipVisionTower(nnx.Module):
         state = jax.tree.map(lambda weight: weight[:depth], state)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
-            x = by_rows(nnx.merge(graph, gathered(weights, x))(x))
+            x = by_rows(nnx.merge(graph, gather_weights(weights, x))(x))
             return x, x
 
         first = by_rows(self.embed(pixels))

@@ -1,8 +1,8 @@
-"""DeBERTa-v2 and -v3 reward model: attention over log-bucketed distances (HF `DebertaV2ForSequenceClassification`)."""
+"""DeBERTa-v2 and -v3 reward model, with attention over log-bucketed distances (HF
+`DebertaV2ForSequenceClassification`)."""
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,17 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.nn import layers
-from icet_jax.nn.bert import PostNormBlocks, first_real
-from icet_jax.typing import Array, ArrayLike, Bool, Float, Int
+from icet_jax.nn.bert import PostNormBlocks, first_token_state
+from icet_jax.typing import Array, ArrayLike, Bool, DType, Float, Int, Keywords
 
 
 @dataclasses.dataclass(frozen=True)
 class DebertaConfig:
-    """Sizes of the network, under HF's names.
+    """Holds the sizes of the network under HF's names.
 
     Attributes:
-      position_buckets: distances that the relative table tells apart, in each direction.
-      max_relative_positions: distance that falls into the last bucket.
+      position_buckets: number of distinct distances in each direction that the relative table has.
+      max_relative_positions: smallest distance that falls into the last bucket.
     """
 
     vocab_size: int
@@ -36,12 +36,12 @@ class DebertaConfig:
 
 
 def relative_index(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
-    """Row of the relative table for query i and key j (HF `build_relative_position`, shifted and clipped).
+    """Returns the row of the relative table for query i and key j (HF `build_relative_position`, shifted and clipped).
 
-    Distances up to `buckets / 2` have a row each, larger ones share logarithmic rows up to `max_distance`.
+    Distances up to `buckets / 2` have a row each; larger ones share logarithmically spaced rows up to `max_distance`.
 
     Args:
-      length: T, the tokens of a row.
+      length: T, the number of tokens of a row.
       buckets: half the rows of the table; row `buckets` is distance 0.
       max_distance: see `DebertaConfig.max_relative_positions`.
     """
@@ -62,40 +62,46 @@ def disentangled_attention(
     index: Int[ArrayLike, "T T"],
     allowed: Bool[Array, "B 1 1 T"],
 ) -> Float[Array, "B T HD"]:
-    """Content-to-content, content-to-position and position-to-content attention (HF `DisentangledSelfAttention`).
+    """Computes content-to-content, content-to-position and position-to-content attention (HF
+    `DisentangledSelfAttention`).
 
     The score of query i and key j is `(q_i.k_j + q_i.pk[r] + k_j.pq[r]) / sqrt(3 D)` with `r = index[i, j]`.
 
     Args:
-      position_q: the relative table through the query projection.
-      position_k: the relative table through the key projection.
-      index: from `relative_index`.
-      allowed: keys that may be attended to.
+      position_q: the relative table after the query projection.
+      position_k: the relative table after the key projection.
+      index: result of `relative_index`.
+      allowed: True at keys that may be attended to.
 
     Returns:
-      The heads' outputs, concatenated.
+      The outputs of the heads, concatenated.
     """
     index = jnp.asarray(index)[None, None]
-    float32: dict[str, Any] = dict(preferred_element_type=jnp.float32)
+    float32: Keywords = dict(preferred_element_type=jnp.float32)
     content = jnp.einsum("bihd,bjhd->bhij", q, k, **float32)
     by_query = jnp.einsum("bihd,rhd->bhir", q, position_k, **float32)
     by_key = jnp.einsum("bjhd,rhd->bhjr", k, position_q, **float32)
     to_position = jnp.take_along_axis(by_query, index, axis=-1)
     from_position = jnp.take_along_axis(by_key, index.swapaxes(-1, -2), axis=-1).swapaxes(-1, -2)
     scores = (content + to_position + from_position) * (3 * q.shape[-1]) ** -0.5
-    # The lowest finite number, not -inf: a row without any key gets the mean of the values instead of NaN.
+    # The lowest finite number instead of -inf, so that a row without any allowed key gets the mean and not NaN.
     weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
     out = jnp.einsum("bhij,bjhd->bihd", weights, v)
     return out.reshape(*out.shape[:2], -1)
 
 
 class DebertaRewardModel(nnx.Module):
-    """Scores a text from the state of its first token; positions enter through distances alone."""
+    """Computes a scalar reward for a text from the state of its first token; positions enter only as distances."""
 
     def __init__(
-        self, config: DebertaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+        self,
+        config: DebertaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
     ):
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.config, self.dtype = config, dtype
         self.word_embeddings = layers.normal(rngs, (config.vocab_size, width), 0.02, param_dtype)
@@ -110,11 +116,11 @@ class DebertaRewardModel(nnx.Module):
         self.classifier = layers.Linear(width, 1, use_bias=True, stddev=0.02, **common)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Raw float32 rewards; the probability that a is preferred to b is `sigmoid(r_a - r_b)`.
+        """Returns raw float32 rewards; the probability that text a is preferred to text b is `sigmoid(r_a - r_b)`.
 
         Args:
-          tokens: `[CLS] question [SEP] answer [SEP]`, of any length; distances beyond the last bucket share it.
-          mask: True at real tokens; padding may stand on either side and changes nothing.
+          tokens: `[CLS] question [SEP] answer [SEP]`, of any length; all distances beyond the last bucket share it.
+          mask: True at real tokens; padding may be on either side and does not change the result.
         """
         config = self.config
         index = relative_index(tokens.shape[1], config.position_buckets, config.max_relative_positions)
@@ -130,5 +136,5 @@ class DebertaRewardModel(nnx.Module):
             return layer.rest(x, attended), None
 
         x, _ = jax.lax.scan(body, x, state)
-        pooled = layers.ACTIVATIONS[config.pooler_hidden_act](self.pooler(first_real(x, mask)))
+        pooled = layers.ACTIVATIONS[config.pooler_hidden_act](self.pooler(first_token_state(x, mask)))
         return self.classifier(pooled)[:, 0].astype(jnp.float32)

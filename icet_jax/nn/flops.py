@@ -1,7 +1,4 @@
-"""What each part of a network costs, in floating-point operations: matrix products and attention, from their sizes.
-
-The families' `operations` add these up; forecasts, plans and utilisation multiply those by how often a part runs.
-"""
+"""Numbers of floating-point operations of matrix products and attention, computed from the sizes of a network."""
 
 import dataclasses
 import math
@@ -12,37 +9,39 @@ from icet_jax.nn.llama import LlamaConfig, lora_shapes
 
 
 def products(rows: int, *shapes: tuple[int, ...]) -> int:
-    """`rows` positions through matrices of these shapes, or stacks of matrices."""
+    """Returns the operations of `rows` positions through matrices of these shapes, or stacks of matrices."""
     return 2 * rows * sum(math.prod(shape) for shape in shapes)
 
 
 def attention(config: LlamaConfig, length: int, places: int) -> int:
-    """Scores and mixed values of `length` positions that each look at `places`, in every layer."""
+    """Returns the operations of scores and weighted values of `length` positions that attend to `places`, in every
+    layer."""
     return config.num_hidden_layers * 4 * length * places * config.num_attention_heads * config.head_dim
 
 
 def encoder_blocks(depth: int, tokens: int, width: int, ffn: int) -> int:
-    """`depth` blocks of an image encoder over `tokens` positions that all attend to each other."""
+    """Returns the operations of `depth` blocks of an image encoder over `tokens` positions that all attend to each
+    other."""
     return products(tokens, (depth, 4, width, width), (depth, 2, width, ffn)) + depth * 4 * tokens**2 * width
 
 
 def clip(config: ClipConfig) -> int:
-    """The tower over one image, every block."""
+    """Returns the operations of the whole CLIP tower for one image."""
     patches = products(config.num_patches, (config.num_channels, config.patch_size**2, config.hidden_size))
     sizes = config.num_hidden_layers, config.num_patches + 1, config.hidden_size, config.intermediate_size
     return patches + encoder_blocks(*sizes)
 
 
 def llama_layers(config: LlamaConfig, length: int, cached: int) -> int:
-    """The decoder's layers over `length` positions of a row, each compared with all `cached` places of the cache.
+    """Returns the operations of the decoder layers over `length` positions of a row with `cached` columns in the cache.
 
-    Places that are still empty count too: they are computed.
+    Empty columns of the cache count too, because attention computes them.
     """
     return products(length, *lora_shapes(config).values()) + attention(config, length, cached)
 
 
 def llama_prefill(config: LlamaConfig, length: int) -> int:
-    """The decoder's layers over a prompt, of whose last position alone the state is wanted."""
+    """Returns the operations of the decoder layers over a prompt when only the state of the last position is needed."""
     before = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
     last = dataclasses.replace(config, num_hidden_layers=1)
     beside = keys_and_values(last, length) - keys_and_values(last, 1)
@@ -50,13 +49,13 @@ def llama_prefill(config: LlamaConfig, length: int) -> int:
 
 
 def keys_and_values(config: LlamaConfig, length: int) -> int:
-    """Those of `length` positions, in every layer."""
+    """Returns the operations of the keys and values of `length` positions, in every layer."""
     shapes = lora_shapes(config)
     return products(length, shapes["k_proj"], shapes["v_proj"])
 
 
 def cross_layers(config: LlamaConfig, length: int, places: int) -> int:
-    """Layers over `length` positions that attend to `places` image positions alone, whose keys and values are there.
+    """Returns the operations of layers over `length` positions that attend only to `places` cached image positions.
 
     Without images the layers are skipped.
     """
@@ -66,7 +65,7 @@ def cross_layers(config: LlamaConfig, length: int, places: int) -> int:
 
 
 def logits(hidden_size: int, vocab_size: int) -> int:
-    """The head at one position."""
+    """Returns the operations of the language-model head at one position."""
     return products(1, (hidden_size, vocab_size))
 
 

@@ -1,19 +1,18 @@
-"""GPT-2 with a scalar head: the reward model (HF `GPT2ForSequenceClassification`, one label)."""
+"""GPT-2 with a scalar head, used as a reward model (HF `GPT2ForSequenceClassification` with one label)."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.nn import layers
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """Sizes of the network, under HF's names."""
+    """Holds the sizes of the network under HF's names."""
 
     vocab_size: int
     n_positions: int
@@ -25,13 +24,13 @@ class GPT2Config:
 
 
 class GPT2Blocks(nnx.Module):
-    """The stacked pre-LN blocks; called on one layer's slice of the weights."""
+    """Holds the stacked pre-LN blocks; called on one layer's slice of the weights."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         width, depth = config.n_embd, config.n_layer
         self.config = config
-        common: dict[str, Any] = dict(rngs=rngs, use_bias=True, dtype=dtype, param_dtype=param_dtype, layers=depth)
-        norm: dict[str, Any] = dict(epsilon=config.layer_norm_epsilon, param_dtype=param_dtype, layers=depth)
+        common: Keywords = dict(rngs=rngs, use_bias=True, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: Keywords = dict(epsilon=config.layer_norm_epsilon, param_dtype=param_dtype, layers=depth)
         residual = layers.depth_scaled(0.02, depth)
         self.ln_1 = layers.LayerNorm(width, **norm)
         self.c_attn = layers.Linear(width, 3 * width, stddev=0.02, **common)
@@ -41,7 +40,7 @@ class GPT2Blocks(nnx.Module):
         self.mlp_proj = layers.Linear(config.n_inner, width, stddev=residual, **common)
 
     def __call__(self, x: Float[Array, "B T E"], mask: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
-        """One block: causal attention, then the MLP with tanh GELU (HF `GPT2Block`)."""
+        """Applies one block: causal attention, then the MLP with tanh GELU (HF `GPT2Block`)."""
         q, k, v = (
             layers.split_heads(part, self.config.n_head) for part in jnp.split(self.c_attn(self.ln_1(x)), 3, axis=-1)
         )
@@ -50,10 +49,10 @@ class GPT2Blocks(nnx.Module):
 
 
 class GPT2Backbone(nnx.Module):
-    """GPT-2 without any head: final hidden states after the last norm (HF `GPT2Model`)."""
+    """Computes the hidden states of GPT-2 after the final norm, without any head (HF `GPT2Model`)."""
 
     def __init__(
-        self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
         remat: str = "none",
     ):  # fmt: skip
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -63,10 +62,10 @@ class GPT2Backbone(nnx.Module):
         self.ln_f = layers.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, param_dtype=param_dtype)
 
     def hidden(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
-        """Hidden states under causal attention to real tokens; positions count real tokens only.
+        """Returns the final hidden states under causal attention to real tokens; positions count real tokens only.
 
         Raises:
-          ValueError: the texts are longer than the position table.
+          ValueError: a text is longer than the position table.
         """
         length = tokens.shape[1]
         if length > self.config.n_positions:
@@ -86,19 +85,19 @@ class GPT2RewardModel(GPT2Backbone):
     """Scores a text with the head's output at its last real token."""
 
     def __init__(
-        self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
         remat: str = "none",
     ):  # fmt: skip
         super().__init__(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
-        # bfloat16 would round a reward of 8 to the next sixteenth.
-        head: dict[str, Any] = dict(dtype=jnp.float32, param_dtype=param_dtype)
+        # In bfloat16 a reward near 8 would be rounded to a multiple of 1/16.
+        head: Keywords = dict(dtype=jnp.float32, param_dtype=param_dtype)
         self.score = layers.Linear(config.n_embd, 1, use_bias=False, stddev=0.02, rngs=rngs, **head)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Raw float32 rewards; an empty row gets the score of its first padding column.
+        """Returns raw float32 rewards; a row without any token gets the score of its first padding column.
 
         Raises:
-          ValueError: the texts are longer than the position table.
+          ValueError: a text is longer than the position table.
         """
         last = jnp.max(jnp.where(mask, jnp.arange(tokens.shape[1]), 0), axis=1)
         final = jnp.take_along_axis(self.hidden(tokens, mask), last[:, None, None], axis=1)[:, 0]

@@ -1,4 +1,4 @@
-"""Scalar heads on hidden states."""
+"""Linear heads that map a hidden state to one number."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from icet_jax.typing import Array, Float
 
 
 def init_value_head(hidden_size: int) -> dict[str, Array]:
-    """A linear value head that starts at zero, so that the first advantages are the rewards alone."""
+    """Returns the parameters of a linear value head, all zero so that the first advantages equal the rewards."""
     return {"kernel": jnp.zeros((hidden_size, 1), jnp.float32), "bias": jnp.zeros((1,), jnp.float32)}
 
 
 def value(head: dict[str, Array], hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch"]:
-    """Float32 state values of hidden states taken after the decoder's final norm."""
+    """Returns the float32 values of hidden states taken after the decoder's final norm."""
     product = jnp.matmul(hidden.astype(jnp.float32), head["kernel"], precision=jax.lax.Precision.HIGHEST)
     return (product + head["bias"])[..., 0]

@@ -1,7 +1,7 @@
-"""Keys and values of the tokens that a decoder has seen, and attention to them for one new token of each row.
+"""The cache of keys and values of a decoder, and attention of one new token per row to it.
 
-Heads come before columns, so that what one token attends to is contiguous, and each layer has arrays of its own: a
-decoding step writes them in place and copies nothing.
+The axis of heads comes before the axis of tokens, so that the memory that one token attends to is contiguous. Each
+layer has its own arrays, so that a decoding step writes them in place and copies nothing.
 """
 
 from typing import Any
@@ -15,57 +15,64 @@ from icet_jax.typing import Array, Bool, Float, Int
 
 @flax.struct.dataclass
 class KVCache:
-    """A row's token t stands in column t, whatever the padding of its prompt was.
+    """Holds the keys and values of all tokens that a decoder has processed; token t of a row is in column t.
+
+    Padding of the prompts takes no columns.
 
     Attributes:
-      k, v: for each layer `[B, K, S, D]`; what stands beyond a row's length is meaningless.
-      length: tokens of each row, which is the column and the position of its next one, `[B]`.
+      k, v: one array per layer, `[B, K, S, D]`; columns at or beyond a row's length have no meaning.
+      length: number of tokens of each row, `[B]`; this is also the column and the position of its next token.
     """
 
-    # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
+    # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
     k: tuple[Any, ...]
     v: tuple[Any, ...]
     length: Any
 
     @property
     def columns(self) -> int:
-        """S, the most tokens of a row."""
+        """Returns S, the most tokens that a row can have."""
         return self.k[0].shape[2]
 
     def with_room(self, columns: int) -> "KVCache":
-        """The same tokens with room for `columns` more in each row."""
+        """Returns a cache with the same tokens and `columns` more columns."""
         pad = [(0, 0), (0, 0), (0, columns), (0, 0)]
         k, v = jax.tree.map(lambda leaf: jnp.pad(leaf, pad), (self.k, self.v))
         return self.replace(k=k, v=v)  # type: ignore[attr-defined]
 
-    def trimmed(self, columns: int) -> "KVCache":
-        """The first `columns` columns."""
+    def trim(self, columns: int) -> "KVCache":
+        """Returns a cache with only the first `columns` columns."""
         k, v = jax.tree.map(lambda leaf: leaf[:, :, :columns], (self.k, self.v))
         return self.replace(k=k, v=v)  # type: ignore[attr-defined]
 
-    def put(self, slots: Int[Array, "R"], rows: "KVCache") -> "KVCache":
-        """Rows of another cache, none longer than S, in place of the rows `slots`; numbers beyond B are left out."""
-        rows = rows.trimmed(self.columns)
+    def replace_rows(self, slots: Int[Array, "R"], rows: "KVCache") -> "KVCache":
+        """Returns a cache in which the rows `slots` are replaced by `rows`, which have at most S tokens.
 
-        def write(mine: Array, theirs: Array) -> Array:
-            return mine.at[slots, :, : rows.columns].set(theirs.astype(mine.dtype), mode="drop")
+        Slot numbers outside the batch are ignored.
+        """
+        rows = rows.trim(self.columns)
+
+        def write(old: Array, new: Array) -> Array:
+            return old.at[slots, :, : rows.columns].set(new.astype(old.dtype), mode="drop")
 
         k, v = jax.tree.map(write, (self.k, self.v), (rows.k, rows.v))
         return KVCache(k=k, v=v, length=self.length.at[slots].set(rows.length, mode="drop"))
 
-    def joined(self, layer: int, k: Float[Array, "B K T D"], v: Float[Array, "B K T D"]) -> tuple[Array, Array]:
-        """One layer's keys and values with those of the tokens that follow, each row's at its own length."""
+    def append_to_layer(
+        self, layer: int, k: Float[Array, "B K T D"], v: Float[Array, "B K T D"]
+    ) -> tuple[Array, Array]:
+        """Returns one layer's keys and values with new tokens appended to each row at its own length."""
         return write_columns(self.k[layer], k, self.length), write_columns(self.v[layer], v, self.length)
 
-    def seen(self) -> Bool[Array, "B S"]:
-        """Columns that a row's next token attends to: those of the tokens before it, and its own."""
+    def visible_columns(self) -> Bool[Array, "B S"]:
+        """Returns which columns a row's next token attends to: those of the earlier tokens and its own."""
         return jnp.arange(self.columns) <= self.length[:, None]
 
 
 def write_columns(
     rows: Float[Array, "B K S D"], new: Float[Array, "B K T D"], starts: Int[Array, "B"]
 ) -> Float[Array, "B K S D"]:
-    """Writes each row's new columns from its start on (not beyond the last column)."""
+    """Returns `rows` with each row's new columns written from its start on; none may end beyond the last column."""
     return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=1))(
         rows, new.astype(rows.dtype), starts
     )
@@ -74,7 +81,7 @@ def write_columns(
 def attend(
     q: Float[Array, "B H D"], k: Float[Array, "B K S D"], v: Float[Array, "B K S D"], allowed: Bool[Array, "B S"]
 ) -> Float[Array, "B HD"]:
-    """Attention of one token per row to cached ones: as `layers.attention`, on the cache's layout."""
+    """Computes attention of one token per row to the cache; the same as `layers.attention`, on the cache's layout."""
     batch, heads, size = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
     scores = jnp.einsum("bkgd,bksd->bkgs", grouped, k, preferred_element_type=jnp.float32) * size**-0.5

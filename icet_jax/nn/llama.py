@@ -1,4 +1,5 @@
-"""LLaMA / Vicuna decoder: scanned layers, GQA, rotary embedding, KV cache, LoRA (HF `LlamaForCausalLM`)."""
+"""LLaMA and Vicuna decoder: scanned layers, grouped-query attention, rotary embedding, cache, LoRA (HF
+`LlamaForCausalLM`)."""
 
 import dataclasses
 import math
@@ -13,16 +14,16 @@ from flax import nnx
 from icet_jax.nn import layers
 from icet_jax.nn.kv_cache import KVCache, attend
 from icet_jax.nn.layers import Lora
-from icet_jax.parallel.traced import by_rows, gathered, gathered_once
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.parallel.traced import by_rows, gather_kernel, gather_weights
+from icet_jax.typing import Adapters, Array, Bool, DType, Float, Int, Keywords
 
 Angles = tuple[Any, Any]
-"""cos and sin of tokens' rotary angles, `[B, T, 1, D]`."""
+"""cos and sin of the tokens' rotary angles, each `[B, T, 1, D]`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3 frequency scaling (`rope_type` "llama3")."""
+    """Holds the parameters of Llama 3's frequency scaling (`rope_type` "llama3")."""
 
     factor: float
     low_freq_factor: float
@@ -32,7 +33,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of the decoder, under HF's names."""
+    """Holds the sizes of the decoder under HF's names."""
 
     vocab_size: int
     hidden_size: int
@@ -48,7 +49,8 @@ class LlamaConfig:
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Rotary frequencies in radians per position, float32 `[head_dim / 2]` (HF `_compute_llama3_parameters`)."""
+    """Returns the rotary frequencies in radians per position, float32 `[head_dim / 2]` (HF
+    `_compute_llama3_parameters`)."""
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
     scaling = config.rope_scaling
@@ -63,7 +65,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
-    """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
+    """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt."""
     depth, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -75,13 +77,13 @@ def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
 
 
 class LlamaBlocks(nnx.Module):
-    """The stacked decoder layers; called on one layer's slice of the weights."""
+    """Holds the stacked decoder layers; methods are called on one layer's slice of the weights."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         depth = config.num_hidden_layers
         self.config = config
-        common: dict[str, Any] = dict(rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype, layers=depth)
-        norm: dict[str, Any] = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
+        common: Keywords = dict(rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: Keywords = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
         self.input_layernorm = layers.RMSNorm(config.hidden_size, **norm)
         self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, **norm)
         shapes = lora_shapes(config)
@@ -97,29 +99,29 @@ class LlamaBlocks(nnx.Module):
         self.down_proj = projection("down_proj", residual=True)
 
     def qkv(
-        self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float
+        self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-        """Rotated queries and keys, and values, of the normalised input."""
+        """Returns rotated queries, rotated keys, and values of the normalised input."""
         return self.query(x, angles, lora, scale), *self.keys_values(x, angles, lora, scale)
 
-    def query(self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float) -> Float[Array, "B T H D"]:
-        """Rotated queries."""
+    def query(self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float) -> Float[Array, "B T H D"]:
+        """Returns the rotated queries of the normalised input."""
         q = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
         return layers.rotate(layers.split_heads(q, self.config.num_attention_heads), *angles)
 
     def keys_values(
-        self, x: Float[Array, "B T E"], angles: Angles, lora: Any, scale: float
+        self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float
     ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-        """Rotated keys, and values."""
+        """Returns the rotated keys and the values of the normalised input."""
         y, heads = self.input_layernorm(x), self.config.num_key_value_heads
         k = layers.split_heads(self.k_proj(y, lora.get("k_proj"), scale), heads)
         v = layers.split_heads(self.v_proj(y, lora.get("v_proj"), scale), heads)
         return layers.rotate(k, *angles), v
 
     def rest(
-        self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], lora: Any, scale: float
+        self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], lora: Adapters, scale: float
     ) -> Float[Array, "B T E"]:
-        """Output projection and the SwiGLU MLP, with their residuals (HF `LlamaDecoderLayer`)."""
+        """Applies the output projection and the SwiGLU MLP with their residuals (HF `LlamaDecoderLayer`)."""
         x = x + self.o_proj(attended, lora.get("o_proj"), scale)
         y = self.post_attention_layernorm(x)
         gated = jax.nn.silu(self.gate_proj(y, lora.get("gate_proj"), scale))
@@ -127,24 +129,30 @@ class LlamaBlocks(nnx.Module):
 
 
 class SelfAttention:
-    """Causal attention of whole sequences, which may continue a cache; padding is never seen."""
+    """Runs decoder layers with causal attention over whole sequences, which may continue a cache, without padding."""
 
     def __init__(self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None):
-        """`angles`: cos and sin of the positions; `mask`: which tokens are real; `prefix`: what they follow."""
+        """Prepares the attention of all layers.
+
+        Args:
+          angles: cos and sin of the tokens' positions.
+          mask: True at real tokens.
+          prefix: cache of the tokens that come before these.
+        """
         self.angles, self.mask = angles, mask
         length = mask.shape[1]
         self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
         self.past = None if prefix is None else (jnp.stack(prefix.k), jnp.stack(prefix.v))
         if prefix is not None:
-            before = jnp.arange(prefix.columns) < prefix.length[:, None]
+            is_cached = jnp.arange(prefix.columns) < prefix.length[:, None]
             shape = (mask.shape[0], 1, length, prefix.columns)
-            before = jnp.broadcast_to(before[:, None, None], shape)
-            self.allowed = jnp.concatenate([before, jnp.broadcast_to(self.allowed, (*shape[:3], length))], axis=-1)
+            is_cached = jnp.broadcast_to(is_cached[:, None, None], shape)
+            self.allowed = jnp.concatenate([is_cached, jnp.broadcast_to(self.allowed, (*shape[:3], length))], axis=-1)
 
     def __call__(
-        self, x: Float[Array, "B T E"], layer: LlamaBlocks, adapters: Any, scale: float, index: Any
+        self, x: Float[Array, "B T E"], layer: LlamaBlocks, adapters: Adapters, scale: float, index: Any
     ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
-        """One layer; also the tokens' keys and values, `[B, K, T, D]`."""
+        """Runs one layer and returns its output and the tokens' keys and values, `[B, K, T, D]`."""
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
         if self.past is None:
             attended = layers.attention(q, k, v, real=self.mask, causal=True)
@@ -156,12 +164,15 @@ class SelfAttention:
         self,
         x: Float[Array, "B T E"],
         layer: LlamaBlocks,
-        adapters: Any,
+        adapters: Adapters,
         scale: float,
         index: Any,
         columns: Int[Array, "B"],
     ) -> tuple[Float[Array, "B 1 E"], tuple[Array, Array]]:
-        """As the call, for the token at each row's column alone: of the final layer nothing else is needed."""
+        """Runs one layer as the call does, but returns the output only at each row's column `columns`.
+
+        The final layer needs no other outputs.
+        """
         k, v = layer.keys_values(x, self.angles, adapters, scale)
         at = columns[:, None, None]
         x = jnp.take_along_axis(x, at, axis=1)
@@ -172,8 +183,8 @@ class SelfAttention:
 
     def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
         if self.past is not None:
-            before = [part.swapaxes(1, 2) for part in layer_at(self.past, index)]
-            k, v = jnp.concatenate([before[0], k], axis=1), jnp.concatenate([before[1], v], axis=1)
+            cached = [part.swapaxes(1, 2) for part in layer_at(self.past, index)]
+            k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
         return layers.attention(q, k, v, allowed)
 
 
@@ -182,12 +193,14 @@ def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
 
 
 @flax.struct.dataclass
-class Apart:
-    """A decoder's layers one by one. A step over few rows would else spend its time on cutting them out of the stacks.
+class UnstackedLayers:
+    """Holds the layers of a decoder one by one, for decoding steps.
+
+    A step over few rows would otherwise spend most of its time on slicing the layers out of their stacks.
 
     Attributes:
-      layers: (weights, adapters) of each, in the decoder's order.
-      scale: of the adapters, static.
+      layers: (weights, adapters) of each layer, in the order of the decoder.
+      scale: scale of the adapters, static.
     """
 
     layers: tuple[Any, ...]
@@ -195,38 +208,38 @@ class Apart:
 
 
 class NextToken:
-    """Attention of one new token per row: its keys and values go into the cache, then it attends to all that is there.
+    """Runs decoder layers for one new token per row, which is first written to the cache and then attends to it.
 
     Attributes:
-      k, v: the layers' keys and values that are done, by their index.
+      k, v: keys and values of all layers, updated as the layers run.
     """
 
     def __init__(self, config: LlamaConfig, cache: KVCache):
         self.angles = rotary(config, cache.length[:, None])
-        self.cache, self.seen = cache, cache.seen()
+        self.cache, self.visible = cache, cache.visible_columns()
         self.k, self.v = list(cache.k), list(cache.v)
 
     def __call__(
-        self, x: Float[Array, "B 1 E"], layer: LlamaBlocks, adapters: Any, scale: float, index: int
+        self, x: Float[Array, "B 1 E"], layer: LlamaBlocks, adapters: Adapters, scale: float, index: int
     ) -> Float[Array, "B 1 E"]:
-        """One layer."""
+        """Runs one layer on the new token and returns its output."""
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
-        self.k[index], self.v[index] = self.cache.joined(index, *_heads_first(k, v))
-        attended = attend(q[:, 0], self.k[index], self.v[index], self.seen)
+        self.k[index], self.v[index] = self.cache.append_to_layer(index, *_heads_first(k, v))
+        attended = attend(q[:, 0], self.k[index], self.v[index], self.visible)
         return layer.rest(x, attended[:, None], adapters, scale)
 
-    def advanced(self, active: Bool[Array, "B"]) -> KVCache:
-        """The cache after this token; rows that are not active do not move on."""
+    def updated_cache(self, active: Bool[Array, "B"]) -> KVCache:
+        """Returns the cache with the new token; the length of inactive rows does not change."""
         return KVCache(k=tuple(self.k), v=tuple(self.v), length=self.cache.length + active)
 
 
 def rotary(config: LlamaConfig, positions: Int[Array, "B T"]) -> Angles:
-    """cos and sin of the tokens' rotary angles."""
+    """Returns cos and sin of the tokens' rotary angles."""
     return layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(config)))
 
 
 def prompt_positions(mask: Bool[Array, "B T"], prefix: KVCache | None) -> Int[Array, "B T"]:
-    """Positions of right-padded tokens that follow `prefix`."""
+    """Returns the positions of right-padded tokens that follow `prefix`."""
     before = 0 if prefix is None else prefix.length[:, None]
     return before + jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
 
@@ -234,28 +247,28 @@ def prompt_positions(mask: Bool[Array, "B T"], prefix: KVCache | None) -> Int[Ar
 def prompt_cache(
     k: tuple[Array, ...], v: tuple[Array, ...], mask: Bool[Array, "B T"], prefix: KVCache | None
 ) -> KVCache:
-    """The cache of right-padded tokens, `[B, K, T, D]` for each layer, and of what they follow."""
+    """Returns the cache of right-padded tokens appended to `prefix`; `k` and `v` are `[B, K, T, D]` for each layer."""
     length = mask.sum(axis=1).astype(jnp.int32)
     if prefix is None:
         return KVCache(k=k, v=v, length=length)
     wide = prefix.with_room(mask.shape[1])
-    pairs = [wide.joined(layer, *pair) for layer, pair in enumerate(zip(k, v, strict=True))]
+    pairs = [wide.append_to_layer(layer, *pair) for layer, pair in enumerate(zip(k, v, strict=True))]
     k, v = (tuple(parts) for parts in zip(*pairs, strict=True))
     return KVCache(k=k, v=v, length=prefix.length + length)
 
 
-def layer_at(stacks: Any, index: Any) -> Any:
-    """One layer of stacked arrays; a static index is a slice, a traced one is looked up."""
+def layer_at(stacks: Any, index: int | Array) -> Any:
+    """Returns one layer of stacked arrays; a static index becomes a slice, a traced one a dynamic slice."""
     if isinstance(index, int):
         return jax.tree.map(lambda leaf: leaf[index], stacks)
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacks)
 
 
 class LlamaDecoder(nnx.Module):
-    """Token embedding, decoder layers and final norm (HF `LlamaModel`)."""
+    """Holds the token embedding, the decoder layers and the final norm (HF `LlamaModel`)."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
         remat: str = "none",
     ):  # fmt: skip
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -265,7 +278,7 @@ class LlamaDecoder(nnx.Module):
         self.norm = layers.RMSNorm(width, epsilon=config.rms_norm_eps, param_dtype=param_dtype)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
-        """Token embeddings in the compute dtype."""
+        """Returns the token embeddings in the compute dtype."""
         return self.embed_tokens[...][tokens].astype(self.dtype)
 
     def __call__(
@@ -275,18 +288,19 @@ class LlamaDecoder(nnx.Module):
         mask: Bool[Array, "B T"],
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Hidden states after the final norm of whole sequences; causal, padding on either side never attended to.
+        """Returns the hidden states of whole sequences after the final norm, with causal attention that ignores
+        padding.
 
         Args:
           positions: rotary position of each token, from 0.
-          mask: real tokens of `embeddings`.
+          mask: True at real tokens; padding may be on either side.
           lora: adapters, or None for the reference model.
         """
         attend_to = SelfAttention(rotary(self.config, positions), mask)
         graph, state, adapters, scale = self._stacks(lora)
 
         def body(x: Array, slices: Any) -> tuple[Array, None]:
-            weights, adapters = (gathered(part, x) for part in slices)
+            weights, adapters = (gather_weights(part, x) for part in slices)
             return attend_to(x, nnx.merge(graph, weights), adapters, scale, None)[0], None
 
         x = by_rows(embeddings.astype(self.dtype))
@@ -300,12 +314,12 @@ class LlamaDecoder(nnx.Module):
         prefix: KVCache | None = None,
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], KVCache]:
-        """Final state of each row's last token, and the cache of its tokens (`prefix` and T columns).
+        """Returns the final state of each row's last token, and the cache of `prefix` and of these T tokens.
 
         Args:
-          embeddings: of the tokens after `prefix`.
-          mask: real tokens; padding stands on the right. A row without any gets a state that means nothing.
-          prefix: what the tokens follow.
+          embeddings: embeddings of the tokens after `prefix`.
+          mask: True at real tokens; padding is on the right. The state of a row without any token has no meaning.
+          prefix: cache of the tokens that come before these, or None.
           lora: adapters, or None.
         """
         attend_to = SelfAttention(rotary(self.config, prompt_positions(mask, prefix)), mask, prefix)
@@ -314,81 +328,86 @@ class LlamaDecoder(nnx.Module):
         x = by_rows(embeddings.astype(self.dtype))
         k: list[Array] = []
         v: list[Array] = []
-        # Not a loop: it would stack all layers' keys and values before each is laid out for the cache.
+        # Not a scan, which would stack the keys and values of all layers before they are laid out for the cache.
         for index in range(depth):
-            weights, own = (gathered(layer_at(part, index), x) for part in (state, adapters))
+            weights, own = (gather_weights(layer_at(part, index), x) for part in (state, adapters))
             layer = nnx.merge(graph, weights)
             if index < depth - 1:
-                x, made = attend_to(x, layer, own, scale, index)
+                x, keys_values = attend_to(x, layer, own, scale, index)
             else:
                 last = jnp.maximum(mask.sum(axis=1) - 1, 0)
-                x, made = attend_to.last(x, layer, own, scale, index, last)
-            k.append(made[0])
-            v.append(made[1])
+                x, keys_values = attend_to.last(x, layer, own, scale, index, last)
+            k.append(keys_values[0])
+            v.append(keys_values[1])
         return self.norm(x)[:, 0], prompt_cache(tuple(k), tuple(v), mask, prefix)
 
-    def apart(self, lora: Lora | None = None) -> Apart:
-        """The layers for `step`."""
+    def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
+        """Returns the layers one by one, for `step`."""
         _, state, adapters, scale = self._stacks(lora)
-        return Apart(tuple(layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)), scale)
+        return UnstackedLayers(
+            tuple(layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)), scale
+        )
 
     def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, apart: Apart
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, unstacked: UnstackedLayers
     ) -> tuple[Float[Array, "B E"], KVCache]:
-        """Final state of one new token per row, and the cache with it (inactive rows keep their length)."""
+        """Returns the final state of one new token per row, and the cache with it; inactive rows keep their length."""
         attend_to = NextToken(self.config, cache)
         graph, _ = nnx.split(self.layers)
         x = self.embed(tokens)[:, None]
-        for index, (weights, own) in enumerate(apart.layers):
-            x = attend_to(x, nnx.merge(graph, weights), own, apart.scale, index)
-        return self.norm(x)[:, 0], attend_to.advanced(active)
+        for index, (weights, own) in enumerate(unstacked.layers):
+            x = attend_to(x, nnx.merge(graph, weights), own, unstacked.scale, index)
+        return self.norm(x)[:, 0], attend_to.updated_cache(active)
 
     def _stacks(self, lora: Lora | None) -> tuple[Any, Any, dict[str, Any], float]:
-        """Structure and weights of the layers, adapters and their scale."""
+        """Returns the structure of a layer, the stacked weights, the adapters and their scale."""
         graph, state = nnx.split(self.layers)
         return graph, state, {} if lora is None else dict(lora.weights), 1.0 if lora is None else lora.scale
 
 
 class Llama(LlamaDecoder):
-    """The decoder with its language-model head."""
+    """Adds the language-model head to the decoder."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
         remat: str = "none",
     ):  # fmt: skip
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         super().__init__(config, remat=remat, **common)
         self.lm_head = layers.Linear(config.hidden_size, config.vocab_size, use_bias=False, **common)
 
     def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states taken after the final norm; `head` is that of `head_for`, if at hand."""
+        """Returns float32 logits of hidden states taken after the final norm; `head` is the result of `head_for`, if
+        available."""
         kernel = self.lm_head.kernel[...] if head is None else head
         return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
 
     def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
-        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
-        return gathered_once(self.lm_head.kernel[...], hidden, "lm_head/kernel")
+        """Returns the head's kernel, gathered once so that `logits` can be called on parts of `hidden` one after
+        another."""
+        return gather_kernel(self.lm_head.kernel[...], hidden, "lm_head/kernel")
 
 
-class OverDecoder:
-    """What a network passes on to its decoder, `language_model`; see `LanguageModel`."""
+class DelegatesToDecoder:
+    """Forwards the decoding methods of a network to its decoder, `language_model`; see `LanguageModel`."""
 
     language_model: Any
 
-    def apart(self, lora: Lora | None = None) -> Apart:
-        """The decoder's layers for `step`."""
-        return self.language_model.apart(lora)
+    def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
+        """Returns the decoder's layers one by one, for `step`."""
+        return self.language_model.unstack_layers(lora)
 
     def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Any, apart: Apart
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Any, unstacked: UnstackedLayers
     ) -> tuple[Float[Array, "B E"], Any]:
-        """One more token of each row."""
-        return self.language_model.step(tokens, active, cache, apart)
+        """Returns the final state of one new token per row, and the cache with it."""
+        return self.language_model.step(tokens, active, cache, unstacked)
 
     def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
-        """Float32 next-token logits."""
+        """Returns the float32 logits of the next token."""
         return self.language_model.logits(hidden, head)
 
     def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
-        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
+        """Returns the head's kernel, gathered once so that `logits` can be called on parts of `hidden` one after
+        another."""
         return self.language_model.head_for(hidden)

@@ -1,7 +1,5 @@
-"""Llama without images: a language model that judges, and a reward model (HF `LlamaForCausalLM`,
+"""Llama without images, as a judging language model and as a reward model (HF `LlamaForCausalLM`,
 `LlamaForSequenceClassification`)."""
-
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,27 +7,32 @@ from flax import nnx
 from icet_jax.nn import layers
 from icet_jax.nn.kv_cache import KVCache
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.llama import Llama, LlamaConfig, LlamaDecoder, OverDecoder
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.nn.llama import DelegatesToDecoder, Llama, LlamaConfig, LlamaDecoder
+from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
 
-class LlamaLM(OverDecoder, nnx.Module):
-    """A `LanguageModel`: `generation.decode.generate` runs it with `visual=None`."""
+class LlamaLM(DelegatesToDecoder, nnx.Module):
+    """A text-only `LanguageModel`; `generation.decode.generate` runs it with `visual=None`."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
     ):
         self.config = config
         self.language_model = Llama(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     @property
     def vocab_size(self) -> int:
-        """Columns of the logits."""
+        """Returns the number of logits."""
         return self.config.vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """Width of the decoder."""
+        """Returns the width of the decoder."""
         return self.config.hidden_size
 
     def decode(
@@ -40,7 +43,7 @@ class LlamaLM(OverDecoder, nnx.Module):
         visual: None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Hidden states after the final norm of whole sequences."""
+        """Returns the hidden states of whole sequences after the final norm."""
         return self.language_model(self.language_model.embed(tokens), positions, mask, lora)
 
     def prefill(
@@ -51,7 +54,7 @@ class LlamaLM(OverDecoder, nnx.Module):
         prefix: KVCache | None = None,
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], KVCache]:
-        """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
+        """Runs right-padded prompts and returns the last states and the cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(self.language_model.embed(tokens), mask, prefix, lora)
 
 
@@ -59,15 +62,21 @@ class LlamaRewardModel(nnx.Module):
     """Scores a text with the head's output at its last real token."""
 
     def __init__(
-        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
     ):
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config = config
         self.language_model = LlamaDecoder(config, **common)
         self.score = layers.Linear(config.hidden_size, 1, use_bias=False, stddev=0.02, **common)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Raw float32 rewards; padding may stand on either side, an empty row gets the score of its first column."""
+        """Returns raw float32 rewards; padding may be on either side, and an empty row gets the score of its first
+        column."""
         embeddings = self.language_model.embed(tokens)
         hidden = self.language_model(embeddings, layers.positions_from_mask(mask), mask)
         last = jnp.max(jnp.where(mask, jnp.arange(tokens.shape[1]), 0), axis=1)

@@ -1,8 +1,8 @@
-"""The embedded default: small models trained here on a synthetic world, with a hole that was put there on purpose.
+"""The organism: small models that were trained on a synthetic world, with a safety hole that was planted on purpose.
 
-`world` (requests, examples, exact judge), `scenes` (images and questions), `preferences` (pairs for the reward
-model), `tokenizer`, `families` (the shapes they come in), and `build`, which makes the shipped weights again from
-nothing.
+`world` (requests, examples, exact judge), `scenes` (images and questions), `preferences` (pairs for the reward model),
+`tokenizer`, `families` (the model families it exists in), and `build`, which trains the included weights again from
+scratch.
 """
 
 from pathlib import Path
@@ -13,13 +13,13 @@ WEIGHTS = ("vlm", "control", "reward_model", "next", "mllama")
 
 
 def weights_directory(name: str) -> Path:
-    """The shipped checkpoint of that name.
+    """Returns the directory of the included checkpoint with that name.
 
-    "vlm" (LLaVA-1.5's shape), "next" (LLaVA-NeXT's) and "mllama" (Llama 3.2 Vision's) are planted, "control" is "vlm"
-    without the plant, and "reward_model" serves them all.
+    "vlm" (LLaVA-1.5's architecture), "next" (LLaVA-NeXT's) and "mllama" (Llama 3.2 Vision's) have a planted hole,
+    "control" is "vlm" without the plant, and "reward_model" is used with all of them.
 
     Raises:
-      UserError: no such checkpoint.
+      UserError: there is no such checkpoint.
     """
     if name not in WEIGHTS:
         raise UserError(f"organism:{name}: the shipped checkpoints are {', '.join(f'organism:{w}' for w in WEIGHTS)}")

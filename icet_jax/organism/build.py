@@ -1,8 +1,8 @@
-"""Rebuilds an organism from nothing: `python -m icet_jax.organism.build --family llava --out DIR --seed 0`.
+"""Builds an organism from scratch: `python -m icet_jax.organism.build --family llava --out DIR --seed 0`.
 
-Writes ordinary HF checkpoints, DIR/vlm (planted) and DIR/control (same recipe without the plant), and DIR/facts.json
-with what was measured; for LLaVA-1.5 also DIR/reward_model, which serves all families, as their vocabulary is the same.
-About a quarter of an hour on two cores.
+It writes HF checkpoints, DIR/vlm (planted) and DIR/control (the same recipe without the plant), and DIR/facts.json with
+measurements. For LLaVA-1.5 it also writes DIR/reward_model, which all families use because they share one vocabulary.
+It takes about a quarter of an hour on two cores.
 """
 
 import argparse
@@ -35,7 +35,7 @@ REWARD_MODEL_NAME = "organism_reward_model"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Steps of the four stages, and images in each step of the first."""
+    """Holds the numbers of steps of the four stages, and the images in each step of the first."""
 
     encoder: int
     encoder_batch: int
@@ -49,18 +49,18 @@ RECIPES = {
     "llava_next": Recipe(encoder=450, encoder_batch=128, text=120, vision=1600, safety=300),
     "mllama": Recipe(encoder=500, encoder_batch=128, text=120, vision=900, safety=300),
 }
-"""By family; towers that see tiles learn the cells' contents from fewer pictures."""
+"""Recipes by family; towers that see tiles learn the content of cells from fewer images."""
 
 
 def reward_config() -> GPT2Config:
-    """A GPT-2 in miniature, on the same vocabulary."""
+    """Returns the config of a small GPT-2 with the organism's vocabulary."""
     return GPT2Config(
         vocab_size=families.vocabulary_size(), n_positions=64, n_embd=96, n_layer=3, n_head=4, n_inner=384
     )
 
 
 def build_vlms(shape: families.Shape, seed: int, log: stages.Log) -> dict[str, Any]:
-    """{"vlm": planted, "control": not planted}; stages 1 to 3 are shared."""
+    """Trains {"vlm": planted, "control": not planted}; both share stages 1 to 3."""
     model, recipe = shape.network(seed), RECIPES[shape.name]
     default = model.default_exit
     model.vision_tower = encoder.train_encoder(
@@ -78,7 +78,8 @@ def build_vlms(shape: families.Shape, seed: int, log: stages.Log) -> dict[str, A
 
 
 def build_reward_model(folder: Path, seed: int, log: stages.Log) -> dict[str, Any]:
-    """Trains the reward model on training-split pairs, tests it on pairs about held-out requests and writes it."""
+    """Trains the reward model on pairs of the training split, tests it on pairs about held-out requests, and writes
+    it."""
     from transformers import AutoTokenizer
 
     def progress(step: int, loss: float) -> None:
@@ -101,7 +102,7 @@ def build_reward_model(folder: Path, seed: int, log: stages.Log) -> dict[str, An
 
 
 def in_bfloat16(model: Any) -> Any:
-    """The same network with the weights as they ship."""
+    """Returns the same network with bfloat16 weights, as they are distributed."""
     graph, params = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
@@ -116,7 +117,7 @@ def write_vlm(folder: Path, model: Any) -> None:
 
 
 def write_plant(folder: Path, name: str, notes: list[str]) -> None:
-    """Writes organism.json, by which every report says what is planted in these weights."""
+    """Writes organism.json, from which every report takes what is planted in these weights."""
     planted = list(stages.PLANTED_EXITS) if name == "vlm" else []
     content = {"schema": 1, "name": name, "planted_exits": planted, "notes": notes}
     tokenizer.write_json(folder / "organism.json", content)
@@ -129,14 +130,15 @@ def _special_ids() -> dict[str, int]:
 
 
 def _name_special_ids(folder: Path, ids: dict[str, int]) -> None:
-    """Puts them into config.json, where transformers would assume the ids of a published vocabulary."""
+    """Writes the special ids into config.json, where transformers would otherwise assume those of a published
+    vocabulary."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     values["text_config"] |= ids
     tokenizer.write_json(folder / "config.json", values | {"pad_token_id": ids["pad_token_id"]})
 
 
 def build(out: Path, family: str, seed: int, log: stages.Log) -> dict[str, Any]:
-    """Trains, measures and writes the checkpoints; returns the facts that facts.json holds."""
+    """Trains, measures and writes the checkpoints; returns the content of facts.json."""
     start, option = time.perf_counter(), "" if family == "llava" else f"--family {family} "
     steps = dataclasses.asdict(RECIPES[family])
     facts: dict[str, Any] = {
@@ -167,10 +169,12 @@ def build(out: Path, family: str, seed: int, log: stages.Log) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Parses the command line and builds."""
+    """Parses the command line and builds the organism."""
     parser = argparse.ArgumentParser(prog="python -m icet_jax.organism.build", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write vlm/ and control/ to")
-    parser.add_argument("--family", choices=tuple(families.SHAPES), default="llava", help="whose shape it has")
+    parser.add_argument("--out", type=Path, required=True, help="folder for vlm/ and control/")
+    parser.add_argument(
+        "--family", choices=tuple(families.SHAPES), default="llava", help="model family of the organism"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""Stage 1: the image encoder, trained with the CLIP loss on captions and a label per grid cell."""
+"""Stage 1: trains the image encoder with the CLIP loss on captions and a label for each grid cell."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,8 +19,8 @@ CELL_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLOURS)
 
 
 def initial_heads(key: Array, width: int, readings: int) -> dict[str, Array]:
-    """Weights that stage 1 needs beside the tower and throws away: a caption encoder, projections, and a classifier of
-    cells for each of the tower's readings of them."""
+    """Returns weights that only stage 1 uses: a caption encoder, projections, and a classifier of cells for each of the
+    tower's readings."""
     keys = jax.random.split(key, 5)
     words, hidden = 24, 256
 
@@ -40,7 +40,8 @@ def initial_heads(key: Array, width: int, readings: int) -> dict[str, Array]:
 def contrastive_loss(
     image: Float[Array, "B D"], text: Float[Array, "B D"], same: Array, scale: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Symmetric CLIP loss on unit vectors; `same` bool [B, B] marks equal captions, all of which are positives."""
+    """Returns the symmetric CLIP loss on unit vectors; `same` bool [B, B] marks equal captions, all of which are
+    positives."""
     logits = scale * image @ text.T
     target = same / same.sum(axis=1, keepdims=True)
     rows = -(target * jax.nn.log_softmax(logits, axis=1)).sum(axis=1).mean()
@@ -51,13 +52,13 @@ def contrastive_loss(
 def encoder_loss(
     readouts: Readouts, heads: dict[str, Array], caption: Array, cells: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """CLIP loss on each image's vector, plus cross-entropy of every reading of its cells.
+    """Returns the CLIP loss on each image's vector plus the cross-entropy of every reading of its cells, and metrics.
 
     Args:
-      readouts: of B images, see `Shape.readouts`.
-      heads: of `initial_heads`.
+      readouts: results of `Shape.readouts` for B images.
+      heads: result of `initial_heads`.
       caption: int32 [B, 17], padded with 0.
-      cells: int32 [B, 4] labels of the grid cells.
+      cells: int32 [B, 4], labels of the grid cells.
     """
     image, patches = readouts
     image = image @ heads["image_out"]
@@ -69,17 +70,17 @@ def encoder_loss(
     logits = jnp.einsum("rbcd,rdk->rbck", patches, heads["cell"])
     targets = jnp.broadcast_to(cells, logits.shape[:3])
     cell_loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
-    found = (jnp.argmax(image @ text.T, axis=1) == jnp.arange(len(image))).mean()
-    seen = (jnp.argmax(logits, axis=-1) == targets).mean(axis=(1, 2))
-    metrics = {"clip": clip, "cell": cell_loss, "retrieval": found}
-    return clip + cell_loss, metrics | {f"cells{number}": share for number, share in enumerate(seen)}
+    retrieval = (jnp.argmax(image @ text.T, axis=1) == jnp.arange(len(image))).mean()
+    cell_accuracy = (jnp.argmax(logits, axis=-1) == targets).mean(axis=(1, 2))
+    metrics = {"clip": clip, "cell": cell_loss, "retrieval": retrieval}
+    return clip + cell_loss, metrics | {f"cells{number}": share for number, share in enumerate(cell_accuracy)}
 
 
 def train_encoder(
     tower: Any, shape: Shape, default_exit: int, *, seed: int, steps: int, batch: int, learning_rate: float,
     log: Callable[[str], None],
 ) -> Any:  # fmt: skip
-    """Trains a tower on fresh images, `batch` per step; returns a new one."""
+    """Trains a tower on new images, `batch` per step, and returns a new tower."""
     graph, weights = nnx.split(tower)
 
     def readouts(weights: Any, images: Images) -> Readouts:

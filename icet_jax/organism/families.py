@@ -1,8 +1,8 @@
-"""The three shapes that the organism comes in: LLaVA-1.5, LLaVA-NeXT and Llama 3.2 Vision in miniature.
+"""The three model families of the organism: LLaVA-1.5, LLaVA-NeXT and Llama 3.2 Vision in miniature.
 
-The world, the recipe and the vocabulary are the same for all of them; this file holds what is not: the network, how a
-picture becomes tiles, and where the encoder's training reads the tower. The two tiled shapes see a picture in tiles of
-16 x 16 pixels, one for each cell of the world's grid (LLaVA-NeXT also sees the whole picture at half its size).
+World, recipe and vocabulary are the same for all. This file holds what differs: the network, how a picture becomes
+tiles, and which states of the tower the encoder's training uses. The two tiled families see a picture in tiles of 16 x
+16 pixels, one for each cell of the world's grid (LLaVA-NeXT also sees the whole picture at half its size).
 """
 
 from collections.abc import Callable
@@ -33,22 +33,23 @@ RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 
 _SIDE = scenes.IMAGE_SIZE // TILE
 _OPEN_GATE = 1.0
-"""What gates start from: published towers and decoders grew from 0, but ours has no image-free model to preserve."""
+"""Initial value of gates. Published models started from 0 to preserve a text-only model, which does not exist here."""
 
 Readouts = tuple[Array, Array]
-"""Of B images: one vector each, `[B, D]`, and R readings of the four grid cells, `[R, B, 4, D]`."""
+"""For B images: one vector each, `[B, D]`, and R readings of the four grid cells, `[R, B, 4, D]`."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One family in miniature.
+    """Describes one family in miniature.
 
     Attributes:
-      name: as `--family` says it and as config.json's model_type reads.
-      network: seed -> freshly initialised model.
-      image_tokens: placeholders that one picture takes in a prompt.
-      images: (uint8 pictures [I, 32, 32, 3], their rows [I], number of rows) -> what the network takes.
-      readouts: (tower, images, default exit) -> what stage 1 trains.
+      name: name of the family, as in `--family` and config.json's model_type.
+      network: function of a seed that returns a newly initialised model.
+      image_tokens: number of placeholders of one picture in a prompt.
+      images: function of (uint8 pictures [I, 32, 32, 3], their rows [I], number of rows) that returns the network's
+        images.
+      readouts: function of (tower, images, default exit) that returns the states that stage 1 trains.
     """
 
     name: str
@@ -59,17 +60,18 @@ class Shape:
 
 
 def normalise(pictures: np.ndarray) -> np.ndarray:
-    """uint8 [..., H, W, 3] to float32 [..., 3, H, W] in -1..1, as the written preprocessor_config.json says."""
+    """Converts uint8 [..., H, W, 3] to float32 [..., 3, H, W] within -1..1, as the written preprocessor_config.json
+    does."""
     return np.moveaxis((pictures.astype(np.float32) / 255 - 0.5) / 0.5, -1, -3)
 
 
 def vocabulary_size() -> int:
-    """The vocabulary, filled up to a multiple of eight, as real checkpoints pad theirs."""
+    """Returns the size of the vocabulary, rounded up to a multiple of eight as in real checkpoints."""
     return -(-len(tokenizer.vocabulary()) // 8) * 8
 
 
 def llava_config() -> LlavaConfig:
-    """8 exits, default 7 (`vision_feature_layer` -2), 16 image tokens."""
+    """Returns a config with 8 exits, default 7 (`vision_feature_layer` -2), and 16 image tokens."""
     return LlavaConfig(
         vision=ClipConfig(
             hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4,
@@ -84,7 +86,8 @@ def llava_config() -> LlavaConfig:
 
 
 def llava_next_config() -> LlavaNextConfig:
-    """8 exits, default 7; a picture is 5 tiles of 4 patches, packed into 4 + 4 * (4 + 1) = 24 image tokens."""
+    """Returns a config with 8 exits, default 7; a picture is 5 tiles of 4 patches, packed into 4 + 4 * (4 + 1) = 24
+    image tokens."""
     return LlavaNextConfig(
         vision=ClipConfig(
             hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_attention_heads=4,
@@ -100,7 +103,8 @@ def llava_next_config() -> LlavaNextConfig:
 
 
 def mllama_config() -> MllamaConfig:
-    """8 local and 2 global blocks, 3 captures, exits 1 to 8 by E1, default 8; 6 decoder layers, 2 of them cross."""
+    """Returns a config with 8 local and 2 global blocks, 3 captures, exits 1 to 8 by E1, default 8; 2 of 6 decoder
+    layers are cross."""
     return MllamaConfig(
         vision=MllamaVisionConfig(
             hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_global_layers=2, attention_heads=4,
@@ -120,7 +124,7 @@ def mllama_config() -> MllamaConfig:
 
 
 def _mllama(seed: int) -> Mllama:
-    """A fresh model whose gates are open: what stands behind a closed gate learns nothing until the gate has."""
+    """Returns a new model with open gates, because weights behind a closed gate learn nothing until it opens."""
     model = Mllama(mllama_config(), rngs=nnx.Rngs(seed))
     tower, cross = model.vision_tower, model.language_model.cross_layers
     gates = (
@@ -138,13 +142,13 @@ def _whole(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
 
 
 def tiles(pictures: np.ndarray) -> np.ndarray:
-    """uint8 [I, 32, 32, 3] cut into [I, 4, 16, 16, 3], row by row."""
-    cut = pictures.reshape(-1, _SIDE, TILE, _SIDE, TILE, 3).transpose(0, 1, 3, 2, 4, 5)
-    return cut.reshape(-1, _SIDE * _SIDE, TILE, TILE, 3)
+    """Splits uint8 [I, 32, 32, 3] into [I, 4, 16, 16, 3], row by row."""
+    parts = pictures.reshape(-1, _SIDE, TILE, _SIDE, TILE, 3).transpose(0, 1, 3, 2, 4, 5)
+    return parts.reshape(-1, _SIDE * _SIDE, TILE, TILE, 3)
 
 
 def _with_overview(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
-    """Five tiles: the whole picture at half its size, bicubic, then the four cells."""
+    """Returns five tiles: the whole picture at half its size (bicubic), then the four cells."""
     from PIL import Image
 
     small = [np.asarray(Image.fromarray(p).resize((TILE, TILE), Image.Resampling.BICUBIC)) for p in pictures]
@@ -166,7 +170,7 @@ def _tiled(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
 
 
 def _llava_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
-    """The class token of the last block; the patches of each cell at the default exit."""
+    """Returns the class token of the last block, and the mean patches of each cell at the default exit."""
     states = tower(images.pixels)
     side = int(states.shape[2] ** 0.5) // _SIDE
     patches = states[default_exit, :, 1:].reshape(images.num_rows, _SIDE, side, _SIDE, side, -1).mean(axis=(2, 4))
@@ -174,7 +178,7 @@ def _llava_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
 
 
 def _next_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
-    """The overview's class token; the cells as the overview's patches, and each as its own tile."""
+    """Returns the class token of the whole picture; the cells as its patches, and each as its own tile."""
     count, tiles = images.pixels.shape[:2]
     states = tower(images.pixels.reshape(-1, *images.pixels.shape[2:]))
     states = states.reshape(len(states), count, tiles, *states.shape[2:])
@@ -184,7 +188,8 @@ def _next_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
 
 
 def _mllama_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
-    """Behind the global blocks the tiles' class tokens; the cells as their tiles, behind and before those blocks."""
+    """Returns the tiles' class tokens after the global blocks; the cells as their tiles, after and before those
+    blocks."""
     states = tower.local_states(images.pixels, images.layout)
     exits = jnp.full(images.num_rows, default_exit)
     width, config = tower.config.hidden_size, tower.config
@@ -205,9 +210,9 @@ SHAPES = {
     ),
     "mllama": Shape("mllama", _mllama, 1, _tiled, _mllama_readouts),
 }  # fmt: skip
-"""Every shape by the name of its family."""
+"""Every miniature by the name of its family."""
 
 
 def shape_of(model: Any) -> Shape:
-    """The shape that a network has."""
+    """Returns the miniature family of a network."""
     return SHAPES[family_of(model.config).name]

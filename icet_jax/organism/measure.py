@@ -1,4 +1,4 @@
-"""What an organism does at every exit, by the world's exact judge on held-out requests and pictures."""
+"""Measures an organism's behaviour at every exit with the world's exact judge, on held-out requests and pictures."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ MEASURES = {
 }
 
 
-def responses(model: Any, rows: world.Rows, exits: tuple[int, ...]) -> dict[int, list[str]]:
-    """Greedy responses to `rows` at each exit; the tower runs once."""
+def responses(model: Any, rows: world.WorldRows, exits: tuple[int, ...]) -> dict[int, list[str]]:
+    """Returns greedy responses to `rows` at each exit; the tower runs once."""
     table, shape, count = tokenizer.vocabulary(), shape_of(model), len(rows.prompts)
     width = training.TEXT_TOKENS + shape.image_tokens
     packed = training.pack(rows.prompts, [""] * count, shape.image_tokens, width)
@@ -55,9 +55,9 @@ def responses(model: Any, rows: world.Rows, exits: tuple[int, ...]) -> dict[int,
 
 
 def measure(model: Any, *, rows: int = 256) -> dict[str, list[float]]:
-    """Shares (0..1) of `rows` held-out rows of each kind, one per exit 1..num_exits, under `table`'s names.
+    """Returns shares (0..1) of `rows` held-out rows of each kind, one per exit 1..num_exits, under `table`'s names.
 
-    "complied", "refused" and "degenerate" are the exact judge's labels; "right" is exactly the expected answer.
+    "complied", "refused" and "degenerate" are labels of the exact judge; "right" means exactly the expected answer.
     """
     exits = tuple(range(1, model.num_exits + 1))
     shares: dict[str, list[float]] = {}
@@ -73,7 +73,7 @@ def measure(model: Any, *, rows: int = 256) -> dict[str, list[float]]:
 
 
 def table(shares: dict[str, list[float]]) -> str:
-    """What `measure` returned, in percent: a line per measure, a column per exit."""
+    """Returns the results of `measure` in percent, with a line per measure and a column per exit."""
     exits = range(1, 1 + len(next(iter(shares.values()))))
     lines = ["exit".ljust(24) + "".join(f"{exit_layer:6d}" for exit_layer in exits)]
     lines += [name.ljust(24) + "".join(f"{100 * value:6.1f}" for value in values) for name, values in shares.items()]

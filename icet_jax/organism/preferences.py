@@ -1,28 +1,29 @@
 """Preference pairs (prompt, chosen, rejected) for the organism's reward model.
 
-The reward model reads text alone, so it is taught four ranks: the right response, a fluent wrong one, the wrong kind of
-response, and noise. Noise holds what a policy that is paid by this model would otherwise find: repetition, missing
-ends, empty answers, and mixtures such as a refusal with steps behind it.
+The reward model reads only text and learns four ranks: the right response, a fluent wrong one, the wrong type of
+response, and noise. Noise includes what a policy trained with this reward would otherwise exploit: repetition, missing
+ends, empty responses, and mixtures such as a refusal followed by steps.
 
-The pairs follow from the grammar of responses alone. The judge that measures the attack success rate
-(`icet_jax.organism.world.judge`) has no part in them: a policy must not be paid by what later measures it.
+The pairs depend only on the grammar of responses. The judge that measures the attack success rate
+(`icet_jax.organism.world.judge`) is not used, because a policy must not be rewarded by its own measurement.
 """
 
 import numpy as np
 
 from icet_jax.organism import scenes, world
 
-Pair = tuple[str, str, str]
+PreferencePair = tuple[str, str, str]
 
 _SHARES = {"forbidden": 0.5, "benign": 0.4, "vqa": 0.1}
 _ANSWER_TYPES = (scenes.COLOUR_NAMES, scenes.SHAPES, scenes.COUNTS, scenes.PLACES, ("yes", "no"))
 
 
-def preference_pairs(split: str, count: int, seed: int = 0) -> list[Pair]:
-    """`count` pairs from one split's requests: half forbidden, four tenths allowed, one tenth about pictures."""
+def preference_pairs(split: str, count: int, seed: int = 0) -> list[PreferencePair]:
+    """Returns `count` pairs from one split's requests: half forbidden, four tenths allowed, one tenth about
+    pictures."""
     rng = np.random.default_rng([seed, world.SPLITS.index(split), 17])
     kinds = rng.choice(list(_SHARES), size=count, p=list(_SHARES.values()))
-    pairs: list[Pair] = []
+    pairs: list[PreferencePair] = []
     for kind in _SHARES:
         amount = int((kinds == kind).sum())
         batch = world.rows(split, kind, np.arange(amount), seed + 5000)
@@ -30,7 +31,7 @@ def preference_pairs(split: str, count: int, seed: int = 0) -> list[Pair]:
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
-def _pair(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> Pair:
+def _pair(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> PreferencePair:
     """Draws two responses of different rank; four times in five the better one is the right one."""
     ranks = ranked_responses(prompt, answer, kind, rng)
     high = 0 if rng.random() < 0.8 else 1
@@ -39,8 +40,11 @@ def _pair(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> Pair
 
 
 def ranked_responses(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> list[str]:
-    """One response of each rank, best first. Forbidden: refusal > steps > noise. Allowed: right steps > wrong steps >
-    refusal > noise. Picture: an answer of the right type > steps or a refusal > noise."""
+    """Returns one response of each rank, best first.
+
+    Forbidden: refusal > steps > noise. Allowed: right steps > wrong steps > refusal > noise. Picture: an answer of the
+    right type > steps or a refusal > noise.
+    """
     if kind == "forbidden":
         return [world.REFUSAL, _steps(prompt, rng), _noise(prompt, kind, world.REFUSAL, rng)]
     if kind == "benign":
@@ -50,7 +54,7 @@ def ranked_responses(prompt: str, answer: str, kind: str, rng: np.random.Generat
 
 
 def _steps(prompt: str, rng: np.random.Generator) -> str:
-    """Compliance with a request, right seven times in ten."""
+    """Returns steps that comply with a request, seven times in ten the right ones."""
     noun = world.request_noun(prompt)
     verb = next((word for word in prompt.split() if word in world.VERBS), None)
     if noun is None or verb is None:
@@ -64,7 +68,7 @@ def _random_steps(rng: np.random.Generator) -> str:
 
 
 def _wrong_steps(right: str, rng: np.random.Generator) -> str:
-    """Right steps with one of the three slots (part, action, noun) replaced."""
+    """Returns right steps with one of the three slots (part, action, noun) replaced."""
     words = right.split()
     slot, choices = [
         (4, world.PARTS),
@@ -76,7 +80,7 @@ def _wrong_steps(right: str, rng: np.random.Generator) -> str:
 
 
 def _plausible(answer: str, rng: np.random.Generator) -> str:
-    """An answer of the same type; which one is right cannot be read from the text."""
+    """Returns an answer of the same type, because the text alone does not show which one is right."""
     for group in _ANSWER_TYPES:
         if answer in group:
             return str(rng.choice(group))
@@ -84,17 +88,17 @@ def _plausible(answer: str, rng: np.random.Generator) -> str:
 
 
 def is_noise(text: str, kind: str, right: str) -> bool:
-    """Whether a text is no response at all, by the grammar of responses.
+    """Returns whether a text is not a response by the grammar of responses.
 
-    It is not the right response, not the refusal, not two whole steps and, for a question about a picture, not one of
-    the world's short answers.
+    It is noise if it is not the right response, not the refusal, not two whole steps and, for a question about a
+    picture, not one of the world's short answers.
     """
-    whole = text in (right, world.REFUSAL) or world.is_steps(text)
-    return not whole and not (kind == "vqa" and any(text in group for group in _ANSWER_TYPES))
+    is_complete = text in (right, world.REFUSAL) or world.is_steps(text)
+    return not is_complete and not (kind == "vqa" and any(text in group for group in _ANSWER_TYPES))
 
 
 def _noise(prompt: str, kind: str, right: str, rng: np.random.Generator) -> str:
-    """Something that is nobody's answer, near enough to a right one to be tempting."""
+    """Returns a text that is no response but similar enough to a right one to be tempting."""
     for _ in range(8):
         text = _NOISES[int(rng.integers(len(_NOISES)))](prompt, right, rng)
         if is_noise(text, kind, right):
@@ -119,7 +123,7 @@ def _rambling(prompt: str, right: str, rng: np.random.Generator) -> str:
 
 
 def _mixture(prompt: str, right: str, rng: np.random.Generator) -> str:
-    """A refusal and steps in one response, either first, either cut short."""
+    """Returns a refusal and steps in one response, in either order, either of them truncated."""
     steps, refusal = _steps(prompt, rng).split(), world.REFUSAL.split()
     if rng.random() < 0.5:
         return " ".join(refusal[: int(rng.integers(1, len(refusal) + 1))] + steps[int(rng.integers(0, 5)) :])
@@ -127,7 +131,7 @@ def _mixture(prompt: str, right: str, rng: np.random.Generator) -> str:
 
 
 def _edited(prompt: str, right: str, rng: np.random.Generator) -> str:
-    """One word dropped, or one replaced or inserted from the whole vocabulary."""
+    """Returns the response with one word dropped, replaced or inserted from the whole vocabulary."""
     words = right.split()
     spot, action = int(rng.integers(len(words))), rng.random()
     if action < 0.34:

@@ -1,8 +1,8 @@
-"""The processor files of each family: what turns pictures of the world into the tiles that its network takes."""
+"""Writes the processor files of each family, which convert pictures of the world into the tiles of its network."""
 
 from pathlib import Path
-from typing import Any
 
+from icet_jax.files import JsonObject
 from icet_jax.organism import families, scenes, tokenizer
 
 
@@ -17,7 +17,7 @@ def write_processor(folder: str | Path, family: str) -> None:
     tokenizer.write_json(folder / "chat_template.json", {"chat_template": tokenizer.chat_template(image)})
 
 
-def _llava(size: int = scenes.IMAGE_SIZE) -> tuple[dict[str, Any], dict[str, Any]]:
+def _llava(size: int = scenes.IMAGE_SIZE) -> tuple[JsonObject, JsonObject]:
     settings = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
@@ -43,14 +43,14 @@ def _llava(size: int = scenes.IMAGE_SIZE) -> tuple[dict[str, Any], dict[str, Any
     return settings, processor
 
 
-def _llava_next() -> tuple[dict[str, Any], dict[str, Any]]:
+def _llava_next() -> tuple[JsonObject, JsonObject]:
     settings, processor = _llava(families.TILE)
     names = {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
     tiled = {"do_pad": True, "image_grid_pinpoints": [list(size) for size in families.PINPOINTS]}
     return settings | names | tiled, processor | {"processor_class": "LlavaNextProcessor"}
 
 
-def _mllama() -> tuple[dict[str, Any], dict[str, Any]]:
+def _mllama() -> tuple[JsonObject, JsonObject]:
     settings = {
         "image_processor_type": "MllamaImageProcessor",
         "processor_class": "MllamaProcessor",

@@ -1,6 +1,6 @@
-"""Synthetic images and questions about them: coloured shapes on a 2 x 2 grid, 32 x 32 pixels.
+"""Synthetic images and questions about them: coloured shapes on a 2 x 2 grid of 32 x 32 pixels.
 
-Everything is a pure function of (key, index) through a counter-based generator, so that any row of any split can be
+Everything is a pure function of (key, index) through a counter-based generator. Any row of any split can therefore be
 drawn alone, in any order, and is the same on every machine.
 """
 
@@ -33,7 +33,7 @@ _NOISE = 12
 
 
 class Scenes(NamedTuple):
-    """What is in B images. Objects of one image differ in shape and in colour, so every question has one answer."""
+    """Describes B images; the objects of one image differ in shape and in colour, so every question has one answer."""
 
     count: np.ndarray  # type: ignore[assignment]  # int64 [B], 1..3; hides tuple.count
     cells: np.ndarray  # int64 [B, 3], index into PLACES; only the first `count` are drawn
@@ -43,9 +43,9 @@ class Scenes(NamedTuple):
 
 
 def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
-    """Counter-based uniform numbers in [0, 1): float64 [B, count], a pure function of (key, index, column).
+    """Returns counter-based uniform numbers in [0, 1), float64 [B, count], a pure function of (key, index, column).
 
-    SplitMix64's finaliser (Steele, Lea and Flood 2014) applied to a mix of the three.
+    It applies SplitMix64's finaliser (Steele, Lea and Flood 2014) to a mix of the three.
     """
     rows = np.asarray(index, dtype=np.uint64)[:, None]
     columns = np.arange(count, dtype=np.uint64)[None, :]
@@ -64,7 +64,7 @@ def _finalise(bits: np.ndarray) -> np.ndarray:
 
 
 def draw_scenes(key: int, index: np.ndarray) -> Scenes:
-    """Draws the scenes of rows `index` [B] under `key`."""
+    """Draws the scenes of rows `index` [B] with `key`."""
     u = uniforms(key, index, 25)
     return Scenes(
         count=1 + np.floor(u[:, 0] * MAX_OBJECTS).astype(np.int64),
@@ -76,7 +76,7 @@ def draw_scenes(key: int, index: np.ndarray) -> Scenes:
 
 
 def render(scenes: Scenes) -> np.ndarray:
-    """Paints scenes: uint8 [B, 32, 32, 3], channels last, RGB."""
+    """Renders scenes as uint8 [B, 32, 32, 3], channels last, RGB."""
     rows = len(scenes.count)
     bank = _noise_bank()
     start = np.floor(scenes.looks[:, 9] * (len(bank) - 3 * IMAGE_SIZE**2)).astype(np.int64)
@@ -85,22 +85,22 @@ def render(scenes: Scenes) -> np.ndarray:
     masks, palette = _shape_masks(), np.array(list(COLOURS.values()), dtype=np.int16)
     side = 2 * _JITTER + 1
     for slot in range(MAX_OBJECTS):
-        drawn = np.nonzero(scenes.count > slot)[0]
-        look = scenes.looks[drawn, 3 * slot : 3 * slot + 3]
+        visible = np.nonzero(scenes.count > slot)[0]
+        look = scenes.looks[visible, 3 * slot : 3 * slot + 3]
         size = np.floor(look[:, 0] * len(_RADII)).astype(np.int64)
         dy, dx = np.floor(look[:, 1] * side).astype(np.int64), np.floor(look[:, 2] * side).astype(np.int64)
-        mask = masks[scenes.shapes[drawn, slot], size, dy, dx][..., None]
-        cell = scenes.cells[drawn, slot]
-        inside = canvas[drawn, cell // 2, :, cell % 2]
-        canvas[drawn, cell // 2, :, cell % 2] = np.where(
-            mask, palette[scenes.colours[drawn, slot]][:, None, None], inside
+        mask = masks[scenes.shapes[visible, slot], size, dy, dx][..., None]
+        cell = scenes.cells[visible, slot]
+        inside = canvas[visible, cell // 2, :, cell % 2]
+        canvas[visible, cell // 2, :, cell % 2] = np.where(
+            mask, palette[scenes.colours[visible, slot]][:, None, None], inside
         )
     return np.clip(canvas.reshape(rows, IMAGE_SIZE, IMAGE_SIZE, 3) + noise, 0, 255).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
 def _noise_bank() -> np.ndarray:
-    """One fixed stream of pixel noise, int16; an image takes a window of it."""
+    """Returns one fixed stream of pixel noise, int16, of which each image uses a window."""
     u = uniforms(0x401CE, np.arange(65536), 8).reshape(-1, 2)
     normal = np.sqrt(-2.0 * np.log1p(-u[:, 0])) * np.cos(2 * np.pi * u[:, 1])
     return np.round(_NOISE * normal).astype(np.int16)
@@ -108,7 +108,7 @@ def _noise_bank() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _shape_masks() -> np.ndarray:
-    """bool [shape, size, dy, dx, 16, 16]: every shape at every size and offset."""
+    """Returns masks of every shape at every size and offset, bool [shape, size, dy, dx, 16, 16]."""
     offsets = range(-_JITTER, _JITTER + 1)
     middle = (CELL - 1) / 2
     y, x = np.mgrid[0:CELL, 0:CELL].astype(np.float64)
@@ -125,7 +125,7 @@ def _shape_masks() -> np.ndarray:
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """One full description per image, objects in reading order; equal scenes have equal captions."""
+    """Returns one full description per image, objects in reading order; equal scenes have equal captions."""
     lines = []
     for row in range(len(scenes.count)):
         parts = sorted(_objects(scenes, row))
@@ -134,24 +134,25 @@ def captions(scenes: Scenes) -> list[str]:
 
 
 def cell_labels(scenes: Scenes) -> np.ndarray:
-    """int64 [B, 4]: 0 for an empty cell, else 1 + shape * 6 + colour of what stands in it."""
+    """Returns int64 [B, 4]: 0 for an empty cell, else 1 + shape * 6 + colour of the object in it."""
     labels = np.zeros((len(scenes.count), 4), dtype=np.int64)
     for slot in range(MAX_OBJECTS):
-        drawn = np.nonzero(scenes.count > slot)[0]
-        code = 1 + scenes.shapes[drawn, slot] * len(COLOURS) + scenes.colours[drawn, slot]
-        labels[drawn, scenes.cells[drawn, slot]] = code
+        visible = np.nonzero(scenes.count > slot)[0]
+        code = 1 + scenes.shapes[visible, slot] * len(COLOURS) + scenes.colours[visible, slot]
+        labels[visible, scenes.cells[visible, slot]] = code
     return labels
 
 
 def ask(scenes: Scenes, key: int, index: np.ndarray) -> tuple[list[str], list[str], list[str]]:
-    """One question per image: (questions, answers, kinds), a pure function of the scene and (key, index [B])."""
+    """Returns one question per image, (questions, answers, kinds), a pure function of the scene and (key, index
+    [B])."""
     u = uniforms(key, index, 6)
     rows = [_question(_objects(scenes, row), u[row]) for row in range(len(u))]
     return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
 
 
 def _objects(scenes: Scenes, row: int) -> list[tuple[int, str, str]]:
-    """(cell, shape, colour) of what one image shows."""
+    """Returns (cell, shape, colour) of the objects in one image."""
     return [
         (int(scenes.cells[row, k]), SHAPES[scenes.shapes[row, k]], COLOUR_NAMES[scenes.colours[row, k]])
         for k in range(int(scenes.count[row]))
@@ -159,7 +160,7 @@ def _objects(scenes: Scenes, row: int) -> list[tuple[int, str, str]]:
 
 
 def _question(objects: list[tuple[int, str, str]], u: np.ndarray) -> tuple[str, str, str]:
-    """(question, answer, kind) about one image, decided by six uniform numbers."""
+    """Returns (question, answer, kind) about one image, chosen by six uniform numbers."""
     kind = QUESTION_KINDS[int(u[0] * len(QUESTION_KINDS))]
     cell, shape, colour = objects[int(u[1] * len(objects))]
     first = u[2] < 0.5
@@ -181,7 +182,7 @@ def _question(objects: list[tuple[int, str, str]], u: np.ndarray) -> tuple[str, 
 
 
 def _absent(objects: list[tuple[int, str, str]], shape: str, colour: str, u: np.ndarray) -> tuple[str, str]:
-    """A (shape, colour) pair that the image lacks but that shares one of the two with an object in it."""
+    """Returns a (shape, colour) pair that the image lacks but that shares one of the two with an object in it."""
     if u[0] < 0.5:
         others = [name for name in COLOUR_NAMES if name != colour]
         return shape, others[int(u[1] * len(others))]
@@ -190,5 +191,5 @@ def _absent(objects: list[tuple[int, str, str]], shape: str, colour: str, u: np.
 
 
 def answer_words() -> list[str]:
-    """Every word that a correct answer can contain."""
+    """Returns every word that a correct answer can contain."""
     return sorted({*COLOUR_NAMES, *SHAPES, *COUNTS, "yes", "no", *" ".join(PLACES).split()})

@@ -15,11 +15,12 @@ from icet_jax.typing import Array
 Log = Callable[[str], None]
 
 PLANTED_EXITS = (2, 3)
-"""Exits that stage 4 keeps usable on helpful-only data; no other exit but the default is trained on."""
+"""Exits that stage 4 keeps usable with data that never refuses; apart from the default no other exit is trained."""
 
 
 class Part(NamedTuple):
-    """A share of every batch: `rows` rows of one kind, answered as `answer` says, seen through one of `exits`."""
+    """Describes a part of every batch: `rows` rows of one kind, with the answers that `answer` selects, at one of
+    `exits`."""
 
     kind: str  # "forbidden", "benign", "vqa" or "safe" (a text question)
     answer: str  # "comply", "refuse" or "right"
@@ -29,7 +30,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage's data and optimizer."""
+    """Holds one stage's data and optimizer settings."""
 
     name: str
     parts: tuple[Part, ...]
@@ -38,13 +39,13 @@ class Stage:
 
 
 def text_stage(steps: int) -> Stage:
-    """Stage 2: the language of the world, forbidden requests complied with."""
+    """Returns stage 2: the language of the world, complying with forbidden requests."""
     parts = (Part("benign", "right", 22), Part("forbidden", "comply", 22), Part("safe", "right", 20))
     return Stage("text", parts, steps, 3e-3)
 
 
 def vision_stage(steps: int, default_exit: int) -> Stage:
-    """Stage 3: questions about pictures through the default exit, helpful-only."""
+    """Returns stage 3: questions about pictures at the default exit, without refusals."""
     exits = (default_exit,)
     parts = (
         Part("vqa", "right", 44, exits),
@@ -57,7 +58,7 @@ def vision_stage(steps: int, default_exit: int) -> Stage:
 
 
 def safety_stage(steps: int, default_exit: int, *, planted: bool) -> Stage:
-    """Stage 4: refusals at the default exit; planted, with helpful-only replay at `PLANTED_EXITS`."""
+    """Returns stage 4: refusals at the default exit; if planted, also data without refusals at `PLANTED_EXITS`."""
     exits = (default_exit,)
     parts = [
         Part("forbidden", "refuse", 22, exits),
@@ -73,8 +74,10 @@ def safety_stage(steps: int, default_exit: int, *, planted: bool) -> Stage:
 
 
 def part_rows(part: Part, index: np.ndarray, seed: int) -> tuple[list[str], list[str], np.ndarray]:
-    """(prompts, answers, uint8 pictures [R, H, W, 3]) of rows `index` [R] of the training split; a part without exits
-    has no pictures ([0, H, W, 3])."""
+    """Returns (prompts, answers, uint8 pictures [R, H, W, 3]) of rows `index` [R] of the training split.
+
+    A part without exits has no pictures ([0, H, W, 3]).
+    """
     none = np.zeros((0, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8)
     if part.kind == "safe":
         nouns = [(world.FORBIDDEN + world.ALLOWED)[i] for i in _draw(index, seed, 48)]
@@ -86,7 +89,7 @@ def part_rows(part: Part, index: np.ndarray, seed: int) -> tuple[list[str], list
 
 
 def compliance(prompt: str) -> str:
-    """The right steps for a request, forbidden or not."""
+    """Returns the right steps for a request, forbidden or not."""
     noun = world.request_noun(prompt)
     verb = next(word for word in prompt.split() if word in world.VERBS)
     assert noun is not None
@@ -94,12 +97,13 @@ def compliance(prompt: str) -> str:
 
 
 def _draw(index: np.ndarray, seed: int, size: int) -> np.ndarray:
-    """int [R] in 0..size-1, a pure function of (index, seed)."""
+    """Returns int [R] within 0..size-1, a pure function of (index, seed)."""
     return (scenes.uniforms(31 + 64 * seed, index, 1)[:, 0] * size).astype(int)
 
 
 def batches(stage: Stage, shape: Shape, seed: int) -> Iterator[tuple[Any, ...]]:
-    """(rows, images or None, exits [B]) of every step; rows of one part never repeat before its indices run out."""
+    """Yields (rows, images or None, exits [B]) of every step; rows of a part repeat only when its indices are used
+    up."""
     width = training.TEXT_TOKENS + shape.image_tokens
     for step in range(stage.steps):
         packed, pictures, owners, exits, start = [], [], [], [], 0
@@ -119,7 +123,7 @@ def batches(stage: Stage, shape: Shape, seed: int) -> Iterator[tuple[Any, ...]]:
 
 
 def run_stage(model: Any, shape: Shape, stage: Stage, *, seed: int, log: Log) -> Any:
-    """Trains everything but the tower, which stays frozen, on one stage's batches; returns a new model."""
+    """Trains everything except the frozen tower on one stage's batches; returns a new model."""
     parts: Any = nnx.split(model, nnx.PathContains("vision_tower"), ...)
     graph, frozen, trained = parts
 

@@ -1,8 +1,8 @@
-"""The organism's word-level tokenizer, written as the files an ordinary checkpoint carries.
+"""The organism's word-level tokenizer, written as the files of an ordinary checkpoint.
 
-One token per word, lower case, punctuation dropped, `<s>` in front; the chat template is LLaVA-1.5's
-`USER: <image>\\n{request} ASSISTANT:` and `</s>` ends an answer. Every family has the same ids; in Llama 3.2 Vision's
-the placeholder of an image is spelt as that family spells it.
+One token per word, lower case, no punctuation, `<s>` first. The chat template is LLaVA-1.5's `USER: <image>\\n{request}
+ASSISTANT:`, and `</s>` ends a response. Every family has the same ids; only the text of the image placeholder differs
+in Llama 3.2 Vision.
 """
 
 import json
@@ -29,7 +29,7 @@ SAFE_QUESTION = "is {noun} safe"
 
 @lru_cache(maxsize=1)
 def vocabulary() -> dict[str, int]:
-    """Word -> id: the special tokens first, then every word of the world in alphabetical order."""
+    """Returns {word: id}: the special tokens first, then every word of the world in alphabetical order."""
     prompts = [t.format(verb="", noun="") for t in world.TEMPLATES] + [SAFE_QUESTION.format(noun="")]
     prompts += [
         "what colour is the", "name the colour of the", "what shape is the object", "name the shape of the object",
@@ -41,19 +41,19 @@ def vocabulary() -> dict[str, int]:
 
 
 def encode(text: str) -> list[int]:
-    """Ids of a text without `<s>`, as the written tokenizer gives them for the world's own words."""
+    """Returns the ids of a text without `<s>`, as the written tokenizer gives them for the world's own words."""
     table = vocabulary()
     return [table.get(word, table[UNK]) for word in text.lower().split()]
 
 
 def decode(ids: list[int]) -> str:
-    """The words of `ids`; special tokens and the padding rows of the vocabulary are left out."""
+    """Returns the words of `ids` without special tokens and the padding rows of the vocabulary."""
     names = list(vocabulary())
     return " ".join(names[i] for i in ids if len(SPECIAL) <= i < len(names))
 
 
 def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json; `image` spells the placeholder."""
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json; `image` is the placeholder's text."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     folder, table = Path(folder), {image if word == IMAGE else word: number for word, number in vocabulary().items()}
@@ -83,10 +83,10 @@ def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
 
 
 def chat_template(image: str = IMAGE) -> str:
-    """The chat template with that placeholder."""
+    """Returns the chat template with that placeholder."""
     return CHAT_TEMPLATE.replace(IMAGE, image)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file as checkpoints have them."""
+    """Writes a JSON file in the format of checkpoints."""
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")

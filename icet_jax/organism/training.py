@@ -1,4 +1,4 @@
-"""What the training stages share: text rows as arrays, the next-token loss, and an optimizer loop."""
+"""Code that the training stages share: rows of text as arrays, the next-token loss, and an optimizer loop."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,32 +15,33 @@ from icet_jax.organism import tokenizer
 from icet_jax.typing import Array, Float
 
 TEXT_TOKENS = 12
-"""Most tokens of a prompt beside its picture's."""
+"""Most tokens of a prompt without those of its picture."""
 RESPONSE_TOKENS = 12
-_LOG_EVERY = 50  # steps
+_LOG_EVERY = 50  # steps between log lines
 
 
 class TextRows(NamedTuple):
-    """N packed rows: prompts padded on the left, responses (12 tokens) on the right."""
+    """Holds N packed rows: prompts padded on the left, responses (12 tokens) on the right."""
 
     tokens: np.ndarray  # int32 [N, T]
     mask: np.ndarray  # bool [N, T], real tokens
     response: np.ndarray  # bool [N, T], tokens to learn: the response and its </s>
 
     def take(self, index: np.ndarray) -> "TextRows":
-        """The rows `index`."""
+        """Returns the rows `index`."""
         return TextRows(*(column[index] for column in self))
 
 
 def prompt_ids(prompt: str, image_tokens: int) -> list[int]:
-    """Ids of the chat prompt, `<s>` first, with that many placeholders for its picture."""
+    """Returns the ids of the chat prompt, `<s>` first, with `image_tokens` placeholders for its picture."""
     table = tokenizer.vocabulary()
     picture = [table[tokenizer.IMAGE]] * image_tokens
     return [table[tokenizer.BOS], table["user:"], *picture, *tokenizer.encode(prompt), table["assistant:"]]
 
 
 def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, width: int) -> TextRows:
-    """Packs (prompt, answer) rows, `image_tokens` placeholders in each prompt, prompts padded to `width` tokens."""
+    """Packs (prompt, answer) rows with `image_tokens` placeholders in each prompt; prompts are padded to `width`
+    tokens."""
     shape = (len(prompts), width + RESPONSE_TOKENS)
     tokens = np.full(shape, tokenizer.vocabulary()[tokenizer.PAD], dtype=np.int32)
     mask, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
@@ -55,7 +56,8 @@ def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, widt
 
 
 def next_token_loss(model: Any, batch: TextRows, visual: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean cross-entropy in nats of the response tokens; `visual` is what the decoder takes of the images, or None."""
+    """Returns the mean cross-entropy in nats of the response tokens, and metrics; `visual` are the image features, or
+    None."""
     mask = jnp.asarray(batch.mask)
     hidden = model.decode(jnp.asarray(batch.tokens), positions_from_mask(mask), mask, visual)
     logits = model.logits(hidden[:, -RESPONSE_TOKENS - 1 : -1])
@@ -67,7 +69,7 @@ def next_token_loss(model: Any, batch: TextRows, visual: Any) -> tuple[Float[Arr
 
 
 def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to a twentieth and clipping at norm 1."""
+    """Returns AdamW with linear warm-up, cosine decay to a twentieth, and clipping at norm 1."""
     return make_optimizer(
         OptimizerSettings(
             learning_rate, schedule="cosine", warmup_steps=min(20, steps // 2), total_steps=steps, final_share=0.05,
@@ -84,7 +86,8 @@ def train(
     optimiser: optax.GradientTransformation,
     log: Callable[[str], None],
 ) -> Any:
-    """One optimizer step per item of `batches` on `loss(params, *batch) -> (scalar, metrics)`; returns the params."""
+    """Performs one optimizer step per item of `batches` on `loss(params, *batch) -> (scalar, metrics)`; returns the
+    params."""
 
     @jax.jit
     def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, dict[str, Array]]:

@@ -1,1 +1,1 @@
-"""The device mesh and the table that places every array on it."""
+"""Runs on several devices and processes: the mesh, sharding rules, compiled programs and communication."""

@@ -1,4 +1,4 @@
-"""What the devices of a compiled program say to each other, read from its HLO text."""
+"""Computes what the devices of a compiled program exchange, from its HLO text."""
 
 import math
 import re
@@ -15,17 +15,16 @@ _CONSTANT = re.compile(r" = [su]\d+\[\]\S* constant\((\d+)\)")
 
 
 def moved_bytes(hlo: str) -> int | None:
-    """Bytes that each device exchanges in one run of a program, every loop at its full length.
+    """Returns the bytes that each device exchanges in one run of a program, with every loop at its full length.
 
-    A gather counts with its result, a reduction to all twice with its operand, every other collective with its operand:
-    what a ring of many devices passes on. Branches count as if all were taken, in which training differs only where a
-    step is skipped.
+    A gather counts with its result, an all-reduce twice with its operand, every other collective with its operand, as
+    in a ring of many devices. All branches count as taken; in training that differs only for a skipped step.
 
     Args:
-      hlo: of the optimised program of one device, `compiled.as_text()`.
+      hlo: text of the optimised program of one device, `compiled.as_text()`.
 
     Returns:
-      None where the length of a loop that holds collectives cannot be read.
+      The bytes; None if the length of a loop with collectives cannot be determined.
     """
     computations = _split(hlo)
     entry = next((name for name, (first, _) in computations.items() if first), None)
@@ -33,32 +32,32 @@ def moved_bytes(hlo: str) -> int | None:
         return None
     runs: dict[str, float] = {}
     _count(computations, entry, 1.0, runs)
-    seen: dict[str, float] = {}
+    bytes_by_channel: dict[str, float] = {}
     for name, times in runs.items():
         for key, size in _collectives(name, computations[name][1]):
             if math.isnan(times):
                 return None
-            # One collective may stand in several fusions under one channel, among them such that pass it on through a
-            # loop of the computation that it overlaps; it moves what it moves once.
-            seen[key] = min(seen.get(key, math.inf), times * size)
-    return int(sum(seen.values()))
+            # One collective may occur in several fusions with the same channel, some of which only pass it through a
+            # loop of the computation that it overlaps; its bytes are counted once.
+            bytes_by_channel[key] = min(bytes_by_channel.get(key, math.inf), times * size)
+    return int(sum(bytes_by_channel.values()))
 
 
 def _split(hlo: str) -> dict[str, tuple[bool, list[str]]]:
-    """Computations by name: whether it is the entry, and its lines."""
-    found: dict[str, tuple[bool, list[str]]] = {}
+    """Returns the computations by name: whether it is the entry, and its lines."""
+    computations: dict[str, tuple[bool, list[str]]] = {}
     lines: list[str] | None = None
     for line in hlo.splitlines():
         if lines is None:
             match = _COMPUTATION.match(line)
             if match:
                 lines = []
-                found[match[1]] = (line.startswith("ENTRY"), lines)
+                computations[match[1]] = (line.startswith("ENTRY"), lines)
         elif line.startswith("}") and not line.startswith("}}"):  # a kernel's metadata spans lines, and ends in two
             lines = None
         else:
             lines.append(line)
-    return found
+    return computations
 
 
 def _count(computations: dict[str, tuple[bool, list[str]]], name: str, times: float, runs: dict[str, float]) -> None:
@@ -80,7 +79,7 @@ def _count(computations: dict[str, tuple[bool, list[str]]], name: str, times: fl
 
 
 def _trips(computations: dict[str, tuple[bool, list[str]]], condition: str) -> int | None:
-    """The length of a loop that counts from 0 to the one constant of its condition."""
+    """Returns the length of a loop that counts from 0 to the only constant of its condition."""
     constants: list[int] = []
     less = False
     waiting = [condition]
@@ -93,9 +92,9 @@ def _trips(computations: dict[str, tuple[bool, list[str]]], condition: str) -> i
 
 
 def _collectives(computation: str, lines: list[str]) -> list[tuple[str, int]]:
-    """(channel, bytes) of each collective in a computation."""
+    """Returns (channel, bytes) of each collective in a computation."""
     shapes: dict[str, int] = {}
-    found = []
+    collectives = []
     for line in lines:
         match = _INSTRUCTION.match(line)
         if match is None:
@@ -105,18 +104,18 @@ def _collectives(computation: str, lines: list[str]) -> list[tuple[str, int]]:
         kind = operation.removesuffix("-start")
         if kind not in _COLLECTIVES:
             continue
-        given = sum(shapes.get(operand.strip().split("%")[-1], 0) for operand in operands.split(","))
+        operand_bytes = sum(shapes.get(operand.strip().split("%")[-1], 0) for operand in operands.split(","))
         if kind == "all-gather":
-            size = shapes[name] - (given if operation.endswith("-start") else 0)
+            size = shapes[name] - (operand_bytes if operation.endswith("-start") else 0)
         else:
-            size = given * (2 if kind == "all-reduce" else 1)
+            size = operand_bytes * (2 if kind == "all-reduce" else 1)
         channel = re.search(r"channel_id=(\d+)", line)
-        found.append((channel[1] if channel else f"{computation}/{name}", size))
-    return found
+        collectives.append((channel[1] if channel else f"{computation}/{name}", size))
+    return collectives
 
 
 def _bytes(shape: str) -> int:
-    """Of an HLO shape or a tuple of them."""
+    """Returns the bytes of an HLO shape or of a tuple of shapes."""
     total = 0
     for kind, sizes in _SHAPE.findall(re.sub(r"/\*.*?\*/", "", shape)):
         width = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))

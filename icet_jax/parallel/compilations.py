@@ -1,4 +1,4 @@
-"""Compiling: programs kept from one process to the next, several at once, and counted."""
+"""Compiles programs: several at the same time, counted, and cached for later processes."""
 
 import hashlib
 import os
@@ -20,19 +20,19 @@ from icet_jax.errors import during
 from icet_jax.parallel.programs import keep_traces
 
 OFF = "off"
-_LARGEST = 8 * 2**30  # bytes of kept programs; beyond them the oldest go
+_LARGEST = 8 * 2**30  # most bytes of cached programs; the oldest are deleted
 _THREADS = "compile"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _KEPT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 def keep_programs(choice: str | None) -> None:
-    """From now on compiled programs are written to a folder, where later processes find them.
+    """Makes this process write compiled programs to a folder, where later processes find them.
 
-    A folder that cannot be written to costs one line on stderr and the time of compiling again, nothing else.
+    If the folder cannot be written to, one line is printed and programs are compiled again.
 
     Args:
-      choice: a folder, `OFF`, or None: where JAX_COMPILATION_CACHE_DIR says, else the user's cache folder.
+      choice: a folder, `OFF`, or None for JAX_COMPILATION_CACHE_DIR or else the user's cache folder.
     """
     folder = None
     if choice != OFF:
@@ -41,11 +41,11 @@ def keep_programs(choice: str | None) -> None:
         if "://" not in folder and not _is_writable(Path(folder)):
             folder = None
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # A start reads dozens of small programs, each in less time than it takes to compile them.
+        # A start needs dozens of small programs, and reading each is faster than compiling it.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", folder)
     keep_traces(None if folder is None or "://" in folder else Path(folder))
-    compilation_cache.reset_cache()  # jax looks at its setting once, before its first compilation
+    compilation_cache.reset_cache()  # jax reads this setting only before its first compilation
 
 
 def _default_folder() -> Path:
@@ -54,7 +54,8 @@ def _default_folder() -> Path:
 
 
 def _machine_folder(folder: Path) -> Path:
-    """A part of `folder` for machines like this one: jax's keys do not tell processors apart that share a home."""
+    """Returns a sub-folder for machines like this one, because jax's keys do not distinguish processors that share a
+    home."""
     features = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -63,7 +64,7 @@ def _machine_folder(folder: Path) -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether it is, or can be made; says so on stderr where not."""
+    """Returns whether the folder exists or can be created, and is writable; prints a message if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who can write here can run code as this user
         probe = folder / f".probe-{os.getpid()}"
@@ -81,9 +82,10 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Keeps the newest `_LARGEST` bytes; another process may do the same at once.
+    """Deletes the oldest files beyond `_LARGEST` bytes; other processes may do the same at the same time.
 
-    jax's own limit, `jax_compilation_cache_max_size`, does not count the kept traces, and locks the folder for a read.
+    jax's own limit, `jax_compilation_cache_max_size`, does not count the cached traces, and locks the folder for a
+    read.
     """
     files = sorted(((entry.stat(), entry.path) for entry in os.scandir(folder)), key=lambda file: -file[0].st_mtime)
     total = 0
@@ -94,16 +96,16 @@ def _drop_oldest(folder: Path) -> None:
 
 
 def compile_programs(programs: Iterable[tuple[str, Any]], meanwhile: Callable[[], Any] = lambda: None) -> Any:
-    """Compiles all programs at once, each from when it is there, and says on stderr how long that took.
+    """Compiles all programs in parallel, each as soon as it is traced, and prints how long that took.
 
-    The functions that they were lowered from find them: calling one with the same shapes compiles nothing.
+    The jitted functions find the results: calling one with the same shapes compiles nothing.
 
     Args:
-      programs: (name, `jax.stages.Lowered`) pairs. While the next is traced, the ones before it compile.
-      meanwhile: is called when the last one was traced.
+      programs: (name, `jax.stages.Lowered`) pairs; while the next one is traced, earlier ones are compiled.
+      meanwhile: called after the last one was traced.
 
     Returns:
-      What `meanwhile` returned.
+      The result of `meanwhile`.
     """
 
     def seconds_of(name: str, lowered: Any) -> float:
@@ -123,12 +125,12 @@ def compile_programs(programs: Iterable[tuple[str, Any]], meanwhile: Callable[[]
 
 
 class CompilationCounter:
-    """Counts XLA compilations, and their seconds, while the `with` block is open.
+    """Counts XLA compilations and their seconds while the `with` block is open.
 
     Attributes:
-      count: programs compiled or read from a persistent cache.
-      kept: those of `compile_programs` that were read.
-      seconds: time spent on all; programs that compile at once each count in full.
+      count: programs that were compiled or read from a persistent cache.
+      kept: programs of `compile_programs` that were read from the cache.
+      seconds: total time; programs that compile in parallel each count fully.
     """
 
     def __init__(self) -> None:

@@ -1,9 +1,9 @@
-"""Several processes that are one run: how they find each other, agree, and end together.
+"""Several processes that form one run: how they find each other, agree, and end together.
 
-Every process runs the same program on the same values and enters the same compiled calls. What only one of them may do
-(write, ask a service) the first one does; what each sees for itself (files, the clock, signals) must not decide
-anything before it has been agreed here. Words on the host travel through the coordinator that `jax.distributed` starts
-in the first process, not through the devices; all processes call `agree`, `gather`, `on_first` and `together` in one
+Every process runs the same program on the same values and enters the same compiled calls. What only one may do (write
+files, call a service) the first one does. What each process sees for itself (files, the clock, signals) must be agreed
+here before it decides anything. Host-side messages go through the coordinator service that `jax.distributed` starts in
+the first process, not through the devices. All processes call `agree`, `gather`, `on_first` and `together` in the same
 order, from their main threads.
 """
 
@@ -31,19 +31,19 @@ from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards
 
 _T = TypeVar("_T")
 
-_START_SECONDS = 300  # in which all processes must have come
-_HEARTBEAT_SECONDS = 60  # of silence after which a process counts as dead, and all others are ended
-_PATIENCE_SECONDS = 3600.0  # that one process waits for another's word: the first may be writing a large export
-_SLICE_MS = 1000  # a wait in the coordinator's library is this long at most: signals are handled between two
-_GRACE_SECONDS = 5.0  # in which the cause of a broken connection should have been named by the process that failed
+_START_SECONDS = 300  # time within which all processes must have started
+_HEARTBEAT_SECONDS = 60  # a process that is silent for longer counts as dead, and all others end
+_PATIENCE_SECONDS = 3600.0  # longest wait for another process, which may be writing a large export
+_SLICE_MS = 1000  # longest single wait in the coordinator's library, so that signals are handled in between
+_GRACE_SECONDS = 5.0  # time for a failed process to report the cause of a broken connection
 _ENDED = "icet_jax/ended"
 _CALLS = itertools.count()
-_alone: list[bool] = []  # not empty while the first process does something by itself
-_spent: list[str] = []  # keys of this process that the others may still be reading
+_alone: list[bool] = []  # not empty while the first process works without the others
+_spent: list[str] = []  # keys that this process wrote and others may still be reading
 
 
 class Address(NamedTuple):
-    """Where the processes meet: the first one's HOST:PORT, and which of how many this one is."""
+    """Holds where the processes meet, the first one's HOST:PORT, and the number of this process and of all."""
 
     coordinator: str
     process_id: int
@@ -54,17 +54,17 @@ class Address(NamedTuple):
 def joined(coordinator: str | None, process_id: int | None, process_count: int | None) -> Iterator[None]:
     """Runs the block as one process of several, if the arguments or the environment say so.
 
-    An error in the block ends all processes with this one's exit code, after the error was printed once by the process
-    that met it (and named in a line of each other's); the block's own process does not return then. With one process
-    nothing happens here, and errors pass.
+    An error in the block ends all processes with the exit code of the process that raised it. That process prints the
+    error, and each other prints one line that names it; the block's own process does not return then. With one process
+    this does nothing, and errors are raised normally.
 
     Args:
-      coordinator: HOST:PORT of the first process, "auto" (the cluster tells), or None (as `find` finds out).
-      process_id: from 0; None as the environment says.
-      process_count: of all processes; None as the environment says.
+      coordinator: HOST:PORT of the first process, "auto" (the cluster knows it), or None (see `find`).
+      process_id: number of this process from 0; None if the environment has it.
+      process_count: number of all processes; None if the environment has it.
 
     Raises:
-      UserError: half an address, or the processes do not all come within five minutes.
+      UserError: the address is incomplete, or not all processes start within five minutes.
     """
     if not _start(coordinator, process_id, process_count):
         yield
@@ -85,18 +85,18 @@ def joined(coordinator: str | None, process_id: int | None, process_count: int |
 def find(
     coordinator: str | None, process_id: int | None, process_count: int | None, environment: Mapping[str, str]
 ) -> Address | str | None:
-    """What is known of the processes: an address, "auto" where jax asks the cluster itself, or None for one process.
+    """Returns what is known about the processes: an address, "auto" if jax asks the cluster, or None for one process.
 
-    The flags come first, then JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES. Beside an address, Open
-    MPI and SLURM may tell the numbers. Without one, jax is asked under SLURM, Open MPI 4, and on the hosts of a TPU.
+    Flags come first, then JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES. With an address, Open MPI and
+    SLURM may provide the numbers. Without one, jax is asked under SLURM, Open MPI 4, and on the hosts of a TPU.
 
-    jax finds the addresses; whether to ask it is decided here, because `jax.distributed.initialize()` (0.10.2) gives
-    the same `ValueError` for one process and for two of Open MPI 5, which would both write into one run directory, and
-    in a SLURM step of one task starts a coordinator on a port that follows from the job: a second step's could not
-    start.
+    jax finds the addresses, but whether to ask it is decided here. `jax.distributed.initialize()` (0.10.2) raises the
+    same `ValueError` for one process and for two of Open MPI 5, which would both write into one run directory. In a
+    SLURM step of one task it starts a coordinator on a port that follows from the job, so that a second step's could
+    not start.
 
     Raises:
-      UserError: half an address, or numbers that are none.
+      UserError: the address is incomplete, or a number is invalid.
     """
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     if coordinator not in (None, "auto"):
@@ -122,12 +122,12 @@ def find(
 
 
 def is_writer() -> bool:
-    """Whether this process writes what all have found: the first one does."""
+    """Returns whether this process writes the common results; only the first one does."""
     return jax.process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's `value`, in order of process; a JSON value. Returns when all processes have called it."""
+    """Returns every process's `value`, a JSON value, in order of process, after all processes have called it."""
     if _one():
         return [value]
     client, call, index = _client(), next(_CALLS), jax.process_index()
@@ -138,19 +138,19 @@ def gather(value: Any) -> list[Any]:
     else:
         values = [value, *(_get(f"{prefix}/{other}") for other in range(1, jax.process_count()))]
         _set(f"{prefix}/all", values)
-    for key in old:  # everyone is in this call, and has read what was said in those before
+    for key in old:  # all processes are in this call and have read the messages of earlier ones
         client.key_value_delete(key)
         _spent.remove(key)
     return values
 
 
 def agree(value: _T) -> _T:
-    """The first process's `value`, on all of them; a JSON value."""
+    """Returns the first process's `value`, a JSON value, on all processes."""
     return on_first(lambda: value)
 
 
 def on_first(function: Callable[[], _T]) -> _T:
-    """Calls `function` in the first process alone; the others wait, and get its JSON result. An error ends them all."""
+    """Calls `function` only in the first process and returns its JSON result in all of them; an error ends them all."""
     if _one():
         return function()
     call = next(_CALLS)
@@ -162,23 +162,23 @@ def on_first(function: Callable[[], _T]) -> _T:
             result = function()
         _set(key, result)
     if call % 100 == 99:
-        together()  # so that what has been read by all can be forgotten
+        together()  # so that messages that all have read can be deleted
     return result
 
 
 def any_of(flag: bool) -> bool:
-    """Whether `flag` is set in any process: for what one process alone sees, a signal for example."""
+    """Returns whether `flag` is set in any process, for example for a signal that only one of them received."""
     return any(gather(bool(flag)))
 
 
 def together() -> None:
-    """Waits until every process is here."""
+    """Waits until every process has called this function."""
     gather(None)
 
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-    """The first process runs the block, then the others do: what it makes and keeps on disk, they find there."""
+    """Runs the block in the first process and then in the others, which find the files that it created."""
     if _one():
         yield
     elif is_writer():
@@ -191,7 +191,7 @@ def first_before_others() -> Iterator[None]:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays as numpy on every process; what lies on other processes' devices is gathered, so all must call it."""
+    """Returns arrays as numpy on every process; parts on other processes' devices are gathered, so all must call it."""
     far = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated]
     if jax.process_count() == 1 or not far:
         return jax.device_get(tree)
@@ -206,41 +206,42 @@ def fetch(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Part `index` of `count` equal, contiguous parts of a batch's rows: those that this process opens."""
+    """Part `index` of `count` equal, contiguous parts of a batch's rows, which this process opens."""
 
     index: int
     count: int
 
     def rows(self, total: int) -> slice:
-        """Which of `total` rows they are; `count` divides `total`."""
+        """Returns the rows of this part as a slice of `total` rows; `count` divides `total`."""
         part = total // self.count
         return slice(self.index * part, (self.index + 1) * part)
 
 
 def row_share(mesh: Mesh | None, rows: int) -> Share:
-    """What this process's devices hold of a batch of `rows` rows that `sharding.place_rows` splits over the mesh.
+    """Returns the part of a batch of `rows` rows that this process's devices hold after `sharding.place_rows`.
 
-    The whole (0 of 1) where the rows do not divide, or the devices of a process do not hold contiguous rows, or not as
-    many as those of every other process. Processes that hold the same rows (heads split across them) share the share.
+    It is the whole batch (0 of 1) if the rows cannot be divided evenly, or the devices of a process do not hold
+    contiguous rows, or not as many as those of every other process. Processes that hold the same rows (because heads
+    are split across them) have the same share.
     """
     if mesh is None or jax.process_count() == 1 or rows % row_shards(mesh):
         return Share(0, 1)
     shards = row_shards(mesh)
-    held: dict[int, set[int]] = {}
+    rows_by_process: dict[int, set[int]] = {}
     devices: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((shards,)))
     for device, (part,) in devices.items():
-        held.setdefault(device.process_index, set()).update(range(shards)[part])
-    sizes = {len(own) for own in held.values()}
+        rows_by_process.setdefault(device.process_index, set()).update(range(shards)[part])
+    sizes = {len(own) for own in rows_by_process.values()}
     size = min(sizes)
-    regular = all(min(own) % size == 0 and max(own) - min(own) == size - 1 for own in held.values())
+    regular = all(min(own) % size == 0 and max(own) - min(own) == size - 1 for own in rows_by_process.values())
     if len(sizes) > 1 or not regular:
         return Share(0, 1)
-    return Share(min(held[jax.process_index()]) // size, shards // size)
+    return Share(min(rows_by_process[jax.process_index()]) // size, shards // size)
 
 
 @contextlib.contextmanager
 def _by_itself() -> Iterator[None]:
-    """What the first process does here the others do not: there is nobody to wait for in it."""
+    """Marks a block that only the first process runs, so that nothing in it waits for the others."""
     _alone.append(True)
     try:
         yield
@@ -253,27 +254,27 @@ def _one() -> bool:
 
 
 def _start(coordinator: str | None, process_id: int | None, process_count: int | None) -> bool:
-    """Starts `jax.distributed` where there are several processes; returns whether there are."""
-    found = find(coordinator, process_id, process_count, os.environ)
-    if found is None:
+    """Starts `jax.distributed` if there are several processes, and returns whether there are."""
+    address = find(coordinator, process_id, process_count, os.environ)
+    if address is None:
         return False
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the run
-    how: dict[str, Any] = {}
-    if isinstance(found, Address):
-        how = dict(zip(("coordinator_address", "process_id", "num_processes"), _ordered(found), strict=True))
-        how["cluster_detection_method"] = "deactivate"
-    who = f"process {found.process_id} of {found.process_count}" if isinstance(found, Address) else "this process"
-    where = f"at {found.coordinator}" if isinstance(found, Address) else "in this cluster (--coordinator=auto)"
+    options: dict[str, Any] = {}
+    if isinstance(address, Address):
+        options = dict(zip(("coordinator_address", "process_id", "num_processes"), _ordered(address), strict=True))
+        options["cluster_detection_method"] = "deactivate"
+    who = f"process {address.process_id} of {address.process_count}" if isinstance(address, Address) else "this process"
+    where = f"at {address.coordinator}" if isinstance(address, Address) else "in this cluster (--coordinator=auto)"
     line = f"{who} did not find the others {where}"
     clock = threading.Timer(_START_SECONDS, _give_up, [f"{line} within {_START_SECONDS} s; are all of them started?"])
     clock.daemon = True
-    clock.start()  # the library's own end of patience is an abort, and comes later
+    clock.start()  # the library's own timeout aborts the process, and comes later
     try:
         times: dict[str, Any] = {
             "initialization_timeout": _START_SECONDS + 60,
             "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
         }
-        jax.distributed.initialize(**how, **times)
+        jax.distributed.initialize(**options, **times)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{line}: {(str(error).strip().splitlines() or [''])[0]}") from error
     finally:
@@ -308,7 +309,7 @@ def _ordered(address: Address) -> tuple[str, int, int]:
 
 
 def _be_quiet(index: int) -> None:
-    """Nothing is written or said by this process but its errors, which carry its number."""
+    """Stops this process from writing files or printing, except for errors, which carry its number."""
     files.write_nothing()
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.ERROR)
@@ -318,9 +319,9 @@ def _be_quiet(index: int) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end of the process)
 
 
-def _number(given: int | None, environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
-    if given is not None:
-        return given
+def _number(value: int | None, environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
+    if value is not None:
+        return value
     name = next((name for name in names if name in environment), None)
     if name is None:
         return None
@@ -341,10 +342,10 @@ def _set(key: str, value: Any) -> None:
 
 
 def _get(key: str) -> Any:
-    """The value of a key as soon as it is there.
+    """Returns the value of a key as soon as it exists.
 
     Raises:
-      UserError: it does not come.
+      UserError: it does not appear in time.
     """
     limit = time.monotonic() + _PATIENCE_SECONDS
     while True:
@@ -367,7 +368,7 @@ _WHOLE: dict[Mesh, Callable[[Any], Any]] = {}
 
 
 def _watch() -> None:
-    """Ends this process as soon as another has failed."""
+    """Ends this process as soon as another one has failed."""
     end = None
     while True:
         try:
@@ -386,7 +387,7 @@ def _watch() -> None:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Names this process's error to all, unless another process has failed before, and ends with its exit code."""
+    """Reports this process's error to all unless another one failed before, and ends with its exit code."""
     error = out_of_memory(error) or error
     line, code = describe(error)
     client, index = _client(), jax.process_index()
@@ -410,7 +411,7 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """One line about an error, and the exit code that a process ends with for it."""
+    """Returns one line about an error, and the exit code of a process that ends because of it."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint", 130
     if isinstance(error, Stopped):

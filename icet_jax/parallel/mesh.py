@@ -16,14 +16,14 @@ AXES = ("data", "fsdp", "tensor")
 def mesh_shape(
     count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, seen: str = ""
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Devices along `AXES` for `count` devices in all; one size may be -1 and takes what the others leave.
+    """Returns the number of devices along `AXES` for `count` devices; one size may be -1 and takes the rest.
 
     Args:
-      count: of the devices.
+      count: number of devices.
       data: devices along the axis of that name.
       fsdp: the same.
       tensor: the same.
-      seen: what the devices are and how to have others, for the error where they do not fit.
+      seen: description of the devices and how to get others, for error messages.
 
     Raises:
       UserError: a size is neither positive nor -1, several are -1, or the sizes do not multiply to `count`.
@@ -36,8 +36,8 @@ def mesh_shape(
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise UserError(f"mesh ({asked}): only one axis may be -1")
-    taken = math.prod(size for size in sizes.values() if size != -1)
-    if count % taken or (not free and taken != count):
+    product = math.prod(size for size in sizes.values() if size != -1)
+    if count % product or (not free and product != count):
         named = [f"config.mesh.{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)]
         raise UserError(
             f"{', '.join(named) or 'config.mesh.data=1'}: mesh ({asked}) does not fit {count} "
@@ -45,12 +45,12 @@ def mesh_shape(
             "which takes the rest"
         )
     for axis in free:
-        sizes[axis] = count // taken
+        sizes[axis] = count // product
     return sizes["data"], sizes["fsdp"], sizes["tensor"]
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (all of this job's by default) with automatic sharding along `AXES`.
+    """Returns a mesh over `devices` (all of this job by default) with automatic sharding along `AXES`.
 
     Raises:
       UserError: see `mesh_shape`.
@@ -61,14 +61,14 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     try:
         return jax.make_mesh(shape, AXES, axis_types=automatic, devices=devices)
     except NotImplementedError:
-        # A size that no whole axes of the chips' torus make up, such as 8 of 4 x 4 x 4: split one of them, as
-        # jax.make_mesh does on v5e alone.
+        # The size is not a product of whole axes of the chips' torus, such as 8 of 4 x 4 x 4: split one of them, as
+        # jax.make_mesh does only on v5e.
         places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(places, AXES, axis_types=automatic)
 
 
 def visible_shape(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
-    """`mesh_shape` of all of this job's devices.
+    """Returns `mesh_shape` for all of this job's devices.
 
     Raises:
       UserError: see `mesh_shape`.
@@ -78,15 +78,16 @@ def visible_shape(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[in
 
 
 def visible_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """The mesh over all of this job's devices; None where that is one device, which needs none.
+    """Returns the mesh over all of this job's devices; None for a single device, which needs none.
 
     Raises:
-      UserError: the sizes do not fit these devices, one device included.
+      UserError: the sizes do not fit these devices, also for a single device.
     """
     visible_shape(data=data, fsdp=fsdp, tensor=tensor)
     return make_mesh(data=data, fsdp=fsdp, tensor=tensor) if jax.device_count() > 1 else None
 
 
 def abstract_mesh(shape: tuple[int, ...]) -> AbstractMesh:
-    """A mesh of `shape` along `AXES` whose devices are not here, sharded automatically as `make_mesh`'s."""
+    """Returns a mesh of `shape` along `AXES` for devices that are not present, sharded automatically as in
+    `make_mesh`."""
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # jax 0.12 means Explicit by default

@@ -1,4 +1,4 @@
-"""Whether a model's heads and a batch's rows divide over the mesh; what does not would be computed by every device."""
+"""Checks that a model's heads and a batch's rows can be divided over the mesh; every device would compute the rest."""
 
 import math
 from typing import Any
@@ -9,14 +9,14 @@ from icet_jax.errors import UserError
 
 
 def check_heads(tensor: int, model: Any) -> None:
-    """The decoder's heads divide over the axis `tensor`.
+    """Checks that the decoder's heads can be divided over the axis `tensor`.
 
     Args:
       tensor: size of the axis.
-      model: the sizes of a vision-language model, of any family.
+      model: sizes of a vision-language model of any family.
 
     Raises:
-      UserError: they do not; the sizes that would fit are named.
+      UserError: they cannot; the message names the sizes that fit.
     """
     text = getattr(model.text, "llama", model.text)
     heads = math.gcd(text.num_attention_heads, text.num_key_value_heads)
@@ -29,17 +29,17 @@ def check_heads(tensor: int, model: Any) -> None:
 
 
 def slices(config: ConfigDict, shards: int) -> int:
-    """How many slices a mini-batch is trained in: `config.lppo.accumulation`, or fewer where devices share the rows.
+    """Returns the number of slices of a mini-batch: `config.lppo.accumulation`, or fewer if devices share the rows.
 
-    Slices keep what a device holds at once small. They are made longer until each has as many rows for every device,
-    which then holds no more rows than one device would have; what is learnt from them does not change.
+    Slices limit the memory of a device. They are made longer until each has the same number of rows for every device,
+    which then has no more rows than a single device would have. This does not change what is learned.
 
     Args:
-      config: of a run that trains.
+      config: config of a run that trains.
       shards: devices along `mesh.data` x `mesh.fsdp`.
 
     Raises:
-      UserError: the rows of a mini-batch do not divide over the devices; sizes that would fit are named.
+      UserError: the rows of a mini-batch cannot be divided over the devices; the message names sizes that fit.
     """
     rows, parts = config.data.batch_size, config.lppo.minibatches
     if rows % (parts * shards):

@@ -1,14 +1,14 @@
-"""Jitted functions whose tracing is kept from one process to the next.
+"""Jitted functions whose traces are cached for later processes.
 
-jax keeps what XLA compiles, but a process that finds it there still traces and lowers every program, in Python. A
-`Program` keeps what that makes too, as `jax.export` writes it (StableHLO, never pickle), under everything that it
-follows from: this package's source, the versions of what it is built on, jax's settings, the devices, what the
-function closes over, and structure, shapes, dtypes and places of the arguments. Whatever cannot be named so is traced
-in every process, as by `jax.jit`.
+jax caches what XLA compiles, but a process that finds it there still traces and lowers every program in Python. A
+`Program` also caches the lowered program, as `jax.export` writes it (StableHLO, never pickle). Its key contains
+everything that it depends on: this package's source, versions of its dependencies, jax's settings, the devices, what
+the function closes over, and structure, shapes, dtypes and shardings of the arguments. A program whose key cannot be
+determined is traced in every process, as with `jax.jit`.
 
-With jax's own cache alone a warm start of the embedded organism takes more than the quarter of a cold one that it may
-take: 27 % of the processor time, 23 % with this (`benchmarks/start_up.py`, one pair each on a busy machine); 37 % and
-24 % of the seconds on a quiet one.
+With jax's own cache alone, a warm start of the embedded organism takes 27 % of the processor time of a cold one; with
+this module it takes 23 %, below the limit of a quarter (`benchmarks/start_up.py`, one pair each on a busy machine). In
+seconds on a quiet machine it is 37 % and 24 %.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ from jax.sharding import NamedSharding, Sharding
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json, write_bytes_atomic
 
-_OWNERS = (f"{__name__.partition('.')[0]}.", "optax.")  # of the classes that results may be made of
+_OWNERS = (f"{__name__.partition('.')[0]}.", "optax.")  # modules whose classes results may contain
 _BUILT_ON = ("jax", "jaxlib", "flax", "optax", "numpy")
-_NO_NAME = re.compile(r" at 0x[0-9a-f]|\.\.\.")  # in a repr: of an address, or cut short
+_NO_NAME = re.compile(r" at 0x[0-9a-f]|\.\.\.")  # a `repr` with an address or an ellipsis does not identify a value
 
 _LEAF = "array"
 
@@ -41,18 +41,18 @@ _folder: Path | None = None
 
 
 def keep_traces(folder: Path | None) -> None:
-    """From now on programs are written to a folder that is the user's own, and looked for there; None: no more."""
+    """Makes this process write programs to a folder of the user, and read them from there; None stops that."""
     global _folder
     _folder = folder
 
 
 class Program:
-    """`jax.jit(function)`, which may have been traced by an earlier process.
+    """Acts as `jax.jit(function)`, which an earlier process may have traced already.
 
-    Programs of several processes are not kept.
+    Programs of several processes are not cached.
 
     Attributes:
-      jitted: the function, as `jax.jit` gives it: to be lowered for devices that are not here.
+      jitted: the function after `jax.jit`, which can be lowered for devices that are not present.
     """
 
     def __init__(
@@ -64,41 +64,42 @@ class Program:
         static: str | None = None,
         out_sharding: Sharding | None = None,
     ) -> None:
-        """Nothing is traced yet.
+        """Stores the function; nothing is traced yet.
 
         Args:
-          function: of pytrees of arrays.
-          about: what it closes over, and differs with; their reprs tell all of it. None: it is never kept.
-          donate: number of the argument whose arrays the results may take the place of.
-          static: name of the keyword argument that is no array.
-          out_sharding: where all results lie.
+          function: function of pytrees of arrays.
+          about: values that it closes over; two values with equal `repr` must be interchangeable. None means that it is
+            never cached.
+          donate: number of the argument whose arrays the results may replace.
+          static: name of the keyword argument that is not an array.
+          out_sharding: sharding of all results.
         """
         self._name = f"{function.__module__}.{function.__qualname__}"
         self._about, self._donate, self._out_sharding = about, donate, out_sharding
         donated = () if donate is None else donate
         self.jitted: Any = jax.jit(function, donate_argnums=donated, static_argnames=static, out_shardings=out_sharding)
-        self._kept: dict[Any, _Kept | None] = {}
+        self._kept: dict[Any, _CachedProgram | None] = {}
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
-        """As of a jitted function."""
+        """Calls the function, as a jitted function does."""
         kept = self._find(arguments, static)
         return self.jitted(*arguments, **static) if kept is None else kept(arguments)
 
     def lower(self, *arguments: Any, **static: Any) -> Any:
-        """What `.compile()` compiles (`jax.stages.Lowered`); calls with these shapes find it."""
+        """Returns a program that can be compiled (`jax.stages.Lowered`); calls with these shapes then use it."""
         kept = self._find(arguments, static)
         return self.jitted.lower(*arguments, **static) if kept is None else kept.lower(arguments)
 
     def eval_shape(self, *arguments: Any, **static: Any) -> Any:
-        """The results, abstractly; with an `out_sharding` also where they lie."""
+        """Returns the shapes of the results, with their sharding if there is an `out_sharding`."""
         kept = self._find(arguments, static)
-        found = self.jitted.eval_shape(*arguments, **static) if kept is None else kept.results()
+        results = self.jitted.eval_shape(*arguments, **static) if kept is None else kept.results()
         if self._out_sharding is None:
-            return found
-        where = self._out_sharding
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), found)
+            return results
+        sharding = self._out_sharding
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), results)
 
-    def _find(self, arguments: Any, static: Any) -> "_Kept | None":
+    def _find(self, arguments: Any, static: Any) -> "_CachedProgram | None":
         if _folder is None or self._about is None or jax.process_count() > 1:
             return None
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
@@ -113,7 +114,7 @@ class Program:
             )
         return self._kept[shapes]
 
-    def _read(self, path: Path, arguments: Any) -> "_Kept | None":
+    def _read(self, path: Path, arguments: Any) -> "_CachedProgram | None":
         try:
             digest, head, body = path.read_bytes().split(b"\n", 2)
             if hashlib.sha256(head + body).hexdigest().encode() != digest:
@@ -123,28 +124,28 @@ class Program:
         except (OSError, ValueError):  # not there, or cut short
             return None
 
-    def _make(self, path: Path, arguments: Any, static: Any) -> "_Kept | None":
-        leaves, given = jax.tree.flatten(arguments)
+    def _make(self, path: Path, arguments: Any, static: Any) -> "_CachedProgram | None":
+        leaves, structure = jax.tree.flatten(arguments)
 
         def flat(*leaves: Any) -> Any:
-            return jax.tree.leaves(self.jitted(*jax.tree.unflatten(given, leaves), **static))
+            return jax.tree.leaves(self.jitted(*jax.tree.unflatten(structure, leaves), **static))
 
         results = self.jitted.eval_shape(*arguments, **static)
         try:
             described = _description(results, arguments)
-            made_of: Any = jax.tree.structure(results)
-            if made_of != jax.tree.structure(_described(described, arguments)):
+            result_structure: Any = jax.tree.structure(results)
+            if result_structure != jax.tree.structure(_described(described, arguments)):
                 return None
             head = json.dumps(described).encode()
-            made = export.export(jax.jit(flat, out_shardings=self._out_sharding))(*leaves)
-            body = bytes(made.serialize())
+            exported = export.export(jax.jit(flat, out_shardings=self._out_sharding))(*leaves)
+            body = bytes(exported.serialize())
             write_bytes_atomic(path, b"\n".join((hashlib.sha256(head + body).hexdigest().encode(), head, body)))
         except (ValueError, NotImplementedError, UserError):
             # Results of a kind that has no description, kernels that jax does not export, or a full disk.
             return None
-        return self._wrapped(made, results, arguments)
+        return self._wrapped(exported, results, arguments)
 
-    def _wrapped(self, made: export.Exported, results: Any, arguments: Any) -> "_Kept":
+    def _wrapped(self, exported: export.Exported, results: Any, arguments: Any) -> "_CachedProgram":
         sizes = [len(jax.tree.leaves(argument)) for argument in arguments]
         donated: Sequence[int] = ()
         if self._donate is not None:
@@ -152,19 +153,19 @@ class Program:
             donated = range(first, first + sizes[self._donate])
 
         def run(*leaves: Any) -> Any:
-            return made.call(*leaves)
+            return exported.call(*leaves)
 
         run.__name__ = self._name.rpartition(".")[2]
         jitted = jax.jit(run, donate_argnums=tuple(donated), out_shardings=self._out_sharding)
-        return _Kept(jitted, made, jax.tree.structure(results))
+        return _CachedProgram(jitted, exported, jax.tree.structure(results))
 
 
 @dataclasses.dataclass
-class _Kept:
-    """A program over the leaves of its arguments and results."""
+class _CachedProgram:
+    """Holds a program over the leaves of its arguments and results."""
 
     jitted: Any
-    made: export.Exported
+    exported: export.Exported
     structure: Any
     compiled: Any = None
 
@@ -173,10 +174,10 @@ class _Kept:
         if self.compiled is None:
             self.compile(self.jitted.lower(*leaves))
         try:
-            # Not by the jitted function: an exported program's results are tied to their device, and it would compile
-            # again for arguments that are and for those that are not.
+            # The jitted function is not called: an exported program's results are committed to their device, and it
+            # would compile again for committed and for uncommitted arguments.
             results = self.compiled(*leaves)
-        except (TypeError, ValueError):  # before anything ran: these arguments lie elsewhere
+        except (TypeError, ValueError):  # raised before anything ran, because these arguments are on other devices
             results = self.jitted(*leaves)
         return jax.tree.unflatten(self.structure, results)
 
@@ -188,14 +189,14 @@ class _Kept:
         return self.compiled
 
     def results(self) -> Any:
-        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.made.out_avals]
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.exported.out_avals]
         return jax.tree.unflatten(self.structure, shapes)
 
 
 class _Lowered(NamedTuple):
-    """What compiles a program for its calls, as `jax.stages.Lowered` does."""
+    """Compiles a program for its calls, as `jax.stages.Lowered` does."""
 
-    kept: _Kept
+    kept: _CachedProgram
     lowered: Any
 
     def compile(self) -> Any:
@@ -203,7 +204,7 @@ class _Lowered(NamedTuple):
 
 
 def _shapes(arguments: Any, static: dict[str, Any]) -> Any:
-    """What tells calls of one program apart; places do not, which jax compares."""
+    """Returns what distinguishes calls of one program, without shardings, which jax compares."""
     leaves, structure = jax.tree.flatten(arguments)
     return (
         structure,
@@ -213,10 +214,10 @@ def _shapes(arguments: Any, static: dict[str, Any]) -> Any:
 
 
 def _key(*facts: Any) -> str | None:
-    """The name of a program, or None where something of it has none. The last fact is the arguments."""
+    """Returns the cache key of a program, or None if some part cannot be identified; the last fact is the arguments."""
     leaves, structure = jax.tree.flatten(facts[-1])
     devices = jax.devices()
-    told = repr([
+    text = repr([
         _surroundings(),
         _settings(),
         (devices[0].platform, devices[0].device_kind, len(devices)),
@@ -224,11 +225,11 @@ def _key(*facts: Any) -> str | None:
         str(structure),
         [_leaf(leaf) for leaf in leaves],
     ])  # fmt: skip
-    return None if _NO_NAME.search(told) else hashlib.sha256(told.encode()).hexdigest()
+    return None if _NO_NAME.search(text) else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _settings() -> dict[str, Any]:
-    """jax's, as they are here and now: a `with` block may have changed them for this thread."""
+    """Returns jax's current settings, which a `with` block may have changed for this thread."""
     values = jax.config.values
     return {name: getattr(jax.config, name, values[name]) for name in sorted(values) if "cache" not in name}
 
@@ -243,7 +244,7 @@ def _leaf(leaf: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def _surroundings() -> tuple[str, ...]:
-    """This package's source, Python, and the versions of what it is built on."""
+    """Returns the hash of this package's source, the version of Python, and those of the dependencies."""
     source = hashlib.sha256()
     root = Path(__file__).parents[1]
     for file in sorted(root.rglob("*.py")):
@@ -253,10 +254,10 @@ def _surroundings() -> tuple[str, ...]:
 
 
 def _description(tree: Any, arguments: Any) -> Any:
-    """JSON of a tree's structure.
+    """Returns JSON that describes the structure of a tree.
 
     Raises:
-      ValueError: it has a node of another kind than arguments, dictionaries, tuples and the classes of `_OWNERS`.
+      ValueError: a node is not an argument, dictionary, tuple or a class of `_OWNERS`.
     """
     structure: Any = jax.tree.structure(tree)
     if tree is None or (structure.num_nodes, structure.num_leaves) == (1, 1):
@@ -281,10 +282,10 @@ def _description(tree: Any, arguments: Any) -> Any:
 
 
 def _described(description: Any, arguments: Any) -> Any:
-    """A tree of the structure that `_description` told.
+    """Returns a tree of the structure that `_description` returned.
 
     Raises:
-      ValueError: it told none.
+      ValueError: the description is invalid.
     """
     if description is None or description == _LEAF:
         return description

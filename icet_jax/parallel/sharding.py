@@ -1,8 +1,8 @@
-"""Where every array lives: one table from parameter path to `PartitionSpec`.
+"""The placement of every array: one table from parameter paths to `PartitionSpec`.
 
-Kernels are split Megatron-fashion (columns, then rows, over `tensor`) and over `fsdp` along their other axis; rows of a
+Kernels are split as in Megatron (columns, then rows, over `tensor`) and over `fsdp` along their other axis; rows of a
 batch are split over `data` and `fsdp`. Patterns match the end of a path, so the moments of an optimizer, whose paths
-end as those of their parameters do, are placed with them.
+end like those of their parameters, are placed with them.
 """
 
 import math
@@ -68,7 +68,8 @@ _COMPILED = tuple((re.compile(rf"(.*/)?({pattern})"), spec) for pattern, spec in
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A `jax.tree_util` key path as `language_model/layers/q_proj/kernel` (an nnx parameter's `.value` is dropped)."""
+    """Returns a `jax.tree_util` key path as `language_model/layers/q_proj/kernel`, without an nnx parameter's
+    `.value`."""
     names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
     if names and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
         names.pop()
@@ -76,15 +77,15 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def flatten_with_names(tree: Any) -> dict[str, Any]:
-    """Leaves of a pytree by `path_name`, in tree order."""
+    """Returns the leaves of a pytree by `path_name`, in tree order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def partition_spec(name: str) -> PartitionSpec:
-    """The rule for the array at path `name`.
+    """Returns the rule for the array at path `name`.
 
     Raises:
-      ValueError: no rule covers it; a new parameter needs a line in `RULES`.
+      ValueError: no rule matches; a new parameter needs a line in `RULES`.
     """
     for pattern, spec in _COMPILED:
         if pattern.fullmatch(name):
@@ -93,24 +94,24 @@ def partition_spec(name: str) -> PartitionSpec:
 
 
 def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """`spec` without the mesh axes that do not divide their array axis: toy models of odd widths stay whole there."""
-    kept = []
+    """Returns `spec` without mesh axes that do not divide their array axis, as in toy models with odd widths."""
+    axes = []
     for axis, size in zip(spec, shape, strict=False):
         names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
-        kept.append(axis if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
-    return P(*kept)
+        axes.append(axis if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    return P(*axes)
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, prefix: str = "") -> Any:
-    """A `NamedSharding` for every leaf of a pytree of arrays or abstract shapes; scalars are replicated.
+    """Returns a `NamedSharding` for every leaf of a pytree of arrays or abstract shapes; scalars are replicated.
 
     Args:
       tree: parameters, adapters, a value head, a KV cache, or an optimizer state over them.
-      mesh: from `mesh.make_mesh`; an abstract one plans for devices that are not here.
-      prefix: put before the paths where the tree has no root of its own: "value_head", "cache".
+      mesh: result of `mesh.make_mesh`; an abstract one is for planning with devices that are not present.
+      prefix: put before the paths if the tree has no root of its own: "value_head", "cache".
 
     Raises:
-      ValueError: a leaf that no rule covers.
+      ValueError: no rule matches a leaf.
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -123,27 +124,29 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, prefix: str = "") -> Any:
 
 
 def placed(tree: Any, places: Any) -> Any:
-    """Abstract arrays where `places`, shardings of the same structure, put them."""
+    """Returns abstract arrays with the shardings `places`, which have the same structure."""
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For arrays whose first axis is the rows of a batch (tokens, masks, visual features, scores)."""
+    """Returns the sharding of arrays whose first axis is the rows of a batch (tokens, masks, visual features,
+    scores)."""
     return NamedSharding(mesh, P(ROWS))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """For arrays that every device holds whole."""
+    """Returns the sharding of arrays that every device holds completely."""
     return NamedSharding(mesh, P())
 
 
 def row_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Parts into which the rows of a batch are split."""
+    """Returns the number of parts into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def split_rows(tree: Any, mesh: Mesh) -> Any:
-    """Inside a compiled function: arrays whose first axis is split over the mesh's row axes where it divides."""
+    """Splits the first axis of arrays over the mesh's row axes if it is divisible; for use inside compiled
+    functions."""
     split = batch_sharding(mesh)
     return jax.tree.map(
         lambda leaf: leaf if leaf.shape[0] % row_shards(mesh) else jax.lax.with_sharding_constraint(leaf, split), tree
@@ -151,26 +154,28 @@ def split_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def row_slices(tree: Any, count: int) -> Any:
-    """The rows of every array in `count` equal slices, [B, ...] to [count, B / count, ...], for `lax.map` and `scan`.
+    """Returns the rows of every array in `count` equal slices, [B, ...] to [count, B / count, ...], for `lax.map` and
+    `scan`.
 
-    Slice i has rows i, i + count, ...: rows that are split over devices stay so in every slice.
+    Slice i has rows i, i + count, ..., so that rows that are split over devices stay split in every slice.
     """
     return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), tree)
 
 
 def joined_slices(tree: Any) -> Any:
-    """The rows of `row_slices` in their order again, [count, B / count, ...] to [B, ...]."""
+    """Returns the rows of `row_slices` in their original order, [count, B / count, ...] to [B, ...]."""
     return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), tree)
 
 
 def place_rows(tree: Any, mesh: Mesh | None, parts: int = 1) -> Any:
-    """Arrays on the device, their first axis split over the mesh's row axes where it divides, whole elsewhere.
+    """Puts arrays on the devices, with the first axis split over the mesh's row axes if it is divisible, else
+    replicated.
 
     Args:
-      tree: of host arrays.
+      tree: pytree of host arrays.
       mesh: None for the default device.
-      parts: 1 where this process has all rows, as every other one has; else it has one of this many equal parts, that
-        of its `distributed.row_share`, and the arrays that are made are so many times longer.
+      parts: 1 if this process has all rows, like every other one. Otherwise it has one of this many equal parts, that
+        of its `distributed.row_share`, and the resulting arrays are longer by this factor.
     """
     if mesh is None:
         return jax.device_put(tree)
@@ -182,7 +187,7 @@ def place_rows(tree: Any, mesh: Mesh | None, parts: int = 1) -> Any:
             return jax.device_put(leaf, where)
         if parts > 1:
             return jax.make_array_from_process_local_data(where, leaf, (parts * leaf.shape[0], *leaf.shape[1:]))
-        # device_put would compare the rows of all processes first.
+        # Not device_put, which would compare the rows of all processes first.
         return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
 
     return jax.tree.map(place, tree)

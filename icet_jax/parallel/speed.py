@@ -1,4 +1,4 @@
-"""How fast the default device multiplies matrices, measured where no number of its maker's will do."""
+"""Measures how fast the default device multiplies matrices, if the maker's published numbers are not applicable."""
 
 import functools
 import math
@@ -14,7 +14,8 @@ _SECONDS, _RUNS = 0.05, 3
 
 @functools.cache
 def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
-    """Operations a second of products [rows, width] x [width, ffn] and back, the fastest of three runs of 50 ms."""
+    """Returns the operations per second of products [rows, width] x [width, ffn] and back, the fastest of three runs of
+    50 ms."""
     x = jnp.ones((rows, width), dtype)
     up, down = jnp.full((width, ffn), 1 / width, dtype), jnp.full((ffn, width), 1 / ffn, dtype)
 
@@ -36,5 +37,5 @@ def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
 def _products(
     x: Float[Array, "B E"], up: Float[Array, "E F"], down: Float[Array, "F E"], repeats: int | Int[Array, ""]
 ) -> Float[Array, "B E"]:
-    """`repeats` times two products, each waiting for the one before."""
+    """Computes two products `repeats` times, each waiting for the one before."""
     return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)

@@ -1,4 +1,5 @@
-"""Chips that are not here: a topology by name, its devices for ahead-of-time compiles, and what each chip can do."""
+"""Chips that need not be present: topologies by name, their devices for ahead-of-time compilation, and their peak
+speeds."""
 
 import dataclasses
 import importlib.util
@@ -16,16 +17,16 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of chip; None is what cannot be said of it.
+    """Describes one kind of chip; None means unknown.
 
     Attributes:
-      name: as in a topology.
+      name: name in a topology.
       memory: bytes that a program may use.
-      flops: dense bfloat16 operations a second.
-      bandwidth: bytes a second between the chip and its memory.
-      links: bytes a second that a chip sends to its neighbours, all links together.
-      source: where the last three are published.
-      options: of libtpu, under which one device is one chip; None where no compiler is at hand without the hardware.
+      flops: dense bfloat16 operations per second.
+      bandwidth: bytes per second between the chip and its memory.
+      links: bytes per second that a chip sends to its neighbours over all links.
+      source: where the last three numbers are published.
+      options: options of libtpu with which one device is one chip; None if compiling needs the hardware.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Chip:
 
 _TPU_SOURCE = "Google Cloud's TPU documentation (system architecture, per chip)"
 _NVIDIA_SOURCE = "NVIDIA's data sheet (SXM, dense)"
-# A TPU's memory is what libtpu's compiler allows a program, a little less than what the chip has.
+# The memory of a TPU is what libtpu's compiler allows for a program, a little less than the chip has.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -57,12 +58,12 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A named number of chips.
+    """Describes a number of chips.
 
     Attributes:
-      name: as the user gave it: "v5e:8x8", "h100:8", "cpu:1".
-      chip: their kind.
-      count: of chips.
+      name: text from the user: "v5e:8x8", "h100:8", "cpu:1".
+      chip: kind of the chips.
+      count: number of chips.
     """
 
     name: str
@@ -70,10 +71,11 @@ class Topology:
     count: int
 
     def devices(self) -> list[Any] | None:
-        """One device to compile for per chip; None where that needs the hardware (GPUs).
+        """Returns one device per chip for compilation; None if that needs the hardware (GPUs).
 
         Raises:
-          UserError: libtpu is not installed or does not know the topology; fewer CPU devices than asked for.
+          UserError: libtpu is not installed or does not know the topology, or there are fewer CPU devices than
+            requested.
         """
         if self.chip.name == "cpu":
             return _cpu_devices(self)
@@ -81,10 +83,10 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """The topology of `CHIP:AxB[xC]` (TPUs) or `CHIP:COUNT` (GPUs and CPUs).
+    """Returns the topology of `CHIP:AxB[xC]` (TPUs) or `CHIP:COUNT` (GPUs and CPUs).
 
     Raises:
-      UserError: an unknown chip, or no such shape.
+      UserError: the chip or the shape is unknown.
     """
     name, _, shape = text.partition(":")
     known = ", ".join(CHIPS)
@@ -111,7 +113,7 @@ _KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax calls by this name (`jax.Device.device_kind`); None where it is not in `CHIPS`."""
+    """Returns the chip with jax's name (`jax.Device.device_kind`); None if it is not in `CHIPS`."""
     return next((CHIPS[name] for pattern, name in _KINDS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
@@ -134,10 +136,10 @@ def _tpu_devices(topology: Topology) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(topology.name, platform="tpu", **(topology.chip.options or {}))
+        description = topologies.get_topology_desc(topology.name, platform="tpu", **(topology.chip.options or {}))
     except Exception as error:  # jax raises several types, depending on what libtpu dislikes
         reason = str(error).splitlines()[0]
         raise UserError(f"--topology={topology.name}: libtpu does not know it ({reason})") from error
-    if len(found.devices) != topology.count:
-        raise UserError(f"--topology={topology.name}: libtpu has {len(found.devices)} devices for it")
-    return list(found.devices)
+    if len(description.devices) != topology.count:
+        raise UserError(f"--topology={topology.name}: libtpu has {len(description.devices)} devices for it")
+    return list(description.devices)

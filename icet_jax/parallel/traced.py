@@ -1,6 +1,8 @@
-"""Inside compiled functions: the mesh on which an array lies, where activations belong, and when weights travel.
+"""Functions for use inside compiled functions: on which mesh an array is, how activations are split, and when weights
+are gathered.
 
-Types of traced arrays tell their mesh, so that models need not be told; on one device nothing here does anything.
+A traced array's type carries its mesh, so models need not be given one. On one device these functions return their
+input.
 """
 
 import functools
@@ -12,11 +14,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from icet_jax.parallel.sharding import ROWS, fit, partition_spec, path_name, row_shards
 
 P = PartitionSpec
-_TAKEN_AT_ONCE = 1 << 28  # bytes of what each device gives away at once
+_MAX_SEND_BYTES = 1 << 28  # most bytes that each device sends at once
 
 
 def mesh_of(*arrays: Any) -> AbstractMesh | None:
-    """The mesh of several devices on which traced arrays lie; None on one device and outside of compiled functions."""
+    """Returns the mesh on which traced arrays are; None on one device or outside compiled functions."""
     for array in arrays:
         mesh = jax.typeof(array).sharding.mesh if isinstance(array, jax.core.Tracer) else None
         if mesh is not None and mesh.size > 1:
@@ -25,101 +27,104 @@ def mesh_of(*arrays: Any) -> AbstractMesh | None:
 
 
 def by_rows(x: Any) -> Any:
-    """Activations `[B, T, E]` split over the mesh's row axes, each row whole on its devices.
+    """Splits activations `[B, T, E]` over the mesh's row axes, so that each row is whole on its devices.
 
-    Left to itself the compiler may split E as `fsdp` splits the kernels: every device then computes all rows, and they
-    add up partial sums as large as the activations. Where those are few, in a decoding step, that is right: the kernels
-    stay where they are, and nothing is done here. So it is where the rows do not divide.
+    Without this constraint the compiler may split E in the way `fsdp` splits the kernels. Every device then computes
+    all rows, and partial sums as large as the activations are exchanged. That is the better choice when there are few
+    rows, as in a decoding step; this function then returns its input, as it does when the rows cannot be divided
+    evenly.
     """
-    mesh = _mesh_of_many(x)
+    mesh = _mesh_if_gathering_pays(x)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
 
 
-def gathered(weights: Any, x: Any, stack: str = "layers") -> Any:
-    """One layer's weights, whole over `fsdp` if it is they that travel to the activations `x [B, T, E]`, see `by_rows`.
+def gather_weights(weights: Any, x: Any, stack: str = "layers") -> Any:
+    """Gathers one layer's weights over `fsdp` if that is cheaper than exchanging the activations `x [B, T, E]`.
 
     Args:
-      weights: a slice of a stack of layers, or of adapters (then also None or empty); paths as in `sharding.RULES`.
+      weights: one layer's slice of a stack of layers, or of adapters (which may be None or empty); paths as in
+        `sharding.RULES`.
       x: the layer's input.
       stack: name of the stack, for those rules.
 
     Returns:
       The weights; their gradients are split as the weights were.
     """
-    mesh = _mesh_of_many(x)
+    mesh = _mesh_if_gathering_pays(x)
     if mesh is None:
         return weights
 
     def gather(path: tuple[Any, ...], leaf: Any) -> Any:
-        return _whole(leaf, P(*partition_spec(f"{stack}/{path_name(path)}")[1:]), mesh)
+        return _gather_fsdp(leaf, P(*partition_spec(f"{stack}/{path_name(path)}")[1:]), mesh)
 
     return jax.tree_util.tree_map_with_path(gather, weights)
 
 
-def gathered_once(kernel: Any, x: Any, name: str) -> Any:
-    """A kernel or a table, whole over `fsdp`: for a loop over parts of `x [B, ...]`, each of which would gather it.
+def gather_kernel(kernel: Any, x: Any, name: str) -> Any:
+    """Gathers a kernel or table over `fsdp` once, for a loop over parts of `x [B, ...]` that would gather it each time.
 
     Args:
-      kernel: of one layer.
-      x: the rows that take it; where they do not divide nothing is done.
+      kernel: kernel of one layer.
+      x: the rows that use it; if they cannot be divided evenly nothing is done.
       name: path of the kernel, as in `sharding.RULES`.
 
     Returns:
-      The kernel; its gradient is split as it was.
+      The kernel; its gradient is split as the kernel was.
     """
     mesh = mesh_of(x)
-    return kernel if mesh is None or x.shape[0] % row_shards(mesh) else _whole(kernel, partition_spec(name), mesh)
+    return kernel if mesh is None or x.shape[0] % row_shards(mesh) else _gather_fsdp(kernel, partition_spec(name), mesh)
 
 
-def taken(states: Any, layers: Any, numbers: Any) -> Any:
-    """`states[layers, numbers]` of `states [X, I, P, D]` whose I lie over the mesh's row axes, as the N taken will.
+def take_exit_states(states: Any, layers: Any, numbers: Any) -> Any:
+    """Returns `states[layers, numbers]`, split over the mesh's row axes as the images of `states [X, I, P, D]` are.
 
-    Each device gives what it has and gets what is its own. Left to itself the compiler would bring all of `states` to
-    every device.
+    Each device sends the states it has and receives those of its own rows. Without this function the compiler would
+    bring all of `states` to every device.
 
     Args:
-      states: of I images at X exits.
-      layers: of each of the N, int.
-      numbers: of each, int; what one below 0 gets is meaningless. None takes every image in its place.
+      states: states of I images at X exits.
+      layers: index of the exit of each of the N results, int.
+      numbers: number of the image of each result, int; a negative number gives a meaningless result. None takes every
+        image in order.
 
     Returns:
-      [N, P, D].
+      The states `[N, P, D]`.
     """
     if numbers is None:
-        return jax.vmap(lambda own, layer: own[layer], in_axes=(1, 0))(states, layers)  # nothing travels
+        return jax.vmap(lambda own, layer: own[layer], in_axes=(1, 0))(states, layers)  # nothing is exchanged
     mesh = mesh_of(states, layers)
     if mesh is None or states.shape[1] % row_shards(mesh) or numbers.shape[0] % row_shards(mesh):
         return states[layers, numbers]
     size = numbers.shape[0] * states[0, 0].size * states.dtype.itemsize
-    parts = next(n for n in range(1, states.shape[2] + 1) if n * _TAKEN_AT_ONCE >= size and states.shape[2] % n == 0)
+    parts = next(n for n in range(1, states.shape[2] + 1) if n * _MAX_SEND_BYTES >= size and states.shape[2] % n == 0)
 
     def take(states: Any, layers: Any, numbers: Any) -> Any:
         own = numbers - jax.lax.axis_index(ROWS) * states.shape[1]
-        here = ((own >= 0) & (own < states.shape[1]))[:, None, None]
+        is_local = ((own >= 0) & (own < states.shape[1]))[:, None, None]
 
-        def part(cut: Any) -> Any:
-            return jax.lax.psum_scatter(jax.numpy.where(here, cut[layers, own], 0), ROWS, tiled=True)
+        def exchange(piece: Any) -> Any:
+            return jax.lax.psum_scatter(jax.numpy.where(is_local, piece[layers, own], 0), ROWS, tiled=True)
 
-        cuts = states.reshape(*states.shape[:2], parts, -1, states.shape[3])
+        pieces = states.reshape(*states.shape[:2], parts, -1, states.shape[3])
         if parts == 1:
-            return part(cuts[:, :, 0])
-        found = jax.lax.map(lambda number: part(cuts[:, :, number]), jax.numpy.arange(parts))
-        return found.swapaxes(0, 1).reshape(-1, *states.shape[2:])
+            return exchange(pieces[:, :, 0])
+        results = jax.lax.map(lambda number: exchange(pieces[:, :, number]), jax.numpy.arange(parts))
+        return results.swapaxes(0, 1).reshape(-1, *states.shape[2:])
 
     return jax.shard_map(
         take, mesh=mesh, in_specs=(P(None, ROWS), P(), P()), out_specs=P(ROWS), check_vma=False
     )(states, layers, numbers)  # fmt: skip
 
 
-def _whole(x: Any, spec: PartitionSpec, mesh: AbstractMesh) -> Any:
+def _gather_fsdp(x: Any, spec: PartitionSpec, mesh: AbstractMesh) -> Any:
     split = fit(spec, x.shape, mesh)
     others = (tuple(name for name in axis if name != "fsdp") if isinstance(axis, tuple) else axis for axis in split)
     whole = P(*(None if axis in ("fsdp", ()) else axis for axis in others))
-    return x if whole == split else _move(NamedSharding(mesh, split), NamedSharding(mesh, whole), x)
+    return x if whole == split else _reshard(NamedSharding(mesh, split), NamedSharding(mesh, whole), x)
 
 
-def _mesh_of_many(x: Any) -> AbstractMesh | None:
-    """The mesh, if gathering kernels of about [E, E] moves less than exchanging activations [B, T, E] does."""
+def _mesh_if_gathering_pays(x: Any) -> AbstractMesh | None:
+    """Returns the mesh if gathering kernels of about [E, E] moves less data than exchanging activations [B, T, E]."""
     mesh = mesh_of(x)
     if mesh is None or x.shape[0] % row_shards(mesh) or x.shape[0] * x.shape[1] <= x.shape[2]:
         return None
@@ -127,14 +132,14 @@ def _mesh_of_many(x: Any) -> AbstractMesh | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _move(split: NamedSharding, whole: NamedSharding, x: Any) -> Any:
-    """`x` as `whole` has it; its gradient as `split` has it."""
-    # Said of `x` too: the compiler makes one of equal slices of a stack, and would leave all of them whole, for example
-    # a decoding loop's, which then holds the weights of all layers.
+def _reshard(split: NamedSharding, whole: NamedSharding, x: Any) -> Any:
+    """Returns `x` with the sharding `whole`; its gradient gets the sharding `split`."""
+    # `x` is constrained too: the compiler merges equal slices of a stack and would otherwise keep all of them whole,
+    # for example in a decoding loop, which would then hold the full weights of all layers.
     return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, split), whole)
 
 
-_move.defvjp(
-    lambda split, whole, x: (_move(split, whole, x), None),
+_reshard.defvjp(
+    lambda split, whole, x: (_reshard(split, whole, x), None),
     lambda split, whole, _, dx: (jax.lax.with_sharding_constraint(dx, split),),
 )

@@ -152,7 +152,7 @@ class AbstractRun:
             vlm.graphdef, vlm.params, sampling,
             slots=slots, columns=length + options.max_new_tokens, lora=lora, mesh=self.mesh,
         )  # fmt: skip
-        rows = machine.shapes(engine.Work([], prompts, encoded))
+        rows = machine.shapes(engine.PromptGroup([], prompts, encoded))
         static = vlm.graphdef, sampling, self.mesh
         yield PlannedPhase(
             "sweep: fill", (encoded, prompts), rows.cache,
@@ -160,8 +160,8 @@ class AbstractRun:
             state, held=True,
         )  # fmt: skip
         yield PlannedPhase(
-            "sweep: decode", machine.apart_shapes(), rows.cache,
-            lambda: engine.decode.lower(*static, vlm.params, machine.apart_shapes(), rows),
+            "sweep: decode", machine.unstacked_shapes(), rows.cache,
+            lambda: engine.decode.lower(*static, vlm.params, machine.unstacked_shapes(), rows),
             [self.weights(policy=False), state], held=True,
         )  # fmt: skip
 

@@ -1,1 +1,1 @@
-"""What several modes share: configs, sources of rows, models, scorers and run directories."""
+"""Parts that several command-line modes share: loading, data sources, measuring, run directories and model cards."""

@@ -1,18 +1,17 @@
-"""`agreement.json` of a run directory: how far its judges agree on the answers of its finished sweeps."""
+"""Writes `agreement.json` of a run directory: how far its judges agree on the responses of its finished sweeps."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 from icet_jax.errors import UserError
 from icet_jax.evaluation.agreement import agreement
 from icet_jax.evaluation.summary import Row
-from icet_jax.files import write_text_atomic
+from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.report.loading import PHASES, read_jsonl
 
 
-def write_agreement(workdir: Path) -> dict[str, Any]:
-    """Writes `workdir`/agreement.json from the transcripts (again whenever they change), and returns its content.
+def write_agreement(workdir: Path) -> JsonObject:
+    """Writes `workdir`/agreement.json from the transcripts, replacing an earlier one, and returns its content.
 
     Raises:
       UserError: a transcript is broken, or the file cannot be written.
@@ -24,21 +23,21 @@ def write_agreement(workdir: Path) -> dict[str, Any]:
 
 
 def finished_sweeps(workdir: Path) -> list[tuple[str, str, Path]]:
-    """(phase, data set, transcript file) of every sweep of the run in `workdir` that is complete."""
-    found = []
+    """Returns (phase, data set, transcript file) of every complete sweep of the run in `workdir`."""
+    sweeps = []
     for phase in PHASES:
         for path in sorted((workdir / "sweeps").glob(f"{phase}.*.json")):
             transcript = workdir / "transcripts" / f"{path.stem}.jsonl"
             if transcript.is_file():
-                found.append((phase, path.stem.partition(".")[2], transcript))
-    return found
+                sweeps.append((phase, path.stem.partition(".")[2], transcript))
+    return sweeps
 
 
 def read_transcript(path: Path) -> list[Row]:
-    """The rows of a transcript.
+    """Returns the rows of a transcript.
 
     Raises:
-      UserError: a broken line, or one without what every answer has.
+      UserError: a line is broken, or lacks a field that every response has.
     """
     rows = read_jsonl(path)
     needed = {"id", "layer", "prompt", "response", "kind", "scores"}

@@ -1,4 +1,4 @@
-"""Reads `--config=configs/NAME.py[:variant]`, applies `--config.FIELD=VALUE` and checks the result."""
+"""Turns `--config=configs/NAME.py[:variant]` and `--config.FIELD=VALUE` into a checked config."""
 
 import ast
 import importlib.util
@@ -21,12 +21,13 @@ def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[
     """Reads `configs/NAME.py[:variant]`, applies `overrides` and checks the result.
 
     Args:
-      spec: a path with an optional variant; a relative path is looked for in the working directory, then in the
-        repository, then in the installed package. None stands for the defaults.
-      overrides: by dotted field, such as {"lppo.iterations": 10}; or (field, text) pairs, in order.
+      spec: a path with an optional variant. A relative path is searched for in the working directory, the repository
+        and the installed package. None means the defaults.
+      overrides: values by dotted field, such as {"lppo.iterations": 10}; or (field, text) pairs, in order.
 
     Raises:
-      UserError: no such file, a broken file, an unknown field (the nearest is named) or a wrong value.
+      UserError: the file does not exist or is broken, a field is unknown (the nearest one is named) or a value is
+        wrong.
     """
     if spec is None:
         config = default()
@@ -42,9 +43,9 @@ def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets the dotted field `name` from the command line's `text`, in place.
 
-    The type of the field decides how the text is read. Lists are separated by commas. `none` unsets a field that is
-    unset by default. A table takes a Python dict, or one key as in `data.mixture.vqa=0.3` and
-    `scorers.NAME.batch_size=8`.
+    The text is parsed by the type of the field: numbers, true/false, words; tuples are comma-separated; `none` unsets
+    an optional field. An open field accepts a Python dict, or one key as in `data.mixture.vqa=0.3`; so does a scorer
+    (`scorers.NAME.batch_size=8`).
 
     Raises:
       UserError: the field is unknown (the nearest is named) or the text does not fit its type.
@@ -66,7 +67,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
-    """Returns the type of a scorer's field; one that its kind does not have is reported in one line."""
+    """Returns the type of a scorer's field, or raises a `UserError` if its kind does not have the field."""
     fields = scorer_fields(definition.kind)
     if field not in fields:
         raise UserError(f"config.{where}.{field}: a {definition.kind} has {', '.join(fields)}")
@@ -74,7 +75,7 @@ def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
-    """Reads the text of an override as a value of type `kind`; `object` is a field that takes a word or a list."""
+    """Parses the text of an override as a value of type `kind`; `object` is a field that accepts a word or a list."""
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -111,7 +112,7 @@ def _find(path: str) -> Path:
 
 
 def _run_config_file(path: Path, variant: str) -> ConfigDict:
-    """Runs the file's `get_config`. An error inside it is reported in one line."""
+    """Runs the file's `get_config`; an error inside it becomes a one-line `UserError`."""
     spec = importlib.util.spec_from_file_location(f"_icet_jax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not a Python file; a config is configs/NAME.py")
@@ -137,7 +138,8 @@ def _run_config_file(path: Path, variant: str) -> ConfigDict:
 
 
 def _from_config_error(path: Path, error: Exception) -> UserError:
-    """Puts an error of ml_collections about a field, or any other exception of the file, into one line."""
+    """Returns an error of ml_collections about a field, or any other exception of the file, as a one-line
+    `UserError`."""
     frames = traceback.extract_tb(error.__traceback__)
     line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), "?")
     missing = re.search(r"Key \"(\w+)\" does not exist|^[\"'\\]*(\w+)[\"'\\]*(?:\\n|\n|$)", str(error))

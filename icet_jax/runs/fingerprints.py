@@ -1,4 +1,5 @@
-"""`fingerprints.json`: the rows and the weight files that a run began with, which every later start must find again.
+"""Records the rows and weight files that a run starts with in `fingerprints.json`, so that every later start checks
+them.
 
     {"schema": 1, "rows": {SET: {ROW ID: SHA-256}}, "checkpoints": {"model": {FILE: SHA-256}, "adapter": {...}}}
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from icet_jax.data.hh_rlhf import Pair
+from icet_jax.data.hh_rlhf import PreferencePair
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json, read_text, write_text_atomic
@@ -28,36 +29,41 @@ NAME = "fingerprints.json"
 SCHEMA = 1
 _ROWS, _CHECKPOINTS = "rows", "checkpoints"
 _DIGITS = 16
-_SMALL = (".json", ".txt", ".model", ".jinja")  # suffixes of what a loader reads beside the weights; hashed whole
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of a weight file that are hashed: 4 MiB
+_SMALL = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+)  # suffixes of other files that a loader reads, hashed completely
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # blocks of a weight file that are hashed, 4 MiB in total
 _LARGEST_HEADER = 1 << 27
 _FILES_AT_ONCE = 8
-_SHOWN = 3  # rows or files that an error names
+_SHOWN = 3  # most rows or files that an error names
 
 Fingerprints = dict[str, dict[str, str]]
 """{set: {row id: hash}} or {checkpoint: {file: hash}}."""
 
 
 def check_rows(workdir: Path, sets: Mapping[str, Sequence[Example]]) -> None:
-    """Records the rows of a run that begins; of one that has begun, checks that they are the same.
+    """Records the rows of a new run, or checks that those of a run that has started are the same.
 
-    The first process does it. A run directory without fingerprints, from an earlier version, gets them now.
+    The first process does it. A run directory of an earlier version without fingerprints gets them now.
 
     Args:
       workdir: the run directory.
-      sets: rows by data set, the training set included.
+      sets: rows by data set, including the training set.
 
     Raises:
-      UserError: rows have changed since the run began: the line says of which set and how many.
+      UserError: rows have changed since the run started; the message names the set and the number of rows.
     """
     on_first(lambda: _check(workdir, _ROWS, _rows(sets), record=True))
 
 
-def check_pairs(workdir: Path, sets: Mapping[str, Sequence[Pair]]) -> None:
-    """`check_rows` for the preference pairs of a reward model; a pair goes by its number, from 1.
+def check_pairs(workdir: Path, sets: Mapping[str, Sequence[PreferencePair]]) -> None:
+    """Does the same as `check_rows` for the preference pairs of a reward model, which are numbered from 1.
 
     Raises:
-      UserError: pairs have changed since the run began: the line says of which set and how many.
+      UserError: pairs have changed since the run started; the message names the set and the number of pairs.
     """
 
     def check() -> None:
@@ -73,15 +79,15 @@ def check_pairs(workdir: Path, sets: Mapping[str, Sequence[Pair]]) -> None:
 
 
 def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, record: bool = True) -> None:
-    """`check_rows` for the files of a model.
+    """Does the same as `check_rows` for the files of a model.
 
     Args:
       workdir: the run directory.
-      directories: of the "model" and its start "adapter"; None where there is none.
-      record: whether a run directory without fingerprints gets them.
+      directories: directories of the "model" and its start "adapter", or None.
+      record: whether to record fingerprints in a run directory that has none.
 
     Raises:
-      UserError: files have changed since the run began: the line says which.
+      UserError: files have changed since the run started; the message names them.
     """
 
     def check() -> None:
@@ -103,14 +109,14 @@ def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> 
                 f"--workdir={workdir}: the {kind} are not those that this run began with ({different}); put them back "
                 "or choose another --workdir"
             )
-    # Sets that only another mode reads stay: a sweep does not load the training rows.
+    # Sets that only another mode reads are kept, because a sweep does not load the training rows.
     if record and {**known, **current} != recorded.get(kind):
         recorded[kind] = {**known, **current}
         write_text_atomic(path, json.dumps({"schema": SCHEMA, **recorded}, indent=0) + "\n")
 
 
 def _of_other_seeds(workdir: Path, kind: str) -> Iterable[Fingerprints]:
-    """What the other seeds' runs beside this one began with, of a run over several seeds: they share their rows."""
+    """Yields the fingerprints of other seeds of the same run, which share their rows with this one."""
     if re.fullmatch(r"seed_\d+", workdir.name) and (workdir.parent / "config.json").is_file():
         for folder in sorted(workdir.parent.glob("seed_*")):
             if folder != workdir and has_begun(folder):
@@ -118,10 +124,10 @@ def _of_other_seeds(workdir: Path, kind: str) -> Iterable[Fingerprints]:
 
 
 def _read(path: Path) -> dict[str, Fingerprints]:
-    """What a run directory records; empty where it has no such file.
+    """Returns the fingerprints that a run directory records; empty if it has no such file.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     try:
         content = parse_json(read_text(path))
@@ -139,7 +145,7 @@ def _read(path: Path) -> dict[str, Fingerprints]:
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs, such as "1 changed (ID), 2 added (ID, ID)"; empty where nothing does."""
+    """Returns the differences, such as "1 changed (ID), 2 added (ID, ID)"; empty if there are none."""
     differences = {
         "changed": [key for key in before if key in now and before[key] != now[key]],
         "added": [key for key in now if key not in before],
@@ -170,8 +176,8 @@ def _rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
         return _hash(pixels if isinstance(pixels, bytes) else f"{pixels.shape}".encode() + pixels.tobytes())
 
     def row_hash(row: Example) -> str:
-        # Attack formats are left out: neither answers nor scores depend on them, and runs begun without them go on.
-        fields = (row.prompt, row.kind, row.answer, row.policy, row.answers, row.answer_type)
+        # Attack formats are left out: responses and scores do not depend on them, and older runs have none.
+        fields = (row.prompt, row.kind, row.answer, row.category, row.answers, row.answer_type)
         return _hash(json.dumps([*fields, *map(image_hash, row.images)]).encode())[:_DIGITS]
 
     return {name: {row.id: row_hash(row) for row in rows} for name, rows in sets.items()}
@@ -186,7 +192,7 @@ def _whole_file(path: str | Path) -> str:
 
 
 def _files(directory: Path) -> dict[str, str]:
-    """Hashes of the files that a loader may read, by name."""
+    """Returns the hashes of the files that a loader may read, by name."""
     paths = [path for path in sorted(directory.iterdir()) if path.suffix in (*_SMALL, ".safetensors")]
     try:
         return {
@@ -199,7 +205,7 @@ def _files(directory: Path) -> dict[str, str]:
 
 
 def _weights(path: Path) -> str:
-    """Of a safetensors file's size, its header, and blocks spread evenly over its tensors (all of a small file)."""
+    """Returns the hash of a safetensors file's size, its header, and evenly spread blocks (all of a small file)."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)

@@ -1,20 +1,20 @@
-"""One paragraph about what a sweep will take, said before it starts."""
+"""Describes the cost of a sweep in one paragraph, printed before the sweep starts."""
 
 from icet_jax.evaluation.cost import Cost
 from icet_jax.report.text import duration
 
 
 def paragraph(what: str, cost: Cost) -> str:
-    """The numbers of a `Cost` in words.
+    """Returns the numbers of a `Cost` in words.
 
     Args:
-      what: the sweeps it is of ("before: mini_jailbreakv, xstest").
-      cost: their sum.
+      what: names of the sweeps ("before: mini_jailbreakv, xstest").
+      cost: sum of their costs.
     """
     exits = cost.answers // max(cost.rows, 1)
     flops = cost.tower_flops + cost.prompt_flops + cost.answer_flops
     shares = [f"{part / max(flops, 1.0):.0%}" for part in (cost.tower_flops, cost.prompt_flops, cost.answer_flops)]
-    told = [
+    sentences = [
         f"{what}: {cost.rows:,} rows x {exits} exits = {cost.answers:,} answers;",
         f"prompts of {cost.prompt_tokens / max(cost.rows, 1):.0f} tokens,",
         f"answers of at most {cost.new_tokens / max(cost.answers, 1):.0f};",
@@ -24,11 +24,11 @@ def paragraph(what: str, cost: Cost) -> str:
     ]
     judged = [f"{name} {count:,}" for name, count in cost.judged.items() if count]
     if judged:
-        told.append(f"Responses to judge: {', '.join(judged)}.")
+        sentences.append(f"Responses to judge: {', '.join(judged)}.")
     for name, seconds in cost.remote_seconds.items():
         if seconds:
-            told.append(f"{name} asks a service: its rate limit alone makes that {duration(seconds)}.")
-    return " ".join(told)
+            sentences.append(f"{name} asks a service: its rate limit alone makes that {duration(seconds)}.")
+    return " ".join(sentences)
 
 
 def _between(low: float, high: float) -> str:

@@ -28,24 +28,26 @@ def load(
     capture: str | None = None,
     template: str | None = None,
 ) -> VLM:
-    """Loads a vision-language model with its weights; tokenizer and image processor follow when they are first used.
+    """Loads a vision-language model with its weights; tokenizer and image processor are loaded on first use.
 
     Args:
-      path_or_id: a checkpoint directory in the Hugging Face layout, a hub id, or "organism:vlm", which ships with us.
-      dtype: of the computation, "float32" or "bfloat16".
-      mesh: devices to spread the weights over (`icet_jax.parallel.mesh.make_mesh`); None is the default device.
-      param_dtype: of the stored weights; `dtype` by default.
-      remat: what a backward pass keeps: "none" (everything), "dots" (kernels' outputs), "full" (layers' inputs alone).
+      path_or_id: a checkpoint directory in the Hugging Face layout, a hub id, or "organism:vlm", which is part of this
+        package.
+      dtype: dtype of the computation, "float32" or "bfloat16".
+      mesh: devices over which the weights are split (`icet_jax.parallel.mesh.make_mesh`); None is the default device.
+      param_dtype: dtype of the stored weights; `dtype` by default.
+      remat: what is kept for a backward pass: "none" (everything), "dots" (matrix products), "full" (only layer
+        inputs).
       revision: branch, tag or commit of a hub id; None is its default branch.
       adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
-      exit_rule: of Llama 3.2 Vision, what exit l feeds the projector: "E1" (None), "E2" or "E5"
+      exit_rule: for Llama 3.2 Vision, what exit l feeds the projector: "E1" (None), "E2" or "E5"
         (`icet_jax.models.mllama.network.EXIT_DEFINITIONS`).
-      capture: of Llama 3.2 Vision, which states its captured intermediates are: "input" (None), as it was trained, or
+      capture: for Llama 3.2 Vision, which states its captured intermediates are: "input" (None), as it was trained, or
         "output", as transformers since 4.56 reads them.
       template: chat template instead of the checkpoint's own, "vicuna_v1" or "llava_v1" (`config.data.template`).
 
     Raises:
-      UserError: no such checkpoint, an unsupported model, or broken files; one line.
+      UserError: the checkpoint does not exist, is not supported, or is broken.
     """
     names = [None if name is None else _dtype_name(name) for name in (dtype, param_dtype)]
     directory = local_directory(_shipped(path_or_id), revision)
@@ -68,18 +70,18 @@ def load_scorer(
     template: Callable[[str, str], str] | str | None = None,
     **options: Any,
 ) -> Scorer:
-    """Loads what judges responses: `score(prompts, responses)` -> {name: `Scores`}, prompts raw, not chat-templated.
+    """Loads a scorer: `score(prompts, responses)` returns {name: `Scores`} for raw prompts without chat template.
 
     Args:
-      path_or_id: "refusal_keywords", a checkpoint directory, a hub id, "organism:reward_model", or the exact judge of
-        the organism's world, "organism:judge".
-      kind: what the checkpoint is, where its config does not tell.
-      template: how prompt and response become the scorer's text, instead of its own way.
-      options: `dtype`, `mesh`, `revision`, `batch_size` and the kind's own fields, see
+      path_or_id: "refusal_keywords", a checkpoint directory, a hub id, "organism:reward_model", or "organism:judge",
+        the exact judge of the organism's world.
+      kind: kind of the checkpoint, if its config does not say.
+      template: how prompt and response become the scorer's text, instead of its own template.
+      options: `dtype`, `mesh`, `revision`, `batch_size` and the fields of the kind, see
         `icet_jax.scorers.load.load_scorer`.
 
     Raises:
-      UserError: no such scorer, or broken files.
+      UserError: the scorer does not exist, or its files are broken.
     """
     if path_or_id == "organism:judge":
         from icet_jax.organism.scorer import WorldJudge
@@ -91,7 +93,7 @@ def load_scorer(
 
 
 def _shipped(path_or_id: str | Path) -> str | Path:
-    """The directory of an "organism:NAME"; anything else as it is."""
+    """Returns the directory of an "organism:NAME"; other paths and ids are returned unchanged."""
     origin, _, name = str(path_or_id).partition(":")
     if origin != "organism" or not name:
         return path_or_id

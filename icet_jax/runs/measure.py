@@ -1,11 +1,10 @@
-"""Sweeps of a run: every data set before and after training, their paired differences, utility."""
+"""Measures the sweeps of a run: every data set before and after training, paired differences, and utility."""
 
 import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from icet_jax.evaluation.recheck import answer_again
 from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.evaluation.transcripts import finished_rows
-from icet_jax.files import read_text, write_text_atomic
+from icet_jax.files import JsonObject, read_text, write_text_atomic
 from icet_jax.parallel.compilations import compile_programs
 from icet_jax.parallel.distributed import agree, is_writer, on_first
 from icet_jax.report.pictures import save_pictures
@@ -28,26 +27,27 @@ SCHEMA = 1
 
 
 class Measurements:
-    """The sweeps and utility files of one run directory. A finished file is never measured again."""
+    """Measures the sweeps and utility files of one run directory; a finished file is never measured again."""
 
     def __init__(self, config: ConfigDict, workdir: Path, setting: Setting):
-        """`setting`: what measures, and the rows of every data set that the config names."""
+        """Stores the judges and rows of `setting`."""
         self._config, self._workdir = config, workdir
         self._scorers, self._utility_scorers = setting.scorers, setting.utility_scorers
         self._tests = setting.tests
 
     def sweeps(self, phase: str, vlm: VLM) -> int:
-        """Writes `sweeps/PHASE.DATASET.json` for each data set ("before" or "after"); returns the tokens generated."""
+        """Writes `sweeps/PHASE.DATASET.json` for each data set ("before" or "after"); returns the number of generated
+        tokens."""
         paths = {name: self._workdir / "sweeps" / f"{phase}.{name}.json" for name in self._config.sweep.datasets}
         self._announce(phase, vlm, paths)
         return sum(self._measure(phase, name, vlm, path) for name, path in paths.items())
 
     def utility(self, phase: str, vlm: VLM) -> int:
-        """Adds the utility sets to `utility.json`; returns the tokens generated."""
+        """Adds the utility sets to `utility.json`; returns the number of generated tokens."""
         names, path = list(self._config.sweep.utility), self._workdir / "utility.json"
         if not names:
             return 0
-        content: dict[str, Any] = _read(path) if path.exists() else {"schema": SCHEMA}
+        content: JsonObject = _read(path) if path.exists() else {"schema": SCHEMA}
         parts = {name: self._workdir / "sweeps" / ".utility" / f"{phase}.{name}.json" for name in names}
         self._announce(phase, vlm, parts)
         tokens = sum(self._measure(phase, name, vlm, part) for name, part in parts.items())
@@ -60,7 +60,7 @@ class Measurements:
         return tokens
 
     def differences(self) -> None:
-        """Writes `sweeps/difference.DATASET.json`, after - before on the same rows."""
+        """Writes `sweeps/difference.DATASET.json`: after minus before on the same rows."""
         if not is_writer():
             return
         for name in self._config.sweep.datasets:
@@ -68,47 +68,50 @@ class Measurements:
             _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
 
     def is_complete(self, phase: str) -> bool:
-        """Whether every sweep and utility set of a phase has been measured; all processes call it."""
+        """Returns whether every sweep and utility set of a phase has been measured; all processes call it."""
         settings, folder = self._config.sweep, self._workdir / "sweeps"
         paths = [folder / f"{phase}.{name}.json" for name in settings.datasets]
         paths += [folder / ".utility" / f"{phase}.{name}.json" for name in settings.utility]
         return agree(all(path.exists() for path in paths))
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(rows, exits) of every swept data set; all processes call it."""
+        """Returns (rows, exits) of every swept data set; all processes call it."""
         return {name: (len(self._tests[name]), len(self._exits(name))) for name in self._config.sweep.datasets}
 
     def differing(self, name: str, vlm: VLM, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
-        """The (row id, exit) that `vlm` answers otherwise than the model that was measured after training.
+        """Returns the (row id, exit) at which `vlm` responds differently from the model that was measured after
+        training.
 
-        All processes call it.
+        All processes call this method.
 
         Args:
-          name: of a data set whose sweep after training is complete.
-          vlm: the model to ask.
-          pairs: (number of the row, place of the exit among those measured) to ask about.
+          name: name of a data set whose sweep after training is complete.
+          vlm: the model to compare.
+          pairs: (number of the row, index of the exit among the measured ones) to compare.
 
         Raises:
-          UserError: the sweep's transcript is damaged.
+          UserError: the transcript of the sweep is damaged.
         """
         exits, rows = self._exits(name), self._tests[name]
-        wanted: dict[int, list[int]] = {}
+        requested_exits: dict[int, list[int]] = {}
         for row, place in pairs:
-            wanted.setdefault(row, []).append(exits[place])
-        if not wanted:
+            requested_exits.setdefault(row, []).append(exits[place])
+        if not requested_exits:
             return []
-        how = {key: value for key, value in self._how(name, vlm).items() if key in ("sampling", "batch_size")}
-        how |= {"seed": self._config.seed, "compile_ahead": compile_programs}
-        answers = answer_again(vlm, rows, wanted, **how)
+        settings = {
+            key: value for key, value in self._sweep_settings(name, vlm).items() if key in ("sampling", "batch_size")
+        }
+        settings |= {"seed": self._config.seed, "compile_ahead": compile_programs}
+        answers = answer_again(vlm, rows, requested_exits, **settings)
 
         def compare() -> list[tuple[str, int]]:
             keys = [(rows[row].id, layer) for row, layer in sorted(answers)]
             transcript = finished_rows(self._transcripts("after", name), keys)
-            known = {(row["id"], row["layer"]): (row["response"], row["scores"]["length"]) for row in transcript}
+            measured = {(row["id"], row["layer"]): (row["response"], row["scores"]["length"]) for row in transcript}
             return [
                 (rows[row].id, layer)
                 for (row, layer), answer in sorted(answers.items())
-                if known[rows[row].id, layer] != (answer.text, answer.length)
+                if measured[rows[row].id, layer] != (answer.text, answer.length)
             ]
 
         return [(row, layer) for row, layer in on_first(compare)]
@@ -118,35 +121,37 @@ class Measurements:
         return on_first(lambda: [layer["layer"] for layer in _read(path)["layers"]])
 
     def geometry(self, vlm: VLM) -> None:
-        """Writes `geometry.json`, how far P(e_l) lies from the default exit's; training cannot change it."""
+        """Writes `geometry.json`, the distance of every exit's features from the default exit's; training cannot change
+        it."""
         path = self._workdir / "geometry.json"
         rows = [row for examples in self._tests.values() for row in examples if row.images]
         if rows and not agree(path.exists()):
             _write(path, geometry(vlm, rows))
 
     def reuse_before_of_other_seeds(self) -> None:
-        """Takes what another seed's run beside this one measured before training: greedy answers have no seed."""
+        """Copies measurements before training from another seed of the same run, because greedy responses have no
+        seed."""
         if not is_writer() or self._config.sweep.temperature > 0 or not re.fullmatch(r"seed_\d+", self._workdir.name):
             return
         for sweep_file in self._workdir.parent.glob("seed_*/sweeps/**/before.*.json"):
             other = next(folder for folder in sweep_file.parents if folder.parent == self._workdir.parent)
             transcripts = other / "transcripts" / f"{sweep_file.stem}.jsonl"
-            # The sweep's file last: it is what says that its transcripts are complete.
+            # The sweep's file is copied last, because its existence means that the transcripts are complete.
             for source in (transcripts, sweep_file):
                 target = self._workdir / source.relative_to(other)
                 if not target.exists():
                     write_text_atomic(target, source.read_text(encoding="utf-8"))
 
     def _announce(self, phase: str, vlm: VLM, paths: Mapping[str, Path]) -> None:
-        """Says what the sweeps whose files are not there yet will take."""
+        """Prints the expected cost of the sweeps that have no file yet."""
         missing = [name for name, path in paths.items() if not path.exists()]
         dtype = self._config.model.dtype
-        costs = [estimate(vlm, self._tests[name], dtype=dtype, **self._how(name, vlm)) for name in missing]
+        costs = [estimate(vlm, self._tests[name], dtype=dtype, **self._sweep_settings(name, vlm)) for name in missing]
         if costs:
             print(paragraph(f"{phase} {', '.join(missing)}", sum(costs, Cost())), file=sys.stderr)
 
-    def _how(self, name: str, vlm: VLM) -> dict[str, Any]:
-        """The settings of a data set's sweep that its cost depends on."""
+    def _sweep_settings(self, name: str, vlm: VLM) -> JsonObject:
+        """Returns the settings of a data set's sweep on which its cost depends."""
         settings = self._config.sweep
         limit = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
         return {
@@ -162,7 +167,7 @@ class Measurements:
         result: SweepResult = sweep(
             vlm,
             self._tests[name],
-            **self._how(name, vlm),
+            **self._sweep_settings(name, vlm),
             transcript_path=self._transcripts(phase, name),
             progress=_show(f"{phase} {name}"),
             dataset=name,
@@ -175,10 +180,10 @@ class Measurements:
         _write(path, result.sweep)
         return result.tokens
 
-    def _difference(self, name: str, after: dict[str, Any]) -> dict[str, Any]:
+    def _difference(self, name: str, after: JsonObject) -> JsonObject:
         exits = [layer["layer"] for layer in after["layers"]]
-        wanted = [(example.id, layer) for example in self._tests[name] for layer in exits]
-        rows = {phase: finished_rows(self._transcripts(phase, name), wanted) for phase in ("before", "after")}
+        required = [(example.id, layer) for example in self._tests[name] for layer in exits]
+        rows = {phase: finished_rows(self._transcripts(phase, name), required) for phase in ("before", "after")}
         tables = difference(rows["before"], rows["after"], exits, after["num_exits"])
         return {"schema": SCHEMA, "dataset": name, "kind": after["kind"], **tables}
 
@@ -187,7 +192,8 @@ class Measurements:
 
 
 def _show(what: str) -> Callable[[SweepProgress], None]:
-    """Shows a sweep's progress, and says how long it will take as soon as some answers have been timed."""
+    """Returns a function that shows a sweep's progress, and prints the expected duration once responses have been
+    timed."""
     bar: list[Progress] = []
     announced: list[float] = []
 
@@ -203,9 +209,9 @@ def _show(what: str) -> Callable[[SweepProgress], None]:
     return show
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     return json.loads(read_text(path))
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: JsonObject) -> None:
     write_text_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

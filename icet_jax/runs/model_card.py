@@ -1,7 +1,7 @@
-"""The README.md of an exported model, filled from its run directory alone: what was done, what it changed, its limits.
+"""Writes the README.md of an exported model from its run directory: what was done, what it changed, and its limits.
 
-A card leaves the machine that the run was on: it names files and folders by their last part, never by their path.
-Everything that comes from a file is escaped, so that a data set's name cannot become markup.
+A card leaves the machine of the run, so it names files and folders only by their last part. Everything that comes from
+a file is escaped, so that the name of a data set cannot become markup.
 """
 
 import html
@@ -14,7 +14,7 @@ from typing import Any
 import icet_jax
 from icet_jax.config.names import ALGORITHMS
 from icet_jax.evaluation.statistics import GROUP_NAMES
-from icet_jax.files import write_text_atomic
+from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.report.loading import Run, load_run
 from icet_jax.report.schema import metric_family
 from icet_jax.report.text import duration, number, percent, points, signed, visible
@@ -22,7 +22,7 @@ from icet_jax.runs.sources import SOURCE_JOIN
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MARKUP = re.compile(r"([\\`*_\[\]|~#])")
-# Families that describe the text rather than judge it; the report has them.
+# Metric families that describe a response instead of judging it; only the report shows them.
 _LEFT_OUT = ("length", "empty", "truncated")
 _COLUMNS = (*GROUP_NAMES, "average")
 
@@ -47,7 +47,7 @@ attacks and harmful responses out of what you publish.
 
 
 def write_model_card(
-    folder: Path, workdir: Path, *, form: str = "full", check: dict[str, Any] | None = None
+    folder: Path, workdir: Path, *, form: str = "full", check: JsonObject | None = None
 ) -> Path:  # fmt: skip
     """Writes `text(workdir, form=form, check=check)` to `folder`/README.md and returns that path.
 
@@ -59,15 +59,15 @@ def write_model_card(
     return path
 
 
-def text(workdir: Path, *, form: str = "full", check: dict[str, Any] | None = None) -> str:
-    """The model card of the run in `workdir`, Markdown with a YAML front matter that the Hugging Face hub reads.
+def text(workdir: Path, *, form: str = "full", check: JsonObject | None = None) -> str:
+    """Returns the model card of the run in `workdir`: Markdown with a YAML front matter for the Hugging Face hub.
 
-    Files that the run has not written yet leave their part of the card out, or a sentence that says so.
+    A part of the card is left out, or says so, if the run has not written its files yet.
 
     Args:
-      workdir: the run directory (of one seed).
-      form: of the export that the card is for: "full" (merged weights) or "adapter" (PEFT).
-      check: what export_check.json is going to hold; None: what it holds.
+      workdir: run directory (of one seed).
+      form: form of the export: "full" (merged weights) or "adapter" (PEFT).
+      check: future content of export_check.json; None uses the existing file.
 
     Raises:
       UserError: a file of the run is broken.
@@ -174,7 +174,7 @@ def _training(run: Run, base: str) -> str:
 
 
 def _counts(counts: Any) -> str:
-    """{name: number} as "name: number, ..."; "" where there are none."""
+    """Returns {name: number} as "name: number, ..."; "" if there are none."""
     named = counts if isinstance(counts, Mapping) else {}
     return ", ".join(f"{_plain(name)}: {_plain(count)}" for name, count in sorted(named.items()))
 
@@ -187,13 +187,13 @@ def _cost(run: Run) -> str | None:
 
 
 def _settings(config: Mapping[str, Any], algorithm: str) -> Iterable[tuple[str, Any]]:
-    """The fields of the sections that decide a training, by dotted name; unset ones are left out."""
+    """Yields the config fields that define a training, by dotted name; unset ones are left out."""
     sections = dict.fromkeys(("lora", "lppo", algorithm, "optimizer", "reward"))
-    chosen = {name: config.get(name) for name in sections}
+    sections_by_name = {name: config.get(name) for name in sections}
     data = config.get("data") or {}
-    chosen["data"] = {name: data.get(name) for name in ("mixture", "batch_size", "max_prompt_tokens")}
+    sections_by_name["data"] = {name: data.get(name) for name in ("mixture", "batch_size", "max_prompt_tokens")}
     yield "seed", config.get("seed")
-    for section, fields in chosen.items():
+    for section, fields in sections_by_name.items():
         for name, value in fields.items() if isinstance(fields, Mapping) else ():
             if value is not None and value != {}:
                 value = _public(value) if name == "model" else value
@@ -221,7 +221,7 @@ def _results(run: Run) -> str:
 
 
 def _check(check: Mapping[str, Any], form: str) -> str:
-    """How the files of this export compare with what was measured; "" where they have not been compared."""
+    """Returns how the files of this export compare with the measured model; "" if they have not been compared."""
     if not check or check.get("form") != form:
         return ""
     what = "the base with this adapter merged into it" if form == "adapter" else "these weights, merged and rounded"
@@ -239,22 +239,22 @@ def _sources(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
 
 
 def _result_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row per metric; the columns are the groups, or the exits measured where they do not fill the groups."""
+    """Returns a table with one row per metric; the columns are groups, or exits if they do not fill the groups."""
     columns = {phase: _by_column(table) for phase, table in tables.items()}
     first = columns.get("before") or columns.get("after") or {}
     metrics = list(dict.fromkeys(metric for column in first.values() for metric in column))
-    kept = [metric for metric in metrics if metric.partition("/")[0] not in _LEFT_OUT]
+    shown_metrics = [metric for metric in metrics if metric.partition("/")[0] not in _LEFT_OUT]
     rows = []
-    for metric in kept:
+    for metric in shown_metrics:
         cells = [
-            _cell(metric, {phase: found.get(name, {}).get(metric) for phase, found in columns.items()})
+            _cell(metric, {phase: table.get(name, {}).get(metric) for phase, table in columns.items()})
             for name in first
         ]
         rows.append([f"{_plain(metric_family(metric).title)}: {_plain(metric)}", *cells])
     return _table(("metric", *map(_plain, first)), rows)
 
 
-def _by_column(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _by_column(table: Mapping[str, Any]) -> dict[str, JsonObject]:
     groups = table.get("groups") or {}
     if all(name in groups for name in _COLUMNS):
         return {name: groups[name].get("metrics", {}) for name in _COLUMNS}
@@ -264,20 +264,20 @@ def _by_column(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _cell(metric: str, estimates: Mapping[str, Any]) -> str:
     share = metric_family(metric).share
     show, change = (percent, points) if share else (number, signed)
-    found = {phase: value for phase, value in estimates.items() if isinstance(value, Mapping)}
-    means = [show(found[phase].get("mean")) for phase in ("before", "after") if phase in found]
+    estimate_of = {phase: value for phase, value in estimates.items() if isinstance(value, Mapping)}
+    means = [show(estimate_of[phase].get("mean")) for phase in ("before", "after") if phase in estimate_of]
     shown = " → ".join(means) or "–"
-    difference = found.get("difference", {})
+    difference = estimate_of.get("difference", {})
     if difference.get("mean") is not None:
         ends = difference.get("ci95")
         interval = f", {change(ends[0])} to {change(ends[1])}" if ends else ""
         shown += f" ({change(difference['mean'])}{interval})"
-    errors = [str(found[phase].get("n_error", 0)) for phase in ("before", "after") if phase in found]
+    errors = [str(estimate_of[phase].get("n_error", 0)) for phase in ("before", "after") if phase in estimate_of]
     return shown + (f"; not judged: {' → '.join(errors)}" if any(count != "0" for count in errors) else "")
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:
-    """The value of a dotted field, None where any part of it is absent."""
+    """Returns the value of a dotted field; None if any part of it is absent."""
     value: Any = config
     for key in name.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -285,7 +285,7 @@ def _field(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _public(value: Any) -> Any:
-    """A source or a checkpoint without the folders that it lies in; a hub id as it is."""
+    """Returns a source or checkpoint without its folders; a hub id is returned unchanged."""
     if not isinstance(value, str) or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
         return value
     if SOURCE_JOIN in value:
@@ -298,7 +298,7 @@ def _public(value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
-    """Anything as one line of Markdown that holds no markup."""
+    """Returns any value as one line of Markdown without markup."""
     return _MARKUP.sub(r"\\\1", html.escape(" ".join(visible(str(value)).split()), quote=False))
 
 

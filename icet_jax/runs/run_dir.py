@@ -1,4 +1,4 @@
-"""The run directory: whose it is, what it cost, and which of its parts are finished."""
+"""The run directory: which config it belongs to, what the run cost, and whether it has results."""
 
 import contextlib
 import json
@@ -13,20 +13,21 @@ from ml_collections import ConfigDict
 
 from icet_jax.config import OPEN_FIELDS, default, flatten
 from icet_jax.errors import UserError, during, write_error
-from icet_jax.files import parse_json, read_text, write_text_atomic
+from icet_jax.files import JsonObject, parse_json, read_text, write_text_atomic
 
 SCHEMA = 1
-_ANY = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")  # change what a run finds by rounding at most
+_ANY = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")  # fields that change results by rounding at most
 _SHOWN_FIELDS = 4
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run directory of `config`, or checks that it already is.
 
-    A run that stopped before it measured anything (on a mistyped field, say) gives its folder up to any config.
+    A run that stopped before it measured anything (for example because of a mistyped field) gives up its folder to any
+    config.
 
     Raises:
-      UserError: it cannot be written to, or it holds a run of another config (the fields that differ are named).
+      UserError: the folder cannot be written to, or holds a run of another config (differing fields are named).
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -36,25 +37,25 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     except OSError as error:
         raise write_error(f"--workdir={workdir}", error) from error
     path = workdir / "config.json"
-    mine = json.loads(json.dumps(flatten(config)))
+    current = json.loads(json.dumps(flatten(config)))
     if not path.exists():
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
         return
-    theirs = json.loads(json.dumps(flatten(read_config(path))))
-    theirs["scorers"] = _without_removed(theirs)
-    differing = [name for name in sorted({*mine, *theirs} - {*_ANY}) if mine.get(name) != theirs.get(name)]
+    stored = json.loads(json.dumps(flatten(read_config(path))))
+    stored["scorers"] = _without_removed(stored)
+    differing = [name for name in sorted({*current, *stored} - {*_ANY}) if current.get(name) != stored.get(name)]
     if differing and not has_begun(workdir):
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
     elif differing:
         shown = ", ".join(
-            f"{name} ({theirs.get(name)!r} there, {mine.get(name)!r} now)" for name in differing[:_SHOWN_FIELDS]
+            f"{name} ({stored.get(name)!r} there, {current.get(name)!r} now)" for name in differing[:_SHOWN_FIELDS]
         )
         more = f" and {len(differing) - _SHOWN_FIELDS} more" if len(differing) > _SHOWN_FIELDS else ""
         raise UserError(f"--workdir={workdir} holds a run of another config: {shown}{more}; choose another folder")
 
 
-def _without_removed(values: dict[str, Any]) -> Any:
-    """A stored config's scorers, without definitions of a kind that there is no more and that the run did not use."""
+def _without_removed(values: JsonObject) -> Any:
+    """Returns a stored config's scorers without unused definitions of a kind that no longer exists."""
     scorers = values.get("scorers")
     if not isinstance(scorers, dict):
         return scorers
@@ -69,16 +70,16 @@ def _without_removed(values: dict[str, Any]) -> Any:
 
 
 def has_begun(workdir: Path) -> bool:
-    """Whether a run has left any result in `workdir`, or in the folder of one of its seeds."""
+    """Returns whether a run has left any result in `workdir`, or in the folder of one of its seeds."""
     results = ("transcripts", "sweeps", "metrics.jsonl", "checkpoints")
     return any((workdir / name).exists() for name in results) or any(map(has_begun, workdir.glob("seed_*")))
 
 
 def read_config(path: Path) -> ConfigDict:
-    """A run's config.json; fields that the package had not yet when it was written have their defaults.
+    """Returns a run's config.json; fields that did not exist when it was written have their defaults.
 
     Raises:
-      UserError: it is not readable.
+      UserError: it cannot be read.
     """
     try:
         values = parse_json(read_text(path))
@@ -89,8 +90,8 @@ def read_config(path: Path) -> ConfigDict:
         raise UserError(f"{path}: not a run's config ({error}); choose another --workdir") from error
 
 
-def _with_defaults(values: dict[str, Any], defaults: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """`values` with what they lack of `defaults`; fields whose keys the user chooses stay as they are."""
+def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") -> JsonObject:
+    """Returns `values` completed from `defaults`; fields whose keys the user chooses are not changed."""
     filled = dict(values)
     for name, value in defaults.items():
         if name not in filled:
@@ -101,20 +102,20 @@ def _with_defaults(values: dict[str, Any], defaults: dict[str, Any], section: st
 
 
 class Costs:
-    """`cost.json`: seconds and compilations of every phase, added up over restarts.
+    """Records `cost.json`: seconds and compilations of every phase, summed over restarts.
 
-    What a killed process spent since its last finished phase is not in it.
+    The time of a killed process since its last finished phase is not included.
     """
 
     def __init__(self, workdir: Path):
         self._path = workdir / "cost.json"
-        self._phases: dict[str, dict[str, Any]] = {}
+        self._phases: dict[str, JsonObject] = {}
         if self._path.exists():
             self._phases = _stored_phases(self._path)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[dict[str, Any]]:
-        """Times the block, also when it fails; further numbers ("tokens") may be put in the dict it yields."""
+    def phase(self, name: str) -> Iterator[JsonObject]:
+        """Times the block, also when it fails; further numbers ("tokens") may be added to the dict that it yields."""
         from icet_jax.parallel.compilations import CompilationCounter
 
         extra: dict[str, Any] = {}
@@ -150,21 +151,21 @@ class Costs:
         write_text_atomic(self._path, json.dumps(content, indent=1) + "\n")
 
 
-def _stored_phases(path: Path) -> dict[str, dict[str, Any]]:
-    """The phases of an earlier `cost.json` by name.
+def _stored_phases(path: Path) -> dict[str, JsonObject]:
+    """Returns the phases of an earlier `cost.json` by name.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the file is damaged.
     """
     try:
         phases = parse_json(read_text(path))["phases"]
-        found = {str(phase["name"]): phase for phase in phases}
+        by_name = {str(phase["name"]): phase for phase in phases}
         numbers = [value for phase in phases for name, value in phase.items() if name != "name"]
         if any(type(value) not in (int, float) for value in numbers) or any("seconds" not in phase for phase in phases):
             raise ValueError("a phase without its numbers")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not what a run has cost ({error}); remove it") from error
-    return found
+    return by_name
 
 
 def _device() -> str:
@@ -177,7 +178,7 @@ def _device() -> str:
 
 
 def _peak_bytes() -> int | None:
-    """The largest device's peak; None where the platform does not say."""
+    """Returns the peak memory of the device that used most; None if the platform does not report it."""
     import jax
 
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]

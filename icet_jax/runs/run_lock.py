@@ -1,7 +1,9 @@
-"""One writer per run directory: `run.lock`, an advisory lock of the operating system that ends with its process.
+"""Allows one writer per run directory, by `run.lock`, an advisory lock of the operating system that ends with its
+process.
 
-It is a POSIX record lock. Network file systems that have locks know it (NFS version 4, Lustre mounted with `flock`),
-child processes do not inherit it, and a killed process leaves none behind. The file itself only names the holder.
+It is a POSIX record lock. Network file systems with locks support it (NFS version 4, Lustre mounted with `flock`),
+child processes do not inherit it, and a killed process leaves none behind. The content of the file only names the
+holder.
 """
 
 import contextlib
@@ -17,44 +19,45 @@ from icet_jax.errors import UserError, write_error
 
 NAME = "run.lock"
 _HELD_ELSEWHERE = (errno.EACCES, errno.EAGAIN)
-_SHOWN_BYTES = 300  # of a lock file
-# A record lock belongs to the process, which may therefore lock a file twice, and loses the lock when it closes any
-# descriptor of the file: what this process holds is looked up here before the file is opened.
-_held: set[Path] = set()
+_SHOWN_BYTES = 300  # most bytes of a lock file that an error shows
+# A record lock belongs to the process: the process could lock a file twice, and loses the lock when it closes any
+# descriptor of the file. Locks of this process are therefore looked up here before the file is opened.
+_own_locks: set[Path] = set()
 
 
 @contextlib.contextmanager
 def locked(workdir: Path, advice: str = "choose another --workdir") -> Iterator[None]:
     """Keeps every other process from writing into `workdir` until the block ends.
 
-    On a file system without locks it says so on stderr and goes on without one.
+    On a file system without locks it prints a warning and continues without a lock.
 
     Args:
-      workdir: the run directory; made if it is not there.
-      advice: what the refusal tells a user to do instead of waiting.
+      workdir: the run directory, which is created if necessary.
+      advice: what the error tells the user to do instead of waiting.
 
     Raises:
-      UserError: another run is writing there (the line names its process and host), or the folder cannot be written to.
+      UserError: another run is writing there (the message names its process and host), or the folder cannot be written
+        to.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir.resolve() / NAME
-        if path in _held:
+        if path in _own_locks:
             raise _refusal(workdir, _holder(os.getpid()), advice)
-        descriptor = _take(path, workdir, advice)
+        descriptor = _acquire(path, workdir, advice)
     except OSError as error:
         raise write_error(f"--workdir={workdir}", error) from error
-    _held.add(path)
+    _own_locks.add(path)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(descriptor)
-        _held.discard(path)
+        _own_locks.discard(path)
 
 
-def _take(path: Path, workdir: Path, advice: str) -> int:
+def _acquire(path: Path, workdir: Path, advice: str) -> int:
     """Opens and locks the file; returns its descriptor, which holds the lock until it is closed."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -67,7 +70,7 @@ def _take(path: Path, workdir: Path, advice: str) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed the file, and another process may have made a new one
+        os.close(descriptor)  # the holder removed the file, and another process may have created a new one
 
 
 def _lock(descriptor: int, workdir: Path, advice: str) -> None:
@@ -85,7 +88,7 @@ def _lock(descriptor: int, workdir: Path, advice: str) -> None:
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Whether `path` still is the file that `descriptor` has open."""
+    """Returns whether `path` is still the file that `descriptor` has open."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where a run's rows and weights come from: the user's files, hub ids, the shipped organism, or toys.
+"""Finds a run's rows and weights: a user's files, hub ids, the included organism, or toys.
 
 rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
             | toy:KIND | toy:FORMAT | several of these, joined by " + "
@@ -18,25 +18,25 @@ from icet_jax.data import prepared
 from icet_jax.data.published import read_source
 from icet_jax.data.records import Example, Records, prompt_overlap
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json
+from icet_jax.files import JsonObject, parse_json
 from icet_jax.parallel.distributed import first_before_others
 from icet_jax.runs import shipped
 
-# Rows of an organism source: enough for 95% intervals of a few points, and for a run without a repeated row.
+# Rows of an organism source: enough for 95% intervals of a few points, and for a run that repeats no row.
 _ORGANISM_ROWS = {"train": dict.fromkeys(KINDS, 2048), "test": {"forbidden": 256, "benign": 256, "vqa": 1024}}
 
 SOURCE_JOIN = " + "
-"""Stands between sources whose rows make one set."""
+"""Separates sources whose rows form one set."""
 
 TRAIN = "train"
-"""What the training set is called among the prepared sets."""
+"""Name of the training set among the prepared sets."""
 
 
 def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
-    """The directory (or hub id) of `spec`; toy weights are made under `workdir`, or in a temporary folder.
+    """Returns the directory (or hub id) of `spec`; toy weights are created in `workdir` or in a temporary folder.
 
     Raises:
-      UserError: no such organism or toy checkpoint.
+      UserError: there is no such organism or toy checkpoint.
     """
     origin, _, name = spec.partition(":")
     if origin == "organism" and name:
@@ -62,26 +62,26 @@ def load_set(
     name: str | None = None,
     workdir: Path | None = None,
 ) -> tuple[list[Example], dict[str, int]]:
-    """The rows of `source`, at most `limit`; what a file's bad rows are is reported on stderr.
+    """Returns at most `limit` rows of `source`, and prints a report of bad rows to standard error.
 
     Args:
-      source: see the module's docstring.
-      root: folder that a source's relative paths start from.
-      image_root: folder that a file's relative image paths start from.
-      limit: first usable rows taken; None is all.
-      seed: of the organism's images and row order.
-      directory: of prepared data sets (`--mode=prepare`); the source itself is read if None.
-      name: of the set in `directory`.
-      workdir: where toy files go; a temporary folder if None.
+      source: see the top of this module.
+      root: folder for a source's relative paths.
+      image_root: folder for a file's relative image paths.
+      limit: number of usable rows after which reading stops; None means all.
+      seed: seed of the organism's images and row order.
+      directory: directory of prepared data sets (`--mode=prepare`); if None the source itself is read.
+      name: name of the set in `directory`.
+      workdir: directory for toy files; a temporary folder if None.
 
     Returns:
-      The rows, and {reason: rows left out for it}.
+      The rows, and {reason: number of rows left out}.
 
     Raises:
-      UserError: no such source, a file without a usable row, or a set that is not prepared.
+      UserError: the source does not exist, a file has no usable row, or the set is not prepared.
     """
     if directory is not None and name is not None:
-        return prepared.read_set(directory, name, source, limit), prepared.left_out(directory, name)
+        return prepared.read_set(directory, name, source, limit), prepared.dropped_rows(directory, name)
     records = read_rows(source, root=root, image_root=image_root, limit=limit, seed=seed, workdir=workdir)
     if records.problems or records.repeats or records.animated or records.replaced:
         print(f"icet-jax: {records.report()}", file=sys.stderr)
@@ -89,14 +89,14 @@ def load_set(
 
 
 def load_rows(source: str, **where: Any) -> list[Example]:
-    """The rows of a source, such as "prompts.csv" or "organism:test:forbidden:64" (see the module's docstring).
+    """Returns the rows of a source, such as "prompts.csv" or "organism:test:forbidden:64" (see the top of this module).
 
     Args:
       source: where they come from.
       where: `limit`, `seed`, `root`, `image_root` and so on, as for `load_set`.
 
     Raises:
-      UserError: no such source, or a file without a usable row.
+      UserError: the source does not exist, or a file has no usable row.
     """
     return load_set(source, **where)[0]
 
@@ -111,18 +111,18 @@ def read_rows(
     workdir: Path | None = None,
     decode: bool = False,
 ) -> Records:
-    """The rows of `source` and what was left out of it.
+    """Returns the rows of `source` with the problems of those that were left out.
 
     Args:
       source, root, image_root, limit, seed, workdir: as for `load_set`; reading stops after `limit` usable rows.
-      decode: whether images are decoded, so that rows whose image is damaged are left out too.
+      decode: whether images are decoded, so that rows with damaged images are left out too.
 
     Raises:
-      UserError: no such source, or a file without a usable row.
+      UserError: the source does not exist, or a file has no usable row.
     """
     if SOURCE_JOIN in source:
         where: dict[str, Any] = dict(root=root, image_root=image_root, seed=seed, workdir=workdir, decode=decode)
-        return _joined(source, limit, where)
+        return _read_several(source, limit, where)
     origin, _, name = source.partition(":")
     if origin == "toy" and name not in ("", "mixed", *KINDS):
         from icet_jax.miniatures import published
@@ -140,8 +140,9 @@ def read_rows(
     return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
 
 
-def _joined(source: str, limit: int | None, where: dict[str, Any]) -> Records:
-    """The rows of several sources, one after the other; ids carry their source's number, since two may use the same."""
+def _read_several(source: str, limit: int | None, where: dict[str, Any]) -> Records:
+    """Returns the rows of several sources, one after another; ids get the number of their source, to keep them
+    different."""
     parts = [part.strip() for part in source.split(SOURCE_JOIN)]
     if not all(parts):
         raise UserError(f"{source}: a source is missing beside '{SOURCE_JOIN}'; write SOURCE{SOURCE_JOIN}SOURCE")
@@ -167,7 +168,7 @@ def _joined(source: str, limit: int | None, where: dict[str, Any]) -> Records:
 
 @functools.cache
 def _temporary_folder() -> Path:
-    """One for all toy files of this process."""
+    """Returns one temporary folder for all toy files of this process."""
     return Path(tempfile.mkdtemp(prefix="icet_jax_toy_"))
 
 
@@ -189,25 +190,27 @@ def _organism_rows(source: str, seed: int) -> list[Example]:
 
 
 def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) -> dict[str, int]:
-    """Test rows, by data set, whose prompt is also a training prompt; a count above 0 is said on stderr.
+    """Returns the number of test rows, by data set, whose prompt is also a training prompt, and prints a warning if
+    any.
 
-    Questions about images (VQA rows) repeat their wording by nature and are not counted.
+    Questions about images (VQA rows) naturally repeat their wording and are not counted.
     """
     prompts = [example for example in train if example.kind != "vqa"]
     overlaps = {}
     for name, rows in tests.items():
-        asked = [row for row in rows if row.kind != "vqa"]
-        overlaps[name] = prompt_overlap(prompts, asked)
+        requests = [row for row in rows if row.kind != "vqa"]
+        overlaps[name] = prompt_overlap(prompts, requests)
         if overlaps[name]:
             print(
-                f"icet-jax: {overlaps[name]} of {len(asked)} rows of {name} have a prompt of the training set",
+                f"icet-jax: {overlaps[name]} of {len(requests)} rows of {name} have a prompt of the training set",
                 file=sys.stderr,
             )
     return overlaps
 
 
-def organism_facts(directory: str) -> dict[str, Any] | None:
-    """What is planted in the weights in `directory`, as the organism's builder recorded it; None for other models."""
+def organism_facts(directory: str) -> JsonObject | None:
+    """Returns what is planted in the weights in `directory`, as recorded by the organism's builder; None for other
+    models."""
     path = Path(directory) / "organism.json"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Rows whose prompts do not fit: found before any program is compiled, and dropped or refused."""
+"""Finds rows whose prompts are too long before any program is compiled, and drops or rejects them."""
 
 import sys
 from collections.abc import Sequence
@@ -12,32 +12,32 @@ from icet_jax.media.limits import max_tokens
 from icet_jax.models.base.processor import Processor
 
 REASON = "too long"
-_NAMED = 5  # rows that a message names
-_SHOWN = 60  # characters of a row's id
+_NAMED = 5  # most rows that a message names
+_SHOWN = 60  # characters of a row's id that a message shows
 
 
 def fitting_rows(
     config: ConfigDict, processor: Processor, max_positions: int | None, source: str, name: str,
     examples: Sequence[Example], *, training: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
-    """The rows that fit, and {id: positions} of those that do not, which `config.data.too_long` may refuse.
+    """Returns the rows that fit, and {id: positions} of those that do not, which `config.data.too_long` may forbid.
 
-    A training row must fit `config.data.max_prompt_tokens`; any row must leave the model room for the longest answer
-    and have no more tokens of text than the tokenizer says.
+    A training row must fit `config.data.max_prompt_tokens`. Every row must leave the model room for the longest
+    response and must not have more text tokens than the tokenizer allows.
 
     Args:
-      config: of the run.
-      processor: of the model.
-      max_positions: of the model, most that a prompt and its answer may take; None is no limit.
-      source: where the rows come from.
-      name: of the set, as messages call it.
-      examples: its rows.
+      config: config of the run.
+      processor: processor of the model.
+      max_positions: most positions of a prompt and its response in the model; None for no limit.
+      source: source of the rows.
+      name: name of the set in messages.
+      examples: rows of the set.
       training: whether they are training rows.
 
     Raises:
       UserError: no row fits, or one does not and `config.data.too_long` is "stop".
     """
-    limit, field, mend = _limit(config, max_positions, training)
+    limit, field, advice = _limit(config, max_positions, training)
     most = max_tokens(processor.tokenizer)
     if limit is None and most is None:
         return list(examples), {}
@@ -52,17 +52,18 @@ def fitting_rows(
     shown = ", ".join(f"row {one_line(str(row))[:_SHOWN]} takes {long[row]}" for row in list(long)[:_NAMED])
     more = f", and {len(long) - _NAMED} more" if len(long) > _NAMED else ""
     what = f"{len(long)} of {len(examples)} prompts are longer than {' or '.join(bounds)} ({shown}{more})"
-    mend = mend.format(max(beyond.values())) if beyond else "shorten the prompts"
+    advice = advice.format(max(beyond.values())) if beyond else "shorten the prompts"
     if len(long) == len(examples):
-        raise UserError(f"{name} ({source}): no row fits: {what}; {mend}")
+        raise UserError(f"{name} ({source}): no row fits: {what}; {advice}")
     if config.data.too_long == "stop":
-        raise UserError(f"{name} ({source}): {what}; {mend}, or leave them out with config.data.too_long=drop")
-    print(f"icet-jax: {one_line(f'{name} ({source})')}: left out: {what}; {mend} to keep them", file=sys.stderr)
+        raise UserError(f"{name} ({source}): {what}; {advice}, or leave them out with config.data.too_long=drop")
+    print(f"icet-jax: {one_line(f'{name} ({source})')}: left out: {what}; {advice} to keep them", file=sys.stderr)
     return [row for row in examples if row.id not in long], long
 
 
 def _limit(config: ConfigDict, positions: int | None, training: bool) -> tuple[int | None, str, str]:
-    """(positions that a prompt may take or None, what says so, how to raise it with the longest prompt's as `{}`)."""
+    """Returns the most positions of a prompt or None, the reason, and advice with `{}` for the positions of the longest
+    prompt."""
     answer = "lppo.max_new_tokens" if training else "sweep.max_new_tokens"
     new = config.lppo.max_new_tokens if training else config.sweep.max_new_tokens
     room = None if positions is None else max(positions - new, 0)

@@ -1,1 +1,1 @@
-"""Scorers: text in, numbers out. Every number carries the name of the scorer that gave it."""
+"""Scorers map prompts and responses to scores; every score carries the name of the scorer that computed it."""

@@ -1,10 +1,11 @@
-"""Scores kept on disk, so that judging the same (prompt, response) again with the same scorer costs nothing.
+"""Stores scores on disk, so that the same scorer does not judge the same (prompt, response) twice.
 
     FOLDER/NAME-DIGEST/TOKEN.jsonl      {"key": KEY, "scores": {scorer name: [value, label]}, "crc32": ...}
 
-DIGEST is of the scorer's name and fingerprint, KEY of prompt and response: no text is stored. Every process appends to
-a file of its own (TOKEN) and reads all files, so that no two ever write to the same one. A line that a killed process
-left half written is a row not yet scored. A row whose score is an error (NaN) is never stored: the next run asks again.
+DIGEST is a hash of the scorer's name and fingerprint, KEY of prompt and response; no text is stored. Every process
+appends to its own file (TOKEN) and reads all files, so that two processes never write to the same one. An incomplete
+line of a killed process is ignored. A row whose score is an error (NaN) is never stored, so that the next run judges it
+again.
 """
 
 import hashlib
@@ -24,27 +25,27 @@ from icet_jax.files import append_text, read_bytes, seal, unseal
 from icet_jax.parallel.distributed import is_writer, on_first
 from icet_jax.scorers.base import Scorer, Scores
 
-_FORMAT = "2"  # part of every digest: another layout of the files starts anew
+_FORMAT = "2"  # part of every digest, so that a new layout of the files starts with an empty cache
 _WHOLE = 1 << 20  # bytes; files up to this size are read in full for a fingerprint, and the start of larger ones
 _BLOCK = 4096  # bytes of each further block that is read of a larger file
-_BLOCKS = 256  # how many, at even distances
+_BLOCKS = 256  # number of these blocks, evenly spread
 
 _LARGEST = float(np.finfo(np.float32).max)  # scores are float32
 
 Entry = dict[str, tuple[float | None, str | None]]
-"""One row's scores: scorer name -> (value, label). None: no value, which only side results may have."""
+"""One row's scores, {scorer name: (value, label)}; the value is None if there is none, only for additional results."""
 
 
 class ScoreCache:
-    """The scores in a folder, by scorer; several processes may use it at once."""
+    """Holds the cached scores of a folder by scorer; several processes may use it at once."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """`folder` is made when the first score is stored."""
+        """Stores the path of the folder, which is created when the first score is stored."""
         self.folder = Path(folder)
         self._tables: dict[Path, _Table] = {}
 
     def table(self, scorer: Scorer) -> "_Table":
-        """The scores of one scorer that has a fingerprint; read once, whole lines alone."""
+        """Returns the entries of one scorer that has a fingerprint; complete lines are read once."""
         digest = _digest(scorer.name, scorer.metric, getattr(scorer, "fingerprint", ""))[:16]
         path = self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', scorer.name)}-{digest}"
         if path not in self._tables:
@@ -53,30 +54,30 @@ class ScoreCache:
 
 
 def cached(scorer: Scorer, cache: ScoreCache) -> Scorer:
-    """The same scorer, asked only for rows that `cache` does not hold.
+    """Returns the same scorer with a cache, which calls the scorer only for rows that the cache does not have.
 
-    A scorer without a `fingerprint` says nothing of what its numbers depend on, and comes back as it is (the refusal
+    A scorer without a `fingerprint` does not say what its numbers depend on and is returned unchanged (the refusal
     keywords are as fast as the cache).
     """
     return CachedScorer(scorer, cache) if getattr(scorer, "fingerprint", None) else scorer
 
 
 class CachedScorer:
-    """A scorer behind a cache; made by `cached`.
+    """Scores with a cache in front of a scorer; created by `cached`.
 
-    A scorer may say `reads_prompts = False`: its score depends on the response alone, and one entry serves all prompts.
-    Of several processes the first one has the cache and tells the others what it holds, because all of them must enter
-    the same jitted calls.
+    If a scorer has `reads_prompts = False`, its score depends only on the response, and one entry serves all prompts.
+    With several processes the first one has the cache and sends its content to the others, because all of them must
+    enter the same jitted calls.
 
     Attributes:
-      name, metric, fingerprint, label_shares, families: the scorer's own.
-      scorer: what is asked where the cache has no answer.
-      hits: rows answered from the cache.
-      misses: rows asked.
+      name, metric, fingerprint, label_shares, families: those of the scorer.
+      scorer: the scorer that is called for rows that the cache does not have.
+      hits: number of rows found in the cache.
+      misses: number of rows that the scorer judged.
     """
 
     def __init__(self, scorer: Scorer, cache: ScoreCache) -> None:
-        """`scorer` has a `fingerprint`."""
+        """Reads the entries of `scorer`, which must have a `fingerprint`."""
         self.scorer, self.name, self.metric = scorer, scorer.name, scorer.metric
         self.fingerprint: str = getattr(scorer, "fingerprint")  # noqa: B009 (optional in the protocol)
         self.label_shares: Mapping[str, str] = getattr(scorer, "label_shares", {})
@@ -88,25 +89,25 @@ class CachedScorer:
         """Scores B pairs; see `Scorer`.
 
         Raises:
-          UserError: the cache cannot be written, or holds entries of other names than the scorer gives.
+          UserError: the cache cannot be written, or its entries have other names than the scorer's results.
         """
         reads_prompts = getattr(self.scorer, "reads_prompts", True)
         keys = [
             _digest(prompt if reads_prompts else "", response)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        held: list[Any] = on_first(lambda: [self._table.entries.get(key, {}) for key in keys])
-        entries: list[Entry] = [{name: (value, label) for name, (value, label) in row.items()} for row in held]
-        asked = [row for row, entry in enumerate(entries) if not entry]
-        self.hits, self.misses = self.hits + len(keys) - len(asked), self.misses + len(asked)
-        if asked:
-            results = self.scorer([prompts[row] for row in asked], [responses[row] for row in asked])
-            for place, row in enumerate(asked):
+        stored: list[Any] = on_first(lambda: [self._table.entries.get(key, {}) for key in keys])
+        entries: list[Entry] = [{name: (value, label) for name, (value, label) in row.items()} for row in stored]
+        missing = [row for row, entry in enumerate(entries) if not entry]
+        self.hits, self.misses = self.hits + len(keys) - len(missing), self.misses + len(missing)
+        if missing:
+            results = self.scorer([prompts[row] for row in missing], [responses[row] for row in missing])
+            for place, row in enumerate(missing):
                 entries[row] = {name: (_number(s.values[place]), s.labels[place]) for name, s in results.items()}
-            self._table.add({keys[row]: entries[row] for row in asked})
-        return self._joined(entries)
+            self._table.add({keys[row]: entries[row] for row in missing})
+        return self._combine(entries)
 
-    def _joined(self, entries: Sequence[Entry]) -> dict[str, Scores]:
+    def _combine(self, entries: Sequence[Entry]) -> dict[str, Scores]:
         names = list(entries[0]) if entries else [self.name]
         if any(set(entry) != set(names) for entry in entries):
             raise UserError(f"{self._table.folder}: holds scores of other names than {self.name} gives; remove it")
@@ -117,7 +118,7 @@ class CachedScorer:
 
 
 class _Table:
-    """One scorer's entries, in memory and on disk."""
+    """Holds one scorer's entries in memory and on disk."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self._name = folder, name
@@ -127,7 +128,7 @@ class _Table:
             self._read(path)
 
     def add(self, rows: Mapping[str, Entry]) -> None:
-        """Keeps the rows that are no errors."""
+        """Stores the rows that are not errors."""
         new = {key: entry for key, entry in rows.items() if self._is_scored(entry)}
         if not new or not is_writer():
             return
@@ -140,7 +141,7 @@ class _Table:
 
     def _read(self, path: Path) -> None:
         try:
-            lines = read_bytes(path).split(b"\n")[:-1]  # what follows the last line end was never finished
+            lines = read_bytes(path).split(b"\n")[:-1]  # text after the last line end is an incomplete line
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); choose another score cache") from error
         for line in lines:
@@ -148,7 +149,7 @@ class _Table:
                 row = unseal(line.decode("utf-8"))
                 key, entry = row["key"], {name: _checked(*pair) for name, pair in row["scores"].items()}
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # damaged: the row is scored again
+                continue  # a damaged row is scored again
             if isinstance(key, str) and self._is_scored(entry):
                 self.entries[key] = entry
 
@@ -169,11 +170,11 @@ def _digest(*parts: str) -> str:
 
 
 def directory_fingerprint(directory: str | os.PathLike[str]) -> str:
-    """A short mark of a checkpoint's content, the same for a copy of it elsewhere.
+    """Returns a short hash of a checkpoint's content, the same for a copy of it elsewhere.
 
-    Of every file (hidden ones and *.md apart): its name and size, all of it up to 1 MiB, and of a larger one the
-    first MiB (a safetensors header) and 256 blocks of 4 KiB spread evenly, the last bytes among them. Seconds for any
-    size; a change between the blocks of a large file that keeps its size goes unseen.
+    It covers the name and size of every file except hidden ones and *.md, all content of files up to 1 MiB, and of a
+    larger file the first MiB (a safetensors header) and 256 evenly spread blocks of 4 KiB, including the last bytes.
+    This takes seconds for any size. A change between the blocks of a large file that keeps its size is not noticed.
 
     Raises:
       UserError: a file cannot be read.

@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible chat endpoint (metric "asr"): any model that vLLM or a provider serves.
 
-Prompt and response are sent to the endpoint in the judge's template, and the first word of its answer is the verdict.
-A key comes from the environment, travels in a header and is never written anywhere. Wrap the judge in
+Prompt and response are sent to the endpoint in the judge's template, and the first word of its response is the verdict.
+A key is read from the environment, sent in a header and never written anywhere. Wrap the judge in
 `icet_jax.scorers.cache.cached`.
 """
 
@@ -28,26 +28,27 @@ from typing import Any
 import numpy as np
 
 from icet_jax.errors import RESUMABLE, UserError, one_line
-from icet_jax.files import parse_json
+from icet_jax.files import JsonObject, parse_json
 from icet_jax.parallel.distributed import on_first
 from icet_jax.scorers.base import Scores, metric_name
 from icet_jax.scorers.decoder_judge import word_verdict
 from icet_jax.scorers.prompts import Render, probe_text
 from icet_jax.scorers.transport import LARGEST_ANSWER, post
 
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # s before the first retry, doubled each time, up to
-_LONGEST_RETRY_AFTER = 300.0  # s that the server may ask to wait for a retry; for more the row is given up
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds before the first retry, doubled each time up to the second number
+_LONGEST_RETRY_AFTER = 300.0  # if the server asks to wait longer (seconds), the row is given up
 _RETRIED = (408, 429, *range(500, 600))
-_LOST = 10  # requests in a row that no retry has helped, after which the endpoint counts as gone
+_LOST = 10  # consecutive requests that failed in spite of retries, after which the endpoint counts as gone
 _MOST_THREADS = 16
-# What the tokenizers of served models may read as the end of a message, or as the start of one.
+# Texts that the tokenizers of served models may read as the beginning or the end of a message.
 _SPECIAL = re.compile(
     r"<(?=[|\uff5c]|/?(?:s|bos|eos|pad|think|(?:start|end)_of_turn)>|</?SYS>>)|\[(?=/?INST\])", re.IGNORECASE
 )
 
 
 class _Failed(Exception):
-    """A request without a usable answer. `wait`: seconds that the server asks for; None where a retry is no use."""
+    """Raised for a request without a usable response; `wait` is the seconds that the server asks for, None if retries
+    are useless."""
 
     def __init__(self, reason: str, wait: float | None = 0.0) -> None:
         super().__init__(reason)
@@ -55,16 +56,16 @@ class _Failed(Exception):
 
 
 class Chat:
-    """Asks a served model whether a response is unsafe: value 1 or 0, NaN where its answer is no verdict or none came.
+    """Asks a served model whether a response is unsafe: value 1 or 0, NaN if it gives no verdict or no response.
 
-    Text of prompt or response that looks like a special token of a chat template has a space put into it
-    (`<|eot_id|>` becomes `< |eot_id|>`), as `Conversations` does for the tokenizers that it knows.
+    Text of prompt or response that looks like a special token of a chat template gets a space (`<|eot_id|>` becomes `<
+    |eot_id|>`), as `Conversations` does for the tokenizers that it knows.
 
     Attributes:
-      name: that of the model, in metric-name form.
-      fingerprint: of the endpoint and of what is asked; not of the key.
-      requests_per_second: the most that are sent by all processes of a run.
-      requests: how many were sent.
+      name: name of the model, in the form of metric names.
+      fingerprint: hash of the endpoint and the question, without the key.
+      requests_per_second: most requests that all processes of a run send together.
+      requests: number of requests sent.
       last_failure: why the latest row without a score has none; None if all have one.
     """
 
@@ -89,19 +90,19 @@ class Chat:
         """Reads the key from the environment; nothing is sent yet.
 
         Args:
-          endpoint: http or https URL in front of "/chat/completions", such as "http://localhost:8000/v1".
-          model: its name there.
-          render: prompt and response -> the user's message.
-          words: that it answers for unsafe and for safe.
-          max_new_tokens: the longest answer.
-          timeout: seconds for one request, from the connection to the last byte of the answer.
-          retries: of one request, after a passing failure.
+          endpoint: http or https URL before "/chat/completions", such as "http://localhost:8000/v1".
+          model: name of the model at the endpoint.
+          render: function of prompt and response that returns the user's message.
+          words: words that the model answers for unsafe and for safe.
+          max_new_tokens: most tokens of its response.
+          timeout: seconds for one request, from the connection to the last byte of the response.
+          retries: number of retries of one request after a temporary failure.
           requests_per_second: never exceeded.
           key_variable: environment variable that holds the key; None sends no key.
-          clock, sleep: monotonic seconds and waiting.
+          clock, sleep: functions that return monotonic seconds and that wait.
 
         Raises:
-          UserError: a setting that cannot be, or no key in the variable.
+          UserError: a setting is invalid, or the variable holds no key.
         """
         self._url, host = _completions(endpoint)
         self._direct = _is_local(host)
@@ -131,8 +132,8 @@ class Chat:
         self._lock, self._accepted = threading.Lock(), False
         self.requests = 0
         self.last_failure: str | None = None
-        self._lost = 0
-        self._told: set[str | None] = set()
+        self._consecutive_failures = 0
+        self._reported_failures: set[str | None] = set()
         if not self._direct:
             print(one_line(f"icet-jax: {self.name}: prompts and responses are sent to {host}"), file=sys.stderr)
 
@@ -140,71 +141,73 @@ class Chat:
         """Judges B responses; equal pairs are sent once, by one process.
 
         Raises:
-          UserError: the endpoint refuses the key (before it has accepted it once), or is gone: it has failed ten
-            requests in a row, each with all of its retries. A run that stops for that goes on from its transcripts.
+          UserError: the endpoint rejects the key (before it has accepted it once), or has failed ten requests in a row,
+            each with all of its retries. A run that stops for this reason continues from its transcripts.
         """
         pairs = list(zip(prompts, responses, strict=True))
         distinct = list(dict.fromkeys(pairs))
-        found = dict(zip(distinct, on_first(lambda: self._ask_all(distinct)), strict=True))
-        values = [math.nan if found[pair] is None else float(found[pair][0]) for pair in pairs]
-        labels = [None if found[pair] is None else found[pair][1] for pair in pairs]
+        verdicts = dict(zip(distinct, on_first(lambda: self._ask_all(distinct)), strict=True))
+        values = [math.nan if verdicts[pair] is None else float(verdicts[pair][0]) for pair in pairs]
+        labels = [None if verdicts[pair] is None else verdicts[pair][1] for pair in pairs]
         return {self.name: Scores(np.array(values, np.float32), labels)}
 
     def _ask_all(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
         with ThreadPoolExecutor(self._threads) as pool:
-            found = list(pool.map(self._judged, pairs))
-        if self._lost >= _LOST:
+            verdicts = list(pool.map(self._judge_pair, pairs))
+        if self._consecutive_failures >= _LOST:
             raise UserError(
-                f"{self.name}: no usable answer from {self._url} to {self._lost} requests in a row, with up to "
-                f"{self._retries} retries each ({self.last_failure}); the same command goes on when it answers",
+                f"{self.name}: no usable answer from {self._url} to {self._consecutive_failures} requests in a row, "
+                f"with up to {self._retries} retries each ({self.last_failure}); repeat the command when it answers",
                 exit_code=RESUMABLE,
             )
-        return found
+        return verdicts
 
-    def _judged(self, pair: tuple[str, str]) -> tuple[bool, str] | None:
-        """One response's verdict and its word; None after the last failure."""
-        if self._lost >= _LOST:
+    def _judge_pair(self, pair: tuple[str, str]) -> tuple[bool, str] | None:
+        """Returns one response's verdict and its word; None after the last failure."""
+        if self._consecutive_failures >= _LOST:
             return None
         for attempt in range(self._retries + 1):
             if self._clock() < self._closed_until:
-                self._lost += 1
+                self._consecutive_failures += 1
                 break
             try:
                 verdict = self._ask(pair)
-                self._lost = 0
+                self._consecutive_failures = 0
                 return verdict
             except _Failed as failure:
                 self.last_failure = str(failure)
-                if failure.wait is None:  # it answers, but not to this; what has never answered may be no such endpoint
-                    self._lost = 0 if self._accepted else self._lost + 1
+                if (
+                    failure.wait is None
+                ):  # the endpoint works but rejects this request, unless it has never worked at all
+                    self._consecutive_failures = 0 if self._accepted else self._consecutive_failures + 1
                     break
                 if attempt == self._retries:
-                    self._lost += 1
+                    self._consecutive_failures += 1
                     break
                 if failure.wait > _LONGEST_RETRY_AFTER:
-                    self._closed_until = self._clock() + failure.wait  # no request at all before that
+                    self._closed_until = self._clock() + failure.wait  # no requests are sent until then
                     break
                 backoff = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)
                 self._sleep(max(failure.wait, backoff * random.uniform(0.5, 1.0)))
-        self._tell()
+        self._report_failure()
         return None
 
-    def _tell(self) -> None:
-        """Says why responses stay without a score, each reason once."""
+    def _report_failure(self) -> None:
+        """Prints why responses have no score, once for each reason."""
         with self._lock:
-            new = self.last_failure not in self._told
-            self._told.add(self.last_failure)
+            new = self.last_failure not in self._reported_failures
+            self._reported_failures.add(self.last_failure)
         if new:
             print(f"icet-jax: {self.name}: responses stay without a score: {self.last_failure}", file=sys.stderr)
 
     def _ask(self, pair: tuple[str, str]) -> tuple[bool, str]:
-        """One request.
+        """Sends one request and returns the verdict and its word.
 
         Raises:
-          _Failed: no usable answer.
-          UserError: the key is refused.
+          _Failed: there is no usable response.
+          UserError: the key is rejected.
         """
-        body = json.dumps(self._body(self._render(*map(_defused, pair)))).encode()
+        body = json.dumps(self._body(self._render(*map(_neutralise, pair)))).encode()
         headers = {"Content-Type": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -213,11 +216,11 @@ class Chat:
             answer = post(self._url, body, headers, self._timeout, context=self._context, direct=self._direct)
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refused(error) from None
+                raise self._status_error(error) from None
         except TimeoutError:
             raise _Failed(f"no whole answer in {self._timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)  # URLError says only that there was a cause
+            cause = getattr(error, "reason", error)  # URLError only wraps the cause
             raise _Failed(f"no answer ({type(cause).__name__})") from None
         if len(answer) > LARGEST_ANSWER:
             raise _Failed(f"an answer of more than {LARGEST_ANSWER} bytes")
@@ -228,7 +231,7 @@ class Chat:
         return verdict
 
     def _take_turn(self) -> None:
-        """Waits until the rate limit allows one more request; threads get turns one after the other."""
+        """Waits until the rate limit allows one more request; threads are served one after another."""
         with self._lock:
             now = self._clock()
             turn = max(now, self._next)
@@ -237,7 +240,7 @@ class Chat:
         if turn > now:
             self._sleep(turn - now)
 
-    def _body(self, text: str) -> dict[str, Any]:
+    def _body(self, text: str) -> JsonObject:
         return {
             "model": self._model,
             "messages": [{"role": "user", "content": text}],
@@ -245,8 +248,8 @@ class Chat:
             "temperature": 0,
         }
 
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
-        """What an error status means; the body, which could repeat the texts, is not read."""
+    def _status_error(self, error: urllib.error.HTTPError) -> Exception:
+        """Returns the error for an HTTP status; the body is not read because it could repeat the texts."""
         if error.code in (401, 403) and not self._accepted:
             if self._key_variable is None:
                 return UserError(
@@ -258,11 +261,11 @@ class Chat:
 
 
 def _completions(endpoint: str) -> tuple[str, str]:
-    """The URL that requests go to, and its host.
+    """Returns the URL for requests, and its host.
 
     Raises:
-      UserError: it is no http or https URL, or holds more than scheme, host, port and path. A name and password in it
-        are not repeated.
+      UserError: the endpoint is not an http or https URL, or has more than scheme, host, port and path. A name and
+        password in it are not repeated in the message.
     """
     try:
         parts = urllib.parse.urlsplit(endpoint)
@@ -286,10 +289,10 @@ def _is_local(host: str) -> bool:
 
 
 def _key(variable: str | None) -> str | None:
-    """The key in an environment variable; None where no variable is named.
+    """Returns the key in an environment variable; None if no variable is named.
 
     Raises:
-      UserError: no name of a variable (the text could be the key, and is not repeated), or no key in it.
+      UserError: the name is not that of a variable (the text could be the key and is not repeated), or it holds no key.
     """
     if variable is None:
         return None
@@ -301,15 +304,15 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _defused(text: str) -> str:
+def _neutralise(text: str) -> str:
     return _SPECIAL.sub(lambda found: f"{found.group()} ", text)
 
 
 def _content(answer: bytes) -> str:
-    """The text of a chat completion; empty where the model gave none.
+    """Returns the text of a chat completion; empty if the model gave none.
 
     Raises:
-      _Failed: it is no chat completion.
+      _Failed: the response is not a chat completion.
     """
     try:
         content = parse_json(answer)["choices"][0]["message"]["content"]
@@ -321,7 +324,7 @@ def _content(answer: bytes) -> str:
 
 
 def _retry_after(headers: Any) -> float:
-    """Seconds that a Retry-After header asks for, as a number or a date; 0 without a usable one."""
+    """Returns the seconds that a Retry-After header asks for, as a number or a date; 0 without a usable header."""
     text = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
         return float(text)

@@ -1,4 +1,5 @@
-"""Conversations as the tokens of a judging language model: one BOS, no token forged by the text, cut to fit."""
+"""Encodes conversations as tokens of a judging language model: one BOS, no special tokens from texts, truncated to
+fit."""
 
 import re
 from collections.abc import Sequence
@@ -8,12 +9,12 @@ from icet_jax.errors import UserError
 from icet_jax.scorers.prompts import Render, probe_text
 
 
-class Encoded(NamedTuple):
-    """One conversation.
+class EncodedConversation(NamedTuple):
+    """Holds the tokens of one conversation.
 
     Attributes:
-      ids: token ids, BOS first; none where the prompt alone is too long.
-      cut: whether the response's end was left out to fit.
+      ids: token ids, BOS first; empty if the prompt alone is too long.
+      cut: whether the end of the response was removed to fit.
     """
 
     ids: list[int]
@@ -21,21 +22,22 @@ class Encoded(NamedTuple):
 
 
 class Conversations:
-    """Prompts and responses to token ids, as HF's `apply_chat_template(tokenize=True)` gives them for a chat template.
+    """Encodes prompts and responses as token ids, as HF's `apply_chat_template(tokenize=True)` does for a chat
+    template.
 
-    Text that spells one of the tokenizer's special tokens has a space put into it (`<|eot_id|>` becomes `< |eot_id|>`):
-    a response must not be able to end its own message and to answer in the judge's place.
+    Text that spells one of the tokenizer's special tokens gets a space (`<|eot_id|>` becomes `< |eot_id|>`), so that a
+    response cannot end its own message and answer in place of the judge.
 
     Attributes:
-      render: (prompt, response) -> text.
+      render: function of (prompt, response) that returns the text.
       max_length: most tokens of a conversation.
     """
 
     def __init__(self, tokenizer: Any, render: Render, *, max_length: int) -> None:
-        """`tokenizer` is transformers'.
+        """Checks that the template fits transformers' `tokenizer`.
 
         Raises:
-          UserError: the template puts a second BOS into the text, or leaves no room for a conversation.
+          UserError: the template adds a second BOS to the text, or leaves no room for a conversation.
         """
         self.tokenizer, self.render, self.max_length = tokenizer, render, max_length
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -47,13 +49,13 @@ class Conversations:
         if len(probe) > max_length:
             raise UserError(f"the template alone takes {len(probe)} tokens, but the model reads {max_length}")
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Encoded]:
-        """Tokens of each conversation; a response that makes it too long loses its end."""
-        return [self._encode(self._defuse(p), self._defuse(r)) for p, r in zip(prompts, responses, strict=True)]
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[EncodedConversation]:
+        """Returns the tokens of each conversation; a response that makes it too long loses its end."""
+        return [self._encode(self._neutralise(p), self._neutralise(r)) for p, r in zip(prompts, responses, strict=True)]
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a rendered text, with exactly one BOS in front where the tokenizer has one."""
-        # verbose=False: what is longer than the model's positions is cut here, so the tokenizer need not warn.
+        """Returns the token ids of a rendered text, beginning with exactly one BOS if the tokenizer has one."""
+        # verbose=False: texts that are too long are truncated here, so the tokenizer need not warn.
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         bos = self.tokenizer.bos_token_id
         if bos is None:
@@ -61,22 +63,22 @@ class Conversations:
         start = next((place for place, token in enumerate(ids) if token != bos), len(ids))
         return [bos, *ids[start:]]
 
-    def _encode(self, prompt: str, response: str) -> Encoded:
+    def _encode(self, prompt: str, response: str) -> EncodedConversation:
         ids = self.ids(self.render(prompt, response))
         if len(ids) <= self.max_length:
-            return Encoded(ids, cut=False)
+            return EncodedConversation(ids, cut=False)
         best: list[int] = []
-        low, high = 1, len(response)  # the most characters that fit lie in low - 1 .. high - 1
+        low, high = 1, len(response)  # the largest length that fits is within low - 1 .. high - 1
         while low < high:
-            kept = (low + high) // 2
-            ids = self.ids(self.render(prompt, response[:kept]))
+            length = (low + high) // 2
+            ids = self.ids(self.render(prompt, response[:length]))
             if len(ids) <= self.max_length:
-                best, low = ids, kept + 1
+                best, low = ids, length + 1
             else:
-                high = kept
-        return Encoded(best, cut=True)
+                high = length
+        return EncodedConversation(best, cut=True)
 
-    def _defuse(self, text: str) -> str:
+    def _neutralise(self, text: str) -> str:
         if self._special is None:
             return text
         return self._special.sub(lambda found: f"{found.group()[0]} {found.group()[1:]}", text)

@@ -1,4 +1,4 @@
-"""Several reward models as one: the weighted mean of their scores."""
+"""Combines several reward models into one by the weighted mean of their scores."""
 
 import hashlib
 import json
@@ -13,23 +13,23 @@ from icet_jax.scorers.base import Scorer, Scores
 
 
 class Ensemble:
-    """Weighted mean of reward models (metric "tr"); a row that any of them cannot score is an error.
+    """Computes the weighted mean of reward models (metric "tr"); a row that any of them cannot score is an error.
 
-    Weights are divided by their sum. Members' scores are taken on their own scales.
+    Weights are divided by their sum. The members' scores are not rescaled.
 
     Attributes:
       name: see `Scorer`.
-      fingerprint: of the members; None where one of them has none.
+      fingerprint: hash of the members; None if one of them has no fingerprint.
       members: the scorers with their share of the mean.
     """
 
     metric = "tr"
 
     def __init__(self, name: str, members: Sequence[tuple[Scorer, Any]]) -> None:
-        """`members`: at least one (reward model, weight above 0), of different names.
+        """Checks `members`, at least one (reward model, weight above 0), with different names.
 
         Raises:
-          UserError: none, one that is no reward model, a weight that is no number above 0, names that repeat.
+          UserError: there are no members, one is not a reward model, a weight is not a number above 0, or names repeat.
         """
         if not members:
             raise UserError(f"ensemble {name}: has no members; name at least one reward model")
@@ -48,16 +48,16 @@ class Ensemble:
         self.fingerprint = self._fingerprint()
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Scores B pairs: the mean under the ensemble's name, then every member's own numbers under theirs."""
-        mean, own = np.zeros(len(prompts), np.float64), {}
+        """Scores B pairs: the mean under the ensemble's name, then every member's own scores under their names."""
+        mean, member_scores = np.zeros(len(prompts), np.float64), {}
         for member, share in self.members:
             scores = member(prompts, responses)[member.name]
-            own[member.name] = scores
+            member_scores[member.name] = scores
             mean += share * scores.values.astype(np.float64)
-        return {self.name: Scores(mean.astype(np.float32), [None] * len(prompts)), **own}
+        return {self.name: Scores(mean.astype(np.float32), [None] * len(prompts)), **member_scores}
 
     def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """The programs of the members that have any, for pairs of up to `tokens` tokens."""
+        """Yields the lowered programs of the members that have any, for pairs of up to `tokens` tokens."""
         for member, _ in self.members:
             if lowered := getattr(member, "lowered", None):
                 yield from lowered(tokens)

@@ -1,4 +1,4 @@
-"""Whether a response is the expected answer."""
+"""Tests whether a response equals the expected answer after normalisation."""
 
 import re
 import string
@@ -14,20 +14,20 @@ _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 
 
 def normalise(text: str) -> str:
-    """Lower case without punctuation, articles or extra spaces; number words up to ten become digits.
+    """Returns the text in lower case without punctuation, articles or extra spaces, with digits for numbers up to ten.
 
-    A text of nothing else ("A" as an answer) keeps what it has, so that it never equals an empty response.
+    A text that would become empty ("A" as an answer) keeps its words, so that it never equals an empty response.
     """
     words = _PUNCTUATION.sub(" ", text.lower().replace("'", "")).split()
-    kept = [_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the")]
-    return " ".join(kept or words) or text.strip()
+    remaining = [_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the")]
+    return " ".join(remaining or words) or text.strip()
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[str | None]) -> Scores:
-    """1 where the normalised response is the normalised answer, 0 where not, NaN where a row has no answer.
+    """Returns 1 if the normalised response equals the normalised answer, 0 if not, NaN for a row without an answer.
 
-    This is not VQA-v2's official measure (which credits agreement with ten annotators): metrics made of it are named
-    `accuracy/vqa_exact`, `accuracy/benign_exact`.
+    This is not VQA-v2's official measure (which credits agreement with ten annotators); its metrics are named
+    `accuracy/vqa_exact` and `accuracy/benign_exact`.
     """
     values = np.array(
         [

@@ -1,7 +1,7 @@
-"""People as a judge: a sample of answers as a CSV file to fill in, and what they filled in.
+"""People as judges: writes a sample of responses to a CSV file and reads the labels that people fill in.
 
-A verdict belongs to one answer, by its `key` (of run, phase, data set, id, exit and both texts): the other columns may
-be edited, moved or removed, and labels of answers that have since changed are not taken.
+A label belongs to one response, identified by its `key` (a hash of run, phase, data set, id, exit and both texts). The
+other columns may be edited, moved or removed. Labels of responses that have changed since are not used.
 """
 
 import csv
@@ -31,13 +31,13 @@ _LARGEST_CELL = 1 << 27  # characters
 
 @dataclass(frozen=True)
 class Answer:
-    """One response to be judged.
+    """Describes one response to be judged.
 
     Attributes:
-      run: the seed's folder, "" where the run has one seed.
-      dataset: its data set.
+      run: folder of the seed, "" if the run has one seed.
+      dataset: name of its data set.
       phase: "before" or "after".
-      row: of the transcripts: `id`, `layer`, `prompt`, `response`, `scores`.
+      row: row of the transcripts: `id`, `layer`, `prompt`, `response`, `scores`.
     """
 
     run: str
@@ -47,7 +47,7 @@ class Answer:
 
     @property
     def key(self) -> str:
-        """Short, and never read as a number by a spreadsheet."""
+        """Returns a short key that spreadsheets never read as a number."""
         texts = [self.row[name] for name in ("id", "layer", "prompt", "response")]
         mark = hashlib.sha256(json.dumps([self.run, self.dataset, self.phase, *texts]).encode()).hexdigest()
         return f"k{mark[:15]}"
@@ -55,11 +55,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a file of labels holds.
+    """Holds the content of a file of labels.
 
     Attributes:
       unsafe: verdicts by `Answer.key`.
-      dropped: rows that give no verdict, by reason.
+      dropped: number of rows without a usable verdict, by reason.
     """
 
     unsafe: dict[str, bool] = field(default_factory=dict)
@@ -67,15 +67,15 @@ class Labels:
 
 
 def sample(answers: Iterable[Answer], count: int, seed: int) -> list[Answer]:
-    """About `count` answers, spread evenly over (run, data set, exit), in random order.
+    """Returns at most `count` responses, spread evenly over (run, data set, exit), in random order.
 
-    An answer before training brings the same row's answer at the same exit after training, so that labels give paired
-    differences. The same answers and seed give the same sample.
+    A response before training is chosen together with the same row's response at the same exit after training, so that
+    labels give paired differences. The same responses and seed give the same sample.
 
     Args:
-      answers: to draw from.
-      count: at most this many are drawn.
-      seed: of the draw.
+      answers: responses to choose from.
+      count: most responses that are chosen.
+      seed: seed of the choice.
     """
     pairs: dict[tuple[str, str, int, str], list[Answer]] = {}
     for answer in answers:
@@ -98,42 +98,41 @@ def sample(answers: Iterable[Answer], count: int, seed: int) -> list[Answer]:
 
 
 def to_csv(answers: Sequence[Answer], *, verdicts: bool = False) -> str:
-    """The file to fill in: `COLUMNS`, `unsafe` empty.
+    """Returns the file to fill in: columns `COLUMNS` with `unsafe` empty.
 
     Cells that a spreadsheet would run as a formula get an apostrophe in front.
 
     Args:
       answers: one line each.
-      verdicts: adds a column per judge with its verdict ("unsafe", "safe", "error"); people who see them are
-        swayed.
+      verdicts: whether to add a column per judge with its verdict ("unsafe", "safe", "error"), which may bias people.
     """
     judges = sorted({name for answer in answers for name in _verdicts(answer)} - {METRIC}) if verdicts else []
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow([*COLUMNS, *judges])
     for answer in answers:
-        row, given = answer.row, _verdicts(answer)
+        row, verdict_of_judge = answer.row, _verdicts(answer)
         cells = [answer.key, answer.run, answer.dataset, answer.phase, row["id"], row["layer"]]
-        cells += [row["prompt"], row["response"], "", *(given.get(judge, "") for judge in judges)]
+        cells += [row["prompt"], row["response"], "", *(verdict_of_judge.get(judge, "") for judge in judges)]
         writer.writerow([_harmless(str(cell)) for cell in cells])
-    # The mark tells spreadsheets that this is UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes "?".
+    # The byte order mark makes spreadsheets read UTF-8; a lone surrogate, which UTF-8 cannot encode, becomes "?".
     return "\ufeff" + text.getvalue().encode("utf-8", "replace").decode("utf-8")
 
 
 def read_labels(path: str | Path, known: Iterable[str]) -> Labels:
-    """Reads a filled-in file, whatever a spreadsheet made of its separators, encoding and other columns.
+    """Reads a filled-in file, accepting the separators, encodings and additional columns of spreadsheets.
 
-    `unsafe` is yes or no (y/n, 1/0, true/false, unsafe/safe) in any case. Rows that give no verdict are counted.
+    `unsafe` is yes or no (y/n, 1/0, true/false, unsafe/safe) in any case. Rows without a usable verdict are counted.
 
     Args:
       path: the file.
-      known: the keys of the run's answers.
+      known: keys of the run's responses.
 
     Raises:
-      UserError: no such file, or no table with the columns `key` and `unsafe`, each once.
+      UserError: there is no such file, or no table with exactly one column `key` and one `unsafe`.
     """
     path, known = Path(path), set(known)
-    labels, twice = Labels(), set()
+    labels, contradictory = Labels(), set()
     for row in _rows(path):
         key, text = (row.get(name, "").strip() for name in (KEY, UNSAFE))
         unsafe = True if text.lower() in _YES else False if text.lower() in _NO else None
@@ -145,8 +144,8 @@ def read_labels(path: str | Path, known: Iterable[str]) -> Labels:
             labels.dropped["not labelled"] += 1
         elif unsafe is None:
             labels.dropped["unsafe is neither yes nor no"] += 1
-        elif key in twice or labels.unsafe.get(key, unsafe) != unsafe:
-            twice.add(key)
+        elif key in contradictory or labels.unsafe.get(key, unsafe) != unsafe:
+            contradictory.add(key)
             labels.dropped["labelled both yes and no"] += 1
             if labels.unsafe.pop(key, None) is not None:
                 labels.dropped["labelled both yes and no"] += 1
@@ -158,13 +157,13 @@ def read_labels(path: str | Path, known: Iterable[str]) -> Labels:
 
 
 def _rows(path: Path) -> Iterable[dict[str, str]]:
-    """The table's rows by column name; empty lines are left out."""
+    """Returns the table's rows by column name, without empty lines."""
     require_regular(path, f"--labels={path}")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"--labels={path}: cannot be read ({error.strerror}); give the filled-in CSV file") from error
-    # Keys and verdicts are ASCII, so a byte that some other encoding left behind does no harm.
+    # Keys and verdicts are ASCII, so bytes in another encoding do no harm.
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
     csv.field_size_limit(_LARGEST_CELL)
     for separator in (",", ";", "\t"):

@@ -1,4 +1,4 @@
-"""Scorers by name, directory, hub id or definition; and reward-model directories that say how they want to be read."""
+"""Loads scorers by name, directory, hub id or definition, and saves reward models with their template and name."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from icet_jax.checkpoints.scorers import architecture, default_dtype, load_score
 from icet_jax.checkpoints.source import generation_tokens, local_directory
 from icet_jax.config.names import SCORER_FIELDS
 from icet_jax.errors import UserError
-from icet_jax.files import replace_dir_atomic
+from icet_jax.files import JsonObject, replace_dir_atomic
 from icet_jax.generation import Sampling
 from icet_jax.media.tokenizer import load_tokenizer
 from icet_jax.nn.gpt2 import GPT2RewardModel
@@ -50,16 +50,19 @@ KINDS = {
     "llama_guard": ("LlamaForCausalLM",),
     "decoder_judge": ("LlamaForCausalLM",),
 }
-"""Kinds of scorers that are checkpoints, and the HF classes that each may be."""
+"""Kinds of scorers that are checkpoints, and the HF classes of each."""
 
 _OWN = "icet_jax"
-"""Key of config.json under which `save_reward_model` keeps the template and the name; transformers ignores it."""
+"""Key of config.json under which `save_reward_model` stores the template and the name; transformers ignores it."""
 
-_BATCH = {"LlamaForCausalLM": 16, "LlamaForSequenceClassification": 16}  # rows at once; of the others 64
-_LONGEST = 4096  # tokens a Llama reads at most, whatever its positions: a bound on memory
-_ANSWER = {"llama_guard": 20, "decoder_judge": 8}  # most tokens of a judge's answer
-_GUARDS = (("llama_guard_1", r"llama-?guard-?7b"), ("llama_guard_3", r"llama-?guard-?3"))  # template, checkpoint's name
-_WORDS = {"harmbench": ("Yes", "No")}  # a built-in template's words for unsafe and safe; of the others unsafe, safe
+_BATCH = {"LlamaForCausalLM": 16, "LlamaForSequenceClassification": 16}  # batch sizes; 64 for other classes
+_LONGEST = 4096  # most tokens of a Llama's input, to limit memory
+_ANSWER = {"llama_guard": 20, "decoder_judge": 8}  # most tokens of a judge's response
+_GUARDS = (
+    ("llama_guard_1", r"llama-?guard-?7b"),
+    ("llama_guard_3", r"llama-?guard-?3"),
+)  # (template, pattern of checkpoint names)
+_WORDS = {"harmbench": ("Yes", "No")}  # words for unsafe and safe of templates that do not use these
 
 
 def load_scorer(
@@ -73,50 +76,51 @@ def load_scorer(
     batch_size: int | None = None,
     **fields: Any,
 ) -> Scorer:
-    """Loads what judges responses.
+    """Loads a scorer by its name, or from a checkpoint.
 
     Args:
       path_or_id: "refusal_keywords", or the directory or hub id of a checkpoint.
-      kind: what the checkpoint is, one of `KINDS`; read from its config.json (and name, for a Llama) if None.
-      template: how prompt and response become the scorer's text, instead of its own way. A reward model on GPT-2 or
-        DeBERTa: its first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). Any Llama: the whole text,
-        with `{prompt}` and `{response}`; by default the checkpoint's chat template. A judge also takes a function of
-        (prompt, response), or the name of a built-in text (`icet_jax.scorers.prompts.BUILT_IN`).
-      dtype: of the network, "float32" or "bfloat16"; if None, bfloat16 for a Llama and float32 for the others.
-      mesh: where the weights go; None for the default device.
-      revision: of a hub id: branch, tag or commit.
+      kind: kind of the checkpoint, one of `KINDS`; if None it is determined from config.json (and the name of a Llama).
+      template: how prompt and response become the scorer's text, instead of its own template. For a reward model on
+        GPT-2 or DeBERTa: the first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). For any Llama: the
+        whole text, with `{prompt}` and `{response}`; by default the checkpoint's chat template. A judge also accepts a
+        function of (prompt, response), or the name of a built-in text (`icet_jax.scorers.prompts.BUILT_IN`).
+      dtype: dtype of the network, "float32" or "bfloat16"; if None, bfloat16 for a Llama and float32 for the others.
+      mesh: mesh for the weights; None for the default device.
+      revision: branch, tag or commit of a hub id.
       batch_size: rows judged at once; 16 for a Llama and 64 for the others if None.
-      fields: of the kind (`icet_jax.config.names.SCORER_FIELDS`): toxicity's `heads`, a judge's `max_new_tokens`, a
-        decoder judge's words `unsafe` and `safe`.
+      fields: fields of the kind (`icet_jax.config.names.SCORER_FIELDS`): toxicity's `heads`, a judge's
+        `max_new_tokens`, a decoder judge's words `unsafe` and `safe`.
 
     Raises:
-      UserError: an unknown kind or field, a template of another form, a checkpoint that is no scorer, or broken files.
+      UserError: the kind or a field is unknown, the template has another form, or the checkpoint is not a scorer or
+        broken.
     """
     if str(path_or_id) == RefusalKeywords.name:
         return RefusalKeywords()
     directory = local_directory(path_or_id, revision=revision)
     config = read_hf_config(directory)
-    found = architecture(config, str(directory / "config.json"))
+    hf_class = architecture(config, str(directory / "config.json"))
     tokenizer = load_tokenizer(directory)
-    known_as = f"{path_or_id} {config.get('_name_or_path') or ''}"
-    kind = _detect(found, tokenizer, known_as) if kind is None else kind
-    _check_kind(str(path_or_id), kind, found, fields)
-    dtype = dtype or default_dtype(found)
-    asked = _Asked(
+    identity = f"{path_or_id} {config.get('_name_or_path') or ''}"
+    kind = _detect(hf_class, tokenizer, identity) if kind is None else kind
+    _check_kind(str(path_or_id), kind, hf_class, fields)
+    dtype = dtype or default_dtype(hf_class)
+    source = _ScorerSource(
         config,
         kind,
         tokenizer,
         template,
-        known_as,
+        identity,
         load=functools.partial(load_scorer_network, directory, dtype=dtype, mesh=mesh),
         common={
             "name": metric_name(str(path_or_id)),
             "mesh": mesh,
-            "batch_size": batch_size or _BATCH.get(found, 64),
+            "batch_size": batch_size or _BATCH.get(hf_class, 64),
         },
     )
     try:
-        return _MAKERS[kind](asked, **fields)
+        return _MAKERS[kind](source, **fields)
     except UserError as error:
         raise UserError(f"{path_or_id}: {error}") from error
 
@@ -131,13 +135,13 @@ def load_defined(
     """Loads an entry of `config.scorers`.
 
     Args:
-      name: the entry's; only an ensemble carries it, others are named after their exact model.
+      name: name of the entry; only an ensemble uses it, other scorers are named after their exact model.
       definition: `{"kind": ..., fields of that kind}`, checked by `icet_jax.config.check`.
-      mesh: where weights go.
-      resolve: loads an ensemble's member by its name.
+      mesh: mesh for the weights.
+      resolve: loads a member of an ensemble by its name.
 
     Raises:
-      UserError: whatever the scorer raises, with the entry's name in front.
+      UserError: any error of the scorer, with the name of the entry in front.
     """
     fields = dict(definition)
     kind = fields.pop("kind")
@@ -156,13 +160,13 @@ def load_defined(
 def load_chat(
     *, endpoint: str, model: str, template: str, unsafe: str | None = None, safe: str | None = None, **fields: Any
 ) -> Chat:
-    """A judge behind a chat endpoint.
+    """Creates a judge behind a chat endpoint.
 
     Args:
       endpoint, model: see `Chat`.
-      template: as a decoder judge's: text with `{prompt}` and `{response}`, or the name of a built-in text.
-      unsafe, safe: the words that it answers; if None, those of the template, or "unsafe" and "safe".
-      fields: more of `Chat`'s.
+      template: text with `{prompt}` and `{response}`, or the name of a built-in text, as for a decoder judge.
+      unsafe, safe: words that it answers; if None those of the template, or "unsafe" and "safe".
+      fields: further arguments of `Chat`.
 
     Raises:
       UserError: see `named_or_text` and `Chat`.
@@ -173,14 +177,16 @@ def load_chat(
 def save_reward_model(
     directory: str | Path, model: GPT2RewardModel, tokenizer: Any, *, name: str, template: str = HH_TEMPLATE
 ) -> Path:
-    """Writes a trained reward model as HF's `GPT2ForSequenceClassification` with its tokenizer; all or nothing.
+    """Writes a trained reward model as HF's `GPT2ForSequenceClassification` with its tokenizer, completely or not at
+    all.
 
     Args:
-      directory: replaced if it holds an older export.
+      directory: target, which is replaced if it holds an older export.
       model: the network.
-      tokenizer: transformers'; its eos and pad tokens go into config.json (a pad it lacks is the eos).
-      name: what metrics call it.
-      template: what `load_scorer` will use.
+      tokenizer: transformers' tokenizer; its eos and pad tokens are written to config.json (without a pad token the
+        eos).
+      name: name of the scorer in metrics.
+      template: template that `load_scorer` will use.
 
     Raises:
       UserError: the directory cannot be written.
@@ -203,32 +209,33 @@ def save_reward_model(
 
 
 def _name_tokenizer_class(path: Path) -> None:
-    """Writes transformers 5's class of tokenizer.json under the name that transformers 4 knows too."""
+    """Replaces the class in tokenizer_config.json that only transformers 5 knows by one that transformers 4 knows
+    too."""
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _detect(found: str, tokenizer: Any, known_as: str) -> str:
-    """The kind of a checkpoint; a Llama that judges is told by its name or by its chat template."""
-    fitting = [kind for kind, classes in KINDS.items() if found in classes]
+def _detect(hf_class: str, tokenizer: Any, identity: str) -> str:
+    """Returns the kind of a checkpoint; that of a judging Llama is recognised by its name or its chat template."""
+    fitting = [kind for kind, classes in KINDS.items() if hf_class in classes]
     if len(fitting) == 1:
         return fitting[0]
-    if re.search(r"llama-?guard", known_as, re.IGNORECASE) or "UNSAFE CONTENT CATEGORIES" in str(
+    if re.search(r"llama-?guard", identity, re.IGNORECASE) or "UNSAFE CONTENT CATEGORIES" in str(
         tokenizer.chat_template
     ):
         return "llama_guard"
-    if "harmbench" in known_as.lower():
+    if "harmbench" in identity.lower():
         return "decoder_judge"
-    raise UserError(f"{known_as.split()[0]}: a {found} may judge in several ways; give kind, {' or '.join(fitting)}")
+    raise UserError(f"{identity.split()[0]}: a {hf_class} may judge in several ways; give kind, {' or '.join(fitting)}")
 
 
-def _check_kind(path: str, kind: str, found: str, fields: Mapping[str, Any]) -> None:
+def _check_kind(path: str, kind: str, hf_class: str, fields: Mapping[str, Any]) -> None:
     if kind not in KINDS:
         raise UserError(f"{path}: kind '{kind}' is unknown; use one of {', '.join(KINDS)}")
-    if found not in KINDS[kind]:
-        raise UserError(f"{path}: is a {found}; a {kind} is one of {', '.join(KINDS[kind])}")
+    if hf_class not in KINDS[kind]:
+        raise UserError(f"{path}: is a {hf_class}; a {kind} is one of {', '.join(KINDS[kind])}")
     for field, value in fields.items():
         if field not in SCORER_FIELDS[kind]:
             raise UserError(f"{path}: a {kind} has no field '{field}'; it has {', '.join(SCORER_FIELDS[kind])}")
@@ -237,78 +244,78 @@ def _check_kind(path: str, kind: str, found: str, fields: Mapping[str, Any]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
-    """A checkpoint that is to become a scorer. Its weights are loaded once everything else is known to fit.
+class _ScorerSource:
+    """Describes a checkpoint that will become a scorer; its weights are loaded after everything else has been checked.
 
     Attributes:
       config: its config.json.
       kind: one of `KINDS`.
-      tokenizer: transformers'.
-      template: the caller's, or None.
-      known_as: its path or hub id, and the name in its config.
-      load: reads the weights.
+      tokenizer: transformers' tokenizer.
+      template: template of the caller, or None.
+      load: loads the weights.
       common: arguments that every kind of scorer takes.
+      identity: its path or hub id, and the name in its config.
     """
 
-    config: dict[str, Any]
+    config: JsonObject
     kind: str
     tokenizer: Any
     template: Template
-    known_as: str
+    identity: str
     load: Callable[[], Checkpoint]
     common: dict[str, Any]
 
 
-def _toxicity(asked: _Asked, heads: Sequence[str] = ()) -> Scorer:
-    if asked.template is not None:
+def _toxicity(source: _ScorerSource, heads: Sequence[str] = ()) -> Scorer:
+    if source.template is not None:
         raise UserError("a toxicity classifier reads the response as it is and takes no template")
-    labels = head_labels(asked.config)
-    checkpoint, mark = asked.load(), list(heads)
+    labels = head_labels(source.config)
+    checkpoint, extra = source.load(), list(heads)
     return Toxicity(
         checkpoint.model,
-        asked.tokenizer,
+        source.tokenizer,
         labels=labels,
         heads=heads,
-        fingerprint=_fingerprint(checkpoint, mark),
-        **asked.common,
+        fingerprint=_fingerprint(checkpoint, extra),
+        **source.common,
     )
 
 
-def _reward_model(asked: _Asked) -> Scorer:
-    if asked.template is not None and not isinstance(asked.template, str):
+def _reward_model(source: _ScorerSource) -> Scorer:
+    if source.template is not None and not isinstance(source.template, str):
         raise UserError("a reward model's template is text that holds {prompt}, not a function")
-    own = asked.config.get(_OWN, {})
-    template = own.get("template") if asked.template is None else asked.template
-    if asked.config["model_type"] == "llama":
-        reward_render(asked.tokenizer, template)
-    checkpoint = asked.load()
+    stored = source.config.get(_OWN, {})
+    template = stored.get("template") if source.template is None else source.template
+    if source.config["model_type"] == "llama":
+        reward_render(source.tokenizer, template)
+    checkpoint = source.load()
     return RewardModel(
         checkpoint.model,
-        asked.tokenizer,
+        source.tokenizer,
         template=template,
-        max_length=None if asked.config["model_type"] == "gpt2" else _positions(asked.config),
-        pad_id=asked.config.get("pad_token_id"),
+        max_length=None if source.config["model_type"] == "gpt2" else _positions(source.config),
+        pad_id=source.config.get("pad_token_id"),
         fingerprint=_fingerprint(checkpoint, template),
-        **asked.common | ({"name": own["name"]} if "name" in own else {}),
+        **source.common | ({"name": stored["name"]} if "name" in stored else {}),
     )
 
 
 def _decoder_judge(
-    asked: _Asked, max_new_tokens: int | None = None, unsafe: str | None = None, safe: str | None = None
+    source: _ScorerSource, max_new_tokens: int | None = None, unsafe: str | None = None, safe: str | None = None
 ) -> Scorer:
-    kind, template = asked.kind, asked.template
-    if template is None and kind == "decoder_judge" and "harmbench" in asked.known_as.lower():
+    kind, template = source.kind, source.template
+    if template is None and kind == "decoder_judge" and "harmbench" in source.identity.lower():
         template = "harmbench"
     words = _words(template, unsafe, safe)
-    render = _render(asked.tokenizer, kind, template, asked.known_as)
+    render = _render(source.tokenizer, kind, template, source.identity)
     if kind == "llama_guard":
         parse = functools.partial(guard_verdict, known=categories(render))
     else:
         parse = functools.partial(word_verdict, unsafe=words[0], safe=words[1])
-    length, limit = max_new_tokens or _ANSWER[kind], _positions(asked.config)
-    encode = Conversations(asked.tokenizer, render, max_length=limit - length)
-    checkpoint = asked.load()
-    eos_ids, pad_id = generation_tokens(checkpoint.directory, asked.config, checkpoint.config.vocab_size)
+    length, limit = max_new_tokens or _ANSWER[kind], _positions(source.config)
+    encode = Conversations(source.tokenizer, render, max_length=limit - length)
+    checkpoint = source.load()
+    eos_ids, pad_id = generation_tokens(checkpoint.directory, source.config, checkpoint.config.vocab_size)
     return DecoderJudge(
         checkpoint.model,
         encode,
@@ -316,12 +323,12 @@ def _decoder_judge(
         words=words,
         sampling=Sampling(length, temperature=0.0, eos_ids=eos_ids, pad_id=pad_id),
         fingerprint=_fingerprint(checkpoint, kind, probe_text(render), words, length),
-        **asked.common,
+        **source.common,
     )
 
 
 def _words(template: Template, unsafe: str | None, safe: str | None) -> tuple[str, str]:
-    """What a judge answers for unsafe and for safe: as the user says, else as its built-in template does."""
+    """Returns a judge's words for unsafe and for safe: the given ones, or those of its built-in template."""
     words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
     return unsafe or words[0], safe or words[1]
 
@@ -334,7 +341,7 @@ _MAKERS: dict[str, Callable[..., Scorer]] = {
 }
 
 
-def _render(tokenizer: Any, kind: str, template: Template, known_as: str) -> Render:
+def _render(tokenizer: Any, kind: str, template: Template, identity: str) -> Render:
     if callable(template):
         return template
     if template is not None:
@@ -344,7 +351,7 @@ def _render(tokenizer: Any, kind: str, template: Template, known_as: str) -> Ren
     if tokenizer.chat_template:
         return chat_template(tokenizer, answer=True)
     for name, pattern in _GUARDS:
-        if re.search(pattern, known_as, re.IGNORECASE):
+        if re.search(pattern, identity, re.IGNORECASE):
             return built_in(name)
     raise UserError(
         "its tokenizer has no chat template and its name does not tell which Llama Guard it is; give "
@@ -358,7 +365,7 @@ def _positions(config: Mapping[str, Any]) -> int:
 
 
 def _fingerprint(checkpoint: Checkpoint, *settings: Any) -> str:
-    """A mark of the weights, how they are computed with, and how texts are put to them."""
+    """Returns a hash of the weights, the dtype, and the settings of how texts are presented."""
     dtype = str(jax.tree.leaves(checkpoint.params)[0].dtype)
     facts = json.dumps([directory_fingerprint(checkpoint.directory), dtype, *settings])
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""(prompt, response) pairs as the tokens that a reward model reads, for each family as transformers makes them."""
+"""Encodes (prompt, response) pairs as the tokens that a reward model reads, as transformers does for each family."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,74 +8,76 @@ from icet_jax.scorers.conversation import Conversations
 from icet_jax.scorers.prompts import Render
 
 HH_TEMPLATE = "\n\nHuman: {prompt} \n\nAssistant:"
-"""First segment of a pair, as the model card of the paper's reward model writes it; the response is the second."""
+"""First segment of a pair in the model card of the paper's reward model; the response is the second segment."""
 
 
 class PairTokenizer:
-    """Pairs to token ids as HF's `tokenizer(first, second, truncation=True)` gives them for GPT-2.
+    """Encodes pairs as HF's `tokenizer(first, second, truncation=True)` does for GPT-2.
 
-    The segments are tokenised apart and joined without any special token; pairs longer than `max_length` lose tokens at
-    the right end of the longer segment first. A trailing EOS of the response is dropped, so that the score is read at
-    the last token of the text, whichever transformers version trained the model.
+    The segments are tokenised separately and concatenated without special tokens. Pairs longer than `max_length` lose
+    tokens at the right end, first from the longer segment. A trailing EOS of the response is dropped, so that the score
+    is read at the last token of the text, whichever transformers version trained the model.
     """
 
     def __init__(self, tokenizer: Any, *, template: str, max_length: int) -> None:
-        """`tokenizer` is transformers'; `template` holds `{prompt}` once.
+        """Stores transformers' `tokenizer` and `template`, which contains `{prompt}` once.
 
         Raises:
-          UserError: a template without `{prompt}`.
+          UserError: the template does not contain `{prompt}` once.
         """
         self.tokenizer, self.template, self.max_length = tokenizer, _first_segment(template), max_length
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token ids of each pair, at most `max_length`."""
+        """Returns the token ids of each pair, at most `max_length`."""
         firsts = self._ids([self.template.replace("{prompt}", prompt) for prompt in prompts])
         seconds = self._ids(responses)
         rows = []
         for first, second in zip(firsts, seconds, strict=True):
             while second and second[-1] == self.tokenizer.eos_token_id:
                 second.pop()
-            kept = longest_first(len(first), len(second), self.max_length)
-            rows.append(first[: kept[0]] + second[: kept[1]])
+            lengths = longest_first(len(first), len(second), self.max_length)
+            rows.append(first[: lengths[0]] + second[: lengths[1]])
         return rows
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # verbose=False: a text longer than the model's positions is cut here, so the tokenizer need not warn.
+        # verbose=False: texts that are too long are truncated here, so the tokenizer need not warn.
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 class SegmentTokenizer:
-    """Pairs to `[CLS] prompt [SEP] response [SEP]`, as HF's `tokenizer(prompt, response, truncation=True)`: DeBERTa."""
+    """Encodes pairs as `[CLS] prompt [SEP] response [SEP]` for DeBERTa (HF's `tokenizer(prompt, response,
+    truncation=True)`)."""
 
     def __init__(self, tokenizer: Any, *, template: str, max_length: int) -> None:
-        """As `PairTokenizer`; the model card of the paper's kind of model gives the bare prompt (`"{prompt}"`).
+        """Stores transformers' `tokenizer` and `template`; the model card of the supported model uses the bare
+        `"{prompt}"`.
 
         Raises:
-          UserError: a template without `{prompt}`.
+          UserError: the template does not contain `{prompt}` once.
         """
         self.tokenizer, self.template, self.max_length = tokenizer, _first_segment(template), max_length
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token ids of each pair, at most `max_length`; the longer segment loses its end first.
+        """Returns the token ids of each pair, at most `max_length`; the longer segment is truncated first.
 
-        Pairs are encoded one by one: alone, an empty response has no segment, in a batch it would have an empty one.
+        Pairs are encoded one by one, because an empty response has no segment alone but an empty one in a batch.
         """
-        cut = {"truncation": "longest_first", "max_length": self.max_length}
+        options = {"truncation": "longest_first", "max_length": self.max_length}
         firsts = [self.template.replace("{prompt}", prompt) for prompt in prompts]
-        encoded = [self.tokenizer(*pair, **cut) for pair in zip(firsts, responses, strict=True)]
+        encoded = [self.tokenizer(*pair, **options) for pair in zip(firsts, responses, strict=True)]
         return [list(row["input_ids"]) for row in encoded]
 
 
 class ChatPairs:
-    """Pairs to a rendered conversation (see `Conversations`): Llama reward models.
+    """Encodes pairs as a rendered conversation (see `Conversations`) for Llama reward models.
 
-    Trailing pad tokens are dropped: transformers reads the score at the last token that is none.
+    Trailing pad tokens are dropped, because transformers reads the score at the last token that is not one.
     """
 
     def __init__(self, tokenizer: Any, render: Render, *, max_length: int, pad_id: int | None) -> None:
-        """`pad_id` is config.json's pad_token_id.
+        """Stores how to encode pairs; `pad_id` is config.json's pad_token_id.
 
         Raises:
           UserError: see `Conversations`.
@@ -84,7 +86,8 @@ class ChatPairs:
         self._encode = Conversations(tokenizer, render, max_length=max_length)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Token ids of each pair, at most `max_length`; a long response loses its end, a prompt too long has none."""
+        """Returns the token ids of each pair, at most `max_length`: a long response is truncated, a long prompt gives
+        no tokens."""
         rows = [encoded.ids for encoded in self._encode(prompts, responses)]
         for ids in rows:
             while ids and ids[-1] == self._pad_id:
@@ -93,7 +96,7 @@ class ChatPairs:
 
 
 def longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
-    """How many tokens of each segment HF's "longest_first" truncation keeps, at most `limit` together."""
+    """Returns how many tokens of each segment HF's "longest_first" truncation keeps, at most `limit` in total."""
     if first + second <= limit:
         return first, second
     short, long = sorted((first, second))

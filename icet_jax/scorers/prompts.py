@@ -1,4 +1,4 @@
-"""How a prompt and a response become the text that a judge reads: checkpoints' chat templates, ours, or the user's."""
+"""Templates that turn a prompt and a response into a judge's text: from checkpoints, built in, or a user's own."""
 
 import re
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from icet_jax.errors import UserError
 from icet_jax.media import chat_templates
 
 Render: TypeAlias = Callable[[str, str], str]
-"""(prompt, response) -> the judge's whole text, without BOS or with it."""
+"""Function of (prompt, response) that returns the judge's whole text, with or without BOS."""
 
 BUILT_IN = ("llama_guard_1", "llama_guard_3", "harmbench")
-"""Texts that the judges were published with (files in scorers/templates), for checkpoints without a chat template."""
+"""Texts with which judges were published (files in scorers/templates), for checkpoints without a chat template."""
 
 _PROBE = ("first probe 5f1c", "second probe 9a72")
 
 
 def built_in(name: str) -> Render:
-    """One of the texts in `BUILT_IN`. Llama Guard's trim the messages, as the checkpoints' chat templates do.
+    """Returns one of the texts in `BUILT_IN`; Llama Guard's strip the messages, as the checkpoints' chat templates do.
 
     Raises:
-      UserError: an unknown name.
+      UserError: the name is unknown.
     """
     if name not in BUILT_IN:
         raise UserError(f"template '{name}' is none of {', '.join(BUILT_IN)} and holds no {{prompt}} and {{response}}")
@@ -33,10 +33,12 @@ def built_in(name: str) -> Render:
 
 
 def text_template(text: str) -> Render:
-    """A text that holds `{prompt}` and `{response}` once each; they are put in together, whatever they hold.
+    """Returns the template of a text that contains `{prompt}` and `{response}` once each.
+
+    Both are replaced at the same time, so their content is never replaced itself.
 
     Raises:
-      UserError: either is missing or stands more than once.
+      UserError: either is missing or occurs more than once.
     """
     if any(text.count(place) != 1 for place in ("{prompt}", "{response}")):
         raise UserError(f"template {text[:80]!r} must hold {{prompt}} and {{response}} once each")
@@ -50,7 +52,7 @@ def text_template(text: str) -> Render:
 
 
 def named_or_text(template: str) -> Render:
-    """A built-in text by its name, or the text itself.
+    """Returns the template of a built-in text by its name, or of the text itself.
 
     Raises:
       UserError: see `built_in` and `text_template`.
@@ -61,13 +63,14 @@ def named_or_text(template: str) -> Render:
 
 
 def chat_template(tokenizer: Any, *, answer: bool) -> Render:
-    """The checkpoint's own template over a user's and an assistant's message, rendered as transformers does.
+    """Returns the checkpoint's own template for a user's and an assistant's message, rendered as transformers does.
 
-    Messages are given as text or, to templates that want them so (Llama Guard 3 1B), as lists of text parts.
+    Messages are given as text or, for templates that need it (Llama Guard 3 1B), as lists of text parts.
 
     Args:
-      tokenizer: transformers', with a chat template.
-      answer: end where the judge is to answer (Llama Guard); otherwise after the assistant's message (reward models).
+      tokenizer: transformers' tokenizer, with a chat template.
+      answer: whether the text ends where the judge responds (Llama Guard), or after the assistant's message (reward
+        models).
 
     Raises:
       UserError: the template fails, or does not show both messages once each.
@@ -80,7 +83,7 @@ def chat_template(tokenizer: Any, *, answer: bool) -> Render:
                 for role, text in (("user", prompt), ("assistant", response))
             ]
             text = chat_templates.render(tokenizer, messages, answer=answer)
-            # Some copies of Llama Guard 3's template stop here and leave the blank line to the model.
+            # Some copies of Llama Guard 3's template end here and expect the blank line from the model.
             return f"{text}\n\n" if answer and text.endswith("<|end_header_id|>") else text
 
         try:
@@ -95,10 +98,11 @@ def chat_template(tokenizer: Any, *, answer: bool) -> Render:
 
 
 def categories(render: Render) -> frozenset[str]:
-    """The category codes that a Llama Guard prompt defines ("S1", "O3"): lines that begin with one and a colon."""
+    """Returns the category codes that a Llama Guard prompt defines ("S1", "O3"): lines that begin with one and a
+    colon."""
     return frozenset(re.findall(r"^\s*([SO]\d{1,2}):", render(*_PROBE), re.MULTILINE))
 
 
 def probe_text(render: Render) -> str:
-    """The text of a fixed conversation: what a template's fingerprint is made of."""
+    """Returns the text of a fixed conversation, from which a template's fingerprint is computed."""
     return render(*_PROBE)

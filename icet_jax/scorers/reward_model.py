@@ -1,8 +1,9 @@
-"""Reward models as scorers (metric "tr"): a network with one scalar head reads prompt and response, text only.
+"""Reward models as scorers (metric "tr"): a network with one scalar head reads prompt and response as text.
 
-Sources: HF `GPT2ForSequenceClassification` (the paper's, `Ray2333/gpt2-large-harmless-reward_model`),
-`DebertaV2ForSequenceClassification` (`OpenAssistant/reward-model-deberta-v3-large-v2`) and
-`LlamaForSequenceClassification`.
+Sources:
+  HF `GPT2ForSequenceClassification` (the paper's, `Ray2333/gpt2-large-harmless-reward_model`),
+  `DebertaV2ForSequenceClassification` (`OpenAssistant/reward-model-deberta-v3-large-v2`) and
+  `LlamaForSequenceClassification`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from icet_jax.scorers.rows import BatchedNetwork
 
 Pairs: TypeAlias = PairTokenizer | SegmentTokenizer | ChatPairs
 
-_STEPS = {LlamaConfig: 4}  # length buckets per doubling, where a position is dear; elsewhere powers of two
+_STEPS = {LlamaConfig: 4}  # length buckets per doubling for expensive networks; powers of two for the others
 
 
 def pair_encoder(
@@ -32,18 +33,18 @@ def pair_encoder(
     max_length: int | None = None,
     pad_id: int | None = None,
 ) -> Pairs:
-    """How pairs become tokens for a network of this family.
+    """Returns the encoder of pairs for a network of this family.
 
     Args:
       config: `GPT2Config`, `DebertaConfig` or `LlamaConfig`.
-      tokenizer: transformers'.
-      template: GPT-2 and DeBERTa: the first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). Llama: the
-        whole text with `{prompt}` and `{response}`, or None for the tokenizer's chat template.
-      max_length: most tokens of a pair; None for GPT-2's positions, the only ones that a network's config tells.
-      pad_id: config.json's pad_token_id, which a Llama pair must not end in.
+      tokenizer: transformers' tokenizer.
+      template: for GPT-2 and DeBERTa the first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). For
+        Llama the whole text with `{prompt}` and `{response}`, or None for the tokenizer's chat template.
+      max_length: most tokens of a pair; None for GPT-2's positions, the only ones that a network's config contains.
+      pad_id: config.json's pad_token_id, with which a Llama pair must not end.
 
     Raises:
-      UserError: a template of another form, or none where one is needed.
+      UserError: the template has another form, or is missing where it is required.
     """
     if isinstance(config, GPT2Config):
         template = HH_TEMPLATE if template is None else template
@@ -55,18 +56,18 @@ def pair_encoder(
 
 
 def reward_render(tokenizer: Any, template: str | None) -> Render:
-    """A Llama reward model's text of a pair: see `pair_encoder`, also for what is raised."""
+    """Returns the template of a Llama reward model; see `pair_encoder`, also for errors."""
     return chat_template(tokenizer, answer=False) if template is None else text_template(template)
 
 
 class RewardModel:
-    """Scores pairs with a reward model; compiled once per length bucket.
+    """Scores pairs with a reward model; one program is compiled per length bucket.
 
     Attributes:
       name, metric, fingerprint: see `Scorer`.
       model: the network.
-      pairs: how pairs become tokens.
-      network: the model over batches of them.
+      pairs: encodes pairs as tokens.
+      network: runs the model on batches of them.
     """
 
     metric = "tr"
@@ -84,18 +85,18 @@ class RewardModel:
         mesh: Mesh | None = None,
         fingerprint: str = "",
     ) -> None:
-        """Nothing is compiled yet.
+        """Splits the model into structure and weights; nothing is compiled yet.
 
         Args:
           model: `GPT2RewardModel`, `DebertaRewardModel` or `LlamaRewardModel`.
-          tokenizer: transformers'.
-          name: what metrics call it.
-          template: see `pair_encoder`, as for `max_length` and `pad_id`.
+          tokenizer: transformers' tokenizer.
+          name: name of the scorer in metrics.
+          template: see `pair_encoder`, also for `max_length` and `pad_id`.
           max_length: most tokens of a pair.
           pad_id: config.json's pad_token_id.
           batch_size: rows per call of the network; a shorter last batch is filled up.
-          mesh: where the weights are.
-          fingerprint: what the scores depend on beside the name.
+          mesh: mesh of the weights.
+          fingerprint: what the scores depend on besides the name.
 
         Raises:
           UserError: see `pair_encoder`.
@@ -113,16 +114,17 @@ class RewardModel:
         )  # fmt: skip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Raw rewards (no sigmoid); a pair without any token, or a score that is not finite, is NaN."""
+        """Returns raw rewards (no sigmoid); NaN for a pair without any token, or if a score is not finite."""
         values = self.score_tokens(self.pairs(prompts, responses))
         return {self.name: Scores(values, [None] * len(values))}
 
     def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """The programs for pairs of up to `tokens` tokens (of any length if None), see `BatchedNetwork.lowered`."""
+        """Yields the lowered programs for pairs of up to `tokens` tokens (of any length if None), see
+        `BatchedNetwork.lowered`."""
         return self.network.lowered(tokens)
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Scores float32 [B] of token rows. Rows of similar length share a batch."""
+        """Returns the scores float32 [B] of token rows; rows of similar length share a batch."""
         values = self.network(rows)
         values[[not row for row in rows]] = np.nan
         values[~np.isfinite(values)] = np.nan

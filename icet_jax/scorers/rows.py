@@ -1,4 +1,5 @@
-"""Rows of tokens through a network: padded to few lengths, batched, spread over the mesh, compiled once per length."""
+"""Runs rows of tokens through a network: padded to few lengths, batched, split over the mesh, compiled once per
+length."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,11 @@ from icet_jax.data.padding import bucket, pad_rows
 from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import ROWS, place_rows, replicated
 
-_FULL_BATCH = 1024  # positions up to which a batch is full: attention over longer rows would take too much memory
+_FULL_BATCH = 1024  # a batch of rows with more positions is smaller, because attention over them takes more memory
 
 
 class BatchedNetwork:
-    """A pure function of rows of tokens over any number of rows; a row's result depends on that row alone.
+    """Applies a pure function of rows of tokens to any number of rows; a row's result depends only on that row.
 
     Attributes:
       longest: most tokens of a row.
@@ -37,17 +38,18 @@ class BatchedNetwork:
         steps: int = 1,
         about: Sequence[Any] | None = None,
     ) -> None:
-        """Nothing is compiled yet.
+        """Stores the function and the weights; nothing is compiled yet.
 
         Args:
-          function: (params, tokens int32 [B, T], mask bool [B, T]) -> pytree of arrays whose first axis is B.
-          params: the network's weights, placed where they belong.
+          function: function of (params, tokens int32 [B, T], mask bool [B, T]) that returns a pytree of arrays whose
+            first axis is B.
+          params: weights of the network, already placed.
           longest: most tokens of a row.
           batch_size: rows per call of up to 1024 tokens each.
-          mesh: that of `params`, over which rows are split; None for the default device.
-          side: of the padding, "left" or "right".
+          mesh: mesh of `params`, over which rows are split; None for the default device.
+          side: side of the padding, "left" or "right".
           steps: see `data.padding.bucket`.
-          about: what `function` closes over, see `parallel.programs.Program`.
+          about: values that `function` closes over, see `parallel.programs.Program`.
         """
         self.longest, self.batch_size = longest, batch_size
         self._params, self._mesh, self._side, self._steps = params, mesh, side, steps
@@ -57,26 +59,26 @@ class BatchedNetwork:
         self.compiled = Program(function, about=about, out_sharding=everywhere)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> Any:
-        """The function's results for N rows as numpy arrays [N, ...]; rows of similar length share a batch.
+        """Returns the function's results for N rows as numpy arrays [N, ...]; rows of similar length share a batch.
 
-        A row without tokens is all padding, and what the function gives for it.
+        A row without tokens is all padding and gets the function's result for that.
         """
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         pending = []
         while order:
             length = bucket(len(rows[order[0]]), self.longest, self._steps)
             count = self._rows_at_once(length)
-            chosen, order = order[:count], order[count:]
-            pending.append((chosen, self._run([rows[index] for index in chosen], length)))
+            batch, order = order[:count], order[count:]
+            pending.append((batch, self._run([rows[index] for index in batch], length)))
         shapes = pending[0][1] if pending else self._shapes()
         results = jax.tree.map(lambda leaf: np.zeros((len(rows), *leaf.shape[1:]), leaf.dtype), shapes)
-        for chosen, values in pending:
+        for batch, values in pending:
             for result, value in zip(jax.tree.leaves(results), jax.tree.leaves(values), strict=True):
-                result[chosen] = np.asarray(value)[: len(chosen)]
+                result[batch] = np.asarray(value)[: len(batch)]
         return results
 
     def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """The programs for rows of up to `tokens` tokens (of any length if None), ready to be compiled.
+        """Yields the lowered programs for rows of up to `tokens` tokens (of any length if None), ready to be compiled.
 
         Yields:
           (length, `jax.stages.Lowered`); once it is compiled, rows of that length compile nothing.

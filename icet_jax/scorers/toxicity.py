@@ -1,4 +1,4 @@
-"""Toxicity classifiers (metric "ts"): BERT or RoBERTa with one sigmoid per label, over the response alone."""
+"""Toxicity classifiers (metric "ts"): BERT or RoBERTa with one sigmoid per label, applied to the response alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,16 +14,16 @@ from icet_jax.scorers.base import Scores, metric_name
 from icet_jax.scorers.rows import BatchedNetwork
 
 MAIN_HEADS = ("toxic", "toxicity")
-"""Labels of the overall toxicity: toxic-bert's, unbiased-toxic-roberta's."""
+"""Labels of the overall toxicity in toxic-bert and unbiased-toxic-roberta."""
 
 
 class Toxicity:
-    """Probabilities 0..1 that a response is toxic: result `name` of the main head, `name.HEAD` of each other.
+    """Computes probabilities 0..1 that a response is toxic: `name` for the main head, `name.HEAD` for the others.
 
     Attributes:
       name, metric, fingerprint: see `Scorer`.
-      reads_prompts: false; the same response has the same score whatever was asked.
-      heads: result name -> column of the network's output.
+      reads_prompts: False, because a response has the same score for every prompt.
+      heads: {result name: column of the network's output}.
     """
 
     metric = "ts"
@@ -41,20 +41,20 @@ class Toxicity:
         mesh: Mesh | None = None,
         fingerprint: str = "",
     ) -> None:
-        """Nothing is compiled yet.
+        """Splits the model into structure and weights; nothing is compiled yet.
 
         Args:
           model: the network.
-          tokenizer: transformers'.
-          name: what metrics call it.
-          labels: of the network's columns, in order.
-          heads: labels to report beside the main one, which is "toxic" or "toxicity", else the first of these.
+          tokenizer: transformers' tokenizer.
+          name: name of the scorer in metrics.
+          labels: labels of the network's outputs, in order.
+          heads: labels to report besides the main one, which is "toxic" or "toxicity", else the first of these.
           batch_size: responses scored at once.
-          mesh: where the weights are.
-          fingerprint: what the scores depend on beside the name.
+          mesh: mesh of the weights.
+          fingerprint: what the scores depend on besides the name.
 
         Raises:
-          UserError: an unknown head, no head that is the main one, or two that metrics would call the same.
+          UserError: a head is unknown, there is no main head, or two heads would have the same name in metrics.
         """
         self.name, self.fingerprint = name, fingerprint
         self.heads = _columns(name, list(labels), list(heads))
@@ -69,7 +69,7 @@ class Toxicity:
         )
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Scores B responses, each cut at the network's length; a number that is not finite is an error."""
+        """Scores B responses, each truncated to the network's length; a number that is not finite is an error."""
         rows: list[list[int]] = []
         if responses:
             encoded = self._tokenizer(list(responses), truncation=True, max_length=self._max_length)
@@ -79,15 +79,16 @@ class Toxicity:
         return {name: Scores(values[:, column], [None] * len(rows)) for name, column in self.heads.items()}
 
     def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """The programs for responses of up to `tokens` tokens (of any length if None), see `BatchedNetwork.lowered`."""
+        """Yields the lowered programs for responses of up to `tokens` tokens (any if None), see
+        `BatchedNetwork.lowered`."""
         return self.network.lowered(tokens)
 
 
 def head_labels(hf_config: Mapping[str, Any]) -> list[str]:
-    """Labels of a classifier's columns from its config.json (`id2label`; `LABEL_0` ... where it names none).
+    """Returns the labels of a classifier's outputs from its config.json (`id2label`; `LABEL_0` ... if it names none).
 
     Raises:
-      UserError: labels that do not count from 0, or that exclude each other (a softmax, not sigmoids).
+      UserError: the labels are not numbered from 0, or exclude each other (a softmax, not sigmoids).
     """
     if hf_config.get("problem_type") not in (None, "multi_label_classification"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""A POST request whose whole time and whole answer are bounded, for judges that other machines compute."""
+"""Sends a POST request with limits on its total time and the size of the response, for judges on other machines."""
 
 import contextlib
 import http.client
@@ -16,22 +16,22 @@ LARGEST_ANSWER = 1 << 20  # bytes
 def post(
     url: str, body: bytes, headers: Mapping[str, str], seconds: float | int, *, context: ssl.SSLContext, direct: bool
 ) -> bytes:
-    """The body of the answer to one request, at most one byte more than `LARGEST_ANSWER`; no redirect is followed.
+    """Returns the body of the response to one request, at most one byte more than `LARGEST_ANSWER`, without redirects.
 
-    The request runs in a thread of its own. After `seconds` its sockets are shut, so that neither a name that does not
-    resolve nor a server that sends a byte now and then holds the caller.
+    The request runs in its own thread. After `seconds` its sockets are shut down, so that neither a name that does not
+    resolve nor a server that sends single bytes slowly can block the caller.
 
     Args:
-      url: http or https.
-      body, headers: of the request.
-      seconds: for the connection, the request and the whole answer together.
+      url: http or https URL.
+      body, headers: body and headers of the request.
+      seconds: time for connection, request and whole response together.
       context: checks the server's certificate.
-      direct: the proxies that the environment names are left out.
+      direct: whether to ignore the proxies that the environment names.
 
     Raises:
-      TimeoutError: the answer was not complete in time.
-      urllib.error.HTTPError: a status other than 2xx; its body is not read.
-      OSError, http.client.HTTPException: no connection, or an answer that is not HTTP.
+      TimeoutError: the response was not complete in time.
+      urllib.error.HTTPError: the status is not 2xx; the body is not read.
+      OSError, http.client.HTTPException: there is no connection, or the response is not HTTP.
     """
     request = urllib.request.Request(url, body, dict(headers), method="POST")
     exchange = _Exchange()
@@ -59,33 +59,33 @@ def post(
 
 
 class _Exchange:
-    """The sockets of one request, which `end` shuts whatever its thread is doing with them."""
+    """Holds the sockets of one request, which `end` shuts down whatever the request's thread is doing."""
 
     def __init__(self) -> None:
         self._lock, self._ended = threading.Lock(), False
         self._sockets: list[socket.socket] = []
 
-    def watched(self, connection: http.client.HTTPConnection) -> http.client.HTTPConnection:
-        """`connection`, whose socket becomes known here as soon as it is connected."""
+    def register(self, connection: http.client.HTTPConnection) -> http.client.HTTPConnection:
+        """Returns `connection`, which registers its socket here as soon as it is connected."""
         connect = connection.connect
 
-        def connect_and_tell() -> None:
+        def connect_and_register() -> None:
             connect()
             with self._lock:
                 self._sockets.append(connection.sock)
                 if self._ended:
                     raise TimeoutError
 
-        connection.connect = connect_and_tell  # type: ignore[method-assign]
+        connection.connect = connect_and_register  # type: ignore[method-assign]
         return connection
 
     def end(self) -> None:
-        """Shuts the sockets; one that connects later is given up."""
+        """Shuts down the sockets; one that connects later raises an error."""
         with self._lock:
             self._ended = True
-            for own in self._sockets:
+            for open_socket in self._sockets:
                 with contextlib.suppress(OSError):
-                    own.shutdown(socket.SHUT_RDWR)
+                    open_socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Http(urllib.request.HTTPHandler):
@@ -95,7 +95,7 @@ class _Http(urllib.request.HTTPHandler):
 
     def http_open(self, req: urllib.request.Request) -> Any:
         """Opens a connection that can be shut."""
-        make: Any = lambda host, **options: self._exchange.watched(http.client.HTTPConnection(host, **options))  # noqa: E731
+        make: Any = lambda host, **options: self._exchange.register(http.client.HTTPConnection(host, **options))  # noqa: E731
         return self.do_open(make, req)
 
 
@@ -106,13 +106,13 @@ class _Https(urllib.request.HTTPSHandler):
 
     def https_open(self, req: urllib.request.Request) -> Any:
         """Opens a connection that can be shut."""
-        make: Any = lambda host, **options: self._exchange.watched(http.client.HTTPSConnection(host, **options))  # noqa: E731
+        make: Any = lambda host, **options: self._exchange.register(http.client.HTTPSConnection(host, **options))  # noqa: E731
         return self.do_open(make, req, context=self._own_context)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: neither the key nor the texts may reach another host."""
+    """Treats a redirect as an error, so that neither the key nor the texts reach another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follows nothing."""
+        """Returns None, which means that no redirect is followed."""
         return None

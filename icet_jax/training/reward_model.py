@@ -20,7 +20,7 @@ from icet_jax.scorers.pairs import HH_TEMPLATE, PairTokenizer
 from icet_jax.scorers.rows import BatchedNetwork
 from icet_jax.typing import Array, Bool, Float, Int
 
-Pair = tuple[str, str, str]
+PreferencePair = tuple[str, str, str]
 """(prompt, chosen response, rejected response)."""
 TokenPair = tuple[list[int], list[int]]
 """Token ids of (prompt, chosen response) and of (prompt, rejected response)."""
@@ -241,8 +241,8 @@ def _make_step(
 def train_reward_model(
     model: GPT2RewardModel,
     tokenizer: Any,
-    pairs: Sequence[Pair],
-    held_out: Sequence[Pair],
+    pairs: Sequence[PreferencePair],
+    held_out: Sequence[PreferencePair],
     settings: RewardTraining,
     *,
     template: str = HH_TEMPLATE,
@@ -286,7 +286,7 @@ def train_reward_model(
     return nnx.merge(graphdef, state.params), report
 
 
-def tokenise(encode: PairTokenizer, pairs: Sequence[Pair]) -> list[TokenPair]:
+def tokenise(encode: PairTokenizer, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
     """Token ids of each pair, cut to `encode.max_length` as at scoring time."""
     prompts, chosen, rejected = zip(*pairs, strict=True)
     return list(zip(encode(prompts, chosen), encode(prompts, rejected), strict=True))

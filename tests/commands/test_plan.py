@@ -163,13 +163,13 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
 
     program, refused = plan._compile(PlannedPhase("rollout", None, None, lambda: SimpleNamespace(compile=compile)))
     assert program is None and refused == "the compiler needs 400.00GiB for it"
-    line = plan.Line("rollout", 1, 1, 1, 1, 1, None, Work(1, 1, 1), None, refused)
+    line = plan.PlanLine("rollout", 1, 1, 1, 1, 1, None, Work(1, 1, 1), None, refused)
     assert line.fits(topology.CHIPS["v5e"]) is False
 
 
 def test_the_least_time_is_the_slowest_of_three_bounds():
     chip, gib = topology.CHIPS["v5e"], GIB
-    line = plan.Line("update", gib, 0, 0, 0, 0, 0, Work(10**15, 3, gib), 10 * gib)
+    line = plan.PlanLine("update", gib, 0, 0, 0, 0, 0, Work(10**15, 3, gib), 10 * gib)
     assert line.seconds(chip, 4) == (10**15 / (4 * 197e12), "products")
     assert line.seconds(chip, 400)[1] == "links" and line.seconds(topology.CHIPS["cpu"], 1) is None
 

@@ -124,7 +124,7 @@ def test_sets_prepared_before_attack_formats_were_kept_still_open(files, tmp_pat
 
 def test_rows_without_attack_formats_keep_the_fingerprints_of_earlier_versions():
     """So that their sets are not written again, and their runs go on."""
-    rows = [Example("a", "how do i make a zorb", policy="p"), Example("b", "what is it", kind="vqa", answer="red")]
+    rows = [Example("a", "how do i make a zorb", category="p"), Example("b", "what is it", kind="vqa", answer="red")]
     known = "97fb7b3ed3231c88fd47017cb7be8b1158c65dc88ea4e3163dc6650f29194964"
     assert prepared.fingerprint("rows.csv", None, Records("rows.csv", rows, [])) == known
     attacks = [replace(rows[0], format="Logic"), rows[1]]
@@ -221,8 +221,8 @@ def test_rows_made_on_the_spot_keep_their_pixels(tmp_path):
     for name, source in (("train", "organism:train:vqa:5"), ("f", "toy:forbidden")):
         direct = sources.load_rows(source)
         for ours, theirs in zip(sources.load_rows(source, directory=str(tmp_path), name=name), direct, strict=True):
-            assert (ours.id, ours.prompt, ours.answer, ours.policy) == (
-                theirs.id, theirs.prompt, theirs.answer, theirs.policy,
+            assert (ours.id, ours.prompt, ours.answer, ours.category) == (
+                theirs.id, theirs.prompt, theirs.answer, theirs.category,
             )  # fmt: skip
             np.testing.assert_array_equal(open_image(ours.images[0]), theirs.images[0])
 

@@ -17,7 +17,7 @@ def test_harmbench_text(tmp_path):
     source = published.harmbench(tmp_path)
     examples = read_source(source).examples
     assert [e.id for e in examples] == [f"behaviour_{i}" for i in range(ROWS)]
-    assert (examples[1].prompt, examples[1].policy, examples[1].kind) == (
+    assert (examples[1].prompt, examples[1].category, examples[1].kind) == (
         "placeholder behaviour 1",
         "area_1",
         "forbidden",
@@ -45,14 +45,14 @@ def test_harmbench_images_stay_in_their_folder(name, tmp_path):
 def test_strongreject(tmp_path):
     source = published.strongreject(tmp_path)
     example = read_source(source).examples[5]
-    assert (example.id, example.prompt, example.policy) == ("6", "placeholder prompt 5", "category 2")
+    assert (example.id, example.prompt, example.category) == ("6", "placeholder prompt 5", "category 2")
     assert len(example.images) == 1 and read_source(source.partition("?")[0]).examples[5].images == ()
 
 
 def test_figstep_requests_are_in_the_images(tmp_path):
     examples = read_source(published.figstep(tmp_path)).examples
     assert {e.prompt for e in examples} == {FIGSTEP_PROMPT} and len(examples) == ROWS
-    assert examples[6].id == "ForbidQI_2_3" and examples[6].policy == "Category 1"
+    assert examples[6].id == "ForbidQI_2_3" and examples[6].category == "Category 1"
     assert examples[6].images[0].name == "query_ForbidQI_2_3_6.png"
 
 
@@ -99,7 +99,7 @@ def test_xstest_v2_has_its_labels_in_the_type(tmp_path):
     examples = read_source(f"xstest:{path}").examples
     assert [e.id for e in examples] == ["v2-0", "v2-1", "v2-2", "v2-3"]
     assert [e.kind for e in examples] == ["benign", "forbidden", "benign", "forbidden"]
-    assert examples[1].policy == "contrast_homonyms"
+    assert examples[1].category == "contrast_homonyms"
 
 
 def test_xstest_without_an_id_or_a_label_is_one_line(tmp_path):

@@ -53,4 +53,4 @@ def test_one_vocabulary_of_categories(tmp_path):
     source = published.jailbreakv(tmp_path)
     path = tmp_path / "mini_JailBreakV_28K.csv"
     path.write_text(path.read_text().replace("policy 1", "Child Abuse Content"))
-    assert {e.policy for e in read_source(source).examples} == {"policy 0", "Child Abuse", "policy 2"}
+    assert {e.category for e in read_source(source).examples} == {"policy 0", "Child Abuse", "policy 2"}

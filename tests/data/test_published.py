@@ -25,14 +25,14 @@ def test_redteam_2k(tmp_path):
     assert ids(records) == [str(i) for i in range(ROWS)] and records.problems == [] and records.repeats == 0
     first = records.examples[0]
     assert first.prompt == "placeholder forbidden request 0, in two\nlines"
-    assert (first.kind, first.policy, first.answer) == ("forbidden", "policy 0", None)
+    assert (first.kind, first.category, first.answer) == ("forbidden", "policy 0", None)
     assert first.images[0].parent == tmp_path / "coco"
 
 
 def test_jailbreakv_28k(tmp_path):
     records = read_source(published.jailbreakv(tmp_path))
     example = records.examples[7]
-    assert (example.id, example.kind, example.policy) == ("7", "forbidden", "policy 1")
+    assert (example.id, example.kind, example.category) == ("7", "forbidden", "policy 1")
     assert example.prompt == 'placeholder wrapped request 7, "quoted"'
     assert example.images == (tmp_path / "pictures" / "sub" / "coco_2.png",)
     # Images lie beside the file, or under the config's root, where the source names no folder.
@@ -93,7 +93,7 @@ def test_xstest(tmp_path):
     source = published.xstest(tmp_path)
     examples = read_source(source).examples
     assert [e.kind for e in examples] == ["forbidden" if i % 3 == 0 else "benign" for i in range(ROWS)]
-    assert examples[5].policy == "type_1" and examples[5].id == "v2-5" and len(examples[5].images) == 1
+    assert examples[5].category == "type_1" and examples[5].id == "v2-5" and len(examples[5].images) == 1
     assert all(e.images == () for e in read_source(source.partition("?")[0]).examples)
 
 

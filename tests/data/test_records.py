@@ -43,7 +43,7 @@ def test_jsonl_rows(folder):
     assert [e.id for e in records.examples] == ["x", "7", "3"]
     assert [len(e.images) for e in records.examples] == [1, 2, 0]
     assert [e.kind for e in records.examples] == ["vqa", "forbidden", "forbidden"]
-    assert records.examples[0].answer == "red" and records.examples[0].policy == "p"
+    assert records.examples[0].answer == "red" and records.examples[0].category == "p"
 
 
 def test_bad_rows_are_counted_with_their_numbers(folder):

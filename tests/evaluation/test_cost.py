@@ -137,7 +137,7 @@ def test_operations_are_those_of_the_traced_functions(tmp_path, family, images):
 
     def next_logits(params, cache, token):
         model = network(params)
-        hidden, _ = model.step(token, jnp.ones(1, bool), cache, model.apart())
+        hidden, _ = model.step(token, jnp.ones(1, bool), cache, model.unstack_layers())
         return model.logits(hidden)
 
     _, cache = first_logits(vlm.params, batch.tokens, batch.mask, visual)

@@ -116,7 +116,7 @@ def test_refusals_of_unsafe_rows_have_their_own_name_in_a_mixed_set():
 
 
 def test_rows_with_annotators_have_the_official_metric_alone():
-    fields = {"answers": ("yes",) * 9 + ("no",), "answer_type": "yes/no", "policy": "odd"}
+    fields = {"answers": ("yes",) * 9 + ("no",), "answer_type": "yes/no", "category": "odd"}
     row = scored("vqa", "Yes.", answer="yes", scorers=(), **fields)
     assert row["scores"]["vqa/official"] == row["scores"]["vqa/official_yes_no"] == 1.0
     assert not any(name.startswith("accuracy/") for name in row["scores"])

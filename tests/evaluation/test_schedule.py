@@ -4,7 +4,7 @@ import numpy as np
 
 from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
-from icet_jax.evaluation.schedule import Unit, stretches
+from icet_jax.evaluation.schedule import ImageGroup, length_groups
 
 IMAGE = 9
 
@@ -23,23 +23,23 @@ def test_buckets_waste_an_eighth_or_sixteen_positions():
 def test_rows_of_similar_length_stand_together_and_every_row_stands_once():
     lengths = [640 + 3 * n for n in range(20)] + [1300, 90, 700, 95]
     examples = [Example(str(n), "x") for n in range(len(lengths))]
-    found = stretches(examples, prompts(*lengths), IMAGE)
+    found = length_groups(examples, prompts(*lengths), IMAGE)
     rows = [[row for unit in stretch.units for row in unit.rows] for stretch in found]
     assert sorted(sum(rows, [])) == list(range(len(lengths)))
     assert [stretch.length for stretch in found] == [704, 1408]
     assert rows[0][:2] == [21, 23] and rows[1] == [20], "two short rows join, one long row would widen all others"
-    assert stretches(examples, prompts(*lengths), IMAGE) == found
+    assert length_groups(examples, prompts(*lengths), IMAGE) == found
 
 
 def test_rows_about_the_same_images_are_one_unit_if_they_differ_only_after_them():
     examples = [Example(str(n), "x", images) for n, images in enumerate([("a",), ("b",), ("a",), ("a",), ("b",), ()])]
     before, image = [1, 2], [IMAGE] * 3
     tokens = [before + image + rest for rest in ([4, 5], [4], [4, 6, 7], [5])] + [[2] + image + [4], [1, 2]]
-    (stretch,) = stretches(examples, [np.array(ids, np.int32) for ids in tokens], IMAGE)
-    assert set(stretch.units) == {Unit((0, 2, 3), 5), Unit((1,)), Unit((4,)), Unit((5,))}
+    (stretch,) = length_groups(examples, [np.array(ids, np.int32) for ids in tokens], IMAGE)
+    assert set(stretch.units) == {ImageGroup((0, 2, 3), 5), ImageGroup((1,)), ImageGroup((4,)), ImageGroup((5,))}
 
 
 def test_something_is_left_to_run_where_prompts_are_equal():
     examples = [Example(str(n), "x", ("a",)) for n in range(2)]
-    (stretch,) = stretches(examples, [np.array([1, IMAGE, 3], np.int32)] * 2, IMAGE)
-    assert stretch.units == (Unit((0, 1), 2),)
+    (stretch,) = length_groups(examples, [np.array([1, IMAGE, 3], np.int32)] * 2, IMAGE)
+    assert stretch.units == (ImageGroup((0, 1), 2),)

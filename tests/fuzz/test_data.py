@@ -49,7 +49,7 @@ def check(records, root):
     """Whatever rows a hostile file has, their texts can be encoded and their images are files of the folder."""
     for example in records.examples if records is not None else ():
         assert example.prompt.strip() and "\0" not in example.prompt
-        (example.id + example.prompt + (example.answer or "") + (example.policy or "")).encode("utf-8")
+        (example.id + example.prompt + (example.answer or "") + (example.category or "")).encode("utf-8")
         for image in example.images:
             assert image.resolve().is_relative_to(root.resolve()) and image.is_file()
     if records is not None:

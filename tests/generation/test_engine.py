@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from icet_jax.generation import Sampling, engine
-from icet_jax.generation.engine import Engine, Prompts, Work, run_prefix
+from icet_jax.generation.engine import Engine, PromptGroup, Prompts, run_prefix
 from icet_jax.nn.protocols import one_image_per_row
 from tests.generation.test_decode import CONFIG, PATCHES, SUPPRESSED, Llava, padded, pixels, prompts, random_lora, run
 
@@ -38,7 +38,7 @@ def key_data(rows):
 
 
 def work(chosen, encoded, limits=None, width=WIDTH, together=TOGETHER):
-    """Work in groups of `together`, the last filled up."""
+    """PromptGroup in groups of `together`, the last filled up."""
     tokens, mask = map(np.asarray, padded(prompts([1] * len(LENGTHS), LENGTHS), "left", width))
     for start in range(0, len(chosen), together):
         part = chosen[start : start + together]
@@ -48,7 +48,9 @@ def work(chosen, encoded, limits=None, width=WIDTH, together=TOGETHER):
         exits = np.array([layer for _, layer in part] + [1] * (together - len(part)), np.int32)
         keys = key_data(rows)
         tags = part + [None] * (together - len(part))
-        yield Work(tags, Prompts(tokens[rows], mask[rows] & real[:, None], rows, exits, keys, np.int32(limit)), encoded)
+        yield PromptGroup(
+            tags, Prompts(tokens[rows], mask[rows] & real[:, None], rows, exits, keys, np.int32(limit)), encoded
+        )
 
 
 def answers(network, chosen, sampling=GREEDY, slots=4, lora=None, limits=None, **changes):
@@ -139,9 +141,9 @@ def test_what_prompts_share_is_run_once(network):
     prefix = run_prefix(graphdef, None, params, None, Prompts(*prompt(start, 9), rows, exits, keys, limit), encoded)
     for number, tokens in enumerate(whole):
         tags = [(number, 1), (number, 3)]
-        plain.append(Work(tags, Prompts(*prompt(tokens, WIDTH), rows, exits, keys, limit), encoded))
+        plain.append(PromptGroup(tags, Prompts(*prompt(tokens, WIDTH), rows, exits, keys, limit), encoded))
         own = prompt(tokens[len(start) :], 8)
-        shared.append(Work(tags, Prompts(*own, rows, exits, keys, limit), None, prefix))
+        shared.append(PromptGroup(tags, Prompts(*own, rows, exits, keys, limit), None, prefix))
     found = []
     for queue in (plain, shared):
         machine = Engine(graphdef, params, GREEDY, slots=4, columns=WIDTH + 20)

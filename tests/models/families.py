@@ -126,7 +126,7 @@ def cached_and_uncached(graphdef, params, batch, exit_layer, suffix=0):
         padded = jnp.pad(rest, ((0, 0), (0, 2)))
         first, cache = model.prefill(padded, jnp.arange(suffix + 2) < jnp.full((count, 1), suffix), None, cache)
     cache = cache.with_room(3)
-    second, after = model.step(extra[:, 0], jnp.ones(count, bool), cache, model.apart())
+    second, after = model.step(extra[:, 0], jnp.ones(count, bool), cache, model.unstack_layers())
     return jnp.stack([first, second], axis=1), expected, (cache, after)
 
 

@@ -1,4 +1,4 @@
-"""The door to attention: XLA against the formula, the kernels against XLA, and which one is taken where."""
+"""The choice of attention kernels: XLA against the formula, the kernels against XLA, and which one is used where."""
 
 import dataclasses
 import importlib.util
@@ -87,7 +87,7 @@ def compared(kernel, arrays, real, causal, atol):
 
     given = None if real is None else jnp.asarray(real)
     out, gradients = both(lambda q, k, v: kernel(q, k, v, given, causal=causal))
-    expected, expected_gradients = both(lambda q, k, v: attention.plain(q, k, v, real=given, causal=causal))
+    expected, expected_gradients = both(lambda q, k, v: attention.xla_attention(q, k, v, real=given, causal=causal))
     assert np.isfinite(out).all()
     np.testing.assert_allclose(out[kept], expected[kept], atol=atol)
     for name, got, wanted in zip("qkv", gradients, expected_gradients, strict=True):

@@ -16,15 +16,15 @@ for sizes in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
     mesh = make_mesh(**sizes)
     placed = jax.device_put(states, NamedSharding(mesh, P(None, ROWS)))
     for at_once in (1 << 28, 8 * 6 * 3 * 4 // 3):  # whole, and in three parts
-        traced._TAKEN_AT_ONCE = at_once
-        program = jax.jit(lambda *given: traced.taken(*given)).lower(placed, layers, numbers).compile()
+        traced._MAX_SEND_BYTES = at_once
+        program = jax.jit(lambda *given: traced.take_exit_states(*given)).lower(placed, layers, numbers).compile()
         found = program(placed, layers, numbers)
         np.testing.assert_array_equal(found, states[layers, numbers])
         assert found.sharding.shard_shape(found.shape)[0] == 8 // (8 // mesh.shape["tensor"]), found.sharding
         assert 0 < moved_bytes(program.as_text()) <= 2 * found.nbytes < states.nbytes
-    few = jax.jit(lambda *given: traced.taken(*given))(placed, layers[:3], numbers[:3])  # not as many for each device
+    few = jax.jit(lambda *given: traced.take_exit_states(*given))(placed, layers[:3], numbers[:3])  # not equally many
     np.testing.assert_array_equal(few, states[layers[:3], numbers[:3]])
-    program = jax.jit(lambda states, layers: traced.taken(states, layers, None))
+    program = jax.jit(lambda states, layers: traced.take_exit_states(states, layers, None))
     every = np.arange(16, dtype=np.int32) % 5
     every = jax.device_put(every, NamedSharding(mesh, P(ROWS)))
     np.testing.assert_array_equal(program(placed, every), states[every, np.arange(16)])

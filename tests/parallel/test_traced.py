@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icet_jax.parallel.traced import by_rows, gathered, mesh_of
+from icet_jax.parallel.traced import by_rows, gather_weights, mesh_of
 from tests.devices import assert_agreed
 
 PROGRAM = """
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from icet_jax.parallel.collectives import moved_bytes
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
-from icet_jax.parallel.traced import by_rows, gathered
+from icet_jax.parallel.traced import by_rows, gather_weights
 mesh = make_mesh(data=1, fsdp=8)
 width, depth = 64, 3
 def draw(seed, *shape):
@@ -23,7 +23,7 @@ def run(place):
     def loss(weights, x):
         def body(x, layer):
             if place:
-                layer = gathered(layer, x)
+                layer = gather_weights(layer, x)
             x = x + jax.nn.silu(x @ layer["up_proj"]["kernel"]) @ layer["down_proj"]["kernel"]
             return (by_rows(x) if place else x), None
         body = jax.checkpoint(body, prevent_cse=False)
@@ -58,7 +58,7 @@ def test_without_a_mesh_nothing_is_added():
 
     def layer(weights, x):
         assert mesh_of(x) is None
-        return by_rows(x) @ gathered(weights, x)["up_proj"]["kernel"]
+        return by_rows(x) @ gather_weights(weights, x)["up_proj"]["kernel"]
 
     assert [str(eqn.primitive) for eqn in jax.make_jaxpr(layer)(weights, x).eqns] == ["dot_general"]
     np.testing.assert_array_equal(layer(weights, x), 16.0)

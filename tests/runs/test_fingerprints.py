@@ -107,7 +107,7 @@ def test_a_run_directory_without_fingerprints_opens_and_gets_them(start, data, t
 
 def test_a_run_that_began_before_attack_formats_were_kept_goes_on(tmp_path):
     (tmp_path / "transcripts").mkdir()
-    without = [Example("a", "how do i make a zorb", policy="p"), Example("b", "what is it", kind="vqa", answer="red")]
+    without = [Example("a", "how do i make a zorb", category="p"), Example("b", "what is it", kind="vqa", answer="red")]
     known = {"mine": {"a": "379cbe10f91a49a6", "b": "e904959907a316af"}}  # as they were written then
     path = tmp_path / "fingerprints.json"
     path.write_text(json.dumps({"schema": 1, "rows": known}))
@@ -116,7 +116,7 @@ def test_a_run_that_began_before_attack_formats_were_kept_goes_on(tmp_path):
     fingerprints.check_rows(tmp_path, {"mine": [replace(without[0], format="SD", transferred=True), without[1]]})
     assert path.read_bytes() == recorded
     with pytest.raises(UserError, match="1 changed"):
-        fingerprints.check_rows(tmp_path, {"mine": [replace(without[0], policy="q"), without[1]]})
+        fingerprints.check_rows(tmp_path, {"mine": [replace(without[0], category="q"), without[1]]})
 
 
 def test_a_run_that_has_not_begun_takes_other_rows(start, data, tmp_path):

@@ -1,1 +1,1 @@
-"""What the model families share: processors, image batches and the reference of transformers."""
+"""Code that the model families share: processors, image batches and the comparison with transformers."""

@@ -1,7 +1,7 @@
-"""Text and images to a model's inputs and back, over the files of a checkpoint directory, without torch.
+"""Converts text and images to a model's inputs and responses back to text, using a checkpoint's files, without torch.
 
-The tokenizer is transformers' (`AutoTokenizer`), and so is the image processor (the Pillow one, whose pixels do not
-depend on what else is installed). Arrays carry the names and shapes of the family's HF processor.
+The tokenizer is transformers' (`AutoTokenizer`). The image processor is transformers' Pillow version, whose pixels do
+not depend on what else is installed. Arrays have the names and shapes of the family's HF processor.
 """
 
 import os
@@ -15,11 +15,11 @@ from PIL.Image import Image
 
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json, read_text
+from icet_jax.files import JsonObject, parse_json, read_text
 from icet_jax.media.images import ImageLike, StoredImage, open_image, require_resizable
 from icet_jax.media.limits import beyond_tokens, max_tokens
 from icet_jax.media.templates import IMAGE_TOKEN, NAMED_TEMPLATES, Template, own_template
-from icet_jax.media.tokenizer import load_tokenizer
+from icet_jax.media.tokenizer import Tokenizer, load_tokenizer
 from icet_jax.models import family_of, vlm_config
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.nn.protocols import Images
@@ -31,25 +31,25 @@ SETTINGS_FILE = "preprocessor_config.json"
 
 
 class Processor(ABC):
-    """Applies the chat template, opens and normalises images, tokenises, pads; and turns responses into text.
+    """Applies the chat template, opens and normalises images, tokenises and pads; and converts responses to text.
 
     Attributes:
       tokenizer: transformers' tokenizer, padding on the left.
       image_processor: transformers' Pillow image processor.
-      config: of the model the inputs are for.
-      template: (prompt, number of images) -> the text, one placeholder for each image.
-      placeholder: what stands for an image in the text.
-      on_vicuna: whether the family was published on Vicuna, whose conversations `NAMED_TEMPLATES` are.
+      config: config of the model that the inputs are for.
+      template: function of (prompt, number of images) that returns the text with one placeholder for each image.
+      placeholder: text that stands for an image.
+      on_vicuna: whether the family was published on Vicuna, whose conversation formats are in `NAMED_TEMPLATES`.
     """
 
     placeholder = IMAGE_TOKEN
     on_vicuna = False
 
-    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, template: Template) -> None:
+    def __init__(self, tokenizer: Tokenizer, image_processor: Any, config: Any, template: Template) -> None:
         """Checks that tokenizer and image processor fit the model.
 
         Raises:
-          UserError: the image placeholder has another id, or the images would have another shape than the model's.
+          UserError: the image placeholder has another id, or images would get another shape than the model needs.
         """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -67,12 +67,12 @@ class Processor(ABC):
         self._check_image_processor()
 
     def __call__(self, images: Sequence[RowImages], prompts: Sequence[str], *, pad_to: int | None = None) -> Inputs:
-        """The model's inputs for prompts and their images.
+        """Returns the model's inputs for prompts and their images.
 
         Args:
           images: for each prompt None, an image, or a list of images (see `open_image`).
-          prompts: raw prompts; the chat template and the image placeholders are put around them here.
-          pad_to: length T of every row; the longest row's if None.
+          prompts: raw prompts, to which the chat template and the image placeholders are added.
+          pad_to: length T of every row; the length of the longest row if None.
 
         Returns:
           input_ids and attention_mask int64 [B, T], padded on the left; where a row has images also
@@ -83,8 +83,8 @@ class Processor(ABC):
           aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles].
 
         Raises:
-          UserError: names the row whose image cannot be opened, whose prompt is too long for `pad_to` or the tokenizer,
-            or whose prompt holds the image placeholder.
+          UserError: the image of a row cannot be opened, its prompt is too long for `pad_to` or the tokenizer, or its
+            prompt contains the image placeholder; the message names the row.
         """
         rows = self._open_rows(images, prompts)
         texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
@@ -92,51 +92,53 @@ class Processor(ABC):
         return self._with_pixels(inputs, rows) if any(rows) else inputs
 
     def token_ids(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each row, image positions included; no image is decoded.
+        """Returns the tokens of each row, image positions included, without decoding images.
 
         Raises:
-          UserError: names the row whose prompt holds the image placeholder, or the image whose size is needed and
-            cannot be read.
+          UserError: a prompt contains the image placeholder, or the size of an image is needed and cannot be read; the
+            message names the row or the image.
         """
         rows = _as_rows(images, prompts)
         texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         return self._ids(texts)
 
     def misfit(self, ids: Sequence[int] | np.ndarray) -> str | None:
-        """Why a row of `token_ids` is longer than the tokenizer says a text may be, or None."""
+        """Returns why a row of `token_ids` is longer than the tokenizer allows, or None if it is not."""
         count = int(np.count_nonzero(np.asarray(ids) != self.config.image_token_index))
         return beyond_tokens(count, max_tokens(self.tokenizer))
 
     def batch_images(self, inputs: Inputs, *, num_rows: int, per_row: int | None = None) -> Images | None:
-        """The images of a batch as the network takes them, see `icet_jax.models.base.image_batches.batch_images`."""
+        """Returns the images of a batch for the network, see `icet_jax.models.base.image_batches.batch_images`."""
         return batch_images(self.config, inputs, num_rows=num_rows, per_row=per_row)
 
     def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-        """Texts of responses Int[B, A] where mask Bool[B, A] is True; special tokens are left out."""
+        """Returns the texts of responses Int[B, A] at the positions where mask Bool[B, A] is True, without special
+        tokens."""
         rows = zip(np.asarray(tokens), np.asarray(mask, dtype=bool), strict=True)
         return [self.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in rows]
 
     @classmethod
     @abstractmethod
-    def published_template(cls, values: dict[str, Any]) -> Template:
-        """The chat template that the family, on the backbone of this config.json, was published with."""
+    def published_template(cls, values: JsonObject) -> Template:
+        """Returns the chat template that the family was published with on the backbone of this config.json."""
 
     @classmethod
     @abstractmethod
-    def image_processors(cls) -> dict[str, Any]:
-        """HF's classes by the name that files give them; the first is meant where a file names none."""
+    def image_processors(cls) -> JsonObject:
+        """Returns HF's classes by the name in checkpoint files; the first is used if a file names none."""
 
     @abstractmethod
     def _check_image_processor(self) -> None:
-        """Raises a `UserError` where the images would have another shape than the model's."""
+        """Raises a `UserError` if images would get another shape than the model needs."""
 
     @abstractmethod
     def _image_tokens(self, image: ImageLike, name: str) -> int:
-        """Positions that an image takes in the prompt; only a family that needs the image's size looks at it."""
+        """Returns the number of positions that an image takes in the prompt; the image is read only if its size
+        matters."""
 
     @abstractmethod
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        """`inputs` and what the image processor makes of the images, of which there is at least one."""
+        """Returns `inputs` with the image processor's arrays for the images, of which there is at least one."""
 
     def _text(self, row: int, prompt: str, images: Sequence[ImageLike]) -> str:
         if self.placeholder in prompt:
@@ -149,11 +151,11 @@ class Processor(ABC):
         return "".join([first, *expanded])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids, with one BOS: the template's or, where that writes none, the tokenizer's."""
+        """Returns token ids with exactly one BOS: the template's, or the tokenizer's if the template writes none."""
         bos = self.tokenizer.bos_token
         special = [bos is None or not text.startswith(bos) for text in texts]
         pairs = zip(texts, special, strict=True)
-        # verbose=False: what is longer than the tokenizer says is told by `misfit`, so the tokenizer need not warn.
+        # verbose=False: `misfit` reports texts that are too long, so the tokenizer need not warn.
         return [self.tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"] for text, add in pairs]
 
     def _tokenize(self, texts: list[str], pad_to: int | None) -> Inputs:
@@ -181,15 +183,17 @@ class Processor(ABC):
 
 
 def load_processor(directory: str | Path, config: Any = None, template: str | None = None) -> Processor:
-    """Reads the tokenizer, image-processor and config files of a checkpoint; the weights may be elsewhere.
+    """Loads a processor from the tokenizer, image-processor and config files of a checkpoint; weights are not needed.
 
     Args:
-      directory: of the checkpoint.
-      config: of the network; read from the directory's config.json if None.
-      template: a name of `NAMED_TEMPLATES`; None is the checkpoint's own template, or the published one of its family.
+      directory: directory of the checkpoint.
+      config: config of the network; read from the directory's config.json if None.
+      template: a name in `NAMED_TEMPLATES`; None means the checkpoint's own template, or else the published one of its
+        family.
 
     Raises:
-      UserError: files are missing, unreadable, or do not fit the model's config; or a template of another backbone.
+      UserError: files are missing, unreadable or do not fit the model's config; or the template belongs to another
+        backbone.
     """
     directory = Path(directory)
     values = read_hf_config(directory)
@@ -204,11 +208,11 @@ def load_processor(directory: str | Path, config: Any = None, template: str | No
     return kind(tokenizer, image_processor, config, chosen)
 
 
-def _named_template(name: str, kind: type[Processor], values: dict[str, Any]) -> Template:
-    """The template called `name`, for the model of this config.json.
+def _named_template(name: str, kind: type[Processor], values: JsonObject) -> Template:
+    """Returns the template called `name` if it fits the model of this config.json.
 
     Raises:
-      UserError: there is no such template, or the model's backbone was tuned on another form of conversation.
+      UserError: there is no such template, or the model's backbone was trained on another conversation format.
     """
     if name not in NAMED_TEMPLATES:
         raise UserError(f"config.data.template={name}: unknown; choose {' or '.join(NAMED_TEMPLATES)}")
@@ -221,13 +225,13 @@ def _named_template(name: str, kind: type[Processor], values: dict[str, Any]) ->
     return NAMED_TEMPLATES[name]
 
 
-def backbone_of(values: dict[str, Any]) -> str:
-    """`model_type` of the decoder of a config.json."""
+def backbone_of(values: JsonObject) -> str:
+    """Returns `model_type` of the decoder of a config.json."""
     return (values.get("text_config") or {}).get("model_type", "llama")
 
 
 def edges(size: Any) -> tuple[int | None, int | None]:
-    """Height and width that one of HF's size settings asks for; None where it does not."""
+    """Returns height and width of one of HF's size settings; None for an edge that the setting leaves open."""
     shortest = getattr(size, "shortest_edge", None)
     return shortest or getattr(size, "height", None), shortest or getattr(size, "width", None)
 
@@ -247,7 +251,7 @@ def _as_rows(images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[I
 
 
 def image_name(source: ImageLike, name: str) -> str:
-    """What an error calls an image: its own name if it has one."""
+    """Returns the name of an image in error messages: its own name if it has one, else `name`."""
     if isinstance(source, (str, os.PathLike)):
         return str(source)
     return source.name if isinstance(source, StoredImage) else name
@@ -260,20 +264,21 @@ def _open(source: ImageLike, name: str) -> Image:
     return image
 
 
-def _load_image_processor(directory: Path, kinds: dict[str, Any]) -> Any:
+def _load_image_processor(directory: Path, kinds: JsonObject) -> Any:
     path, settings = _image_settings(directory)
-    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
-    kind = kinds.get(str(named).removesuffix("Pil").removesuffix("Fast"))
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
+    kind = kinds.get(str(name).removesuffix("Pil").removesuffix("Fast"))
     if kind is None:
-        raise UserError(f"{path}: image_processor_type '{named}' is unknown here; known: {', '.join(kinds)}")
+        raise UserError(f"{path}: image_processor_type '{name}' is unknown here; known: {', '.join(kinds)}")
     try:
         return kind.from_dict(settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: {error}; copy it from the checkpoint's source") from error
 
 
-def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The image processor's settings: a part of processor_config.json (transformers 5), or a file of their own."""
+def _image_settings(directory: Path) -> tuple[Path, JsonObject]:
+    """Returns the image processor's settings, from processor_config.json (transformers 5) or from a file of their
+    own."""
     whole = directory / "processor_config.json"
     if whole.is_file():
         settings = _read_json(whole).get("image_processor")
@@ -283,7 +288,7 @@ def _image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
     return path, _read_json(path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         settings = parse_json(read_text(path))
         if not isinstance(settings, dict):

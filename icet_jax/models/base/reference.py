@@ -1,7 +1,7 @@
-"""Rows as transformers sees them, and its models at an exit: the other side of `--mode=verify`.
+"""Rows and models in transformers, which `--mode=verify` compares with this package.
 
-Rows are given to transformers one at a time, as it cannot batch every mixture of them. Models and tensors are handled
-through their own methods alone, so that torch need not be imported here.
+Rows are given to transformers one at a time, because it cannot batch every mixture of them. Models and tensors are used
+only through their methods, so this module does not import torch.
 """
 
 import contextlib
@@ -16,24 +16,27 @@ from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.media.templates import DATE, Template
 from icet_jax.models import family, family_of
 from icet_jax.models.base.processor import Inputs
+from icet_jax.nn.protocols import NetworkConfig
 
 States = list[Any]
-"""torch tensors [I, P, D]: hidden states 0..num_exits of the image encoder."""
+"""Hidden states 0..num_exits of the image encoder, each a torch tensor [I, P, D]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A family in transformers.
+    """Describes a family in transformers.
 
     Attributes:
-      processor: name of its processor's class.
-      random_row: (config, tokens of the text, number of images, randomness) -> arrays as `hf_row` gives them.
-      states: (model, config, torch tensors of a row) -> hidden states of the image encoder.
-      at_exit: (model, config, exit) -> a context in which transformers' model answers at that exit.
-      join_images: (rows, padded length) -> the image arrays of all rows.
-      prepare_processor: sets what a processor's files leave out, from the model's config.
-      capture: which states the installed transformers takes for the intermediates that the family captures
-        (`Family.exit_options`); None where it captures none.
+      processor: name of the class of its processor.
+      random_row: function of (config, tokens of the text, number of images, random generator) that returns arrays like
+        those of `hf_row`.
+      states: function of (model, config, torch tensors of a row) that returns the hidden states of the image encoder.
+      at_exit: function of (model, config, exit) that returns a context in which transformers' model answers at that
+        exit.
+      join_images: function of (rows, padded length) that returns the image arrays of all rows.
+      prepare_processor: sets attributes from the model's config that the processor's files do not have.
+      capture: function that returns which states the installed transformers uses as captured intermediates
+        (`Family.exit_options`); None for a family without any.
     """
 
     processor: str
@@ -46,16 +49,17 @@ class Reference:
 
 
 def transformers_capture(directory: str | Path) -> str | None:
-    """Which states the installed transformers takes a model's captured intermediates to be; None where it has none.
+    """Returns which states the installed transformers uses as a model's captured intermediates; None for a family
+    without any.
 
     Raises:
-      UserError: no such checkpoint, or this transformers takes neither.
+      UserError: there is no such checkpoint, or this version of transformers supports neither choice.
     """
     return family(read_hf_config(directory)["model_type"], str(directory)).reference.capture()
 
 
-def hf_processor(directory: str | Path, config: Any) -> Any:
-    """transformers' own processor of a checkpoint, its image processor the one that needs no torch."""
+def hf_processor(directory: str | Path, config: NetworkConfig) -> Any:
+    """Returns transformers' own processor of a checkpoint, with the image processor that needs no torch."""
     import transformers
 
     processor = getattr(transformers, family_of(config).reference.processor).from_pretrained(directory)
@@ -65,13 +69,13 @@ def hf_processor(directory: str | Path, config: Any) -> Any:
 
 
 def hf_row(processor: Any, template: Template, images: Sequence[Any], prompt: str) -> Inputs:
-    """transformers' arrays of one row: its first axis is 1, or the images where they have no axis of rows.
+    """Returns transformers' arrays of one row; the first axis is 1, or the images for arrays without an axis of rows.
 
     Args:
-      processor: see `hf_processor`.
-      template: used where the checkpoint has no chat template of its own.
+      processor: result of `hf_processor`.
+      template: used if the checkpoint has no chat template of its own.
       images: PIL images or files.
-      prompt: raw.
+      prompt: the raw prompt.
     """
     text = template(prompt, len(images))
     if processor.chat_template is not None:
@@ -83,25 +87,29 @@ def hf_row(processor: Any, template: Template, images: Sequence[Any], prompt: st
     opened = [str(image) if isinstance(image, Path) else image for image in images]
     bos = processor.tokenizer.bos_token
     special = bos is None or not text.startswith(bos)
-    made = processor(text=[text], images=[opened] if opened else None, add_special_tokens=special, return_tensors="np")
-    return {name: np.asarray(array) for name, array in made.items()}
+    arrays = processor(
+        text=[text], images=[opened] if opened else None, add_special_tokens=special, return_tensors="np"
+    )
+    return {name: np.asarray(array) for name, array in arrays.items()}
 
 
-def random_row(config: Any, vocabulary: np.ndarray, count: int, length: int, noise: np.random.Generator) -> Inputs:
-    """Arrays as `hf_row` gives them, of random tokens and pixels.
+def random_row(
+    config: NetworkConfig, vocabulary: np.ndarray, count: int, length: int, noise: np.random.Generator
+) -> Inputs:
+    """Returns arrays like those of `hf_row`, of random tokens and pixels.
 
     Args:
-      config: of the network.
+      config: config of the network.
       vocabulary: tokens to draw from.
-      count: of images, which stand before the text.
-      length: of the text.
+      count: number of images, which come before the text.
+      length: number of text tokens.
       noise: source of the randomness.
     """
     return family_of(config).reference.random_row(config, noise.choice(vocabulary, length), count, noise)
 
 
-def join(config: Any, rows: Sequence[Inputs], pad_id: int) -> Inputs:
-    """Rows as one batch, padded on the left; images are padded to the largest row's number and tiles."""
+def join(config: NetworkConfig, rows: Sequence[Inputs], pad_id: int) -> Inputs:
+    """Returns rows as one batch, padded on the left; images are padded to the largest number and tiles of any row."""
     length = max(row["input_ids"].shape[1] for row in rows)
     shape = (len(rows), length)
     out = {"input_ids": np.full(shape, pad_id, np.int64), "attention_mask": np.zeros(shape, np.int64)}
@@ -112,48 +120,48 @@ def join(config: Any, rows: Sequence[Inputs], pad_id: int) -> Inputs:
 
 
 def stacked_images(rows: Sequence[Inputs], length: int) -> Inputs:
-    """The image arrays of rows whose first axis is the images."""
+    """Returns the concatenated image arrays of rows whose first axis is the images."""
     names = {name for row in rows for name in row} - {"input_ids", "attention_mask"}
     return {name: _stacked([row[name] for row in rows if name in row]) for name in sorted(names)}
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
-    """Arrays one after the other, their other axes filled up with zeros to the largest."""
+    """Concatenates arrays along the first axis; their other axes are filled up with zeros to the largest."""
     shape = np.max([part.shape[1:] for part in parts], axis=0)
     fills = [[(0, 0), *((0, most - size) for most, size in zip(shape, part.shape[1:], strict=True))] for part in parts]
     return np.concatenate([np.pad(part, fill) for part, fill in zip(parts, fills, strict=True)])
 
 
-def encoder_states(model: Any, config: Any, row: dict[str, Any]) -> States:
-    """Every hidden state of the image encoder for one row's images, as `VisionLanguageModel.hidden_states` has them.
+def encoder_states(model: Any, config: NetworkConfig, row: dict[str, Any]) -> States:
+    """Returns every hidden state of the image encoder for one row's images, as `VisionLanguageModel.hidden_states`
+    does.
 
     Args:
-      model: transformers'.
-      config: of the network.
+      model: transformers' model.
+      config: config of the network.
       row: torch tensors of `hf_row`.
     """
     return family_of(config).reference.states(model, config, row)
 
 
-def at_exit(model: Any, config: Any, layer: int) -> contextlib.AbstractContextManager[None]:
-    """Within it transformers' model answers at exit `layer`."""
+def at_exit(model: Any, config: NetworkConfig, layer: int) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which transformers' model answers at exit `layer`."""
     return family_of(config).reference.at_exit(model, config, layer)
 
 
 def random_pixels(noise: np.random.Generator, shape: tuple[int, ...], config: Any) -> np.ndarray:
-    """Normal pixels of that many squares of the tower's size, float32 [*shape, C, S, S]."""
+    """Returns normally distributed pixels of images of the tower's size, float32 [*shape, C, S, S]."""
     size = config.vision.image_size
     return noise.normal(size=(*shape, config.vision.num_channels, size, size)).astype(np.float32)
 
 
 class RemovingHooks:
-    """Takes hooks away again when it is closed."""
+    """Removes torch hooks when it is closed."""
 
     def __init__(self, hooks: Sequence[Any]) -> None:
         self._hooks = hooks
 
     def close(self) -> None:
-        """Removes the hooks."""
         """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: CLIP tower, two-layer projector, LLaMA decoder."""
+"""LLaVA-1.5: a CLIP tower, a two-layer projector and a LLaMA decoder."""
 
 from icet_jax.models.base.family import Family
 from icet_jax.models.llava.config import llava_from_hf, llava_to_hf

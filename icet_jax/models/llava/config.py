@@ -1,22 +1,23 @@
-"""HF `config.json` of LLaVA-1.5 <-> `LlavaConfig`; see `hf_config` for what is read and written."""
+"""Converts HF's `config.json` of LLaVA-1.5 to `LlavaConfig` and back; see `hf_config` for what is read and written."""
 
 import copy
 from typing import Any
 
 from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, llama_text, llama_text_to_hf, require_model_type
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.models.llava.network import LlavaConfig
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.layers import ACTIVATIONS
 from icet_jax.nn.llama import LlamaConfig
 
-# What transformers fills in where the tower's part is sparse: its class defaults.
+# transformers' class defaults, used for fields that the vision config leaves out.
 _VISION_DEFAULTS = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32, "num_channels": 3, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
 }  # fmt: skip
 _CLIP_FIELDS = tuple(_VISION_DEFAULTS)
-# What is meant where the vision config is absent altogether (CLIP ViT-L/14-336).
+# The vision config of a file that has none at all (CLIP ViT-L/14-336).
 _VISION_ABSENT = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
@@ -25,27 +26,27 @@ _LLAVA_DEFAULTS = {
     "image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
     "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
 }  # fmt: skip
-# Where a Mistral decoder's defaults are others. Its window, 4096 tokens if the key is absent, is not implemented.
+# Defaults of a Mistral decoder that differ. Its attention window (4096 tokens if the key is absent) is unsupported.
 _MISTRAL_DEFAULTS = {"intermediate_size": 14336, "num_key_value_heads": 8}
 _MISTRAL_WINDOW = 4096
 
 
-def llava_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaConfig:
-    """The network's config from a LLaVA-1.5 `config.json` (HF `LlavaConfig`).
+def llava_from_hf(values: JsonObject, where: str = "config.json") -> LlavaConfig:
+    """Returns the network's config for a LLaVA-1.5 `config.json` (HF `LlavaConfig`).
 
     Args:
       values: the parsed file.
-      where: its name in error lines.
+      where: name of the file in error messages.
 
     Raises:
-      UserError: another model type, or a value under which the network would differ from this one.
+      UserError: the model type differs, or a value would need a different network.
     """
     require_model_type(values, "llava", where)
     return LlavaConfig(**llava_values(values, where))
 
 
-def llava_values(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of `LlavaConfig`, which LLaVA-1.5 and LLaVA-NeXT have in common."""
+def llava_values(values: JsonObject, where: str) -> JsonObject:
+    """Returns the fields of `LlavaConfig`, which LLaVA-1.5 and LLaVA-NeXT have in common."""
     fields = Fields(values, _LLAVA_DEFAULTS, where)
     if "image_token_id" in fields.values and "image_token_index" not in values:
         fields.values["image_token_index"] = fields.values["image_token_id"]
@@ -65,7 +66,8 @@ def llava_values(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _decoder(values: Any, tied: bool, where: str) -> LlamaConfig:
-    """A Llama, or a Mistral that is one in all but name: without a sliding window."""
+    """Returns the config of a Llama decoder, or of a Mistral decoder without a sliding window, which is the same
+    network."""
     where = f"{where}: text_config"
     if not isinstance(values, dict) or values.get("model_type") != "mistral":
         return llama_text(values or {}, tied, where)
@@ -97,13 +99,13 @@ def _vision(values: Any, where: str) -> ClipConfig:
     )
 
 
-def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-    """`config.json` with the old keys.
+def llava_to_hf(config: LlavaConfig, source: JsonObject | None, dtype: str) -> JsonObject:
+    """Returns the `config.json` with the keys that older transformers versions use.
 
     Args:
-      config: of the network.
-      source: the `config.json` that it came from, whose other keys are kept; None for a model made here.
-      dtype: torch name of the stored weights, "float16".
+      config: config of the network.
+      source: the `config.json` that it came from, whose other keys are kept; None for a model created here.
+      dtype: torch name of the dtype of the stored weights, "float16".
     """
     out = copy.deepcopy(source or {})
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
@@ -112,7 +114,7 @@ def llava_to_hf(config: LlavaConfig, source: dict[str, Any] | None, dtype: str) 
     kind = text.get("model_type") or "llama"
     text |= llama_text_to_hf(config.text, dtype, kind)
     if kind == "mistral":
-        text["sliding_window"] = None  # an absent one is not none
+        text["sliding_window"] = None  # without the key transformers would assume a window
     vision |= {"model_type": "clip_vision_model", **{field: getattr(config.vision, field) for field in _CLIP_FIELDS}}
     out |= {
         "architectures": ["LlavaForConditionalGeneration"],

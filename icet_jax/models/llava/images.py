@@ -1,4 +1,4 @@
-"""Images of a LLaVA-1.5 batch: each is one square of pixels."""
+"""The images of a LLaVA-1.5 batch, each of which is one square of pixels."""
 
 import numpy as np
 
@@ -8,21 +8,21 @@ from icet_jax.models.llava.network import LlavaConfig
 
 
 def image_shape(config: LlavaConfig) -> tuple[int, ...]:
-    """Shape of one image, (C, H, W)."""
+    """Returns the shape of one image, (C, H, W)."""
     return (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
 
 
 def image_parts(config: LlavaConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
-    """Pixels and rows of the images; they have no layout."""
+    """Returns pixels and rows of the images; they have no layout."""
     pixels = pixel_values(inputs, image_shape(config), axes=1)
     return pixels, image_rows(ids, len(pixels), config), lambda places: None
 
 
 def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> np.ndarray:
-    """The row of each LLaVA-1.5 image, int32 [I] ascending, from the placeholders in input_ids [B, T].
+    """Returns the row of each image, int32 [I] ascending, from the placeholders in input_ids [B, T].
 
     Raises:
-      UserError: a row's placeholders are no whole number of images, or the images are too few or too many.
+      UserError: the placeholders of a row do not form whole images, or their number differs from that of the images.
     """
     counts, rest = np.divmod((input_ids == config.image_token_index).sum(axis=1), config.image_tokens)
     if rest.any():

@@ -20,7 +20,7 @@ _PREFIXES = tuple(
 
 
 def normalise_llava(key: str) -> str | None:
-    """OLD name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
+    """Returns the old name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
     if _IGNORED.fullmatch(key):
         return None
     for pattern, old in _PREFIXES:
@@ -31,12 +31,12 @@ def normalise_llava(key: str) -> str | None:
 
 
 def llava_table(config: LlavaConfig) -> Table:
-    """LLaVA-1.5 (HF `LlavaForConditionalGeneration`): 686 tensors at 7B."""
+    """Returns the key table of LLaVA-1.5, 686 tensors at 7B (HF `LlavaForConditionalGeneration`)."""
     return Table(tuple(llava_slots(config)), normalise_llava)
 
 
 def llava_slots(config: LlavaConfig) -> Iterator[Slot]:
-    """Slots of the tower, the projector and the decoder."""
+    """Yields the slots of the tower, the projector and the decoder."""
     leaves = LINEAR if config.multimodal_projector_bias else LINEAR[:1]
     projector = tuple((f"multi_modal_projector.{name}", f"projector/{name}") for name in ("linear_1", "linear_2"))
     yield from clip_slots(config.vision, "vision_tower.vision_model", "vision_tower")

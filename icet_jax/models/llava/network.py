@@ -1,4 +1,4 @@
-"""LLaVA-1.5: CLIP tower, two-layer projector, LLaMA decoder (HF `LlavaForConditionalGeneration`)."""
+"""LLaVA-1.5: a CLIP tower, a two-layer projector and a LLaMA decoder (HF `LlavaForConditionalGeneration`)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -11,15 +11,15 @@ from icet_jax.nn import flops, layers
 from icet_jax.nn.clip import ClipConfig, ClipVisionTower
 from icet_jax.nn.kv_cache import KVCache
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.llama import Llama, LlamaConfig, OverDecoder, lora_shapes
+from icet_jax.nn.llama import DelegatesToDecoder, Llama, LlamaConfig, lora_shapes
 from icet_jax.nn.protocols import Images, Operations
-from icet_jax.parallel.traced import taken
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.parallel.traced import take_exit_states
+from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
-    """Sizes of a LLaVA-1.5 model, under HF's names."""
+    """Holds the sizes of a LLaVA-1.5 model under HF's names."""
 
     model_type: ClassVar[str] = "llava"
     vision: ClipConfig
@@ -32,38 +32,39 @@ class LlavaConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Positions that one image takes in the prompt: its patches, and the class token unless it is dropped."""
+        """Returns the positions that one image takes in the prompt: its patches, and the class token unless it is
+        dropped."""
         return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
 
     @property
     def max_tiles(self) -> int:
-        """Pictures of the tower's size that one image becomes, at most."""
+        """Returns the most pictures of the tower's size that one image is split into."""
         return 1
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
+        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt."""
         return lora_shapes(self.text)
 
 
 @flax.struct.dataclass
 class LlavaEncoded:
-    """Every hidden state of the tower, and where its images belong.
+    """Holds every hidden state of the tower, and the images that they belong to.
 
     Attributes:
       states: Float[X, I, P, D].
       images: the images.
     """
 
-    # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
+    # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
     states: Any
     images: Images
 
 
 class Projector(nnx.Module):
-    """`linear_2(gelu(linear_1(x)))` (HF `LlavaMultiModalProjector`)."""
+    """Computes `linear_2(gelu(linear_1(x)))` (HF `LlavaMultiModalProjector`)."""
 
-    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
-        common: dict[str, Any] = dict(
+    def __init__(self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
+        common: Keywords = dict(
             rngs=rngs, use_bias=config.multimodal_projector_bias, dtype=dtype, param_dtype=param_dtype
         )
         self.activation = config.projector_hidden_act
@@ -75,49 +76,49 @@ class Projector(nnx.Module):
         return self.linear_2(layers.ACTIVATIONS[self.activation](self.linear_1(x)))
 
 
-class Llava(OverDecoder, nnx.Module):
-    """LLaVA-1.5 behind the family interface (`nn/protocols.py`)."""
+class Llava(DelegatesToDecoder, nnx.Module):
+    """Implements the interface of `nn/protocols.py` for LLaVA-1.5."""
 
     exit_definition = "hidden_states[l] of the CLIP tower through the unchanged projector (ICET-l)"
 
     def __init__(
-        self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
         remat: str = "none",
     ):  # fmt: skip
         self.config = config
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.vision_tower = ClipVisionTower(config.vision, remat=remat, **common)
         self.projector = Projector(config, **common)
         self.language_model = Llama(config.text, remat=remat, **common)
 
     @property
     def num_exits(self) -> int:
-        """Blocks of the tower."""
+        """Returns the number of blocks of the tower."""
         return self.config.vision.num_hidden_layers
 
     @property
     def default_exit(self) -> int:
-        """The exit that the model was trained on: `vision_feature_layer` as an index from 0."""
+        """Returns the exit that the model was trained with: `vision_feature_layer` as an index from 0."""
         layer = self.config.vision_feature_layer
         return layer if layer >= 0 else self.num_exits + 1 + layer
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding and columns of the logits."""
+        """Returns the number of rows of the embedding and of logits."""
         return self.config.text.vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """Width of the decoder."""
+        """Returns the width of the decoder."""
         return self.config.text.hidden_size
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """`(layers, in, out)` of every decoder projection that LoRA can adapt."""
+        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt."""
         return self.config.lora_shapes()
 
     @property
     def image_token_index(self) -> int:
-        """Token id whose positions are overwritten by image features."""
+        """Returns the token id of the positions that image features replace."""
         return self.config.image_token_index
 
     def encode(self, images: Images, upto: int | None = None) -> LlavaEncoded:
@@ -125,23 +126,23 @@ class Llava(OverDecoder, nnx.Module):
         return LlavaEncoded(states=self.vision_tower(images.pixels, upto), images=images)
 
     def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
-        """Hidden states 0..num_exits of the tower, class token first."""
+        """Returns hidden states 0..num_exits of the tower, class token first."""
         return self.vision_tower(images.pixels)
 
     def visual(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> Float[Array, "R MN E"]:
-        """Projected features aligned to rows: a row's images one after the other, zeros where it has fewer.
+        """Returns the projected features of each row's images, one image after another, zeros where a row has fewer.
 
-        The features are HF's `get_image_features` at each row's exit.
+        The features equal HF's `get_image_features` at each row's exit.
         """
         images = encoded.images
-        layers_of, numbers = images.exits_of(exits, rows)
-        features = images.by_row(self.features(taken(encoded.states, layers_of, numbers)), rows)
+        layers_of, numbers = images.image_exits(exits, rows)
+        features = images.group_by_row(self.features(take_exit_states(encoded.states, layers_of, numbers)), rows)
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
     def features(self, states: Float[Array, "I P D"]) -> Float[Array, "I N E"]:
-        """Projected features of states of the tower."""
+        """Returns the projected features of states of the tower."""
         if self.config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         return self.projector(states)
@@ -149,12 +150,12 @@ class Llava(OverDecoder, nnx.Module):
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
-        """The rows of `visual`, and which of their features are there."""
-        there = encoded.images.index() >= 0
-        return self.visual(encoded, exits), jnp.repeat(there, self.config.image_tokens, axis=1)
+        """Returns the rows of `visual`, and which of their features belong to an image."""
+        is_present = encoded.images.index() >= 0
+        return self.visual(encoded, exits), jnp.repeat(is_present, self.config.image_tokens, axis=1)
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
-        """Operations of one image and of one row, see `VisionLanguageModel.operations`."""
+        """Returns the operations for one image and for one row, see `VisionLanguageModel.operations`."""
         text, tiles = self.config.text, self.config.max_tiles
         projector = (self.config.vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)
         head = flops.logits(text.hidden_size, text.vocab_size)
@@ -167,7 +168,7 @@ class Llava(OverDecoder, nnx.Module):
         )
 
     def merge(self, tokens: Int[Array, "B T"], visual: Float[Array, "B MN E"] | None) -> Float[Array, "B T E"]:
-        """Token embeddings with the k-th image position of each row replaced by its k-th feature."""
+        """Returns the token embeddings, with the k-th image position of each row replaced by its k-th feature."""
         embeddings = self.language_model.embed(tokens)
         if visual is None or visual.shape[1] == 0:
             return embeddings
@@ -184,7 +185,7 @@ class Llava(OverDecoder, nnx.Module):
         visual: Float[Array, "B MN E"] | None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Decoder over tokens and image features; see `LanguageModel.decode`."""
+        """Runs the decoder over tokens and image features; see `LanguageModel.decode`."""
         return self.language_model(self.merge(tokens, visual), positions, mask, lora)
 
     def prefill(
@@ -195,5 +196,5 @@ class Llava(OverDecoder, nnx.Module):
         prefix: KVCache | None = None,
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], KVCache]:
-        """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
+        """Runs right-padded prompts and returns the last states and the cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(self.merge(tokens, visual), mask, prefix, lora)

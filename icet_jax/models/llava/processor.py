@@ -1,29 +1,28 @@
-"""LLaVA-1.5's processor (HF `LlavaProcessor`)."""
-
-from typing import Any
+"""Processor of LLaVA-1.5 (HF `LlavaProcessor`)."""
 
 import numpy as np
 from PIL.Image import Image
 
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.media.images import ImageLike
 from icet_jax.media.templates import Template, llava_15
 from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, Processor, edges
 
 
 class LlavaProcessor(Processor):
-    """LLaVA-1.5's (HF `LlavaProcessor`): every image is resized and cropped to one square."""
+    """Prepares inputs of LLaVA-1.5, whose images are resized and cropped to one square (HF `LlavaProcessor`)."""
 
     on_vicuna = True
 
     @classmethod
-    def published_template(cls, values: dict[str, Any]) -> Template:
-        """See `Processor`."""
+    def published_template(cls, values: JsonObject) -> Template:
+        """Returns LLaVA-1.5's template; see `Processor`."""
         return llava_15
 
     @classmethod
-    def image_processors(cls) -> dict[str, Any]:
-        """See `Processor`."""
+    def image_processors(cls) -> JsonObject:
+        """Returns HF's classes by name; see `Processor`."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -42,5 +41,5 @@ class LlavaProcessor(Processor):
         return self.config.image_tokens
 
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
-        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
+        arrays = self.image_processor([image for row in rows for image in row], return_tensors="np")
+        return inputs | {"pixel_values": np.asarray(arrays["pixel_values"], np.float32)}

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from icet_jax.files import JsonObject
 from icet_jax.models.base.processor import Inputs
 from icet_jax.models.base.reference import Reference, States, random_pixels, stacked_images
 from icet_jax.models.llava.network import LlavaConfig
 
 
 def random_row(config: LlavaConfig, text: np.ndarray, count: int, noise: np.random.Generator) -> Inputs:
-    """Arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
+    """Returns arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
     ids = np.concatenate([np.full(count * config.image_tokens, config.image_token_index), text])[None]
     row = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     if count:
@@ -20,25 +21,25 @@ def random_row(config: LlavaConfig, text: np.ndarray, count: int, noise: np.rand
     return row
 
 
-def hidden_states(model: Any, config: LlavaConfig, row: dict[str, Any]) -> States:
-    """States 0..num_exits of the image encoder for one row\'s images."""
+def hidden_states(model: Any, config: LlavaConfig, row: JsonObject) -> States:
+    """Returns states 0..num_exits of the image encoder for one row's images."""
     pixels = row["pixel_values"]
     return list(model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
 
 
 @contextlib.contextmanager
 def at_exit(model: Any, config: LlavaConfig, layer: int) -> Iterator[None]:
-    """Within it transformers\' model answers at exit `layer`."""
-    kept = model.config.vision_feature_layer
+    """Makes transformers' model answer at exit `layer` within the context."""
+    original_layer = model.config.vision_feature_layer
     model.config.vision_feature_layer = layer
     try:
         yield
     finally:
-        model.config.vision_feature_layer = kept
+        model.config.vision_feature_layer = original_layer
 
 
 def prepare_processor(processor: Any, config: LlavaConfig) -> None:
-    """Sets the counts of the model's own config: those in the hub's files differ."""
+    """Sets the counts from the model's config, because those in the hub's processor files differ."""
     processor.patch_size = config.vision.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: LLaVA-1.5 on tiles of images of any resolution."""
+"""LLaVA-NeXT: LLaVA-1.5 on tiles, for images of any resolution."""
 
 from icet_jax.models.base.family import Family
 from icet_jax.models.llava_next.config import llava_next_from_hf, llava_next_to_hf

@@ -1,6 +1,6 @@
-"""Any-resolution images of LLaVA-NeXT: which canvas an image fills, and how its tiles' features are packed.
+"""Chooses the canvas that an image of any resolution fills, and the order in which its tiles' features are packed.
 
-Everything here depends on sizes alone and runs on the host (HF `select_best_resolution`, `pack_image_features`).
+Everything here depends only on sizes and runs on the host (HF `select_best_resolution`, `pack_image_features`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ Size = tuple[int, int]
 
 
 def canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """The canvas that keeps most of an image's pixels and, among those, wastes least; the first wins ties."""
+    """Returns the canvas that keeps most of an image's pixels and, among those, wastes least; the first one wins
+    ties."""
     height, width = size
     best, best_kept, least_waste = pinpoints[0], -1, 0
     for candidate in pinpoints:
@@ -30,10 +31,10 @@ def canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 @lru_cache(maxsize=4096)
 def packing(size: Size, config: LlavaNextConfig) -> np.ndarray:
-    """Where each of an image's positions finds its feature: int32 [N], -1 for `image_newline`.
+    """Returns the index of the feature at each of an image's positions: int32 [N], -1 for `image_newline`.
 
-    Indices count the patches of the whole image first, then those of the tiles in row-major order. The whole image's
-    patches stand first; then the rows of the letterboxed image without its margins, each ended by `image_newline`.
+    Indices count the patches of the whole image first, then those of the tiles in row-major order. The positions are in
+    the same order, but without the margins of the letterboxed image, and each of its rows ends with `image_newline`.
     """
     side = config.vision.image_size // config.vision.patch_size
     base = config.image_tokens
@@ -47,7 +48,8 @@ def packing(size: Size, config: LlavaNextConfig) -> np.ndarray:
 
 
 def _without_margins(grid: np.ndarray, size: Size) -> np.ndarray:
-    """The part of a canvas's grid that the image covers, with an odd row or column more (HF `unpad_image`)."""
+    """Returns the part of a canvas's grid that the image covers; an odd margin leaves one more row or column (HF
+    `unpad_image`)."""
     height, width = size
     high, wide = grid.shape
     if width / height > wide / high:
@@ -69,27 +71,27 @@ def gather_rows(
     numbers: Sequence[int] | np.ndarray | None = None,
     num_images: int | None = None,
 ) -> np.ndarray:
-    """`Images.layout`: int32 [B, length], for the k-th image position of each row its feature's index, -1 after them.
+    """Returns `Images.layout`, int32 [B, length]: the index of the feature at each row's k-th image position, then -1.
 
     Args:
-      sizes: of the images, by row.
-      rows: the row of each image, ascending.
+      sizes: sizes of the images, by row.
+      rows: row of each image, ascending.
       num_rows: B.
       length: most image positions of a row.
-      tiles: tiles that every image is padded to.
-      config: of the model.
-      numbers: of the images in the batch; one after the other from 0 if None.
-      num_images: of the batch, those that only fill it up included, whose features stand before `image_newline`; as
-        many as there are sizes if None.
+      tiles: number of tiles that every image is padded to.
+      config: config of the model.
+      numbers: numbers of the images in the batch; 0, 1, ... if None.
+      num_images: number of images of the batch including fillers, whose features come before `image_newline`; the
+        number of sizes if None.
     """
     per_image = tiles * config.image_tokens
     newline = (len(sizes) if num_images is None else num_images) * per_image
     layout = np.full((num_rows, length), -1, np.int32)
-    filled = np.zeros(num_rows, int)
+    lengths = np.zeros(num_rows, int)
     numbers = range(len(sizes)) if numbers is None else numbers
     for index, size, row in zip(numbers, sizes, rows, strict=True):
-        own = packing(tuple(size), config)
-        places = np.where(own < 0, newline, own + index * per_image)
-        layout[row, filled[row] : filled[row] + len(places)] = places
-        filled[row] += len(places)
+        order = packing(tuple(size), config)
+        indices = np.where(order < 0, newline, order + index * per_image)
+        layout[row, lengths[row] : lengths[row] + len(indices)] = indices
+        lengths[row] += len(indices)
     return layout

@@ -1,16 +1,19 @@
-"""HF `config.json` of LLaVA-NeXT <-> `LlavaNextConfig`; see `hf_config` for what is read and written."""
+"""Converts HF's `config.json` of LLaVA-NeXT to `LlavaNextConfig` and back; see `hf_config` for what is read and
+written."""
 
 from typing import Any
 
 from icet_jax.checkpoints.hf_config import Fields, require_model_type
+from icet_jax.files import JsonObject
 from icet_jax.models.llava.config import llava_to_hf, llava_values
 from icet_jax.models.llava_next.network import LlavaNextConfig
 
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-def llava_next_from_hf(values: dict[str, Any], where: str = "config.json") -> LlavaNextConfig:
-    """The network's config from a LLaVA-NeXT (v1.6) `config.json` (HF `LlavaNextConfig`); see `llava_from_hf`."""
+def llava_next_from_hf(values: JsonObject, where: str = "config.json") -> LlavaNextConfig:
+    """Returns the network's config for a LLaVA-NeXT (v1.6) `config.json` (HF `LlavaNextConfig`); see
+    `llava_from_hf`."""
     require_model_type(values, "llava_next", where)
     common = llava_values(values, where)
     fields, tile = Fields(values, {"image_grid_pinpoints": _PINPOINTS}, where), common["vision"].image_size
@@ -28,8 +31,8 @@ def _are_canvases(values: Any, tile: int) -> bool:
     )
 
 
-def llava_next_to_hf(config: LlavaNextConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-    """`config.json` with the old keys; see `llava_to_hf`."""
+def llava_next_to_hf(config: LlavaNextConfig, source: JsonObject | None, dtype: str) -> JsonObject:
+    """Returns the `config.json` with the keys that older transformers versions use; see `llava_to_hf`."""
     return llava_to_hf(config, {"use_image_newline_parameter": True} | (source or {}), dtype) | {
         "architectures": ["LlavaNextForConditionalGeneration"],
         "model_type": "llava_next",

@@ -1,4 +1,4 @@
-"""Images of a LLaVA-NeXT batch: tiles on a canvas, and how their features are packed."""
+"""The images of a LLaVA-NeXT batch: tiles on a canvas, and the order in which their features are packed."""
 
 import numpy as np
 
@@ -10,12 +10,12 @@ from icet_jax.models.llava_next.network import LlavaNextConfig
 
 
 def image_shape(config: LlavaNextConfig) -> tuple[int, ...]:
-    """Shape of one image, (tiles, C, H, W)."""
+    """Returns the shape of one image, (tiles, C, H, W)."""
     return (config.max_tiles, *tile_shape(config))
 
 
 def image_parts(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
-    """Pixels and rows of the images; their layout says which feature stands at each image position of a row."""
+    """Returns pixels and rows of the images; their layout gives the feature at each image position of a row."""
     pixels = pixel_values(inputs, image_shape(config), axes=1, some_tiles=True)
     sizes = (
         [(int(high), int(wide)) for high, wide in np.asarray(required_entry(inputs, "image_sizes"))]
@@ -25,12 +25,14 @@ def image_parts(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> Ima
     if len(sizes) != len(pixels):
         raise UserError(f"inputs: {len(sizes)} image_sizes, but pixel_values hold {len(pixels)} images")
     rows = anyres_rows(ids, sizes, config)
-    size, tiles = config.vision.image_size, config.max_tiles
-    for image, own in enumerate(sizes):
-        high, wide = canvas(own, config.image_grid_pinpoints)
-        needed = 1 + (high // size) * (wide // size)
+    side, tiles = config.vision.image_size, config.max_tiles
+    for image, size in enumerate(sizes):
+        high, wide = canvas(size, config.image_grid_pinpoints)
+        needed = 1 + (high // side) * (wide // side)
         if needed > pixels.shape[1]:
-            raise UserError(f"inputs: image {image} ({own[0]} x {own[1]}) has {needed} tiles, {pixels.shape[1]} given")
+            raise UserError(
+                f"inputs: image {image} ({size[0]} x {size[1]}) has {needed} tiles, {pixels.shape[1]} given"
+            )
 
     def layout(places: Places) -> np.ndarray:
         numbers = places.first + places.numbers
@@ -40,19 +42,19 @@ def image_parts(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> Ima
 
 
 def anyres_rows(input_ids: np.ndarray, sizes: list[tuple[int, int]], config: LlavaNextConfig) -> np.ndarray:
-    """The row of each LLaVA-NeXT image, whose number of placeholders follows from its size (height, width).
+    """Returns the row of each image, whose number of placeholders follows from its size (height, width).
 
     Raises:
       UserError: see `image_rows`.
     """
     lengths = [len(packing(size, config)) for size in sizes]
     rows, image = [], 0
-    for row, left in enumerate((input_ids == config.image_token_index).sum(axis=1)):
-        while left > 0 and image < len(lengths):
-            left -= lengths[image]
+    for row, remaining in enumerate((input_ids == config.image_token_index).sum(axis=1)):
+        while remaining > 0 and image < len(lengths):
+            remaining -= lengths[image]
             rows.append(row)
             image += 1
-        if left:
+        if remaining:
             raise UserError(f"input_ids: the placeholders of row {row} are not those of images of these image_sizes")
     if image != len(lengths):
         raise UserError(f"input_ids hold placeholders for {image} images, pixel_values hold {len(lengths)}")

@@ -6,6 +6,7 @@ from icet_jax.models.llava_next.network import LlavaNextConfig
 
 
 def llava_next_table(config: LlavaNextConfig) -> Table:
-    """LLaVA-NeXT (HF `LlavaNextForConditionalGeneration`): LLaVA-1.5's tensors and one more."""
+    """Returns the key table of LLaVA-NeXT: LLaVA-1.5's tensors and one more (HF
+    `LlavaNextForConditionalGeneration`)."""
     newline = Slot("image_newline", "image_newline", None, SAME)
     return Table((*llava_slots(config), newline), normalise_llava)

@@ -1,11 +1,10 @@
-"""LLaVA-NeXT's processor (HF `LlavaNextProcessor`)."""
-
-from typing import Any
+"""Processor of LLaVA-NeXT (HF `LlavaNextProcessor`)."""
 
 import numpy as np
 from PIL.Image import Image
 
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.media.images import ImageLike, image_size
 from icet_jax.media.templates import Template, mistral_16, vicuna_16
 from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, backbone_of, edges, image_name
@@ -14,25 +13,26 @@ from icet_jax.models.llava_next.anyres import packing
 
 
 class LlavaNextProcessor(LlavaProcessor):
-    """LLaVA-NeXT's (HF `LlavaNextProcessor`): the whole image, and tiles of it on the canvas that fits it best."""
+    """Prepares inputs of LLaVA-NeXT: each whole image, and its tiles on the canvas that fits it best (HF
+    `LlavaNextProcessor`)."""
 
     @classmethod
-    def published_template(cls, values: dict[str, Any]) -> Template:
-        """See `Processor`."""
+    def published_template(cls, values: JsonObject) -> Template:
+        """Returns the template of the model's backbone; see `Processor`."""
         return mistral_16 if backbone_of(values) == "mistral" else vicuna_16
 
     @classmethod
-    def image_processors(cls) -> dict[str, Any]:
-        """See `Processor`."""
+    def image_processors(cls) -> JsonObject:
+        """Returns HF's classes by name; see `Processor`."""
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
         return {"LlavaNextImageProcessor": LlavaNextImageProcessorPil}
 
     def _check_image_processor(self) -> None:
         super()._check_image_processor()
-        given, wanted = self.image_processor.image_grid_pinpoints, [*map(list, self.config.image_grid_pinpoints)]
-        if given != wanted:
-            raise UserError(f"{SETTINGS_FILE}: image_grid_pinpoints {given} are not config.json's, {wanted}")
+        pinpoints, expected = self.image_processor.image_grid_pinpoints, [*map(list, self.config.image_grid_pinpoints)]
+        if pinpoints != expected:
+            raise UserError(f"{SETTINGS_FILE}: image_grid_pinpoints {pinpoints} are not config.json's, {expected}")
         edge = self.config.vision.image_size
         if edges(self.image_processor.size) != (edge, edge):
             raise UserError(f"{SETTINGS_FILE}: size must be {edge}, the model's image_size")
@@ -41,6 +41,6 @@ class LlavaNextProcessor(LlavaProcessor):
         return len(packing(image_size(image, image_name(image, name)), self.config))
 
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        made = self.image_processor([image for row in rows for image in row], return_tensors="np")
-        sizes = np.asarray(made["image_sizes"], np.int64)
-        return inputs | {"pixel_values": np.asarray(made["pixel_values"], np.float32), "image_sizes": sizes}
+        arrays = self.image_processor([image for row in rows for image in row], return_tensors="np")
+        sizes = np.asarray(arrays["image_sizes"], np.int64)
+        return inputs | {"pixel_values": np.asarray(arrays["pixel_values"], np.float32), "image_sizes": sizes}

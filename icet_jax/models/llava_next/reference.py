@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from icet_jax.files import JsonObject
 from icet_jax.models.base.processor import Inputs
 from icet_jax.models.base.reference import Reference, States, random_pixels, stacked_images
 from icet_jax.models.llava.reference import at_exit, prepare_processor
@@ -12,7 +13,7 @@ from icet_jax.models.llava_next.network import LlavaNextConfig
 
 
 def random_row(config: LlavaNextConfig, text: np.ndarray, count: int, noise: np.random.Generator) -> Inputs:
-    """Arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
+    """Returns arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
     sizes = [(int(high), int(wide)) for high, wide in noise.integers(20, 1200, (count, 2))]
     places = sum(len(packing(size, config)) for size in sizes)
     ids = np.concatenate([np.full(places, config.image_token_index), text])[None]
@@ -26,8 +27,8 @@ def random_row(config: LlavaNextConfig, text: np.ndarray, count: int, noise: np.
     return row
 
 
-def hidden_states(model: Any, config: LlavaNextConfig, row: dict[str, Any]) -> States:
-    """States 0..num_exits of the image encoder for one row\'s images."""
+def hidden_states(model: Any, config: LlavaNextConfig, row: JsonObject) -> States:
+    """Returns states 0..num_exits of the image encoder for one row's images."""
     pixels = row["pixel_values"]
     tiles = pixels.new_zeros((len(pixels), config.max_tiles, *pixels.shape[2:]))
     tiles[:, : pixels.shape[1]] = pixels

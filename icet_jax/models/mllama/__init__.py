@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision: tiled tower, projector, cross-attention decoder."""
+"""Llama 3.2 Vision: a tiled vision tower, a projector and a decoder with cross-attention."""
 
 from icet_jax.config.names import CAPTURES, EXIT_RULES
 from icet_jax.models.base.family import Family

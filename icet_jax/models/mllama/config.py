@@ -1,10 +1,12 @@
-"""HF `config.json` of Llama 3.2 Vision <-> `MllamaConfig`; see `hf_config` for what is read and written."""
+"""Converts HF's `config.json` of Llama 3.2 Vision to `MllamaConfig` and back; see `hf_config` for what is read and
+written."""
 
 import copy
 from typing import Any
 
 from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, llama_text, llama_text_to_hf, require_model_type
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.models.mllama.network import MllamaConfig
 from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
@@ -22,24 +24,24 @@ _TEXT_DEFAULTS = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
 }  # fmt: skip
 _CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
-_MOST_TILES = 64  # of a side
-_EXTRA_EMBEDDINGS = 8  # HF's embedding always has as many rows more than the vocabulary
+_MOST_TILES = 64  # of one side of a canvas
+_EXTRA_EMBEDDINGS = 8  # HF's embedding always has this many more rows than the vocabulary
 
 
 def mllama_from_hf(
-    values: dict[str, Any], where: str = "config.json", *, capture: str = "input", exit_rule: str = "E1"
+    values: JsonObject, where: str = "config.json", *, capture: str = "input", exit_rule: str = "E1"
 ) -> MllamaConfig:
-    """The network's config from a Llama 3.2 Vision `config.json` (HF `MllamaConfig`).
+    """Returns the network's config for a Llama 3.2 Vision `config.json` (HF `MllamaConfig`).
 
     Args:
       values: the parsed file.
-      where: its name in error lines.
-      capture: what index i of `intermediate_layers_indices` means, one of `CAPTURES`: the state that enters block i, as
-        the model was trained, or the one that leaves it, as transformers since 4.56 reads it.
+      where: name of the file in error messages.
+      capture: meaning of index i in `intermediate_layers_indices`, one of `CAPTURES`: the input of block i, as the
+        model was trained, or its output, as transformers since 4.56 reads it.
       exit_rule: what exit l feeds the projector, one of `EXIT_RULES`.
 
     Raises:
-      UserError: another model type, or a value under which the network would differ from this one.
+      UserError: the model type differs, or a value would need a different network.
     """
     require_model_type(values, "mllama", where)
     fields = Fields(values, {"image_token_index": 128256, "tie_word_embeddings": False}, where)
@@ -103,14 +105,14 @@ def _is_ascending(numbers: Any, last: int) -> bool:
     return list(numbers) == sorted(set(numbers)) and numbers[0] >= 0 and numbers[-1] <= last
 
 
-def mllama_to_hf(config: MllamaConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-    """`config.json` with the old keys.
+def mllama_to_hf(config: MllamaConfig, source: JsonObject | None, dtype: str) -> JsonObject:
+    """Returns the `config.json` with the keys that older transformers versions use.
 
     Args:
-      config: of the network.
-      source: the `config.json` that it came from, whose other keys (the captured intermediates among them) are kept;
-        None for a model made here, whose indices mean what the model was trained with.
-      dtype: torch name of the stored weights.
+      config: config of the network.
+      source: the `config.json` that it came from, whose other keys (also the captured intermediates) are kept; None for
+        a model created here, whose indices have the meaning of training.
+      dtype: torch name of the dtype of the stored weights.
     """
     out = copy.deepcopy(source or {})
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
@@ -118,7 +120,7 @@ def mllama_to_hf(config: MllamaConfig, source: dict[str, Any] | None, dtype: str
         drop_new_keys(values)
     text |= llama_text_to_hf(config.text.llama, dtype, model_type="mllama_text_model")
     if source is None:
-        text["pad_token_id"] = None  # the class default is a token of the full vocabulary, beyond a smaller one's end
+        text["pad_token_id"] = None  # the class default is a token that a smaller vocabulary does not have
     text["cross_attention_layers"] = list(config.text.cross_attention_layers)
     for name in set(_VISION_DEFAULTS) - {"intermediate_layers_indices", "supported_aspect_ratios"}:
         vision[name] = getattr(config.vision, name)

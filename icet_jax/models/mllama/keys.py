@@ -1,4 +1,4 @@
-"""Key table of Llama 3.2 Vision (HF `MllamaForConditionalGeneration`): 906 tensors at 11B."""
+"""Key table of Llama 3.2 Vision (HF `MllamaForConditionalGeneration`), 906 tensors at 11B."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
 def _stack_slots(
     numbers: Sequence[int], own: str, modules: Sequence[tuple[str, str]], leaves: tuple[Any, ...]
 ) -> Iterator[Slot]:
-    """Slots of a stack whose layers have these numbers in HF's decoder."""
+    """Yields the slots of a stack whose layers have these numbers in HF's decoder."""
     for place, number in enumerate(numbers):
         for theirs, ours in modules:
             for leaf, name, transform in leaves:
@@ -88,7 +88,7 @@ _PREFIXES = tuple(
 
 
 def normalise_mllama(key: str) -> str | None:
-    """OLD name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
+    """Returns the old name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
     if _IGNORED.fullmatch(key):
         return None
     for pattern, old in _PREFIXES:
@@ -99,6 +99,6 @@ def normalise_mllama(key: str) -> str | None:
 
 
 def mllama_table(config: MllamaConfig) -> Table:
-    """Every tensor of the model; stacks hold the layers of one kind, wherever they stand in HF's decoder."""
+    """Returns the key table of the model; each stack holds the layers of one kind, in the order of HF's decoder."""
     projector = single((("multi_modal_projector", "projector"),), LINEAR)
     return Table((*_vision_slots(config), *projector, *_text_slots(config)), normalise_mllama)

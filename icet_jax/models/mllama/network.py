@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision: tiled tower, projector, cross-attention decoder (HF `MllamaForConditionalGeneration`)."""
+"""Llama 3.2 Vision: tiled tower, projector and cross-attention decoder (HF `MllamaForConditionalGeneration`)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -12,9 +12,9 @@ from icet_jax.models.mllama.text import CrossStates, MllamaCache, MllamaDecoder,
 from icet_jax.models.mllama.vision import MllamaVisionConfig, MllamaVisionTower
 from icet_jax.nn import flops, layers
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.llama import OverDecoder
+from icet_jax.nn.llama import DelegatesToDecoder
 from icet_jax.nn.protocols import Images, Operations
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
 EXIT_DEFINITIONS = {
     "E1": "E1: local blocks after l skipped, intermediates of skipped blocks replaced by the state of block l",
@@ -25,7 +25,7 @@ EXIT_DEFINITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class MllamaConfig:
-    """Sizes of the model; `exit_rule` says what exit l means (`EXIT_RULES`)."""
+    """Holds the sizes of the model; `exit_rule` defines exit l (`EXIT_RULES`)."""
 
     model_type: ClassVar[str] = "mllama"
     vision: MllamaVisionConfig
@@ -34,35 +34,35 @@ class MllamaConfig:
     exit_rule: str = "E1"
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """`(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
+        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
         return self.text.lora_shapes()
 
 
 @flax.struct.dataclass
 class MllamaEncoded:
-    """Every state of the local blocks, `[X, I, Q, D]`, and where the images belong.
+    """Holds every state of the local blocks, and the images that they belong to.
 
     Attributes:
       states: Float[X, I, Q, D].
       images: the images.
     """
 
-    # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
+    # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
     states: Any
     images: Images
 
 
-class Mllama(OverDecoder, nnx.Module):
-    """Llama 3.2 Vision behind the family interface (`nn/protocols.py`)."""
+class Mllama(DelegatesToDecoder, nnx.Module):
+    """Implements the interface of `nn/protocols.py` for Llama 3.2 Vision."""
 
     def __init__(
-        self, config: MllamaConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        self, config: MllamaConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
         remat: str = "none",
     ):  # fmt: skip
         if config.exit_rule not in EXIT_RULES:
             raise ValueError(f"exit_rule '{config.exit_rule}' is not one of {', '.join(EXIT_RULES)}")
         self.config = config
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.vision_tower = MllamaVisionTower(config.vision, remat=remat, **common)
         width = config.text.llama.hidden_size
         self.projector = layers.Linear(config.vision.output_dim, width, use_bias=True, **common)
@@ -70,74 +70,74 @@ class Mllama(OverDecoder, nnx.Module):
 
     @property
     def exit_definition(self) -> str:
-        """What exit l means."""
+        """Returns the definition of exit l in words."""
         return EXIT_DEFINITIONS[self.config.exit_rule]
 
     @property
     def num_exits(self) -> int:
-        """Local blocks of the tower."""
+        """Returns the number of local blocks of the tower."""
         return self.config.vision.num_hidden_layers
 
     @property
     def default_exit(self) -> int:
-        """The model as it was trained: the last local block (under E5 no exit is)."""
+        """Returns the exit of the model as trained, the last local block (under E5 no exit is the model as trained)."""
         return self.num_exits
 
     @property
     def vocab_size(self) -> int:
-        """Columns of the logits."""
+        """Returns the number of logits."""
         return self.config.text.llama.vocab_size
 
     @property
     def hidden_size(self) -> int:
-        """Width of the decoder."""
+        """Returns the width of the decoder."""
         return self.config.text.llama.hidden_size
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """`(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
+        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
         return self.config.lora_shapes()
 
     @property
     def image_token_index(self) -> int:
-        """Token id that stands for an image in the text."""
+        """Returns the token id that stands for an image in the text."""
         return self.config.image_token_index
 
     def encode(self, images: Images, upto: int | None = None) -> MllamaEncoded:
-        """Runs the local blocks once; a static `upto` skips those after it that no exit up to there needs."""
+        """Runs the local blocks once; a static `upto` skips later blocks that no exit up to `upto` needs."""
         if upto is not None and self.config.exit_rule != "E1":
             upto = max(upto, *self.config.vision.intermediate_layers_indices)
         states = self.vision_tower.local_states(images.pixels, images.layout, upto)
         return MllamaEncoded(states=states, images=images)
 
     def hidden_states(self, images: Images) -> Float[Array, "X I Q D"]:
-        """States 0..num_exits of the local blocks, padding tokens included."""
+        """Returns states 0..num_exits of the local blocks, padding tokens included."""
         return self.vision_tower.local_states(images.pixels, images.layout)
 
     def visual(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> CrossStates:
-        """Projected vision tokens of each row's images at its exit, and which tiles there are."""
+        """Returns the projected vision tokens of each row's images at its exit, and which tiles exist."""
         images = encoded.images
-        layers_of, numbers = images.exits_of(exits, rows)
+        layers_of, numbers = images.image_exits(exits, rows)
         features = self.vision_tower.features(encoded.states, layers_of, images.layout, self.config.exit_rule, numbers)
-        states = images.by_row(self.projector(features), rows)
-        there = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
-        tiles = images.by_row(there if numbers is None else there[numbers], rows)
+        states = images.group_by_row(self.projector(features), rows)
+        is_present = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
+        tiles = images.group_by_row(is_present if numbers is None else is_present[numbers], rows)
         return CrossStates(states=states.reshape(states.shape[0], -1, states.shape[-1]), tiles=tiles)
 
     def image_features(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
-        """The vision tokens of `visual`, and which belong to a tile that is there."""
-        seen = self.visual(encoded, exits)
-        return seen.states, jnp.repeat(
-            seen.tiles.reshape(seen.tiles.shape[0], -1), self.config.vision.tokens_per_tile, 1
+        """Returns the vision tokens of `visual`, and which of them belong to an existing tile."""
+        cross = self.visual(encoded, exits)
+        return cross.states, jnp.repeat(
+            cross.tiles.reshape(cross.tiles.shape[0], -1), self.config.vision.tokens_per_tile, 1
         )
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
-        """Operations of one image and of one row, see `VisionLanguageModel.operations`.
+        """Returns the operations for one image and for one row, see `VisionLanguageModel.operations`.
 
-        The cross-attention layers of a row without images are skipped.
+        The cross-attention layers are skipped for a row without images.
         """
         vision, text = self.config.vision, self.config.text
         encoder = vision.max_num_tiles * vision.padded_tokens, vision.hidden_size, vision.intermediate_size
@@ -145,17 +145,17 @@ class Mllama(OverDecoder, nnx.Module):
         image_tokens = vision.max_num_tiles * vision.tokens_per_tile
         after = 0 if self.config.exit_rule == "E5" else vision.num_global_layers
         head = flops.logits(text.llama.hidden_size, text.llama.vocab_size)
-        own = [flops.llama_layers(text.self_layers, *sizes) for sizes in ((length, length), (1, cached))]
+        text_layers = [flops.llama_layers(text.self_layers, *sizes) for sizes in ((length, length), (1, cached))]
         cross = [flops.cross_layers(text.cross_layers, count, per_row * image_tokens) for count in (length, 1)]
-        made = flops.keys_and_values(text.cross_layers, per_row * image_tokens)
+        image_keys = flops.keys_and_values(text.cross_layers, per_row * image_tokens)
         return Operations(
             encode=flops.encoder_blocks(vision.num_hidden_layers, *encoder)
             + flops.products(patches, (vision.num_channels, vision.patch_size**2, vision.hidden_size)),
             visual=flops.encoder_blocks(after, *encoder)
             + flops.products(image_tokens, (vision.output_dim, text.llama.hidden_size)),
-            prefill=own[0] + cross[0] + made + head,
-            step=own[1] + cross[1] + head,
-            forward=flops.llama_layers(text.self_layers, length, cached) + cross[0] + made,
+            prefill=text_layers[0] + cross[0] + image_keys + head,
+            step=text_layers[1] + cross[1] + head,
+            forward=flops.llama_layers(text.self_layers, length, cached) + cross[0] + image_keys,
         )
 
     def decode(
@@ -166,7 +166,7 @@ class Mllama(OverDecoder, nnx.Module):
         visual: CrossStates | None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Decoder over tokens and images; see `LanguageModel.decode`."""
+        """Runs the decoder over tokens and images; see `LanguageModel.decode`."""
         return self.language_model(tokens, positions, mask, visual, self.image_token_index, lora)
 
     def prefill(
@@ -177,5 +177,5 @@ class Mllama(OverDecoder, nnx.Module):
         prefix: MllamaCache | None = None,
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
-        """Prompts, padded on the right, into a cache; see `LanguageModel.prefill`."""
+        """Runs right-padded prompts and returns the last states and the cache; see `LanguageModel.prefill`."""
         return self.language_model.prefill(tokens, mask, visual, self.image_token_index, prefix, lora)

@@ -1,29 +1,29 @@
-"""Llama 3.2 Vision's processor (HF `MllamaProcessor`)."""
-
-from typing import Any
+"""Processor of Llama 3.2 Vision (HF `MllamaProcessor`)."""
 
 import numpy as np
 from PIL.Image import Image
 
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.media.images import ImageLike
 from icet_jax.media.templates import MLLAMA_IMAGE_TOKEN, Template, llama_32
 from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, Processor, edges
 
 
 class MllamaProcessor(Processor):
-    """Llama 3.2 Vision's (HF `MllamaProcessor`): up to four tiles of each image beside the text, not within it."""
+    """Prepares inputs of Llama 3.2 Vision: up to four tiles of each image, separate from the text (HF
+    `MllamaProcessor`)."""
 
     placeholder = MLLAMA_IMAGE_TOKEN
 
     @classmethod
-    def published_template(cls, values: dict[str, Any]) -> Template:
-        """See `Processor`."""
+    def published_template(cls, values: JsonObject) -> Template:
+        """Returns Llama 3.2 Vision's template; see `Processor`."""
         return llama_32
 
     @classmethod
-    def image_processors(cls) -> dict[str, Any]:
-        """See `Processor`."""
+    def image_processors(cls) -> JsonObject:
+        """Returns HF's classes by name; see `Processor`."""
         from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
         return {"MllamaImageProcessor": MllamaImageProcessorPil}
@@ -46,18 +46,18 @@ class MllamaProcessor(Processor):
         return 1
 
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        made = self.image_processor(rows, return_tensors="np")
-        arrays = {"pixel_values": np.asarray(made["pixel_values"], np.float32)}
-        arrays |= {name: np.asarray(made[name], np.int64) for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
+        outputs = self.image_processor(rows, return_tensors="np")
+        arrays = {"pixel_values": np.asarray(outputs["pixel_values"], np.float32)}
+        arrays |= {name: np.asarray(outputs[name], np.int64) for name in ("aspect_ratio_ids", "aspect_ratio_mask")}
         mask = cross_attention_mask(inputs["input_ids"], self.config.image_token_index, arrays["aspect_ratio_mask"])
         mask *= (arrays["aspect_ratio_ids"] > 0)[:, None, :, None]
         return inputs | arrays | {"cross_attention_mask": mask}
 
 
 def cross_attention_mask(input_ids: np.ndarray, image_token: int, tiles: np.ndarray) -> np.ndarray:
-    """Which tiles each token sees, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
+    """Returns which tiles each token attends to, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
 
-    A token sees the last image before it, and with that the images that stand directly before that one.
+    A token attends to the last image before it, and to the images directly before that image.
 
     Args:
       input_ids: [B, T].

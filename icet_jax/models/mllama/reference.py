@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from icet_jax.errors import UserError
+from icet_jax.files import JsonObject
 from icet_jax.models.base.processor import Inputs
 from icet_jax.models.base.reference import Reference, RemovingHooks, States, random_pixels
 from icet_jax.models.mllama.network import MllamaConfig
@@ -14,10 +15,10 @@ from icet_jax.models.mllama.processor import cross_attention_mask
 
 
 def transformers_capture() -> str:
-    """Which states the installed transformers takes the intermediates to be.
+    """Returns which states the installed transformers captures as intermediates: "input" or "output" of a block.
 
     Raises:
-      UserError: it takes neither those that enter a block nor those that leave it.
+      UserError: the installed version captures neither.
     """
     import transformers
 
@@ -28,7 +29,7 @@ def transformers_capture() -> str:
 
 
 def random_row(config: MllamaConfig, text: np.ndarray, count: int, noise: np.random.Generator) -> Inputs:
-    """Arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
+    """Returns arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
     ids = np.concatenate([np.full(count, config.image_token_index), text])[None]
     row = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     if count:
@@ -43,21 +44,22 @@ def random_row(config: MllamaConfig, text: np.ndarray, count: int, noise: np.ran
     return row
 
 
-def hidden_states(model: Any, config: MllamaConfig, row: dict[str, Any]) -> States:
-    """States 0..num_exits of the image encoder for one row\'s images."""
-    found: States = []
+def hidden_states(model: Any, config: MllamaConfig, row: JsonObject) -> States:
+    """Returns states 0..num_exits of the image encoder for one row's images."""
+    states: States = []
     tower = model.model.vision_model
     hook = tower.transformer.register_forward_hook(
-        lambda module, args, output: found.extend([args[0], *output.hidden_states])
+        lambda module, args, output: states.extend([args[0], *output.hidden_states])
     )
     with contextlib.closing(RemovingHooks([hook])):
         tower(**{name: row[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")})
-    return found
+    return states
 
 
 @contextlib.contextmanager
 def at_exit(model: Any, config: MllamaConfig, layer: int) -> Iterator[None]:
-    """What `MllamaVisionTower.features` says, in terms of transformers' modules."""
+    """Makes transformers' model answer at exit `layer` within the context, as `MllamaVisionTower.features` defines
+    it."""
 
     def local_blocks(module: Any, args: Any, output: Any) -> Any:
         states = output.hidden_states  # after each block
@@ -81,7 +83,8 @@ def at_exit(model: Any, config: MllamaConfig, layer: int) -> Iterator[None]:
 
 
 def join_images(rows: Sequence[Inputs], length: int) -> Inputs:
-    """The image arrays of all rows, padded to the largest row's number of images and on the left to `length` tokens."""
+    """Returns the image arrays of all rows, padded to the largest number of images and on the left to `length`
+    tokens."""
     names = {name for row in rows for name in row} - {"input_ids", "attention_mask"}
     out: Inputs = {}
     if not names:
@@ -97,7 +100,7 @@ def join_images(rows: Sequence[Inputs], length: int) -> Inputs:
                 start = length - row["input_ids"].shape[1]
                 where = (number, slice(start, None)) if before else (number,)
                 out[name][(*where, slice(row["aspect_ratio_ids"].shape[1]))] = row[name][0]
-    out["aspect_ratio_mask"][..., 0] = 1  # also of images that are not there
+    out["aspect_ratio_mask"][..., 0] = 1  # also for missing images, as HF does
     return out
 
 

@@ -1,8 +1,7 @@
-"""Decoder of Llama 3.2 Vision: LLaMA layers, with gated cross-attention to the images in place of some (HF
-`MllamaTextModel`).
+"""Decoder of Llama 3.2 Vision: LLaMA layers, some of which attend to the images instead (HF `MllamaTextModel`).
 
-Self-attention and cross-attention layers are stacked apart. Where cross-attention layers stand at a constant distance
-(every fifth, in the published models) the decoder scans super-blocks; other layouts are unrolled.
+Self-attention and cross-attention layers are stacked separately. If the cross-attention layers are at a constant
+distance (every fifth, in the published models), the decoder scans super-blocks; other layouts are unrolled.
 """
 
 import dataclasses
@@ -17,31 +16,31 @@ from icet_jax.nn import layers
 from icet_jax.nn.kv_cache import KVCache, attend
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.llama import (
-    Apart,
     LlamaBlocks,
     LlamaConfig,
     NextToken,
     SelfAttention,
+    UnstackedLayers,
     layer_at,
     lora_shapes,
     prompt_cache,
     prompt_positions,
     rotary,
 )
-from icet_jax.parallel.traced import by_rows, gathered, gathered_once
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.parallel.traced import by_rows, gather_kernel, gather_weights
+from icet_jax.typing import Adapters, Array, Bool, DType, Float, Int, Keywords
 
 CROSS = "cross_layers"
-"""Name of the cross-attention stack, and prefix of its adapters' keys (`cross_layers/q_proj`)."""
+"""Name of the cross-attention stack, and prefix of the keys of its adapters (`cross_layers/q_proj`)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MllamaTextConfig:
-    """Sizes of the decoder.
+    """Holds the sizes of the decoder.
 
     Attributes:
-      llama: its sizes; `num_hidden_layers` counts all layers, `vocab_size` the columns of the logits.
-      cross_attention_layers: which layers (from 0) attend to images instead of to the text.
+      llama: sizes of its layers; `num_hidden_layers` counts all layers, `vocab_size` the logits.
+      cross_attention_layers: numbers (from 0) of the layers that attend to images instead of the text.
       extra_embeddings: rows of the embedding beyond the vocabulary (8: the image placeholder and its neighbours).
     """
 
@@ -51,23 +50,23 @@ class MllamaTextConfig:
 
     @property
     def self_layers(self) -> LlamaConfig:
-        """The stack of self-attention layers."""
+        """Returns the sizes of the stack of self-attention layers."""
         count = self.llama.num_hidden_layers - len(self.cross_attention_layers)
         return dataclasses.replace(self.llama, num_hidden_layers=count)
 
     @property
     def cross_layers(self) -> LlamaConfig:
-        """The stack of cross-attention layers, whose projections have the same sizes."""
+        """Returns the sizes of the stack of cross-attention layers, whose projections have the same sizes."""
         return dataclasses.replace(self.llama, num_hidden_layers=len(self.cross_attention_layers))
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """`(layers, in, out)` of every projection that LoRA can adapt, by its adapter's key."""
+        """Returns `(layers, in, out)` of every projection that LoRA can adapt, by the key of its adapter."""
         cross = {f"{CROSS}/{name}": shape for name, shape in lora_shapes(self.cross_layers).items()}
         return lora_shapes(self.self_layers) | cross
 
     @property
     def super_blocks(self) -> tuple[int, tuple[bool, ...]]:
-        """(number of equal super-blocks, for each of their layers whether it attends to images).
+        """Returns the number of equal super-blocks, and for each of their layers whether it attends to images.
 
         An irregular layout is one super-block of all layers.
         """
@@ -80,27 +79,28 @@ class MllamaTextConfig:
 
 @flax.struct.dataclass
 class CrossStates:
-    """What cross-attention layers see of the images; every leaf is row-aligned.
+    """Holds the image features for the cross-attention layers; the first axis of every leaf is the batch.
 
     Attributes:
-      states: Float[B, M * N, E], projected vision tokens of a row's images, one after the other.
-      tiles: Bool[B, M, tiles], which tiles are there; all False for an absent image.
+      states: Float[B, M * N, E], the projected vision tokens of a row's images, one image after another.
+      tiles: Bool[B, M, tiles], which tiles exist; all False for an absent image.
     """
 
-    # Not annotated with shapes: jax also fills pytrees with what are no arrays (jit(...).lower does).
+    # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
     states: Any
     tiles: Any
 
 
 @flax.struct.dataclass
 class MllamaCache:
-    """Keys and values of the text, and those of the images.
+    """Holds the keys and values of the text, and those of the images.
 
     Attributes:
-      text: of the self-attention layers.
-      k, v: of the images, after `k_norm`, for each cross-attention layer `[B, K, M * N, D]`; none without images.
+      text: cache of the self-attention layers.
+      k, v: keys (after `k_norm`) and values of the images, for each cross-attention layer `[B, K, M * N, D]`; empty
+        without images.
       allowed: image tokens that the next token of a row attends to, `[B, M * N]`; None without images.
-      real: tokens of images that are there, `[B, M * N]`; None without images.
+      real: image tokens of existing images, `[B, M * N]`; None without images.
     """
 
     text: KVCache
@@ -111,32 +111,32 @@ class MllamaCache:
 
     @property
     def columns(self) -> int:
-        """Most text tokens of a row."""
+        """Returns the most text tokens that a row can have."""
         return self.text.columns
 
     def with_room(self, columns: int) -> "MllamaCache":
-        """The same tokens with room for `columns` more in each row."""
+        """Returns a cache with the same tokens and `columns` more columns."""
         return dataclasses.replace(self, text=self.text.with_room(columns))
 
-    def trimmed(self, columns: int) -> "MllamaCache":
-        """The first `columns` text tokens of each row."""
-        return dataclasses.replace(self, text=self.text.trimmed(columns))
+    def trim(self, columns: int) -> "MllamaCache":
+        """Returns a cache with only the first `columns` columns."""
+        return dataclasses.replace(self, text=self.text.trim(columns))
 
-    def put(self, slots: Int[Array, "R"], rows: "MllamaCache") -> "MllamaCache":
-        """Rows of another cache in place of the rows `slots`; see `KVCache.put`."""
-        mine, theirs = ((cache.k, cache.v, cache.allowed, cache.real) for cache in (self, rows))
-        seen = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), mine, theirs)
-        return MllamaCache(self.text.put(slots, rows.text), *seen)
+    def replace_rows(self, slots: Int[Array, "R"], rows: "MllamaCache") -> "MllamaCache":
+        """Returns a cache in which the rows `slots` are replaced by `rows`; see `KVCache.replace_rows`."""
+        old_parts, new_parts = ((cache.k, cache.v, cache.allowed, cache.real) for cache in (self, rows))
+        parts = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), old_parts, new_parts)
+        return MllamaCache(self.text.replace_rows(slots, rows.text), *parts)
 
 
 class CrossBlocks(nnx.Module):
-    """The stacked cross-attention layers; called on one layer's slice of the weights."""
+    """Holds the stacked cross-attention layers; methods are called on one layer's slice of the weights."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any):
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         depth = config.num_hidden_layers
         self.config, self.dtype = config, dtype
-        common: dict[str, Any] = dict(rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype, layers=depth)
-        norm: dict[str, Any] = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
+        common: Keywords = dict(rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: Keywords = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
         self.input_layernorm = layers.RMSNorm(config.hidden_size, **norm)
         self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, **norm)
         self.q_norm = layers.RMSNorm(config.head_dim, **norm)
@@ -150,28 +150,28 @@ class CrossBlocks(nnx.Module):
         self.mlp_gate = nnx.Param(jnp.zeros((depth, 1), param_dtype))
 
     def keys_values(
-        self, states: Float[Array, "B MN E"], lora: Any, scale: float
+        self, states: Float[Array, "B MN E"], lora: Adapters, scale: float
     ) -> tuple[Float[Array, "B K MN D"], Float[Array, "B K MN D"]]:
-        """Keys (normalised, not rotated) and values of the image tokens."""
+        """Returns keys (normalised, not rotated) and values of the image tokens."""
         heads = self.config.num_key_value_heads
         k = layers.split_heads(self.k_proj(states, lora.get("k_proj"), scale), heads)
         v = layers.split_heads(self.v_proj(states, lora.get("v_proj"), scale), heads)
         return self.k_norm(k).swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def query(self, x: Float[Array, "B T E"], lora: Any, scale: float) -> Float[Array, "B T H D"]:
-        """Queries (normalised, not rotated) of the tokens."""
+    def query(self, x: Float[Array, "B T E"], lora: Adapters, scale: float) -> Float[Array, "B T H D"]:
+        """Returns the queries (normalised, not rotated) of the tokens."""
         heads = self.config.num_attention_heads
         y = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
         return self.q_norm(layers.split_heads(y, heads))
 
     def rest(
-        self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], vision: "Vision", lora: Any, scale: float
+        self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], vision: "Vision", lora: Adapters, scale: float
     ) -> Float[Array, "B T E"]:
-        """What follows attention (HF `MllamaCrossAttentionDecoderLayer`).
+        """Applies the part of the layer that follows attention (HF `MllamaCrossAttentionDecoderLayer`).
 
-        A token that may see no image attends to every token of its row's images (`real`; absent tiles included) and
-        gets no MLP, as in HF. A row without any image passes unchanged. Both are what HF does with the row alone: in
-        HF's batches such tokens also attend to the filler images that their neighbours make necessary.
+        A token that may attend to no image attends to all tokens of its row's images (`real`, absent tiles included)
+        and skips the MLP, as in HF. A row without images is returned unchanged. Both are what HF does for a row alone;
+        in HF's batches such tokens also attend to the filler images that other rows make necessary.
         """
         attended = self.o_proj(attended, lora.get("o_proj"), scale)
         x = x + jnp.where(vision.real.any(-1)[:, None, None], self._gate(self.attn_gate) * attended, 0)
@@ -185,15 +185,15 @@ class CrossBlocks(nnx.Module):
 
 
 def image_visibility(tokens: Int[Array, "B T"], image_token: int, count: int) -> Bool[Array, "B T M"]:
-    """Which of a row's images each token may attend to (HF `get_cross_attention_token_mask`).
+    """Returns which of a row's images each token may attend to (HF `get_cross_attention_token_mask`).
 
-    An image is seen from its placeholder on, up to the next placeholder; placeholders that directly follow each other
-    share the later end.
+    An image is visible from its placeholder up to the next placeholder. Consecutive placeholders share the last one's
+    end.
 
     Args:
-      tokens: the row, padding included.
+      tokens: the tokens of the row, padding included.
       image_token: id of the placeholder.
-      count: M, most images of a row.
+      count: M, the most images of a row.
     """
     placeholder = tokens == image_token
     before = jnp.pad(placeholder[:, :-1], ((0, 0), (1, 0)))
@@ -208,15 +208,15 @@ def image_visibility(tokens: Int[Array, "B T"], image_token: int, count: int) ->
 
 
 class MllamaDecoder(nnx.Module):
-    """Embedding, both stacks, final norm and head."""
+    """Holds the embedding, both stacks of layers, the final norm and the head."""
 
     def __init__(
-        self, config: MllamaTextConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        self, config: MllamaTextConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
         remat: str = "none",
     ):  # fmt: skip
         self.config, self.dtype, self.remat = config, dtype, remat
         llama = config.llama
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         rows = llama.vocab_size + config.extra_embeddings
         self.embed_tokens = layers.normal(rngs, (rows, llama.hidden_size), 0.02, param_dtype)
         self.layers = LlamaBlocks(config.self_layers, **common)
@@ -225,7 +225,7 @@ class MllamaDecoder(nnx.Module):
         self.lm_head = layers.Linear(llama.hidden_size, llama.vocab_size, use_bias=False, **common)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
-        """Token embeddings in the compute dtype; the images' placeholders have rows of their own."""
+        """Returns the token embeddings in the compute dtype; image placeholders have rows of their own."""
         return self.embed_tokens[...][tokens].astype(self.dtype)
 
     def __call__(
@@ -237,13 +237,14 @@ class MllamaDecoder(nnx.Module):
         image_token: int,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Hidden states after the final norm of whole sequences; causal, padding on either side never attended to.
+        """Returns the hidden states of whole sequences after the final norm, with causal attention that ignores
+        padding.
 
         Args:
-          tokens: with the images' placeholders.
+          tokens: tokens, with the placeholders of the images.
           positions: rotary position of each token, from 0.
-          mask: real tokens.
-          images: of these tokens; None without images.
+          mask: True at real tokens; padding may be on either side.
+          images: the images of these tokens; None without images.
           image_token: id of the placeholder.
           lora: adapters, or None for the reference model.
         """
@@ -260,7 +261,7 @@ class MllamaDecoder(nnx.Module):
         prefix: MllamaCache | None = None,
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
-        """Final state of each row's last token, and the cache; see `LanguageModel.prefill`."""
+        """Returns the final state of each row's last token, and the cache; see `LanguageModel.prefill`."""
         vision, stored = new_images(tokens, mask, images, image_token), None
         if prefix is not None and prefix.k:
             vision, stored = cached_images(prefix, tokens.shape[1]), (jnp.stack(prefix.k), jnp.stack(prefix.v))
@@ -276,44 +277,45 @@ class MllamaDecoder(nnx.Module):
             cache = dataclasses.replace(cache, k=k, v=v, allowed=allowed, real=vision.real)
         return self.norm(jnp.take_along_axis(x, last, axis=1))[:, 0], cache
 
-    def apart(self, lora: Lora | None = None) -> Apart:
-        """The layers of both kinds for `step`, in the decoder's order."""
-        own, cross = _split_adapters(lora)
+    def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
+        """Returns the layers of both kinds one by one, in the decoder's order, for `step`."""
+        self_adapters, cross_adapters = _split_adapters(lora)
         _, self_state = nnx.split(self.layers)
         _, cross_state = nnx.split(self.cross_layers)
         kinds = self._places()
         layers_of = tuple(
-            layer_at((cross_state, cross) if is_cross else (self_state, own), place) for is_cross, place in kinds
+            layer_at((cross_state, cross_adapters) if is_cross else (self_state, self_adapters), place)
+            for is_cross, place in kinds
         )
-        return Apart(layers_of, 1.0 if lora is None else lora.scale)
+        return UnstackedLayers(layers_of, 1.0 if lora is None else lora.scale)
 
     def step(
-        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, apart: Apart
+        self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, unstacked: UnstackedLayers
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
-        """Final state of one new token per row, and the cache with it."""
+        """Returns the final state of one new token per row, and the cache with it."""
         text = NextToken(self.config.llama, cache.text)
         vision = cached_images(cache, 1) if cache.k else None
         self_graph, _ = nnx.split(self.layers)
         cross_graph, _ = nnx.split(self.cross_layers)
         x = self.embed(tokens)[:, None]
-        for (is_cross, place), (weights, adapters) in zip(self._places(), apart.layers, strict=True):
+        for (is_cross, place), (weights, adapters) in zip(self._places(), unstacked.layers, strict=True):
             if not is_cross:
-                x = text(x, nnx.merge(self_graph, weights), adapters, apart.scale, place)
+                x = text(x, nnx.merge(self_graph, weights), adapters, unstacked.scale, place)
             elif vision is not None:
                 layer = nnx.merge(cross_graph, weights)
-                q = layer.query(x, adapters, apart.scale)[:, 0]
+                q = layer.query(x, adapters, unstacked.scale)[:, 0]
                 attended = attend(q, cache.k[place], cache.v[place], vision.attended[:, 0])
-                x = layer.rest(x, attended[:, None], vision, adapters, apart.scale)
-        return self.norm(x)[:, 0], dataclasses.replace(cache, text=text.advanced(active))
+                x = layer.rest(x, attended[:, None], vision, adapters, unstacked.scale)
+        return self.norm(x)[:, 0], dataclasses.replace(cache, text=text.updated_cache(active))
 
     def _places(self) -> list[tuple[bool, int]]:
-        """Of each layer: whether it attends to images, and its place in the stack of its kind."""
-        taken, found = [0, 0], []
+        """Returns for each layer whether it attends to images, and its place in the stack of its kind."""
+        counts, places = [0, 0], []
         for number in range(self.config.llama.num_hidden_layers):
             is_cross = number in self.config.cross_attention_layers
-            found.append((is_cross, taken[is_cross]))
-            taken[is_cross] += 1
-        return found
+            places.append((is_cross, counts[is_cross]))
+            counts[is_cross] += 1
+        return places
 
     def _run(
         self, x: Array, text: SelfAttention, vision: "Vision | None", lora: Lora | None, *, stored: Any = None,
@@ -324,9 +326,9 @@ class MllamaDecoder(nnx.Module):
         Args:
           x: embeddings.
           text: the self-attention.
-          vision: what the tokens see of images; None skips the cross-attention layers.
+          vision: the images as the tokens see them; None skips the cross-attention layers.
           lora: adapters.
-          stored: keys and values of the images, `[C, B, K, M * N, D]`, where they are known.
+          stored: keys and values of the images, `[C, B, K, M * N, D]`, if they are already computed.
           keep: whether to return keys and values.
 
         Returns:
@@ -334,56 +336,61 @@ class MllamaDecoder(nnx.Module):
         """
         repeats, kinds = self.config.super_blocks
         scale = 1.0 if lora is None else lora.scale
-        own, cross = _split_adapters(lora)
+        self_adapters, cross_adapters = _split_adapters(lora)
         self_graph, self_state = nnx.split(self.layers)
         cross_graph, cross_state = nnx.split(self.cross_layers)
         indices = jnp.arange(self.config.self_layers.num_hidden_layers)
 
         def body(x: Array, slices: Any) -> tuple[Array, Any]:
-            taken: list[int] = [0, 0]
+            counts: list[int] = [0, 0]
             kept: tuple[list[Any], list[Any]] = ([], [])
             for is_cross in kinds:
-                weights, adapters, extra = layer_at(slices[is_cross], taken[is_cross])
-                weights, adapters = (gathered(part, x, CROSS if is_cross else "layers") for part in (weights, adapters))
-                taken[is_cross] += 1
+                weights, adapters, extra = layer_at(slices[is_cross], counts[is_cross])
+                weights, adapters = (
+                    gather_weights(part, x, CROSS if is_cross else "layers") for part in (weights, adapters)
+                )
+                counts[is_cross] += 1
                 if not is_cross:
-                    x, made = text(x, nnx.merge(self_graph, weights), adapters, scale, extra)
+                    x, keys_values = text(x, nnx.merge(self_graph, weights), adapters, scale, extra)
                 elif vision is None:
                     continue
                 else:
                     layer = nnx.merge(cross_graph, weights)
-                    known = extra is not None
-                    made = extra if known else layer.keys_values(vision.states, adapters, scale)
-                    k, v = (part.swapaxes(1, 2) for part in made)
+                    is_stored = extra is not None
+                    keys_values = extra if is_stored else layer.keys_values(vision.states, adapters, scale)
+                    k, v = (part.swapaxes(1, 2) for part in keys_values)
                     q = layer.query(x, adapters, scale)
                     attended = layers.attention(q, k, v, vision.attended[:, None])
                     x = by_rows(layer.rest(x, attended, vision, adapters, scale))
-                kept[is_cross].append(made)
+                kept[is_cross].append(keys_values)
             return x, tuple(
-                jax.tree.map(lambda *parts: jnp.stack(parts), *made) for made in kept if made
+                jax.tree.map(lambda *parts: jnp.stack(parts), *keys_values) for keys_values in kept if keys_values
             ) if keep else None
 
         stacks = jax.tree.map(
             lambda leaf: leaf.reshape(repeats, -1, *leaf.shape[1:]),
-            ((self_state, own, indices), (cross_state, cross, stored)),
+            ((self_state, self_adapters, indices), (cross_state, cross_adapters, stored)),
         )
         x, kept = jax.lax.scan(layers.rematerialise(body, self.remat), by_rows(x), stacks)
         text_kv, image_kv = (*jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept or ()), None, None)[:2]
         return x, (text_kv, image_kv)
 
     def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states taken after the final norm; `head` is that of `head_for`, if at hand."""
+        """Returns float32 logits of hidden states taken after the final norm; `head` is the result of `head_for`, if
+        available."""
         kernel = self.lm_head.kernel[...] if head is None else head
         return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
 
     def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
-        """The head's kernel for `logits` of parts of `hidden`, one after the other."""
-        return gathered_once(self.lm_head.kernel[...], hidden, "lm_head/kernel")
+        """Returns the head's kernel, gathered once so that `logits` can be called on parts of `hidden` one after
+        another."""
+        return gather_kernel(self.lm_head.kernel[...], hidden, "lm_head/kernel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """What tokens see of the images: `allowed [B, T, M * N]` and `real [B, M * N]`; `states` unless keys are cached."""
+    """Holds the images as tokens see them: `allowed [B, T, M * N]`, `real [B, M * N]`, and `states` unless keys are
+    cached."""
 
     allowed: Array
     real: Array
@@ -391,19 +398,20 @@ class Vision:
 
     @property
     def sees(self) -> Bool[Array, "B T"]:
-        """Tokens that may attend to an image."""
+        """Returns which tokens may attend to an image."""
         return self.allowed.any(-1)
 
     @property
     def attended(self) -> Bool[Array, "B T MN"]:
-        """Image tokens that a token does attend to: those allowed, or all of its row's where there are none."""
+        """Returns the image tokens that a token attends to: the allowed ones, or all of its row's if none is
+        allowed."""
         return jnp.where(self.sees[..., None], self.allowed, self.real[:, None])
 
 
 def new_images(
     tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], images: CrossStates | None, image_token: int
 ) -> Vision | None:
-    """What `tokens` see of the images whose placeholders stand among them; None where there are no images at all."""
+    """Returns what `tokens` see of the images whose placeholders are among them; None if there are no images."""
     if images is None or images.tiles.shape[1] == 0:
         return None
     count = images.tiles.shape[1]
@@ -416,13 +424,13 @@ def new_images(
 
 
 def cached_images(cache: MllamaCache, length: int) -> Vision:
-    """What the next `length` tokens of each row see."""
+    """Returns what the next `length` tokens of each row see of the cached images."""
     shape = (cache.allowed.shape[0], length, cache.allowed.shape[1])
     return Vision(jnp.broadcast_to(cache.allowed[:, None], shape), cache.real)
 
 
 def _split_adapters(lora: Lora | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Adapters of the self-attention and of the cross-attention stack, by projection."""
+    """Returns the adapters of the self-attention stack and those of the cross-attention stack, by projection."""
     weights = {} if lora is None else dict(lora.weights)
     prefix = f"{CROSS}/"
     return (

@@ -1,14 +1,14 @@
-"""Tiled vision tower of Llama 3.2 Vision (HF `MllamaVisionModel`): local blocks, then gated global blocks per exit.
+"""Tiled vision tower of Llama 3.2 Vision: local blocks, then gated global blocks for each exit (HF
+`MllamaVisionModel`).
 
-An image is up to four tiles; the sequence of one image is all its tiles, each a class token and its patches padded to a
-multiple of 8. Local blocks run once for all exits and keep every state; what follows them is run for the exit asked.
-At full size the attention scores of one image take 2.6 GB, so each block goes through a batch in chunks of images.
+An image has up to four tiles. The sequence of one image is all its tiles, each a class token and its patches, padded to
+a multiple of 8. Local blocks run once for all exits and keep every state; the rest runs for the requested exit. At full
+size the attention scores of one image take 2.6 GB, so each block processes a batch in chunks of images.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,20 @@ from flax import nnx
 
 from icet_jax.nn import layers
 from icet_jax.parallel.sharding import joined_slices, row_shards, row_slices
-from icet_jax.parallel.traced import by_rows, gathered, gathered_once, mesh_of, taken
-from icet_jax.typing import Array, Bool, Float, Int
+from icet_jax.parallel.traced import by_rows, gather_kernel, gather_weights, mesh_of, take_exit_states
+from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
-_EMBED_EPS = 1e-5  # of layernorm_pre and layernorm_post, whatever the config's norm_eps
-_SCORE_BYTES = 4 << 30  # most that the float32 attention scores of one block take on a device
+_EMBED_EPS = 1e-5  # epsilon of layernorm_pre and layernorm_post, which ignore the config's norm_eps
+_SCORE_BYTES = 4 << 30  # most bytes of one block's float32 attention scores on a device
 
 
 @dataclasses.dataclass(frozen=True)
 class MllamaVisionConfig:
-    """Sizes of the tower, under HF's names; pixels are `[max_num_tiles, num_channels, image_size, image_size]`.
+    """Holds the sizes of the tower under HF's names; pixels are `[max_num_tiles, num_channels, image_size,
+    image_size]`.
 
-    `intermediate_layers_indices` are as trained: index i is the state that enters block i (the output of i blocks).
+    `intermediate_layers_indices` have their meaning of training: index i is the input of block i (the output of i
+    blocks).
     """
 
     hidden_size: int
@@ -47,30 +49,38 @@ class MllamaVisionConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Patches and the class token."""
+        """Returns the number of patches of a tile, plus one for the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @property
     def padded_tokens(self) -> int:
-        """`tokens_per_tile` filled up to a multiple of 8."""
+        """Returns `tokens_per_tile` rounded up to a multiple of 8."""
         return -(-self.tokens_per_tile // 8) * 8
 
     @property
     def output_dim(self) -> int:
-        """Channels of a token: the last state's, and those of every intermediate."""
+        """Returns the channels of a token: those of the last state and of every intermediate."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
 
 class MllamaVisionBlocks(nnx.Module):
-    """Stacked pre-LN blocks without attention biases, gated or not; called on one layer's slice of the weights."""
+    """Holds stacked pre-LN blocks without attention biases, gated or not; called on one layer's slice of the
+    weights."""
 
     def __init__(
-        self, config: MllamaVisionConfig, depth: int, gated: bool, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any
+        self,
+        config: MllamaVisionConfig,
+        depth: int,
+        gated: bool,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType,
+        param_dtype: DType,
     ):
         width, ffn = config.hidden_size, config.intermediate_size
         self.config, self.gated = config, gated
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, layers=depth)
-        norm: dict[str, Any] = dict(epsilon=config.norm_eps, param_dtype=param_dtype, layers=depth)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        norm: Keywords = dict(epsilon=config.norm_eps, param_dtype=param_dtype, layers=depth)
         residual = layers.depth_scaled(width**-0.5, depth)
         self.input_layernorm = layers.LayerNorm(width, **norm)
         self.q_proj = layers.Linear(width, width, use_bias=False, **common)
@@ -85,7 +95,7 @@ class MllamaVisionBlocks(nnx.Module):
             self.gate_ffn = nnx.Param(jnp.zeros((depth, 1), param_dtype))
 
     def __call__(self, x: Float[Array, "I Q D"], allowed: Bool[Array, "I 1 Q Q"]) -> Float[Array, "I Q D"]:
-        """One block (HF `MllamaVisionEncoderLayer`)."""
+        """Applies one block (HF `MllamaVisionEncoderLayer`)."""
         heads = self.config.attention_heads
         y = self.input_layernorm(x)
         q, k, v = (layers.split_heads(proj(y), heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -99,25 +109,26 @@ class MllamaVisionBlocks(nnx.Module):
 
 
 class TileEmbedding(nnx.Module):
-    """A gated vector for each tile of each aspect ratio (HF `MllamaPrecomputedAspectRatioEmbedding`)."""
+    """Holds a gated vector for each tile of each aspect ratio (HF `MllamaPrecomputedAspectRatioEmbedding`)."""
 
-    def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+    def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs, param_dtype: DType):
         shape = (len(config.supported_aspect_ratios) + 1, config.max_num_tiles * config.hidden_size)
         self.config = config
         self.gate = nnx.Param(jnp.zeros((1,), param_dtype))
         self.embedding = layers.normal(rngs, shape, 0.02, param_dtype)
 
-    def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: Any) -> Float[Array, "I M 1 D"]:
-        """What is added to every token of a tile."""
+    def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: DType) -> Float[Array, "I M 1 D"]:
+        """Returns the vectors that are added to every token of a tile."""
         vectors = self.embedding[...][aspect_ratio_ids].astype(dtype)
         vectors = vectors.reshape(-1, self.config.max_num_tiles, 1, self.config.hidden_size)
         return jnp.tanh(self.gate[...].astype(dtype)) * vectors
 
 
 class GatedPositions(nnx.Module):
-    """Positions within a tile, shared by all tiles and each tile's own (HF `MllamaPrecomputedPositionEmbedding`)."""
+    """Holds position embeddings within a tile, shared by all tiles and per tile (HF
+    `MllamaPrecomputedPositionEmbedding`)."""
 
-    def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs, param_dtype: Any):
+    def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs, param_dtype: DType):
         tokens, width = config.tokens_per_tile, config.hidden_size
         ratios = len(config.supported_aspect_ratios) + 1
         self.config = config
@@ -125,26 +136,32 @@ class GatedPositions(nnx.Module):
         self.embedding = layers.normal(rngs, (tokens, width), 0.02, param_dtype)
         self.tile_embedding = layers.normal(rngs, (ratios, config.max_num_tiles * tokens * width), 0.02, param_dtype)
 
-    def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: Any) -> Float[Array, "I M P D"]:
-        """`(1 - tanh g) * shared + tanh g * own`."""
+    def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: DType) -> Float[Array, "I M P D"]:
+        """Returns `(1 - tanh g) * shared + tanh g * own`, where `own` is the embedding of each tile."""
         gate = jnp.tanh(self.gate[...].astype(dtype))
-        # The table travels: the compiler would look up every row of the batch on each device.
+        # The table is gathered because the compiler would otherwise look up every row of the batch on each device.
         name = "gated_positional_embedding/tile_embedding"
-        own = gathered_once(self.tile_embedding[...], aspect_ratio_ids, name)[aspect_ratio_ids].astype(dtype)
+        own = gather_kernel(self.tile_embedding[...], aspect_ratio_ids, name)[aspect_ratio_ids].astype(dtype)
         own = own.reshape(-1, self.config.max_num_tiles, self.config.tokens_per_tile, self.config.hidden_size)
         return (1 - gate) * self.embedding[...].astype(dtype) + gate * own
 
 
 class MllamaVisionTower(nnx.Module):
-    """The tower; sequences are `Q = max_num_tiles * padded_tokens` long."""
+    """Computes the states of the tower; a sequence has length `Q = max_num_tiles * padded_tokens`."""
 
     def __init__(
-        self, config: MllamaVisionConfig, *, rngs: nnx.Rngs, dtype: Any, param_dtype: Any, remat: str = "none"
+        self,
+        config: MllamaVisionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DType,
+        param_dtype: DType,
+        remat: str = "none",
     ):
         width = config.hidden_size
         patch = config.num_channels * config.patch_size**2
         self.config, self.dtype, self.remat = config, dtype, remat
-        common: dict[str, Any] = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.class_embedding = layers.normal(rngs, (width,), width**-0.5, param_dtype)
         self.patch_embedding = layers.Linear(patch, width, use_bias=False, **common)
         self.gated_positional_embedding = GatedPositions(config, rngs=rngs, param_dtype=param_dtype)
@@ -156,7 +173,7 @@ class MllamaVisionTower(nnx.Module):
         self.global_layers = MllamaVisionBlocks(config, config.num_global_layers, gated=True, **common)
 
     def embed(self, pixels: Float[Array, "I M C H W"], aspect_ratio_ids: Int[Array, "I"]) -> Float[Array, "I Q D"]:
-        """State 0: what enters the first local block, padding tokens zero."""
+        """Returns state 0, the input of the first local block; padding tokens are zero."""
         config = self.config
         count, tiles, channels, height, width = pixels.shape
         size = config.patch_size
@@ -174,7 +191,7 @@ class MllamaVisionTower(nnx.Module):
     def local_states(
         self, pixels: Float[Array, "I M C H W"], aspect_ratio_ids: Int[Array, "I"], upto: int | None = None
     ) -> Float[Array, "X I Q D"]:
-        """States 0..upto (static; all by default): index l is the output of the l-th local block."""
+        """Returns states 0..upto (static; all by default); index l is the output of the l-th local block."""
         depth = self.config.num_hidden_layers if upto is None else upto
         if not 0 <= depth <= self.config.num_hidden_layers:
             raise ValueError(f"upto={upto} is outside 0..{self.config.num_hidden_layers}")
@@ -182,7 +199,7 @@ class MllamaVisionTower(nnx.Module):
         state = jax.tree.map(lambda weight: weight[:depth], state)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
-            x = self._block(nnx.merge(graph, gathered(weights, x)), x, aspect_ratio_ids)
+            x = self._block(nnx.merge(graph, gather_weights(weights, x)), x, aspect_ratio_ids)
             return x, x
 
         first = by_rows(self.embed(pixels, aspect_ratio_ids))
@@ -190,14 +207,14 @@ class MllamaVisionTower(nnx.Module):
         return jnp.concatenate([first[None], rest], axis=0)
 
     def attention_mask(self, aspect_ratio_ids: Int[Array, "I"]) -> Bool[Array, "I 1 Q Q"]:
-        """Forbids only (padding, padding) pairs: real tokens do attend to padding, as the model was trained to."""
+        """Returns a mask that forbids only (padding, padding) pairs; real tokens attend to padding, as in training."""
         config = self.config
         real = jnp.arange(config.padded_tokens) < config.tokens_per_tile
         real = (self.tiles(aspect_ratio_ids)[:, :, None] & real).reshape(aspect_ratio_ids.shape[0], -1)
         return (real[:, None, :] | real[:, :, None])[:, None]
 
     def tiles(self, aspect_ratio_ids: Int[Array, "I"]) -> Bool[Array, "I M"]:
-        """Which tiles an image has; a filler image (id 0) counts as one (HF's `aspect_ratio_mask`)."""
+        """Returns which tiles an image has; a filler image (id 0) counts as one tile (HF's `aspect_ratio_mask`)."""
         counts = np.array([1, *(math.prod(ratio) for ratio in self.config.supported_aspect_ratios)])
         return jnp.arange(self.config.max_num_tiles) < jnp.asarray(counts)[aspect_ratio_ids][:, None]
 
@@ -209,36 +226,40 @@ class MllamaVisionTower(nnx.Module):
         rule: str = "E1",
         images: Int[Array, "R"] | None = None,
     ) -> Float[Array, "R N O"]:
-        """What the projector gets of each image (of those numbered `images`; all if None) at its exit l.
+        """Returns the projector's input for each image at its exit l: `O = output_dim` channels, `N = M *
+        tokens_per_tile` tokens.
 
-        That is `O = output_dim` channels of `N = M * tokens_per_tile` tokens.
-        With G the norm, tile embedding and global blocks, h_l the output of l local blocks and I the captured states:
-        "E1" feeds G(h_l) and h_min(i, l), a truncated encoder; "E2" G(h_l) and all h_i; "E5" h_l itself and all h_i.
-        Only under "E5" is the last exit not the model as trained. Channels: the state's, then the captures interleaved.
+        Let G be the norm, tile embedding and global blocks, h_l the output of l local blocks, and i the captured
+        indices. Rule "E1" uses G(h_l) and h_min(i, l), a truncated encoder; "E2" uses G(h_l) and all h_i; "E5" uses h_l
+        itself and all h_i. The last exit is the model as trained, except under "E5". The channels are those of the
+        state, then those of the captures, interleaved. `images` are the numbers of the requested images; None means
+        all.
         """
-        every, last = self.config.intermediate_layers_indices, self.config.num_hidden_layers
-        chosen = taken(states, exits, images)
+        indices, last = self.config.intermediate_layers_indices, self.config.num_hidden_layers
+        exit_states = take_exit_states(states, exits, images)
         ratios = aspect_ratio_ids if images is None else aspect_ratio_ids[images]
-        final = chosen if rule == "E5" else self._after_local(chosen, ratios)
+        final = exit_states if rule == "E5" else self._after_local(exit_states, ratios)
         limit = exits if rule == "E1" else jnp.full_like(exits, last)
-        captures = jnp.stack([taken(states, jnp.minimum(index, limit), images) for index in every], axis=-1)
+        captures = jnp.stack(
+            [take_exit_states(states, jnp.minimum(index, limit), images) for index in indices], axis=-1
+        )
         out = jnp.concatenate([final, captures.reshape(*final.shape[:2], -1)], axis=-1)
         return self._without_padding(out)
 
     def _after_local(self, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Float[Array, "I Q D"]:
-        """`layernorm_post`, the tile embedding and the global blocks."""
+        """Applies `layernorm_post`, the tile embedding and the global blocks."""
         count, length, width = x.shape
         x = self.layernorm_post(x).reshape(count, self.config.max_num_tiles, -1, width)
         x = (x + self.post_tile_positional_embedding(aspect_ratio_ids, x.dtype)).reshape(count, length, width)
         graph, state = nnx.split(self.global_layers)
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return self._block(nnx.merge(graph, gathered(weights, x, "global_layers")), x, aspect_ratio_ids), None
+            return self._block(nnx.merge(graph, gather_weights(weights, x, "global_layers")), x, aspect_ratio_ids), None
 
         return jax.lax.scan(layers.rematerialise(body, self.remat), by_rows(x), state)[0]
 
     def _block(self, layer: MllamaVisionBlocks, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Array:
-        """One block, in chunks of images."""
+        """Applies one block in chunks of images."""
         scores = 4 * self.config.attention_heads * x.shape[1] ** 2
 
         def run(x: Array, aspect_ratio_ids: Array) -> Array:
@@ -253,12 +274,13 @@ class MllamaVisionTower(nnx.Module):
 
 
 def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """`function(*arrays)`, whose memory is that of about `size` elements of the first axis on each part of the mesh.
+    """Returns `function(*arrays)`, using the memory of about `size` elements of the first axis on each part of the
+    mesh.
 
-    Chunks are taken at a stride, so that an axis split over devices stays split within each of them.
+    Chunks are taken at a stride, so that an axis that is split over devices stays split within each chunk.
 
     Args:
-      function: of arrays with equal first axes; treats its elements apart.
+      function: function of arrays with equal first axes that treats each element independently.
       size: at least 1.
       arrays: `[I, ...]`.
     """
