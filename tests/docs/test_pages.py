@@ -45,6 +45,11 @@ def test_pages_avoid_the_words_that_the_glossary_replaces(page):
     assert re.findall(r"\b(?:mend(?:s|ed|ing)?|the house|front door|rooms)\b", text, re.IGNORECASE) == []
 
 
+@pytest.mark.parametrize("page", blocks.pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_has_marks_of_an_unresolved_conflict(page):
+    assert not re.search(r"^(<{7}|>{7}) ", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= README_LINES
