@@ -110,6 +110,6 @@ def test_cka_takes_some_tokens_of_many(tmp_path, monkeypatch):
     assert some[vlm.default_exit - 1]["cka"] == pytest.approx(1, abs=1e-5)
 
 
-def test_no_images():
+def test_no_images(tmp_path):
     with pytest.raises(UserError, match="no row has an image"):
-        geometry(None, [Example("a", "p")])
+        geometry(bundle.tiny_vlm(tmp_path), [Example("a", "p")])
