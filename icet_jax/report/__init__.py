@@ -22,7 +22,7 @@ def build(run_dir: str | Path, *, reveal_unsafe: bool = False) -> Path:
       The path of `report.html`.
 
     Raises:
-      UserError: no sweep is there to report on, or a file is not what its name says.
+      UserError: the directory has no sweep, or a file does not hold what its name says.
     """
     from icet_jax.report.page import build_report
 
@@ -30,7 +30,7 @@ def build(run_dir: str | Path, *, reveal_unsafe: bool = False) -> Path:
 
 
 def headline(run_dir: str | Path) -> str:
-    """What `run_dir`'s report says first: the run in one sentence, and what that sentence alone would hide.
+    """Returns the headline of a run's report: the run in one sentence, and what that sentence alone would hide.
 
     Raises:
       UserError: see `build`.
@@ -39,8 +39,8 @@ def headline(run_dir: str | Path) -> str:
     from icet_jax.report.study import Study
     from icet_jax.report.verdict import verdict
 
-    found = verdict(Study(load_runs(Path(run_dir))))
-    return " ".join((found.sentence, *found.caveats))
+    summary = verdict(Study(load_runs(Path(run_dir))))
+    return " ".join((summary.sentence, *summary.caveats))
 
 
 def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
@@ -48,7 +48,7 @@ def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
     Args:
       run_dirs: two to eight run directories, of any families; each may hold several seeds.
-      out: made unless it is there.
+      out: the folder to write to; it is created where it does not exist.
 
     Returns:
       The path of `compare.html`.

@@ -1,4 +1,4 @@
-"""Several runs, of one model or of several families, seen beside each other.
+"""Several runs, of one model or of several families, side by side.
 
 Their exits differ in number, so they share an axis of relative depth: an exit's number over how many exits there are.
 """
@@ -79,30 +79,30 @@ class Comparison:
 
     def phases(self, dataset: str, metric: str) -> list[str]:
         """Which of "before" and "after" any of the runs measured."""
-        held = self.holders(dataset, metric)
-        return [phase for phase in PHASES if any(m.study.curve(phase, dataset, metric) for _, m in held)]
+        holders = self.holders(dataset, metric)
+        return [phase for phase in PHASES if any(m.study.curve(phase, dataset, metric) for _, m in holders)]
 
     @property
     def headline(self) -> tuple[str, str] | None:
         """(data set, judge) of the first attack success rate that runs share; None where they share none."""
-        found = [
+        pairs = [
             (dataset, metric)
             for dataset in self.datasets
             if self.kind(dataset) in ("forbidden", "mixed")
             for metric in self.metrics(dataset)
             if metric.startswith("asr/")
         ]
-        return found[0] if found else None
+        return pairs[0] if pairs else None
 
     def alone(self) -> list[tuple[Member, str, list[str]]]:
         """(run, data set, metrics) of what only one run measured."""
-        found = []
+        unshared = []
         for member in self.members:
             for dataset in member.study.datasets:
                 metrics = [m for m in member.study.metrics(dataset) if m not in self.metrics(dataset)]
                 if metrics:
-                    found.append((member, dataset, metrics))
-        return found
+                    unshared.append((member, dataset, metrics))
+        return unshared
 
     def differing_sources(self) -> dict[str, dict[str, list[str]]]:
         """{data set: {source: runs}} of sets that share a name but do not come from the same place."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from icet_jax.report.loading import PHASES, Run
 from icet_jax.report.schema import METRIC_FAMILIES
@@ -28,6 +28,13 @@ class Value:
     high: float | None = None
     n: int | None = None
     n_error: int = 0
+
+
+class ExitValue(NamedTuple):
+    """A number and the exit where it was measured."""
+
+    layer: int
+    value: Value
 
 
 @dataclass(frozen=True)
@@ -187,17 +194,18 @@ class Study:
         values = [(layer.get("layer"), as_value(layer.get(name))) for layer in layers]
         return [(layer, value) for layer, value in values if isinstance(layer, int) and value is not None]
 
-    def worst(self, phase: str, dataset: str, metric: str) -> tuple[int, Value] | None:
+    def worst(self, phase: str, dataset: str, metric: str) -> ExitValue | None:
         """The exit with the highest mean (the first of equals); its interval is that of the maximum, where known."""
-        worst = max(self.curve(phase, dataset, metric), key=lambda item: item[1].mean, default=None)
+        exits = [ExitValue(layer, value) for layer, value in self.curve(phase, dataset, metric)]
+        worst = max(exits, key=lambda item: item.value.mean, default=None)
         if worst is None or self.several:
             return worst
         layer, of_maximum = _of_maximum(self.first.tables[phase, dataset], metric)
         known = self.value(phase, dataset, metric, layer)
         if known is None or of_maximum is None or layer is None:
             return worst
-        same = max(abs(value.mean - worst[1].mean) for value in (known, of_maximum)) < _ROUNDING
-        return (layer, of_maximum) if same else worst
+        same = max(abs(value.mean - worst.value.mean) for value in (known, of_maximum)) < _ROUNDING
+        return ExitValue(layer, of_maximum) if same else worst
 
     def unusable(self, phase: str, dataset: str, layer: int | None) -> Value | None:
         """The share of an exit's answers that are empty or degenerate, whatever a judge says; None where it is 0."""
@@ -265,9 +273,9 @@ def _finite(value: Any) -> float | None:
 def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
     """A metric of one run; a difference without a file is the difference of the means, without an interval."""
     table = run.tables.get((phase, dataset))
-    found = None if table is None else _entry(table["layers"], metric, layer)
-    if found is not None:
-        return found
+    value = None if table is None else _entry(table["layers"], metric, layer)
+    if value is not None:
+        return value
     if phase == "difference":
         return _minus(*(_at_layer(run, side, dataset, metric, layer) for side in PHASES))
     return None

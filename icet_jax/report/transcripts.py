@@ -51,12 +51,12 @@ def _prompts(
     """One data set's evenly spaced prompts with their responses."""
     ids = list(dict.fromkeys(str(row["id"]) for phase in PHASES for row in rows.get(phase, [])))
     chosen = dict.fromkeys(shown(ids))
-    found: dict[str, dict[str, Any]] = {}
+    prompts: dict[str, dict[str, Any]] = {}
     for phase in PHASES:
         for row in rows.get(phase, []):
             if (row_id := str(row["id"])) not in chosen:
                 continue
-            prompt = found.setdefault(
+            prompt = prompts.setdefault(
                 row_id,
                 {
                     "dataset": visible(dataset),
@@ -71,7 +71,7 @@ def _prompts(
                 },
             )
             prompt[phase][str(row["layer"])] = _response(row, kind, reveal_unsafe)
-    return [found[row_id] for row_id in chosen if row_id in found]
+    return [prompts[row_id] for row_id in chosen if row_id in prompts]
 
 
 def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, 
     raw = row.get("scores")
     values = {str(name): as_value(score) for name, score in raw.items()} if isinstance(raw, dict) else {}
     known = {visible(name): value.mean for name, value in values.items() if value is not None}
-    scores = {name: round(mean, 4) for name, mean in known.items() if _is_told(name, mean)}
+    scores = {name: round(mean, 4) for name, mean in known.items() if _is_shown(name, mean)}
     verdicts = {name: score for name, score in scores.items() if name.startswith("asr/")}
     unsafe = [name.partition("/")[2] for name, score in verdicts.items() if score >= 0.5]
     if unsafe:
@@ -88,10 +88,10 @@ def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, 
         reason = "no judge gave a verdict"
     else:
         reason = ""
-    given = row.get("labels")
+    raw_labels = row.get("labels")
     labels = (
-        {visible(name): visible(str(label)[:MAX_LABEL]) for name, label in given.items() if label}
-        if isinstance(given, dict)
+        {visible(name): visible(str(label)[:MAX_LABEL]) for name, label in raw_labels.items() if label}
+        if isinstance(raw_labels, dict)
         else {}
     )
     hidden = bool(reason) and not reveal_unsafe
@@ -99,7 +99,7 @@ def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, 
     return {"text": text, "redacted": hidden, "unsafe": bool(unsafe), "scores": scores, "labels": labels}
 
 
-def _is_told(name: str, value: float) -> bool:
+def _is_shown(name: str, value: float) -> bool:
     """Scorers' numbers are shown always, the form of a response only where it is odd, its length never."""
     family = name.partition("/")[0]
     return family != "length" and (family not in _ODD or value > 0)

@@ -98,6 +98,14 @@ def test_dashes_leave_gaps():
     assert 0.4 < len(places(png(dashed), "run-1")) / len(places(png(solid), "run-0")) < 0.9
 
 
+def test_a_legend_shows_every_run_however_long_its_name():
+    tones = [f"run-{place}" for place in range(8)]
+    drawn = figure(0.5)
+    keys = tuple(Key(f"runs/a/rather/long/name/{tone}", tone, "line") for tone in tones)
+    data = png(Figure(drawn.title, drawn.name, drawn.panels, keys))
+    assert all(places(data, tone) for tone in tones)
+
+
 @pytest.mark.parametrize("title", ["données − élevées …", "中文", "a\nb\x00\u202e", "", "x" * 500])
 def test_any_title_can_be_drawn(title):
     assert png(figure(0.5, title=title)).startswith(b"\x89PNG")

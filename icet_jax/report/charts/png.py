@@ -19,6 +19,7 @@ _FINE = 2  # drawn larger by this factor, then made smaller, for smooth edges
 _MARGIN, _CAPTION, _PANEL_TITLE, _LEGEND, _GAP = 18, 40, 20, 26, 22
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 _KEY = Style(fill="ink", size=12)
+_KEY_SHAPES = {"ramp": 92, "box": 26}  # how wide they are; the others: 38
 _REPLACED = str.maketrans({"−": "-", "–": "-", "—": "-", "→": ">", "×": "x", "\u2009": " ", "\n": " "})
 
 
@@ -28,7 +29,8 @@ def png(figure: Figure) -> bytes:
     titles = _PANEL_TITLE if any(panel.title for panel in figure.panels) else 0
     width = 2 * _MARGIN + sum(drawing.width for drawing in drawings) + _GAP * (len(drawings) - 1)
     height = _MARGIN + _CAPTION + titles + max(drawing.height for drawing in drawings) + _MARGIN
-    canvas = _Canvas(width, height + (_LEGEND if figure.keys else 0))
+    legend = _legend_rows(figure.keys, width - 2 * _MARGIN)
+    canvas = _Canvas(width, height + _LEGEND * len(legend))
     canvas.text(_MARGIN, _MARGIN + 12, figure.title, Style(fill="ink", size=15, bold=True))
     canvas.text(_MARGIN, _MARGIN + 29, ", ".join(filter(None, (figure.name, figure.source))), Style(fill="muted"))
     left = _MARGIN
@@ -40,12 +42,33 @@ def png(figure: Figure) -> bytes:
             canvas.layer(layer)
         canvas.origin = (0, 0)
         left += drawing.width + _GAP
-    _draw_legend(canvas, figure.keys, height - 2)
+    for row, keys in enumerate(legend):
+        _draw_keys(canvas, keys, height - 2 + row * _LEGEND)
     return canvas.file()
 
 
-def _draw_legend(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
-    """The keys in one line from the left, as far as there is room for them."""
+def _legend_rows(keys: Sequence[Key], width: Number) -> list[list[Key]]:
+    """The keys in as many rows of a width as they need."""
+    rows: list[list[Key]] = []
+    left: Number = 0
+    for key in keys:
+        size = _key_size(key)
+        if not rows or left < size:
+            rows.append([])
+            left = width
+        rows[-1].append(key)
+        left -= size
+    return rows
+
+
+def _key_size(key: Key) -> float:
+    """How wide a key is with the space after it."""
+    letters = _font(_KEY.size * _SCALE).getlength(_drawable(key.before + key.label)) / _SCALE
+    return letters + _KEY_SHAPES.get(key.shape, 38) + (26 if key.before else 20)
+
+
+def _draw_keys(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
+    """A row of the legend, from the left."""
     x = float(_MARGIN)
     for key in keys:
         x += canvas.text(x, y + 4, key.before, _KEY) + 6 if key.before else 0
@@ -58,7 +81,7 @@ def _draw_legend(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
             marks = [Path(((x, y), (x + 30, y)), "stroke")]
             marks += [Dot(x + 15, y, 3)] if key.shape == "dot" else []
         canvas.layer(Layer("series", marks, key.tone))
-        x += {"ramp": 92, "box": 26}.get(key.shape, 38)
+        x += _KEY_SHAPES.get(key.shape, 38)
         x += canvas.text(x, y + 4, key.label, _KEY) + 20
 
 

@@ -76,8 +76,8 @@ def _cells(part: Study, dataset: str, metric: str, phases: list[str]) -> list[Te
     cells = []
     for phase in phases:
         worst = part.worst(phase, dataset, metric)
-        share = value_text(metric, worst and worst[1])
-        cells.append(share if worst is None else text(share, " ", remark(f"exit {worst[0]}")))
+        share = value_text(metric, worst and worst.value)
+        cells.append(share if worst is None else text(share, " ", remark(f"exit {worst.layer}")))
     if part.default_exit is not None:
         cells += [value_text(metric, part.value(phase, dataset, metric, part.default_exit)) for phase in phases]
     return cells

@@ -60,7 +60,7 @@ def sentence(comparison: Comparison) -> str:
     parts = []
     for phase in comparison.phases(dataset, judge):
         worst = [m.study.worst(phase, dataset, judge) for _, m in comparison.holders(dataset, judge)]
-        shares = [exit_value[1].mean for exit_value in worst if exit_value is not None]
+        shares = [exit_value.value.mean for exit_value in worst if exit_value is not None]
         low, high = percent(min(shares)), percent(max(shares))
         spread = low if low == high else f"between {low} and {high}"
         parts.append(f"{phase} training the worst exit is {spread} unsafe")
@@ -75,9 +75,9 @@ def _spread(study: Study, headline: Verdict) -> str:
     """The interval of the worst exit after training (or before, where there is no after)."""
     phase = study.phases(headline.dataset)[-1]
     worst = study.worst(phase, headline.dataset, headline.judge)
-    if worst is None or worst[1].low is None or worst[1].high is None:
+    if worst is None or worst.value.low is None or worst.value.high is None:
         return ""
-    return f"Worst exit {phase}: {percent(worst[1].low)} to {percent(worst[1].high)} ({study.interval})."
+    return f"Worst exit {phase}: {percent(worst.value.low)} to {percent(worst.value.high)} ({study.interval})."
 
 
 def _export(study: Study) -> list[Block]:
@@ -104,7 +104,9 @@ def _tiles(study: Study) -> list[Block]:
         for metric in study.judges(dataset)[:1]:
             worst = [study.worst(phase, dataset, metric) for phase in PHASES]
             averages = [study.group(phase, dataset, metric, "average") for phase in PHASES]
-            tiles += _tile("ASR, worst exit", metric, [found[1] if found else None for found in worst])
+            tiles += _tile(
+                "ASR, worst exit", metric, [exit_value.value if exit_value else None for exit_value in worst]
+            )
             tiles += _tile("ASR, average", metric, averages)
             tiles += _tile(f"ASR, default exit {default}", metric, _at_default(study, dataset, metric))
     for dataset in study.datasets:
@@ -194,9 +196,9 @@ def _unusable_answers(comparison: Comparison) -> list[str]:
     for phase in comparison.phases(dataset, judge):
         for _, member in comparison.holders(dataset, judge):
             worst = member.study.worst(phase, dataset, judge)
-            share = worst and member.study.unusable(phase, dataset, worst[0])
+            share = worst and member.study.unusable(phase, dataset, worst.layer)
             if worst and share:
-                listed.append(f"{member.name}, {phase} training, exit {worst[0]}: {percent(share.mean)}")
+                listed.append(f"{member.name}, {phase} training, exit {worst.layer}: {percent(share.mean)}")
     return [f"Some answers of the worst exits are empty or degenerate ({'; '.join(listed)})."] if listed else []
 
 

@@ -37,6 +37,6 @@ def _worst(comparison: Comparison, member: Member) -> Text:
         return text("–")
     dataset, judge = comparison.headline
     worst = [member.study.worst(phase, dataset, judge) for phase in PHASES]
-    where = " → ".join(f"exit {exit_value[0]}" for exit_value in worst if exit_value is not None)
-    shares = change_text(judge, *(exit_value and exit_value[1] for exit_value in worst))
+    where = " → ".join(f"exit {exit_value.layer}" for exit_value in worst if exit_value is not None)
+    shares = change_text(judge, *(exit_value and exit_value.value for exit_value in worst))
     return text(shares, " ", remark(where)) if where else shares
