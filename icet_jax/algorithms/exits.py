@@ -117,7 +117,9 @@ def schedule(name: str, *, num_exits: int, default_exit: int, fixed_exit: int | 
 
     Args:
       name: one of `SCHEDULES`.
-      num_exits, default_exit, fixed_exit: see `Schedule`.
+      num_exits: N of the model, see `Schedule`.
+      default_exit: the exit that the model was trained on.
+      fixed_exit: only for `fixed`; None means `default_exit`.
 
     Raises:
       UserError: an unknown name.

@@ -14,8 +14,7 @@ README_LINES = 150
 OTHERS_LINES = {
     "docs/ablations.md": "being measured",
 }
-TO_WRAP = ("CHANGELOG.md",)
-PAGES = [page for page in blocks.pages() if str(page.relative_to(ROOT)) not in (*OTHERS_LINES, *TO_WRAP)]
+PAGES = [page for page in blocks.pages() if str(page.relative_to(ROOT)) not in OTHERS_LINES]
 
 
 def long_prose(text):
