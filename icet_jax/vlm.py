@@ -29,7 +29,7 @@ from icet_jax.models.base.image_batches import batch_images
 from icet_jax.models.base.processor import Processor, load_processor
 from icet_jax.models.saving import save_vlm
 from icet_jax.nn.layers import Lora, positions_from_mask
-from icet_jax.nn.protocols import Images, check_exit
+from icet_jax.nn.protocols import EncodedImages, Images, check_exit
 from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
@@ -306,7 +306,7 @@ def _logits(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     lora: Lora | None,
-    encoded: Any,
+    encoded: EncodedImages,
     exit_index: Int[Array, ""],
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
@@ -322,7 +322,7 @@ def _answer(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     lora: Lora | None,
-    encoded: Any,
+    encoded: EncodedImages,
     exit_index: Int[Array, ""],
     tokens: Int[Array, "B P"],
     mask: Bool[Array, "B P"],

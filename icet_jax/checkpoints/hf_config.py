@@ -72,7 +72,7 @@ class Fields:
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """Returns a value of the file for an error message, truncated if it is long."""
     text = "a number of thousands of digits" if isinstance(value, int) and abs(value) >= 10**100 else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

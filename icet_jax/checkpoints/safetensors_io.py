@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from icet_jax.errors import UserError
 from icet_jax.files import LFS_ADVICE, JsonObject, is_lfs_pointer, parse_json
+from icet_jax.typing import DType
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -181,7 +182,7 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: DType) -> str:
     """Returns safetensors' name of a numpy or jax floating dtype."""
     return _NAMES[np.dtype(dtype)]
 

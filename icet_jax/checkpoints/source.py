@@ -153,5 +153,5 @@ def generation_tokens(
 
 
 def _first(sources: list[tuple[str, JsonObject]], name: str, default: Any) -> tuple[str, Any]:
-    """Returns the first place that has `name`, as in error messages, and its value there."""
+    """Returns the value of `name` in the first source that has one, and where that is (for error messages)."""
     return next(((where, source[name]) for where, source in sources if source.get(name) is not None), ("", default))

@@ -9,7 +9,6 @@ one layer of one parameter to the host at a time.
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, tensor_bytes
 from icet_jax.checkpoints.tables import Slot, Table
 from icet_jax.parallel import sharding
-from icet_jax.typing import Array, Shaped
+from icet_jax.typing import Array, DType, Shaped
 
 BLOCK_BYTES = 128 * 2**20
 """Layers of a stacked parameter are moved together up to this size; a larger layer is moved alone."""
@@ -100,7 +99,7 @@ def with_delta(tensor: np.ndarray, delta: np.ndarray | None) -> np.ndarray:
 
 
 def _parameter(
-    shape: tuple[int, ...], dtype: Any, where: NamedSharding | None, slots: Sequence[Slot],
+    shape: tuple[int, ...], dtype: DType, where: NamedSharding | None, slots: Sequence[Slot],
     parts: Callable[[Sequence[Slot]], list[np.ndarray]],
 ) -> jax.Array:  # fmt: skip
     """Returns one parameter, filled from its slots: a single one, or one per layer."""
@@ -121,7 +120,7 @@ def _parameter(
     return jax.block_until_ready(array)
 
 
-def _stack(tensors: Sequence[np.ndarray], dtype: Any, index: Index) -> np.ndarray:
+def _stack(tensors: Sequence[np.ndarray], dtype: DType, index: Index) -> np.ndarray:
     """Returns the part `index` of the stack of `tensors`, whose first axis is always taken completely."""
     first = tensors[0][index[1:]]
     out = np.empty((len(tensors), *first.shape), dtype)

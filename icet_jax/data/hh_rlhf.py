@@ -118,7 +118,7 @@ def _pair(line: bytes) -> PreferencePair:
     return prompt, chosen, rejected
 
 
-def _split(transcript: Any, name: str) -> tuple[str, str]:
+def _split(transcript: object, name: str) -> tuple[str, str]:
     """Returns (prompt, last answer) of a transcript, both stripped."""
     if not isinstance(transcript, str):
         raise _BadRow(f"{name} is no text")

@@ -1,4 +1,4 @@
-"""Published data sets, read from the files that their authors distribute: `NAME:PATH[?option=value&...]`.
+"""Reads published data sets from the files that their authors distribute, named `NAME:PATH[?option=value&...]`.
 
     redteam_2k:RedTeam_2K.csv?images=FOLDER[&seed=0]        JailbreakV-28K/JailBreakV-28k on the hub
     jailbreakv_28k:JailBreakV_28K.csv[?images=ROOT]         the same; also its mini_JailBreakV_28K.csv
@@ -11,9 +11,9 @@
     captions:captions_val2014.json?images=FOLDER            benign rows: MS-COCO's captions, or Karpathy's splits
     vqa_v2:FOLDER?split=val2014[&images=FOLDER]             visualqa.org: questions, annotations, COCO images
 
-Each also takes `limit=N`, the number of usable rows after which reading stops. Where `images` is a folder of benign
-images, a row's image is a pure function of (seed, row id) and the folder's sorted names; where that file cannot be
-used, another is drawn in the same way. Nothing of these data sets is part of this project.
+Each source also accepts `limit=N`: reading stops after N usable rows. If `images` is a folder of benign images, a
+row's image is a pure function of (seed, row id) and the folder's sorted file names; if that file cannot be used,
+another one is drawn in the same way. This project contains no part of these data sets.
 """
 
 import re

@@ -283,7 +283,8 @@ _CATEGORIES = {
 
 
 def category_of(fields: JsonObject, name: str) -> str | None:
-    """The category in a cell, under RedTeam-2K's name where another data set calls the same thing differently."""
+    """Returns the content category in a cell; where another data set has a different name for it, RedTeam-2K's name is
+    used."""
     written = text(fields, name)
     return _CATEGORIES.get(written, written) if written is not None else None
 

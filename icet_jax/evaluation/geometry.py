@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.queue import encode
 from icet_jax.files import JsonObject
+from icet_jax.nn.protocols import EncodedImages
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 from icet_jax.vlm import VLM
@@ -110,7 +111,7 @@ class _Comparison(NamedTuple):
 def _compare(
     graphdef: nnx.GraphDef,
     params: nnx.State,
-    encoded: Any,
+    encoded: EncodedImages,
     exit_layer: Int[Array, ""],
     default_exit: Int[Array, ""],
     num_samples: int,

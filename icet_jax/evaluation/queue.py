@@ -22,7 +22,7 @@ from icet_jax.evaluation.batching import PromptBatch, prompt_batch, prompt_token
 from icet_jax.evaluation.schedule import ImageGroup, LengthGroup, length_groups
 from icet_jax.generation.engine import Engine, PromptGroup, Prompts, Response, run_prefix
 from icet_jax.generation.sampling import Sampling
-from icet_jax.nn.protocols import Cache, Images
+from icet_jax.nn.protocols import Cache, EncodedImages, Images
 from icet_jax.parallel.sharding import row_shards
 from icet_jax.typing import Array, Key
 from icet_jax.vlm import VLM
@@ -146,13 +146,13 @@ class Queue:
         examples = [self._examples[row] for row in rows]
         return prompt_batch(self._vlm, examples, self._encoded_at_once, self._per_row, length=length)
 
-    def _whole_prompts(self, requests: Sequence[Request], encoded: Any) -> PromptGroup:
+    def _whole_prompts(self, requests: Sequence[Request], encoded: EncodedImages) -> PromptGroup:
         """Returns a group of complete prompts with their images."""
         width = prompt_bucket(max(len(self._prompts[row]) for row, _, _ in requests))
         prompts = self._prompt_arrays(requests, [self._prompts[row] for row, _, _ in requests], width)
         return PromptGroup(self._pad_tags((row, layer) for row, layer, _ in requests), prompts, encoded)
 
-    def _shared_prefix_groups(self, unit: ImageGroup, place: int, encoded: Any) -> Iterator[PromptGroup]:
+    def _shared_prefix_groups(self, unit: ImageGroup, place: int, encoded: EncodedImages) -> Iterator[PromptGroup]:
         """Yields groups for rows with a common beginning: the beginning runs once per exit, then the rest of each
         row."""
         layers = sorted({layer for row in unit.rows for layer in self._todo.get(row, ())})

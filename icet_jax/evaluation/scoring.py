@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import SupportsFloat
 
 from icet_jax.data.records import Example
 from icet_jax.evaluation import vqa
@@ -138,6 +138,6 @@ def _family(family: str, kind: str, mixed: bool) -> str | None:
     return family
 
 
-def _number(value: Any) -> float | None:
+def _number(value: SupportsFloat) -> float | None:
     """Returns a float for JSON; NaN, which stands for a scorer's error, becomes None."""
     return float(value) if math.isfinite(value) else None

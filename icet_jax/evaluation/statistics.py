@@ -167,7 +167,7 @@ def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]
 
 
 def student_quantile(degrees: int) -> float:
-    """The two-sided 95% quantile of Student's t: 12.71 for 1 degree of freedom, 1.96 for many."""
+    """Returns the two-sided 95% quantile of Student's t: 12.71 for 1 degree of freedom, 1.96 for many."""
     return float(stdtrit(degrees, 0.975))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from icet_jax.generation.sampling import Sampling, is_eos, sample_tokens
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.protocols import Cache, LanguageModel
+from icet_jax.nn.protocols import Cache, LanguageModel, Visual
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
 
@@ -61,7 +61,7 @@ def generate(
     model: LanguageModel,
     tokens: Int[Array, "B P"],
     mask: Bool[Array, "B P"],
-    visual: Any,
+    visual: Visual | None,
     row_keys: Key[Array, "B"],
     sampling: Sampling,
     lora: Lora | None = None,
@@ -89,7 +89,7 @@ def prefill(
     model: LanguageModel,
     tokens: Int[Array, "B P"],
     mask: Bool[Array, "B P"],
-    visual: Any,
+    visual: Visual | None,
     lora: Lora | None = None,
     prefix: Cache | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:

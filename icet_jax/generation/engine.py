@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from icet_jax.generation.decode import DecodingState, advance_all, begin, prefill
 from icet_jax.generation.sampling import Sampling
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.protocols import Cache
+from icet_jax.nn.protocols import Cache, EncodedImages
 from icet_jax.parallel.sharding import (
     ROWS,
     fit,
@@ -68,7 +68,7 @@ class PromptGroup(NamedTuple):
 
     tags: Sequence[Any]
     prompts: Prompts
-    encoded: Any = None
+    encoded: EncodedImages = None
     prefix: Cache | None = None
 
 
@@ -247,7 +247,7 @@ def fill(
     slots: DecodingState,
     numbers: Int[Array, "R"],
     prompts: Prompts,
-    encoded: Any,
+    encoded: EncodedImages,
     prefix: Cache | None,
 ) -> DecodingState:
     """Runs R prompts, samples the first token of each and writes them into the slots `numbers`."""
@@ -291,7 +291,12 @@ def decode(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run_prefix(
-    graphdef: nnx.GraphDef, mesh: Mesh | None, params: nnx.State, lora: Lora | None, prompts: Prompts, encoded: Any
+    graphdef: nnx.GraphDef,
+    mesh: Mesh | None,
+    params: nnx.State,
+    lora: Lora | None,
+    prompts: Prompts,
+    encoded: EncodedImages,
 ) -> Cache:
     """Returns the cache of the common beginning of R prompts, with their images; `keys` and `limit` are not used."""
     if mesh is not None:
@@ -301,8 +306,8 @@ def run_prefix(
 
 
 def _start_rows(
-    graphdef: nnx.GraphDef, sampling: Sampling, params: nnx.State, lora: Lora | None, prompts: Prompts, encoded: Any,
-    prefix: Cache | None,
+    graphdef: nnx.GraphDef, sampling: Sampling, params: nnx.State, lora: Lora | None, prompts: Prompts,
+    encoded: EncodedImages, prefix: Cache | None,
 ) -> DecodingState:  # fmt: skip
     """Returns R rows with their first token."""
     model = nnx.merge(graphdef, params)

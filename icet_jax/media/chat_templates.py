@@ -82,7 +82,7 @@ def _check(template: str) -> None:
             raise UserError("the checkpoint's chat template holds a number that no chat needs; give a template")
 
 
-def _is_small(node: Any) -> bool:
+def _is_small(node: object) -> bool:
     value = getattr(node, "value", None)
     return isinstance(value, int | float) and abs(value) <= _MAX_FACTOR
 

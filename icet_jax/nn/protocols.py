@@ -18,6 +18,9 @@ from icet_jax.typing import Array, Bool, Float, Int, Key, Shaped
 Visual = Any
 """Opaque pytree of image features for the decoder; the first axis of every leaf is the batch."""
 
+EncodedImages = Any
+"""Opaque pytree in which an image encoder returns the states of images at every exit."""
+
 Cache = Any
 """Opaque pytree in which a decoder keeps the tokens that it has processed. It has the methods `with_room`, `trim` and
 `replace_rows` and the property `columns` of `nn.kv_cache.KVCache`; the first axis of every leaf is the batch."""
@@ -219,11 +222,11 @@ class VisionLanguageModel(LanguageModel, Protocol):
         """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt, by its key in `Lora.weights`."""
         ...
 
-    def encode(self, images: Images, upto: int | None = None) -> Any:
+    def encode(self, images: Images, upto: int | None = None) -> EncodedImages:
         """Runs the image encoder once and returns its states at every exit, or at every exit up to a static `upto`."""
         ...
 
-    def visual(self, encoded: Any, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None) -> Visual:
+    def visual(self, encoded: EncodedImages, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None) -> Visual:
         """Returns the image features for the decoder at the traced `exits`, one for all rows or one for each row.
 
         `rows` are the requested rows of the batch, in any order and with repeats; None requests each row once.
@@ -231,7 +234,7 @@ class VisionLanguageModel(LanguageModel, Protocol):
         ...
 
     def image_features(
-        self, encoded: Any, exits: Int[Array, "..."]
+        self, encoded: EncodedImages, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
         """Returns the features of each row's images at the traced `exits`, and which of the N the decoder can attend
         to."""

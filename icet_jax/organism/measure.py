@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.generation import Sampling, generate, suppress_ids
-from icet_jax.nn.protocols import Images
+from icet_jax.nn.protocols import EncodedImages, Images
 from icet_jax.organism import tokenizer, training, world
 from icet_jax.organism.families import shape_of
 from icet_jax.typing import Array
@@ -42,7 +42,7 @@ def responses(model: Any, rows: world.WorldRows, exits: tuple[int, ...]) -> dict
         return nnx.merge(graph, params).encode(images)
 
     @jax.jit
-    def answer(params: Any, encoded: Any, tokens: Array, mask: Array, exit_layer: Array) -> Array:
+    def answer(params: Any, encoded: EncodedImages, tokens: Array, mask: Array, exit_layer: Array) -> Array:
         model = nnx.merge(graph, params)
         return generate(model, tokens, mask, model.visual(encoded, exit_layer), keys, sampling).tokens
 

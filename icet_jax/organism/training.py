@@ -11,6 +11,7 @@ import optax
 
 from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
 from icet_jax.nn.layers import positions_from_mask
+from icet_jax.nn.protocols import Visual
 from icet_jax.organism import tokenizer
 from icet_jax.typing import Array, Float
 
@@ -55,7 +56,7 @@ def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, widt
     return TextRows(tokens, mask, response)
 
 
-def next_token_loss(model: Any, batch: TextRows, visual: Any) -> tuple[Float[Array, ""], dict[str, Array]]:
+def next_token_loss(model: Any, batch: TextRows, visual: Visual | None) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the mean cross-entropy in nats of the response tokens, and metrics; `visual` are the image features, or
     None."""
     mask = jnp.asarray(batch.mask)

@@ -297,7 +297,7 @@ def _public(value: Any) -> Any:
     return origin + colon + re.split(r"[/\\]", path)[-1] + question + shortened
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """Returns any value as one line of Markdown without markup."""
     return _MARKUP.sub(r"\\\1", html.escape(" ".join(visible(str(value)).split()), quote=False))
 

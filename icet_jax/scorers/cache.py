@@ -16,7 +16,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def _checked(value: Any, label: Any) -> tuple[float | None, str | None]:
     return None if value is None else float(value), label
 
 
-def _number(value: Any) -> float | None:
+def _number(value: SupportsFloat) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 

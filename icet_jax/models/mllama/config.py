@@ -91,7 +91,7 @@ def _vision(values: Any, where: str, shift: int) -> MllamaVisionConfig:
     )
 
 
-def _are_pairs(ratios: Any) -> bool:
+def _are_pairs(ratios: object) -> bool:
     if not isinstance(ratios, list | tuple) or not all(isinstance(ratio, list | tuple) for ratio in ratios):
         return False
     return bool(ratios) and all(

@@ -59,7 +59,7 @@ class MllamaVisionConfig:
 
     @property
     def output_dim(self) -> int:
-        """Returns the channels of a token: those of the last state and of every intermediate."""
+        """Returns the number of channels of a token: those of the last state and of every intermediate."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
 
