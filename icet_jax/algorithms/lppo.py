@@ -15,6 +15,8 @@ One iteration, step by step; pi is the policy, pi_ref the model before training,
                      L_policy = E[max(-K A, -clip(K, 1 - eps, 1 + eps) A)]
                      L_value  = E[(V - returns)^2]
                      L        = L_policy + c1 L_value
+                     with `config.lppo.anchor_coef` c (ours, off by default), for which step 7 runs pi_ref once more:
+                     L       += c E[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]
     11. metrics      means under TRL's names, read while the next iteration runs                   `finish`
 
 Tower and projector are frozen, rollouts are never stale, and the one change from Clip-PPO is l: numerator and
@@ -49,7 +51,7 @@ from icet_jax.algorithms import losses, rewards
 from icet_jax.algorithms.advantages import gae, whiten
 from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
 from icet_jax.algorithms.exits import schedule
-from icet_jax.algorithms.forward import Scored, score_responses, with_policy
+from icet_jax.algorithms.forward import Anchor, Scored, response_hidden, score_responses, with_policy
 from icet_jax.algorithms.metrics import host_metrics, policy_metrics, rollout_metrics, step_metrics
 from icet_jax.algorithms.phases import (
     Rollout,
@@ -95,6 +97,7 @@ class TrainBatch(NamedTuple):
     old_values: Array
     advantages: Array
     returns: Array
+    anchor_hidden: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +153,8 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
         return state._replace(controls=controls), batch, metrics
 
     def sample(*arrays: Any) -> Rollout:
-        return placed_results(sample_responses(graphdef, settings, *arrays), mesh)
+        sampled = sample_responses(graphdef, settings, *arrays, anchored=settings.anchor_coef > 0)
+        return placed_results(sampled, mesh)
 
     def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
         return _update(graphdef, settings, mesh, *arrays)
@@ -178,8 +182,15 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
     return Phases(rollout=rollout, prepare=prepare, prepare_arrays=prepare_arrays, update=update, lowered=lowered)
 
 
-def _score_slice(graphdef: Any, settings: Settings, params: Any, trainable: Any, rows: Rollout) -> tuple[Scored, Array]:
-    """The policy's and the reference's view of some rows: (old log-probs, entropy, values), reference log-probs."""
+def _score_slice(
+    graphdef: Any, settings: Settings, params: Any, trainable: Any, rows: Rollout
+) -> tuple[Scored, Array, Array | None]:  # fmt: skip
+    """The policy's and the reference's view of some rows.
+
+    Returns:
+      (old log-probs, entropy, values), reference log-probs, and with an anchor the reference's states at the default
+      exit.
+    """
     sampling = settings.sampling
     shared: dict[str, Any] = dict(
         temperature=sampling.temperature, suppress_ids=sampling.suppress_ids, chunk=settings.log_prob_chunk
@@ -187,8 +198,12 @@ def _score_slice(graphdef: Any, settings: Settings, params: Any, trainable: Any,
     inputs = (rows.prompts, rows.prompt_mask, rows.tokens, rows.mask, rows.visual)
     policy, lora = with_policy(params, trainable, settings.lora_scale)
     old = score_responses(nnx.merge(graphdef, policy), lora, trainable["value_head"], *inputs, **shared)
-    reference = score_responses(nnx.merge(graphdef, params), None, None, *inputs, **shared)
-    return old, reference.log_probs
+    frozen = nnx.merge(graphdef, params)
+    reference = score_responses(frozen, None, None, *inputs, **shared)
+    anchor_hidden = None
+    if settings.anchor_coef:
+        anchor_hidden = response_hidden(frozen, None, *inputs[:-1], rows.anchor_visual)
+    return old, reference.log_probs, anchor_hidden
 
 
 def _prepare(
@@ -208,7 +223,7 @@ def _prepare(
     # In as many slices as an update has, so that this phase holds no more activations than that one.
     slices = row_slices(rollout, settings.minibatches * settings.accumulation)
     score = functools.partial(_score_slice, graphdef, settings, params, trainable)
-    old, ref_log_probs = joined_slices(jax.lax.map(score, slices))
+    old, ref_log_probs, anchor_hidden = joined_slices(jax.lax.map(score, slices))
 
     # 8. R_t = -eta KL_t + [t is the last token] r(x, y), with r normalised, clipped and less the missing-EOS penalty.
     has_eos = _ends_with_eos(settings, rollout.tokens, mask) & scored
@@ -242,6 +257,7 @@ def _prepare(
         old_values=old.values,
         advantages=whiten(advantages, mask, rows=rewarded) if settings.whiten_advantages else advantages,
         returns=returns,
+        anchor_hidden=anchor_hidden,
     )
     num_exits, default_exit = _exits_of(graphdef, params)
     metrics = rollout_metrics(
@@ -292,6 +308,7 @@ def lppo_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """L = L_policy + c1 * L_value - entropy_coef * entropy (paper), token means over `rows`, and TRL's statistics."""
     policy, lora = with_policy(params, trainable, settings.lora_scale)
+    anchor = Anchor(nnx.merge(graphdef, params), rows.anchor_hidden) if settings.anchor_coef else None
     new = score_responses(
         nnx.merge(graphdef, policy),
         lora,
@@ -305,6 +322,7 @@ def lppo_loss(
         suppress_ids=settings.sampling.suppress_ids,
         chunk=settings.log_prob_chunk,
         value_stop_gradient=settings.value_stop_gradient,
+        anchor=anchor,
     )
     clips: dict[str, Any] = dict(clip_range=settings.clip_range, dual_clip=settings.dual_clip or None)
     policy_term, stats = losses.policy_loss(new.log_probs, rows.old_log_probs, rows.advantages, rows.mask, **clips)
@@ -315,12 +333,13 @@ def lppo_loss(
     loss = policy_term + settings.value_coef * value_term
     if settings.entropy_coef:
         loss = loss - settings.entropy_coef * entropy
-    return loss, stats | {
-        "policy": policy_term,
-        "value": value_term,
-        "entropy": entropy,
-        "value_clipfrac": value_stats["clipfrac"],
-    }
+    stats |= {
+        "policy": policy_term, "value": value_term, "entropy": entropy, "value_clipfrac": value_stats["clipfrac"]
+    }  # fmt: skip
+    if new.anchor_kl is not None:
+        stats["anchor"] = losses.masked_mean(new.anchor_kl, rows.mask)
+        loss = loss + settings.anchor_coef * stats["anchor"]
+    return loss, stats
 
 
 def _update(
@@ -394,7 +413,8 @@ class Lppo(Algorithm):
 
         # 11. What is known of it, when it is over.
         by_kind = scores_by_kind(batch.examples, scores, rewarded & mask.any(axis=1), exits)
-        done = self._counter.done(prompt_mask.sum(axis=1), mask.sum(axis=1), images_per_row(batch), passes=2)
+        passes = 2 + (self.settings.anchor_coef > 0)
+        done = self._counter.done(prompt_mask.sum(axis=1), mask.sum(axis=1), images_per_row(batch), passes=passes)
 
         @during("update")
         def read() -> Row:
@@ -441,9 +461,10 @@ class Lppo(Algorithm):
         """See `Algorithm`."""
         batch = run.config.data.batch_size
         policy, adapters = run.forward_flops()
+        passes = 2 + (run.settings.anchor_coef > 0)
         return {
             "rollout": run.rollout_work(),
-            "prepare": PhaseWork(batch * (2 * policy + adapters), 2 * run.slices),
+            "prepare": PhaseWork(batch * (passes * policy + adapters), passes * run.slices),
             "update": run.update_work(),
         }
 

@@ -110,7 +110,7 @@ def policy_metrics(outcome: Outcome) -> dict[str, Any]:
         "val/ratio_var": stats["ratio_var"],
         "val/ratio_max": stats["ratio_max"],
         "val/clipfrac_avg": stats["value_clipfrac"],
-    }
+    } | ({"loss/anchor_avg": stats["anchor"]} if "anchor" in stats else {})
 
 
 def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettings) -> dict[str, Any]:

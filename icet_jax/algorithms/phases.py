@@ -39,6 +39,7 @@ class Rollout(NamedTuple):
       tokens: int32 [B, A].
       log_probs: float32 [B, A], as the sampler saw them.
       mask: bool [B, A], up to and including EOS; all false for filler rows.
+      anchor_visual: what the decoder takes at the default exit; None where nothing is anchored to it.
     """
 
     prompts: Array
@@ -48,6 +49,7 @@ class Rollout(NamedTuple):
     tokens: Array
     log_probs: Array
     mask: Array
+    anchor_visual: Any = None
 
 
 def draw_exits(
@@ -73,16 +75,23 @@ def shuffle_key(run_key: Key[Array, ""], iteration: Int[Array, ""]) -> Key[Array
 
 def encode_visual(model: Any, images: Images | None, exits: Int[Array, " B"]) -> Any:
     """The tower once, then each row's exit through the projector; constants for everything that follows."""
+    return _visuals(model, images, exits)[0]
+
+
+def _visuals(model: Any, images: Images | None, *exits: Int[Array, " B"]) -> list[Any]:
+    """What the decoder takes at each of several exits; the tower runs once."""
     if images is None:
-        return None
-    return jax.lax.stop_gradient(model.visual(model.encode(images), exits))
+        return [None] * len(exits)
+    encoded = model.encode(images)
+    return [jax.lax.stop_gradient(model.visual(encoded, chosen)) for chosen in exits]
 
 
 def sample_responses(
     graphdef: Any, settings: Settings, params: Any, state: TrainState, images: Images | None, tokens: Int[Array, "B P"],
-    mask: Bool[Array, "B P"], exits: Int[Array, " B"], run_key: Key[Array, ""],
+    mask: Bool[Array, "B P"], exits: Int[Array, " B"], run_key: Key[Array, ""], *, anchored: bool = False,
+    by_reference: bool = False,
 ) -> Rollout:  # fmt: skip
-    """Encode, pick the exits, sample from the policy.
+    """Encodes, picks the exits and samples responses.
 
     Args:
       graphdef: structure of the network.
@@ -93,13 +102,17 @@ def sample_responses(
       tokens, mask: left-padded prompts; a filler row has an all-false mask.
       exits: of each row.
       run_key: row keys depend on (run key, iteration, row) alone.
+      anchored: whether the default exit's `anchor_visual` is kept too.
+      by_reference: whether the answers are those of the frozen model at its default exit; needs `anchored`.
     """
-    policy, lora = with_policy(params, state.trainable, settings.lora_scale)
+    policy, lora = (params, None) if by_reference else with_policy(params, state.trainable, settings.lora_scale)
     model = nnx.merge(graphdef, policy)
-    visual = encode_visual(model, images, exits)
+    drawn = (exits, jnp.full_like(exits, model.default_exit)) if anchored else (exits,)
+    visual, anchor_visual = [*_visuals(model, images, *drawn), None][:2]
     iteration_key = jax.random.fold_in(run_key, state.iteration)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(iteration_key, jnp.arange(tokens.shape[0]))
-    out = generate(model, tokens, mask, visual, row_keys, settings.sampling, lora)
+    seen = anchor_visual if by_reference else visual
+    out = generate(model, tokens, mask, seen, row_keys, settings.sampling, lora)
     return Rollout(
         prompts=tokens,
         prompt_mask=mask,
@@ -108,6 +121,7 @@ def sample_responses(
         tokens=out.tokens,
         log_probs=out.log_probs,
         mask=out.mask,
+        anchor_visual=anchor_visual,
     )
 
 

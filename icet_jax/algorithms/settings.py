@@ -47,6 +47,7 @@ class Settings:
     max_kl: float
     log_prob_chunk: int
     entropy_coef: float
+    anchor_coef: float
     normalise: bool
     clip: float
     missing_eos_penalty: float

@@ -223,6 +223,9 @@ LPPO = Section(
         "log_prob_chunk": Field(16, "Response positions whose logits are in memory at once.", POSITIVE,
             unit="positions", origin="ours, for memory"),
         "entropy_coef": Field(0.0, "Coefficient of the entropy bonus. 0 = off.", NOT_NEGATIVE),
+        "anchor_coef": Field(0.0, "Coefficient of the anchor: KL(reference at the default exit || policy at the drawn "
+            "exit), per token of the rollout, over the whole vocabulary. It needs a default exit that is safe. 0 = "
+            "off, which is the paper.", NOT_NEGATIVE, unit="per nat", origin="ours"),
     }
 )
 LSFT = Section(
@@ -231,6 +234,16 @@ LSFT = Section(
             "budget is the same.", NOT_NEGATIVE, unit="batches", origin="ours"),
         "refusal": Field("I'm sorry, but I can't help with that.", "What forbidden rows learn to answer. Other rows "
             "learn their own answer.", Rule(lambda text: bool(text.strip()), "a sentence")),
+        "exits": Field("per_example", "As lppo.exits.", one_of(names.EXIT_SCHEDULES)),
+    }
+)
+LDISTILL = Section(
+    {
+        "iterations": Field(94, "Batches of the run. Epochs, mini-batches, temperature and max_new_tokens are lppo's, "
+            "so that the budget is the same.", NOT_NEGATIVE, unit="batches", origin="ours"),
+        "on": Field("policy", 'Whose answers the distributions are compared on. "policy": its own at the drawn exit. '
+            '"default": those of the model before training at its default exit.', one_of(names.DISTILLED_ON),
+            origin="ours"),
         "exits": Field("per_example", "As lppo.exits.", one_of(names.EXIT_SCHEDULES)),
     }
 )
@@ -300,8 +313,9 @@ CHECKPOINT = Section(
 )
 
 CONFIG: Tree = {
-    "algorithm": Field("lppo", '"lppo": L-PPO. "lsft": supervised refusals at sampled exits, the ablation.',
-        one_of(tuple(names.ALGORITHMS)), origin="paper (lsft: ours)"),
+    "algorithm": Field("lppo", '"lppo": L-PPO. "lsft": supervised refusals at sampled exits, the ablation. '
+        '"ldistill": every exit learns the default exit\'s distribution, without a reward.',
+        one_of(tuple(names.ALGORITHMS)), origin="paper (lsft, ldistill: ours)"),
     "seed": Field(0, "Drives exits, sampling, the order of the data and the first values of adapters.", _SEED),
     "seeds": Field((), "Several seeds: one run each under WORKDIR/seed_K, and one report over all of them.",
         _SEEDS),
@@ -315,6 +329,7 @@ CONFIG: Tree = {
     "rm": RM,
     "lppo": LPPO,
     "lsft": LSFT,
+    "ldistill": LDISTILL,
     "optimizer": OPTIMIZER,
     "sweep": SWEEP,
     "export": EXPORT,

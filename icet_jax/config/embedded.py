@@ -35,6 +35,8 @@ def organism() -> ConfigDict:
     config.lsft.refusal = "sorry i cannot help with that"
     config.lsft.iterations = 40
     config.lsft.exits = "stratified"
+    config.ldistill.iterations = 40
+    config.ldistill.exits = "stratified"
     config.optimizer.learning_rate = 5e-4
     config.optimizer.schedule = "cosine"
     config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign:1024"}

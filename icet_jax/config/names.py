@@ -5,6 +5,7 @@ A wrong name is therefore reported before jax is imported. What a name stands fo
 
 from typing import NamedTuple
 
+DISTILLED_ON = ("policy", "default")
 DTYPES = ("float32", "bfloat16")
 EXIT_SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
 KINDS = ("forbidden", "benign", "vqa")
@@ -75,6 +76,11 @@ ALGORITHMS = {
     ),
     "lsft": AlgorithmName(
         title="L-SFT", about="supervised refusals at sampled exits", module="icet_jax.algorithms.lsft"
+    ),
+    "ldistill": AlgorithmName(
+        title="L-Distill",
+        about="the default exit's distribution of the model before training, learnt at sampled exits",
+        module="icet_jax.algorithms.ldistill",
     ),
 }
 """`config.algorithm` -> what can be said of it without jax; its settings are the section of the same name."""

@@ -1,7 +1,8 @@
 """The distribution of the next token, which rollout, old policy, reference and update share, and sampling from it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 
 from icet_jax.errors import UserError
 from icet_jax.nn.protocols import VisionLanguageModel
-from icet_jax.typing import Array, Bool, Float, Int, Key
+from icet_jax.typing import Array, Bool, Float, Int, Key, Shaped
 
 
 @dataclass(frozen=True)
@@ -150,28 +151,69 @@ def token_log_probs(
     Returns:
       (log_probs, entropy), float32.
     """
-    batch, length = targets.shape
-    chunk = min(chunk, length)
-    count = -(-length // chunk)
-    padding = count * chunk - length
-
     head = model.head_for(hidden)
 
-    @jax.checkpoint
     def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
         states, tokens = block
         logits = process_logits(model.logits(states, head), temperature, suppress_ids)
         log_probs = jax.nn.log_softmax(logits, axis=-1)
         return _select(log_probs, tokens), -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
 
-    states = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, count, chunk, -1).swapaxes(0, 1)
-    tokens = jnp.pad(targets, ((0, 0), (0, padding))).reshape(batch, count, chunk).swapaxes(0, 1)
-    log_probs, entropy = jax.lax.map(score, (states, tokens))
+    return _in_chunks(score, (hidden, targets), chunk)
+
+
+def distribution_kl(
+    model: VisionLanguageModel,
+    hidden: Float[Array, "B A E"],
+    reference: VisionLanguageModel,
+    reference_hidden: Float[Array, "B A E"],
+    *,
+    temperature: float,
+    suppress_ids: Sequence[int],
+    chunk: int,
+) -> Float[Array, "B A"]:
+    """KL(reference || model) of the next token at every position, in nats: exact, over the whole vocabulary.
+
+    As in `token_log_probs` the heads run on `chunk` positions at a time: two blocks of logits exist at once, and
+    nothing of shape [B, A, V].
+
+    Args:
+      model: the network; only its head is used.
+      hidden: its final states at the positions whose logits predict a token.
+      reference: the network whose distribution is the target; only its head is used.
+      reference_hidden: its final states at the same positions; constants.
+      temperature, suppress_ids, chunk: see `token_log_probs`.
+
+    Returns:
+      float32, 0 or more up to rounding.
+    """
+    head, reference_head = model.head_for(hidden), reference.head_for(reference_hidden)
+
+    def diverge(block: tuple[Array, Array]) -> Array:
+        own, target = (
+            jax.nn.log_softmax(process_logits(logits, temperature, suppress_ids), axis=-1)
+            for logits in (model.logits(block[0], head), reference.logits(block[1], reference_head))
+        )
+        target = jax.lax.stop_gradient(target)
+        return jnp.sum(jnp.exp(target) * (target - own), axis=-1)
+
+    return _in_chunks(diverge, (hidden, reference_hidden), chunk)
+
+
+def _in_chunks(function: Callable[[Any], Any], arrays: tuple[Array, ...], chunk: int) -> Any:
+    """`function` on `chunk` of the positions [B, A, ...] at a time, recomputed in the backward pass; results [B, A]."""
+    batch, length = arrays[0].shape[:2]
+    chunk = min(chunk, length)
+    count = -(-length // chunk)
+
+    def split(x: Shaped[Array, "B A ..."]) -> Shaped[Array, "C B chunk ..."]:
+        padding = ((0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2))
+        return jnp.pad(x, padding).reshape(batch, count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     def join(x: Float[Array, "C B chunk"]) -> Float[Array, "B A"]:
         return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
-    return join(log_probs), join(entropy)
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(function), jax.tree.map(split, arrays)))
 
 
 def is_eos(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:

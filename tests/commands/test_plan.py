@@ -248,3 +248,17 @@ def test_an_algorithm_that_samples_nothing_is_planned_by_its_own_phases():
     lppo = AbstractRun(load(ORGANISM, SMALL), abstract.mesh)
     assert lppo.algorithm.work(lppo)["update"].flops < update.work.flops  # L-SFT's encodes the images too
     assert "value_head" not in abstract.state.trainable
+
+
+@pytest.mark.parametrize(
+    ("flags", "phases"),
+    [
+        (["--config.algorithm=lsft"], ["update"]),
+        (["--config.algorithm=ldistill"], ["rollout", "update"]),
+        (["--config.lppo.anchor_coef=0.5"], ["rollout", "prepare", "update"]),
+    ],
+    ids=["lsft", "ldistill", "anchor"],
+)
+def test_every_algorithm_is_planned(flags, phases, capsys):
+    code, rows, _ = planned(LLAVA, "--topology=h100:8", *flags, capsys=capsys)
+    assert code == 0 and list(rows)[3 : 3 + len(phases)] == phases

@@ -1,0 +1,266 @@
+"""L-Distill: every exit learns what the model before training says at its default exit (ours; no reward, no critic).
+
+One iteration, step by step; pi is the policy, pi_ref the model before training, P the projector:
+
+    1. batch        prompts x with images, B rows                                              `training.loop`
+    2. exits        l ~ the schedule of `config.ldistill.exits`, one per row                   `begin`
+    3. encode       e_1 .. e_N = E(image): the tower once, for all exits                       `sample_responses`
+    4. visual       P(e_l) at the row's exit, and P(e_default) at the default exit
+    5. answers      `config.ldistill.on` = policy:   y ~ pi(. | P(e_l), x)
+                                           default:  y ~ pi_ref(. | P(e_default), x)
+    6. target       pi_ref(. | P(e_default), x, y_<t) at every token of the answer             `_update`
+    7. update       K epochs of mini-batches:                                                  `ldistill_loss`
+                    L = E_t[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]
+    8. metrics      read while the next iteration runs                                         `finish`
+
+The KL is exact, over the whole vocabulary: kept are the reference's last hidden states [B, A, E], and the logits of
+both sides exist for `config.lppo.log_prob_chunk` positions at a time. It is the term that `config.lppo.anchor_coef`
+adds to L-PPO. The default exit has to be safe: what it says is what every exit learns. Epochs, mini-batches,
+accumulation, temperature and optimizer are those of L-PPO.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
+from icet_jax.algorithms.forward import Anchor, response_hidden, score_responses, with_policy
+from icet_jax.algorithms.losses import masked_mean
+from icet_jax.algorithms.metrics import host_metrics, step_metrics
+from icet_jax.algorithms.phases import (
+    Rollout,
+    abstract_results,
+    check_divides,
+    cut_columns,
+    placed_results,
+    program_name,
+    response_columns,
+    response_widths,
+    run_epochs,
+    sample_responses,
+)
+from icet_jax.algorithms.reward_by_kind import not_refused
+from icet_jax.algorithms.settings import Settings
+from icet_jax.algorithms.state import TrainState
+from icet_jax.algorithms.utilisation import speeds
+from icet_jax.errors import during
+from icet_jax.parallel.distributed import fetch
+from icet_jax.parallel.programs import Program
+from icet_jax.parallel.sharding import joined_slices, row_slices
+from icet_jax.typing import Array, Float
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from icet_jax.algorithms.reward_by_kind import RewardByKind
+    from icet_jax.evaluation.batching import PromptBatch
+    from icet_jax.planning.ahead import AbstractRun
+    from icet_jax.vlm import VLM
+
+
+class DistillBatch(NamedTuple):
+    """Answers and what the default exit makes of them; every leaf is row-aligned.
+
+    Attributes:
+      prompts, prompt_mask: [B, P], left-padded.
+      visual: what the decoder takes at each row's exit.
+      responses: int32 [B, A].
+      mask: bool [B, A], a prefix of each row.
+      anchor_hidden: [B, A, E], the reference's last states at the default exit.
+    """
+
+    prompts: Array
+    prompt_mask: Array
+    visual: Any
+    responses: Array
+    mask: Array
+    anchor_hidden: Array
+
+
+class Phases(NamedTuple):
+    """The compiled phases: `rollout` takes what `lppo.Phases.rollout` takes.
+
+    `update` takes (params, state, rollout, run_key) and `columns`, the response columns that are learnt from (None:
+    all; the rest must be padding); it donates the state.
+    """
+
+    rollout: Program
+    update: Program
+
+
+def build(graphdef: Any, settings: Settings, on: str, mesh: jax.sharding.Mesh | None = None) -> Phases:
+    """The phases for one model structure; nothing is compiled before the first call.
+
+    Args:
+      graphdef: structure of the network.
+      settings: what they are compiled for.
+      on: `config.ldistill.on`.
+      mesh: an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
+    """
+
+    def sample(*arrays: Any) -> Rollout:
+        by_reference = on == "default"
+        return placed_results(
+            sample_responses(graphdef, settings, *arrays, anchored=True, by_reference=by_reference), mesh
+        )
+
+    def learn(*arrays: Any, columns: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        return _update(graphdef, settings, mesh, *arrays, columns=columns)
+
+    about = (graphdef, settings, on, mesh)
+    return Phases(Program(sample, about=about), Program(learn, about=about, donate=1, static="columns"))
+
+
+def ldistill_loss(
+    graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: DistillBatch
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """7. Mean KL(pi_ref at the default exit || pi at the row's exit) per token, nats."""
+    policy, lora = with_policy(params, trainable, settings.lora_scale)
+    scored = score_responses(
+        nnx.merge(graphdef, policy),
+        lora,
+        None,
+        rows.prompts,
+        rows.prompt_mask,
+        rows.responses,
+        rows.mask,
+        rows.visual,
+        temperature=settings.sampling.temperature,
+        suppress_ids=settings.sampling.suppress_ids,
+        chunk=settings.log_prob_chunk,
+        anchor=Anchor(nnx.merge(graphdef, params), rows.anchor_hidden),
+    )
+    assert scored.anchor_kl is not None
+    loss = masked_mean(scored.anchor_kl, rows.mask)
+    return loss, {"entropy": masked_mean(scored.entropy, rows.mask)}
+
+
+def _update(
+    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, params: Any, state: TrainState,
+    rollout: Rollout, run_key: Array, *, columns: int | None = None,
+) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+    """6 and 7: the default exit's view of the answers, then the same scan of updates as L-PPO's."""
+    rollout = cut_columns(rollout, columns)
+    check_divides(settings, rollout.mask.shape[0])
+
+    # 6. The reference's states at the default exit, in as many slices as an update has.
+    slices = row_slices(rollout, settings.minibatches * settings.accumulation)
+    anchor_hidden = joined_slices(jax.lax.map(functools.partial(_target_slice, graphdef, params), slices))
+    batch = DistillBatch(
+        prompts=rollout.prompts,
+        prompt_mask=rollout.prompt_mask,
+        visual=rollout.visual,
+        responses=rollout.tokens,
+        mask=rollout.mask,
+        anchor_hidden=anchor_hidden,
+    )
+
+    # 7. K epochs of mini-batches.
+    new_state, outcome = run_epochs(
+        lambda trainable, rows: ldistill_loss(graphdef, settings, params, trainable, rows),
+        settings,
+        mesh,
+        state,
+        batch,
+        run_key,
+    )
+    metrics = {"policy/entropy_avg": outcome.stats["entropy"], "loss/anchor_avg": outcome.stats["loss"]}
+    return new_state, metrics | step_metrics(state, outcome, settings.optimizer)
+
+
+def _target_slice(graphdef: Any, params: Any, rows: Rollout) -> Float[Array, "B A E"]:
+    frozen = nnx.merge(graphdef, params)
+    return response_hidden(frozen, None, rows.prompts, rows.prompt_mask, rows.tokens, rows.mask, rows.anchor_visual)
+
+
+class Ldistill(Algorithm):
+    """The recipe on the host; see the module for its steps."""
+
+    def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
+        """See `Algorithm`."""
+        super().__init__(config, vlm, reward)
+        self._on = config.ldistill.on
+        self._phases = build(vlm.graphdef, self.settings, self._on, vlm.mesh)
+
+    def lowered(self, state: TrainState, batch: "PromptBatch") -> Iterator[tuple[str, Any]]:
+        """See `Algorithm`."""
+        params, key, mesh = self._vlm.params, self._run_key, self._vlm.mesh
+        exits = self._exits.eval_shape(key, state.iteration, state.controls.exits)
+        arguments = (params, state, batch.images, batch.tokens, batch.mask, exits, key)
+        rollout = abstract_results(self._phases.rollout.eval_shape(*arguments), mesh)
+        for columns in response_widths(batch.tokens.shape[1], self.settings.sampling.max_new_tokens):
+            yield (
+                program_name("update", columns),
+                self._phases.update.lower(params, state, rollout, key, columns=columns),
+            )
+        yield "rollout", self._phases.rollout.lower(*arguments)
+
+    def begin(self, state: TrainState, batch: "PromptBatch") -> Rollout:
+        """Steps 2 to 5, which need nothing from the host; waits for nothing."""
+        self._watch.start()
+        with during("rollout"):
+            exits = self._exits(self._run_key, state.iteration, state.controls.exits)
+            return self._phases.rollout(
+                self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
+            )
+
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, Read]:
+        """Steps 6 to 8; donates `state`, and waits for no update."""
+        with during("rollout"):  # what fails on a device is told where its results are asked for
+            tokens, mask, prompt_mask = fetch((begun.tokens, begun.mask, batch.mask))
+        seconds = {"rollout": self._watch.lap()}
+        columns = response_columns(prompt_mask.shape[1], mask.shape[1], int(mask.sum(axis=1).max()))
+        with during("update"):
+            state, metrics = self._phases.update(self._vlm.params, state, begun, self._run_key, columns=columns)
+        of_policy = self._on == "policy"
+        failures = not_refused(batch.examples, self._vlm.processor.decode(tokens, mask)) if of_policy else np.zeros(0)
+        answers = mask.sum(axis=1)
+        done = self._counter.done(prompt_mask.sum(axis=1), answers, images_per_row(batch), passes=1)
+
+        @during("update")
+        def read() -> Row:
+            row = host_metrics(metrics) | {"val/response_length": float(np.mean(answers[answers > 0]))}
+            if np.isfinite(failures).any():
+                row["objective/asr_refusal_keywords"] = float(np.nanmean(failures, dtype=np.float64))
+            return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+
+        return state, read
+
+    @classmethod
+    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+        """See `Algorithm`."""
+        vlm, settings, state = run.vlm, run.settings, run.state
+        batch = run.config.data.batch_size
+        check_divides(settings, batch)
+        phases: Any = build(vlm.graphdef, settings, run.config.ldistill.on, run.devices)
+        images, (tokens, mask) = run.images(batch), run.prompts(batch)
+        reference = () if settings.lora_scale is not None else run.weights(policy=True)
+        arguments = (vlm.params, state, images, tokens, mask, run.exits(batch), run.key)
+        rollout = PlannedPhase(
+            "rollout", (images, tokens, mask), run.cache(batch, settings.sampling.max_new_tokens),
+            lambda: phases.rollout.jitted.lower(*arguments), [reference, state.opt_state],
+        )  # fmt: skip
+        yield rollout
+        sampled = run.outputs(rollout, compiled, batch, phases.rollout, *arguments)
+        yield PlannedPhase(
+            "update", sampled, None, lambda: phases.update.jitted.lower(vlm.params, state, sampled, run.key),
+            run.weights(policy=False),
+        )  # fmt: skip
+
+    @classmethod
+    def work(cls, run: "AbstractRun") -> Mapping[str, PhaseWork]:
+        """See `Algorithm`."""
+        policy, _ = run.forward_flops()
+        update = run.update_work()
+        target = run.config.data.batch_size * policy
+        return {
+            "rollout": run.rollout_work(),
+            "update": PhaseWork(target + update.flops, run.slices + update.reads),
+        }
+
+
+ALGORITHM = Ldistill
