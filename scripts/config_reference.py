@@ -91,9 +91,10 @@ def _scorers() -> str:
         "| kind | fields of its own | fields of its network |\n| --- | --- | --- |\n"
     )
     rows = []
-    for kind, own in names.SCORER_FIELDS.items():
-        network = {} if kind in names.WITHOUT_NETWORK else names.NETWORK_FIELDS
-        cells = (", ".join(f"`{name}` ({TYPE_NAMES[of]})" for name, of in fields.items()) for fields in (own, network))
+    for kind, scorer in names.SCORERS.items():
+        network = names.NETWORK_FIELDS if scorer.architectures else {}
+        tables = scorer.fields, network
+        cells = (", ".join(f"`{name}` ({TYPE_NAMES[of]})" for name, of in fields.items()) for fields in tables)
         rows.append("| " + " | ".join([f"`{kind}`", *(cell or "none" for cell in cells)]) + " |")
     return head + "\n".join(rows) + "\n"
 

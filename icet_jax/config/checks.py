@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import FIELDS, OPEN_FIELDS
 from icet_jax.config.fields import TYPE_NAMES, Field, Rule, Table
-from icet_jax.config.names import DTYPES, NETWORK_FIELDS, SCORER_FIELDS, WITHOUT_NETWORK
+from icet_jax.config.names import DTYPES, SCORERS
 from icet_jax.errors import UserError
 
 _TOO_LARGE = 2**31  # sizes and counts are int32 on the devices
@@ -95,9 +95,9 @@ def check_names(where: str, value: Any) -> None:
 
 def scorer_fields(kind: str) -> dict[str, type]:
     """Returns the fields of a scorer's definition and their types; none for an unknown kind."""
-    if kind not in SCORER_FIELDS:
+    if kind not in SCORERS:
         return {}
-    return {"kind": str, **SCORER_FIELDS[kind], **({} if kind in WITHOUT_NETWORK else NETWORK_FIELDS)}
+    return {"kind": str, **SCORERS[kind].all_fields}
 
 
 def _check_scorers(scorers: Mapping[str, Any]) -> None:
@@ -109,10 +109,8 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
                 f"{where}: the Perspective API ended on 2026-12-31; use kind: toxicity (Detoxify-type checkpoint) or "
                 "kind: chat"
             )
-        if not isinstance(definition, Mapping) or definition.get("kind") not in SCORER_FIELDS:
-            raise UserError(
-                f"{where} is {definition!r}, but must be {{'kind': one of {', '.join(SCORER_FIELDS)}, ...}}"
-            )
+        if not isinstance(definition, Mapping) or definition.get("kind") not in SCORERS:
+            raise UserError(f"{where} is {definition!r}, but must be {{'kind': one of {', '.join(SCORERS)}, ...}}")
         kind = definition["kind"]
         allowed = scorer_fields(kind)
         for field, value in definition.items():

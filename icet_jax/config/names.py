@@ -21,34 +21,70 @@ EXIT_RULES = ("E1", "E2", "E5")  # what feeds the projector at exit l of Llama 3
 CAPTURES = ("input", "output")  # which states Llama 3.2 Vision's captured intermediates are
 EXPORT_FORMS = ("full", "adapter", "both")
 BEST_IS = ("highest", "lowest")
-SCORER_FIELDS: dict[str, dict[str, type]] = {
-    "refusal_keywords": {},
-    "llama_guard": {"template": str, "max_new_tokens": int},
-    "decoder_judge": {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
-    "reward_model": {"template": str},
-    "toxicity": {"heads": tuple},
-    "chat": {
-        "endpoint": str,  # URL in front of /chat/completions
-        "model": str,  # its name there
-        "template": str,
-        "unsafe": str,
-        "safe": str,
-        "max_new_tokens": int,
-        "timeout": float,  # s for one request, from the connection to the last byte
-        "retries": int,
-        "requests_per_second": float,  # of all processes together
-        "key_variable": str,  # environment variable that holds the key; unset: no key is sent
-    },
-    "ensemble": {"members": dict},
-}
-"""Kinds of scorers and their own fields. Those with a checkpoint also take `NETWORK_FIELDS`."""
 NETWORK_FIELDS: dict[str, type] = {
     "checkpoint": str,  # HF directory or hub id
     "revision": str,  # of a hub id
     "dtype": str,  # of the computation
     "batch_size": int,  # rows judged at once
 }
-WITHOUT_NETWORK = ("refusal_keywords", "chat", "ensemble")
+"""Fields of every scorer that is a checkpoint, beside its own."""
+
+
+class ScorerName(NamedTuple):
+    """One kind of scorer: a file of `icet_jax.scorers` and a line of `SCORERS`.
+
+    Attributes:
+      module: whose `make_scorer` makes it.
+      fields: its own fields.
+      architectures: HF classes that its checkpoint may be; empty where it has no checkpoint.
+    """
+
+    module: str
+    fields: dict[str, type]
+    architectures: tuple[str, ...] = ()
+
+    @property
+    def all_fields(self) -> dict[str, type]:
+        """Its own fields, and those of a checkpoint where it has one."""
+        return {**self.fields, **(NETWORK_FIELDS if self.architectures else {})}
+
+
+_CHAT_FIELDS: dict[str, type] = {
+    "endpoint": str,  # URL in front of /chat/completions
+    "model": str,  # its name there
+    "template": str,
+    "unsafe": str,
+    "safe": str,
+    "max_new_tokens": int,
+    "timeout": float,  # s for one request, from the connection to the last byte
+    "retries": int,
+    "requests_per_second": float,  # of all processes together
+    "key_variable": str,  # environment variable that holds the key; unset: no key is sent
+}
+SCORERS = {
+    "refusal_keywords": ScorerName("icet_jax.scorers.keywords", {}),
+    "llama_guard": ScorerName(
+        "icet_jax.scorers.decoder_judge", {"template": str, "max_new_tokens": int}, ("LlamaForCausalLM",)
+    ),
+    "decoder_judge": ScorerName(
+        "icet_jax.scorers.decoder_judge",
+        {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
+        ("LlamaForCausalLM",),
+    ),
+    "reward_model": ScorerName(
+        "icet_jax.scorers.reward_model",
+        {"template": str},
+        ("GPT2ForSequenceClassification", "DebertaV2ForSequenceClassification", "LlamaForSequenceClassification"),
+    ),
+    "toxicity": ScorerName(
+        "icet_jax.scorers.toxicity",
+        {"heads": tuple},
+        ("BertForSequenceClassification", "RobertaForSequenceClassification"),
+    ),
+    "chat": ScorerName("icet_jax.scorers.chat", _CHAT_FIELDS),
+    "ensemble": ScorerName("icet_jax.scorers.ensemble", {"members": dict}),
+}
+"""`kind` of an entry of `config.scorers` -> what makes it."""
 
 
 class AlgorithmName(NamedTuple):

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from icet_jax.errors import UserError
-from icet_jax.scorers.chat import Chat
-from icet_jax.scorers.load import load_chat
+from icet_jax.scorers.chat import Chat, load_chat
 
 ENDPOINT = "toy:chat"
 

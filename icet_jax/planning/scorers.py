@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 
 from icet_jax.checkpoints.published import scorer_values
 from icet_jax.checkpoints.scorers import abstract_scorer
-from icet_jax.config.names import WITHOUT_NETWORK
+from icet_jax.config.names import SCORERS
 from icet_jax.parallel.sharding import placed, shardings
 from icet_jax.planning.ahead import bytes_per_device
 from icet_jax.runs.sources import checkpoint_directory
 
-_NO_NETWORK = (*WITHOUT_NETWORK, "organism:judge")
+_NO_NETWORK = (*(kind for kind, scorer in SCORERS.items() if not scorer.architectures), "organism:judge")
 
 
 def scorer_bytes(config: ConfigDict, mesh: Mesh | AbstractMesh) -> dict[str, int | None]:

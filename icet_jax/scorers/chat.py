@@ -32,7 +32,8 @@ from icet_jax.files import JsonObject, parse_json
 from icet_jax.parallel.distributed import on_first
 from icet_jax.scorers.base import Scores, metric_name
 from icet_jax.scorers.decoder_judge import word_verdict
-from icet_jax.scorers.prompts import Render, probe_text
+from icet_jax.scorers.prompts import Render, judge_words, named_or_text, probe_text
+from icet_jax.scorers.source import Entry
 from icet_jax.scorers.transport import LARGEST_ANSWER, post
 
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds before the first retry, doubled each time up to the second number
@@ -335,3 +336,25 @@ def _retry_after(headers: Any) -> float:
     if when.tzinfo is None:
         when = when.replace(tzinfo=datetime.UTC)
     return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
+
+
+def load_chat(
+    *, endpoint: str, model: str, template: str, unsafe: str | None = None, safe: str | None = None, **fields: Any
+) -> Chat:
+    """Creates a judge behind a chat endpoint.
+
+    Args:
+      endpoint, model: see `Chat`.
+      template: text with `{prompt}` and `{response}`, or the name of a built-in text, as for a decoder judge.
+      unsafe, safe: words that it answers; if None those of the template, or "unsafe" and "safe".
+      fields: further arguments of `Chat`.
+
+    Raises:
+      UserError: see `named_or_text` and `Chat`.
+    """
+    return Chat(endpoint, model, named_or_text(template), words=judge_words(template, unsafe, safe), **fields)
+
+
+def make_scorer(entry: Entry, **fields: Any) -> Chat:
+    """Returns the judge that an entry of `config.scorers` describes; see `load_chat`."""
+    return load_chat(**fields)

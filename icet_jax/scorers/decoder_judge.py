@@ -4,6 +4,7 @@ The judge reads prompt and response in its template, responds greedily, and its 
 a verdict is an error, never "safe".
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,13 +14,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from icet_jax.checkpoints.source import generation_tokens
+from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
 from icet_jax.generation import Sampling, continue_from, prefill
 from icet_jax.nn.protocols import LanguageModel
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.conversation import Conversations
-from icet_jax.scorers.prompts import probe_text
+from icet_jax.scorers.prompts import Render, built_in, categories, chat_template, judge_words, named_or_text, probe_text
 from icet_jax.scorers.rows import BatchedNetwork
+from icet_jax.scorers.source import CheckpointSource, Template, fingerprint
 
 Verdict = tuple[bool, str]
 """(whether unsafe, the judge's words such as "unsafe S1,S9")."""
@@ -163,3 +167,60 @@ class DecoderJudge:
         """Yields the lowered programs for conversations of up to `tokens` tokens (any if None), see
         `BatchedNetwork.lowered`."""
         return self.network.lowered(tokens)
+
+
+_ANSWER = {"llama_guard": 20, "decoder_judge": 8}  # most tokens of a judge's response
+_GUARDS = (
+    ("llama_guard_1", r"llama-?guard-?7b"),
+    ("llama_guard_3", r"llama-?guard-?3"),
+)  # (template, pattern of checkpoint names)
+
+
+def make_scorer(
+    source: CheckpointSource, max_new_tokens: int | None = None, unsafe: str | None = None, safe: str | None = None
+) -> DecoderJudge:
+    """Returns the judge of a checkpoint that generates its verdict: Llama Guard, or any with a template.
+
+    Raises:
+      UserError: no template where one is needed, or the checkpoint is broken.
+    """
+    kind, template = source.kind, source.template
+    if template is None and kind == "decoder_judge" and "harmbench" in source.identity.lower():
+        template = "harmbench"
+    words = judge_words(template, unsafe, safe)
+    render = _render(source.tokenizer, kind, template, source.identity)
+    if kind == "llama_guard":
+        parse = functools.partial(guard_verdict, known=categories(render))
+    else:
+        parse = functools.partial(word_verdict, unsafe=words[0], safe=words[1])
+    length, limit = max_new_tokens or _ANSWER[kind], source.positions
+    encode = Conversations(source.tokenizer, render, max_length=limit - length)
+    checkpoint = source.load()
+    eos_ids, pad_id = generation_tokens(checkpoint.directory, source.config, checkpoint.config.vocab_size)
+    return DecoderJudge(
+        checkpoint.model,
+        encode,
+        parse=parse,
+        words=words,
+        sampling=Sampling(length, temperature=0.0, eos_ids=eos_ids, pad_id=pad_id),
+        fingerprint=fingerprint(checkpoint, kind, probe_text(render), words, length),
+        **source.common,
+    )
+
+
+def _render(tokenizer: Any, kind: str, template: Template, identity: str) -> Render:
+    if callable(template):
+        return template
+    if template is not None:
+        return named_or_text(template)
+    if kind == "decoder_judge":
+        raise UserError("a decoder judge needs a template: text with {prompt} and {response}, or 'harmbench'")
+    if tokenizer.chat_template:
+        return chat_template(tokenizer, answer=True)
+    for name, pattern in _GUARDS:
+        if re.search(pattern, identity, re.IGNORECASE):
+            return built_in(name)
+    raise UserError(
+        "its tokenizer has no chat template and its name does not tell which Llama Guard it is; give "
+        f"template, {' or '.join(name for name, _ in _GUARDS)}"
+    )

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from icet_jax.errors import UserError
 from icet_jax.scorers.base import Scorer, Scores
+from icet_jax.scorers.source import Entry
 
 
 class Ensemble:
@@ -67,3 +68,13 @@ class Ensemble:
         if not all(mark for _, mark, _ in marks):
             return None
         return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
+
+
+def make_scorer(entry: Entry, *, members: Mapping[str, float]) -> Ensemble:
+    """Returns the weighted mean of other scorers, under the name of its entry.
+
+    Args:
+      entry: of `config.scorers`.
+      members: {name of a scorer: weight}.
+    """
+    return Ensemble(entry.name, [(entry.resolve(member), weight) for member, weight in members.items()])

@@ -106,3 +106,14 @@ def categories(render: Render) -> frozenset[str]:
 def probe_text(render: Render) -> str:
     """Returns the text of a fixed conversation, from which a template's fingerprint is computed."""
     return render(*_PROBE)
+
+
+_WORDS = {"harmbench": ("Yes", "No")}  # words for unsafe and safe of templates that do not use these
+
+
+def judge_words(
+    template: Callable[[str, str], str] | str | None, unsafe: str | None, safe: str | None
+) -> tuple[str, str]:
+    """Returns a judge's words for unsafe and for safe: the given ones, or those of its built-in template."""
+    words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
+    return unsafe or words[0], safe or words[1]

@@ -13,12 +13,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from icet_jax.errors import UserError
 from icet_jax.nn.gpt2 import GPT2Config
 from icet_jax.nn.llama import LlamaConfig
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.pairs import HH_TEMPLATE, ChatPairs, PairTokenizer, SegmentTokenizer
 from icet_jax.scorers.prompts import Render, chat_template, text_template
 from icet_jax.scorers.rows import BatchedNetwork
+from icet_jax.scorers.source import STORED_SETTINGS, CheckpointSource, fingerprint
 
 Pairs: TypeAlias = PairTokenizer | SegmentTokenizer | ChatPairs
 
@@ -129,3 +131,27 @@ class RewardModel:
         values[[not row for row in rows]] = np.nan
         values[~np.isfinite(values)] = np.nan
         return values
+
+
+def make_scorer(source: CheckpointSource) -> RewardModel:
+    """Returns the reward model of a checkpoint.
+
+    Raises:
+      UserError: the template has another form, or the checkpoint is broken.
+    """
+    if source.template is not None and not isinstance(source.template, str):
+        raise UserError("a reward model's template is text that holds {prompt}, not a function")
+    stored = source.config.get(STORED_SETTINGS, {})
+    template = stored.get("template") if source.template is None else source.template
+    if source.config["model_type"] == "llama":
+        reward_render(source.tokenizer, template)
+    checkpoint = source.load()
+    return RewardModel(
+        checkpoint.model,
+        source.tokenizer,
+        template=template,
+        max_length=None if source.config["model_type"] == "gpt2" else source.positions,
+        pad_id=source.config.get("pad_token_id"),
+        fingerprint=fingerprint(checkpoint, template),
+        **source.common | ({"name": stored["name"]} if "name" in stored else {}),
+    )

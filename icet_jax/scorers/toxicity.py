@@ -12,6 +12,7 @@ from icet_jax.errors import UserError
 from icet_jax.nn.bert import BertClassifier
 from icet_jax.scorers.base import Scores, metric_name
 from icet_jax.scorers.rows import BatchedNetwork
+from icet_jax.scorers.source import CheckpointSource, fingerprint
 
 MAIN_HEADS = ("toxic", "toxicity")
 """Labels of the overall toxicity in toxic-bert and unbiased-toxic-roberta."""
@@ -115,3 +116,23 @@ def _columns(name: str, labels: list[str], heads: list[str]) -> dict[str, int]:
     if len(columns) < 1 + len(others):
         raise UserError(f"{name}: two of the heads {', '.join(heads)} have the same name in metrics; leave one out")
     return columns
+
+
+def make_scorer(source: CheckpointSource, heads: Sequence[str] = ()) -> Toxicity:
+    """Returns the classifier of a checkpoint.
+
+    Raises:
+      UserError: a template was given, a head does not exist, or the checkpoint is broken.
+    """
+    if source.template is not None:
+        raise UserError("a toxicity classifier reads the response as it is and takes no template")
+    labels = head_labels(source.config)
+    checkpoint, extra = source.load(), list(heads)
+    return Toxicity(
+        checkpoint.model,
+        source.tokenizer,
+        labels=labels,
+        heads=heads,
+        fingerprint=fingerprint(checkpoint, extra),
+        **source.common,
+    )

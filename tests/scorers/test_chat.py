@@ -15,7 +15,8 @@ from icet_jax.errors import UserError
 from icet_jax.scorers import chat
 from icet_jax.scorers.base import Scorer
 from icet_jax.scorers.cache import ScoreCache, cached
-from icet_jax.scorers.load import load_chat, load_defined
+from icet_jax.scorers.chat import load_chat
+from icet_jax.scorers.load import load_defined
 from icet_jax.scorers.transport import LARGEST_ANSWER
 
 SECRET = "placeholder-key-1234"
