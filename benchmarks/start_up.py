@@ -98,9 +98,9 @@ def child(report: Path, began: float, arguments: list[str]) -> None:
     import jax
 
     from icet_jax import main
+    from icet_jax.algorithms import lppo
     from icet_jax.commands import align
     from icet_jax.runs import common
-    from icet_jax.training import algorithms
     from icet_jax.training import loop as training
 
     ends: dict[str, float] = {}
@@ -134,7 +134,7 @@ def child(report: Path, began: float, arguments: list[str]) -> None:
     watch(align, "_reward", None, "reward")
     watch(training.Trainer, "__init__", None, "processor")
     watch(training, "compile_programs", "state", "programs")
-    algorithms.Lppo.begin = step  # type: ignore[method-assign,assignment]
+    lppo.Lppo.begin = step  # type: ignore[method-assign,assignment]
     sys.argv = [sys.argv[0], *arguments]
     main.console()
 

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file, save_file
 
 import icet_jax
 from icet_jax import main as front_door
+from icet_jax.algorithms import lppo
 from icet_jax.errors import UserError
 from icet_jax.parallel.compilations import CompilationCounter
-from icet_jax.training import algorithms
 from tests.runs import smoke
 
 
@@ -21,7 +21,7 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "smoke"
     compilations = []
     counter = CompilationCounter()
-    begin, finish = algorithms.Lppo.begin, algorithms.Lppo.finish
+    begin, finish = lppo.Lppo.begin, lppo.Lppo.finish
 
     def counted_begin(self, *arguments):
         counter.count = 0
@@ -35,8 +35,8 @@ def finished(tmp_path_factory):
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algorithms.Lppo, "begin", counted_begin)
-        patch.setattr(algorithms.Lppo, "finish", counted_finish)
+        patch.setattr(lppo.Lppo, "begin", counted_begin)
+        patch.setattr(lppo.Lppo, "finish", counted_finish)
         # Every iteration draws its own exits.
         assert front_door.main(smoke.arguments(workdir, lppo__exits="per_batch", log__tensorboard="true")) == 0
     return workdir, compilations

@@ -1,7 +1,5 @@
 """Batches of fixed shapes, rows from responses, and the transcript file; no model needed."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -15,6 +13,7 @@ from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.keywords import RefusalKeywords
+from tests.vlms import vlm_without_weights
 
 VISION = ClipConfig(8, 8, 2, 2, image_size=4, patch_size=2)
 TEXT = LlamaConfig(50, 8, 8, 1, 2, 2, 4, 1e-5, 1e4, None)
@@ -35,7 +34,7 @@ def process(images, prompts, pad_to=None):
     return inputs | ({"pixel_values": np.stack(pixels)} if pixels else {})
 
 
-VLM = SimpleNamespace(processor=process, config=CONFIG, mesh=None)
+VLM = vlm_without_weights(process, CONFIG)
 
 
 def picture(value):

@@ -1,7 +1,6 @@
 """Images of every family in batches of fixed shapes; prompt buckets are the only thing that compiles anew."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from icet_jax.nn.layers import positions_from_mask
 from icet_jax.parallel.distributed import Share
 from tests import tiny_families
 from tests.models import processor_families as families
+from tests.vlms import vlm_without_weights
 
 SIZES = [[(31, 57)], [], [(28, 28), (200, 90)], [(40, 300)]]
 PROMPTS = ["what is this?", "no picture", "which one", ""]
@@ -202,7 +202,7 @@ def test_images_of_any_size_compile_once_for_each_prompt_bucket(name, processors
     processor, traced = processors[name], []
     make = functools.partial(family_of(processor.config).network, processor.config)
     graph, params = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-    vlm = SimpleNamespace(processor=processor, config=processor.config, mesh=None)
+    vlm = vlm_without_weights(processor, processor.config)
 
     @jax.jit
     def run(params, images, tokens, mask, exit_index):
