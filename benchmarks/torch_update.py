@@ -194,6 +194,8 @@ def to_torch(batch: Any, device: str) -> dict[str, torch.Tensor]:
     """A `TrainBatch` as torch tensors; token ids become int64."""
     found = {}
     for name, leaf in batch._asdict().items():
+        if leaf is None:  # of an option that is off
+            continue
         if str(leaf.dtype) == "bfloat16":
             tensor = torch.tensor(np.asarray(leaf, np.float32)).bfloat16()
         else:

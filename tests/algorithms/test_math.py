@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icet_jax import lppo
+from icet_jax import algorithms
 from icet_jax.algorithms.advantages import whiten
 from tests.algorithms import references as ref
 
@@ -18,7 +18,7 @@ def test_gae_matches_the_double_sum(seed):
     (rewards, values, weight, other), mask, rng = ref.random_case(seed)
     gamma, lam = rng.uniform(0.8, 1.0), rng.uniform(0.5, 1.0)
     want = ref.gae(rewards, values, mask, gamma, lam)
-    got = lppo.gae(
+    got = algorithms.gae(
         ref.poison(rewards, mask, rng), ref.poison(values, mask, rng), mask, gamma=gamma, lam=jnp.float32(lam)
     )
     for mine, theirs in zip(got, want, strict=True):
@@ -32,7 +32,7 @@ def test_gae_gradients_are_linear_and_clean(seed):
     (rewards, values, weight, other), mask, rng = ref.random_case(seed, rows=4, length=5)
 
     def weighted(rewards, values):
-        advantages, returns = lppo.gae(rewards, values, mask, gamma=0.97, lam=0.9)
+        advantages, returns = algorithms.gae(rewards, values, mask, gamma=0.97, lam=0.9)
         return jnp.sum(advantages * weight) + jnp.sum(returns * other)
 
     got = jax.grad(weighted, (0, 1))(ref.poison(rewards, mask, rng), ref.poison(values, mask, rng))
@@ -101,8 +101,8 @@ def test_kl_and_token_rewards(seed, kind):
     poisoned_scores = np.where(mask.any(1), scores, np.nan).astype(np.float32)
 
     def rewards(log_probs, ref_log_probs, scores):
-        kl = lppo.kl_penalty(log_probs, ref_log_probs, kind=kind)
-        return lppo.token_rewards(scores, kl, mask, kl_coef=0.13)
+        kl = algorithms.kl_penalty(log_probs, ref_log_probs, kind=kind)
+        return algorithms.token_rewards(scores, kl, mask, kl_coef=0.13)
 
     np.testing.assert_allclose(rewards(*inputs, poisoned_scores), want, **TOLERANCE)
     got = jax.grad(lambda *a: jnp.sum(rewards(*a) * weight), (0, 1, 2))(*inputs, poisoned_scores)
@@ -116,7 +116,7 @@ def test_kl_and_token_rewards(seed, kind):
 
 def test_k3_is_accurate_near_zero():
     d = np.linspace(-1e-3, 1e-3, 41)
-    got = np.asarray(lppo.kl_penalty(d.astype(np.float32), np.zeros(41, np.float32), kind="k3"))
+    got = np.asarray(algorithms.kl_penalty(d.astype(np.float32), np.zeros(41, np.float32), kind="k3"))
     np.testing.assert_allclose(got, ref.kl(d, 0.0, "k3"), rtol=0, atol=1e-9)
 
 
@@ -128,7 +128,9 @@ def test_policy_loss_and_its_gradient(seed, dual_clip):
     want, want_gradient, want_stats = ref.policy_loss(log_probs, old, advantages, mask, 0.2, dual_clip)
     inputs = [ref.poison(x, mask, rng) for x in (log_probs, old, advantages)]
     (loss, stats), gradient = jax.value_and_grad(
-        lambda lp: lppo.policy_loss(lp, inputs[1], inputs[2], mask, clip_range=jnp.float32(0.2), dual_clip=dual_clip),
+        lambda lp: algorithms.policy_loss(
+            lp, inputs[1], inputs[2], mask, clip_range=jnp.float32(0.2), dual_clip=dual_clip
+        ),
         has_aux=True,
     )(inputs[0])
     np.testing.assert_allclose(loss, want, **TOLERANCE)
@@ -136,17 +138,19 @@ def test_policy_loss_and_its_gradient(seed, dual_clip):
     assert stats.keys() == want_stats.keys()
     for name, value in want_stats.items():
         np.testing.assert_allclose(stats[name], value, **TOLERANCE)
-    clean = jax.grad(lambda *a: lppo.policy_loss(*a, mask, clip_range=0.2, dual_clip=dual_clip)[0], (1, 2))(*inputs)
+    clean = jax.grad(lambda *a: algorithms.policy_loss(*a, mask, clip_range=0.2, dual_clip=dual_clip)[0], (1, 2))(
+        *inputs
+    )
     assert all(np.all(np.isfinite(g)) and not np.any(g[~mask]) for g in clean)
 
 
 def test_the_dual_clip_bounds_what_one_token_can_cost():
     """A token that became e^5 times as likely, and was worse than expected."""
     one, mask = np.ones((1, 1), np.float32), np.ones((1, 1), bool)
-    free, _ = lppo.policy_loss(5 * one, 0 * one, -one, mask, clip_range=0.2)
-    bounded, _ = lppo.policy_loss(5 * one, 0 * one, -one, mask, clip_range=0.2, dual_clip=3.0)
+    free, _ = algorithms.policy_loss(5 * one, 0 * one, -one, mask, clip_range=0.2)
+    bounded, _ = algorithms.policy_loss(5 * one, 0 * one, -one, mask, clip_range=0.2, dual_clip=3.0)
     np.testing.assert_allclose([free, bounded], [np.exp(5), 3], rtol=1e-5)
-    rewarded, _ = lppo.policy_loss(5 * one, 0 * one, one, mask, clip_range=0.2, dual_clip=3.0)
+    rewarded, _ = algorithms.policy_loss(5 * one, 0 * one, one, mask, clip_range=0.2, dual_clip=3.0)
     np.testing.assert_allclose(rewarded, -1.2, rtol=1e-6)
 
 
@@ -158,7 +162,7 @@ def test_value_loss_and_its_gradient(seed, clip):
     want, want_gradient, want_clipfrac = ref.value_loss(values, old, returns, mask, clip)
     inputs = [ref.poison(x, mask, rng) for x in (values, old, returns)]
     (loss, stats), gradient = jax.value_and_grad(
-        lambda v: lppo.value_loss(v, inputs[1], inputs[2], mask, clip_range=clip), has_aux=True
+        lambda v: algorithms.value_loss(v, inputs[1], inputs[2], mask, clip_range=clip), has_aux=True
     )(inputs[0])
     np.testing.assert_allclose(loss, want, **TOLERANCE)
     np.testing.assert_allclose(gradient, want_gradient, **TOLERANCE)
@@ -171,10 +175,10 @@ def test_everything_works_under_jit_with_traced_scalars():
 
     @jax.jit
     def all_of_it(rewards, values, old, log_probs, mask, gamma, lam, eps, coef):
-        kl = lppo.kl_penalty(log_probs, old, kind="k3")
-        rewards = lppo.token_rewards(rewards[:, 0], kl, mask, kl_coef=coef)
-        advantages, returns = lppo.gae(rewards, values, mask, gamma=gamma, lam=lam)
-        policy, _ = lppo.policy_loss(log_probs, old, lppo.whiten(advantages, mask), mask, clip_range=eps)
-        return policy + lppo.value_loss(values, old, returns, mask, clip_range=eps)[0]
+        kl = algorithms.kl_penalty(log_probs, old, kind="k3")
+        rewards = algorithms.token_rewards(rewards[:, 0], kl, mask, kl_coef=coef)
+        advantages, returns = algorithms.gae(rewards, values, mask, gamma=gamma, lam=lam)
+        policy, _ = algorithms.policy_loss(log_probs, old, algorithms.whiten(advantages, mask), mask, clip_range=eps)
+        return policy + algorithms.value_loss(values, old, returns, mask, clip_range=eps)[0]
 
     assert np.isfinite(all_of_it(*arrays, mask, 1.0, 0.95, 0.2, 0.1))

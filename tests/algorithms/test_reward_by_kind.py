@@ -69,6 +69,7 @@ def iteration(reward, texts, monkeypatch):
     lppo._reward, lppo._watch, lppo._run_key, lppo.peak = reward, Stopwatch(), None, None
     lppo._vlm = SimpleNamespace(params=None, processor=SimpleNamespace(decode=lambda tokens, mask: texts))
     lppo._phases = SimpleNamespace(prepare=prepare, update=lambda params, state, *_: (state, {}))
+    lppo.settings = SimpleNamespace(anchor_coef=0.0)
     lppo._counter = SimpleNamespace(done=lambda *_, **__: None, evaluated=lambda _: 0)
     mask = np.array([[bool(text)] for text in texts])
     rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask, exits=EXITS)

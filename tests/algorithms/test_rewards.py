@@ -70,7 +70,7 @@ def test_sequence_kl_sums_k1():
 
 
 def test_unknown_kl_kind_is_one_line():
-    with pytest.raises(UserError, match="lppo.kl_kind.*k4.*k1, k2 or k3"):
+    with pytest.raises(UserError, match="lppo.kl_kind.*k4.*k1, k2, k3"):
         kl_penalty(ZEROS, ZEROS, kind="k4")
 
 

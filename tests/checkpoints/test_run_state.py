@@ -254,13 +254,13 @@ def test_without_a_value_the_newest_is_the_best(states):
 def test_a_checksum_is_of_the_bits_alone_wherever_they_lie(dtype):
     values = jax.random.normal(jax.random.key(0), (3, 5, 7)) * 9
     array = values > 0 if dtype == "bool" else values.astype(dtype)
-    on_device = run_state._described({"a": array})["a"]["checksum"]
+    on_device = run_state._describe_arrays({"a": array})["a"]["checksum"]
     on_host = np.asarray(array)
-    assert run_state._described({"a": on_host})["a"]["checksum"] == on_device
+    assert run_state._describe_arrays({"a": on_host})["a"]["checksum"] == on_device
     changed = on_host.copy()
     changed[2, 3, 4] = ~changed[2, 3, 4] if dtype == "bool" else changed[2, 3, 4] + np.asarray(1, changed.dtype)
     swapped = on_host[:, ::-1]
-    assert on_device not in [run_state._described({"a": other})["a"]["checksum"] for other in (changed, swapped)]
+    assert on_device not in [run_state._describe_arrays({"a": other})["a"]["checksum"] for other in (changed, swapped)]
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_complete(states):

@@ -61,7 +61,7 @@ def test_prepared_rows_are_the_sources_rows(name, files, directory):
     back = sources.load_rows(files[name], directory=str(directory), name=stored)
     assert len(back) == len(direct) == published.ROWS
     for ours, theirs in zip(back, direct, strict=True):
-        for field in ("id", "prompt", "kind", "answer", "policy", "answers", "answer_type", "format", "transferred"):
+        for field in ("id", "prompt", "kind", "answer", "category", "answers", "answer_type", "format", "transferred"):
             assert getattr(ours, field) == getattr(theirs, field)
         assert [encoded(image) for image in ours.images] == [encoded(image) for image in theirs.images]
         for image, path in zip(ours.images, theirs.images, strict=True):

@@ -321,14 +321,16 @@ def test_facts_of_prepared_sets(tmp_path):
     (tmp_path / "train").mkdir()
     path = tmp_path / "train" / "source.json"
     path.write_text(json.dumps(FACTS))
-    assert outcome(prepared.left_out, tmp_path, "train")[0] == {"missing image": 1}
+    assert outcome(prepared.dropped_rows, tmp_path, "train")[0] == {"missing image": 1}
 
     @cases(150)
     @given(files(FACTS))
     def holds(content):
         path.write_bytes(content)
         outcome(prepared.read_set, tmp_path, "train", "rows.csv", 1)  # the records themselves are not there
-        assert all(type(count) is int for count in (outcome(prepared.left_out, tmp_path, "train")[0] or {}).values())
+        assert all(
+            type(count) is int for count in (outcome(prepared.dropped_rows, tmp_path, "train")[0] or {}).values()
+        )
 
     before = snapshot(tmp_path).keys()
     holds()

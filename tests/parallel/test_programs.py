@@ -30,7 +30,7 @@ if folder != "none":
     programs.keep_traces(Path(folder))
 traced = []
 sample = lppo.sample_responses
-lppo.sample_responses = lambda *arguments: traced.append(1) or sample(*arguments)
+lppo.sample_responses = lambda *arguments, **options: traced.append(1) or sample(*arguments, **options)
 mesh, settings = make_mesh(data=2, fsdp=2) if devices == 4 else None, toy.settings(accumulation=1)
 graphdef, params = toy.model()
 state = toy.state(params, settings)
