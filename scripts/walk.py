@@ -42,6 +42,13 @@ class Command:
     words: tuple[str, ...]
 
     @property
+    def mode(self) -> str:
+        """What the command does, whether it says MODE or --mode=MODE; "align" where it says neither."""
+        named = [word.removeprefix("--mode=") for word in self.words if word.startswith("--mode=")]
+        first = self.words[3] if self.words[1:3] == ("-m", "icet_jax.main") and len(self.words) > 3 else "--"
+        return named[0] if named else "align" if first.startswith("--") else first
+
+    @property
     def reason(self) -> str:
         """Why it is left out, or "" where it is run."""
         text = shlex.join(self.words)
@@ -138,7 +145,7 @@ def main() -> int:
 def run(command: Command, folder: Path, owners: dict[str, tuple[str, ...]]) -> int:
     """Runs a command, to a run directory and a file that no other page's command has written; how it ended."""
     made = "--workdir=", "--out="
-    if any(word.startswith("--mode=") and word != "--mode=sweep" for word in command.words):
+    if command.mode not in ("align", "sweep"):
         made = ("--out=",)  # these modes read the run
     for word in command.words:
         if word.startswith(made) and owners.setdefault(word, command.words) != command.words:

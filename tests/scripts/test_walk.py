@@ -56,3 +56,13 @@ def test_the_furnished_folder_has_what_pages_name(tmp_path):
         [sys.executable, "scripts/walk.py", "--list"], cwd=walk.ROOT, capture_output=True, text=True
     )
     assert listed.returncode == 0 and "0 commands ran" in listed.stdout, listed.stderr
+
+
+def test_a_command_that_reads_a_run_leaves_it_in_place(tmp_path):
+    """In either form of a mode."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    owners = {"--workdir=run": ("another", "command")}
+    for words in (("labels", "--workdir=run"), ("--mode=labels", "--workdir=run")):
+        walk.run(walk.Command("page.md", 1, (sys.executable, "-m", "icet_jax.main", *words)), tmp_path, owners)
+        assert (tmp_path / "run" / "config.json").exists()
