@@ -147,7 +147,7 @@ def compute(cell: Cell, known: dict[str, Any] | None) -> dict[str, Any]:
             | {"total": line.total, "fits": line.fits(chip), "bounds": line.bounds(chip, topology.count)}
             for line in lines
         ],
-        "mend": plan_advice.mends(
+        "mend": plan_advice.fixes(
             config, abstract, [line.phase for line in lines if line.fits(chip) is False],
             lines[0].weights + lines[0].trained + lines[0].judges, chip.memory,
         ),
@@ -233,12 +233,12 @@ def render(results: dict[str, Any]) -> str:
         parts[f"time {training}"] = _table(_TIME, [_time(cell, found, results) for cell, found in known])
         left = [cell.key for cell in chosen if cell.key not in results]
         parts[f"left {training}"] = "\n" + f"Not compiled yet: {'; '.join(left)}.\n" if left else ""
-    mends = [_wrapped(f"- {cell.key}: {'; '.join(results[cell.key]['mend'])}")
+    fixes = [_wrapped(f"- {cell.key}: {'; '.join(results[cell.key]['mend'])}")
              for cell in cells() if results.get(cell.key, {}).get("mend")]  # fmt: skip
     searched = [f"- {cell.key}: {_largest(results[cell.key]['largest'])}"
                 for cell in cells() if "largest" in results.get(cell.key, {})]  # fmt: skip
     parts["largest"] = "\n".join(searched) or "None yet."
-    parts["mends"] = "\n".join(mends) or "Every cell fits."
+    parts["fixes"] = "\n".join(fixes) or "Every cell fits."
     parts["versions"] = ", ".join(sorted({f"jax {found['jax']}" for found in results.values()})) or "none yet"
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part)

@@ -25,7 +25,7 @@ def one_line(text: str) -> str:
 
 
 class UserError(Exception):
-    """Bad input: one line that names the file, field or row, what was wrong, and the mend.
+    """Bad input: one line that names the file, field or row, what was wrong, and how to fix it.
 
     The command line (`icet_jax.main`) prints the line alone and exits with `exit_code`.
     """

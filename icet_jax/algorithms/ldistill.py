@@ -43,7 +43,7 @@ from icet_jax.algorithms.phases import (
     run_epochs,
     sample_responses,
 )
-from icet_jax.algorithms.reward_by_kind import not_refused
+from icet_jax.algorithms.reward_by_kind import keyword_asr, not_refused
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import TrainState
 from icet_jax.algorithms.utilisation import speeds
@@ -216,16 +216,15 @@ class Ldistill(Algorithm):
         columns = response_columns(prompt_mask.shape[1], mask.shape[1], int(mask.sum(axis=1).max()))
         with during("update"):
             state, metrics = self._phases.update(self._vlm.params, state, begun, self._run_key, columns=columns)
-        of_policy = self._on == "policy"
-        failures = not_refused(batch.examples, self._vlm.processor.decode(tokens, mask)) if of_policy else np.zeros(0)
+        asr: Row = {}
+        if self._on == "policy":  # the answers of the default exit say nothing of what is trained
+            asr = keyword_asr(not_refused(batch.examples, self._vlm.processor.decode(tokens, mask)))
         answers = mask.sum(axis=1)
         done = self._counter.done(prompt_mask.sum(axis=1), answers, images_per_row(batch), passes=1)
 
         @during("update")
         def read() -> Row:
-            row = host_metrics(metrics) | {"val/response_length": float(np.mean(answers[answers > 0]))}
-            if np.isfinite(failures).any():
-                row["objective/asr_refusal_keywords"] = float(np.nanmean(failures, dtype=np.float64))
+            row = host_metrics(metrics) | {"val/response_length": float(np.mean(answers[answers > 0]))} | asr
             return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
 
         return state, read

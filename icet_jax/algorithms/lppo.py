@@ -65,7 +65,7 @@ from icet_jax.algorithms.phases import (
     run_epochs,
     sample_responses,
 )
-from icet_jax.algorithms.reward_by_kind import not_refused, scores_by_kind
+from icet_jax.algorithms.reward_by_kind import keyword_asr, not_refused, scores_by_kind
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import Controls, TrainState
 from icet_jax.algorithms.utilisation import speeds
@@ -418,9 +418,7 @@ class Lppo(Algorithm):
 
         @during("update")
         def read() -> Row:
-            row = host_metrics(before, after) | by_kind
-            if np.isfinite(failures).any():
-                row["objective/asr_refusal_keywords"] = float(np.nanmean(failures, dtype=np.float64))
+            row = host_metrics(before, after) | by_kind | keyword_asr(failures)
             return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
 
         return state, read

@@ -90,6 +90,29 @@ def single(modules: tuple[tuple[str, str], ...], leaves: tuple[Any, ...]) -> Ite
             yield Slot(f"{theirs}.{leaf}", f"{ours}/{name}", None, transform)
 
 
+def renaming(*prefixes: tuple[str, str]) -> Callable[[str], str | None]:
+    """Returns a `Table.normalise` that replaces the start of a key by its old name.
+
+    Args:
+      prefixes: (regular expression, old name), tried in this order; a key that none matches stays as it is. Buffers,
+        which are no parameters, give None.
+    """
+    patterns = [(re.compile(pattern), old) for pattern, old in prefixes]
+
+    def normalise(key: str) -> str | None:
+        if _BUFFERS.fullmatch(key):
+            return None
+        for pattern, old in patterns:
+            match = pattern.match(key)
+            if match:
+                return old + key[match.end() :]
+        return key
+
+    return normalise
+
+
+_BUFFERS = re.compile(r".*(\.position_ids|rotary_emb\.inv_freq)")
+
 # (HF leaf, our leaf, transform) of a torch Linear and a norm, for `stacked` and `single`.
 LINEAR = (("weight", "kernel", TRANSPOSED), ("bias", "bias", SAME))
 NORM = (("weight", "scale", SAME), ("bias", "bias", SAME))

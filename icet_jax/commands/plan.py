@@ -290,4 +290,4 @@ def remarks(
     sentences += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
     broken = [line.phase for line in lines if line.fits(chip) is False]
     fixed = lines[0].weights + lines[0].trained + lines[0].judges
-    return sentences + plan_advice.mends(config, abstract, broken, fixed, chip.memory)
+    return sentences + plan_advice.fixes(config, abstract, broken, fixed, chip.memory)

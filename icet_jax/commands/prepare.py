@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.data import prepared
-from icet_jax.data.records import Example
+from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError, one_line
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.media.limits import max_positions
@@ -49,9 +49,10 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     reports, rows = {}, {}
     model = _model_directory(config, workdir)
     where = {"root": config.data.root, "image_root": config.data.image_root, "workdir": workdir}
-    too_long = {} if model is None else _too_long(config, model, named, where)
+    undecoded = {name: sources.read_rows(source, limit=limit, **where) for name, (source, limit) in named.items()}
+    too_long = {} if model is None else _too_long(config, model, named, undecoded)
     for name, (source, limit) in named.items():
-        reports[name] = _write_if_changed(directory, name, source, limit, where)
+        reports[name] = _write_if_changed(directory, name, source, limit, where, undecoded[name])
         if model is not None:
             reports[name]["too_long"] = too_long[name]
         rows[name] = prepared.read_set(directory, name, source, limit)
@@ -94,21 +95,22 @@ def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
 
 
 def _too_long(
-    config: ConfigDict, model: Path, named: dict[str, tuple[str, int | None]], where: dict[str, Any]
+    config: ConfigDict, model: Path, named: dict[str, tuple[str, int | None]], undecoded: dict[str, Records]
 ) -> dict[str, dict[str, int]]:
     """Returns {set: {row id: positions}} of the prompts that a run will leave out, without decoding images."""
     processor, positions = load_processor(model, template=config.data.template), max_positions(read_hf_config(model))
     too_long = {}
-    for name, (source, limit) in named.items():
-        examples = sources.read_rows(source, limit=limit, **where).examples
+    for name, (source, _limit) in named.items():
+        examples = undecoded[name].examples
         _, too_long[name] = fitting_rows(config, processor, positions, source, name, examples, training=name == TRAIN)
     return too_long
 
 
-def _write_if_changed(directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any]) -> JsonObject:
+def _write_if_changed(
+    directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any], undecoded: Records
+) -> JsonObject:
     """Writes one set if it has changed; returns its `source.json` and whether it was `unchanged`."""
-    # Reading without decoding is a fast way to find out whether anything has changed.
-    undecoded = sources.read_rows(source, limit=limit, **where)
+    # Rows read without decoding images are a fast way to find out whether anything has changed.
     fingerprint = prepared.fingerprint(source, limit, undecoded)
     try:
         stored = prepared.read_facts(directory, name)

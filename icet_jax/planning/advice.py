@@ -13,10 +13,10 @@ _MORE_CHIPS = "more chips along mesh.fsdp or mesh.tensor: each has one row at a 
 _ROOM = 0.6  # of a chip's memory: what weights and train state may take, so that the phases have the rest
 
 
-def mends(
+def fixes(
     config: ConfigDict, run: AbstractRun, broken: list[str], fixed: int, memory: float | None
 ) -> list[str]:  # fmt: skip
-    """A line of advice for each thing that does not fit, and the verdict; a mend is to be planned again.
+    """The verdict, and a line of advice for each phase that does not fit; plan again with what it says.
 
     Args:
       config: of the run.
@@ -29,9 +29,9 @@ def mends(
         return []
     advice = [f"does not fit: {', '.join(broken)}"]
     if memory is not None and fixed > _ROOM * memory:
-        return [*advice, f"mend (then plan again): {_more_fsdp(config, run, _ROOM * memory)}"]
+        return [*advice, f"fix (then plan again): {_more_fsdp(config, run, _ROOM * memory)}"]
     shards = row_shards(run.mesh)
-    return advice + [f"mend {phase} (then plan again): {_smaller(config, phase, shards)}" for phase in broken]
+    return advice + [f"fix {phase} (then plan again): {_smaller(config, phase, shards)}" for phase in broken]
 
 
 def _more_fsdp(config: ConfigDict, run: AbstractRun, room: float) -> str:

@@ -16,7 +16,7 @@ from icet_jax.errors import UserError
 from icet_jax.nn.protocols import count_parameters
 from icet_jax.parallel import topology
 from icet_jax.parallel.mesh import abstract_mesh, make_mesh
-from icet_jax.planning.advice import mends
+from icet_jax.planning.advice import fixes
 from icet_jax.planning.ahead import AbstractRun
 from icet_jax.planning.scorers import scorer_bytes
 from icet_jax.planning.work import Work
@@ -130,12 +130,12 @@ def test_the_other_families_are_planned_too(config, capsys):
     assert float(rows["sweep: fill"][3]) > float(rows["sweep: encode"][3]) > 0 and float(rows["rollout"][4]) > 0
 
 
-def test_what_does_not_fit_is_said_with_a_mend_that_fits(capsys):
+def test_what_does_not_fit_is_said_with_a_fix_that_fits(capsys):
     flags = (LLAVA, "--topology=a100:8", "--config.lora.rank=0")  # float32 masters and moments: 81 GB more
     code, rows, printed = planned(*flags, capsys=capsys)
     assert code == 1 and {row[7] for row in rows.values()} == {"NO"}
-    mend = re.search(r"mend .*?(--config\.mesh\.data=-1) (--config\.mesh\.fsdp=\d+)", printed.out)
-    code, rows, _ = planned(*flags, *mend.groups(), capsys=capsys)
+    fix = re.search(r"fix .*?(--config\.mesh\.data=-1) (--config\.mesh\.fsdp=\d+)", printed.out)
+    code, rows, _ = planned(*flags, *fix.groups(), capsys=capsys)
     assert code == 0 and "NO" not in {row[7] for row in rows.values()}
 
 
@@ -230,13 +230,13 @@ def test_a_program_whose_text_cannot_be_read_moves_an_unknown_amount():
         ("sweep: fill", {"sweep.batch_size": 16}, "more chips along"),
     ],
 )
-def test_the_mend_of_a_phase_divides_over_the_mesh(phase, fields, says):
+def test_the_fix_of_a_phase_divides_over_the_mesh(phase, fields, says):
     fields = {"lppo.minibatches": 1, "lppo.accumulation": 1, "model.remat": "full"} | fields
     config = load(ORGANISM, [(name, str(value)) for name, value in fields.items()])
     run = AbstractRun(config, abstract_mesh((1, 16, 1)))
-    verdict, mend = mends(config, run, [phase], 0, 16e9)
+    verdict, fix = fixes(config, run, [phase], 0, 16e9)
     assert verdict == f"does not fit: {phase}"
-    assert mend.startswith(f"mend {phase} (then plan again): ") and says in mend
+    assert fix.startswith(f"fix {phase} (then plan again): ") and says in fix
 
 
 def test_an_algorithm_that_samples_nothing_is_planned_by_its_own_phases():

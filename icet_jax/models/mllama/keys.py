@@ -1,10 +1,9 @@
 """Key table of Llama 3.2 Vision (HF `MllamaForConditionalGeneration`), 906 tensors at 11B."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, Slot, Table, patches, single, stacked
+from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, Slot, Table, patches, renaming, single, stacked
 from icet_jax.models.mllama.network import MllamaConfig
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -75,27 +74,13 @@ def _text_slots(config: MllamaConfig) -> Iterator[Slot]:
     yield from single((("language_model.lm_head", f"{own}/lm_head"),), LINEAR[:1])
 
 
-_IGNORED = re.compile(r".*(\.position_ids|rotary_emb\.inv_freq)")
-_PREFIXES = tuple(
-    (re.compile(pattern), old)
-    for pattern, old in (
-        (r"(model\.)?(language_model\.)?lm_head\.", "language_model.lm_head."),
-        (r"(model\.)?language_model\.(model\.)?", "language_model.model."),
-        (r"(model\.)?vision_model\.", "vision_model."),
-        (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-    )
+normalise_mllama = renaming(
+    (r"(model\.)?(language_model\.)?lm_head\.", "language_model.lm_head."),
+    (r"(model\.)?language_model\.(model\.)?", "language_model.model."),
+    (r"(model\.)?vision_model\.", "vision_model."),
+    (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
 )
-
-
-def normalise_mllama(key: str) -> str | None:
-    """Returns the old name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
-    if _IGNORED.fullmatch(key):
-        return None
-    for pattern, old in _PREFIXES:
-        match = pattern.match(key)
-        if match:
-            return old + key[match.end() :]
-    return key
+"""Old name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
 
 
 def mllama_table(config: MllamaConfig) -> Table:
