@@ -18,7 +18,7 @@ IMAGES = ROOT / "docs" / "images"
 WIDTH = 760
 
 BANDS = (  # (title, colour, packages) from the foundation up; together they are the layers that import-linter checks
-    ("Foundation", "#e8eaf6", ("config", "files", "errors", "typing", "parallel")),
+    ("Foundation", "#e8eaf6", ("config", "files", "errors", "exit_groups", "typing", "parallel")),
     ("Models", "#e0f2f1", ("nn", "checkpoints", "media", "models")),
     ("Rows, answers, scores", "#fff8e1", ("data", "generation", "vlm", "scorers")),
     ("Training and measuring", "#fce4ec", ("algorithms", "evaluation", "training", "report")),
@@ -118,7 +118,7 @@ def _arrow(x1: int, y1: int, x2: int, y2: int) -> str:
 def _text(x: int, y: int, text: str, *, size: int, anchor: str = "start", weight: str = "normal", css: str = "") -> str:
     """One line of text; `_{...}` is set lower and `^{...}` higher."""
     parts, last = [], 0
-    for mark, lowered, plain in re.findall(r"([_^])\{([^}]*)\}|([^_^]+)", text):
+    for mark, lowered, plain in re.findall(r"([_^])\{([^}]*)\}|(.+?(?=[_^]\{|$))", text):
         shift = {"_": 4, "^": -5, "": 0}[mark]
         small = ' font-size="10"' if mark else ""
         parts.append(f'<tspan dy="{shift - last}"{small}>{escape(lowered or plain)}</tspan>')

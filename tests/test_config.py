@@ -257,6 +257,8 @@ def test_a_field_is_read_alike_whatever_it_held_before():
         ("sweep.exits", "0,1", "from 1"),
         ("sweep.exits", "late", "from 1"),
         ("sweep.top_k", "5", "need config.sweep.temperature"),
+        ("lppo.train_exits", "1,1", "each once"),
+        ("lppo.train_exits", "0,1", "from 1"),
         ("sweep.scorers", "", "at least one"),
         ("sweep.datasets", "[1]", "a dict"),
         ("sweep.datasets.a/b", "x.csv", "letters, digits"),
@@ -316,6 +318,9 @@ def test_exits_are_checked_against_the_model():
     icet_config.check_exits(config, 8)
     with pytest.raises(UserError, match="config.lppo.fixed_exit names exit 8, but this model's exits are 1 to 7"):
         icet_config.check_exits(config, 7)
+    config = config_files.load("configs/organism_lppo.py", [("lppo.train_exits", "1,9")])
+    with pytest.raises(UserError, match="config.lppo.train_exits names exit 9"):
+        icet_config.check_exits(config, 8)
     config = config_files.load("configs/organism_lppo.py", [("sweep.exits", "1,9")])
     with pytest.raises(UserError, match="config.sweep.exits names exit 9"):
         icet_config.check_exits(config, 8)
@@ -342,3 +347,14 @@ def test_the_shipped_horizon_lets_the_kl_coefficient_move(family):
     assert config.lppo.kl_adaptive
     step = 0.2 * config.data.batch_size / config.lppo.kl_horizon
     assert (1 + step) ** config.lppo.iterations > 3 and (1 - step) ** config.lppo.iterations < 1 / 3
+
+
+def test_an_exit_schedule_that_cannot_do_what_is_asked_is_refused():
+    fixed = [("lppo.exits", "fixed"), ("lppo.train_exits", "1,3")]
+    with pytest.raises(UserError, match='config.lppo.exits is "fixed", which draws nothing: leave .*train_exits empty'):
+        config_files.load("configs/organism_lppo.py", fixed)
+    config_files.load("configs/organism_lppo.py", [("algorithm", "ldistill"), ("ldistill.exits", "adaptive")])
+    for algorithm, more in (("lsft", []), ("ldistill", [("ldistill.on", "default")])):
+        fields = [("algorithm", algorithm), (f"{algorithm}.exits", "adaptive"), *more]
+        with pytest.raises(UserError, match=f"config.{algorithm}.exits is 'adaptive', which learns from answers"):
+            config_files.load("configs/organism_lppo.py", fields)

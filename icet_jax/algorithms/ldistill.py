@@ -36,6 +36,7 @@ from icet_jax.algorithms.phases import (
     abstract_results,
     check_divides,
     cut_columns,
+    observe_failures,
     placed_results,
     program_name,
     response_columns,
@@ -84,8 +85,9 @@ class DistillBatch(NamedTuple):
 class Phases(NamedTuple):
     """The compiled phases: `rollout` takes what `lppo.Phases.rollout` takes.
 
-    `update` takes (params, state, rollout, run_key) and `columns`, the response columns that are learnt from (None:
-    all; the rest must be padding); it donates the state.
+    `update` takes (params, state, rollout, run_key, failures) and `columns`, the response columns that are learnt from
+    (None: all; the rest must be padding); it donates the state. `failures` are those of `exits.Schedule.observe`, None
+    where the schedule learns nothing.
     """
 
     rollout: Program
@@ -141,7 +143,7 @@ def ldistill_loss(
 
 def _update(
     graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, params: Any, state: TrainState,
-    rollout: Rollout, run_key: Array, *, columns: int | None = None,
+    rollout: Rollout, run_key: Array, failures: Array | None = None, *, columns: int | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
     """6 and 7: the default exit's view of the answers, then the same scan of updates as L-PPO's."""
     rollout = cut_columns(rollout, columns)
@@ -159,7 +161,9 @@ def _update(
         anchor_hidden=anchor_hidden,
     )
 
-    # 7. K epochs of mini-batches.
+    # 7. K epochs of mini-batches; the exit schedule sees which forbidden requests were not refused.
+    controls = observe_failures(settings, state.controls, nnx.merge(graphdef, params), rollout.exits, failures)
+    state = state._replace(controls=controls)
     new_state, outcome = run_epochs(
         lambda trainable, rows: ldistill_loss(graphdef, settings, params, trainable, rows),
         settings,
@@ -192,11 +196,10 @@ class Ldistill(Algorithm):
         exits = self._exits.eval_shape(key, state.iteration, state.controls.exits)
         arguments = (params, state, batch.images, batch.tokens, batch.mask, exits, key)
         rollout = abstract_results(self._phases.rollout.eval_shape(*arguments), mesh)
+        failures = None if state.controls.exits is None else np.zeros(batch.tokens.shape[0], np.float32)
         for columns in response_widths(batch.tokens.shape[1], self.settings.sampling.max_new_tokens):
-            yield (
-                program_name("update", columns),
-                self._phases.update.lower(params, state, rollout, key, columns=columns),
-            )
+            program = self._phases.update.lower(params, state, rollout, key, failures, columns=columns)
+            yield program_name("update", columns), program
         yield "rollout", self._phases.rollout.lower(*arguments)
 
     def begin(self, state: TrainState, batch: "PromptBatch") -> Rollout:
@@ -214,11 +217,15 @@ class Ldistill(Algorithm):
             tokens, mask, prompt_mask = fetch((begun.tokens, begun.mask, batch.mask))
         seconds = {"rollout": self._watch.lap()}
         columns = response_columns(prompt_mask.shape[1], mask.shape[1], int(mask.sum(axis=1).max()))
+        failures = None  # the answers of the default exit say nothing of what is trained
+        if self._on == "policy":
+            failures = not_refused(batch.examples, self._vlm.processor.decode(tokens, mask))
+        observed = None if state.controls.exits is None else failures
         with during("update"):
-            state, metrics = self._phases.update(self._vlm.params, state, begun, self._run_key, columns=columns)
-        asr: Row = {}
-        if self._on == "policy":  # the answers of the default exit say nothing of what is trained
-            asr = keyword_asr(not_refused(batch.examples, self._vlm.processor.decode(tokens, mask)))
+            state, metrics = self._phases.update(
+                self._vlm.params, state, begun, self._run_key, observed, columns=columns
+            )
+        asr: Row = {} if failures is None else keyword_asr(failures)
         answers = mask.sum(axis=1)
         done = self._counter.done(prompt_mask.sum(axis=1), answers, images_per_row(batch), passes=1)
 

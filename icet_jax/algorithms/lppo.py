@@ -50,7 +50,6 @@ from flax import nnx
 from icet_jax.algorithms import losses, rewards
 from icet_jax.algorithms.advantages import gae, whiten
 from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
-from icet_jax.algorithms.exits import schedule
 from icet_jax.algorithms.forward import Anchor, Scored, response_hidden, score_responses, with_policy
 from icet_jax.algorithms.metrics import host_metrics, policy_metrics, rollout_metrics, step_metrics
 from icet_jax.algorithms.phases import (
@@ -58,6 +57,7 @@ from icet_jax.algorithms.phases import (
     abstract_results,
     check_divides,
     cut_columns,
+    observe_failures,
     placed_results,
     program_name,
     response_columns,
@@ -259,9 +259,9 @@ def _prepare(
         returns=returns,
         anchor_hidden=anchor_hidden,
     )
-    num_exits, default_exit = _exits_of(graphdef, params)
+    model = nnx.merge(graphdef, params)
     metrics = rollout_metrics(
-        exits=rollout.exits, num_exits=num_exits, mask=mask, scored=scored,
+        exits=rollout.exits, num_exits=model.num_exits, mask=mask, scored=scored,
         unscored=rollout.mask.any(axis=1) & ~scored, has_eos=has_eos, scores=scores, shaped=shaped, kl=kl,
         sequence_kl=sequence_kl, kl_coef=controls.kl_coef, log_probs=old.log_probs,
         sampled_log_probs=rollout.log_probs, advantages=advantages, returns=returns,
@@ -269,16 +269,9 @@ def _prepare(
     after = _controls_after(settings, controls, metrics["objective/kl"], jnp.sum(scored))._replace(
         normaliser=normaliser
     )
-    if controls.exits is not None and failures is not None:
-        drawer = schedule(settings.exits, num_exits=num_exits, default_exit=default_exit)
-        after = after._replace(exits=drawer.observe(controls.exits, rollout.exits, failures))
+    after = observe_failures(settings, after, model, rollout.exits, failures)
     kept = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), after, controls)
     return batch, kept, metrics | {"train/unstable": ~stable}
-
-
-def _exits_of(graphdef: Any, params: Any) -> tuple[int, int]:
-    model = nnx.merge(graphdef, params)
-    return model.num_exits, model.default_exit
 
 
 def _ends_with_eos(settings: Settings, tokens: Int[Array, "B A"], mask: Bool[Array, "B A"]) -> Bool[Array, " B"]:

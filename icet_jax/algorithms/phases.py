@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms.exits import schedule
+from icet_jax.algorithms.exits import Schedule, schedule
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import Settings
-from icet_jax.algorithms.state import TrainState, make_optimizer
+from icet_jax.algorithms.state import Controls, TrainState, make_optimizer
 from icet_jax.algorithms.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.errors import UserError
 from icet_jax.generation.decode import generate
 from icet_jax.nn.protocols import Images
 from icet_jax.parallel.sharding import batch_sharding, placed, replicated, row_shards, shardings, split_rows
-from icet_jax.typing import Array, Bool, Int, Key
+from icet_jax.typing import Array, Bool, Float, Int, Key
 
 # Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
 _EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
@@ -64,8 +64,36 @@ def draw_exits(
 ) -> Int[Array, " B"]:
     """The exits of one iteration's rows, a pure function of (run key, iteration, state of the schedule `learned`)."""
     key = jax.random.fold_in(jax.random.fold_in(run_key, _EXIT_STREAM), iteration)
-    drawer = schedule(settings.exits, num_exits=num_exits, default_exit=default_exit, fixed_exit=settings.fixed_exit)
-    return drawer.draw(key, learned, batch=batch)
+    return exit_schedule(settings, num_exits, default_exit).draw(key, learned, batch=batch)
+
+
+def exit_schedule(settings: Settings, num_exits: int, default_exit: int) -> Schedule:
+    """Returns the exit schedule that `settings` name, for a model with these exits."""
+    return schedule(
+        settings.exits,
+        num_exits=num_exits,
+        default_exit=default_exit,
+        fixed_exit=settings.fixed_exit,
+        train_exits=settings.train_exits,
+    )
+
+
+def observe_failures(
+    settings: Settings, controls: Controls, model: Any, exits: Int[Array, " B"], failures: Float[Array, " B"] | None
+) -> Controls:
+    """Returns the controls after the exit schedule has seen a rollout; the same where it learns nothing.
+
+    Args:
+      settings: name the schedule.
+      controls: before the rollout.
+      model: the network, which has the exits.
+      exits: of the rollout's rows.
+      failures: see `exits.Schedule.observe`; None where the schedule learns nothing.
+    """
+    if controls.exits is None or failures is None:
+        return controls
+    drawer = exit_schedule(settings, model.num_exits, model.default_exit)
+    return controls._replace(exits=drawer.observe(controls.exits, exits, failures))
 
 
 def shuffle_key(run_key: Key[Array, ""], iteration: Int[Array, ""]) -> Key[Array, ""]:

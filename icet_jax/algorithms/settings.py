@@ -18,7 +18,7 @@ class Settings:
       sampling: the rollout's; its temperature and suppressed tokens hold for every log-prob.
       optimizer: see `OptimizerSettings`.
       lora_scale: alpha / rank; None is full fine-tuning.
-      exits: the schedule, with `fixed_exit`.
+      exits: name of the exit schedule, which `fixed_exit` and `train_exits` belong to.
     """
 
     sampling: Sampling
@@ -26,6 +26,7 @@ class Settings:
     lora_scale: float | None
     exits: str
     fixed_exit: int | None
+    train_exits: tuple[int, ...]
     kl_kind: str
     kl_adaptive: bool
     kl_target: float

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from icet_jax.algorithms.rewards import ScoreNormaliser, init_normaliser
-from icet_jax.config.names import SCHEDULES
+from icet_jax.config.names import LEARNING_RATE_SCHEDULES
 from icet_jax.errors import UserError
 from icet_jax.nn.heads import init_value_head
 from icet_jax.nn.layers import Lora
@@ -94,7 +94,8 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
         after = optax.cosine_decay_schedule(peak, rest, alpha=settings.final_share)
     else:
         raise UserError(
-            f"config.optimizer.schedule: unknown schedule {settings.schedule!r}; choose one of {', '.join(SCHEDULES)}"
+            f"config.optimizer.schedule: unknown schedule {settings.schedule!r}; choose one of "
+            f"{', '.join(LEARNING_RATE_SCHEDULES)}"
         )
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import FIELDS, OPEN_FIELDS
 from icet_jax.config.fields import TYPE_NAMES, Field, Rule, Table
-from icet_jax.config.names import DTYPES, SCORERS
+from icet_jax.config.names import ALGORITHMS, DTYPES, EXIT_SCHEDULES, SCORERS
 from icet_jax.errors import UserError
 
 _TOO_LARGE = 2**31  # sizes and counts are int32 on the devices
@@ -38,6 +38,7 @@ def check(config: ConfigDict) -> None:
 def check_exits(config: ConfigDict, num_exits: int) -> None:
     """Raises a `UserError` where the config names an exit that the model does not have (exits are 1..num_exits)."""
     exits = [("lppo.fixed_exit", config.lppo.fixed_exit)] if config.lppo.fixed_exit is not None else []
+    exits += [("lppo.train_exits", number) for number in config.lppo.train_exits]
     if config.sweep.exits != "all":
         exits += [("sweep.exits", number) for number in config.sweep.exits]
     for name, number in exits:
@@ -136,6 +137,7 @@ def _check_together(config: ConfigDict) -> None:
             f"config.data.batch_size {batch} does not divide into {lppo.minibatches} mini-batches (lppo.minibatches) "
             f"of {lppo.accumulation} slices (lppo.accumulation)"
         )
+    _check_exit_schedule(config)
     if config.rm.batch_size % config.rm.accumulation:
         raise UserError(
             f"config.rm.batch_size {config.rm.batch_size} does not divide into {config.rm.accumulation} slices "
@@ -148,6 +150,19 @@ def _check_together(config: ConfigDict) -> None:
     both = set(config.sweep.datasets) & set(config.sweep.utility)
     if both:
         raise UserError(f"config.sweep.datasets and config.sweep.utility both name {sorted(both)[0]!r}; rename one")
+
+
+def _check_exit_schedule(config: ConfigDict) -> None:
+    """Checks that the chosen algorithm's exit schedule can do what its fields say."""
+    name, section = config.algorithm, config[config.algorithm]
+    if section.exits == "fixed" and config.lppo.train_exits:
+        raise UserError(f'config.{name}.exits is "fixed", which draws nothing: leave config.lppo.train_exits empty')
+    if EXIT_SCHEDULES[section.exits].learns and not ALGORITHMS[name].samples(section):
+        fitting = ", ".join(schedule for schedule, about in EXIT_SCHEDULES.items() if not about.learns)
+        raise UserError(
+            f"config.{name}.exits is {section.exits!r}, which learns from answers of the model in training, and this "
+            f"{name} has none; choose one of {fitting}"
+        )
 
 
 def require(config: ConfigDict, *names: str) -> None:

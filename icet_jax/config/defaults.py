@@ -19,6 +19,7 @@ from icet_jax.config import names
 from icet_jax.config.fields import (
     AXIS,
     DECAY,
+    EXIT_NUMBERS,
     NOT_NEGATIVE,
     OFF_OR_ABOVE_1,
     POSITIVE,
@@ -168,9 +169,13 @@ LPPO = Section(
             unit="rollouts", origin="ours"),
         "exits": Field("per_example", 'Which exit each sequence is trained at. "fixed": always fixed_exit, as in the '
             'paper\'s text. "per_batch": one draw for all rows. "per_example": one draw per row. "stratified": the '
-            "rows are spread evenly over early, middle and late exits.", one_of(names.EXIT_SCHEDULES)),
+            'rows are spread evenly over early, middle and late exits. "adaptive": an exit at which more forbidden '
+            "requests are not refused is drawn more often (by the refusal keywords, over the last ten rollouts or so); "
+            "every exit keeps a share.", one_of(tuple(names.EXIT_SCHEDULES))),
         "fixed_exit": unset(int, 'The exit of "fixed", from 1 to the number of exits. Unset: the model\'s default '
             "exit.", Rule(lambda number: number >= 1, "an exit's number, from 1")),
+        "train_exits": Field((), "The exits that are drawn, for example 1,3,5,7; the others are then unseen in "
+            'training. Empty: all of the model. Not for "fixed".', EXIT_NUMBERS, origin="ours"),
         "kl_coef": Field(0.2, "First coefficient of the KL term.", NOT_NEGATIVE, unit="per nat", origin="TRL"),
         "kl_kind": Field("k1", "Estimator of the KL of a token, with d = log_prob - ref_log_prob: k1 is d, k2 is d^2 / "
             "2, k3 is exp(-d) - 1 + d.", one_of(names.KL_KINDS), origin="TRL"),
@@ -234,7 +239,7 @@ LSFT = Section(
             "budget is the same.", NOT_NEGATIVE, unit="batches", origin="ours"),
         "refusal": Field("I'm sorry, but I can't help with that.", "What forbidden rows learn to answer. Other rows "
             "learn their own answer.", Rule(lambda text: bool(text.strip()), "a sentence")),
-        "exits": Field("per_example", "As lppo.exits.", one_of(names.EXIT_SCHEDULES)),
+        "exits": Field("per_example", "As lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
     }
 )
 LDISTILL = Section(
@@ -244,14 +249,14 @@ LDISTILL = Section(
         "on": Field("policy", 'Whose answers the distributions are compared on. "policy": its own at the drawn exit. '
             '"default": those of the model before training at its default exit.', one_of(names.DISTILLED_ON),
             origin="ours"),
-        "exits": Field("per_example", "As lppo.exits.", one_of(names.EXIT_SCHEDULES)),
+        "exits": Field("per_example", "As lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
     }
 )
 OPTIMIZER = Section(
     {
         "learning_rate": Field(1e-5, "Highest learning rate.", POSITIVE, origin="ours (TRL: 1.41e-5)"),
         "schedule": Field("constant", "The learning rate after the warm-up: constant, or falling to zero as a line or "
-            "a cosine.", one_of(names.SCHEDULES), origin="TRL"),
+            "a cosine.", one_of(names.LEARNING_RATE_SCHEDULES), origin="TRL"),
         "warmup_steps": Field(0, "Warm-up from 0 to the highest learning rate.", NOT_NEGATIVE, unit="optimizer steps"),
         "b1": Field(0.9, "Decay of the first moment.", DECAY, origin="Adam"),
         "b2": Field(0.999, "Decay of the second moment.", DECAY, origin="Adam"),

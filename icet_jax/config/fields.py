@@ -35,6 +35,10 @@ NOT_NEGATIVE = Rule(lambda value: value >= 0, "0 or more")
 SHARE = Rule(lambda value: 0 <= value <= 1, "between 0 and 1")
 DECAY = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 OFF_OR_ABOVE_1 = Rule(lambda value: value == 0 or value > 1, "0, which is off, or above 1")
+EXIT_NUMBERS = Rule(
+    lambda values: all(type(value) is int and value >= 1 for value in values) and len(set(values)) == len(values),
+    "numbers of exits, from 1, each once",
+)
 AXIS = Rule(lambda value: value == -1 or value > 0, "-1 or above 0")
 
 

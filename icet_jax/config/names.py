@@ -3,11 +3,11 @@
 A wrong name is therefore reported before jax is imported. What a name stands for is imported where it is used.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 DISTILLED_ON = ("policy", "default")
 DTYPES = ("float32", "bfloat16")
-EXIT_SCHEDULES = ("fixed", "per_batch", "per_example", "stratified")
 KINDS = ("forbidden", "benign", "vqa")
 KL_KINDS = ("k1", "k2", "k3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -15,7 +15,7 @@ REMATS = ("none", "dots", "full")
 TOO_LONG = ("drop", "stop")
 INSTABILITIES = ("stop", "skip")
 REWARDS = ("reward_model", "exact_match", "none")
-SCHEDULES = ("constant", "linear", "cosine")
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 TEMPLATES = ("vicuna_v1", "llava_v1")
 EXIT_RULES = ("E1", "E2", "E5")  # what feeds the projector at exit l of Llama 3.2 Vision
 CAPTURES = ("input", "output")  # which states Llama 3.2 Vision's captured intermediates are
@@ -95,12 +95,14 @@ class AlgorithmName(NamedTuple):
       about: what it does, in half a sentence.
       module: whose `ALGORITHM` says everything else about it.
       rewarded: whether `config.reward` scores responses for it.
+      samples: whether the model in training answers the rows, with the algorithm's section of the config.
     """
 
     title: str
     about: str
     module: str
     rewarded: bool = False
+    samples: Callable[[Any], bool] = lambda section: True
 
 
 ALGORITHMS = {
@@ -111,15 +113,41 @@ ALGORITHMS = {
         rewarded=True,
     ),
     "lsft": AlgorithmName(
-        title="L-SFT", about="supervised refusals at sampled exits", module="icet_jax.algorithms.lsft"
+        title="L-SFT",
+        about="supervised refusals at sampled exits",
+        module="icet_jax.algorithms.lsft",
+        samples=lambda section: False,
     ),
     "ldistill": AlgorithmName(
         title="L-Distill",
         about="the default exit's distribution of the model before training, learnt at sampled exits",
         module="icet_jax.algorithms.ldistill",
+        samples=lambda section: section.on == "policy",
     ),
 }
 """`config.algorithm` -> what can be said of it without jax; its settings are the section of the same name."""
+
+
+class ExitScheduleName(NamedTuple):
+    """One way to draw exits: a class of `icet_jax.algorithms.exits` and a line of `EXIT_SCHEDULES`.
+
+    Attributes:
+      path: of the class.
+      learns: whether it learns from the answers of the model in training.
+    """
+
+    path: str
+    learns: bool = False
+
+
+EXIT_SCHEDULES = {
+    "fixed": ExitScheduleName("icet_jax.algorithms.exits.Fixed"),
+    "per_batch": ExitScheduleName("icet_jax.algorithms.exits.PerBatch"),
+    "per_example": ExitScheduleName("icet_jax.algorithms.exits.PerExample"),
+    "stratified": ExitScheduleName("icet_jax.algorithms.exits.Stratified"),
+    "adaptive": ExitScheduleName("icet_jax.algorithms.exits.Adaptive", learns=True),
+}
+"""`exits` of an algorithm's section -> what draws them."""
 
 
 class FamilyName(NamedTuple):

@@ -19,11 +19,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from icet_jax.algorithms.exits import groups
+from icet_jax.exit_groups import exit_groups
 
 _RESAMPLES = 1000
 _ROUNDING = 1e-9  # shares that differ by less count as equal
-GROUP_NAMES = ("early", "middle", "late")
 
 
 class Interval(NamedTuple):
@@ -157,7 +156,7 @@ def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]
     over some of the layers would be another number under the same name.
     """
     exits = list(exits)
-    members = dict(zip(GROUP_NAMES, groups(num_exits), strict=False))
+    members = exit_groups(num_exits)
     weights = {
         name: np.isin(exits, layers) / len(layers) for name, layers in members.items() if set(layers) <= set(exits)
     }

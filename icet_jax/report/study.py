@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from icet_jax.exit_groups import EARLY_TO_LATE, exit_groups
 from icet_jax.report.loading import PHASES, Run
 from icet_jax.report.schema import METRIC_FAMILIES
 
-GROUPS = ("early", "middle", "late", "average")
+GROUPS = (*EARLY_TO_LATE, "average")
 KINDS = ("forbidden", "mixed", "benign", "vqa")
 HUMAN = "asr/human"
 _ROUNDING = 1e-9  # shares that differ by less are equal
@@ -240,15 +241,6 @@ def dataset_name(dataset: str) -> str:
     return dataset.partition("/")[2]
 
 
-def group_layers(num_exits: int) -> dict[str, list[int]]:
-    """Exits 1..N in three nearly equal parts, the first ones larger (the paper's groups; `np.array_split`)."""
-    size, extra = divmod(num_exits, 3)
-    ends = [size + (extra > 0), 2 * size + (extra > 0) + (extra > 1), num_exits]
-    starts = [0, *ends[:2]]
-    parts = [list(range(start + 1, end + 1)) for start, end in zip(starts, ends, strict=True)]
-    return dict(zip(GROUPS, parts, strict=False))
-
-
 def as_value(entry: Any, n: Any = None) -> Value | None:
     """An `Estimate` or a plain number of a file as a `Value`; None where it holds no finite number."""
     if not isinstance(entry, dict):
@@ -327,9 +319,9 @@ def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_ex
     if isinstance(metrics, dict) and metric in metrics:
         return as_value(metrics[metric])
     if name == "average":
-        parts = [_of_group(run, phase, dataset, metric, part, num_exits) for part in GROUPS[:3]]
+        parts = [_of_group(run, phase, dataset, metric, part, num_exits) for part in EARLY_TO_LATE]
     else:
-        parts = [_at_layer(run, phase, dataset, metric, layer) for layer in group_layers(num_exits)[name]]
+        parts = [_at_layer(run, phase, dataset, metric, layer) for layer in exit_groups(num_exits).get(name, [])]
     known = [part.mean for part in parts if part is not None]
     return Value(fmean(known)) if known and len(known) == len(parts) else None
 

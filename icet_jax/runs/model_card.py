@@ -13,7 +13,7 @@ from typing import Any
 
 import icet_jax
 from icet_jax.config.names import ALGORITHMS
-from icet_jax.evaluation.statistics import GROUP_NAMES
+from icet_jax.exit_groups import EARLY_TO_LATE
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.report.loading import Run, load_run
 from icet_jax.report.schema import metric_family
@@ -24,7 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MARKUP = re.compile(r"([\\`*_\[\]|~#])")
 # Metric families that describe a response instead of judging it; only the report shows them.
 _LEFT_OUT = ("length", "empty", "truncated")
-_COLUMNS = (*GROUP_NAMES, "average")
+_COLUMNS = (*EARLY_TO_LATE, "average")
 
 _LIMITS = """\
 - An attack success rate is the opinion of the judge named with it, and judges differ. Responses that a judge failed on

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from icet_jax.algorithms import exits as exit_schedules
 from icet_jax.algorithms.base import Algorithm, Read, Row, algorithm_class
 from icet_jax.algorithms.forward import with_policy
+from icet_jax.algorithms.phases import exit_schedule
 from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import TrainState, init_state
@@ -365,7 +365,7 @@ def _initial(
     rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
     scaled = bounded(config)
     critic = algorithm_class(config.algorithm).value_head if value_head is None else value_head
-    exits = exit_schedules.schedule(settings.exits, num_exits=vlm.num_exits, default_exit=vlm.default_exit)
+    exits = exit_schedule(settings, vlm.num_exits, vlm.default_exit)
 
     def start(key: Any, params: Any) -> TrainState:
         lora = init_lora(shapes, rank=rank, alpha=alpha, targets=targets, key=key) if rank else None

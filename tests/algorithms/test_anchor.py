@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.algorithms import ldistill, lppo
+from icet_jax.algorithms import exits, ldistill, lppo
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.config.names import DISTILLED_ON
@@ -152,7 +152,10 @@ def test_answers_of_the_default_exit_are_those_of_the_model_before_training():
 @pytest.mark.parametrize("on", DISTILLED_ON)
 def test_distillation_brings_every_exit_nearer_resumes_bit_for_bit_and_compiles_once(on):
     graphdef, params = toy.model()
-    phases, state = ldistill.build(graphdef, toy.SETTINGS, on), toy.state(params)
+    settings = toy.settings(exits="adaptive") if on == "policy" else toy.SETTINGS
+    phases, state = ldistill.build(graphdef, settings, on), toy.state(params)
+    drawer = exits.schedule(settings.exits, num_exits=4, default_exit=3)
+    state = state._replace(controls=state.controls._replace(exits=drawer.initial_state()))
     losses, durations = [], []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: durations.append(name) if name.endswith("backend_compile_duration") else None
@@ -161,7 +164,8 @@ def test_distillation_brings_every_exit_nearer_resumes_bit_for_bit_and_compiles_
     def iterate(state, step):
         again = state._replace(iteration=np.zeros((), np.int32))  # the same draws each time: one batch, every exit
         rollout = phases.rollout(params, again, *toy.inputs(), np.roll(EXITS, step), RUN_KEY)
-        return phases.update(params, state, rollout, RUN_KEY)
+        failures = (rollout.exits == 2).astype(np.float32) if on == "policy" else None
+        return phases.update(params, state, rollout, RUN_KEY, failures)
 
     for step in range(12):
         if step == 11:
@@ -174,11 +178,15 @@ def test_distillation_brings_every_exit_nearer_resumes_bit_for_bit_and_compiles_
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
     resumed, _ = iterate(jax.tree.map(jnp.asarray, saved), 11)
     jax.tree.map(np.testing.assert_array_equal, resumed, state)
+    if on == "policy":  # two of eight rows were at each exit, and those at exit 2 failed
+        seen = 2 * (1 - 0.9**12) / 0.1
+        np.testing.assert_allclose(state.controls.exits.requests, [seen] * 4, rtol=1e-5)
+        np.testing.assert_allclose(state.controls.exits.failures, [0, seen, 0, 0], rtol=1e-5)
 
 
 PROGRAM = """
 import jax, numpy as np
-from icet_jax.algorithms import ldistill, lppo
+from icet_jax.algorithms import exits, ldistill, lppo
 from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings

@@ -1,6 +1,7 @@
 """Exit schedules."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,3 +63,62 @@ def test_bad_input_is_one_line():
             draw("fixed", fixed_exit=bad)
     with pytest.raises(UserError, match="unknown schedule 'every'"):
         draw("every")
+
+
+NARROWED = [name for name in EXIT_SCHEDULES if name != "fixed"]
+
+
+@pytest.mark.parametrize("name", NARROWED)
+def test_only_train_exits_are_drawn_and_all_of_them(name):
+    drawn = [draw(name, seed, 12, train_exits=(7, 1, 2)) for seed in range(20)]
+    assert set(np.concatenate(drawn).tolist()) == {1, 2, 7}
+
+
+@pytest.mark.parametrize("name", ["per_batch", "per_example", "stratified"])
+def test_all_exits_named_is_the_same_draw_as_none_named(name):
+    for seed in range(5):
+        np.testing.assert_array_equal(draw(name, seed), draw(name, seed, train_exits=tuple(range(1, 9))))
+
+
+def test_uniform_draws_are_those_of_jax():
+    key = jax.random.key(5)
+    np.testing.assert_array_equal(draw("per_example", 5), jax.random.randint(key, (10,), 1, 9))
+    assert set(draw("per_batch", 5)) == {int(jax.random.randint(key, (), 1, 9))}
+
+
+def test_stratified_leaves_out_a_group_without_train_exits():
+    drawn = draw("stratified", batch=20, train_exits=(1, 8))
+    assert sorted(np.unique(drawn, return_counts=True)[1]) == [10, 10]
+
+
+def test_adaptive_draws_failing_exits_more_often_and_every_exit_sometimes():
+    drawer = exits.schedule("adaptive", num_exits=4, default_exit=3)
+    state, rng = drawer.initial_state(), np.random.default_rng(0)
+    counts = np.zeros(4)
+    for seed in range(60):
+        exit_layers = drawer.draw(jax.random.key(seed), state, batch=16)
+        drawn = np.asarray(exit_layers)
+        failures = np.where(drawn == 2, 1.0, 0.0)  # exit 2 never refuses
+        failures[rng.random(16) < 0.3] = np.nan  # rows of other kinds
+        state = drawer.observe(state, exit_layers, jnp.asarray(failures, jnp.float32))
+        if seed >= 30:
+            counts += np.bincount(drawn - 1, minlength=4)
+    assert counts[1] > 2 * max(counts[[0, 2, 3]])
+    assert min(counts) > 0.03 * sum(counts)
+
+
+def test_adaptive_follows_its_formula():
+    drawer = exits.schedule("adaptive", num_exits=8, default_exit=7, train_exits=(2, 5, 6))
+    state, expected = drawer.initial_state(), np.zeros((2, 3))
+    np.testing.assert_array_equal(jax.device_get(state), expected)
+    for drawn, failures in [((2, 2, 6, 6), (1, np.nan, 0, 1)), ((5, 2, 5, 5), (0, 0, 1, np.nan))]:
+        state = drawer.observe(state, jnp.asarray(drawn, jnp.int32), jnp.asarray(failures, jnp.float32))
+        expected *= 0.9
+        for exit_layer, failure in zip(drawn, failures, strict=True):
+            if np.isfinite(failure):
+                expected[:, (2, 5, 6).index(exit_layer)] += (failure, 1)
+    np.testing.assert_allclose(jax.device_get(state), expected, rtol=1e-6)
+    weights = 0.1 + (expected[0] + 1) / (expected[1] + 1)
+    drawn = np.asarray(drawer.draw(jax.random.key(0), state, batch=3000))
+    shares = [np.mean(drawn == exit_layer) for exit_layer in (2, 5, 6)]
+    np.testing.assert_allclose(shares, weights / weights.sum(), atol=1 / 3000 + 1e-6)

@@ -9,7 +9,7 @@ from icet_jax.algorithms import exits, lppo, phases
 from icet_jax.algorithms.base import Algorithm, algorithm_class
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.config import default
-from icet_jax.config.names import ALGORITHMS, EXIT_SCHEDULES
+from icet_jax.config.names import ALGORITHMS, EXIT_SCHEDULES, ExitScheduleName
 from icet_jax.runs.config_files import load
 from icet_jax.runs.loading import load as load_vlm
 from icet_jax.training import loop
@@ -23,8 +23,10 @@ def test_every_algorithm_is_whole(name):
     assert {"iterations", "exits"} <= set(default()[name])
 
 
-def test_the_names_of_schedules_are_those_that_exist():
-    assert tuple(exits.SCHEDULES) == EXIT_SCHEDULES
+@pytest.mark.parametrize("name", EXIT_SCHEDULES)
+def test_a_schedule_says_truly_whether_it_learns(name):
+    drawer = exits.schedule(name, num_exits=8, default_exit=7)
+    assert (drawer.initial_state() is not None) == EXIT_SCHEDULES[name].learns
 
 
 class RoundRobin(exits.Schedule):
@@ -42,7 +44,8 @@ class RoundRobin(exits.Schedule):
 
 
 def test_a_schedule_that_learns_is_one_class_and_its_state_is_the_train_states(monkeypatch):
-    monkeypatch.setitem(exits.SCHEDULES, "round_robin", RoundRobin)
+    path = f"{RoundRobin.__module__}.{RoundRobin.__name__}"
+    monkeypatch.setitem(EXIT_SCHEDULES, "round_robin", ExitScheduleName(path, learns=True))
     graphdef, params = toy.model()
     settings = toy.settings(exits="round_robin", epochs=1)
     state = toy.state(params, settings)
@@ -61,11 +64,6 @@ def test_a_schedule_that_learns_is_one_class_and_its_state_is_the_train_states(m
         )
         state, _ = run.update(params, state, batch, key)
     assert jax.device_get(state.controls.exits) == {"next": 3, "failures": 6.0}
-
-
-@pytest.mark.parametrize("schedule", EXIT_SCHEDULES)
-def test_the_schedules_of_a_config_add_nothing_to_a_checkpoint(schedule):
-    assert exits.schedule(schedule, num_exits=8, default_exit=7).initial_state() is None
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from icet_jax.report.loading import load_runs
-from icet_jax.report.study import Study, as_value, group_layers
+from icet_jax.report.study import Study, as_value
 from tests.report import synthetic
 
 ASR = "asr/world_exact"
@@ -20,12 +20,6 @@ def seeds(tmp_path):
     for seed in range(3):
         synthetic.write_run(tmp_path / f"run/seed_{seed}", seed=seed)
     return Study(load_runs(tmp_path / "run"))
-
-
-@pytest.mark.parametrize("num_exits", [3, 8, 13, 23, 24, 25, 32])
-def test_groups_are_the_papers(num_exits):
-    wanted = [part.tolist() for part in np.array_split(np.arange(1, num_exits + 1), 3)]
-    assert list(group_layers(num_exits).values()) == wanted
 
 
 def test_data_sets_are_ordered_by_what_they_ask(single):

@@ -1,11 +1,12 @@
 """Averages over early, middle and late exits."""
 
+from icet_jax.exit_groups import exit_groups
 from icet_jax.report.blocks import Block, Text, code, note, remark, table, text
 from icet_jax.report.comparison import Comparison, Member
 from icet_jax.report.loading import PHASES
 from icet_jax.report.sections.measured import dataset_heading
 from icet_jax.report.sections.numbers import run_name
-from icet_jax.report.study import GROUPS, HUMAN, Study, dataset_name, group_layers
+from icet_jax.report.study import GROUPS, HUMAN, Study, dataset_name
 from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, change_text, family_name, family_title
 
 _NOTE = "Each run’s exits in three nearly equal parts; “average” is the mean of the parts’ means."
@@ -45,7 +46,7 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 
 def group_name(study: Study, name: str) -> Text:
     """ "Early exits 1–8"; the average has no exits of its own."""
-    exits = group_layers(study.num_exits).get(name)
+    exits = exit_groups(study.num_exits).get(name)
     return text(name.capitalize(), " ", remark(f"exits {exits[0]}–{exits[-1]}")) if exits else text(name.capitalize())
 
 
