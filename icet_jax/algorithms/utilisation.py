@@ -154,6 +154,7 @@ def speeds(done: Done, seconds: Mapping[str, float], evaluated: float, peak: Pea
     `perf/tokens_per_sec` are sampled tokens over the whole iteration, `tokens_per_sec_rollout` over sampling them,
     `tokens_per_sec_update` positions of prompt and response passed through an update. `perf/mfu` is the operations that
     the iteration needed over what the devices could have done in its time; scoring takes time and counts no operations.
+    `perf/tokens` and `perf/flops` are the sampled tokens and those operations themselves.
 
     Args:
       done: by the iteration.
@@ -170,5 +171,6 @@ def speeds(done: Done, seconds: Mapping[str, float], evaluated: float, peak: Pea
         row["perf/tokens_per_sec"] = done.sampled / total
         row["perf/tokens_per_sec_rollout"] = done.sampled / seconds["rollout"]
     row["perf/tokens_per_sec_update"] = evaluated * done.trained / seconds["update"]
-    row["perf/mfu"] = sum(flops.values()) / (total * peak.flops)
+    row["perf/tokens"], row["perf/flops"] = float(done.sampled), float(sum(flops.values()))
+    row["perf/mfu"] = row["perf/flops"] / (total * peak.flops)
     return row | {f"perf/mfu_{phase}": count / (seconds[phase] * peak.flops) for phase, count in flops.items()}

@@ -65,7 +65,7 @@ def test_speeds_by_hand():
     assert row == {
         "perf/time_rollout": 1.0, "perf/time_score": 1.0, "perf/time_update": 2.0, "perf/samples_per_sec": 1.0,
         "perf/tokens_per_sec": 5.0, "perf/tokens_per_sec_rollout": 20.0, "perf/tokens_per_sec_update": 20.0,
-        "perf/mfu": 0.15, "perf/mfu_rollout": 0.1, "perf/mfu_update": 0.25,
+        "perf/mfu": 0.15, "perf/mfu_rollout": 0.1, "perf/mfu_update": 0.25, "perf/tokens": 20.0, "perf/flops": 600.0,
     }  # fmt: skip
 
 
