@@ -27,7 +27,7 @@ from icet_jax.parallel.mesh import visible_mesh
 from icet_jax.runs import fingerprints, run_dir, run_lock, sources
 from icet_jax.scorers.base import metric_name
 from icet_jax.scorers.load import save_reward_model
-from icet_jax.scorers.pairs import HH_TEMPLATE, PairTokenizer
+from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer
 from icet_jax.training.metrics_log import MetricsLog
 from icet_jax.training.progress import Progress
 from icet_jax.training.reward_model import RewardState, RewardTrainer, TokenPair, tokenise
@@ -80,7 +80,9 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
     template = config.rm.template or HH_TEMPLATE
     base = _load_base(config, workdir)
     tokenizer = load_tokenizer(base.directory)
-    encode = PairTokenizer(tokenizer, template=template, max_length=min(config.rm.max_tokens, base.config.n_positions))
+    encode = GPT2PairTokenizer(
+        tokenizer, template=template, max_length=min(config.rm.max_tokens, base.config.n_positions)
+    )
     learned, held_out = load_sets(config, encode, base.config.vocab_size)
     steps = max(1, int(config.rm.epochs * len(learned.pairs) / config.rm.batch_size))
     optimizer = OptimizerSettings(**dict(config.optimizer), total_steps=steps)
@@ -136,7 +138,7 @@ def _load_base(config: ConfigDict, workdir: Path) -> Checkpoint:
     return load_gpt2_base(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat, seed=config.seed)
 
 
-def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tuple[PairSet, PairSet]:
+def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) -> tuple[PairSet, PairSet]:
     """Returns the pairs for training and those for testing; no prompt is in both.
 
     Args:
@@ -194,7 +196,7 @@ def _pairs(source: str, seed: int) -> Preferences:
 
 
 def _tokenised(
-    source: str, pairs: Sequence[PreferencePair], read: int, dropped: Counter[str], encode: PairTokenizer
+    source: str, pairs: Sequence[PreferencePair], read: int, dropped: Counter[str], encode: GPT2PairTokenizer
 ) -> PairSet:  # fmt: skip
     """Returns the pairs whose two texts still differ after truncation to the longest row."""
     tokens = tokenise(encode, pairs) if pairs else []

@@ -1,6 +1,7 @@
-"""Every setting (`defaults`), how a wrong one is reported (`checks`) and the names that a config may contain (`names`).
+"""All settings (`defaults`), checks of their values (`checks`) and the names that a config may contain (`names`).
 
-Nothing here imports jax. The names below are imported on first use, so that `icet_jax.config.names` needs nothing else.
+Nothing here imports jax. The names in `__all__` are imported on first use, so that `import icet_jax.config.names` loads
+no other module.
 """
 
 import importlib
@@ -58,7 +59,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name on first use (PEP 562)."""
+    """Returns a name of `__all__`, imported on first use (PEP 562)."""
     if name == "paper":
         return importlib.import_module("icet_jax.config.paper")
     if name in _DEFINED_IN:

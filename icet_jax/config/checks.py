@@ -11,11 +11,11 @@ from icet_jax.config.fields import TYPE_NAMES, Field, Rule, Table
 from icet_jax.config.names import ALGORITHMS, DTYPES, EXIT_SCHEDULES, SCORERS
 from icet_jax.errors import UserError
 
-_TOO_LARGE = 2**31  # sizes and counts are int32 on the devices
+_INT32_LIMIT = 2**31  # sizes and counts are int32 on the devices
 
 
 def check(config: ConfigDict) -> None:
-    """Validates every value that can be judged without the model.
+    """Checks every value of a config, as far as that is possible without the model.
 
     Raises:
       UserError: names the first field that is unknown, missing, of the wrong type or out of range, and what it may be.
@@ -32,11 +32,11 @@ def check(config: ConfigDict) -> None:
         _check_table(name, values[name], table)
     _check_scorers(values["scorers"])
     _check_mixture(values["data.mixture"], values["reward.by_kind"])
-    _check_together(config)
+    _check_combinations(config)
 
 
 def check_exits(config: ConfigDict, num_exits: int) -> None:
-    """Raises a `UserError` where the config names an exit that the model does not have (exits are 1..num_exits)."""
+    """Raises a `UserError` if the config names an exit that the model does not have (exits are 1..num_exits)."""
     exits = [("lppo.fixed_exit", config.lppo.fixed_exit)] if config.lppo.fixed_exit is not None else []
     exits += [("lppo.train_exits", number) for number in config.lppo.train_exits]
     if config.sweep.exits != "all":
@@ -47,7 +47,7 @@ def check_exits(config: ConfigDict, num_exits: int) -> None:
 
 
 def _check_value(name: str, value: Any, field: Field) -> None:
-    """Checks the type and the rule of one field. A whole number will do where a number is expected."""
+    """Checks one field's value against the field's type and rule. An int is accepted where a float is expected."""
     if value is None and field.default is None:
         return
     if field.table is not None:
@@ -58,27 +58,27 @@ def _check_value(name: str, value: Any, field: Field) -> None:
     accepted = (int, float) if field.type is float else (field.type,)
     if field.type is not object and (type(value) not in accepted or value != value):
         raise UserError(f"config.{name} is {value!r}, but must be {TYPE_NAMES[field.type]}")
-    if type(value) is int and value >= _TOO_LARGE and name != "seed":
+    if type(value) is int and value >= _INT32_LIMIT and name != "seed":
         raise UserError(f"config.{name} is {value}, but must be below 2^31: no array can be larger")
     if field.rule is not None and not field.rule.accepts(value):
-        raise UserError(f"config.{name} is {value!r}, but must be {field.rule.says}")
+        raise UserError(f"config.{name} is {value!r}, but must be {field.rule.allowed}")
 
 
 def _check_table(where: str, entries: Mapping[str, Any], table: Table) -> None:
-    """Checks the keys and the values of a field whose keys the user chooses."""
+    """Checks the keys and the values of a field whose keys the user chooses; `where` is the field's dotted name."""
     for key, value in entries.items():
         if isinstance(table.keys, Rule):
             if not table.keys.accepts(key):
-                raise UserError(f"config.{where}: {key!r} {table.keys.says}")
+                raise UserError(f"config.{where}: {key!r} {table.keys.allowed}")
         elif key not in table.keys:
-            near = _nearest(key, table.keys)
-            raise UserError(f"config.{where}.{key}: a row is one of {', '.join(table.keys)}{near}")
+            hint = _did_you_mean(key, table.keys)
+            raise UserError(f"config.{where}.{key}: a row is one of {', '.join(table.keys)}{hint}")
         if table.values is not None and not table.values.accepts(value):
-            raise UserError(f"config.{where}.{key} is {value!r}, but must be {table.values.says}")
+            raise UserError(f"config.{where}.{key} is {value!r}, but must be {table.values.allowed}")
 
 
 def _check_mixture(mixture: Mapping[str, Any], rewards: Mapping[str, Any]) -> None:
-    """Some kind of row must be drawn, and every drawn kind must have a reward."""
+    """Checks that some kind of row has a share above 0, and that each of these kinds has a reward."""
     if sum(mixture.values()) <= 0:
         raise UserError("config.data.mixture leaves no rows: give at least one kind a share above 0")
     for kind, share in mixture.items():
@@ -86,8 +86,13 @@ def _check_mixture(mixture: Mapping[str, Any], rewards: Mapping[str, Any]) -> No
             raise UserError(f"config.reward.by_kind.{kind} is missing: config.data.mixture draws {kind} rows")
 
 
-def check_names(where: str, value: Any) -> None:
-    """Raises `UserError` where a name in a table, or in a table within it, is not text."""
+def check_names(where: str, value: object) -> None:
+    """Raises a `UserError` if a key of a dict, or of a dict in it, is not text.
+
+    Args:
+      where: dotted name of the config field, for the error.
+      value: value of the field; anything but a dict passes.
+    """
     for name, inner in value.items() if isinstance(value, Mapping) else ():
         if not isinstance(name, str):
             raise UserError(f"config.{where}: {name!r} is not a name; put it in quotes")
@@ -95,14 +100,14 @@ def check_names(where: str, value: Any) -> None:
 
 
 def scorer_fields(kind: str) -> dict[str, type]:
-    """Returns the fields of a scorer's definition and their types; none for an unknown kind."""
+    """Returns {field: type} for the definition of a scorer of this kind; an empty dict for an unknown kind."""
     if kind not in SCORERS:
         return {}
     return {"kind": str, **SCORERS[kind].all_fields}
 
 
 def _check_scorers(scorers: Mapping[str, Any]) -> None:
-    """Checks that every definition is `{"kind": ..., fields of that kind}`."""
+    """Checks that every value of `config.scorers` is `{"kind": ..., fields of that kind}`."""
     for name, definition in scorers.items():
         where = f"config.scorers.{name}"
         if isinstance(definition, Mapping) and definition.get("kind") == "perspective":
@@ -116,7 +121,7 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
         allowed = scorer_fields(kind)
         for field, value in definition.items():
             if field not in allowed:
-                raise UserError(f"{where}.{field}: a {kind} has {', '.join(allowed)}{_nearest(field, allowed)}")
+                raise UserError(f"{where}.{field}: a {kind} has {', '.join(allowed)}{_did_you_mean(field, allowed)}")
             accepted = {float: (int, float), tuple: (tuple, list)}.get(allowed[field], (allowed[field],))
             if not isinstance(value, accepted) or isinstance(value, bool) or value in ("", (), {}):
                 raise UserError(f"{where}.{field} is {value!r}, but must be {TYPE_NAMES[allowed[field]]}")
@@ -129,8 +134,8 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
             raise UserError(f"{where}.dtype is {definition['dtype']!r}, but must be one of {', '.join(DTYPES)}")
 
 
-def _check_together(config: ConfigDict) -> None:
-    """Checks what several fields must agree on."""
+def _check_combinations(config: ConfigDict) -> None:
+    """Checks the rules that concern several fields at once."""
     lppo, batch = config.lppo, config.data.batch_size
     if batch % (lppo.minibatches * lppo.accumulation):
         raise UserError(
@@ -147,9 +152,11 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError("config.sweep.top_k and top_p need config.sweep.temperature above 0 (0 is greedy)")
     if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise UserError("config.mesh: only one axis may be -1 (take the remaining devices)")
-    both = set(config.sweep.datasets) & set(config.sweep.utility)
-    if both:
-        raise UserError(f"config.sweep.datasets and config.sweep.utility both name {sorted(both)[0]!r}; rename one")
+    shared_names = set(config.sweep.datasets) & set(config.sweep.utility)
+    if shared_names:
+        raise UserError(
+            f"config.sweep.datasets and config.sweep.utility both name {sorted(shared_names)[0]!r}; rename one"
+        )
 
 
 def _check_exit_schedule(config: ConfigDict) -> None:
@@ -166,7 +173,7 @@ def _check_exit_schedule(config: ConfigDict) -> None:
 
 
 def require(config: ConfigDict, *names: str) -> None:
-    """Raises a `UserError` naming the first of `names` (dotted) that is unset or empty."""
+    """Raises a `UserError` if one of these fields (dotted names) is unset or empty."""
     values = flatten(config)
     for name in names:
         if values[name] in (None, "") or (name in OPEN_FIELDS and not values[name]):
@@ -174,39 +181,43 @@ def require(config: ConfigDict, *names: str) -> None:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Returns {dotted name: value}. A table whose keys the user chooses is one plain dict."""
+    """Returns all values of a config as {dotted name: value}; a field whose keys the user chooses is one plain dict."""
     flat: dict[str, Any] = {}
 
-    def visit(prefix: str, node: ConfigDict) -> None:
+    def add_section(prefix: str, node: ConfigDict) -> None:
         for key in node:
             name, value = f"{prefix}{key}", node[key]
             if name in OPEN_FIELDS:
                 flat[name] = value.to_dict() if isinstance(value, ConfigDict) else value
             elif isinstance(value, ConfigDict):
-                visit(f"{name}.", value)
+                add_section(f"{name}.", value)
             else:
                 flat[name] = value
 
-    visit("", config)
+    add_section("", config)
     return flat
 
 
 def choose_variant(variant: str, allowed: tuple[str, ...]) -> str:
-    """Returns `variant`, for a config file's `get_config`; a `UserError` names the variants that the file has."""
+    """Returns `variant` unchanged, for a config file's `get_config`.
+
+    Raises:
+      UserError: it is neither empty nor one of the variants `allowed`, which the message lists.
+    """
     if variant in ("", *allowed):
         return variant
-    raise UserError(f"variant {variant!r}: this config has {', '.join(allowed) or 'none'}{_nearest(variant, allowed)}")
+    hint = _did_you_mean(variant, allowed)
+    raise UserError(f"variant {variant!r}: this config has {', '.join(allowed) or 'none'}{hint}")
 
 
 def unknown_field(name: str) -> UserError:
-    """Returns the error for an unknown field, which names the nearest one by its dotted name or by its last part."""
-    known = sorted(FIELDS)
-    candidates = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    """Returns the error for a field that does not exist. It suggests one with a similar name or last part."""
+    existing = sorted(FIELDS)
+    candidates = difflib.get_close_matches(name, existing, n=1, cutoff=0.6)
     if not candidates or "." not in name:
-        leaves = {field.rpartition(".")[2]: field for field in reversed(known)}
-        candidates = [
-            leaves[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
-        ] or candidates
+        by_last_part = {field.rpartition(".")[2]: field for field in reversed(existing)}
+        similar = difflib.get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
+        candidates = [by_last_part[last_part] for last_part in similar] or candidates
     hint = (
         f"; the nearest is config.{candidates[0]}"
         if candidates
@@ -215,6 +226,7 @@ def unknown_field(name: str) -> UserError:
     return UserError(f"config.{name} is not a field{hint}")
 
 
-def _nearest(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def _did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Returns the end of an error line that suggests the most similar candidate; "" if none is similar."""
+    similar = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {similar[0]}?" if similar else ""

@@ -1,17 +1,15 @@
-"""Every setting, declared once: its default, meaning, unit, origin and what it may be.
+"""Every setting, declared once: its default, meaning, unit, origin and allowed values.
 
-`CONFIG` is the declaration. The config itself, its checks, the error lines that name the nearest field and
-docs/reference/config.md are all made from it.
+`CONFIG` is the declaration. The config itself, its checks, the error lines that suggest a similar field and
+docs/reference/config.md are all generated from it.
 
-A file in `configs/` starts from `default()`, changes what its experiment changes and returns the result from
-`get_config(variant)`. `icet_jax.runs.config_files.load` finds that file, applies the overrides of the command line and
-checks the outcome. Nothing here imports jax, so a wrong field or value is reported at once.
+A file in `configs/` starts from `default()`, sets what differs in its experiment and returns the result from
+`get_config(variant)`. `icet_jax.runs.config_files.load` finds that file, applies the command line's overrides and
+checks the result. Nothing here imports jax, so a wrong field or value is reported at once.
 
 Origins: *paper* is the ICML 2025 text. *TRL* is TRL 0.11.4, the last version with this PPO, whose formulas match the
 paper's. *RiC* is Rewards-in-Context's PPO, the source of the reward model. *ours* is this project's own choice.
 """
-
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -50,11 +48,11 @@ _SOURCES = Table(
 )
 
 
-def _is_seed(value: Any) -> bool:
+def _is_seed(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**32
 
 
-def _are_exits(value: Any) -> bool:
+def _are_exits(value: object) -> bool:
     is_list = type(value) is tuple and len(value) > 0
     return value == "all" or (is_list and all(type(number) is int and number >= 1 for number in value))
 
@@ -66,38 +64,39 @@ _SEEDS = Rule(
 )
 _EXITS = Rule(_are_exits, '"all" or exits\' numbers, from 1, such as 1,12,23')
 
-# The tables below are laid out by hand: a field begins a line, and what does not fit follows on the next.
+# Formatted by hand: every field begins a line, and its description continues on the next.
 # fmt: off
 MODEL = Section(
     {
         "checkpoint": unset(str, 'Hugging Face directory or hub id, or "organism:vlm". Every run needs it.'),
         "revision": unset(str, "Branch, tag or commit of a hub id. Unset: the default branch."),
-        "adapter": unset(str, "PEFT directory or hub id of a LoRA to start from. It is merged when the model is "
-            "loaded."),
-        "exit_rule": unset(str, "What exit l feeds the projector, in a family where several readings are possible "
-            "(Llama 3.2 Vision).", one_of(names.EXIT_RULES)),
-        "intermediate_capture": Field("input", "What an index of Llama 3.2 Vision's captured intermediates means. "
-            '"input": the state that enters that block, as the model was trained. "output": the state that leaves it, '
-            "as transformers reads it since 4.56.", one_of(names.CAPTURES)),
-        "dtype": Field("bfloat16", "Type of the computation. Norms, softmax, log-probs, adapters and the optimizer "
-            "stay float32.", one_of(names.DTYPES), origin="ours"),
-        "remat": Field("dots", 'What the backward pass computes again. "none": nothing. "dots": everything except '
-            'products with weights. "full": everything, which takes the least memory.', one_of(names.REMATS)),
+        "adapter": unset(str, "PEFT directory or hub id of a LoRA to start from. It is merged into the model when the "
+            "model is loaded."),
+        "exit_rule": unset(str, "Definition of exit l in Llama 3.2 Vision, the one family that has several: what the "
+            "projector gets of the image encoder. Unset: E1.", one_of(names.EXIT_RULES)),
+        "intermediate_capture": Field("input", "Which state Llama 3.2 Vision captures at a block that "
+            'intermediate_layers_indices lists. "input": the block\'s input, as the model was trained. "output": its '
+            "output, as in transformers since 4.56.", one_of(names.CAPTURES)),
+        "dtype": Field("bfloat16", "Dtype of weights and activations. Norms, softmax, log-probs, adapters and the "
+            "optimizer are float32 in any case.", one_of(names.DTYPES), origin="ours"),
+        "remat": Field("dots", 'Which activations the backward pass computes again instead of storing them. "none": '
+            'none. "dots": all but the products with weights. "full": all, which takes the least memory.',
+            one_of(names.REMATS)),
     }
 )
 MESH = Section(
     {
-        "data": Field(-1, "Splits the rows of a batch.", AXIS),
-        "fsdp": Field(1, "Splits the rows too, and the weights and the train state.", AXIS),
-        "tensor": Field(1, "Splits the weights by columns and heads.", AXIS),
+        "data": Field(-1, "Number of devices over which the rows of a batch are split.", AXIS),
+        "fsdp": Field(1, "Number of devices over which rows, weights and train state are split.", AXIS),
+        "tensor": Field(1, "Number of devices over which weights are split by columns and attention heads.", AXIS),
     },
-    about="Devices along each axis. One axis may be -1: it takes the devices that are left.",
+    about="Number of devices along each axis of the mesh. One axis may be -1: it takes all remaining devices.",
 )
 LORA = Section(
     {
-        "rank": Field(64, "Rank of the adapters. 0 trains the whole language model, and a frozen copy of it is the "
-            "reference.", NOT_NEGATIVE, origin="RiC"),
-        "alpha": Field(128.0, "Updates are scaled by alpha / rank.", POSITIVE, origin="RiC"),
+        "rank": Field(64, "Rank of the LoRA adapters. 0 trains the whole language model; the reference is then a "
+            "frozen copy of it.", NOT_NEGATIVE, origin="RiC"),
+        "alpha": Field(128.0, "The adapters' output is scaled by alpha / rank.", POSITIVE, origin="RiC"),
         "targets": Field(names.PROJECTIONS, "Projections of the decoder that get an adapter.",
             distinct(names.PROJECTIONS), origin="ours: all"),
     }
@@ -106,34 +105,36 @@ DATA = Section(
     {
         "train": unset(str, "Training rows: a .csv or .jsonl file of (prompt, image[, kind, answer]), FORMAT:PATH, "
             '"organism:train", or several of these joined by " + ".'),
-        "root": unset(str, "Folder that relative paths of sources start from. Unset: the working directory."),
-        "mixture": Field({"forbidden": 1.0}, "Share of each kind of row.", table=_SHARES,
+        "root": unset(str, "Folder to which relative paths in sources refer. Unset: the working directory."),
+        "mixture": Field({"forbidden": 1.0}, "Share of each kind of row in a training batch.", table=_SHARES,
             origin="paper: harmful prompts alone"),
-        "batch_size": Field(64, "Sequences per rollout.", POSITIVE, unit="sequences", origin="ours (TRL: 128)"),
-        "max_prompt_tokens": Field(768, "Length to which prompts are padded, image positions included (576 in "
+        "batch_size": Field(64, "Rows per iteration, over all processes.", POSITIVE, unit="sequences",
+            origin="ours (TRL: 128)"),
+        "max_prompt_tokens": Field(768, "Most positions of a training prompt, image positions included (576 in "
             "LLaVA-1.5).", POSITIVE, unit="positions", origin="ours"),
-        "too_long": Field("drop", "What happens to a row whose prompt does not fit max_prompt_tokens (training) or the "
-            'model\'s positions (all sets). "drop": it is left out and counted. "stop": the run does not start. All '
-            "rows are measured before anything is compiled.", one_of(names.TOO_LONG)),
+        "too_long": Field("drop", "What happens to a row whose prompt is longer than max_prompt_tokens (training) or "
+            'than the model\'s positions (all data sets). "drop": it is left out and counted. "stop": the run does not '
+            "start. All rows are measured before anything is compiled.", one_of(names.TOO_LONG)),
         "directory": unset(str, "Folder to which `--mode=prepare` writes the data sets (TFDS array_record) and from "
             "which runs read them. Unset: each run reads the sources itself."),
         "template": unset(str, 'Chat template of LLaVA-1.5 and LLaVA-NeXT on Vicuna. "vicuna_v1" has the system prompt '
             'of the original LLaVA-1.5 evaluations ("a curious user"), "llava_v1" that of LLaVA-NeXT\'s model card ("a '
             'curious human"). Unset: the checkpoint\'s own. Another system prompt is another attack surface.',
             one_of(names.TEMPLATES), origin="ours"),
-        "image_root": unset(str, "Folder that relative image paths start from. Unset: the folder of the data file."),
+        "image_root": unset(str, "Folder to which relative image paths refer. Unset: the folder of the data file."),
     }
 )
 REWARD = Section(
     {
         "model": unset(str, "A name of `config.scorers`, the Hugging Face directory or hub id of a sequence "
             'classifier, or "organism:reward_model".'),
-        "by_kind": Field({"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"}, "What rewards "
-            'a row of each kind. "none": the row learns from the KL alone. A text-only reward model cannot grade an '
-            "answer about an image.", table=Table(str, names.KINDS, one_of(names.REWARDS))),
-        "normalise": Field(False, "Subtract the running mean from the reward model's scores and divide them by the "
-            "running standard deviation.", origin="TRL: off"),
-        "clip": Field(0.0, "Scores are clipped to between -clip and clip after normalising. 0 = off.", NOT_NEGATIVE,
+        "by_kind": Field({"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"}, "What the "
+            'reward of each kind of row is. "reward_model": the score of `reward.model`, which reads text alone and so '
+            'cannot grade an answer about an image. "exact_match": 1 for the expected answer, else 0. "none": no '
+            "reward; only the KL term remains.", table=Table(str, names.KINDS, one_of(names.REWARDS))),
+        "normalise": Field(False, "True: the running mean is subtracted from the reward model's scores, and the result "
+            "is divided by the running standard deviation.", origin="TRL: off"),
+        "clip": Field(0.0, "After normalising, scores are clipped to the range -clip to clip. 0 = off.", NOT_NEGATIVE,
             origin="TRL"),
         "missing_eos_penalty": Field(0.0, "Subtracted from the score of a response without EOS. 0 = off.",
             NOT_NEGATIVE, origin="TRL"),
@@ -146,189 +147,203 @@ RM = Section(
             "rm.train."),
         "held_out_share": Field(0.05, "Share of the prompts of rm.train that is held out, each prompt with all of its "
             "pairs.", Rule(lambda share: 0 < share < 1, "above 0 and below 1"), origin="ours"),
-        "name": unset(str, "What metrics call the model. Unset: the name of the run directory.",
+        "name": unset(str, "Name of the reward model in metrics. Unset: the name of the run directory.",
             matches(r"[a-z0-9_]+", "small letters, digits and _: it is part of metrics' names")),
-        "template": unset(str, "Text with {prompt} in it. Unset: that of the paper's reward model.",
-            holds_once("{prompt}")),
-        "max_tokens": Field(1024, "Longest prompt and response together; at most the model's positions. GPT-2 has "
-            "1024.", POSITIVE, unit="tokens"),
+        "template": unset(str, "Text around the prompt, in front of the response. It contains {prompt}. Unset: that of "
+            "the paper's reward model.", holds_once("{prompt}")),
+        "max_tokens": Field(1024, "Most tokens of prompt and response together, at most the model's positions (GPT-2: "
+            "1024). Longer pairs are truncated.", POSITIVE, unit="tokens"),
         "epochs": Field(1.0, "Passes over the pairs. More than one overfits.", POSITIVE,
             origin="Ouyang et al. 2022, Bai et al. 2022"),
         "batch_size": Field(64, "Pairs per optimizer step.", POSITIVE, unit="pairs", origin="Ouyang et al. 2022"),
-        "accumulation": Field(8, "Slices of a batch whose gradients are averaged.", POSITIVE,
-            origin="ours, for memory"),
-        "length_window": Field(32, "Pairs are sorted by length within this many batches, to save padding. 1 = off.",
-            POSITIVE, unit="batches", origin="ours"),
+        "accumulation": Field(8, "Slices into which a batch is cut; their gradients are averaged. More slices take "
+            "less memory.", POSITIVE, origin="ours, for memory"),
+        "length_window": Field(32, "Pairs are sorted by length within groups of this many batches, to save padding. "
+            "1 = off.", POSITIVE, unit="batches", origin="ours"),
     },
-    about="Settings of `--mode=reward`. Its base is `model`, its optimizer is `optimizer`; `checkpoint` and `log` "
-    "count its steps.",
+    about="Settings of `--mode=reward`, which trains a reward model. It starts from the model of the section `model` "
+    "and also uses the sections `optimizer`, `checkpoint` and `log`, whose iterations are then optimizer steps.",
 )
 LPPO = Section(
     {
-        "iterations": Field(94, "94 rollouts of 64 sequences are three passes over RedTeam-2K.", NOT_NEGATIVE,
-            unit="rollouts", origin="ours"),
+        "iterations": Field(94, "Number of iterations. 94 rollouts of 64 sequences are three passes over RedTeam-2K.",
+            NOT_NEGATIVE, unit="rollouts", origin="ours"),
         "exits": Field("per_example", 'Which exit each sequence is trained at. "fixed": always fixed_exit, as in the '
-            'paper\'s text. "per_batch": one draw for all rows. "per_example": one draw per row. "stratified": the '
-            'rows are spread evenly over early, middle and late exits. "adaptive": an exit at which more forbidden '
-            "requests are not refused is drawn more often (by the refusal keywords, over the last ten rollouts or so); "
-            "every exit keeps a share.", one_of(tuple(names.EXIT_SCHEDULES))),
+            'paper\'s text. "per_batch": one random exit for all rows. "per_example": a random exit for each row. '
+            '"stratified": random, but equally many rows from early, middle and late exits. "adaptive": random, where '
+            "exits at which more forbidden requests were not refused in recent rollouts are more likely (about the "
+            'last ten rollouts, by the refusal keywords); no exit gets a probability of 0.',
+            one_of(tuple(names.EXIT_SCHEDULES))),
         "fixed_exit": unset(int, 'The exit of "fixed", from 1 to the number of exits. Unset: the model\'s default '
             "exit.", Rule(lambda number: number >= 1, "an exit's number, from 1")),
-        "train_exits": Field((), "The exits that are drawn, for example 1,3,5,7; the others are then unseen in "
-            'training. Empty: all of the model. Not for "fixed".', EXIT_NUMBERS, origin="ours"),
-        "kl_coef": Field(0.2, "First coefficient of the KL term.", NOT_NEGATIVE, unit="per nat", origin="TRL"),
+        "train_exits": Field((), "The exits that training samples from, for example 1,3,5,7; the others are never "
+            'trained. Empty: all exits of the model. Not for "fixed".', EXIT_NUMBERS, origin="ours"),
+        "kl_coef": Field(0.2, "Coefficient of the KL term in the reward at the start of the run.", NOT_NEGATIVE,
+            unit="per nat", origin="TRL"),
         "kl_kind": Field("k1", "Estimator of the KL of a token, with d = log_prob - ref_log_prob: k1 is d, k2 is d^2 / "
             "2, k3 is exp(-d) - 1 + d.", one_of(names.KL_KINDS), origin="TRL"),
-        "kl_adaptive": Field(True, "The coefficient follows kl_target.", origin="TRL"),
-        "kl_target": Field(6.0, "KL that an adaptive coefficient aims at.", POSITIVE, unit="nats per sequence",
-            origin="TRL"),
-        "kl_horizon": Field(10000.0, "How slowly an adaptive coefficient moves: in one rollout by at most 0.2 x "
-            "batch_size / kl_horizon of itself.", POSITIVE, unit="sequences", origin="TRL"),
+        "kl_adaptive": Field(True, "True: the coefficient rises while the KL is above kl_target and falls while it is "
+            "below. False: it stays at kl_coef.", origin="TRL"),
+        "kl_target": Field(6.0, "KL at which an adaptive coefficient stays the same.", POSITIVE,
+            unit="nats per sequence", origin="TRL"),
+        "kl_horizon": Field(10000.0, "How slowly an adaptive coefficient changes: per rollout by at most the share "
+            "0.2 x batch_size / kl_horizon.", POSITIVE, unit="sequences", origin="TRL"),
         "gamma": Field(1.0, "Discount.", SHARE, origin="TRL"),
         "lam": Field(0.95, "GAE's lambda.", SHARE, origin="TRL"),
-        "clip_range": Field(0.2, "The paper's epsilon.", POSITIVE, origin="TRL"),
-        "dual_clip": Field(0.0, "Bound of a token's loss where its advantage is negative (Ye et al. 2020: 3). 0 = "
-            "off.", OFF_OR_ABOVE_1, unit="advantages"),
-        "value_clip_range": Field(0.0, "Clips the value head's prediction around the old one. 0 = off: the paper's "
-            "value loss is the plain squared error.", NOT_NEGATIVE, origin="paper"),
-        "value_coef": Field(0.1, "The paper's c1, which multiplies the squared error (V - R)^2. TRL multiplies half "
-            "the squared error by the same number: our term is twice as large.", NOT_NEGATIVE, origin="TRL"),
-        "value_stop_gradient": Field(False, "True: the value head learns on fixed features.", origin="ours"),
-        "value_learning_rate": unset(float, "Learning rate of the value head. Unset: optimizer.learning_rate. With "
-            "this or one of the next two fields set, the value head has an optimizer of its own and its gradient is "
-            "clipped separately. With none of them, one norm of both gradients is clipped, and a large value error "
-            "shrinks the policy's steps.", NOT_NEGATIVE, origin="ours"),
+        "clip_range": Field(0.2, "The ratio of new to old probability is clipped to the range 1 - clip_range to 1 + "
+            "clip_range (the paper's epsilon).", POSITIVE, origin="TRL"),
+        "dual_clip": Field(0.0, "A token with a negative advantage A has at most the loss dual_clip x |A| (Ye et al. "
+            "2020: 3). 0 = off.", OFF_OR_ABOVE_1, unit="advantages"),
+        "value_clip_range": Field(0.0, "The new value may differ from the old one by at most this much in the value "
+            "loss. 0 = off: the paper's value loss is the plain squared error.", NOT_NEGATIVE, origin="paper"),
+        "value_coef": Field(0.1, "The paper's c1: the factor of the squared error (V - R)^2 in the loss. TRL "
+            "multiplies half of the squared error by the same number, so our term is twice as large.", NOT_NEGATIVE,
+            origin="TRL"),
+        "value_stop_gradient": Field(False, "True: the value loss trains the value head alone, not the language model.",
+            origin="ours"),
+        "value_learning_rate": unset(float, "Learning rate of the value head. Unset: optimizer.learning_rate. If this "
+            "or one of the next two fields is set, the value head has an optimizer of its own and its gradient is "
+            "clipped separately. If none is set, the gradient of policy and value head is clipped by its common norm, "
+            "so that a large value error makes the policy's steps smaller.", NOT_NEGATIVE, origin="ours"),
         "value_max_grad_norm": unset(float, "Largest gradient norm of the value head, 0 = off. Unset: "
             "optimizer.max_grad_norm.", NOT_NEGATIVE, origin="ours"),
-        "value_warmup_steps": unset(int, "Warm-up of the value head's learning rate. Unset: optimizer.warmup_steps.",
-            NOT_NEGATIVE, unit="optimizer steps", origin="ours"),
-        "whiten_advantages": Field(True, "Whiten the advantages over the rewarded rows of the whole rollout batch, "
-            "padding left out. Rows of a kind that nothing rewards do not count.", origin="TRL"),
-        "whiten_rewards": Field(False, "Whiten the rewards over the same rows.", origin="TRL"),
+        "value_warmup_steps": unset(int, "Steps in which the value head's learning rate rises from 0. Unset: "
+            "optimizer.warmup_steps.", NOT_NEGATIVE, unit="optimizer steps", origin="ours"),
+        "whiten_advantages": Field(True, "True: advantages are shifted and scaled to mean 0 and variance 1 over all "
+            "response tokens of a rollout, without rows whose kind has no reward.", origin="TRL"),
+        "whiten_rewards": Field(False, "True: the rewards per token are whitened in the same way.", origin="TRL"),
         "epochs": Field(4, "Passes over one rollout.", POSITIVE, origin="TRL"),
-        "minibatches": Field(1, "Optimizer steps per epoch.", POSITIVE, origin="TRL"),
-        "accumulation": Field(8, "Slices of a mini-batch whose gradients are summed.", POSITIVE,
-            origin="ours, for memory"),
-        "target_kl": Field(0.0, "Approximate KL beyond which the remaining updates of a rollout are skipped. 0 = off.",
-            NOT_NEGATIVE, unit="nats per token"),
-        "max_ratio": Field(0.0, "Ratio of any token beyond which the remaining updates of a rollout are skipped. 0 = "
-            "off.", OFF_OR_ABOVE_1),
-        "max_kl": Field(0.0, "Largest mean KL to the reference. 0 = off. A rollout beyond it is not learnt from: the "
-            "run goes back to the newest checkpoint whose own rollout was within it, at half the learning rate each "
-            "time.", NOT_NEGATIVE, unit="nats per sequence"),
-        "on_instability": Field("stop", "What follows a rollout beyond max_kl, or a loss or gradient that is NaN or "
-            'infinite. Neither is ever applied. "stop": the run ends with a good last checkpoint; beyond max_kl that '
-            'is the state to which it went back, from which the same command goes on more slowly. "skip": the run goes '
-            "on with the next rollout, and counts the skipped ones.", one_of(names.INSTABILITIES)),
-        "max_skipped": Field(5, 'Iterations in a row that "skip" may skip. One more stops the run.', NOT_NEGATIVE,
+        "minibatches": Field(1, "Mini-batches, that is optimizer steps, per epoch.", POSITIVE, origin="TRL"),
+        "accumulation": Field(8, "Slices into which a mini-batch is cut; their gradients are summed. More slices take "
+            "less memory.", POSITIVE, origin="ours, for memory"),
+        "target_kl": Field(0.0, "If the approximate KL between old and new policy exceeds this, the remaining updates "
+            "on the rollout are skipped. 0 = off.", NOT_NEGATIVE, unit="nats per token"),
+        "max_ratio": Field(0.0, "If any token's ratio of new to old probability exceeds this, the remaining updates on "
+            "the rollout are skipped. 0 = off.", OFF_OR_ABOVE_1),
+        "max_kl": Field(0.0, "Largest mean KL of a rollout to the reference. 0 = off. If a rollout exceeds it, nothing "
+            "is learnt from it. The run returns to the newest checkpoint whose rollout was below it, and halves the "
+            "learning rate.", NOT_NEGATIVE, unit="nats per sequence"),
+        "on_instability": Field("stop", "What happens if a rollout exceeds max_kl, or if a loss or gradient is NaN or "
+            'infinite. Such an update is never applied. "stop": the run ends, and its last checkpoint is sound (after '
+            'max_kl: the one it returned to); the same command continues from there. "skip": the run continues with '
+            "the next rollout and counts the skipped ones.", one_of(names.INSTABILITIES)),
+        "max_skipped": Field(5, 'Most consecutive iterations that "skip" skips. One more stops the run.', NOT_NEGATIVE,
             unit="iterations"),
-        "temperature": Field(1.0, "Temperature of rollouts, and of every log-prob after them.", POSITIVE,
+        "temperature": Field(1.0, "Sampling temperature of rollouts. All log-probs are computed at it.", POSITIVE,
             origin="ours, as in TRL"),
         "max_new_tokens": Field(128, "Longest response of a rollout.", POSITIVE, unit="tokens", origin="TRL"),
         "log_prob_chunk": Field(16, "Response positions whose logits are in memory at once.", POSITIVE,
             unit="positions", origin="ours, for memory"),
-        "entropy_coef": Field(0.0, "Coefficient of the entropy bonus. 0 = off.", NOT_NEGATIVE),
-        "anchor_coef": Field(0.0, "Coefficient of the anchor: KL(reference at the default exit || policy at the drawn "
-            "exit), per token of the rollout, over the whole vocabulary. It needs a default exit that is safe. 0 = "
-            "off, which is the paper.", NOT_NEGATIVE, unit="per nat", origin="ours"),
+        "entropy_coef": Field(0.0, "Factor of the policy's entropy, which is subtracted from the loss. 0 = off.",
+            NOT_NEGATIVE),
+        "anchor_coef": Field(0.0, "Coefficient of the anchor, a loss term: KL(reference at the default exit || policy "
+            "at the sampled exit) of each response token, over the whole vocabulary. It makes sense if the default "
+            "exit is safe. 0 = off, as in the paper.", NOT_NEGATIVE, unit="per nat", origin="ours"),
     }
 )
 LSFT = Section(
     {
-        "iterations": Field(94, "Batches of the run. Epochs, mini-batches and max_new_tokens are lppo's, so that the "
-            "budget is the same.", NOT_NEGATIVE, unit="batches", origin="ours"),
-        "refusal": Field("I'm sorry, but I can't help with that.", "What forbidden rows learn to answer. Other rows "
-            "learn their own answer.", Rule(lambda text: bool(text.strip()), "a sentence")),
-        "exits": Field("per_example", "As lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
+        "iterations": Field(94, "Number of iterations. Epochs, mini-batches and max_new_tokens are those of `lppo`, so "
+            "that both train equally long.", NOT_NEGATIVE, unit="batches", origin="ours"),
+        "refusal": Field("I'm sorry, but I can't help with that.", "Target answer of all forbidden rows. Rows of other "
+            "kinds are trained on their expected answer.", Rule(lambda text: bool(text.strip()), "a sentence")),
+        "exits": Field("per_example", "See lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
     }
 )
 LDISTILL = Section(
     {
-        "iterations": Field(94, "Batches of the run. Epochs, mini-batches, temperature and max_new_tokens are lppo's, "
-            "so that the budget is the same.", NOT_NEGATIVE, unit="batches", origin="ours"),
-        "on": Field("policy", 'Whose answers the distributions are compared on. "policy": its own at the drawn exit. '
-            '"default": those of the model before training at its default exit.', one_of(names.DISTILLED_ON),
-            origin="ours"),
-        "exits": Field("per_example", "As lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
+        "iterations": Field(94, "Number of iterations. Epochs, mini-batches, temperature and max_new_tokens are those "
+            "of `lppo`, so that both train equally long.", NOT_NEGATIVE, unit="batches", origin="ours"),
+        "on": Field("policy", "Whose answers the two distributions are compared on, token by token. "
+            '"policy": those of the model in training, at the sampled exit. "default": those of the model before '
+            "training, at its default exit.", one_of(names.DISTILLED_ON), origin="ours"),
+        "exits": Field("per_example", "See lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
     }
 )
 OPTIMIZER = Section(
     {
-        "learning_rate": Field(1e-5, "Highest learning rate.", POSITIVE, origin="ours (TRL: 1.41e-5)"),
-        "schedule": Field("constant", "The learning rate after the warm-up: constant, or falling to zero as a line or "
-            "a cosine.", one_of(names.LEARNING_RATE_SCHEDULES), origin="TRL"),
-        "warmup_steps": Field(0, "Warm-up from 0 to the highest learning rate.", NOT_NEGATIVE, unit="optimizer steps"),
+        "learning_rate": Field(1e-5, "Learning rate after the warm-up.", POSITIVE, origin="ours (TRL: 1.41e-5)"),
+        "schedule": Field("constant", "How the learning rate continues after the warm-up: it stays constant, or falls "
+            "to zero along a line or a cosine.", one_of(names.LEARNING_RATE_SCHEDULES), origin="TRL"),
+        "warmup_steps": Field(0, "Steps in which the learning rate rises linearly from 0.", NOT_NEGATIVE,
+            unit="optimizer steps"),
         "b1": Field(0.9, "Decay of the first moment.", DECAY, origin="Adam"),
         "b2": Field(0.999, "Decay of the second moment.", DECAY, origin="Adam"),
-        "eps": Field(1e-8, "Added to the root of the second moment.", POSITIVE, origin="Adam"),
+        "eps": Field(1e-8, "Added to the square root of the second moment.", POSITIVE, origin="Adam"),
         "weight_decay": Field(0.0, "Decoupled weight decay.", NOT_NEGATIVE, origin="TRL: Adam without decay"),
-        "max_grad_norm": Field(1.0, "Largest global norm of the gradient. 0 = off.", NOT_NEGATIVE, origin="ours"),
+        "max_grad_norm": Field(1.0, "A gradient with a larger global norm is scaled down to it. 0 = off.", NOT_NEGATIVE,
+            origin="ours"),
     },
-    about="AdamW.",
+    about="Settings of AdamW.",
 )
 SWEEP = Section(
     {
         "exits": Field("all", "Which exits are measured.", _EXITS, type=object),
-        "datasets": Field({}, "{name: source} of forbidden and benign rows, measured at every exit before and after.",
-            table=_SOURCES),
-        "utility": Field({}, "{name: source} of rows with an answer (VQA), measured before and after.", table=_SOURCES),
-        "limit": unset(int, "Rows of each source. Unset: all.", POSITIVE, unit="rows"),
+        "datasets": Field({}, "{name: source} of forbidden and benign rows. They are answered at every exit, before "
+            "and after training.", table=_SOURCES),
+        "utility": Field({}, "{name: source} of rows with an expected answer (VQA). They are answered at every exit, "
+            "before and after training.", table=_SOURCES),
+        "limit": unset(int, "Most rows of each source. Unset: all.", POSITIVE, unit="rows"),
         "batch_size": Field(32, "Rows answered at once.", POSITIVE, unit="rows"),
         "max_new_tokens": Field(128, "Longest answer.", POSITIVE, unit="tokens", origin="ours"),
-        "temperature": Field(0.0, "0 = greedy. The paper has one generation per prompt.", NOT_NEGATIVE, origin="ours"),
-        "top_k": Field(0, "Draw among the k likeliest tokens. 0 = off. Needs a temperature.", NOT_NEGATIVE),
-        "top_p": Field(1.0, "Draw among the likeliest tokens that together have this probability. 1 = off. Needs a "
-            "temperature.", Rule(lambda share: 0 < share <= 1, "above 0 and at most 1")),
-        "score_cache": unset(str, "Folder of scores by (scorer, prompt, response), shared by all runs that name it. "
-            "Unset: WORKDIR/scores."),
-        "scorers": Field(("refusal_keywords",), "What judges a response, side by side: names of `config.scorers` or "
-            "scorer checkpoints.",
-            Rule(lambda used: len(used) > 0 and all(isinstance(s, str) for s in used), "at least one scorer")),
-        "utility_scorers": Field((), "What judges the answers of utility rows. None: the scorers of `sweep.scorers`.",
-            Rule(lambda used: all(isinstance(s, str) for s in used), "scorers' names")),
-        "reveal_unsafe": Field(False, "True: the report shows responses that a judge called unsafe."),
+        "temperature": Field(0.0, "Sampling temperature. 0 = greedy. The paper has one answer per prompt.",
+            NOT_NEGATIVE, origin="ours"),
+        "top_k": Field(0, "Sample from the k likeliest tokens. 0 = off. Needs a temperature above 0.", NOT_NEGATIVE),
+        "top_p": Field(1.0, "Sample from the likeliest tokens that together have this probability. 1 = off. Needs a "
+            "temperature above 0.", Rule(lambda share: 0 < share <= 1, "above 0 and at most 1")),
+        "score_cache": unset(str, "Folder in which scores are stored, so that no scorer sees the same (prompt, "
+            "response) twice. Several runs may share it. Unset: WORKDIR/scores."),
+        "scorers": Field(("refusal_keywords",), "Scorers that score every answer: keys of `config.scorers`, "
+            "directories or hub ids of checkpoints, or refusal_keywords.", Rule(lambda scorers: len(scorers) > 0 and
+            all(isinstance(scorer, str) for scorer in scorers), "at least one scorer")),
+        "utility_scorers": Field((), "Scorers of the answers to utility rows. None: those of `sweep.scorers`.",
+            Rule(lambda scorers: all(isinstance(scorer, str) for scorer in scorers), "scorers' names")),
+        "reveal_unsafe": Field(False, "True: the report shows answers that a judge called unsafe. False: it hides "
+            "them."),
     }
 )
 EXPORT = Section(
     {
-        "form": Field("full", '"full": the whole model with the LoRA merged. "adapter": a PEFT adapter. "both": both.',
-            one_of(names.EXPORT_FORMS)),
-        "shard_gigabytes": Field(5.0, "Largest file of the full model.", POSITIVE, unit="10^9 bytes"),
+        "form": Field("full", 'What is exported. "full": the model, with its LoRA adapter merged. "adapter": the '
+            'adapter in PEFT format. "both": both.', one_of(names.EXPORT_FORMS)),
+        "shard_gigabytes": Field(5.0, "Largest size of a file of weights.", POSITIVE, unit="10^9 bytes"),
     }
 )
 LOG = Section(
     {
-        "every": Field(1, "Distance between two rows of metrics.jsonl.", POSITIVE, unit="iterations"),
-        "tensorboard": Field(True, "Write events.* beside metrics.jsonl."),
-        "wandb": Field(False, "Log to Weights & Biases. Needs the `wandb` extra."),
+        "every": Field(1, "Iterations from one row of metrics.jsonl to the next.", POSITIVE, unit="iterations"),
+        "tensorboard": Field(True, "True: the same metrics are written for TensorBoard (events.*)."),
+        "wandb": Field(False, "True: metrics go to Weights & Biases. Needs the extra `wandb`."),
     }
 )
 CHECKPOINT = Section(
     {
-        "every": Field(10, "Distance between two complete checkpoints. The last iteration always has one.", POSITIVE,
-            unit="iterations"),
-        "keep": Field(2, "How many of the newest checkpoints are kept.", POSITIVE),
+        "every": Field(10, "Iterations from one training checkpoint to the next. The last iteration always has one.",
+            POSITIVE, unit="iterations"),
+        "keep": Field(2, "How many of the newest training checkpoints are kept.", POSITIVE),
         "best": unset(str, 'Name of a metric in metrics.jsonl, such as "objective/rlhf_reward". The checkpoint with '
-            "the best value is kept as well. It is the one that align measures and exports at the end, and that "
-            "--mode=export writes. A checkpoint's value is that of the next iteration's rollout, which the "
-            "checkpoint's policy makes; one more iteration, which is dropped, measures the last checkpoint. Unset: the "
-            "last checkpoint is taken."),
-        "best_is": Field("highest", "Which value of checkpoint.best is the best.", one_of(names.BEST_IS)),
+            "the best value is kept too, and is the one that is measured and exported at the end. A checkpoint's value "
+            "comes from the rollout of the following iteration, because the checkpoint's policy samples it; for the "
+            "last checkpoint one more iteration is run and discarded. Unset: the last checkpoint is exported."),
+        "best_is": Field("highest", "Whether the highest or the lowest value of checkpoint.best is the best.",
+            one_of(names.BEST_IS)),
     }
 )
 
 CONFIG: Tree = {
-    "algorithm": Field("lppo", '"lppo": L-PPO. "lsft": supervised refusals at sampled exits, the ablation. '
-        '"ldistill": every exit learns the default exit\'s distribution, without a reward.',
+    "algorithm": Field("lppo", '"lppo": L-PPO. "lsft": supervised training on a refusal at sampled exits, an ablation. '
+        '"ldistill": every exit learns the default exit\'s token distribution, without a reward.',
         one_of(tuple(names.ALGORITHMS)), origin="paper (lsft, ldistill: ours)"),
-    "seed": Field(0, "Drives exits, sampling, the order of the data and the first values of adapters.", _SEED),
-    "seeds": Field((), "Several seeds: one run each under WORKDIR/seed_K, and one report over all of them.",
-        _SEEDS),
+    "seed": Field(0, "Seed of all random numbers: exits, sampling, order of the data, first values of adapters.",
+        _SEED),
+    "seeds": Field((), "Several seeds, in place of `seed`: one run for each under WORKDIR/seed_K, and one report over "
+        "all of them.", _SEEDS),
     "model": MODEL,
     "mesh": MESH,
     "lora": LORA,
     "data": DATA,
-    "scorers": Field({}, "{name: definition} for `sweep.scorers` and `reward.model`; see the table of kinds below.",
+    "scorers": Field({}, "{name: definition} of scorers that `sweep.scorers` and `reward.model` may name; see the "
+        "table of kinds below.",
         table=Table(dict, matches(r"[A-Za-z0-9_.-]+", "is part of metrics' names; use letters, digits, _ - . alone"))),
     "reward": REWARD,
     "rm": RM,
@@ -340,19 +355,19 @@ CONFIG: Tree = {
     "export": EXPORT,
     "log": LOG,
     "checkpoint": CHECKPOINT,
-    "compilation_cache": unset(str, 'Folder where compiled programs are kept for later runs, or "off". Unset: '
-        "JAX_COMPILATION_CACHE_DIR, else in the user's cache folder, ~/.cache/icet_jax/compiled."),
+    "compilation_cache": unset(str, 'Folder in which compiled programs are stored for later runs, or "off". Unset: '
+        "the environment variable JAX_COMPILATION_CACHE_DIR, or else ~/.cache/icet_jax/compiled."),
 }
 # fmt: on
-"""The whole config, in the order in which a run directory's config.json has it."""
+"""The declaration of the config, in the order of a run directory's config.json."""
 
 FIELDS = leaves(CONFIG)
-"""Dotted name -> field."""
+"""{dotted name: field} of all fields."""
 
 OPEN_FIELDS = {name: field.table for name, field in sorted(FIELDS.items()) if field.table is not None}
-"""Dotted name -> what may be in it, for the fields whose keys the user chooses."""
+"""{dotted name: table} of the fields that are dicts, such as `sweep.datasets`."""
 
 
 def default() -> ConfigDict:
-    """Returns the defaults, locked: L-PPO on a LLaVA-1.5-sized model as the paper describes it."""
+    """Returns a locked config with all defaults: L-PPO as the paper describes it, in sizes for LLaVA-1.5."""
     return build(CONFIG)

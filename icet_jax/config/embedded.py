@@ -1,6 +1,6 @@
-"""The settings that the experiments on the embedded organism share, all ours.
+"""The settings that the experiments on the organism share. The organism is the small test model in this package.
 
-docs/organism.md and docs/ablations.md tell how they were found.
+docs/organism.md and docs/ablations.md describe how the settings were chosen.
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +9,7 @@ from icet_jax.config.defaults import default
 
 
 def organism() -> ConfigDict:
-    """Returns the defaults with the settings of the embedded organism, locked as `default()`."""
+    """Returns the config for experiments on the organism: `default()` with its settings, locked."""
     config = default()
     config.model.checkpoint = "organism:vlm"
     config.model.dtype = "float32"

@@ -1,4 +1,4 @@
-"""How a setting is declared: its default, meaning, unit, origin and rule stand in one `Field`."""
+"""How a setting is declared: a `Field` with its default, meaning, unit, origin and rule."""
 
 import dataclasses
 import re
@@ -22,12 +22,12 @@ class Rule(NamedTuple):
     """Which values a field may have.
 
     Attributes:
-      accepts: whether a value of the field's type is allowed.
-      says: the allowed values in words, behind "must be".
+      accepts: returns whether a value is allowed; it is called with values of the field's type.
+      allowed: the allowed values in words, so that "must be ..." is a sentence.
     """
 
     accepts: Callable[[Any], bool]
-    says: str
+    allowed: str
 
 
 POSITIVE = Rule(lambda value: value > 0, "above 0")
@@ -43,12 +43,12 @@ AXIS = Rule(lambda value: value == -1 or value > 0, "-1 or above 0")
 
 
 def one_of(choices: tuple[str, ...]) -> Rule:
-    """Accepts one of `choices`."""
+    """Returns the rule that a value is one of `choices`."""
     return Rule(lambda value: value in choices, "one of " + ", ".join(choices))
 
 
 def distinct(choices: tuple[str, ...]) -> Rule:
-    """Accepts one or several of `choices`, each once."""
+    """Returns the rule that a value lists one or several of `choices`, each at most once."""
     return Rule(
         lambda values: len(values) > 0 and len(set(values)) == len(values) and set(values) <= set(choices),
         "distinct names out of " + ", ".join(choices),
@@ -56,22 +56,22 @@ def distinct(choices: tuple[str, ...]) -> Rule:
 
 
 def holds_once(text: str) -> Rule:
-    """Accepts text that contains `text` exactly once."""
+    """Returns the rule that a value contains `text` exactly once."""
     return Rule(lambda value: value.count(text) == 1, f"text that holds {text} once")
 
 
-def matches(pattern: str, says: str) -> Rule:
-    """Accepts text that matches the whole `pattern`; `says` puts the pattern in words."""
-    return Rule(lambda value: bool(re.fullmatch(pattern, value)), says)
+def matches(pattern: str, allowed: str) -> Rule:
+    """Returns the rule that a regular expression matches the whole value; `allowed` describes it in words."""
+    return Rule(lambda value: bool(re.fullmatch(pattern, value)), allowed)
 
 
 class Table(NamedTuple):
-    """What a field may hold whose value is a table with keys of the user's choice.
+    """Which keys and values a field may have whose value is a dict, such as `config.sweep.datasets`.
 
     Attributes:
-      of: the type of its values.
-      keys: the possible keys, or a rule for keys that the user makes up; its `says` stands behind the key.
-      values: which values are allowed; None is judged elsewhere.
+      of: type of the dict's values.
+      keys: the possible keys; or a rule for keys of the user's choice, whose `allowed` follows the key in errors.
+      values: rule for the dict's values; None if `icet_jax.config.checks` has a function of its own for them.
     """
 
     of: type
@@ -84,14 +84,14 @@ class Field:
     """One setting.
 
     Attributes:
-      default: None is a setting that is unset by default, which then needs `type`.
-      about: what it means, for the reference page.
-      rule: which values are allowed beside those of the wrong type; None: all.
-      unit: of the number, such as "nats per sequence".
+      default: value if the user does not set it; None means that it is unset, and then `type` is required.
+      about: what the setting means, for the reference page.
+      rule: which values of its type are allowed; None allows all.
+      unit: unit of a number, such as "nats per sequence".
       origin: where the default comes from: "paper", "TRL", "RiC" or "ours" (see `icet_jax.config.defaults`), with more
-        words where they help.
-      type: `object` where values may have several types; by default the type of `default`.
-      table: what its keys and values may be, where the user chooses the keys.
+        words if needed.
+      type: type of its values, by default the type of `default`; `object` if several types are allowed.
+      table: which keys and values are allowed, if the setting is a dict; otherwise None.
     """
 
     default: Any
@@ -111,7 +111,7 @@ class Field:
         object.__setattr__(self, "type", self.type or type(self.default))
 
     def initial(self) -> Any:
-        """The default as a new `ConfigDict` takes it, with the field's type where it is unset."""
+        """Returns the value to put into a new `ConfigDict`: the default, or a typed placeholder if it is unset."""
         if self.table is not None:
             return ConfigDict(self.default)
         if self.default is None:
@@ -121,32 +121,33 @@ class Field:
         return self.default
 
     def allowed(self) -> str:
-        """What it may be, in words: its rule, or its type where it has none."""
+        """Returns which values are allowed, in words."""
         if self.rule is not None:
-            return self.rule.says
+            return self.rule.allowed
         if self.table is None:
             return TYPE_NAMES[self.type]
         keys, values = self.table.keys, self.table.values
         if isinstance(keys, Rule) or values is None:
             return "your own keys"
-        return f"{values.says}; keys are {', '.join(keys)}"
+        return f"{values.allowed}; keys are {', '.join(keys)}"
 
     def summary(self) -> str:
-        """The default as the command line takes it, its unit, what it may be and its origin, in one line."""
+        """Returns one line for `--help`: the default, its unit, the allowed values and the origin."""
         unit = f" {self.unit}" if self.unit else ""
         origin = f"; {self.origin}" if self.origin else ""
-        return f"{_as_typed(self.default)}{unit}    ({self.allowed()}{origin})"
+        return f"{_as_command_line_value(self.default)}{unit}    ({self.allowed()}{origin})"
 
 
-def _as_typed(value: Any) -> str:
+def _as_command_line_value(value: object) -> str:
+    """Returns a value as a user types it after `--config.FIELD=`."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def unset(kind: type, about: str, rule: Rule | None = None, *, unit: str = "", origin: str = "") -> Field:
-    """A field of type `kind` that is unset by default."""
-    return Field(None, about, rule, unit=unit, origin=origin, type=kind)
+def unset(value_type: type, about: str, rule: Rule | None = None, *, unit: str = "", origin: str = "") -> Field:
+    """Returns a field of this type that is unset by default; see `Field` for the other arguments."""
+    return Field(None, about, rule, unit=unit, origin=origin, type=value_type)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +155,8 @@ class Section:
     """A group of fields, such as `config.lppo`.
 
     Attributes:
-      fields: by name, in the order of the reference page.
-      about: what all of them are about; "" where their names say it.
+      fields: {name: field}, in the order of the reference page.
+      about: text above the fields on the reference page.
     """
 
     fields: Mapping[str, Field]
@@ -163,19 +164,22 @@ class Section:
 
 
 Tree = Mapping[str, Field | Section]
-"""A whole config as it is declared."""
+"""The declaration of a config: {name: field or section}."""
 
 
 def leaves(tree: Tree) -> dict[str, Field]:
-    """{dotted name: field} of a whole config, in the order of the declaration."""
-    flat: dict[str, Field] = {}
+    """Returns all fields of a config as {dotted name: field}, in the order of the declaration."""
+    fields: dict[str, Field] = {}
     for name, node in tree.items():
-        flat |= {name: node} if isinstance(node, Field) else {f"{name}.{leaf}": f for leaf, f in node.fields.items()}
-    return flat
+        if isinstance(node, Field):
+            fields[name] = node
+        else:
+            fields |= {f"{name}.{leaf}": field for leaf, field in node.fields.items()}
+    return fields
 
 
 def build(tree: Tree) -> ConfigDict:
-    """A new `ConfigDict` with every field at its default, locked."""
+    """Returns a new, locked `ConfigDict` with every field at its default."""
     config = ConfigDict()
     for name, node in tree.items():
         if isinstance(node, Field):

@@ -1,6 +1,7 @@
-"""The names that a config may contain, as tables that import nothing.
+"""The names that a config may contain: choices of fields, kinds of scorers, algorithms and model families.
 
-A wrong name is therefore reported before jax is imported. What a name stands for is imported where it is used.
+This module imports neither jax nor the modules that implement a name, so that a wrong name is reported at once. The
+modules are imported where they are used.
 """
 
 from collections.abc import Callable
@@ -17,26 +18,26 @@ INSTABILITIES = ("stop", "skip")
 REWARDS = ("reward_model", "exact_match", "none")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 TEMPLATES = ("vicuna_v1", "llava_v1")
-EXIT_RULES = ("E1", "E2", "E5")  # what feeds the projector at exit l of Llama 3.2 Vision
-CAPTURES = ("input", "output")  # which states Llama 3.2 Vision's captured intermediates are
+EXIT_RULES = ("E1", "E2", "E5")  # Llama 3.2 Vision: what the projector gets at exit l
+CAPTURES = ("input", "output")  # Llama 3.2 Vision: whether a capture is a block's input or its output
 EXPORT_FORMS = ("full", "adapter", "both")
 BEST_IS = ("highest", "lowest")
 NETWORK_FIELDS: dict[str, type] = {
-    "checkpoint": str,  # HF directory or hub id
-    "revision": str,  # of a hub id
-    "dtype": str,  # of the computation
-    "batch_size": int,  # rows judged at once
+    "checkpoint": str,  # Hugging Face directory or hub id
+    "revision": str,  # branch, tag or commit of a hub id
+    "dtype": str,  # dtype of the network, one of DTYPES
+    "batch_size": int,  # rows scored at once
 }
-"""Fields of every scorer that is a checkpoint, beside its own."""
+"""Further fields of every scorer that has a checkpoint."""
 
 
 class ScorerName(NamedTuple):
     """One kind of scorer: a file of `icet_jax.scorers` and a line of `SCORERS`.
 
     Attributes:
-      module: whose `make_scorer` makes it.
-      fields: its own fields.
-      architectures: HF classes that its checkpoint may be; empty where it has no checkpoint.
+      module: the module whose function `make_scorer` creates it.
+      fields: {field: type} of its settings in `config.scorers`, without those of a checkpoint.
+      architectures: Hugging Face classes that its checkpoint may have; empty if it has no checkpoint.
     """
 
     module: str
@@ -45,21 +46,21 @@ class ScorerName(NamedTuple):
 
     @property
     def all_fields(self) -> dict[str, type]:
-        """Its own fields, and those of a checkpoint where it has one."""
+        """{field: type} of all its settings, with those of a checkpoint if it has one."""
         return {**self.fields, **(NETWORK_FIELDS if self.architectures else {})}
 
 
 _CHAT_FIELDS: dict[str, type] = {
-    "endpoint": str,  # URL in front of /chat/completions
-    "model": str,  # its name there
-    "template": str,
-    "unsafe": str,
-    "safe": str,
-    "max_new_tokens": int,
-    "timeout": float,  # s for one request, from the connection to the last byte
-    "retries": int,
-    "requests_per_second": float,  # of all processes together
-    "key_variable": str,  # environment variable that holds the key; unset: no key is sent
+    "endpoint": str,  # URL before "/chat/completions"
+    "model": str,  # the endpoint's name of the model
+    "template": str,  # text with {prompt} and {response}, or the name of a built-in text
+    "unsafe": str,  # word with which the judge calls a response unsafe
+    "safe": str,  # word with which it calls a response safe
+    "max_new_tokens": int,  # of the judge's answer
+    "timeout": float,  # seconds for one request, from the connection to the last byte
+    "retries": int,  # of one request after a temporary failure
+    "requests_per_second": float,  # limit for all processes together
+    "key_variable": str,  # environment variable that holds the key; without it no key is sent
 }
 SCORERS = {
     "refusal_keywords": ScorerName("icet_jax.scorers.keywords", {}),
@@ -84,18 +85,18 @@ SCORERS = {
     "chat": ScorerName("icet_jax.scorers.chat", _CHAT_FIELDS),
     "ensemble": ScorerName("icet_jax.scorers.ensemble", {"members": dict}),
 }
-"""`kind` of an entry of `config.scorers` -> what makes it."""
+"""{`kind` of an entry of `config.scorers`: that kind of scorer}."""
 
 
 class AlgorithmName(NamedTuple):
     """One training algorithm: a file of `icet_jax.algorithms`, a line of `ALGORITHMS` and a section of the config.
 
     Attributes:
-      title: as reports call it.
+      title: its name in reports.
       about: what it does, in half a sentence.
-      module: whose `ALGORITHM` says everything else about it.
-      rewarded: whether `config.reward` scores responses for it.
-      samples: whether the model in training answers the rows, with the algorithm's section of the config.
+      module: the module that describes and implements it in `ALGORITHM`.
+      rewarded: whether it needs `config.reward`, because it learns from scored responses.
+      samples: whether the model in training answers the rows, with the sampling settings in its config section.
     """
 
     title: str
@@ -125,7 +126,7 @@ ALGORITHMS = {
         samples=lambda section: section.on == "policy",
     ),
 }
-"""`config.algorithm` -> what can be said of it without jax; its settings are the section of the same name."""
+"""{value of `config.algorithm`: that algorithm}; its settings are the config section of the same name."""
 
 
 class ExitScheduleName(NamedTuple):
@@ -151,7 +152,7 @@ EXIT_SCHEDULES = {
 
 
 class FamilyName(NamedTuple):
-    """One family of vision-language models; a folder of `icet_jax.models` and a line of `FAMILIES`.
+    """One family of vision-language models: a folder of `icet_jax.models` and a line of `FAMILIES`.
 
     Attributes:
       title: its usual name.
@@ -167,4 +168,4 @@ FAMILIES = {
     "llava_next": FamilyName("LLaVA-NeXT", "icet_jax.models.llava_next"),
     "mllama": FamilyName("Llama 3.2 Vision", "icet_jax.models.mllama"),
 }
-"""`model_type` of a `config.json` -> family."""
+"""{`model_type` in a checkpoint's config.json: that family}."""

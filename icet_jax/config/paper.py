@@ -1,4 +1,4 @@
-"""The paper's experiment: what the configs of its three model families share, and the same experiment on miniatures.
+"""Parts of the configs for the paper's experiment on three model families, at full size and on miniatures.
 
 Origins: *paper* is the ICML 2025 text, *cards* the model cards of the checkpoints, *ours* this project's own choice.
 """
@@ -14,7 +14,7 @@ _TEXT_POSITIONS = 320
 
 
 def llava15(size: str = "7b") -> ConfigDict:
-    """Returns the experiment on LLaVA-1.5 (`size` "7b" or "13b")."""
+    """Returns the config of the experiment on LLaVA-1.5; `size` is "7b" or "13b"."""
     config = _experiment()
     config.model.checkpoint = f"llava-hf/llava-1.5-{size}-hf"  # paper (7B); ours (13B)
     config.data.max_prompt_tokens = 576 + _TEXT_POSITIONS  # 896; `--mode=plan` computes sweeps at this length too
@@ -22,13 +22,14 @@ def llava15(size: str = "7b") -> ConfigDict:
 
 
 def llava_next(backbone: str = "vicuna-7b") -> ConfigDict:
-    """Returns the experiment on LLaVA-NeXT (v1.6; `backbone` "vicuna-7b", "vicuna-13b" or "mistral-7b").
+    """Returns the config of the experiment on LLaVA-NeXT (v1.6). The paper sweeps this family and does not train it.
 
-    The paper measures this family and does not align it.
+    Args:
+      backbone: "vicuna-7b", "vicuna-13b" or "mistral-7b".
     """
     config = _experiment()
     config.model.checkpoint = f"llava-hf/llava-v1.6-{backbone}-hf"
-    # The largest image: 576 positions of the whole image, and 48 x 48 patches and 48 newlines of four tiles.
+    # The largest image: 576 positions for the scaled-down image, 48 x 48 patches of four tiles, and 48 line ends.
     config.data.max_prompt_tokens = 576 + 48 * 48 + 48 + _TEXT_POSITIONS
     config.lppo.accumulation = 16  # ours, for memory: sequences are four times as long as LLaVA-1.5's
     config.sweep.batch_size = 8  # ours, for memory: the states of all exits of an image are 0.15 GB in bfloat16
@@ -36,9 +37,10 @@ def llava_next(backbone: str = "vicuna-7b") -> ConfigDict:
 
 
 def llama32v() -> ConfigDict:
-    """Returns the experiment on Llama 3.2 Vision (11B). The paper measures this family and does not align it.
+    """Returns the config of the experiment on Llama 3.2 Vision (11B). The paper sweeps it and does not train it.
 
-    It is not known how the paper reads exit l of this family. E1 is ours; `config.model.exit_rule` chooses another.
+    The paper does not say what exit l of this family is. E1 is ours; `config.model.exit_rule` chooses another
+    definition.
     """
     config = _experiment()
     config.model.checkpoint = "meta-llama/Llama-3.2-11B-Vision-Instruct"
@@ -53,21 +55,21 @@ def llama32v() -> ConfigDict:
 def _experiment() -> ConfigDict:
     """Returns a config with the paper's data sets and scorers, and without a model.
 
-    The published files may not be shipped. Download them into one folder, `config.data.root`.
+    The data sets' files are not part of this package. Download them into one folder, `config.data.root`.
     """
     config = default()
 
     # RedTeam-2K's 2,000 prompts, each with a benign image (paper) drawn from MS-COCO's validation set (ours).
     config.data.train = "redteam_2k:RedTeam_2K.csv?images=val2014"
-    # The paper's reward model, which the paper cites by the work that released it.
+    # The paper's reward model (the paper cites Rewards-in-Context, which released it).
     config.reward.model = "harmless_reward"
     config.reward.by_kind = {"forbidden": "reward_model", "benign": "reward_model", "vqa": "exact_match"}
 
     config.scorers = {
-        # paper: ASR by Llama Guard, of which the paper names no version. Both are offered.
+        # paper: ASR by Llama Guard. The paper does not name the version, so both are defined.
         "llama_guard_1": {"kind": "llama_guard", "checkpoint": "meta-llama/LlamaGuard-7b", "dtype": "bfloat16"},
         "llama_guard_3": {"kind": "llama_guard", "checkpoint": "meta-llama/Llama-Guard-3-8B", "dtype": "bfloat16"},
-        # ours: a second opinion from another lab; yes = harmful (cards).
+        # ours: a second judge, from another laboratory; yes = harmful (cards).
         "harmbench": {
             "kind": "decoder_judge",
             "checkpoint": "cais/HarmBench-Llama-2-13b-cls",
@@ -96,21 +98,21 @@ def _experiment() -> ConfigDict:
 
 
 def lppo(config: ConfigDict) -> ConfigDict:
-    """Returns `config` with the settings of L-PPO that all families share."""
+    """Changes `config` to the settings of L-PPO that all families share, and returns it."""
     config.algorithm = "lppo"
-    config.lppo.exits = "per_example"  # ours: each sequence its own exit (paper: one layer a run, or sampled ones)
+    config.lppo.exits = "per_example"  # ours: an exit for each sequence (paper: one layer per run, or sampled layers)
     config.lppo.iterations = 94  # ours: 94 x 64 sequences are three passes over RedTeam-2K
     config.lppo.max_new_tokens = 128  # TRL <= 0.11
     # ours: with TRL's 10,000 sequences the coefficient stays between 0.887 and 1.128 times its start over the whole
     # run, which is nearly fixed. With 1,000 it can reach 0.30 or 3.3 times its start.
     config.lppo.kl_horizon = 1000.0
-    # Guards against a policy that runs away, all ours. A step beyond a bound is not applied, and the remaining updates
-    # of its rollout are skipped.
+    # Guards against a policy that diverges, all ours. A step that exceeds target_kl or max_ratio is not applied, and
+    # the remaining updates on its rollout are skipped.
     config.lppo.dual_clip = 3.0  # Ye et al. 2020
-    # Nats per token. On the embedded organism 0.18 cost utility, and a policy that ran away reached 23. A token whose
-    # ratio reaches the clip of 0.2 adds 0.02.
+    # Nats per token. On the organism 0.18 reduced utility, and a diverging policy reached 23. A token whose ratio is at
+    # the edge of clip_range (0.2) contributes 0.02.
     config.lppo.target_kl = 0.1
-    # Within one rollout's updates a rare token can become ten times as likely. A hundred times means running away.
+    # During the updates on one rollout a rare token may well become ten times as likely, but not a hundred times.
     config.lppo.max_ratio = 100.0
     config.optimizer.learning_rate = 1e-5  # ours (TRL: 1.41e-5)
     config.lora.rank = 64  # Rewards-in-Context's PPO, the source of the reward model
@@ -120,10 +122,11 @@ def lppo(config: ConfigDict) -> ConfigDict:
 
 
 def mixed(config: ConfigDict) -> ConfigDict:
-    """Returns `config` of L-PPO with rows of all three kinds instead of the paper's forbidden rows alone (all ours).
+    """Changes `config` of L-PPO to train on rows of all three kinds, not only the paper's forbidden ones; returns it.
 
-    The test sets use photographs of MS-COCO's val2014, so the additional rows come from train2014. Descriptions of
-    photographs serve as harmless requests. A file of your own, with requests that only sound harmful, is better.
+    All of this is ours. The test sets use photographs of MS-COCO's val2014, so the additional rows come from train2014.
+    Requests to describe a photograph serve as benign rows. A file of your own, with requests that only sound harmful,
+    is better.
     """
     config.data.train = " + ".join(
         (
@@ -133,28 +136,28 @@ def mixed(config: ConfigDict) -> ConfigDict:
         )
     )
     config.data.mixture = {"forbidden": 0.5, "benign": 0.2, "vqa": 0.3}  # as on the embedded organism
-    # The paper's reward model was trained for harmlessness alone: it may prefer a refusal of a harmless request.
+    # The paper's reward model was trained for harmlessness alone, so it may prefer to refuse a benign request.
     config.reward.by_kind = {"forbidden": "reward_model", "benign": "none", "vqa": "exact_match"}
     config.reward.normalise = True  # the reward model's scale would drown the exact-match rewards (0 or 1)
     return config
 
 
 def sweep(config: ConfigDict) -> ConfigDict:
-    """Returns `config` with the settings that every sweep of all exits shares."""
+    """Changes `config` to the settings that all sweeps over all exits share, and returns it."""
     config.sweep.exits = "all"  # paper
     config.sweep.temperature = 0.0  # ours: greedy, one response per prompt (paper: one)
     return config
 
 
 def miniature(config: ConfigDict, model: str, exits: tuple[int, ...]) -> ConfigDict:
-    """Returns `config` on `icet_jax.miniatures`: random networks of toy size, and data sets in their own formats.
+    """Changes `config` to use `icet_jax.miniatures`: tiny random networks and data sets; returns it.
 
-    The numbers mean nothing. They show that every step of the experiment runs.
+    Such a run shows that every step of the experiment works. Its results mean nothing.
 
     Args:
       config: the experiment at full size.
-      model: the name of the toy model, of the same family.
-      exits: the exits to sweep.
+      model: name of the miniature model, of the same family.
+      exits: exits to sweep.
     """
     config.model.checkpoint = f"toy:{model}"
     config.model.dtype = "float32"

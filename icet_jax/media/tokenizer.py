@@ -17,6 +17,8 @@ class Tokenizer(Protocol):
 
     Attributes:
       pad_token, eos_token, bos_token: special tokens as text; None if the tokenizer has none.
+      eos_token_id, bos_token_id: their token ids.
+      added_tokens_decoder: {token id: token with the attribute `special`}.
       padding_side: "left" or "right".
       chat_template: the Jinja template in the tokenizer's files, if there is one.
     """
@@ -24,6 +26,9 @@ class Tokenizer(Protocol):
     pad_token: Any
     eos_token: Any
     bos_token: Any
+    eos_token_id: Any
+    bos_token_id: Any
+    added_tokens_decoder: Any
     padding_side: str
     chat_template: Any
 
@@ -42,6 +47,10 @@ class Tokenizer(Protocol):
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Returns the id of a token."""
+        ...
+
+    def save_pretrained(self, save_directory: Any) -> Any:
+        """Writes the tokenizer's files to a directory."""
         ...
 
 

@@ -20,6 +20,7 @@ from flax import nnx
 
 from icet_jax.errors import UserError
 from icet_jax.files import write_text_atomic
+from icet_jax.media.tokenizer import load_tokenizer
 from icet_jax.models.saving import save_vlm
 from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.organism import encoder, families, stages, tokenizer
@@ -80,7 +81,6 @@ def build_vlms(shape: families.Shape, seed: int, log: stages.Log) -> dict[str, A
 def build_reward_model(folder: Path, seed: int, log: stages.Log) -> dict[str, Any]:
     """Trains the reward model on pairs of the training split, tests it on pairs about held-out requests, and writes
     it."""
-    from transformers import AutoTokenizer
 
     def progress(step: int, loss: float) -> None:
         if step % 100 == 0:
@@ -88,7 +88,7 @@ def build_reward_model(folder: Path, seed: int, log: stages.Log) -> dict[str, An
 
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.write_tokenizer(scratch)
-        words = AutoTokenizer.from_pretrained(scratch)
+        words = load_tokenizer(scratch)
     model, report = train_reward_model(
         GPT2RewardModel(reward_config(), rngs=nnx.Rngs(seed)),
         words,

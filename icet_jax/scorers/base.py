@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Holds one scorer's numbers for B responses.
+    """Holds one scorer's scores of B responses.
 
     Attributes:
-      values: float32 [B]. NaN is an error (no verdict), which is counted and never replaced by another scorer's number.
-      labels: the verdict in words, [B]; None if the scorer has no labels or failed.
+      values: the scores, float32 [B]. NaN means that the scorer gave no score; such rows are counted as errors.
+      labels: the verdicts in words, one per response; None where the scorer has no labels or gave no score.
     """
 
     values: np.ndarray
@@ -29,16 +29,19 @@ class Scores:
 class Scorer(Protocol):
     """Scores responses to raw prompts (without a chat template).
 
-    A scorer may also have these attributes. `label_shares`, {label: metric family}: the share of responses with that
-    label is reported too, for example {"refused": "refusal", "degenerate": "degenerate"}. `families`, {result name:
-    metric family}: the results that do not belong to the family `metric` ("p_unsafe", the probability of the verdict
-    "unsafe"). `fingerprint`: a text that identifies what its scores depend on besides its name (weights, template,
-    dtype); sweeps judge again if it has changed, and without it scores are not cached. `reads_prompts = False`: a score
-    depends only on the response. `remote = True`: another machine computes the scores.
+    A scorer may also have these optional attributes:
+      label_shares: {label: metric family}. The share of responses with that label is reported under the family, for
+        example {"refused": "refusal", "degenerate": "degenerate"}.
+      families: {result name: metric family} for results that do not belong to the family `metric`, for example
+        "p_unsafe", the probability of the verdict "unsafe".
+      fingerprint: text that changes whenever the scores may change (weights, template, dtype). A sweep then scores its
+        answers again. Scores of a scorer without a fingerprint are not cached.
+      reads_prompts: False if a score depends on the response alone.
+      remote: True if another machine computes the scores.
 
     Attributes:
       name: name of the exact model, in the form of metric names (see `metric_name`).
-      metric: meaning of the number: "asr" (1 = the attack succeeded, 0 = it did not), "tr" (reward), "ts" (toxicity,
+      metric: what a score means: "asr" (1 = the attack succeeded, 0 = it did not), "tr" (reward), "ts" (toxicity,
         0..1).
     """
 
@@ -46,12 +49,17 @@ class Scorer(Protocol):
     metric: str
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Scores B pairs and returns the scores by scorer name (a network with several heads has several names)."""
+        """Returns the scores of B (prompt, response) pairs as {result name: scores}.
+
+        Most scorers have one result, called `name`. A network with several heads has one result per head.
+        """
         ...
 
 
 def metric_name(path_or_id: str) -> str:
-    """Returns a model's name as part of a metric's name: the last part of its path or hub id, lower case, `_` for
-    punctuation."""
+    """Returns the form of a model's name that metric names contain, such as "llama_guard_3_8b".
+
+    It is the last part of its path or hub id in lower case, with `_` for punctuation.
+    """
     last = str(path_or_id).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     return re.sub(r"[^a-z0-9]+", "_", last.lower()).strip("_")

@@ -1,11 +1,12 @@
 """A judge behind an OpenAI-compatible chat endpoint (metric "asr"): any model that vLLM or a provider serves.
 
-Prompt and response are sent to the endpoint in the judge's template, and the first word of its response is the verdict.
-A key is read from the environment, sent in a header and never written anywhere. Wrap the judge in
-`icet_jax.scorers.cache.cached`.
+Prompt and response are sent to the endpoint in the judge's template. The first word of the endpoint's answer is the
+verdict. An API key is read from the environment, sent in a header and never written anywhere. Wrap the judge in
+`icet_jax.scorers.cache.cached`, so that no pair is sent twice.
 """
 
 import datetime
+import email.message
 import email.utils
 import hashlib
 import http.client
@@ -21,7 +22,7 @@ import threading
 import time
 import urllib.error
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,15 +32,16 @@ from icet_jax.errors import RESUMABLE, UserError, one_line
 from icet_jax.files import JsonObject, parse_json
 from icet_jax.parallel.distributed import on_first
 from icet_jax.scorers.base import Scores, metric_name
-from icet_jax.scorers.decoder_judge import word_verdict
+from icet_jax.scorers.decoder_judge import Verdict, word_verdict
 from icet_jax.scorers.prompts import Render, judge_words, named_or_text, probe_text
 from icet_jax.scorers.source import Entry
 from icet_jax.scorers.transport import LARGEST_ANSWER, post
 
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds before the first retry, doubled each time up to the second number
-_LONGEST_RETRY_AFTER = 300.0  # if the server asks to wait longer (seconds), the row is given up
-_RETRIED = (408, 429, *range(500, 600))
-_LOST = 10  # consecutive requests that failed in spite of retries, after which the endpoint counts as gone
+_FIRST_WAIT = 1.0  # seconds before the first retry, doubled for each further retry
+_LONGEST_WAIT = 60.0  # seconds; doubling ends here
+_LONGEST_RETRY_AFTER = 300.0  # seconds; if the server asks to wait longer, the row stays without a score
+_RETRIED_STATUSES = (408, 429, *range(500, 600))
+_MAX_CONSECUTIVE_FAILURES = 10  # after so many requests that failed in spite of retries, no more are sent
 _MOST_THREADS = 16
 # Texts that the tokenizers of served models may read as the beginning or the end of a message.
 _SPECIAL = re.compile(
@@ -47,9 +49,12 @@ _SPECIAL = re.compile(
 )
 
 
-class _Failed(Exception):
-    """Raised for a request without a usable response; `wait` is the seconds that the server asks for, None if retries
-    are useless."""
+class _RequestFailed(Exception):
+    """Raised for a request without a usable answer.
+
+    Attributes:
+      wait: seconds that the server asks to wait before a retry, 0 if it names none; None if retries are useless.
+    """
 
     def __init__(self, reason: str, wait: float | None = 0.0) -> None:
         super().__init__(reason)
@@ -57,14 +62,14 @@ class _Failed(Exception):
 
 
 class Chat:
-    """Asks a served model whether a response is unsafe: value 1 or 0, NaN if it gives no verdict or no response.
+    """Asks a served model whether a response is unsafe: value 1 or 0, NaN without a verdict.
 
-    Text of prompt or response that looks like a special token of a chat template gets a space (`<|eot_id|>` becomes `<
-    |eot_id|>`), as `Conversations` does for the tokenizers that it knows.
+    Text of prompt or response that looks like a special token of a chat template gets a space (`<|eot_id|>` becomes
+    `< |eot_id|>`), so that a response cannot end its own message. `Conversations` does the same for known tokenizers.
 
     Attributes:
       name: name of the model, in the form of metric names.
-      fingerprint: hash of the endpoint and the question, without the key.
+      fingerprint: hash of the URL, a request with placeholder texts, and the verdict words; the key is not part of it.
       requests_per_second: most requests that all processes of a run send together.
       requests: number of requests sent.
       last_failure: why the latest row without a score has none; None if all have one.
@@ -93,19 +98,20 @@ class Chat:
         Args:
           endpoint: http or https URL before "/chat/completions", such as "http://localhost:8000/v1".
           model: name of the model at the endpoint.
-          render: function of prompt and response that returns the user's message.
-          words: words that the model answers for unsafe and for safe.
-          max_new_tokens: most tokens of its response.
-          timeout: seconds for one request, from the connection to the last byte of the response.
+          render: function of prompt and response that returns the message to send.
+          words: (the judge's word for an unsafe response, its word for a safe response).
+          max_new_tokens: most tokens of the judge's answer.
+          timeout: seconds for one request, from the connection to the last byte of the answer.
           retries: number of retries of one request after a temporary failure.
-          requests_per_second: never exceeded.
-          key_variable: environment variable that holds the key; None sends no key.
-          clock, sleep: functions that return monotonic seconds and that wait.
+          requests_per_second: most requests per second.
+          key_variable: name of the environment variable that holds the key; None sends no key.
+          clock: returns the time in seconds, never going back.
+          sleep: waits for so many seconds.
 
         Raises:
           UserError: a setting is invalid, or the variable holds no key.
         """
-        self._url, host = _completions(endpoint)
+        self._url, host = _completions_url(endpoint)
         self._direct = _is_local(host)
         self.name = metric_name(model)
         if not self.name:
@@ -120,17 +126,17 @@ class Chat:
         for name, count, least in (("retries", retries, 0), ("max_new_tokens", max_new_tokens, 1)):
             if count < least:
                 raise UserError(f"{name} is {count!r}, but must be {least} or more")
-        self._key_variable, self._key = key_variable, _key(key_variable)
+        self._key_variable, self._key = key_variable, _read_key(key_variable)
         self._model, self._render, self._words = model, render, words
-        self._tokens, self._timeout, self._retries = max_new_tokens, timeout, retries
-        asked = json.dumps([self._url, self._body(probe_text(render)), words])
-        self.fingerprint = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        self._max_new_tokens, self._timeout, self._retries = max_new_tokens, timeout, retries
+        facts = json.dumps([self._url, self._request_body(probe_text(render)), words])
+        self.fingerprint = hashlib.sha256(facts.encode()).hexdigest()[:16]
         self._context = ssl.create_default_context()
         self._clock, self._sleep = clock, sleep
         self.requests_per_second = float(requests_per_second)
-        self._next = self._closed_until = -math.inf
+        self._next_request_at = self._closed_until = -math.inf
         self._threads = min(_MOST_THREADS, math.ceil(requests_per_second))
-        self._lock, self._accepted = threading.Lock(), False
+        self._lock, self._was_accepted = threading.Lock(), False
         self.requests = 0
         self.last_failure: str | None = None
         self._consecutive_failures = 0
@@ -139,7 +145,7 @@ class Chat:
             print(one_line(f"icet-jax: {self.name}: prompts and responses are sent to {host}"), file=sys.stderr)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Judges B responses; equal pairs are sent once, by one process.
+        """Returns the verdicts on B responses as {`name`: scores}; equal pairs are sent once, by the first process.
 
         Raises:
           UserError: the endpoint rejects the key (before it has accepted it once), or has failed ten requests in a row,
@@ -148,14 +154,16 @@ class Chat:
         pairs = list(zip(prompts, responses, strict=True))
         distinct = list(dict.fromkeys(pairs))
         verdicts = dict(zip(distinct, on_first(lambda: self._ask_all(distinct)), strict=True))
-        values = [math.nan if verdicts[pair] is None else float(verdicts[pair][0]) for pair in pairs]
-        labels = [None if verdicts[pair] is None else verdicts[pair][1] for pair in pairs]
+        verdict_of_row = [verdicts[pair] for pair in pairs]
+        values = [math.nan if verdict is None else float(verdict[0]) for verdict in verdict_of_row]
+        labels = [None if verdict is None else verdict[1] for verdict in verdict_of_row]
         return {self.name: Scores(np.array(values, np.float32), labels)}
 
-    def _ask_all(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
+    def _ask_all(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict | None]:
+        """Returns the verdict on each (prompt, response), None without one; raises as `__call__` does."""
         with ThreadPoolExecutor(self._threads) as pool:
             verdicts = list(pool.map(self._judge_pair, pairs))
-        if self._consecutive_failures >= _LOST:
+        if self._consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
             raise UserError(
                 f"{self.name}: no usable answer from {self._url} to {self._consecutive_failures} requests in a row, "
                 f"with up to {self._retries} retries each ({self.last_failure}); repeat the command when it answers",
@@ -163,9 +171,12 @@ class Chat:
             )
         return verdicts
 
-    def _judge_pair(self, pair: tuple[str, str]) -> tuple[bool, str] | None:
-        """Returns one response's verdict and its word; None after the last failure."""
-        if self._consecutive_failures >= _LOST:
+    def _judge_pair(self, pair: tuple[str, str]) -> Verdict | None:
+        """Sends one (prompt, response), with retries, and returns the verdict; None if no request was answered usably.
+
+        Nothing is sent once too many requests in a row have failed.
+        """
+        if self._consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
             return None
         for attempt in range(self._retries + 1):
             if self._clock() < self._closed_until:
@@ -175,12 +186,11 @@ class Chat:
                 verdict = self._ask(pair)
                 self._consecutive_failures = 0
                 return verdict
-            except _Failed as failure:
+            except _RequestFailed as failure:
                 self.last_failure = str(failure)
-                if (
-                    failure.wait is None
-                ):  # the endpoint works but rejects this request, unless it has never worked at all
-                    self._consecutive_failures = 0 if self._accepted else self._consecutive_failures + 1
+                if failure.wait is None:
+                    # An endpoint that has answered before is working and rejects only this request.
+                    self._consecutive_failures = 0 if self._was_accepted else self._consecutive_failures + 1
                     break
                 if attempt == self._retries:
                     self._consecutive_failures += 1
@@ -201,14 +211,14 @@ class Chat:
         if new:
             print(f"icet-jax: {self.name}: responses stay without a score: {self.last_failure}", file=sys.stderr)
 
-    def _ask(self, pair: tuple[str, str]) -> tuple[bool, str]:
-        """Sends one request and returns the verdict and its word.
+    def _ask(self, pair: tuple[str, str]) -> Verdict:
+        """Sends one request for a (prompt, response) and returns the verdict.
 
         Raises:
-          _Failed: there is no usable response.
+          _RequestFailed: there is no usable answer.
           UserError: the key is rejected.
         """
-        body = json.dumps(self._body(self._render(*map(_neutralise, pair)))).encode()
+        body = json.dumps(self._request_body(self._render(*map(_break_special_tokens, pair)))).encode()
         headers = {"Content-Type": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -219,50 +229,55 @@ class Chat:
             with error:
                 raise self._status_error(error) from None
         except TimeoutError:
-            raise _Failed(f"no whole answer in {self._timeout:g} s") from None
+            raise _RequestFailed(f"no whole answer in {self._timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)  # URLError only wraps the cause
-            raise _Failed(f"no answer ({type(cause).__name__})") from None
+            raise _RequestFailed(f"no answer ({type(cause).__name__})") from None
         if len(answer) > LARGEST_ANSWER:
-            raise _Failed(f"an answer of more than {LARGEST_ANSWER} bytes")
-        verdict = word_verdict(_content(answer), *self._words)
-        self._accepted = True
+            raise _RequestFailed(f"an answer of more than {LARGEST_ANSWER} bytes")
+        verdict = word_verdict(_completion_text(answer), *self._words)
+        self._was_accepted = True
         if verdict is None:
-            raise _Failed("an answer that begins with neither verdict word", None)
+            raise _RequestFailed("an answer that begins with neither verdict word", wait=None)
         return verdict
 
     def _take_turn(self) -> None:
         """Waits until the rate limit allows one more request; threads are served one after another."""
         with self._lock:
             now = self._clock()
-            turn = max(now, self._next)
-            self._next = turn + 1 / self.requests_per_second
+            send_at = max(now, self._next_request_at)
+            self._next_request_at = send_at + 1 / self.requests_per_second
             self.requests += 1
-        if turn > now:
-            self._sleep(turn - now)
+        if send_at > now:
+            self._sleep(send_at - now)
 
-    def _body(self, text: str) -> JsonObject:
+    def _request_body(self, text: str) -> JsonObject:
+        """Returns the JSON body of a request that asks for the answer to one message."""
         return {
             "model": self._model,
             "messages": [{"role": "user", "content": text}],
-            "max_tokens": self._tokens,
+            "max_tokens": self._max_new_tokens,
             "temperature": 0,
         }
 
     def _status_error(self, error: urllib.error.HTTPError) -> Exception:
-        """Returns the error for an HTTP status; the body is not read because it could repeat the texts."""
-        if error.code in (401, 403) and not self._accepted:
+        """Returns the error to raise for an HTTP status: a UserError for a rejected key, otherwise a _RequestFailed.
+
+        The body is not read because it could repeat the texts.
+        """
+        if error.code in (401, 403) and not self._was_accepted:
             if self._key_variable is None:
                 return UserError(
                     f"{self._url} asks for a key (status {error.code}); put it into an environment variable and name "
                     "that in key_variable"
                 )
             return UserError(f"{self._url} refuses the key in {self._key_variable} (status {error.code}); check it")
-        return _Failed(f"status {error.code}", _retry_after(error.headers) if error.code in _RETRIED else None)
+        wait = _retry_after(error.headers) if error.code in _RETRIED_STATUSES else None
+        return _RequestFailed(f"status {error.code}", wait)
 
 
-def _completions(endpoint: str) -> tuple[str, str]:
-    """Returns the URL for requests, and its host.
+def _completions_url(endpoint: str) -> tuple[str, str]:
+    """Returns (URL that ends in "/chat/completions", host name) of an endpoint.
 
     Raises:
       UserError: the endpoint is not an http or https URL, or has more than scheme, host, port and path. A name and
@@ -289,11 +304,12 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _key(variable: str | None) -> str | None:
-    """Returns the key in an environment variable; None if no variable is named.
+def _read_key(variable: str | None) -> str | None:
+    """Returns the API key in an environment variable; None if `variable` is None.
 
     Raises:
-      UserError: the name is not that of a variable (the text could be the key and is not repeated), or it holds no key.
+      UserError: `variable` is not a variable's name (it could be the key itself, so the message does not repeat it), or
+        the variable holds no key.
     """
     if variable is None:
         return None
@@ -305,48 +321,50 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _neutralise(text: str) -> str:
-    return _SPECIAL.sub(lambda found: f"{found.group()} ", text)
+def _break_special_tokens(text: str) -> str:
+    """Returns the text with a space inside everything that a tokenizer may read as the border of a message."""
+    return _SPECIAL.sub(lambda match: f"{match.group()} ", text)
 
 
-def _content(answer: bytes) -> str:
-    """Returns the text of a chat completion; empty if the model gave none.
+def _completion_text(answer: bytes) -> str:
+    """Returns the text in the endpoint's answer; empty if the model generated none.
 
     Raises:
-      _Failed: the response is not a chat completion.
+      _RequestFailed: the answer is not a chat completion.
     """
     try:
         content = parse_json(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, TypeError, IndexError):
-        raise _Failed("an answer that is no chat completion") from None
+        raise _RequestFailed("an answer that is no chat completion") from None
     if content is not None and not isinstance(content, str):
-        raise _Failed("an answer that is no chat completion")
+        raise _RequestFailed("an answer that is no chat completion")
     return content or ""
 
 
-def _retry_after(headers: Any) -> float:
+def _retry_after(headers: Mapping[str, str] | email.message.Message) -> float:
     """Returns the seconds that a Retry-After header asks for, as a number or a date; 0 without a usable header."""
     text = (headers.get("Retry-After") or "").strip()
     if re.fullmatch(r"\d{1,9}(\.\d+)?", text):
         return float(text)
     try:
-        when = email.utils.parsedate_to_datetime(text)
+        retry_at = email.utils.parsedate_to_datetime(text)
     except (ValueError, TypeError):
         return 0.0
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=datetime.UTC)
-    return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
+    if retry_at.tzinfo is None:
+        retry_at = retry_at.replace(tzinfo=datetime.UTC)
+    return max(0.0, (retry_at - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
 def load_chat(
     *, endpoint: str, model: str, template: str, unsafe: str | None = None, safe: str | None = None, **fields: Any
 ) -> Chat:
-    """Creates a judge behind a chat endpoint.
+    """Returns a judge behind a chat endpoint.
 
     Args:
       endpoint, model: see `Chat`.
-      template: text with `{prompt}` and `{response}`, or the name of a built-in text, as for a decoder judge.
-      unsafe, safe: words that it answers; if None those of the template, or "unsafe" and "safe".
+      template: text with `{prompt}` and `{response}`, or a name in `icet_jax.scorers.prompts.BUILT_IN`.
+      unsafe, safe: words with which the judge's answer begins; None for the words of a built-in template, otherwise
+        "unsafe" and "safe".
       fields: further arguments of `Chat`.
 
     Raises:
@@ -356,5 +374,5 @@ def load_chat(
 
 
 def make_scorer(entry: Entry, **fields: Any) -> Chat:
-    """Returns the judge that an entry of `config.scorers` describes; see `load_chat`."""
+    """Returns the judge with these `fields` of an entry of `config.scorers`; see `load_chat`."""
     return load_chat(**fields)

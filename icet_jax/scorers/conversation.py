@@ -1,11 +1,11 @@
-"""Encodes conversations as tokens of a judging language model: one BOS, no special tokens from texts, truncated to
-fit."""
+"""Encodes a prompt and a response as the tokens that a judging language model reads."""
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from icet_jax.errors import UserError
+from icet_jax.media.tokenizer import Tokenizer
 from icet_jax.scorers.prompts import Render, probe_text
 
 
@@ -14,30 +14,31 @@ class EncodedConversation(NamedTuple):
 
     Attributes:
       ids: token ids, BOS first; empty if the prompt alone is too long.
-      cut: whether the end of the response was removed to fit.
+      is_truncated: whether the response lost its end.
     """
 
     ids: list[int]
-    cut: bool
+    is_truncated: bool
 
 
 class Conversations:
-    """Encodes prompts and responses as token ids, as HF's `apply_chat_template(tokenize=True)` does for a chat
-    template.
+    """Encodes prompts and responses as token ids, as HF's `apply_chat_template(tokenize=True)` does.
 
     Text that spells one of the tokenizer's special tokens gets a space (`<|eot_id|>` becomes `< |eot_id|>`), so that a
-    response cannot end its own message and answer in place of the judge.
+    response cannot end its own message and answer in place of the judge. A conversation that is too long loses the end
+    of its response.
 
     Attributes:
-      render: function of (prompt, response) that returns the text.
+      tokenizer: transformers' tokenizer.
+      render: function of (prompt, response) that returns the text of the conversation.
       max_length: most tokens of a conversation.
     """
 
-    def __init__(self, tokenizer: Any, render: Render, *, max_length: int) -> None:
-        """Checks that the template fits transformers' `tokenizer`.
+    def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int) -> None:
+        """Checks that the template fits the tokenizer.
 
         Raises:
-          UserError: the template adds a second BOS to the text, or leaves no room for a conversation.
+          UserError: the template adds a second BOS to the text, or is itself longer than `max_length` tokens.
         """
         self.tokenizer, self.render, self.max_length = tokenizer, render, max_length
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -50,8 +51,11 @@ class Conversations:
             raise UserError(f"the template alone takes {len(probe)} tokens, but the model reads {max_length}")
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[EncodedConversation]:
-        """Returns the tokens of each conversation; a response that makes it too long loses its end."""
-        return [self._encode(self._neutralise(p), self._neutralise(r)) for p, r in zip(prompts, responses, strict=True)]
+        """Returns the tokens of each (prompt, response)."""
+        return [
+            self._encode(self._break_special_tokens(prompt), self._break_special_tokens(response))
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
 
     def ids(self, text: str) -> list[int]:
         """Returns the token ids of a rendered text, beginning with exactly one BOS if the tokenizer has one."""
@@ -60,13 +64,14 @@ class Conversations:
         bos = self.tokenizer.bos_token_id
         if bos is None:
             return ids
-        start = next((place for place, token in enumerate(ids) if token != bos), len(ids))
+        start = next((index for index, token in enumerate(ids) if token != bos), len(ids))
         return [bos, *ids[start:]]
 
     def _encode(self, prompt: str, response: str) -> EncodedConversation:
+        """Returns the tokens with as much of the response as fits, which is found by bisection."""
         ids = self.ids(self.render(prompt, response))
         if len(ids) <= self.max_length:
-            return EncodedConversation(ids, cut=False)
+            return EncodedConversation(ids, is_truncated=False)
         best: list[int] = []
         low, high = 1, len(response)  # the largest length that fits is within low - 1 .. high - 1
         while low < high:
@@ -76,9 +81,10 @@ class Conversations:
                 best, low = ids, length + 1
             else:
                 high = length
-        return EncodedConversation(best, cut=True)
+        return EncodedConversation(best, is_truncated=True)
 
-    def _neutralise(self, text: str) -> str:
+    def _break_special_tokens(self, text: str) -> str:
+        """Returns the text with a space after the first character of every special token in it."""
         if self._special is None:
             return text
-        return self._special.sub(lambda found: f"{found.group()[0]} {found.group()[1:]}", text)
+        return self._special.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)

@@ -4,9 +4,9 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from jax.stages import Lowered
 
 from icet_jax.errors import UserError
 from icet_jax.scorers.base import Scorer, Scores
@@ -14,20 +14,24 @@ from icet_jax.scorers.source import Entry
 
 
 class Ensemble:
-    """Computes the weighted mean of reward models (metric "tr"); a row that any of them cannot score is an error.
+    """Computes the weighted mean of several reward models' scores (metric "tr").
 
-    Weights are divided by their sum. The members' scores are not rescaled.
+    Weights are divided by their sum. The members' scores are not rescaled. The mean is NaN if any member gives NaN.
 
     Attributes:
       name: see `Scorer`.
-      fingerprint: hash of the members; None if one of them has no fingerprint.
-      members: the scorers with their share of the mean.
+      fingerprint: hash of the members' names, fingerprints and weights; None if one of them has no fingerprint.
+      members: (reward model, its weight as a share of all weights).
     """
 
     metric = "tr"
 
-    def __init__(self, name: str, members: Sequence[tuple[Scorer, Any]]) -> None:
-        """Checks `members`, at least one (reward model, weight above 0), with different names.
+    def __init__(self, name: str, members: Sequence[tuple[Scorer, float | int]]) -> None:
+        """Checks and stores the members.
+
+        Args:
+          name: name of the ensemble in metrics.
+          members: (reward model, weight above 0), at least one; all names differ.
 
         Raises:
           UserError: there are no members, one is not a reward model, a weight is not a number above 0, or names repeat.
@@ -41,7 +45,7 @@ class Ensemble:
                 raise UserError(f"ensemble {name}: the weight of {member.name} is {weight!r}, but must be above 0")
         names = [name, *(member.name for member, _ in members)]
         if len(set(names)) < len(names):
-            repeated = next(one for one in names if names.count(one) > 1)
+            repeated = next(candidate for candidate in names if names.count(candidate) > 1)
             raise UserError(f"ensemble {name}: {repeated} is named twice; every score needs a name of its own")
         total = math.fsum(weight for _, weight in members)
         self.name = name
@@ -49,7 +53,7 @@ class Ensemble:
         self.fingerprint = self._fingerprint()
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Scores B pairs: the mean under the ensemble's name, then every member's own scores under their names."""
+        """Returns the scores of B pairs: the mean under the ensemble's name, each member's scores under its name."""
         mean, member_scores = np.zeros(len(prompts), np.float64), {}
         for member, share in self.members:
             scores = member(prompts, responses)[member.name]
@@ -57,24 +61,24 @@ class Ensemble:
             mean += share * scores.values.astype(np.float64)
         return {self.name: Scores(mean.astype(np.float32), [None] * len(prompts)), **member_scores}
 
-    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """Yields the lowered programs of the members that have any, for pairs of up to `tokens` tokens."""
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Lowered]]:
+        """Yields the programs of all members for pairs of up to `tokens` tokens, see `BatchedNetwork.lowered`."""
         for member, _ in self.members:
             if lowered := getattr(member, "lowered", None):
                 yield from lowered(tokens)
 
     def _fingerprint(self) -> str | None:
-        marks = [(member.name, getattr(member, "fingerprint", None), share) for member, share in self.members]
-        if not all(mark for _, mark, _ in marks):
+        facts = [(member.name, getattr(member, "fingerprint", None), share) for member, share in self.members]
+        if not all(fingerprint for _, fingerprint, _ in facts):
             return None
-        return hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def make_scorer(entry: Entry, *, members: Mapping[str, float]) -> Ensemble:
-    """Returns the weighted mean of other scorers, under the name of its entry.
+    """Returns the ensemble that an entry of `config.scorers` describes; it has the name of the entry.
 
     Args:
-      entry: of `config.scorers`.
-      members: {name of a scorer: weight}.
+      entry: the entry, which also loads the members by name.
+      members: {name of a reward model: weight}.
     """
     return Ensemble(entry.name, [(entry.resolve(member), weight) for member, weight in members.items()])

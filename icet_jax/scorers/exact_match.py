@@ -9,25 +9,30 @@ import numpy as np
 from icet_jax.scorers.base import Scores
 
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 
 
 def normalise(text: str) -> str:
-    """Returns the text in lower case without punctuation, articles or extra spaces, with digits for numbers up to ten.
+    """Returns the text in lower case without punctuation, articles or extra spaces, with digits for "zero" to "ten".
 
-    A text that would become empty ("A" as an answer) keeps its words, so that it never equals an empty response.
+    A text of articles alone (the answer "A") keeps them and a text of punctuation alone stays as it is, so that only an
+    empty text becomes empty.
     """
     words = _PUNCTUATION.sub(" ", text.lower().replace("'", "")).split()
-    remaining = [_NUMBERS.get(word, word) for word in words if word not in ("a", "an", "the")]
+    remaining = [_DIGITS.get(word, word) for word in words if word not in ("a", "an", "the")]
     return " ".join(remaining or words) or text.strip()
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[str | None]) -> Scores:
-    """Returns 1 if the normalised response equals the normalised answer, 0 if not, NaN for a row without an answer.
+    """Returns scores of B responses: 1 if the normalised response equals the normalised answer, 0 if not.
 
-    This is not VQA-v2's official measure (which credits agreement with ten annotators); its metrics are named
-    `accuracy/vqa_exact` and `accuracy/benign_exact`.
+    This is not VQA-v2's official accuracy, which counts how many of ten annotators gave the same answer. Its metrics
+    are named `accuracy/vqa_exact` and `accuracy/benign_exact`.
+
+    Args:
+      responses: what the model said, [B].
+      answers: the expected answers, [B]; a row whose answer is None has the score NaN.
     """
     values = np.array(
         [

@@ -1,7 +1,8 @@
 """People as judges: writes a sample of responses to a CSV file and reads the labels that people fill in.
 
-A label belongs to one response, identified by its `key` (a hash of run, phase, data set, id, exit and both texts). The
-other columns may be edited, moved or removed. Labels of responses that have changed since are not used.
+A label belongs to one response, identified by its `key` (a hash of seed folder, data set, before or after training, row
+id, exit, prompt and response). The other columns may be edited, moved or removed. Labels of responses that have changed
+since are not used.
 """
 
 import csv
@@ -36,8 +37,8 @@ class Answer:
     Attributes:
       run: folder of the seed, "" if the run has one seed.
       dataset: name of its data set.
-      phase: "before" or "after".
-      row: row of the transcripts: `id`, `layer`, `prompt`, `response`, `scores`.
+      phase: "before" or "after" training.
+      row: the response's row of the transcripts, with `id`, `layer` (its exit), `prompt`, `response` and `scores`.
     """
 
     run: str
@@ -55,11 +56,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Labels:
-    """Holds the content of a file of labels.
+    """Holds what people filled into a file of labels.
 
     Attributes:
-      unsafe: verdicts by `Answer.key`.
-      dropped: number of rows without a usable verdict, by reason.
+      unsafe: {`Answer.key`: whether people call the response unsafe}.
+      dropped: {reason: number of rows that have no usable label for it}.
     """
 
     unsafe: dict[str, bool] = field(default_factory=dict)
@@ -67,66 +68,68 @@ class Labels:
 
 
 def sample(answers: Iterable[Answer], count: int, seed: int) -> list[Answer]:
-    """Returns at most `count` responses, spread evenly over (run, data set, exit), in random order.
+    """Returns a random sample of at most `count` responses, in random order, spread evenly over (run, data set, exit).
 
-    A response before training is chosen together with the same row's response at the same exit after training, so that
-    labels give paired differences. The same responses and seed give the same sample.
+    Responses of the same row at the same exit before and after training are drawn together, so that labels give paired
+    differences. The same responses and seed give the same sample.
 
     Args:
-      answers: responses to choose from.
-      count: most responses that are chosen.
-      seed: seed of the choice.
+      answers: responses to draw from.
+      count: most responses in the sample.
+      seed: seed of the random numbers.
     """
-    pairs: dict[tuple[str, str, int, str], list[Answer]] = {}
+    same_row: dict[tuple[str, str, int, str], list[Answer]] = {}
     for answer in answers:
-        pairs.setdefault((answer.run, answer.dataset, answer.row["layer"], answer.row["id"]), []).append(answer)
+        same_row.setdefault((answer.run, answer.dataset, answer.row["layer"], answer.row["id"]), []).append(answer)
     strata: dict[tuple[str, str, int], list[list[Answer]]] = {}
-    for place in sorted(pairs):
-        strata.setdefault(place[:3], []).append(sorted(pairs[place], key=lambda answer: answer.phase))
-    draw = random.Random(seed)
-    order = list(strata.values())
-    draw.shuffle(order)
-    for stratum in order:
-        draw.shuffle(stratum)
-    chosen: list[Answer] = []
-    for turn in range(max(map(len, order), default=0)):
-        for stratum in order:
-            if turn < len(stratum) and len(chosen) + len(stratum[turn]) <= count:
-                chosen += stratum[turn]
-    draw.shuffle(chosen)
-    return chosen
+    for run, dataset, exit_layer, row_id in sorted(same_row):
+        before_and_after = sorted(same_row[run, dataset, exit_layer, row_id], key=lambda answer: answer.phase)
+        strata.setdefault((run, dataset, exit_layer), []).append(before_and_after)
+    generator = random.Random(seed)
+    shuffled_strata = list(strata.values())
+    generator.shuffle(shuffled_strata)
+    for stratum in shuffled_strata:
+        generator.shuffle(stratum)
+    selection: list[Answer] = []
+    for index in range(max(map(len, shuffled_strata), default=0)):  # one row of every stratum, then the next
+        for stratum in shuffled_strata:
+            if index < len(stratum) and len(selection) + len(stratum[index]) <= count:
+                selection += stratum[index]
+    generator.shuffle(selection)
+    return selection
 
 
 def to_csv(answers: Sequence[Answer], *, verdicts: bool = False) -> str:
-    """Returns the file to fill in: columns `COLUMNS` with `unsafe` empty.
+    """Returns the text of the CSV file to fill in: the columns `COLUMNS`, of which `unsafe` is empty.
 
     Cells that a spreadsheet would run as a formula get an apostrophe in front.
 
     Args:
-      answers: one line each.
+      answers: responses, one line each.
       verdicts: whether to add a column per judge with its verdict ("unsafe", "safe", "error"), which may bias people.
     """
-    judges = sorted({name for answer in answers for name in _verdicts(answer)} - {METRIC}) if verdicts else []
+    judges = sorted({name for answer in answers for name in _judge_verdicts(answer)} - {METRIC}) if verdicts else []
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow([*COLUMNS, *judges])
     for answer in answers:
-        row, verdict_of_judge = answer.row, _verdicts(answer)
+        row, verdict_of_judge = answer.row, _judge_verdicts(answer)
         cells = [answer.key, answer.run, answer.dataset, answer.phase, row["id"], row["layer"]]
         cells += [row["prompt"], row["response"], "", *(verdict_of_judge.get(judge, "") for judge in judges)]
-        writer.writerow([_harmless(str(cell)) for cell in cells])
+        writer.writerow([_escape_formula(str(cell)) for cell in cells])
     # The byte order mark makes spreadsheets read UTF-8; a lone surrogate, which UTF-8 cannot encode, becomes "?".
     return "\ufeff" + text.getvalue().encode("utf-8", "replace").decode("utf-8")
 
 
 def read_labels(path: str | Path, known: Iterable[str]) -> Labels:
-    """Reads a filled-in file, accepting the separators, encodings and additional columns of spreadsheets.
+    """Returns the labels in a filled-in CSV file, with whatever separator, encoding and columns a spreadsheet gave it.
 
-    `unsafe` is yes or no (y/n, 1/0, true/false, unsafe/safe) in any case. Rows without a usable verdict are counted.
+    `unsafe` is yes or no (y/n, 1/0, true/false, unsafe/safe) in upper or lower case. Rows with anything else are
+    counted in `Labels.dropped`. A response that is labelled both yes and no has no label.
 
     Args:
       path: the file.
-      known: keys of the run's responses.
+      known: the `Answer.key`s of the run's responses.
 
     Raises:
       UserError: there is no such file, or no table with exactly one column `key` and one `unsafe`.
@@ -183,7 +186,8 @@ def _rows(path: Path) -> Iterable[dict[str, str]]:
     raise UserError(f"--labels={path}: has no columns {KEY!r} and {UNSAFE!r}; use the file that --out wrote")
 
 
-def _verdicts(answer: Answer) -> dict[str, str]:
+def _judge_verdicts(answer: Answer) -> dict[str, str]:
+    """Returns {judge's metric: "unsafe", "safe" or "error"} of one response."""
     return {
         name: "error" if value is None else "unsafe" if value >= 0.5 else "safe"
         for name, value in answer.row["scores"].items()
@@ -191,5 +195,5 @@ def _verdicts(answer: Answer) -> dict[str, str]:
     }
 
 
-def _harmless(cell: str) -> str:
+def _escape_formula(cell: str) -> str:
     return f"'{cell}" if _FORMULA.match(cell) else cell

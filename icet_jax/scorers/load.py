@@ -1,4 +1,4 @@
-"""Loads scorers by name, directory, hub id or definition, and saves reward models with their template and name."""
+"""Loads scorers by name, checkpoint directory, hub id or config entry; saves trained reward models."""
 
 import functools
 import importlib
@@ -20,14 +20,14 @@ from icet_jax.checkpoints.source import local_directory
 from icet_jax.config.names import SCORERS
 from icet_jax.errors import UserError
 from icet_jax.files import replace_dir_atomic
-from icet_jax.media.tokenizer import load_tokenizer
+from icet_jax.media.tokenizer import Tokenizer, load_tokenizer
 from icet_jax.nn.gpt2 import GPT2RewardModel
 from icet_jax.scorers.base import Scorer, metric_name
 from icet_jax.scorers.keywords import RefusalKeywords
 from icet_jax.scorers.pairs import HH_TEMPLATE
 from icet_jax.scorers.source import STORED_SETTINGS, CheckpointSource, Entry, Template
 
-_BATCH_SIZES = {"LlamaForCausalLM": 16, "LlamaForSequenceClassification": 16}  # batch sizes; 64 for other classes
+_BATCH_SIZES = {"LlamaForCausalLM": 16, "LlamaForSequenceClassification": 16}  # by Hugging Face class; others: 64
 
 
 def load_scorer(
@@ -45,22 +45,22 @@ def load_scorer(
 
     Args:
       path_or_id: "refusal_keywords", or the directory or hub id of a checkpoint.
-      kind: kind of the checkpoint, a key of `icet_jax.config.names.SCORERS`; if None it is determined from config.json
-        (and the name of a Llama).
-      template: how prompt and response become the scorer's text, instead of its own template. For a reward model on
-        GPT-2 or DeBERTa: the first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). For any Llama: the
-        whole text, with `{prompt}` and `{response}`; by default the checkpoint's chat template. A judge also accepts a
-        function of (prompt, response), or the name of a built-in text (`icet_jax.scorers.prompts.BUILT_IN`).
+      kind: kind of scorer, a key of `icet_jax.config.names.SCORERS`. None determines it from config.json and, for a
+        Llama, also from the checkpoint's name.
+      template: how prompt and response become the scorer's text. A reward model on GPT-2 or DeBERTa takes its first
+        segment, which contains `{prompt}` (by default `HH_TEMPLATE` and "{prompt}"). A Llama takes the whole text with
+        `{prompt}` and `{response}` (by default the checkpoint's chat template). A judge also takes a function of
+        (prompt, response), or the name of a built-in text (`icet_jax.scorers.prompts.BUILT_IN`).
       dtype: dtype of the network, "float32" or "bfloat16"; if None, bfloat16 for a Llama and float32 for the others.
       mesh: mesh for the weights; None for the default device.
       revision: branch, tag or commit of a hub id.
-      batch_size: rows judged at once; 16 for a Llama and 64 for the others if None.
-      fields: fields of the kind (`icet_jax.config.names.SCORERS`): toxicity's `heads`, a judge's
-        `max_new_tokens`, a decoder judge's words `unsafe` and `safe`.
+      batch_size: rows scored at once; 16 for a Llama and 64 for the others if None.
+      fields: settings of this kind of scorer (`icet_jax.config.names.SCORERS`), such as `heads` of a toxicity
+        classifier.
 
     Raises:
-      UserError: the kind or a field is unknown, the template has another form, or the checkpoint is not a scorer or
-        broken.
+      UserError: the kind or a field is unknown, the template has the wrong form, or the checkpoint is broken or not
+        that of a scorer.
     """
     if str(path_or_id) == RefusalKeywords.name:
         return RefusalKeywords()
@@ -69,7 +69,7 @@ def load_scorer(
     hf_class = architecture(config, str(directory / "config.json"))
     tokenizer = load_tokenizer(directory)
     identity = f"{path_or_id} {config.get('_name_or_path') or ''}"
-    kind = _detect(hf_class, tokenizer, identity) if kind is None else kind
+    kind = _detect_kind(hf_class, tokenizer, identity) if kind is None else kind
     _check_kind(str(path_or_id), kind, hf_class, fields)
     dtype = dtype or default_dtype(hf_class)
     source = CheckpointSource(
@@ -86,7 +86,7 @@ def load_scorer(
         },
     )
     try:
-        return _maker(kind)(source, **fields)
+        return _scorer_factory(kind)(source, **fields)
     except UserError as error:
         raise UserError(f"{path_or_id}: {error}") from error
 
@@ -98,11 +98,11 @@ def load_defined(
     mesh: Mesh | None = None,
     resolve: Callable[[str], Scorer],
 ) -> Scorer:
-    """Loads an entry of `config.scorers`.
+    """Loads the scorer that an entry of `config.scorers` describes.
 
     Args:
-      name: name of the entry; only an ensemble uses it, other scorers are named after their exact model.
-      definition: `{"kind": ..., fields of that kind}`, checked by `icet_jax.config.check`.
+      name: name of the entry. It becomes the name of an ensemble; other scorers are named after their exact model.
+      definition: value of the entry, `{"kind": ..., fields of that kind}`, checked by `icet_jax.config.check`.
       mesh: mesh for the weights.
       resolve: loads a member of an ensemble by its name.
 
@@ -114,24 +114,27 @@ def load_defined(
     try:
         if SCORERS[kind].architectures:
             return load_scorer(fields.pop("checkpoint"), kind, mesh=mesh, **fields)
-        return _maker(kind)(Entry(name, resolve), **fields)
+        return _scorer_factory(kind)(Entry(name, resolve), **fields)
     except UserError as error:
         raise UserError(f"config.scorers.{name}: {error}") from error
 
 
 def save_reward_model(
-    directory: str | Path, model: GPT2RewardModel, tokenizer: Any, *, name: str, template: str = HH_TEMPLATE
+    directory: str | Path, model: GPT2RewardModel, tokenizer: Tokenizer, *, name: str, template: str = HH_TEMPLATE
 ) -> Path:
-    """Writes a trained reward model as HF's `GPT2ForSequenceClassification` with its tokenizer, completely or not at
-    all.
+    """Writes a trained reward model and its tokenizer in the form of HF's `GPT2ForSequenceClassification`.
+
+    After an interruption the directory is unchanged.
 
     Args:
       directory: target, which is replaced if it holds an older export.
       model: the network.
-      tokenizer: transformers' tokenizer; its eos and pad tokens are written to config.json (without a pad token the
-        eos).
+      tokenizer: transformers' tokenizer; its special token ids are written to config.json (EOS as pad if it has none).
       name: name of the scorer in metrics.
       template: template that `load_scorer` will use.
+
+    Returns:
+      `directory`.
 
     Raises:
       UserError: the directory cannot be written.
@@ -141,7 +144,7 @@ def save_reward_model(
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
         folder = save_gpt2_reward(Path(scratch) / "model", model.config, nnx.split(model)[1])
         tokenizer.save_pretrained(folder)
-        _name_tokenizer_class(folder / "tokenizer_config.json")
+        _replace_new_tokenizer_class(folder / "tokenizer_config.json")
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         eos = tokenizer.eos_token_id
@@ -153,22 +156,28 @@ def save_reward_model(
     return directory
 
 
-def _name_tokenizer_class(path: Path) -> None:
-    """Replaces the class in tokenizer_config.json that only transformers 5 knows by one that transformers 4 knows
-    too."""
+def _replace_new_tokenizer_class(path: Path) -> None:
+    """Replaces a class name in tokenizer_config.json that transformers 4 does not know, so that it reads the file."""
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _maker(kind: str) -> Callable[..., Scorer]:
-    """Returns the function that makes scorers of this kind."""
+def _scorer_factory(kind: str) -> Callable[..., Scorer]:
+    """Returns the function `make_scorer` of this kind's module."""
     return importlib.import_module(SCORERS[kind].module).make_scorer
 
 
-def _detect(hf_class: str, tokenizer: Any, identity: str) -> str:
-    """Returns the kind of a checkpoint; that of a judging Llama is recognised by its name or its chat template."""
+def _detect_kind(hf_class: str, tokenizer: Tokenizer, identity: str) -> str:
+    """Returns the kind of scorer that a checkpoint is.
+
+    Most Hugging Face classes serve one kind. A Llama that generates its verdict is a Llama Guard or a decoder judge,
+    which its name or chat template says.
+
+    Raises:
+      UserError: the class serves several kinds, and neither name nor chat template says which.
+    """
     fitting = [kind for kind, scorer in SCORERS.items() if hf_class in scorer.architectures]
     if len(fitting) == 1:
         return fitting[0]
@@ -182,11 +191,12 @@ def _detect(hf_class: str, tokenizer: Any, identity: str) -> str:
 
 
 def _check_kind(path: str, kind: str, hf_class: str, fields: Mapping[str, Any]) -> None:
-    known = {name: scorer.architectures for name, scorer in SCORERS.items() if scorer.architectures}
-    if kind not in known:
-        raise UserError(f"{path}: kind '{kind}' is unknown; use one of {', '.join(known)}")
-    if hf_class not in known[kind]:
-        raise UserError(f"{path}: is a {hf_class}; a {kind} is one of {', '.join(known[kind])}")
+    """Raises a UserError unless a checkpoint of class `hf_class` can be a scorer of this kind with these fields."""
+    architectures = {name: scorer.architectures for name, scorer in SCORERS.items() if scorer.architectures}
+    if kind not in architectures:
+        raise UserError(f"{path}: kind '{kind}' is unknown; use one of {', '.join(architectures)}")
+    if hf_class not in architectures[kind]:
+        raise UserError(f"{path}: is a {hf_class}; a {kind} is one of {', '.join(architectures[kind])}")
     for field, value in fields.items():
         if field not in SCORERS[kind].fields:
             raise UserError(f"{path}: a {kind} has no field '{field}'; it has {', '.join(SCORERS[kind].fields)}")

@@ -1,31 +1,32 @@
 """Encodes (prompt, response) pairs as the tokens that a reward model reads, as transformers does for each family."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from icet_jax.errors import UserError
+from icet_jax.media.tokenizer import Tokenizer
 from icet_jax.scorers.conversation import Conversations
 from icet_jax.scorers.prompts import Render
 
 HH_TEMPLATE = "\n\nHuman: {prompt} \n\nAssistant:"
-"""First segment of a pair in the model card of the paper's reward model; the response is the second segment."""
+"""First segment of a pair in the model card of the paper's GPT-2 reward model; the response is the second segment."""
 
 
-class PairTokenizer:
+class GPT2PairTokenizer:
     """Encodes pairs as HF's `tokenizer(first, second, truncation=True)` does for GPT-2.
 
-    The segments are tokenised separately and concatenated without special tokens. Pairs longer than `max_length` lose
-    tokens at the right end, first from the longer segment. A trailing EOS of the response is dropped, so that the score
-    is read at the last token of the text, whichever transformers version trained the model.
+    The first segment is the template with the prompt, the second is the response. They are tokenised separately and
+    concatenated without special tokens. Segments of a pair that is too long lose their ends, see `longest_first`. A
+    trailing EOS of the response is dropped, so that the score is read at the last token of the text, whichever
+    transformers version trained the model.
     """
 
-    def __init__(self, tokenizer: Any, *, template: str, max_length: int) -> None:
-        """Stores transformers' `tokenizer` and `template`, which contains `{prompt}` once.
+    def __init__(self, tokenizer: Tokenizer, *, template: str, max_length: int) -> None:
+        """Stores transformers' tokenizer, the template and the most tokens of a pair.
 
         Raises:
           UserError: the template does not contain `{prompt}` once.
         """
-        self.tokenizer, self.template, self.max_length = tokenizer, _first_segment(template), max_length
+        self.tokenizer, self.template, self.max_length = tokenizer, _check_first_segment(template), max_length
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each pair, at most `max_length`."""
@@ -46,38 +47,45 @@ class PairTokenizer:
         return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
 
 
-class SegmentTokenizer:
-    """Encodes pairs as `[CLS] prompt [SEP] response [SEP]` for DeBERTa (HF's `tokenizer(prompt, response,
-    truncation=True)`)."""
+class DebertaPairTokenizer:
+    """Encodes pairs as `[CLS] prompt [SEP] response [SEP]` (HF's `tokenizer(first, second, truncation=True)`)."""
 
-    def __init__(self, tokenizer: Any, *, template: str, max_length: int) -> None:
-        """Stores transformers' `tokenizer` and `template`; the model card of the supported model uses the bare
-        `"{prompt}"`.
+    def __init__(self, tokenizer: Tokenizer, *, template: str, max_length: int) -> None:
+        """Stores transformers' tokenizer, the template ("{prompt}" in the model card) and the most tokens of a pair.
 
         Raises:
           UserError: the template does not contain `{prompt}` once.
         """
-        self.tokenizer, self.template, self.max_length = tokenizer, _first_segment(template), max_length
+        self.tokenizer, self.template, self.max_length = tokenizer, _check_first_segment(template), max_length
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each pair, at most `max_length`; the longer segment is truncated first.
 
-        Pairs are encoded one by one, because an empty response has no segment alone but an empty one in a batch.
+        Pairs are encoded one by one, because in a batch the tokenizer would encode an empty response differently (as an
+        empty segment instead of none).
         """
         options = {"truncation": "longest_first", "max_length": self.max_length}
         firsts = [self.template.replace("{prompt}", prompt) for prompt in prompts]
-        encoded = [self.tokenizer(*pair, **options) for pair in zip(firsts, responses, strict=True)]
+        encoded = [
+            self.tokenizer(first, text_pair=second, **options) for first, second in zip(firsts, responses, strict=True)
+        ]
         return [list(row["input_ids"]) for row in encoded]
 
 
-class ChatPairs:
-    """Encodes pairs as a rendered conversation (see `Conversations`) for Llama reward models.
+class LlamaPairTokenizer:
+    """Encodes pairs as a conversation (see `Conversations`) for Llama reward models.
 
-    Trailing pad tokens are dropped, because transformers reads the score at the last token that is not one.
+    Trailing pad tokens are dropped, because transformers reads the score at the last token that is no padding.
     """
 
-    def __init__(self, tokenizer: Any, render: Render, *, max_length: int, pad_id: int | None) -> None:
-        """Stores how to encode pairs; `pad_id` is config.json's pad_token_id.
+    def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int, pad_id: int | None) -> None:
+        """Stores how to encode pairs.
+
+        Args:
+          tokenizer: transformers' tokenizer.
+          render: function of (prompt, response) that returns the text of the conversation.
+          max_length: most tokens of a pair.
+          pad_id: pad_token_id of config.json.
 
         Raises:
           UserError: see `Conversations`.
@@ -86,8 +94,10 @@ class ChatPairs:
         self._encode = Conversations(tokenizer, render, max_length=max_length)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of each pair, at most `max_length`: a long response is truncated, a long prompt gives
-        no tokens."""
+        """Returns the token ids of each pair, at most `max_length`.
+
+        A response that is too long loses its end. A pair whose prompt alone is too long gets no tokens.
+        """
         rows = [encoded.ids for encoded in self._encode(prompts, responses)]
         for ids in rows:
             while ids and ids[-1] == self._pad_id:
@@ -96,7 +106,14 @@ class ChatPairs:
 
 
 def longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
-    """Returns how many tokens of each segment HF's "longest_first" truncation keeps, at most `limit` in total."""
+    """Returns how many tokens two segments keep under HF's "longest_first" truncation.
+
+    The longer segment loses tokens until both are equally long; then both lose tokens in turn.
+
+    Args:
+      first, second: lengths of the segments in tokens.
+      limit: most tokens of both together.
+    """
     if first + second <= limit:
         return first, second
     short, long = sorted((first, second))
@@ -107,7 +124,8 @@ def longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
     return (short, long) if first <= second else (long, short)
 
 
-def _first_segment(template: str) -> str:
+def _check_first_segment(template: str) -> str:
+    """Returns the template unchanged; raises a UserError if it does not contain `{prompt}` once."""
     if template.count("{prompt}") != 1:
         raise UserError(f"reward-model template {template!r} must hold {{prompt}} once")
     return template

@@ -1,24 +1,28 @@
-"""Templates that turn a prompt and a response into a judge's text: from checkpoints, built in, or a user's own."""
+"""Templates that turn a prompt and a response into the text that a judge or a Llama reward model reads."""
 
 import re
 from collections.abc import Callable
 from importlib import resources
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from icet_jax.errors import UserError
 from icet_jax.media import chat_templates
+from icet_jax.media.tokenizer import Tokenizer
 
 Render: TypeAlias = Callable[[str, str], str]
-"""Function of (prompt, response) that returns the judge's whole text, with or without BOS."""
+"""Function of (prompt, response) that returns everything that the scorer reads, with or without BOS."""
 
 BUILT_IN = ("llama_guard_1", "llama_guard_3", "harmbench")
-"""Texts with which judges were published (files in scorers/templates), for checkpoints without a chat template."""
+"""Names of the templates with which judges were published, for checkpoints without a chat template. They are files in
+scorers/templates."""
 
 _PROBE = ("first probe 5f1c", "second probe 9a72")
 
 
 def built_in(name: str) -> Render:
-    """Returns one of the texts in `BUILT_IN`; Llama Guard's strip the messages, as the checkpoints' chat templates do.
+    """Returns the template with a name in `BUILT_IN`.
+
+    Those of Llama Guard strip white space around prompt and response, as the checkpoints' chat templates do.
 
     Raises:
       UserError: the name is unknown.
@@ -33,26 +37,26 @@ def built_in(name: str) -> Render:
 
 
 def text_template(text: str) -> Render:
-    """Returns the template of a text that contains `{prompt}` and `{response}` once each.
+    """Returns the function that puts a prompt and a response into a text with `{prompt}` and `{response}`.
 
-    Both are replaced at the same time, so their content is never replaced itself.
+    Both are replaced at the same time, so that "{response}" in a prompt stays as it is.
 
     Raises:
-      UserError: either is missing or occurs more than once.
+      UserError: one of the two is missing or occurs more than once.
     """
-    if any(text.count(place) != 1 for place in ("{prompt}", "{response}")):
+    if any(text.count(placeholder) != 1 for placeholder in ("{prompt}", "{response}")):
         raise UserError(f"template {text[:80]!r} must hold {{prompt}} and {{response}} once each")
     pieces = re.split(r"(\{prompt\}|\{response\})", text)
 
     def render(prompt: str, response: str) -> str:
-        places = {"{prompt}": prompt, "{response}": response}
-        return "".join(places.get(piece, piece) for piece in pieces)
+        replacements = {"{prompt}": prompt, "{response}": response}
+        return "".join(replacements.get(piece, piece) for piece in pieces)
 
     return render
 
 
 def named_or_text(template: str) -> Render:
-    """Returns the template of a built-in text by its name, or of the text itself.
+    """Returns the template that a setting means: a text with `{prompt}` and `{response}`, or a name in `BUILT_IN`.
 
     Raises:
       UserError: see `built_in` and `text_template`.
@@ -62,24 +66,24 @@ def named_or_text(template: str) -> Render:
     return built_in(template)
 
 
-def chat_template(tokenizer: Any, *, answer: bool) -> Render:
-    """Returns the checkpoint's own template for a user's and an assistant's message, rendered as transformers does.
+def chat_template(tokenizer: Tokenizer, *, answer: bool) -> Render:
+    """Returns the checkpoint's chat template, filled with the prompt as user message and the response as assistant's.
 
-    Messages are given as text or, for templates that need it (Llama Guard 3 1B), as lists of text parts.
+    Messages are texts; for templates that fail on texts (Llama Guard 3 1B) they are lists of text parts.
 
     Args:
       tokenizer: transformers' tokenizer, with a chat template.
-      answer: whether the text ends where the judge responds (Llama Guard), or after the assistant's message (reward
-        models).
+      answer: True if the text shall end where the judge's answer begins (Llama Guard), False if it shall end after the
+        assistant's message (reward models).
 
     Raises:
       UserError: the template fails, or does not show both messages once each.
     """
-    for parts in (False, True):
+    for as_parts in (False, True):
 
-        def render(prompt: str, response: str, parts: bool = parts) -> str:
+        def render(prompt: str, response: str, as_parts: bool = as_parts) -> str:
             messages = [
-                {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+                {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
                 for role, text in (("user", prompt), ("assistant", response))
             ]
             text = chat_templates.render(tokenizer, messages, answer=answer)
@@ -87,33 +91,37 @@ def chat_template(tokenizer: Any, *, answer: bool) -> Render:
             return f"{text}\n\n" if answer and text.endswith("<|end_header_id|>") else text
 
         try:
-            shown = render(*_PROBE)
+            rendered = render(*_PROBE)
         except UserError:
-            if not parts:
+            if not as_parts:
                 continue
             raise
-        if all(shown.count(text) == 1 for text in _PROBE):
+        if all(rendered.count(text) == 1 for text in _PROBE):
             return render
     raise UserError("the checkpoint's chat template does not show the user's and the assistant's message; give one")
 
 
 def categories(render: Render) -> frozenset[str]:
-    """Returns the category codes that a Llama Guard prompt defines ("S1", "O3"): lines that begin with one and a
-    colon."""
+    """Returns the category codes that a Llama Guard template defines: "S1" if one of its lines begins with "S1:"."""
     return frozenset(re.findall(r"^\s*([SO]\d{1,2}):", render(*_PROBE), re.MULTILINE))
 
 
 def probe_text(render: Render) -> str:
-    """Returns the text of a fixed conversation, from which a template's fingerprint is computed."""
+    """Returns the template filled with a fixed prompt and response, to compare or examine templates."""
     return render(*_PROBE)
 
 
-_WORDS = {"harmbench": ("Yes", "No")}  # words for unsafe and safe of templates that do not use these
+_WORDS = {"harmbench": ("Yes", "No")}  # a built-in template's words for unsafe and safe, if they are other words
 
 
 def judge_words(
     template: Callable[[str, str], str] | str | None, unsafe: str | None, safe: str | None
 ) -> tuple[str, str]:
-    """Returns a judge's words for unsafe and for safe: the given ones, or those of its built-in template."""
+    """Returns a judge's words for unsafe and for safe.
+
+    Args:
+      template: the judge's template; a built-in one may have words of its own.
+      unsafe, safe: words of the user's choice; None takes those of the template, by default "unsafe" and "safe".
+    """
     words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
     return unsafe or words[0], safe or words[1]

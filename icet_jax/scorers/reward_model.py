@@ -1,4 +1,4 @@
-"""Reward models as scorers (metric "tr"): a network with one scalar head reads prompt and response as text.
+"""Reward models as scorers (metric "tr"): a network with one scalar head reads prompt and response.
 
 Sources:
   HF `GPT2ForSequenceClassification` (the paper's, `Ray2333/gpt2-large-harmless-reward_model`),
@@ -7,58 +7,63 @@ Sources:
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from icet_jax.errors import UserError
-from icet_jax.nn.gpt2 import GPT2Config
+from icet_jax.media.tokenizer import Tokenizer
+from icet_jax.nn.deberta import DebertaConfig, DebertaRewardModel
+from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.nn.llama import LlamaConfig
+from icet_jax.nn.llama_text import LlamaRewardModel
 from icet_jax.scorers.base import Scores
-from icet_jax.scorers.pairs import HH_TEMPLATE, ChatPairs, PairTokenizer, SegmentTokenizer
+from icet_jax.scorers.pairs import HH_TEMPLATE, DebertaPairTokenizer, GPT2PairTokenizer, LlamaPairTokenizer
 from icet_jax.scorers.prompts import Render, chat_template, text_template
 from icet_jax.scorers.rows import BatchedNetwork
 from icet_jax.scorers.source import STORED_SETTINGS, CheckpointSource, fingerprint
+from icet_jax.typing import Array
 
-Pairs: TypeAlias = PairTokenizer | SegmentTokenizer | ChatPairs
+PairTokenizer: TypeAlias = GPT2PairTokenizer | DebertaPairTokenizer | LlamaPairTokenizer
 
-_STEPS = {LlamaConfig: 4}  # length buckets per doubling for expensive networks; powers of two for the others
+_LLAMA_BUCKETS_PER_DOUBLING = 4  # padding is expensive for a Llama; other networks use powers of two
 
 
-def pair_encoder(
-    config: Any,
-    tokenizer: Any,
+def pair_tokenizer(
+    config: GPT2Config | DebertaConfig | LlamaConfig,
+    tokenizer: Tokenizer,
     template: str | None = None,
     *,
     max_length: int | None = None,
     pad_id: int | None = None,
-) -> Pairs:
-    """Returns the encoder of pairs for a network of this family.
+) -> PairTokenizer:
+    """Returns the tokenizer of (prompt, response) pairs for a network with this config.
 
     Args:
-      config: `GPT2Config`, `DebertaConfig` or `LlamaConfig`.
+      config: config of the network.
       tokenizer: transformers' tokenizer.
-      template: for GPT-2 and DeBERTa the first segment, with `{prompt}` in it (`HH_TEMPLATE`; the bare prompt). For
-        Llama the whole text with `{prompt}` and `{response}`, or None for the tokenizer's chat template.
-      max_length: most tokens of a pair; None for GPT-2's positions, the only ones that a network's config contains.
-      pad_id: config.json's pad_token_id, with which a Llama pair must not end.
+      template: for GPT-2 and DeBERTa the first segment, which contains `{prompt}`; None for `HH_TEMPLATE` and
+        "{prompt}". For a Llama the whole text with `{prompt}` and `{response}`; None for the tokenizer's chat template.
+      max_length: most tokens of a pair. None means GPT-2's number of positions; it is required for the others.
+      pad_id: pad_token_id of config.json; used for a Llama only.
 
     Raises:
-      UserError: the template has another form, or is missing where it is required.
+      UserError: the template has the wrong form, or is missing where it is required.
     """
     if isinstance(config, GPT2Config):
         template = HH_TEMPLATE if template is None else template
-        return PairTokenizer(tokenizer, template=template, max_length=max_length or config.n_positions)
+        return GPT2PairTokenizer(tokenizer, template=template, max_length=max_length or config.n_positions)
     assert max_length is not None, "the config of a DeBERTa or a Llama has no limit"
     if isinstance(config, LlamaConfig):
-        return ChatPairs(tokenizer, reward_render(tokenizer, template), max_length=max_length, pad_id=pad_id)
-    return SegmentTokenizer(tokenizer, template="{prompt}" if template is None else template, max_length=max_length)
+        return LlamaPairTokenizer(tokenizer, reward_render(tokenizer, template), max_length=max_length, pad_id=pad_id)
+    return DebertaPairTokenizer(tokenizer, template="{prompt}" if template is None else template, max_length=max_length)
 
 
-def reward_render(tokenizer: Any, template: str | None) -> Render:
-    """Returns the template of a Llama reward model; see `pair_encoder`, also for errors."""
+def reward_render(tokenizer: Tokenizer, template: str | None) -> Render:
+    """Returns the template of a Llama reward model; see `pair_tokenizer`, also for errors."""
     return chat_template(tokenizer, answer=False) if template is None else text_template(template)
 
 
@@ -68,16 +73,16 @@ class RewardModel:
     Attributes:
       name, metric, fingerprint: see `Scorer`.
       model: the network.
-      pairs: encodes pairs as tokens.
-      network: runs the model on batches of them.
+      pairs: encodes (prompt, response) pairs as tokens.
+      network: runs the model on batches of tokens.
     """
 
     metric = "tr"
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: GPT2RewardModel | DebertaRewardModel | LlamaRewardModel,
+        tokenizer: Tokenizer,
         *,
         name: str,
         template: str | None = None,
@@ -90,43 +95,43 @@ class RewardModel:
         """Splits the model into structure and weights; nothing is compiled yet.
 
         Args:
-          model: `GPT2RewardModel`, `DebertaRewardModel` or `LlamaRewardModel`.
+          model: the network.
           tokenizer: transformers' tokenizer.
           name: name of the scorer in metrics.
-          template: see `pair_encoder`, also for `max_length` and `pad_id`.
-          max_length: most tokens of a pair.
-          pad_id: config.json's pad_token_id.
-          batch_size: rows per call of the network; a shorter last batch is filled up.
+          template, max_length, pad_id: see `pair_tokenizer`.
+          batch_size: pairs scored at once.
           mesh: mesh of the weights.
-          fingerprint: what the scores depend on besides the name.
+          fingerprint: see `Scorer`.
 
         Raises:
-          UserError: see `pair_encoder`.
+          UserError: see `pair_tokenizer`.
         """
         self.name, self.model, self.fingerprint = name, model, fingerprint
-        self.pairs = pair_encoder(model.config, tokenizer, template, max_length=max_length, pad_id=pad_id)
+        self.pairs = pair_tokenizer(model.config, tokenizer, template, max_length=max_length, pad_id=pad_id)
         graphdef, params = nnx.split(model)
 
-        def score(params: nnx.State, tokens: Any, mask: Any) -> Any:
+        def score(params: nnx.State, tokens: Array, mask: Array) -> Array:
             return nnx.merge(graphdef, params)(tokens, mask)
 
         self.network = BatchedNetwork(
             score, params, longest=self.pairs.max_length, batch_size=batch_size, mesh=mesh,
-            steps=_STEPS.get(type(model.config), 1), about=(graphdef,),
+            steps=_LLAMA_BUCKETS_PER_DOUBLING if isinstance(model.config, LlamaConfig) else 1, about=(graphdef,),
         )  # fmt: skip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Returns raw rewards (no sigmoid); NaN for a pair without any token, or if a score is not finite."""
+        """Returns the rewards of B pairs as {`name`: scores}: the head's output, without a sigmoid.
+
+        A pair has NaN if it has no tokens (a Llama's prompt that is too long) or if the output is not finite.
+        """
         values = self.score_tokens(self.pairs(prompts, responses))
         return {self.name: Scores(values, [None] * len(values))}
 
-    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """Yields the lowered programs for pairs of up to `tokens` tokens (of any length if None), see
-        `BatchedNetwork.lowered`."""
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Lowered]]:
+        """Yields the programs for pairs of up to `tokens` tokens, see `BatchedNetwork.lowered`."""
         return self.network.lowered(tokens)
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Returns the scores float32 [B] of token rows; rows of similar length share a batch."""
+        """Returns the scores of B rows of token ids, float32 [B]; NaN for a row without tokens."""
         values = self.network(rows)
         values[[not row for row in rows]] = np.nan
         values[~np.isfinite(values)] = np.nan
@@ -137,7 +142,7 @@ def make_scorer(source: CheckpointSource) -> RewardModel:
     """Returns the reward model of a checkpoint.
 
     Raises:
-      UserError: the template has another form, or the checkpoint is broken.
+      UserError: the template has the wrong form, or the checkpoint is broken.
     """
     if source.template is not None and not isinstance(source.template, str):
         raise UserError("a reward model's template is text that holds {prompt}, not a function")

@@ -1,5 +1,4 @@
-"""Runs rows of tokens through a network: padded to few lengths, batched, split over the mesh, compiled once per
-length."""
+"""Runs rows of tokens through a network in batches, padded to a few lengths so that few programs are compiled."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,28 +7,30 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from icet_jax.data.padding import bucket, pad_rows
 from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import ROWS, place_rows, replicated
+from icet_jax.typing import Array, PyTree
 
-_FULL_BATCH = 1024  # a batch of rows with more positions is smaller, because attention over them takes more memory
+_FULL_BATCH_LENGTH = 1024  # positions; batches of longer rows have fewer rows, because attention takes more memory
 
 
 class BatchedNetwork:
-    """Applies a pure function of rows of tokens to any number of rows; a row's result depends only on that row.
+    """Applies a network to any number of rows of tokens; a row's result does not depend on the other rows.
 
     Attributes:
       longest: most tokens of a row.
-      batch_size: rows per call, halved for each doubling of their length beyond 1024; a shorter last batch is filled up
-        with rows that are all padding.
+      batch_size: rows of up to 1024 tokens per call. Each doubling of their length halves it, but not below one row per
+        shard of the mesh. Missing rows of a batch are filled up with padding.
       compiled: the jitted function.
     """
 
     def __init__(
         self,
-        function: Callable[[Any, Any, Any], Any],
-        params: Any,
+        function: Callable[[PyTree, Array, Array], PyTree],
+        params: PyTree,
         *,
         longest: int,
         batch_size: int,
@@ -41,14 +42,14 @@ class BatchedNetwork:
         """Stores the function and the weights; nothing is compiled yet.
 
         Args:
-          function: function of (params, tokens int32 [B, T], mask bool [B, T]) that returns a pytree of arrays whose
-            first axis is B.
-          params: weights of the network, already placed.
+          function: pure function of (params, tokens int32 [B, T], mask bool [B, T]) that returns a pytree of arrays
+            whose first axis is B.
+          params: weights of the network, on their devices.
           longest: most tokens of a row.
-          batch_size: rows per call of up to 1024 tokens each.
+          batch_size: rows of up to 1024 tokens per call; longer rows have smaller batches.
           mesh: mesh of `params`, over which rows are split; None for the default device.
           side: side of the padding, "left" or "right".
-          steps: see `data.padding.bucket`.
+          steps: padded lengths per doubling: 1 pads to powers of two, 4 wastes at most a quarter of the positions.
           about: values that `function` closes over, see `parallel.programs.Program`.
         """
         self.longest, self.batch_size = longest, batch_size
@@ -58,17 +59,17 @@ class BatchedNetwork:
         everywhere = None if mesh is None else replicated(mesh)
         self.compiled = Program(function, about=about, out_sharding=everywhere)
 
-    def __call__(self, rows: Sequence[Sequence[int]]) -> Any:
-        """Returns the function's results for N rows as numpy arrays [N, ...]; rows of similar length share a batch.
+    def __call__(self, rows: Sequence[Sequence[int]]) -> PyTree:
+        """Returns the function's results for N rows as a pytree of numpy arrays [N, ...].
 
-        A row without tokens is all padding and gets the function's result for that.
+        Rows of similar length share a batch. A row without tokens gets the function's result for a row of padding.
         """
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         pending = []
         while order:
             length = bucket(len(rows[order[0]]), self.longest, self._steps)
-            count = self._rows_at_once(length)
-            batch, order = order[:count], order[count:]
+            batch_size = self._batch_size_at(length)
+            batch, order = order[:batch_size], order[batch_size:]
             pending.append((batch, self._run([rows[index] for index in batch], length)))
         shapes = pending[0][1] if pending else self._shapes()
         results = jax.tree.map(lambda leaf: np.zeros((len(rows), *leaf.shape[1:]), leaf.dtype), shapes)
@@ -77,28 +78,30 @@ class BatchedNetwork:
                 result[batch] = np.asarray(value)[: len(batch)]
         return results
 
-    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Any]]:
-        """Yields the lowered programs for rows of up to `tokens` tokens (of any length if None), ready to be compiled.
+    def lowered(self, tokens: int | None = None) -> Iterator[tuple[str, Lowered]]:
+        """Yields the programs for rows of up to `tokens` tokens (None: of any length), to compile them in advance.
 
         Yields:
-          (length, `jax.stages.Lowered`); once it is compiled, rows of that length compile nothing.
+          (padded length as text, program to compile); once it is compiled, rows of that length compile nothing.
         """
         last = bucket(min(tokens or self.longest, self.longest), self.longest, self._steps)
         length = 0
         while length < last:
             length = bucket(length + 1, self.longest, self._steps)
-            batch = pad_rows([], length, self._rows_at_once(length), self._side)
+            batch = pad_rows([], length, self._batch_size_at(length), self._side)
             yield str(length), self.compiled.lower(self._params, *place_rows(batch, self._mesh))
 
-    def _rows_at_once(self, length: int) -> int:
-        count = self.batch_size
-        while count > self._shards and count * length > self.batch_size * _FULL_BATCH:
-            count //= 2
-        return count
+    def _batch_size_at(self, length: int) -> int:
+        """Returns the number of rows per call that are padded to `length` tokens."""
+        size = self.batch_size
+        while size > self._shards and size * length > self.batch_size * _FULL_BATCH_LENGTH:
+            size //= 2
+        return size
 
-    def _run(self, rows: Sequence[Sequence[int]], length: int) -> Any:
-        batch = pad_rows(rows, length, self._rows_at_once(length), self._side)
+    def _run(self, rows: Sequence[Sequence[int]], length: int) -> PyTree:
+        batch = pad_rows(rows, length, self._batch_size_at(length), self._side)
         return self.compiled(self._params, *place_rows(batch, self._mesh))
 
-    def _shapes(self) -> Any:
+    def _shapes(self) -> PyTree:
+        """Returns the shapes and dtypes of a batch's results, without computing them."""
         return self.compiled.eval_shape(self._params, *pad_rows([], bucket(0, self.longest), self.batch_size))

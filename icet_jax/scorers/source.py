@@ -1,4 +1,4 @@
-"""What a scorer is made from: an entry of `config.scorers`, or a checkpoint that judges."""
+"""What a scorer is created from: an entry of `config.scorers`, or a checkpoint."""
 
 import dataclasses
 import hashlib
@@ -10,20 +10,22 @@ import jax
 
 from icet_jax.checkpoints.hf_import import Checkpoint
 from icet_jax.files import JsonObject
+from icet_jax.media.tokenizer import Tokenizer
 from icet_jax.scorers.base import Scorer
 from icet_jax.scorers.cache import directory_fingerprint
 
 Template = Callable[[str, str], str] | str | None
+"""A caller's choice of template: a function of (prompt, response), a text or name, or None for the scorer's default."""
 
 STORED_SETTINGS = "icet_jax"
 """Key of config.json under which `save_reward_model` stores the template and the name; transformers ignores it."""
 
-_LONGEST = 4096  # most tokens of a Llama's input, to limit memory
+_MEMORY_LIMIT = 4096  # most tokens that a scorer reads, even if its network has more positions
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of `config.scorers` without a checkpoint.
+    """An entry of `config.scorers` whose kind needs no checkpoint, such as an ensemble or a chat endpoint.
 
     Attributes:
       name: name of the entry.
@@ -36,21 +38,21 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSource:
-    """Describes a checkpoint that will become a scorer; its weights are loaded after everything else has been checked.
+    """Describes a checkpoint that will become a scorer.
 
     Attributes:
       config: its config.json.
       kind: a kind of `icet_jax.config.names.SCORERS`.
       tokenizer: transformers' tokenizer.
-      template: template of the caller, or None.
-      load: loads the weights.
-      common: arguments that every kind of scorer takes.
+      template: see `Template`.
       identity: its path or hub id, and the name in its config.
+      load: loads network and weights; to be called after everything else has been checked.
+      common: arguments that every kind of scorer takes (`name`, `mesh` and `batch_size`).
     """
 
     config: JsonObject
     kind: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     template: Template
     identity: str
     load: Callable[[], Checkpoint]
@@ -58,13 +60,14 @@ class CheckpointSource:
 
     @property
     def positions(self) -> int:
-        """Most tokens that the network reads, bounded for memory."""
+        """Most tokens of a text: the network's number of positions, but at most 4096 to save memory."""
         default = {"llama": 2048, "deberta-v2": 512}[self.config["model_type"]]  # transformers' class defaults
-        return min(self.config.get("max_position_embeddings") or default, _LONGEST)
+        return min(self.config.get("max_position_embeddings") or default, _MEMORY_LIMIT)
 
 
 def fingerprint(checkpoint: Checkpoint, *settings: Any) -> str:
-    """Returns a hash of the weights, the dtype, and the settings of how texts are presented."""
+    """Returns a hash of a checkpoint's files, its dtype, and `settings`: values that JSON can contain, such as the
+    template."""
     dtype = str(jax.tree.leaves(checkpoint.params)[0].dtype)
     facts = json.dumps([directory_fingerprint(checkpoint.directory), dtype, *settings])
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

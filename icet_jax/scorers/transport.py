@@ -16,17 +16,18 @@ LARGEST_ANSWER = 1 << 20  # bytes
 def post(
     url: str, body: bytes, headers: Mapping[str, str], seconds: float | int, *, context: ssl.SSLContext, direct: bool
 ) -> bytes:
-    """Returns the body of the response to one request, at most one byte more than `LARGEST_ANSWER`, without redirects.
+    """Sends one POST request and returns the body of the response; redirects are not followed.
 
-    The request runs in its own thread. After `seconds` its sockets are shut down, so that neither a name that does not
-    resolve nor a server that sends single bytes slowly can block the caller.
+    A body of more than `LARGEST_ANSWER` bytes is cut one byte after that limit. The request runs in its own thread.
+    After `seconds` its sockets are shut down, so that neither a host name that does not resolve nor a server that sends
+    single bytes slowly can block the caller.
 
     Args:
       url: http or https URL.
       body, headers: body and headers of the request.
-      seconds: time for connection, request and whole response together.
+      seconds: time for connection, request and response together.
       context: checks the server's certificate.
-      direct: whether to ignore the proxies that the environment names.
+      direct: whether to ignore the proxies in the environment variables.
 
     Raises:
       TimeoutError: the response was not complete in time.
@@ -34,8 +35,8 @@ def post(
       OSError, http.client.HTTPException: there is no connection, or the response is not HTTP.
     """
     request = urllib.request.Request(url, body, dict(headers), method="POST")
-    exchange = _Exchange()
-    handlers: list[Any] = [_NoRedirects(), _Http(exchange), _Https(exchange, context)]
+    sockets = _RequestSockets()
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirects(), _Http(sockets), _Https(sockets, context)]
     opener = urllib.request.build_opener(*handlers, *([urllib.request.ProxyHandler({})] if direct else []))
     outcomes: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
 
@@ -52,17 +53,17 @@ def post(
     except queue.Empty:
         raise TimeoutError from None
     finally:
-        exchange.end()
+        sockets.shut_down()
     if isinstance(outcome, BaseException):
         raise outcome
     return outcome
 
 
-class _Exchange:
-    """Holds the sockets of one request, which `end` shuts down whatever the request's thread is doing."""
+class _RequestSockets:
+    """Holds the sockets of one request, so that another thread can shut them down."""
 
     def __init__(self) -> None:
-        self._lock, self._ended = threading.Lock(), False
+        self._lock, self._is_shut_down = threading.Lock(), False
         self._sockets: list[socket.socket] = []
 
     def register(self, connection: http.client.HTTPConnection) -> http.client.HTTPConnection:
@@ -73,46 +74,46 @@ class _Exchange:
             connect()
             with self._lock:
                 self._sockets.append(connection.sock)
-                if self._ended:
+                if self._is_shut_down:
                     raise TimeoutError
 
         connection.connect = connect_and_register  # type: ignore[method-assign]
         return connection
 
-    def end(self) -> None:
-        """Shuts down the sockets; one that connects later raises an error."""
+    def shut_down(self) -> None:
+        """Shuts down the sockets; a connection that is made later raises TimeoutError."""
         with self._lock:
-            self._ended = True
+            self._is_shut_down = True
             for open_socket in self._sockets:
                 with contextlib.suppress(OSError):
                     open_socket.shutdown(socket.SHUT_RDWR)
 
 
 class _Http(urllib.request.HTTPHandler):
-    def __init__(self, exchange: _Exchange) -> None:
+    def __init__(self, sockets: _RequestSockets) -> None:
         super().__init__()
-        self._exchange = exchange
+        self._sockets = sockets
 
-    def http_open(self, req: urllib.request.Request) -> Any:
-        """Opens a connection that can be shut."""
-        make: Any = lambda host, **options: self._exchange.register(http.client.HTTPConnection(host, **options))  # noqa: E731
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """Sends the request over a connection that `_RequestSockets` can shut down."""
+        make: Any = lambda host, **options: self._sockets.register(http.client.HTTPConnection(host, **options))  # noqa: E731
         return self.do_open(make, req)
 
 
 class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, exchange: _Exchange, context: ssl.SSLContext) -> None:
+    def __init__(self, sockets: _RequestSockets, context: ssl.SSLContext) -> None:
         super().__init__(context=context)
-        self._exchange, self._own_context = exchange, context
+        self._sockets, self._ssl_context = sockets, context
 
-    def https_open(self, req: urllib.request.Request) -> Any:
-        """Opens a connection that can be shut."""
-        make: Any = lambda host, **options: self._exchange.register(http.client.HTTPSConnection(host, **options))  # noqa: E731
-        return self.do_open(make, req, context=self._own_context)
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """Sends the request over a connection that `_RequestSockets` can shut down."""
+        make: Any = lambda host, **options: self._sockets.register(http.client.HTTPSConnection(host, **options))  # noqa: E731
+        return self.do_open(make, req, context=self._ssl_context)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Treats a redirect as an error, so that neither the key nor the texts reach another host."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *args: object, **kwargs: object) -> None:
         """Returns None, which means that no redirect is followed."""
         return None

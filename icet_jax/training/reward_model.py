@@ -16,7 +16,7 @@ from icet_jax.data.padding import bucket, pad_rows
 from icet_jax.errors import UserError
 from icet_jax.nn.gpt2 import GPT2RewardModel
 from icet_jax.parallel.sharding import place_rows, row_slices, shardings
-from icet_jax.scorers.pairs import HH_TEMPLATE, PairTokenizer
+from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer
 from icet_jax.scorers.rows import BatchedNetwork
 from icet_jax.typing import Array, Bool, Float, Int
 
@@ -256,7 +256,7 @@ def train_reward_model(
       pairs: training pairs; drawn in a new seeded order each time all have been used.
       held_out: pairs of other prompts.
       settings: sizes and optimizer.
-      template: see `PairTokenizer`.
+      template: see `GPT2PairTokenizer`.
       progress: called after each step with (step, loss).
 
     Returns:
@@ -268,7 +268,7 @@ def train_reward_model(
     if not pairs or not held_out:
         raise UserError(f"{len(pairs)} training and {len(held_out)} held-out preference pairs; both need at least one")
     longest = model.config.n_positions
-    encode = PairTokenizer(tokenizer, template=template, max_length=longest)
+    encode = GPT2PairTokenizer(tokenizer, template=template, max_length=longest)
     graphdef, params = nnx.split(model)
     trainer = RewardTrainer(
         graphdef, tokenise(encode, pairs), _optimizer(settings),
@@ -286,7 +286,7 @@ def train_reward_model(
     return nnx.merge(graphdef, state.params), report
 
 
-def tokenise(encode: PairTokenizer, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
+def tokenise(encode: GPT2PairTokenizer, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
     """Token ids of each pair, cut to `encode.max_length` as at scoring time."""
     prompts, chosen, rejected = zip(*pairs, strict=True)
     return list(zip(encode(prompts, chosen), encode(prompts, rejected), strict=True))

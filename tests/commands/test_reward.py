@@ -11,7 +11,7 @@ from icet_jax import main
 from icet_jax.commands.reward import load_sets
 from icet_jax.runs import config_files
 from icet_jax.scorers.load import load_scorer
-from icet_jax.scorers.pairs import HH_TEMPLATE, PairTokenizer
+from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer
 from icet_jax.training.reward_model import RewardTrainer
 from tests import tiny
 
@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(files, tmp_path, capsys, changes, says):
 def test_prompts_are_held_out_where_no_file_is_named(files):
     changes = {"rm.train": str(files["rm__train"]), "rm.held_out_share": "0.3"}
     config = config_files.load("configs/rm_gpt2.py", changes.items())
-    encode = PairTokenizer(tiny.reward_tokenizer(), template=HH_TEMPLATE, max_length=64)
+    encode = GPT2PairTokenizer(tiny.reward_tokenizer(), template=HH_TEMPLATE, max_length=64)
     learned, held_out = load_sets(config, encode, tiny.GPT2_VOCAB)
     apart = {prompt for prompt, *_ in learned.pairs}, {prompt for prompt, *_ in held_out.pairs}
     assert len(apart[0]) + len(apart[1]) == 48 and not apart[0] & apart[1] and 8 <= len(apart[1]) <= 20

@@ -139,7 +139,7 @@ def test_chat_templates_are_rendered_as_transformers_does(parts):
         assert render(prompt, response) == tokenizer.apply_chat_template(messages, tokenize=False)
         (encoded,) = encode([prompt], [response])
         assert encoded.ids == tokenizer.apply_chat_template(messages)["input_ids"]
-        assert encoded.ids.count(tiny.BOS) == 1 and not encoded.cut
+        assert encoded.ids.count(tiny.BOS) == 1 and not encoded.is_truncated
 
 
 def test_a_template_that_stops_at_the_answers_header_gets_its_blank_line():
@@ -177,8 +177,8 @@ def test_a_response_cannot_forge_special_tokens():
 def test_long_responses_are_cut_and_long_prompts_are_errors():
     encode = Conversations(tiny.tokenizer(), text_template("{prompt}[{response}]"), max_length=50)
     fits, cut, long = encode(["p", "p", "p" * 60], ["r" * 46, "r" * 47, "r"])
-    assert len(fits.ids) == 50 and not fits.cut
-    assert cut.cut and cut.ids == fits.ids
+    assert len(fits.ids) == 50 and not fits.is_truncated
+    assert cut.is_truncated and cut.ids == fits.ids
     assert long.ids == []
 
 

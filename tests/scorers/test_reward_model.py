@@ -8,7 +8,7 @@ from flax import nnx
 from icet_jax.errors import UserError
 from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.parallel.compilations import CompilationCounter
-from icet_jax.scorers.pairs import HH_TEMPLATE, PairTokenizer, longest_first
+from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer, longest_first
 from icet_jax.scorers.reward_model import RewardModel
 from icet_jax.training.reward_model import RewardTraining, preference_loss, train_reward_model
 from tests import tiny
@@ -31,7 +31,7 @@ def model(seed=0):
 def test_pairs_are_tokenised_as_transformers_does(tokenizer, sizes):
     first, second = "p" * sizes[0], "r" * sizes[1]
     expected = tokenizer(first, second, truncation=True, max_length=64)["input_ids"]
-    assert PairTokenizer(tokenizer, template="{prompt}", max_length=64)([first], [second]) == [expected]
+    assert GPT2PairTokenizer(tokenizer, template="{prompt}", max_length=64)([first], [second]) == [expected]
 
 
 @pytest.mark.parametrize("limit", [20, 21])
@@ -44,15 +44,15 @@ def test_longest_first_fits(limit):
 
 
 def test_template_holds_the_raw_prompt_once(tokenizer):
-    pairs = PairTokenizer(tokenizer, template=HH_TEMPLATE, max_length=64)
+    pairs = GPT2PairTokenizer(tokenizer, template=HH_TEMPLATE, max_length=64)
     (row,) = pairs(["a {b} c"], [" ok"])
     assert tokenizer.decode(row) == "\n\nHuman: a {b} c \n\nAssistant: ok"
     with pytest.raises(UserError, match="template"):
-        PairTokenizer(tokenizer, template="no place", max_length=64)
+        GPT2PairTokenizer(tokenizer, template="no place", max_length=64)
 
 
 def test_trailing_eos_is_dropped(tokenizer):
-    pairs = PairTokenizer(tokenizer, template=HH_TEMPLATE, max_length=64)
+    pairs = GPT2PairTokenizer(tokenizer, template=HH_TEMPLATE, max_length=64)
     plain, ended = pairs(["p", "p"], ["fine", "fine<|endoftext|><|endoftext|>"])
     assert plain == ended
 
