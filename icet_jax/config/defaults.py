@@ -53,8 +53,9 @@ def _is_seed(value: object) -> bool:
 
 
 def _are_exits(value: object) -> bool:
-    is_list = type(value) is tuple and len(value) > 0
-    return value == "all" or (is_list and all(type(number) is int and number >= 1 for number in value))
+    if not isinstance(value, tuple):
+        return value == "all"
+    return len(value) > 0 and all(type(number) is int and number >= 1 for number in value)
 
 
 _SEED = Rule(_is_seed, "between 0 and 2^32 - 1")

@@ -1,7 +1,7 @@
 """The families of vision-language models, one folder each; `family` and `family_of` look a family up.
 
-A family is a folder with `network`, `config`, `keys`, `processor` and `reference`. Its `FAMILY` describes it to the
-rest of the package, and one line in `icet_jax.config.names` registers it.
+A family's folder contains the modules `network`, `config`, `keys`, `processor` and `reference`. Its `FAMILY` describes
+it to the rest of the package, and one line in `icet_jax.config.names` registers it.
 """
 
 import importlib
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from icet_jax.models.base.family import Family
     from icet_jax.nn.protocols import NetworkConfig
 
-_DEFAULTS = {"capture": CAPTURES[0]}
-"""Options that every config sets, whatever its family, with the value that families without the option accept."""
+_IGNORED_VALUES = {"capture": CAPTURES[0]}
+"""{option: value} that every run sets, so that families without the option ignore this value."""
 
 
-def family(model_type: Any, where: str = "config.json") -> "Family":
+def family(model_type: object, where: str = "config.json") -> "Family":
     """Returns the family of a `config.json`'s `model_type`.
 
     Args:
@@ -32,34 +32,36 @@ def family(model_type: Any, where: str = "config.json") -> "Family":
     if model_type not in FAMILIES:
         from icet_jax.checkpoints.hf_config import SUPPORTED
 
-        known = ", ".join(f"{name} ({entry.title})" for name, entry in FAMILIES.items())
-        what = f" is a {SUPPORTED[model_type]}" if model_type in SUPPORTED else " is not supported"
-        raise UserError(f"{where}: model_type '{model_type}'{what}; a vision-language model is needed here: {known}")
+        choices = ", ".join(f"{name} ({entry.title})" for name, entry in FAMILIES.items())
+        reason = f" is a {SUPPORTED[model_type]}" if model_type in SUPPORTED else " is not supported"
+        raise UserError(
+            f"{where}: model_type '{model_type}'{reason}; a vision-language model is needed here: {choices}"
+        )
     return importlib.import_module(FAMILIES[model_type].module).FAMILY
 
 
 def family_of(config: "NetworkConfig") -> "Family":
-    """Returns the family of a network's config, which the config names as `model_type`."""
+    """Returns the family that a network's config belongs to."""
     return family(config.model_type)
 
 
 def vlm_config(values: JsonObject, where: str = "config.json", **options: str | None) -> Any:
-    """Returns the network's config for a parsed `config.json`.
+    """Returns the config of the network for a checkpoint's `config.json`, of whatever family.
 
     Args:
       values: the parsed `config.json`.
       where: name of the file in error messages.
-      options: how exits are read, for families that know several ways (`Family.exit_options`); None is the default.
+      options: choices between definitions of an exit, for families that have several (`Family.exit_options`); None
+        chooses the default.
 
     Raises:
-      UserError: the model is not supported, or a value would need a different network; the family does not have an
-        option, or the option does not have a value.
+      UserError: the model or a value in the file is not supported; or the family has no such option or value.
     """
     model_family = family(values.get("model_type"), where)
     settings = {}
     for name, value in options.items():
         choices = model_family.exit_options.get(name, ())
-        if value is None or (not choices and value == _DEFAULTS.get(name)):
+        if value is None or (not choices and value == _IGNORED_VALUES.get(name)):
             continue
         if not choices:
             title = FAMILIES[model_family.name].title

@@ -11,14 +11,14 @@ import numpy as np
 from icet_jax.checkpoints import folder, safetensors_io
 from icet_jax.checkpoints.adapter import Adapter, of_lora
 from icet_jax.files import JsonObject
-from icet_jax.models.adapters import CONFIG, WEIGHTS, concatenate, places
+from icet_jax.models.adapters import CONFIG, WEIGHTS, concatenate, hf_modules
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import NetworkConfig
 from icet_jax.parallel.distributed import together
 
 ROOTS = ("base_model.model.language_model.model.layers", "base_model.model.model.language_model.layers")
-"""Paths of the decoder's layers before transformers 4.52 and since. Other versions ignore a file that uses only one
-path, some without an error; ours has both and loads everywhere."""
+"""Paths of the decoder's layers: before transformers 4.52, and since. A version ignores tensors under the other path,
+sometimes without an error, so the written file has every tensor under both."""
 
 
 def save_adapter(
@@ -32,28 +32,28 @@ def save_adapter(
     value_head: dict[str, jax.Array] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes a PEFT adapter directory in float32, completely or not at all; it adapts only the language model.
+    """Writes trained adapters as a PEFT adapter directory in float32. After an interruption `out_dir` is unchanged.
 
     Args:
       out_dir: a new directory, or an earlier adapter, which is replaced.
       lora: the trained adapters.
       config: config of the network.
-      base: directory or hub id of the model that they adapt.
-      revision: revision of the hub id.
-      start: the adapter that the training began from. The written adapter holds both side by side, so its rank is the
-        sum of their ranks, and applying it to the original base gives the final model.
-      value_head: saved in a file of its own, which PEFT does not read.
-      texts: further files by name, such as the model card.
+      base: directory or hub id of the base model.
+      revision: branch, tag or commit of the hub id.
+      start: the adapter that the training began from. The written adapter then contains both, so that applying it to
+        the base model gives the final model; its rank is the sum of their ranks.
+      value_head: saved in a separate file, which PEFT does not read.
+      texts: {file name: content} of further files, such as the model card.
 
     Returns:
       `out_dir`.
 
     Raises:
-      UserError: the directory cannot be written or holds something else.
+      UserError: the directory cannot be written, or contains something other than an adapter.
     """
     out_dir = Path(out_dir)
     adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
-    tensors = dict(_tensors(adapter, config))
+    tensors = dict(_tensor_keys(adapter, config))
     shapes = config.lora_shapes()
     specs: dict[str, safetensors_io.Spec] = {
         key: ("F32", (adapter.rank, shapes[target][1]) if side == "A" else (shapes[target][2], adapter.rank))
@@ -70,7 +70,8 @@ def save_adapter(
         with folder.beside(out_dir) as unfinished:
             safetensors_io.write_safetensors(unfinished / WEIGHTS, specs, read)
             folder.write_beside_weights(unfinished, head, texts or {})
-            folder.write_json(unfinished / CONFIG, _config(adapter, _modules(adapter, config), base, revision))
+            modules = _target_modules(adapter, config)
+            folder.write_json(unfinished / CONFIG, _adapter_config(adapter, modules, base, revision))
     else:
         for key in safetensors_io.file_order(specs):
             read(key)
@@ -78,37 +79,36 @@ def save_adapter(
     return out_dir
 
 
-def _tensors(adapter: Adapter, config: NetworkConfig) -> Iterator[tuple[str, tuple[str, int, str]]]:
-    """Yields (file key, (target, layer, side)) of every tensor."""
+def _tensor_keys(adapter: Adapter, config: NetworkConfig) -> Iterator[tuple[str, tuple[str, int, str]]]:
+    """Yields (key in the file, (target, layer of the target's stack, "A" or "B")) of every tensor to write."""
     for root in ROOTS:
-        for (target, layer), (number, module) in places(config).items():
+        for (target, layer), (hf_layer, module) in hf_modules(config).items():
             if target in adapter.targets:
                 for side in "AB":
-                    yield f"{root}.{number}.{module}.lora_{side}.weight", (target, layer, side)
+                    yield f"{root}.{hf_layer}.{module}.lora_{side}.weight", (target, layer, side)
 
 
-def _modules(adapter: Adapter, config: NetworkConfig) -> str:
-    """Returns a regular expression for the adapted modules; a list of names would also match modules of the image
-    encoder.
+def _target_modules(adapter: Adapter, config: NetworkConfig) -> str:
+    """Returns PEFT's `target_modules`: a regular expression that matches the paths of the adapted modules.
 
-    If another stack has a module of the same name, the layers are listed.
+    (A list of names would also match modules of the image encoder.) If only some of the layers with a module are
+    adapted, as in Llama 3.2 Vision's two stacks, their numbers are listed.
     """
-    adapted: dict[str, set[int]] = defaultdict(set)
-    every: dict[str, set[int]] = defaultdict(set)
-    for (target, _), (number, module) in places(config).items():
-        every[module].add(number)
+    adapted_layers: dict[str, set[int]] = defaultdict(set)
+    all_layers: dict[str, set[int]] = defaultdict(set)
+    for (target, _), (hf_layer, module) in hf_modules(config).items():
+        all_layers[module].add(hf_layer)
         if target in adapter.targets:
-            adapted[module].add(number)
+            adapted_layers[module].add(hf_layer)
     patterns = []
-    for module, numbers in sorted(adapted.items()):
-        layers = r"\d+" if numbers == every[module] else f"({'|'.join(map(str, sorted(numbers)))})"
+    for module, numbers in sorted(adapted_layers.items()):
+        layers = r"\d+" if numbers == all_layers[module] else f"({'|'.join(map(str, sorted(numbers)))})"
         patterns.append(rf"{layers}\.{re.escape(module)}")
     return rf"(model\.language_model|language_model\.model)\.layers\.({'|'.join(patterns)})"
 
 
-def _config(adapter: Adapter, modules: str, base: str, revision: str | None) -> JsonObject:
-    """Returns the fields of adapter_config.json that every peft knows; an older peft refuses files with unknown
-    fields."""
+def _adapter_config(adapter: Adapter, modules: str, base: str, revision: str | None) -> JsonObject:
+    """Returns the content of adapter_config.json, with fields that every peft knows (it refuses unknown ones)."""
     alpha = adapter.scale * adapter.rank
     config = {
         "peft_type": "LORA",

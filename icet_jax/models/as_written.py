@@ -1,8 +1,8 @@
-"""Computes the weights that an export has when it is loaded, without writing it, so that a run measures what it
-releases.
+"""Computes the weights that an exported model will have when it is loaded, without writing it.
 
-The tensors come from the functions that write the export, so they agree with its files bit for bit: updates are added
-in float32 to the source's tensors on the host, rounded to the file's dtype, and then to the parameter's dtype.
+So a run measures exactly the model that it releases. The tensors come from the functions that write the export, so
+they agree with its files bit for bit: updates are added in float32 to the source's tensors on the host, rounded to the
+file's dtype, and then to the parameter's dtype.
 """
 
 from collections import defaultdict
@@ -35,18 +35,17 @@ def merged_params(
     trained: Sequence[str] | None = None,
     donate: bool = False,
 ) -> nnx.State:
-    """Returns the parameters that loading would give after `models.saving.save_vlm` wrote a checkpoint with these
-    arguments.
+    """Returns the parameters of a checkpoint that `models.saving.save_vlm` would write with these arguments.
 
-    With several processes all of them must call this function. Parameters that an export does not change are shared
-    with `loaded`; the others have the dtypes and the placement of `loaded`.
+    All processes of a run must call this function. Parameters that the export does not change are the arrays of
+    `loaded`. The others have the dtypes and the placement on devices of those in `loaded`.
 
     Args:
       config: config of the network.
       loaded: the parameters as they were loaded.
-      params: the parameters to export (under LoRA `loaded` itself).
+      params: the parameters to export (with LoRA, `loaded` itself).
       source_dir, start, lora, trained: see `models.saving.save_vlm`.
-      donate: if True, each replaced parameter of `loaded` is deleted at once, so that memory never holds two models.
+      donate: if True, each parameter of `loaded` is deleted as soon as it is replaced, which saves memory.
 
     Raises:
       UserError: the source does not fit `config`.
@@ -58,8 +57,8 @@ def merged_params(
         def tensor(slot: Slot) -> np.ndarray:
             return slot.transform.to_param(export.tensor(slot))
 
-        changed = [slot for slot in table.slots if export.may_differ(slot) or _adapted(slot, start, adapter)]
-        return _replaced(loaded, changed, tensor, donate)
+        changed = [slot for slot in table.slots if export.may_differ(slot) or _is_adapted(slot, start, adapter)]
+        return _replace_tensors(loaded, changed, tensor, donate)
 
 
 def adapted_params(
@@ -71,14 +70,14 @@ def adapted_params(
     start: Adapter | None = None,
     donate: bool = False,
 ) -> nnx.State:
-    """Returns the parameters that loading the base with the adapter of `adapter_export.save_adapter` would give.
+    """Returns the parameters of the base model with the adapter merged that `adapter_export.save_adapter` would write.
 
     Args:
       config: config of the network.
-      loaded: the parameters as they were loaded, with the start adapter merged.
+      loaded: the parameters as they were loaded, with `start` merged.
       lora: the trained adapters.
-      source_dir: directory of the base.
-      start: the adapter that the training began from.
+      source_dir: directory of the base model.
+      start: the adapter that the training began from; None if it began from the base model.
       donate: see `merged_params`.
 
     Raises:
@@ -91,17 +90,19 @@ def adapted_params(
         def tensor(slot: Slot) -> np.ndarray:
             return streaming.with_delta(slot.transform.to_param(base.source(slot)), adapter.delta(slot))
 
-        return _replaced(loaded, [slot for slot in table.slots if _adapted(slot, adapter)], tensor, donate)
+        return _replace_tensors(loaded, [slot for slot in table.slots if _is_adapted(slot, adapter)], tensor, donate)
 
 
-def _adapted(slot: Slot, *adapters: Adapter | None) -> bool:
+def _is_adapted(slot: Slot, *adapters: Adapter | None) -> bool:
+    """Returns whether one of the adapters changes this tensor."""
     target = lora_key(slot.path)
     return any(adapter is not None and target in adapter.targets for adapter in adapters)
 
 
-def _replaced(
+def _replace_tensors(
     loaded: nnx.State, changed: Iterable[Slot], tensor: Callable[[Slot], np.ndarray], donate: bool
 ) -> nnx.State:
+    """Returns `loaded` with the `changed` tensors replaced by those that `tensor` computes; prints the progress."""
     slots: dict[str, list[Slot]] = defaultdict(list)
     for slot in changed:
         slots[slot.path].append(slot)

@@ -15,17 +15,17 @@ def load_vlm(
     directory: str | Path, *, dtype: str = "float32", param_dtype: str | None = None, mesh: Mesh | None = None,
     remat: str = "none", adapter: str | Path | None = None, exit_rule: str | None = None, capture: str | None = None,
 ) -> Checkpoint:  # fmt: skip
-    """Loads a vision-language model of any family, in any of the layouts that transformers 4.46 to 5.x write.
+    """Loads a vision-language model of any family from a checkpoint that transformers 4.46 to 5.x can read.
 
     Args:
       directory: directory with config.json and safetensors weights, in one file or in shards.
       dtype: compute dtype, "float32" or "bfloat16".
-      param_dtype: dtype of the stored parameters; `dtype` by default, "float32" for full fine-tuning in bfloat16.
+      param_dtype: dtype of the stored parameters; `dtype` if None. Full fine-tuning in bfloat16 needs "float32".
       mesh: mesh over which the parameters are split (`icet_jax.parallel.sharding.RULES`); None for the default device.
-      remat: what is kept for the backward pass, see `icet_jax.nn.layers.REMAT_POLICIES`.
-      adapter: PEFT directory of a LoRA to start from; it is merged in float32 while the weights are read, and kept as
-        `Checkpoint.adapter`.
-      exit_rule, capture: how exits are read, see `icet_jax.models.vlm_config`.
+      remat: activations that are stored for the backward pass, see `icet_jax.nn.layers.REMAT_POLICIES`.
+      adapter: PEFT directory of a LoRA to start from. It is merged in float32 while the weights are read; the result
+        also has it as `Checkpoint.adapter`.
+      exit_rule, capture: options of Llama 3.2 Vision, see `icet_jax.models.vlm_config`.
 
     Raises:
       UserError: the config is not supported; files are missing, corrupt or truncated; keys are missing, unexpected,

@@ -27,31 +27,34 @@ def save_vlm(
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a vision-language model's checkpoint directory, completely or not at all.
+    """Writes a vision-language model's checkpoint directory. After an interruption `out_dir` is unchanged.
 
     Args:
       out_dir: a new directory, or an earlier export, which is replaced.
       config: config of the network, of any family.
-      params: its parameters, as `load_vlm` returned them or training changed them.
-      source_dir: directory that they were loaded from, which provides dtypes, unchanged tensors, unknown config keys,
-        generation config, tokenizer and processor files. None for a network created here, whose own dtypes are used.
+      params: parameters of the network, as `load_vlm` returned them or training changed them.
+      source_dir: directory that they were loaded from. It provides dtypes, unchanged tensors, unknown config keys,
+        generation config, tokenizer and processor files. None for a network that was not loaded; files then have the
+        dtypes of `params`.
       start: the adapter that was merged when they were loaded (`Checkpoint.adapter`); the export contains it.
       lora: trained adapters to merge, in float32, into the source's weights.
-      trained: roots of the paths that training may have changed, ("language_model",). With (), for LoRA on a frozen
-        base, no parameter is compared; with None every parameter is compared with its source, one at a time.
+      trained: first parts of the paths of parameters that training may have changed, such as ("language_model",). Only
+        these are compared with the source; None compares all, () compares none (LoRA on a frozen base).
       value_head: saved as `value_head.safetensors`, which transformers does not read.
-      texts: further files by name, such as the model card.
-      max_shard_bytes: larger models are split into shards with an index.
+      texts: {file name: content} of further files, such as the model card.
+      max_shard_bytes: larger models are split into several files with an index.
 
     Returns:
       `out_dir`.
 
     Raises:
-      UserError: the directory cannot be written or holds something else; the source does not fit `config`.
+      UserError: the directory cannot be written, or contains something other than an export; or the source does not fit
+        `config`.
     """
     family = family_of(config)
 
     def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
+        """Returns the config.json, which says that embeddings are tied only if the file has `tied` tensors."""
         out = family.config_to_hf(config, values, dtype)
         if out["tie_word_embeddings"] and not tied:
             out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False

@@ -1,9 +1,10 @@
-"""The only place that chooses an attention kernel.
+"""Attention, and the only place that chooses its implementation.
 
-XLA's attention is the reference and runs on every platform. For many queries in half precision a kernel is used that
-never writes the scores to main memory: cuDNN's flash attention on NVIDIA GPUs (Ampere or later), splash attention on
-TPUs. These kernels accept only two kinds of mask, "causal" and "these tokens are real". Every other mask, and the
-single queries of a decoding step, go to XLA. On a mesh each device runs the kernel on its own rows and heads.
+XLA's attention is the reference and runs on every platform. For many queries in half precision a fused kernel is used
+that never writes the scores to main memory: cuDNN's flash attention on NVIDIA GPUs (Ampere or later), splash attention
+on TPUs. These kernels accept only two kinds of mask, "causal" and "these tokens are not padding". With any other mask,
+and for the single queries of a decoding step, XLA's attention is used. On a mesh each device runs the kernel on its own
+rows and heads. In this file, a *real* token is one that is not padding.
 """
 
 import functools
@@ -18,9 +19,9 @@ from icet_jax.parallel.traced import mesh_of
 from icet_jax.typing import Array, Bool, Float, Int
 
 P = PartitionSpec
-_LEAST = 128  # with fewer queries XLA's attention is used
-_LANES = 128  # lanes of a TPU; the size of a tile is a multiple of it
-_BLOCK = 512  # most queries or keys in a tile, whose float32 scores then take 1 MiB of the chip's memory
+_MIN_QUERIES = 128  # with fewer queries XLA's attention is used
+_TPU_LANES = 128  # tile sizes on a TPU are multiples of this
+_MAX_TILE = 512  # most queries or keys in a tile, whose float32 scores then take 1 MiB of the chip's memory
 
 
 def attention(
@@ -32,12 +33,13 @@ def attention(
     real: Bool[Array, "B S"] | None = None,
     causal: bool = False,
 ) -> Float[Array, "B T HD"]:
-    """Computes attention with scores scaled by `D^-0.5` and a float32 softmax; heads are grouped when K < H (K divides
-    H).
+    """Computes attention with scores scaled by `D^-0.5` and a float32 softmax.
 
-    Describe the mask by `real` and `causal` where that is possible, because a kernel can only be used without `mask`.
+    If K < H, where K divides H, every H / K query heads share a key head (grouped-query attention). Prefer `real` and
+    `causal` to `mask`, because a fused kernel can only be used without `mask`.
 
     Args:
+      q, k, v: queries, keys and values.
       mask: True where query t may attend to key s; broadcasts to `[B, H, T, S]`.
       real: True at keys that are not padding. The real keys of a row are contiguous; padding may be on either side.
       causal: if True, query t attends to no key after t; needs T == S.
@@ -59,30 +61,36 @@ def xla_attention(
     q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"],
     mask: Bool[Array, "..."] | None = None, *, real: Bool[Array, "B S"] | None = None, causal: bool = False,
 ) -> Float[Array, "B T H D"]:  # fmt: skip
-    """Computes attention with XLA; a query without any allowed key gets the mean of the values."""
+    """Computes attention with XLA, see `attention`; a query without any allowed key gets the mean of the values."""
     if causal:
-        below = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
-        mask = below if mask is None else mask & below
+        not_later = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
+        mask = not_later if mask is None else mask & not_later
     if real is not None:
         mask = real[:, None, None, :] if mask is None else mask & real[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
 Kernel = Callable[..., Float[Array, "B T H D"]]
-"""Function of (q, k, v, real or None, causal=) that gives the same result as `plain` at real queries."""
+"""Function of (q, k, v, real or None, causal=) that gives the same result as `xla_attention` at real queries."""
 
 
 def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> Kernel | None:
-    """Returns the kernel for these arrays on their platform, or None if XLA's attention should be used."""
+    """Returns the fused kernel for arrays of these shapes and dtypes, or None if XLA's attention shall be used.
+
+    Args:
+      q, k: queries `[B, T, H, D]` and keys `[B, S, K, D]`.
+      causal: whether the mask is causal.
+      mesh: mesh of the arrays, which also says on which platform the program will run; None without a mesh.
+    """
     length, heads, size = q.shape[1:]
-    if length != k.shape[1] or length < _LEAST:
+    if length != k.shape[1] or length < _MIN_QUERIES:
         return None
     if mesh is not None and (
         q.shape[0] % row_shards(mesh) or heads % mesh.shape["tensor"] or k.shape[2] % mesh.shape["tensor"]
     ):
         return None
     platform = _platform(mesh)
-    # The kernel gains by skipping the half above the diagonal; without it XLA is as fast (CLIP's 577 tokens).
+    # Splash attention is faster because it skips scores above the diagonal. If none are skipped, XLA is as fast (CLIP).
     if platform == "tpu" and causal and q.dtype == jnp.bfloat16 and size % 8 == 0 and size >= 64:
         # The kernel multiplies in bfloat16 and does not compile if a higher precision is requested.
         precision = getattr(jax.config, "jax_default_matmul_precision", None)
@@ -95,8 +103,7 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
 
 
 def _platform(mesh: AbstractMesh | None) -> str:
-    """Returns the platform that the program is compiled for; a mesh may describe devices that this machine does not
-    have."""
+    """Returns the platform that the program is compiled for, which a mesh of devices elsewhere may determine."""
     if mesh is not None and mesh.abstract_device is not None:
         return str(mesh.abstract_device.platform)
     device = getattr(jax.config, "jax_default_device", None)
@@ -114,7 +121,7 @@ def _compute_capability() -> float:
 def _on_each_device(
     kernel: Kernel, mesh: AbstractMesh | None, q: Array, k: Array, v: Array, real: Array | None
 ) -> Array:
-    """Runs a kernel on the rows and heads of each device, because the compiler cannot partition a kernel itself."""
+    """Runs a kernel on each device's rows and heads, because the compiler cannot partition a fused kernel itself."""
     if mesh is None:
         return kernel(q, k, v, real)
     heads = P(ROWS, None, "tensor", None)
@@ -128,9 +135,12 @@ def splash(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
     real: Bool[Array, "B T"] | None, *, causal: bool, interpret: bool = False,
 ) -> Float[Array, "B T H D"]:  # fmt: skip
-    """Computes splash attention on a TPU, which skips tiles above the diagonal; padding attends to padding.
+    """Computes attention with the splash kernel of TPUs, which skips tiles above the diagonal.
+
+    Padding queries attend to padding keys; their results have no meaning.
 
     Args:
+      q, k, v, real, causal: see `attention`.
       interpret: if True, emulates the kernel on any platform, which is slow.
     """
     # Imported here because Mosaic is not installed everywhere and takes long to import.
@@ -138,13 +148,13 @@ def splash(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, heads, size = q.shape[1:]
-    num_tiles = -(-length // _BLOCK)
-    block = -(-length // (num_tiles * _LANES)) * _LANES
-    extra = num_tiles * block - length
-    shape = (num_tiles * block, num_tiles * block)
+    num_tiles = -(-length // _MAX_TILE)
+    tile = -(-length // (num_tiles * _TPU_LANES)) * _TPU_LANES
+    extra = num_tiles * tile - length
+    shape = (num_tiles * tile, num_tiles * tile)
     mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * heads)
     sizes = kernels.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile
     )
     kernel = kernels.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
@@ -164,9 +174,9 @@ def cudnn(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
     real: Bool[Array, "B T"] | None, *, causal: bool,
 ) -> Float[Array, "B T H D"]:  # fmt: skip
-    """Computes cuDNN's flash attention, rotating each row so that its padding comes last.
+    """Computes attention with cuDNN's flash attention, see `attention`.
 
-    The kernel supports padding only at the end of a row.
+    The kernel supports padding only at the end of a row, so each row is rotated until its padding comes last.
     """
     run = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     length = q.shape[1]
@@ -185,7 +195,10 @@ def cudnn(
 
 @jax.custom_vjp
 def rotate_rows(x: Float[Array, "B T H D"], start: Int[Array, " B"]) -> Float[Array, "B T H D"]:
-    """Rotates each row so that its position `start` comes first; the gradient rotates back and needs no scatter."""
+    """Returns `x` with each row rotated along T so that its position `start` comes first.
+
+    The gradient is defined as the rotation back, which is cheaper than the scatter that jax would derive.
+    """
     source = (jnp.arange(x.shape[1]) + start[:, None]) % x.shape[1]
     return jnp.take_along_axis(x, source[:, :, None, None], axis=1)
 

@@ -15,8 +15,7 @@ class BertConfig:
     """Holds the sizes of the network under HF's names.
 
     Attributes:
-      kind: "bert" or "roberta". They count positions differently and order the keys of the classification head
-        differently.
+      kind: "bert" or "roberta", which count positions differently.
       num_labels: number of logits.
     """
 
@@ -35,13 +34,17 @@ class BertConfig:
 
     @property
     def max_length(self) -> int:
-        """Returns the most tokens that one text may have; RoBERTa reserves the positions up to its padding id."""
+        """Returns the most tokens that one text may have; RoBERTa's first token has position `pad_token_id + 1`."""
         reserved = self.pad_token_id + 1 if self.kind == "roberta" else 0
         return self.max_position_embeddings - reserved
 
 
 class PostNormBlocks(nnx.Module):
-    """Holds the stacked post-LN encoder blocks of BERT-like networks; methods are called on one layer's weights."""
+    """Holds the weights of all encoder blocks of a BERT-like network, stacked along their first axis.
+
+    Each block applies its norms after the residual sums (post-LN). The methods run one block and need a module that was
+    merged from one block's slice of the weights.
+    """
 
     def __init__(
         self, width: int, inner: int, depth: int, heads: int, *, activation: str, epsilon: float, rngs: nnx.Rngs,
@@ -64,24 +67,34 @@ class PostNormBlocks(nnx.Module):
     def qkv(
         self, x: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], Float[Array, "B T H D"]]:
-        """Returns queries, keys and values, split into heads."""
+        """Returns queries, keys and values of one block, split into heads."""
         q, k, v = (layers.split_heads(part(x), self.heads) for part in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def rest(self, x: Float[Array, "B T E"], attended: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """Applies the output projection and the MLP, each followed by a norm of its residual sum (HF `BertLayer`)."""
+    def after_attention(self, x: Float[Array, "B T E"], attended: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Returns the output of one block (HF `BertLayer`) from its input and the output of its attention.
+
+        Output projection and MLP are each followed by a norm of the residual sum.
+
+        Args:
+          x: input of the block.
+          attended: concatenated outputs of the attention heads.
+        """
         x = self.attention_norm(self.out_proj(attended) + x)
         return self.output_norm(self.fc2(layers.ACTIVATIONS[self.activation](self.fc1(x))) + x)
 
 
 def first_token_state(x: Float[Array, "B T E"], mask: Bool[Array, "B T"]) -> Float[Array, "B E"]:
-    """Returns the state of each row's first real token, `[B, E]`; with padding on the right this is HF's `x[:, 0]`."""
+    """Returns the state of each row's first token that is not padding.
+
+    HF's classifiers read `x[:, 0]`, which is the same if padding is on the right.
+    """
     first = jnp.argmax(mask, axis=1)
     return jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0]
 
 
 class BertClassifier(nnx.Module):
-    """Computes one logit per label for a text from the state of its first token."""
+    """Computes one logit per label for each text, from the state of the text's first token."""
 
     def __init__(
         self,
@@ -106,12 +119,11 @@ class BertClassifier(nnx.Module):
         self.classifier = layers.Linear(width, config.num_labels, use_bias=True, stddev=0.02, **common)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B C"]:
-        """Returns the raw float32 logits of all labels, `[B, C]`; a multi-label classifier applies a sigmoid to them.
+        """Returns the float32 logits of all C labels; a multi-label classifier applies a sigmoid to them.
 
         Args:
-          tokens: one text per row with its special tokens; token type 0 throughout. RoBERTa gives no position to
-            padding ids.
-          mask: True at real tokens; padding may be on either side and does not change the result.
+          tokens: one text per row with its special tokens.
+          mask: True at tokens that are not padding, which may be on either side and does not change the result.
 
         Raises:
           ValueError: a text is longer than `config.max_length`.
@@ -124,13 +136,17 @@ class BertClassifier(nnx.Module):
 
         def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
             layer = nnx.merge(graph, weights)
-            return layer.rest(x, layers.attention(*layer.qkv(x), real=mask)), None
+            return layer.after_attention(x, layers.attention(*layer.qkv(x), real=mask)), None
 
         x, _ = jax.lax.scan(body, x, state)
         pooled = jnp.tanh(self.pooler(first_token_state(x, mask)))
         return self.classifier(pooled).astype(jnp.float32)
 
     def _positions(self, tokens: Array, mask: Array) -> Array:
+        """Returns each token's row of the position table `[B, T]`.
+
+        BERT counts from 0. RoBERTa counts from `pad_token_id + 1` and gives padding the row `pad_token_id`.
+        """
         if self.config.kind == "bert":
             return layers.positions_from_mask(mask)
         is_counted = (mask & (tokens != self.config.pad_token_id)).astype(jnp.int32)

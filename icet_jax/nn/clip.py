@@ -32,7 +32,10 @@ class ClipConfig:
 
 
 class ClipBlocks(nnx.Module):
-    """Holds the stacked pre-LN blocks; called on one layer's slice of the weights."""
+    """Holds the weights of all blocks, stacked along their first axis.
+
+    A call runs one block and needs a module that was merged from one block's slice of the weights.
+    """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         width, ffn, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -50,7 +53,7 @@ class ClipBlocks(nnx.Module):
         self.fc2 = layers.Linear(ffn, width, stddev=layers.depth_scaled(ffn**-0.5, depth), **common)
 
     def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-        """Applies one block: bidirectional attention, then the MLP, both pre-LN (HF `CLIPEncoderLayer`)."""
+        """Applies one block: bidirectional attention, then the MLP, each after a norm (HF `CLIPEncoderLayer`)."""
         heads = self.config.num_attention_heads
         y = self.layer_norm1(x)
         q, k, v = (layers.split_heads(proj(y), heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -60,8 +63,10 @@ class ClipBlocks(nnx.Module):
 
 
 class ClipVisionTower(nnx.Module):
-    """Holds patch embedding, class token, positions and blocks; `post_layernorm` is kept only so that it can be
-    exported."""
+    """Computes the hidden states of images after every block.
+
+    `post_layernorm` is not used. It is kept so that an exported checkpoint has all weights.
+    """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType, remat: str = "none"):
         width = config.hidden_size
@@ -77,8 +82,7 @@ class ClipVisionTower(nnx.Module):
         self.post_layernorm = layers.LayerNorm(width, epsilon=config.layer_norm_eps, param_dtype=param_dtype)
 
     def embed(self, pixels: Float[Array, "I C H W"]) -> Float[Array, "I P D"]:
-        """Returns hidden state 0: patches in row-major order after the class token, with positions, after
-        `pre_layrnorm`."""
+        """Returns hidden state 0: embeddings of the class token and of the patches in row-major order, normalised."""
         count, channels, height, width = pixels.shape
         size = self.config.patch_size
         rows, columns = height // size, width // size
@@ -86,15 +90,24 @@ class ClipVisionTower(nnx.Module):
         patches = pixels[:, :, : rows * size, : columns * size].reshape(count, channels, rows, size, columns, size)
         patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * size * size)
         x = self.patch_embedding(patches)
-        first = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (count, 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self.position_embedding[...].astype(self.dtype)
+        class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (count, 1, x.shape[-1]))
+        x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(self.dtype)
         return self.pre_layrnorm(x)
 
     def __call__(self, pixels: Float[Array, "I C H W"], upto: int | None = None) -> Float[Array, "X I P D"]:
-        """Returns the hidden states 0..upto; index l is the output of the l-th block.
+        """Returns hidden states: index 0 is the input of the first block, index l the output of block l.
 
-        `upto` is static, all blocks by default; later blocks are not computed. `P` is the class token and the patches.
         No norm is applied after the last block.
+
+        Args:
+          pixels: I normalised images.
+          upto: number of blocks to compute, static; None computes all.
+
+        Returns:
+          Hidden states of the `upto + 1` indices X, the I images, and the class token and patches P.
+
+        Raises:
+          ValueError: `upto` is not a number of blocks.
         """
         depth = self.config.num_hidden_layers if upto is None else upto
         if not 0 <= depth <= self.config.num_hidden_layers:
@@ -106,6 +119,6 @@ class ClipVisionTower(nnx.Module):
             x = by_rows(nnx.merge(graph, gather_weights(weights, x))(x))
             return x, x
 
-        first = by_rows(self.embed(pixels))
-        _, rest = jax.lax.scan(layers.rematerialise(body, self.remat), first, state)
-        return jnp.concatenate([first[None], rest], axis=0)
+        embedded = by_rows(self.embed(pixels))
+        _, outputs = jax.lax.scan(layers.rematerialise(body, self.remat), embedded, state)
+        return jnp.concatenate([embedded[None], outputs], axis=0)

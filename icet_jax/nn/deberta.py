@@ -1,5 +1,7 @@
-"""DeBERTa-v2 and -v3 reward model, with attention over log-bucketed distances (HF
-`DebertaV2ForSequenceClassification`)."""
+"""DeBERTa-v2 and -v3 reward model (HF `DebertaV2ForSequenceClassification`).
+
+Attention depends on the distance of two tokens, where large distances share logarithmically spaced buckets.
+"""
 
 import dataclasses
 import math
@@ -19,8 +21,8 @@ class DebertaConfig:
     """Holds the sizes of the network under HF's names.
 
     Attributes:
-      position_buckets: number of distinct distances in each direction that the relative table has.
-      max_relative_positions: smallest distance that falls into the last bucket.
+      position_buckets: number of buckets of distances in each direction.
+      max_relative_positions: smallest distance, in tokens, that falls into the last bucket.
     """
 
     vocab_size: int
@@ -36,20 +38,21 @@ class DebertaConfig:
 
 
 def relative_index(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
-    """Returns the row of the relative table for query i and key j (HF `build_relative_position`, shifted and clipped).
+    """Returns the row of the table of distance embeddings for query i and key j (HF `build_relative_position`).
 
     Distances up to `buckets / 2` have a row each; larger ones share logarithmically spaced rows up to `max_distance`.
 
     Args:
-      length: T, the number of tokens of a row.
-      buckets: half the rows of the table; row `buckets` is distance 0.
+      length: T, the number of tokens of a text.
+      buckets: half the number of rows of the table; row `buckets` is distance 0.
       max_distance: see `DebertaConfig.max_relative_positions`.
     """
     distance = np.arange(length)[:, None] - np.arange(length)[None]
-    middle = buckets // 2
-    far = np.maximum(np.abs(distance), middle)
-    logarithmic = np.ceil(np.log(far / middle) / math.log((max_distance - 1) / middle) * (middle - 1)) + middle
-    bucket = np.where(np.abs(distance) <= middle, distance, np.sign(distance) * logarithmic)
+    largest_exact = buckets // 2
+    far = np.maximum(np.abs(distance), largest_exact)
+    log_fraction = np.log(far / largest_exact) / math.log((max_distance - 1) / largest_exact)
+    logarithmic = np.ceil(log_fraction * (largest_exact - 1)) + largest_exact
+    bucket = np.where(np.abs(distance) <= largest_exact, distance, np.sign(distance) * logarithmic)
     return np.clip(bucket + buckets, 0, 2 * buckets - 1).astype(np.int32)
 
 
@@ -62,14 +65,15 @@ def disentangled_attention(
     index: Int[ArrayLike, "T T"],
     allowed: Bool[Array, "B 1 1 T"],
 ) -> Float[Array, "B T HD"]:
-    """Computes content-to-content, content-to-position and position-to-content attention (HF
-    `DisentangledSelfAttention`).
+    """Computes attention whose scores depend on tokens and distances (HF `DisentangledSelfAttention`).
 
-    The score of query i and key j is `(q_i.k_j + q_i.pk[r] + k_j.pq[r]) / sqrt(3 D)` with `r = index[i, j]`.
+    With `r = index[i, j]`, the score of query i and key j is
+    `(q_i . k_j + q_i . position_k[r] + k_j . position_q[r]) / sqrt(3 D)`.
 
     Args:
-      position_q: the relative table after the query projection.
-      position_k: the relative table after the key projection.
+      q, k, v: queries, keys and values of the tokens.
+      position_q: the R distance embeddings after the query projection.
+      position_k: the R distance embeddings after the key projection.
       index: result of `relative_index`.
       allowed: True at keys that may be attended to.
 
@@ -91,7 +95,7 @@ def disentangled_attention(
 
 
 class DebertaRewardModel(nnx.Module):
-    """Computes a scalar reward for a text from the state of its first token; positions enter only as distances."""
+    """Computes a scalar reward for each text from the state of its first token."""
 
     def __init__(
         self,
@@ -119,8 +123,8 @@ class DebertaRewardModel(nnx.Module):
         """Returns raw float32 rewards; the probability that text a is preferred to text b is `sigmoid(r_a - r_b)`.
 
         Args:
-          tokens: `[CLS] question [SEP] answer [SEP]`, of any length; all distances beyond the last bucket share it.
-          mask: True at real tokens; padding may be on either side and does not change the result.
+          tokens: `[CLS] question [SEP] answer [SEP]`, of any length.
+          mask: True at tokens that are not padding, which may be on either side and does not change the result.
         """
         config = self.config
         index = relative_index(tokens.shape[1], config.position_buckets, config.max_relative_positions)
@@ -133,7 +137,7 @@ class DebertaRewardModel(nnx.Module):
             layer = nnx.merge(graph, weights)
             position_q, position_k, _ = (part[0] for part in layer.qkv(table[None]))
             attended = disentangled_attention(*layer.qkv(x), position_q, position_k, index, allowed)
-            return layer.rest(x, attended), None
+            return layer.after_attention(x, attended), None
 
         x, _ = jax.lax.scan(body, x, state)
         pooled = layers.ACTIVATIONS[config.pooler_hidden_act](self.pooler(first_token_state(x, mask)))

@@ -1,4 +1,7 @@
-"""Numbers of floating-point operations of matrix products and attention, computed from the sizes of a network."""
+"""Numbers of floating-point operations of networks, computed from their sizes.
+
+Matrix products and attention are counted, a multiplication and an addition as two operations.
+"""
 
 import dataclasses
 import math
@@ -9,19 +12,30 @@ from icet_jax.nn.llama import LlamaConfig, lora_shapes
 
 
 def products(rows: int, *shapes: tuple[int, ...]) -> int:
-    """Returns the operations of `rows` positions through matrices of these shapes, or stacks of matrices."""
+    """Returns the operations to multiply `rows` vectors with each matrix (or stack of matrices) of these shapes."""
     return 2 * rows * sum(math.prod(shape) for shape in shapes)
 
 
-def attention(config: LlamaConfig, length: int, places: int) -> int:
-    """Returns the operations of scores and weighted values of `length` positions that attend to `places`, in every
-    layer."""
-    return config.num_hidden_layers * 4 * length * places * config.num_attention_heads * config.head_dim
+def attention(config: LlamaConfig, queries: int, keys: int) -> int:
+    """Returns the operations of attention scores and weighted sums of values, in all layers of a decoder.
+
+    Args:
+      config: sizes of the decoder.
+      queries: positions that attend.
+      keys: positions that each of them attends to.
+    """
+    return config.num_hidden_layers * 4 * queries * keys * config.num_attention_heads * config.head_dim
 
 
 def encoder_blocks(depth: int, tokens: int, width: int, ffn: int) -> int:
-    """Returns the operations of `depth` blocks of an image encoder over `tokens` positions that all attend to each
-    other."""
+    """Returns the operations of `depth` blocks of an image encoder, where each of `tokens` attends to all of them.
+
+    Args:
+      depth: number of blocks.
+      tokens: positions of one image.
+      width: size of the hidden states.
+      ffn: inner size of the MLPs.
+    """
     return products(tokens, (depth, 4, width, width), (depth, 2, width, ffn)) + depth * 4 * tokens**2 * width
 
 
@@ -33,35 +47,41 @@ def clip(config: ClipConfig) -> int:
 
 
 def llama_layers(config: LlamaConfig, length: int, cached: int) -> int:
-    """Returns the operations of the decoder layers over `length` positions of a row with `cached` columns in the cache.
+    """Returns the operations of all decoder layers for one row.
 
-    Empty columns of the cache count too, because attention computes them.
+    Args:
+      config: sizes of the decoder.
+      length: positions that are computed.
+      cached: columns of the KV cache, to each of which every position attends, whether they are filled or empty.
     """
     return products(length, *lora_shapes(config).values()) + attention(config, length, cached)
 
 
 def llama_prefill(config: LlamaConfig, length: int) -> int:
-    """Returns the operations of the decoder layers over a prompt when only the state of the last position is needed."""
-    before = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
-    last = dataclasses.replace(config, num_hidden_layers=1)
-    beside = keys_and_values(last, length) - keys_and_values(last, 1)
-    return llama_layers(before, length, length) + llama_layers(last, 1, length) + beside
+    """Returns the operations of all decoder layers for one prompt of `length` positions.
+
+    The last layer computes keys and values of all positions, but only the last position's output.
+    """
+    earlier_layers = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers - 1)
+    last_layer = dataclasses.replace(config, num_hidden_layers=1)
+    earlier_keys = keys_and_values(last_layer, length) - keys_and_values(last_layer, 1)
+    return llama_layers(earlier_layers, length, length) + llama_layers(last_layer, 1, length) + earlier_keys
 
 
 def keys_and_values(config: LlamaConfig, length: int) -> int:
-    """Returns the operations of the keys and values of `length` positions, in every layer."""
+    """Returns the operations of the key and value projections of `length` positions, in all layers."""
     shapes = lora_shapes(config)
     return products(length, shapes["k_proj"], shapes["v_proj"])
 
 
-def cross_layers(config: LlamaConfig, length: int, places: int) -> int:
-    """Returns the operations of layers over `length` positions that attend only to `places` cached image positions.
+def cross_layers(config: LlamaConfig, length: int, image_positions: int) -> int:
+    """Returns the operations of all cross-attention layers for `length` positions of one row.
 
-    Without images the layers are skipped.
+    They attend to the cached keys of `image_positions`. For a row without images the layers are skipped.
     """
-    if not places:
+    if not image_positions:
         return 0
-    return llama_layers(config, length, places) - keys_and_values(config, length)
+    return llama_layers(config, length, image_positions) - keys_and_values(config, length)
 
 
 def logits(hidden_size: int, vocab_size: int) -> int:
@@ -70,5 +90,10 @@ def logits(hidden_size: int, vocab_size: int) -> int:
 
 
 def adapters(shapes: Iterable[tuple[int, int, int]], rank: int) -> int:
-    """LoRA's two products at one position, in projections of `(layers, in, out)`."""
+    """Returns the operations of LoRA adapters at one position.
+
+    Args:
+      shapes: (number of layers, input size, output size) of the adapted projections.
+      rank: rank of the adapters.
+    """
     return sum(products(1, (depth, size_in, rank), (depth, rank, size_out)) for depth, size_in, size_out in shapes)

@@ -24,7 +24,10 @@ class GPT2Config:
 
 
 class GPT2Blocks(nnx.Module):
-    """Holds the stacked pre-LN blocks; called on one layer's slice of the weights."""
+    """Holds the weights of all blocks, stacked along their first axis.
+
+    A call runs one block and needs a module that was merged from one block's slice of the weights.
+    """
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         width, depth = config.n_embd, config.n_layer
@@ -62,7 +65,11 @@ class GPT2Backbone(nnx.Module):
         self.ln_f = layers.LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon, param_dtype=param_dtype)
 
     def hidden(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T E"]:
-        """Returns the final hidden states under causal attention to real tokens; positions count real tokens only.
+        """Returns the hidden states after the final norm, with causal attention that ignores padding.
+
+        Args:
+          tokens: one text per row.
+          mask: True at tokens that are not padding; positions count these tokens only.
 
         Raises:
           ValueError: a text is longer than the position table.
@@ -82,7 +89,7 @@ class GPT2Backbone(nnx.Module):
 
 
 class GPT2RewardModel(GPT2Backbone):
-    """Scores a text with the head's output at its last real token."""
+    """Computes a scalar reward for each text: the output of a linear head at its last token."""
 
     def __init__(
         self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
@@ -94,7 +101,11 @@ class GPT2RewardModel(GPT2Backbone):
         self.score = layers.Linear(config.n_embd, 1, use_bias=False, stddev=0.02, rngs=rngs, **head)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Returns raw float32 rewards; a row without any token gets the score of its first padding column.
+        """Returns raw float32 rewards; that of a row without any token has no meaning.
+
+        Args:
+          tokens: one text per row.
+          mask: True at tokens that are not padding.
 
         Raises:
           ValueError: a text is longer than the position table.

@@ -13,22 +13,22 @@ from icet_jax.models.base.reference import Reference
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Describes one family; each folder of `icet_jax.models` has one as `FAMILY`.
+    """Describes one family of vision-language models, in which *config* means the network's config.
 
     Attributes:
-      name: `model_type` of the family's `config.json`.
-      config_from_hf: function of (parsed `config.json`, its name in error messages, options) that returns the network's
-        config; the options are those of `exit_options`.
-      config_to_hf: function of (config, parsed `config.json` of the source or None, torch dtype) that returns the
-        `config.json`.
+      name: `model_type` in `config.json`.
+      config_from_hf: function of (parsed `config.json`, its name in error messages, **options) that returns the config;
+        the options are keys of `exit_options`.
+      config_to_hf: function of (config, parsed `config.json` of the source or None, torch's name of the weights' dtype)
+        that returns the `config.json` to write.
       network: class of the network; its first argument is the config.
       table: function of the config that returns the key table.
       image_shape: function of the config that returns the shape of one image's pixels.
-      image_parts: function of (config, inputs, input_ids [B, T]) that returns pixels, row of each image, and their
-        layout.
+      image_parts: function of (config, outputs of the processor, input_ids [B, T]) that returns the `ImageParts`.
       processor: class of its processor.
       reference: the family in transformers, for `--mode=verify`.
-      exit_options: {option: its values, the default first}, for families whose exits can be read in several ways.
+      exit_options: {option: possible values, the default first} that choose between definitions of an exit; empty if
+        the family has one definition.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Chooses the canvas that an image of any resolution fills, and the order in which its tiles' features are packed.
+"""Images of any resolution: the canvas of tiles that an image is resized to, and the order of its features.
 
 Everything here depends only on sizes and runs on the host (HF `select_best_resolution`, `pack_image_features`).
 """
@@ -15,50 +15,59 @@ Size = tuple[int, int]
 
 
 def canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
-    """Returns the canvas that keeps most of an image's pixels and, among those, wastes least; the first one wins
-    ties."""
+    """Returns the size in `pinpoints` to which an image is resized, margins included.
+
+    It keeps the most of the image's pixels; among several such sizes it has the smallest area, and is the first.
+    """
     height, width = size
-    best, best_kept, least_waste = pinpoints[0], -1, 0
+    best, most_pixels, least_waste = pinpoints[0], -1, 0
     for candidate in pinpoints:
-        high, wide = candidate
-        scale = min(wide / width, high / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        waste = wide * high - kept
-        if kept > best_kept or (kept == best_kept and waste < least_waste):
-            best, best_kept, least_waste = candidate, kept, waste
+        canvas_height, canvas_width = candidate
+        scale = min(canvas_width / width, canvas_height / height)
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        waste = canvas_width * canvas_height - pixels
+        if pixels > most_pixels or (pixels == most_pixels and waste < least_waste):
+            best, most_pixels, least_waste = candidate, pixels, waste
     return best
 
 
 @lru_cache(maxsize=4096)
 def packing(size: Size, config: LlavaNextConfig) -> np.ndarray:
-    """Returns the index of the feature at each of an image's positions: int32 [N], -1 for `image_newline`.
+    """Returns which feature stands at each of an image's N positions in the prompt: int32 [N], -1 for `image_newline`.
 
-    Indices count the patches of the whole image first, then those of the tiles in row-major order. The positions are in
-    the same order, but without the margins of the letterboxed image, and each of its rows ends with `image_newline`.
+    The features of an image are numbered: first the patches of the scaled-down image, then those of its tiles, tile by
+    tile. The positions have first the scaled-down image, then the patches of the canvas row by row, across tiles and
+    without the margins around the image. Each row ends with `image_newline`.
+
+    Args:
+      size: (height, width) of the image in pixels.
+      config: config of the network.
     """
     side = config.vision.image_size // config.vision.patch_size
-    base = config.image_tokens
-    high, wide = (edge // config.vision.image_size for edge in canvas(size, config.image_grid_pinpoints))
-    rows, columns = np.mgrid[: high * side, : wide * side]
-    tile = 1 + (rows // side) * wide + columns // side
-    grid = tile * base + (rows % side) * side + columns % side
+    per_tile = config.image_tokens
+    tiles_high, tiles_wide = (edge // config.vision.image_size for edge in canvas(size, config.image_grid_pinpoints))
+    rows, columns = np.mgrid[: tiles_high * side, : tiles_wide * side]
+    tile = 1 + (rows // side) * tiles_wide + columns // side
+    grid = tile * per_tile + (rows % side) * side + columns % side
     grid = _without_margins(grid, size)
-    ended = np.concatenate([grid, np.full((len(grid), 1), -1, grid.dtype)], axis=1)
-    return np.concatenate([np.arange(base), ended.reshape(-1)]).astype(np.int32)
+    with_newlines = np.concatenate([grid, np.full((len(grid), 1), -1, grid.dtype)], axis=1)
+    return np.concatenate([np.arange(per_tile), with_newlines.reshape(-1)]).astype(np.int32)
 
 
 def _without_margins(grid: np.ndarray, size: Size) -> np.ndarray:
-    """Returns the part of a canvas's grid that the image covers; an odd margin leaves one more row or column (HF
-    `unpad_image`)."""
+    """Returns the part of a canvas's grid of patches that an image of this size covers (HF `unpad_image`).
+
+    The margins on two opposite sides have the same width, so an odd margin leaves one more row or column.
+    """
     height, width = size
-    high, wide = grid.shape
-    if width / height > wide / high:
-        kept = int(round(height * (wide / width), 7))
-        margin = (high - kept) // 2
-        return grid[margin : high - margin]
-    kept = int(round(width * (high / height), 7))
-    margin = (wide - kept) // 2
-    return grid[:, margin : wide - margin]
+    rows, columns = grid.shape
+    if width / height > columns / rows:
+        covered = int(round(height * (columns / width), 7))
+        margin = (rows - covered) // 2
+        return grid[margin : rows - margin]
+    covered = int(round(width * (rows / height), 7))
+    margin = (columns - covered) // 2
+    return grid[:, margin : columns - margin]
 
 
 def gather_rows(
@@ -68,30 +77,33 @@ def gather_rows(
     length: int,
     tiles: int,
     config: LlavaNextConfig,
-    numbers: Sequence[int] | np.ndarray | None = None,
+    image_numbers: Sequence[int] | np.ndarray | None = None,
     num_images: int | None = None,
 ) -> np.ndarray:
-    """Returns `Images.layout`, int32 [B, length]: the index of the feature at each row's k-th image position, then -1.
+    """Returns LLaVA-NeXT's `Images.layout`: which feature stands at each image position of each row.
 
     Args:
-      sizes: sizes of the images, by row.
+      sizes: (height, width) of each image in pixels.
       rows: row of each image, ascending.
-      num_rows: B.
+      num_rows: number of rows B.
       length: most image positions of a row.
       tiles: number of tiles that every image is padded to.
-      config: config of the model.
-      numbers: numbers of the images in the batch; 0, 1, ... if None.
-      num_images: number of images of the batch including fillers, whose features come before `image_newline`; the
-        number of sizes if None.
+      config: config of the network.
+      image_numbers: number of each image in the batch; 0, 1, ... if None.
+      num_images: number of images in the batch, filler images included; the number of `sizes` if None.
+
+    Returns:
+      int32 [B, length]. The features of all images of the batch are numbered consecutively, and the next number means
+      `image_newline`. After a row's last image position stands -1.
     """
     per_image = tiles * config.image_tokens
     newline = (len(sizes) if num_images is None else num_images) * per_image
     layout = np.full((num_rows, length), -1, np.int32)
     lengths = np.zeros(num_rows, int)
-    numbers = range(len(sizes)) if numbers is None else numbers
-    for index, size, row in zip(numbers, sizes, rows, strict=True):
+    image_numbers = range(len(sizes)) if image_numbers is None else image_numbers
+    for image, size, row in zip(image_numbers, sizes, rows, strict=True):
         order = packing(tuple(size), config)
-        indices = np.where(order < 0, newline, order + index * per_image)
+        indices = np.where(order < 0, newline, order + image * per_image)
         layout[row, lengths[row] : lengths[row] + len(indices)] = indices
         lengths[row] += len(indices)
     return layout

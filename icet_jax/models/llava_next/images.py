@@ -1,9 +1,9 @@
-"""The images of a LLaVA-NeXT batch: tiles on a canvas, and the order in which their features are packed."""
+"""The images of a LLaVA-NeXT batch: tiles, and the order of their features in the prompt."""
 
 import numpy as np
 
 from icet_jax.errors import UserError
-from icet_jax.models.base.image_batches import ImageParts, Inputs, Places, pixel_values, required_entry
+from icet_jax.models.base.image_batches import ImageParts, Inputs, Placement, pixel_values, required_entry
 from icet_jax.models.llava.images import image_shape as tile_shape
 from icet_jax.models.llava_next.anyres import canvas, gather_rows, packing
 from icet_jax.models.llava_next.network import LlavaNextConfig
@@ -15,7 +15,7 @@ def image_shape(config: LlavaNextConfig) -> tuple[int, ...]:
 
 
 def image_parts(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
-    """Returns pixels and rows of the images; their layout gives the feature at each image position of a row."""
+    """Returns pixels and rows of the images; the layout is described at `gather_rows`."""
     pixels = pixel_values(inputs, image_shape(config), axes=1, some_tiles=True)
     sizes = (
         [(int(high), int(wide)) for high, wide in np.asarray(required_entry(inputs, "image_sizes"))]
@@ -34,15 +34,22 @@ def image_parts(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> Ima
                 f"inputs: image {image} ({size[0]} x {size[1]}) has {needed} tiles, {pixels.shape[1]} given"
             )
 
-    def layout(places: Places) -> np.ndarray:
-        numbers = places.first + places.numbers
-        return gather_rows(sizes, rows.tolist(), places.rows, ids.shape[1], tiles, config, numbers, places.whole)
+    def layout(placement: Placement) -> np.ndarray:
+        return gather_rows(
+            sizes, rows.tolist(), placement.num_rows, ids.shape[1], tiles, config,
+            image_numbers=placement.offset + placement.indices, num_images=placement.num_images_of_batch,
+        )  # fmt: skip
 
     return pixels, rows, layout
 
 
 def anyres_rows(input_ids: np.ndarray, sizes: list[tuple[int, int]], config: LlavaNextConfig) -> np.ndarray:
-    """Returns the row of each image, whose number of placeholders follows from its size (height, width).
+    """Returns the row of each image, int32 [I] ascending, from the placeholders in input_ids [B, T].
+
+    Args:
+      input_ids: token ids; an image has as many placeholders as follow from its size.
+      sizes: (height, width) of each image in pixels.
+      config: config of the network.
 
     Raises:
       UserError: see `image_rows`.

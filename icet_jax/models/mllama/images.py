@@ -3,7 +3,7 @@
 import numpy as np
 
 from icet_jax.errors import UserError
-from icet_jax.models.base.image_batches import ImageParts, Inputs, Places, pixel_values, required_entry
+from icet_jax.models.base.image_batches import ImageParts, Inputs, Placement, pixel_values, required_entry
 from icet_jax.models.mllama.network import MllamaConfig
 
 
@@ -14,19 +14,19 @@ def image_shape(config: MllamaConfig) -> tuple[int, ...]:
 
 
 def image_parts(config: MllamaConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
-    """Returns pixels and rows of the images; their layout is the aspect ratio of each."""
+    """Returns pixels and rows of the images; the layout is the aspect ratio id of each image (0 for filler images)."""
     counts = (ids == config.image_token_index).sum(axis=1)
     nested = pixel_values(inputs, image_shape(config), axes=2)
     ratio_id = np.zeros((0, 0), int)
     if nested.size:
         ratio_id = np.asarray(required_entry(inputs, "aspect_ratio_ids"))
-        known = len(config.vision.supported_aspect_ratios)
+        last_id = len(config.vision.supported_aspect_ratios)
         if (
             ratio_id.shape != nested.shape[:2]
             or len(ratio_id) > len(ids)
-            or not 0 <= ratio_id.min() <= ratio_id.max() <= known
+            or not 0 <= ratio_id.min() <= ratio_id.max() <= last_id
         ):
-            raise UserError(f"inputs: aspect_ratio_ids must be [rows, images] as pixel_values are, each 0..{known}")
+            raise UserError(f"inputs: aspect_ratio_ids must be [rows, images] as pixel_values are, each 0..{last_id}")
     exists = np.zeros((len(ids), ratio_id.shape[1]), bool)
     exists[: len(ratio_id)] = ratio_id > 0
     if (exists[:, 1:] & ~exists[:, :-1]).any():
@@ -39,9 +39,9 @@ def image_parts(config: MllamaConfig, inputs: Inputs, ids: np.ndarray) -> ImageP
     rows = np.nonzero(exists)[0]
     ratios = ratio_id[exists[: len(ratio_id)]]
 
-    def layout(places: Places) -> np.ndarray:
-        filled = np.zeros(places.slots, np.int32)
-        filled[places.numbers] = ratios
-        return filled
+    def layout(placement: Placement) -> np.ndarray:
+        ratio_of_image = np.zeros(placement.num_images, np.int32)
+        ratio_of_image[placement.indices] = ratios
+        return ratio_of_image
 
     return nested[exists[: len(ratio_id)]], rows, layout
