@@ -96,7 +96,7 @@ class AlgorithmName(NamedTuple):
       about: what it does, in half a sentence.
       module: the module that describes and implements it in `ALGORITHM`.
       rewarded: whether it needs `config.reward`, because it learns from scored responses.
-      samples: whether the model in training answers the rows, with the sampling settings in its config section.
+      samples: function of its config section that returns whether the model in training answers the rows itself.
     """
 
     title: str
@@ -130,11 +130,11 @@ ALGORITHMS = {
 
 
 class ExitScheduleName(NamedTuple):
-    """One way to draw exits: a class of `icet_jax.algorithms.exits` and a line of `EXIT_SCHEDULES`.
+    """One way to sample exits: a class of `icet_jax.algorithms.exits` and a line of `EXIT_SCHEDULES`.
 
     Attributes:
-      path: of the class.
-      learns: whether it learns from the answers of the model in training.
+      path: dotted path of the class.
+      learns: whether its probabilities depend on the answers of the model in training.
     """
 
     path: str
@@ -148,7 +148,7 @@ EXIT_SCHEDULES = {
     "stratified": ExitScheduleName("icet_jax.algorithms.exits.Stratified"),
     "adaptive": ExitScheduleName("icet_jax.algorithms.exits.Adaptive", learns=True),
 }
-"""`exits` of an algorithm's section -> what draws them."""
+"""{value of `exits` in an algorithm's config section: that exit schedule}."""
 
 
 class FamilyName(NamedTuple):

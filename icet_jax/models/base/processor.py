@@ -1,7 +1,7 @@
-"""Converts text and images to a model's inputs and responses back to text, using a checkpoint's files, without torch.
+"""Converts prompts and images to the arrays that a model takes, and generated tokens back to text, without torch.
 
 The tokenizer is transformers' (`AutoTokenizer`). The image processor is transformers' Pillow version, whose pixels do
-not depend on what else is installed. Arrays have the names and shapes of the family's HF processor.
+not depend on which other packages are installed. Arrays have the names and shapes of the family's HF processor.
 """
 
 import os
@@ -25,7 +25,10 @@ from icet_jax.models.base.image_batches import batch_images
 from icet_jax.nn.protocols import Images
 
 RowImages: TypeAlias = ImageLike | Sequence[ImageLike] | None
+"""The images of one prompt."""
+
 Inputs: TypeAlias = dict[str, np.ndarray]
+"""{name: array} that a processor returns, see `Processor.__call__`."""
 
 SETTINGS_FILE = "preprocessor_config.json"
 
@@ -36,10 +39,10 @@ class Processor(ABC):
     Attributes:
       tokenizer: transformers' tokenizer, padding on the left.
       image_processor: transformers' Pillow image processor.
-      config: config of the model that the inputs are for.
+      config: config of the network that the inputs are for.
       template: function of (prompt, number of images) that returns the text with one placeholder for each image.
       placeholder: text that stands for an image.
-      on_vicuna: whether the family was published on Vicuna, whose conversation formats are in `NAMED_TEMPLATES`.
+      on_vicuna: whether checkpoints of the family use Vicuna, whose chat templates are in `NAMED_TEMPLATES`.
     """
 
     placeholder = IMAGE_TOKEN
@@ -70,40 +73,40 @@ class Processor(ABC):
         """Returns the model's inputs for prompts and their images.
 
         Args:
-          images: for each prompt None, an image, or a list of images (see `open_image`).
+          images: for each prompt an image, a list of images (see `open_image`), or None.
           prompts: raw prompts, to which the chat template and the image placeholders are added.
           pad_to: length T of every row; the length of the longest row if None.
 
         Returns:
-          input_ids and attention_mask int64 [B, T], padded on the left; where a row has images also
+          input_ids and attention_mask int64 [B, T], padded on the left. If there are images, also
           LLaVA-1.5: pixel_values float32 [I, C, S, S], all images in row order;
-          LLaVA-NeXT: pixel_values [I, tiles, C, S, S], the whole image first, and image_sizes int64 [I, 2] (height,
-          width);
+          LLaVA-NeXT: pixel_values [I, tiles, C, S, S], where the first tile is the scaled-down image, and image_sizes
+          int64 [I, 2] (height, width);
           Llama 3.2 Vision: pixel_values [B, M, tiles, C, S, S], aspect_ratio_ids int64 [B, M] (0 is no image),
           aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles].
 
         Raises:
-          UserError: the image of a row cannot be opened, its prompt is too long for `pad_to` or the tokenizer, or its
-            prompt contains the image placeholder; the message names the row.
+          UserError: an image cannot be opened; or a prompt is longer than `pad_to` or the tokenizer allows, or contains
+            the image placeholder. The message names the row.
         """
         rows = self._open_rows(images, prompts)
-        texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        texts = [self._expand(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         inputs = self._tokenize(texts, pad_to)
         return self._with_pixels(inputs, rows) if any(rows) else inputs
 
     def token_ids(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[int]]:
-        """Returns the tokens of each row, image positions included, without decoding images.
+        """Returns the tokens of each row, image positions included, without decoding images; see `__call__`.
 
         Raises:
-          UserError: a prompt contains the image placeholder, or the size of an image is needed and cannot be read; the
-            message names the row or the image.
+          UserError: a prompt contains the image placeholder; or the number of positions of an image depends on its
+            size, which cannot be read. The message names the row or the image.
         """
         rows = _as_rows(images, prompts)
-        texts = [self._text(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        texts = [self._expand(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         return self._ids(texts)
 
     def misfit(self, ids: Sequence[int] | np.ndarray) -> str | None:
-        """Returns why a row of `token_ids` is longer than the tokenizer allows, or None if it is not."""
+        """Returns a message if a row of `token_ids` is longer than the tokenizer allows, otherwise None."""
         count = int(np.count_nonzero(np.asarray(ids) != self.config.image_token_index))
         return beyond_tokens(count, max_tokens(self.tokenizer))
 
@@ -112,20 +115,24 @@ class Processor(ABC):
         return batch_images(self.config, inputs, num_rows=num_rows, per_row=per_row)
 
     def decode(self, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-        """Returns the texts of responses Int[B, A] at the positions where mask Bool[B, A] is True, without special
-        tokens."""
+        """Returns the texts of B responses, without special tokens.
+
+        Args:
+          tokens: token ids [B, A].
+          mask: True at the tokens of the responses [B, A].
+        """
         rows = zip(np.asarray(tokens), np.asarray(mask, dtype=bool), strict=True)
         return [self.tokenizer.decode(row[keep].tolist(), skip_special_tokens=True) for row, keep in rows]
 
     @classmethod
     @abstractmethod
     def published_template(cls, values: JsonObject) -> Template:
-        """Returns the chat template that the family was published with on the backbone of this config.json."""
+        """Returns the chat template with which the family was published; `values` is the config.json."""
 
     @classmethod
     @abstractmethod
     def image_processors(cls) -> JsonObject:
-        """Returns HF's classes by the name in checkpoint files; the first is used if a file names none."""
+        """Returns {name in checkpoint files: HF's class}; the first one is used if a file names none."""
 
     @abstractmethod
     def _check_image_processor(self) -> None:
@@ -133,14 +140,14 @@ class Processor(ABC):
 
     @abstractmethod
     def _image_tokens(self, image: ImageLike, name: str) -> int:
-        """Returns the number of positions that an image takes in the prompt; the image is read only if its size
-        matters."""
+        """Returns the number of positions of an image in the prompt; `name` names the image in error messages."""
 
     @abstractmethod
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
-        """Returns `inputs` with the image processor's arrays for the images, of which there is at least one."""
+        """Returns `inputs` together with the image processor's arrays for the images of all rows, at least one."""
 
-    def _text(self, row: int, prompt: str, images: Sequence[ImageLike]) -> str:
+    def _expand(self, row: int, prompt: str, images: Sequence[ImageLike]) -> str:
+        """Returns the prompt in its chat template, with one placeholder for each position of an image."""
         if self.placeholder in prompt:
             raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
         first, *rest = self.template(prompt, len(images)).split(self.placeholder)
@@ -151,14 +158,15 @@ class Processor(ABC):
         return "".join([first, *expanded])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Returns token ids with exactly one BOS: the template's, or the tokenizer's if the template writes none."""
+        """Returns the token ids of each text with exactly one BOS: the template's, or else the tokenizer's."""
         bos = self.tokenizer.bos_token
-        special = [bos is None or not text.startswith(bos) for text in texts]
-        pairs = zip(texts, special, strict=True)
+        needs_bos = [bos is None or not text.startswith(bos) for text in texts]
+        pairs = zip(texts, needs_bos, strict=True)
         # verbose=False: `misfit` reports texts that are too long, so the tokenizer need not warn.
         return [self.tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"] for text, add in pairs]
 
     def _tokenize(self, texts: list[str], pad_to: int | None) -> Inputs:
+        """Returns input_ids and attention_mask of the texts, padded on the left; see `__call__`."""
         encoded = self._ids(texts)
         lengths = [len(ids) for ids in encoded]
         length = max(lengths, default=0) if pad_to is None else pad_to
@@ -183,41 +191,42 @@ class Processor(ABC):
 
 
 def load_processor(directory: str | Path, config: Any = None, template: str | None = None) -> Processor:
-    """Loads a processor from the tokenizer, image-processor and config files of a checkpoint; weights are not needed.
+    """Loads the processor of a checkpoint from its tokenizer, image-processor and config files, without weights.
 
     Args:
       directory: directory of the checkpoint.
       config: config of the network; read from the directory's config.json if None.
-      template: a name in `NAMED_TEMPLATES`; None means the checkpoint's own template, or else the published one of its
-        family.
+      template: a name in `NAMED_TEMPLATES`; None means the checkpoint's own template, or the published one of its
+        family if the checkpoint has none.
 
     Raises:
       UserError: files are missing, unreadable or do not fit the model's config; or the template belongs to another
-        backbone.
+        language model.
     """
     directory = Path(directory)
     values = read_hf_config(directory)
     if config is None:
         config = vlm_config(values, str(directory / "config.json"))
-    kind, tokenizer = family_of(config).processor, load_tokenizer(directory)
-    image_processor = _load_image_processor(directory, kind.image_processors())
+    processor_class, tokenizer = family_of(config).processor, load_tokenizer(directory)
+    image_processor = _load_image_processor(directory, processor_class.image_processors())
     if template is not None:
-        chosen = _named_template(template, kind, values)
+        prompt_template = _named_template(template, processor_class, values)
     else:
-        chosen = own_template(directory, tokenizer, kind.placeholder) or kind.published_template(values)
-    return kind(tokenizer, image_processor, config, chosen)
+        checkpoint_template = own_template(directory, tokenizer, processor_class.placeholder)
+        prompt_template = checkpoint_template or processor_class.published_template(values)
+    return processor_class(tokenizer, image_processor, config, prompt_template)
 
 
-def _named_template(name: str, kind: type[Processor], values: JsonObject) -> Template:
-    """Returns the template called `name` if it fits the model of this config.json.
+def _named_template(name: str, processor_class: type[Processor], values: JsonObject) -> Template:
+    """Returns the template in `NAMED_TEMPLATES` with this name, for the model of a config.json.
 
     Raises:
-      UserError: there is no such template, or the model's backbone was trained on another conversation format.
+      UserError: there is no such template, or the model is not a LLaVA on Vicuna.
     """
     if name not in NAMED_TEMPLATES:
         raise UserError(f"config.data.template={name}: unknown; choose {' or '.join(NAMED_TEMPLATES)}")
     backbone = backbone_of(values)
-    if not kind.on_vicuna or backbone != "llama":
+    if not processor_class.on_vicuna or backbone != "llama":
         raise UserError(
             f"config.data.template={name}: is for LLaVA on Vicuna; this model is {values['model_type']} on {backbone}: "
             "leave the field unset"
@@ -226,12 +235,12 @@ def _named_template(name: str, kind: type[Processor], values: JsonObject) -> Tem
 
 
 def backbone_of(values: JsonObject) -> str:
-    """Returns `model_type` of the decoder of a config.json."""
+    """Returns the `model_type` of the decoder that a config.json names, "llama" if it names none."""
     return (values.get("text_config") or {}).get("model_type", "llama")
 
 
 def edges(size: Any) -> tuple[int | None, int | None]:
-    """Returns height and width of one of HF's size settings; None for an edge that the setting leaves open."""
+    """Returns (height, width) of an HF image processor's `size` or `crop_size`, None for what it does not set."""
     shortest = getattr(size, "shortest_edge", None)
     return shortest or getattr(size, "height", None), shortest or getattr(size, "width", None)
 
@@ -251,7 +260,7 @@ def _as_rows(images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[I
 
 
 def image_name(source: ImageLike, name: str) -> str:
-    """Returns the name of an image in error messages: its own name if it has one, else `name`."""
+    """Returns the name of an image in error messages: its path or stored name, otherwise `name`."""
     if isinstance(source, (str, os.PathLike)):
         return str(source)
     return source.name if isinstance(source, StoredImage) else name
@@ -264,31 +273,37 @@ def _open(source: ImageLike, name: str) -> Image:
     return image
 
 
-def _load_image_processor(directory: Path, kinds: JsonObject) -> Any:
+def _load_image_processor(directory: Path, classes: JsonObject) -> Any:
+    """Returns transformers' image processor of a checkpoint; `classes` is the result of `Processor.image_processors`.
+
+    Raises:
+      UserError: the file of settings is missing or broken, or names a class that is not in `classes`.
+    """
     path, settings = _image_settings(directory)
-    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(kinds))
-    kind = kinds.get(str(name).removesuffix("Pil").removesuffix("Fast"))
-    if kind is None:
-        raise UserError(f"{path}: image_processor_type '{name}' is unknown here; known: {', '.join(kinds)}")
+    name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or next(iter(classes))
+    image_processor = classes.get(str(name).removesuffix("Pil").removesuffix("Fast"))
+    if image_processor is None:
+        raise UserError(f"{path}: image_processor_type '{name}' is unknown here; known: {', '.join(classes)}")
     try:
-        return kind.from_dict(settings)
+        return image_processor.from_dict(settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: {error}; copy it from the checkpoint's source") from error
 
 
 def _image_settings(directory: Path) -> tuple[Path, JsonObject]:
-    """Returns the image processor's settings, from processor_config.json (transformers 5) or from a file of their
-    own."""
-    whole = directory / "processor_config.json"
-    if whole.is_file():
-        settings = _read_json(whole).get("image_processor")
+    """Returns (file, the image processor's settings in it): processor_config.json (transformers 5), or an older file
+    that contains nothing else."""
+    combined_file = directory / "processor_config.json"
+    if combined_file.is_file():
+        settings = _read_json(combined_file).get("image_processor")
         if isinstance(settings, dict):
-            return whole, settings
+            return combined_file, settings
     path = directory / SETTINGS_FILE
     return path, _read_json(path)
 
 
 def _read_json(path: Path) -> JsonObject:
+    """Returns the object in a JSON file; raises a UserError if there is none."""
     try:
         settings = parse_json(read_text(path))
         if not isinstance(settings, dict):

@@ -1,12 +1,12 @@
-"""Rows and models in transformers, which `--mode=verify` compares with this package.
+"""Transformers' side of `--mode=verify`, which compares transformers with this package.
 
-Rows are given to transformers one at a time, because it cannot batch every mixture of them. Models and tensors are used
-only through their methods, so this module does not import torch.
+Rows are given to transformers one at a time, because it cannot batch rows with different numbers of images in every
+family. Models and tensors are used only through their methods, so this module does not import torch.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,15 @@ class Reference:
 
     Attributes:
       processor: name of the class of its processor.
-      random_row: function of (config, tokens of the text, number of images, random generator) that returns arrays like
-        those of `hf_row`.
+      random_row: function of (config, tokens of the text, number of images, random generator) that returns arrays of a
+        random row, in the form of `hf_row`.
       states: function of (model, config, torch tensors of a row) that returns the hidden states of the image encoder.
       at_exit: function of (model, config, exit) that returns a context in which transformers' model answers at that
         exit.
-      join_images: function of (rows, padded length) that returns the image arrays of all rows.
-      prepare_processor: sets attributes from the model's config that the processor's files do not have.
-      capture: function that returns which states the installed transformers uses as captured intermediates
-        (`Family.exit_options`); None for a family without any.
+      join_images: function of (rows, padded length) that returns the image arrays of all rows as one batch.
+      prepare_processor: function of (processor, config) that sets attributes which the processor's files lack.
+      capture: function that returns the value of the exit option "capture" that the installed transformers implements;
+        it returns None for a family without this option.
     """
 
     processor: str
@@ -49,17 +49,19 @@ class Reference:
 
 
 def transformers_capture(directory: str | Path) -> str | None:
-    """Returns which states the installed transformers uses as a model's captured intermediates; None for a family
-    without any.
+    """Returns which value of the exit option "capture" the installed transformers implements for a checkpoint's family.
+
+    Returns:
+      "input" or "output" (`icet_jax.config.names.CAPTURES`); None for a family without this option.
 
     Raises:
-      UserError: there is no such checkpoint, or this version of transformers supports neither choice.
+      UserError: there is no such checkpoint, or this version of transformers implements neither value.
     """
     return family(read_hf_config(directory)["model_type"], str(directory)).reference.capture()
 
 
 def hf_processor(directory: str | Path, config: NetworkConfig) -> Any:
-    """Returns transformers' own processor of a checkpoint, with the image processor that needs no torch."""
+    """Returns transformers' processor of a checkpoint, with the image processor that needs no torch."""
     import transformers
 
     processor = getattr(transformers, family_of(config).reference.processor).from_pretrained(directory)
@@ -69,13 +71,16 @@ def hf_processor(directory: str | Path, config: NetworkConfig) -> Any:
 
 
 def hf_row(processor: Any, template: Template, images: Sequence[Any], prompt: str) -> Inputs:
-    """Returns transformers' arrays of one row; the first axis is 1, or the images for arrays without an axis of rows.
+    """Returns the arrays that transformers' processor makes of one row.
 
     Args:
       processor: result of `hf_processor`.
       template: used if the checkpoint has no chat template of its own.
       images: PIL images or files.
       prompt: the raw prompt.
+
+    Returns:
+      {name: array}. The first axis is 1 (the row), or the images in arrays that have no axis of rows.
     """
     text = template(prompt, len(images))
     if processor.chat_template is not None:
@@ -86,9 +91,9 @@ def hf_row(processor: Any, template: Template, images: Sequence[Any], prompt: st
         )  # fmt: skip
     opened = [str(image) if isinstance(image, Path) else image for image in images]
     bos = processor.tokenizer.bos_token
-    special = bos is None or not text.startswith(bos)
+    needs_bos = bos is None or not text.startswith(bos)
     arrays = processor(
-        text=[text], images=[opened] if opened else None, add_special_tokens=special, return_tensors="np"
+        text=[text], images=[opened] if opened else None, add_special_tokens=needs_bos, return_tensors="np"
     )
     return {name: np.asarray(array) for name, array in arrays.items()}
 
@@ -96,20 +101,26 @@ def hf_row(processor: Any, template: Template, images: Sequence[Any], prompt: st
 def random_row(
     config: NetworkConfig, vocabulary: np.ndarray, count: int, length: int, noise: np.random.Generator
 ) -> Inputs:
-    """Returns arrays like those of `hf_row`, of random tokens and pixels.
+    """Returns the arrays of a row with random tokens and pixels, in the form of `hf_row`.
 
     Args:
       config: config of the network.
-      vocabulary: tokens to draw from.
+      vocabulary: tokens to sample from.
       count: number of images, which come before the text.
       length: number of text tokens.
-      noise: source of the randomness.
+      noise: random generator.
     """
     return family_of(config).reference.random_row(config, noise.choice(vocabulary, length), count, noise)
 
 
 def join(config: NetworkConfig, rows: Sequence[Inputs], pad_id: int) -> Inputs:
-    """Returns rows as one batch, padded on the left; images are padded to the largest number and tiles of any row."""
+    """Returns rows of `hf_row` as one batch with text padded on the left.
+
+    Args:
+      config: config of the network.
+      rows: the rows; the one with most images and tiles determines the shapes of the image arrays.
+      pad_id: token id of the padding.
+    """
     length = max(row["input_ids"].shape[1] for row in rows)
     shape = (len(rows), length)
     out = {"input_ids": np.full(shape, pad_id, np.int64), "attention_mask": np.zeros(shape, np.int64)}
@@ -119,49 +130,48 @@ def join(config: NetworkConfig, rows: Sequence[Inputs], pad_id: int) -> Inputs:
     return out | family_of(config).reference.join_images(rows, length)
 
 
-def stacked_images(rows: Sequence[Inputs], length: int) -> Inputs:
-    """Returns the concatenated image arrays of rows whose first axis is the images."""
+def concatenate_images(rows: Sequence[Inputs], length: int) -> Inputs:
+    """Returns the image arrays of all rows, concatenated along their first axis, the images; `length` is not used."""
     names = {name for row in rows for name in row} - {"input_ids", "attention_mask"}
-    return {name: _stacked([row[name] for row in rows if name in row]) for name in sorted(names)}
+    return {name: _concatenate_padded([row[name] for row in rows if name in row]) for name in sorted(names)}
 
 
-def _stacked(parts: list[np.ndarray]) -> np.ndarray:
-    """Concatenates arrays along the first axis; their other axes are filled up with zeros to the largest."""
+def _concatenate_padded(parts: list[np.ndarray]) -> np.ndarray:
+    """Returns arrays concatenated along the first axis; their other axes are padded with zeros to the largest."""
     shape = np.max([part.shape[1:] for part in parts], axis=0)
-    fills = [[(0, 0), *((0, most - size) for most, size in zip(shape, part.shape[1:], strict=True))] for part in parts]
-    return np.concatenate([np.pad(part, fill) for part, fill in zip(parts, fills, strict=True)])
+    widths = [[(0, 0), *((0, most - size) for most, size in zip(shape, part.shape[1:], strict=True))] for part in parts]
+    return np.concatenate([np.pad(part, width) for part, width in zip(parts, widths, strict=True)])
 
 
 def encoder_states(model: Any, config: NetworkConfig, row: dict[str, Any]) -> States:
-    """Returns every hidden state of the image encoder for one row's images, as `VisionLanguageModel.hidden_states`
-    does.
+    """Returns all hidden states of transformers' image encoder for one row's images.
+
+    They are in the same form as those of `VisionLanguageModel.hidden_states`.
 
     Args:
       model: transformers' model.
       config: config of the network.
-      row: torch tensors of `hf_row`.
+      row: result of `hf_row` as torch tensors.
     """
     return family_of(config).reference.states(model, config, row)
 
 
 def at_exit(model: Any, config: NetworkConfig, layer: int) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which transformers' model answers at exit `layer`."""
+    """Returns a context in which transformers' model generates its answers at exit `layer`."""
     return family_of(config).reference.at_exit(model, config, layer)
 
 
 def random_pixels(noise: np.random.Generator, shape: tuple[int, ...], config: Any) -> np.ndarray:
-    """Returns normally distributed pixels of images of the tower's size, float32 [*shape, C, S, S]."""
+    """Returns random images of the size that the image encoder takes, float32 [*shape, C, S, S]."""
     size = config.vision.image_size
     return noise.normal(size=(*shape, config.vision.num_channels, size, size)).astype(np.float32)
 
 
-class RemovingHooks:
-    """Removes torch hooks when it is closed."""
-
-    def __init__(self, hooks: Sequence[Any]) -> None:
-        self._hooks = hooks
-
-    def close(self) -> None:
-        """Removes the hooks."""
-        for hook in self._hooks:
+@contextlib.contextmanager
+def torch_hooks(hooks: Sequence[Any]) -> Iterator[None]:
+    """Returns a context at the end of which these hooks of torch modules are removed."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""The images of a LLaVA-1.5 batch, each of which is one square of pixels."""
+"""The images of a LLaVA-1.5 batch; each has the same square size."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def image_shape(config: LlavaConfig) -> tuple[int, ...]:
 
 
 def image_parts(config: LlavaConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
-    """Returns pixels and rows of the images; they have no layout."""
+    """Returns pixels and rows of the images; this family has no `Images.layout`."""
     pixels = pixel_values(inputs, image_shape(config), axes=1)
     return pixels, image_rows(ids, len(pixels), config), lambda places: None
 
@@ -22,7 +22,8 @@ def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> n
     """Returns the row of each image, int32 [I] ascending, from the placeholders in input_ids [B, T].
 
     Raises:
-      UserError: the placeholders of a row do not form whole images, or their number differs from that of the images.
+      UserError: the number of placeholders in a row is not a multiple of an image's number, or all rows together have
+        placeholders for another number of images than `num_images`.
     """
     counts, rest = np.divmod((input_ids == config.image_token_index).sum(axis=1), config.image_tokens)
     if rest.any():

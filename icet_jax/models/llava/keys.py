@@ -12,7 +12,8 @@ normalise_llava = renaming(
     (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
     (r"(model\.)?image_newline$", "image_newline"),
 )
-"""Old name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
+"""Function of a tensor's key, as any transformers from 4.46 to 5.x writes it, that returns the key in this table; None
+for a tensor that is not a parameter."""
 
 
 def llava_table(config: LlavaConfig) -> Table:
@@ -21,7 +22,7 @@ def llava_table(config: LlavaConfig) -> Table:
 
 
 def llava_slots(config: LlavaConfig) -> Iterator[Slot]:
-    """Yields the slots of the tower, the projector and the decoder."""
+    """Yields the slots (a key in a checkpoint and the parameter it belongs to) of tower, projector and decoder."""
     leaves = LINEAR if config.multimodal_projector_bias else LINEAR[:1]
     projector = tuple((f"multi_modal_projector.{name}", f"projector/{name}") for name in ("linear_1", "linear_2"))
     yield from clip_slots(config.vision, "vision_tower.vision_model", "vision_tower")

@@ -11,7 +11,7 @@ from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, Processor, edg
 
 
 class LlavaProcessor(Processor):
-    """Prepares inputs of LLaVA-1.5, whose images are resized and cropped to one square (HF `LlavaProcessor`)."""
+    """Makes the inputs of LLaVA-1.5, whose images are resized and cropped to a square (HF `LlavaProcessor`)."""
 
     on_vicuna = True
 
@@ -22,7 +22,7 @@ class LlavaProcessor(Processor):
 
     @classmethod
     def image_processors(cls) -> JsonObject:
-        """Returns HF's classes by name; see `Processor`."""
+        """Returns {name: HF's class}; see `Processor`."""
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
         from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 

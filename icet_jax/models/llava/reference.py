@@ -8,12 +8,12 @@ import numpy as np
 
 from icet_jax.files import JsonObject
 from icet_jax.models.base.processor import Inputs
-from icet_jax.models.base.reference import Reference, States, random_pixels, stacked_images
+from icet_jax.models.base.reference import Reference, States, concatenate_images, random_pixels
 from icet_jax.models.llava.network import LlavaConfig
 
 
 def random_row(config: LlavaConfig, text: np.ndarray, count: int, noise: np.random.Generator) -> Inputs:
-    """Returns arrays of one row of random pixels and the tokens of `text`, which follow `count` images."""
+    """Returns the arrays of one row: `count` random images, then the tokens of `text`; see `Reference.random_row`."""
     ids = np.concatenate([np.full(count * config.image_tokens, config.image_token_index), text])[None]
     row = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     if count:
@@ -22,14 +22,14 @@ def random_row(config: LlavaConfig, text: np.ndarray, count: int, noise: np.rand
 
 
 def hidden_states(model: Any, config: LlavaConfig, row: JsonObject) -> States:
-    """Returns states 0..num_exits of the image encoder for one row's images."""
+    """Returns hidden states 0..num_exits of the image encoder for one row's images; see `Reference.states`."""
     pixels = row["pixel_values"]
     return list(model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
 
 
 @contextlib.contextmanager
 def at_exit(model: Any, config: LlavaConfig, layer: int) -> Iterator[None]:
-    """Makes transformers' model answer at exit `layer` within the context."""
+    """Returns a context in which transformers' model answers at exit `layer`."""
     original_layer = model.config.vision_feature_layer
     model.config.vision_feature_layer = layer
     try:
@@ -39,10 +39,10 @@ def at_exit(model: Any, config: LlavaConfig, layer: int) -> Iterator[None]:
 
 
 def prepare_processor(processor: Any, config: LlavaConfig) -> None:
-    """Sets the counts from the model's config, because those in the hub's processor files differ."""
+    """Sets what determines the number of image positions, because published processor files have other values."""
     processor.patch_size = config.vision.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1
 
 
-REFERENCE = Reference("LlavaProcessor", random_row, hidden_states, at_exit, stacked_images, prepare_processor)
+REFERENCE = Reference("LlavaProcessor", random_row, hidden_states, at_exit, concatenate_images, prepare_processor)

@@ -6,7 +6,6 @@ from icet_jax.models.llava_next.network import LlavaNextConfig
 
 
 def llava_next_table(config: LlavaNextConfig) -> Table:
-    """Returns the key table of LLaVA-NeXT: LLaVA-1.5's tensors and one more (HF
-    `LlavaNextForConditionalGeneration`)."""
+    """Returns the key table of LLaVA-NeXT: LLaVA-1.5's tensors and `image_newline`."""
     newline = Slot("image_newline", "image_newline", None, SAME)
     return Table((*llava_slots(config), newline), normalise_llava)

@@ -13,17 +13,16 @@ from icet_jax.models.llava_next.anyres import packing
 
 
 class LlavaNextProcessor(LlavaProcessor):
-    """Prepares inputs of LLaVA-NeXT: each whole image, and its tiles on the canvas that fits it best (HF
-    `LlavaNextProcessor`)."""
+    """Makes the inputs of LLaVA-NeXT: each image scaled down, and its tiles (HF `LlavaNextProcessor`)."""
 
     @classmethod
     def published_template(cls, values: JsonObject) -> Template:
-        """Returns the template of the model's backbone; see `Processor`."""
+        """Returns the template for Mistral or Vicuna, whichever the model has; see `Processor`."""
         return mistral_16 if backbone_of(values) == "mistral" else vicuna_16
 
     @classmethod
     def image_processors(cls) -> JsonObject:
-        """Returns HF's classes by name; see `Processor`."""
+        """Returns {name: HF's class}; see `Processor`."""
         from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
         return {"LlavaNextImageProcessor": LlavaNextImageProcessorPil}

@@ -12,6 +12,7 @@ _TILE_POSITIONS = ("pre_tile_positional_embedding", "post_tile_positional_embedd
 
 
 def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
+    """Yields the slots of the image encoder."""
     root, own = "vision_model", "vision_tower"
     vision = config.vision
     convolution = patches(vision.num_channels, vision.patch_size)
@@ -41,17 +42,25 @@ def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
 
 
 def _stack_slots(
-    numbers: Sequence[int], own: str, modules: Sequence[tuple[str, str]], leaves: tuple[Any, ...]
+    hf_layers: Sequence[int], stack: str, modules: Sequence[tuple[str, str]], leaves: tuple[Any, ...]
 ) -> Iterator[Slot]:
-    """Yields the slots of a stack whose layers have these numbers in HF's decoder."""
-    for place, number in enumerate(numbers):
+    """Yields the slots of one of the decoder's two stacks of layers.
+
+    Args:
+      hf_layers: numbers of the stack's layers in HF's decoder.
+      stack: name of the stack in this package.
+      modules: (HF's name of a module, its name in this package).
+      leaves: tensors of each module, such as `LINEAR`.
+    """
+    for layer, hf_layer in enumerate(hf_layers):
         for theirs, ours in modules:
             for leaf, name, transform in leaves:
-                key = f"language_model.model.layers.{number}.{theirs}.{leaf}"
-                yield Slot(key, f"language_model/{own}/{ours}/{name}", place, transform)
+                key = f"language_model.model.layers.{hf_layer}.{theirs}.{leaf}"
+                yield Slot(key, f"language_model/{stack}/{ours}/{name}", layer, transform)
 
 
 def _text_slots(config: MllamaConfig) -> Iterator[Slot]:
+    """Yields the slots of the decoder."""
     root, own = "language_model.model", "language_model"
     text = config.text
     yield Slot(f"{root}.embed_tokens.weight", f"{own}/embed_tokens", None, SAME)
@@ -67,10 +76,10 @@ def _text_slots(config: MllamaConfig) -> Iterator[Slot]:
     cross_attention = [(f"cross_attn.{name}", name) for name in _ATTENTION]
     yield from _stack_slots(cross, "cross_layers", norms + head_norms, NORM[:1])
     yield from _stack_slots(cross, "cross_layers", cross_attention + mlp, LINEAR[:1])
-    for place, number in enumerate(cross):
+    for layer, hf_layer in enumerate(cross):
         for gate in ("attn_gate", "mlp_gate"):
-            key = f"{root}.layers.{number}.cross_attn_{gate}"
-            yield Slot(key, f"{own}/cross_layers/{gate}", place, SAME)
+            key = f"{root}.layers.{hf_layer}.cross_attn_{gate}"
+            yield Slot(key, f"{own}/cross_layers/{gate}", layer, SAME)
     yield from single((("language_model.lm_head", f"{own}/lm_head"),), LINEAR[:1])
 
 
@@ -80,10 +89,11 @@ normalise_mllama = renaming(
     (r"(model\.)?vision_model\.", "vision_model."),
     (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
 )
-"""Old name of a key in any of the layouts that transformers 4.46 to 5.x write; None for buffers."""
+"""Function of a tensor's key, as any transformers from 4.46 to 5.x writes it, that returns the key in this table; None
+for a tensor that is not a parameter."""
 
 
 def mllama_table(config: MllamaConfig) -> Table:
-    """Returns the key table of the model; each stack holds the layers of one kind, in the order of HF's decoder."""
+    """Returns the key table of the model, whose two stacks have the self- and the cross-attention layers."""
     projector = single((("multi_modal_projector", "projector"),), LINEAR)
     return Table((*_vision_slots(config), *projector, *_text_slots(config)), normalise_mllama)

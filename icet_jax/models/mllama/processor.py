@@ -11,8 +11,7 @@ from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, Processor, edg
 
 
 class MllamaProcessor(Processor):
-    """Prepares inputs of Llama 3.2 Vision: up to four tiles of each image, separate from the text (HF
-    `MllamaProcessor`)."""
+    """Makes the inputs of Llama 3.2 Vision: up to four tiles of each image (HF `MllamaProcessor`)."""
 
     placeholder = MLLAMA_IMAGE_TOKEN
 
@@ -23,7 +22,7 @@ class MllamaProcessor(Processor):
 
     @classmethod
     def image_processors(cls) -> JsonObject:
-        """Returns HF's classes by name; see `Processor`."""
+        """Returns {name: HF's class}; see `Processor`."""
         from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
         return {"MllamaImageProcessor": MllamaImageProcessorPil}
@@ -57,12 +56,12 @@ class MllamaProcessor(Processor):
 def cross_attention_mask(input_ids: np.ndarray, image_token: int, tiles: np.ndarray) -> np.ndarray:
     """Returns which tiles each token attends to, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
 
-    A token attends to the last image before it, and to the images directly before that image.
+    A token attends to the last image before it, and to images whose placeholders directly precede that image's.
 
     Args:
-      input_ids: [B, T].
+      input_ids: token ids [B, T].
       image_token: id of the image placeholder.
-      tiles: 1 for each tile that an image has, int64 [B, M, tiles].
+      tiles: 1 for each tile that an image has, else 0, int64 [B, M, tiles].
     """
     batch, length = input_ids.shape
     mask = np.zeros((batch, length, *tiles.shape[1:]), np.int64)
