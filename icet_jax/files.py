@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one (write beside, then rename), and parsing what others wrote."""
+"""Reads and writes files. A written file is complete or absent: it gets its name only when all of it is on disk."""
 
 import errno
 import json
@@ -17,36 +17,36 @@ from icet_jax.errors import UserError, write_error
 JsonObject = dict[str, Any]
 """An object of a JSON file: text keys, and values of any JSON type."""
 
-_SEAL = ', "crc32": '
+_CHECKSUM = ', "crc32": '
 _writes = True
-_WAITS = (0.2, 1.0)  # s before a full disk is tried again; others may be clearing it
+_WAITS = (0.2, 1.0)  # seconds before each new attempt to write to a full disk, which others may be clearing
 
 
 def write_nothing() -> None:
-    """From now on `write_bytes_atomic` does nothing in this process: of several processes, the first one writes."""
+    """Makes the functions of this module write nothing in this process; of several processes, only the first writes."""
     global _writes
     _writes = False
 
 
-_KINDS = {
+_IRREGULAR = {
     stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
 
 
 def require_regular(path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Refuses what is no file and may be read for ever: a named pipe, a socket, a device. A link may lead to a file.
+    """Raises an error for a path that could be read for ever: a named pipe, a socket or a device.
 
-    A path that leads nowhere, or to a folder, passes: opening it says so.
+    A link to a file is accepted. A missing file or a folder is accepted too, because opening it gives a clear error.
 
     Args:
-      path: of what is about to be opened.
-      name: what an error calls it; a path names itself.
+      path: path that is about to be opened.
+      name: name of the file in the error; the path if None.
 
     Raises:
-      UserError: it is one of these.
+      UserError: it is a named pipe, a socket or a device.
     """
     try:
-        kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+        kind = _IRREGULAR.get(stat.S_IFMT(os.stat(path).st_mode))
     except (OSError, ValueError):
         return
     if kind is not None:
@@ -57,7 +57,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is the small text that Git LFS leaves in place of a file which has not been fetched."""
+    """Returns whether a file is the small text that Git LFS puts in place of a file that has not been fetched."""
     try:
         with open(path, "rb") as file:
             return file.read(len(_LFS_POINTER)) == _LFS_POINTER
@@ -66,25 +66,26 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
 
 
 LFS_ADVICE = "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
+"""What errors say of such a file, after its name."""
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file that `require_regular` lets pass."""
+    """Returns the bytes of a file; raises a UserError for a named pipe, a socket or a device."""
     require_regular(path)
     return path.read_bytes()
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """The UTF-8 text of a file that `require_regular` lets pass."""
+    """Returns the UTF-8 text of a file; `errors` is that of `open`. Raises as `read_bytes` does."""
     require_regular(path)
     return path.read_text(encoding="utf-8", errors=errors)
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads` with one kind of error for whatever is wrong with a text that came from outside.
+    """Returns the value that `json.loads` finds in a text, but raises ValueError whatever is wrong with the text.
 
     Raises:
-      ValueError: it is not JSON, not UTF-8, or nested more deeply than Python can follow.
+      ValueError: it is not JSON, not UTF-8, or nested more deeply than Python can parse.
     """
     try:
         return json.loads(text, **options)
@@ -92,21 +93,21 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def seal(row: dict[str, Any]) -> str:
-    """A JSON object as one line that `unseal` takes back only if no byte of it has changed."""
+def seal(row: JsonObject) -> str:
+    """Returns a JSON object as one line of text that ends with its checksum, for `unseal`."""
     text = json.dumps(row, allow_nan=False)
-    return f"{text[:-1]}{_SEAL}{zlib.crc32(text.encode())}}}"
+    return f"{text[:-1]}{_CHECKSUM}{zlib.crc32(text.encode())}}}"
 
 
-def unseal(line: str) -> dict[str, Any]:
-    """The object of a line that `seal` made, without its line end.
+def unseal(line: str) -> JsonObject:
+    """Returns the object in a line that `seal` has written, without its checksum.
 
     Raises:
-      ValueError: something has changed it.
+      ValueError: the line has changed, or is no such line.
     """
-    text, found, stored = line.rpartition(_SEAL)
+    text, separator, checksum = line.rpartition(_CHECKSUM)
     text += "}"
-    if not found or stored != f"{zlib.crc32(text.encode('utf-8', 'surrogatepass'))}}}":
+    if not separator or checksum != f"{zlib.crc32(text.encode('utf-8', 'surrogatepass'))}}}":
         raise ValueError("no checksum, or a wrong one")
     row = parse_json(text)
     if not isinstance(row, dict):
@@ -115,27 +116,27 @@ def unseal(line: str) -> dict[str, Any]:
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
-    """Writes `data` to `path`; `path` holds either its old content or all of the new.
+    """Writes `data` to `path`; after an interruption the file has either its old content or all of the new.
 
     Raises:
       UserError: the folder cannot be written to or the disk is full.
     """
     if _writes:
-        _with_patience(lambda: _replace(Path(path), data), path)
+        _retry_on_full_disk(lambda: _replace(Path(path), data), path)
 
 
 def append_text(path: str | Path, text: str) -> None:
-    """Adds UTF-8 text to the end of a file, all of it or nothing; a kill may leave the beginning of it.
+    """Adds UTF-8 text to the end of a file. If that fails, nothing is added; a killed process may have added a part.
 
     Raises:
       UserError: the file cannot be written or the disk is full.
     """
     if _writes:
-        _with_patience(lambda: _append(Path(path), text.encode("utf-8")), path)
+        _retry_on_full_disk(lambda: _append(Path(path), text.encode("utf-8")), path)
 
 
-def _with_patience(write: Callable[[], None], path: str | Path) -> None:
-    """Calls `write`, and again if the disk was full."""
+def _retry_on_full_disk(write: Callable[[], None], path: str | Path) -> None:
+    """Calls `write`, again after each of `_WAITS` while the disk is full; raises a UserError if it keeps failing."""
     for wait in (*_WAITS, None):
         try:
             return write()
@@ -146,6 +147,7 @@ def _with_patience(write: Callable[[], None], path: str | Path) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
+    """Writes a temporary file in the same folder and renames it to `path`."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +166,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _append(path: Path, data: bytes) -> None:
+    """Adds bytes to the end of a file, and removes them again if not all could be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         end = file.tell()
@@ -176,14 +179,14 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """`write_bytes_atomic` of UTF-8 text."""
+    """Writes UTF-8 text to `path`, see `write_bytes_atomic`."""
     write_bytes_atomic(path, text.encode("utf-8"))
 
 
 def replace_dir_atomic(temporary: str | Path, final: str | Path) -> None:
-    """Moves a finished folder into place, replacing an older one of the same name.
+    """Renames the folder `temporary` to `final`, replacing an older folder of that name.
 
-    The older folder is moved aside first and removed last: a crash leaves one complete folder under either name.
+    The older folder is renamed first and removed last, so that a crash leaves a complete folder under one of the names.
     """
     temporary, final = Path(temporary), Path(final)
     old = final.with_name(f".{final.name}.old")

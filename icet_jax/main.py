@@ -1,14 +1,14 @@
-"""The command line: flags -> config -> one of the modes.
+"""The command line: reads the flags, loads and checks the config, and runs one of the modes.
 
     icet-jax align --config=configs/organism_lppo.py --workdir=runs/organism [--config.lppo.kl_coef=0.1]
     icet-jax ask --checkpoint=DIR --image=cat.png --prompt="what is this" --exits=12,23
     python -m icet_jax.main --mode=ask --checkpoint=DIR --prompt="what is this"      # the same command, written out
 
-Nothing heavy is imported before the flags and the config have been checked.
+jax is imported only after the flags and the config have been checked.
 
-The overrides are read here and not by `ml_collections.config_flags`, which cannot add a key to a table
-(`--config.sweep.datasets.mine=rows.csv`), unset a field (`none`), or split a list of words. It reports an unknown field
-in two lines or without the nearest name, and needs `--config` in front of every override.
+Overrides (`--config.FIELD=VALUE`) are read here and not by `ml_collections.config_flags`, which cannot add a key to a
+field that is a dict (`--config.sweep.datasets.mine=rows.csv`), unset a field (`none`), or split a list of words. It
+reports an unknown field in two lines or without a similar name, and needs `--config` before every override.
 """
 
 import argparse
@@ -31,17 +31,17 @@ EXAMPLE = f"{COMMAND} --config=configs/organism_lppo.py --workdir=runs/organism"
 
 
 class Mode(NamedTuple):
-    """One thing that the command line can do. Its code is `icet_jax.commands.NAME`.
+    """Describes one mode of the command line, which `icet_jax.commands.NAME` implements.
 
     Attributes:
-      about: what it does, as --help says it.
-      example: the arguments of a command that works.
-      flags: the flags that have a meaning in this mode and not in every mode.
-      takes_config: False where the mode reads the config of a run directory, or none.
-      resumes: it writes to --workdir, and the same command continues there after a stop.
-      reports: it ends with the headline of a report.
-      is_shared: several processes can run it together.
-      compiles: it compiles programs, which are kept for later runs.
+      about: what it does, for --help.
+      example: arguments of a command that works.
+      flags: its flags, apart from those that all modes have.
+      takes_config: whether it needs --config or --checkpoint; other modes read the config of a run directory, or none.
+      resumes: whether it writes to --workdir, where the same command continues after an interruption.
+      reports: whether it prints the headline of a report at the end.
+      is_shared: whether several processes can run it together.
+      compiles: whether it compiles programs, which are stored for later runs.
     """
 
     about: str
@@ -88,19 +88,21 @@ _USAGE = "icet-jax [MODE] [--config=FILE] [--checkpoint=DIR] [--workdir=DIR] [--
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors that fit one line and say what to type."""
+    """An argparse parser that raises a one-line UserError with an example instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; type: {EXAMPLE} (or --help)")
 
 
-def _parser(mode: str | None = None) -> argparse.ArgumentParser:
-    """Returns the parser. The help of one `mode` leaves out the flags of others."""
-    shown = {mode: MODES[mode]} if mode in MODES else MODES
-    modes = "\n".join(f"  {name:8} {one.about}\n{'':11}icet-jax {one.example}" for name, one in shown.items())
+def _build_parser(mode: str | None = None) -> argparse.ArgumentParser:
+    """Returns a parser of all flags, whose --help describes only `mode` and its flags; None describes all modes."""
+    shown_modes = {mode: MODES[mode]} if mode in MODES else MODES
+    modes = "\n".join(
+        f"  {name:8} {shown.about}\n{'':11}icet-jax {shown.example}" for name, shown in shown_modes.items()
+    )
     parser = _Parser(
         prog="icet-jax",
-        usage=_USAGE if shown is MODES else _USAGE.replace("[MODE]", str(mode)),
+        usage=_USAGE if shown_modes is MODES else _USAGE.replace("[MODE]", str(mode)),
         description="Measures and repairs the early-exit hole of vision-language models.\n\n"
         f"modes, each with an example:\n{modes}",
         epilog=f"icet-jax and {COMMAND} are the same command, and --mode=NAME is the same as NAME as the first word.\n"
@@ -110,8 +112,9 @@ def _parser(mode: str | None = None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
 
-    def only(flag: str, text: str) -> str:
-        if shown is not MODES and flag not in MODES[str(mode)].flags:
+    def help_of_mode(flag: str, text: str) -> str:
+        """Returns the help of a flag that only some modes have; hides it if `mode` does not have it."""
+        if shown_modes is not MODES and flag not in MODES[str(mode)].flags:
             return argparse.SUPPRESS
         return f"{', '.join(_modes_with(flag))}: {text}"
 
@@ -122,88 +125,100 @@ def _parser(mode: str | None = None) -> argparse.ArgumentParser:
     add("--mode", default="align", metavar="MODE", help="what to do, see above; align unless given")
     add("--workdir", type=Path, metavar="DIR", help="run directory; the same command resumes there")
     add("--checkpoint", metavar="DIR", help="model (directory or hub id) instead of the config's, or without a config")
-    add("runs", nargs="*", default=[], type=Path, metavar="RUN", help=only("runs", "finished run directories"))
-    add("--image", action="append", default=[], type=Path, metavar="FILE", help=only("image", "may be repeated"))
-    add("--prompt", metavar="TEXT", help=only("prompt", "the question about the images"))
-    add("--exits", help=only("exits", '"all", or exits such as 1,12,23'))
-    add("--out", type=Path, metavar="PATH", help=only("out", "where to write"))
-    add("--topology", metavar="CHIPS", help=only("topology", "such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1"))
-    add("--largest-batch", action="store_true", help=only("largest_batch", "also find the largest batches that fit"))
-    add("--labels", type=Path, metavar="FILE", help=only("labels", "the filled-in CSV to read"))
-    add("--rows", type=int, default=200, metavar="N", help=only("rows", "how many answers to sample (200)"))
-    add("--verdicts", action="store_true", help=only("verdicts", "show people what the judges said"))
+    add("runs", nargs="*", default=[], type=Path, metavar="RUN", help=help_of_mode("runs", "finished run directories"))
+    add(
+        "--image", action="append", default=[], type=Path, metavar="FILE", help=help_of_mode("image", "may be repeated")
+    )
+    add("--prompt", metavar="TEXT", help=help_of_mode("prompt", "the question about the images"))
+    add("--exits", help=help_of_mode("exits", '"all", or exits such as 1,12,23'))
+    add("--out", type=Path, metavar="PATH", help=help_of_mode("out", "where to write"))
+    add("--topology", metavar="CHIPS", help=help_of_mode("topology", "such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1"))
+    add(
+        "--largest-batch",
+        action="store_true",
+        help=help_of_mode("largest_batch", "also find the largest batches that fit"),
+    )
+    add("--labels", type=Path, metavar="FILE", help=help_of_mode("labels", "the filled-in CSV to read"))
+    add("--rows", type=int, default=200, metavar="N", help=help_of_mode("rows", "how many answers to sample (200)"))
+    add("--verdicts", action="store_true", help=help_of_mode("verdicts", "show people what the judges said"))
 
-    def several(text: str) -> str:
-        is_shared = shown is MODES or MODES[str(mode)].is_shared
+    def help_of_processes(text: str) -> str:
+        """Returns the help of a flag for runs of several processes; hides it if `mode` runs in one process."""
+        is_shared = shown_modes is MODES or MODES[str(mode)].is_shared
         return f"of several processes that are one run, {text}" if is_shared else argparse.SUPPRESS
 
-    add("--coordinator", metavar="HOST:PORT", help=several("where process 0 is reached; auto: the cluster knows"))
-    add("--process-id", type=int, metavar="I", help=several("which one this is, from 0"))
-    add("--process-count", type=int, metavar="N", help=several("how many there are"))
+    add("--coordinator", metavar="HOST:PORT",
+        help=help_of_processes("where process 0 is reached; auto: the cluster knows"))  # fmt: skip
+    add("--process-id", type=int, metavar="I", help=help_of_processes("which one this is, from 0"))
+    add("--process-count", type=int, metavar="N", help=help_of_processes("how many there are"))
     return parser
 
 
 def _modes_with(flag: str) -> list[str]:
-    """The modes in which a flag has a meaning; none for a flag of every mode."""
+    """Returns the modes that list a flag in `Mode.flags`; none for a flag that all modes have."""
     return [name for name, mode in MODES.items() if flag in mode.flags]
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Reads the flags. One that does not exist, or not in this mode, is an error that names the nearest."""
+    """Returns the values of all flags.
+
+    Raises:
+      UserError: a flag or mode does not exist, or the mode does not have a flag. The line suggests a similar name.
+    """
     words = _mode_as_flag(words)
     mode = next((word.removeprefix("--mode=") for word in words if word.startswith("--mode=")), None)
-    parser = _parser(mode)
+    parser = _build_parser(mode)
     options, unknown = parser.parse_known_intermixed_args(words)
     if options.mode not in MODES:
-        near = _nearest(options.mode, MODES, "--mode=")
-        raise UserError(f"--mode={options.mode}: no such mode{near}; there are {', '.join(MODES)}")
+        hint = _did_you_mean(options.mode, MODES, "--mode=")
+        raise UserError(f"--mode={options.mode}: no such mode{hint}; there are {', '.join(MODES)}")
     for word in unknown:
-        near = _nearest(word.partition("=")[0], [f"--{name.replace('_', '-')}" for name in vars(options)])
+        hint = _did_you_mean(word.partition("=")[0], [f"--{name.replace('_', '-')}" for name in vars(options)])
         if "." in word.partition("=")[0]:
-            near = f" (did you mean {_OVERRIDE}{word.removeprefix('--')}?)"
-        raise UserError(f"{word}: no such flag{near}; type: {_example(options.mode)} (or --help)")
+            hint = f" (did you mean {_OVERRIDE}{word.removeprefix('--')}?)"
+        raise UserError(f"{word}: no such flag{hint}; type: {_example(options.mode)} (or --help)")
     for name, value in vars(options).items():
         modes = _modes_with(name)
         if not modes or value == parser.get_default(name) or options.mode in modes:
             continue
-        flag, meant = f"--{name.replace('_', '-')}", " or ".join(f"--mode={mode}" for mode in modes)
+        flag, modes_text = f"--{name.replace('_', '-')}", " or ".join(f"--mode={mode}" for mode in modes)
         if name == "runs":
             word = str(options.runs[0])
-            flag = f"'{word}' stands alone{_nearest(word, MODES)}: a mode is the first word, and a run directory"
-        raise UserError(f"{flag} is for {meant} only; type: {_example(modes[0])}")
+            flag = f"'{word}' stands alone{_did_you_mean(word, MODES)}: a mode is the first word, and a run directory"
+        raise UserError(f"{flag} is for {modes_text} only; type: {_example(modes[0])}")
     return options
 
 
 def _mode_as_flag(words: list[str]) -> list[str]:
-    """Reads a mode's name as the first word as `--mode=NAME`."""
+    """Returns the arguments with a mode's name at the beginning replaced by `--mode=NAME`."""
     if not words or words[0] not in MODES:
         return words
-    again = next((word for word in words[1:] if word.partition("=")[0] == "--mode"), None)
-    if again is not None:
-        raise UserError(f"{words[0]} and {again}: the mode is given twice; leave one out")
+    mode_flag = next((word for word in words[1:] if word.partition("=")[0] == "--mode"), None)
+    if mode_flag is not None:
+        raise UserError(f"{words[0]} and {mode_flag}: the mode is given twice; leave one out")
     return [f"--mode={words[0]}", *words[1:]]
 
 
-def _nearest(word: str, known: Iterable[str], before: str = "") -> str:
-    """Returns what was probably meant by `word`, in brackets; empty if nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {before}{near[0]}?)" if near else ""
+def _did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """Returns " (did you mean ...?)" with the most similar candidate, after `prefix`; "" if none is similar."""
+    similar = difflib.get_close_matches(word, list(candidates), n=1)
+    return f" (did you mean {prefix}{similar[0]}?)" if similar else ""
 
 
 def _example(mode: str) -> str:
-    """Returns what to type for a mode."""
+    """Returns a command that runs a mode."""
     return f"{COMMAND} {MODES[mode].example}"
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Separates `--config.FIELD=VALUE` (or two words) from the other flags."""
-    rest: list[str] = []
+    """Returns (all other arguments, (FIELD, VALUE) of each `--config.FIELD=VALUE` or `--config.FIELD VALUE`)."""
+    flags: list[str] = []
     overrides: list[tuple[str, str]] = []
     queue = list(arguments)
     while queue:
         word = queue.pop(0)
         if not word.startswith(_OVERRIDE):
-            rest.append(word)
+            flags.append(word)
             continue
         name, equals, value = word.removeprefix(_OVERRIDE).partition("=")
         if not equals:
@@ -211,11 +226,14 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[st
                 raise UserError(f"{word} has no value; type {word}=VALUE")
             value = queue.pop(0)
         overrides.append((name, value))
-    return rest, overrides
+    return flags, overrides
 
 
 def _require_text(arguments: Sequence[str]) -> None:
-    """Refuses bytes that are not text in the terminal's encoding, which Python passes on as surrogates."""
+    """Raises a UserError if an argument has bytes that are not text in the terminal's encoding.
+
+    Python passes such bytes on as surrogate characters.
+    """
     flag = ""
     for word in arguments:
         name, equals, _ = word.partition("=")
@@ -229,7 +247,7 @@ def _require_text(arguments: Sequence[str]) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Parses `arguments`, checks the config and starts the mode; returns its exit code.
+    """Parses the command line, checks the config, runs the mode and returns its exit code.
 
     Raises:
       UserError: wrong usage, config or input.
@@ -238,8 +256,8 @@ def run(arguments: Sequence[str]) -> int:
         print(_short_usage(), file=sys.stderr)
         return WRONG_INPUT
     _require_text(arguments)
-    rest, overrides = _split_overrides(arguments)
-    options = _parse(rest)
+    flags, overrides = _split_overrides(arguments)
+    options = _parse(flags)
     if options.fields is not None:
         print(_field_list(options.fields))
         return 0
@@ -254,15 +272,15 @@ def run(arguments: Sequence[str]) -> int:
         from icet_jax.parallel.compilations import keep_programs
 
         keep_programs(config.compilation_cache)
-    with contextlib.ExitStack() as around:
+    with contextlib.ExitStack() as contexts:
         if mode.resumes:
             from icet_jax.training.signals import handled
 
-            around.enter_context(handled())
+            contexts.enter_context(handled())
         if mode.is_shared:
             from icet_jax.parallel.distributed import joined
 
-            around.enter_context(joined(options.coordinator, options.process_id, options.process_count))
+            contexts.enter_context(joined(options.coordinator, options.process_id, options.process_count))
         module = importlib.import_module(f"icet_jax.commands.{options.mode}")
         code: int = module.run(config, options.workdir, options)
         if mode.reports:
@@ -271,7 +289,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _require_inputs(options: argparse.Namespace, mode: Mode) -> None:
-    """Refuses a command without the config, checkpoint or run directory that its mode needs."""
+    """Raises a UserError if the config, checkpoint or run directory that the mode needs is missing."""
     example = f"type: {_example(options.mode)}"
     if mode.takes_config and options.config is None and options.checkpoint is None:
         raise UserError(f"no --config (nor --checkpoint); {example}")
@@ -285,24 +303,29 @@ def _require_inputs(options: argparse.Namespace, mode: Mode) -> None:
 
 
 def _short_usage() -> str:
-    """Returns what the command prints without arguments."""
+    """Returns the text that is printed for a command without arguments."""
     modes = "\n".join(f"  {name:8} {mode.about}" for name, mode in MODES.items())
     return f"usage: {_USAGE}\n\n{modes}\n\nicet-jax --help shows an example of each mode, and every flag."
 
 
 def _field_list(section: str) -> str:
-    """Returns the fields of a config, or of one section of it, as lines of text."""
+    """Returns the text of --fields: all fields of one section of the config, or of all if `section` is empty.
+
+    Raises:
+      UserError: there is no such section.
+    """
     from icet_jax.config import FIELDS
 
-    shown = {name: field for name, field in FIELDS.items() if f"{name}.".startswith(f"{section}." if section else "")}
-    if not shown:
+    fields = {name: field for name, field in FIELDS.items() if f"{name}.".startswith(f"{section}." if section else "")}
+    if not fields:
         sections = dict.fromkeys(name.partition(".")[0] for name in FIELDS)
-        near = _nearest(section, [*sections, *FIELDS])
-        raise UserError(f"--fields={section}: no such section{near}; there are {', '.join(sections)}")
-    return "\n".join(f"--config.{name}={field.summary()}\n    {field.about}" for name, field in shown.items())
+        hint = _did_you_mean(section, [*sections, *FIELDS])
+        raise UserError(f"--fields={section}: no such section{hint}; there are {', '.join(sections)}")
+    return "\n".join(f"--config.{name}={field.summary()}\n    {field.about}" for name, field in fields.items())
 
 
 def _print_headline(workdir: Path) -> None:
+    """Prints the headline of the run's report, in the process that writes."""
     from icet_jax import report
     from icet_jax.parallel.distributed import is_writer
 
@@ -311,7 +334,7 @@ def _print_headline(workdir: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does what `run` does, and turns every expected end into one line on stderr and an exit code (docs/faults.md)."""
+    """Runs the command line and returns its exit code; an expected error is one line on stderr (docs/faults.md)."""
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
@@ -327,15 +350,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        known = full_disk(error) or out_of_memory(error)
-        if known is None:
+        user_error = full_disk(error) or out_of_memory(error)
+        if user_error is None:
             raise
-        print(f"icet-jax: {known}", file=sys.stderr)
-        return known.exit_code
+        print(f"icet-jax: {user_error}", file=sys.stderr)
+        return user_error.exit_code
 
 
 def console() -> NoReturn:
-    """Runs the `icet-jax` command, in a process of its own."""
+    """Runs the command line and ends the process; the entry point of the `icet-jax` command."""
     if "verify" not in (word.removeprefix("--mode=") for word in sys.argv):
         # Runs use the tokenizers and image processors of transformers, which work without torch. Where torch is
         # installed, transformers would spend two seconds on importing it.

@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 ArrayLike = Array | np.ndarray
-"""What public array functions accept where a notebook may hand over numpy: `Float[ArrayLike, "B A"]`."""
+"""Arrays of jax or numpy, for public functions that notebooks may call with numpy: `Float[ArrayLike, "B A"]`."""
 
 Scalar = Any
 """A Python number, or a possibly traced array without axes."""
@@ -24,7 +24,7 @@ DType = DTypeLike
 """A dtype or its name, such as `jnp.bfloat16` or "bfloat16"."""
 
 Keywords = dict[str, Any]
-"""Keyword arguments that several calls share."""
+"""Keyword arguments that several calls have in common."""
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Key, PyTree, Shaped
@@ -34,7 +34,7 @@ else:
     except ImportError:
 
         class _Unchecked:
-            """Stands in for a jaxtyping dtype: every subscript is `Any`."""
+            """Replaces jaxtyping's `Float` and the like: any shape gives the annotation `Any`."""
 
             def __class_getitem__(cls, item: Any) -> Any:
                 return Any

@@ -132,7 +132,7 @@ class Field:
         return f"{values.allowed}; keys are {', '.join(keys)}"
 
     def summary(self) -> str:
-        """Returns one line for `--help`: the default, its unit, the allowed values and the origin."""
+        """Returns one line for the command line's `--fields`: default, unit, allowed values and origin."""
         unit = f" {self.unit}" if self.unit else ""
         origin = f"; {self.origin}" if self.origin else ""
         return f"{_as_command_line_value(self.default)}{unit}    ({self.allowed()}{origin})"

@@ -1,9 +1,8 @@
-"""Tiled vision tower of Llama 3.2 Vision: local blocks, then gated global blocks for each exit (HF
-`MllamaVisionModel`).
+"""Image encoder of Llama 3.2 Vision: local blocks, then gated global blocks (HF `MllamaVisionModel`).
 
 An image has up to four tiles. The sequence of one image is all its tiles, each a class token and its patches, padded to
-a multiple of 8. Local blocks run once for all exits and keep every state; the rest runs for the requested exit. At full
-size the attention scores of one image take 2.6 GB, so each block processes a batch in chunks of images.
+a multiple of 8. The local blocks run once, and their states serve all exits; the global blocks run for the requested
+exit. At full size the attention scores of one image take 2.6 GB, so each block processes a batch in chunks of images.
 """
 
 import dataclasses
@@ -26,11 +25,12 @@ _SCORE_BYTES = 4 << 30  # most bytes of one block's float32 attention scores on 
 
 @dataclasses.dataclass(frozen=True)
 class MllamaVisionConfig:
-    """Holds the sizes of the tower under HF's names; pixels are `[max_num_tiles, num_channels, image_size,
-    image_size]`.
+    """Holds the sizes of the encoder under HF's names.
 
-    `intermediate_layers_indices` have their meaning of training: index i is the input of block i (the output of i
-    blocks).
+    Attributes:
+      intermediate_layers_indices: states of the local blocks that the projector also gets; index i is the output of i
+        blocks, which is how the model was trained.
+      max_num_tiles: most tiles of an image, each `[num_channels, image_size, image_size]` pixels.
     """
 
     hidden_size: int
@@ -59,13 +59,15 @@ class MllamaVisionConfig:
 
     @property
     def output_dim(self) -> int:
-        """Returns the number of channels of a token: those of the last state and of every intermediate."""
+        """Returns the size of a token for the projector: the last state and every captured intermediate state."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
 
 class MllamaVisionBlocks(nnx.Module):
-    """Holds stacked pre-LN blocks without attention biases, gated or not; called on one layer's slice of the
-    weights."""
+    """Holds the weights of all local or all global blocks, stacked along their first axis.
+
+    A call runs one block and needs a module that was merged from one block's slice of the weights.
+    """
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class MllamaVisionBlocks(nnx.Module):
             self.gate_ffn = nnx.Param(jnp.zeros((depth, 1), param_dtype))
 
     def __call__(self, x: Float[Array, "I Q D"], allowed: Bool[Array, "I 1 Q Q"]) -> Float[Array, "I Q D"]:
-        """Applies one block (HF `MllamaVisionEncoderLayer`)."""
+        """Applies one block (HF `MllamaVisionEncoderLayer`): attention where `allowed` is True, then the MLP."""
         heads = self.config.attention_heads
         y = self.input_layernorm(x)
         q, k, v = (layers.split_heads(proj(y), heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -109,7 +111,7 @@ class MllamaVisionBlocks(nnx.Module):
 
 
 class TileEmbedding(nnx.Module):
-    """Holds a gated vector for each tile of each aspect ratio (HF `MllamaPrecomputedAspectRatioEmbedding`)."""
+    """Holds a vector for each tile of each aspect ratio (HF `MllamaPrecomputedAspectRatioEmbedding`)."""
 
     def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs, param_dtype: DType):
         shape = (len(config.supported_aspect_ratios) + 1, config.max_num_tiles * config.hidden_size)
@@ -118,15 +120,17 @@ class TileEmbedding(nnx.Module):
         self.embedding = layers.normal(rngs, shape, 0.02, param_dtype)
 
     def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: DType) -> Float[Array, "I M 1 D"]:
-        """Returns the vectors that are added to every token of a tile."""
+        """Returns for each tile of each image the vector, times its gate, that is added to all tokens of the tile."""
         vectors = self.embedding[...][aspect_ratio_ids].astype(dtype)
         vectors = vectors.reshape(-1, self.config.max_num_tiles, 1, self.config.hidden_size)
         return jnp.tanh(self.gate[...].astype(dtype)) * vectors
 
 
 class GatedPositions(nnx.Module):
-    """Holds position embeddings within a tile, shared by all tiles and per tile (HF
-    `MllamaPrecomputedPositionEmbedding`)."""
+    """Holds embeddings of the positions within a tile: shared by all tiles, and for each tile of each aspect ratio.
+
+    Source: HF `MllamaPrecomputedPositionEmbedding`.
+    """
 
     def __init__(self, config: MllamaVisionConfig, *, rngs: nnx.Rngs, param_dtype: DType):
         tokens, width = config.tokens_per_tile, config.hidden_size
@@ -137,17 +141,20 @@ class GatedPositions(nnx.Module):
         self.tile_embedding = layers.normal(rngs, (ratios, config.max_num_tiles * tokens * width), 0.02, param_dtype)
 
     def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: DType) -> Float[Array, "I M P D"]:
-        """Returns `(1 - tanh g) * shared + tanh g * own`, where `own` is the embedding of each tile."""
+        """Returns `(1 - tanh gate) * shared embedding + tanh gate * embedding of the tile`."""
         gate = jnp.tanh(self.gate[...].astype(dtype))
         # The table is gathered because the compiler would otherwise look up every row of the batch on each device.
         name = "gated_positional_embedding/tile_embedding"
-        own = gather_kernel(self.tile_embedding[...], aspect_ratio_ids, name)[aspect_ratio_ids].astype(dtype)
-        own = own.reshape(-1, self.config.max_num_tiles, self.config.tokens_per_tile, self.config.hidden_size)
-        return (1 - gate) * self.embedding[...].astype(dtype) + gate * own
+        per_tile = gather_kernel(self.tile_embedding[...], aspect_ratio_ids, name)[aspect_ratio_ids].astype(dtype)
+        per_tile = per_tile.reshape(-1, self.config.max_num_tiles, self.config.tokens_per_tile, self.config.hidden_size)
+        return (1 - gate) * self.embedding[...].astype(dtype) + gate * per_tile
 
 
 class MllamaVisionTower(nnx.Module):
-    """Computes the states of the tower; a sequence has length `Q = max_num_tiles * padded_tokens`."""
+    """Computes the states of the local blocks, and from them the projector's input at an exit.
+
+    An image is a sequence of `Q = max_num_tiles * padded_tokens` tokens, of which some are padding.
+    """
 
     def __init__(
         self,
@@ -182,8 +189,8 @@ class MllamaVisionTower(nnx.Module):
         patches = patches.reshape(count, tiles, channels, rows, size, columns, size).transpose(0, 1, 3, 5, 2, 4, 6)
         x = self.patch_embedding(patches.reshape(count, tiles, rows * columns, -1))
         x = x + self.pre_tile_positional_embedding(aspect_ratio_ids, x.dtype)
-        first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (count, tiles, 1, config.hidden_size))
-        x = jnp.concatenate([first, x], axis=2)
+        class_token = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (count, tiles, 1, config.hidden_size))
+        x = jnp.concatenate([class_token, x], axis=2)
         x = self.layernorm_pre(x + self.gated_positional_embedding(aspect_ratio_ids, x.dtype))
         x = jnp.pad(x, ((0, 0), (0, 0), (0, config.padded_tokens - config.tokens_per_tile), (0, 0)))
         return x.reshape(count, -1, config.hidden_size)
@@ -191,7 +198,16 @@ class MllamaVisionTower(nnx.Module):
     def local_states(
         self, pixels: Float[Array, "I M C H W"], aspect_ratio_ids: Int[Array, "I"], upto: int | None = None
     ) -> Float[Array, "X I Q D"]:
-        """Returns states 0..upto (static; all by default); index l is the output of the l-th local block."""
+        """Returns the states of the local blocks: index 0 is the input of the first, index l the output of block l.
+
+        Args:
+          pixels: tiles of the images.
+          aspect_ratio_ids: aspect ratio of each image, 0 for a filler image.
+          upto: number of blocks to compute, static; None computes all.
+
+        Raises:
+          ValueError: `upto` is not a number of blocks.
+        """
         depth = self.config.num_hidden_layers if upto is None else upto
         if not 0 <= depth <= self.config.num_hidden_layers:
             raise ValueError(f"upto={upto} is outside 0..{self.config.num_hidden_layers}")
@@ -202,19 +218,22 @@ class MllamaVisionTower(nnx.Module):
             x = self._block(nnx.merge(graph, gather_weights(weights, x)), x, aspect_ratio_ids)
             return x, x
 
-        first = by_rows(self.embed(pixels, aspect_ratio_ids))
-        _, rest = jax.lax.scan(layers.rematerialise(body, self.remat), first, state)
-        return jnp.concatenate([first[None], rest], axis=0)
+        embedded = by_rows(self.embed(pixels, aspect_ratio_ids))
+        _, outputs = jax.lax.scan(layers.rematerialise(body, self.remat), embedded, state)
+        return jnp.concatenate([embedded[None], outputs], axis=0)
 
     def attention_mask(self, aspect_ratio_ids: Int[Array, "I"]) -> Bool[Array, "I 1 Q Q"]:
-        """Returns a mask that forbids only (padding, padding) pairs; real tokens attend to padding, as in training."""
+        """Returns True where a token may attend to another: everywhere except from padding to padding.
+
+        That tokens of a tile attend to padding is how the model was trained.
+        """
         config = self.config
         real = jnp.arange(config.padded_tokens) < config.tokens_per_tile
         real = (self.tiles(aspect_ratio_ids)[:, :, None] & real).reshape(aspect_ratio_ids.shape[0], -1)
         return (real[:, None, :] | real[:, :, None])[:, None]
 
     def tiles(self, aspect_ratio_ids: Int[Array, "I"]) -> Bool[Array, "I M"]:
-        """Returns which tiles an image has; a filler image (id 0) counts as one tile (HF's `aspect_ratio_mask`)."""
+        """Returns which of its M tiles each image has; a filler image (id 0) has one (HF's `aspect_ratio_mask`)."""
         counts = np.array([1, *(math.prod(ratio) for ratio in self.config.supported_aspect_ratios)])
         return jnp.arange(self.config.max_num_tiles) < jnp.asarray(counts)[aspect_ratio_ids][:, None]
 
@@ -226,19 +245,30 @@ class MllamaVisionTower(nnx.Module):
         rule: str = "E1",
         images: Int[Array, "R"] | None = None,
     ) -> Float[Array, "R N O"]:
-        """Returns the projector's input for each image at its exit l: `O = output_dim` channels, `N = M *
-        tokens_per_tile` tokens.
+        """Returns what the projector gets of each image at its exit l.
 
-        Let G be the norm, tile embedding and global blocks, h_l the output of l local blocks, and i the captured
-        indices. Rule "E1" uses G(h_l) and h_min(i, l), a truncated encoder; "E2" uses G(h_l) and all h_i; "E5" uses h_l
-        itself and all h_i. The last exit is the model as trained, except under "E5". The channels are those of the
-        state, then those of the captures, interleaved. `images` are the numbers of the requested images; None means
-        all.
+        Let h_l be the output of l local blocks, G the norm, tile embedding and global blocks, and i each of
+        `intermediate_layers_indices`. The projector gets one final state and the captured states:
+        rule "E1": G(h_l) and h_min(i, l), as if the local blocks after l did not exist;
+        rule "E2": G(h_l) and h_i;
+        rule "E5": h_l and h_i.
+        At the last exit "E1" and "E2" are the model as trained.
+
+        Args:
+          states: result of `local_states`.
+          exits: exit of each requested image.
+          aspect_ratio_ids: aspect ratio of each of the I images.
+          rule: "E1", "E2" or "E5".
+          images: numbers of the R requested images; None requests all.
+
+        Returns:
+          `N = M * tokens_per_tile` tokens of size `O = output_dim`: the final state, then the captured states, whose
+          channels are interleaved.
         """
         indices, last = self.config.intermediate_layers_indices, self.config.num_hidden_layers
         exit_states = take_exit_states(states, exits, images)
         ratios = aspect_ratio_ids if images is None else aspect_ratio_ids[images]
-        final = exit_states if rule == "E5" else self._after_local(exit_states, ratios)
+        final = exit_states if rule == "E5" else self._global_blocks(exit_states, ratios)
         limit = exits if rule == "E1" else jnp.full_like(exits, last)
         captures = jnp.stack(
             [take_exit_states(states, jnp.minimum(index, limit), images) for index in indices], axis=-1
@@ -246,8 +276,8 @@ class MllamaVisionTower(nnx.Module):
         out = jnp.concatenate([final, captures.reshape(*final.shape[:2], -1)], axis=-1)
         return self._without_padding(out)
 
-    def _after_local(self, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Float[Array, "I Q D"]:
-        """Applies `layernorm_post`, the tile embedding and the global blocks."""
+    def _global_blocks(self, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Float[Array, "I Q D"]:
+        """Applies to a state of the local blocks what follows them: norm, tile embedding and global blocks."""
         count, length, width = x.shape
         x = self.layernorm_post(x).reshape(count, self.config.max_num_tiles, -1, width)
         x = (x + self.post_tile_positional_embedding(aspect_ratio_ids, x.dtype)).reshape(count, length, width)
@@ -259,13 +289,13 @@ class MllamaVisionTower(nnx.Module):
         return jax.lax.scan(layers.rematerialise(body, self.remat), by_rows(x), state)[0]
 
     def _block(self, layer: MllamaVisionBlocks, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Array:
-        """Applies one block in chunks of images."""
-        scores = 4 * self.config.attention_heads * x.shape[1] ** 2
+        """Applies one block in chunks of images, so that attention scores take at most `_SCORE_BYTES`."""
+        score_bytes_per_image = 4 * self.config.attention_heads * x.shape[1] ** 2
 
         def run(x: Array, aspect_ratio_ids: Array) -> Array:
             return by_rows(layer(by_rows(x), self.attention_mask(aspect_ratio_ids)))
 
-        return by_rows(in_chunks(run, max(1, _SCORE_BYTES // scores), x, aspect_ratio_ids))
+        return by_rows(in_chunks(run, max(1, _SCORE_BYTES // score_bytes_per_image), x, aspect_ratio_ids))
 
     def _without_padding(self, x: Float[Array, "I Q O"]) -> Float[Array, "I N O"]:
         config = self.config
@@ -274,14 +304,13 @@ class MllamaVisionTower(nnx.Module):
 
 
 def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """Returns `function(*arrays)`, using the memory of about `size` elements of the first axis on each part of the
-    mesh.
+    """Returns `function(*arrays)`, computed on a part of the elements after another to save memory.
 
-    Chunks are taken at a stride, so that an axis that is split over devices stays split within each chunk.
+    A chunk takes elements at a constant distance, so that an axis that is split over devices stays split in each chunk.
 
     Args:
-      function: function of arrays with equal first axes that treats each element independently.
-      size: at least 1.
+      function: function of arrays with equal first axes that treats each element of these axes independently.
+      size: most elements that a device processes at once, at least 1.
       arrays: `[I, ...]`.
     """
     count, mesh = arrays[0].shape[0], mesh_of(*arrays)
@@ -291,5 +320,5 @@ def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Arra
         return function(*arrays)
     chunk = -(-count // (steps * shards)) * shards
 
-    filled = [jnp.pad(x, [(0, chunk * steps - count), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
-    return joined_slices(jax.lax.map(lambda parts: function(*parts), row_slices(filled, steps)))[:count]
+    padded = [jnp.pad(x, [(0, chunk * steps - count), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
+    return joined_slices(jax.lax.map(lambda parts: function(*parts), row_slices(padded, steps)))[:count]
