@@ -1,4 +1,4 @@
-"""Compares the image features of every exit with those that the language model was trained on."""
+"""Compares the image features of every exit with those of the default exit, which the language model was trained on."""
 
 import functools
 import math
@@ -21,41 +21,41 @@ from icet_jax.typing import Array, Bool, Float, Int
 from icet_jax.vlm import VLM
 
 SCHEMA = 1
-_CKA_TOKENS = 1024  # tokens that CKA compares, evenly spread over the images; the width of its Gram matrices
-_MOST_IMAGES, _AT_ONCE = 32, 4  # images looked at, and of them encoded together
+_CKA_TOKENS = 1024  # tokens that CKA compares, evenly spread over the images; its Gram matrices are of this size
+_MAX_IMAGES = 32  # images that are compared
+_BATCH_SIZE = 4  # images that are encoded together
 
 
 def geometry(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
-    """Returns the content of `geometry.json`: the projected features of every exit against those of the default exit.
+    """Returns the content of `geometry.json`, which compares each exit's image features with the default exit's.
 
-    For each exit, over the tokens of all images: `norm_ratio`, the mean norm divided by that of the default exit;
-    `cosine`, the mean cosine between the same token at the two exits; `cka`, see `linear_cka`. A number that is
-    undefined is None.
+    Over the tokens of all images, each exit has `norm_ratio`, the mean norm divided by that of the default exit;
+    `cosine`, the mean cosine between the same token at the two exits; `cka`, see `linear_cka`. An undefined value is
+    None.
 
     Args:
       vlm: the model.
-      examples: rows, of which the first image is used.
-      max_images: most images that are used.
+      examples: rows; the first image of at most 32 of them is used.
 
     Raises:
       UserError: no row has an image, or an image cannot be opened.
     """
-    rows_with_images = [example for example in examples if example.images][:_MOST_IMAGES]
+    rows_with_images = [example for example in examples if example.images][:_MAX_IMAGES]
     if not rows_with_images:
         raise UserError("geometry: no row has an image; give rows that have")
     rows = [Example(example.id, "", example.images[:1]) for example in rows_with_images]
-    parts: list[list[_Comparison]] = [[] for _ in range(vlm.num_exits)]
-    for start in range(0, len(rows), _AT_ONCE):
-        batch = rows[start : start + _AT_ONCE]
-        encoded = encode(vlm.graphdef, vlm.params, prompt_batch(vlm, batch, min(_AT_ONCE, len(rows)), 1).images)
-        chosen_tokens = -(-_CKA_TOKENS * len(batch) // len(rows))
-        for layer, comparisons in enumerate(parts, start=1):
+    comparisons_by_exit: list[list[_Comparison]] = [[] for _ in range(vlm.num_exits)]
+    for start in range(0, len(rows), _BATCH_SIZE):
+        batch = rows[start : start + _BATCH_SIZE]
+        encoded = encode(vlm.graphdef, vlm.params, prompt_batch(vlm, batch, min(_BATCH_SIZE, len(rows)), 1).images)
+        num_samples = -(-_CKA_TOKENS * len(batch) // len(rows))
+        for layer, comparisons in enumerate(comparisons_by_exit, start=1):
             exits = jnp.int32(layer), jnp.int32(vlm.default_exit)
-            comparisons.append(_compare(vlm.graphdef, vlm.params, encoded, *exits, chosen_tokens))
+            comparisons.append(_compare(vlm.graphdef, vlm.params, encoded, *exits, num_samples))
     layers = []
-    for layer, comparisons in enumerate(parts, start=1):
-        numbers = [number if math.isfinite(number) else None for number in _combine(fetch(comparisons))]
-        layers.append({"layer": layer, **dict(zip(("norm_ratio", "cosine", "cka"), numbers, strict=True))})
+    for layer, comparisons in enumerate(comparisons_by_exit, start=1):
+        values = [value if math.isfinite(value) else None for value in _combine(fetch(comparisons))]
+        layers.append({"layer": layer, **dict(zip(("norm_ratio", "cosine", "cka"), values, strict=True))})
     return {
         "schema": SCHEMA,
         "exit_definition": vlm.exit_definition,
@@ -68,11 +68,11 @@ def geometry(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
 
 @jax.jit
 def linear_cka(x: Float[Array, "n D"], y: Float[Array, "n D"]) -> Float[Array, ""]:
-    """Returns the linear centred kernel alignment of n >= 4 tokens' features, from 0 (unrelated) to 1 (equal up to
-    rotation).
+    """Returns the linear centred kernel alignment (CKA) of two feature vectors for each of n >= 4 tokens.
 
-    This is the unbiased form (HSIC_1 of Song et al. 2012, with U-centred Gram matrices). The plain form is far from 0
-    for unrelated features if there are no more tokens than dimensions. Small negative values are set to 0.
+    It is 0 for unrelated features and 1 for features that are equal up to a rotation. This is the unbiased form (HSIC_1
+    of Song et al. 2012, with U-centred Gram matrices). The plain form is far from 0 for unrelated features if there are
+    no more tokens than dimensions. Small negative values are set to 0.
     """
     gram_x, gram_y = _u_centred_gram(x), _u_centred_gram(y)
     scale = jnp.sqrt(jnp.sum(gram_x**2) * jnp.sum(gram_y**2))
@@ -80,24 +80,25 @@ def linear_cka(x: Float[Array, "n D"], y: Float[Array, "n D"]) -> Float[Array, "
 
 
 def _u_centred_gram(x: Float[Array, "n D"]) -> Float[Array, "n n"]:
+    """Returns the U-centred Gram matrix of n tokens' features, up to a factor; its diagonal is 0."""
     count = x.shape[0]
     x = x - x.mean(axis=0)
     x = x / jnp.sqrt(jnp.mean(x**2))  # keeps the sums of large features within float32
-    others = ~jnp.eye(count, dtype=bool)
-    gram = jnp.where(others, jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST), 0.0)
-    rows = gram.sum(axis=0) / (count - 2)
-    total = gram.sum() / ((count - 1) * (count - 2))
-    return jnp.where(others, gram - rows[:, None] - rows[None, :] + total, 0.0)
+    off_diagonal = ~jnp.eye(count, dtype=bool)
+    gram = jnp.where(off_diagonal, jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST), 0.0)
+    row_means = gram.sum(axis=0) / (count - 2)
+    mean = gram.sum() / ((count - 1) * (count - 2))
+    return jnp.where(off_diagonal, gram - row_means[:, None] - row_means[None, :] + mean, 0.0)
 
 
 class _Comparison(NamedTuple):
-    """Holds sums and samples of the tokens of some images, x at one exit and y at the default exit.
+    """Holds sums over the tokens of some images, and some of the tokens: x at one exit, y at the default exit.
 
     Attributes:
-      sums: sums of the norms of x, of the norms of y, and of their cosines, over existing tokens.
-      tokens: number of existing tokens.
-      x, y: some of the tokens, evenly spread.
-      is_used: which of these are existing tokens, each counted once.
+      sums: over all tokens that belong to an image: norms of x, norms of y, cosines of x and y.
+      tokens: number of these tokens.
+      x, y: features of some of these tokens, evenly spread.
+      is_used: False where x and y hold filler values, because there are fewer tokens than samples.
     """
 
     sums: Float[Array, "3"]
@@ -116,7 +117,10 @@ def _compare(
     default_exit: Int[Array, ""],
     num_samples: int,
 ) -> _Comparison:
-    """Compares one exit with the default exit, both traced, and keeps `num_samples` tokens."""
+    """Returns the comparison of a batch's features at one exit and at the default exit, with `num_samples` tokens.
+
+    The exits are traced, so one program serves all of them.
+    """
     model = nnx.merge(graphdef, params)
     (x, is_present), (y, _) = (model.image_features(encoded, layer) for layer in (exit_layer, default_exit))
     x, y = (features.astype(jnp.float32).reshape(-1, features.shape[-1]) for features in (x, y))
@@ -125,23 +129,18 @@ def _compare(
     cosine = jnp.sum(x * y, axis=1) / jnp.maximum(norms[0] * norms[1], 1e-30)
     sums = jnp.stack([jnp.sum(values, where=is_present) for values in (*norms, cosine)])
     count = is_present.sum()
-    numbers = jnp.arange(num_samples) * jnp.maximum(
-        -(-count // num_samples), 1
-    )  # numbers among the existing tokens, from 0
-    places = jnp.minimum(jnp.searchsorted(jnp.cumsum(is_present), numbers + 1), x.shape[0] - 1)
-    return _Comparison(sums, count, x[places], y[places], numbers < count)
+    step = jnp.maximum(-(-count // num_samples), 1)
+    sampled = jnp.arange(num_samples) * step  # 0 is the first token that belongs to an image
+    positions = jnp.minimum(jnp.searchsorted(jnp.cumsum(is_present), sampled + 1), x.shape[0] - 1)
+    return _Comparison(sums, count, x[positions], y[positions], sampled < count)
 
 
-def _combine(parts: Sequence[_Comparison]) -> tuple[float, float, float]:
-    """Returns (norm ratio, cosine, CKA) of all images."""
-    sums = np.sum([np.asarray(part.sums, np.float64) for part in parts], axis=0)
-    tokens = sum(int(part.tokens) for part in parts)
-    x, y = (
-        np.concatenate(
-            [np.asarray(features)[np.asarray(part.is_used)] for part, features in zip(parts, side, strict=True)]
-        )
-        for side in ([part.x for part in parts], [part.y for part in parts])
-    )
+def _combine(comparisons: Sequence[_Comparison]) -> tuple[float, float, float]:
+    """Returns (norm ratio, cosine, CKA) of the images of all comparisons."""
+    sums = np.sum([np.asarray(comparison.sums, np.float64) for comparison in comparisons], axis=0)
+    tokens = sum(int(comparison.tokens) for comparison in comparisons)
+    x = np.concatenate([np.asarray(part.x)[np.asarray(part.is_used)] for part in comparisons])
+    y = np.concatenate([np.asarray(part.y)[np.asarray(part.is_used)] for part in comparisons])
     cka = float(linear_cka(jnp.asarray(x), jnp.asarray(y))) if len(x) >= 4 else math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(sums[0] / sums[1]), float(sums[2] / tokens), cka

@@ -1,15 +1,15 @@
 """VQA-v2's official accuracy: agreement with ten annotators, as the public evaluator of VQA v2.0 computes it.
 
-Each annotator in turn is left out; the response scores min(1, k / 3) if k of the others gave it, and the accuracy of a
-question is the mean of these scores. Response and answers are normalised only if the annotators' raw answers differ: if
-all ten wrote "yes", the responses "Yes" and "yes." score 0. Models are therefore usually made to normalise what they
-submit; `normalised_accuracy` is the resulting number and always has its own name.
+Each annotator in turn is left out, and the response scores min(1, k / 3), where k of the other annotators gave the same
+answer. The accuracy is the mean of these scores. The evaluator normalises response and answers only if the annotators'
+raw answers differ: if all ten wrote "yes", the responses "Yes" and "yes." score 0. Published results are therefore
+usually computed from responses that were normalised before (`normalised_accuracy`, a metric of its own).
 """
 
 import re
 from collections.abc import Sequence
 
-_ENOUGH = 3  # number of agreeing annotators for full credit
+_FULL_CREDIT = 3  # number of agreeing annotators that gives a score of 1
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS)}
@@ -25,64 +25,62 @@ wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # the evaluator does not remove apostrophes and colons
 _GROUPED_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # the evaluator passes a flag of this value where re.sub takes the count
+_MAX_PERIODS = 32  # the evaluator passes a flag with this value where re.sub expects the count
 
 
-def _spellings() -> dict[str, str]:
-    """Returns contractions by their spellings with one apostrophe missing; "somebody'd" is an error of the
-    evaluator."""
+def _misspelt_contractions() -> dict[str, str]:
+    """Returns {contraction with one apostrophe missing: correct contraction}, and one wrong entry of the evaluator."""
     contractions = {"somebody'd": "somebodyd"}
     for word in _CONTRACTIONS.split():
-        contractions |= {word[:place] + word[place + 1 :]: word for place, sign in enumerate(word) if sign == "'"}
+        contractions |= {word[:index] + word[index + 1 :]: word for index, char in enumerate(word) if char == "'"}
     return contractions
 
 
-_SPELLINGS = _spellings()
+_CORRECTED = _misspelt_contractions()
 
 
 def normalise(text: str) -> str:
-    """Returns the text as the evaluator compares it: lower case, single spaces, digits for number words, without
-    articles.
+    """Returns the text as the evaluator compares it.
 
-    A punctuation sign becomes a space. It is removed instead if it is next to a space anywhere in the text, or if the
-    text contains a number such as 1,000. A full stop is removed unless a digit follows it. Missing apostrophes are
-    restored.
+    It is in lower case, with single spaces, digits for number words and without articles. A punctuation mark becomes a
+    space; but it is removed if it is next to a space anywhere in the text, or if the text contains a number such as
+    1,000. A full stop is removed unless a digit follows. Missing apostrophes of contractions are restored.
     """
     plain = text
-    grouped = _GROUPED_DIGITS.search(text) is not None
-    for sign in _PUNCTUATION:
-        beside_space = f"{sign} " in text or f" {sign}" in text
-        plain = plain.replace(sign, "" if grouped or beside_space else " ")
-    plain = _PERIOD.sub("", plain, count=_MOST_PERIODS)
+    has_grouped_digits = _GROUPED_DIGITS.search(text) is not None
+    for mark in _PUNCTUATION:
+        is_next_to_space = f"{mark} " in text or f" {mark}" in text
+        plain = plain.replace(mark, "" if has_grouped_digits or is_next_to_space else " ")
+    plain = _PERIOD.sub("", plain, count=_MAX_PERIODS)
     words = [_NUMBERS.get(word, word) for word in plain.lower().split()]
-    return " ".join(_SPELLINGS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_CORRECTED.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def official_accuracy(response: str, answers: Sequence[str]) -> float:
-    """Returns the evaluator's accuracy of one response, within 0..1.
+    """Returns the evaluator's accuracy of one response, from 0 to 1.
 
     Args:
       response: response of the model.
       answers: answer of each annotator, at least one (VQA-v2 has ten).
     """
-    response, answers = _line(response), [_line(answer) for answer in answers]
+    response, answers = _as_one_line(response), [_as_one_line(answer) for answer in answers]
     if len(set(answers)) > 1:
         response, answers = normalise(response), [normalise(answer) for answer in answers]
     return _agreement(response, answers)
 
 
 def normalised_accuracy(response: str, answers: Sequence[str]) -> float:
-    """Returns `official_accuracy` of a response that is normalised first, as for most published numbers."""
-    return official_accuracy(normalise(_line(response)), answers)
+    """Returns `official_accuracy` of the normalised response, as most published results report it."""
+    return official_accuracy(normalise(_as_one_line(response)), answers)
 
 
 def scores(response: str, answers: Sequence[str], answer_type: str | None) -> dict[str, float]:
-    """Returns a transcript row's VQA scores by name: `vqa/official`, `vqa/official_TYPE` and `vqa/normalised`.
+    """Returns the scores of one response as {name: value}: `vqa/official`, `vqa/official_TYPE`, `vqa/normalised`.
 
     Args:
       response: response of the model.
       answers: answer of each annotator.
-      answer_type: type of the answer in the data set: "yes/no", "number", "other"; None gives no score by type.
+      answer_type: the data set's TYPE of the answer: "yes/no", "number", "other"; None for no `vqa/official_TYPE`.
     """
     accuracy = official_accuracy(response, answers)
     result = {"vqa/official": accuracy, "vqa/normalised": normalised_accuracy(response, answers)}
@@ -91,11 +89,12 @@ def scores(response: str, answers: Sequence[str], answer_type: str | None) -> di
     return result
 
 
-def _line(text: str) -> str:
+def _as_one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _agreement(response: str, answers: Sequence[str]) -> float:
-    same = [answer == response for answer in answers]
-    others = [sum(same) - own for own in same]
-    return sum(min(1.0, count / _ENOUGH) for count in others) / len(answers)
+    """Returns the mean over annotators of min(1, k / 3), where k of the other annotators gave the response."""
+    agrees = [answer == response for answer in answers]
+    agreeing_others = [sum(agrees) - annotator_agrees for annotator_agrees in agrees]
+    return sum(min(1.0, count / _FULL_CREDIT) for count in agreeing_others) / len(answers)
