@@ -1,9 +1,9 @@
-"""Looks for known vulnerabilities in what the package and its tests depend on: `make audit`.
+"""Looks for known vulnerabilities in the dependencies of the package and its tests (`make audit`).
 
-Asks the public advisories of PyPI through pip-audit about every installed package that `pyproject.toml` needs, and what
-those need in turn. Exit code 1: a vulnerability that `.ci/advisories.txt` does not name. Where the advisories cannot be
-reached the exit code is 0, so that work goes on behind a firewall, and the last lines say that nothing was audited.
-Arguments go to pip-audit; for a mirror: `python scripts/audit.py --vulnerability-service osv --osv-url URL`.
+It asks the public advisories of PyPI, through pip-audit, about every installed package that `pyproject.toml` requires,
+directly or indirectly. The exit code is 1 for a vulnerability that `.ci/advisories.txt` does not accept. If the
+advisories cannot be reached, for example behind a firewall, the exit code is 0 and the last lines say that nothing was
+audited. Arguments go to pip-audit; for a mirror: `python scripts/audit.py --vulnerability-service osv --osv-url URL`.
 """
 
 import json
@@ -22,20 +22,22 @@ ACCEPTED = ROOT / ".ci" / "advisories.txt"
 
 
 def direct_requirements() -> list[Requirement]:
-    """What `pyproject.toml` asks for, for the package and for its tests."""
+    """Returns the requirements in `pyproject.toml` of the package and of its tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [Requirement(line) for line in project["dependencies"] + project["optional-dependencies"]["test"]]
 
 
-def installed_versions(wanted: list[Requirement]) -> dict[str, str]:
-    """Versions of `wanted` and of everything that these need here, by canonical name; what is not installed is left
-    out. A local build's mark ("+cpu") is cut off: advisories do not know it."""
-    found: dict[str, str] = {}
+def installed_versions(requirements: list[Requirement]) -> dict[str, str]:
+    """Returns {canonical name: installed version} of these requirements and of everything that they require in turn.
+
+    Packages that are not installed are left out. A suffix such as "+cpu" is removed, because advisories do not use it.
+    """
+    versions: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
-    queue = [(requirement.name, extra) for requirement in wanted for extra in ("", *requirement.extras)]
+    queue = [(requirement.name, extra) for requirement in requirements for extra in ("", *requirement.extras)]
     while queue:
-        given, extra = queue.pop()
-        name = canonicalize_name(given)
+        required_name, extra = queue.pop()
+        name = canonicalize_name(required_name)
         if (name, extra) in seen:
             continue
         seen.add((name, extra))
@@ -43,18 +45,18 @@ def installed_versions(wanted: list[Requirement]) -> dict[str, str]:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        found[name] = package.version.partition("+")[0]
-        for needed in map(Requirement, package.requires or ()):
-            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-                queue += [(needed.name, more) for more in ("", *needed.extras)]
-    return found
+        versions[name] = package.version.partition("+")[0]
+        for dependency in map(Requirement, package.requires or ()):
+            if dependency.marker is None or dependency.marker.evaluate({"extra": extra}):
+                queue += [(dependency.name, its_extra) for its_extra in ("", *dependency.extras)]
+    return versions
 
 
 def accepted_advisories(text: str) -> dict[str, str]:
-    """{advisory: reason} of the file's lines; `#` begins a comment line.
+    """Returns {advisory: reason} from the text of `.ci/advisories.txt`; lines that begin with `#` are comments.
 
     Raises:
-      SystemExit: an advisory without a reason.
+      SystemExit: an advisory has no reason.
     """
     entries = {}
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -67,21 +69,26 @@ def accepted_advisories(text: str) -> dict[str, str]:
 
 
 def ask(versions: dict[str, str], arguments: list[str]) -> tuple[list[dict], str]:
-    """(what pip-audit says of each package, "") or ([], why it says nothing)."""
+    """Runs pip-audit and returns (its entry for each package, ""), or ([], error message) if it fails.
+
+    Args:
+      versions: {package: version}.
+      arguments: further arguments of pip-audit.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{name}=={version}\n" for name, version in sorted(versions.items())))
         file.flush()
         command = [sys.executable, "-m", "pip_audit", "--requirement", file.name, "--no-deps", "--disable-pip"]
         command += ["--format", "json", "--progress-spinner", "off", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     try:
-        return json.loads(done.stdout)["dependencies"], ""
+        return json.loads(result.stdout)["dependencies"], ""
     except (ValueError, KeyError, TypeError):
-        return [], (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [], (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
 
 
 def main(arguments: list[str]) -> int:
-    """Prints what was found and returns the exit code."""
+    """Audits the installed dependencies, prints the vulnerabilities and returns the exit code."""
     accepted = accepted_advisories(ACCEPTED.read_text(encoding="utf-8"))
     versions = installed_versions(direct_requirements())
     answers, problem = ask(versions, arguments)
@@ -92,8 +99,8 @@ def main(arguments: list[str]) -> int:
             names = {advisory["id"], *advisory.get("aliases", ())}
             reasons = [accepted[known] for known in sorted(names & accepted.keys())]
             seen |= names
-            mend = f"fixed in {', '.join(advisory['fix_versions'])}" if advisory["fix_versions"] else "no fix yet"
-            line = f"{name} {versions.get(name, '')}: {' = '.join(sorted(names))}, {mend}"
+            fix = f"fixed in {', '.join(advisory['fix_versions'])}" if advisory["fix_versions"] else "no fix yet"
+            line = f"{name} {versions.get(name, '')}: {' = '.join(sorted(names))}, {fix}"
             print(f"accepted: {line} ({reasons[0]})" if reasons else f"VULNERABLE: {line}")
             refused += [] if reasons else [line]
     missed = sorted(versions.keys() - audited.keys())

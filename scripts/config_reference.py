@@ -1,10 +1,10 @@
 """Writes docs/reference/config.md: every field's default, what it may be, its meaning and its origin.
 
     python scripts/config_reference.py             # writes the page
-    python scripts/config_reference.py --check     # exit code 1 where the page is not what the code says
+    python scripts/config_reference.py --check     # writes nothing; exit code 1 if the page differs from the code
 
-Fields are described where they are declared, in icet_jax/config/defaults.py. An experiment's line is the first line of
-its file in configs/.
+The descriptions of fields come from their declarations in icet_jax/config/defaults.py, those of experiments from the
+first lines of the files in configs/.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Rewards-in-Context's PPO, *ours* this project's own choice.
 
 
 def render() -> str:
-    """Returns the page."""
+    """Returns the text of the page."""
     parts = [HEAD, _table("At the top", "", [name for name in FIELDS if "." not in name])]
     for name, section in defaults.CONFIG.items():
         if isinstance(section, Section):
@@ -50,13 +50,13 @@ def _table(title: str, about: str, fields: list[str]) -> str:
 
 
 def _row(name: str, field: Field) -> str:
-    default = f"{_shown(field.default)} {field.unit}" if field.unit and field.default is not None else ""
+    default = f"{_as_markdown(field.default)} {field.unit}" if field.unit and field.default is not None else ""
     unit = f" In {field.unit}." if field.unit and field.default is None else ""
-    cells = (f"`{name}`", default or _shown(field.default), field.allowed(), field.about + unit, field.origin)
+    cells = (f"`{name}`", default or _as_markdown(field.default), field.allowed(), field.about + unit, field.origin)
     return "| " + " | ".join(_cell(cell) for cell in cells) + " |\n"
 
 
-def _shown(value: Any) -> str:
+def _as_markdown(value: Any) -> str:
     if value is None:
         return "*unset*"
     if value in ({}, ()):
@@ -109,7 +109,7 @@ def _experiments() -> str:
 
 
 def _variants(name: str) -> str:
-    """The variants that the file names where it is asked for one that it does not have."""
+    """Returns the variants of a config file, which its error message for an unknown variant lists."""
     try:
         config_files.load(f"configs/{name}:?")
     except UserError as error:
@@ -119,7 +119,7 @@ def _variants(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the page, or with `--check` compares it; 1 where it is stale."""
+    """Writes the page, or with `--check` compares it; returns 1 if it is outdated."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is stale")
     options = parser.parse_args(arguments)

@@ -1,16 +1,16 @@
-"""Turns a checkpoint that exists only as pickle (`pytorch_model.bin`) into safetensors, which icet_jax reads.
+"""Converts a checkpoint that exists only as pickle (`pytorch_model.bin`) to safetensors, which icet_jax reads.
 
     python scripts/convert_pickle.py DIR                      # writes model.safetensors beside pytorch_model.bin
-    python scripts/convert_pickle.py DIR --out NEW            # leaves DIR alone, writes a whole checkpoint to NEW
+    python scripts/convert_pickle.py DIR --out NEW            # writes a complete checkpoint to NEW, nothing to DIR
     python scripts/convert_pickle.py unitary/toxic-bert --out toxic-bert [--revision COMMIT]
 
 Needs torch 2.6 or newer and safetensors; a hub id needs huggingface_hub too. Opening a pickle can run code, so the
-files are read with `torch.load(weights_only=True)`, which admits tensors alone; older versions of torch could be
-tricked there and are refused.
+files are read with `torch.load(weights_only=True)`, which accepts tensors only. Older versions of torch are refused,
+because a file could make them run code even so.
 
-Every tensor keeps its name, shape and dtype, bit for bit. Sharded checkpoints stay sharded, with an index. Tensors that
-share memory (tied embeddings) are written once under each name. A file appears under its name when it is complete, and
-the index last, so that an interrupted conversion leaves nothing that loads.
+Names, shapes, dtypes and bits of all tensors stay the same. Sharded checkpoints stay sharded, with an index. Tensors
+that share memory (tied embeddings) are written once under each name. A file gets its name when it is complete, and the
+index is written last, so that an interrupted conversion leaves nothing that could be loaded.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from typing import Any, NoReturn
 INDEX = "pytorch_model.bin.index.json"
 NAMES = {"pytorch_model.bin": "model.safetensors", "adapter_model.bin": "adapter_model.safetensors"}
 WRAPPERS = ("state_dict", "model_state_dict")  # keys under which training frameworks put the weights
-CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*")  # a checkpoint's other files
+OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*")  # of a checkpoint, besides weights
 SAFE_TORCH = (2, 6)  # torch.load(weights_only=True) could run code before (CVE-2025-32434)
 
 
 class ConversionError(Exception):
-    """Bad input: one line that names the file, what was wrong and the mend."""
+    """Bad input: one line that names the file, what was wrong and how to fix it."""
 
 
 def convert(directory: Path, out: Path | None = None) -> list[Path]:
@@ -43,7 +43,7 @@ def convert(directory: Path, out: Path | None = None) -> list[Path]:
       out: a new or empty directory that gets the other files of the checkpoint too; None writes into `directory`.
 
     Returns:
-      The safetensors files; empty where the directory has safetensors weights already.
+      The safetensors files; empty if the directory has safetensors weights already.
 
     Raises:
       ConversionError: no pickled weights, a file that is broken or holds more than tensors, an index that does not fit
@@ -58,7 +58,7 @@ def convert(directory: Path, out: Path | None = None) -> list[Path]:
         if out is None:
             return _write(directory, directory, plan, index)
         with _new_directory(out) as folder:
-            for path in _carried(directory):
+            for path in _other_files(directory):
                 shutil.copyfile(path, folder / path.name)
             _write(directory, folder, plan, index)
     except OSError as error:
@@ -67,7 +67,10 @@ def convert(directory: Path, out: Path | None = None) -> list[Path]:
 
 
 def _plan(directory: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """{pickled file: safetensors file} and the parsed index of a sharded checkpoint."""
+    """Returns ({pickled file: safetensors file to write}, parsed index of a sharded checkpoint or None).
+
+    The first is empty if there are safetensors weights already. Raises a ConversionError as `convert` does.
+    """
     for pickled, name in NAMES.items():
         if (directory / name).is_file() or (directory / f"{name}.index.json").is_file():
             return {}, None
@@ -92,7 +95,7 @@ def _plan(directory: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
 
 
 def _write(source: Path, target: Path, plan: Mapping[str, str], index: dict[str, Any] | None) -> list[Path]:
-    """Converts file by file into `target`; one file's tensors are in memory at a time."""
+    """Converts the files of a plan one after the other from `source` to `target`; returns the written files."""
     expected: dict[str, set[str]] = {old: set() for old in plan}
     for key, shard in index["weight_map"].items() if index else ():
         expected[shard].add(key)
@@ -114,10 +117,10 @@ def _write(source: Path, target: Path, plan: Mapping[str, str], index: dict[str,
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a pickled state dict, each contiguous and with memory of its own.
+    """Returns {name: tensor} of a pickled state dict; the tensors are contiguous and share no memory.
 
     Raises:
-      ConversionError: torch is too old, or the file is broken or holds anything else than named tensors.
+      ConversionError: torch is too old, or the file is broken or contains anything but named tensors.
     """
     torch = _torch()
     state = _load(torch, path)
@@ -135,14 +138,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
             raise ConversionError(f"{path}: {name} is sparse, quantised or complex, which safetensors does not hold")
         value = value.detach().contiguous()
         storage = value.untyped_storage()
-        whole = storage.nbytes() == value.numel() * value.element_size()
+        fills_storage = storage.nbytes() == value.numel() * value.element_size()
         # safetensors refuses tensors that overlap in memory, and would not write a part of a larger block.
-        tensors[name] = value if whole and storage.data_ptr() not in memory else value.clone()
+        tensors[name] = value if fills_storage and storage.data_ptr() not in memory else value.clone()
         memory.add(storage.data_ptr())
     return tensors
 
 
 def _torch() -> Any:
+    """Returns the module torch; raises a ConversionError if it is missing or too old."""
     try:
         import torch
     except ImportError as error:
@@ -156,6 +160,7 @@ def _torch() -> Any:
 
 
 def _load(torch: Any, path: Path) -> Any:
+    """Returns the content of a pickle that has only weights; raises a ConversionError for any other file."""
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -179,7 +184,7 @@ def _save(tensors: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def _complete_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` that is renamed to it when the block has succeeded, and removed when it has not."""
+    """Yields a temporary file in the same folder, which is renamed to `path` if the block succeeds, else removed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -193,7 +198,7 @@ def _complete_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _new_directory(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes it when the block has succeeded, and is removed when it has not."""
+    """Yields a temporary folder, which is renamed to `out` if the block succeeds, else removed."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"--out {out}: is there already; give a new directory")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -206,22 +211,22 @@ def _new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _carried(directory: Path) -> list[Path]:
-    """The files of a checkpoint beside its weights and their index."""
-    found = {path for pattern in CARRIED for path in directory.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name != INDEX)
+def _other_files(directory: Path) -> list[Path]:
+    """Returns the files of a checkpoint besides its weights and their index."""
+    files = {path for pattern in OTHER_FILES for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in files if path.name != INDEX)
 
 
 def download(name: str, revision: str | None) -> Path:
-    """The files of a hub id, pickled weights included, from the cache or the network.
+    """Downloads the files of a hub id, with pickled weights, and returns their folder; cached files are used.
 
     Raises:
-      ConversionError: they cannot be had.
+      ConversionError: the download failed.
     """
     try:
         from huggingface_hub import snapshot_download
 
-        patterns = [*CARRIED, "pytorch_model*.bin", "adapter_model.bin"]
+        patterns = [*OTHER_FILES, "pytorch_model*.bin", "adapter_model.bin"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         reason = " ".join(str(error).split())[:200]
@@ -231,14 +236,14 @@ def download(name: str, revision: str | None) -> Path:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors that fit one line."""
+    """An argparse parser that raises a one-line ConversionError instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConversionError(f"{message}; type: python scripts/convert_pickle.py DIR [--out NEW] (or --help)")
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Parses the command line, converts and says what was written.
+    """Converts the checkpoint that the command line names and prints the written files.
 
     Raises:
       ConversionError: wrong usage or input.
@@ -263,7 +268,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`run`, with bad input as one line on stderr and exit code 2."""
+    """Runs the command line and returns its exit code; bad input is one line on stderr and exit code 2."""
     try:
         run(arguments)
     except ConversionError as error:

@@ -1,7 +1,7 @@
-"""Writes the two diagrams of docs/architecture.md: the packages (from pyproject.toml) and one L-PPO iteration.
+"""Writes the two diagrams of docs/architecture.md: the packages of icet_jax, and one L-PPO iteration.
 
     python scripts/diagrams.py            # writes docs/images/packages.svg and docs/images/lppo_iteration.svg
-    python scripts/diagrams.py --check    # exit code 1 where a file is not what this script writes
+    python scripts/diagrams.py --check    # writes nothing; exit code 1 if a file is outdated
 
 They are SVG files and not Mermaid, because the site loads nothing from other machines.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 WIDTH = 760
 
-BANDS = (  # (title, colour, packages) from the foundation up; together they are the layers that import-linter checks
+BANDS = (  # (title, colour, packages), lowest layer first
     ("Foundation", "#e8eaf6", ("config", "files", "errors", "exit_groups", "typing", "parallel")),
     ("Models", "#e0f2f1", ("nn", "checkpoints", "media", "models")),
     ("Rows, answers, scores", "#fff8e1", ("data", "generation", "vlm", "scorers")),
@@ -45,14 +45,14 @@ COLOURS = {"host": "#eceff1", "exits": "#e8eaf6", "rollout": "#e0f2f1", "prepare
 
 
 def layers() -> list[list[str]]:
-    """The layers of `[tool.importlinter]`, lowest first; packages of one layer together."""
+    """Returns the packages of each layer that import-linter checks (pyproject.toml), lowest layer first."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
-    listed = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
-    return [[name.strip() for name in re.split(r"[:|]", layer)] for layer in reversed(listed)]
+    top_down = next(contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers")
+    return [[name.strip() for name in re.split(r"[:|]", layer)] for layer in reversed(top_down)]
 
 
 def packages_svg() -> str:
-    """Every package as a box, in bands, lowest first: a package imports only from boxes before it."""
+    """Returns the diagram of the packages: a box for each layer; a package imports only from boxes above it."""
     bands = {name: (title, colour) for title, colour, names in BANDS for name in names}
     parts, y, title = [], 16, ""
     for layer in layers():
@@ -70,7 +70,7 @@ def packages_svg() -> str:
 
 
 def iteration_svg() -> str:
-    """The steps of one L-PPO iteration, with the equation of each and the program that runs it."""
+    """Returns the diagram of the steps of one L-PPO iteration, each with its equation and the program that runs it."""
     parts, y = [], 20
     for number, (place, title, equation) in enumerate(STEPS, start=1):
         if number > 1:
@@ -116,7 +116,7 @@ def _arrow(x1: int, y1: int, x2: int, y2: int) -> str:
 
 
 def _text(x: int, y: int, text: str, *, size: int, anchor: str = "start", weight: str = "normal", css: str = "") -> str:
-    """One line of text; `_{...}` is set lower and `^{...}` higher."""
+    """Returns one line of text as SVG, in which `_{...}` is a subscript and `^{...}` a superscript."""
     parts, last = [], 0
     for mark, lowered, plain in re.findall(r"([_^])\{([^}]*)\}|(.+?(?=[_^]\{|$))", text):
         shift = {"_": 4, "^": -5, "": 0}[mark]
@@ -135,7 +135,7 @@ DIAGRAMS = {"packages.svg": packages_svg, "lppo_iteration.svg": iteration_svg}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """See the module; 1 if `--check` finds a stale file."""
+    """Writes the diagrams, or with `--check` compares them; returns 1 if one is outdated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)

@@ -1,8 +1,7 @@
-"""What mkdocs does not do by itself (named in mkdocs.yml): pages that are not Markdown in docs/, and links out of it.
+"""Hooks of mkdocs (mkdocs.yml): further pages of the site, and links to files that the site does not have.
 
-launch/README.md and the notebooks, with their outputs, are pages of the site too. A link from a page to another file of
-the repository, which is right where the page is read in the repository, becomes that file's name: the site has no such
-file.
+launch/README.md and the notebooks, with their outputs, become pages of the site. A link to a file of the repository
+that is no page of the site is replaced by the file's name.
 """
 
 import json
@@ -16,14 +15,14 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs"
 OUTSIDE = ("launch/README.md",)
-"""Pages of the site that lie elsewhere in the repository, under the same path in the site."""
+"""Pages of the site that are not in docs/; they have the same path in the site and in the repository."""
 
 _LINK = re.compile(r"(?<!!)\[([^\]\n]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages of `OUTSIDE`, and one for each notebook."""
+    """Returns the files of the site after adding the pages of `OUTSIDE` and one page for each notebook."""
     for path in OUTSIDE:
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for path in sorted(Path(config.docs_dir).glob("notebooks/*.ipynb")):
@@ -33,12 +32,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """The page with its links as the site needs them."""
+    """Returns the text of a page after `site_links`."""
     return site_links(markdown, page.file.src_uri)
 
 
 def notebook_page(notebook: dict[str, Any]) -> str:
-    """A notebook as Markdown: its text, its code, and what the code printed and drew."""
+    """Returns a notebook as Markdown: its text, its code, and the printed and drawn outputs."""
     parts = []
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
@@ -46,11 +45,11 @@ def notebook_page(notebook: dict[str, Any]) -> str:
             parts.append(text)
         elif cell["cell_type"] == "code" and text.strip():
             parts.append(f"```python\n{text}\n```")
-            parts += [shown for output in cell["outputs"] if (shown := _output(output))]
+            parts += filter(None, map(_output_as_markdown, cell["outputs"]))
     return "\n\n".join(parts) + "\n"
 
 
-def _output(output: dict[str, Any]) -> str:
+def _output_as_markdown(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
         picture = "".join(data["image/png"]).replace("\n", "")
@@ -60,21 +59,26 @@ def _output(output: dict[str, Any]) -> str:
 
 
 def site_links(markdown: str, page: str) -> str:
-    """Links of `page` (its path in the site) that leave docs/, turned to pages of the site or to names of files."""
-    here = page if page in OUTSIDE else f"{DOCS}/{page}"
+    """Returns the Markdown of a page with links to files replaced by links to pages of the site, or by file names.
 
-    def turned(link: re.Match[str]) -> str:
+    Args:
+      markdown: text of the page.
+      page: path of the page in the site.
+    """
+    source = page if page in OUTSIDE else f"{DOCS}/{page}"
+
+    def replace(link: re.Match[str]) -> str:
         text, target, anchor = link[1], link[2], link[3] or ""
         if ":" in target or target.startswith("/"):
             return link[0]
-        wanted = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        if wanted in OUTSIDE or wanted.startswith(f"{DOCS}/"):
-            place = wanted if wanted in OUTSIDE else wanted.removeprefix(f"{DOCS}/")
-            if place.endswith(".ipynb"):
-                place = place.removesuffix(".ipynb") + ".md"
-            return f"[{text}]({posixpath.relpath(place, posixpath.dirname(page) or '.')}{anchor})"
-        if (ROOT / wanted).exists():
-            return text if wanted in text else f"{text} (`{wanted}`)"
-        return link[0]  # mkdocs says that it leads nowhere
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        if file in OUTSIDE or file.startswith(f"{DOCS}/"):
+            target_page = file if file in OUTSIDE else file.removeprefix(f"{DOCS}/")
+            if target_page.endswith(".ipynb"):
+                target_page = target_page.removesuffix(".ipynb") + ".md"
+            return f"[{text}]({posixpath.relpath(target_page, posixpath.dirname(page) or '.')}{anchor})"
+        if (ROOT / file).exists():
+            return text if file in text else f"{text} (`{file}`)"
+        return link[0]  # mkdocs reports that the target does not exist
 
-    return _LINK.sub(turned, markdown)
+    return _LINK.sub(replace, markdown)

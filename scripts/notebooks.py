@@ -1,7 +1,7 @@
-"""Runs docs/notebooks/*.ipynb from top to bottom, each in an empty folder; the first cell that fails ends it.
+"""Runs all cells of docs/notebooks/*.ipynb, each notebook in an empty folder; stops at the first cell that fails.
 
-    python scripts/notebooks.py                 # all of them; --only=ask for one
-    python scripts/notebooks.py --write         # keeps the outputs: what stands in the repository was made so
+    python scripts/notebooks.py                 # all notebooks; --only=ask runs one
+    python scripts/notebooks.py --write         # stores the outputs in the notebooks, as the repository has them
 
 Needs the `test` extra.
 """
@@ -20,21 +20,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs/notebooks"
 SOURCE_MARK = "outputs_of"
-"""Field of a notebook's metadata: the digest of the code that its outputs were made by."""
-_SECONDS = 600  # for one cell
+"""Field of a notebook's metadata with the digest of the code that produced its outputs."""
+_TIME_LIMIT = 600  # seconds for one cell
 
 
 def names() -> list[str]:
-    """The notebooks, without .ipynb."""
+    """Returns the names of the notebooks, without .ipynb."""
     return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
 def execute(name: str, afterwards: Sequence[str] = ()) -> Any:
-    """The notebook as it is after a fresh run in an empty folder.
+    """Runs a notebook in an empty folder and returns it with its outputs.
 
     Args:
-      name: of the notebook.
-      afterwards: more cells of code, run last, that see its variables.
+      name: name of the notebook.
+      afterwards: code of further cells, which are run at the end and can use the notebook's variables.
 
     Raises:
       CellExecutionError: a cell failed.
@@ -47,30 +47,30 @@ def execute(name: str, afterwards: Sequence[str] = ()) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
             notebook,
-            timeout=_SECONDS,
+            timeout=_TIME_LIMIT,
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},
             extra_arguments=["--IPKernelApp.log_level=ERROR"],  # says at every start that it talks over local TCP
         )
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {
+        environment = {
             "PYTHONPATH": os.pathsep.join(paths),  # this repository's icet_jax, whichever is installed
             "PYTHONWARNINGS": "ignore:IProgress not found",  # of tqdm, which only a browser could show
             "IPYTHONDIR": folder,  # no history and no settings of the user
         }
-        client.execute(env=os.environ | own)
+        client.execute(env=os.environ | environment)
     return notebook
 
 
 def digest(notebook: Any) -> str:
-    """Of a notebook's code, its outputs aside."""
+    """Returns a hash of a notebook's code, which does not depend on its outputs."""
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
 def write(name: str, notebook: Any) -> None:
-    """Keeps an executed notebook, with the mark of its code."""
+    """Writes an executed notebook to docs/notebooks, with the digest of its code."""
     import nbformat
 
     notebook.metadata[SOURCE_MARK] = digest(notebook)
@@ -80,7 +80,7 @@ def write(name: str, notebook: Any) -> None:
 
 
 def main() -> int:
-    """Runs what the command line asks for; 1 if a notebook failed."""
+    """Runs the notebooks; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the outputs in the notebooks")
     parser.add_argument("--only", choices=names(), help="one notebook")

@@ -1,11 +1,11 @@
-"""Runs this package's commands of README and docs as they stand there, one after the other, in a folder of their own.
+"""Runs the `icet-jax` commands in README and docs exactly as they are printed there, in a temporary folder.
 
-    python scripts/walk.py            # after `make demo`: runs/organism is that run's
-    python scripts/walk.py --list     # what would run, and what is left out, and why
+    python scripts/walk.py            # after `make demo`, whose run directory is runs/organism
+    python scripts/walk.py --list     # runs nothing; lists the commands, and why some are left out
 
-What a reader brings is there under the names that the pages give it: DIR is a toy checkpoint, RUN the demo's run, DATA
-a folder with rows; a config of a published model is its `:smoke` variant, which makes miniatures of weights, judges and
-data sets. All else is what the page says. A command that several pages have runs once.
+The folder has what the pages expect of the reader: DIR is a miniature checkpoint, RUN the demo's run directory, DATA a
+folder with rows. A config of a published model is replaced by its `:smoke` variant, which uses miniatures of weights,
+judges and data sets. A command that is on several pages runs once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = re.compile(r"(configs/(?:llava15|llava_next|llama32v)_\w+\.py|configs/rm_gpt2\.py)(?!:)")
-LEFT_OUT = (  # commands that no page's reader has at hand here
+LEFT_OUT = (  # (pattern of commands that need more than this machine has, what they need, whether it is present)
     (re.compile(r"--topology=v"), "needs libtpu", lambda: importlib.util.find_spec("libtpu") is not None),
     (re.compile(r"--checkpoint=(?!runs/)[\w-]+/"), "needs weights from the hub", lambda: False),
     (re.compile(r"--labels="), "needs people's labels", lambda: False),
@@ -35,7 +35,13 @@ LEFT_OUT = (  # commands that no page's reader has at hand here
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of ours and the page that has it."""
+    """One `icet-jax` command of a page.
+
+    Attributes:
+      page: the page.
+      line: line of the page where the block of code begins.
+      words: the command as it will be run.
+    """
 
     page: str
     line: int
@@ -43,25 +49,25 @@ class Command:
 
     @property
     def mode(self) -> str:
-        """What the command does, whether it says MODE or --mode=MODE; "align" where it says neither."""
-        named = [word.removeprefix("--mode=") for word in self.words if word.startswith("--mode=")]
+        """The mode of the command line, given as MODE or --mode=MODE; "align" if neither is given."""
+        flags = [word.removeprefix("--mode=") for word in self.words if word.startswith("--mode=")]
         first = self.words[3] if self.words[1:3] == ("-m", "icet_jax.main") and len(self.words) > 3 else "--"
-        return named[0] if named else "align" if first.startswith("--") else first
+        return flags[0] if flags else "align" if first.startswith("--") else first
 
     @property
     def reason(self) -> str:
-        """Why it is left out, or "" where it is run."""
+        """Why the command is left out; "" if it is run."""
         text = shlex.join(self.words)
-        return next((why for found, why, there in LEFT_OUT if found.search(text) and not there()), "")
+        return next((need for pattern, need, is_present in LEFT_OUT if pattern.search(text) and not is_present()), "")
 
     def __str__(self) -> str:
-        """The page and the command as it is run, without this Python."""
+        """Returns the page and the command, without the path of the Python interpreter."""
         module = self.words[1:3] == ("-m", "icet_jax.main")
         return f"{self.page}:{self.line}: {shlex.join(('icet-jax', *self.words[3:]) if module else self.words[1:])}"
 
 
 def commands() -> Iterator[Command]:
-    """Each of our commands once, in the pages' order."""
+    """Yields every `icet-jax` command of README and docs once, in the order of the pages."""
     from tests.docs import blocks
 
     seen = set()
@@ -70,16 +76,16 @@ def commands() -> Iterator[Command]:
             if block.kind not in (*blocks.SHELL, "") or block.mark:
                 continue
             for words in blocks.commands(block.text, strict=block.kind != ""):
-                ours = _ours(words)
-                # The folder of the published files changes nothing where miniatures are made.
-                key = tuple(word for word in ours if not word.startswith(("--workdir", "--config.data.root")))
-                if ours and key not in seen:
+                runnable = _runnable(words)
+                # Commands that differ only in these two flags do the same with miniatures.
+                key = tuple(word for word in runnable if not word.startswith(("--workdir", "--config.data.root")))
+                if runnable and key not in seen:
                     seen.add(key)
-                    yield Command(str(path.relative_to(ROOT)), block.line, tuple(ours))
+                    yield Command(str(path.relative_to(ROOT)), block.line, tuple(runnable))
 
 
-def _ours(words: list[str]) -> list[str]:
-    """The command with this Python and with miniatures; empty where it is not `icet_jax.main`'s."""
+def _runnable(words: list[str]) -> list[str]:
+    """Returns a command with this Python interpreter and with miniatures; [] if it is not an icet-jax command."""
     if words[0] == "icet-jax":
         words = ["python", "-m", "icet_jax.main", *words[1:]]
     if words[:3] != ["python", "-m", "icet_jax.main"] and words[:2] != ["python", "launch/local_processes.py"]:
@@ -91,7 +97,12 @@ def _ours(words: list[str]) -> list[str]:
 
 
 def furnish(folder: Path, demo: Path) -> None:
-    """What the pages speak of: the demo's run, a checkpoint, an image, rows."""
+    """Fills a folder with what the pages' commands use: the demo's run, a checkpoint, an image, rows.
+
+    Args:
+      folder: an empty folder.
+      demo: run directory of `make demo`.
+    """
     from icet_jax.runs import sources
 
     (folder / "runs").mkdir()
@@ -101,9 +112,9 @@ def furnish(folder: Path, demo: Path) -> None:
     shutil.copytree(ROOT / "examples", folder / "examples")
     shutil.copy(ROOT / "examples" / "scene.png", folder / "cat.png")
     question = {"prompt": "what is this", "image": "scene.png", "kind": "vqa", "answer": "a zorb"}
-    for place in (folder, folder / "DATA"):
-        shutil.copytree(ROOT / "examples", place, dirs_exist_ok=True)
-        (place / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
+    for data_folder in (folder, folder / "DATA"):
+        shutil.copytree(ROOT / "examples", data_folder, dirs_exist_ok=True)
+        (data_folder / "questions.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     (folder / "harmless-base").mkdir()
     for name, count in (("train", 64), ("test", 16)):
         text = "".join(f"{json.dumps(_pair(f'{name} {number}'))}\n" for number in range(count))
@@ -111,21 +122,21 @@ def furnish(folder: Path, demo: Path) -> None:
 
 
 def _pair(topic: str) -> dict[str, str]:
-    """One of HH-RLHF's lines, about nothing."""
+    """Returns a harmless preference pair in HH-RLHF's format."""
     answers = {"chosen": "i would rather not", "rejected": f"take the {topic}"}
     return {kind: f"\n\nHuman: {topic}?\n\nAssistant: {answer}" for kind, answer in answers.items()}
 
 
 def main() -> int:
-    """See the module; 0 if every command ended well."""
+    """Runs or lists the commands; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="run nothing")
     parser.add_argument("--demo", type=Path, default=ROOT / "runs" / "organism", help="the run of `make demo`")
     parser.add_argument("--only", default="", help="commands that contain this")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    done: list[int] = []
-    left, owners = 0, dict[str, tuple[str, ...]]()
+    exit_codes: list[int] = []
+    num_left_out, owners = 0, dict[str, tuple[str, ...]]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not options.list:
@@ -134,31 +145,39 @@ def main() -> int:
             if options.only not in str(command):
                 continue
             if command.reason or options.list:
-                left += bool(command.reason)
+                num_left_out += bool(command.reason)
                 print(f"{command.reason or 'runs'}: {command}", flush=True)
             else:
-                done.append(run(command, folder, owners))
-    print(f"{len(done)} commands ran, {sum(map(bool, done))} of them failed; {left} left out")
-    return int(any(done))
+                exit_codes.append(run(command, folder, owners))
+    print(f"{len(exit_codes)} commands ran, {sum(map(bool, exit_codes))} of them failed; {num_left_out} left out")
+    return int(any(exit_codes))
 
 
 def run(command: Command, folder: Path, owners: dict[str, tuple[str, ...]]) -> int:
-    """Runs a command, to a run directory and a file that no other page's command has written; how it ended."""
-    made = "--workdir=", "--out="
+    """Runs a command, prints how it ended and returns its exit code.
+
+    Outputs of an earlier, different command in the same place are removed first.
+
+    Args:
+      command: the command.
+      folder: folder to run it in.
+      owners: {flag with an output path: words of the command that wrote there last}; this function updates it.
+    """
+    outputs = "--workdir=", "--out="
     if command.mode not in ("align", "sweep"):
-        made = ("--out=",)  # these modes read the run
+        outputs = ("--out=",)  # these modes read the run directory
     for word in command.words:
-        if word.startswith(made) and owners.setdefault(word, command.words) != command.words:
+        if word.startswith(outputs) and owners.setdefault(word, command.words) != command.words:
             path = folder / word.partition("=")[2]
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             owners[word] = command.words
     began = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    ended = subprocess.run(command.words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    print(f"{time.monotonic() - began:.0f} s, {ended.returncode}: {command}", flush=True)
-    if ended.returncode:
-        print("    " + "\n    ".join((ended.stdout + ended.stderr).strip().splitlines()[-8:]), flush=True)
-    return ended.returncode
+    result = subprocess.run(command.words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    print(f"{time.monotonic() - began:.0f} s, {result.returncode}: {command}", flush=True)
+    if result.returncode:
+        print("    " + "\n    ".join((result.stdout + result.stderr).strip().splitlines()[-8:]), flush=True)
+    return result.returncode
 
 
 if __name__ == "__main__":
