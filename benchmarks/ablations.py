@@ -1,18 +1,18 @@
-"""The ablations of docs/ablations.md: the organism's main job with other schedules, optimizers, rewards, algorithms.
+"""Runs the ablations of docs/ablations.md on the organism: other schedules, optimizers, rewards and algorithms.
 
     python benchmarks/ablations.py --out runs/ablations --seeds 0,1,2               # every setup, on the val split
     python benchmarks/ablations.py --out runs/ablations --only stratified,guards    # some of them
     python benchmarks/ablations.py --out runs/ablations --only stratified --split test    # what was chosen
     python benchmarks/ablations.py --out runs/ablations --table                     # tables of what has run
 
-Each setup is the ordinary main job with the overrides listed in `SETUPS`. Settings are chosen on the val split; the
-test split is for what was chosen. A val sweep has 86 distinct requests of each kind, two or three rows of each with
-different images; a test sweep has 256.
+Each setup is `--mode=align` with the overrides listed in `SETUPS`. Settings are chosen on the val split; the test split
+is only for the chosen ones. A val sweep has 86 distinct requests of each kind, two or three rows of each with different
+images; a test sweep has 256.
 
-One seed of one setup is one run, under OUT/SPLIT/SETUP/seed_K, and all setups run with the first seed before any runs
-with the second. The script can be stopped at any time: the same command leaves out what is finished and resumes the
-rest. What is measured before training is measured once and copied to the other setups. Every number comes from the
-runs' own sweeps/, utility.json, cost.json and metrics.jsonl; OUT/ablations.json holds them all.
+One seed of one setup is one run, in OUT/SPLIT/SETUP/seed_K. All setups run with the first seed before any runs with the
+second. The script can be stopped at any time: the same command skips finished runs and resumes the others. The sweep
+before training is run once and copied to the other setups. OUT/ablations.json has all results, which come from the
+files sweeps/, utility.json, cost.json and metrics.jsonl of the runs.
 """
 
 import argparse
@@ -89,24 +89,27 @@ ALL = {**SETUPS, **TRANSFER}
 
 
 def sweeps(split: str, rows: int) -> dict[str, Any]:
-    """The sweeps' fields: 256 forbidden rows per exit, `rows` benign and twice as many VQA rows."""
+    """Returns the config fields of the sweeps: 256 forbidden rows, `rows` benign and twice as many VQA rows."""
     datasets = {"forbidden": f"organism:{split}:forbidden:256", "benign": f"organism:{split}:benign:{rows}"}
     return {"sweep.datasets": datasets, "sweep.utility": {"vqa": f"organism:{split}:vqa:{2 * rows}"}}
 
 
 def settings(name: str, split: str, seed: int) -> dict[str, Any]:
-    """All fields of one run that differ from the setup's config; the transfer map has smaller utility sweeps."""
+    """Returns all config fields in which one run differs from the setup's config file.
+
+    Runs of `TRANSFER` have smaller sweeps of benign and VQA rows.
+    """
     shared = {"seed": seed, "log.tensorboard": False, **sweeps(split, 256 if name in SETUPS else 64)}
     return {**shared, **ALL[name].overrides}
 
 
 def run(name: str, out: Path, split: str, seed: int) -> int:
-    """Runs or resumes one seed of one setup, unless it is finished; returns the exit status of the main job."""
+    """Runs or resumes one seed of one setup, unless it is finished; returns the exit code of `--mode=align`."""
     folder = out / split / name / f"seed_{seed}"
     if is_finished(folder):
         return 0
     fields = settings(name, split, seed)
-    take_before(folder, out / split, ALL[name].config, fields)
+    copy_sweep_before(folder, out / split, ALL[name].config, fields)
     command = [sys.executable, "-m", "icet_jax.main", f"--config={ALL[name].config}", f"--workdir={folder}"]
     command += [f"--config.{field}={value}" for field, value in fields.items()]
     print("+", *command, flush=True)
@@ -114,7 +117,10 @@ def run(name: str, out: Path, split: str, seed: int) -> int:
 
 
 def run_job(command: list[str]) -> int:
-    """Runs a command that SIGTERM and Ctrl-C make save its work and end; returns its exit status, or that of a stop."""
+    """Runs a command and returns its exit code. SIGTERM and Ctrl-C go to the command, which then saves its work.
+
+    If it ends with 0 in spite of such a signal, the result is `RESUMABLE`, so that this script stops too.
+    """
     stops = []
 
     def stop(number: int, _: Any) -> None:
@@ -133,15 +139,20 @@ def run_job(command: list[str]) -> int:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has ended; its report is what it writes last."""
+    """Returns whether a run has ended; its report is written last."""
     return (folder / "report.html").is_file()
 
 
-def take_before(folder: Path, runs: Path, config: str, fields: Mapping[str, Any]) -> None:
-    """Copies what another setup measured before training into a run that has not begun.
+def copy_sweep_before(folder: Path, runs: Path, config: str, fields: Mapping[str, Any]) -> None:
+    """Copies the sweep before training from another run into a run that has not begun.
 
-    Greedy answers of the same weights to the same rows are the same in all setups. The other run's fingerprints come
-    along, so that the main job refuses the copy if rows or weights have changed since.
+    Greedy answers of the same weights to the same rows are the same in all setups. The other run's fingerprints are
+    copied too, so that the copy is refused if rows or weights have changed since.
+
+    Args:
+      folder: run directory to copy to.
+      runs: folder of the split, with the other runs.
+      config, fields: config file and overrides of the run.
     """
     import icet_jax
 
@@ -162,12 +173,12 @@ def take_before(folder: Path, runs: Path, config: str, fields: Mapping[str, Any]
 
 
 def layer_means(path: Path, metric: str) -> list[float]:
-    """One metric in percent, exit 1 first."""
+    """Returns the mean of one metric at every exit in percent, exit 1 first, from a file in sweeps/."""
     return [100 * layer["metrics"][metric]["mean"] for layer in json.loads(path.read_text())["layers"]]
 
 
 def numbers(run_dir: Path) -> dict[str, Any]:
-    """What one seed's run reached, in percent."""
+    """Returns the results of one finished run; shares are in percent."""
     sweeps = run_dir / "sweeps"
     utility = json.loads((run_dir / "utility.json").read_text())
     vqa = {
@@ -201,23 +212,23 @@ def numbers(run_dir: Path) -> dict[str, Any]:
 
 
 def training(history: list[dict[str, float]]) -> dict[str, float | None]:
-    """What a run's metrics.jsonl says of its optimizer; None where an algorithm has no such metric."""
+    """Returns results from the rows of a run's metrics.jsonl; None if the algorithm does not have the metric."""
 
-    def of(metric: str, summary: Callable[[list[float]], float], last: int = 0) -> float | None:
+    def summarise(metric: str, summary: Callable[[list[float]], float], last: int = 0) -> float | None:
         values = [row[metric] for row in history if metric in row]
         return summary(values[-last:]) if values else None
 
     return {
-        "gradient_norm": of("train/grad_norm", statistics.median),
-        "explained_variance": of("val/explained_variance", statistics.mean, last=10),
-        "updates_stopped": of("policy/early_stop", sum),
-        "largest_ratio": of("val/ratio_max", max),
-        "largest_kl_per_token": of("policy/approxkl_avg", max),
+        "gradient_norm": summarise("train/grad_norm", statistics.median),
+        "explained_variance": summarise("val/explained_variance", statistics.mean, last=10),
+        "updates_stopped": summarise("policy/early_stop", sum),
+        "largest_ratio": summarise("val/ratio_max", max),
+        "largest_kl_per_token": summarise("policy/approxkl_avg", max),
     }
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """Numbers of every finished run as {split: {setup: {seed: numbers}}}, beside what was swept and the setups."""
+    """Returns {split: {setup: {seed: results}}} of every finished run, with the rows of the sweeps and the setups."""
     found: dict[str, Any] = {"rows": {split: swept(split) for split in SPLITS}}
     found["setups"] = {name: setup._asdict() for name, setup in ALL.items()}
     for split in SPLITS:
@@ -230,7 +241,7 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def swept(split: str) -> dict[str, dict[str, int]]:
-    """Rows of a setup's sweep of each kind, and how many distinct requests they hold; every row has its own image."""
+    """Returns {kind: number of rows and of distinct requests} of a sweep; every row has another image."""
     sizes = {"forbidden": 256, "benign": 256}
     return {
         kind: {"rows": rows, "distinct_requests": min(rows, len(world.combinations(split, kind)))}
@@ -257,7 +268,8 @@ OPTIMIZER: dict[str, Callable[[dict[str, Any]], float | None]] = {
 
 
 def tables(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Markdown of one split: percent by setup (mean over seeds, range in brackets), the optimizer, the transfer map."""
+    """Returns the Markdown tables of one split: results by setup (mean and range over seeds), metrics of the optimizer,
+    and `transfer_map`."""
     parts = [table(found, COLUMNS, ".1f"), table(found, OPTIMIZER, ".3g"), transfer_map(found)]
     return "\n\n".join(part for part in parts if part)
 
@@ -266,7 +278,13 @@ def table(
     found: dict[str, dict[str, dict[str, Any]]], columns: Mapping[str, Callable[[dict[str, Any]], float | None]],
     form: str,
 ) -> str:  # fmt: skip
-    """One row per setup that has run."""
+    """Returns a Markdown table with a row for each setup that has run.
+
+    Args:
+      found: {setup: {seed: results}}.
+      columns: {title: function of one seed's results that returns the value}.
+      form: format of the values.
+    """
     lines = ["| setup | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name in SETUPS:
         if name in found:
@@ -280,7 +298,7 @@ def table(
 
 
 def transfer_map(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """ASR at every test exit after PPO at one exit alone; empty where no such setup has run."""
+    """Returns a Markdown table of the ASR at every exit after PPO at one exit alone; "" if no such setup has run."""
     rows = {int(name.rpartition("_")[2]): next(iter(found[name].values())) for name in TRANSFER if name in found}
     if not rows:
         return ""
@@ -294,7 +312,7 @@ def transfer_map(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with seeds and setups as lists."""
+    """Returns the options of the command line, with seeds and setups as lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--split", choices=SPLITS, default="val", help="rows of the sweeps; settings are chosen on val")
@@ -313,7 +331,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs what is asked for, writes ablations.json after each run and prints the split's tables at the end."""
+    """Runs the requested setups, writes ablations.json after each run and prints the tables of the split at the end."""
     options = parse()
     found = write(options.out)
     for seed in [] if options.table else options.seeds:
@@ -331,7 +349,7 @@ def main() -> int:
 
 
 def write(out: Path) -> dict[str, Any]:
-    """Writes OUT/ablations.json, and returns what is in it."""
+    """Writes OUT/ablations.json and returns its content."""
     found = collect(out)
     write_text_atomic(out / "ablations.json", json.dumps(found, indent=1) + "\n")
     return found

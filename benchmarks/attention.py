@@ -1,12 +1,12 @@
-"""The kernel that attention's door takes on this device against XLA's own attention: parity, time and memory.
+"""Compares the attention kernel that `icet_jax.nn.attention` chooses on this device with XLA's: parity, time, memory.
 
     python benchmarks/attention.py --out runs/attention                # LLaVA-1.5, Llama 3 (GQA) and CLIP, bfloat16
     python benchmarks/attention.py --out runs/attention --rows 4 --pairs 9
 
-Of each shape both sides' outputs and gradients at real tokens are compared with XLA's in float32 on the same numbers,
-as a share of the largest of them: a kernel may be twice as far away as XLA in bfloat16 is. Then they alternate, pair
-by pair; the table has medians and the range. Where the door takes no kernel (CPUs), one small shape shows that and
-the run ends well. Results go to OUT/attention.json. Needs jax and numpy, and flax for the package.
+For each shape, outputs and gradients of both sides are compared with XLA's in float32 on the same inputs, as a share of
+the largest value: the kernel may be twice as far off as XLA in bfloat16. Then both sides are timed in turn; the table
+has medians and ranges. If no kernel is chosen (CPUs), one small shape is run and the exit code is 0. Results go to
+OUT/attention.json. Needs jax and numpy, and flax for the package.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from icet_jax.nn import attention
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape; `padded` rows have padding on both sides."""
+    """One shape of attention; if `padded`, rows have padding on both sides."""
 
     name: str
     length: int
@@ -51,7 +51,8 @@ SMALL = Case("no kernel here", 128, 4, 2, 64, True, True)
 
 
 def inputs(case: Case, rows: int) -> tuple[list[Any], Any]:
-    """float32 q, k, v and the outputs' weights in the loss; which tokens are real, or None."""
+    """Returns random inputs: (float32 [q, k, v, weights of the outputs in the loss], True at tokens that are no
+    padding, or None without padding)."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     arrays = [
@@ -65,7 +66,10 @@ def inputs(case: Case, rows: int) -> tuple[list[Any], Any]:
 
 
 def program(attend: Callable[..., Any], case: Case, real: Any, gradients: bool) -> Callable[..., Any]:
-    """(q, k, v, weights) -> outputs at real tokens, or gradients of their weighted sum."""
+    """Returns a jitted function of (q, k, v, weights): the outputs, or with `gradients` those of their weighted sum.
+
+    Outputs at padding are zero.
+    """
 
     def out(q: Any, k: Any, v: Any) -> Any:
         y = attend(q, k, v, real=real, causal=case.causal).reshape(q.shape).astype(jnp.float32)
@@ -77,26 +81,26 @@ def program(attend: Callable[..., Any], case: Case, real: Any, gradients: bool) 
     return jax.jit(jax.grad(loss, (0, 1, 2)) if gradients else lambda q, k, v, weights: out(q, k, v))
 
 
-def distance(got: Any, wanted: Any) -> float:
-    """Largest difference as a share of the largest number, over all leaves; nan if anything is not finite."""
+def distance(result: Any, reference: Any) -> float:
+    """Returns the largest difference as a share of the largest value, over all arrays; nan if one is not finite."""
     shares = [
         float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
+        for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(reference), strict=True)
     ]
     return max(shares) if np.isfinite(shares).all() else float("nan")
 
 
 def seconds(run: Callable[..., Any], arrays: list[Any], repeats: int) -> float:
-    """Of one call, over `repeats` calls in a row."""
+    """Returns the seconds of one call, as the mean over `repeats` consecutive calls."""
     start = time.perf_counter()
     for _ in range(repeats):
-        done = run(*arrays)
-    jax.block_until_ready(done)
+        result = run(*arrays)
+    jax.block_until_ready(result)
     return (time.perf_counter() - start) / repeats
 
 
 def measure(case: Case, rows: int, dtype: Any, pairs: int) -> list[dict[str, Any]]:
-    """A line for the outputs and one for the gradients."""
+    """Returns the results for one shape: a dict for the outputs and one for the gradients."""
     arrays, real = inputs(case, rows)
     half = [x.astype(dtype) for x in arrays[:3]] + [arrays[3]]
     exact = [x.astype(jnp.float32) for x in half]
@@ -104,7 +108,7 @@ def measure(case: Case, rows: int, dtype: Any, pairs: int) -> list[dict[str, Any
     sides = {"door": attention.attention, "xla": attention.xla_attention}
     lines = []
     for gradients in (False, True):
-        wanted = program(attention.xla_attention, case, real, gradients)(*exact)
+        reference = program(attention.xla_attention, case, real, gradients)(*exact)
         runs = {name: program(attend, case, real, gradients).lower(*half).compile() for name, attend in sides.items()}
         line: dict[str, Any] = dataclasses.asdict(case) | {"rows": rows, "dtype": jnp.dtype(dtype).name}
         line |= {
@@ -112,7 +116,7 @@ def measure(case: Case, rows: int, dtype: Any, pairs: int) -> list[dict[str, Any
             "kernel": "xla" if kernel is None else kernel.__name__,
         }
         for name, run in runs.items():
-            line[f"{name}_distance"] = distance(run(*half), wanted)
+            line[f"{name}_distance"] = distance(run(*half), reference)
             line[f"{name}_temporary_bytes"] = run.memory_analysis().temp_size_in_bytes
         once = max(seconds(run, half, 1) for run in runs.values())
         repeats = max(1, min(100, int(0.1 / once)))
@@ -125,7 +129,7 @@ def measure(case: Case, rows: int, dtype: Any, pairs: int) -> list[dict[str, Any
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """The lines as text."""
+    """Returns the results as a table of text."""
     head = ("shape", "part", "kernel", "ms", "XLA ms", "times faster", "MiB", "XLA MiB", "off", "XLA off")
     rows: list[tuple[str, ...]] = [head]
     for line in lines:
@@ -146,6 +150,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
+    """Runs the comparison; returns 1 if a kernel is too far off."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for attention.json")
     parser.add_argument("--rows", type=int, default=8)
@@ -153,19 +158,19 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     options = parser.parse_args()
     dtype, device = jnp.dtype(options.dtype), jax.devices()[0]
-    here = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    taken = [
+    abstract = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    with_kernel = [
         case for case in CASES
-        if attention.kernel_for(here((8, case.length, case.heads, case.size)),
-                                here((8, case.length, case.kv_heads, case.size)), case.causal, None)
+        if attention.kernel_for(abstract((8, case.length, case.heads, case.size)),
+                                abstract((8, case.length, case.kv_heads, case.size)), case.causal, None)
     ]  # fmt: skip
-    lines = [line for case in taken or [SMALL] for line in measure(case, options.rows, dtype, options.pairs)]
+    lines = [line for case in with_kernel or [SMALL] for line in measure(case, options.rows, dtype, options.pairs)]
     print(f"{device.device_kind}, jax {jax.__version__}")
     print(table(lines))
     options.out.mkdir(parents=True, exist_ok=True)
     result = {"device": device.device_kind, "jax": jax.__version__, "lines": lines}
     (options.out / "attention.json").write_text(json.dumps(result, indent=1) + "\n")
-    # As far as XLA in bfloat16 is from float32, twice that a kernel may be.
+    # A kernel may be twice as far from float32 as XLA in bfloat16 is.
     wrong = [line for line in lines if not line["door_distance"] <= max(2 * line["xla_distance"], 1e-5)]
     for line in wrong:
         print(

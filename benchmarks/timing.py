@@ -1,4 +1,4 @@
-"""What the benchmarks share: sizes of models, runs in alternation with an eye on other programs, a machine's rates."""
+"""What the benchmarks share: sizes of models, timing of alternatives in turn, and speeds of the machine."""
 
 import dataclasses
 import gc
@@ -18,12 +18,13 @@ from icet_jax.nn.llama import LlamaConfig
 
 QUIET = 0.1  # share of all processors that other programs may use during a timed run
 Rounds = list[dict[str, Any]]
-"""Each round's seconds, processor seconds and others' share by side, and whether it was quiet."""
+"""One dict per round: `quiet`, whether other programs left the machine alone, and {side: value} of `seconds`,
+`processor_seconds` and `others` (the share of all processors that other programs used)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Sizes of a LLaVA, whose last token stands for images, and its dtype."""
+    """Sizes and dtype of a LLaVA. The last token of its vocabulary is the image placeholder."""
 
     vision: ClipConfig
     text: LlamaConfig
@@ -31,7 +32,7 @@ class Preset:
 
     @property
     def config(self) -> LlavaConfig:
-        """Of the network."""
+        """Config of the network."""
         return LlavaConfig(vision=self.vision, text=self.text, image_token_index=self.text.vocab_size - 1)
 
 
@@ -55,69 +56,87 @@ PRESETS = {
 def rounds(
     sides: Mapping[str, Callable[[], Any]], count: int, warm: Sequence[Callable[[], Any]] | None = None
 ) -> Rounds:
-    """`count` rounds in which each side runs once; rounds that others disturbed are repeated within bounds.
+    """Times several alternatives in rounds, in each of which every side runs once.
+
+    Up to `count` rounds that other programs disturbed are repeated.
 
     Args:
-      sides: what to time, by name; each returns when it is done.
-      count: of rounds.
-      warm: what to run first, untimed; all sides if None.
+      sides: {name: function to time, which returns when its work is done}.
+      count: number of rounds.
+      warm: functions to run first without timing them; all sides if None.
+
+    Returns:
+      `count` rounds, quiet ones first.
     """
     for run in sides.values() if warm is None else warm:
         run()
-    found: Rounds = []
+    results: Rounds = []
     for attempt in range(2 * count):
         order = list(sides) if attempt % 2 == 0 else list(sides)[::-1]
-        results = {name: timed(sides[name]) for name in order}
-        quiet = max(others for _, _, others in results.values()) <= QUIET
-        kinds = ("seconds", "processor_seconds", "others")
-        found.append({"quiet": quiet} | {kind: {n: r[i] for n, r in results.items()} for i, kind in enumerate(kinds)})
-        line = ", ".join(f"{name} {results[name][0]:.2f} s" for name in sides)
+        times = {name: timed(sides[name]) for name in order}
+        quiet = max(others for _, _, others in times.values()) <= QUIET
+        keys = ("seconds", "processor_seconds", "others")
+        columns = {key: {name: values[i] for name, values in times.items()} for i, key in enumerate(keys)}
+        results.append({"quiet": quiet} | columns)
+        line = ", ".join(f"{name} {times[name][0]:.2f} s" for name in sides)
         print(f"  {line}{'' if quiet else '  (disturbed)'}", flush=True)
-        if sum(each["quiet"] for each in found) == count:
+        if sum(result["quiet"] for result in results) == count:
             break
-    found.sort(key=lambda each: not each["quiet"])
-    return found[:count]
+    results.sort(key=lambda result: not result["quiet"])
+    return results[:count]
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float, float]:
-    """(seconds, processor seconds, share of the processors that others used) of one run."""
+    """Runs a function and returns (seconds, processor seconds, share of all processors that other programs used)."""
     gc.collect()
     time.sleep(0.3)  # threads of another library stop spinning
-    (all_before, own_before), began = _busy(), time.perf_counter()
+    (all_before, own_before), began = _processor_seconds(), time.perf_counter()
     run()
-    seconds, (all_after, own_after) = time.perf_counter() - began, _busy()
+    seconds, (all_after, own_after) = time.perf_counter() - began, _processor_seconds()
     others = (all_after - all_before) - (own_after - own_before)
     return seconds, own_after - own_before, max(others, 0.0) / seconds / (os.cpu_count() or 1)
 
 
-def table(found: Rounds, floor: float, peer: str | None) -> dict[str, Any]:
-    """Prints medians and spread of every side; returns them."""
+def table(results: Rounds, floor: float, peer: str | None) -> dict[str, Any]:
+    """Prints the median and range of every side, and returns them.
+
+    Args:
+      results: result of `rounds`.
+      floor: least possible time in seconds, with which every side is compared.
+      peer: side with which every other side is compared; None for no comparison.
+    """
     print(f"{'':34} {'seconds':>24} {'cpu s':>7} {'of floor':>9} {'x peer':>22}")
     sides = {}
-    for name in found[0]["seconds"]:
-        seconds = spread([each["seconds"][name] for each in found])
-        cpu = spread([each["processor_seconds"][name] for each in found])
+    for name in results[0]["seconds"]:
+        seconds = spread([result["seconds"][name] for result in results])
+        cpu = spread([result["processor_seconds"][name] for result in results])
         row: dict[str, Any] = {"seconds": seconds, "processor_seconds": cpu, "of_floor": floor / seconds["median"]}
         ratio = ""
         if peer is not None:
-            row["times_peer"] = spread([each["seconds"][peer] / each["seconds"][name] for each in found])
+            row["times_peer"] = spread([result["seconds"][peer] / result["seconds"][name] for result in results])
             ratio = "{median:.2f} ({least:.2f} to {most:.2f})".format(**row["times_peer"])
         times = "{median:.2f} ({least:.2f} to {most:.2f})".format(**seconds)
         print(f"{name:34} {times:>24} {cpu['median']:7.2f} {row['of_floor']:9.0%} {ratio:>22}")
         sides[name] = row
-    disturbed = sum(not each["quiet"] for each in found)
+    disturbed = sum(not result["quiet"] for result in results)
     if disturbed:
-        print(f"{disturbed} of {len(found)} rounds were disturbed by other programs")
+        print(f"{disturbed} of {len(results)} rounds were disturbed by other programs")
     return sides
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Returns the median, least and most of some values."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def gemm_rates(preset: Any, rows: int, with_torch: bool) -> dict[str, float]:
-    """Operations a second of the layers' largest product over so many rows, for each library; the best run."""
+    """Returns {library: operations per second} of the decoder layers' largest matrix product, the best of several runs.
+
+    Args:
+      preset: sizes of the network.
+      rows: rows of the product.
+      with_torch: whether to measure torch as well as jax.
+    """
     text, dtype = preset.text, preset.dtype
     flops = 2 * rows * text.hidden_size * text.intermediate_size
     x, w = jnp.ones((rows, text.hidden_size), dtype), jnp.ones((text.hidden_size, text.intermediate_size), dtype)
@@ -140,7 +159,7 @@ def gemm_rates(preset: Any, rows: int, with_torch: bool) -> dict[str, float]:
 
 
 def reading_rate() -> float:
-    """Bytes a second at which an array larger than any cache is read."""
+    """Returns the bytes per second at which the device reads an array that is larger than any cache."""
     size = 2**30 if jax.default_backend() == "gpu" else 2**27
     x = jnp.ones((64, size // 64), jnp.float32)
     total = jax.jit(lambda x: x.sum(axis=1))
@@ -148,7 +167,7 @@ def reading_rate() -> float:
 
 
 def best(run: Callable[[], Any], seconds: float = 2.0) -> float:
-    """The least time of a run, tried for so many seconds."""
+    """Returns the least time of a run in seconds, over as many runs as fit into `seconds`."""
     run()
     least, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -158,12 +177,12 @@ def best(run: Callable[[], Any], seconds: float = 2.0) -> float:
     return least
 
 
-def _busy() -> tuple[float, float]:
-    """Seconds that all processors together have worked: for everyone, and for this process."""
+def _processor_seconds() -> tuple[float, float]:
+    """Returns the seconds that all processors together have worked so far: for all programs, and for this process."""
     own = sum(os.times()[:2])
     try:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     except OSError:
-        return own, own  # not Linux: others are not seen
+        return own, own  # not Linux: other programs cannot be observed
     ticks = [int(field) for field in fields]
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), own

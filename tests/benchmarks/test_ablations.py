@@ -103,7 +103,7 @@ def test_what_was_measured_before_training_is_copied_from_a_run_of_the_same_swee
 ):
     def take(name):
         folder = tmp_path / name / "seed_1"
-        ablations.take_before(folder, tmp_path, ablations.ALL[name].config, ablations.settings(name, "val", 1))
+        ablations.copy_sweep_before(folder, tmp_path, ablations.ALL[name].config, ablations.settings(name, "val", 1))
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
     begun(tmp_path / "a" / "seed_0", config_of("stratified", "test"), "of another split")
