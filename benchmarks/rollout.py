@@ -1,13 +1,13 @@
-"""Generation against the machine: decoding against reading memory, prefill against its products.
+"""Compares generation with the limits of the machine: decoding with its memory bandwidth, prefill with its arithmetic.
 
     python benchmarks/rollout.py --out runs/rollout                               # CPU: a LLaVA of about 60M, float32
     python benchmarks/rollout.py --out runs/rollout --preset llava-7b --batches 1,8,64   # GPU: LLaVA-1.5-7B's shapes
 
-A decoding step of B rows cannot be faster than its weights and the keys and values of its rows can be read once, at
-the published rate of the device's memory or, where there is none, the rate of reading measured here. A prefill cannot
-be faster than its products at the device's peak (published, or measured here). Rows are full of tokens, all responses
-go on to the end, and each number is the median of `--repeats` runs. Results go to OUT/rollout.json. Needs jax, flax,
-optax and numpy.
+A decoding step of B rows takes at least the time to read the weights and the rows' keys and values once, at the
+published bandwidth of the device's memory or, if none is published, the bandwidth measured here. A prefill takes at
+least the time of its matrix products at the device's peak (published, or measured here). Rows have no padding, all
+responses have the greatest length, and each time is the median of `--repeats` runs. Results go to OUT/rollout.json.
+Needs jax, flax, optax and numpy.
 """
 
 import argparse
@@ -37,7 +37,7 @@ STEPS = 32
 
 
 class Network:
-    """A LLaVA with random weights, and its two programs."""
+    """A LLaVA with random weights, and its compiled prefill and decoding."""
 
     def __init__(self, preset: Preset, prompt: int) -> None:
         self.preset, self.prompt = preset, prompt
@@ -61,7 +61,7 @@ class Network:
         self.unstacked = jax.jit(lambda params: nnx.merge(self.graphdef, params).unstack_layers())(self.params)
 
     def inputs(self, batch: int) -> tuple[Any, Any]:
-        """Tokens [B, P] and image features."""
+        """Returns (random tokens [B, P] with an image each, image features) for a batch."""
         vision, draw = self.preset.vision, np.random.default_rng(0)
         tokens = draw.integers(3, self.preset.text.vocab_size - 1, (batch, self.prompt)).astype(np.int32)
         tokens[:, 1 : 1 + vision.num_patches] = self.preset.text.vocab_size - 1
@@ -75,7 +75,7 @@ class Network:
         return jnp.asarray(tokens), features(self.params, pixels)
 
     def bytes_per_step(self, batch: int) -> int:
-        """Weights of the decoder and its head, and the keys and values of every row at the middle of the run."""
+        """Returns the bytes that a decoding step reads: weights, and all rows' keys and values (half-way through)."""
         text, itemsize = self.preset.text, jnp.dtype(self.preset.dtype).itemsize
         decoder = count_parameters(self.params["language_model"]) - text.vocab_size * text.hidden_size  # no embedding
         columns = self.prompt + STEPS // 2
@@ -83,13 +83,13 @@ class Network:
         return (decoder + cache) * itemsize
 
     def prefill_flops(self, batch: int) -> int:
-        """Of the prompts."""
+        """Returns the operations of the prefill of a batch."""
         model = nnx.merge(self.graphdef, self.params)
         return batch * model.operations(self.prompt, self.prompt, 1).prefill
 
 
 def medians(run: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Seconds of a run, after one that is not timed."""
+    """Returns the median, least and most seconds of `repeats` runs, after one that is not timed."""
     jax.block_until_ready(run())
     seconds = []
     for _ in range(repeats):
@@ -100,23 +100,33 @@ def medians(run: Callable[[], Any], repeats: int) -> dict[str, float]:
 
 
 def measure(network: Network, batch: int, repeats: int, reading: float, flops: float) -> list[dict[str, Any]]:
-    """Prefill and decoding of one batch size."""
+    """Returns the results of prefill and decoding with one batch size.
+
+    Args:
+      network: the network.
+      batch: number of rows.
+      repeats: number of runs.
+      reading: bytes per second that the device can read.
+      flops: operations per second that the device can do.
+    """
     tokens, visual = network.inputs(batch)
     rows = network._start(network.params, tokens, visual)
-    found = []
-    first = medians(lambda: network._start(network.params, tokens, visual), repeats)
+    results = []
+    prefill_seconds = medians(lambda: network._start(network.params, tokens, visual), repeats)
     bound = network.prefill_flops(batch) / flops
-    found.append(
-        {"phase": "prefill", "batch": batch, "seconds": first, "bound": bound, "tokens": batch * network.prompt}
+    num_tokens = batch * network.prompt
+    results.append(
+        {"phase": "prefill", "batch": batch, "seconds": prefill_seconds, "bound": bound, "tokens": num_tokens}
     )
-    steps = medians(lambda: network._decode(network.params, network.unstacked, rows), repeats)
+    decode_seconds = medians(lambda: network._decode(network.params, network.unstacked, rows), repeats)
     bound = STEPS * network.bytes_per_step(batch) / reading
-    found.append({"phase": "decode", "batch": batch, "seconds": steps, "bound": bound, "tokens": batch * STEPS})
-    return found
+    num_tokens = batch * STEPS
+    results.append({"phase": "decode", "batch": batch, "seconds": decode_seconds, "bound": bound, "tokens": num_tokens})
+    return results
 
 
 def table(lines: list[dict[str, Any]], phase: str, what: str) -> None:
-    """Prints one phase."""
+    """Prints the results of one phase; `what` names its limit."""
     print(f"\n{phase}, bound by {what}")
     print(f"{'batch':>6} {'seconds':>10} {'spread':>22} {'tokens/s':>12} {'bound, s':>10} {'reached':>9}")
     for line in (line for line in lines if line["phase"] == phase):
@@ -129,7 +139,7 @@ def table(lines: list[dict[str, Any]], phase: str, what: str) -> None:
 
 
 def main() -> int:
-    """Runs what the arguments ask for."""
+    """Runs the benchmark and writes rollout.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of rollout.json")
     parser.add_argument("--preset", choices=PRESETS, default="llava-60m")

@@ -1,13 +1,13 @@
-"""How cost grows: with queued prompts, exits, response length and width, on a LLaVA with random weights.
+"""Measures how cost grows with queued prompts, exits, response length and width, on a LLaVA with random weights.
 
     python benchmarks/scaling.py --out runs/scaling                       # CPU
     python benchmarks/scaling.py --out runs/scaling --only prompts,exits
 
-prompts: time per token of 64 and of 1,024 sequences in 64 slots, which are always full; pairs in turn, `--pairs` times.
+prompts: time per token of 64 and of 1,024 sequences in 64 slots, measured in turn, `--pairs` times.
 exits: calls of the image encoder, and their time, in sweeps of 1 to 24 exits over the same images.
-length: temporary memory of the compiled update at A, 2 A and 4 A response tokens with a fixed chunk, beside what one
-logit for every token of the vocabulary at each position would take.
-width: seconds per decoded token and per prompt token at several widths, beside their products.
+length: temporary memory of the compiled update at A, 2 A and 4 A response tokens, and for comparison the size of the
+logits of all positions and the whole vocabulary, which the update never stores at once.
+width: time of a sweep at several widths of the decoder, and its operations.
 
 Results go to OUT/scaling.json. Needs jax, flax, optax and numpy.
 """
@@ -37,7 +37,7 @@ SLOTS, TOGETHER, TEXT, ANSWER = 64, 8, 16, 32
 
 
 class Sweep:
-    """Prompts with an image each at several exits, all responses equally long."""
+    """Runs prompts with an image each at several exits; all responses have the same length."""
 
     def __init__(self, config: LlavaConfig, images: int) -> None:
         self.config, self.images = config, images
@@ -53,23 +53,27 @@ class Sweep:
         self.encoded, self.encoding = 0, 0.0
 
     def run(self, exits: int) -> tuple[float, int]:
-        """(seconds, tokens) of all images at the first `exits` exits."""
+        """Generates the responses of all images at the first `exits` exits and returns (seconds, generated tokens)."""
         self.encoded, self.encoding = 0, 0.0
         began = time.perf_counter()
         tokens = sum(len(item.tokens) for some in self.engine.run(self._work(exits)) for item in some)
         return time.perf_counter() - began, tokens
 
     def _encodings(self) -> list[tuple[int, Any]]:
-        """Every image encoded, before the decoder has work that the time would count in."""
-        found, began = [], time.perf_counter()
+        """Encodes all images and returns (number of the first image, encoded images) of each batch.
+
+        This happens before the decoder starts, so that the time is that of the encoder alone.
+        """
+        encodings, began = [], time.perf_counter()
         for start in range(0, self.images, TOGETHER):
-            found.append((start, self._encode(self.params, one_image_per_row(self.pixels))))
+            encodings.append((start, self._encode(self.params, one_image_per_row(self.pixels))))
             self.encoded += 1
-        jax.block_until_ready(found)
+        jax.block_until_ready(encodings)
         self.encoding = time.perf_counter() - began
-        return found
+        return encodings
 
     def _work(self, exits: int) -> Iterator[PromptGroup]:
+        """Yields the prompts for the engine."""
         for start, encoded in self._encodings():
             for layer in range(1, exits + 1):
                 ones = np.ones(TOGETHER, np.int32)
@@ -81,20 +85,20 @@ class Sweep:
 
 
 def prompts(config: LlavaConfig, pairs: int) -> dict[str, Any]:
-    """Time per token of 64 and 1,024 sequences."""
+    """Measures the time per token of 64 and of 1,024 sequences."""
     few, many = Sweep(config, SLOTS), Sweep(config, 16 * SLOTS)
     for sweep in (few, many):
         sweep.run(1)
-    found: dict[str, list[float]] = {"64": [], "1024": [], "ratio": []}
+    times: dict[str, list[float]] = {"64": [], "1024": [], "ratio": []}
     for _ in range(pairs):
-        each = {}
-        for name, sweep, again in (("64", few, 16), ("1024", many, 1)):  # as many tokens on either side
-            results = [sweep.run(1) for _ in range(again)]
-            each[name] = sum(seconds for seconds, _ in results) / sum(tokens for _, tokens in results)
-            found[name].append(each[name])
-        found["ratio"].append(each["1024"] / each["64"])
-        print(f"  {each['64'] * 1e3:.3f} and {each['1024'] * 1e3:.3f} ms per token", flush=True)
-    result = {name: spread(values) for name, values in found.items()}
+        per_token = {}
+        for name, sweep, repeats in (("64", few, 16), ("1024", many, 1)):  # equally many tokens on both sides
+            results = [sweep.run(1) for _ in range(repeats)]
+            per_token[name] = sum(seconds for seconds, _ in results) / sum(tokens for _, tokens in results)
+            times[name].append(per_token[name])
+        times["ratio"].append(per_token["1024"] / per_token["64"])
+        print(f"  {per_token['64'] * 1e3:.3f} and {per_token['1024'] * 1e3:.3f} ms per token", flush=True)
+    result = {name: spread(values) for name, values in times.items()}
     print(
         "prompts: 1,024 sequences take {median:.3f} ({least:.3f} to {most:.3f}) of 64's time per token".format(
             **result["ratio"]
@@ -104,7 +108,7 @@ def prompts(config: LlavaConfig, pairs: int) -> dict[str, Any]:
 
 
 def exits(config: LlavaConfig, pairs: int) -> list[dict[str, Any]]:
-    """The image encoder's work in sweeps of more and more exits."""
+    """Measures the image encoder's calls and time in sweeps of more and more exits."""
     sweep, lines = Sweep(config, 2 * TOGETHER), []
     counts = [count for count in (1, 2, 4, 8, 12, 24) if count <= config.vision.num_hidden_layers]
     sweep.run(1)
@@ -124,7 +128,7 @@ def exits(config: LlavaConfig, pairs: int) -> list[dict[str, Any]]:
 
 
 def length(preset: str) -> list[dict[str, Any]]:
-    """Temporary memory of the update."""
+    """Measures the temporary memory of the update at several response lengths."""
     import update_vs_torch
 
     lines = []
@@ -140,7 +144,7 @@ def length(preset: str) -> list[dict[str, Any]]:
 
 
 def width(config: LlavaConfig, pairs: int) -> list[dict[str, Any]]:
-    """Time of a sweep at several widths of the decoder."""
+    """Measures the time of a sweep at several widths of the decoder."""
     lines = []
     print(f"\nwidth\n{'width':>6} {'seconds':>9} {'GFLOP':>8} {'GFLOP/s':>9}")
     for factor in (1, 2, 3):
@@ -161,7 +165,7 @@ def width(config: LlavaConfig, pairs: int) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Runs what the arguments ask for."""
+    """Runs the requested measurements and writes scaling.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of scaling.json")
     parser.add_argument("--preset", choices=("tiny", "llava-60m"), default="llava-60m")
