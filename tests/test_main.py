@@ -153,7 +153,8 @@ def test_the_fields_of_a_config_are_listed(capsys):
     assert printed[1::2] == [f"    {field.about}" for field in FIELDS.values()]
     assert command_line.main(["--fields", "lppo.kl_coef"]) == 0
     assert capsys.readouterr().out == (
-        "--config.lppo.kl_coef=0.2 per nat    (0 or more; TRL)\n    First coefficient of the KL term.\n"
+        "--config.lppo.kl_coef=0.2 per nat    (0 or more; TRL)\n"
+        "    Coefficient of the KL term in the reward at the start of the run.\n"
     )
 
 
