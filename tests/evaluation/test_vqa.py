@@ -135,7 +135,7 @@ def test_hard_cases(response, answers, accuracy):
 def test_an_independent_implementation_agrees():
     draw = random.Random(0)
     words = "yes no Two a THE 1,000 3.5 5. U.S. dont don't Im t-shirt 5:30 none and/or what? it's x,y \t \n ... é $5"
-    words = [*words.split(" "), *vqa._SPELLINGS, *vqa._CONTRACTIONS.split()]
+    words = [*words.split(" "), *vqa._CORRECTED, *vqa._CONTRACTIONS.split()]
 
     def text():
         return draw.choice(["", " ", ".", "?", " ,", "- "]).join(draw.choices(words, k=draw.randint(0, 4)))
