@@ -93,7 +93,7 @@ def test_geometry_of_tiled_images(tmp_path, family, monkeypatch):
     assert first["cka"] == pytest.approx(cka(x, y), abs=1e-3)
     default = table["layers"][vlm.default_exit - 1]
     assert all(default[name] == pytest.approx(1, abs=1e-5) for name in ("norm_ratio", "cosine", "cka"))
-    monkeypatch.setattr(geometry_module, "_AT_ONCE", 1)
+    monkeypatch.setattr(geometry_module, "_BATCH_SIZE", 1)
     one_by_one = geometry(vlm, rows)["layers"][0]
     assert one_by_one == {name: pytest.approx(value, abs=1e-4) for name, value in first.items()}
 
