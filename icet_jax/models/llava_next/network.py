@@ -1,8 +1,9 @@
-"""LLaVA-NeXT (v1.6): LLaVA on tiles of any resolution, packed by a gather (HF `LlavaNextForConditionalGeneration`).
+"""LLaVA-NeXT (v1.6): LLaVA on tiles, for images of any resolution (HF `LlavaNextForConditionalGeneration`).
 
-Every tile of an image leaves the tower at the same exit. The sequence of an image is the features of the whole image,
-then the unpadded rows of patches of its tiles, each ended by `image_newline`. This order depends only on the image's
-size, so the processor computes it on the host as indices, and the network's shapes do not depend on sizes.
+All tiles of an image use the same exit. The image's sequence in the prompt is the features of the scaled-down image,
+then the features of the tiles in the order of the image's rows of patches, where each row ends with `image_newline`.
+This order depends only on the image's size, so it is computed on the host as indices (`Images.layout`), and the shapes
+of the network's arrays do not depend on sizes of images.
 """
 
 import dataclasses
@@ -20,25 +21,26 @@ from icet_jax.typing import Array, Bool, DType, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class LlavaNextConfig(LlavaConfig):
-    """Holds the sizes of a LLaVA-NeXT model; `image_grid_pinpoints` are the canvases (height, width) that images may
-    fill."""
+    """Holds the sizes of a LLaVA-NeXT model under HF's names.
+
+    `image_grid_pinpoints` are the sizes (height, width) in pixels to which images may be resized.
+    """
 
     model_type: ClassVar[str] = "llava_next"
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
 
     @property
     def max_tiles(self) -> int:
-        """Returns the number of tiles of the largest canvas, plus one for the whole image."""
+        """Returns the most tiles of an image, plus one for the scaled-down image."""
         size = self.vision.image_size
         return 1 + max((height // size) * (width // size) for height, width in self.image_grid_pinpoints)
 
 
 class LlavaNext(Llava):
-    """Implements the interface of `nn/protocols.py` for LLaVA-NeXT.
+    """Implements `VisionLanguageModel` for LLaVA-NeXT; see `nn/protocols.py` for its methods.
 
-    `Images.pixels` are `[I, tiles, C, H, W]`, the whole image first. `Images.layout` is int32 `[B, N]`: for each image
-    position of a row the index of its feature among the features of all tiles of all images. The index after the last
-    one means `image_newline`, and -1 fills up the rows.
+    `Images.pixels` are `[I, tiles, C, H, W]`, where the first tile is the scaled-down image. `Images.layout` is int32
+    `[B, N]`, see `anyres.gather_rows`.
     """
 
     exit_definition = "hidden_states[l] of the CLIP tower, every tile, through the unchanged projector (ICET-l)"
@@ -52,11 +54,11 @@ class LlavaNext(Llava):
         self.image_newline = layers.normal(rngs, (width,), width**-0.5, param_dtype)
 
     def encode(self, images: Images, upto: int | None = None) -> LlavaEncoded:
-        """Runs the tower once over all tiles; a static `upto` skips the blocks after it."""
+        """Returns the hidden states of all tiles; see `VisionLanguageModel.encode`."""
         return LlavaEncoded(states=self._states(images, upto), images=images)
 
     def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
-        """Returns hidden states 0..num_exits of the tower for every tile, class token first."""
+        """Returns hidden states 0..num_exits of the image encoder for every tile, class token first."""
         return self._states(images, None)
 
     def _states(self, images: Images, upto: int | None) -> Float[Array, "X I P D"]:
@@ -65,26 +67,26 @@ class LlavaNext(Llava):
     def visual(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> Float[Array, "R N E"]:
-        """Returns the packed features of each row's images, one image after another, zeros where a row has fewer."""
+        """Returns the features of each row's images at its exit, in the order of the prompt, then zeros."""
         images = encoded.images
         layout = images.layout if rows is None else images.layout[rows]
-        layers_of, numbers = images.image_exits(exits, rows)
+        image_exits, numbers = images.image_exits(exits, rows)
         count, tiles = images.pixels.shape[:2]
         states = encoded.states.reshape(encoded.states.shape[0], count, -1, encoded.states.shape[3])
-        features = self.features(take_exit_states(states, layers_of, numbers).reshape(-1, *encoded.states.shape[2:]))
+        features = self.features(take_exit_states(states, image_exits, numbers).reshape(-1, *encoded.states.shape[2:]))
         per_image = tiles * features.shape[1]
-        # The layout counts features from the first image of the batch, the bank from the first image of the row.
-        bank = images.group_by_row(features.reshape(-1, per_image, features.shape[-1]), rows)
-        bank = bank.reshape(layout.shape[0], -1, features.shape[-1])
-        newline = jnp.broadcast_to(self.image_newline[...].astype(bank.dtype), (bank.shape[0], 1, bank.shape[2]))
-        bank = jnp.concatenate([bank, newline], axis=1)
+        # The layout counts features from the first image of the batch, `by_row` from the first image of the row.
+        by_row = images.group_by_row(features.reshape(-1, per_image, features.shape[-1]), rows)
+        by_row = by_row.reshape(layout.shape[0], -1, features.shape[-1])
+        newline = jnp.broadcast_to(self.image_newline[...].astype(by_row.dtype), (by_row.shape[0], 1, by_row.shape[2]))
+        by_row = jnp.concatenate([by_row, newline], axis=1)
         is_newline = layout == images.pixels.shape[0] * per_image
-        place = jnp.where(is_newline, bank.shape[1] - 1, layout - images.index(rows)[:, :1] * per_image)
-        packed = jnp.take_along_axis(bank, jnp.maximum(place, 0)[:, :, None], axis=1)
+        index = jnp.where(is_newline, by_row.shape[1] - 1, layout - images.index(rows)[:, :1] * per_image)
+        packed = jnp.take_along_axis(by_row, jnp.maximum(index, 0)[:, :, None], axis=1)
         return jnp.where((layout >= 0)[:, :, None], packed, 0)
 
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
-        """Returns the rows of `visual`, and which of their features belong to an image."""
+        """Returns (features of `visual` for all rows, which of them belong to an image)."""
         return self.visual(encoded, exits), encoded.images.layout >= 0

@@ -13,18 +13,18 @@ _TILE_POSITIONS = ("pre_tile_positional_embedding", "post_tile_positional_embedd
 
 def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
     """Yields the slots of the image encoder."""
-    root, own = "vision_model", "vision_tower"
+    root, path = "vision_model", "vision_tower"
     vision = config.vision
     convolution = patches(vision.num_channels, vision.patch_size)
-    yield Slot(f"{root}.class_embedding", f"{own}/class_embedding", None, SAME)
-    yield Slot(f"{root}.patch_embedding.weight", f"{own}/patch_embedding/kernel", None, convolution)
+    yield Slot(f"{root}.class_embedding", f"{path}/class_embedding", None, SAME)
+    yield Slot(f"{root}.patch_embedding.weight", f"{path}/patch_embedding/kernel", None, convolution)
     for leaf, name in (("gate", "gate"), ("embedding", "embedding"), ("tile_embedding.weight", "tile_embedding")):
-        place = "gated_positional_embedding"
-        yield Slot(f"{root}.{place}.{leaf}", f"{own}/{place}/{name}", None, SAME)
-    for place in _TILE_POSITIONS:
-        yield Slot(f"{root}.{place}.gate", f"{own}/{place}/gate", None, SAME)
-        yield Slot(f"{root}.{place}.embedding.weight", f"{own}/{place}/embedding", None, SAME)
-    yield from single(tuple((f"{root}.{name}", f"{own}/{name}") for name in ("layernorm_pre", "layernorm_post")), NORM)
+        module = "gated_positional_embedding"
+        yield Slot(f"{root}.{module}.{leaf}", f"{path}/{module}/{name}", None, SAME)
+    for module in _TILE_POSITIONS:
+        yield Slot(f"{root}.{module}.gate", f"{path}/{module}/gate", None, SAME)
+        yield Slot(f"{root}.{module}.embedding.weight", f"{path}/{module}/embedding", None, SAME)
+    yield from single(tuple((f"{root}.{name}", f"{path}/{name}") for name in ("layernorm_pre", "layernorm_post")), NORM)
     attention = tuple((f"self_attn.{name}", name) for name in _ATTENTION)
     mlp = (("mlp.fc1", "fc1"), ("mlp.fc2", "fc2"))
     norms = tuple((name, name) for name in ("input_layernorm", "post_attention_layernorm"))
@@ -32,13 +32,13 @@ def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
         ("transformer", "layers", vision.num_hidden_layers),
         ("global_transformer", "global_layers", vision.num_global_layers),
     ):
-        keys, paths = f"{root}.{theirs}.layers", f"{own}/{ours}"
+        keys, paths = f"{root}.{theirs}.layers", f"{path}/{ours}"
         yield from stacked(keys, paths, norms, NORM, depth)
         yield from stacked(keys, paths, attention, LINEAR[:1], depth)
         yield from stacked(keys, paths, mlp, LINEAR, depth)
     for layer in range(vision.num_global_layers):
         for gate in ("gate_attn", "gate_ffn"):
-            yield Slot(f"{root}.global_transformer.layers.{layer}.{gate}", f"{own}/global_layers/{gate}", layer, SAME)
+            yield Slot(f"{root}.global_transformer.layers.{layer}.{gate}", f"{path}/global_layers/{gate}", layer, SAME)
 
 
 def _stack_slots(
@@ -61,17 +61,17 @@ def _stack_slots(
 
 def _text_slots(config: MllamaConfig) -> Iterator[Slot]:
     """Yields the slots of the decoder."""
-    root, own = "language_model.model", "language_model"
+    root, path = "language_model.model", "language_model"
     text = config.text
-    yield Slot(f"{root}.embed_tokens.weight", f"{own}/embed_tokens", None, SAME)
-    yield Slot(f"{root}.norm.weight", f"{own}/norm/scale", None, SAME)
+    yield Slot(f"{root}.embed_tokens.weight", f"{path}/embed_tokens", None, SAME)
+    yield Slot(f"{root}.norm.weight", f"{path}/norm/scale", None, SAME)
     cross = text.cross_attention_layers
-    plain = [layer for layer in range(text.llama.num_hidden_layers) if layer not in cross]
+    self_layers = [layer for layer in range(text.llama.num_hidden_layers) if layer not in cross]
     norms = [(name, name) for name in ("input_layernorm", "post_attention_layernorm")]
     mlp = [(f"mlp.{name}", name) for name in _MLP]
-    own_attention = [(f"self_attn.{name}", name) for name in _ATTENTION]
-    yield from _stack_slots(plain, "layers", norms, NORM[:1])
-    yield from _stack_slots(plain, "layers", own_attention + mlp, LINEAR[:1])
+    self_attention = [(f"self_attn.{name}", name) for name in _ATTENTION]
+    yield from _stack_slots(self_layers, "layers", norms, NORM[:1])
+    yield from _stack_slots(self_layers, "layers", self_attention + mlp, LINEAR[:1])
     head_norms = [(f"cross_attn.{name}", name) for name in ("q_norm", "k_norm")]
     cross_attention = [(f"cross_attn.{name}", name) for name in _ATTENTION]
     yield from _stack_slots(cross, "cross_layers", norms + head_norms, NORM[:1])
@@ -79,8 +79,8 @@ def _text_slots(config: MllamaConfig) -> Iterator[Slot]:
     for layer, hf_layer in enumerate(cross):
         for gate in ("attn_gate", "mlp_gate"):
             key = f"{root}.layers.{hf_layer}.cross_attn_{gate}"
-            yield Slot(key, f"{own}/cross_layers/{gate}", layer, SAME)
-    yield from single((("language_model.lm_head", f"{own}/lm_head"),), LINEAR[:1])
+            yield Slot(key, f"{path}/cross_layers/{gate}", layer, SAME)
+    yield from single((("language_model.lm_head", f"{path}/lm_head"),), LINEAR[:1])
 
 
 normalise_mllama = renaming(
