@@ -162,8 +162,8 @@ RM = Section(
         "length_window": Field(32, "Pairs are sorted by length within groups of this many batches, to save padding. "
             "1 = off.", POSITIVE, unit="batches", origin="ours"),
     },
-    about="Settings of `--mode=reward`, which also uses `model`, `optimizer`, `checkpoint` and `log`; an iteration is a "
-    "step.",
+    about="Settings of `--mode=reward`, which also uses `model`, `optimizer`, `checkpoint` and `log`; an iteration is "
+    "a step.",
 )
 LPPO = Section(
     {
