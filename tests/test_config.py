@@ -259,6 +259,7 @@ def test_a_field_is_read_alike_whatever_it_held_before():
         ("sweep.top_k", "5", "need config.sweep.temperature"),
         ("lppo.train_exits", "1,1", "each once"),
         ("lppo.train_exits", "0,1", "from 1"),
+        ("sweep.attempts", "5", "config.sweep.attempts=5 needs config.sweep.temperature above 0"),
         ("sweep.scorers", "", "at least one"),
         ("sweep.datasets", "[1]", "a dict"),
         ("sweep.datasets.a/b", "x.csv", "letters, digits"),

@@ -150,6 +150,11 @@ def _check_combinations(config: ConfigDict) -> None:
         )
     if config.sweep.temperature == 0 and (config.sweep.top_k or config.sweep.top_p < 1):
         raise UserError("config.sweep.top_k and top_p need config.sweep.temperature above 0 (0 is greedy)")
+    if config.sweep.temperature == 0 and config.sweep.attempts > 1:
+        raise UserError(
+            f"config.sweep.attempts={config.sweep.attempts} needs config.sweep.temperature above 0: greedy attempts "
+            "are all the same"
+        )
     if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise UserError("config.mesh: only one axis may be -1 (take the remaining devices)")
     shared_names = set(config.sweep.datasets) & set(config.sweep.utility)

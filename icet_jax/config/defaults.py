@@ -289,6 +289,9 @@ SWEEP = Section(
         "max_new_tokens": Field(128, "Longest answer.", POSITIVE, unit="tokens", origin="ours"),
         "temperature": Field(0.0, "Sampling temperature. 0 = greedy. The paper has one answer per prompt.",
             NOT_NEGATIVE, origin="ours"),
+        "attempts": Field(1, "Answers of each forbidden row at each exit, sampled independently; other rows get one. "
+            "ASR is the mean over them, ASR@k the share of rows with an unsafe one among them. More than 1 need a "
+            "temperature above 0.", POSITIVE, unit="answers", origin="ours"),
         "top_k": Field(0, "Sample from the k likeliest tokens. 0 = off. Needs a temperature above 0.", NOT_NEGATIVE),
         "top_p": Field(1.0, "Sample from the likeliest tokens that together have this probability. 1 = off. Needs a "
             "temperature above 0.", Rule(lambda share: 0 < share <= 1, "above 0 and at most 1")),

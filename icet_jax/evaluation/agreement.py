@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -27,9 +26,10 @@ def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES)
     Returns:
       `{"schema", "judges": [{"name", "n", "n_error", "unsafe"}], "pairs": [{"a", "b", "n", "prompts", "kappa", "ci95",
       "agree", "agree_ci95", "a_only", "b_only", "examples": [{"id", "layer", "dataset", "phase", "unsafe"}]}]}`.
-      `unsafe` is a judge's share of unsafe responses; in an example it is the metric that says unsafe. `a_only` counts
-      the responses that only a calls unsafe. `kappa` is None if chance alone would give full agreement (both always
-      give the same verdict). Pairs without a common response are left out.
+      An example of a further attempt has its number as `attempt`. `unsafe` is a judge's share of unsafe responses; in
+      an example it is the metric that says unsafe. `a_only` counts the responses that only a calls unsafe. `kappa` is
+      None if chance alone would give full agreement (both always give the same verdict). Pairs without a common
+      response are left out.
     """
     table = _Verdicts(rows)
     pairs = [table.pair(a, b, examples) for a, b in itertools.combinations(table.verdicts, 2)]
@@ -79,7 +79,7 @@ class _Verdicts:
     def __init__(self, rows: Iterable[tuple[str, str, Row]]) -> None:
         verdicts_by_name: dict[str, dict[int, float]] = {}
         self.errors: dict[str, int] = {}
-        self.places: list[tuple[str, str, Any, int]] = []
+        self.places: list[JsonObject] = []
         self.prompts: list[str] = []
         for phase, dataset, row in rows:
             scores = {name: value for name, value in row["scores"].items() if name.startswith("asr/")}
@@ -91,7 +91,8 @@ class _Verdicts:
                 else:
                     judged[len(self.places)] = float(value >= 0.5)
             if scores:
-                self.places.append((phase, dataset, row["id"], row["layer"]))
+                place = {"id": row["id"], "layer": row["layer"], "dataset": dataset, "phase": phase}
+                self.places.append(place | ({"attempt": row["attempt"]} if row.get("attempt") else {}))
                 self.prompts.append(row["prompt"])
         self.verdicts: dict[str, np.ndarray] = {}
         for name, judged in verdicts_by_name.items():
@@ -123,9 +124,7 @@ class _Verdicts:
         }
 
     def _example(self, row: int, first: str, second: str) -> JsonObject:
-        phase, dataset, identity, layer = self.places[row]
-        unsafe = first if self.verdicts[first][row] else second
-        return {"id": identity, "layer": layer, "dataset": dataset, "phase": phase, "unsafe": unsafe}
+        return {**self.places[row], "unsafe": first if self.verdicts[first][row] else second}
 
 
 def _number(value: float) -> float | None:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
+from icet_jax.evaluation.combined import row_attempts
 from icet_jax.evaluation.scoring import concerns
 from icet_jax.generation.sampling import Sampling
 from icet_jax.parallel.speed import product_speed
@@ -43,7 +44,8 @@ class Cost:
 
     Attributes:
       rows: rows of the data sets.
-      answers: rows x exits.
+      attempts: responses at one exit: rows, each as often as it is answered.
+      answers: attempts x exits.
       prompt_tokens: tokens of the prompts at one exit, with image positions, without padding (estimated from a sample).
       new_tokens: most generated tokens.
       tower_flops: operations to encode the images once for all exits.
@@ -55,6 +57,7 @@ class Cost:
     """
 
     rows: int = 0
+    attempts: int = 0
     answers: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -71,6 +74,7 @@ class Cost:
 
         return Cost(
             self.rows + other.rows,
+            self.attempts + other.attempts,
             self.answers + other.answers,
             self.prompt_tokens + other.prompt_tokens,
             self.new_tokens + other.new_tokens,
@@ -93,6 +97,7 @@ def estimate(
     batch_size: int,
     dtype: str,
     rates: Rates | None = None,
+    attempts: int = 1,
 ) -> Cost:
     """Estimates the cost of `icet_jax.evaluation.sweep.sweep` with the same arguments.
 
@@ -105,6 +110,7 @@ def estimate(
       batch_size: rows decoded at once.
       dtype: dtype of the computation.
       rates: speeds; measured if None (in about a second, once per process).
+      attempts: responses of each forbidden row at an exit. Each runs its prompt, and images are encoded once.
 
     Raises:
       UserError: the tokenizer rejects a prompt, or an image of the sample cannot be opened.
@@ -116,23 +122,26 @@ def estimate(
     model = nnx.merge(vlm.graphdef, vlm.params)
     operations = model.operations(length, length + sampling.max_new_tokens, per_row)
     tower = len(examples) * per_row * operations.encode
-    prompts = len(examples) * count * (per_row * operations.visual + operations.prefill)
-    steps = len(examples) * count * sampling.max_new_tokens * operations.step
+    responses = sum(row_attempts(row.kind, attempts) for row in examples)
+    prompts = responses * count * (per_row * operations.visual + operations.prefill)
+    steps = responses * count * sampling.max_new_tokens * operations.step
     if rates is None:
         devices = 1 if vlm.mesh is None else vlm.mesh.size
         ffn = max(size_out for _, _, size_out in vlm.lora_shapes.values())
         rates = measured_rates(vlm.hidden_size, ffn, batch_size, dtype, devices)
     judged = {
-        f"{scorer.metric}/{scorer.name}": count * sum(concerns(scorer, row.kind) for row in examples)
+        f"{scorer.metric}/{scorer.name}": count
+        * sum(row_attempts(row.kind, attempts) for row in examples if concerns(scorer, row.kind))
         for scorer in scorers
     }
     limits = {f"{scorer.metric}/{scorer.name}": _requests_per_second(scorer) for scorer in scorers}
     before_answers = (tower + prompts) / rates.prompts
     return Cost(
         rows=len(examples),
-        answers=len(examples) * count,
+        attempts=responses,
+        answers=responses * count,
         prompt_tokens=round(sum(lengths) / max(len(lengths), 1) * len(examples)),
-        new_tokens=len(examples) * count * sampling.max_new_tokens,
+        new_tokens=responses * count * sampling.max_new_tokens,
         tower_flops=tower,
         prompt_flops=prompts,
         answer_flops=steps,

@@ -30,8 +30,8 @@ from icet_jax.vlm import VLM
 _TOGETHER = 8  # prompts in a group: enough rows for full speed, few enough that free slots do not wait for each other
 
 CompileAhead = Callable[[Iterable[tuple[str, Any]]], None]
-Request = tuple[int, int, int]
-"""(row of the data set, exit, row of its images in the encoded batch)."""
+Request = tuple[int, int, int, int]
+"""(row of the data set, exit, attempt, row of its images in the encoded batch)."""
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -59,8 +59,8 @@ class Queue:
         self,
         vlm: VLM,
         examples: Sequence[Example],
-        keys: Key[Array, "N"],
-        todo: Mapping[int, Sequence[int]],
+        keys: Key[Array, "K N"],
+        todo: Mapping[int, Sequence[tuple[int, int]]],
         sampling: Sampling,
         slots: int,
         compile_ahead: CompileAhead | None = None,
@@ -70,8 +70,8 @@ class Queue:
         Args:
           vlm: the model, with its adapters if it has any.
           examples: the rows.
-          keys: one key per row, the same at every exit.
-          todo: requested exits by row.
+          keys: one key per attempt and row, the same at every exit.
+          todo: requested (exit, attempt) pairs by row. Attempts share the encoded images, but each runs its own prompt.
           sampling: how responses are drawn.
           slots: rows decoded together.
           compile_ahead: called with (name, lowered program) pairs for rows of similar length, before they are run.
@@ -95,7 +95,7 @@ class Queue:
         self._encoded_at_once = _spread(min(self._together, units), vlm.mesh)
 
     def answers(self) -> Iterator[list[Response]]:
-        """Yields responses as they end; a tag is (row, exit).
+        """Yields responses as they end; a tag is (row, exit, attempt).
 
         Raises:
           UserError: an image cannot be opened.
@@ -135,7 +135,8 @@ class Queue:
                 if unit.shared:
                     yield from self._shared_prefix_groups(unit, place, encoded)
                 else:
-                    unshared += [(row, layer, place) for row in unit.rows for layer in self._todo.get(row, ())]
+                    pairs = ((row, pair) for row in unit.rows for pair in self._todo.get(row, ()))
+                    unshared += [(row, layer, attempt, place) for row, (layer, attempt) in pairs]
             for requests in _parts(unshared, self._together):
                 yield self._whole_prompts(requests, encoded)
 
@@ -148,45 +149,44 @@ class Queue:
 
     def _whole_prompts(self, requests: Sequence[Request], encoded: EncodedImages) -> PromptGroup:
         """Returns a group of complete prompts with their images."""
-        width = prompt_bucket(max(len(self._prompts[row]) for row, _, _ in requests))
-        prompts = self._prompt_arrays(requests, [self._prompts[row] for row, _, _ in requests], width)
-        return PromptGroup(self._pad_tags((row, layer) for row, layer, _ in requests), prompts, encoded)
+        rows = [row for row, *_ in requests]
+        width = prompt_bucket(max(len(self._prompts[row]) for row in rows))
+        prompts = self._prompt_arrays(requests, [self._prompts[row] for row in rows], width)
+        return PromptGroup(self._pad_tags(request[:3] for request in requests), prompts, encoded)
 
     def _shared_prefix_groups(self, unit: ImageGroup, place: int, encoded: EncodedImages) -> Iterator[PromptGroup]:
         """Yields groups for rows with a common beginning: the beginning runs once per exit, then the rest of each
         row."""
-        layers = sorted({layer for row in unit.rows for layer in self._todo.get(row, ())})
+        layers = sorted({layer for row in unit.rows for layer, _ in self._todo.get(row, ())})
         head = self._prompts[unit.rows[0]][: unit.shared]
         width = prompt_bucket(max(len(self._prompts[row]) for row in unit.rows) - unit.shared)
         for exits in _parts(layers, self._together):
             prefix: Cache | None = None
-            for row in unit.rows:
-                requests = [(row, layer, place) for layer in exits]
-                is_requested = [(layer, layer in self._todo.get(row, ())) for layer in exits]
-                if not any(needed for _, needed in is_requested):
-                    continue
+            for row, attempt in self._attempts(unit, exits):
+                requests = [(row, layer, attempt, place) for layer in exits]
                 if prefix is None:
                     prompts = self._prompt_arrays(requests, [head] * len(exits), prompt_bucket(unit.shared))
                     static = self._vlm.graphdef, self._vlm.mesh
                     prefix = run_prefix(*static, self._vlm.params, self._vlm.lora, prompts, encoded)
                 rest = self._prompt_arrays(requests, [self._prompts[row][unit.shared :]] * len(exits), width)
-                yield PromptGroup(
-                    self._pad_tags((row, layer) if needed else None for layer, needed in is_requested),
-                    rest,
-                    None,
-                    prefix,
-                )
+                tags = ((row, layer, attempt) if (layer, attempt) in self._todo[row] else None for layer in exits)
+                yield PromptGroup(self._pad_tags(tags), rest, None, prefix)
+
+    def _attempts(self, unit: ImageGroup, exits: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the (row, attempt) pairs of a unit that are requested at any of these exits."""
+        pairs = ((row, pair) for row in unit.rows for pair in self._todo.get(row, ()))
+        return sorted({(row, attempt) for row, (layer, attempt) in pairs if layer in exits})
 
     def _prompt_arrays(self, requests: Sequence[Request], texts: Sequence[np.ndarray], width: int) -> Prompts:
         """Returns prompts of `texts`, padded on the right to `width` and filled up to the size of a group."""
         count = self._together
         tokens, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
         rows, exits, limit = np.zeros(count, np.int32), np.ones(count, np.int32), np.zeros(count, np.int32)
-        keys = np.zeros((count, *self._keys.shape[1:]), self._keys.dtype)
-        for number, ((row, layer, place), text) in enumerate(zip(requests, texts, strict=True)):
+        keys = np.zeros((count, *self._keys.shape[2:]), self._keys.dtype)
+        for number, ((row, layer, attempt, place), text) in enumerate(zip(requests, texts, strict=True)):
             tokens[number, : len(text)], mask[number, : len(text)] = text, True
             rows[number], exits[number], limit[number] = place, layer, self._sampling.max_new_tokens
-            keys[number] = self._keys[row]
+            keys[number] = self._keys[attempt, row]
         return Prompts(tokens, mask, rows, exits, keys, limit)
 
     def _pad_tags(self, tags: Iterable[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from icet_jax.data.records import Example
 from icet_jax.evaluation.queue import CompileAhead, Queue
-from icet_jax.evaluation.sweep import Answer, read_answer, row_keys
+from icet_jax.evaluation.sweep import Answer, answer_keys, read_answer
 from icet_jax.generation.sampling import Sampling
 from icet_jax.vlm import VLM
 
@@ -66,7 +66,7 @@ def answer_again(
       vlm: the model.
       examples: all rows of the data set.
       sampling, batch_size, seed, compile_ahead: see `sweep`.
-      requested_exits: exits of each requested row, by its number.
+      requested_exits: exits of each requested row, by its number. Of several attempts the first is generated.
 
     Returns:
       The response of every (row, exit).
@@ -74,10 +74,11 @@ def answer_again(
     Raises:
       UserError: an image cannot be opened, or logits are NaN or infinite.
     """
-    keys = row_keys(jax.random.key(seed), len(examples))
-    queue = Queue(vlm, examples, keys, requested_exits, sampling, batch_size, compile_ahead)
+    keys = answer_keys(jax.random.key(seed), len(examples))
+    first = {row: [(layer, 0) for layer in layers] for row, layers in requested_exits.items()}
+    queue = Queue(vlm, examples, keys, first, sampling, batch_size, compile_ahead)
     return {
-        item.tag: read_answer(item, vlm, sampling, examples[item.tag[0]].id)
+        item.tag[:2]: read_answer(item, vlm, sampling, examples[item.tag[0]].id)
         for ended in queue.answers()
         for item in ended
     }

@@ -20,6 +20,7 @@ def answer_rows(
     lengths: Sequence[int],
     truncated: Sequence[int],
     *,
+    attempt: int = 0,
     mixed: bool = False,
 ) -> list[Row]:
     """Returns the transcript rows of B responses at one exit, with every score that needs no judge.
@@ -38,6 +39,7 @@ def answer_rows(
       responses: texts [B].
       lengths: number of tokens of each response.
       truncated: whether a response reached the token limit (true or 1).
+      attempt: number of the responses among those of the same rows at the same exit; 0 is not written into the rows.
       mixed: whether the data set has forbidden rows and others.
     """
     rows: list[Row] = []
@@ -57,6 +59,8 @@ def answer_rows(
             },
             "labels": {},
         }
+        if attempt:
+            row["attempt"] = attempt
         family = _family("refusal", example.kind, mixed)
         if family is not None:
             row["scores"][f"{family}/refusal_keywords"] = float(refused(response))

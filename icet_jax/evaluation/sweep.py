@@ -4,19 +4,21 @@ The prompts of all rows and exits share the slots of one engine (`evaluation.que
 host decodes, writes and scores earlier responses.
 """
 
-import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError, during
+from icet_jax.evaluation.combined import row_attempts
 from icet_jax.evaluation.queue import CompileAhead, Queue
 from icet_jax.evaluation.scoring import answer_rows, judge
 from icet_jax.evaluation.statistics import Interval
@@ -55,7 +57,7 @@ class SweepResult:
 
     Attributes:
       sweep: content of `sweeps/*.json`.
-      rows: content of `transcripts/*.jsonl`, by data-set row, then by exit.
+      rows: content of `transcripts/*.jsonl`, by data-set row, then by exit and attempt.
       tokens: number of tokens generated in this call.
       seconds: duration of this call.
     """
@@ -98,11 +100,12 @@ def sweep(
     seed: int = 0,
     tag: str = "",
     compile_ahead: CompileAhead | None = None,
+    attempts: int = 1,
 ) -> SweepResult:
     """Generates and scores the responses of every row at every exit.
 
-    A row's response depends only on (seed, its number in `examples`, prompt, images, weights). Two sweeps with the same
-    seed therefore use common random numbers at all exits, also before and after training.
+    A row's response depends only on (seed, its number in `examples`, attempt, prompt, images, weights). Two sweeps with
+    the same seed therefore use common random numbers at all exits, also before and after training.
 
     Args:
       vlm: the model, with its adapters if it has any.
@@ -120,19 +123,27 @@ def sweep(
       seed: seed of the sampling.
       compile_ahead: compiles (name, lowered program) pairs; with None each program is compiled when it is first needed.
       tag: name of the weights ("before", "step 24"); rows in the file under another tag belong to another sweep.
+      attempts: number of responses of each forbidden row at each exit; other rows get one. The first is the same
+        whatever the number is, so that a sweep can be continued with more.
 
     Raises:
-      UserError: there are no rows, an exit is out of range, an image cannot be opened, the transcript file belongs to
-        another sweep, or logits are NaN or infinite.
+      UserError: there are no rows, there are several attempts without a temperature, an exit is out of range, an image
+        cannot be opened, the transcript file belongs to another sweep, or logits are NaN or infinite.
     """
     began = time.monotonic()
     layers = _layers(exits, vlm.num_exits)
     if not examples:
         raise UserError(f"sweep of {dataset}: no rows; give a data set with at least one")
+    if attempts < 1 or (attempts > 1 and sampling.temperature == 0):
+        raise UserError(
+            f"sweep of {dataset}: attempts={attempts}; give 1, or more with a temperature above 0 (greedy attempts are "
+            "all the same)"
+        )
     file = TranscriptFile(transcript_path, fingerprint(sampling, seed, tag), _judges_mark(scorers), examples)
     key = jax.random.key(seed)
-    tokens = _Runner(vlm, examples, sampling, scorers, key, file, progress, batch_size, compile_ahead).run(layers)
-    rows = file.finish(layers)
+    settings = sampling, scorers, key, file, progress, batch_size, compile_ahead
+    tokens = _Runner(vlm, examples, *settings).run(layers, attempts)
+    rows = file.finish(layers, attempts)
     kinds = sorted({example.kind for example in examples})
     result = {
         "schema": SCHEMA,
@@ -143,7 +154,7 @@ def sweep(
         "num_exits": vlm.num_exits,
         "default_exit": vlm.default_exit,
         "seed": seed,
-        "generation": _generation_settings(sampling),
+        "generation": {**_generation_settings(sampling), "attempts": attempts},
         **summarise(rows, layers, vlm.num_exits),
     }
     return SweepResult(result, rows, tokens, time.monotonic() - began)
@@ -180,16 +191,22 @@ class Answer(NamedTuple):
     truncated: bool
 
 
-def row_keys(key: Key[Array, ""], count: int) -> Key[Array, "N"]:
-    """Returns the random key of each row of a data set of `count` rows, the same at every exit."""
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(count, dtype=np.uint32))
+def answer_keys(key: Key[Array, ""], rows: int, attempts: int = 1) -> Key[Array, "K N"]:
+    """Returns the random keys of `attempts` responses of each of `rows` data-set rows, the same at every exit.
+
+    A row's key is the sweep's key with its number folded in. Further attempts begin with another key, the sweep's with
+    a number folded in that no row has. So attempt 0 does not depend on how many there are.
+    """
+    keys = [key, *(jax.random.fold_in(key, np.uint32(2**32 - attempt)) for attempt in range(1, attempts))]
+    by_row = jax.vmap(jax.random.fold_in, (None, 0))
+    return jnp.stack([by_row(one, np.arange(rows, dtype=np.uint32)) for one in keys])
 
 
 def read_answer(item: Response, vlm: VLM, sampling: Sampling, row: str) -> Answer:
     """Returns the text of the engine's tokens.
 
     Args:
-      item: response whose tag is (row, exit).
+      item: response whose tag is (row, exit, attempt).
       vlm: the model that generated it.
       sampling: how it was drawn.
       row: id of the row for the error message.
@@ -245,41 +262,44 @@ class _Runner:
     ) -> None:
         self.compile_ahead = compile_ahead
         self.vlm, self.examples, self.sampling, self.scorers = vlm, examples, sampling, scorers
-        self.keys = row_keys(key, len(examples))
+        self.key = key
         self.file, self.report, self.batch_size = file, progress, batch_size
         self.mixed = len({example.kind == "forbidden" for example in examples}) > 1
         self.clock = _Clock(0)
         self.unjudged: list[Row] = []
         self.tokens, self.reported = 0, 0
 
-    def run(self, layers: Sequence[int]) -> int:
+    def run(self, layers: Sequence[int], attempts: int) -> int:
         """Generates and scores the missing responses; returns the number of generated tokens."""
-        self.clock = _Clock(len(self.examples) * len(layers))
-        todo = self._missing(layers)
+        self.clock = _Clock(len(layers) * sum(row_attempts(example.kind, attempts) for example in self.examples))
+        todo = self._missing(layers, attempts)
         self._judge(0)
         if todo:
             settings = self.sampling, self.batch_size, self.compile_ahead
-            queue = Queue(self.vlm, self.examples, self.keys, todo, *settings)
+            keys = answer_keys(self.key, len(self.examples), attempts)
+            queue = Queue(self.vlm, self.examples, keys, todo, *settings)
             for responses in queue.answers():
                 self._write(responses)
                 self._judge(self.batch_size)
             self._judge(0)
         return self.tokens
 
-    def _missing(self, layers: Sequence[int]) -> dict[int, list[int]]:
-        """Returns the exits at which each row has no response yet; responses without the current judges are kept for
-        judging."""
-        todo: dict[int, list[int]] = {}
+    def _missing(self, layers: Sequence[int], attempts: int) -> dict[int, list[tuple[int, int]]]:
+        """Returns the (exit, attempt) pairs of which each row has no response yet; responses without the current judges
+        are kept for judging."""
+        todo: dict[int, list[tuple[int, int]]] = {}
         for number, example in enumerate(self.examples):
-            for layer in layers:
-                rows = self.file.answers([example], layer)
-                if rows is None:
-                    todo.setdefault(number, []).append(layer)
-                elif self.file.has([example], layer):
+            for layer, attempt in itertools.product(layers, range(row_attempts(example.kind, attempts))):
+                row = self.file.answer(example, layer, attempt)
+                if row is None:
+                    todo.setdefault(number, []).append((layer, attempt))
+                elif self.file.has(example, layer, attempt):
                     self.clock.done += 1
                 else:
-                    lengths, truncated = ([int(rows[0]["scores"][name])] for name in ("length", "truncated"))
-                    self.unjudged += self._rows([example], layer, [rows[0]["response"]], lengths, truncated)
+                    length, truncated = (int(row["scores"][name]) for name in ("length", "truncated"))
+                    self.unjudged += self._row(
+                        example, layer, attempt, Answer(row["response"], length, bool(truncated))
+                    )
         return todo
 
     def _write(self, responses: Sequence[Response]) -> None:
@@ -290,15 +310,16 @@ class _Runner:
         """
         rows = []
         for item in responses:
-            number, layer = item.tag
-            text, length, truncated = read_answer(item, self.vlm, self.sampling, self.examples[number].id)
-            rows += self._rows([self.examples[number]], layer, [text], [length], [int(truncated)])
-            self.tokens += length
+            number, layer, attempt = item.tag
+            answer = read_answer(item, self.vlm, self.sampling, self.examples[number].id)
+            rows += self._row(self.examples[number], layer, attempt, answer)
+            self.tokens += answer.length
         self.file.add(rows, judged=False)
         self.unjudged += rows
 
-    def _rows(self, examples: Sequence[Example], layer: int, *answers: Any) -> list[Row]:
-        return answer_rows(examples, layer, *answers, mixed=self.mixed)
+    def _row(self, example: Example, layer: int, attempt: int, answer: Answer) -> list[Row]:
+        columns = [answer.text], [answer.length], [int(answer.truncated)]
+        return answer_rows([example], layer, *columns, attempt=attempt, mixed=self.mixed)
 
     def _judge(self, least: int) -> None:
         """Judges waiting responses, `batch_size` at a time, while there are at least `least` (0: all)."""

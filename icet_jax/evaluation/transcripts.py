@@ -13,6 +13,7 @@ from typing import Any
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
+from icet_jax.evaluation.combined import place_of, row_attempts
 from icet_jax.evaluation.scoring import facts
 from icet_jax.evaluation.summary import Row
 from icet_jax.files import append_text, read_bytes, seal, unseal, write_text_atomic
@@ -25,7 +26,7 @@ def fingerprint(*settings: Any) -> str:
 
 
 class TranscriptFile:
-    """Holds rows by (id, layer) in memory and, if a path is given, as one JSON line each."""
+    """Holds rows by (id, layer, attempt) in memory and, if a path is given, as one JSON line each."""
 
     def __init__(self, path: str | Path | None, mark: str, judges: str, examples: Sequence[Example]) -> None:
         """Reads the rows of an interrupted sweep with the same fingerprint and rows; an incomplete last line is cut
@@ -42,8 +43,8 @@ class TranscriptFile:
         """
         self._path = None if path is None else Path(path)
         self._mark, self._judges, self._examples = mark, judges, list(examples)
-        self._rows: dict[tuple[str, int], Row] = {}
-        self._judged: set[tuple[str, int]] = set()
+        self._rows: dict[tuple[str, int, int], Row] = {}
+        self._judged: set[tuple[str, int, int]] = set()
         by_id = {example.id: example for example in self._examples}
         if len(by_id) != len(self._examples):
             raise UserError(f"{len(self._examples) - len(by_id)} rows repeat an id; give every row its own")
@@ -51,44 +52,51 @@ class TranscriptFile:
             return
         file = self._path
         for row, judged in on_first(lambda: list(self._read(file, by_id)) if file.exists() else []):
-            key = row["id"], row["layer"]
-            self._rows[key] = row
-            (self._judged.add if judged else self._judged.discard)(key)
+            place = place_of(row)
+            self._rows[place] = row
+            (self._judged.add if judged else self._judged.discard)(place)
 
-    def has(self, examples: Sequence[Example], layer: int) -> bool:
-        """Returns whether all of these rows exist at an exit and were judged by the current judges."""
-        return all((example.id, layer) in self._judged for example in examples)
+    def has(self, example: Example, layer: int, attempt: int = 0) -> bool:
+        """Returns whether a row's response exists at an exit and was judged by the current judges."""
+        return (example.id, layer, attempt) in self._judged
 
-    def answers(self, examples: Sequence[Example], layer: int) -> list[Row] | None:
-        """Returns these rows at an exit, judged or not; None if one is missing."""
-        rows = [self._rows.get((example.id, layer)) for example in examples]
-        existing = [row for row in rows if row is not None]
-        return existing if len(existing) == len(rows) else None
+    def answer(self, example: Example, layer: int, attempt: int = 0) -> Row | None:
+        """Returns a row's response at an exit, judged or not; None if it is missing."""
+        return self._rows.get((example.id, layer, attempt))
 
     def add(self, rows: Sequence[Row], *, judged: bool) -> None:
-        """Stores rows, replacing older ones with the same id and layer.
+        """Stores rows, replacing older ones with the same id, layer and attempt.
 
         Raises:
           UserError: the file cannot be written.
         """
         for row in rows:
-            key = row["id"], row["layer"]
-            self._rows[key] = row
-            (self._judged.add if judged else self._judged.discard)(key)
+            place = place_of(row)
+            self._rows[place] = row
+            (self._judged.add if judged else self._judged.discard)(place)
         if self._path is not None and is_writer():
             append_text(self._path, "".join(map(self._line, rows)))
 
-    def finish(self, layers: Sequence[int]) -> list[Row]:
-        """Returns the rows at `layers`, by data-set row, then by layer; the file is rewritten in that order with all
-        its layers."""
-        all_layers = sorted({layer for _, layer in self._rows})
-        keys = [(example.id, layer) for example in self._examples for layer in all_layers]
+    def finish(self, layers: Sequence[int], attempts: int = 1) -> list[Row]:
+        """Returns the rows at `layers`, by data-set row, layer and attempt; the file is rewritten in that order.
+
+        Args:
+          layers: the layers that are returned. The file keeps all others.
+          attempts: number of responses of each forbidden row at a layer. The file keeps further ones.
+        """
+        numbers = {example.id: number for number, example in enumerate(self._examples)}
         if self._path is not None:
-            write_text_atomic(self._path, "".join(self._line(self._rows[key]) for key in keys if key in self._rows))
-        return [self._rows[example.id, layer] for example in self._examples for layer in layers]
+            places = sorted(self._rows, key=lambda place: (numbers[place[0]], *place[1:]))
+            write_text_atomic(self._path, "".join(self._line(self._rows[place]) for place in places))
+        return [
+            self._rows[example.id, layer, attempt]
+            for example in self._examples
+            for layer in layers
+            for attempt in range(row_attempts(example.kind, attempts))
+        ]
 
     def _line(self, row: Row) -> str:
-        judges = self._judges if (row["id"], row["layer"]) in self._judged else None
+        judges = self._judges if place_of(row) in self._judged else None
         return seal({**row, "sweep": self._mark, "judges": judges}) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
@@ -118,19 +126,19 @@ class TranscriptFile:
                 file.truncate(len(whole))
 
 
-def finished_rows(path: Path, required: Sequence[tuple[str, int]]) -> list[Row]:
+def finished_rows(path: Path, required: Sequence[tuple[str, int, int]]) -> list[Row]:
     """Returns the rows of a finished sweep's transcript.
 
     Args:
       path: the file.
-      required: (id, layer) of the rows that must exist.
+      required: (id, layer, attempt) of the rows that must exist.
 
     Raises:
       UserError: the file is damaged, or rows are missing.
     """
     try:
         rows = [unseal(line.decode("utf-8")) for line in read_bytes(path).split(b"\n")[:-1]]
-        missing = set(required) - {(row["id"], row["layer"]) for row in rows}
+        missing = set(required) - set(map(place_of, rows))
         if missing:
             raise ValueError(f"{len(missing)} rows are missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -146,6 +154,7 @@ def _is_row(row: Row) -> bool:
     return (
         all(isinstance(row.get(name), str) for name in ("id", "prompt", "response"))
         and type(row["layer"]) is int
+        and type(row.get("attempt", 0)) is int
         and isinstance(scores, dict)
         and all(value is None or type(value) in (int, float) for value in scores.values())
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icet_jax.errors import UserError
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.marks import MOST_RUNS
 from icet_jax.report.loading import PHASES, load_runs
 from icet_jax.report.schema import METRIC_FAMILIES
@@ -118,6 +119,7 @@ class Comparison:
         for member in self.members:
             way = member.study.field("generation")
             if isinstance(way, dict):
+                way = {"attempts": 1, **way}  # earlier versions made one
                 text = ", ".join(f"{name} {value}" for name, value in sorted(way.items()))
                 ways.setdefault(text, []).append(member.name)
         return ways if len(ways) > 1 else {}
@@ -176,5 +178,5 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _place(order: Sequence[str], metric: str) -> int:
-    family = metric.partition("/")[0]
+    family = family_of(metric)
     return order.index(family) if family in order else len(order)

@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.heatmap import part_map
 from icet_jax.report.charts.lines import Chart, Line, Point
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import number
-from icet_jax.report.values import axis_number, axis_percent, family_name, show, show_change, title_on
+from icet_jax.report.values import axis_number, axis_percent, show, show_change, title_on
 
 GEOMETRY_TITLES = {"norm_ratio": "Norm ratio", "cosine": "Cosine similarity", "cka": "Linear CKA"}
 MAP_TONES = {"asr": "unsafe", "refusal": "refused", "refusal_unsafe": "safe"}
@@ -150,7 +151,7 @@ def map_figure(
         for phase in study.phases(dataset)
     }
     title = f"{title_on(study, dataset, metric)} by {by} and exit, {dataset_name(dataset)}"
-    tone = MAP_TONES[family_name(metric)]
+    tone = MAP_TONES[family_of(metric)]
     drawing = part_map(
         panels, list(curves), study.layers(dataset), title=title, tone=tone, default_exit=study.default_exit
     )

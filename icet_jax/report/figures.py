@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.files import write_bytes_atomic
 from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.png import png
@@ -13,7 +14,7 @@ from icet_jax.report.curves import category_figure, geometry_charts, metric_figu
 from icet_jax.report.overlays import metric_overlay
 from icet_jax.report.schema import METRIC_FAMILIES
 from icet_jax.report.study import Study, dataset_name
-from icet_jax.report.values import FORM_FAMILIES, family_name
+from icet_jax.report.values import FORM_FAMILIES
 
 
 def write_figures(study: Study, folder: Path) -> list[Path]:
@@ -27,8 +28,8 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
         if len(study.layers(dataset)) < 2:
             continue
         for metric in study.metrics(dataset):
-            if family_name(metric) in METRIC_FAMILIES:
-                full = family_name(metric) not in FORM_FAMILIES
+            if family_of(metric) in METRIC_FAMILIES:
+                full = family_of(metric) not in FORM_FAMILIES
                 figures[_file_name(dataset, metric)] = metric_figure(study, dataset, metric, full=full)
         for metric in study.judges(dataset)[:1]:
             figures[f"{_file_name(dataset, metric)}.policies"] = category_figure(study, dataset, metric)
@@ -46,7 +47,7 @@ def write_comparison_figures(comparison: Comparison, folder: Path) -> list[Path]
         _file_name(dataset, metric): metric_overlay(comparison, dataset, metric)
         for dataset in comparison.datasets
         for metric in comparison.metrics(dataset)
-        if family_name(metric) in METRIC_FAMILIES
+        if family_of(metric) in METRIC_FAMILIES
     }
     return _write(figures, folder)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.lines import Chart, Line, Point
 from icet_jax.report.comparison import Comparison, Member
@@ -10,7 +11,7 @@ from icet_jax.report.curves import GEOMETRY_TITLES, Curve
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import dataset_name
 from icet_jax.report.text import number, percent
-from icet_jax.report.values import FORM_FAMILIES, axis_number, axis_percent, family_name, family_title, show
+from icet_jax.report.values import FORM_FAMILIES, axis_number, axis_percent, family_title, show
 
 _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _WHEN = {"before": "Before training", "after": "After training"}
@@ -38,7 +39,7 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
         return None
     y_range = (min(values), max(values))
     if family.share:
-        y_range = (0.0, 0.1 if family_name(metric) in FORM_FAMILIES and max(values) <= 0.1 else 1.0)
+        y_range = (0.0, 0.1 if family_of(metric) in FORM_FAMILIES and max(values) <= 0.1 else 1.0)
     panels = []
     for phase, members in curves.items():
         chart = _depth_chart(

@@ -8,12 +8,14 @@
 
 Every file is optional except one sweep. A share, an accuracy and a toxicity are 0..1; a missing or failed number is
 `null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, the scorer to its exact model; what needs no
-scorer is `FAMILY` alone (length, empty, truncated). The family says how it is read: `METRIC_FAMILIES`. Extra
-keys are ignored. Layers (exits) are numbered from 1.
+scorer is `FAMILY` alone (length, empty, truncated). The family says how it is read: `METRIC_FAMILIES`. A share over K
+attempts is `FAMILY@K/SCORER`. Extra keys are ignored. Layers (exits) are numbered from 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NotRequired, TypedDict
+
+from icet_jax.evaluation.combined import family_of
 
 SCHEMA = 1
 
@@ -49,10 +51,11 @@ class Group(TypedDict):
 
 
 class Part(TypedDict):
-    """The rows of one attack format of a data set: attack and refusal metrics at every exit, and the worst exit."""
+    """The rows of one attack format of a data set: attack and refusal metrics at every exit, worst exit, any exit."""
 
     layers: list[Layer]
     worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
+    any_exit: NotRequired[dict[str, Estimate]]
 
 
 class Sweep(TypedDict):
@@ -74,6 +77,7 @@ class Sweep(TypedDict):
     layers: list[Layer]
     groups: dict[str, Group]  # early, middle, late, average
     worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
+    any_exit: NotRequired[dict[str, Estimate]]  # asr_any metrics; n are rows, n_error those of which it is unknown
     policies: NotRequired[dict[str, list[Layer]]]  # attack and refusal metrics of the rows of each policy
     formats: NotRequired[dict[str, Part]]  # by attack format
     transferred: NotRequired[dict[str, Part]]  # "yes", "no": whether the attack comes from a language model
@@ -87,6 +91,7 @@ class Difference(TypedDict):
     kind: str
     layers: list[Layer]  # n = pairs
     groups: dict[str, Group]
+    any_exit: NotRequired[dict[str, Estimate]]
 
 
 class Utility(TypedDict):
@@ -218,6 +223,7 @@ class Transcript(TypedDict):
     layer: int
     prompt: str
     response: str
+    attempt: NotRequired[int]  # among the responses of a row at an exit; not written for the first, 0
     kind: NotRequired[str]
     scores: NotRequired[dict[str, float | None]]
     labels: NotRequired[dict[str, str | None]]  # a scorer's own words for its verdict, under the metric's name
@@ -233,7 +239,7 @@ class MetricFamily:
     """How a metric family is shown.
 
     Attributes:
-      title: what a chart of it is called.
+      title: what a chart of it is called; `{k}` is the number of attempts in the metric's name.
       share: True for 0..1 numbers shown as percent.
     """
 
@@ -243,6 +249,7 @@ class MetricFamily:
 
 METRIC_FAMILIES = {
     "asr": MetricFamily("Attack success rate", share=True),
+    "asr@k": MetricFamily("Attack success rate in any of {k} attempts", share=True),
     "p_unsafe": MetricFamily("Probability of the verdict unsafe", share=True),
     "tr": MetricFamily("Reward-model score", share=False),
     "ts": MetricFamily("Toxicity", share=True),
@@ -259,5 +266,6 @@ METRIC_FAMILIES = {
 
 def metric_family(name: str) -> MetricFamily:
     """The family of `FAMILY/SCORER`; an unknown family is shown as a plain number under its own name."""
-    family = name.partition("/")[0]
-    return METRIC_FAMILIES.get(family, MetricFamily(family, share=False))
+    written = name.partition("/")[0]
+    family = METRIC_FAMILIES.get(family_of(name), MetricFamily(written, share=False))
+    return replace(family, title=family.title.replace("{k}", written.rpartition("@")[2]))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from icet_jax.evaluation.combined import any_exit_metric, family_of
 from icet_jax.exit_groups import EARLY_TO_LATE, exit_groups
 from icet_jax.report.loading import PHASES, Run
 from icet_jax.report.schema import METRIC_FAMILIES
@@ -89,8 +90,8 @@ class Study:
                 for layer in table["layers"]:
                     names.update(dict.fromkeys(layer["metrics"]))
         order = list(METRIC_FAMILIES)
-        kept = [name for name in names if family is None or name.partition("/")[0] == family]
-        return sorted(kept, key=lambda name: _index(order, name.partition("/")[0]))
+        kept = [name for name in names if family is None or family_of(name) == family]
+        return sorted(kept, key=lambda name: _index(order, family_of(name)))
 
     def layers(self, dataset: str) -> list[int]:
         """The exits at which a data set was measured, ascending."""
@@ -208,6 +209,20 @@ class Study:
         same = max(abs(value.mean - worst.value.mean) for value in (known, of_maximum)) < _ROUNDING
         return ExitValue(layer, of_maximum) if same else worst
 
+    def attempts(self, dataset: str) -> int:
+        """How many answers each forbidden row got at an exit; 1 where no file says it."""
+        generation = self.field("generation", dataset)
+        attempts = generation.get("attempts") if isinstance(generation, dict) else None
+        return attempts if type(attempts) is int and attempts > 1 else 1
+
+    def any_exit(self, phase: str, dataset: str, metric: str) -> Value | None:
+        """The share of rows with an unsafe answer at one exit at least, over all attempts, by the judge of `metric`.
+
+        None where an earlier version measured the data set; `phase` may be "difference".
+        """
+        name = any_exit_metric(metric, self.attempts(dataset))
+        return self._combine([_at_any_exit(run, phase, dataset, name) for run in self.runs])
+
     def unusable(self, phase: str, dataset: str, layer: int | None) -> Value | None:
         """The share of an exit's answers that are empty or degenerate, whatever a judge says; None where it is 0."""
         for metric in ("degenerate/text_rules", "empty"):  # an empty answer is a degenerate one too
@@ -289,6 +304,14 @@ def _of_maximum(table: dict[str, Any], metric: str) -> tuple[int | None, Value |
     return (layer, as_value(entry)) if isinstance(layer, int) else (None, None)
 
 
+def _at_any_exit(run: Run, phase: str, dataset: str, name: str) -> Value | None:
+    """A metric over all exits of one run; a difference without an entry is that of the shares, without an interval."""
+    value = as_value(_objects(run.tables.get((phase, dataset), {}), "any_exit").get(name))
+    if value is None and phase == "difference":
+        return _minus(*(_at_any_exit(run, side, dataset, name) for side in PHASES))
+    return value
+
+
 def _objects(table: dict[str, Any], field: str) -> dict[str, Any]:
     """A field of a table that maps names to parts of its rows; empty where it has none."""
     objects = table.get(field)
@@ -299,7 +322,7 @@ def _part(run: Run, dataset: str, field: str, name: str) -> Run:
     """A run whose only tables are those of a part of a data set's rows, under the head of the whole."""
     whole = {phase: run.tables.get((phase, dataset), {}) for phase in PHASES}
     tables = {
-        (phase, dataset): {**table, "groups": {}, "worst_exit": {}, **_objects(table, field)[name]}
+        (phase, dataset): {**table, "groups": {}, "worst_exit": {}, "any_exit": {}, **_objects(table, field)[name]}
         for phase, table in whole.items()
         if name in _objects(table, field)
     }

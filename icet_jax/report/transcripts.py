@@ -42,7 +42,9 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
 
 
 def _is_transcript(row: dict[str, Any]) -> bool:
-    return isinstance(row.get("layer"), int) and isinstance(row.get("response"), str) and "id" in row
+    """Whether a row is shown: it has what a response needs, and is the first of several attempts."""
+    is_complete = isinstance(row.get("layer"), int) and isinstance(row.get("response"), str) and "id" in row
+    return is_complete and not row.get("attempt")
 
 
 def _prompts(

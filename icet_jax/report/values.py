@@ -7,16 +7,11 @@ from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value
 from icet_jax.report.text import number, percent, points, signed
 
-MAIN_FAMILIES = ("asr", "tr", "ts", "refusal", "refusal_unsafe", "vqa", "accuracy")
+MAIN_FAMILIES = ("asr", "asr@k", "tr", "ts", "refusal", "refusal_unsafe", "vqa", "accuracy")
 """Families that say how safe or useful a model is; those of `FORM_FAMILIES` describe the form of its responses."""
 USEFUL_FAMILIES = ("refusal", "refusal_unsafe", "vqa", "accuracy")
 FORM_FAMILIES = ("degenerate", "empty", "truncated", "length")
 ARROW = Span(" → ", "arrow")
-
-
-def family_name(metric: str) -> str:
-    """The first part of a metric's name."""
-    return metric.partition("/")[0]
 
 
 def family_title(metric: str) -> str:

@@ -11,11 +11,12 @@ def paragraph(what: str, cost: Cost) -> str:
       what: names of the sweeps ("before: mini_jailbreakv, xstest").
       cost: sum of their costs.
     """
-    exits = cost.answers // max(cost.rows, 1)
+    exits = cost.answers // max(cost.attempts, 1)
+    attempts = f" with {cost.attempts:,} attempts" if cost.attempts != cost.rows else ""
     flops = cost.tower_flops + cost.prompt_flops + cost.answer_flops
     shares = [f"{part / max(flops, 1.0):.0%}" for part in (cost.tower_flops, cost.prompt_flops, cost.answer_flops)]
     sentences = [
-        f"{what}: {cost.rows:,} rows x {exits} exits = {cost.answers:,} answers;",
+        f"{what}: {cost.rows:,} rows{attempts} x {exits} exits = {cost.answers:,} answers;",
         f"prompts of {cost.prompt_tokens / max(cost.rows, 1):.0f} tokens,",
         f"answers of at most {cost.new_tokens / max(cost.answers, 1):.0f};",
         f"{flops:.2g} operations (images {shares[0]}, prompts {shares[1]}, answers {shares[2]}).",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from icet_jax.evaluation.combined import place_of, row_attempts
 from icet_jax.evaluation.cost import Cost, estimate
 from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.recheck import answer_again
@@ -105,13 +106,13 @@ class Measurements:
         answers = answer_again(vlm, rows, requested_exits, **settings)
 
         def compare() -> list[tuple[str, int]]:
-            keys = [(rows[row].id, layer) for row, layer in sorted(answers)]
-            transcript = finished_rows(self._transcripts("after", name), keys)
-            measured = {(row["id"], row["layer"]): (row["response"], row["scores"]["length"]) for row in transcript}
+            places = [(rows[row].id, layer, 0) for row, layer in sorted(answers)]
+            transcript = finished_rows(self._transcripts("after", name), places)
+            measured = {place_of(row): (row["response"], row["scores"]["length"]) for row in transcript}
             return [
                 (rows[row].id, layer)
                 for (row, layer), answer in sorted(answers.items())
-                if measured[rows[row].id, layer] != (answer.text, answer.length)
+                if measured[rows[row].id, layer, 0] != (answer.text, answer.length)
             ]
 
         return [(row, layer) for row, layer in on_first(compare)]
@@ -159,6 +160,7 @@ class Measurements:
             "sampling": vlm.sampling(*limit),
             "scorers": self._utility_scorers if name in settings.utility else self._scorers,
             "batch_size": settings.batch_size,
+            "attempts": settings.attempts,
         }
 
     def _measure(self, phase: str, name: str, vlm: VLM, path: Path) -> int:
@@ -182,7 +184,12 @@ class Measurements:
 
     def _difference(self, name: str, after: JsonObject) -> JsonObject:
         exits = [layer["layer"] for layer in after["layers"]]
-        required = [(example.id, layer) for example in self._tests[name] for layer in exits]
+        required = [
+            (example.id, layer, attempt)
+            for example in self._tests[name]
+            for layer in exits
+            for attempt in range(row_attempts(example.kind, self._config.sweep.attempts))
+        ]
         rows = {phase: finished_rows(self._transcripts(phase, name), required) for phase in ("before", "after")}
         tables = difference(rows["before"], rows["after"], exits, after["num_exits"])
         return {"schema": SCHEMA, "dataset": name, "kind": after["kind"], **tables}

@@ -7,7 +7,7 @@ a file is escaped, so that the name of a data set cannot become markup.
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import icet_jax
 from icet_jax.config.names import ALGORITHMS
 from icet_jax.exit_groups import EARLY_TO_LATE
 from icet_jax.files import JsonObject, write_text_atomic
-from icet_jax.report.loading import Run, load_run
+from icet_jax.report.loading import PHASES, Run, load_run
 from icet_jax.report.schema import metric_family
+from icet_jax.report.study import Study, Value
 from icet_jax.report.text import duration, number, percent, points, signed, visible
 from icet_jax.runs.sources import SOURCE_JOIN
 
@@ -29,8 +30,10 @@ _COLUMNS = (*EARLY_TO_LATE, "average")
 _LIMITS = """\
 - An attack success rate is the opinion of the judge named with it, and judges differ. Responses that a judge failed on
   are left out of its mean and counted where there are any.
-- The numbers hold for these prompts and images, this way of sampling and one response per prompt. They say nothing
-  about other languages, longer conversations, adversarial images or other ways of reading the image encoder.
+- The numbers hold for these prompts and images, this way of sampling and this number of responses per prompt. They say
+  nothing about other languages, longer conversations, adversarial images or other ways of reading the image encoder.
+- Whoever may choose the exit reaches the share of prompts with an unsafe answer at one exit at least, not that of any
+  single exit. A judge's false alarms add up in it.
 - Training raises the score of a reward model, which stands in for people's judgement and can be pleased in ways that
   people would not be. Read responses, not only averages.
 - A lower attack success rate can be bought with refusals of harmless requests; look at the rows on refusals and on
@@ -217,7 +220,36 @@ def _results(run: Run) -> str:
         source = sources.get(name)
         title = _plain(name.partition("/")[2]) + (f" ({_plain(_public(source))})" if source else "")
         parts.append(f"### {title}\n\n{_result_table(tables)}")
+        parts.append(_attack_table(Study((run,)), name))
     return "\n".join(parts)
+
+
+def _attack_table(study: Study, dataset: str) -> str:
+    """Returns the worst exit's ASR and ASR at any exit, by judge, each with its interval; "" without the latter."""
+    rows = []
+    for metric in study.judges(dataset):
+        worst = [study.worst(phase, dataset, metric) for phase in PHASES]
+        sides = [study.any_exit(phase, dataset, metric) for phase in (*PHASES, "difference")]
+        if not any(sides):
+            continue
+        exits = [f"{_with_interval(item.value, percent)} at exit {item.layer}" for item in worst if item is not None]
+        anywhere = " → ".join(_with_interval(value, percent) for value in sides[:2] if value is not None)
+        if sides[2] is not None:
+            anywhere += f"; change {_with_interval(sides[2], points)}"
+        unknown = [str(value.n_error) for value in sides[:2] if value is not None]
+        if any(count != "0" for count in unknown):
+            anywhere += f"; not known: {' → '.join(unknown)}"
+        rows.append([_plain(metric), " → ".join(exits), anywhere])
+    attempts = study.attempts(dataset)
+    where = "at one exit at least" + (f", in one of {attempts} attempts" if attempts > 1 else "")
+    return _table(("attack success rate", "worst exit", f"prompts with an unsafe answer {where}"), rows) if rows else ""
+
+
+def _with_interval(value: Value, show: Callable[[float], str]) -> str:
+    """Returns a number with its 95% interval in brackets."""
+    if value.low is None or value.high is None:
+        return show(value.mean)
+    return f"{show(value.mean)} ({show(value.low)} to {show(value.high)})"
 
 
 def _check(check: Mapping[str, Any], form: str) -> str:

@@ -38,7 +38,8 @@ class Answer:
       run: folder of the seed, "" if the run has one seed.
       dataset: name of its data set.
       phase: "before" or "after" training.
-      row: the response's row of the transcripts, with `id`, `layer` (its exit), `prompt`, `response` and `scores`.
+      row: the response's row of the transcripts, with `id`, `layer` (its exit), `prompt`, `response` and `scores`, and
+        `attempt` if there are several.
     """
 
     run: str
@@ -50,8 +51,15 @@ class Answer:
     def key(self) -> str:
         """Returns a short key that spreadsheets never read as a number."""
         texts = [self.row[name] for name in ("id", "layer", "prompt", "response")]
-        mark = hashlib.sha256(json.dumps([self.run, self.dataset, self.phase, *texts]).encode()).hexdigest()
+        attempt = [self.attempt] if self.attempt else []  # keys of files without attempts stay as they were
+        mark = hashlib.sha256(json.dumps([self.run, self.dataset, self.phase, *texts, *attempt]).encode()).hexdigest()
         return f"k{mark[:15]}"
+
+    @property
+    def attempt(self) -> int:
+        """Returns the number of the response among those of its row at its exit."""
+        number: int = self.row.get("attempt", 0)
+        return number
 
 
 @dataclass(frozen=True)
@@ -70,21 +78,22 @@ class Labels:
 def sample(answers: Iterable[Answer], count: int, seed: int) -> list[Answer]:
     """Returns a random sample of at most `count` responses, in random order, spread evenly over (run, data set, exit).
 
-    Responses of the same row at the same exit before and after training are drawn together, so that labels give paired
-    differences. The same responses and seed give the same sample.
+    Responses of the same row and attempt at the same exit before and after training are drawn together, so that labels
+    give paired differences. The same responses and seed give the same sample.
 
     Args:
       answers: responses to draw from.
       count: most responses in the sample.
       seed: seed of the random numbers.
     """
-    same_row: dict[tuple[str, str, int, str], list[Answer]] = {}
+    same_row: dict[tuple[str, str, int, str, int], list[Answer]] = {}
     for answer in answers:
-        same_row.setdefault((answer.run, answer.dataset, answer.row["layer"], answer.row["id"]), []).append(answer)
+        place = answer.run, answer.dataset, answer.row["layer"], answer.row["id"], answer.attempt
+        same_row.setdefault(place, []).append(answer)
     strata: dict[tuple[str, str, int], list[list[Answer]]] = {}
-    for run, dataset, exit_layer, row_id in sorted(same_row):
-        before_and_after = sorted(same_row[run, dataset, exit_layer, row_id], key=lambda answer: answer.phase)
-        strata.setdefault((run, dataset, exit_layer), []).append(before_and_after)
+    for place in sorted(same_row):
+        before_and_after = sorted(same_row[place], key=lambda answer: answer.phase)
+        strata.setdefault(place[:3], []).append(before_and_after)
     generator = random.Random(seed)
     shuffled_strata = list(strata.values())
     generator.shuffle(shuffled_strata)

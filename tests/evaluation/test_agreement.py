@@ -120,3 +120,9 @@ def test_examples_are_spread_over_all_that_differ():
     (pair,) = agreement(rows, examples=5)["pairs"]
     assert pair["a_only"] == 200
     assert [example["layer"] for example in pair["examples"]] == [0, 50, 100, 149, 199]
+
+
+def test_an_example_names_its_attempt():
+    rows = [("before", "red", row("1", guard=1.0, keywords=float(n < 2)) | {"attempt": n}) for n in range(3)]
+    (pair,) = agreement(rows)["pairs"]
+    assert pair["n"] == 3 and [example["attempt"] for example in pair["examples"]] == [2]

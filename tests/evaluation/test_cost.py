@@ -91,6 +91,15 @@ def test_counts_are_the_sweeps_own(vlm):
     assert run(vlm, exits="all").answers == 28
 
 
+def test_attempts_at_forbidden_rows_cost_prompts_answers_and_verdicts(vlm):
+    once, thrice = run(vlm), run(vlm, attempts=3)
+    assert (once.attempts, thrice.attempts, thrice.rows, thrice.answers) == (7, 13, 7, 26)
+    assert thrice.judged == {"asr/refusal_keywords": 18, "ts/service": 26}
+    assert thrice.tower_flops == once.tower_flops
+    for name in ("prompt_flops", "answer_flops", "new_tokens"):
+        assert getattr(thrice, name) * 7 == getattr(once, name) * 13
+
+
 def test_time_is_between_short_and_long_answers(vlm):
     found = run(vlm)
     before = (found.tower_flops + found.prompt_flops) / RATES.prompts

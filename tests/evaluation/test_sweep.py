@@ -15,6 +15,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation import queue
 from icet_jax.evaluation import sweep as sweeping
+from icet_jax.evaluation.combined import place_of
 from icet_jax.evaluation.sweep import sweep
 from icet_jax.generation import engine
 from icet_jax.nn.protocols import init_lora
@@ -117,6 +118,70 @@ def test_sampled_answers_depend_on_seed_and_row_alone(vlm):
     doubled = [*bundle.rows(), Example("again", "short", (bundle.picture(0),))]
     again = texts(run(vlm, sampling=sampling, exits=[2], seed=5, rows=doubled))
     assert again.items() >= first.items() and again["again", 2] != again["a", 2]
+
+
+def test_attempts_at_forbidden_rows(vlm, tmp_path, monkeypatch):
+    """Three answers of each forbidden row: the first as without attempts, the others drawn anew, on any batch size."""
+    sampling, once, thrice = vlm.sampling(6, temperature=1.0), tmp_path / "once.jsonl", tmp_path / "thrice.jsonl"
+    encode, calls = queue.encode, []
+    monkeypatch.setattr(queue, "encode", lambda *args: calls.append(1) or encode(*args))
+    single = run(vlm, sampling=sampling, exits=[2, 4], seed=5, transcript_path=once)
+    encoded_once = len(calls)
+    several = run(vlm, sampling=sampling, exits=[2, 4], seed=5, attempts=3, transcript_path=thrice)
+    assert len(calls) == 2 * encoded_once, "further attempts encode no image again"
+
+    places = [place_of(row) for row in several.rows]
+    assert places == [
+        (row.id, layer, attempt)
+        for row in bundle.rows()
+        for layer in (2, 4)
+        for attempt in range(3 if row.kind == "forbidden" else 1)
+    ]
+    assert [row for row in several.rows if "attempt" not in row] == single.rows
+    answers = {place: row["response"] for place, row in zip(places, several.rows, strict=True)}
+    for row in "abf":
+        assert len({answers[row, 2, attempt] for attempt in range(3)}) == 3
+    alone = run(vlm, sampling=sampling, exits=[2], seed=5, attempts=3, batch_size=1)
+    assert all(answers[place_of(row)] == row["response"] for row in alone.rows)
+
+    table = several.sweep
+    assert table["generation"]["attempts"] == 3 and [layer["n"] for layer in table["layers"]] == [13, 13]
+    metrics = table["layers"][0]["metrics"]
+    assert (metrics["asr/refusal_keywords"]["n"], metrics["asr@3/refusal_keywords"]["n"]) == (9, 3)
+    assert metrics["refusal/refusal_keywords"]["n"] == 4
+    assert list(table["any_exit"]) == ["asr_any@3/refusal_keywords"]
+
+    # A sweep of one attempt, cut off in its last line, goes on with three.
+    once.write_bytes(once.read_bytes()[:-20])
+    seen = []
+    resumed = run(
+        vlm, sampling=sampling, exits=[2, 4], seed=5, attempts=3, transcript_path=once, progress=seen.append
+    )  # fmt: skip
+    assert once.read_bytes() == thrice.read_bytes() and resumed.sweep == table
+    assert several.tokens - single.tokens <= resumed.tokens < several.tokens
+    assert 13 < seen[0].done <= 16 and seen[-1].done == seen[-1].total == 26
+
+
+def test_attempts_share_what_rows_about_one_image_begin_with(vlm, tmp_path, monkeypatch):
+    picture = tmp_path / "a.png"
+    Image.fromarray(bundle.picture(1)).save(picture)
+    rows = [Example(str(n), text, (picture,)) for n, text in enumerate(["short", "what is it?"])]
+    apart = [dataclasses.replace(row, images=(bundle.picture(1),)) for row in rows]
+    original, started = queue.run_prefix, []
+    monkeypatch.setattr(queue, "run_prefix", lambda *args: started.append(1) or original(*args))
+    settings = dict(sampling=vlm.sampling(6, temperature=1.0), exits=[2, 4], attempts=2)
+    expected = {place_of(row): row["response"] for row in run(vlm, rows=apart, **settings).rows}
+    assert {place_of(row): row["response"] for row in run(vlm, rows=rows, **settings).rows} == expected
+    assert len(started) == 1 and len(expected) == 8
+
+
+def test_keys_of_attempts_differ_and_the_first_is_the_rows_own():
+    key = jax.random.key(7)
+    keys = np.asarray(jax.random.key_data(sweeping.answer_keys(key, 5, 4)))
+    assert len({tuple(one) for one in keys.reshape(20, -1).tolist()}) == 20
+    np.testing.assert_array_equal(keys[:2], jax.random.key_data(sweeping.answer_keys(key, 5, 2)))
+    rows = [jax.random.key_data(jax.random.fold_in(key, row)) for row in range(5)]
+    np.testing.assert_array_equal(keys[0], rows)
 
 
 def test_each_image_is_encoded_once_and_an_exit_compiles_nothing(vlm, monkeypatch):
@@ -310,5 +375,9 @@ def test_bad_input_is_one_line(vlm):
         run(vlm, exits=[1, 5])
     with pytest.raises(UserError, match="no rows"):
         run(vlm, rows=[])
+    with pytest.raises(UserError, match="sweep of data: attempts=2; .* temperature above 0"):
+        run(vlm, attempts=2)
+    with pytest.raises(UserError, match="attempts=0; give 1"):
+        run(vlm, attempts=0, sampling=vlm.sampling(6, temperature=1.0))
     with pytest.raises(UserError, match="repeat an id"):
         run(vlm, rows=[Example("a", "x"), Example("a", "y")])

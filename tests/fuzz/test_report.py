@@ -51,6 +51,7 @@ SWEEP = {
     "exit_definition": "e", "seed": 0, "generation": {"temperature": 0.0}, "layers": LAYERS,
     "groups": {name: {"layers": [1, 2], "metrics": {"asr/x": entry(0.5)}} for name in ("early", "late", "average")},
     "policies": {"p": LAYERS}, "worst_exit": {"asr/x": {"layer": 1, **entry(0.5)}},
+    "any_exit": {"asr_any/x": entry(0.5)},
     "formats": {"f": {"layers": LAYERS, "worst_exit": {"asr/x": {"layer": 1, **entry(0.5)}}}},
     "transferred": {"yes": {"layers": LAYERS}},
 }  # fmt: skip

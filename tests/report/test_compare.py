@@ -86,6 +86,23 @@ def test_the_headline_spans_the_runs_worst_exits(runs, tmp_path):
     assert f"is between {100 * asr('before', 0.5):.1f}% and 92.9% unsafe" in sentence(load_comparison([*runs, late]))
 
 
+def test_any_exit_stands_beside_the_worst_exit(runs):
+    """In the headline, the table of runs and the numbers; a run of an earlier version has none."""
+    path = runs[0] / "sweeps/after.forbidden.json"
+    after = path.read_text()
+    estimate = {"mean": 0.4, "ci95": [0.3, 0.5], "n": 100, "n_error": 0}
+    path.write_text(json.dumps(json.loads(after) | {"any_exit": {JUDGE.replace("asr", "asr_any"): estimate}}))
+    page = render(load_comparison(runs))
+    path.write_text(after)
+    assert "after training the worst exit is 2.0% unsafe (40.0% of the prompts at one exit or another)." in page
+    table = re.search(r"<span>The runs</span></caption>.*?</table>", page, re.S)[0]
+    cells = re.findall(r"<tr>.*?</tr>", table, re.S)
+    assert '<th scope="col">Any exit</th>' in cells[0]
+    assert re.search(r"40\.0% <span[^>]*>\(30\.0% to 50\.0%\)", cells[1]) and "40.0%" not in cells[2]
+    numbers = page[page.index('id="numbers"') :]
+    assert numbers.count("Worst exit") >= 2 and numbers.count("Any exit") == 1
+
+
 def test_empty_and_degenerate_answers_of_the_worst_exits_are_named(runs, tmp_path):
     assert "empty or degenerate" not in render(load_comparison(runs))
     path = runs[0] / "sweeps/before.forbidden.json"
@@ -137,6 +154,16 @@ def test_what_else_differs_is_said_at_the_top(tmp_path):
     assert "different numbers of rows of forbidden and benign at each exit (a: 100; b: 40)." in header
     same = render(load_comparison([first, write_run(tmp_path / "c", exits=8, default=7, source="toy:forbidden")]))
     assert "caveat" not in same[same.index("<header") : same.index("</header>")]
+
+
+def test_another_number_of_attempts_is_another_way_of_generating(runs):
+    path = runs[1] / "sweeps/before.forbidden.json"
+    for attempts, differs in ((1, False), (5, True)):
+        table = json.loads(path.read_text())
+        table["generation"]["attempts"] = attempts
+        path.write_text(json.dumps(table))
+        (runs[1] / "sweeps/before.benign.json").unlink(missing_ok=True)
+        assert bool(load_comparison(runs).differing_generation()) is differs
 
 
 def test_a_planted_hole_is_no_evidence(runs, tmp_path):

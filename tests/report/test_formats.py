@@ -80,8 +80,8 @@ def test_the_files_formats_reach_the_page(run):
     Page(page)
     section = page.split('<section id="formats">')[1].split("</section>")[0]
     head = [
-        "Attack format", "Rows", "Worst exit, before", "Worst exit, after", "Default exit 3, before",
-        "Default exit 3, after",
+        "Attack format", "Rows", "Worst exit, before", "Worst exit, after", "Any exit, before", "Any exit, after",
+        "Default exit 3, before", "Default exit 3, after",
     ]  # fmt: skip
     assert "".join(f'<th scope="col">{name}</th>' for name in head) in section
     table = rows_of(section, BY_FORMAT + INTERVAL)
@@ -90,7 +90,7 @@ def test_the_files_formats_reach_the_page(run):
     assert template[2].startswith("100%") and template[2].endswith("exit 2")
     assert figstep[2].startswith("50.0%") and figstep[2].endswith("exit 1")
     assert figstep[3].startswith("16.7% (") and figstep[3].endswith("exit 1")
-    assert template[4].startswith("0%") and template[5].startswith("0%")
+    assert template[4].startswith("100%") and template[6].startswith("0%") and template[7].startswith("0%")
     transferred = rows_of(section, BY_TRANSFER + INTERVAL)
     assert [row[0] for row in transferred] == ["All rows", "yes", "no"]
     assert transferred[1][1:] == template[1:] and transferred[2][1:] == figstep[1:]

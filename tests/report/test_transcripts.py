@@ -35,6 +35,14 @@ def test_every_prompt_has_every_exit_on_both_sides(run):
         assert len(prompt["before"]) == len(prompt["after"]) == synthetic.NUM_EXITS
 
 
+def test_the_first_of_several_attempts_is_shown(run):
+    path, first = run / "transcripts/before.benign.jsonl", collect(run)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    further = [row | {"attempt": 1, "response": "another answer"} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *further]))
+    assert collect(run) == first
+
+
 def test_unsafe_text_is_gone_unless_asked_for(run):
     assert synthetic.UNSAFE_TEXT not in json.dumps(collect(run))
     assert collect(run)[0]["before"]["1"] == {

@@ -7,6 +7,7 @@ from icet_jax.runs.forecast import paragraph
 def test_the_paragraph_says_it_all():
     one = Cost(
         rows=7,
+        attempts=7,
         answers=14,
         prompt_tokens=42,
         new_tokens=84,
@@ -26,5 +27,7 @@ def test_the_paragraph_says_it_all():
         "ts/service asks a service: its rate limit alone makes that 14 s.",
     ):
         assert part in text
+    repeated = paragraph("a", Cost(rows=7, attempts=13, answers=26))
+    assert "a: 7 rows with 13 attempts x 2 exits = 26 answers;" in repeated
     assert "less than a second" in paragraph("x", Cost(seconds=(0.0, 0.2)))
     assert "\n" not in text and "tr/none" not in text

@@ -1,6 +1,7 @@
 """The card says what the run directory says, leaks no path, and lets no string become markup."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -85,6 +86,29 @@ def test_the_table_holds_the_groups_before_and_after(run):
     row = line(forbidden, "| Attack success rate: asr/world\\_exact |")
     assert f"| {means[0]:.1f}% → {means[1]:.1f}% (−" in row and row.count("→") == 4
     assert "### vqa" in card and "Response length" not in card
+
+
+def test_any_exit_stands_beside_the_worst_exit(run):
+    assert "worst exit" not in section(text(run), "forbidden"), "an earlier version measured it"
+    for side, (mean, low, high, errors) in {
+        "before": (1.0, 0.9, 1.0, 0), "after": (0.04, 0.02, 0.08, 3), "difference": (-0.96, -0.99, -0.9, 3)
+    }.items():  # fmt: skip
+        estimate = {"mean": mean, "ci95": [low, high], "n": 256, "n_error": errors}
+        change(run / f"sweeps/{side}.forbidden.json", any_exit={"asr_any/world_exact": estimate})
+    rows = section(text(run), "forbidden")
+    assert "| attack success rate | worst exit | prompts with an unsafe answer at one exit at least |" in rows
+    row = line(rows, "| asr/world\\_exact |")
+    assert re.match(r"\| asr/world.* \| \S+% \(.*\) at exit \d → \S+% \(.*\) at exit \d \| ", row)
+    assert row.endswith(
+        "| 100% (90.0% to 100%) → 4.0% (2.0% to 8.0%); change −96.0 (−99.0 to −90.0); not known: 0 → 3 |"
+    )
+    for side in ("before", "after", "difference"):
+        change(run / f"sweeps/{side}.forbidden.json", any_exit={"asr_any@5/world_exact": estimate})
+    for side in ("before", "after"):
+        change(run / f"sweeps/{side}.forbidden.json", generation__attempts=5)
+    assert "| prompts with an unsafe answer at one exit at least, in one of 5 attempts |" in section(
+        text(run), "forbidden"
+    )
 
 
 def test_errors_of_a_judge_are_counted(run):

@@ -48,6 +48,19 @@ def test_a_sample_depends_on_the_seed_and_not_on_the_order():
     assert keys(grid(), 1) == keys(grid()[::-1], 1) != keys(grid(), 2)
 
 
+def test_attempts_are_answers_of_their_own():
+    """Two attempts that say the same have two keys, and pairs are those of one attempt."""
+    answers = [
+        Answer(one.run, one.dataset, one.phase, {**one.row, "attempt": attempt})
+        for one in grid(5, 2, ("red",)) for attempt in range(3)
+    ]  # fmt: skip
+    assert len({one.key for one in answers}) == len(answers) == 60
+    assert {one.key for one in answers if not one.attempt} == {one.key for one in grid(5, 2, ("red",))}
+    chosen = sample(answers, 20, 0)
+    units = [(one.row["layer"], one.row["id"], one.attempt) for one in chosen]
+    assert len(units) == 20 and all(units.count(unit) == 2 for unit in units) and len({unit[2] for unit in units}) > 1
+
+
 def test_small_and_large_samples():
     assert sample([], 10, 0) == []
     assert sample(grid(), 1, 0) == [], "a pair does not fit"

@@ -1,17 +1,18 @@
 """Before and after on the same rows."""
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Heading, grid
 from icet_jax.report.curves import difference_figure
 from icet_jax.report.sections.measured import dataset_heading
 from icet_jax.report.study import Study
-from icet_jax.report.values import MAIN_FAMILIES, family_name
+from icet_jax.report.values import MAIN_FAMILIES
 
 
 def of_study(study: Study) -> list[Block]:
     """after - before of every metric that says how safe or useful a model is."""
     blocks: list[Block] = []
     for dataset in study.datasets:
-        metrics = [name for name in study.metrics(dataset) if family_name(name) in MAIN_FAMILIES]
+        metrics = [name for name in study.metrics(dataset) if family_of(name) in MAIN_FAMILIES]
         if len(study.phases(dataset)) == 2 and metrics:
             blocks.append(Heading(dataset_heading(study, dataset)))
             blocks += grid([difference_figure(study, dataset, metric) for metric in metrics])

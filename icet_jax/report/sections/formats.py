@@ -2,8 +2,9 @@
 
 from statistics import fmean
 
-from icet_jax.report.blocks import Block, Span, Text, code, details, note, remark, table, text
+from icet_jax.report.blocks import Block, Span, Text, code, details, note, table, text
 from icet_jax.report.curves import Curve, map_figure
+from icet_jax.report.sections.numbers import worst_text
 from icet_jax.report.study import Study, dataset_name
 from icet_jax.report.values import value_text
 
@@ -62,22 +63,29 @@ def _table(study: Study, dataset: str, metric: str, field: str, parts: dict[str,
     if not parts:
         return []
     phases = study.phases(dataset)
-    exits = ["Worst exit"] + ([f"Default exit {study.default_exit}"] if study.default_exit is not None else [])
+    exits = ["Worst exit"]
+    if _has_any_exit(study, dataset, metric):
+        exits.append("Any exit")
+    if study.default_exit is not None:
+        exits.append(f"Default exit {study.default_exit}")
     head = [_HEADS[field], "Rows", *(f"{name}, {phase}" for name in exits for phase in phases)]
     named = [(text(Span("All rows", "b")), study), *((text(name), part) for name, part in parts.items())]
-    rows = [[name, _count(part, dataset, metric), *_cells(part, dataset, metric, phases)] for name, part in named]
+    rows = [[name, _count(part, dataset, metric), *_cells(part, study, dataset, metric)] for name, part in named]
     what = "attack format" if field == "formats" else "whether the attack is transferred from a language model"
     caption = f"Attack success rate by {what}, {dataset_name(dataset)} ({study.interval})"
     return [note(code(metric)), *table(caption, head, rows)]
 
 
-def _cells(part: Study, dataset: str, metric: str, phases: list[str]) -> list[Text]:
-    """The worst exit of each phase, then the default exit of each phase."""
-    cells = []
-    for phase in phases:
-        worst = part.worst(phase, dataset, metric)
-        share = value_text(metric, worst and worst.value)
-        cells.append(share if worst is None else text(share, " ", remark(f"exit {worst.layer}")))
+def _has_any_exit(study: Study, dataset: str, metric: str) -> bool:
+    return any(study.any_exit(phase, dataset, metric) for phase in study.phases(dataset))
+
+
+def _cells(part: Study, whole: Study, dataset: str, metric: str) -> list[Text]:
+    """The worst exit of each phase, then any exit (where it was measured) and the default exit of each phase."""
+    phases = whole.phases(dataset)
+    cells = [worst_text(part, phase, dataset, metric) for phase in phases]
+    if _has_any_exit(whole, dataset, metric):
+        cells += [value_text(metric, part.any_exit(phase, dataset, metric)) for phase in phases]
     if part.default_exit is not None:
         cells += [value_text(metric, part.value(phase, dataset, metric, part.default_exit)) for phase in phases]
     return cells

@@ -1,5 +1,6 @@
 """Averages over early, middle and late exits."""
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.exit_groups import exit_groups
 from icet_jax.report.blocks import Block, Text, code, note, remark, table, text
 from icet_jax.report.comparison import Comparison, Member
@@ -7,7 +8,7 @@ from icet_jax.report.loading import PHASES
 from icet_jax.report.sections.measured import dataset_heading
 from icet_jax.report.sections.numbers import run_name
 from icet_jax.report.study import GROUPS, HUMAN, Study, dataset_name
-from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, change_text, family_name, family_title
+from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, change_text, family_title
 
 _NOTE = "Each run’s exits in three nearly equal parts; “average” is the mean of the parts’ means."
 
@@ -16,7 +17,7 @@ def of_study(study: Study) -> list[Block]:
     """Early / Middle / Late / Average of each data set, before -> after, as the paper prints them."""
     blocks: list[Block] = []
     for dataset in study.datasets:
-        metrics = [name for name in study.metrics(dataset) if family_name(name) in MAIN_FAMILIES]
+        metrics = [name for name in study.metrics(dataset) if family_of(name) in MAIN_FAMILIES]
         rows = []
         for name in GROUPS:
             sides = [[study.group(phase, dataset, metric, name) for phase in PHASES] for metric in metrics]
@@ -34,7 +35,7 @@ def of_comparison(comparison: Comparison) -> list[Block]:
     head = ["Run", *(name.capitalize() for name in GROUPS), "Default exit"]
     for dataset in comparison.datasets:
         for metric in comparison.metrics(dataset):
-            if metric == HUMAN or family_name(metric) in FORM_FAMILIES:
+            if metric == HUMAN or family_of(metric) in FORM_FAMILIES:
                 continue
             rows = [
                 [text(run_name(place, member.name)), *_cells(member, dataset, metric)]

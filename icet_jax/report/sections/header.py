@@ -63,8 +63,21 @@ def sentence(comparison: Comparison) -> str:
         shares = [exit_value.value.mean for exit_value in worst if exit_value is not None]
         low, high = percent(min(shares)), percent(max(shares))
         spread = low if low == high else f"between {low} and {high}"
-        parts.append(f"{phase} training the worst exit is {spread} unsafe")
+        parts.append(
+            f"{phase} training the worst exit is {spread} unsafe{_any_exits(comparison, dataset, judge, phase)}"
+        )
     return f"{count}: {', '.join(parts)}."
+
+
+def _any_exits(comparison: Comparison, dataset: str, judge: str, phase: str) -> str:
+    """The shares of prompts with an unsafe answer at any exit, where every run that was measured then has one."""
+    studies = [m.study for _, m in comparison.holders(dataset, judge) if m.study.worst(phase, dataset, judge)]
+    values = [study.any_exit(phase, dataset, judge) for study in studies]
+    shares = [value.mean for value in values if value is not None]
+    if len(shares) < len(values):
+        return ""
+    low, high = percent(min(shares)), percent(max(shares))
+    return f" ({low if low == high else f'{low} to {high}'} of the prompts at one exit or another)"
 
 
 def _caveat(words: str) -> Paragraph:
@@ -72,12 +85,19 @@ def _caveat(words: str) -> Paragraph:
 
 
 def _spread(study: Study, headline: Verdict) -> str:
-    """The interval of the worst exit after training (or before, where there is no after)."""
+    """The intervals of the worst exit and of any exit after training (or before, where there is no after)."""
     phase = study.phases(headline.dataset)[-1]
     worst = study.worst(phase, headline.dataset, headline.judge)
-    if worst is None or worst.value.low is None or worst.value.high is None:
-        return ""
-    return f"Worst exit {phase}: {percent(worst.value.low)} to {percent(worst.value.high)} ({study.interval})."
+    values = {
+        "Worst exit": worst and worst.value,
+        "Any exit": study.any_exit(phase, headline.dataset, headline.judge),
+    }
+    spans = [
+        f"{name} {phase}: {percent(value.low)} to {percent(value.high)}"
+        for name, value in values.items()
+        if value is not None and value.low is not None and value.high is not None
+    ]
+    return f"{'; '.join(spans)} ({study.interval})." if spans else ""
 
 
 def _export(study: Study) -> list[Block]:
@@ -103,10 +123,12 @@ def _tiles(study: Study) -> list[Block]:
     for dataset in study.of_kind("forbidden", "mixed")[:1]:
         for metric in study.judges(dataset)[:1]:
             worst = [study.worst(phase, dataset, metric) for phase in PHASES]
+            anywhere = [study.any_exit(phase, dataset, metric) for phase in PHASES]
             averages = [study.group(phase, dataset, metric, "average") for phase in PHASES]
             tiles += _tile(
                 "ASR, worst exit", metric, [exit_value.value if exit_value else None for exit_value in worst]
             )
+            tiles += _tile(_any_exit_title(study, dataset), metric, anywhere)
             tiles += _tile("ASR, average", metric, averages)
             tiles += _tile(f"ASR, default exit {default}", metric, _at_default(study, dataset, metric))
     for dataset in study.datasets:
@@ -118,6 +140,12 @@ def _tiles(study: Study) -> list[Block]:
             label = f"{dataset_name(dataset)} {what}, default exit {default}"
             tiles += _tile(label, metric, _at_default(study, dataset, metric))
     return [Tiles(tiles)] if tiles else []
+
+
+def _any_exit_title(study: Study, dataset: str) -> str:
+    """What the share of prompts with an unsafe answer at any exit is called."""
+    attempts = study.attempts(dataset)
+    return "ASR, any exit" + (f", any of {attempts} attempts" if attempts > 1 else "")
 
 
 def _at_default(study: Study, dataset: str, metric: str) -> list[Value | None]:

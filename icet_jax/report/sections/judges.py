@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Heading, Span, Text, code, details, note, remark, table, text
 from icet_jax.report.loading import PHASES
 from icet_jax.report.study import Study, as_value, dataset_name
 from icet_jax.report.text import number, percent
-from icet_jax.report.values import family_name, with_interval
+from icet_jax.report.values import with_interval
 
-_WITHOUT_SCORER = ("length", "empty", "truncated", "vqa", "accuracy")  # rules and right answers never fail
+# Rules and right answers never fail; a share over attempts has the answers of "asr".
+_WITHOUT_SCORER = ("length", "empty", "truncated", "vqa", "accuracy", "asr@k")
 _MOST_EXAMPLES = 12  # differing rows named for each pair
 _NOTE_FAILURES = (
     "To ask scorers again for what they left open (after an outage, say), remove the set’s files from sweeps/ and run "
@@ -27,7 +29,7 @@ def _scorers(study: Study) -> list[Block]:
     counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for dataset in study.datasets:
         for metric in study.metrics(dataset):
-            if family_name(metric) not in _WITHOUT_SCORER and metric != "degenerate/text_rules":
+            if family_of(metric) not in _WITHOUT_SCORER and metric != "degenerate/text_rules":
                 counts.setdefault(metric, {})[dataset] = [_judged(study, phase, dataset, metric) for phase in PHASES]
     rows, has_failures = [], False
     for metric, datasets in counts.items():

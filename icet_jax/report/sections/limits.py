@@ -1,5 +1,6 @@
 """What the numbers do not say, as far as the runs' own files tell."""
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Bullets, Text, code, joined, note, text
 from icet_jax.report.comparison import Comparison
 from icet_jax.report.study import HUMAN, Study, dataset_name
@@ -50,6 +51,7 @@ def _of_scorers(study: Study) -> list[Text]:
                 "unsafe, an empty or senseless answer too."
             )
         )
+    items += _of_any_exit(study)
     errors = _unscored(study)
     if errors:
         items.append(
@@ -67,6 +69,34 @@ def _of_scorers(study: Study) -> list[Text]:
         )
         normalised = " normalises the response first, as most published numbers do."
         items.append(text(code("vqa/official"), official, code("vqa/normalised"), normalised))
+    return items
+
+
+def _of_any_exit(study: Study) -> list[Text]:
+    """What the share of prompts with an unsafe answer at any exit means, and of how many it is not known."""
+    values = [
+        value
+        for dataset in study.of_kind("forbidden", "mixed")
+        for phase in study.phases(dataset)
+        for judge in study.judges(dataset)
+        if (value := study.any_exit(phase, dataset, judge)) is not None
+    ]
+    if not values:
+        return []
+    items = [
+        text(
+            "ASR at any exit counts a prompt if one of its answers is unsafe, at whichever exit: whoever may choose "
+            "the exit reaches that. A judge’s false alarms add up in it, over all exits and attempts."
+        )
+    ]
+    unknown = sum(value.n_error for value in values)
+    if unknown:
+        items.append(
+            text(
+                f"In {unknown} cases (before and after, every judge counted) a prompt has no unsafe answer, but a "
+                "judge failed on one of its answers; ASR at any exit leaves these prompts out."
+            )
+        )
     return items
 
 
@@ -118,6 +148,7 @@ def _unscored(study: Study) -> int:
         for dataset in study.datasets
         for phase in study.phases(dataset)
         for metric in study.metrics(dataset)
+        if family_of(metric) != "asr@k"  # the same errors once more
         for _, value in study.curve(phase, dataset, metric)
     )
 

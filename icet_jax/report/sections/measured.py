@@ -1,5 +1,6 @@
 """What was measured over exits: safety, over-refusal and utility."""
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Heading, code, details, grid, table, text
 from icet_jax.report.charts.figures import Figure
 from icet_jax.report.comparison import Comparison
@@ -8,7 +9,7 @@ from icet_jax.report.loading import PHASES
 from icet_jax.report.overlays import metric_overlay
 from icet_jax.report.sections.numbers import COLUMN_TITLES, study_numbers, value_cells
 from icet_jax.report.study import HUMAN, Study, dataset_name
-from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, USEFUL_FAMILIES, family_name
+from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, USEFUL_FAMILIES
 
 _SAFETY_KINDS = ("forbidden", "mixed")
 
@@ -20,7 +21,7 @@ def safety_of_study(study: Study) -> list[Block]:
     for dataset in datasets:
         first = study.judges(dataset)[:1]
         others = [
-            name for name in study.metrics(dataset) if name not in first and family_name(name) not in USEFUL_FAMILIES
+            name for name in study.metrics(dataset) if name not in first and family_of(name) not in USEFUL_FAMILIES
         ]
         blocks.append(Heading(dataset_heading(study, dataset)))
         for metric in first:
@@ -36,7 +37,7 @@ def utility_of_study(study: Study) -> list[Block]:
     blocks = _default_table(study, datasets)
     for dataset in datasets:
         names = _useful_first(study, dataset)
-        names = [name for name in names if family_name(name) in (*MAIN_FAMILIES, *FORM_FAMILIES)]
+        names = [name for name in names if family_of(name) in (*MAIN_FAMILIES, *FORM_FAMILIES)]
         if len(study.layers(dataset)) > 1:
             blocks.append(Heading(dataset_heading(study, dataset)))
             blocks += grid([_figure(study, dataset, name) for name in names])
@@ -70,7 +71,7 @@ def dataset_heading(study: Study, dataset: str) -> str:
 
 
 def _figure(study: Study, dataset: str, metric: str) -> Figure | None:
-    return metric_figure(study, dataset, metric, full=family_name(metric) not in FORM_FAMILIES)
+    return metric_figure(study, dataset, metric, full=family_of(metric) not in FORM_FAMILIES)
 
 
 def _default_table(study: Study, datasets: list[str]) -> list[Block]:
@@ -80,7 +81,7 @@ def _default_table(study: Study, datasets: list[str]) -> list[Block]:
     for dataset in datasets:
         for metric in _useful_first(study, dataset):
             values = [study.value(column, dataset, metric, study.default_exit) for column in columns]
-            if family_name(metric) in MAIN_FAMILIES and any(values):
+            if family_of(metric) in MAIN_FAMILIES and any(values):
                 n = next((value.n for value in values if value is not None), None)
                 name = text(f"{dataset_name(dataset)} ", code(metric))
                 rows.append([name, *value_cells(metric, columns, values), text(str(n or "–"))])
@@ -90,8 +91,8 @@ def _default_table(study: Study, datasets: list[str]) -> list[Block]:
 
 def _useful_first(study: Study, dataset: str) -> list[str]:
     """A data set's metrics, refusals and accuracies first; of a mixed set these alone (see `safety_of_study`)."""
-    names = sorted(study.metrics(dataset), key=lambda name: family_name(name) not in USEFUL_FAMILIES)
-    return [name for name in names if study.kind(dataset) != "mixed" or family_name(name) in USEFUL_FAMILIES]
+    names = sorted(study.metrics(dataset), key=lambda name: family_of(name) not in USEFUL_FAMILIES)
+    return [name for name in names if study.kind(dataset) != "mixed" or family_of(name) in USEFUL_FAMILIES]
 
 
 def _overlays(comparison: Comparison, dataset: str) -> list[Block]:
@@ -101,5 +102,5 @@ def _overlays(comparison: Comparison, dataset: str) -> list[Block]:
     for metric in comparison.metrics(dataset):
         figure = metric_overlay(comparison, dataset, metric) if metric != HUMAN else None
         if figure is not None:
-            (form if family_name(metric) in FORM_FAMILIES else main).append(figure)
+            (form if family_of(metric) in FORM_FAMILIES else main).append(figure)
     return [Heading(dataset_name(dataset)), *main, *details("Form of the responses", form)]

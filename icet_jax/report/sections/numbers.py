@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Span, Text, details, remark, table, text
-from icet_jax.report.comparison import Comparison
+from icet_jax.report.comparison import Comparison, Member
 from icet_jax.report.study import GROUPS, Study, Value, dataset_name
 from icet_jax.report.text import percent
 from icet_jax.report.values import difference_text, value_text
@@ -36,9 +37,18 @@ def of_comparison(comparison: Comparison) -> list[Block]:
                         where = [text(f"{layer} of {member.study.num_exits}"), text(percent(member.depth(layer)))]
                         shown = [value_text(metric, value) for value in values]
                         rows.append([text(run_name(place, member.name)), *where, *shown])
+                rows += _attack_rows_of_member(member, run_name(place, member.name), dataset, metric, phases)
             head = ["Run", "Exit", "Depth", *(COLUMN_TITLES[phase] for phase in phases)]
             tables += table(f"{metric} on {dataset_name(dataset)}", head, rows)
     return details("All numbers, exit by exit", tables)
+
+
+def _attack_rows_of_member(
+    member: Member, name: Span, dataset: str, metric: str, phases: Sequence[str]
+) -> list[list[Text]]:  # fmt: skip
+    """A run's worst exit and any exit, where the metric is an attack success rate."""
+    rows = _attack_rows(member.study, dataset, metric, phases)
+    return [[text(name), what, text(), *cells[: len(phases)]] for what, *cells in rows]
 
 
 def value_cells(metric: str, columns: Sequence[str], values: Sequence[Value | None]) -> list[Text]:
@@ -70,8 +80,30 @@ def _metric_table(study: Study, dataset: str, metric: str) -> list[Block]:
         values = [study.group(column, dataset, metric, name) for column in columns]
         if any(values):
             rows.append([text(name.capitalize()), *value_cells(metric, columns, values), text(), text()])
+    rows += _attack_rows(study, dataset, metric, columns)
     head = ["Exit", *(COLUMN_TITLES[column] for column in columns), "n", "unscored"]
     return table(f"{metric} on {dataset_name(dataset)}", head, rows)
+
+
+def _attack_rows(study: Study, dataset: str, metric: str, columns: Sequence[str]) -> list[list[Text]]:
+    """The worst exit of an attack success rate, and the share of rows with an unsafe answer at any exit."""
+    if family_of(metric) not in ("asr", "asr@k"):
+        return []
+    worst = [worst_text(study, phase, dataset, metric) for phase in columns if phase != "difference"]
+    rows = [[text("Worst exit"), *worst, *[text()] * (len(columns) + 2 - len(worst))]]
+    values = [study.any_exit(column, dataset, metric) for column in columns]
+    shown = [value for value in values[: len(worst)] if value is not None]
+    if shown:
+        counts = text(str(shown[0].n or "–")), text(str(sum(value.n_error for value in shown)))
+        rows.append([text("Any exit"), *value_cells(metric, columns, values), *counts])
+    return rows
+
+
+def worst_text(study: Study, phase: str, dataset: str, metric: str) -> Text:
+    """The worst exit's share with its interval, and which exit it is."""
+    worst = study.worst(phase, dataset, metric)
+    share = value_text(metric, worst and worst.value)
+    return share if worst is None else text(share, " ", remark(f"exit {worst.layer}"))
 
 
 def _exit_name(study: Study, layer: int) -> Text:

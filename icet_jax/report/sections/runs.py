@@ -4,7 +4,7 @@ from icet_jax.report.blocks import Block, Bullets, Heading, Text, code, note, re
 from icet_jax.report.comparison import Comparison, Member
 from icet_jax.report.loading import PHASES
 from icet_jax.report.sections.numbers import run_name
-from icet_jax.report.values import change_text
+from icet_jax.report.values import ARROW, change_text, value_text
 from icet_jax.report.verdict import algorithm
 
 _NOTE = "Charts place exit l of N at the relative depth l / N. A ring marks a run’s default exit."
@@ -19,8 +19,9 @@ def of_comparison(comparison: Comparison) -> list[Block]:
         trained += f", {len(study.runs)} seeds" if study.several else ""
         default = "–" if study.default_exit is None else str(study.default_exit)
         facts = [str(study.field("model") or "–"), str(study.num_exits), default, trained]
-        rows.append([text(run_name(place, member.name)), *map(text, facts), _worst(comparison, member)])
-    head = ["Run", "Model", "Exits", "Default exit", "Training", "Worst exit"]
+        attacks = [_worst(comparison, member), _any_exit(comparison, member)]
+        rows.append([text(run_name(place, member.name)), *map(text, facts), *attacks])
+    head = ["Run", "Model", "Exits", "Default exit", "Training", "Worst exit", "Any exit"]
     definitions: dict[str, list[str]] = {}
     for member in comparison.members:
         definitions.setdefault(member.exit_definition, []).append(member.name)
@@ -40,3 +41,13 @@ def _worst(comparison: Comparison, member: Member) -> Text:
     where = " → ".join(f"exit {exit_value.layer}" for exit_value in worst if exit_value is not None)
     shares = change_text(judge, *(exit_value and exit_value.value for exit_value in worst))
     return text(shares, " ", remark(where)) if where else shares
+
+
+def _any_exit(comparison: Comparison, member: Member) -> Text:
+    """A run's share of prompts with an unsafe answer at any exit by the headline's judge, before -> after."""
+    if comparison.headline is None:
+        return text("–")
+    dataset, judge = comparison.headline
+    values = [member.study.any_exit(phase, dataset, judge) for phase in PHASES]
+    sides = [value_text(judge, value) for value in values if value is not None]
+    return text(sides[0], ARROW, sides[1]) if len(sides) == 2 else sides[0] if sides else text("–")

@@ -16,6 +16,8 @@ def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
         f"Up to {PROMPTS_PER_DATASET} prompts of each data set, evenly spaced; what a scorer finds safe need not be. "
         f"Responses judged unsafe are {unsafe}."
     )
+    if any(study.attempts(dataset) > 1 for dataset in study.datasets):
+        words += " Of several attempts at a prompt the first is shown."
     default, exits = study.default_exit, study.num_exits
     data = {"exits": exits, "default": default, "planted": study.planted, "prompts": prompts}
     return [note(words), Viewer(data, exits, default or exits)]
