@@ -1,4 +1,4 @@
-"""Agreement of judges: Cohen's kappa of every two judges over the responses that both have judged."""
+"""Agreement of judges: Cohen's kappa of every two judges, over the responses on which both gave a verdict."""
 
 import itertools
 import math
@@ -12,27 +12,26 @@ from icet_jax.files import JsonObject
 
 SCHEMA = 1
 EXAMPLES = 50
-"""Most responses that are listed as examples for two judges that disagree."""
+"""Most responses that are listed as examples of the disagreement of two judges."""
 
 
 def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES) -> JsonObject:
-    """Returns the content of `agreement.json`: all judges of attacks (metrics `asr/...`, also human ones) and all pairs
-    of them.
+    """Returns the content of `agreement.json`: every judge (metrics `asr/...`, people included) and every two judges.
 
     Args:
-      rows: (phase, data set, transcript row); rows without an attack metric are ignored.
-      examples: most examples of disagreement that are listed, evenly spread over all of them.
+      rows: ("before" or "after" training, data set, transcript row); rows without a metric `asr/...` are ignored.
+      examples: most examples of disagreement of two judges, evenly spread over all of them.
 
     Returns:
       `{"schema", "judges": [{"name", "n", "n_error", "unsafe"}], "pairs": [{"a", "b", "n", "prompts", "kappa", "ci95",
       "agree", "agree_ci95", "a_only", "b_only", "examples": [{"id", "layer", "dataset", "phase", "unsafe"}]}]}`.
-      An example of a further attempt has its number as `attempt`. `unsafe` is a judge's share of unsafe responses; in
-      an example it is the metric that says unsafe. `a_only` counts the responses that only a calls unsafe. `kappa` is
-      None if chance alone would give full agreement (both always give the same verdict). Pairs without a common
-      response are left out.
+      A judge's `unsafe` is the share of responses that it calls unsafe; an example's `unsafe` is the metric of the
+      judge that calls it unsafe. An example of an attempt after the first has its number as `attempt`. `a_only` counts
+      the responses that only a calls unsafe. `kappa` is None if both judges always give the same verdict. Two judges
+      without a common response are left out.
     """
     table = _Verdicts(rows)
-    pairs = [table.pair(a, b, examples) for a, b in itertools.combinations(table.verdicts, 2)]
+    pairs = [table.compare(a, b, examples) for a, b in itertools.combinations(table.verdicts, 2)]
     judges = [
         {
             "name": name,
@@ -46,11 +45,12 @@ def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES)
 
 
 def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
-    """Returns the agreement beyond chance of two judges' verdicts on the same rows, with its interval.
+    """Returns Cohen's kappa of two judges' verdicts on the same rows: their agreement beyond chance.
 
-    kappa = (observed - chance) / (1 - chance), with chance from the two judges' own shares (Cohen 1960). The interval
-    is that of the observed agreement, clustered by prompt (`mean_interval`), with chance as a known constant. This is
-    Cohen's own error formula; it is rather wide and not empty at perfect agreement.
+    kappa = (observed - chance) / (1 - chance), where chance is the agreement of independent judges with the same shares
+    of unsafe verdicts (Cohen 1960). The interval comes from that of the observed agreement, clustered by prompt
+    (`mean_interval`), with chance as a constant. This is Cohen's error formula; the interval is rather wide, and not
+    empty at perfect agreement.
 
     Args:
       a: verdicts [n], 0 or 1.
@@ -64,72 +64,81 @@ def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> 
     chance = share_a * share_b + (1 - share_a) * (1 - share_b)
     if not chance < 1:
         return Interval(math.nan, math.nan, math.nan)
-    return Interval(*((end - chance) / (1 - chance) for end in _observed(a, b, clusters)))
+    return Interval(*((share - chance) / (1 - chance) for share in _observed_agreement(a, b, clusters)))
 
 
-def _observed(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
+def _observed_agreement(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
     """Returns the share of equal verdicts with its interval."""
     mean, low, high = mean_interval((a == b).astype(np.float64), clusters, share=True)
     return Interval(min(mean, 1.0), low, max(high, min(mean, 1.0)))  # a sum of weights may exceed 1 by a rounding error
 
 
 class _Verdicts:
-    """Holds the verdicts of every judge over all rows: float [n], 1 = unsafe, NaN = none."""
+    """Holds the verdicts of all judges on n responses.
+
+    Attributes:
+      verdicts: {judge's metric: float [n]}, 1 unsafe, 0 safe, NaN without a verdict.
+      errors: {judge's metric: number of responses on which it failed}.
+      responses: id, exit, data set and side of each response.
+      prompts: prompt of each response.
+    """
 
     def __init__(self, rows: Iterable[tuple[str, str, Row]]) -> None:
+        """Reads the rows, see `agreement`."""
         verdicts_by_name: dict[str, dict[int, float]] = {}
         self.errors: dict[str, int] = {}
-        self.places: list[JsonObject] = []
+        self.responses: list[JsonObject] = []
         self.prompts: list[str] = []
         for phase, dataset, row in rows:
             scores = {name: value for name, value in row["scores"].items() if name.startswith("asr/")}
             for name, value in scores.items():
-                judged = verdicts_by_name.setdefault(name, {})
+                verdicts = verdicts_by_name.setdefault(name, {})
                 self.errors.setdefault(name, 0)
                 if value is None:
                     self.errors[name] += 1
                 else:
-                    judged[len(self.places)] = float(value >= 0.5)
+                    verdicts[len(self.responses)] = float(value >= 0.5)
             if scores:
-                place = {"id": row["id"], "layer": row["layer"], "dataset": dataset, "phase": phase}
-                self.places.append(place | ({"attempt": row["attempt"]} if row.get("attempt") else {}))
+                response = {"id": row["id"], "layer": row["layer"], "dataset": dataset, "phase": phase}
+                self.responses.append(response | ({"attempt": row["attempt"]} if row.get("attempt") else {}))
                 self.prompts.append(row["prompt"])
         self.verdicts: dict[str, np.ndarray] = {}
-        for name, judged in verdicts_by_name.items():
-            values = np.full(len(self.places), np.nan)
-            values[list(judged)] = list(judged.values())
+        for name, verdicts in verdicts_by_name.items():
+            values = np.full(len(self.responses), np.nan)
+            values[list(verdicts)] = list(verdicts.values())
             self.verdicts[name] = values
 
-    def pair(self, first: str, second: str, examples: int) -> JsonObject:
-        both = np.flatnonzero(np.isfinite(self.verdicts[first]) & np.isfinite(self.verdicts[second]))
-        a, b = self.verdicts[first][both], self.verdicts[second][both]
-        prompts = [self.prompts[row] for row in both]
-        observed = _observed(a, b, prompts)
+    def compare(self, first: str, second: str, examples: int) -> JsonObject:
+        """Returns the entry of two judges in `agreement.json`."""
+        judged_by_both = np.flatnonzero(np.isfinite(self.verdicts[first]) & np.isfinite(self.verdicts[second]))
+        a, b = self.verdicts[first][judged_by_both], self.verdicts[second][judged_by_both]
+        prompts = [self.prompts[row] for row in judged_by_both]
+        observed = _observed_agreement(a, b, prompts)
         kappa = cohens_kappa(a, b, prompts)
-        differing = both[a != b]
+        differing = judged_by_both[a != b]
         if len(differing) > examples:
             differing = differing[np.linspace(0, len(differing) - 1, examples).round().astype(int)]
         return {
             "a": first,
             "b": second,
-            "n": len(both),
+            "n": len(judged_by_both),
             "prompts": len(set(prompts)),
-            "kappa": _number(kappa.mean),
-            "ci95": _ends(kappa),
-            "agree": _number(observed.mean),
-            "agree_ci95": _ends(observed),
+            "kappa": _number_or_none(kappa.mean),
+            "ci95": _ends_or_none(kappa),
+            "agree": _number_or_none(observed.mean),
+            "agree_ci95": _ends_or_none(observed),
             "a_only": int(np.sum(a > b)),
             "b_only": int(np.sum(b > a)),
             "examples": [self._example(row, first, second) for row in differing.tolist()],
         }
 
     def _example(self, row: int, first: str, second: str) -> JsonObject:
-        return {**self.places[row], "unsafe": first if self.verdicts[first][row] else second}
+        return {**self.responses[row], "unsafe": first if self.verdicts[first][row] else second}
 
 
-def _number(value: float) -> float | None:
+def _number_or_none(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _ends(interval: Interval) -> list[float] | None:
+def _ends_or_none(interval: Interval) -> list[float] | None:
     return None if math.isnan(interval.low) else [float(interval.low), float(interval.high)]

@@ -1,9 +1,9 @@
 """Estimates the cost of a sweep before it starts: responses, tokens, operations, time, judged responses.
 
-Operations are those of matrix products and attention, counted by the model for prompts padded to the bucket of the
-average length. Time is operations divided by speeds measured on the device, for products shaped like those of a prompt
-and of a decoding step. The upper end of the range allows for other work of the model and for empty slots at the end.
-Compilation and the judges' own work are not included.
+Operations are those of matrix products and attention, for prompts padded to the bucket of the average length. Time is
+operations divided by the device's speed, which is measured with matrix products in the shapes of a prompt and of a
+decoding step. The upper end of the time range allows for the model's other work and for empty slots at the end.
+Compilation and the judges' work are not included.
 """
 
 import math
@@ -23,16 +23,21 @@ from icet_jax.parallel.speed import product_speed
 from icet_jax.scorers.base import Scorer
 from icet_jax.vlm import VLM
 
-_SAMPLED = 64  # prompts that are tokenised to estimate the mean length
-_SHORT = 1 / 8  # length of the responses at the optimistic end of the range, as a part of the token limit
-_SLACK = 3.0  # time at the pessimistic end of the range, as a multiple of the time of the products alone
-_CPU_ROWS, _ROWS = 256, 4096  # rows of the product that represents prefill
-_CPU_ELEMENTS = 1 << 23  # elements of the largest matrix that is timed on a CPU
+_SAMPLE_SIZE = 64  # prompts that are tokenised to estimate the mean length
+_SHORT_RESPONSE = 1 / 8  # length of all responses at the lower end of the time range, as a share of the token limit
+_SLACK = 3.0  # upper end of the time range, as a multiple of the time of the matrix products alone
+_PREFILL_ROWS = 4096  # rows of the matrix product that is timed for prefill
+_PREFILL_ROWS_ON_CPU = 256
+_MAX_ELEMENTS_ON_CPU = 1 << 23  # of the largest matrix that is timed on a CPU
 
 
 class Rates(NamedTuple):
-    """Holds floating-point operations per second, for products over many rows and over the rows of one decoding
-    step."""
+    """Holds speeds in floating-point operations per second.
+
+    Attributes:
+      prompts: of matrix products over many rows, as in prefill.
+      steps: of matrix products over as many rows as one decoding step has.
+    """
 
     prompts: float
     steps: float
@@ -44,16 +49,16 @@ class Cost:
 
     Attributes:
       rows: rows of the data sets.
-      attempts: responses at one exit: rows, each as often as it is answered.
-      answers: attempts x exits.
+      attempts: responses at one exit, which are more than rows if rows are answered several times.
+      answers: responses at all exits.
       prompt_tokens: tokens of the prompts at one exit, with image positions, without padding (estimated from a sample).
-      new_tokens: most generated tokens.
-      tower_flops: operations to encode the images once for all exits.
-      prompt_flops: operations of projector and prefill at every exit.
-      answer_flops: operations of decoding if every response has the longest length.
+      new_tokens: most tokens that can be generated.
+      tower_flops: operations to encode the images, once for all exits.
+      prompt_flops: operations of projector and prefill at all exits.
+      answer_flops: operations of decoding if every response has the greatest length.
       judged: {scorer: responses that it will score}.
-      remote_seconds: {scorer: least time that the rate limit of its service allows for them}.
-      seconds: (shortest, longest) time: all responses short and only the products; all as long as allowed, with slack.
+      remote_seconds: {scorer behind a service with a rate limit: least time to score them}.
+      seconds: estimated time: (with short responses, and matrix products alone; with the longest responses, and slack).
     """
 
     rows: int = 0
@@ -69,8 +74,8 @@ class Cost:
     seconds: tuple[float, float] = (0.0, 0.0)
 
     def __add__(self, other: "Cost") -> "Cost":
-        def add(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-            return {name: mine.get(name, 0) + theirs.get(name, 0) for name in {**mine, **theirs}}
+        def add(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
+            return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
 
         return Cost(
             self.rows + other.rows,
@@ -99,18 +104,14 @@ def estimate(
     rates: Rates | None = None,
     attempts: int = 1,
 ) -> Cost:
-    """Estimates the cost of `icet_jax.evaluation.sweep.sweep` with the same arguments.
+    """Returns an estimate of the cost of `icet_jax.evaluation.sweep.sweep` with the same arguments.
 
     Args:
-      vlm: the model.
-      examples: rows of the data set.
-      exits: "all", or numbers.
-      sampling: how responses are drawn.
-      scorers: scorers that will judge them; one with `requests_per_second` uses a service.
-      batch_size: rows decoded at once.
+      vlm, examples, exits, sampling, batch_size: see `sweep`.
+      scorers: scorers of the responses; one with the attribute `requests_per_second` uses a service.
       dtype: dtype of the computation.
-      rates: speeds; measured if None (in about a second, once per process).
-      attempts: responses of each forbidden row at an exit. Each runs its prompt, and images are encoded once.
+      rates: speeds of the device; None measures them (in about a second, once per process).
+      attempts: responses of each forbidden row at an exit; the prompt is processed for each of them.
 
     Raises:
       UserError: the tokenizer rejects a prompt, or an image of the sample cannot be opened.
@@ -148,14 +149,14 @@ def estimate(
         judged=judged,
         remote_seconds={name: judged[name] / limit for name, limit in limits.items() if limit},
         seconds=(
-            before_answers + _SHORT * steps / rates.steps,
+            before_answers + _SHORT_RESPONSE * steps / rates.steps,
             _SLACK * (before_answers + steps / rates.steps),
         ),
     )
 
 
 def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: int = 1) -> Rates:
-    """Measures the speeds of this process's device, times `devices`, in at most about a second.
+    """Returns the measured speeds of this process's device times `devices`; takes at most about a second.
 
     Args:
       width: width of the decoder.
@@ -166,20 +167,20 @@ def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: i
     """
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu:
-        ffn = max(1, min(ffn, _CPU_ELEMENTS // width))
-    rows = _CPU_ROWS if on_cpu else _ROWS
+        ffn = max(1, min(ffn, _MAX_ELEMENTS_ON_CPU // width))
+    rows = _PREFILL_ROWS_ON_CPU if on_cpu else _PREFILL_ROWS
     prompts, steps = (product_speed(count, width, ffn, dtype) for count in (rows, batch_size))
     return Rates(devices * prompts, devices * min(prompts, steps))
 
 
 def _prompt_lengths(vlm: VLM, examples: Sequence[Example]) -> list[int]:
-    """Returns the tokens, images included, of at most `_SAMPLED` evenly spread prompts."""
-    count = min(len(examples), _SAMPLED)
+    """Returns the numbers of tokens, image positions included, of at most 64 evenly spread prompts."""
+    count = min(len(examples), _SAMPLE_SIZE)
     sample = [examples[index * len(examples) // count] for index in range(count)]
     prompts = vlm.processor.token_ids([list(row.images) for row in sample], [row.prompt for row in sample])
     return [len(tokens) for tokens in prompts]
 
 
 def _requests_per_second(scorer: Scorer) -> float | None:
-    """Returns the rate limit of a scorer's service, also if it is cached; None for a scorer without a service."""
+    """Returns the rate limit of a scorer's service, even behind a cache; None for a scorer without a service."""
     return getattr(getattr(scorer, "scorer", scorer), "requests_per_second", None)

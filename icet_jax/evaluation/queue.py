@@ -1,13 +1,13 @@
-"""The prompts that a sweep sends to the engine: each image is encoded once for all exits, and prompts run in groups.
+"""The prompts that a sweep sends to the decoding engine: each image is encoded once for all exits.
 
-Rows that share their images and the tokens before them continue one cache per exit. Images are opened by threads while
-the device works on earlier ones.
+Rows that begin with the same tokens and images share the KV cache of this beginning at each exit. Threads open images
+while the device works on earlier ones.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,33 +27,37 @@ from icet_jax.parallel.sharding import row_shards
 from icet_jax.typing import Array, Key
 from icet_jax.vlm import VLM
 
-_TOGETHER = 8  # prompts in a group: enough rows for full speed, few enough that free slots do not wait for each other
+_T = TypeVar("_T")
+
+_GROUP_SIZE = 8  # prompts of a group: enough for full speed, few enough that free slots need not wait for each other
 
 CompileAhead = Callable[[Iterable[tuple[str, Any]]], None]
+"""Compiles programs before they are needed, given as (name, `jax.stages.Lowered`)."""
+
 Request = tuple[int, int, int, int]
-"""(row of the data set, exit, attempt, row of its images in the encoded batch)."""
+"""(number of the row in the data set, exit, attempt, row of the encoded batch that has its images)."""
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def encode(graphdef: nnx.GraphDef, params: nnx.State, images: Images) -> Any:
-    """Encodes the images for all exits."""
+    """Returns the states of the images at all exits, see `VisionLanguageModel.encode`."""
     return nnx.merge(graphdef, params).encode(images)
 
 
 def group_sizes(slots: int, mesh: Mesh | AbstractMesh | None) -> tuple[int, int]:
-    """Returns (slots, prompts in a group), both rounded up so that they can be split evenly over the mesh."""
-    slots = _spread(slots, mesh)
-    return slots, min(slots, _spread(_TOGETHER, mesh))
+    """Returns (slots, prompts of a group), both rounded up so that they can be split evenly over the mesh."""
+    slots = _round_up(slots, mesh)
+    return slots, min(slots, _round_up(_GROUP_SIZE, mesh))
 
 
-def _spread(count: int, mesh: Mesh | AbstractMesh | None) -> int:
-    """Returns `count` rounded up to a multiple of the parts of the mesh."""
+def _round_up(count: int, mesh: Mesh | AbstractMesh | None) -> int:
+    """Returns `count` rounded up to a multiple of the number of parts into which the mesh splits rows."""
     shards = 1 if mesh is None else row_shards(mesh)
     return -(-count // shards) * shards
 
 
 class Queue:
-    """Provides the rows of a data set at the exits where they have no response yet."""
+    """Generates the missing responses of a data set's rows, in the order of `length_groups`."""
 
     def __init__(
         self,
@@ -69,18 +73,18 @@ class Queue:
 
         Args:
           vlm: the model, with its adapters if it has any.
-          examples: the rows.
-          keys: one key per attempt and row, the same at every exit.
-          todo: requested (exit, attempt) pairs by row. Attempts share the encoded images, but each runs its own prompt.
-          sampling: how responses are drawn.
+          examples: the rows of the data set.
+          keys: random key of each attempt of each row, the same at every exit.
+          todo: {number of the row: requested (exit, attempt) pairs}.
+          sampling: how responses are sampled.
           slots: rows decoded together.
-          compile_ahead: called with (name, lowered program) pairs for rows of similar length, before they are run.
+          compile_ahead: called before the first rows of each length group run; None compiles programs when they run.
 
         Raises:
           UserError: the processor rejects a prompt, a prompt is too long for the model or its tokenizer, or the size of
             an image is needed and cannot be read.
         """
-        self._slots, self._together = group_sizes(slots, vlm.mesh)
+        self._slots, self._group_size = group_sizes(slots, vlm.mesh)
         self._compile_ahead = compile_ahead
         self._vlm, self._examples, self._todo, self._sampling = vlm, examples, todo, sampling
         self._keys = np.asarray(jax.random.key_data(keys))
@@ -90,110 +94,123 @@ class Queue:
             problem = vlm.misfit(ids, sampling.max_new_tokens)
             if problem is not None:
                 raise UserError(f"row {example.id}: {problem}")
-        self._stretches = length_groups(examples, self._prompts, vlm.config.image_token_index)
-        units = sum(len(stretch.units) for stretch in self._stretches)
-        self._encoded_at_once = _spread(min(self._together, units), vlm.mesh)
+        self._length_groups = length_groups(examples, self._prompts, vlm.config.image_token_index)
+        num_image_groups = sum(len(length_group.image_groups) for length_group in self._length_groups)
+        self._encoded_at_once = _round_up(min(self._group_size, num_image_groups), vlm.mesh)
 
     def answers(self) -> Iterator[list[Response]]:
-        """Yields responses as they end; a tag is (row, exit, attempt).
+        """Yields lists of finished responses, whose tags are (number of the row, exit, attempt).
 
         Raises:
           UserError: an image cannot be opened.
         """
         vlm = self._vlm
-        for stretch in self._stretches:
-            columns = stretch.length + self._sampling.max_new_tokens
+        for length_group in self._length_groups:
+            columns = length_group.length + self._sampling.max_new_tokens
             engine = Engine(
                 vlm.graphdef, vlm.params, self._sampling,
                 slots=self._slots, columns=columns, lora=vlm.lora, mesh=vlm.mesh,
             )  # fmt: skip
-            groups = self._prompt_groups(stretch)
+            groups = self._prompt_groups(length_group)
             first = next(groups, None)
             if first is None:
                 continue
             if self._compile_ahead is not None:
-                self._compile_ahead(engine.lowered(first, self._lengths(stretch, first)))
+                self._compile_ahead(engine.lowered(first, self._padded_lengths(length_group, first)))
             yield from engine.run(itertools.chain([first], groups))
 
-    def _lengths(self, stretch: LengthGroup, first: PromptGroup) -> list[int]:
-        """Returns the lengths to which prompts are padded that run in the same way as the first group."""
+    def _padded_lengths(self, length_group: LengthGroup, first: PromptGroup) -> list[int]:
+        """Returns the padded lengths of the prompts that need the same kind of program as the group `first`."""
         if first.prefix is not None:
             return [first.prompts.tokens.shape[1]]
-        rows = (row for unit in stretch.units if not unit.shared for row in unit.rows if row in self._todo)
+        groups = (group for group in length_group.image_groups if not group.shared)
+        rows = (row for group in groups for row in group.rows if row in self._todo)
         return sorted({prompt_bucket(len(self._prompts[row])) for row in rows})
 
-    def _prompt_groups(self, stretch: LengthGroup) -> Iterator[PromptGroup]:
-        """Yields the prompts of a stretch, unit by unit and exit by exit."""
-        units = [unit for unit in stretch.units if any(row in self._todo for row in unit.rows)]
-        groups = _parts(units, self._encoded_at_once)
-        for group, batch in zip(groups, load_ahead(self._images, groups), strict=True):
+    def _prompt_groups(self, length_group: LengthGroup) -> Iterator[PromptGroup]:
+        """Yields the requested prompts of a length group, in groups for the engine."""
+        image_groups = [group for group in length_group.image_groups if any(row in self._todo for row in group.rows)]
+        batches = _parts(image_groups, self._encoded_at_once)
+        for groups, batch in zip(batches, load_ahead(self._images, batches), strict=True):
             encoded = None
             if batch.images is not None:
                 encoded = encode(self._vlm.graphdef, self._vlm.params, batch.images)
             unshared: list[Request] = []
-            for place, unit in enumerate(group):
-                if unit.shared:
-                    yield from self._shared_prefix_groups(unit, place, encoded)
+            for image_row, group in enumerate(groups):
+                if group.shared:
+                    yield from self._shared_prefix_groups(group, image_row, encoded)
                 else:
-                    pairs = ((row, pair) for row in unit.rows for pair in self._todo.get(row, ()))
-                    unshared += [(row, layer, attempt, place) for row, (layer, attempt) in pairs]
-            for requests in _parts(unshared, self._together):
-                yield self._whole_prompts(requests, encoded)
+                    pairs = ((row, pair) for row in group.rows for pair in self._todo.get(row, ()))
+                    unshared += [(row, layer, attempt, image_row) for row, (layer, attempt) in pairs]
+            for requests in _parts(unshared, self._group_size):
+                yield self._full_prompts(requests, encoded)
 
-    def _images(self, group: Sequence[ImageGroup]) -> PromptBatch:
-        """Opens the images of a group of units, each once."""
-        rows = [unit.rows[0] for unit in group]
+    def _images(self, groups: Sequence[ImageGroup]) -> PromptBatch:
+        """Opens the images of some image groups and returns them as a batch with one row for each group."""
+        rows = [group.rows[0] for group in groups]
         length = prompt_bucket(max(len(self._prompts[row]) for row in rows))
         examples = [self._examples[row] for row in rows]
         return prompt_batch(self._vlm, examples, self._encoded_at_once, self._per_row, length=length)
 
-    def _whole_prompts(self, requests: Sequence[Request], encoded: EncodedImages) -> PromptGroup:
-        """Returns a group of complete prompts with their images."""
+    def _full_prompts(self, requests: Sequence[Request], encoded: EncodedImages) -> PromptGroup:
+        """Returns the group of prompts for these requests, which share no prefix."""
         rows = [row for row, *_ in requests]
         width = prompt_bucket(max(len(self._prompts[row]) for row in rows))
         prompts = self._prompt_arrays(requests, [self._prompts[row] for row in rows], width)
         return PromptGroup(self._pad_tags(request[:3] for request in requests), prompts, encoded)
 
-    def _shared_prefix_groups(self, unit: ImageGroup, place: int, encoded: EncodedImages) -> Iterator[PromptGroup]:
-        """Yields groups for rows with a common beginning: the beginning runs once per exit, then the rest of each
-        row."""
-        layers = sorted({layer for row in unit.rows for layer, _ in self._todo.get(row, ())})
-        head = self._prompts[unit.rows[0]][: unit.shared]
-        width = prompt_bucket(max(len(self._prompts[row]) for row in unit.rows) - unit.shared)
-        for exits in _parts(layers, self._together):
+    def _shared_prefix_groups(self, group: ImageGroup, image_row: int, encoded: EncodedImages) -> Iterator[PromptGroup]:
+        """Yields the prompts of rows with a common beginning, which is processed once per exit.
+
+        Args:
+          group: the rows.
+          image_row: row of `encoded` that has their images.
+          encoded: the encoded images.
+        """
+        layers = sorted({layer for row in group.rows for layer, _ in self._todo.get(row, ())})
+        beginning = self._prompts[group.rows[0]][: group.shared]
+        width = prompt_bucket(max(len(self._prompts[row]) for row in group.rows) - group.shared)
+        for exits in _parts(layers, self._group_size):
             prefix: Cache | None = None
-            for row, attempt in self._attempts(unit, exits):
-                requests = [(row, layer, attempt, place) for layer in exits]
+            for row, attempt in self._requested_attempts(group, exits):
+                requests = [(row, layer, attempt, image_row) for layer in exits]
                 if prefix is None:
-                    prompts = self._prompt_arrays(requests, [head] * len(exits), prompt_bucket(unit.shared))
+                    prompts = self._prompt_arrays(requests, [beginning] * len(exits), prompt_bucket(group.shared))
                     static = self._vlm.graphdef, self._vlm.mesh
                     prefix = run_prefix(*static, self._vlm.params, self._vlm.lora, prompts, encoded)
-                rest = self._prompt_arrays(requests, [self._prompts[row][unit.shared :]] * len(exits), width)
+                ends = self._prompt_arrays(requests, [self._prompts[row][group.shared :]] * len(exits), width)
                 tags = ((row, layer, attempt) if (layer, attempt) in self._todo[row] else None for layer in exits)
-                yield PromptGroup(self._pad_tags(tags), rest, None, prefix)
+                yield PromptGroup(self._pad_tags(tags), ends, None, prefix)
 
-    def _attempts(self, unit: ImageGroup, exits: Sequence[int]) -> list[tuple[int, int]]:
-        """Returns the (row, attempt) pairs of a unit that are requested at any of these exits."""
-        pairs = ((row, pair) for row in unit.rows for pair in self._todo.get(row, ()))
+    def _requested_attempts(self, group: ImageGroup, exits: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the (row, attempt) pairs of an image group that are requested at any of these exits."""
+        pairs = ((row, pair) for row in group.rows for pair in self._todo.get(row, ()))
         return sorted({(row, attempt) for row, (layer, attempt) in pairs if layer in exits})
 
     def _prompt_arrays(self, requests: Sequence[Request], texts: Sequence[np.ndarray], width: int) -> Prompts:
-        """Returns prompts of `texts`, padded on the right to `width` and filled up to the size of a group."""
-        count = self._together
+        """Returns the arrays of a group of prompts, filled up to `_group_size` rows.
+
+        Args:
+          requests: what is requested, one for each prompt.
+          texts: token ids of each prompt.
+          width: length to which they are padded on the right.
+        """
+        count = self._group_size
         tokens, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
         rows, exits, limit = np.zeros(count, np.int32), np.ones(count, np.int32), np.zeros(count, np.int32)
         keys = np.zeros((count, *self._keys.shape[2:]), self._keys.dtype)
-        for number, ((row, layer, attempt, place), text) in enumerate(zip(requests, texts, strict=True)):
+        for number, ((row, layer, attempt, image_row), text) in enumerate(zip(requests, texts, strict=True)):
             tokens[number, : len(text)], mask[number, : len(text)] = text, True
-            rows[number], exits[number], limit[number] = place, layer, self._sampling.max_new_tokens
+            rows[number], exits[number], limit[number] = image_row, layer, self._sampling.max_new_tokens
             keys[number] = self._keys[attempt, row]
         return Prompts(tokens, mask, rows, exits, keys, limit)
 
     def _pad_tags(self, tags: Iterable[Any]) -> list[Any]:
         """Returns the tags of a group of prompts, filled up with None."""
         padded = list(tags)
-        return padded + [None] * (self._together - len(padded))
+        return padded + [None] * (self._group_size - len(padded))
 
 
-def _parts(items: Sequence[Any], size: int) -> list[Any]:
+def _parts(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
+    """Returns consecutive parts of `items`, each of `size` items but perhaps the last."""
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,4 +1,4 @@
-"""Generates some of a sweep's responses again, with the programs and random numbers of the sweep."""
+"""Generates some of a sweep's responses again, to check them: with the programs and random numbers of the sweep."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,25 +11,24 @@ from icet_jax.evaluation.sweep import Answer, answer_keys, read_answer
 from icet_jax.generation.sampling import Sampling
 from icet_jax.vlm import VLM
 
-# Seed of numpy's generator for the choice of rows; sweeps and training use jax's generators.
-_CHOICE_STREAM = 14
+_SEED_OF_CHOICE = 14  # first part of the seed of the choice of rows, so that no other generator has the same seed
 
 
 def spread_pairs(sizes: Mapping[str, tuple[int, int]], count: int, seed: int) -> dict[str, list[tuple[int, int]]]:
-    """Chooses `count` different (row, exit) pairs, spread over data sets, rows and exits; equal seeds give equal pairs.
+    """Returns a random choice of `count` different (row, exit) pairs, spread over data sets, rows and exits.
 
-    Every data set gets as many pairs as the others, as long as it has any left. Within a data set rows and exits each
-    come in a random order, and none comes a second time before all have come once.
+    Every data set gets equally many pairs, as far as it has enough. Within a data set, every row is chosen once before
+    any is chosen twice, and the same holds for exits.
 
     Args:
-      sizes: (number of rows, number of measured exits) of each data set.
-      count: number of pairs in total; fewer if there are not enough.
-      seed: seed of the orders.
+      sizes: {data set: (number of rows, number of measured exits)}.
+      count: number of pairs in total; fewer are chosen if there are not enough.
+      seed: seed of the random choice.
 
     Returns:
-      For each data set a list of (number of the row, index of the exit).
+      {data set: list of (number of the row, index of the exit)}.
     """
-    rng = np.random.default_rng([_CHOICE_STREAM, seed])
+    rng = np.random.default_rng([_SEED_OF_CHOICE, seed])
     remaining = {name: rows * exits for name, (rows, exits) in sizes.items()}
     shares = dict.fromkeys(sizes, 0)
     while count and any(remaining.values()):
@@ -39,10 +38,10 @@ def spread_pairs(sizes: Mapping[str, tuple[int, int]], count: int, seed: int) ->
     pairs = {}
     for name, (rows, exits) in sizes.items():
         row_order, exit_order = rng.permutation(rows), rng.permutation(exits)
-        # After lcm(rows, exits) pairs the two would repeat, so they are then shifted against each other.
+        # After lcm(rows, exits) pairs the same pairs would come again, so exits are then shifted by one.
         period = int(np.lcm(max(rows, 1), max(exits, 1)))
-        places = [(k % rows, (k + k // period) % exits) for k in range(shares[name])]
-        pairs[name] = [(int(row_order[row]), int(exit_order[layer])) for row, layer in places]
+        positions = [(k % rows, (k + k // period) % exits) for k in range(shares[name])]
+        pairs[name] = [(int(row_order[row]), int(exit_order[exit_index])) for row, exit_index in positions]
     return pairs
 
 
@@ -56,29 +55,29 @@ def answer_again(
     seed: int,
     compile_ahead: CompileAhead | None = None,
 ) -> dict[tuple[int, int], Answer]:
-    """Generates the responses of some rows at some exits as `sweep` of the whole data set does.
+    """Returns the responses of some rows at some exits, generated as in `sweep` of the whole data set.
 
-    The programs are those of the sweep and each row has its own random numbers, so the same weights give the same
-    responses, also sampled ones. Only which rows run together and how far they are padded may differ; where two tokens
-    are equally likely except for rounding, the other one may be chosen.
+    The programs and each row's random numbers are those of the sweep, so the same weights give the same responses, also
+    with a temperature. Rows may run in other batches with other padding, so that rounding may decide differently
+    between two tokens that are equally likely.
 
     Args:
       vlm: the model.
       examples: all rows of the data set.
       sampling, batch_size, seed, compile_ahead: see `sweep`.
-      requested_exits: exits of each requested row, by its number. Of several attempts the first is generated.
+      requested_exits: {number of the row: exits}. If the sweep has several attempts, the first one is generated.
 
     Returns:
-      The response of every (row, exit).
+      {(number of the row, exit): response}.
 
     Raises:
       UserError: an image cannot be opened, or logits are NaN or infinite.
     """
     keys = answer_keys(jax.random.key(seed), len(examples))
-    first = {row: [(layer, 0) for layer in layers] for row, layers in requested_exits.items()}
-    queue = Queue(vlm, examples, keys, first, sampling, batch_size, compile_ahead)
+    first_attempts = {row: [(layer, 0) for layer in layers] for row, layers in requested_exits.items()}
+    queue = Queue(vlm, examples, keys, first_attempts, sampling, batch_size, compile_ahead)
     return {
-        item.tag[:2]: read_answer(item, vlm, sampling, examples[item.tag[0]].id)
-        for ended in queue.answers()
-        for item in ended
+        response.tag[:2]: read_answer(response, vlm, sampling, examples[response.tag[0]].id)
+        for responses in queue.answers()
+        for response in responses
     }

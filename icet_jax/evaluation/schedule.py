@@ -1,5 +1,4 @@
-"""The order in which a sweep runs its rows: rows of similar length together, rows that share images next to each
-other."""
+"""The order in which a sweep runs its rows: by length, and within similar lengths by the images that rows share."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +9,17 @@ import numpy as np
 from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
 
-_FEW = 16  # fewer rows than this are run together with the next longer ones
+_MIN_ROWS = 16  # fewer rows of similar length than this are run together with the next longer ones
 
 
 @dataclass(frozen=True)
 class ImageGroup:
-    """Holds rows with the same images, which are encoded once.
+    """Describes rows with the same images, which are encoded once.
 
     Attributes:
       rows: numbers of the rows in the data set.
-      shared: number of tokens that all of them begin with, images included; 0 if each row runs as a whole.
+      shared: number of tokens, images included, with which all of these prompts begin and which are processed once; 0
+        if every row's prompt is processed in full.
     """
 
     rows: tuple[int, ...]
@@ -28,22 +28,22 @@ class ImageGroup:
 
 @dataclass(frozen=True)
 class LengthGroup:
-    """Holds units of similar length, which fit one width of the cache.
+    """Describes rows whose prompts have similar lengths, so that one size of the KV cache serves them.
 
     Attributes:
-      units: the units, shortest first.
+      image_groups: the rows, shortest first.
       length: the padded length of the longest prompt.
     """
 
-    units: tuple[ImageGroup, ...]
+    image_groups: tuple[ImageGroup, ...]
     length: int
 
 
 def length_groups(examples: Sequence[Example], prompts: Sequence[np.ndarray], image_token: int) -> list[LengthGroup]:
-    """Returns the order of a data set's rows, which depends only on the data set.
+    """Returns the rows of a data set in the order in which a sweep runs them.
 
-    Within a stretch the longest prompt is less than 1.5 times as long as the shortest. The exception are a few short
-    prompts for which separate programs are not worthwhile.
+    In each group the longest prompt is less than 1.5 times as long as the shortest, except that a few short prompts may
+    be in the group of longer ones, because every group has programs of its own.
 
     Args:
       examples: the rows.
@@ -55,18 +55,19 @@ def length_groups(examples: Sequence[Example], prompts: Sequence[np.ndarray], im
         has_paths = example.images and all(isinstance(image, str) for image in map(_path, example.images))
         key = tuple(map(_path, example.images)) if has_paths else number
         rows_by_images.setdefault(key, []).append(number)
-    units = [unit for rows in rows_by_images.values() for unit in _units(rows, prompts, image_token)]
-    by_size: dict[int, list[ImageGroup]] = {}
-    for unit in units:
-        by_size.setdefault(int(2 * math.log2(prompt_bucket(_longest(unit, prompts)))), []).append(unit)
+    by_size: dict[int, list[ImageGroup]] = {}  # size: twice the logarithm of the padded length
+    for rows in rows_by_images.values():
+        for group in _image_groups(rows, prompts, image_token):
+            size = int(2 * math.log2(prompt_bucket(_longest_prompt(group, prompts))))
+            by_size.setdefault(size, []).append(group)
     result: list[LengthGroup] = []
-    waiting: list[ImageGroup] = []
+    collected: list[ImageGroup] = []
     sizes = sorted(by_size)
     for size in sizes:
-        waiting += sorted(by_size[size], key=lambda unit: (_longest(unit, prompts), unit.rows))
-        if size == sizes[-1] or sum(len(unit.rows) for unit in waiting) >= _FEW:
-            result.append(LengthGroup(tuple(waiting), prompt_bucket(_longest(waiting[-1], prompts))))
-            waiting = []
+        collected += sorted(by_size[size], key=lambda group: (_longest_prompt(group, prompts), group.rows))
+        if size == sizes[-1] or sum(len(group.rows) for group in collected) >= _MIN_ROWS:
+            result.append(LengthGroup(tuple(collected), prompt_bucket(_longest_prompt(collected[-1], prompts))))
+            collected = []
     return result
 
 
@@ -75,19 +76,19 @@ def _path(image: object) -> object:
     return str(image) if hasattr(image, "__fspath__") else image
 
 
-def _longest(unit: ImageGroup, prompts: Sequence[np.ndarray]) -> int:
-    return max(len(prompts[row]) for row in unit.rows)
+def _longest_prompt(group: ImageGroup, prompts: Sequence[np.ndarray]) -> int:
+    return max(len(prompts[row]) for row in group.rows)
 
 
-def _units(rows: list[int], prompts: Sequence[np.ndarray], image_token: int) -> list[ImageGroup]:
-    """Returns rows with the same images as one unit if their prompts differ only after the images, else one unit per
+def _image_groups(rows: list[int], prompts: Sequence[np.ndarray], image_token: int) -> list[ImageGroup]:
+    """Returns rows with the same images as one group if their prompts differ only after the images, else one group per
     row."""
     if len(rows) == 1:
         return [ImageGroup((rows[0],))]
     shortest = min(len(prompts[row]) for row in rows)
-    heads = np.stack([prompts[row][:shortest] for row in rows])
-    same = np.logical_and.accumulate((heads == heads[0]).all(axis=0))
-    shared = min(int(same.sum()), shortest - 1)  # at least one token must follow
+    beginnings = np.stack([prompts[row][:shortest] for row in rows])
+    is_shared = np.logical_and.accumulate((beginnings == beginnings[0]).all(axis=0))
+    shared = min(int(is_shared.sum()), shortest - 1)  # at least one token must follow
     if any((prompts[row][shared:] == image_token).any() for row in rows):
         return [ImageGroup((row,)) for row in rows]
     return [ImageGroup(tuple(rows), shared)]

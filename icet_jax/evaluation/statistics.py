@@ -1,15 +1,15 @@
-"""Means with 95% intervals, clustered by prompt; paired differences; and the paper's groups of layers.
+"""Means with 95% intervals, clustered by prompt; paired differences; and means over the paper's groups of exits.
 
-Rows that share a prompt are not independent (10 prompts x 10 images are not 100 independent responses), so every
-interval is built from prompts. A mean over rows, layers or groups is a weighted sum of observations. Its variance is
-the sum over prompts of the squared sum of their influences (the cluster-robust "sandwich" with the factor G / (G - 1)
-for G prompts), and its quantile is Student's with G - 1 degrees of freedom.
+Rows that share a prompt are not independent (10 prompts x 10 images are not 100 independent responses), so all
+intervals are clustered by prompt. A mean over rows, exits or groups is a weighted sum of observations. Its variance is
+the cluster-robust ("sandwich") one: for each of G prompts the influences of its observations are summed, and the
+squares of these sums are added and multiplied by G / (G - 1). The quantile is Student's with G - 1 degrees of freedom.
 
-Shares get an interval that is never empty: Wilson's, with p (1 - p) / variance as the effective number of rows. That
-number is limited from below by the effective number of prompts (all rows of a prompt agree) and from above by that of
-rows (no two rows are related). If every row is 0, or every row is 1, the data cannot show how much the rows of a prompt
-agree, and the lower limit is used. Differences of shares are treated in the same way with Bonett and Price's (2012)
-added pairs.
+The interval of a share is Wilson's, which is never empty, with p (1 - p) / variance as the effective number of rows.
+That number is at least the effective number of prompts (as if all rows of a prompt agreed) and at most the effective
+number of rows (as if all rows were independent). If all rows are equal, the data cannot show how much the rows of a
+prompt agree, and the lower limit is used. Differences of shares are treated in the same way, with the added pairs of
+Bonett and Price (2012).
 """
 
 import math
@@ -22,12 +22,14 @@ from scipy.special import stdtrit
 from icet_jax.exit_groups import exit_groups
 
 _RESAMPLES = 1000
-_ROUNDING = 1e-9  # shares that differ by less count as equal
+_TOLERANCE = 1e-9  # shares that differ by less count as equal
 
 
 class Interval(NamedTuple):
-    """Holds a mean and the ends of its 95% interval; NaN without observations (mean) or with fewer than two prompts
-    (ends)."""
+    """Holds a mean and the ends of its 95% interval.
+
+    The mean is NaN without observations, the ends are NaN with fewer than two prompts.
+    """
 
     mean: float
     low: float
@@ -37,17 +39,17 @@ class Interval(NamedTuple):
 def mean_interval(
     values: np.ndarray, clusters: Sequence[Hashable], *, share: bool, weights: np.ndarray | None = None
 ) -> Interval:
-    """Returns the weighted mean of the layers' means with its interval.
+    """Returns the weighted mean of the means of E exits, with its interval.
 
     Args:
-      values: float [E, n] (or [n]) of n rows at E layers; NaN (not measured, or an error) is ignored.
-      clusters: what makes rows dependent, their prompts, [n].
-      share: whether the values are 0 or 1 (see the top of this module), or fractions of a success between them, for
-        which the interval is no narrower than necessary; it stays within 0..1.
-      weights: [E], with sum 1; equal if None.
+      values: float [E, n] (or [n]) of n rows at E exits; NaN (not measured, or an error) is ignored.
+      clusters: prompt of each row, [n]; rows of one prompt are not independent.
+      share: whether the values are 0 or 1, or between them (partial credit); the interval is then that of a share,
+        within 0..1 (see the top of this module).
+      weights: weight of each exit, [E], with sum 1; equal weights if None.
     """
     table = _Table(np.atleast_2d(values), clusters, weights)
-    if not table.complete:
+    if not table.is_complete:
         return Interval(math.nan, math.nan, math.nan)
     if table.prompts < 2:
         return Interval(table.mean, math.nan, math.nan)
@@ -70,12 +72,16 @@ def paired_interval(
     share: bool,
     weights: np.ndarray | None = None,
 ) -> Interval:
-    """Returns the mean of `after - before` over the rows measured in both; arguments as in `mean_interval`."""
+    """Returns the mean of `after - before` over the rows that were measured on both sides, with its interval.
+
+    Args:
+      before, after: values of the same rows, see `mean_interval` also for the other arguments.
+    """
     change = np.atleast_2d(np.asarray(after, np.float64) - np.asarray(before, np.float64))
     if not share:
         return mean_interval(change, clusters, share=False, weights=weights)
     table = _Table(change, clusters, weights)
-    if not table.complete:
+    if not table.is_complete:
         return Interval(math.nan, math.nan, math.nan)
     if table.prompts < 2:
         return Interval(table.mean, math.nan, math.nan)
@@ -88,18 +94,21 @@ def paired_interval(
 
 
 def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[int, Interval]:
-    """Returns the layer with the highest share (the first of equal ones), and a 95% interval of the highest true share.
+    """Returns the exit with the highest share, and a 95% interval of the highest true share of all exits.
 
-    The highest of many estimates is biased upwards, because the same responses choose the layer. The lower end is
-    therefore that share minus the 97.5% quantile of the largest error among the layers that may be the worst. A
-    bootstrap over prompts gives these errors; a layer may be the worst unless its share is lower than the highest by
-    more than twice that quantile over all layers (the adaptive selection of Chernozhukov, Lee and Rosen 2013). The
-    upper end is the highest upper end of the single layers. The interval is never narrower than that of the layer
-    alone, because the bootstrap shows no errors if all responses are alike.
+    The highest of many estimates is biased upwards, because the same responses chose the exit. The lower end is
+    therefore the highest share minus the 97.5% quantile of the largest error among the exits that may be the worst.
+    These errors come from a bootstrap over prompts. An exit may be the worst unless its share is below the highest by
+    more than twice that quantile over all exits (the adaptive selection of Chernozhukov, Lee and Rosen 2013). The upper
+    end is the highest upper end of any exit's interval. The interval is never narrower than that of the exit alone,
+    because the bootstrap shows no errors if all responses are equal.
 
     Args:
-      values: 0 or 1, float [E, n]; NaN is ignored, and so is a layer without observations.
-      clusters: what makes rows dependent, their prompts, [n].
+      values: 0 or 1, float [E, n]; NaN is ignored, and so is an exit without observations.
+      clusters: prompt of each row, [n].
+
+    Returns:
+      (index of the exit in `values`, the first of equal ones; the interval, whose mean is that exit's share).
 
     Raises:
       ValueError: there is no observation at all.
@@ -109,26 +118,26 @@ def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[
     clusters = [cluster for cluster, is_observed in zip(clusters, observed, strict=True) if is_observed]
     single = [mean_interval(layer, clusters, share=True) for layer in values]
     means = np.array([interval.mean for interval in single])
-    worst = int(np.argmax(means >= np.nanmax(means) - _ROUNDING))
+    worst = int(np.argmax(means >= np.nanmax(means) - _TOLERANCE))
     measured = np.flatnonzero(np.isfinite(means))
     highs = [single[layer].high for layer in measured]
     if math.isnan(single[worst].low):
         return worst, single[worst]
     errors = _bootstrap_errors(values[measured], clusters, means[measured])
-    slack = 2 * float(np.quantile(errors.max(axis=1), 0.975))
-    near = means[measured] >= means[worst] - slack
+    margin = 2 * float(np.quantile(errors.max(axis=1), 0.975))
+    may_be_worst = means[measured] >= means[worst] - margin
     mean = single[worst].mean
-    low = mean - float(np.quantile(errors[:, near].max(axis=1), 0.975))
+    low = mean - float(np.quantile(errors[:, may_be_worst].max(axis=1), 0.975))
     return worst, Interval(mean, max(0.0, min(low, single[worst].low)), float(np.nanmax(highs)))
 
 
 def _bootstrap_errors(values: np.ndarray, clusters: Sequence[Hashable], means: np.ndarray) -> np.ndarray:
-    """Returns resampled minus observed means, [1000, E]; each resample draws as many prompts as there are, with
-    replacement.
+    """Returns the means of 1000 resamples minus the observed means, [1000, E].
 
-    The draws are the same for the same prompts, so that a resumed sweep writes the same numbers.
+    A resample takes as many prompts as there are, at random with replacement. The random numbers are always the same,
+    so that a resumed sweep gets the same result.
     """
-    codes = _codes(clusters)
+    codes = _cluster_numbers(clusters)
     prompts = int(codes.max()) + 1
     is_used = np.isfinite(values)
     sums, counts = (
@@ -137,23 +146,23 @@ def _bootstrap_errors(values: np.ndarray, clusters: Sequence[Hashable], means: n
     )
     generator = np.random.default_rng(0)
     errors = []
-    chunk = max(1, 2**20 // prompts)  # bounds the memory
+    chunk = max(1, 2**20 // prompts)  # resamples at a time, to limit memory
     for start in range(0, _RESAMPLES, chunk):
         size = min(chunk, _RESAMPLES - start)
-        places = generator.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
-        drawn = np.bincount(places.ravel(), minlength=size * prompts).reshape(size, prompts).astype(np.float64)
-        rows = drawn @ counts
-        # If none of the drawn prompts has a layer, its error is unknown and set to 0.
-        errors.append(np.where(rows > 0, drawn @ sums / np.maximum(rows, 1.0) - means, 0.0))
+        sampled = generator.integers(prompts, size=(size, prompts)) + prompts * np.arange(size)[:, None]
+        times = np.bincount(sampled.ravel(), minlength=size * prompts).reshape(size, prompts).astype(np.float64)
+        rows = times @ counts
+        # If none of the sampled prompts was measured at an exit, its error is unknown and set to 0.
+        errors.append(np.where(rows > 0, times @ sums / np.maximum(rows, 1.0) - means, 0.0))
     return np.concatenate(errors)
 
 
 def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]:
-    """Returns weights [E] over `exits` of the paper's group means ("early", "middle", "late") and of their mean,
-    "average".
+    """Returns {name: weight [E] of each of `exits`} of the means over the paper's groups of exits.
 
-    A group is included only if all of its layers were measured, and "average" only if all groups were, because a mean
-    over some of the layers would be another number under the same name.
+    The names are "early", "middle" and "late", and "average" for the mean of these three. A group is left out unless
+    all of its exits were measured, and so is "average" unless all groups were, because a mean over some of the exits
+    would be something else.
     """
     exits = list(exits)
     members = exit_groups(num_exits)
@@ -171,7 +180,16 @@ def student_quantile(degrees: int) -> float:
 
 
 class _Table:
-    """Represents observations [E, n] as a weighted sum; each weighs (weight of its layer) / (rows of its layer)."""
+    """Computes the weighted mean of observations [E, n] and its variance, clustered by prompt.
+
+    An observation weighs (weight of its exit) / (number of observations at its exit).
+
+    Attributes:
+      is_complete: whether every exit with a weight has an observation; the other attributes exist only then.
+      mean: the weighted mean.
+      prompts: number of prompts with an observation.
+      variance: cluster-robust variance of the mean.
+    """
 
     def __init__(self, values: np.ndarray, clusters: Sequence[Hashable], weights: np.ndarray | None) -> None:
         values = np.asarray(values, np.float64)
@@ -181,37 +199,41 @@ class _Table:
         weights = np.full(layers, 1 / layers) if weights is None else np.asarray(weights, np.float64)
         used = np.isfinite(values) & (weights[:, None] != 0)
         counts = used.sum(axis=1)
-        self.complete = bool(rows) and bool(np.all(counts[weights != 0] > 0))
-        if not self.complete:
+        self.is_complete = bool(rows) and bool(np.all(counts[weights != 0] > 0))
+        if not self.is_complete:
             return
         self._share = used * weights[:, None] / np.maximum(counts, 1)[:, None]
         filled = np.where(used, values, 0.0)
         self.mean = float(self.mean_of(filled))
         layer_means = filled.sum(axis=1) / np.maximum(counts, 1)
-        codes = np.unique(_codes(clusters), return_inverse=True)[1]
+        codes = np.unique(_cluster_numbers(clusters), return_inverse=True)[1]
         present = used.any(axis=0)
         self.prompts = int(np.unique(codes[present]).size)
         influence = self._by_prompt(codes, self._share * (filled - layer_means[:, None]))
         self.variance = self.prompts / max(self.prompts - 1, 1) * float(np.sum(influence**2))
-        self._fewest = 1 / float(np.sum(self._by_prompt(codes, self._share) ** 2))
-        self._most = 1 / float(np.sum(self._share**2))
+        self._effective_prompts = 1 / float(np.sum(self._by_prompt(codes, self._share) ** 2))
+        self._effective_rows = 1 / float(np.sum(self._share**2))
 
     def mean_of(self, values: np.ndarray) -> float:
-        """Returns the same weighted mean of other values [E, n] of the same observations."""
+        """Returns the mean, with the same weights, of other values [E, n] of the same observations."""
         return float(np.sum(self._share * values))
 
     def effective_rows(self, row_variance: float) -> float:
-        """Returns how many unrelated rows of variance `row_variance` would give the mean its variance, within
-        limits."""
+        """Returns how many independent rows of variance `row_variance` would give the mean its variance.
+
+        The result is at least the effective number of prompts and at most the effective number of rows.
+        """
         if row_variance <= 1e-12:
-            return self._fewest
+            return self._effective_prompts
         ratio = row_variance / self.variance if self.variance > 0 else math.inf
-        return min(max(ratio, self._fewest), self._most)
+        return min(max(ratio, self._effective_prompts), self._effective_rows)
 
     def _by_prompt(self, codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Returns the sum of values [E, n] over the rows of each prompt."""
         return np.bincount(codes, weights=values.sum(axis=0))
 
 
-def _codes(clusters: Sequence[Hashable]) -> np.ndarray:
+def _cluster_numbers(clusters: Sequence[Hashable]) -> np.ndarray:
+    """Returns the number of each row's cluster, from 0 in the order of their first rows."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], int)

@@ -1,12 +1,12 @@
-"""Summarises transcript rows into the tables of `sweeps/*.json`: per layer, per group, and after minus before.
+"""Computes the tables of `sweeps/*.json` from transcript rows: means per exit and per group, and after minus before.
 
-A row is one response: `{"id", "layer", "prompt", "kind", "response", "scores": {metric: number or None}, ...}`. A
-metric that is absent from `scores` does not apply to the row; None is an error of its scorer, counted as `n_error`.
-`attempt` numbers several responses of one data-set row at one exit; a response without it is attempt 0.
+A transcript row is one response: `{"id", "layer", "prompt", "kind", "response", "scores": {metric: number or None},
+...}`, where `layer` is its exit. A metric that is absent from `scores` does not apply to the row; None means that its
+scorer gave no score, and is counted as `n_error`. If a row of data has several responses at an exit, `attempt` numbers
+them; a response without it is attempt 0.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -19,28 +19,32 @@ SHARE_FAMILIES = ("asr", "asr@k", "refusal", "refusal_unsafe", "vqa", "accuracy"
 _UNIT_FAMILIES = ("ts", "p_unsafe")  # values and means are within 0..1
 CATEGORY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
 """Families of metrics that are also given for each content category and attack format of a data set."""
-_MOST_PARTS = 64  # only the most frequent parts are given, in case a data set has one per row
+_MOST_PARTS = 64  # categories or formats with tables of their own, in case a data set has one per row
 
 Row = JsonObject
 Table = JsonObject
 
 
 def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
-    """Returns `{"layers": [...], "groups": {...}}` of a sweep's rows, in the form of `sweeps/*.json`.
-
-    If rows have an attack success rate, `"worst_exit": {metric: {"layer": ..., "mean": ..., "ci95": ...}}` is added,
-    and `"any_exit": {metric: {"mean": ..., "ci95": ...}}`, the share of rows with an unsafe response at one exit at
-    least (metrics `asr_any/JUDGE`, see `icet_jax.evaluation.combined`). If rows have several attempts, each layer also
-    has the share of rows with an unsafe response in any of them (`asr@K/JUDGE`); other metrics are means over all
-    responses. If rows have a content category (their field `policy`), `"policies": {category: [...]}` is added, each a
-    list like `layers` with only `CATEGORY_FAMILIES`. If rows have an attack format, `"formats": {format: {"layers":
-    [...], "worst_exit": {...}, "any_exit": {...}}}` is added; if they say whether the attack was transferred from a
-    language model, `"transferred": {"yes": ..., "no": ...}`.
+    """Returns the tables of a sweep, which are part of `sweeps/*.json`.
 
     Args:
-      rows: one per (id, layer, attempt), in any order; layers that are not among `exits` are ignored.
-      exits: the measured layers, ascending.
-      num_exits: N of the model, which determines the groups.
+      rows: transcript rows, one per (id, exit, attempt), in any order; rows at other exits than `exits` are ignored.
+      exits: the measured exits, ascending.
+      num_exits: number of exits of the model, which determines the groups.
+
+    Returns:
+      A dict with the following entries, of which the later ones exist only if rows have what they need:
+      `"layers": [...]` and `"groups": {...}`: means of every metric over the rows, at each exit and in each group of
+      exits. With K attempts this includes `asr@K/JUDGE`, see `icet_jax.evaluation.combined`.
+      `"worst_exit": {metric: {"layer", "mean", "ci95", ...}}`: the exit with the highest attack success rate.
+      `"any_exit": {metric: {"mean", "ci95", ...}}`: the share of rows with an unsafe response at one exit at least
+      (metrics `asr_any/JUDGE`).
+      `"policies": {category: [...]}`: a list like `layers` for each content category (the field `policy`), with the
+      metrics of `CATEGORY_FAMILIES` only.
+      `"formats": {attack format: {"layers", "worst_exit", "any_exit"}}`: the same for each attack format.
+      `"transferred": {"yes": ..., "no": ...}`: the same for attacks that were, or were not, transferred from a language
+      model.
     """
     rows = list(rows)
     measured = _Measured(rows, exits)
@@ -50,8 +54,8 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> Json
         tables["policies"] = {
             name: _share_tables(_Measured(part, exits), exits, num_exits)["layers"] for name, part in categories.items()
         }
-    for field, name_of in _ATTACK_PARTS.items():
-        parts = _parts(rows, name_of)
+    for field, part_of in _ATTACK_PARTS.items():
+        parts = _parts(rows, part_of)
         if parts:
             tables[field] = {name: _part_table(part, exits, num_exits) for name, part in parts.items()}
     return tables
@@ -61,14 +65,17 @@ _ATTACK_PARTS: dict[str, Callable[[Row], str | None]] = {
     "formats": lambda row: row.get("format") or None,
     "transferred": lambda row: ("yes" if row["transferred"] else "no") if "transferred" in row else None,
 }
-"""{field of a sweep: function that returns the part that a row belongs to, or None}."""
+"""{entry of a sweep's tables: function that returns the name of a row's part, or None}."""
 
 
-def _parts(rows: Sequence[Row], name_of: Callable[[Row], str | None]) -> dict[str, list[Row]]:
-    """Returns the rows of each part, the most frequent first (then by name), with only `CATEGORY_FAMILIES`."""
+def _parts(rows: Sequence[Row], part_of: Callable[[Row], str | None]) -> dict[str, list[Row]]:
+    """Returns {name of a part: its rows with the metrics of `CATEGORY_FAMILIES` only}, the largest parts first.
+
+    `part_of` returns the name of a row's part, or None for a row without one.
+    """
     parts: dict[str, list[Row]] = {}
     for row in rows:
-        name = name_of(row)
+        name = part_of(row)
         if name is not None:
             scores = {name: value for name, value in row["scores"].items() if family_of(name) in CATEGORY_FAMILIES}
             parts.setdefault(str(name), []).append({**row, "scores": scores})
@@ -76,16 +83,16 @@ def _parts(rows: Sequence[Row], name_of: Callable[[Row], str | None]) -> dict[st
 
 
 def _part_table(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
-    """Returns the table of the layers for a part's rows, their worst exits and any exit."""
+    """Returns the entries "layers", "worst_exit" and "any_exit" of `summarise` for the rows of a part."""
     measured = _Measured(rows, exits)
     return {"layers": _share_tables(measured, exits, num_exits)["layers"]} | _attack_tables(measured, exits)
 
 
 def _share_tables(measured: "_Measured", exits: Sequence[int], num_exits: int) -> JsonObject:
-    """Returns the tables of the layers and groups."""
+    """Returns the entries "layers" and "groups" of `summarise`."""
 
-    def estimate(metric: str, chosen: np.ndarray, weights: np.ndarray | None) -> Table | None:
-        values, errors = measured.values[metric][chosen], measured.errors[metric][chosen]
+    def estimate(metric: str, exit_indices: np.ndarray, weights: np.ndarray | None) -> Table | None:
+        values, errors = measured.values[metric][exit_indices], measured.errors[metric][exit_indices]
         if not (np.isfinite(values) | errors).any():
             return None
         interval = mean_interval(values, measured.prompts, share=_is_share(metric), weights=weights)
@@ -98,13 +105,13 @@ def _share_tables(measured: "_Measured", exits: Sequence[int], num_exits: int) -
 
 
 def _attack_tables(measured: "_Measured", exits: Sequence[int]) -> JsonObject:
-    """Returns the tables of the worst exits and of any exit, where rows have an attack success rate."""
+    """Returns the entries "worst_exit" and "any_exit" of `summarise`; {} without an attack success rate."""
     tables = {"worst_exit": _worst_exits(measured, exits), "any_exit": _any_exit(measured)}
     return {name: table for name, table in tables.items() if table}
 
 
 def _worst_exits(measured: "_Measured", exits: Sequence[int]) -> dict[str, Table]:
-    """Returns the exit with the highest value of each attack success rate, with the interval of that maximum."""
+    """Returns {attack success rate: its worst exit, with the interval of the highest true rate}."""
     worst = {}
     for metric, values in measured.values.items():
         if family_of(metric) in ("asr", "asr@k") and np.isfinite(values).any():
@@ -116,7 +123,7 @@ def _worst_exits(measured: "_Measured", exits: Sequence[int]) -> dict[str, Table
 
 
 def _any_exit(measured: "_Measured") -> dict[str, Table]:
-    """Returns the share of rows with an unsafe response at any exit, by judge; `n_error` counts unknown rows."""
+    """Returns {metric: share of rows with an unsafe response at any exit}; `n_error` counts rows of unknown result."""
     tables = {}
     for metric in measured.judges:
         values, unknown = measured.any_exit(metric)
@@ -128,102 +135,121 @@ def _any_exit(measured: "_Measured") -> dict[str, Table]:
 
 
 def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
-    """Returns `{"layers": [...], "groups": {...}}` of after - before over the responses that both sweeps have.
+    """Returns the tables of after minus before, which are part of `sweeps/difference.*.json`.
 
-    They are paired by id and attempt. `n` of a layer is its number of pairs; `n_error` counts pairs whose scorer failed
-    on either side. `"any_exit"` is added as in `summarise`, with rows as pairs.
+    Responses of both sweeps are paired by id, exit and attempt; responses that only one sweep has are left out.
+
+    Args:
+      before, after: transcript rows of the sweeps before and after training; the other arguments as in `summarise`.
+
+    Returns:
+      `"layers"`, `"groups"` and `"any_exit"` as in `summarise`. `n` is the number of pairs, and `n_error` that of
+      pairs of which a scorer failed on at least one side.
     """
-    both = [_Measured(rows, exits) for rows in (before, after)]
-    shared = [place for place in both[0].index if place in both[1].index]
-    columns = [[side.index[place] for place in shared] for side in both]
-    prompts = [both[0].prompts[column] for column in columns[0]]
-    metrics = [metric for metric in both[0].values if metric in both[1].values]
-    present = both[0].present[:, columns[0]] & both[1].present[:, columns[1]]
+    sides = [_Measured(rows, exits) for rows in (before, after)]
+    shared = [response for response in sides[0].index if response in sides[1].index]
+    columns = [[side.index[response] for response in shared] for side in sides]
+    prompts = [sides[0].prompts[column] for column in columns[0]]
+    metrics = [metric for metric in sides[0].values if metric in sides[1].values]
+    present = sides[0].present[:, columns[0]] & sides[1].present[:, columns[1]]
 
-    def estimate(metric: str, chosen: np.ndarray, weights: np.ndarray | None) -> Table | None:
-        sides = [side.values[metric][chosen][:, column] for side, column in zip(both, columns, strict=True)]
-        failed = [side.errors[metric][chosen][:, column] for side, column in zip(both, columns, strict=True)]
-        return _paired(sides, failed, prompts, share=_is_share(metric), weights=weights)
+    def estimate(metric: str, exit_indices: np.ndarray, weights: np.ndarray | None) -> Table | None:
+        values = [side.values[metric][exit_indices][:, column] for side, column in zip(sides, columns, strict=True)]
+        failed = [side.errors[metric][exit_indices][:, column] for side, column in zip(sides, columns, strict=True)]
+        return _paired_estimate(values, failed, prompts, share=_is_share(metric), weights=weights)
 
     tables = _tables(metrics, exits, num_exits, [int(count) for count in present.sum(axis=1)], estimate)
-    any_exit = _any_exit_difference(*both)
+    any_exit = _any_exit_difference(*sides)
     return tables | ({"any_exit": any_exit} if any_exit else {})
 
 
 def _any_exit_difference(before: "_Measured", after: "_Measured") -> dict[str, Table]:
-    """Returns the paired differences of the shares of rows with an unsafe response at any exit, by judge."""
+    """Returns {metric: after minus before of the share of rows with an unsafe response at any exit}.
+
+    It is empty if the two sweeps have different numbers of attempts.
+    """
     if before.attempts != after.attempts:
         return {}
-    shared = [identity for identity in before.ids if identity in after.ids]
-    rows = [[side.ids[identity] for identity in shared] for side in (before, after)]
+    shared_ids = [row_id for row_id in before.ids if row_id in after.ids]
+    rows = [[side.ids[row_id] for row_id in shared_ids] for side in (before, after)]
     prompts = [before.row_prompts[row] for row in rows[0]]
     tables = {}
     for metric in before.judges:
         if metric in after.judges:
-            sides = [side.any_exit(metric) for side in (before, after)]
-            values, unknown = ([side[part][row] for side, row in zip(sides, rows, strict=True)] for part in (0, 1))
-            estimate = _paired(values, unknown, prompts, share=True, weights=None)
+            results = [side.any_exit(metric) for side in (before, after)]
+            values = [side_values[row] for (side_values, _), row in zip(results, rows, strict=True)]
+            unknown = [side_unknown[row] for (_, side_unknown), row in zip(results, rows, strict=True)]
+            estimate = _paired_estimate(values, unknown, prompts, share=True, weights=None)
             if estimate is not None:
                 tables[any_exit_metric(metric, before.attempts)] = estimate
     return tables
 
 
-def _paired(
-    sides: Sequence[np.ndarray],
+def _paired_estimate(
+    values: Sequence[np.ndarray],
     failed: Sequence[np.ndarray],
     prompts: Sequence[str],
     *,
     share: bool,
     weights: np.ndarray | None,
 ) -> Table | None:
-    """Returns the mean of after - before over the pairs; None if there is neither a pair nor an error."""
-    pairs, either_failed = np.isfinite(sides[0]) & np.isfinite(sides[1]), failed[0] | failed[1]
+    """Returns the entry of a metric for after minus before; None if there is neither a pair nor an error.
+
+    Args:
+      values: (before, after) of the paired responses.
+      failed: (before, after), whether the scorer failed.
+      prompts, share, weights: see `paired_interval`.
+    """
+    pairs, either_failed = np.isfinite(values[0]) & np.isfinite(values[1]), failed[0] | failed[1]
     if not (pairs | either_failed).any():
         return None
-    interval = paired_interval(sides[0], sides[1], prompts, share=share, weights=weights)
+    interval = paired_interval(values[0], values[1], prompts, share=share, weights=weights)
     return _estimate(interval, int(pairs.sum()), int(either_failed.sum()))
 
 
 class _Measured:
-    """Holds responses as arrays of a row per exit and a column per (id, attempt), n in all.
+    """Holds the scores of a sweep as arrays, with a row for each of E exits and a column for each of n (id, attempt).
 
     Attributes:
       index: {(id, attempt): column}.
       prompts: prompt of each column.
       present: bool [E, n], whether there is a response.
-      values: {metric: float64 [E, n]}; NaN = none. A share over attempts stands in the first column of its row.
-      errors: {metric: bool [E, n]}, where the scorer failed.
-      ids: {id: number of the data-set row}, R in all.
-      row_prompts: prompt of each data-set row.
-      attempts: K, the number of responses of a row at an exit.
+      values: {metric: float64 [E, n]}, NaN without a score. For `asr@K`, the value of a row of data is in the column of
+        its first attempt.
+      errors: {metric: bool [E, n]}, whether the scorer failed.
+      judges: metrics of attack success rates.
+      ids: {id: number of the row of data}, R in all.
+      row_prompts: prompt of each row of data.
+      attempts: K, the number of responses of a row of data at an exit.
     """
 
     def __init__(self, rows: Iterable[Row], exits: Sequence[int]) -> None:
+        """Reads transcript rows; those at other exits than `exits` are ignored."""
         layer_index = {layer: position for position, layer in enumerate(exits)}
         rows = [row for row in rows if row["layer"] in layer_index]
-        places = dict.fromkeys((row["id"], row.get("attempt", 0)) for row in rows)
-        self.index = {place: column for column, place in enumerate(places)}
+        responses = dict.fromkeys((row["id"], row.get("attempt", 0)) for row in rows)
+        self.index = {response: column for column, response in enumerate(responses)}
         shape = (len(layer_index), len(self.index))
         self.prompts = [""] * len(self.index)
         self.present = np.zeros(shape, bool)
         self.values: dict[str, np.ndarray] = {}
         self.errors: dict[str, np.ndarray] = {}
         for row in rows:
-            place = layer_index[row["layer"]], self.index[row["id"], row.get("attempt", 0)]
-            self.prompts[place[1]] = row["prompt"]
-            self.present[place] = True
+            exit_index, column = layer_index[row["layer"]], self.index[row["id"], row.get("attempt", 0)]
+            self.prompts[column] = row["prompt"]
+            self.present[exit_index, column] = True
             for metric, value in row["scores"].items():
                 if metric not in self.values:
                     self.values[metric], self.errors[metric] = np.full(shape, np.nan), np.zeros(shape, bool)
-                self.values[metric][place] = np.nan if value is None else value
-                self.errors[metric][place] = value is None
+                self.values[metric][exit_index, column] = np.nan if value is None else value
+                self.errors[metric][exit_index, column] = value is None
         self.judges = [metric for metric in self.values if family_of(metric) == "asr"]
-        attempts = {attempt: number for number, attempt in enumerate(sorted({attempt for _, attempt in places}))}
+        attempts = {attempt: number for number, attempt in enumerate(sorted({attempt for _, attempt in responses}))}
         self.attempts = max(len(attempts), 1)
-        self.ids = {identity: row for row, identity in enumerate(dict.fromkeys(identity for identity, _ in places))}
+        self.ids = {row_id: number for number, row_id in enumerate(dict.fromkeys(row_id for row_id, _ in responses))}
         self._columns = np.full((len(self.ids), self.attempts), -1)  # [R, K]; -1: there is no such attempt
-        for (identity, attempt), column in self.index.items():
-            self._columns[self.ids[identity], attempts[attempt]] = column
+        for (row_id, attempt), column in self.index.items():
+            self._columns[self.ids[row_id], attempts[attempt]] = column
         self._first = np.array([int(row[row >= 0][0]) for row in self._columns], int)
         self.row_prompts = [self.prompts[column] for column in self._first]
         if self.attempts > 1:
@@ -231,27 +257,44 @@ class _Measured:
                 self._add_any_attempt(metric)
 
     def any_exit(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns whether a row has an unsafe response at any exit, [R], and where that is unknown (`any_unsafe`)."""
+        """Returns whether each row of data has an unsafe response at any exit: (values [R], unknown [R]) of
+        `any_unsafe`."""
         return any_unsafe(*self._by_attempt(metric), axis=(0, 2))
 
     def _add_any_attempt(self, metric: str) -> None:
+        """Adds the metric `asr@K` of a judge to `values` and `errors`."""
         name = any_attempt_metric(metric, self.attempts)
         values, unknown = any_unsafe(*self._by_attempt(metric), axis=2)
         self.values[name], self.errors[name] = np.full(self.present.shape, np.nan), np.zeros(self.present.shape, bool)
         self.values[name][:, self._first], self.errors[name][:, self._first] = values, unknown
 
     def _by_attempt(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns values and errors of a metric as [E, R, K]; of a response that does not exist NaN and False."""
-        missing = ((0, 0), (0, 1))  # a last column, which -1 refers to
-        values = np.pad(self.values[metric], missing, constant_values=np.nan)
-        return values[:, self._columns], np.pad(self.errors[metric], missing)[:, self._columns]
+        """Returns (values, errors) of a metric as [E, R, K]; NaN and False for a response that does not exist."""
+        extra_column = ((0, 0), (0, 1))  # the last one, to which -1 in `_columns` refers
+        values = np.pad(self.values[metric], extra_column, constant_values=np.nan)
+        return values[:, self._columns], np.pad(self.errors[metric], extra_column)[:, self._columns]
 
 
 def _tables(
-    metrics: Sequence[str], exits: Sequence[int], num_exits: int, counts: Sequence[int], estimate: Any
+    metrics: Sequence[str],
+    exits: Sequence[int],
+    num_exits: int,
+    counts: Sequence[int],
+    estimate: Callable[[str, np.ndarray, np.ndarray | None], Table | None],
 ) -> JsonObject:
-    def entry(chosen: np.ndarray, weights: np.ndarray | None) -> dict[str, Table]:
-        estimates = {metric: estimate(metric, chosen, weights) for metric in metrics}
+    """Returns the entries "layers" and "groups" of `summarise` or `difference`.
+
+    Args:
+      metrics: metrics to report.
+      exits: the measured exits.
+      num_exits: number of exits of the model.
+      counts: number of responses at each exit.
+      estimate: function of (metric, indices into `exits`, weights of these exits or None) that returns the mean of the
+        metric over these exits, or None if it has no value.
+    """
+
+    def entry(exit_indices: np.ndarray, weights: np.ndarray | None) -> dict[str, Table]:
+        estimates = {metric: estimate(metric, exit_indices, weights) for metric in metrics}
         return {metric: table for metric, table in estimates.items() if table is not None}
 
     layers = [
@@ -271,6 +314,7 @@ def _is_share(metric: str) -> bool:
 
 
 def _estimate(interval: Interval, n: int, n_error: int) -> Table:
+    """Returns the entry of a metric in `sweeps/*.json`."""
     ends = [interval.low, interval.high]
     return {
         "mean": None if np.isnan(interval.mean) else interval.mean,

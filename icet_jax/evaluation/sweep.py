@@ -1,7 +1,7 @@
-"""The layer sweep, which generates and scores a response of every row of a data set at every exit.
+"""The sweep: generates and scores a response of every row of a data set at every exit.
 
-The prompts of all rows and exits share the slots of one engine (`evaluation.queue`). While the device generates, the
-host decodes, writes and scores earlier responses.
+The prompts of all rows and exits share the slots of one decoding engine (`evaluation.queue`). While the device
+generates, the host decodes, writes and scores earlier responses.
 """
 
 import itertools
@@ -41,8 +41,8 @@ class SweepProgress(NamedTuple):
     Attributes:
       done: number of judged responses, including those of an earlier, interrupted sweep.
       total: number of responses in total.
-      seconds_left: estimate; None until some responses have been timed without compilation.
-      tokens_per_second: speed of generation over all timed responses.
+      seconds_left: estimate of the remaining time; None until some responses have been timed without compilation.
+      tokens_per_second: generated tokens per second over all timed responses; None until there are some.
     """
 
     done: int
@@ -57,7 +57,7 @@ class SweepResult:
 
     Attributes:
       sweep: content of `sweeps/*.json`.
-      rows: content of `transcripts/*.jsonl`, by data-set row, then by exit and attempt.
+      rows: transcript rows, sorted by row of data, exit and attempt.
       tokens: number of tokens generated in this call.
       seconds: duration of this call.
     """
@@ -68,7 +68,7 @@ class SweepResult:
     seconds: float
 
     def curve(self, metric: str) -> dict[int, Interval]:
-        """Returns the mean and 95% interval of a metric such as "asr/refusal_keywords" at each exit that has it.
+        """Returns {exit: mean and 95% interval} of a metric such as "asr/refusal_keywords", for each exit that has it.
 
         Raises:
           UserError: no exit has the metric; the message lists the metrics that exist.
@@ -102,29 +102,29 @@ def sweep(
     compile_ahead: CompileAhead | None = None,
     attempts: int = 1,
 ) -> SweepResult:
-    """Generates and scores the responses of every row at every exit.
+    """Generates and scores the responses of every row at every exit, and returns them with their summary.
 
-    A row's response depends only on (seed, its number in `examples`, attempt, prompt, images, weights). Two sweeps with
-    the same seed therefore use common random numbers at all exits, also before and after training.
+    A row's response depends only on seed, number of the row in `examples`, attempt, prompt, images and weights. Two
+    sweeps with the same seed therefore use the same random numbers at all exits, also before and after training.
 
     Args:
       vlm: the model, with its adapters if it has any.
       examples: the rows, with different ids.
-      exits: "all", or numbers from 1.
-      sampling: how responses are drawn (temperature 0 is greedy).
-      scorers: the scorers that judge the responses.
-      batch_size: rows decoded at once, and judged together.
-      transcript_path: file to which rows are appended when they are generated and again when they are judged. A sweep
-        that finds its own rows there continues from them (responses that other judges have judged, or on which a judge
-        failed, are judged again). A complete file is rewritten in order.
-      progress: called whenever responses have been judged.
-      dataset: name of the data set.
-      model: name of the model.
+      exits: "all", or numbers of exits from 1.
+      sampling: how responses are sampled (temperature 0 is greedy).
+      scorers: the scorers of the responses.
+      batch_size: rows decoded at once, and scored together.
+      transcript_path: file to which rows are appended when they are generated, and again when they are scored. If the
+        file has rows of the same sweep, the sweep continues from them; only missing responses are generated, and only
+        responses without the scores of these scorers are scored. The file is sorted at the end. None writes no file.
+      progress: called whenever responses have been scored.
+      dataset: name of the data set, for the summary.
+      model: name of the model, for the summary.
       seed: seed of the sampling.
-      compile_ahead: compiles (name, lowered program) pairs; with None each program is compiled when it is first needed.
-      tag: name of the weights ("before", "step 24"); rows in the file under another tag belong to another sweep.
-      attempts: number of responses of each forbidden row at each exit; other rows get one. The first is the same
-        whatever the number is, so that a sweep can be continued with more.
+      compile_ahead: see `CompileAhead`; with None each program is compiled when it is first needed.
+      tag: name of the weights ("before", "step 24"); rows in the file with another tag belong to another sweep.
+      attempts: number of responses of each forbidden row at each exit; other rows get one. The first response does not
+        depend on this number, so that a sweep can be continued with more attempts.
 
     Raises:
       UserError: there are no rows, there are several attempts without a temperature, an exit is out of range, an image
@@ -139,7 +139,7 @@ def sweep(
             f"sweep of {dataset}: attempts={attempts}; give 1, or more with a temperature above 0 (greedy attempts are "
             "all the same)"
         )
-    file = TranscriptFile(transcript_path, fingerprint(sampling, seed, tag), _judges_mark(scorers), examples)
+    file = TranscriptFile(transcript_path, fingerprint(sampling, seed, tag), _scorers_fingerprint(scorers), examples)
     key = jax.random.key(seed)
     settings = sampling, scorers, key, file, progress, batch_size, compile_ahead
     tokens = _Runner(vlm, examples, *settings).run(layers, attempts)
@@ -161,6 +161,7 @@ def sweep(
 
 
 def _layers(exits: Sequence[int] | str, num_exits: int) -> list[int]:
+    """Returns the requested exits, ascending; raises a UserError if one does not exist."""
     if isinstance(exits, str):
         if exits != "all":
             raise UserError(f'sweep.exits: {exits!r} given; use "all" or numbers from 1')
@@ -168,7 +169,7 @@ def _layers(exits: Sequence[int] | str, num_exits: int) -> list[int]:
     return sorted({check_exit(layer, num_exits, "sweep.exits") for layer in exits})
 
 
-def _judges_mark(scorers: Sequence[Scorer]) -> str:
+def _scorers_fingerprint(scorers: Sequence[Scorer]) -> str:
     return fingerprint([(scorer.metric, scorer.name, getattr(scorer, "fingerprint", "")) for scorer in scorers])
 
 
@@ -178,7 +179,7 @@ def _generation_settings(sampling: Sampling) -> JsonObject:
 
 
 class Answer(NamedTuple):
-    """Holds a finished response as text.
+    """Holds a finished response.
 
     Attributes:
       text: the response without special tokens.
@@ -192,27 +193,30 @@ class Answer(NamedTuple):
 
 
 def answer_keys(key: Key[Array, ""], rows: int, attempts: int = 1) -> Key[Array, "K N"]:
-    """Returns the random keys of `attempts` responses of each of `rows` data-set rows, the same at every exit.
+    """Returns the random key of each attempt of each of N rows; all exits use the same keys.
 
-    A row's key is the sweep's key with its number folded in. Further attempts begin with another key, the sweep's with
-    a number folded in that no row has. So attempt 0 does not depend on how many there are.
+    Args:
+      key: the sweep's key.
+      rows: number of rows N.
+      attempts: number of attempts K. The keys of attempt 0 do not depend on it.
     """
+    # 2^32 - attempt is not the number of any row.
     keys = [key, *(jax.random.fold_in(key, np.uint32(2**32 - attempt)) for attempt in range(1, attempts))]
-    by_row = jax.vmap(jax.random.fold_in, (None, 0))
-    return jnp.stack([by_row(one, np.arange(rows, dtype=np.uint32)) for one in keys])
+    fold_in_rows = jax.vmap(jax.random.fold_in, (None, 0))
+    return jnp.stack([fold_in_rows(attempt_key, np.arange(rows, dtype=np.uint32)) for attempt_key in keys])
 
 
 def read_answer(item: Response, vlm: VLM, sampling: Sampling, row: str) -> Answer:
-    """Returns the text of the engine's tokens.
+    """Returns a response of the engine as text.
 
     Args:
       item: response whose tag is (row, exit, attempt).
       vlm: the model that generated it.
-      sampling: how it was drawn.
-      row: id of the row for the error message.
+      sampling: how it was sampled.
+      row: id of the row, for the error message.
 
     Raises:
-      UserError: the response was drawn from NaN or infinite logits.
+      UserError: the logits of a token were NaN or infinite.
     """
     check_log_probs(item.log_probs, f"exit {item.tag[1]}, row {row}")
     length = len(item.tokens)
@@ -222,8 +226,7 @@ def read_answer(item: Response, vlm: VLM, sampling: Sampling, row: str) -> Answe
 
 
 class _Clock:
-    """Counts responses and estimates the time left from the speed after the first ones, which waited for
-    compilation."""
+    """Counts responses and estimates the remaining time; the first responses, with compilation, are not timed."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -270,7 +273,7 @@ class _Runner:
         self.tokens, self.reported = 0, 0
 
     def run(self, layers: Sequence[int], attempts: int) -> int:
-        """Generates and scores the missing responses; returns the number of generated tokens."""
+        """Generates and scores the missing responses and returns the number of generated tokens."""
         self.clock = _Clock(len(layers) * sum(row_attempts(example.kind, attempts) for example in self.examples))
         todo = self._missing(layers, attempts)
         self._judge(0)
@@ -285,8 +288,10 @@ class _Runner:
         return self.tokens
 
     def _missing(self, layers: Sequence[int], attempts: int) -> dict[int, list[tuple[int, int]]]:
-        """Returns the (exit, attempt) pairs of which each row has no response yet; responses without the current judges
-        are kept for judging."""
+        """Returns {number of the row: (exit, attempt) pairs that have no response yet}.
+
+        Existing responses that need scoring are added to `unjudged`.
+        """
         todo: dict[int, list[tuple[int, int]]] = {}
         for number, example in enumerate(self.examples):
             for layer, attempt in itertools.product(layers, range(row_attempts(example.kind, attempts))):
@@ -303,10 +308,10 @@ class _Runner:
         return todo
 
     def _write(self, responses: Sequence[Response]) -> None:
-        """Writes responses to the file, so that they are safe before a judge sees them.
+        """Writes responses to the file before they are judged, and adds them to `unjudged`.
 
         Raises:
-          UserError: a response was drawn from NaN or infinite logits; none of these responses is written.
+          UserError: the logits of a response were NaN or infinite; none of these responses is written then.
         """
         rows = []
         for item in responses:
@@ -321,15 +326,15 @@ class _Runner:
         columns = [answer.text], [answer.length], [int(answer.truncated)]
         return answer_rows([example], layer, *columns, attempt=attempt, mixed=self.mixed)
 
-    def _judge(self, least: int) -> None:
-        """Judges waiting responses, `batch_size` at a time, while there are at least `least` (0: all)."""
-        while self.unjudged and len(self.unjudged) >= least:
+    def _judge(self, minimum: int) -> None:
+        """Judges the responses in `unjudged`, `batch_size` at a time, until fewer than `minimum` are left (0: none)."""
+        while self.unjudged and len(self.unjudged) >= minimum:
             rows, self.unjudged = self.unjudged[: self.batch_size], self.unjudged[self.batch_size :]
             with during("judging"):
                 judge(rows, self.scorers, mixed=self.mixed)
             self.file.add(rows, judged=True)
-            new = self.tokens - self.reported
+            new_tokens = self.tokens - self.reported
             self.reported = self.tokens
-            progress = self.clock.tick(len(rows), new)
+            progress = self.clock.tick(len(rows), new_tokens)
             if self.report is not None:
                 self.report(progress)

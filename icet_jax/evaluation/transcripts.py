@@ -1,9 +1,9 @@
 """The transcript file of a sweep, from which an interrupted sweep continues.
 
-Responses are written before they are judged, and again with their scores. Each line carries two fingerprints: one of
-the sweep (what a response depends on besides the data set) and one of the judges (what its scores depend on; None
-before they exist). A response whose judges have changed, or one of whose judges failed, is kept and judged again. With
-several processes, the first one reads and writes the file, and all have the same rows in memory.
+A response is written before it is judged, and again with its scores. Each line has two fingerprints: one of the sweep
+(what the response depends on besides the data set) and one of the judges (what the scores depend on; None before there
+are scores). A response is judged again if its judges have changed or one of them failed. Of several processes, the
+first one reads and writes the file, and all have the same rows in memory.
 """
 
 import hashlib
@@ -21,16 +21,15 @@ from icet_jax.parallel.distributed import is_writer, on_first
 
 
 def fingerprint(*settings: Any) -> str:
-    """Returns a short hash of everything that a row depends on besides the data set."""
+    """Returns a short hash of settings, which must have a `repr` that identifies their values."""
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
 
 
 class TranscriptFile:
-    """Holds rows by (id, layer, attempt) in memory and, if a path is given, as one JSON line each."""
+    """Holds a sweep's transcript rows by (id, exit, attempt), in memory and, if there is a path, in a file."""
 
     def __init__(self, path: str | Path | None, mark: str, judges: str, examples: Sequence[Example]) -> None:
-        """Reads the rows of an interrupted sweep with the same fingerprint and rows; an incomplete last line is cut
-        off.
+        """Reads the file of an interrupted sweep, if it exists; an incomplete last line is removed from it.
 
         Args:
           path: the file; None keeps the rows only in memory.
@@ -57,15 +56,15 @@ class TranscriptFile:
             (self._judged.add if judged else self._judged.discard)(place)
 
     def has(self, example: Example, layer: int, attempt: int = 0) -> bool:
-        """Returns whether a row's response exists at an exit and was judged by the current judges."""
+        """Returns whether a row has a response at an exit that the current judges have judged."""
         return (example.id, layer, attempt) in self._judged
 
     def answer(self, example: Example, layer: int, attempt: int = 0) -> Row | None:
-        """Returns a row's response at an exit, judged or not; None if it is missing."""
+        """Returns the transcript row of a response, judged or not; None if there is no response yet."""
         return self._rows.get((example.id, layer, attempt))
 
     def add(self, rows: Sequence[Row], *, judged: bool) -> None:
-        """Stores rows, replacing older ones with the same id, layer and attempt.
+        """Stores rows, which replace older ones of the same id, exit and attempt; `judged` if they have scores.
 
         Raises:
           UserError: the file cannot be written.
@@ -78,11 +77,11 @@ class TranscriptFile:
             append_text(self._path, "".join(map(self._line, rows)))
 
     def finish(self, layers: Sequence[int], attempts: int = 1) -> list[Row]:
-        """Returns the rows at `layers`, by data-set row, layer and attempt; the file is rewritten in that order.
+        """Returns the transcript rows of a finished sweep and sorts the file, by row of data, exit and attempt.
 
         Args:
-          layers: the layers that are returned. The file keeps all others.
-          attempts: number of responses of each forbidden row at a layer. The file keeps further ones.
+          layers: exits of the sweep; rows at other exits stay in the file and are not returned.
+          attempts: responses of each forbidden row at an exit; the same holds for further ones.
         """
         numbers = {example.id: number for number, example in enumerate(self._examples)}
         if self._path is not None:
@@ -100,13 +99,13 @@ class TranscriptFile:
         return seal({**row, "sweep": self._mark, "judges": judges}) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
-        """Yields each row, and whether the current judges have judged it."""
+        """Yields (transcript row, whether the current judges have judged it) of each line of the file."""
         try:
             data = read_bytes(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); move the file away") from error
-        whole = data[: data.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        complete_lines = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(complete_lines.split(b"\n")[:-1], start=1):
             try:
                 row = unseal(line.decode("utf-8"))
                 mark, judges = row.pop("sweep"), row.pop("judges")
@@ -121,17 +120,17 @@ class TranscriptFile:
                 )
             # A row from an earlier version lacks newer fields of the data set, such as its attack format.
             yield row | facts(example), judges == self._judges and None not in row["scores"].values()
-        if len(whole) < len(data):
+        if len(complete_lines) < len(data):
             with path.open("r+b") as file:
-                file.truncate(len(whole))
+                file.truncate(len(complete_lines))
 
 
 def finished_rows(path: Path, required: Sequence[tuple[str, int, int]]) -> list[Row]:
-    """Returns the rows of a finished sweep's transcript.
+    """Returns the transcript rows in the file of a finished sweep.
 
     Args:
       path: the file.
-      required: (id, layer, attempt) of the rows that must exist.
+      required: (id, exit, attempt) of the rows that must exist.
 
     Raises:
       UserError: the file is damaged, or rows are missing.
@@ -149,7 +148,7 @@ def finished_rows(path: Path, required: Sequence[tuple[str, int, int]]) -> list[
 
 
 def _is_row(row: Row) -> bool:
-    """Returns whether a row has the fields that later steps need."""
+    """Returns whether a transcript row has all required fields, of the right types."""
     scores = row.get("scores")
     return (
         all(isinstance(row.get(name), str) for name in ("id", "prompt", "response"))
