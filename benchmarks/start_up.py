@@ -129,7 +129,7 @@ def child(report: Path, began: float, arguments: list[str]) -> None:
         raise KeyboardInterrupt
 
     jax.monitoring.register_event_duration_secs_listener(count)
-    watch(common, "load_setting", "imports")
+    watch(common, "load_inputs", "imports")
     watch(common, "load_model", "rows", "weights")
     watch(align, "_reward", None, "reward")
     watch(training.Trainer, "__init__", None, "processor")

@@ -39,7 +39,7 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-class Stopped(SystemExit):
+class StopRun(SystemExit):
     """Ends a run that was asked to stop and that the same command continues.
 
     A signal may raise it anywhere. It does not derive from `Exception`, so that `except Exception` does not catch it.

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import icet_jax
-from icet_jax.errors import RESUMABLE, WRONG_INPUT, Stopped, UserError, full_disk, out_of_memory
+from icet_jax.errors import RESUMABLE, WRONG_INPUT, StopRun, UserError, full_disk, out_of_memory
 
 COMMAND = "python -m icet_jax.main"
 EXAMPLE = f"{COMMAND} --config=configs/organism_lppo.py --workdir=runs/organism"
@@ -274,9 +274,9 @@ def run(arguments: Sequence[str]) -> int:
         keep_programs(config.compilation_cache)
     with contextlib.ExitStack() as contexts:
         if mode.resumes:
-            from icet_jax.training.signals import handled
+            from icet_jax.training.signals import handle_signals
 
-            contexts.enter_context(handled())
+            contexts.enter_context(handle_signals())
         if mode.is_shared:
             from icet_jax.parallel.distributed import joined
 
@@ -340,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"icet-jax: {error}", file=sys.stderr)
         return error.exit_code
-    except Stopped as stop:
+    except StopRun as stop:
         print(f"icet-jax: {stop.line}", file=sys.stderr)
         return RESUMABLE
     except KeyboardInterrupt:

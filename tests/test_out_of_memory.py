@@ -79,7 +79,7 @@ def test_other_errors_keep_their_traceback(monkeypatch):
 def test_phases_of_a_run_are_named_from_the_outside_in(tmp_path, capsys, monkeypatch):
     program = SimpleNamespace(compile=failing(ALLOCATION))
     ALLOCATION.__notes__ = []
-    with pytest.raises(jax.errors.JaxRuntimeError) as caught, run_dir.Costs(tmp_path).phase("sweep_before"):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught, run_dir.Costs(tmp_path).stage("sweep_before"):
         compile_programs([("decode", program)])
     line = printed(caught.value, capsys, monkeypatch)
     assert "icet-jax: sweep before: compiling decode: a device" in line and "config.sweep.batch_size (rows" in line

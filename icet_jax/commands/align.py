@@ -3,8 +3,8 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from icet_jax import report
@@ -27,12 +27,14 @@ from icet_jax.vlm import VLM
 
 
 def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
-    """Runs the whole loop, once or once per seed, continuing where an earlier process in `workdir` stopped.
+    """Measures, trains, measures again, exports and reports, once or once per seed of `config.seeds`.
+
+    If an earlier process stopped in `workdir`, the work continues from what that process saved.
 
     Raises:
-      UserError: some input is bad (found before any work starts where possible), or a loss is not finite.
+      UserError: some input is bad (checked before any work starts where possible), or a loss is not finite.
     """
-    _require_training(config)
+    _require_fields(config)
     require(config, "sweep.datasets")
     check_form(config)
     common.for_each_seed(config, workdir, align)
@@ -40,43 +42,43 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def align(config: ConfigDict, workdir: Path) -> None:
-    """Performs one run in `workdir`, which `config` has claimed.
+    """Does all work of one run; `workdir` must already be the run directory of `config` (`common.claimed`).
 
-    The model that is measured after training is the one in the export, and responses of 32 rows are generated again
-    from the files.
+    The sweep after training measures exactly the weights that the export contains. As a check, the responses of 32 rows
+    are generated again by the model loaded from the exported files.
     """
-    setting = common.load_setting(config, workdir, training=True)
-    trainer = Trainer(config, workdir, setting.vlm, setting.train, _reward(config, workdir, setting.vlm.mesh))
+    inputs = common.load_inputs(config, workdir, training=True)
+    trainer = Trainer(config, workdir, inputs.vlm, inputs.train, _reward(config, workdir, inputs.vlm.mesh))
     costs = Costs(workdir)
-    measurements = Measurements(config, workdir, setting)
+    measurements = Measurements(config, workdir, inputs)
 
     measurements.reuse_before_of_other_seeds()
-    with costs.phase("sweep_before") as cost:
-        cost["tokens"] = measurements.sweeps("before", setting.vlm)
-    with costs.phase("utility") as cost:
-        cost["tokens"] = measurements.utility("before", setting.vlm)
-    with costs.phase("geometry"):
-        measurements.geometry(setting.vlm)
+    with costs.stage("sweep_before") as cost:
+        cost["tokens"] = measurements.sweeps("before", inputs.vlm)
+    with costs.stage("utility") as cost:
+        cost["tokens"] = measurements.utility("before", inputs.vlm)
+    with costs.stage("geometry"):
+        measurements.geometry(inputs.vlm)
 
-    with costs.phase("train"):
+    with costs.stage("train"):
         state = trainer.run()
 
     trainable, scale = state.trainable, trainer.algorithm.settings.lora_scale
     del state  # frees the optimizer's moments before the sweeps
 
-    after = setting.vlm
+    after = inputs.vlm
     if not measurements.is_complete("after"):
-        with costs.phase("merge"):
-            after = as_exported(config, setting.vlm, trainable, scale)
-    with costs.phase("sweep_after") as cost:
+        with costs.stage("merge"):
+            after = as_exported(config, inputs.vlm, trainable, scale)
+    with costs.stage("sweep_after") as cost:
         cost["tokens"] = measurements.sweeps("after", after)
-    with costs.phase("utility") as cost:
+    with costs.stage("utility") as cost:
         cost["tokens"] = measurements.utility("after", after)
     measurements.differences()
 
-    with costs.phase("export"):
-        folders = write_exports(config, setting.vlm, trainable, scale, workdir, workdir / "hf", again=False)
-    with costs.phase("export_check"):
+    with costs.stage("export"):
+        folders = write_exports(config, inputs.vlm, trainable, scale, workdir, workdir / "hf", again=False)
+    with costs.stage("export_check"):
         check_export(config, workdir, after, measurements, folders[0])
     if not is_writer():
         return
@@ -86,7 +88,7 @@ def align(config: ConfigDict, workdir: Path) -> None:
 
 
 def train(config: ConfigDict, workdir: str | Path) -> VLM:
-    """Trains as `config` says, without sweeps, export and report, for scripts and notebooks.
+    """Trains as `config` says, without sweeps, export and report; for scripts and notebooks.
 
     Training continues from the last complete checkpoint in `workdir`, as `--mode=align` does with the same config, and
     `--mode=align` can finish a folder that this function started.
@@ -103,7 +105,7 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
       UserError: some input is bad, another run writes into `workdir`, or training is unstable.
     """
     workdir = Path(workdir)
-    _require_training(config)
+    _require_fields(config)
     if config.seeds:
         raise UserError("config.seeds: one run per seed is what --mode=align does; here give config.seed alone")
     with common.claimed(workdir, config):
@@ -116,23 +118,25 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
         return trainer.policy(trainer.run())
 
 
-def _require_training(config: ConfigDict) -> None:
+def _require_fields(config: ConfigDict) -> None:
+    """Raises a `UserError` if a field that training needs is unset."""
     require(config, "model.checkpoint", "data.train")
-    if _asks_reward_model(config):
+    if _needs_reward_model(config):
         require(config, "reward.model")
 
 
-def _asks_reward_model(config: ConfigDict) -> bool:
-    """Returns whether the algorithm uses rewards and draws rows that the reward model scores."""
+def _needs_reward_model(config: ConfigDict) -> bool:
+    """Returns whether the algorithm maximises a reward and some kind of row in its batches gets it from the reward
+    model."""
     kinds = [kind for kind, share in config.data.mixture.items() if share > 0]
     return ALGORITHMS[config.algorithm].rewarded and any(
         config.reward.by_kind[kind] == "reward_model" for kind in kinds
     )
 
 
-def _reward(config: ConfigDict, workdir: Path, mesh: Any) -> RewardByKind:
-    """Returns the reward of each kind of row, loading the reward model if it is needed."""
-    if not _asks_reward_model(config):
+def _reward(config: ConfigDict, workdir: Path, mesh: Mesh | None) -> RewardByKind:
+    """Returns what rewards the responses to each kind of row, with the reward model loaded if one is needed."""
+    if not _needs_reward_model(config):
         return RewardByKind(config.reward.by_kind.to_dict(), None)
     model = ScorerLoader(config, workdir, mesh)(config.reward.model)
     if model.metric != "tr":

@@ -1,9 +1,9 @@
 """`--mode=ask` answers one prompt about a user's own images at several exits, side by side."""
 
 import argparse
+import itertools
 import shutil
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,15 @@ from icet_jax.errors import UserError
 from icet_jax.runs import loading, shipped
 from icet_jax.runs.sources import checkpoint_directory
 
-_DEFAULT_EXITS = 5  # exits spread over the encoder, in addition to the default exit
-_NARROWEST = 28  # smallest width of a column in characters
-_GAP = "  "
+_DEFAULT_EXITS = 5  # evenly spaced exits that are asked if --exits is unset, in addition to the default exit
+_MIN_COLUMN_WIDTH = 28  # in characters
+_GAP = "  "  # between two columns
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Prints the responses; the images are opened and encoded once, up to the last requested exit.
+    """Prints the model's answer at each requested exit, side by side; returns 0.
+
+    The images are opened and encoded once, up to the last requested exit.
 
     Args:
       config: names the `model`; its `sweep` and `seed` define the sampling.
@@ -59,14 +61,19 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
 
 def parse_exits(text: str | None, num_exits: int, default_exit: int) -> list[int]:
-    """Returns exits in ascending order from "all" or "1,12,23"; if unset, a few over the whole encoder and the default.
+    """Returns the exits that `--exits` asks for, in ascending order.
+
+    Args:
+      text: "all", or numbers such as "1,12,23"; None means five evenly spaced exits and the default exit.
+      num_exits: number of the model's exits, which count from 1.
+      default_exit: exit that the model was trained on.
 
     Raises:
       UserError: the text is not a list of whole numbers, or an exit is out of range.
     """
     if text is None:
-        spread = np.linspace(1, num_exits, min(_DEFAULT_EXITS, num_exits)).round().astype(int).tolist()
-        return sorted({*spread, max(default_exit, 1)})
+        evenly_spaced = np.linspace(1, num_exits, min(_DEFAULT_EXITS, num_exits)).round().astype(int).tolist()
+        return sorted({*evenly_spaced, max(default_exit, 1)})
     if text.strip() == "all":
         return list(range(1, num_exits + 1))
     try:
@@ -80,19 +87,24 @@ def parse_exits(text: str | None, num_exits: int, default_exit: int) -> list[int
 
 
 def side_by_side(answers: dict[str, str], width: int) -> str:
-    """Returns columns of wrapped text under their names, as many next to each other as fit into `width` characters."""
-    per_band = max(1, (width + len(_GAP)) // (_NARROWEST + len(_GAP)))
-    bands = -(-len(answers) // per_band)
-    names = list(answers)
-    parts = [band.tolist() for band in np.array_split(np.asarray(names, dtype=object), bands)]
-    column = (width + len(_GAP)) // max(map(len, parts)) - len(_GAP)
-    return "\n\n".join(_band({name: answers[name] for name in part}, column) for part in parts)
+    """Returns one column of wrapped text per answer, headed by its name.
+
+    Columns stand next to each other as far as `width` characters allow. The others follow below, in further blocks of
+    columns.
+
+    Args:
+      answers: text by the name of its column.
+      width: characters per line.
+    """
+    most_columns = max(1, (width + len(_GAP)) // (_MIN_COLUMN_WIDTH + len(_GAP)))
+    num_blocks = -(-len(answers) // most_columns)
+    blocks = [block.tolist() for block in np.array_split(np.asarray(list(answers), dtype=object), num_blocks)]
+    column_width = (width + len(_GAP)) // max(map(len, blocks)) - len(_GAP)
+    return "\n\n".join(_columns({name: answers[name] for name in block}, column_width) for block in blocks)
 
 
-def _band(answers: dict[str, str], width: int) -> str:
+def _columns(answers: dict[str, str], width: int) -> str:
+    """Returns the answers as columns that are `width` characters wide and all stand next to each other."""
     columns = [[name, "-" * width, *(textwrap.wrap(answer, width) or ["(empty)"])] for name, answer in answers.items()]
-    height = max(map(len, columns))
-    rows: Sequence[Sequence[str]] = [
-        [column[i] if i < len(column) else "" for column in columns] for i in range(height)
-    ]
+    rows = itertools.zip_longest(*columns, fillvalue="")
     return "\n".join(_GAP.join(cell.ljust(width) for cell in row).rstrip() for row in rows)

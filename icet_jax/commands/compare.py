@@ -11,7 +11,12 @@ from icet_jax.errors import UserError
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes DIR/compare.html and DIR/figures without reading a config or a model.
+    """Writes DIR/compare.html and DIR/figures from the files of the runs alone; returns 0.
+
+    Args:
+      config: unused.
+      workdir: unused.
+      options: `runs`, the run directories, and `out`, the folder DIR.
 
     Raises:
       UserError: --out is missing, there are fewer than two runs, or the runs cannot be compared.

@@ -26,12 +26,12 @@ from icet_jax.runs import common, model_card, run_dir, run_lock
 from icet_jax.training.loop import best_state, newest_state, open_checkpoints
 from icet_jax.vlm import VLM
 
-# A file that every finished export of this form has.
-_MARKS = {"full": "config.json", "adapter": adapters.CONFIG}
+# A file of each form of export that exists only if the export is complete.
+_MARKER_FILES = {"full": "config.json", "adapter": adapters.CONFIG}
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes the newest (or best) complete checkpoint of the run in `workdir`, for every seed of the run.
+    """Writes the model of the run in `workdir`, or one per seed, from its newest (or best) checkpoint; returns 0.
 
     Args:
       config: replaced by the run's own config.json.
@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         directory into which a run is writing.
     """
     if workdir is None:
-        raise UserError("--mode=export needs --workdir, the run whose model is wanted")
+        raise UserError("--mode=export needs --workdir, the run directory whose model is exported")
     if not (workdir / "config.json").is_file():
         raise UserError(f"--workdir={workdir}: no run (config.json) is there; give the folder of a run")
     config = run_dir.read_config(workdir / "config.json")
@@ -108,16 +108,18 @@ def write_exports(
     config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_scale: float | None, workdir: Path, out: Path, *,
     again: bool,
 ) -> list[Path]:  # fmt: skip
-    """Writes the forms of `config.export.form`, each with its value head and model card; returns the folders.
+    """Writes the trained model as `config.export.form` says: merged weights, an adapter or both; returns the folders.
+
+    Each folder also gets the value head, if there is one, and a model card.
 
     Args:
       config: config of the run.
-      vlm: the model before training, with its start adapter; under LoRA its weights are not read.
+      vlm: the model before training, with its start adapter; its weights are not read if adapters were trained.
       trainable: the trained parameters (`TrainState.trainable`).
       lora_scale: alpha / rank; None after full fine-tuning.
       workdir: run directory, from which the model card is written.
       out: folder of the full model; the adapter goes to `out`/adapter.
-      again: whether a finished export is replaced instead of kept.
+      again: whether a complete export is written again; if False it is kept.
 
     Raises:
       UserError: a folder cannot be written.
@@ -128,7 +130,7 @@ def write_exports(
     if config.export.form != "full":
         folders["adapter"] = out / ADAPTER
     for form, folder in folders.items():
-        if agree((folder / _MARKS[form]).is_file() and not again):
+        if agree((folder / _MARKER_FILES[form]).is_file() and not again):
             continue
         if out == workdir / "hf":  # an earlier check does not apply to the new files
             on_first(functools.partial((workdir / EXPORT_CHECK).unlink, missing_ok=True))
@@ -139,16 +141,17 @@ def write_exports(
             shared |= {"source_dir": vlm.directory, "trained": _trained(lora), "max_shard_bytes": limit}
             save_vlm(folder, vlm.config, params, lora=lora, **shared)
         elif lora is not None:
-            save_adapter(folder, lora, vlm.config, base=_base(config, vlm), revision=config.model.revision, **shared)
+            base = _base_model(config, vlm)
+            save_adapter(folder, lora, vlm.config, base=base, revision=config.model.revision, **shared)
     return list(folders.values())
 
 
 def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_scale: float | None) -> VLM:
-    """Returns the model that the export will contain, bit for bit as loading it gives; a run measures this after
-    training.
+    """Returns the trained model with exactly the weights that loading its export will give.
 
-    That is the model in `workdir`/hf, or if `config.export.form` is "adapter" the base with the adapter merged into it.
-    Weights of `vlm` that training has changed are deleted one by one, so `vlm` must not be used again.
+    A run measures this model after training. It is the model in `workdir`/hf; if `config.export.form` is "adapter", it
+    is the base model with the adapter merged into it. Weights of `vlm` that training has changed are deleted one by one
+    to save memory, so `vlm` must not be used again.
 
     Args:
       config: config of the run.
@@ -168,11 +171,11 @@ def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_sc
 
 
 def _trained(lora: Lora | None) -> tuple[str, ...]:
-    """Returns the roots of the parameters that training changes directly."""
+    """Returns the parts of the model whose weights were trained themselves: the decoder, or none if there is LoRA."""
     return (POLICY_ROOT,) if lora is None else ()
 
 
-def _base(config: ConfigDict, vlm: VLM) -> str:
-    """Returns what PEFT must load first: the hub id that the config names, or the directory of the model."""
+def _base_model(config: ConfigDict, vlm: VLM) -> str:
+    """Returns the model that PEFT must load before the adapter: a hub id if the config names one, else its folder."""
     spec: str = config.model.checkpoint
     return spec if ":" not in spec and not Path(spec).expanduser().is_dir() else str(vlm.directory)

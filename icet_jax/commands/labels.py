@@ -10,14 +10,13 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from icet_jax import report
 from icet_jax.errors import UserError
 from icet_jax.evaluation.summary import Row, difference, summarise
-from icet_jax.files import seal, write_text_atomic
+from icet_jax.files import JsonObject, seal, write_text_atomic
 from icet_jax.report.loading import read_json
 from icet_jax.runs import run_dir
 from icet_jax.runs.agreement import finished_sweeps, read_transcript, write_agreement
@@ -25,7 +24,9 @@ from icet_jax.scorers.human import METRIC, Answer, read_labels, sample, to_csv
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes the sample, or reads labels, of the run in `workdir` with all its seeds.
+    """Writes a sample of the run's responses for people to label, or adds their labels to the run; returns 0.
+
+    A run of several seeds is sampled and labelled as a whole.
 
     Args:
       config: replaced by the run's own config.json.
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         raise UserError(f"--workdir={workdir}: no run (config.json) is there; give the folder of a run")
     config = run_dir.read_config(workdir / "config.json")
     folders = {f"seed_{seed}": workdir / f"seed_{seed}" for seed in config.seeds} or {"": workdir}
-    answers = [answer for name, folder in folders.items() for answer in _answers(name, folder)]
+    answers = [answer for name, folder in folders.items() for answer in _forbidden_answers(name, folder)]
     if not answers:
         raise UserError(f"--workdir={workdir}: has no finished sweep of forbidden rows to label; let it go on")
     if options.out is not None:
@@ -56,7 +57,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     if not labels.unsafe:
         raise UserError(f"--labels={options.labels}: gives no verdict on an answer of this run; fill in column unsafe")
     for name, folder in folders.items():
-        _apply(labels.unsafe, name, folder)
+        _add_to_transcripts(labels.unsafe, name, folder)
         _summarise_again(folder)
         _print_agreement(write_agreement(folder))
         if folder != workdir:
@@ -66,37 +67,45 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     return 0
 
 
-def _answers(name: str, folder: Path) -> list[Answer]:
-    """Returns the responses that people can judge, those to forbidden prompts."""
+def _forbidden_answers(seed_name: str, folder: Path) -> list[Answer]:
+    """Returns the answers to forbidden prompts in the run directory `folder`; `seed_name` is "seed_K", or "" if the run
+    has one seed."""
     return [
-        Answer(name, dataset, phase, row)
-        for phase, dataset, path in finished_sweeps(folder)
+        Answer(seed_name, dataset, side, row)
+        for side, dataset, path in finished_sweeps(folder)
         for row in read_transcript(path)
         if row["kind"] == "forbidden"
     ]
 
 
 def _write_sample(answers: list[Answer], options: argparse.Namespace, seed: int) -> None:
+    """Writes `options.rows` randomly drawn answers to the CSV file `options.out`, and says so on standard error."""
     if options.out.exists():
         raise UserError(f"--out={options.out}: exists already and may hold labels; choose another name")
     if options.rows < 1:
         raise UserError(f"--rows={options.rows}: must be above 0")
-    chosen = sample(answers, options.rows, seed)
-    write_text_atomic(options.out, to_csv(chosen, verdicts=options.verdicts))
+    sampled = sample(answers, options.rows, seed)
+    write_text_atomic(options.out, to_csv(sampled, verdicts=options.verdicts))
     print(
-        f"{options.out}: {len(chosen)} of {len(answers)} answers. Fill in column unsafe with yes or no and keep column "
-        "key; the answers may be offensive or dangerous, so mind who gets the file.",
+        f"{options.out}: {len(sampled)} of {len(answers)} answers. Fill in column unsafe with yes or no and keep "
+        "column key; the answers may be offensive or dangerous, so mind who gets the file.",
         file=sys.stderr,
     )
 
 
-def _apply(unsafe: Mapping[str, bool], name: str, folder: Path) -> None:
-    """Adds the labels to the transcripts of one run."""
-    for phase, dataset, path in finished_sweeps(folder):
+def _add_to_transcripts(unsafe: Mapping[str, bool], seed_name: str, folder: Path) -> None:
+    """Adds the labels to the transcripts in the run directory `folder`.
+
+    Args:
+      unsafe: whether people call an answer unsafe, by the answer's key.
+      seed_name: "seed_K", or "" if the run has one seed; part of the keys.
+      folder: run directory of that seed.
+    """
+    for side, dataset, path in finished_sweeps(folder):
         rows = read_transcript(path)
         for row in rows:
             row.pop("crc32", None)  # the checksum of the row without the label
-            verdict = unsafe.get(Answer(name, dataset, phase, row).key)
+            verdict = unsafe.get(Answer(seed_name, dataset, side, row).key)
             if verdict is not None:
                 row["scores"][METRIC] = float(verdict)
                 row.setdefault("labels", {})[METRIC] = "unsafe" if verdict else "safe"
@@ -106,30 +115,32 @@ def _apply(unsafe: Mapping[str, bool], name: str, folder: Path) -> None:
 def _summarise_again(folder: Path) -> None:
     """Writes the tables of all finished sweeps and their differences again from the transcripts."""
     rows: dict[tuple[str, str], list[Row]] = {}
-    for phase, dataset, path in finished_sweeps(folder):
-        rows[phase, dataset] = read_transcript(path)
-        table = folder / "sweeps" / f"{phase}.{dataset}.json"
+    for side, dataset, path in finished_sweeps(folder):
+        rows[side, dataset] = read_transcript(path)
+        table = folder / "sweeps" / f"{side}.{dataset}.json"
         content = read_json(table)
         exits = [layer["layer"] for layer in content["layers"]]
-        _write(table, content | summarise(rows[phase, dataset], exits, content["num_exits"]))
+        _write(table, content | summarise(rows[side, dataset], exits, content["num_exits"]))
         table = folder / "sweeps" / f"difference.{dataset}.json"
-        if phase == "after" and table.exists():
+        if side == "after" and table.exists():
             both = rows["before", dataset], rows["after", dataset]
             _write(table, read_json(table) | difference(*both, exits, content["num_exits"]))
 
 
 def _print_labels(unsafe: Mapping[str, bool], dropped: Counter[str], path: Path) -> None:
+    """Prints how many labels were read from `path`, and how many rows were left out for which reason."""
     print(f"{path}: {len(unsafe)} labels, {sum(unsafe.values())} of them unsafe", file=sys.stderr)
     for reason, count in dropped.most_common():
         print(f"  {count} rows left out: {reason}", file=sys.stderr)
 
 
-def _print_agreement(table: Mapping[str, Any]) -> None:
+def _print_agreement(table: JsonObject) -> None:
+    """Prints the agreement of people with every other judge, from the content of agreement.json."""
     for pair in table["pairs"]:
         if METRIC in (pair["a"], pair["b"]):
             kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
             print(f"{pair['a']} and {pair['b']}: kappa {kappa} over {pair['n']} answers", file=sys.stderr)
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, content: JsonObject) -> None:
     write_text_atomic(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -1,9 +1,8 @@
 """`--mode=plan` tells whether a run will fit, and what will limit its speed, for chips that need not be present.
 
-Every phase of a training run, with any algorithm, and the responses of a sweep are compiled ahead of time for the
-topology, from shapes alone; the compiler reports the memory of each chip. For GPUs there is no compiler without the
-hardware, so only a lower bound from shapes is given. Times are estimates at the chip's published peak, which no run
-reaches.
+Every phase of a training iteration and of a sweep is compiled ahead of time for the topology, from shapes alone. The
+compiler reports how much memory the phase takes on each chip. GPUs have no compiler that works without the hardware, so
+for them the plan is a lower bound from shapes. Times are estimates at the chip's published peak, which no run reaches.
 """
 
 import argparse
@@ -11,10 +10,12 @@ import dataclasses
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
+from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from icet_jax.algorithms.base import PlannedPhase
@@ -28,24 +29,24 @@ from icet_jax.planning import advice as plan_advice
 from icet_jax.planning import batch as plan_batch
 from icet_jax.planning.ahead import AbstractRun, bytes_per_device
 from icet_jax.planning.scorers import scorer_bytes
-from icet_jax.planning.work import Work, work
+from icet_jax.planning.work import PhaseCost, phase_cost
 
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanLine:
-    """Holds one phase of the plan; bytes are per chip, None is unknown.
+    """Holds the memory and the cost of one phase; bytes are per chip, None means unknown.
 
     Attributes:
       phase: name of the phase.
       weights: bytes of the frozen model.
       trained: bytes of adapters (or float32 masters), value head and optimizer, which stay on the chips in every phase.
-      judges: bytes of the weights of judges and reward model, which stay too; without those of unknown size.
-      inputs: bytes of batch and features.
-      cache: bytes of keys and values, as the sharding rules place them.
+      judges: bytes of the weights of judges and reward model, which also stay; those of unknown size are not counted.
+      inputs: bytes of batch and image features.
+      cache: bytes of the KV cache, as the sharding rules place it.
       temporaries: all other bytes that the compiled program allocates, results included.
-      work: operations and bytes read.
+      work: operations, and bytes of weights read.
       moved: bytes that a chip exchanges with others.
       refused: message of the compiler if the program does not fit, else "".
     """
@@ -57,30 +58,32 @@ class PlanLine:
     inputs: int
     cache: int
     temporaries: int | None
-    work: Work
+    work: PhaseCost
     moved: int | None
     refused: str = ""
 
     @property
     def total(self) -> int:
-        """Returns the known part of the memory."""
+        """Returns the bytes per chip that are known: all of them, or all but the temporaries."""
         return self.weights + self.trained + self.judges + self.inputs + self.cache + (self.temporaries or 0)
 
     def fits(self, chip: topologies.Chip) -> bool | None:
-        """Returns whether the phase fits on a chip; None if that is unknown."""
+        """Returns whether the phase fits into the memory of each chip; None if that is unknown."""
         if self.refused or (chip.memory is not None and self.total > chip.memory):
             return False
         return None if chip.memory is None or self.temporaries is None else True
 
     def seconds(self, chip: topologies.Chip, count: int) -> tuple[float, str] | None:
-        """Returns the time of a phase at the chip's peak, and what limits it; None for a chip without a published
-        peak."""
+        """Returns the seconds of the phase on `count` chips at their peak, and the key of `bounds` that limits it.
+
+        Returns None for a chip without a published peak.
+        """
         bounds = self.bounds(chip, count)
         return None if bounds is None else max((time, name) for name, time in bounds.items())
 
     def bounds(self, chip: topologies.Chip, count: int) -> dict[str, float] | None:
-        """Returns the seconds for matrix products, memory reads and exchanges between chips, each at the peak of
-        `count` chips."""
+        """Returns the seconds that matrix products ("products"), memory reads ("memory") and exchanges between chips
+        ("links") each take at the peak of `count` chips; None for a chip without a published peak."""
         if chip.flops is None or chip.bandwidth is None or chip.links is None:
             return None
         return {
@@ -91,12 +94,12 @@ class PlanLine:
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Prints the plan; returns 0 unless some part of the run does not fit, else 1.
+    """Prints the plan; returns 1 if some phase does not fit, else 0.
 
     Args:
       config: config of the run.
       workdir: unused, because a plan writes nothing.
-      options: `topology`.
+      options: `topology`, the chips, such as "v5e:8x8"; `largest_batch`, whether to search for the largest batches too.
 
     Raises:
       UserError: the topology is missing or unknown, the mesh does not fit it, the model's sizes are unknown, or libtpu
@@ -115,58 +118,69 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     print("\n".join(remarks(config, lines, abstract, topology)))
     if options.largest_batch:
         for field in plan_batch.FIELDS:
-            print(
-                plan_batch.largest(config, topology, field, lines, lambda *given: plan(given[0], topology, given[1])[0])
-            )
+            print(plan_batch.largest(config, topology, field, lines, lambda cfg, part: plan(cfg, topology, part)[0]))
     return int(any(line.fits(topology.chip) is False for line in lines))
 
 
 def plan(
     config: ConfigDict, topology: topologies.Topology, part: str | None = None
 ) -> tuple[list[PlanLine], AbstractRun]:  # fmt: skip
-    """Returns the phases of a run of `config` on `topology`, compiled if a compiler is available.
+    """Plans a run of `config` on `topology`, with compiled programs if there is a compiler for these chips.
 
     Args:
       config: config of the run.
       topology: the chips.
-      part: "sweep" or "training", for only the phases of one of them.
+      part: "sweep" or "training" to plan the phases of one of them; None for all.
+
+    Returns:
+      One line per phase, and the run as shapes.
 
     Raises:
       UserError: see `run`.
     """
     devices = topology.devices()
+    mesh: Mesh | AbstractMesh
     if devices is None:
-        mesh: Any = abstract_mesh(mesh_shape(topology.count, **config.mesh))
+        mesh = abstract_mesh(mesh_shape(topology.count, **config.mesh))
     else:
         mesh = make_mesh(**config.mesh, devices=devices)
     abstract = AbstractRun(config, mesh)
     check_heads(mesh.shape["tensor"], abstract.vlm.config)
     judges = sum(size or 0 for size in scorer_bytes(config, mesh).values())
     phases = {None: abstract.phases, "sweep": abstract.sweep_phases, "training": abstract.training_phases}[part]
-    programs: dict[str, Any] = {}
+    programs: dict[str, Compiled | None] = {}
     lines = []
     for phase in phases(lambda phase: programs.get(phase.name)):
         program, refused = None, ""
         if devices is not None:
             print(f"icet-jax: compiling {phase.name} for {topology.name}", file=sys.stderr)
-            program, refused = _compile(phase, room(topology.chip, phase, judges))
+            program, refused = _compile(phase, memory_limit(topology.chip, phase, judges))
             programs[phase.name] = program
         lines.append(_line(abstract, phase, judges, program, refused))
     return lines, abstract
 
 
-def room(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int | None:
-    """Returns the bytes of a chip that a phase's program may use; None if that is unknown.
+def memory_limit(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int | None:
+    """Returns the bytes of a chip that the program of a phase may use; None if the chip's memory is unknown.
 
-    Without this limit the compiler uses all of a chip if that is faster, for weights gathered ahead of time, because it
-    does not know of weights and training state on the chip that do not belong to the program.
+    The compiler does not know of weights and train state that lie on the chip without belonging to the program. Without
+    this limit it would use their memory too wherever that makes the program faster.
+
+    Args:
+      chip: kind of chip.
+      phase: the phase, which names what else lies on the chip.
+      judges: bytes per chip of judges and reward model.
     """
     return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
 
 
-def _compile(phase: PlannedPhase, room: int | None = None) -> tuple[Any, str]:
-    """Returns the program, limited to `room` bytes, or the compiler's reason why no chip can hold it."""
-    options = {} if room is None else {"xla_tpu_max_hbm_size_mib": max(room >> 20, 1)}
+def _compile(phase: PlannedPhase, limit: int | None = None) -> tuple[Compiled | None, str]:
+    """Compiles a phase so that it uses at most `limit` bytes per chip (None: all of a chip).
+
+    Returns:
+      The program and "", or None and the compiler's reason why no chip can hold it.
+    """
+    options = {} if limit is None else {"xla_tpu_max_hbm_size_mib": max(limit >> 20, 1)}
     try:
         return phase.lower().compile(compiler_options=options), ""
     except jax.errors.JaxRuntimeError as error:
@@ -176,7 +190,8 @@ def _compile(phase: PlannedPhase, room: int | None = None) -> tuple[Any, str]:
         return None, f"the compiler needs {match[1].lstrip('(')}iB for it" if match else str(error).splitlines()[0]
 
 
-def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Any, refused: str) -> PlanLine:
+def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Compiled | None, refused: str) -> PlanLine:
+    """Returns the line of one phase: sizes from shapes and, if there is a `program`, from the compiler's report."""
     cache, temporaries, moved = bytes_per_device(phase.cache), None, None
     if program is not None:
         memory = program.memory_analysis()
@@ -185,7 +200,7 @@ def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Any,
         cache_in_program = 0 if phase.held else min(cache, allocated)
         cache = cache if phase.held else cache_in_program
         temporaries = allocated - cache_in_program
-        moved = _moved(program)
+        moved = _moved_bytes(program.as_text)
     return PlanLine(
         phase=phase.name,
         weights=bytes_per_device(abstract.vlm.params),
@@ -194,40 +209,41 @@ def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Any,
         inputs=bytes_per_device(phase.inputs),
         cache=cache,
         temporaries=temporaries,
-        work=work(abstract, phase.name),
+        work=phase_cost(abstract, phase.name),
         moved=moved,
         refused=refused,
     )
 
 
-def _moved(program: Any) -> int | None:
-    """Returns the bytes that a chip exchanges with others, or None if the program's text does not show them."""
+def _moved_bytes(program_text: Callable[[], str | None]) -> int | None:
+    """Returns the bytes that a chip exchanges with others; None if the text of the compiled program does not show
+    them."""
     try:
-        return moved_bytes(program.as_text())
-    except jax.errors.JaxRuntimeError:  # some libtpu write what jaxlib's older XLA cannot read
+        return moved_bytes(program_text() or "")
+    except jax.errors.JaxRuntimeError:  # some versions of libtpu write programs that jaxlib's older XLA cannot read
         return None
 
 
-_HEAD = (
+_HEADER = (
     "phase", "weights", "trained", "judges", "inputs", "cache", "temporaries", "GiB/chip", "fits", "Tflop/chip",
     "moved GiB", "seconds", "bound by",
 )  # fmt: skip
 
 
 def table(lines: list[PlanLine], topology: topologies.Topology) -> str:
-    """Returns the plan as text: memory per chip in GiB, and the time of each phase at the peak."""
+    """Returns the plan as a text table: memory per chip in GiB, and the seconds of each phase at the chips' peak."""
     chip = topology.chip
-    rows: list[tuple[str, ...]] = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEADER]
     for line in lines:
         time = line.seconds(chip, topology.count)
         fits = line.fits(chip)
         sizes = (line.weights, line.trained, line.judges, line.inputs, line.cache, line.temporaries)
-        least = ">" if line.temporaries is None else ""
+        at_least = ">" if line.temporaries is None else ""
         rows.append(
             (
                 line.phase,
                 *map(_gib, sizes),
-                least + _gib(line.total),
+                at_least + _gib(line.total),
                 "?" if fits is None else "yes" if fits else "NO",
                 f"{line.work.flops / topology.count / 1e12:.3g}",
                 _gib(line.moved),
@@ -235,7 +251,7 @@ def table(lines: list[PlanLine], topology: topologies.Topology) -> str:
                 "-" if time is None else time[1],
             )
         )  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     return "\n".join(
         "  ".join(cell.ljust(width) if column in (0, 12) else cell.rjust(width)
                   for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
@@ -244,17 +260,18 @@ def table(lines: list[PlanLine], topology: topologies.Topology) -> str:
 
 
 def _gib(size: int | None) -> str:
+    """Returns bytes as GiB with two decimals, "-" for None."""
     return "-" if size is None else f"{size / _GIB:.2f}"
 
 
-_LEAVES_ROOM = (
-    "each program was compiled to leave room for what else lies on its chips; "
+_MEMORY_LIMIT_REMARK = (
+    "each program was compiled to leave free what weights and train state outside of it take on its chips; "
     "a run's compiler does so with LIBTPU_INIT_ARGS=--xla_tpu_max_hbm_size_mib=MIB"
 )
 
 
-def _judges(config: ConfigDict, mesh: Any) -> list[str]:
-    """Returns which scorers are counted, and which are not."""
+def _scorer_remarks(config: ConfigDict, mesh: Mesh | AbstractMesh) -> list[str]:
+    """Returns at most two lines: scorers whose weights the plan counts, and those whose size is unknown."""
     sizes = scorer_bytes(config, mesh)
     counted = ", ".join(f"{name} {_gib(size)}" for name, size in sizes.items() if size is not None)
     unknown = ", ".join(name for name, size in sizes.items() if size is None)
@@ -266,7 +283,7 @@ def _judges(config: ConfigDict, mesh: Any) -> list[str]:
 def remarks(
     config: ConfigDict, lines: list[PlanLine], abstract: AbstractRun, topology: topologies.Topology
 ) -> list[str]:
-    """Returns what the table is based on, what does not fit and how to fix it."""
+    """Returns the lines below the table: what it is based on, which phases do not fit, and how to fix that."""
     chip, mesh = topology.chip, dict(abstract.mesh.shape)
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     sentences = ["", f"{config.model.checkpoint} on {topology.name}: {topology.count} chips ({sizes})"]
@@ -276,17 +293,17 @@ def remarks(
         sentences.append(f"peak: {chip.flops / 1e12:.0f} Tflop/s, {chip.bandwidth or 0:.3g} B/s memory, ")
         sentences[-1] += f"{chip.links or 0:.3g} B/s links; {chip.source}"
         iteration = [line.seconds(chip, topology.count) for line in lines if not line.phase.startswith("sweep")]
-        least = math.fsum(time[0] for time in iteration if time is not None)
-        sentences.append(f"one iteration at that peak: about {least:.3g} s, without reward model and host")
+        total = math.fsum(time[0] for time in iteration if time is not None)
+        sentences.append(f"one iteration at that peak: about {total:.3g} s, without reward model and host")
     if any(line.temporaries is None and not line.refused for line in lines):
         sentences.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
     if any(line.moved is None and line.temporaries is not None for line in lines):
         sentences.append(
-            "moved '-': the program's text does not tell, or not the length of a loop that holds exchanges"
+            "moved '-': the text of the program does not show it, or a loop that exchanges data has unknown length"
         )
-    sentences += _judges(config, abstract.mesh)
+    sentences += _scorer_remarks(config, abstract.mesh)
     if any(line.temporaries is not None for line in lines) and chip.memory is not None:
-        sentences.append(_LEAVES_ROOM)
+        sentences.append(_MEMORY_LIMIT_REMARK)
     sentences += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
     broken = [line.phase for line in lines if line.fits(chip) is False]
     fixed = lines[0].weights + lines[0].trained + lines[0].judges

@@ -24,11 +24,12 @@ SCHEMA = 1
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Writes `config.data.train` and the sets of the sweeps, skipping those whose sources have not changed.
+    """Writes `config.data.train` and the sets of the sweeps, skipping those whose sources have not changed; returns 0.
 
-    It prints a table and writes it to `report.json` next to the sets: rows read, kept and dropped by reason, repeats,
-    test prompts that are training prompts, and, if the model's tokenizer is on this machine, rows whose prompts are too
-    long for it. These rows stay in the sets, which other models can use too; a run leaves them out.
+    It prints one line per set and writes the same facts to `report.json` next to the sets: rows read, kept and dropped
+    by reason, repeats, test prompts that are training prompts, and, if the model's tokenizer is on this machine, rows
+    whose prompts are too long for the model. Rows that are too long stay in the sets, because other models can use
+    them; a run leaves them out.
 
     Args:
       config: its `data` and `sweep` name the sources.
@@ -42,21 +43,21 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     directory = options.out if options.out is not None else config.data.directory
     if not directory:
         raise UserError("--mode=prepare needs a folder to write to: --config.data.directory=DIR or --out=DIR")
-    named = named_sets(config)
-    if not named:
+    sets = named_sets(config)
+    if not sets:
         raise UserError("--mode=prepare: the config names no data set (data.train, sweep.datasets, sweep.utility)")
     directory = Path(directory)
     reports, rows = {}, {}
     model = _model_directory(config, workdir)
     where = {"root": config.data.root, "image_root": config.data.image_root, "workdir": workdir}
-    undecoded = {name: sources.read_rows(source, limit=limit, **where) for name, (source, limit) in named.items()}
-    too_long = {} if model is None else _too_long(config, model, named, undecoded)
-    for name, (source, limit) in named.items():
+    undecoded = {name: sources.read_rows(source, limit=limit, **where) for name, (source, limit) in sets.items()}
+    too_long = {} if model is None else _too_long(config, model, sets, undecoded)
+    for name, (source, limit) in sets.items():
         reports[name] = _write_if_changed(directory, name, source, limit, where, undecoded[name])
         if model is not None:
             reports[name]["too_long"] = too_long[name]
         rows[name] = prepared.read_set(directory, name, source, limit)
-        print(_line(name, reports[name]))
+        print(_summary(name, reports[name]))
     train: list[Example] = rows.pop(TRAIN, [])
     overlap = sources.report_overlap(train, rows)
     content = {"schema": SCHEMA, "sets": reports, "prompts_shared_with_train": overlap}
@@ -66,7 +67,9 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
 
 def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
-    """Returns {name: (source, limit)} of every data set that the config names, with the training set as `TRAIN`.
+    """Returns {name: (source, limit)} of every data set that the config names; the training set has the name `TRAIN`.
+
+    The limit is the largest number of rows to read, None for all.
 
     Raises:
       UserError: a test set has the training set's name.
@@ -74,12 +77,15 @@ def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
     tests = {**config.sweep.datasets, **config.sweep.utility}
     if TRAIN in tests:
         raise UserError(f"config.sweep names a data set '{TRAIN}', which is what the training set is called; rename it")
-    named = {TRAIN: (config.data.train, None)} if config.data.train else {}
-    return named | {name: (source, config.sweep.limit) for name, source in tests.items()}
+    train = {TRAIN: (config.data.train, None)} if config.data.train else {}
+    return train | {name: (source, config.sweep.limit) for name, source in tests.items()}
 
 
 def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
-    """Returns the folder of `config.model.checkpoint`; None, with a printed message, if it is not on this machine."""
+    """Returns the folder of `config.model.checkpoint`.
+
+    Returns None if the config names no model, and None with a printed message if its files are not on this machine.
+    """
     spec = config.model.checkpoint
     if spec is None:
         return None
@@ -95,12 +101,19 @@ def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
 
 
 def _too_long(
-    config: ConfigDict, model: Path, named: dict[str, tuple[str, int | None]], undecoded: dict[str, Records]
+    config: ConfigDict, model: Path, sets: dict[str, tuple[str, int | None]], undecoded: dict[str, Records]
 ) -> dict[str, dict[str, int]]:
-    """Returns {set: {row id: positions}} of the prompts that a run will leave out, without decoding images."""
+    """Returns {set: {row id: positions of its prompt}} of the rows that a run will leave out as too long.
+
+    Args:
+      config: config of the run.
+      model: folder of the model.
+      sets: result of `named_sets`.
+      undecoded: rows of each set, with images that have not been decoded.
+    """
     processor, positions = load_processor(model, template=config.data.template), max_positions(read_hf_config(model))
     too_long = {}
-    for name, (source, _limit) in named.items():
+    for name, (source, _) in sets.items():
         examples = undecoded[name].examples
         _, too_long[name] = fitting_rows(config, processor, positions, source, name, examples, training=name == TRAIN)
     return too_long
@@ -109,8 +122,20 @@ def _too_long(
 def _write_if_changed(
     directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any], undecoded: Records
 ) -> JsonObject:
-    """Writes one set if it has changed; returns its `source.json` and whether it was `unchanged`."""
-    # Rows read without decoding images are a fast way to find out whether anything has changed.
+    """Writes one data set to `directory` unless the same set is already there.
+
+    Args:
+      directory: folder of the prepared sets.
+      name: name of the set.
+      source: source string of the set.
+      limit: largest number of rows; None for all.
+      where: folders in which `sources.read_rows` searches.
+      undecoded: rows of the set, with images that have not been decoded.
+
+    Returns:
+      The content of the set's `source.json`, with the additional key "unchanged": whether nothing was written.
+    """
+    # The hash of the undecoded rows shows fast whether anything has changed.
     fingerprint = prepared.fingerprint(source, limit, undecoded)
     try:
         stored = prepared.read_facts(directory, name)
@@ -124,7 +149,8 @@ def _write_if_changed(
     return {**prepared.write_set(directory, name, records, facts), "unchanged": False}
 
 
-def _line(name: str, report: JsonObject) -> str:
+def _summary(name: str, report: JsonObject) -> str:
+    """Returns one line about a prepared set: rows kept and dropped, images, and what is unusual about it."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items())
     parts = [
         f"{name}: {report['kept']} of {report['read']} rows kept",

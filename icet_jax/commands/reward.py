@@ -19,7 +19,7 @@ from icet_jax.checkpoints.run_state import RunState
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.config import require
 from icet_jax.data.hh_rlhf import PreferencePair, Preferences, read_pairs, split_by_prompt, without_prompts
-from icet_jax.errors import Stopped, UserError, during
+from icet_jax.errors import StopRun, UserError, during
 from icet_jax.evaluation.statistics import Interval, mean_interval
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.media.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer
 from icet_jax.training.metrics_log import MetricsLog
 from icet_jax.training.progress import Progress
 from icet_jax.training.reward_model import RewardState, RewardTrainer, TokenPair, tokenise
-from icet_jax.training.signals import kept_waiting
+from icet_jax.training.signals import delay_signals
 
 SCHEMA = 1
 _ORGANISM_PAIRS = {"train": 4096, "test": 1024}
@@ -42,8 +42,8 @@ class PairSet(NamedTuple):
 
     Attributes:
       pairs: the texts.
-      tokens: the tokens of each pair.
-      facts: fields for reward.json: source, rows read, pairs used, and pairs left out by reason.
+      tokens: the token ids of each pair.
+      facts: what reward.json says of the set: source, rows read, pairs used, and pairs left out by reason.
     """
 
     pairs: list[PreferencePair]
@@ -52,10 +52,11 @@ class PairSet(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
-    """Trains, tests and exports, continuing where an earlier process in `workdir` stopped.
+    """Trains a reward model, tests it on held-out pairs and exports it; returns 0.
 
-    Writes `hf/` (the model), `reward.json` (held-out accuracy with its interval, and pairs that were left out),
-    metrics.jsonl, cost.json and checkpoints.
+    If an earlier process stopped in `workdir`, the work continues from what that process saved. It writes
+    `hf/` (the model), `reward.json` (held-out accuracy with its interval, and pairs that were left out), metrics.jsonl,
+    cost.json and checkpoints.
 
     Raises:
       UserError: some input is bad (found before training), pairs or base model differ from those that the run in
@@ -68,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
     result = workdir / "reward.json"
     with run_lock.locked(workdir):
         run_dir.claim(workdir, config)
-        _check_same(config, workdir)
+        _check_inputs(config, workdir)
         if not (result.is_file() and (workdir / "hf" / "config.json").is_file()):
             train(config, workdir, name)
     print(f"{_summary(json.loads(result.read_text(encoding='utf-8')))}\nmodel: {workdir / 'hf'}", file=sys.stderr)
@@ -76,19 +77,23 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def train(config: ConfigDict, workdir: Path, name: str) -> None:
-    """Performs one training in `workdir`, which `config` has claimed; `name` is the model's name in metrics."""
+    """Trains a reward model, tests it, and writes `hf/` and reward.json.
+
+    Args:
+      config: config of the run.
+      workdir: the run directory of `config` (`run_dir.claim`).
+      name: name of the model in metrics.
+    """
     template = config.rm.template or HH_TEMPLATE
     base = _load_base(config, workdir)
     tokenizer = load_tokenizer(base.directory)
-    encode = GPT2PairTokenizer(
-        tokenizer, template=template, max_length=min(config.rm.max_tokens, base.config.n_positions)
-    )
-    learned, held_out = load_sets(config, encode, base.config.vocab_size)
-    steps = max(1, int(config.rm.epochs * len(learned.pairs) / config.rm.batch_size))
+    encode = GPT2PairTokenizer(tokenizer, template=template, max_length=min(config.rm.max_tokens, base.config.n_positions))
+    train_set, held_out = load_sets(config, encode, base.config.vocab_size)
+    steps = max(1, int(config.rm.epochs * len(train_set.pairs) / config.rm.batch_size))
     optimizer = OptimizerSettings(**dict(config.optimizer), total_steps=steps)
     trainer = RewardTrainer(
         base.graphdef,
-        learned.tokens,
+        train_set.tokens,
         make_optimizer(optimizer),
         longest=encode.max_length,
         batch_size=config.rm.batch_size,
@@ -98,11 +103,11 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
         mesh=visible_mesh(**config.mesh),
     )
     costs = run_dir.Costs(workdir)
-    with costs.phase("train"), during("fitting the reward model"):
-        state, last = _train(config, workdir, trainer, trainer.start(base.params), optimizer)
-    with costs.phase("held_out"):
+    with costs.stage("train"), during("fitting the reward model"):
+        state, last_metrics = _run_steps(config, workdir, trainer, trainer.start(base.params), optimizer)
+    with costs.stage("held_out"):
         margins = trainer.margins(state.params, held_out.tokens)
-    with costs.phase("export"):
+    with costs.stage("export"):
         save_reward_model(
             workdir / "hf", nnx.merge(base.graphdef, state.params), tokenizer, name=name, template=template
         )
@@ -112,27 +117,29 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
         "name": name,
         "base": config.model.checkpoint,
         "steps": steps,
-        "last_step": last,
-        "pairs": {"train": learned.facts, "held_out": held_out.facts},
-        "accuracy": _estimate(mean_interval((margins > 0).astype(float), prompts, share=True), len(prompts)),
-        "margin": _estimate(mean_interval(margins, prompts, share=False), len(prompts)),
+        "last_step": last_metrics,
+        "pairs": {"train": train_set.facts, "held_out": held_out.facts},
+        "accuracy": _to_json(mean_interval((margins > 0).astype(float), prompts, share=True), len(prompts)),
+        "margin": _to_json(mean_interval(margins, prompts, share=False), len(prompts)),
     }
     write_text_atomic(workdir / "reward.json", json.dumps(content, indent=1) + "\n")
 
 
-def _check_same(config: ConfigDict, workdir: Path) -> None:
-    """Checks that pairs and base model are those that the run in `workdir` started with, even if it has finished."""
+def _check_inputs(config: ConfigDict, workdir: Path) -> None:
+    """Raises a `UserError` if pairs or base model differ from those that the run in `workdir` started with."""
     sets = {"train": config.rm.train, "held_out": config.rm.held_out}
-    pairs = {name: _pairs(source, config.seed).pairs for name, source in sets.items() if source is not None}
+    pairs = {name: _read_pairs(source, config.seed).pairs for name, source in sets.items() if source is not None}
     fingerprints.check_pairs(workdir, pairs)
     fingerprints.check_checkpoint(workdir, {"model": _base_directory(config, workdir)})
 
 
 def _base_directory(config: ConfigDict, workdir: Path) -> Path:
+    """Returns the folder of the GPT-2 checkpoint that training starts from."""
     return local_directory(sources.checkpoint_directory(config.model.checkpoint, workdir), config.model.revision)
 
 
 def _load_base(config: ConfigDict, workdir: Path) -> Checkpoint:
+    """Returns the GPT-2 model that training starts from, with a score head."""
     directory = _base_directory(config, workdir)
     mesh = visible_mesh(**config.mesh)
     return load_gpt2_base(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat, seed=config.seed)
@@ -143,46 +150,47 @@ def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) ->
 
     Args:
       config: `rm.train`, `rm.held_out` or else `rm.held_out_share`, and `seed`.
-      encode: encodes pairs as tokens.
-      vocab_size: vocabulary size of the network.
+      encode: encodes pairs as token ids.
+      vocab_size: number of tokens that the network knows.
 
     Raises:
       UserError: a file has no usable pairs, nothing is left of a set, or the tokenizer belongs to another model.
     """
-    train = _read(config.rm.train, config.seed)
+    train = _read_pairs(config.rm.train, config.seed)
+    _print_report(train, config.rm.train)
     if config.rm.held_out is None:
-        pairs, tests = split_by_prompt(train.pairs, config.rm.held_out_share, config.seed)
-        read, dropped = len(tests), Counter[str]()
-        train.dropped["held out"] += read
+        train_pairs, test_pairs = split_by_prompt(train.pairs, config.rm.held_out_share, config.seed)
+        test_read, test_dropped = len(test_pairs), Counter[str]()
+        train.dropped["held out"] += test_read
     else:
-        held_out = _read(config.rm.held_out, config.seed)
-        pairs, tests = train.pairs, without_prompts(held_out.pairs, train.pairs)
-        read, dropped = held_out.read, held_out.dropped
-        dropped["a prompt of the training pairs"] += len(held_out.pairs) - len(tests)
-    learned = _tokenised(config.rm.train, pairs, train.read, train.dropped, encode)
-    tested = _tokenised(config.rm.held_out or config.rm.train, tests, read, dropped, encode)
-    for what, pair_set in (("train", learned), ("held_out", tested)):
+        held_out = _read_pairs(config.rm.held_out, config.seed)
+        _print_report(held_out, config.rm.held_out)
+        train_pairs, test_pairs = train.pairs, without_prompts(held_out.pairs, train.pairs)
+        test_read, test_dropped = held_out.read, held_out.dropped
+        test_dropped["a prompt of the training pairs"] += len(held_out.pairs) - len(test_pairs)
+    train_set = _tokenise_set(config.rm.train, train_pairs, train.read, train.dropped, encode)
+    test_set = _tokenise_set(config.rm.held_out or config.rm.train, test_pairs, test_read, test_dropped, encode)
+    for field, pair_set in (("train", train_set), ("held_out", test_set)):
         if not pair_set.pairs:
-            raise UserError(f"config.rm.{what}: no pair is left ({_reasons(pair_set.facts['dropped'])}); bring more")
+            reasons = _count_reasons(pair_set.facts["dropped"])
+            raise UserError(f"config.rm.{field}: no pair is left ({reasons}); give more pairs")
         highest = max(max(ids) for pair in pair_set.tokens for ids in pair)
         if highest >= vocab_size:
             raise UserError(
-                f"config.model.checkpoint: its tokenizer gives token {highest}, but its network knows {vocab_size}; "
-                "give a checkpoint whose files belong together"
+                f"config.model.checkpoint: its tokenizer gives token {highest}, but its network knows {vocab_size} "
+                "tokens; give a checkpoint whose files belong together"
             )
-    return learned, tested
+    return train_set, test_set
 
 
-def _read(source: str, seed: int) -> Preferences:
-    """Returns `_pairs`, and prints a report of bad rows to standard error."""
-    preferences = _pairs(source, seed)
+def _print_report(preferences: Preferences, source: str) -> None:
+    """Prints how many pairs a file has and which rows were left out; nothing for pairs of the organism."""
     if not source.startswith("organism:"):
         print(f"icet-jax: {preferences.report()}", file=sys.stderr)
-    return preferences
 
 
-def _pairs(source: str, seed: int) -> Preferences:
-    """Returns the pairs of a file, or of the organism."""
+def _read_pairs(source: str, seed: int) -> Preferences:
+    """Returns the pairs of a file, or of the organism ("organism:train:COUNT"), the small embedded test model."""
     origin, _, rest = source.partition(":")
     if origin != "organism":
         return read_pairs(source)
@@ -195,10 +203,18 @@ def _pairs(source: str, seed: int) -> Preferences:
     return Preferences(Path(source), pairs, len(pairs))
 
 
-def _tokenised(
+def _tokenise_set(
     source: str, pairs: Sequence[PreferencePair], read: int, dropped: Counter[str], encode: GPT2PairTokenizer
 ) -> PairSet:  # fmt: skip
-    """Returns the pairs whose two texts still differ after truncation to the longest row."""
+    """Returns the pairs as token ids; pairs whose two texts are the same after truncation are left out.
+
+    Args:
+      source: where the pairs come from.
+      pairs: the usable pairs.
+      read: number of rows that were read.
+      dropped: number of rows that were left out so far, by reason; the pairs left out here are added.
+      encode: encodes pairs as token ids and truncates them to `config.rm.max_tokens`.
+    """
     tokens = tokenise(encode, pairs) if pairs else []
     usable = [index for index, (chosen, rejected) in enumerate(tokens) if chosen != rejected and chosen and rejected]
     dropped["the same within rm.max_tokens"] += len(pairs) - len(usable)
@@ -207,55 +223,67 @@ def _tokenised(
     return PairSet([pairs[index] for index in usable], [tokens[index] for index in usable], facts)
 
 
-def _train(
+def _run_steps(
     config: ConfigDict, workdir: Path, trainer: RewardTrainer, state: RewardState, optimizer: OptimizerSettings
 ) -> tuple[RewardState, dict[str, float]]:
-    """Performs the steps that the newest checkpoint does not have; also returns the last step's numbers."""
+    """Takes all optimizer steps that follow the newest checkpoint in `workdir`, or `state` if there is no checkpoint.
+
+    Returns:
+      The state after the last step, and the metrics of that step.
+
+    Raises:
+      StopRun: a signal asked the run to stop; the steps so far are saved.
+    """
     checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
-    rate, steps = learning_rate(optimizer), optimizer.total_steps
-    numbers: dict[str, float] = {}
+    learning_rate_at, steps = learning_rate(optimizer), optimizer.total_steps
+    metrics: dict[str, float] = {}
     try:
         restored = checkpoints.restore(like=state)
         if restored is not None:
             _, state, metadata = restored
-            numbers = metadata["numbers"]
+            metrics = metadata["numbers"]
         log = MetricsLog(workdir, config, step=state.step)
         try:
-            with Progress("reward model", steps, start=state.step) as progress, kept_waiting() as told:
+            with Progress("reward model", steps, start=state.step) as progress, delay_signals() as stop_request:
                 while state.step < steps:
-                    rate_now = float(rate(state.step))
-                    state, numbers = trainer.step(state)
+                    rate = float(learning_rate_at(state.step))
+                    state, metrics = trainer.step(state)
                     if state.step == steps or state.step % config.log.every == 0:
-                        row = {f"reward_model/{name}": value for name, value in numbers.items()}
-                        log.write(state.step, row | {"lr": rate_now})
-                    stop = told()
+                        row = {f"reward_model/{name}": value for name, value in metrics.items()}
+                        log.write(state.step, row | {"lr": rate})
+                    stop = stop_request.received()
                     if stop or state.step == steps or state.step % config.checkpoint.every == 0:
-                        checkpoints.save(state.step, state, {"numbers": numbers})
-                    progress.advance({name: numbers[name] for name in ("loss", "accuracy")})
+                        checkpoints.save(state.step, state, {"numbers": metrics})
+                    progress.advance({name: metrics[name] for name in ("loss", "accuracy")})
                     if stop:
                         checkpoints.wait()
-                        raise Stopped(f"{told.name}: step {state.step} is saved; the same command goes on from there")
+                        raise StopRun(
+                            f"{stop_request.reason}: step {state.step} is saved; the same command goes on from there"
+                        )
         finally:
             log.close()
         checkpoints.wait()
     finally:
         checkpoints.close()
-    return state, numbers
+    return state, metrics
 
 
-def _estimate(interval: Interval, n: int) -> JsonObject:
+def _to_json(interval: Interval, count: int) -> JsonObject:
+    """Returns a mean over `count` pairs as reward.json holds it; "ci95" is None if the interval is undefined."""
     ends = [interval.low, interval.high]
-    return {"mean": interval.mean, "ci95": None if np.isnan(ends).any() else ends, "n": n}
+    return {"mean": interval.mean, "ci95": None if np.isnan(ends).any() else ends, "n": count}
 
 
-def _reasons(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none was there"
+def _count_reasons(dropped: dict[str, int]) -> str:
+    """Returns "reason: count, ..." of the pairs that were left out."""
+    return ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none"
 
 
 def _summary(result: JsonObject) -> str:
+    """Returns the content of reward.json as one sentence."""
     accuracy, ends = result["accuracy"], result["accuracy"]["ci95"]
     interval = f" (95% interval {ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
-    left_out = _reasons(result["pairs"]["held_out"]["dropped"])
+    left_out = _count_reasons(result["pairs"]["held_out"]["dropped"])
     return (
         f"{result['name']}: ranks {accuracy['mean']:.1%}{interval} of {accuracy['n']} held-out pairs correctly after "
         f"{result['steps']} steps over {result['pairs']['train']['used']} pairs; held-out pairs left out: {left_out}"

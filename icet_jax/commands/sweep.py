@@ -16,8 +16,9 @@ from icet_jax.runs.run_dir import Costs
 
 
 def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
-    """Measures sweeps and utility of `config.model.checkpoint`, continuing where an earlier process in `workdir`
-    stopped.
+    """Measures sweeps and utility of `config.model.checkpoint` and writes the report.
+
+    If an earlier process stopped in `workdir`, the work continues from what that process saved.
 
     Raises:
       UserError: some input is bad.
@@ -28,16 +29,16 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def measure(config: ConfigDict, workdir: Path) -> None:
-    """Performs one run in `workdir`, which `config` has claimed."""
-    setting = common.load_setting(config, workdir)
+    """Does all work of one run; `workdir` must already be the run directory of `config` (`common.claimed`)."""
+    inputs = common.load_inputs(config, workdir)
     costs = Costs(workdir)
-    measurements = Measurements(config, workdir, setting)
-    with costs.phase("sweep_before") as cost:
-        cost["tokens"] = measurements.sweeps("before", setting.vlm)
-    with costs.phase("utility") as cost:
-        cost["tokens"] = measurements.utility("before", setting.vlm)
-    with costs.phase("geometry"):
-        measurements.geometry(setting.vlm)
+    measurements = Measurements(config, workdir, inputs)
+    with costs.stage("sweep_before") as cost:
+        cost["tokens"] = measurements.sweeps("before", inputs.vlm)
+    with costs.stage("utility") as cost:
+        cost["tokens"] = measurements.utility("before", inputs.vlm)
+    with costs.stage("geometry"):
+        measurements.geometry(inputs.vlm)
     if not is_writer():
         return
     write_agreement(workdir)

@@ -1,12 +1,13 @@
 """`--mode=verify` checks whether a checkpoint gives the same results here as in transformers.
 
 It compares token ids, pixels, every hidden state of the image encoder, and logits and greedy tokens at several exits,
-in float32 on both sides. Rows are one padded batch here and single in transformers. It needs torch.
+in float32 on both sides. This package computes all rows as one padded batch, transformers one row at a time. The
+comparison needs torch.
 
 Rounding alone makes two correct programs differ, and some weights magnify it. A difference is therefore allowed up to
-the larger of two limits: `TOLERANCE` for values with a spread of about 1 (larger ones in proportion), and `SPREADS`
-times the difference between transformers' own two attention implementations on the same inputs. For logits that is the
-largest difference over all exits, because the decoder magnifies rounding and one exit is a small sample.
+the larger of two limits: `TOLERANCE` times the standard deviation of the values (at least 1), and `ROUNDING_FACTOR`
+times the rounding error, which is the difference between transformers' own two attention implementations on the same
+inputs. For logits the rounding error is the largest over all exits, because one exit is a small sample.
 """
 
 import argparse
@@ -33,13 +34,23 @@ from icet_jax.vlm import VLM
 
 NEW_TOKENS = 32
 TOLERANCE = 2e-5
-SPREADS = 8
-TIE = 5e-5  # logits closer than this (or than twice the allowed difference) may be in either order
+ROUNDING_FACTOR = 8
+TIE = 5e-5  # of two logits that are closer than this, or than twice the allowed difference, either may be the larger
+
+
+_Image = Image.Image | str | Path
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Holds one line of the table."""
+    """Holds one line of the table.
+
+    Attributes:
+      what: what was compared.
+      found: difference between the two sides.
+      allowed: limit of the difference.
+      passed: whether the difference is within the limit.
+    """
 
     what: str
     found: str
@@ -49,12 +60,12 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Holds the results of one side for the same inputs.
+    """Holds what one side, this package or transformers, computes for the compared inputs.
 
     Attributes:
-      hidden: [X, I, P, D], states of the image encoder.
+      hidden: hidden states of the image encoder [X, I, P, D]: state, image, position, width.
       logits: {exit: float32 [B, T, V]}.
-      tokens: {exit: [B, 32]}, padded after the end.
+      tokens: {exit: greedy tokens [B, 32]}, padded after the end of the answer.
     """
 
     hidden: np.ndarray
@@ -63,27 +74,27 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference(Answers):
-    """Holds the results of transformers (eager attention), and their uncertainty.
+class TransformersAnswers(Answers):
+    """Holds the results of transformers with eager attention, and their rounding error.
 
     Attributes:
-      hidden_spread: [X], the largest difference from its other attention implementation (sdpa).
-      logits_spread: {exit: the same at positions that are not padding}.
-      gaps: {exit: float32 [B, 32]}, the gap between the two largest logits before each token.
+      hidden_rounding: largest difference of each hidden state from that with sdpa attention, [X].
+      logits_rounding: {exit: the same for the logits}, at positions that are not padding.
+      gaps: {exit: float32 [B, 32]}, the difference of the two largest logits from which each token was chosen.
     """
 
-    hidden_spread: np.ndarray
-    logits_spread: dict[int, float]
+    hidden_rounding: np.ndarray
+    logits_rounding: dict[int, float]
     gaps: dict[int, np.ndarray]
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
-    """Prints the table of `verify`; returns 0 if everything agrees, 1 if not.
+    """Compares the checkpoint with transformers and prints the table; returns 0 if everything agrees, else 1.
 
     Args:
       config: its `model.checkpoint` is compared.
       workdir: directory for toy weights.
-      options: `exits` to compare, and `image` and `prompt` of one more row.
+      options: `exits` to compare, and `image` and `prompt` of one more row beside the built-in ones.
 
     Raises:
       UserError: torch is not installed, or the checkpoint cannot be loaded.
@@ -116,8 +127,8 @@ def verify(
 
     Args:
       path_or_id: a checkpoint directory or hub id.
-      exits: "all", or numbers such as "1,12,23"; None means a few over the encoder and the default exit.
-      images: images of one more row in addition to the built-in ones.
+      exits: "all", or numbers such as "1,12,23"; None means five evenly spaced exits and the default exit.
+      images: images of one more row beside the built-in ones.
       prompt: prompt of that row.
       revision: revision of a hub id.
       exit_rule: for Llama 3.2 Vision, see `icet_jax.load`.
@@ -131,75 +142,93 @@ def verify(
         capture = reference.transformers_capture(directory)
         vlm = loading.load(directory, capture=capture, exit_rule=exit_rule)
         layers = parse_exits(exits, vlm.num_exits, vlm.default_exit)
-        rows, inputs, checks = _inputs(vlm, *_questions(images, prompt))
-        ours = _ours(vlm, inputs, layers)
+        rows, inputs, checks = _compare_inputs(vlm, *_build_rows(images, prompt))
+        ours = _compute_here(vlm, inputs, layers)
     if capture is not None:
         checks.append(Check("captured intermediates", f"each block's {capture}, as this transformers has it", "", True))
-    return checks + compare(ours, _theirs(vlm, rows, layers), inputs["attention_mask"] == 1)
+    return checks + compare(ours, _compute_in_transformers(vlm, rows, layers), inputs["attention_mask"] == 1)
 
 
-def compare(ours: Answers, theirs: Reference, real: np.ndarray) -> list[Check]:
+def compare(ours: Answers, theirs: TransformersAnswers, mask: np.ndarray) -> list[Check]:
     """Returns the differences of hidden states, logits and tokens, each with its limit.
 
     Args:
       ours: results of this package.
       theirs: results of transformers.
-      real: bool [B, T], True at positions that are not padding.
+      mask: bool [B, T], True at positions that are not padding.
     """
     states = [
-        _close(f"hidden states 0..{len(theirs.hidden) - 1} (worst: {i})", *pair)
-        for i, pair in enumerate(zip(ours.hidden, theirs.hidden, theirs.hidden_spread.tolist(), strict=True))
+        _check_close(f"hidden states 0..{len(theirs.hidden) - 1} (worst: {i})", *values_and_rounding)
+        for i, values_and_rounding in enumerate(
+            zip(ours.hidden, theirs.hidden, theirs.hidden_rounding.tolist(), strict=True)
+        )
     ]
-    checks = [max(states, key=lambda state: state[1])[0]]
+    worst_state, _ = max(states, key=lambda check_and_ratio: check_and_ratio[1])
+    checks = [worst_state]
     ties = {}
-    spread = max(theirs.logits_spread.values(), default=0.0)
+    rounding = max(theirs.logits_rounding.values(), default=0.0)
     for layer, expected in theirs.logits.items():
-        got, expected = ours.logits[layer][real], expected[real]
-        ties[layer] = max(TIE, 2 * _allowed(expected, spread))
-        checks.append(_close(f"logits, exit {layer}", got, expected, spread)[0])
-        checks.append(_same_choice(f"likeliest token, exit {layer}", got, expected, ties[layer]))
+        got, expected = ours.logits[layer][mask], expected[mask]
+        ties[layer] = max(TIE, 2 * _limit(expected, rounding))
+        checks.append(_check_close(f"logits, exit {layer}", got, expected, rounding)[0])
+        checks.append(_check_likeliest(f"likeliest token, exit {layer}", got, expected, ties[layer]))
     for layer, tokens in theirs.tokens.items():
-        what, clear = f"{NEW_TOKENS} greedy tokens, exit {layer}", theirs.gaps[layer] > ties[layer]
-        checks.append(_same_tokens(what, ours.tokens[layer], tokens, clear))
+        what, is_clear = f"{NEW_TOKENS} greedy tokens, exit {layer}", theirs.gaps[layer] > ties[layer]
+        checks.append(_check_tokens(what, ours.tokens[layer], tokens, is_clear))
     return checks
 
 
-def _allowed(expected: np.ndarray, spread: float) -> float:
-    return max(TOLERANCE * max(1.0, float(expected.std())), SPREADS * spread)
+def _limit(expected: np.ndarray, rounding: float) -> float:
+    """Returns the largest allowed difference from the values `expected`, whose rounding error is `rounding`."""
+    return max(TOLERANCE * max(1.0, float(expected.std())), ROUNDING_FACTOR * rounding)
 
 
-def _close(what: str, got: np.ndarray, expected: np.ndarray, spread: float) -> tuple[Check, float]:
-    """Returns the check, and its difference divided by the limit."""
-    difference, allowed = float(np.abs(got - expected).max()), _allowed(expected, spread)
+def _check_close(what: str, got: np.ndarray, expected: np.ndarray, rounding: float) -> tuple[Check, float]:
+    """Returns the check that the values are close enough, and the largest difference divided by its limit."""
+    difference, allowed = float(np.abs(got - expected).max()), _limit(expected, rounding)
     return Check(what, f"{difference:.1e}", f"{allowed:.1e}", difference <= allowed), difference / allowed
 
 
-def _equal(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
+def _check_equal(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
+    """Returns the check that shapes and values are identical."""
     if got.shape != expected.shape:
         return Check(what, f"shape {got.shape}, not {expected.shape}", "0", False)
     difference = float(np.abs(got.astype(np.float64) - expected).max(initial=0))
     return Check(what, f"{difference:g}", "0", difference == 0)
 
 
-def _same_choice(what: str, got: np.ndarray, expected: np.ndarray, tie: float) -> Check:
-    """Compares the most likely token at every position where the two largest logits differ by more than `tie`."""
-    top = np.partition(expected, -2, axis=-1)[..., -2:]
-    clear = top[..., 1] - top[..., 0] > tie
-    share = float((got.argmax(-1) == expected.argmax(-1))[clear].mean()) if clear.any() else 1.0
+def _check_likeliest(what: str, got: np.ndarray, expected: np.ndarray, tie: float) -> Check:
+    """Returns the check that the largest logit belongs to the same token on both sides.
+
+    Positions where the two largest expected logits differ by no more than `tie` are not checked.
+    """
+    top_two = np.partition(expected, -2, axis=-1)[..., -2:]
+    is_clear = top_two[..., 1] - top_two[..., 0] > tie
+    share = float((got.argmax(-1) == expected.argmax(-1))[is_clear].mean()) if is_clear.any() else 1.0
     return Check(what, f"{share:.2%} equal", "100%", share == 1)
 
 
-def _same_tokens(what: str, got: np.ndarray, expected: np.ndarray, clear: np.ndarray) -> Check:
-    """Compares rows up to their first difference, which must not be where the choice was `clear` (bool [B, 32])."""
+def _check_tokens(what: str, got: np.ndarray, expected: np.ndarray, is_clear: np.ndarray) -> Check:
+    """Returns the check that each row's tokens are identical up to a near tie.
+
+    A row may differ from the first token on that was chosen from two nearly equal logits, because all later tokens
+    follow from it.
+
+    Args:
+      what: name of the check.
+      got: tokens of this package, [B, 32].
+      expected: tokens of transformers, [B, 32].
+      is_clear: bool [B, 32], False where the two largest logits were nearly equal.
+    """
     for row in range(len(expected)):
-        wrong = np.flatnonzero(got[row] != expected[row])
-        if len(wrong) and clear[row, wrong[0]]:
-            return Check(what, f"row {row} differs at token {wrong[0]}", "identical", False)
+        differing = np.flatnonzero(got[row] != expected[row])
+        if len(differing) and is_clear[row, differing[0]]:
+            return Check(what, f"row {row} differs at token {differing[0]}", "identical", False)
     return Check(what, "identical", "identical", True)
 
 
 def table(checks: Sequence[Check]) -> str:
-    """Returns the checks as lines of text: what was compared, the difference, and the limit."""
+    """Returns the checks as a text table: what was compared, the difference, the limit, and "ok" or "FAIL"."""
     rows = [("", "found", "allowed", ""), *((c.what, c.found, c.allowed, "ok" if c.passed else "FAIL") for c in checks)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
@@ -214,29 +243,39 @@ def _require_torch() -> None:
         raise UserError("--mode=verify compares with torch, which is missing: pip install torch") from error
 
 
-def _questions(own: Sequence[str | Path], question: str | None) -> tuple[list[list[Any]], list[str]]:
-    """Returns rows with one, no and two images (noise of unusual sizes), and the user's own row."""
-    noise = np.random.default_rng(0)
+def _build_rows(
+    user_images: Sequence[str | Path], user_prompt: str | None
+) -> tuple[list[list[_Image]], list[str]]:  # fmt: skip
+    """Returns the images and the prompt of each compared row.
+
+    Three rows are built in, with one, no and two images (noise of unusual sizes). A fourth has the user's images and
+    prompt, if there are any.
+    """
+    generator = np.random.default_rng(0)
     sizes = ((97, 61), (64, 64), (33, 150))
-    pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
-    images: list[list[Any]] = [[pictures[0]], [], [pictures[1], pictures[2]]]
+    noise = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    images: list[list[_Image]] = [[noise[0]], [], [noise[1], noise[2]]]
     prompts = ["What is in this picture?", "Hello, how are you today?", "Which of the two is larger, and why?"]
-    if question or own:
-        images.append(list(own))
-        prompts.append(question or prompts[0])
+    if user_prompt or user_images:
+        images.append(list(user_images))
+        prompts.append(user_prompt or prompts[0])
     return images, prompts
 
 
-def _inputs(vlm: VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list[Inputs], Inputs, list[Check]]:
-    """Returns each row from transformers' processor, all rows as one batch, and the comparison with this package's
-    processor.
+def _compare_inputs(
+    vlm: VLM, images: list[list[_Image]], prompts: list[str]
+) -> tuple[list[Inputs], Inputs, list[Check]]:
+    """Runs transformers' processor on the rows and compares its arrays with those of this package's processor.
 
-    If the checkpoint has no tokenizer, the rows have random token ids and pixels.
+    If the checkpoint has no tokenizer, nothing is compared and the rows have random token ids and pixels.
+
+    Returns:
+      The arrays of each row alone, the arrays of all rows as one padded batch, and the checks.
     """
     if not has_tokenizer(vlm.directory):
         noise = np.random.default_rng(0)
-        allowed = np.setdiff1d(np.arange(vlm.vocab_size), [*vlm.suppress_ids, *vlm.eos_ids])
-        rows = [reference.random_row(vlm.config, allowed, len(row), 9 + i, noise) for i, row in enumerate(images)]
+        vocabulary = np.setdiff1d(np.arange(vlm.vocab_size), [*vlm.suppress_ids, *vlm.eos_ids])
+        rows = [reference.random_row(vlm.config, vocabulary, len(row), 9 + i, noise) for i, row in enumerate(images)]
         skipped = Check("token ids, pixels", "skipped: no tokenizer files", "", True)
         return rows, reference.join(vlm.config, rows, vlm.pad_id), [skipped]
     ours, processor = vlm.processor(images=images, prompts=prompts), reference.hf_processor(vlm.directory, vlm.config)
@@ -246,10 +285,15 @@ def _inputs(vlm: VLM, images: list[list[Any]], prompts: list[str]) -> tuple[list
     if set(ours) != set(theirs):
         return rows, theirs, [Check("inputs", ", ".join(sorted(ours)), ", ".join(sorted(theirs)), False)]
     names = {"input_ids": "token ids", "pixel_values": "pixels"}
-    return rows, theirs, [_equal(names.get(name, name.replace("_", " ")), ours[name], theirs[name]) for name in ours]
+    return (
+        rows,
+        theirs,
+        [_check_equal(names.get(name, name.replace("_", " ")), ours[name], theirs[name]) for name in ours],
+    )
 
 
-def _ours(vlm: VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
+def _compute_here(vlm: VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
+    """Returns this package's results for one batch of rows."""
     encoded = vlm.encode(inputs)
     return Answers(
         hidden=np.asarray(vlm.hidden_states(inputs)),
@@ -258,8 +302,8 @@ def _ours(vlm: VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
     )
 
 
-def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference:
-    """Returns transformers' results for each row alone, in the layout of this package."""
+def _compute_in_transformers(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> TransformersAnswers:
+    """Returns transformers' results, computed row by row and put together as one padded batch."""
     import torch
     from transformers import AutoModelForImageTextToText, GenerationConfig
     from transformers.utils.logging import disable_progress_bar
@@ -274,7 +318,7 @@ def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference
     generated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     with torch.no_grad():
         model.set_attn_implementation("sdpa")
-        other_hidden, other_logits = _hf_forward(model, vlm, tensors, exits)
+        sdpa_hidden, sdpa_logits = _hf_forward(model, vlm, tensors, exits)
         model.set_attn_implementation("eager")
         hidden, logits = _hf_forward(model, vlm, tensors, exits)
         for layer in exits:
@@ -284,12 +328,12 @@ def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference
                 np.stack([tokens for tokens, _ in tokens_and_gaps]),
                 np.stack([gaps for _, gaps in tokens_and_gaps]),
             )
-    return Reference(
+    return TransformersAnswers(
         hidden=hidden,
         logits=logits,
         tokens={layer: tokens for layer, (tokens, _) in generated.items()},
-        hidden_spread=np.abs(hidden - other_hidden).max(axis=(1, 2, 3)),
-        logits_spread={x: float(np.abs(logits[x] - other_logits[x]).max()) for x in exits},
+        hidden_rounding=np.abs(hidden - sdpa_hidden).max(axis=(1, 2, 3)),
+        logits_rounding={layer: float(np.abs(logits[layer] - sdpa_logits[layer]).max()) for layer in exits},
         gaps={layer: gaps for layer, (_, gaps) in generated.items()},
     )
 
@@ -297,26 +341,38 @@ def _theirs(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> Reference
 def _hf_forward(
     model: Any, vlm: VLM, rows: Sequence[dict[str, Any]], exits: Sequence[int]
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Returns hidden states [X, I, P, D] of the image encoder, and logits [B, T, V] at each exit, 0 at padding on the
-    left."""
+    """Runs transformers' `model` on each row alone.
+
+    Args:
+      model: transformers' model.
+      vlm: this package's model of the same checkpoint.
+      rows: torch tensors of each row, by name.
+      exits: exits to compute logits at.
+
+    Returns:
+      The hidden states of the image encoder [X, I, P, D], and {exit: logits [B, T, V]}, left-padded with 0.
+    """
     encoded = [reference.encoder_states(model, vlm.config, row) for row in rows if "pixel_values" in row]
     hidden = [np.concatenate([state.numpy() for state in states]) for states in zip(*encoded, strict=True)]
     length = max(row["input_ids"].shape[1] for row in rows)
     logits = {}
     for layer in exits:
         with reference.at_exit(model, vlm.config, layer):
-            alone = [model(**row).logits[0].numpy() for row in rows]
-        logits[layer] = np.stack([np.pad(row, ((length - len(row), 0), (0, 0))) for row in alone])
+            row_logits = [model(**row).logits[0].numpy() for row in rows]
+        logits[layer] = np.stack([np.pad(row, ((length - len(row), 0), (0, 0))) for row in row_logits])
     return np.stack(hidden), logits
 
 
 def _hf_greedy(model: Any, row: dict[str, Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the greedy tokens [32] of one row, and the gap between the two largest logits before each."""
+    """Returns the greedy tokens [32] of one row, and the difference of the two largest logits at each of them [32].
+
+    After the end of the answer, the tokens are `pad_id` and the differences are infinite.
+    """
     import torch
 
     out = model.generate(**row)
     tokens = out.sequences[0, row["input_ids"].shape[1] :].numpy()
-    top = torch.stack(out.scores, dim=1)[0].topk(2, dim=-1).values
-    missing = (0, NEW_TOKENS - len(tokens))
-    gaps = np.pad((top[..., 0] - top[..., 1]).numpy(), missing, constant_values=np.inf)
-    return np.pad(tokens, missing, constant_values=pad_id), gaps
+    top_two = torch.stack(out.scores, dim=1)[0].topk(2, dim=-1).values
+    padding = (0, NEW_TOKENS - len(tokens))
+    gaps = np.pad((top_two[..., 0] - top_two[..., 1]).numpy(), padding, constant_values=np.inf)
+    return np.pad(tokens, padding, constant_values=pad_id), gaps

@@ -10,9 +10,8 @@ The pairs depend only on the grammar of responses. The judge that measures the a
 
 import numpy as np
 
+from icet_jax.data.hh_rlhf import PreferencePair
 from icet_jax.organism import scenes, world
-
-PreferencePair = tuple[str, str, str]
 
 _SHARES = {"forbidden": 0.5, "benign": 0.4, "vqa": 0.1}
 _ANSWER_TYPES = (scenes.COLOUR_NAMES, scenes.SHAPES, scenes.COUNTS, scenes.PLACES, ("yes", "no"))

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from icet_jax import files
-from icet_jax.errors import RESUMABLE, Stopped, UserError, full_disk, out_of_memory
+from icet_jax.errors import RESUMABLE, StopRun, UserError, full_disk, out_of_memory
 from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards
 
 _T = TypeVar("_T")
@@ -414,7 +414,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     """Returns one line about an error, and the exit code of a process that ends because of it."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint", 130
-    if isinstance(error, Stopped):
+    if isinstance(error, StopRun):
         return error.line, RESUMABLE
     if isinstance(error, SystemExit):
         return f"exit code {error.code}", error.code if isinstance(error.code, int) else 1

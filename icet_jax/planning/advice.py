@@ -1,4 +1,4 @@
-"""What to change in a config whose plan does not fit."""
+"""Advises what to change in a config whose run does not fit on the chips."""
 
 import math
 from typing import Any
@@ -10,48 +10,54 @@ from icet_jax.parallel.sharding import placed, row_shards, shardings
 from icet_jax.planning.ahead import AbstractRun, bytes_per_device
 
 _MORE_CHIPS = "more chips along mesh.fsdp or mesh.tensor: each has one row at a time already"
-_ROOM = 0.6  # of a chip's memory: what weights and train state may take, so that the phases have the rest
+_FIXED_SHARE = 0.6  # share of a chip's memory that weights and train state may take; the phases need the rest
 
 
 def fixes(
     config: ConfigDict, run: AbstractRun, broken: list[str], fixed: int, memory: float | None
 ) -> list[str]:  # fmt: skip
-    """The verdict, and a line of advice for each phase that does not fit; plan again with what it says.
+    """Returns a line that names the phases that do not fit, and lines with changes to the config that may help.
+
+    The changed config must be planned again. Returns an empty list if `broken` is empty.
 
     Args:
-      config: of the run.
-      run: as planned.
+      config: config of the run.
+      run: the run as it was planned.
       broken: names of the phases that do not fit.
       fixed: bytes of weights and train state on each chip.
-      memory: of a chip, None if it is not known.
+      memory: bytes of memory of a chip; None if that is unknown.
     """
     if not broken:
         return []
-    advice = [f"does not fit: {', '.join(broken)}"]
-    if memory is not None and fixed > _ROOM * memory:
-        return [*advice, f"fix (then plan again): {_more_fsdp(config, run, _ROOM * memory)}"]
+    lines = [f"does not fit: {', '.join(broken)}"]
+    if memory is not None and fixed > _FIXED_SHARE * memory:
+        return [*lines, f"fix (then plan again): {_split_more(config, run, _FIXED_SHARE * memory)}"]
     shards = row_shards(run.mesh)
-    return advice + [f"fix {phase} (then plan again): {_smaller(config, phase, shards)}" for phase in broken]
+    return lines + [f"fix {phase} (then plan again): {_reduce_phase(config, phase, shards)}" for phase in broken]
 
 
-def _more_fsdp(config: ConfigDict, run: AbstractRun, room: float) -> str:
+def _split_more(config: ConfigDict, run: AbstractRun, limit: float) -> str:
+    """Returns advice that brings weights and train state down to at most `limit` bytes per chip."""
     sizes = run.mesh.shape
     count = math.prod(sizes.values())
     chips = count // sizes["tensor"]
     for fsdp in range(sizes["fsdp"] + 1, chips + 1):
-        if chips % fsdp == 0 and _fixed_bytes(run, (chips // fsdp, fsdp, sizes["tensor"])) <= room:
+        if chips % fsdp == 0 and _fixed_bytes(run, (chips // fsdp, fsdp, sizes["tensor"])) <= limit:
             return f"split weights and train state over more chips: --config.mesh.data=-1 --config.mesh.fsdp={fsdp}"
-    smaller = "" if config.lora.rank else ", or train adapters (config.lora.rank above 0)"
-    return f"{count} chips do not hold weights and train state; take more chips{smaller}"
+    adapters = "" if config.lora.rank else ", or train adapters (config.lora.rank above 0)"
+    return f"{count} chips do not hold weights and train state; take more chips{adapters}"
 
 
-def _fixed_bytes(run: AbstractRun, sizes: tuple[int, int, int]) -> int:
-    mesh = abstract_mesh(sizes)
+def _fixed_bytes(run: AbstractRun, mesh_sizes: tuple[int, int, int]) -> int:
+    """Returns the bytes per chip of weights and train state on a mesh of the sizes (data, fsdp, tensor)."""
+    mesh = abstract_mesh(mesh_sizes)
     trees: tuple[Any, ...] = (run.vlm.params, run.state)
     return sum(bytes_per_device(placed(tree, shardings(tree, mesh))) for tree in trees)
 
 
-def _smaller(config: ConfigDict, phase: str, shards: int) -> str:
+def _reduce_phase(config: ConfigDict, phase: str, shards: int) -> str:
+    """Returns a change to the config that makes a phase take less memory; `shards` is the number of chips that the rows
+    are split over."""
     if phase.startswith("sweep"):
         rows = config.sweep.batch_size
         return _MORE_CHIPS if rows % (2 * shards) else f"--config.sweep.batch_size={rows // 2}"

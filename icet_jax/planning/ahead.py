@@ -1,4 +1,7 @@
-"""The phases of a run as programs that are compiled ahead of time, from shapes alone."""
+"""Describes a run as shapes, and its phases as programs that can be compiled for chips that are not here.
+
+In this module an array is *abstract* if it is a `jax.ShapeDtypeStruct`: shape, dtype and sharding without values.
+"""
 
 import dataclasses
 import functools
@@ -32,30 +35,37 @@ from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.training.loop import initial_state
 from icet_jax.vlm import VLM
 
+GetProgram = Callable[[PlannedPhase], Any]
+"""Returns the compiled program (`jax.stages.Compiled`) of a phase that was yielded before; None if there is none."""
+
 
 class AbstractRun:
-    """A run of `config` without weights or rows: every array is a shape, a dtype and a place on the mesh.
+    """Describes a run of `config` by abstract arrays.
 
     Attributes:
-      vlm: the model; its `params` are abstract, and lie on `mesh` instead of its own.
-      algorithm: which the config names.
-      devices: the mesh, where its devices can be compiled for; else None.
-      settings: of the algorithm.
-      state: the train state, abstract.
+      config: config of the run.
+      mesh: the chips.
+      vlm: the model with abstract weights, which are split over `mesh`.
+      algorithm: class of the algorithm that the config names.
+      devices: the mesh if programs can be compiled for its chips, else None.
+      key: an abstract random key.
+      settings: settings of the algorithm.
+      state: the abstract train state.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh | AbstractMesh) -> None:
-        """Reads the sizes of `config.model.checkpoint`.
+        """Reads the sizes of `config.model.checkpoint`, but no weights.
 
         Raises:
-          UserError: they are not known here, or the model is not supported.
+          UserError: the sizes are unknown, because the checkpoint is neither on this machine nor in
+            `icet_jax.checkpoints.published`; or the model is not supported.
         """
         self.config, self.mesh = config, mesh
         self.vlm = _abstract_vlm(config, mesh)
         vlm = self.vlm
         self.algorithm: type[Algorithm] = algorithm_class(config.algorithm)
         self.devices = mesh if isinstance(mesh, Mesh) else None
-        self.key = _keys()
+        self.key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
         settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
         self.settings: Settings = dataclasses.replace(settings, accumulation=slices(config, row_shards(mesh)))
 
@@ -67,70 +77,79 @@ class AbstractRun:
 
     @functools.cached_property
     def model(self) -> Any:
-        """The network, abstract."""
+        """Returns the network with abstract weights."""
         return nnx.merge(self.vlm.graphdef, self.vlm.params)
 
     def rows(self, tree: Any, batch: int) -> Any:
-        """`tree` with the axis of its `batch` rows over the mesh, as `parallel.sharding.place_rows` puts it."""
-        count = row_shards(self.mesh)
+        """Returns `tree` with each leaf's rows split over the mesh, as `parallel.sharding.place_rows` splits them.
 
-        def place(leaf: Any) -> Any:
+        Args:
+          tree: abstract arrays.
+          batch: number of rows. The first axis whose length is a multiple of it is taken as that of the rows; a leaf
+            without such an axis is on every chip.
+        """
+        shards = row_shards(self.mesh)
+
+        def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             axis = next((number for number, size in enumerate(leaf.shape) if size % batch == 0), None)
-            if axis is None or leaf.shape[axis] % count:
-                where = replicated(self.mesh)
+            if axis is None or leaf.shape[axis] % shards:
+                sharding = replicated(self.mesh)
             else:
-                where = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, ROWS))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+                sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, ROWS))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
         return jax.tree.map(place, tree)
 
     def images(self, batch: int) -> Images:
-        """One image of the largest size in each of `batch` rows."""
+        """Returns abstract images of `batch` rows, with one image of the largest size in each row."""
         length = self.config.data.max_prompt_tokens
         one: Any = batch_images(self.vlm.config, {"input_ids": np.zeros((1, length), np.int32)}, num_rows=1, per_row=1)
         many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), one)
         return self.rows(many.replace(num_rows=batch), batch)
 
-    def prompts(self, batch: int) -> tuple[Any, Any]:
-        """Tokens and mask, [B, P], at the longest prompt that the config allows."""
+    def prompts(self, batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Returns abstract tokens (int32) and mask (bool) of `batch` prompts, both [batch, longest allowed prompt]."""
         shape = (batch, self.config.data.max_prompt_tokens)
         return self.rows((jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)), batch)
 
-    def exits(self, batch: int) -> Any:
-        """The exit of each row."""
+    def exits(self, batch: int) -> jax.ShapeDtypeStruct:
+        """Returns the abstract exits of `batch` rows, int32 [batch]."""
         return self.rows(jax.ShapeDtypeStruct((batch,), jnp.int32), batch)
 
     @property
     def slices(self) -> int:
-        """Slices of a batch: what one pass takes at once is one of them."""
+        """Returns the number of slices that the update divides a batch into: mini-batches times accumulation."""
         return self.settings.minibatches * self.settings.accumulation
 
-    def cache(self, batch: int, new_tokens: int) -> Any:
-        """The KV cache of an answer, placed by the rules (the compiler may choose otherwise)."""
+    def cache(self, batch: int, new_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the abstract KV cache of `batch` longest prompts and `new_tokens` more tokens each, by array name.
 
-        def filled(params: Any, images: Images, tokens: Any, mask: Any) -> dict[str, Any]:
+        It is split by the sharding rules; the compiler may choose other shardings.
+        """
+
+        def fill_cache(params: Any, images: Images, tokens: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
             model = _merge(self.vlm, params)
             visual = model.visual(model.encode(images), jnp.int32(1))
             return flatten_with_names(model.prefill(tokens, mask, visual)[1].with_room(new_tokens))
 
-        cache = jax.eval_shape(filled, self.vlm.params, self.images(batch), *self.prompts(batch))
+        cache = jax.eval_shape(fill_cache, self.vlm.params, self.images(batch), *self.prompts(batch))
         return placed(cache, shardings(cache, self.mesh, "cache"))
 
-    def phases(self, compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
-        """The phases in a run's order; `compiled` gives the program of one already yielded, None if there is none."""
+    def phases(self, compiled: GetProgram) -> Iterator[PlannedPhase]:
+        """Yields the phases of a sweep, then those of a training iteration, in the order in which they run."""
         yield from self.sweep_phases(compiled)
         yield from self.training_phases(compiled)
 
-    def weights(self, *, policy: bool) -> dict[str, Any]:
-        """Those of the decoder, or those of the image encoder and the projector."""
-        named = flatten_with_names(self.vlm.params).items()
-        return {name: leaf for name, leaf in named if name.startswith(f"{POLICY_ROOT}/") == policy}
+    def weights(self, *, policy: bool) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the abstract weights of the decoder by name, or if not `policy` those of all other parts."""
+        leaves = flatten_with_names(self.vlm.params).items()
+        return {name: leaf for name, leaf in leaves if name.startswith(f"{POLICY_ROOT}/") == policy}
 
-    def sweep_phases(self, compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
-        """Those of a sweep's answers."""
+    def sweep_phases(self, compiled: GetProgram) -> Iterator[PlannedPhase]:
+        """Yields the phases that generate a sweep's answers: encode images, fill the KV cache, decode."""
         vlm, options, length = self.vlm, self.config.sweep, self.config.data.max_prompt_tokens
-        slots, together = queue.group_sizes(options.batch_size, self.mesh)
-        images = self.images(together)
+        slots, group_rows = queue.group_sizes(options.batch_size, self.mesh)
+        images = self.images(group_rows)
         sampling = vlm.sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
         encode = PlannedPhase(
             "sweep: encode", images, None, lambda: queue.encode.lower(vlm.graphdef, vlm.params, images),
@@ -138,105 +157,112 @@ class AbstractRun:
         )  # fmt: skip
         yield encode
         encoded = self.outputs(
-            encode, compiled, together, lambda *a: _merge(vlm, a[0]).encode(a[1]), vlm.params, images
+            encode, compiled, group_rows, lambda params, images: _merge(vlm, params).encode(images), vlm.params, images
         )
         lora, state = None, self.state
         if self.settings.lora_scale is not None:
             state = state.opt_state
             lora = Lora(weights=self.state.trainable["policy"], scale=self.settings.lora_scale)
-        numbers = jax.ShapeDtypeStruct((together,), jnp.int32)
-        tokens, mask = (jax.ShapeDtypeStruct((together, length), dtype) for dtype in (jnp.int32, jnp.bool_))
-        keys = jax.ShapeDtypeStruct((together, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32)
-        prompts = engine.Prompts(tokens, mask, numbers, numbers, keys, numbers)
-        machine = engine.Engine(
+        ints = jax.ShapeDtypeStruct((group_rows,), jnp.int32)
+        tokens, mask = (jax.ShapeDtypeStruct((group_rows, length), dtype) for dtype in (jnp.int32, jnp.bool_))
+        keys = jax.ShapeDtypeStruct((group_rows, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32)
+        prompts = engine.Prompts(tokens, mask, ints, ints, keys, ints)
+        decoder = engine.Engine(
             vlm.graphdef, vlm.params, sampling,
             slots=slots, columns=length + options.max_new_tokens, lora=lora, mesh=self.mesh,
         )  # fmt: skip
-        rows = machine.shapes(engine.PromptGroup([], prompts, encoded))
+        rows = decoder.shapes(engine.PromptGroup([], prompts, encoded))
         static = vlm.graphdef, sampling, self.mesh
         yield PlannedPhase(
             "sweep: fill", (encoded, prompts), rows.cache,
-            lambda: engine.fill.lower(*static, vlm.params, lora, rows, numbers, prompts, encoded, None),
+            lambda: engine.fill.lower(*static, vlm.params, lora, rows, ints, prompts, encoded, None),
             state, held=True,
         )  # fmt: skip
         yield PlannedPhase(
-            "sweep: decode", machine.unstacked_shapes(), rows.cache,
-            lambda: engine.decode.lower(*static, vlm.params, machine.unstacked_shapes(), rows),
+            "sweep: decode", decoder.unstacked_shapes(), rows.cache,
+            lambda: engine.decode.lower(*static, vlm.params, decoder.unstacked_shapes(), rows),
             [self.weights(policy=False), state], held=True,
         )  # fmt: skip
 
-    def training_phases(self, compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
-        """Those of an iteration of the run's algorithm."""
+    def training_phases(self, compiled: GetProgram) -> Iterator[PlannedPhase]:
+        """Yields the phases of an iteration of the run's algorithm."""
         return self.algorithm.planned(self, compiled)
 
     def outputs(
-        self, phase: PlannedPhase, compiled: Callable[[PlannedPhase], Any], batch: int, function: Any, *arguments: Any,
+        self, phase: PlannedPhase, compiled: GetProgram, batch: int, function: Callable[..., Any], *arguments: Any,
         first: bool = False,
     ) -> Any:  # fmt: skip
-        """What a phase returns (the first part of it): placed by the compiler, or over rows where there is none."""
+        """Returns the results of a phase as abstract arrays.
+
+        Args:
+          phase: the phase.
+          compiled: returns the compiled program of a phase, whose shardings the results have. If it returns None, the
+            results are split by rows.
+          batch: number of rows.
+          function: what the phase computes.
+          arguments: abstract arguments of `function`.
+          first: whether only the first of several results is returned.
+        """
         program = compiled(phase)
-        found = jax.eval_shape(function, *arguments) if program is None else phases.outputs(program)
-        found = found[0] if first else found
-        return self.rows(found, batch) if program is None else found
+        results = jax.eval_shape(function, *arguments) if program is None else phases.outputs(program)
+        results = results[0] if first else results
+        return self.rows(results, batch) if program is None else results
 
     def forward_flops(self) -> tuple[int, int]:
-        """One teacher-forced pass over a row's prompt and response: the model's operations, and the adapters'."""
-        taught = self.settings.sampling.max_new_tokens
-        length = self.config.data.max_prompt_tokens + taught - 1
+        """Returns the operations of one forward pass over a prompt and its response: the model's and the adapters'."""
+        new_tokens = self.settings.sampling.max_new_tokens
+        length = self.config.data.max_prompt_tokens + new_tokens - 1
         head = flops.logits(self.vlm.hidden_size, self.vlm.vocab_size)
-        one = self.model.operations(length, length, 1)
+        per_row = self.model.operations(length, length, 1)
         rank, targets = self.config.lora.rank, self.config.lora.targets
         adapted = [shape for name, shape in self.vlm.lora_shapes.items() if name.rpartition("/")[2] in targets]
-        return one.forward + taught * head, length * flops.adapters(adapted, rank)
+        return per_row.forward + new_tokens * head, length * flops.adapters(adapted, rank)
 
     def encode_flops(self) -> int:
-        """The images of a batch through the tower, and one exit of each through the projector."""
+        """Returns the operations for the images of a batch: image encoder, and projector at one exit per row."""
         length = self.config.data.max_prompt_tokens
-        one = self.model.operations(length, length, 1)
-        return self.config.data.batch_size * (one.encode + one.visual)
+        per_row = self.model.operations(length, length, 1)
+        return self.config.data.batch_size * (per_row.encode + per_row.visual)
 
     def rollout_work(self) -> PhaseWork:
-        """A batch's answers, each token after the other."""
-        length, taught = self.config.data.max_prompt_tokens, self.settings.sampling.max_new_tokens
-        sampled = self.model.operations(length, length + taught, 1)
-        batch = self.config.data.batch_size
-        flops = sampled.encode + sampled.visual + sampled.prefill + (taught - 1) * sampled.step
-        return PhaseWork(batch * flops, taught)
+        """Returns the cost of sampling the answers of a batch, token by token, each as long as allowed."""
+        length, new_tokens = self.config.data.max_prompt_tokens, self.settings.sampling.max_new_tokens
+        per_row = self.model.operations(length, length + new_tokens, 1)
+        row_flops = per_row.encode + per_row.visual + per_row.prefill + (new_tokens - 1) * per_row.step
+        return PhaseWork(self.config.data.batch_size * row_flops, new_tokens)
 
     def update_work(self) -> PhaseWork:
-        """An iteration's epochs over a batch, with what `config.model.remat` computes again."""
+        """Returns the cost of all updates of an iteration, including what `config.model.remat` computes again."""
         policy, adapters = self.forward_flops()
-        again = int(self.config.model.remat == "full")  # the forward pass, once more while going back
-        weights_too = int(self.settings.lora_scale is None)
+        recomputed = int(self.config.model.remat == "full")  # the backward pass repeats the forward pass
+        weight_gradients = int(self.settings.lora_scale is None)  # frozen weights need none
         epochs, batch = self.settings.epochs, self.config.data.batch_size
-        flops = epochs * batch * ((2 + weights_too + again) * policy + (3 + again) * adapters)
-        return PhaseWork(flops, epochs * self.slices * (2 + again))
+        flops = epochs * batch * ((2 + weight_gradients + recomputed) * policy + (3 + recomputed) * adapters)
+        return PhaseWork(flops, epochs * self.slices * (2 + recomputed))
 
 
 def _abstract_vlm(config: ConfigDict, mesh: Mesh | AbstractMesh) -> VLM:
+    """Returns the model of `config.model` with abstract weights, from the sizes in its config.json."""
     model = config.model
     spec = checkpoint_directory(model.checkpoint)
     values = config_values(spec)
     where = f"{spec}: config.json"
     sizes = families.vlm_config(values, where, exit_rule=model.exit_rule, capture=model.intermediate_capture)
-    make = functools.partial(families.family_of(sizes).network, sizes, remat=model.remat)
-    graphdef, params = abstract_params(make, model.dtype, model.dtype)
+    build_network = functools.partial(families.family_of(sizes).network, sizes, remat=model.remat)
+    graphdef, params = abstract_params(build_network, model.dtype, model.dtype)
     params = placed(params, shardings(params, mesh))
     return VLM(Checkpoint(graphdef, params, sizes, values, Path(spec)))
 
 
 def _merge(vlm: VLM, params: Any) -> Any:
+    """Returns the network of `vlm` with these parameters."""
     return nnx.merge(vlm.graphdef, params)
 
 
-def _keys(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jax.random.key(0).dtype)
-
-
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that each device holds of abstract arrays, by their shardings; one without is on every device."""
+    """Returns the bytes of abstract arrays on each chip; an array without a sharding is on every chip in full."""
 
-    def size(leaf: Any) -> int:
+    def size(leaf: jax.ShapeDtypeStruct | jax.Array) -> int:
         shape = leaf.shape
         if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
             shape = leaf.sharding.shard_shape(leaf.shape)

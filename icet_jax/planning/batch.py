@@ -1,8 +1,12 @@
-"""The largest batch that fits: a line through what programs of two sizes take, and programs of the size it leads to."""
+"""Finds the largest batch that fits, for `--largest-batch`.
+
+Programs are compiled for a few batch sizes. Memory is assumed to grow linearly with the rows, so a straight line
+through two compiled sizes predicts which size to compile next. Only a size that was compiled is reported as fitting.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 from ml_collections import ConfigDict
 
@@ -10,23 +14,28 @@ from icet_jax.errors import UserError
 from icet_jax.parallel.mesh import mesh_shape
 from icet_jax.parallel.topology import Topology
 
+Sizes = Mapping[str, int | None]
+"""Bytes per chip of each phase, by its name; None for a phase that the compiler refuses."""
+
 FIELDS = {"data.batch_size": "training", "sweep.batch_size": "sweep"}
-"""Batches that are looked for, and the part of the plan that each is of."""
-_MOST = 4  # sizes that are compiled beside the first: each takes minutes
-_PART = 4  # the answer may be short by one part in so many: programs take less where less is left, so no line is exact
+"""Config fields whose largest value is searched for, and the part of the plan that each one decides."""
+_MAX_COMPILED = 5  # sizes that are compiled at most: each takes minutes
+# The result may be too small by one part in four. Programs use less memory where less is left, so memory is not exactly
+# linear in the rows and a closer search would not pay.
+_PRECISION = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Largest:
-    """What was found.
+class LargestBatch:
+    """Holds the result of the search for the largest batch.
 
     Attributes:
-      field: of the config.
+      field: config field of the batch size.
       rows: the largest batch that was compiled and fits; None if not even the smallest does.
-      unit: what it is a multiple of, so that every chip has as many rows in every slice.
-      next: the least larger batch that was compiled and does not fit; None if there is none.
-      bound: the phase that the next batch would not fit; "" if none was found.
-      compiled: how many sizes were.
+      unit: batch sizes are multiples of this, so that every chip has the same number of rows in every slice.
+      next: the smallest larger batch that was compiled and does not fit; None if no such batch was compiled.
+      bound: the phase that needs most memory with `next` rows (with `rows` if `next` is None); "" if neither exists.
+      compiled: number of batch sizes that were compiled.
     """
 
     field: str
@@ -37,6 +46,7 @@ class Largest:
     compiled: int
 
     def __str__(self) -> str:
+        """Returns the result as one line."""
         if self.rows is None:
             return f"config.{self.field}: not even {self.next} rows fit ({self.bound}; multiples of {self.unit})"
         more = "" if self.next is None else f"; {self.next} do not"
@@ -48,35 +58,46 @@ class Largest:
 
 
 def check(topology: Topology) -> None:
-    """Raises a `UserError` where the largest batch cannot be found: there is no compiler, or no end of the memory."""
+    """Raises a `UserError` if the search is impossible, because these chips have no compiler or no known memory."""
     if topology.chip.options is None:
         raise UserError(f"--largest-batch: what fits {topology.chip.name} chips is not known; it is for TPUs")
 
 
 def unit_of(config: ConfigDict, count: int, field: str) -> int:
-    """What a batch on `count` chips is a multiple of."""
+    """Returns the number that the batch of `field` must be a multiple of on `count` chips."""
     data, fsdp, _ = mesh_shape(count, **config.mesh)
     slices = config.lppo.minibatches * config.lppo.accumulation
     return data * fsdp * (slices if FIELDS[field] == "training" else 1)
 
 
+class _PlanLine(Protocol):
+    """Declares what the search reads of a line of the plan (`icet_jax.commands.plan.PlanLine`)."""
+
+    @property
+    def phase(self) -> str: ...
+    @property
+    def temporaries(self) -> int | None: ...
+    @property
+    def total(self) -> int: ...
+
+
 def largest(
-    config: ConfigDict, topology: Topology, field: str, planned: Sequence[Any],
-    plan: Callable[[ConfigDict, str], Sequence[Any]],
-) -> Largest:  # fmt: skip
-    """The largest batch of `field` on the topology.
+    config: ConfigDict, topology: Topology, field: str, planned: Sequence[_PlanLine],
+    plan: Callable[[ConfigDict, str], Sequence[_PlanLine]],
+) -> LargestBatch:  # fmt: skip
+    """Searches for the largest batch of `field` whose programs fit on the topology.
 
     Args:
-      config: of the run.
-      topology: TPUs.
+      config: config of the run.
+      topology: the chips, which must be TPUs.
       field: one of `FIELDS`.
-      planned: lines of the plan of `config` itself, which need not be compiled again.
-      plan: gives the lines of a part of the plan of a config.
+      planned: lines of the plan of `config` itself, so that it is not compiled again.
+      plan: function of (config, "training" or "sweep") that returns the lines of that part of the config's plan.
     """
     part = FIELDS[field]
     section, name = field.split(".")
 
-    def sizes(rows: int) -> dict[str, int | None]:
+    def measure(rows: int) -> Sizes:
         if rows == config[section][name]:
             lines = [line for line in planned if line.phase.startswith("sweep") == (part == "sweep")]
         else:
@@ -85,71 +106,73 @@ def largest(
             lines = list(plan(changed, part))
         return {line.phase: None if line.temporaries is None else line.total for line in lines}
 
-    room, unit = topology.chip.memory or 0.0, unit_of(config, topology.count, field)
-    return search(sizes, field=field, unit=unit, first=config[section][name], room=float(room))
+    unit, memory = unit_of(config, topology.count, field), float(topology.chip.memory or 0)
+    return search(measure, field=field, unit=unit, first=config[section][name], memory=memory)
 
 
-def search(
-    sizes: Callable[[int], Mapping[str, int | None]], *, field: str, unit: int, first: int, room: float
-) -> Largest:
-    """See the module.
+def search(measure: Callable[[int], Sizes], *, field: str, unit: int, first: int, memory: float) -> LargestBatch:
+    """Searches for the largest number of rows whose phases all fit, compiling at most five sizes.
 
     Args:
-      sizes: of so many rows, bytes per chip by phase; None for a phase that the compiler refuses.
-      field: for the result.
-      unit: rows are multiples of it.
-      first: a size to begin with, rounded up to such a multiple.
-      room: bytes of a chip.
+      measure: compiles the phases for a number of rows and returns their bytes per chip.
+      field: config field of the batch size, for the result.
+      unit: the number of rows must be a multiple of this.
+      first: number of rows to begin with; it is rounded up to a multiple of `unit`.
+      memory: bytes of a chip.
     """
-    found: dict[int, Mapping[str, int | None]] = {}
+    measured: dict[int, Sizes] = {}
 
     def fits(rows: int) -> bool:
-        return all(size is not None and size <= room for size in found[rows].values())
+        return all(size is not None and size <= memory for size in measured[rows].values())
 
     rows: int | None = -(-first // unit) * unit
-    while rows is not None and len(found) <= _MOST:
-        found[rows] = sizes(rows)
-        rows = _next(found, fits, unit, room)
-    good = [rows for rows in found if fits(rows)]
-    bad = [rows for rows in found if not fits(rows) and rows > max(good, default=0)]
-    best, worse = max(good, default=None), min(bad, default=None)
-    return Largest(field, best, unit, worse, _bound(found, worse or best, unit, room), len(found))
+    while rows is not None and len(measured) < _MAX_COMPILED:
+        measured[rows] = measure(rows)
+        rows = _next_rows(measured, fits, unit, memory)
+    fitting = [rows for rows in measured if fits(rows)]
+    too_large = [rows for rows in measured if not fits(rows) and rows > max(fitting, default=0)]
+    best, next_larger = max(fitting, default=None), min(too_large, default=None)
+    limit = next_larger or best
+    bound = "" if limit is None else _largest_phase(measured[limit])
+    return LargestBatch(field, best, unit, next_larger, bound, len(measured))
 
 
-def _next(
-    found: Mapping[int, Mapping[str, int | None]], fits: Callable[[int], bool], unit: int, room: float
-) -> int | None:
-    """The size to compile next, None if the answer is known well enough."""
-    low = max((rows for rows in found if fits(rows)), default=0)
-    high = min((rows for rows in found if not fits(rows) and rows > low), default=None)
+def _next_rows(
+    measured: Mapping[int, Sizes], fits: Callable[[int], bool], unit: int, memory: float
+) -> int | None:  # fmt: skip
+    """Returns the number of rows to compile next; None if the largest batch is known precisely enough."""
+    low = max((rows for rows in measured if fits(rows)), default=0)
+    high = min((rows for rows in measured if not fits(rows) and rows > low), default=None)
     if high is not None and high - low <= unit:
         return None
-    more = max(low // (_PART * unit), 1) * unit
-    guess = _line(found, unit, room)
-    if high is None:  # at most eight times as far as was seen
-        return 2 * low if guess is None else min(max(guess, low + more), 8 * low)
-    if high - low <= more:
+    smallest_step = max(low // (_PRECISION * unit), 1) * unit
+    prediction = _predict(measured, unit, memory)
+    if high is None:  # a prediction is not trusted beyond eight times the largest size that was compiled
+        return 2 * low if prediction is None else min(max(prediction, low + smallest_step), 8 * low)
+    if high - low <= smallest_step:
         return None
-    half = (low + high) // (2 * unit) * unit
-    return half if guess is None or not low + more <= guess < high else guess
+    middle = (low + high) // (2 * unit) * unit
+    return middle if prediction is None or not low + smallest_step <= prediction < high else prediction
 
 
-def _line(found: Mapping[int, Mapping[str, int | None]], unit: int, room: float) -> int | None:
-    """The most rows that all phases' lines, through their two largest sizes, leave room for."""
-    most: list[float] = []
-    for phase in next(iter(found.values())):
-        points = sorted((rows, size[phase]) for rows, size in found.items() if size[phase] is not None)[-2:]
+def _predict(measured: Mapping[int, Sizes], unit: int, memory: float) -> int | None:
+    """Predicts the largest number of rows at which all phases fit.
+
+    The memory of each phase is extrapolated along a straight line through its two largest compiled sizes. Returns None
+    if a phase has fewer than two sizes, or if no phase grows with the rows.
+    """
+    limits: list[float] = []
+    for phase in next(iter(measured.values())):
+        points = sorted((rows, size) for rows, sizes in measured.items() if (size := sizes[phase]) is not None)[-2:]
         if len(points) < 2:
             return None
-        (few, small), (many, large) = points
-        if large > small:  # type: ignore[operator]
-            most.append(many + (room - large) * (many - few) / (large - small))  # type: ignore[operator]
-    return max(int(min(most)) // unit * unit, 0) if most else None
+        (few_rows, small), (many_rows, large) = points
+        if large > small:
+            limits.append(many_rows + (memory - large) * (many_rows - few_rows) / (large - small))
+    return max(int(min(limits)) // unit * unit, 0) if limits else None
 
 
-def _bound(found: Mapping[int, Mapping[str, int | None]], rows: int | None, unit: int, room: float) -> str:
-    """The phase that takes most at so many rows, one that the compiler refuses before all others."""
-    if rows is None:
-        return ""
-    refused = [phase for phase, size in found[rows].items() if size is None]
-    return refused[0] if refused else max(found[rows], key=lambda phase: found[rows][phase] or 0)
+def _largest_phase(sizes: Sizes) -> str:
+    """Returns the phase that needs most memory: one that the compiler refuses, else the one with the most bytes."""
+    refused = [phase for phase, size in sizes.items() if size is None]
+    return refused[0] if refused else max(sizes, key=lambda phase: sizes[phase] or 0)

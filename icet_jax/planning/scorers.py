@@ -1,7 +1,6 @@
-"""What judges and the reward model take of the chips: their weights, which stay from the first sweep to the last."""
+"""Computes the memory that judges and the reward model take on the chips: that of their weights, which always stay."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
@@ -9,6 +8,7 @@ from ml_collections import ConfigDict
 from icet_jax.checkpoints.published import scorer_values
 from icet_jax.checkpoints.scorers import abstract_scorer
 from icet_jax.config.names import SCORERS
+from icet_jax.files import JsonObject
 from icet_jax.parallel.sharding import placed, shardings
 from icet_jax.planning.ahead import bytes_per_device
 from icet_jax.runs.sources import checkpoint_directory
@@ -17,36 +17,51 @@ _NO_NETWORK = (*(kind for kind, scorer in SCORERS.items() if not scorer.architec
 
 
 def scorer_bytes(config: ConfigDict, mesh: Mesh | AbstractMesh) -> dict[str, int | None]:
-    """Bytes per chip of the weights of every scorer that a run of `config` loads, by name.
+    """Returns the bytes per chip of the weights of every scorer that a run of `config` loads, by the scorer's name.
 
-    None is one whose sizes are not known: a hub id that is not among `checkpoints.published.SCORERS`, or a toy.
+    The value is None for a scorer of unknown size: a hub id that is not in `checkpoints.published.SCORERS`, or a toy.
+    Scorers without a network of their own, such as keywords or a service, are left out.
+
+    Args:
+      config: config of the run.
+      mesh: chips over which the weights are split.
 
     Raises:
-      UserError: a checkpoint directory that is broken, or a network that is not supported.
+      UserError: a checkpoint directory is broken, or its network is not supported.
     """
     definitions = config.scorers.to_dict()
-    asked = [config.reward.model, *config.sweep.scorers]
+    requested = [config.reward.model, *config.sweep.scorers]
     if config.sweep.utility:
-        asked += config.sweep.utility_scorers
-    names = dict.fromkeys(_members([name for name in asked if name], definitions))
-    return {name: _weights(name, definitions.get(name), mesh) for name in names if _has_network(name, definitions)}
+        requested += config.sweep.utility_scorers
+    names = dict.fromkeys(_replace_ensembles([name for name in requested if name], definitions))
+    return {name: _weight_bytes(name, definitions.get(name), mesh) for name in names if _has_network(name, definitions)}
 
 
-def _members(names: Iterable[str], definitions: dict[str, Any], inside: tuple[str, ...] = ()) -> Iterator[str]:
-    """The scorers themselves and, instead of ensembles, their members (a run refuses an ensemble within itself)."""
+def _replace_ensembles(
+    names: Iterable[str], definitions: dict[str, JsonObject], parents: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Yields the names of scorers, with the members of an ensemble in its place.
+
+    Args:
+      names: scorers and ensembles.
+      definitions: `config.scorers`.
+      parents: the ensembles around `names`. An ensemble in itself is left out, because a run refuses it.
+    """
     for name in names:
         members = definitions.get(name, {}).get("members")
         if members is None:
             yield name
-        elif name not in inside:
-            yield from _members(members, definitions, (*inside, name))
+        elif name not in parents:
+            yield from _replace_ensembles(members, definitions, (*parents, name))
 
 
-def _has_network(name: str, definitions: dict[str, Any]) -> bool:
+def _has_network(name: str, definitions: dict[str, JsonObject]) -> bool:
+    """Returns whether a scorer computes with a network on the run's chips."""
     return definitions.get(name, {}).get("kind", name) not in _NO_NETWORK
 
 
-def _weights(name: str, definition: dict[str, Any] | None, mesh: Mesh | AbstractMesh) -> int | None:
+def _weight_bytes(name: str, definition: JsonObject | None, mesh: Mesh | AbstractMesh) -> int | None:
+    """Returns the bytes per chip of a scorer's weights; None if its size is unknown."""
     definition = definition or {"checkpoint": name}
     checkpoint = str(definition.get("checkpoint", name))
     values = None if checkpoint.startswith("toy:") else scorer_values(checkpoint_directory(checkpoint))

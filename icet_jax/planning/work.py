@@ -1,23 +1,22 @@
-"""Operations of a run's phases, counted from sizes: matrix products and attention, recomputation included."""
+"""Counts the operations of a run's phases from sizes: matrix products and attention, recomputation included."""
 
 import dataclasses
 
 from icet_jax.algorithms.base import PhaseWork
 from icet_jax.evaluation.queue import group_sizes
 from icet_jax.generation.engine import STEPS
-from icet_jax.nn.protocols import POLICY_ROOT
-from icet_jax.parallel.sharding import flatten_with_names
 from icet_jax.planning.ahead import AbstractRun, bytes_per_device
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What a phase does.
+class PhaseCost:
+    """What a phase computes and reads.
 
     Attributes:
-      flops: of all chips together, every answer as long as allowed.
-      steps: how often, one after the other, it reads its weights.
-      read: bytes of them on each chip, at every step; of an embedding few rows are read, which are left out.
+      flops: operations of all chips together, if every answer is as long as allowed.
+      steps: how many times in sequence the phase reads all of its weights.
+      read: bytes of weights that each chip reads at every step. Embeddings are not counted, because a step
+        reads only a few of their rows.
     """
 
     flops: int
@@ -25,30 +24,22 @@ class Work:
     read: int
 
 
-def work(run: AbstractRun, phase: str) -> Work:
-    """The work of the phase of that name.
+def phase_cost(run: AbstractRun, phase: str) -> PhaseCost:
+    """Returns the cost of the phase named `phase`, such as "sweep: decode" or "update".
 
     Raises:
-      KeyError: there is none.
+      KeyError: the run has no such phase.
     """
     config, model = run.config, run.model
     length = config.data.max_prompt_tokens
-    slots, together = group_sizes(config.sweep.batch_size, run.mesh)
-    swept = model.operations(length, length + config.sweep.max_new_tokens, 1)
+    slots, group_rows = group_sizes(config.sweep.batch_size, run.mesh)
+    per_row = model.operations(length, length + config.sweep.max_new_tokens, 1)
     flops, steps = {
-        "sweep: encode": PhaseWork(together * swept.encode, 1),
-        "sweep: fill": PhaseWork(together * (swept.visual + swept.prefill), 1),
-        "sweep: decode": PhaseWork(STEPS * slots * swept.step, STEPS),
+        "sweep: encode": PhaseWork(group_rows * per_row.encode, 1),
+        "sweep: fill": PhaseWork(group_rows * (per_row.visual + per_row.prefill), 1),
+        "sweep: decode": PhaseWork(STEPS * slots * per_row.step, STEPS),
         **run.algorithm.work(run),
     }[phase]
-    return Work(flops, steps, _read(run, policy=phase != "sweep: encode"))
-
-
-def _read(run: AbstractRun, *, policy: bool) -> int:
-    """Bytes on each chip of the decoder's kernels, or of the image encoder's and the projector's."""
-    named = flatten_with_names(run.vlm.params).items()
-    return sum(
-        bytes_per_device(leaf)
-        for name, leaf in named
-        if name.startswith(f"{POLICY_ROOT}/") == policy and "embed" not in name
-    )
+    weights = run.weights(policy=phase != "sweep: encode")
+    read = bytes_per_device({name: leaf for name, leaf in weights.items() if "embed" not in name})
+    return PhaseCost(flops, steps, read)

@@ -11,37 +11,40 @@ from icet_jax.report.loading import PHASES, read_jsonl
 
 
 def write_agreement(workdir: Path) -> JsonObject:
-    """Writes `workdir`/agreement.json from the transcripts, replacing an earlier one, and returns its content.
+    """Writes `workdir`/agreement.json anew from the transcripts and returns its content.
 
     Raises:
       UserError: a transcript is broken, or the file cannot be written.
     """
-    rows = ((phase, dataset, row) for phase, dataset, path in finished_sweeps(workdir) for row in read_transcript(path))
+    rows = ((side, dataset, row) for side, dataset, path in finished_sweeps(workdir) for row in read_transcript(path))
     table = agreement(rows)
     write_text_atomic(workdir / "agreement.json", json.dumps(table, indent=1, allow_nan=False) + "\n")
     return table
 
 
 def finished_sweeps(workdir: Path) -> list[tuple[str, str, Path]]:
-    """Returns (phase, data set, transcript file) of every complete sweep of the run in `workdir`."""
+    """Returns (side, data set, transcript file) of every complete sweep of the run in `workdir`.
+
+    The side is "before" or "after" training.
+    """
     sweeps = []
-    for phase in PHASES:
-        for path in sorted((workdir / "sweeps").glob(f"{phase}.*.json")):
+    for side in PHASES:
+        for path in sorted((workdir / "sweeps").glob(f"{side}.*.json")):
             transcript = workdir / "transcripts" / f"{path.stem}.jsonl"
             if transcript.is_file():
-                sweeps.append((phase, path.stem.partition(".")[2], transcript))
+                sweeps.append((side, path.stem.partition(".")[2], transcript))
     return sweeps
 
 
 def read_transcript(path: Path) -> list[Row]:
-    """Returns the rows of a transcript.
+    """Returns the rows of a transcript file, one per answer.
 
     Raises:
       UserError: a line is broken, or lacks a field that every response has.
     """
     rows = read_jsonl(path)
-    needed = {"id", "layer", "prompt", "response", "kind", "scores"}
+    required = {"id", "layer", "prompt", "response", "kind", "scores"}
     for number, row in enumerate(rows, start=1):
-        if not needed <= row.keys():
-            raise UserError(f"{path}: row {number} lacks {min(needed - row.keys())}; measure the sweep again")
+        if not required <= row.keys():
+            raise UserError(f"{path}: row {number} lacks {min(required - row.keys())}; measure the sweep again")
     return rows

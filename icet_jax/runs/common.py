@@ -1,4 +1,4 @@
-"""The first steps of every run that measures: loading the model, its judges and its rows before any work starts."""
+"""Loads what a run needs before any work starts: the model, its judges and its rows; and claims its run directory."""
 
 import contextlib
 import copy
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from icet_jax import report
@@ -25,24 +25,24 @@ from icet_jax.parallel.mesh import visible_mesh, visible_shape
 from icet_jax.parallel.mesh_fit import check_heads, slices
 from icet_jax.runs import fingerprints, loading, run_dir, run_lock, sources
 from icet_jax.runs.scorers import ScorerLoader
-from icet_jax.runs.sources import TRAIN
+from icet_jax.runs.sources import TRAIN, LoadedRows
 from icet_jax.runs.too_long import REASON, fitting_rows
 from icet_jax.scorers.base import Scorer
 from icet_jax.vlm import VLM
 
 _LISTED = 100  # most rows of a set that data.json lists as too long
-_SEEN_SECONDS = 60  # a network file system shows a new file to every machine within this time
+_VISIBLE_SECONDS = 60  # a network file system shows a new file to every machine within this time
 
 
 @dataclass(frozen=True, eq=False)
-class Setting:
+class RunInputs:
     """Holds the model, the judges and the rows of a run.
 
     Attributes:
       vlm: the model before training.
-      scorers: judges of the sweeps, in the order of the config.
-      utility_scorers: judges of the utility rows.
-      tests: rows by data set, for `config.sweep.datasets` and `config.sweep.utility`.
+      scorers: judges of `config.sweep.datasets`, in the order of the config.
+      utility_scorers: judges of `config.sweep.utility`.
+      tests: rows of each data set of `config.sweep.datasets` and `config.sweep.utility`, by its name.
       train: rows of `config.data.train`; empty if nothing is trained.
     """
 
@@ -53,16 +53,17 @@ class Setting:
     train: list[Example]
 
 
-Rows = tuple[list[Example], dict[str, int]]
-"""The rows of a data set, and {reason: number of rows left out}."""
-
-
-def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -> Setting:
+def load_inputs(config: ConfigDict, workdir: Path, *, training: bool = False) -> RunInputs:
     """Loads model, judges and rows, checks the exits in the config, and writes data.json and fingerprints.json.
 
+    Args:
+      config: config of the run.
+      workdir: run directory.
+      training: whether the run trains, and so needs the rows of `config.data.train`.
+
     Raises:
-      UserError: something is missing, broken or does not fit (a mesh that does not fit the devices first), or rows or
-        weights differ from those that the run in `workdir` started with.
+      UserError: something is missing, broken or does not fit (the mesh is checked first), or rows or weights differ
+        from those that the run in `workdir` started with.
     """
     data, fsdp, _ = visible_shape(**config.mesh)
     # Rows first, so that their errors are found before weights are downloaded and read.
@@ -71,14 +72,14 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
         name: _load_rows(config, source, name, workdir, config.sweep.limit) for name, source in sources_by_name.items()
     }
     train = train_rows(config, workdir) if training else None
-    loaded = {name: examples for name, (examples, _) in tests.items()}
-    fingerprints.check_rows(workdir, loaded if train is None else {TRAIN: train[0], **loaded})
+    all_sets = tests if train is None else {TRAIN: train, **tests}
+    fingerprints.check_rows(workdir, {name: rows.examples for name, rows in all_sets.items()})
     _write_data_facts(workdir, tests, train, {})
     if training and data * fsdp > 1:
         slices(config, data * fsdp)
     vlm = load_model(config, workdir)
     check_exits(config, vlm.num_exits)
-    tests, train, too_long = _fitting(config, vlm, tests, train)
+    tests, train, too_long = _drop_too_long(config, vlm, tests, train)
     if too_long:
         _write_data_facts(workdir, tests, train, too_long)
     facts = sources.organism_facts(str(vlm.directory))
@@ -87,18 +88,18 @@ def load_setting(config: ConfigDict, workdir: Path, *, training: bool = False) -
     load = ScorerLoader(config, workdir, vlm.mesh)
     judges = load.judges(config.sweep.scorers)
     utility_judges = load.judges(config.sweep.utility_scorers) or judges
-    rows = {name: examples for name, (examples, _) in tests.items()}
-    return Setting(vlm, judges, utility_judges, rows, train[0] if train else [])
+    test_rows = {name: rows.examples for name, rows in tests.items()}
+    return RunInputs(vlm, judges, utility_judges, test_rows, train.examples if train else [])
 
 
 @during("loading the model")
 def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> VLM:
-    """Loads the model of `config.model` with its start adapter, split over all devices if there are several.
+    """Loads the model of `config.model` with its start adapter merged in, split over all devices if there are several.
 
     Args:
       config: config of the run.
       workdir: run directory.
-      record: whether to record fingerprints of the model's files in a run directory that has none.
+      record: whether to write fingerprints.json, which records the model's files, if the run directory has none.
 
     Raises:
       UserError: the checkpoint or adapter does not exist or is broken, its files differ from those that the run in
@@ -116,11 +117,11 @@ def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> VLM
 
 @during("loading the exported model")
 def load_exported(config: ConfigDict, vlm: VLM, folder: Path, *, is_adapter: bool) -> VLM:
-    """Loads the model in a run's export, using the run's own config.
+    """Loads the model from the files of a run's export, with the dtype, mesh and exit definition of the run.
 
     Args:
       config: config of the run.
-      vlm: the exported model, whose weights are not used.
+      vlm: the model that was exported; only its folder and mesh are used.
       folder: folder of the export.
       is_adapter: whether it is a PEFT adapter, which is merged into the run's base model.
 
@@ -131,7 +132,8 @@ def load_exported(config: ConfigDict, vlm: VLM, folder: Path, *, is_adapter: boo
     return _load(config, directory, adapter, vlm.mesh)
 
 
-def _load(config: ConfigDict, directory: Path, adapter: Path | None, mesh: Any) -> VLM:
+def _load(config: ConfigDict, directory: Path, adapter: Path | None, mesh: Mesh | None) -> VLM:
+    """Loads the model in `directory` as `config.model` says."""
     model = config.model
     return loading.load(
         directory,
@@ -145,8 +147,8 @@ def _load(config: ConfigDict, directory: Path, adapter: Path | None, mesh: Any) 
     )
 
 
-def train_rows(config: ConfigDict, workdir: Path) -> Rows:
-    """Returns the rows of `config.data.train`, of any length.
+def train_rows(config: ConfigDict, workdir: Path) -> LoadedRows:
+    """Returns the rows of `config.data.train`, including those whose prompts are too long for the model.
 
     Raises:
       UserError: the source does not exist, or a file has no usable row.
@@ -154,55 +156,62 @@ def train_rows(config: ConfigDict, workdir: Path) -> Rows:
     return _load_rows(config, config.data.train, TRAIN, workdir)
 
 
-def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> Rows:
-    """Returns the rows of one of the config's data sets, from the places that `config.data` names."""
+def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit: int | None = None) -> LoadedRows:
+    """Returns the rows of one data set of the config, searched for in the folders that `config.data` names."""
     data = config.data
     where = {"root": data.root, "image_root": data.image_root, "directory": data.directory}
     return sources.load_set(source, name=name, limit=limit, workdir=workdir, **where)
 
 
-def _fitting(
-    config: ConfigDict, vlm: VLM, tests: dict[str, Rows], train: Rows | None
-) -> tuple[dict[str, Rows], Rows | None, dict[str, dict[str, int]]]:
-    """Returns the rows of each set that fit, with the number of those that do not, and {set: {id: positions}} of
-    those."""
+def _drop_too_long(
+    config: ConfigDict, vlm: VLM, tests: dict[str, LoadedRows], train: LoadedRows | None
+) -> tuple[dict[str, LoadedRows], LoadedRows | None, dict[str, dict[str, int]]]:
+    """Leaves out the rows whose prompts are too long for the model.
+
+    Returns:
+      `tests` and `train` without these rows, and {set: {row id: positions of its prompt}} of the rows left out.
+    """
     sources_by_name = {**config.sweep.datasets, **config.sweep.utility}
     too_long: dict[str, dict[str, int]] = {}
 
-    def fitting(name: str, source: str, rows: Rows, *, training: bool = False) -> Rows:
-        examples, left_out = rows
-        fitting_examples, long = fitting_rows(
-            config, vlm.processor, vlm.max_positions, source, name, examples, training=training
+    def drop(name: str, source: str, rows: LoadedRows, *, training: bool = False) -> LoadedRows:
+        fitting, lengths = fitting_rows(
+            config, vlm.processor, vlm.max_positions, source, name, rows.examples, training=training
         )
-        if long:
-            too_long[name] = long
-        return fitting_examples, left_out | ({REASON: len(long)} if long else {})
+        if lengths:
+            too_long[name] = lengths
+        return LoadedRows(fitting, rows.left_out | ({REASON: len(lengths)} if lengths else {}))
 
     if train is not None:
-        train = fitting(TRAIN, config.data.train, train, training=True)
-    return {name: fitting(name, sources_by_name[name], rows) for name, rows in tests.items()}, train, too_long
+        train = drop(TRAIN, config.data.train, train, training=True)
+    return {name: drop(name, sources_by_name[name], rows) for name, rows in tests.items()}, train, too_long
 
 
 def _write_data_facts(
-    workdir: Path, tests: dict[str, Rows], train: Rows | None, too_long: dict[str, dict[str, int]]
+    workdir: Path, tests: dict[str, LoadedRows], train: LoadedRows | None, too_long: dict[str, dict[str, int]]
 ) -> None:
-    """Writes `data.json`: rows by set and kind, rows left out by reason or too long, and prompts shared with the
-    training."""
+    """Writes `data.json`: rows by set and kind, rows left out by reason, rows that are too long, and the number of test
+    prompts that are training prompts."""
     sets = tests if train is None else {TRAIN: train, **tests}
     content: JsonObject = {
-        "rows": {name: dict(Counter(row.kind for row in rows)) for name, (rows, _) in sets.items()},
-        "left_out": {name: reasons for name, (_, reasons) in sets.items() if reasons},
+        "rows": {name: dict(Counter(row.kind for row in rows.examples)) for name, rows in sets.items()},
+        "left_out": {name: rows.left_out for name, rows in sets.items() if rows.left_out},
     }
     if too_long:
-        content["too_long"] = {name: dict(islice(rows.items(), _LISTED)) for name, rows in too_long.items()}
+        content["too_long"] = {name: dict(islice(lengths.items(), _LISTED)) for name, lengths in too_long.items()}
     if train is not None:
-        rows = {name: examples for name, (examples, _) in tests.items()}
-        content["prompts_shared_with_train"] = sources.report_overlap(train[0], rows)
+        test_rows = {name: rows.examples for name, rows in tests.items()}
+        content["prompts_shared_with_train"] = sources.report_overlap(train.examples, test_rows)
     write_text_atomic(workdir / "data.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, Path], None]) -> None:
-    """Runs once in `workdir`, or once per seed of `config.seeds` in workdir/seed_K and then writes the report.
+    """Calls `run` once, or once per seed of `config.seeds` and then writes the report over all seeds.
+
+    Args:
+      config: config of the run.
+      workdir: run directory; each seed has the run directory `workdir`/seed_K.
+      run: function of (config of one seed, its run directory) that does the work.
 
     Raises:
       UserError: the folder cannot be written to or belongs to another config, or a run raises it.
@@ -224,7 +233,7 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Makes `workdir` the run directory of `config`, into which no other run writes until the block ends.
+    """Makes `workdir` the run directory of `config`, and keeps other runs from writing there until the block ends.
 
     The first process calls `run_lock.locked` and `run_dir.claim` for all processes of the run.
 
@@ -244,7 +253,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 def _wait_for_config(workdir: Path) -> None:
     """Waits until this process sees the config.json that the first one wrote."""
-    limit = time.monotonic() + _SEEN_SECONDS
+    limit = time.monotonic() + _VISIBLE_SECONDS
     while not (workdir / "config.json").is_file():
         if time.monotonic() > limit:
             raise UserError(f"--workdir={workdir}: is not what process 0 sees; give a folder that all machines share")

@@ -22,8 +22,8 @@ def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[
 
     Args:
       spec: a path with an optional variant. A relative path is searched for in the working directory, the repository
-        and the installed package. None means the defaults.
-      overrides: values by dotted field, such as {"lppo.iterations": 10}; or (field, text) pairs, in order.
+        and the installed package. None means a config of defaults.
+      overrides: values by dotted field, such as {"lppo.iterations": 10}; or (field, text) pairs, applied in order.
 
     Raises:
       UserError: the file does not exist or is broken, a field is unknown (the nearest one is named) or a value is
@@ -41,7 +41,8 @@ def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets the dotted field `name` from the command line's `text`, in place.
+    """Sets the field with the dotted name `name` in `config` to the value that `text`, from the command line, stands
+    for.
 
     The text is parsed by the type of the field: numbers, true/false, words; tuples are comma-separated; `none` unsets
     an optional field. An open field accepts a Python dict, or one key as in `data.mixture.vqa=0.3`; so does a scorer
@@ -67,7 +68,13 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
-    """Returns the type of a scorer's field, or raises a `UserError` if its kind does not have the field."""
+    """Returns the type of a field of a scorer, or raises a `UserError` if scorers of its kind have no such field.
+
+    Args:
+      definition: the scorer's section of the config.
+      where: dotted name of that section.
+      field: name of the field.
+    """
     fields = scorer_fields(definition.kind)
     if field not in fields:
         raise UserError(f"config.{where}.{field}: a {definition.kind} has {', '.join(fields)}")
@@ -75,7 +82,13 @@ def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
-    """Parses the text of an override as a value of type `kind`; `object` is a field that accepts a word or a list."""
+    """Returns the value of type `kind` that `text` stands for.
+
+    The type `object` is that of a field that accepts the word "all" or a list.
+
+    Raises:
+      UserError: the text does not fit the type; `name` is the field in the message.
+    """
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -96,23 +109,26 @@ def _parse(name: str, text: str, kind: type) -> Any:
         raise UserError(f"--config.{name}={text}: must be {TYPE_NAMES[kind]}") from error
 
 
-def _parse_tuple(text: str) -> tuple[Any, ...]:
+def _parse_tuple(text: str) -> tuple[int | str, ...]:
+    """Returns the items of a comma-separated list; whole numbers become ints."""
     items = [item.strip(" '\"") for item in text.strip("()[] ").split(",")]
     return tuple(int(item) if re.fullmatch(r"-?\d+", item) else item for item in items if item)
 
 
 def _find(path: str) -> Path:
+    """Returns the config file at `path`, or raises a `UserError` that names the existing configs."""
     file = shipped.find(path)
     if file is not None:
         return file
     require_regular(path, f"--config={path}")
-    known = sorted(f.name for folder in shipped.FOLDERS for f in (folder / "configs").glob("[!_]*.py"))
-    listed = ", ".join(f"configs/{name}" for name in dict.fromkeys(known))
+    names = sorted(f.name for folder in shipped.FOLDERS for f in (folder / "configs").glob("[!_]*.py"))
+    listed = ", ".join(f"configs/{name}" for name in dict.fromkeys(names))
     raise UserError(f"--config={path}: no such file; this project has {listed or 'no configs'}")
 
 
 def _run_config_file(path: Path, variant: str) -> ConfigDict:
-    """Runs the file's `get_config`; an error inside it becomes a one-line `UserError`."""
+    """Returns the config that the file's `get_config(variant)` returns; any error in it becomes a one-line
+    `UserError`."""
     spec = importlib.util.spec_from_file_location(f"_icet_jax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not a Python file; a config is configs/NAME.py")
@@ -129,7 +145,7 @@ def _run_config_file(path: Path, variant: str) -> ConfigDict:
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
     except Exception as error:
-        raise _from_config_error(path, error) from error
+        raise _to_user_error(path, error) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"{path}: get_config returned {type(config).__name__}; return icet_jax.config.default(), changed"
@@ -137,9 +153,11 @@ def _run_config_file(path: Path, variant: str) -> ConfigDict:
     return config
 
 
-def _from_config_error(path: Path, error: Exception) -> UserError:
-    """Returns an error of ml_collections about a field, or any other exception of the file, as a one-line
-    `UserError`."""
+def _to_user_error(path: Path, error: Exception) -> UserError:
+    """Returns a one-line `UserError` for an exception that the config file at `path` raised.
+
+    For ml_collections' exceptions about a field that does not exist or has another type, it names the field.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), "?")
     missing = re.search(r"Key \"(\w+)\" does not exist|^[\"'\\]*(\w+)[\"'\\]*(?:\\n|\n|$)", str(error))

@@ -23,10 +23,10 @@ ROWS = 32
 
 
 def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Measurements, folder: Path) -> None:
-    """Generates responses of 32 rows with the model in `folder`, and compares them with those measured after training.
+    """Generates 32 answers with the model loaded from `folder`, and compares them with those measured after training.
 
-    Writes export_check.json and rewrites the model card. A check that has passed is not repeated. All processes call
-    this function.
+    It writes export_check.json and writes the model card again. A check that has passed is not repeated. All processes
+    call this function.
 
     Args:
       config: config of the run.
@@ -36,7 +36,7 @@ def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Meas
       folder: folder of the export; that of the adapter if `config.export.form` is "adapter".
 
     Raises:
-      UserError: more responses differ than rounding explains (see `allowed`), or the files cannot be loaded.
+      UserError: more answers differ than rounding explains (see `allowed`), or the files cannot be loaded.
     """
     path = workdir / EXPORT_CHECK
     if on_first(lambda: read_json(path).get("passed") is True):
@@ -55,24 +55,27 @@ def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Meas
 
 
 def allowed(count: int, dtype: str, platform: str) -> int:
-    """Returns how many of `count` responses may differ.
+    """Returns how many of `count` answers may differ because of rounding.
 
-    Weights and programs are those of the sweep, but other rows run together, and so the padding differs. That can
-    change a token where two are equally likely except for rounding. Products in bfloat16, or in the reduced precision
-    that accelerators use for float32, do so in a few of a hundred long responses; products in float32 on the CPU
-    practically never. A damaged tensor or another checkpoint changes most responses.
+    Weights and programs are those of the sweep, but the rows are batched differently, so their padding differs. That
+    changes rounding, and so the choice between two almost equally likely tokens. With matrix products in bfloat16, or
+    in the reduced precision that accelerators use for float32, this happens in a few of a hundred long answers; in
+    float32 on the CPU practically never. A damaged tensor or another checkpoint changes most answers.
     """
     return count // (ROWS if (dtype, platform) == ("float32", "cpu") else 8)
 
 
 def _form(config: ConfigDict) -> str:
-    """Returns the form of the export that is checked; for "both" it is the full model, which is the one that is
-    measured."""
+    """Returns the form of the export that is checked: for "both" the full model, because the sweeps measure that."""
     return "adapter" if config.export.form == "adapter" else "full"
 
 
 def _write(config: ConfigDict, workdir: Path, folder: Path, count: int, differing: Sequence[JsonObject]) -> None:
-    """Writes the result, prints a warning if responses differ, and raises a `UserError` if too many do."""
+    """Writes the result of a check, warns if some of the `count` answers differ, and raises a `UserError` if too many
+    do.
+
+    `differing` lists the rows and exits with another answer.
+    """
     limit = allowed(count, config.model.dtype, jax.default_backend())
     content = {
         "schema": SCHEMA,

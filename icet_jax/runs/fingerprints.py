@@ -1,9 +1,8 @@
-"""Records the rows and weight files that a run starts with in `fingerprints.json`, so that every later start checks
-them.
+"""Records hashes of a run's rows and model files in `fingerprints.json`, and checks them whenever the run is continued.
 
     {"schema": 1, "rows": {SET: {ROW ID: SHA-256}}, "checkpoints": {"model": {FILE: SHA-256}, "adapter": {...}}}
 
-Hashes are cut to 16 hexadecimal digits. Weight files are sampled: their size, header and 64 blocks at fixed positions.
+Hashes are cut to 16 hexadecimal digits. Of a weight file only the size, the header and 64 blocks are hashed.
 """
 
 import hashlib
@@ -29,12 +28,7 @@ NAME = "fingerprints.json"
 SCHEMA = 1
 _ROWS, _CHECKPOINTS = "rows", "checkpoints"
 _DIGITS = 16
-_SMALL = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-)  # suffixes of other files that a loader reads, hashed completely
+_FULLY_HASHED = (".json", ".txt", ".model", ".jinja")  # suffixes of the files beside the weights that a loader reads
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # blocks of a weight file that are hashed, 4 MiB in total
 _LARGEST_HEADER = 1 << 27
 _FILES_AT_ONCE = 8
@@ -45,9 +39,9 @@ Fingerprints = dict[str, dict[str, str]]
 
 
 def check_rows(workdir: Path, sets: Mapping[str, Sequence[Example]]) -> None:
-    """Records the rows of a new run, or checks that those of a run that has started are the same.
+    """Records hashes of the rows of a new run, or checks that the rows of a continued run have not changed.
 
-    The first process does it. A run directory of an earlier version without fingerprints gets them now.
+    Only the first process does this. A run directory of an earlier version that has no fingerprints gets them now.
 
     Args:
       workdir: the run directory.
@@ -56,11 +50,15 @@ def check_rows(workdir: Path, sets: Mapping[str, Sequence[Example]]) -> None:
     Raises:
       UserError: rows have changed since the run started; the message names the set and the number of rows.
     """
-    on_first(lambda: _check(workdir, _ROWS, _rows(sets), record=True))
+    on_first(lambda: _check(workdir, _ROWS, _hash_rows(sets), record=True))
 
 
 def check_pairs(workdir: Path, sets: Mapping[str, Sequence[PreferencePair]]) -> None:
-    """Does the same as `check_rows` for the preference pairs of a reward model, which are numbered from 1.
+    """Records or checks the hashes of a reward model's preference pairs, as `check_rows` does for rows.
+
+    Args:
+      workdir: the run directory.
+      sets: preference pairs by name of the set. In the file, the id of a pair is its number, counted from 1.
 
     Raises:
       UserError: pairs have changed since the run started; the message names the set and the number of pairs.
@@ -79,29 +77,40 @@ def check_pairs(workdir: Path, sets: Mapping[str, Sequence[PreferencePair]]) -> 
 
 
 def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, record: bool = True) -> None:
-    """Does the same as `check_rows` for the files of a model.
+    """Records or checks the hashes of a model's files, as `check_rows` does for rows.
 
     Args:
       workdir: the run directory.
-      directories: directories of the "model" and its start "adapter", or None.
-      record: whether to record fingerprints in a run directory that has none.
+      directories: folder of the "model" and of its start "adapter"; None for no adapter.
+      record: whether to record hashes if the run directory has none.
 
     Raises:
       UserError: files have changed since the run started; the message names them.
     """
 
     def check() -> None:
-        files = {name: _files(directory) for name, directory in directories.items() if directory is not None}
+        files = {name: _hash_files(directory) for name, directory in directories.items() if directory is not None}
         _check(workdir, _CHECKPOINTS, files, record=record)
 
     on_first(check)
 
 
 def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> None:
+    """Compares fingerprints with the recorded ones and, if `record`, writes them to the run directory.
+
+    Args:
+      workdir: the run directory.
+      kind: "rows" or "checkpoints".
+      current: fingerprints of what the run has loaded now.
+      record: whether to write fingerprints that are not recorded yet.
+
+    Raises:
+      UserError: recorded and current fingerprints differ.
+    """
     path = workdir / NAME
-    recorded = {**_read(path)}
-    known = recorded.get(kind, {}) if has_begun(workdir) else {}
-    for expected in (known, *_of_other_seeds(workdir, kind)):
+    all_recorded = {**_read(path)}
+    recorded = all_recorded.get(kind, {}) if has_begun(workdir) else {}
+    for expected in (recorded, *_fingerprints_of_other_seeds(workdir, kind)):
         changes = {name: _changes(expected[name], current[name]) for name in sorted({*expected} & {*current})}
         different = "; ".join(f"{name}: {what}" for name, what in changes.items() if what)
         if different:
@@ -109,14 +118,14 @@ def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> 
                 f"--workdir={workdir}: the {kind} are not those that this run began with ({different}); put them back "
                 "or choose another --workdir"
             )
-    # Sets that only another mode reads are kept, because a sweep does not load the training rows.
-    if record and {**known, **current} != recorded.get(kind):
-        recorded[kind] = {**known, **current}
-        write_text_atomic(path, json.dumps({"schema": SCHEMA, **recorded}, indent=0) + "\n")
+    # Recorded sets that were not loaded now stay recorded: a sweep does not load the training rows.
+    if record and {**recorded, **current} != all_recorded.get(kind):
+        all_recorded[kind] = {**recorded, **current}
+        write_text_atomic(path, json.dumps({"schema": SCHEMA, **all_recorded}, indent=0) + "\n")
 
 
-def _of_other_seeds(workdir: Path, kind: str) -> Iterable[Fingerprints]:
-    """Yields the fingerprints of other seeds of the same run, which share their rows with this one."""
+def _fingerprints_of_other_seeds(workdir: Path, kind: str) -> Iterable[Fingerprints]:
+    """Yields the fingerprints recorded by other seeds of the same run, which have the same rows and model."""
     if re.fullmatch(r"seed_\d+", workdir.name) and (workdir.parent / "config.json").is_file():
         for folder in sorted(workdir.parent.glob("seed_*")):
             if folder != workdir and has_begun(folder):
@@ -159,19 +168,20 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
+def _hash_rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
+    """Returns the hash of every row: of its texts and the bytes or pixels of its images."""
     images = {image for rows in sets.values() for row in rows for image in row.images if isinstance(image, str | Path)}
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        files = dict(zip(images, pool.map(_whole_file, images), strict=True))
-    stored: dict[Any, str] = {}  # images of prepared sets
+        file_hashes = dict(zip(images, pool.map(_hash_file, images), strict=True))
+    stored_hashes: dict[StoredImage, str] = {}  # of images in prepared sets
 
     def image_hash(image: Any) -> str:
         if isinstance(image, str | Path):
-            return files[image]
+            return file_hashes[image]
         if isinstance(image, StoredImage):
-            if image not in stored:
-                stored[image] = _hash(image.read())
-            return stored[image]
+            if image not in stored_hashes:
+                stored_hashes[image] = _hash(image.read())
+            return stored_hashes[image]
         pixels = image if isinstance(image, bytes) else np.asarray(image)
         return _hash(pixels if isinstance(pixels, bytes) else f"{pixels.shape}".encode() + pixels.tobytes())
 
@@ -183,7 +193,8 @@ def _rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
     return {name: {row.id: row_hash(row) for row in rows} for name, rows in sets.items()}
 
 
-def _whole_file(path: str | Path) -> str:
+def _hash_file(path: str | Path) -> str:
+    """Returns the hash of all bytes of a file."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -191,12 +202,12 @@ def _whole_file(path: str | Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _files(directory: Path) -> dict[str, str]:
-    """Returns the hashes of the files that a loader may read, by name."""
-    paths = [path for path in sorted(directory.iterdir()) if path.suffix in (*_SMALL, ".safetensors")]
+def _hash_files(directory: Path) -> dict[str, str]:
+    """Returns the hashes of a model's files by file name; files that no loader reads are left out."""
+    paths = [path for path in sorted(directory.iterdir()) if path.suffix in (*_FULLY_HASHED, ".safetensors")]
     try:
         return {
-            path.name: (_weights if path.suffix == ".safetensors" else _whole_file)(path)[:_DIGITS]
+            path.name: (_hash_weights if path.suffix == ".safetensors" else _hash_file)(path)[:_DIGITS]
             for path in paths
             if path.is_file()
         }
@@ -204,8 +215,9 @@ def _files(directory: Path) -> dict[str, str]:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
-def _weights(path: Path) -> str:
-    """Returns the hash of a safetensors file's size, its header, and evenly spread blocks (all of a small file)."""
+def _hash_weights(path: Path) -> str:
+    """Returns the hash of a safetensors file: of its size, its header and 64 evenly spaced blocks (all of a small
+    file)."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)

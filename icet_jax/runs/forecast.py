@@ -5,10 +5,10 @@ from icet_jax.report.text import duration
 
 
 def paragraph(what: str, cost: Cost) -> str:
-    """Returns the numbers of a `Cost` in words.
+    """Returns the expected cost of some sweeps as one paragraph of text.
 
     Args:
-      what: names of the sweeps ("before: mini_jailbreakv, xstest").
+      what: which sweeps, such as "before mini_jailbreakv, xstest".
       cost: sum of their costs.
     """
     exits = cost.answers // max(cost.attempts, 1)
@@ -20,7 +20,7 @@ def paragraph(what: str, cost: Cost) -> str:
         f"prompts of {cost.prompt_tokens / max(cost.rows, 1):.0f} tokens,",
         f"answers of at most {cost.new_tokens / max(cost.answers, 1):.0f};",
         f"{flops:.2g} operations (images {shares[0]}, prompts {shares[1]}, answers {shares[2]}).",
-        f"At the speed measured here {_between(*cost.seconds)},",
+        f"At the speed measured here {_range(*cost.seconds)},",
         "without compiling and without the judges.",
     ]
     judged = [f"{name} {count:,}" for name, count in cost.judged.items() if count]
@@ -32,5 +32,6 @@ def paragraph(what: str, cost: Cost) -> str:
     return " ".join(sentences)
 
 
-def _between(low: float, high: float) -> str:
+def _range(low: float, high: float) -> str:
+    """Returns a range of seconds in words, such as "5 min to 10 min"."""
     return "less than a second" if high < 1 else f"{duration(low)} to {duration(high)}"

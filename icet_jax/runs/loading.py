@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.config.names import DTYPES
@@ -17,10 +18,10 @@ from icet_jax.vlm import VLM
 
 def load(
     path_or_id: str | Path,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     mesh: jax.sharding.Mesh | None = None,
     *,
-    param_dtype: Any = None,
+    param_dtype: DTypeLike | None = None,
     remat: str = "none",
     revision: str | None = None,
     adapter: str | Path | None = None,
@@ -36,32 +37,33 @@ def load(
       dtype: dtype of the computation, "float32" or "bfloat16".
       mesh: devices over which the weights are split (`icet_jax.parallel.mesh.make_mesh`); None is the default device.
       param_dtype: dtype of the stored weights; `dtype` by default.
-      remat: what is kept for a backward pass: "none" (everything), "dots" (matrix products), "full" (only layer
-        inputs).
+      remat: which intermediate results are kept for a backward pass instead of being computed again: "none" (all of
+        them), "dots" (matrix products), "full" (only the inputs of layers).
       revision: branch, tag or commit of a hub id; None is its default branch.
       adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
-      exit_rule: for Llama 3.2 Vision, what exit l feeds the projector: "E1" (None), "E2" or "E5"
-        (`icet_jax.models.mllama.network.EXIT_DEFINITIONS`).
-      capture: for Llama 3.2 Vision, which states its captured intermediates are: "input" (None), as it was trained, or
-        "output", as transformers since 4.56 reads them.
+      exit_rule: for Llama 3.2 Vision, what exit l feeds the projector: "E1", "E2" or "E5"
+        (`icet_jax.models.mllama.network.EXIT_DEFINITIONS`); None means "E1".
+      capture: for Llama 3.2 Vision, which hidden states its captured intermediates are: "input" of the block, as it was
+        trained, or "output" of the block, as transformers since 4.56 reads them; None means "input".
       template: chat template instead of the checkpoint's own, "vicuna_v1" or "llava_v1" (`config.data.template`).
 
     Raises:
       UserError: the checkpoint does not exist, is not supported, or is broken.
     """
-    names = [None if name is None else _dtype_name(name) for name in (dtype, param_dtype)]
-    directory = local_directory(_shipped(path_or_id), revision)
-    start = None if adapter is None else local_directory(adapter)
-    options: dict[str, Any] = {
-        "dtype": str(names[0]),
-        "param_dtype": names[1],
-        "mesh": mesh,
-        "remat": remat,
-        "adapter": start,
-        "exit_rule": exit_rule,
-        "capture": capture,
-    }
-    return VLM(load_vlm(directory, **options), mesh, template)
+    dtype_name = _dtype_name(dtype)
+    param_dtype_name = None if param_dtype is None else _dtype_name(param_dtype)
+    directory = local_directory(_organism_directory(path_or_id), revision)
+    checkpoint = load_vlm(
+        directory,
+        dtype=dtype_name,
+        param_dtype=param_dtype_name,
+        mesh=mesh,
+        remat=remat,
+        adapter=None if adapter is None else local_directory(adapter),
+        exit_rule=exit_rule,
+        capture=capture,
+    )
+    return VLM(checkpoint, mesh, template)
 
 
 def load_scorer(
@@ -70,13 +72,14 @@ def load_scorer(
     template: Callable[[str, str], str] | str | None = None,
     **options: Any,
 ) -> Scorer:
-    """Loads a scorer: `score(prompts, responses)` returns {name: `Scores`} for raw prompts without chat template.
+    """Loads a scorer. Called with prompts (without chat template) and responses, it returns {metric: `Scores`}.
 
     Args:
       path_or_id: "refusal_keywords", a checkpoint directory, a hub id, "organism:reward_model", or "organism:judge",
         the exact judge of the organism's world.
-      kind: kind of the checkpoint, if its config does not say.
-      template: how prompt and response become the scorer's text, instead of its own template.
+      kind: kind of scorer, needed if the checkpoint's config does not say.
+      template: turns a prompt and a response into the text that the scorer reads; a function, the name of a template,
+        or None for the scorer's own.
       options: `dtype`, `mesh`, `revision`, `batch_size` and the fields of the kind, see
         `icet_jax.scorers.load.load_scorer`.
 
@@ -89,10 +92,10 @@ def load_scorer(
         return WorldJudge()
     from icet_jax.scorers.load import load_scorer as load_judge
 
-    return load_judge(_shipped(path_or_id), kind=kind, template=template, **options)
+    return load_judge(_organism_directory(path_or_id), kind=kind, template=template, **options)
 
 
-def _shipped(path_or_id: str | Path) -> str | Path:
+def _organism_directory(path_or_id: str | Path) -> str | Path:
     """Returns the directory of an "organism:NAME"; other paths and ids are returned unchanged."""
     origin, _, name = str(path_or_id).partition(":")
     if origin != "organism" or not name:
@@ -102,7 +105,8 @@ def _shipped(path_or_id: str | Path) -> str | Path:
     return weights_directory(name)
 
 
-def _dtype_name(dtype: Any) -> str:
+def _dtype_name(dtype: DTypeLike) -> str:
+    """Returns the name of a dtype; raises a `UserError` if the package does not compute in it."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

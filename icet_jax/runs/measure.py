@@ -19,7 +19,7 @@ from icet_jax.files import JsonObject, read_text, write_text_atomic
 from icet_jax.parallel.compilations import compile_programs
 from icet_jax.parallel.distributed import agree, is_writer, on_first
 from icet_jax.report.pictures import save_pictures
-from icet_jax.runs.common import Setting, model_name
+from icet_jax.runs.common import RunInputs, model_name
 from icet_jax.runs.forecast import paragraph
 from icet_jax.training.progress import Progress
 from icet_jax.vlm import VLM
@@ -28,59 +28,61 @@ SCHEMA = 1
 
 
 class Measurements:
-    """Measures the sweeps and utility files of one run directory; a finished file is never measured again."""
+    """Measures the sweeps and utility sets of one run directory; what has a finished file is never measured again.
 
-    def __init__(self, config: ConfigDict, workdir: Path, setting: Setting):
-        """Stores the judges and rows of `setting`."""
+    `side` is "before" or "after": whether the measured model is the one before or after training.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, inputs: RunInputs):
+        """Stores the judges and the test rows of `inputs`; nothing is measured yet."""
         self._config, self._workdir = config, workdir
-        self._scorers, self._utility_scorers = setting.scorers, setting.utility_scorers
-        self._tests = setting.tests
+        self._scorers, self._utility_scorers = inputs.scorers, inputs.utility_scorers
+        self._tests = inputs.tests
 
-    def sweeps(self, phase: str, vlm: VLM) -> int:
-        """Writes `sweeps/PHASE.DATASET.json` for each data set ("before" or "after"); returns the number of generated
-        tokens."""
-        paths = {name: self._workdir / "sweeps" / f"{phase}.{name}.json" for name in self._config.sweep.datasets}
-        self._announce(phase, vlm, paths)
-        return sum(self._measure(phase, name, vlm, path) for name, path in paths.items())
+    def sweeps(self, side: str, vlm: VLM) -> int:
+        """Writes `sweeps/SIDE.DATASET.json` for each data set; returns the number of generated tokens."""
+        paths = {name: self._workdir / "sweeps" / f"{side}.{name}.json" for name in self._config.sweep.datasets}
+        self._announce(side, vlm, paths)
+        return sum(self._measure(side, name, vlm, path) for name, path in paths.items())
 
-    def utility(self, phase: str, vlm: VLM) -> int:
-        """Adds the utility sets to `utility.json`; returns the number of generated tokens."""
+    def utility(self, side: str, vlm: VLM) -> int:
+        """Adds the results of the utility sets to `utility.json`; returns the number of generated tokens."""
         names, path = list(self._config.sweep.utility), self._workdir / "utility.json"
         if not names:
             return 0
         content: JsonObject = _read(path) if path.exists() else {"schema": SCHEMA}
-        parts = {name: self._workdir / "sweeps" / ".utility" / f"{phase}.{name}.json" for name in names}
-        self._announce(phase, vlm, parts)
-        tokens = sum(self._measure(phase, name, vlm, part) for name, part in parts.items())
+        parts = {name: self._workdir / "sweeps" / ".utility" / f"{side}.{name}.json" for name in names}
+        self._announce(side, vlm, parts)
+        tokens = sum(self._measure(side, name, vlm, part) for name, part in parts.items())
         if not is_writer():
             return tokens
-        content[phase] = {name: _read(part) for name, part in parts.items()}
-        if phase == "after":
+        content[side] = {name: _read(part) for name, part in parts.items()}
+        if side == "after":
             content["difference"] = {name: self._difference(name, content["after"][name]) for name in names}
         _write(path, content)
         return tokens
 
     def differences(self) -> None:
-        """Writes `sweeps/difference.DATASET.json`: after minus before on the same rows."""
+        """Writes `sweeps/difference.DATASET.json` for each data set: after minus before on the same rows."""
         if not is_writer():
             return
         for name in self._config.sweep.datasets:
             after = _read(self._workdir / "sweeps" / f"after.{name}.json")
             _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
 
-    def is_complete(self, phase: str) -> bool:
-        """Returns whether every sweep and utility set of a phase has been measured; all processes call it."""
+    def is_complete(self, side: str) -> bool:
+        """Returns whether every sweep and utility set of a side has been measured; all processes call it."""
         settings, folder = self._config.sweep, self._workdir / "sweeps"
-        paths = [folder / f"{phase}.{name}.json" for name in settings.datasets]
-        paths += [folder / ".utility" / f"{phase}.{name}.json" for name in settings.utility]
+        paths = [folder / f"{side}.{name}.json" for name in settings.datasets]
+        paths += [folder / ".utility" / f"{side}.{name}.json" for name in settings.utility]
         return agree(all(path.exists() for path in paths))
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns (rows, exits) of every swept data set; all processes call it."""
+        """Returns (number of rows, number of measured exits) of every swept data set; all processes call it."""
         return {name: (len(self._tests[name]), len(self._exits(name))) for name in self._config.sweep.datasets}
 
     def differing(self, name: str, vlm: VLM, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
-        """Returns the (row id, exit) at which `vlm` responds differently from the model that was measured after
+        """Returns the (row id, exit) at which `vlm` gives another answer than the model that was measured after
         training.
 
         All processes call this method.
@@ -88,15 +90,15 @@ class Measurements:
         Args:
           name: name of a data set whose sweep after training is complete.
           vlm: the model to compare.
-          pairs: (number of the row, index of the exit among the measured ones) to compare.
+          pairs: where to compare: (index of the row in the data set, index of the exit among the measured exits).
 
         Raises:
           UserError: the transcript of the sweep is damaged.
         """
         exits, rows = self._exits(name), self._tests[name]
         requested_exits: dict[int, list[int]] = {}
-        for row, place in pairs:
-            requested_exits.setdefault(row, []).append(exits[place])
+        for row, exit_index in pairs:
+            requested_exits.setdefault(row, []).append(exits[exit_index])
         if not requested_exits:
             return []
         settings = {
@@ -106,8 +108,8 @@ class Measurements:
         answers = answer_again(vlm, rows, requested_exits, **settings)
 
         def compare() -> list[tuple[str, int]]:
-            places = [(rows[row].id, layer, 0) for row, layer in sorted(answers)]
-            transcript = finished_rows(self._transcripts("after", name), places)
+            keys = [(rows[row].id, layer, 0) for row, layer in sorted(answers)]
+            transcript = finished_rows(self._transcript("after", name), keys)
             measured = {place_of(row): (row["response"], row["scores"]["length"]) for row in transcript}
             return [
                 (rows[row].id, layer)
@@ -118,20 +120,25 @@ class Measurements:
         return [(row, layer) for row, layer in on_first(compare)]
 
     def _exits(self, name: str) -> list[int]:
+        """Returns the exits at which a data set was measured after training; all processes call it."""
         path = self._workdir / "sweeps" / f"after.{name}.json"
         return on_first(lambda: [layer["layer"] for layer in _read(path)["layers"]])
 
     def geometry(self, vlm: VLM) -> None:
-        """Writes `geometry.json`, the distance of every exit's features from the default exit's; training cannot change
-        it."""
+        """Writes `geometry.json`: how far the image features of each exit are from those of the default exit.
+
+        Training does not change the image encoder, so this is measured once.
+        """
         path = self._workdir / "geometry.json"
         rows = [row for examples in self._tests.values() for row in examples if row.images]
         if rows and not agree(path.exists()):
             _write(path, geometry(vlm, rows))
 
     def reuse_before_of_other_seeds(self) -> None:
-        """Copies measurements before training from another seed of the same run, because greedy responses have no
-        seed."""
+        """Copies the measurements before training from another seed of the same run, if answers are greedy.
+
+        Greedy answers do not depend on the seed.
+        """
         if not is_writer() or self._config.sweep.temperature > 0 or not re.fullmatch(r"seed_\d+", self._workdir.name):
             return
         for sweep_file in self._workdir.parent.glob("seed_*/sweeps/**/before.*.json"):
@@ -143,39 +150,41 @@ class Measurements:
                 if not target.exists():
                     write_text_atomic(target, source.read_text(encoding="utf-8"))
 
-    def _announce(self, phase: str, vlm: VLM, paths: Mapping[str, Path]) -> None:
-        """Prints the expected cost of the sweeps that have no file yet."""
+    def _announce(self, side: str, vlm: VLM, paths: Mapping[str, Path]) -> None:
+        """Prints the expected cost of those sweeps whose files, in `paths` by data set, do not exist yet."""
         missing = [name for name, path in paths.items() if not path.exists()]
         dtype = self._config.model.dtype
         costs = [estimate(vlm, self._tests[name], dtype=dtype, **self._sweep_settings(name, vlm)) for name in missing]
         if costs:
-            print(paragraph(f"{phase} {', '.join(missing)}", sum(costs, Cost())), file=sys.stderr)
+            print(paragraph(f"{side} {', '.join(missing)}", sum(costs, Cost())), file=sys.stderr)
 
     def _sweep_settings(self, name: str, vlm: VLM) -> JsonObject:
-        """Returns the settings of a data set's sweep on which its cost depends."""
+        """Returns the arguments of a data set's sweep on which its cost depends."""
         settings = self._config.sweep
-        limit = (settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+        sampling = vlm.sampling(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
         return {
             "exits": settings.exits,
-            "sampling": vlm.sampling(*limit),
+            "sampling": sampling,
             "scorers": self._utility_scorers if name in settings.utility else self._scorers,
             "batch_size": settings.batch_size,
             "attempts": settings.attempts,
         }
 
-    def _measure(self, phase: str, name: str, vlm: VLM, path: Path) -> int:
+    def _measure(self, side: str, name: str, vlm: VLM, path: Path) -> int:
+        """Sweeps a data set and writes the result to `path` unless that exists; returns the number of generated
+        tokens."""
         if agree(path.exists()):
             return 0
         result: SweepResult = sweep(
             vlm,
             self._tests[name],
             **self._sweep_settings(name, vlm),
-            transcript_path=self._transcripts(phase, name),
-            progress=_show(f"{phase} {name}"),
+            transcript_path=self._transcript(side, name),
+            progress=_progress_display(f"{side} {name}"),
             dataset=name,
             model=model_name(self._config),
             seed=self._config.seed,
-            tag=phase,
+            tag=side,
             compile_ahead=compile_programs,
         )
         save_pictures(self._workdir, name, self._tests[name])
@@ -183,6 +192,7 @@ class Measurements:
         return result.tokens
 
     def _difference(self, name: str, after: JsonObject) -> JsonObject:
+        """Returns the paired differences of a data set; `after` is the content of its sweep file after training."""
         exits = [layer["layer"] for layer in after["layers"]]
         required = [
             (example.id, layer, attempt)
@@ -190,28 +200,31 @@ class Measurements:
             for layer in exits
             for attempt in range(row_attempts(example.kind, self._config.sweep.attempts))
         ]
-        rows = {phase: finished_rows(self._transcripts(phase, name), required) for phase in ("before", "after")}
+        rows = {side: finished_rows(self._transcript(side, name), required) for side in ("before", "after")}
         tables = difference(rows["before"], rows["after"], exits, after["num_exits"])
         return {"schema": SCHEMA, "dataset": name, "kind": after["kind"], **tables}
 
-    def _transcripts(self, phase: str, name: str) -> Path:
-        return self._workdir / "transcripts" / f"{phase}.{name}.jsonl"
+    def _transcript(self, side: str, name: str) -> Path:
+        return self._workdir / "transcripts" / f"{side}.{name}.jsonl"
 
 
-def _show(what: str) -> Callable[[SweepProgress], None]:
-    """Returns a function that shows a sweep's progress, and prints the expected duration once responses have been
-    timed."""
-    bar: list[Progress] = []
-    announced: list[float] = []
+def _progress_display(what: str) -> Callable[[SweepProgress], None]:
+    """Returns a function that shows the progress of the sweep `what`, to be called with each new state of it.
+
+    It prints the expected duration once, as soon as some answers have been timed.
+    """
+    bar: Progress | None = None
+    is_announced = False
 
     def show(state: SweepProgress) -> None:
-        if not bar:
-            bar.append(Progress(what, state.total, start=state.done))
-        if state.seconds_left is not None and not announced:
-            announced.append(state.seconds_left)
+        nonlocal bar, is_announced
+        if bar is None:
+            bar = Progress(what, state.total, start=state.done)
+        if state.seconds_left is not None and not is_announced:
+            is_announced = True
             print(f"{what}: about {state.seconds_left:.0f} s", file=sys.stderr)
         shown = {} if state.tokens_per_second is None else {"tokens/s": state.tokens_per_second}
-        bar[0].advance(shown, to=state.done)
+        bar.advance(shown, to=state.done)
 
     return show
 

@@ -1,7 +1,7 @@
-"""Writes the README.md of an exported model from its run directory: what was done, what it changed, and its limits.
+"""Writes the README.md of an exported model from its run directory: the training, its effect, and the limits.
 
-A card leaves the machine of the run, so it names files and folders only by their last part. Everything that comes from
-a file is escaped, so that the name of a data set cannot become markup.
+The card will be published, so it names files and folders only by the last part of their paths. Everything that comes
+from a file is escaped, so that the name of a data set cannot become markup.
 """
 
 import html
@@ -23,8 +23,8 @@ from icet_jax.runs.sources import SOURCE_JOIN
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MARKUP = re.compile(r"([\\`*_\[\]|~#])")
-# Metric families that describe a response instead of judging it; only the report shows them.
-_LEFT_OUT = ("length", "empty", "truncated")
+# Metric families that describe an answer instead of judging it; only the report shows them.
+_HIDDEN_METRICS = ("length", "empty", "truncated")
 _COLUMNS = (*EARLY_TO_LATE, "average")
 
 _LIMITS = """\
@@ -52,7 +52,7 @@ attacks and harmful responses out of what you publish.
 def write_model_card(
     folder: Path, workdir: Path, *, form: str = "full", check: JsonObject | None = None
 ) -> Path:  # fmt: skip
-    """Writes `text(workdir, form=form, check=check)` to `folder`/README.md and returns that path.
+    """Writes the model card to `folder`/README.md and returns that path; for the other arguments see `text`.
 
     Raises:
       UserError: a file of the run is broken, or `folder` cannot be written to.
@@ -65,12 +65,12 @@ def write_model_card(
 def text(workdir: Path, *, form: str = "full", check: JsonObject | None = None) -> str:
     """Returns the model card of the run in `workdir`: Markdown with a YAML front matter for the Hugging Face hub.
 
-    A part of the card is left out, or says so, if the run has not written its files yet.
+    A section whose files the run has not written yet is left out, or says that there are no results yet.
 
     Args:
       workdir: run directory (of one seed).
       form: form of the export: "full" (merged weights) or "adapter" (PEFT).
-      check: future content of export_check.json; None uses the existing file.
+      check: content of export_check.json, if that file is not written yet; None reads the file.
 
     Raises:
       UserError: a file of the run is broken.
@@ -94,6 +94,7 @@ def text(workdir: Path, *, form: str = "full", check: JsonObject | None = None) 
 
 
 def _front_matter(base: str, form: str) -> str:
+    """Returns the YAML block at the top of the card; `base` is the name of the base model."""
     lines = ["---"]
     # A path or a built-in name means nothing on the hub.
     if _HUB_ID.fullmatch(base):
@@ -111,6 +112,7 @@ def _front_matter(base: str, form: str) -> str:
 
 
 def _summary(run: Run, base: str) -> str:
+    """Returns the first paragraph: what the model is, and which exits its image encoder has."""
     table = next(iter(run.tables.values()), {})
     exits = ""
     if table.get("num_exits"):
@@ -133,6 +135,7 @@ def _summary(run: Run, base: str) -> str:
 
 
 def _loading(base: str, form: str) -> str:
+    """Returns the section with the Python code that loads the model."""
     if form == "adapter":
         code = (
             "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"
@@ -145,28 +148,29 @@ def _loading(base: str, form: str) -> str:
             'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")\n'
             'processor = AutoProcessor.from_pretrained("THIS_FOLDER")'
         )
-    rest = "" if form == "adapter" else "\n`icet_jax.load` reads it too, at any exit. "
-    return f"## Loading\n\n```python\n{code}\n```\n{rest}`value_head.safetensors`, if there, is training's critic.\n"
+    note = "" if form == "adapter" else "\n`icet_jax.load` reads it too, at any exit. "
+    return f"## Loading\n\n```python\n{code}\n```\n{note}`value_head.safetensors`, if there, is training's critic.\n"
 
 
 def _training(run: Run, base: str) -> str:
+    """Returns the section on the training: a table of facts and a table of settings; "" without a config."""
     config = run.config
     if not config:
         return ""
     name = str(config.get("algorithm"))
-    named = ALGORITHMS.get(name)
-    done = run.history[-1].get("step") if run.history else None
+    algorithm = ALGORITHMS.get(name)
+    iterations = run.history[-1].get("step") if run.history else None
     revision, adapter = _field(config, "model.revision"), _field(config, "model.adapter")
     rows, shared = _field(run.data, "rows.train"), _field(run.data, "prompts_shared_with_train")
     facts = {
         "Base model": _plain(base) + (f", revision {_plain(revision)}" if revision else ""),
         "Start adapter": _plain(_public(adapter)) if adapter else None,
-        "Method": f"{named.title} ({named.about})" if named else _plain(name),
+        "Method": f"{algorithm.title} ({algorithm.about})" if algorithm else _plain(name),
         "Trained": "the whole language model" if _field(config, "lora.rank") == 0 else "LoRA on the language model",
         "Exits during training": _plain(_field(config, f"{name}.exits")),
-        "Iterations": f"{_plain(done or 0)} of {_plain(_field(config, f'{name}.iterations'))}",
+        "Iterations": f"{_plain(iterations or 0)} of {_plain(_field(config, f'{name}.iterations'))}",
         "Training data": _plain(_public(_field(config, "data.train"))) + (f" ({_counts(rows)})" if rows else ""),
-        "Reward model": _plain(_public(_field(config, "reward.model"))) if named and named.rewarded else None,
+        "Reward model": _plain(_public(_field(config, "reward.model"))) if algorithm and algorithm.rewarded else None,
         "Test prompts that are training prompts": _counts(shared),
         "Cost": _cost(run),
         "Made with": f"icet-jax {icet_jax.__version__}",
@@ -177,12 +181,13 @@ def _training(run: Run, base: str) -> str:
 
 
 def _counts(counts: Any) -> str:
-    """Returns {name: number} as "name: number, ..."; "" if there are none."""
-    named = counts if isinstance(counts, Mapping) else {}
-    return ", ".join(f"{_plain(name)}: {_plain(count)}" for name, count in sorted(named.items()))
+    """Returns {name: number} as "name: number, ..."; "" if `counts` is empty or no mapping."""
+    count_by_name = counts if isinstance(counts, Mapping) else {}
+    return ", ".join(f"{_plain(name)}: {_plain(count)}" for name, count in sorted(count_by_name.items()))
 
 
 def _cost(run: Run) -> str | None:
+    """Returns the duration of the run and its devices in words; None if the run recorded no cost."""
     seconds = run.cost.get("total_seconds")
     if not isinstance(seconds, int | float):
         return None
@@ -190,7 +195,7 @@ def _cost(run: Run) -> str | None:
 
 
 def _settings(config: Mapping[str, Any], algorithm: str) -> Iterable[tuple[str, Any]]:
-    """Yields the config fields that define a training, by dotted name; unset ones are left out."""
+    """Yields the (dotted name, value) of the config fields that define a training; unset fields are left out."""
     sections = dict.fromkeys(("lora", "lppo", algorithm, "optimizer", "reward"))
     sections_by_name = {name: config.get(name) for name in sections}
     data = config.get("data") or {}
@@ -204,11 +209,12 @@ def _settings(config: Mapping[str, Any], algorithm: str) -> Iterable[tuple[str, 
 
 
 def _results(run: Run) -> str:
+    """Returns the section with a table of metrics before and after training for each data set."""
     sets = list(dict.fromkeys(name for _, name in run.tables))
     if not sets:
         return "## Before and after\n\nNot measured.\n"
     parts = ["## Before and after\n"]
-    if not any(phase == "after" for phase, _ in run.tables):
+    if not any(side == "after" for side, _ in run.tables):
         parts.append("The trained model has not been measured; these are the base model's numbers.\n")
     parts.append(
         "Means per group of exits (early, middle and late thirds) or per exit, before → after training; in brackets "
@@ -216,7 +222,7 @@ def _results(run: Run) -> str:
     )
     sources = {f"{part}/{name}": source for part, name, source in _sources(run.config)}
     for name in sets:
-        tables = {phase: table for (phase, other), table in run.tables.items() if other == name}
+        tables = {side: table for (side, dataset), table in run.tables.items() if dataset == name}
         source = sources.get(name)
         title = _plain(name.partition("/")[2]) + (f" ({_plain(_public(source))})" if source else "")
         parts.append(f"### {title}\n\n{_result_table(tables)}")
@@ -253,7 +259,12 @@ def _with_interval(value: Value, show: Callable[[float], str]) -> str:
 
 
 def _check(check: Mapping[str, Any], form: str) -> str:
-    """Returns how the files of this export compare with the measured model; "" if they have not been compared."""
+    """Returns how many answers of the exported files equal those of the measured model; "" if they were not compared.
+
+    Args:
+      check: content of export_check.json, maybe empty.
+      form: form of the export that the card is about.
+    """
     if not check or check.get("form") != form:
         return ""
     what = "the base with this adapter merged into it" if form == "adapter" else "these weights, merged and rounded"
@@ -264,29 +275,36 @@ def _check(check: Mapping[str, Any], form: str) -> str:
 
 
 def _sources(config: Mapping[str, Any]) -> Iterable[tuple[str, str, Any]]:
+    """Yields ("sweep" or "utility", data set, source string) of the test sets that a config names."""
     for part, field in (("sweep", "sweep.datasets"), ("utility", "sweep.utility")):
-        named = _field(config, field)
-        for name, source in named.items() if isinstance(named, Mapping) else ():
+        sources = _field(config, field)
+        for name, source in sources.items() if isinstance(sources, Mapping) else ():
             yield part, name, source
 
 
 def _result_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns a table with one row per metric; the columns are groups, or exits if they do not fill the groups."""
-    columns = {phase: _by_column(table) for phase, table in tables.items()}
+    """Returns a Markdown table of the metrics of a data set, with one row per metric.
+
+    The columns are the groups of exits, or single exits if the sweep has too few exits for groups.
+
+    Args:
+      tables: content of the sweep file "before", "after" and "difference", as far as they exist.
+    """
+    columns = {side: _metrics_by_column(table) for side, table in tables.items()}
     first = columns.get("before") or columns.get("after") or {}
     metrics = list(dict.fromkeys(metric for column in first.values() for metric in column))
-    shown_metrics = [metric for metric in metrics if metric.partition("/")[0] not in _LEFT_OUT]
+    shown_metrics = [metric for metric in metrics if metric.partition("/")[0] not in _HIDDEN_METRICS]
     rows = []
     for metric in shown_metrics:
         cells = [
-            _cell(metric, {phase: table.get(name, {}).get(metric) for phase, table in columns.items()})
-            for name in first
+            _cell(metric, {side: table.get(name, {}).get(metric) for side, table in columns.items()}) for name in first
         ]
         rows.append([f"{_plain(metric_family(metric).title)}: {_plain(metric)}", *cells])
     return _table(("metric", *map(_plain, first)), rows)
 
 
-def _by_column(table: Mapping[str, Any]) -> dict[str, JsonObject]:
+def _metrics_by_column(table: Mapping[str, Any]) -> dict[str, JsonObject]:
+    """Returns the metrics of a sweep file by group of exits, or by exit if groups are missing."""
     groups = table.get("groups") or {}
     if all(name in groups for name in _COLUMNS):
         return {name: groups[name].get("metrics", {}) for name in _COLUMNS}
@@ -294,17 +312,18 @@ def _by_column(table: Mapping[str, Any]) -> dict[str, JsonObject]:
 
 
 def _cell(metric: str, estimates: Mapping[str, Any]) -> str:
+    """Returns one cell, such as "40% → 3% (-37 points, -45 to -29)"; `estimates` are before, after and difference."""
     share = metric_family(metric).share
     show, change = (percent, points) if share else (number, signed)
-    estimate_of = {phase: value for phase, value in estimates.items() if isinstance(value, Mapping)}
-    means = [show(estimate_of[phase].get("mean")) for phase in ("before", "after") if phase in estimate_of]
+    estimate_of = {side: value for side, value in estimates.items() if isinstance(value, Mapping)}
+    means = [show(estimate_of[side].get("mean")) for side in ("before", "after") if side in estimate_of]
     shown = " → ".join(means) or "–"
     difference = estimate_of.get("difference", {})
     if difference.get("mean") is not None:
         ends = difference.get("ci95")
         interval = f", {change(ends[0])} to {change(ends[1])}" if ends else ""
         shown += f" ({change(difference['mean'])}{interval})"
-    errors = [str(estimate_of[phase].get("n_error", 0)) for phase in ("before", "after") if phase in estimate_of]
+    errors = [str(estimate_of[side].get("n_error", 0)) for side in ("before", "after") if side in estimate_of]
     return shown + (f"; not judged: {' → '.join(errors)}" if any(count != "0" for count in errors) else "")
 
 
@@ -317,7 +336,7 @@ def _field(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _public(value: Any) -> Any:
-    """Returns a source or checkpoint without its folders; a hub id is returned unchanged."""
+    """Returns a source string or checkpoint without the folders of its paths; other values and hub ids unchanged."""
     if not isinstance(value, str) or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
         return value
     if SOURCE_JOIN in value:
@@ -330,11 +349,12 @@ def _public(value: Any) -> Any:
 
 
 def _plain(value: object) -> str:
-    """Returns any value as one line of Markdown without markup."""
+    """Returns any value as one line of text, escaped so that Markdown shows it literally."""
     return _MARKUP.sub(r"\\\1", html.escape(" ".join(visible(str(value)).split()), quote=False))
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Returns a Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

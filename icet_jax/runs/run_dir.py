@@ -16,15 +16,16 @@ from icet_jax.errors import UserError, during, write_error
 from icet_jax.files import JsonObject, parse_json, read_text, write_text_atomic
 
 SCHEMA = 1
-_ANY = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")  # fields that change results by rounding at most
-_SHOWN_FIELDS = 4
+# Fields that may differ between two starts of a run, because they change results by rounding at most.
+_CHANGEABLE = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
+_SHOWN_FIELDS = 4  # most differing fields that an error names
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run directory of `config`, or checks that it already is.
 
-    A run that stopped before it measured anything (for example because of a mistyped field) gives up its folder to any
-    config.
+    A folder in which nothing has been measured yet may be claimed by another config. So a run that stopped at once, for
+    example because of a mistyped field, needs no new folder.
 
     Raises:
       UserError: the folder cannot be written to, or holds a run of another config (differing fields are named).
@@ -42,8 +43,8 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
         return
     stored = json.loads(json.dumps(flatten(read_config(path))))
-    stored["scorers"] = _without_removed(stored)
-    differing = [name for name in sorted({*current, *stored} - {*_ANY}) if current.get(name) != stored.get(name)]
+    stored["scorers"] = _supported_scorers(stored)
+    differing = [name for name in sorted({*current, *stored} - {*_CHANGEABLE}) if current.get(name) != stored.get(name)]
     if differing and not has_begun(workdir):
         write_text_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
     elif differing:
@@ -54,18 +55,18 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"--workdir={workdir} holds a run of another config: {shown}{more}; choose another folder")
 
 
-def _without_removed(values: JsonObject) -> Any:
-    """Returns a stored config's scorers without unused definitions of a kind that no longer exists."""
+def _supported_scorers(values: JsonObject) -> Any:
+    """Returns the field `scorers` of a stored config without unused definitions of the removed kind "perspective"."""
     scorers = values.get("scorers")
     if not isinstance(scorers, dict):
         return scorers
     used = [values.get(name) for name in ("reward.model", "sweep.scorers", "sweep.utility_scorers")]
     used += [definition for definition in scorers.values() if isinstance(definition, dict) and "members" in definition]
-    words = json.dumps(used)
+    used_names = json.dumps(used)
     return {
         name: definition
         for name, definition in scorers.items()
-        if json.dumps(name) in words or not isinstance(definition, dict) or definition.get("kind") != "perspective"
+        if json.dumps(name) in used_names or not isinstance(definition, dict) or definition.get("kind") != "perspective"
     }
 
 
@@ -76,7 +77,7 @@ def has_begun(workdir: Path) -> bool:
 
 
 def read_config(path: Path) -> ConfigDict:
-    """Returns a run's config.json; fields that did not exist when it was written have their defaults.
+    """Returns the config in a run's config.json; fields that did not exist when it was written get their defaults.
 
     Raises:
       UserError: it cannot be read.
@@ -91,7 +92,14 @@ def read_config(path: Path) -> ConfigDict:
 
 
 def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") -> JsonObject:
-    """Returns `values` completed from `defaults`; fields whose keys the user chooses are not changed."""
+    """Returns `values` with absent fields set to their defaults.
+
+    Args:
+      values: fields of a config or of one of its sections.
+      defaults: the default of each of these fields.
+      section: dotted name of the section with a dot at the end; "" for the whole config. Open fields, whose keys the
+        user chooses, are not completed.
+    """
     filled = dict(values)
     for name, value in defaults.items():
         if name not in filled:
@@ -102,20 +110,28 @@ def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") 
 
 
 class Costs:
-    """Records `cost.json`: seconds and compilations of every phase, summed over restarts.
+    """Records `cost.json`: seconds and compilations of every stage of a run, summed over all its starts.
 
-    The time of a killed process since its last finished phase is not included.
+    What a process spent on a stage before it was killed is not included.
     """
 
     def __init__(self, workdir: Path):
+        """Reads the cost of earlier starts from `workdir`/cost.json, if it exists.
+
+        Raises:
+          UserError: the file is damaged.
+        """
         self._path = workdir / "cost.json"
-        self._phases: dict[str, JsonObject] = {}
+        self._stages: dict[str, JsonObject] = {}
         if self._path.exists():
-            self._phases = _stored_phases(self._path)
+            self._stages = _stored_stages(self._path)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[JsonObject]:
-        """Times the block, also when it fails; further numbers ("tokens") may be added to the dict that it yields."""
+    def stage(self, name: str) -> Iterator[JsonObject]:
+        """Times the block as the stage `name` and writes cost.json when it ends, also with an error.
+
+        Yields a dict, in which the block may put other quantities to sum, such as "tokens".
+        """
         from icet_jax.parallel.compilations import CompilationCounter
 
         extra: dict[str, Any] = {}
@@ -125,25 +141,25 @@ class Costs:
                 with during(name.replace("_", " ")):
                     yield extra
             finally:
-                entry = self._phases.setdefault(name, {"name": name, "seconds": 0.0})
-                numbers = {
+                entry = self._stages.setdefault(name, {"name": name, "seconds": 0.0})
+                quantities = {
                     "seconds": time.perf_counter() - start,
                     "compilations": compilations.count,
                     "compile_seconds": compilations.seconds,
                     **extra,
                 }
-                for key, value in numbers.items():
+                for key, value in quantities.items():
                     entry[key] = entry.get(key, 0) + value
                 if entry.get("tokens"):
                     entry["tokens_per_second"] = entry["tokens"] / entry["seconds"]
                 self._write()
 
     def _write(self) -> None:
-        phases = list(self._phases.values())
+        stages = list(self._stages.values())
         content = {
             "schema": SCHEMA,
-            "phases": phases,
-            "total_seconds": sum(phase["seconds"] for phase in phases),
+            "phases": stages,
+            "total_seconds": sum(stage["seconds"] for stage in stages),
             "device": _device(),
             "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
             "peak_bytes": _peak_bytes(),
@@ -151,24 +167,25 @@ class Costs:
         write_text_atomic(self._path, json.dumps(content, indent=1) + "\n")
 
 
-def _stored_phases(path: Path) -> dict[str, JsonObject]:
-    """Returns the phases of an earlier `cost.json` by name.
+def _stored_stages(path: Path) -> dict[str, JsonObject]:
+    """Returns the stages of an earlier `cost.json` by name.
 
     Raises:
       UserError: the file is damaged.
     """
     try:
-        phases = parse_json(read_text(path))["phases"]
-        by_name = {str(phase["name"]): phase for phase in phases}
-        numbers = [value for phase in phases for name, value in phase.items() if name != "name"]
-        if any(type(value) not in (int, float) for value in numbers) or any("seconds" not in phase for phase in phases):
-            raise ValueError("a phase without its numbers")
+        stages = parse_json(read_text(path))["phases"]
+        by_name = {str(stage["name"]): stage for stage in stages}
+        values = [value for stage in stages for key, value in stage.items() if key != "name"]
+        if any(type(value) not in (int, float) for value in values) or any("seconds" not in stage for stage in stages):
+            raise ValueError("a stage without its seconds, or a value that is not a number")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not what a run has cost ({error}); remove it") from error
     return by_name
 
 
 def _device() -> str:
+    """Returns the run's devices in words, such as "8 x TPU v5e" or "cpu, 2 cores"."""
     import jax
 
     devices = jax.devices()
@@ -178,7 +195,7 @@ def _device() -> str:
 
 
 def _peak_bytes() -> int | None:
-    """Returns the peak memory of the device that used most; None if the platform does not report it."""
+    """Returns the most memory in bytes that any device of this process has used; None if the platform does not say."""
     import jax
 
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]

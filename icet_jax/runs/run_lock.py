@@ -1,9 +1,8 @@
-"""Allows one writer per run directory, by `run.lock`, an advisory lock of the operating system that ends with its
-process.
+"""Lets only one process at a time write into a run directory, by a lock on its file `run.lock`.
 
-It is a POSIX record lock. Network file systems with locks support it (NFS version 4, Lustre mounted with `flock`),
-child processes do not inherit it, and a killed process leaves none behind. The content of the file only names the
-holder.
+The lock is an advisory POSIX record lock. The operating system removes it when its process ends, even if the process is
+killed; child processes do not inherit it. Network file systems with locks support it (NFS version 4, Lustre mounted
+with `flock`). The content of the file only names the process that has the lock, for messages.
 """
 
 import contextlib
@@ -18,11 +17,11 @@ from pathlib import Path
 from icet_jax.errors import UserError, write_error
 
 NAME = "run.lock"
-_HELD_ELSEWHERE = (errno.EACCES, errno.EAGAIN)
+_LOCKED_BY_OTHERS = (errno.EACCES, errno.EAGAIN)
 _SHOWN_BYTES = 300  # most bytes of a lock file that an error shows
 # A record lock belongs to the process: the process could lock a file twice, and loses the lock when it closes any
-# descriptor of the file. Locks of this process are therefore looked up here before the file is opened.
-_own_locks: set[Path] = set()
+# descriptor of the file. So a file that this process has locked already must not be opened again.
+_locks_of_this_process: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -42,42 +41,43 @@ def locked(workdir: Path, advice: str = "choose another --workdir") -> Iterator[
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir.resolve() / NAME
-        if path in _own_locks:
-            raise _refusal(workdir, _holder(os.getpid()), advice)
+        if path in _locks_of_this_process:
+            raise _refusal(workdir, _this_process(), advice)
         descriptor = _acquire(path, workdir, advice)
     except OSError as error:
         raise write_error(f"--workdir={workdir}", error) from error
-    _own_locks.add(path)
+    _locks_of_this_process.add(path)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
         os.close(descriptor)
-        _own_locks.discard(path)
+        _locks_of_this_process.discard(path)
 
 
 def _acquire(path: Path, workdir: Path, advice: str) -> int:
-    """Opens and locks the file; returns its descriptor, which holds the lock until it is closed."""
+    """Opens and locks the file `path`; returns its descriptor, which keeps the lock until it is closed."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             _lock(descriptor, workdir, advice)
-            if _is_file(descriptor, path):
+            if _is_open_file(descriptor, path):
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{_holder(os.getpid())}\n".encode(), 0)
+                os.pwrite(descriptor, f"{_this_process()}\n".encode(), 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the holder removed the file, and another process may have created a new one
+        os.close(descriptor)  # the process that had the lock removed the file; another may have created a new one
 
 
 def _lock(descriptor: int, workdir: Path, advice: str) -> None:
+    """Locks an open file; raises a `UserError` if another process has locked it, and warns if locks do not exist."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _HELD_ELSEWHERE:
+        if error.errno in _LOCKED_BY_OTHERS:
             holder = os.pread(descriptor, _SHOWN_BYTES, 0).decode("utf-8", "replace").strip()
             raise _refusal(workdir, holder, advice) from None
         print(
@@ -87,7 +87,7 @@ def _lock(descriptor: int, workdir: Path, advice: str) -> None:
         )
 
 
-def _is_file(descriptor: int, path: Path) -> bool:
+def _is_open_file(descriptor: int, path: Path) -> bool:
     """Returns whether `path` is still the file that `descriptor` has open."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -95,10 +95,11 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _holder(process: int) -> str:
-    return f"process {process} on {socket.gethostname()}"
+def _this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _refusal(workdir: Path, holder: str, advice: str) -> UserError:
+    """Returns the error that another run, in the process `holder` (may be ""), is writing into `workdir`."""
     who = f" ({holder})" if holder else ""
     return UserError(f"--workdir={workdir}: another run{who} is writing there; wait for it or {advice}")

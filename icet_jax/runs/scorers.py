@@ -1,6 +1,7 @@
-"""Loads the scorers that a config names, each once per process, with the score cache in front.
+"""Loads the scorers that a config names, each once per process.
 
-refusal_keywords | organism:judge | a name of `config.scorers` | weights of a scorer (directory, hub id, toy:NAME)
+A name is "refusal_keywords", "organism:judge", a key of `config.scorers`, or a scorer's weights (a directory, a hub id
+or "toy:NAME").
 """
 
 import difflib
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from icet_jax.errors import UserError
@@ -24,15 +26,20 @@ _LOADED: dict[tuple[Any, ...], Scorer] = {}
 class ScorerLoader:
     """Loads scorers by their names in a config."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, mesh: Any = None) -> None:
-        """Stores the definitions; toy weights, and the score cache unless the config names a folder, are put in
-        `workdir`."""
+    def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh | None = None) -> None:
+        """Prepares loading.
+
+        Args:
+          config: config of the run.
+          workdir: run directory, for toy weights, and for cached scores unless `config.sweep.score_cache` is set.
+          mesh: devices over which the weights are split; None for the default device.
+        """
         self._definitions = config.scorers.to_dict()
         self._workdir, self._mesh = workdir, mesh
         self._cache = ScoreCache(config.sweep.score_cache or workdir / "scores")
 
     def __call__(self, name: str) -> Scorer:
-        """Returns one scorer without the cache.
+        """Returns the scorer named `name`, which computes every score anew.
 
         Raises:
           UserError: it cannot be loaded, or an ensemble is a member of itself.
@@ -40,7 +47,7 @@ class ScorerLoader:
         return self._load(name, ())
 
     def judges(self, names: Iterable[str]) -> list[Scorer]:
-        """Returns the scorers of a sweep, in order, with the cache.
+        """Returns the scorers of a sweep in the order of `names`; their scores are read from the cache where possible.
 
         Raises:
           UserError: a scorer cannot be loaded.
@@ -48,29 +55,34 @@ class ScorerLoader:
         return [cached(self(name), self._cache) for name in names]
 
     def _load(self, name: str, parents: tuple[str, ...]) -> Scorer:
+        """Returns the scorer `name`; `parents` are the ensembles that it is loaded for, the outermost first."""
         if name in parents:
             raise UserError(f"config.scorers.{name}: is a member of itself ({' -> '.join((*parents, name))})")
         definition = self._definitions.get(name)
         if definition is not None and "members" in definition:
-            return self._defined(name, definition, parents)  # only its members take time to load, and they are stored
+            # Only the members of an ensemble take time to load, and they are stored.
+            return self._load_defined(name, definition, parents)
         # Toy weights depend on the run directory; all others are the same for every run of the process.
         toy_folder = str(self._workdir) if "toy:" in f"{name} {definition}" else ""
         key = (name, json.dumps(definition, sort_keys=True), toy_folder, self._mesh)
         if key not in _LOADED:
-            _LOADED[key] = self._plain(name) if definition is None else self._defined(name, definition, parents)
+            is_defined = definition is not None
+            _LOADED[key] = self._load_defined(name, definition, parents) if is_defined else self._load_undefined(name)
         return _LOADED[key]
 
-    def _plain(self, name: str) -> Scorer:
-        place = checkpoint_directory(name, self._workdir) if name.startswith("toy:") else name
+    def _load_undefined(self, name: str) -> Scorer:
+        """Returns the scorer `name`, which is not a key of `config.scorers`; an error names the nearest key."""
+        path_or_id = checkpoint_directory(name, self._workdir) if name.startswith("toy:") else name
         try:
-            return loading.load_scorer(place, mesh=self._mesh)
+            return loading.load_scorer(path_or_id, mesh=self._mesh)
         except UserError as error:
-            near = difflib.get_close_matches(name, self._definitions, n=1)
-            if not near:
+            nearest = difflib.get_close_matches(name, self._definitions, n=1)
+            if not nearest:
                 raise
-            raise UserError(f"{name}: did you mean {near[0]}, of config.scorers? ({error})") from error
+            raise UserError(f"{name}: did you mean {nearest[0]}, of config.scorers? ({error})") from error
 
-    def _defined(self, name: str, definition: JsonObject, parents: tuple[str, ...]) -> Scorer:
+    def _load_defined(self, name: str, definition: JsonObject, parents: tuple[str, ...]) -> Scorer:
+        """Returns the scorer that `config.scorers` defines under `name`; `parents` are the ensembles around it."""
         from icet_jax.scorers.load import load_defined
 
         definition = dict(definition)

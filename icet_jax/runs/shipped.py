@@ -7,11 +7,14 @@ import icet_jax
 
 _PACKAGE = Path(icet_jax.__file__).parent
 FOLDERS = (_PACKAGE.parent, _PACKAGE)
-"""Where they are: in the repository, or in the installed package."""
+"""Folders that contain `configs/` and `examples/`: the repository, or the installed package."""
 
 
 def find(path: str | Path) -> Path | None:
-    """Returns where `path` is a file: in the working directory, else where the package's files are; None: nowhere."""
+    """Returns the file at the relative `path` in the working directory or in `FOLDERS`; None if there is no such file.
+
+    An absolute path is returned unchanged if it is a file.
+    """
     for folder in (Path.cwd(), *FOLDERS):
         if os.path.isfile(folder / path):  # unlike `Path.is_file`, false for names that no file can have
             return folder / path
@@ -19,6 +22,7 @@ def find(path: str | Path) -> Path | None:
 
 
 def example(path: str | Path) -> str | Path:
-    """Returns `path`, or the package's copy of a file such as "examples/scene.png" that is not where it should be."""
+    """Returns `path`, or the package's own copy of it if it is "examples/..." and does not exist in the working
+    directory."""
     is_example = Path(path).parts[:1] == ("examples",) and not os.path.exists(path)
     return (find(path) or path) if is_example else path

@@ -1,4 +1,4 @@
-"""Finds a run's rows and weights: a user's files, hub ids, the included organism, or toys.
+"""Finds a run's rows and weights: a user's files, hub ids, the organism (the embedded test model), or toys.
 
 rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
             | toy:KIND | toy:FORMAT | several of these, joined by " + "
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from icet_jax.config.names import KINDS
 from icet_jax.data import prepared
@@ -30,6 +30,18 @@ SOURCE_JOIN = " + "
 
 TRAIN = "train"
 """Name of the training set among the prepared sets."""
+
+
+class LoadedRows(NamedTuple):
+    """Holds the usable rows of a data set.
+
+    Attributes:
+      examples: the rows.
+      left_out: number of rows that were left out, by reason.
+    """
+
+    examples: list[Example]
+    left_out: dict[str, int]
 
 
 def checkpoint_directory(spec: str, workdir: Path | None = None) -> str:
@@ -61,7 +73,7 @@ def load_set(
     directory: str | None = None,
     name: str | None = None,
     workdir: Path | None = None,
-) -> tuple[list[Example], dict[str, int]]:
+) -> LoadedRows:
     """Returns at most `limit` rows of `source`, and prints a report of bad rows to standard error.
 
     Args:
@@ -74,18 +86,16 @@ def load_set(
       name: name of the set in `directory`.
       workdir: directory for toy files; a temporary folder if None.
 
-    Returns:
-      The rows, and {reason: number of rows left out}.
-
     Raises:
       UserError: the source does not exist, a file has no usable row, or the set is not prepared.
     """
     if directory is not None and name is not None:
-        return prepared.read_set(directory, name, source, limit), prepared.dropped_rows(directory, name)
+        rows = prepared.read_set(directory, name, source, limit)
+        return LoadedRows(rows, prepared.dropped_rows(directory, name))
     records = read_rows(source, root=root, image_root=image_root, limit=limit, seed=seed, workdir=workdir)
     if records.problems or records.repeats or records.animated or records.replaced:
         print(f"icet-jax: {records.report()}", file=sys.stderr)
-    return records.examples, records.dropped()
+    return LoadedRows(records.examples, records.dropped())
 
 
 def load_rows(source: str, **where: Any) -> list[Example]:
@@ -98,7 +108,7 @@ def load_rows(source: str, **where: Any) -> list[Example]:
     Raises:
       UserError: the source does not exist, or a file has no usable row.
     """
-    return load_set(source, **where)[0]
+    return load_set(source, **where).examples
 
 
 def read_rows(
@@ -111,11 +121,11 @@ def read_rows(
     workdir: Path | None = None,
     decode: bool = False,
 ) -> Records:
-    """Returns the rows of `source` with the problems of those that were left out.
+    """Reads the usable rows of `source`, and records which rows were left out and why.
 
     Args:
       source, root, image_root, limit, seed, workdir: as for `load_set`; reading stops after `limit` usable rows.
-      decode: whether images are decoded, so that rows with damaged images are left out too.
+      decode: whether images are decoded now, so that rows with damaged images are left out too.
 
     Raises:
       UserError: the source does not exist, or a file has no usable row.
@@ -133,25 +143,32 @@ def read_rows(
     elif origin in ("organism", "toy") and name:
         rows = _organism_rows(source, seed) if origin == "organism" else _toy_rows(name)
         return Records(source, rows[:limit], [], complete=limit is None or len(rows) <= limit)
-    for field, place in (("root", root), ("image_root", image_root)):
-        if place and not Path(place).is_dir():
-            raise UserError(f"config.data.{field}={place}: no such folder; it is where the data sets' files lie")
+    for field, folder in (("root", root), ("image_root", image_root)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"config.data.{field}={folder}: no such folder; give the folder of the data sets' files")
     source = source if root else str(shipped.example(source))
     return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
 
 
 def _read_several(source: str, limit: int | None, where: dict[str, Any]) -> Records:
-    """Returns the rows of several sources, one after another; ids get the number of their source, to keep them
-    different."""
+    """Returns the rows of several sources, one after another.
+
+    Each row id gets the number of its source in front, so that ids of different sources stay different.
+
+    Args:
+      source: the sources, joined by `SOURCE_JOIN`.
+      limit: number of usable rows after which reading stops; None means all.
+      where: other arguments of `read_rows`.
+    """
     parts = [part.strip() for part in source.split(SOURCE_JOIN)]
     if not all(parts):
         raise UserError(f"{source}: a source is missing beside '{SOURCE_JOIN}'; write SOURCE{SOURCE_JOIN}SOURCE")
     all_records: list[Records] = []
     for number, part in enumerate(parts, 1):
-        rest = None if limit is None else limit - sum(len(records.examples) for records in all_records)
-        if rest == 0:
+        remaining = None if limit is None else limit - sum(len(records.examples) for records in all_records)
+        if remaining == 0:
             break
-        records = read_rows(part, limit=rest, **where)
+        records = read_rows(part, limit=remaining, **where)
         examples = [dataclasses.replace(row, id=f"{number}:{row.id}") for row in records.examples]
         problems = [dataclasses.replace(row, detail=f"{part}: {row.detail}") for row in records.problems]
         all_records.append(dataclasses.replace(records, examples=examples, problems=problems))
@@ -173,12 +190,14 @@ def _temporary_folder() -> Path:
 
 
 def _toy_rows(kind: str) -> list[Example]:
+    """Returns a few generated rows of one kind, or of all kinds if `kind` is "mixed"."""
     from icet_jax import miniatures as toy
 
     return toy.rows(kind)
 
 
 def _organism_rows(source: str, seed: int) -> list[Example]:
+    """Returns generated rows from the organism's world for a source "organism:SPLIT[:KIND[:COUNT]]"."""
     from icet_jax.organism import world
 
     _, split, kind, count, *rest = [*source.split(":"), "", ""]
@@ -190,16 +209,15 @@ def _organism_rows(source: str, seed: int) -> list[Example]:
 
 
 def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) -> dict[str, int]:
-    """Returns the number of test rows, by data set, whose prompt is also a training prompt, and prints a warning if
-    any.
+    """Returns how many test rows of each data set have a prompt that is also a training prompt; prints where any do.
 
     Questions about images (VQA rows) naturally repeat their wording and are not counted.
     """
-    prompts = [example for example in train if example.kind != "vqa"]
+    train_requests = [example for example in train if example.kind != "vqa"]
     overlaps = {}
     for name, rows in tests.items():
         requests = [row for row in rows if row.kind != "vqa"]
-        overlaps[name] = prompt_overlap(prompts, requests)
+        overlaps[name] = prompt_overlap(train_requests, requests)
         if overlaps[name]:
             print(
                 f"icet-jax: {overlaps[name]} of {len(requests)} rows of {name} have a prompt of the training set",
@@ -209,8 +227,10 @@ def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) ->
 
 
 def organism_facts(directory: str) -> JsonObject | None:
-    """Returns what is planted in the weights in `directory`, as recorded by the organism's builder; None for other
-    models."""
+    """Returns the content of organism.json in `directory`, which says what was planted in an embedded test model.
+
+    Returns None for a folder without this file, which is any other model's.
+    """
     path = Path(directory) / "organism.json"
     if not path.is_file():
         return None

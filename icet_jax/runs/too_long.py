@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -20,54 +21,76 @@ def fitting_rows(
     config: ConfigDict, processor: Processor, max_positions: int | None, source: str, name: str,
     examples: Sequence[Example], *, training: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
-    """Returns the rows that fit, and {id: positions} of those that do not, which `config.data.too_long` may forbid.
+    """Splits rows into those whose prompts fit the model and those that are too long.
 
-    A training row must fit `config.data.max_prompt_tokens`. Every row must leave the model room for the longest
-    response and must not have more text tokens than the tokenizer allows.
+    A prompt and the longest allowed answer together must not take more positions than the model has. The prompt of a
+    training row must also fit into `config.data.max_prompt_tokens`, and no prompt may have more text tokens than the
+    tokenizer allows.
 
     Args:
       config: config of the run.
       processor: processor of the model.
-      max_positions: most positions of a prompt and its response in the model; None for no limit.
-      source: source of the rows.
-      name: name of the set in messages.
+      max_positions: most positions that the model has for a prompt and its answer; None for no limit.
+      source: source of the rows, for messages.
+      name: name of the set, for messages.
       examples: rows of the set.
       training: whether they are training rows.
+
+    Returns:
+      The rows that fit, and {row id: positions of its prompt} of the others.
 
     Raises:
       UserError: no row fits, or one does not and `config.data.too_long` is "stop".
     """
-    limit, field, advice = _limit(config, max_positions, training)
-    most = max_tokens(processor.tokenizer)
-    if limit is None and most is None:
+    limit = _prompt_limit(config, max_positions, training)
+    tokenizer_limit = max_tokens(processor.tokenizer)
+    if limit.positions is None and tokenizer_limit is None:
         return list(examples), {}
     pairs = list(zip(examples, prompt_tokens(processor, examples), strict=True))
-    beyond = {row.id: len(ids) for row, ids in pairs if limit is not None and len(ids) > limit}
-    misfits = {row.id: len(ids) for row, ids in pairs if row.id not in beyond and processor.misfit(ids) is not None}
-    long = beyond | misfits
-    if not long:
+    over_limit = {row.id: len(ids) for row, ids in pairs if limit.positions is not None and len(ids) > limit.positions}
+    over_tokenizer_limit = {
+        row.id: len(ids) for row, ids in pairs if row.id not in over_limit and processor.misfit(ids) is not None
+    }
+    too_long = over_limit | over_tokenizer_limit
+    if not too_long:
         return list(examples), {}
-    bounds = [f"the {limit} positions of {field}"] if beyond else []
-    bounds += [f"the tokenizer's model_max_length={most}"] if misfits else []
-    shown = ", ".join(f"row {one_line(str(row))[:_SHOWN]} takes {long[row]}" for row in list(long)[:_NAMED])
-    more = f", and {len(long) - _NAMED} more" if len(long) > _NAMED else ""
-    what = f"{len(long)} of {len(examples)} prompts are longer than {' or '.join(bounds)} ({shown}{more})"
-    advice = advice.format(max(beyond.values())) if beyond else "shorten the prompts"
-    if len(long) == len(examples):
+    limits = [f"the {limit.positions} positions of {limit.origin}"] if over_limit else []
+    limits += [f"the tokenizer's model_max_length={tokenizer_limit}"] if over_tokenizer_limit else []
+    shown = ", ".join(f"row {one_line(str(row))[:_SHOWN]} takes {too_long[row]}" for row in list(too_long)[:_NAMED])
+    more = f", and {len(too_long) - _NAMED} more" if len(too_long) > _NAMED else ""
+    what = f"{len(too_long)} of {len(examples)} prompts are longer than {' or '.join(limits)} ({shown}{more})"
+    advice = limit.advice.format(max(over_limit.values())) if over_limit else "shorten the prompts"
+    if len(too_long) == len(examples):
         raise UserError(f"{name} ({source}): no row fits: {what}; {advice}")
     if config.data.too_long == "stop":
         raise UserError(f"{name} ({source}): {what}; {advice}, or leave them out with config.data.too_long=drop")
     print(f"icet-jax: {one_line(f'{name} ({source})')}: left out: {what}; {advice} to keep them", file=sys.stderr)
-    return [row for row in examples if row.id not in long], long
+    return [row for row in examples if row.id not in too_long], too_long
 
 
-def _limit(config: ConfigDict, positions: int | None, training: bool) -> tuple[int | None, str, str]:
-    """Returns the most positions of a prompt or None, the reason, and advice with `{}` for the positions of the longest
-    prompt."""
-    answer = "lppo.max_new_tokens" if training else "sweep.max_new_tokens"
-    new = config.lppo.max_new_tokens if training else config.sweep.max_new_tokens
-    room = None if positions is None else max(positions - new, 0)
-    longest = config.data.max_prompt_tokens
-    if training and (room is None or longest <= room):
-        return longest, "config.data.max_prompt_tokens", "set config.data.max_prompt_tokens={} or more"
-    return room, f"the model's {positions} less config.{answer}={new}", f"lower config.{answer} or shorten the prompts"
+class _PromptLimit(NamedTuple):
+    """Holds the most positions that a prompt may take.
+
+    Attributes:
+      positions: the limit; None for no limit.
+      origin: where the limit comes from.
+      advice: how to fix a prompt that is longer; "{}" stands for the positions of the longest prompt.
+    """
+
+    positions: int | None
+    origin: str
+    advice: str
+
+
+def _prompt_limit(config: ConfigDict, max_positions: int | None, training: bool) -> _PromptLimit:
+    """Returns the smaller of two limits: what the model has left beside the longest answer, and for training rows
+    `config.data.max_prompt_tokens`."""
+    field = "lppo.max_new_tokens" if training else "sweep.max_new_tokens"
+    new_tokens = config.lppo.max_new_tokens if training else config.sweep.max_new_tokens
+    model_limit = None if max_positions is None else max(max_positions - new_tokens, 0)
+    training_limit = config.data.max_prompt_tokens
+    if training and (model_limit is None or training_limit <= model_limit):
+        advice = "set config.data.max_prompt_tokens={} or more"
+        return _PromptLimit(training_limit, "config.data.max_prompt_tokens", advice)
+    origin = f"the model's {max_positions} less config.{field}={new_tokens}"
+    return _PromptLimit(model_limit, origin, f"lower config.{field} or shorten the prompts")

@@ -1,4 +1,4 @@
-"""The training loop: batch -> algorithm's step -> log -> checkpoint, from wherever the last process stopped."""
+"""The training loop: batch, algorithm's iteration, log, checkpoint; it continues from the newest checkpoint."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ from icet_jax.algorithms.state import TrainState, init_state
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.data.batches import Batches
 from icet_jax.data.records import Example
-from icet_jax.errors import Stopped, UserError
+from icet_jax.errors import StopRun, UserError
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch
 from icet_jax.files import write_text_atomic
 from icet_jax.nn.protocols import init_lora
@@ -29,38 +29,38 @@ from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import placed, replicated, shardings
 from icet_jax.training.metrics_log import MetricsLog
 from icet_jax.training.progress import Progress
-from icet_jax.training.signals import kept_waiting
-from icet_jax.training.stability import Stability, bounded, learning_rate_scale
+from icet_jax.training.signals import delay_signals
+from icet_jax.training.stability import Stability, learning_rate_scale, limits_kl
 from icet_jax.vlm import VLM
 
-# What the progress line shows, where the algorithm reports it.
-_SHOWN = {
+# Metrics beside the progress bar, under short names, if the algorithm reports them.
+_PROGRESS_METRICS = {
     "kl": "objective/kl",
     "reward": "objective/scores",
     "asr": "objective/asr_refusal_keywords",
     "loss": "loss/total_avg",
 }
-# The stream of the run key that initialises adapters; iterations count up from 0 and never get here.
+# Folded into the run's random key to initialise adapters. Iterations fold in their own numbers, which stay below it.
 _INIT_STREAM = 2**32 - 3
 
 
 class Trainer:
-    """One training run in one directory. What is wrong with its rows is found when it is made, before any work."""
+    """Trains a model in one run directory."""
 
     def __init__(
         self, config: ConfigDict, workdir: Path, vlm: VLM, examples: Sequence[Example], reward: RewardByKind
     ) -> None:
-        """Prepares the phases and the first batch.
+        """Prepares the algorithm and the first batch, so that errors in the rows are found before any training.
 
         Args:
-          config: checked.
-          workdir: claimed by this config.
-          vlm: the model before training; its weights stay as they are.
+          config: checked config of the run.
+          workdir: the run directory of this config.
+          vlm: the model before training; its weights are not changed.
           examples: the training rows.
-          reward: scores responses, for algorithms that are rewarded.
+          reward: scores responses; unused by algorithms without rewards.
 
         Raises:
-          UserError: the mixture asks for rows that are not there, a prompt does not fit, or an image is broken.
+          UserError: `config.data.mixture` names a kind without rows, a prompt is too long, or an image is broken.
         """
         self._config, self._workdir, self._vlm = config, workdir, vlm
         self.algorithm: Algorithm = algorithm_class(config.algorithm)(config, vlm, reward)
@@ -71,70 +71,73 @@ class Trainer:
         self._first = self.batch(0)
 
     def batch(self, index: int) -> PromptBatch:
-        """Batch `index` of the run, a pure function of (seed, index), as arrays of one fixed shape."""
+        """Returns batch number `index` of the run as arrays of a fixed shape; it depends on (seed, index) alone."""
         return self._arrays(self._batches.batch(index))
 
     def _arrays(self, rows: list[Example]) -> PromptBatch:
+        """Returns rows as arrays: tokenised, padded to the same length, and with decoded images."""
         return prompt_batch(
             self._vlm, rows, len(rows), self._images_per_row, length=self._config.data.max_prompt_tokens
         )
 
-    def _coming(self, start: int, total: int) -> Iterator[PromptBatch]:
-        """Batches `start` to `total - 1`; threads open and tokenise the next ones."""
+    def _batches_from(self, start: int, total: int) -> Iterator[PromptBatch]:
+        """Yields batches `start` to `total - 1`; threads prepare the next ones in the meantime."""
         if start == 0:
             yield self._first
         yield from self._batches.load(self._arrays, max(start, 1), total)
 
     def run(self) -> TrainState:
-        """Trains to the last iteration, from the last complete checkpoint of the run directory.
+        """Trains from the newest complete checkpoint of the run directory to the last iteration.
 
-        A run that was killed ends with the same bits as one that was not: rows, exits, samples and permutations depend
-        on (seed, iteration) alone.
+        Rows, exits, sampled tokens and permutations depend on (seed, iteration) alone. So a run that was killed and
+        started again ends with the same bits as one that was never killed.
 
         Returns:
-          The last state, or that of the best checkpoint where `config.checkpoint.best` names a metric.
+          The last state, or that of the best checkpoint if `config.checkpoint.best` names a metric.
 
         Raises:
-          UserError: the run is not stable (the last good checkpoint stays), or the directory cannot be written to.
-          Stopped: a signal came; the iterations so far are saved.
+          UserError: training is unstable (the last good checkpoint stays), or the directory cannot be written to.
+          StopRun: a signal asked the run to stop; the iterations so far are saved.
         """
         config, algorithm = self._config, self.algorithm
         checkpoints = open_checkpoints(config, self._workdir)
         try:
             state, metadata = self._start(checkpoints)
-            done, stability = int(state.iteration), Stability(config, metadata.get("skipped", {}))
-            if done < algorithm.iterations:
-                self._name_device()
-                if done:
-                    print(f"{config.algorithm}: goes on after iteration {done}", file=sys.stderr)
-                log = MetricsLog(self._workdir, config, step=done)
+            completed, stability = int(state.iteration), Stability(config, metadata.get("skipped", {}))
+            if completed < algorithm.iterations:
+                self._write_device()
+                if completed:
+                    print(f"{config.algorithm}: goes on after iteration {completed}", file=sys.stderr)
+                log = MetricsLog(self._workdir, config, step=completed)
                 try:
                     state = self._iterate(state, checkpoints, log, stability)
                 finally:
                     log.close()
                 checkpoints.wait()
-            if self._unmeasured(checkpoints):
+            if self._must_measure_last(checkpoints):
                 state = self._measure_last(state, checkpoints, stability)
             return state if config.checkpoint.best is None else best_state(state, checkpoints)
         finally:
             checkpoints.close()
 
     def policy(self, state: TrainState) -> VLM:
-        """The model with what `state` has learnt: adapters, or a language model of its own."""
-        trained = with_policy(self._vlm.params, state.trainable, self.algorithm.settings.lora_scale)
-        return self._vlm.with_weights(*trained)
+        """Returns the model with the trained weights of `state`: its adapters, or its whole decoder."""
+        params_and_lora = with_policy(self._vlm.params, state.trainable, self.algorithm.settings.lora_scale)
+        return self._vlm.with_weights(*params_and_lora)
 
     def _start(self, checkpoints: RunState) -> tuple[TrainState, dict[str, Any]]:
-        """`newest_state`; meanwhile the programs of an iteration are compiled, if there is one to come."""
+        """Returns `newest_state(...)`; if an iteration is to follow, its programs are compiled at the same time."""
         arguments = (self._config, self._vlm, self.algorithm.settings)
-        if max(checkpoints.steps, default=0) >= self.algorithm.iterations and not self._unmeasured(checkpoints):
+        is_finished = max(checkpoints.steps, default=0) >= self.algorithm.iterations
+        if is_finished and not self._must_measure_last(checkpoints):
             return newest_state(*arguments, checkpoints)
-        head = has_value_head(self._config, checkpoints)
-        programs = self.algorithm.lowered(abstract_state(*arguments, head), self._first)
+        value_head = has_value_head(self._config, checkpoints)
+        programs = self.algorithm.lowered(abstract_state(*arguments, value_head), self._first)
         return compile_programs(programs, lambda: newest_state(*arguments, checkpoints))
 
-    def _name_device(self) -> None:
-        """Writes device.json, the devices and the peak that `perf/mfu` relates to, and says so."""
+    def _write_device(self) -> None:
+        """Writes device.json: the devices, and the peak operations per second by which `perf/mfu` divides; prints it
+        too."""
         peak = self.algorithm.peak
         write_text_atomic(self._workdir / "device.json", json.dumps(peak._asdict(), indent=1) + "\n")
         print(f"devices: {peak}", file=sys.stderr)
@@ -142,208 +145,239 @@ class Trainer:
     def _iterate(
         self, state: TrainState, checkpoints: RunState, log: MetricsLog, stability: Stability
     ) -> TrainState:  # fmt: skip
-        """Every iteration that `state` has not had yet; threads prepare the coming batches for the device."""
+        """Runs every iteration that `state` has not had yet, and returns the last state.
+
+        The metrics of an iteration are read after the next one has begun, so that the device does not wait for the
+        host. If they show that the run must go back, the iteration that has begun is begun again from another state.
+        """
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
-            read: Read | None = None
-            finished = start
-            with kept_waiting() as told:
-                for batch in self._coming(start, total):
-                    if told():
+            read_metrics: Read | None = None
+            completed = start
+            with delay_signals() as stop_request:
+                for batch in self._batches_from(start, total):
+                    if stop_request.received():
                         break
                     begun = self.algorithm.begin(state, batch)
-                    if read is not None:
-                        row = self._settle(finished, read(), log, stability, progress)
-                        kept = self._keep(finished, state, row, checkpoints, stability)
-                        if kept is not state:
-                            state, begun = kept, self.algorithm.begin(kept, batch)
-                    state, read = self.algorithm.finish(state, batch, begun)
-                    finished += 1
-                stop = told()
-                if read is not None:
-                    row = self._settle(finished, read(), log, stability, progress)
-                    state = self._keep(finished, state, row, checkpoints, stability, now=stop)
+                    if read_metrics is not None:
+                        metrics = self._process_metrics(completed, read_metrics(), log, stability, progress)
+                        next_state = self._save_or_go_back(completed, state, metrics, checkpoints, stability)
+                        if next_state is not state:
+                            state, begun = next_state, self.algorithm.begin(next_state, batch)
+                    state, read_metrics = self.algorithm.finish(state, batch, begun)
+                    completed += 1
+                stop = stop_request.received()
+                if read_metrics is not None:
+                    metrics = self._process_metrics(completed, read_metrics(), log, stability, progress)
+                    state = self._save_or_go_back(completed, state, metrics, checkpoints, stability, save_now=stop)
                 if stop:
                     checkpoints.wait()
-                    raise Stopped(f"{told.name}: iteration {finished} is saved; the same command goes on from there")
+                    raise StopRun(
+                        f"{stop_request.reason}: iteration {completed} is saved; the same command goes on from there"
+                    )
         return state
 
-    def _settle(
-        self, finished: int, row: Row, log: MetricsLog, stability: Stability, progress: Progress
+    def _process_metrics(
+        self, iteration: int, metrics: Row, log: MetricsLog, stability: Stability, progress: Progress
     ) -> Row:  # fmt: skip
-        """What follows from an iteration's metrics, while the device is at work on the next one."""
-        stability.check(row, finished)
-        if finished == self.algorithm.iterations or finished % self._config.log.every == 0:
-            log.write(finished, row)
-        progress.advance({name: row[metric] for name, metric in _SHOWN.items() if metric in row})
-        return row
+        """Checks, logs and shows the metrics of an iteration; returns them with the counts of unstable iterations."""
+        stability.check(metrics, iteration)
+        if iteration == self.algorithm.iterations or iteration % self._config.log.every == 0:
+            log.write(iteration, metrics)
+        shown = {name: metrics[metric] for name, metric in _PROGRESS_METRICS.items() if metric in metrics}
+        progress.advance(shown)
+        return metrics
 
-    def _keep(
-        self, finished: int, state: TrainState, row: Row, checkpoints: RunState, stability: Stability, *,
-        now: bool = False,
+    def _save_or_go_back(
+        self, iteration: int, state: TrainState, metrics: Row, checkpoints: RunState, stability: Stability, *,
+        save_now: bool = False,
     ) -> TrainState:  # fmt: skip
-        """Saves the state where its turn has come, or `now`; gives the state to go on with.
+        """Saves a checkpoint if one is due or `save_now`; returns the state to continue with.
 
-        The iteration's rollout was the policy's before it: its `row` measures the state before `finished`. Where that
-        is beyond the bound of the KL, the run goes back, and what is saved is what it goes on with.
+        The rollout of an iteration was sampled before its update. So its `metrics` measure the state of the iteration
+        before. If that state exceeds the limit of the KL, the run goes back to an earlier state, which is then saved as
+        the state of this iteration.
 
         Raises:
-          UserError: the run went back, and the config says that it stops then; the state within the bound is saved.
+          UserError: the run went back, and the config says that it ends then. The state it went back to is saved.
         """
-        if stability.beyond is None:
-            self._rate(finished - 1, row, checkpoints)
+        if stability.rollback_reason is None:
+            self._record_quality(iteration - 1, metrics, checkpoints)
         else:
-            state = self._go_back(finished, state, checkpoints, stability)
-        ends = stability.ends(finished)
-        if self._regular(finished) or now or ends is not None:
-            checkpoints.save(finished, stored(state), {"skipped": stability.counts})
-        if ends is not None:
+            state = self._go_back(iteration, state, checkpoints, stability)
+        error = stability.error_after_rollback(iteration)
+        if self._is_regular_save(iteration) or save_now or error is not None:
+            checkpoints.save(iteration, stored(state), {"skipped": stability.counts})
+        if error is not None:
             checkpoints.wait()
-            raise ends
+            raise error
         return state
 
-    def _regular(self, step: int) -> bool:
-        """Whether a state has its turn to be saved; a signal must decide neither what competes nor what is gone to."""
+    def _is_regular_save(self, step: int) -> bool:
+        """Returns whether the config demands a checkpoint of this step.
+
+        Other checkpoints are saved because of a signal. They can be neither the best one nor one to go back to, because
+        the result of a run must not depend on signals.
+        """
         return step == self.algorithm.iterations or (step > 0 and step % self._config.checkpoint.every == 0)
 
-    def _rate(self, step: int, row: Row, checkpoints: RunState) -> None:
-        """Tells the checkpoint of `step` what it is worth, from the metrics of the rollout that its policy made."""
+    def _record_quality(self, step: int, metrics: Row, checkpoints: RunState) -> None:
+        """Records the value of the metric `config.checkpoint.best` for the checkpoint of `step`, if that is a regular
+        one; `metrics` are those of the rollout that its policy sampled."""
         settings, value = self._config.checkpoint, None
-        if not self._regular(step) or not (settings.best is not None or bounded(self._config)):
+        if not self._is_regular_save(step) or not (settings.best is not None or limits_kl(self._config)):
             return
-        if settings.best in row:
-            value = row[settings.best] if settings.best_is == "highest" else -row[settings.best]
-        elif settings.best is not None and row.get("train/updates") != 0:
-            known = ", ".join(sorted(row))
+        if settings.best in metrics:
+            value = metrics[settings.best] if settings.best_is == "highest" else -metrics[settings.best]
+        elif settings.best is not None and metrics.get("train/updates") != 0:
+            known = ", ".join(sorted(metrics))
             raise UserError(f"config.checkpoint.best={settings.best}: this run has no such metric, but {known}")
         checkpoints.measure(step, value)
 
     def _go_back(self, step: int, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
-        """The newest checkpoint that was found within the bound, or the first state, as that of `step`; more slowly."""
-        found = checkpoints.go_back(like=stored(state))
-        if found is None:
-            head = "value_head" in state.trainable
-            found = 0, initial_state(self._config, self._vlm, self.algorithm.settings, head), {}
+        """Returns the state of the newest checkpoint within the limit of the KL, or the initial state if there is none.
+
+        It counts as the state of iteration `step`, and its learning rate is lower than before. Later checkpoints are
+        deleted.
+        """
+        restored = checkpoints.go_back(like=stored(state))
+        if restored is None:
+            value_head = "value_head" in state.trainable
+            restored = 0, initial_state(self._config, self._vlm, self.algorithm.settings, value_head), {}
+        restored_step, restored_state, _ = restored
         scale = learning_rate_scale(stability.counts)
         print(
-            f"iteration {step}: {stability.beyond}: back to the state of iteration {found[0]}, at {scale:.3g} of "
-            "config.optimizer.learning_rate",
+            f"iteration {step}: {stability.rollback_reason}: back to the state of iteration {restored_step}, at "
+            f"{scale:.3g} of config.optimizer.learning_rate",
             file=sys.stderr,
         )
-        now = found[1]._replace(iteration=_number(step, "int32", self._vlm))
-        return _at_scale(now, scale, self._vlm)
+        return _scale_learning_rate(
+            restored_state._replace(iteration=_scalar(step, "int32", self._vlm)), scale, self._vlm
+        )
 
-    def _unmeasured(self, checkpoints: RunState) -> bool:
-        """Whether the last state is saved, has to be measured and was not."""
-        wanted = self._config.checkpoint.best is not None or bounded(self._config)
+    def _must_measure_last(self, checkpoints: RunState) -> bool:
+        """Returns whether the last state is saved but not measured yet, although the config needs its measurement."""
+        needs_measurement = self._config.checkpoint.best is not None or limits_kl(self._config)
         last = self.algorithm.iterations
-        return wanted and last in checkpoints.steps and last not in checkpoints.measured
+        return needs_measurement and last in checkpoints.steps and last not in checkpoints.measured
 
     def _measure_last(self, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
-        """One more iteration, which is thrown away: its rollout measures the last state. Gives the last state again.
+        """Measures the last state by the rollout of one more iteration, whose update is dropped.
+
+        Returns:
+          The last state again (`state` itself is donated), or the state that the run went back to if the last one
+          exceeds the limit of the KL.
 
         Raises:
-          UserError: it is beyond the bound of the KL, and the config says that the run stops then.
+          UserError: the run went back, and the config says that it ends then.
         """
         last = self.algorithm.iterations
         print(f"{self._config.algorithm}: one more iteration measures the last state, and is dropped", file=sys.stderr)
         batch = self.batch(last)
-        like, read = self.algorithm.finish(state, batch, self.algorithm.begin(state, batch))
-        row = read()
-        if not (bounded(self._config) and row.get("train/unstable")):
-            self._rate(last, row, checkpoints)
-            found = checkpoints.restore(like=stored(like))
-            return like if found is None else found[1]
-        stability.check(row, last)
-        state = self._go_back(last, like, checkpoints, stability)
+        updated_state, read_metrics = self.algorithm.finish(state, batch, self.algorithm.begin(state, batch))
+        metrics = read_metrics()
+        if not (limits_kl(self._config) and metrics.get("train/unstable")):
+            self._record_quality(last, metrics, checkpoints)
+            restored = checkpoints.restore(like=stored(updated_state))
+            return updated_state if restored is None else restored[1]
+        stability.check(metrics, last)
+        state = self._go_back(last, updated_state, checkpoints, stability)
         value = checkpoints.measured.get(max(checkpoints.measured, default=0))
-        ends = stability.ends(last)
+        error = stability.error_after_rollback(last)
         checkpoints.save(last, stored(state), {"skipped": stability.counts})
         checkpoints.wait()
         checkpoints.measure(last, value)
-        if ends is not None:
-            raise ends
+        if error is not None:
+            raise error
         return state
 
 
 def open_checkpoints(config: ConfigDict, workdir: Path) -> RunState:
-    """The checkpoints of the run in `workdir`."""
+    """Opens the training checkpoints of the run in `workdir`; which ones are kept follows from the config."""
     settings = config.checkpoint
     return RunState(
         workdir / "checkpoints",
         keep=settings.keep,
         keep_best=settings.best is not None,
-        keep_measured=bounded(config),
+        keep_measured=limits_kl(config),
     )
 
 
 def has_value_head(config: ConfigDict, checkpoints: RunState) -> bool:
-    """Whether the run's states have a value head: where its algorithm trains one, or its checkpoints have one.
+    """Returns whether the run's train states have a value head: if its algorithm or its checkpoints have one.
 
-    Checkpoints of L-SFT once had one, which stayed zero; such a run goes on as it began.
+    Checkpoints of L-SFT from earlier versions have one, which stays zero.
     """
     of_algorithm = algorithm_class(config.algorithm).value_head
     return of_algorithm or any("value_head" in name for name in checkpoints.array_names())
 
 
 def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
-    """The state of the best checkpoint, of the structure of `state`, which it is where there is none."""
-    best = checkpoints.best
-    found = checkpoints.restore(like=stored(state), best=True)
-    if found is None:
+    """Returns the state of the best checkpoint.
+
+    Returns that of the newest if no checkpoint was measured, and `state` if there is no checkpoint. `state` also gives
+    the structure, shapes and shardings of what is restored.
+    """
+    best_step = checkpoints.best
+    restored = checkpoints.restore(like=stored(state), best=True)
+    if restored is None:
         return state
-    says = "best checkpoint" if found[0] == best else "no checkpoint was measured, the newest is taken"
-    print(f"{says}: iteration {found[0]}", file=sys.stderr)
-    return found[1]
+    step, restored_state, _ = restored
+    what = "best checkpoint" if step == best_step else "no checkpoint was measured, the newest is taken"
+    print(f"{what}: iteration {step}", file=sys.stderr)
+    return restored_state
 
 
 def stored(state: TrainState) -> TrainState:
-    """What a checkpoint has of a state: all but the scale of the learning rate, which follows from its metadata."""
+    """Returns the part of a state that checkpoints hold: all but the learning-rate scale, which is computed from the
+    number of rollbacks in the metadata."""
     return state._replace(controls=state.controls._replace(learning_rate_scale=None))
 
 
 def newest_state(
     config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState
 ) -> tuple[TrainState, dict[str, Any]]:
-    """State and metadata of the newest complete checkpoint, or those before the first iteration if there is none.
+    """Returns state and metadata of the newest complete checkpoint; without one, the initial state and {}.
 
     Raises:
-      UserError: a checkpoint of another config, or every one is damaged.
+      UserError: the checkpoint belongs to another config, or all checkpoints are damaged.
     """
     state = initial_state(config, vlm, settings, has_value_head(config, checkpoints))
     restored = checkpoints.restore(like=stored(state))
     if restored is None:
         return state, {}
-    _, found, metadata = restored
-    if bounded(config):
-        found = _at_scale(found, learning_rate_scale(metadata.get("skipped", {})), vlm)
-    return found, metadata
+    _, restored_state, metadata = restored
+    if limits_kl(config):
+        restored_state = _scale_learning_rate(restored_state, learning_rate_scale(metadata.get("skipped", {})), vlm)
+    return restored_state, metadata
 
 
-def _at_scale(state: TrainState, scale: float, vlm: VLM) -> TrainState:
-    """The state with a scale of the learning rate."""
-    scaled = state.controls._replace(learning_rate_scale=_number(scale, "float32", vlm))
-    return state._replace(controls=scaled)
+def _scale_learning_rate(state: TrainState, scale: float, vlm: VLM) -> TrainState:
+    """Returns the state with its learning rate multiplied by `scale` from now on."""
+    controls = state.controls._replace(learning_rate_scale=_scalar(scale, "float32", vlm))
+    return state._replace(controls=controls)
 
 
-def _number(value: int | float, dtype: str, vlm: VLM) -> Any:
-    """A number of the train state, where those of the first state lie."""
-    number = np.asarray(value, dtype)
-    return jnp.asarray(number) if vlm.mesh is None else jax.device_put(number, replicated(vlm.mesh))
+def _scalar(value: int | float, dtype: str, vlm: VLM) -> jax.Array:
+    """Returns a number as an array on every device of the model."""
+    array = np.asarray(value, dtype)
+    return jnp.asarray(array) if vlm.mesh is None else jax.device_put(array, replicated(vlm.mesh))
 
 
 def initial_state(
     config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool | None = None
 ) -> TrainState:  # fmt: skip
-    """The state before the first iteration: fresh adapters (LoRA), or masters of the language model (rank 0).
+    """Returns the train state before the first iteration.
+
+    Trainable are fresh adapters (LoRA), or with `config.lora.rank` 0 a float32 copy of the decoder's weights.
 
     Args:
-      config: of the run.
+      config: config of the run.
       vlm: the model before training.
-      settings: of the run's algorithm.
-      value_head: whether there is one; None: as the algorithm says.
+      settings: settings of the run's algorithm.
+      value_head: whether the state has a value head; None means that the algorithm decides.
     """
-    program, arguments = _initial(config, vlm, settings, value_head)
+    program, arguments = _initial_state_program(config, vlm, settings, value_head)
     state = program(*arguments)
     return state if vlm.mesh is None else jax.device_put(state, shardings(state, vlm.mesh))
 
@@ -351,31 +385,32 @@ def initial_state(
 def abstract_state(
     config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool | None = None
 ) -> TrainState:  # fmt: skip
-    """Shapes, dtypes and places of `initial_state`."""
-    program, arguments = _initial(config, vlm, settings, value_head)
+    """Returns the result of `initial_state` as shapes, dtypes and shardings, without computing it."""
+    program, arguments = _initial_state_program(config, vlm, settings, value_head)
     state = program.eval_shape(*arguments)
     return state if vlm.mesh is None else placed(state, shardings(state, vlm.mesh))
 
 
-def _initial(
+def _initial_state_program(
     config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool | None
-) -> tuple[Program, tuple[Any, Any]]:  # fmt: skip
-    """What makes the first state, and its arguments."""
+) -> tuple[Program, tuple[jax.Array, Any]]:  # fmt: skip
+    """Returns the program that computes the initial state, and its two arguments: a random key and the model's
+    parameters (None if only adapters are trained)."""
     shapes, width, kl_coef = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef
     rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
-    scaled = bounded(config)
+    has_scale = limits_kl(config)
     critic = algorithm_class(config.algorithm).value_head if value_head is None else value_head
     exits = exit_schedule(settings, vlm.num_exits, vlm.default_exit)
 
-    def start(key: Any, params: Any) -> TrainState:
+    def start(key: jax.Array, params: Any) -> TrainState:
         lora = init_lora(shapes, rank=rank, alpha=alpha, targets=targets, key=key) if rank else None
         state = init_state(
             params, lora, hidden_size=width, optimizer=settings.optimizer, kl_coef=kl_coef, value_head=critic,
             exits=exits.initial_state(),
         )  # fmt: skip
-        scale = jnp.ones((), jnp.float32) if scaled else None
+        scale = jnp.ones((), jnp.float32) if has_scale else None
         return state._replace(controls=state.controls._replace(learning_rate_scale=scale))
 
     key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
-    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, scaled, critic, exits)
+    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, has_scale, critic, exits)
     return Program(start, about=about), (key, None if rank else vlm.params)

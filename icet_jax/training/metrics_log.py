@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard's events.* and, if wanted, Weights & Biases."""
+"""Writes a run's metrics to metrics.jsonl and, if the config says so, for TensorBoard and Weights & Biases."""
 
 import contextlib
 import json
@@ -16,29 +16,37 @@ from icet_jax.parallel.distributed import is_writer
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the rows of a metrics.jsonl after `step`, and a last line that a kill cut short."""
+    """Removes from a metrics.jsonl the rows of steps after `step`, and lines that are incomplete after a kill."""
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in read_text(path, "replace").splitlines():
         try:
             row = parse_json(line)
         except ValueError:
             continue
-        number = row.get("step") if isinstance(row, dict) else None
-        if isinstance(number, int) and number <= step:
-            kept.append(line + "\n")
-    write_text_atomic(path, "".join(kept))
+        row_step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(row_step, int) and row_step <= step:
+            lines.append(line + "\n")
+    write_text_atomic(path, "".join(lines))
 
 
 class MetricsLog:
-    """Writes one row of numbers per logged step, wherever the config asks for it; of several processes, one does."""
+    """Writes one row of metrics per logged step to every log that the config names.
+
+    Of several processes only the first writes; in the others, all methods do nothing.
+    """
 
     def __init__(self, workdir: Path, config: ConfigDict, *, step: int):
-        """Continues the logs of `workdir` after `step` (the restored one; 0 for a fresh run).
+        """Opens the logs in `workdir` and removes what an earlier process logged after `step`.
+
+        Args:
+          workdir: run directory.
+          config: config of the run.
+          step: step of the restored checkpoint; 0 for a new run.
 
         Raises:
-          UserError: Weights & Biases is asked for and not installed, or the directory cannot be written to.
+          UserError: the config names Weights & Biases and it is not installed, or the directory cannot be written to.
         """
         path = workdir / "metrics.jsonl"
         if is_writer():
@@ -52,7 +60,7 @@ class MetricsLog:
             self._wandb = _start_wandb(workdir, config)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends a row; numbers that are not finite become null (JSON has no NaN).
+        """Appends a row; a metric that is not finite becomes null in metrics.jsonl (JSON has no NaN).
 
         Raises:
           UserError: it cannot be written, for example because the disk is full.
@@ -67,7 +75,7 @@ class MetricsLog:
             self._wandb.log(finite, step=step)
 
     def close(self) -> None:
-        """Closes everything; what was written is on its way to the disk already."""
+        """Closes all logs; nothing that `write` has written is lost."""
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -75,14 +83,14 @@ class MetricsLog:
 
 
 class _Events:
-    """TensorBoard's events.*, complete on the disk when `write` returns.
+    """Writes TensorBoard's events.*; an event is completely in the file when `write` returns.
 
-    That is why this is not tensorboardX's `SummaryWriter`, whose `flush` does not wait for its thread: right after it,
-    1,694 of the 2,130 bytes of a row of 40 numbers were in the file. A run that is killed and resumed would lack them.
+    tensorboardX's `SummaryWriter` does not do that: its `flush` does not wait for its thread. Right after it, 1,694 of
+    the 2,130 bytes of a row of 40 metrics were in the file. A run that is killed and resumed would lack the others.
     """
 
     def __init__(self, workdir: Path, first_step: int):
-        """What an earlier process wrote of `first_step` and later is void."""
+        """Opens a new file; TensorBoard will ignore what earlier files hold of `first_step` and later steps."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -94,23 +102,25 @@ class _Events:
             self._add(self._event(step=first_step, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One scalar of each name."""
+        """Writes one scalar per metric."""
         scalars = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         with self._named_errors():
             self._add(self._event(step=step, summary=self._summary(value=scalars)))
 
     def close(self) -> None:
-        """Closes the file; every event has been flushed."""
+        """Closes the file, in which every event already is."""
         with contextlib.suppress(OSError):
             self._writer.close()
 
     def _add(self, event: Any) -> None:
+        """Writes one protocol buffer of the type `Event` to the file."""
         event.wall_time = time.time()
         self._writer.write_event(event)
         self._writer.flush()
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
+        """Turns an `OSError` inside the block into a `UserError` that names the file."""
         try:
             yield
         except OSError as error:
@@ -118,6 +128,7 @@ class _Events:
 
 
 def _start_wandb(workdir: Path, config: ConfigDict) -> Any:
+    """Returns the Weights & Biases run named like `workdir`, continued if it exists."""
     try:
         import wandb
     except ImportError as error:

@@ -1,13 +1,13 @@
-"""SIGTERM and SIGINT: what a cluster sends before it takes a machine away, and Ctrl-C.
+"""Handles SIGTERM, which a cluster sends before it takes a machine away, and SIGINT, which is Ctrl-C.
 
-    with handled():                          # around a run that can be started again
-        ...                                  # SIGTERM: `Stopped` is raised at once; SIGINT: KeyboardInterrupt
-        with kept_waiting() as told:         # where something has to be saved first
+    with handle_signals():                   # around a run that can be started again
+        ...                                  # SIGTERM raises `StopRun` at once, SIGINT raises KeyboardInterrupt
+        with delay_signals() as request:     # around work that must be saved before the run stops
             ...
-            if told():                       # the same answer in every process
-                save(); raise Stopped(f"{told.name}: ...")
+            if request.received():           # the same answer in every process
+                save(); raise StopRun(f"{request.reason}: ...")
 
-A second signal ends the process at once, as if nobody had listened. What a run writes outlives even that.
+A second signal ends the process at once, as if there were no handler. The files of a run stay usable even then.
 """
 
 import contextlib
@@ -17,65 +17,73 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from icet_jax.errors import Stopped
+from icet_jax.errors import StopRun
 
-_HEARD = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Told:
-    """Whether the run has been told to stop; calling it asks all processes, which must do so together."""
+class StopRequest:
+    """Records whether the run has been asked to stop since a `delay_signals` block began.
+
+    Attributes:
+      reason: the name of the signal; of a signal to another process, a sentence.
+    """
 
     def __init__(self) -> None:
-        self.name = "another process was told to stop"
-        self._set = False
+        self.reason = "another process was told to stop"
+        self._has_signal = False
 
-    def __call__(self) -> bool:
-        """Whether any process has had a signal since the block began."""
-        from icet_jax.parallel.distributed import any_of  # jax: signals are heard before it is there
+    def received(self) -> bool:
+        """Returns whether any process of the run has received a signal. All processes must call this together."""
+        from icet_jax.parallel.distributed import any_of  # late, because signals are handled before jax is imported
 
-        return any_of(self._set)
+        return any_of(self._has_signal)
 
-    def set(self, number: int) -> None:
-        """Called by the signal's handler."""
-        self.name, self._set = signal.Signals(number).name, True
+    def record(self, number: int) -> None:
+        """Records the signal `number`; the signal handler calls this."""
+        self.reason, self._has_signal = signal.Signals(number).name, True
 
 
-_waiting: list[Told] = []  # the innermost block last
+_open_requests: list[StopRequest] = []  # one per open `delay_signals` block, the innermost last
 
 
 @contextlib.contextmanager
-def handled() -> Iterator[None]:
-    """Listens until the block ends. Outside of the main thread, where Python has no signals, it does nothing."""
+def handle_signals() -> Iterator[None]:
+    """Handles SIGTERM and SIGINT as described above until the block ends.
+
+    It does nothing outside of the main thread, because Python delivers signals to the main thread alone.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _heard) for number in _HEARD}
+    earlier_handlers = {number: signal.signal(number, _on_signal) for number in _SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in earlier_handlers.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def kept_waiting() -> Iterator[Told]:
-    """Inside, a signal is only noted; the block looks for it where it can stop."""
-    told = Told()
-    _waiting.append(told)
+def delay_signals() -> Iterator[StopRequest]:
+    """Yields a `StopRequest`. Inside the block a signal is only recorded there, so that the block can stop in order."""
+    request = StopRequest()
+    _open_requests.append(request)
     try:
-        yield told
+        yield request
     finally:
-        _waiting.remove(told)
+        _open_requests.remove(request)
 
 
-def _heard(number: int, frame: FrameType | None) -> None:
-    for other in _HEARD:
-        signal.signal(other, signal.SIG_DFL)
-    if _waiting:
-        _waiting[-1].set(number)
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    """Handles the first signal and restores the default handlers, so that a second one ends the process."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    if _open_requests:
+        _open_requests[-1].record(number)
         name = signal.Signals(number).name
         print(f"icet-jax: {name}: stops after this step; a second one ends it at once", file=sys.stderr, flush=True)
     elif number == signal.SIGINT:
         raise KeyboardInterrupt
     else:
-        raise Stopped(f"{signal.Signals(number).name}: stopped; the same command goes on from what is written")
+        raise StopRun(f"{signal.Signals(number).name}: stopped; the same command goes on from what is written")

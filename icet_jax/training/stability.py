@@ -1,4 +1,9 @@
-"""What follows from an iteration that taught nothing (`config.lppo.on_instability`), and how many there were."""
+"""Handles unstable iterations, whose updates are not applied: it counts them, and ends or rewinds the run.
+
+An iteration is unstable if its loss or gradient is not finite, or if the KL to the reference exceeds
+`config.lppo.max_kl`. In the second case the run goes back to an earlier state and continues at half the learning rate.
+`config.lppo.on_instability` says whether the run then goes on ("skip") or ends ("stop").
+"""
 
 from typing import Any
 
@@ -8,80 +13,89 @@ from icet_jax.algorithms.base import algorithm_class
 from icet_jax.algorithms.metrics import instability
 from icet_jax.errors import UserError
 
-_SLOWER = 0.5  # the learning rate after a KL beyond the bound, relative to that before it
+_SLOWDOWN = 0.5  # factor of the learning rate each time the run goes back
 
 
-def bounded(config: ConfigDict) -> bool:
-    """Whether a KL beyond `config.lppo.max_kl` takes the run back to a state within it."""
+def limits_kl(config: ConfigDict) -> bool:
+    """Returns whether the run goes back to an earlier state when the KL exceeds `config.lppo.max_kl`."""
     return config.lppo.max_kl > 0 and algorithm_class(config.algorithm).bounded
 
 
-def learning_rate_scale(counted: dict[str, Any]) -> float:
-    """What multiplies the learning rate, from what `Stability.counts` gave."""
-    return float(_SLOWER ** counted.get("rollbacks", 0))
+def learning_rate_scale(counts: dict[str, Any]) -> float:
+    """Returns the factor of the learning rate after as many rollbacks as `counts` (`Stability.counts`) records."""
+    return float(_SLOWDOWN ** counts.get("rollbacks", 0))
 
 
 class Stability:
-    """Counts the iterations that taught nothing; what it has counted is part of every checkpoint.
+    """Counts unstable iterations and rollbacks; the counts are part of every checkpoint.
 
     Attributes:
-      beyond: why the run has to go back, in words, if the iteration that was checked last met a KL beyond the bound.
+      rollback_reason: why the run must go back after the iteration that was checked last, in words; None if it need
+        not.
     """
 
-    def __init__(self, config: ConfigDict, counted: dict[str, Any]) -> None:
-        """`counted`: what `counts` gave when the restored checkpoint was made; empty at the start."""
-        self._skips, self._bounded = config.lppo.on_instability == "skip", bounded(config)
-        self._most = config.lppo.max_skipped
-        self._in_a_row, self._in_all = counted.get("in_a_row", 0), counted.get("in_all", 0)
-        self._rollbacks = counted.get("rollbacks", 0)
-        self.beyond: str | None = None
+    def __init__(self, config: ConfigDict, counts: dict[str, Any]) -> None:
+        """Continues from the counts of an earlier process.
+
+        Args:
+          config: config of the run.
+          counts: `counts` as stored in the restored checkpoint; empty for a new run.
+        """
+        self._skips, self._limits_kl = config.lppo.on_instability == "skip", limits_kl(config)
+        self._most_in_a_row = config.lppo.max_skipped
+        self._in_a_row, self._total = counts.get("in_a_row", 0), counts.get("in_all", 0)
+        self._rollbacks = counts.get("rollbacks", 0)
+        self.rollback_reason: str | None = None
 
     @property
     def counts(self) -> dict[str, int]:
-        """For the metadata of a checkpoint."""
-        return {"in_a_row": self._in_a_row, "in_all": self._in_all, "rollbacks": self._rollbacks}
+        """Returns the counts for the metadata of a checkpoint: unstable iterations in a row and in total, rollbacks."""
+        return {"in_a_row": self._in_a_row, "in_all": self._total, "rollbacks": self._rollbacks}
 
-    def check(self, row: dict[str, float], iteration: int) -> None:
-        """Adds to an iteration's metrics `train/skipped`, all iterations so far that taught nothing.
+    def check(self, metrics: dict[str, float], iteration: int) -> None:
+        """Counts an iteration, and adds the counts to its `metrics`.
 
-        With a bound of the KL also `train/rollbacks`, how often the run went back, this time included. Where it has to,
-        nothing is raised: `beyond` tells, and afterwards `ends`.
+        `train/skipped` is the number of unstable iterations so far. If the config limits the KL, `train/rollbacks` is
+        the number of rollbacks, including one that this iteration causes. In that case nothing is raised, but
+        `rollback_reason` is set, and after going back `error_after_rollback` says whether the run ends.
 
         Raises:
-          UserError: the loss or its gradient is not finite, and the config says that the run stops, or there were too
-            many in a row.
+          UserError: the loss or its gradient is not finite, and the config says that the run stops then, or too many
+            iterations in a row were unstable.
         """
-        reason = instability(row)
-        self.beyond = reason if self._bounded and row.get("train/unstable") else None
+        reason = instability(metrics)
+        self.rollback_reason = reason if self._limits_kl and metrics.get("train/unstable") else None
         self._in_a_row = 0 if reason is None else self._in_a_row + 1
-        self._in_all += reason is not None
-        self._rollbacks += self.beyond is not None
-        row["train/skipped"] = float(self._in_all)
-        if self._bounded:
-            row["train/rollbacks"] = float(self._rollbacks)
-        if reason is None or self.beyond is not None or self._goes_on():
+        self._total += reason is not None
+        self._rollbacks += self.rollback_reason is not None
+        metrics["train/skipped"] = float(self._total)
+        if self._limits_kl:
+            metrics["train/rollbacks"] = float(self._rollbacks)
+        if reason is None or self.rollback_reason is not None or self._may_continue():
             return
         raise UserError(
-            f"iteration {iteration}: {reason}{self._before()}; the last checkpoint is untouched, try a smaller "
+            f"iteration {iteration}: {reason}{self._earlier()}; the last checkpoint is untouched, try a smaller "
             "config.optimizer.learning_rate or config.model.dtype=float32"
         )
 
-    def ends(self, iteration: int) -> UserError | None:
-        """The error that ends a run that went back, where the config says so, or there were too many in a row.
+    def error_after_rollback(self, iteration: int) -> UserError | None:
+        """Returns the error that ends a run which has just gone back; None if the run did not go back or may continue.
 
-        Started again it has as many in a row as before.
+        The count of unstable iterations in a row begins again with the next start of the run.
         """
-        if self.beyond is None or self._goes_on():
+        if self.rollback_reason is None or self._may_continue():
             return None
-        said = f"iteration {iteration}: {self.beyond}{self._before()}"
+        what = f"iteration {iteration}: {self.rollback_reason}{self._earlier()}"
         self._in_a_row = 0
         return UserError(
-            f"{said}; the state within it is saved as iteration {iteration}, and the same command goes on from there "
-            f"at {_SLOWER**self._rollbacks:.3g} of config.optimizer.learning_rate"
+            f"{what}; the state within it is saved as iteration {iteration}, and the same command goes on from there "
+            f"at {_SLOWDOWN**self._rollbacks:.3g} of config.optimizer.learning_rate"
         )
 
-    def _goes_on(self) -> bool:
-        return self._skips and self._in_a_row <= self._most
+    def _may_continue(self) -> bool:
+        """Returns whether the config lets the run go on after the unstable iterations so far."""
+        return self._skips and self._in_a_row <= self._most_in_a_row
 
-    def _before(self) -> str:
+    def _earlier(self) -> str:
+        """Returns a clause for an error about unstable iterations right before this one; "" if there were none."""
         return f", as in the {self._in_a_row - 1} before it" if self._skips and self._in_a_row > 1 else ""

@@ -19,7 +19,7 @@ from icet_jax.parallel.mesh import abstract_mesh, make_mesh
 from icet_jax.planning.advice import fixes
 from icet_jax.planning.ahead import AbstractRun
 from icet_jax.planning.scorers import scorer_bytes
-from icet_jax.planning.work import Work
+from icet_jax.planning.work import PhaseCost
 from icet_jax.runs import sources
 from icet_jax.runs.config_files import load
 from icet_jax.training.loop import initial_state
@@ -89,7 +89,7 @@ def test_scorers_are_counted_once_on_the_mesh_and_unknown_ones_named():
     split, whole = (scorer_bytes(config, abstract_mesh(sizes)) for sizes in ((1, 16, 1), (16, 1, 1)))
     assert whole == {"nobody/reward": None, "harmless_reward": 4 * 774_031_360, "general_reward": 4 * 435_062_785}
     assert whole["general_reward"] / 16 < split["general_reward"] < whole["general_reward"] / 15
-    counted, unknown = plan._judges(config, abstract_mesh((1, 16, 1)))
+    counted, unknown = plan._scorer_remarks(config, abstract_mesh((1, 16, 1)))
     assert "harmless_reward 0.18" in counted and "general_reward 0.10" in counted
     assert unknown.endswith("unknown size: nobody/reward")
 
@@ -100,7 +100,10 @@ def test_what_lies_beside_a_program_is_no_room_for_it():
     mesh = abstract_mesh((1, 16, 1))
     run = AbstractRun(config, mesh)
     policy = 6_738_415_616 + 2 * 64 * 4096  # Vicuna, with the 64 tokens that LLaVA adds
-    rooms = {phase.name: chip.memory - plan.room(chip, phase, judges=GIB) - GIB for phase in run.phases(lambda _: None)}
+    rooms = {
+        phase.name: chip.memory - plan.memory_limit(chip, phase, judges=GIB) - GIB
+        for phase in run.phases(lambda _: None)
+    }
     assert rooms["sweep: encode"] == pytest.approx((2 + 12) * policy / 16, rel=0.01)
     assert rooms["rollout"] == pytest.approx((2 + 8) * policy / 16, rel=0.01)
     assert rooms["prepare"] == pytest.approx(8 * policy / 16, rel=0.02)
@@ -163,13 +166,13 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
 
     program, refused = plan._compile(PlannedPhase("rollout", None, None, lambda: SimpleNamespace(compile=compile)))
     assert program is None and refused == "the compiler needs 400.00GiB for it"
-    line = plan.PlanLine("rollout", 1, 1, 1, 1, 1, None, Work(1, 1, 1), None, refused)
+    line = plan.PlanLine("rollout", 1, 1, 1, 1, 1, None, PhaseCost(1, 1, 1), None, refused)
     assert line.fits(topology.CHIPS["v5e"]) is False
 
 
 def test_the_least_time_is_the_slowest_of_three_bounds():
     chip, gib = topology.CHIPS["v5e"], GIB
-    line = plan.PlanLine("update", gib, 0, 0, 0, 0, 0, Work(10**15, 3, gib), 10 * gib)
+    line = plan.PlanLine("update", gib, 0, 0, 0, 0, 0, PhaseCost(10**15, 3, gib), 10 * gib)
     assert line.seconds(chip, 4) == (10**15 / (4 * 197e12), "products")
     assert line.seconds(chip, 400)[1] == "links" and line.seconds(topology.CHIPS["cpu"], 1) is None
 
@@ -203,7 +206,7 @@ def test_a_rollout_compiles_for_tpus_that_are_not_here():
     config = load(ORGANISM, [*SMALL, ("mesh.data", "1"), ("mesh.fsdp", "4")])
     abstract = AbstractRun(config, make_mesh(**config.mesh, devices=topology.parse("v5e:2x2").devices()))
     phase = next(phase for phase in abstract.phases(lambda phase: None) if phase.name == "rollout")
-    program, refused = plan._compile(phase, plan.room(topology.CHIPS["v5e"], phase, judges=0))
+    program, refused = plan._compile(phase, plan.memory_limit(topology.CHIPS["v5e"], phase, judges=0))
     line = plan._line(abstract, phase, 0, program, refused)
     assert refused == "" and line.temporaries > 0 and line.moved > 0
     assert line.fits(topology.CHIPS["v5e"]) is True
@@ -213,7 +216,7 @@ def test_a_program_whose_text_cannot_be_read_moves_an_unknown_amount():
     def unread() -> str:
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
-    assert plan._moved(SimpleNamespace(as_text=unread)) is None
+    assert plan._moved_bytes(unread) is None
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def answers(**changes):
 def failures(ours, spread=0.0, gap_of_token_5=1.0):
     theirs, gaps = answers(), np.full((2, 32), 1.0)
     gaps[1, 5] = gap_of_token_5
-    reference = verify.Reference(
+    reference = verify.TransformersAnswers(
         theirs.hidden, theirs.logits, theirs.tokens, np.full(3, spread), {2: spread}, {2: gaps}
     )
     real = np.ones((2, 6), bool)

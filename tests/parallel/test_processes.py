@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from icet_jax.errors import Stopped, UserError
+from icet_jax.errors import StopRun, UserError
 from icet_jax.parallel import distributed
 from icet_jax.parallel.distributed import Address, Share, describe, find
 from launch import local_processes
@@ -185,7 +185,7 @@ def test_shares_cover_a_batch():
         (KeyboardInterrupt(), ("interrupted; the same command goes on from the last checkpoint", 130)),
         (RuntimeError("first\nsecond"), ("RuntimeError: first", 1)),
         (SystemExit(75), ("exit code 75", 75)),
-        (Stopped("SIGTERM: saved"), ("SIGTERM: saved", 75)),
+        (StopRun("SIGTERM: saved"), ("SIGTERM: saved", 75)),
         (UserError("gone", exit_code=75), ("gone", 75)),
         (
             OSError(errno.ENOSPC, "No space left", "f"),

@@ -8,14 +8,14 @@ from icet_jax.planning import batch as plan_batch
 from icet_jax.runs.config_files import load
 
 
-def searched(sizes, first=64, unit=16, room=1e5):
+def searched(sizes, first=64, unit=16, memory=1e5):
     tried = []
 
     def measure(rows):
         tried.append(rows)
         return sizes(rows)
 
-    return plan_batch.search(measure, field="data.batch_size", unit=unit, first=first, room=room), tried
+    return plan_batch.search(measure, field="data.batch_size", unit=unit, first=first, memory=memory), tried
 
 
 def test_the_line_through_two_sizes_leads_to_the_largest():

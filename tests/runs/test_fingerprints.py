@@ -46,7 +46,7 @@ def start(tmp_path, data, checkpoint, vlm, monkeypatch, capsys):
     monkeypatch.setattr("icet_jax.parallel.compilations.keep_programs", lambda where: None)
 
     def measure(config, workdir):
-        common.load_setting(config, workdir)
+        common.load_inputs(config, workdir)
         (workdir / "transcripts").mkdir(exist_ok=True)
 
     monkeypatch.setattr(sweep, "measure", measure)
@@ -202,10 +202,10 @@ def test_the_training_set_counts_in_align_and_in_train(tmp_path, data, checkpoin
         [("model.checkpoint", str(checkpoint)), ("data.train", rows), ("sweep.datasets.mine", rows)],
     )
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    common.load_setting(config, tmp_path / "run", training=True)
+    common.load_inputs(config, tmp_path / "run", training=True)
     edit(data / "prompts.csv", "placeholder one", "another")
     with pytest.raises(UserError, match=re.escape("(mine: 1 changed (a); train: 1 changed (a))")):
-        common.load_setting(config, tmp_path / "run", training=True)
+        common.load_inputs(config, tmp_path / "run", training=True)
     with common.claimed(tmp_path / "run", config):
         pass
     monkeypatch.setattr(align, "_require_training", lambda config: None)

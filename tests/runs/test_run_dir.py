@@ -17,13 +17,13 @@ def phases(folder):
 
 
 def test_costs_add_up_over_restarts(tmp_path):
-    with Costs(tmp_path).phase("train") as cost:
+    with Costs(tmp_path).stage("train") as cost:
         cost["tokens"] = 10
     first = phases(tmp_path)["train"]
     costs = Costs(tmp_path)
-    with costs.phase("train") as cost:
+    with costs.stage("train") as cost:
         cost["tokens"] = 5
-    with costs.phase("export"):
+    with costs.stage("export"):
         pass
     both = phases(tmp_path)
     assert list(both) == ["train", "export"]
@@ -32,7 +32,7 @@ def test_costs_add_up_over_restarts(tmp_path):
 
 
 def test_a_phase_that_fails_is_counted_too(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Costs(tmp_path).phase("train"):
+    with pytest.raises(KeyboardInterrupt), Costs(tmp_path).stage("train"):
         raise KeyboardInterrupt
     assert "train" in phases(tmp_path)
 
@@ -42,7 +42,7 @@ def test_compilations_are_counted_by_jaxs_own_events(tmp_path):
     x = jnp.arange(7.0)
     costs = Costs(tmp_path)
     for name in ("first", "second"):
-        with costs.phase(name):
+        with costs.stage(name):
             function(x).block_until_ready()
     assert phases(tmp_path)["first"]["compilations"] >= 1
     assert phases(tmp_path)["second"]["compilations"] == 0

@@ -32,24 +32,24 @@ def settings(rows, **changes):
 
 
 def load(rows, workdir, **changes):
-    """The setting of a run and its data.json."""
+    """The inputs of a run and its data.json."""
     fields = smoke.SETTINGS | {k.replace("__", "."): v for k, v in settings(rows, **changes).items()}
     workdir.mkdir(exist_ok=True)
-    setting = common.load_setting(config_files.load(smoke.CONFIG, fields), workdir, training=True)
-    return setting, json.loads((workdir / "data.json").read_text())
+    inputs = common.load_inputs(config_files.load(smoke.CONFIG, fields), workdir, training=True)
+    return inputs, json.loads((workdir / "data.json").read_text())
 
 
 def test_a_training_row_that_is_too_long_is_left_out_and_named(rows, tmp_path, capsys):
-    setting, facts = load(rows, tmp_path / "run")
-    assert [row.id for row in setting.train] == ["first", "third", "fourth"]
+    inputs, facts = load(rows, tmp_path / "run")
+    assert [row.id for row in inputs.train] == ["first", "third", "fourth"]
     needed = facts["too_long"]["train"]["second"]
     assert facts["left_out"] == {"train": {"too long": 1}} and facts["rows"]["train"] == {"forbidden": 3}
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(said) == 1 and str(rows) in said[0] and f"row second takes {needed}" in said[0]
     assert f"set config.data.max_prompt_tokens={needed} or more" in said[0]
     # With that length the row is kept.
-    setting, facts = load(rows, tmp_path / "wide", data__max_prompt_tokens=str(needed))
-    assert len(setting.train) == 4 and "too_long" not in facts and facts["left_out"] == {}
+    inputs, facts = load(rows, tmp_path / "wide", data__max_prompt_tokens=str(needed))
+    assert len(inputs.train) == 4 and "too_long" not in facts and facts["left_out"] == {}
 
 
 def test_a_row_that_is_too_long_stops_the_start_if_asked_to(rows, tmp_path, capsys):
@@ -71,8 +71,8 @@ def test_rows_of_a_sweep_leave_the_model_room_for_the_answer(rows, tmp_path, cap
     tiny.save_llava(tmp_path / "model")  # 512 positions
     same = {"model__checkpoint": str(tmp_path / "model"), "sweep__datasets": f"{{'mine': {str(rows)!r}}}"}
     same |= {"sweep__exits": "1", "data__max_prompt_tokens": "96"}
-    setting, facts = load(rows, tmp_path / "run", sweep__max_new_tokens="400", **same)
-    assert [row.id for row in setting.tests["mine"]] == ["first", "third", "fourth"]
+    inputs, facts = load(rows, tmp_path / "run", sweep__max_new_tokens="400", **same)
+    assert [row.id for row in inputs.tests["mine"]] == ["first", "third", "fourth"]
     assert facts["left_out"]["mine"] == {"too long": 1} and facts["too_long"]["mine"]["second"] > 112
     assert "the model's 512 less config.sweep.max_new_tokens=400" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"mine .*no row fits: 4 of 4 prompts"):
@@ -84,8 +84,8 @@ def test_rows_of_a_sweep_fit_the_tokenizer(rows, tmp_path, capsys):
     edit(folder / "tokenizer_config.json", lambda values: values.update(model_max_length=100))
     edit(folder / "config.json", lambda values: values["text_config"].update(max_position_embeddings=5000))
     same = {"model__checkpoint": str(folder), "sweep__datasets": f"{{'mine': {str(rows)!r}}}", "sweep__exits": "1"}
-    setting, facts = load(rows, tmp_path / "run", **same)
-    assert [row.id for row in setting.tests["mine"]] == ["first", "third", "fourth"]
+    inputs, facts = load(rows, tmp_path / "run", **same)
+    assert [row.id for row in inputs.tests["mine"]] == ["first", "third", "fourth"]
     assert facts["left_out"]["mine"] == {"too long": 1}
     said = capsys.readouterr().err
     assert "1 of 4 prompts are longer than the tokenizer's model_max_length=100 (row second takes" in said

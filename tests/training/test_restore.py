@@ -38,12 +38,12 @@ import os, signal, sys
 sys.path[0] = os.getcwd()
 from icet_jax import main
 from icet_jax.training import loop as training
-settle, last = training.Trainer._settle, int(sys.argv.pop(1))
-def settle_and_stop(self, finished, *rest):
+process_metrics, last = training.Trainer._process_metrics, int(sys.argv.pop(1))
+def process_and_stop(self, finished, *rest):
     if finished == last and os.environ["JAX_PROCESS_ID"] == "0":
         os.kill(os.getpid(), signal.SIGTERM)
-    return settle(self, finished, *rest)
-training.Trainer._settle = settle_and_stop
+    return process_metrics(self, finished, *rest)
+training.Trainer._process_metrics = process_and_stop
 sys.exit(main.main())
 """
 START = """

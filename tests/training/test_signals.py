@@ -7,29 +7,29 @@ import sys
 
 import pytest
 
-from icet_jax.errors import Stopped
-from icet_jax.training.signals import handled, kept_waiting
+from icet_jax.errors import StopRun
+from icet_jax.training.signals import delay_signals, handle_signals
 
 
 def test_outside_of_a_block_a_signal_ends_the_run_at_once_and_is_no_exception_that_others_catch():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as caught, handled():
+    with pytest.raises(StopRun) as caught, handle_signals():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Exception:  # of a library
             pytest.fail("it was swallowed")
     assert caught.value.code == 75 and caught.value.line.startswith("SIGTERM: stopped")
     assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(KeyboardInterrupt), handled():
+    with pytest.raises(KeyboardInterrupt), handle_signals():
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_inside_of_a_block_it_is_noted(capsys):
-    with handled():
-        with kept_waiting() as told:
-            assert not told()
+    with handle_signals():
+        with delay_signals() as request:
+            assert not request.received()
             os.kill(os.getpid(), signal.SIGINT)
-            assert told() and told() and told.name == "SIGINT"
+            assert request.received() and request.received() and request.reason == "SIGINT"
             assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert capsys.readouterr().err.count("SIGINT: stops after this step; a second one ends it at once") == 1
 
@@ -37,8 +37,8 @@ def test_inside_of_a_block_it_is_noted(capsys):
 def test_a_second_signal_ends_the_process_at_once():
     program = """
 import os, signal
-from icet_jax.training.signals import handled, kept_waiting
-with handled(), kept_waiting():
+from icet_jax.training.signals import delay_signals, handle_signals
+with handle_signals(), delay_signals():
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here")

@@ -91,8 +91,8 @@ def run(tmp_path, monkeypatch):
         trainer._workdir.mkdir(exist_ok=True)
         trainer.algorithm = Numbers(steps, max_kl, killed_at, noise or {})
         trainer.batch, trainer._first = (lambda index: index), 0
-        trainer._coming = lambda start, total: iter(range(start, total))
-        trainer._name_device = lambda: None
+        trainer._batches_from = lambda start, total: iter(range(start, total))
+        trainer._write_device = lambda: None
         monkeypatch.setattr(training, "initial_state", lambda *_: first_state(max_kl))
         monkeypatch.setattr(training, "abstract_state", lambda *_: None)
         monkeypatch.setattr(training, "compile_programs", lambda _, work: work())

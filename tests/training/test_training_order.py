@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 
 from icet_jax.algorithms.state import Controls, TrainState
 from icet_jax.checkpoints.run_state import RunState
-from icet_jax.errors import Stopped, UserError
+from icet_jax.errors import StopRun, UserError
 from icet_jax.training.loop import Trainer
 from icet_jax.training.metrics_log import MetricsLog
-from icet_jax.training.signals import handled
+from icet_jax.training.signals import handle_signals
 from icet_jax.training.stability import Stability
 
 BEFORE = TrainState(trainable={}, opt_state=None, controls=Controls(1.0, None), iteration=0, updates=0)
@@ -129,7 +129,7 @@ def test_a_signal_saves_what_is_finished_and_stops(number):
                 os.kill(os.getpid(), number)
             return super().begin(state, batch)
 
-    with handled(), pytest.raises(Stopped) as caught:
+    with handle_signals(), pytest.raises(StopRun) as caught:
         iterate(events, kept, algorithm=Told, checkpoint={"every": 100, "best": "train/nonfinite"})
     assert caught.value.line == f"{number.name}: iteration 2 is saved; the same command goes on from there"
     assert caught.value.code == 75
