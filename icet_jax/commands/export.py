@@ -135,14 +135,17 @@ def write_exports(
         if out == workdir / "hf":  # an earlier check does not apply to the new files
             on_first(functools.partial((workdir / EXPORT_CHECK).unlink, missing_ok=True))
         texts = {"README.md": on_first(functools.partial(model_card.text, workdir, form=form))}
-        shared: dict[str, Any] = {"start": vlm.adapter, "value_head": head, "texts": texts}
         if form == "full":
-            limit = int(config.export.shard_gigabytes * 1e9)
-            shared |= {"source_dir": vlm.directory, "trained": _trained(lora), "max_shard_bytes": limit}
-            save_vlm(folder, vlm.config, params, lora=lora, **shared)
+            save_vlm(
+                folder, vlm.config, params, lora=lora, start=vlm.adapter, value_head=head, texts=texts,
+                source_dir=vlm.directory, trained=_trained(lora),
+                max_shard_bytes=int(config.export.shard_gigabytes * 1e9),
+            )  # fmt: skip
         elif lora is not None:
-            base = _base_model(config, vlm)
-            save_adapter(folder, lora, vlm.config, base=base, revision=config.model.revision, **shared)
+            save_adapter(
+                folder, lora, vlm.config, base=_base_model(config, vlm), revision=config.model.revision,
+                start=vlm.adapter, value_head=head, texts=texts,
+            )  # fmt: skip
     return list(folders.values())
 
 
@@ -163,11 +166,15 @@ def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_sc
       UserError: the model's files are missing or have changed.
     """
     params, lora = with_policy(vlm.params, trainable, lora_scale)
-    shared: dict[str, Any] = {"source_dir": vlm.directory, "start": vlm.adapter, "donate": True}
+    directory, start = vlm.directory, vlm.adapter
     if config.export.form == "adapter" and lora is not None:
-        return vlm.with_weights(adapted_params(vlm.config, vlm.params, lora, **shared))
-    trained = _trained(lora)
-    return vlm.with_weights(merged_params(vlm.config, vlm.params, params, lora=lora, trained=trained, **shared))
+        exported = adapted_params(vlm.config, vlm.params, lora, source_dir=directory, start=start, donate=True)
+    else:
+        exported = merged_params(
+            vlm.config, vlm.params, params, lora=lora, trained=_trained(lora), source_dir=directory, start=start,
+            donate=True,
+        )  # fmt: skip
+    return vlm.with_weights(exported)
 
 
 def _trained(lora: Lora | None) -> tuple[str, ...]:

@@ -2,10 +2,11 @@
 them."""
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -49,11 +50,13 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     directory = Path(directory)
     reports, rows = {}, {}
     model = _model_directory(config, workdir)
-    where = {"root": config.data.root, "image_root": config.data.image_root, "workdir": workdir}
-    undecoded = {name: sources.read_rows(source, limit=limit, **where) for name, (source, limit) in sets.items()}
+    read_rows = functools.partial(
+        sources.read_rows, root=config.data.root, image_root=config.data.image_root, workdir=workdir
+    )
+    undecoded = {name: read_rows(source, limit=limit) for name, (source, limit) in sets.items()}
     too_long = {} if model is None else _too_long(config, model, sets, undecoded)
     for name, (source, limit) in sets.items():
-        reports[name] = _write_if_changed(directory, name, source, limit, where, undecoded[name])
+        reports[name] = _write_if_changed(directory, name, source, limit, undecoded[name], read_rows)
         if model is not None:
             reports[name]["too_long"] = too_long[name]
         rows[name] = prepared.read_set(directory, name, source, limit)
@@ -120,7 +123,7 @@ def _too_long(
 
 
 def _write_if_changed(
-    directory: Path, name: str, source: str, limit: int | None, where: dict[str, Any], undecoded: Records
+    directory: Path, name: str, source: str, limit: int | None, undecoded: Records, read_rows: Callable[..., Records]
 ) -> JsonObject:
     """Writes one data set to `directory` unless the same set is already there.
 
@@ -129,8 +132,8 @@ def _write_if_changed(
       name: name of the set.
       source: source string of the set.
       limit: largest number of rows; None for all.
-      where: folders in which `sources.read_rows` searches.
       undecoded: rows of the set, with images that have not been decoded.
+      read_rows: `sources.read_rows` with the folders of the config.
 
     Returns:
       The content of the set's `source.json`, with the additional key "unchanged": whether nothing was written.
@@ -144,7 +147,7 @@ def _write_if_changed(
     if stored is not None and stored["fingerprint"] == fingerprint:
         return {**stored, "unchanged": True}
     print(f"{name}: checking every image of {len(undecoded.examples)} rows, then writing", file=sys.stderr)
-    records = sources.read_rows(source, limit=limit, decode=True, **where)
+    records = read_rows(source, limit=limit, decode=True)
     facts = {"source": source, "limit": limit, "fingerprint": fingerprint}
     return {**prepared.write_set(directory, name, records, facts), "unchanged": False}
 

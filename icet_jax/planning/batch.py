@@ -6,7 +6,7 @@ through two compiled sizes predicts which size to compile next. Only a size that
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
 
@@ -70,6 +70,7 @@ def unit_of(config: ConfigDict, count: int, field: str) -> int:
     return data * fsdp * (slices if FIELDS[field] == "training" else 1)
 
 
+@runtime_checkable
 class _PlanLine(Protocol):
     """Declares what the search reads of a line of the plan (`icet_jax.commands.plan.PlanLine`)."""
 

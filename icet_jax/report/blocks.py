@@ -1,4 +1,4 @@
-"""What a page is made of, without markup: sections of blocks, blocks of text. `templates/blocks.html` writes them."""
+"""Defines a page without markup: sections, their blocks, and text. `templates/blocks.html` renders them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from icet_jax.report.charts.figures import Figure
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text; `look` is "code", "b" or a class of the style sheet, empty for plain text."""
+    """A piece of text with one look: "code", "b" (bold), a class of the style sheet, or "" for plain text."""
 
     text: str
     look: str = ""
@@ -19,7 +19,7 @@ Text = tuple[Span, ...]
 
 
 def text(*parts: str | Span | Text) -> Text:
-    """The parts as one text; a string is a plain span."""
+    """Returns one text made of the parts; a string becomes a plain span."""
     spans: list[Span] = []
     for part in parts:
         spans += part if isinstance(part, tuple) else [part if isinstance(part, Span) else Span(part)]
@@ -27,17 +27,17 @@ def text(*parts: str | Span | Text) -> Text:
 
 
 def code(name: str) -> Span:
-    """A name from a file, in the fixed-width face."""
+    """Returns a name from a file, in a fixed-width font."""
     return Span(name, "code")
 
 
 def remark(words: str) -> Span:
-    """A small grey addition: an interval, a place."""
+    """Returns a small grey addition, such as an interval."""
     return Span(words, "ci")
 
 
 def joined(parts: Sequence[str | Span | Text], separator: str = ", ") -> Text:
-    """The parts with a separator between them."""
+    """Returns one text made of the parts with a separator between them."""
     spans: list[str | Span | Text] = []
     for part in parts:
         spans += [separator, part] if spans else [part]
@@ -46,7 +46,7 @@ def joined(parts: Sequence[str | Span | Text], separator: str = ", ") -> Text:
 
 @dataclass(frozen=True)
 class Heading:
-    """The title of a part of a section."""
+    """A title inside a section."""
 
     text: str
 
@@ -75,7 +75,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first cell of each row is its head. It scrolls sideways where it must."""
+    """A table. `head` is its first row, and the first cell of each other row is that row's heading."""
 
     caption: str
     head: Sequence[Text]
@@ -84,7 +84,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure: what it is, its value, and the metric's full name."""
+    """A key figure: its label, its value, and the full name of the metric."""
 
     label: str
     value: Text
@@ -100,7 +100,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Notice:
-    """Paragraphs in a box that must not be overlooked."""
+    """Paragraphs in a coloured box, for what a reader must not miss."""
 
     paragraphs: Sequence[Text]
 
@@ -115,11 +115,11 @@ class Links:
 
 @dataclass(frozen=True)
 class Viewer:
-    """The transcripts with their prompt and exit selectors; the page's script fills in the text.
+    """The transcripts, with controls to select a prompt and an exit; the page's script fills in the text.
 
     Attributes:
-      data: what the script reads (JSON).
-      exits: how many exits there are.
+      data: JSON values that the script reads.
+      exits: number of exits.
       start: the exit that is shown first.
     """
 
@@ -130,7 +130,7 @@ class Viewer:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks behind a line to open."""
+    """Blocks that are hidden until the reader clicks on the `summary`."""
 
     summary: str
     blocks: "Sequence[Block]"
@@ -141,7 +141,7 @@ Block = Heading | Paragraph | Bullets | Grid | Figure | Table | Tiles | Notice |
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; `anchor` is its name in addresses and in the list of contents."""
+    """A section of the page; `anchor` is its name in URLs, to which the table of contents links."""
 
     anchor: str
     title: str
@@ -153,10 +153,10 @@ class Header:
     """The top of the page.
 
     Attributes:
-      kicker: what kind of page it is.
-      name: of the run directory; empty for several.
+      kicker: the kind of page, in small letters above the headline.
+      name: name of the run directory; empty if there are several.
       sentence: the headline.
-      blocks: what stands below it.
+      blocks: what follows below the headline.
     """
 
     kicker: str
@@ -166,21 +166,21 @@ class Header:
 
 
 def table(caption: str, head: Sequence[str | Text], rows: Sequence[Sequence[Text]]) -> list[Block]:
-    """A table, or nothing where there is no row."""
+    """Returns a table as a list of one block; an empty list if there are no rows."""
     return [Table(caption, [text(cell) for cell in head], rows)] if rows else []
 
 
 def details(summary: str, blocks: Sequence[Block]) -> list[Block]:
-    """Something to open, or nothing where there is nothing inside."""
+    """Returns the blocks as one that the reader opens, in a list; an empty list if there are no blocks."""
     return [Details(summary, blocks)] if blocks else []
 
 
 def grid(figures: Sequence[Figure | None]) -> list[Block]:
-    """The figures that have something to show side by side, or nothing."""
+    """Returns the figures side by side as a list of one block, leaving out None; an empty list if none is left."""
     shown = [figure for figure in figures if figure is not None]
     return [Grid(shown)] if shown else []
 
 
 def note(*parts: str | Span | Text) -> Paragraph:
-    """A small grey paragraph."""
+    """Returns a small grey paragraph."""
     return Paragraph(text(*parts))

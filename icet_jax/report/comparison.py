@@ -1,6 +1,7 @@
-"""Several runs, of one model or of several families, side by side.
+"""Compares several runs, whose models may be of different families.
 
-Their exits differ in number, so they share an axis of relative depth: an exit's number over how many exits there are.
+The models may have different numbers of exits. Charts therefore use relative depth: the number of an exit divided by
+the number of exits.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +18,12 @@ from icet_jax.report.study import KINDS, Study, dataset_name
 
 @dataclass(frozen=True)
 class Member:
-    """One of the compared runs.
+    """Holds one of the compared runs.
 
     Attributes:
-      name: the shortest end of its path that no other member has.
+      name: the last parts of its path, as many as are needed to differ from the other runs.
       path: its directory.
-      study: its numbers, over its seeds if it has several.
+      study: its values, which are means over seeds if it has several.
     """
 
     name: str
@@ -30,16 +31,16 @@ class Member:
     study: Study
 
     def depth(self, layer: int) -> float:
-        """Where in this run's encoder an exit is, above 0 and at most 1."""
+        """Returns the relative depth of an exit in this run's image encoder, above 0 and at most 1."""
         return layer / self.study.num_exits
 
     @property
     def exit_definition(self) -> str:
-        """What its sweeps say an exit is; empty where they do not say."""
+        """The exit definition in its sweep files; empty if they have none."""
         return str(self.study.field("exit_definition") or "")
 
     def source(self, dataset: str) -> str | None:
-        """The source string of one of its data sets; None where its config is not there or does not name it."""
+        """Returns the source string of one of its data sets; None if its config does not name it."""
         section = self.study.first.config.get("sweep")
         where = {"sweep": "datasets", "utility": "utility"}[dataset.partition("/")[0]]
         sources = section.get(where) if isinstance(section, dict) else None
@@ -49,7 +50,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the runs have in common."""
+    """Holds the compared runs, and finds what they have in common and where they differ."""
 
     members: tuple[Member, ...]
 
@@ -61,11 +62,14 @@ class Comparison:
         return sorted(shared, key=lambda name: (KINDS.index(self.kind(name)), name))
 
     def kind(self, dataset: str) -> str:
-        """What the rows of a data set ask for, as the first run that has it says."""
+        """Returns the kind of a data set's rows, from the first run that has the data set."""
         return next(m.study.kind(dataset) for m in self.members if dataset in m.study.datasets)
 
     def metrics(self, dataset: str) -> list[str]:
-        """Metrics that two or more runs measured on a data set, in the families' order; keyword judges last."""
+        """Returns the metrics that two or more runs measured on a data set, in the order of `METRIC_FAMILIES`.
+
+        Among attack success rates, that of a keyword judge is last.
+        """
         counts: dict[str, int] = {}
         for member in self.members:
             for metric in member.study.metrics(dataset):
@@ -75,17 +79,17 @@ class Comparison:
         return sorted(shared, key=lambda name: (_place(order, name), name.startswith("asr/") and "keyword" in name))
 
     def holders(self, dataset: str, metric: str) -> list[tuple[int, Member]]:
-        """The runs that measured a metric on a data set, with their places among all."""
+        """Returns (index among all runs, run) of the runs that measured a metric on a data set."""
         return [(place, m) for place, m in enumerate(self.members) if metric in m.study.metrics(dataset)]
 
     def phases(self, dataset: str, metric: str) -> list[str]:
-        """Which of "before" and "after" any of the runs measured."""
+        """Returns which of "before" and "after" at least one run measured."""
         holders = self.holders(dataset, metric)
         return [phase for phase in PHASES if any(m.study.curve(phase, dataset, metric) for _, m in holders)]
 
     @property
     def headline(self) -> tuple[str, str] | None:
-        """(data set, judge) of the first attack success rate that runs share; None where they share none."""
+        """(data set, judge) of the first attack success rate that two or more runs have; None if there is none."""
         pairs = [
             (dataset, metric)
             for dataset in self.datasets
@@ -96,7 +100,7 @@ class Comparison:
         return pairs[0] if pairs else None
 
     def alone(self) -> list[tuple[Member, str, list[str]]]:
-        """(run, data set, metrics) of what only one run measured."""
+        """Returns (run, data set, metrics) of the metrics that only this run measured."""
         unshared = []
         for member in self.members:
             for dataset in member.study.datasets:
@@ -106,15 +110,15 @@ class Comparison:
         return unshared
 
     def differing_sources(self) -> dict[str, dict[str, list[str]]]:
-        """{data set: {source: runs}} of sets that share a name but do not come from the same place."""
+        """Returns {data set: {source: names of runs}} for data sets that have different sources in different runs."""
         return self._differing(lambda member, dataset: member.source(dataset))
 
     def differing_sizes(self) -> dict[str, dict[str, list[str]]]:
-        """{data set: {responses per exit: runs}} of sets of which the runs answered different numbers of rows."""
+        """Returns {data set: {responses per exit: names of runs}} for data sets where runs differ in that number."""
         return self._differing(lambda member, dataset: member.study.responses(dataset))
 
     def differing_generation(self) -> dict[str, list[str]]:
-        """{how responses were generated: runs} where that differs, else empty."""
+        """Returns {settings of generation: names of runs}; empty if all runs have the same settings."""
         ways: dict[str, list[str]] = {}
         for member in self.members:
             way = member.study.field("generation")
@@ -125,7 +129,10 @@ class Comparison:
         return ways if len(ways) > 1 else {}
 
     def _differing(self, fact: Callable[[Member, str], object]) -> dict[str, dict[str, list[str]]]:
-        """{data set: {fact: runs}} of sets about which the runs, as far as they say, do not say the same."""
+        """Returns {data set: {value of `fact`: names of runs}} for data sets where the runs have different values.
+
+        Runs for which `fact` returns None are left out.
+        """
         differing = {}
         for dataset in self.datasets:
             runs: dict[str, list[str]] = {}
@@ -139,11 +146,11 @@ class Comparison:
 
 
 def load_comparison(run_dirs: Sequence[Path]) -> Comparison:
-    """Reads the runs.
+    """Reads the runs to compare.
 
     Raises:
-      UserError: fewer than two runs or too many, one given twice, a directory without a sweep or with a broken file,
-        or runs that measured nothing in common.
+      UserError: there are fewer than two or too many runs, a run is named twice, a directory has no sweep or a broken
+        file, or the runs have no metric in common.
     """
     if len(run_dirs) < 2:
         raise UserError(
@@ -165,7 +172,7 @@ def load_comparison(run_dirs: Sequence[Path]) -> Comparison:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest end of each path, of whole parts, that no other path ends in."""
+    """Returns the last parts of each path, as many as are needed so that no other path ends in the same parts."""
     names = []
     for path in paths:
         others = [other for other in paths if other != path]

@@ -1,4 +1,4 @@
-"""The figures of one run (or of its seeds): metrics over exits, before and after training."""
+"""Builds the figures of one run or of its seeds: metrics over exits, before and after training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from statistics import fmean
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.heatmap import part_map
-from icet_jax.report.charts.lines import Chart, Line, Point
+from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import number
@@ -15,8 +15,8 @@ from icet_jax.report.values import axis_number, axis_percent, show, show_change,
 
 GEOMETRY_TITLES = {"norm_ratio": "Norm ratio", "cosine": "Cosine similarity", "cka": "Linear CKA"}
 MAP_TONES = {"asr": "unsafe", "refusal": "refused", "refusal_unsafe": "safe"}
-"""Metric families that are mapped by category, with the tone of their maps."""
-MOST_CATEGORIES = 32  # drawn
+"""Metric families with a heat map by category, and the tone of that map."""
+MOST_CATEGORIES = 32  # most categories in a heat map
 _UNIT = (0.0, 1.0)
 
 Curve = list[tuple[int, Value]]
@@ -26,17 +26,25 @@ Curve = list[tuple[int, Value]]
 def single_figure(
     chart: Chart, name: str, *, keys: Sequence[Key] = (), source: str = "", wide: bool = False
 ) -> Figure | None:
-    """A chart under its title; None where there is nothing to draw."""
+    """Returns a figure with one chart, titled like the chart; None if the chart has no points.
+
+    Args:
+      chart: the chart.
+      name: full name of the metric.
+      keys: entries of the legend.
+      source: name of the data set.
+      wide: whether the figure is as wide as the page.
+    """
     return None if chart.is_empty else Figure(chart.title, name, (Panel(chart),), tuple(keys), source, wide)
 
 
 def phase_keys(phases: Sequence[str]) -> tuple[Key, ...]:
-    """Which colour is which, where a chart has two."""
+    """Returns the legend of a chart with the series "before" and "after"; empty if it has only one of them."""
     return tuple(Key(phase, phase) for phase in phases) if len(phases) > 1 else ()
 
 
 def exit_highlights(study: Study) -> dict[int, str]:
-    """The exits that every chart points out."""
+    """Returns the exits that every chart emphasises, each with the reason "planted" or "default"."""
     highlights = dict.fromkeys(study.planted, "planted")
     if study.default_exit is not None:
         highlights[study.default_exit] = "default"
@@ -44,12 +52,20 @@ def exit_highlights(study: Study) -> dict[int, str]:
 
 
 def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False, full: bool = True) -> Figure | None:
-    """A metric over exits. `full` keeps a share's axis at 0..100 %; otherwise it shrinks to the data, 10 % at least."""
+    """Returns the chart of a metric over exits; None if the metric was not measured.
+
+    Args:
+      study: the run.
+      dataset: name of the data set.
+      metric: full name of the metric.
+      wide: whether the figure is as wide as the page.
+      full: whether the axis of a share always ends at 100 %. If False it ends at the data, but not below 10 %.
+    """
     family = metric_family(metric)
     y_range = (_UNIT if full else (0.0, 0.1)) if family.share else None
     chart = Chart(
         title=title_on(study, dataset, metric),
-        lines=_curve_lines(study, dataset, metric),
+        series=_curve_series(study, dataset, metric),
         show=axis_percent if family.share else axis_number,
         detail=lambda x: show(metric, x),
         ticks=range(1, study.num_exits + 1),
@@ -61,29 +77,30 @@ def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False
     return single_figure(chart, metric, keys=keys, source=dataset_name(dataset), wide=wide)
 
 
-def _curve_lines(study: Study, dataset: str, metric: str) -> list[Line]:
-    """Before and after over exits: with intervals for one run, with a thin line per seed for several."""
-    lines = []
+def _curve_series(study: Study, dataset: str, metric: str) -> list[Series]:
+    """Returns the series before and after training over exits: with intervals for one run; for several seeds the mean,
+    and a thin series per seed."""
+    series = []
     for phase in study.phases(dataset):
         curve = study.curve(phase, dataset, metric)
         if study.several:
             by_seed = {layer: study.seeds(phase, dataset, metric, layer) for layer, _ in curve}
             for index in range(len(study.runs)):
                 known = [(layer, values[index]) for layer, values in by_seed.items()]
-                lines.append(Line("", phase, [Point(x, y) for x, y in known if y is not None], thin=True))
+                series.append(Series("", phase, [Point(x, y) for x, y in known if y is not None], thin=True))
         shown = [Point(layer, value.mean, value.low, value.high) for layer, value in curve]
-        lines.append(Line(phase, phase, shown))
-    return [line for line in lines if line.points]
+        series.append(Series(phase, phase, shown))
+    return [each for each in series if each.points]
 
 
 def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
-    """after - before over exits, with paired intervals as whiskers."""
+    """Returns the chart of "after minus before" over exits, with paired intervals as whiskers; None without values."""
     values = [(layer, study.value("difference", dataset, metric, layer)) for layer in study.layers(dataset)]
     shown = [Point(layer, value.mean, value.low, value.high) for layer, value in values if value is not None]
     share = metric_family(metric).share
     chart = Chart(
         title=f"{title_on(study, dataset, metric)}: after − before" + (", points" if share else ""),
-        lines=[Line("difference", "plain", shown)],
+        series=[Series("difference", "plain", shown)],
         show=(lambda x: axis_number(100 * x)) if share else axis_number,
         detail=lambda x: show_change(metric, x),
         ticks=range(1, study.num_exits + 1),
@@ -96,13 +113,14 @@ def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
 
 
 def geometry_charts(study: Study) -> dict[str, Chart]:
-    """How far each exit's projected features lie from the default exit's, by field of `geometry.json`."""
+    """Returns a chart for each field of `geometry.json`: how far the image features of each exit are from those of the
+    default exit. Fields without values are left out."""
     charts = {}
     for name, title in GEOMETRY_TITLES.items():
         points = [Point(x, value.mean, value.low, value.high) for x, value in study.geometry(name)]
         charts[name] = Chart(
             title=title,
-            lines=[Line("", "plain", points)],
+            series=[Series("", "plain", points)],
             show=axis_number,
             detail=number,
             ticks=range(1, study.num_exits + 1),
@@ -113,7 +131,8 @@ def geometry_charts(study: Study) -> dict[str, Chart]:
 
 
 def ordered_categories(study: Study, dataset: str, metric: str) -> list[str]:
-    """At most `MOST_CATEGORIES`, those with the highest mean over exits (before training) first."""
+    """Returns the `MOST_CATEGORIES` categories with most rows, sorted by the mean of a metric over exits before
+    training, highest first."""
     phase = study.phases(dataset)[0]
     curves = {
         category: study.category_curve(phase, dataset, metric, category)
@@ -123,7 +142,7 @@ def ordered_categories(study: Study, dataset: str, metric: str) -> list[str]:
 
 
 def category_figure(study: Study, dataset: str, metric: str) -> Figure | None:
-    """A metric's maps by category of request."""
+    """Returns the heat maps of a metric by category of the requests; None if there are no categories."""
     curves = {
         category: {phase: study.category_curve(phase, dataset, metric, category) for phase in study.phases(dataset)}
         for category in ordered_categories(study, dataset, metric)
@@ -134,15 +153,17 @@ def category_figure(study: Study, dataset: str, metric: str) -> Figure | None:
 def map_figure(
     study: Study, dataset: str, metric: str, curves: Mapping[str, Mapping[str, Curve]], *, by: str
 ) -> Figure | None:
-    """Shares of parts of a data set by exit, a map for each phase, side by side and with one scale: 0 to 100 %.
+    """Returns heat maps of a metric by part of a data set and exit: before and after side by side, from 0 to 100 %.
 
     Args:
-      study, dataset, metric: what is drawn; `metric` is of a family in `MAP_TONES`.
-      curves: part -> phase -> (exit, share); parts from the top.
-      by: what the parts are, in the title.
+      study: the run.
+      dataset: name of the data set.
+      metric: full name of the metric, whose family is in `MAP_TONES`.
+      curves: part -> "before" or "after" -> (exit, share); parts from the top.
+      by: what the parts are, for the title.
 
     Returns:
-      The figure; None without parts or with a single exit.
+      The figure; None if there are no parts or only one exit.
     """
     if not curves or len(study.layers(dataset)) < 2:
         return None

@@ -1,4 +1,4 @@
-"""The figures of a page as PNG files, for papers and README pages."""
+"""Writes the figures of a page as PNG files, for papers and README pages."""
 
 import re
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ from icet_jax.report.values import FORM_FAMILIES
 
 
 def write_figures(study: Study, folder: Path) -> list[Path]:
-    """Writes one PNG per data set and metric, one of the first judge's shares by category, and `geometry.png`.
+    """Writes one PNG file per data set and metric, one with the first judge's heat map by category, and `geometry.png`.
 
-    Returns their paths. Files are called `DATASET.METRIC[.policies].png`, with every sign that is not a letter, digit,
-    dot or dash as `_`.
+    Returns the paths. The names are `DATASET.METRIC[.policies].png`, in which every character other than letters,
+    digits, dots and dashes becomes `_`.
     """
     figures: dict[str, Figure | None] = {}
     for dataset in study.datasets:
@@ -42,7 +42,7 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
 
 
 def write_comparison_figures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes `DATASET.METRIC.png` for each data set and metric that runs share, and returns their paths."""
+    """Writes `DATASET.METRIC.png` for each data set and metric that two or more runs have; returns the paths."""
     figures = {
         _file_name(dataset, metric): metric_overlay(comparison, dataset, metric)
         for dataset in comparison.datasets
@@ -53,7 +53,10 @@ def write_comparison_figures(comparison: Comparison, folder: Path) -> list[Path]
 
 
 def _write(figures: Mapping[str, Figure | None], folder: Path, more_keys: tuple[Key, ...] = ()) -> list[Path]:
-    """Writes the figures that have something to show; `more_keys` end the legends of line charts."""
+    """Writes the figures that are not None, by file name without ".png"; returns the paths.
+
+    `more_keys` are added at the end of the legends of line charts.
+    """
     written = []
     for name, figure in figures.items():
         if figure is not None:

@@ -1,46 +1,46 @@
-"""Reading a run directory: every file optional but one sweep, every file checked before it is shown."""
+"""Reads a run directory for the report. One sweep must exist, all other files may be missing; each file is checked."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from icet_jax.errors import UserError
-from icet_jax.files import parse_json, read_text
+from icet_jax.files import JsonObject, parse_json, read_text
 
 PHASES = ("before", "after")
 PARTS = ("formats", "transferred")
-"""Fields of a sweep that hold tables of a part of its rows."""
+"""Fields of a sweep file that contain tables of some of the rows: those of one attack format, for example."""
 EXPORT_CHECK = "export_check.json"
-_MOST_EXITS = 4096  # the page has a column, a tick or a row for each
+_MOST_EXITS = 4096  # limits the size of the page, which has a column or row for each
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds, in the forms of `icet_jax.report.schema`.
+    """Holds the content of a run directory; `icet_jax.report.schema` describes the files.
 
     Attributes:
       path: the directory.
-      tables: (phase, data set) -> a checked `Sweep`; phase is "before", "after" or "difference". A data set is
+      tables: (side, data set) -> a checked `Sweep`. The side is "before", "after" or "difference". The data set is
         "sweep/NAME" or "utility/NAME", so that both may measure a set of the same name.
-      history: `metrics.jsonl`, one dict per step.
-      config, data, geometry, cost, organism, agreement, export_check: the files of that name; empty where there is
-        none.
+      history: rows of `metrics.jsonl`.
+      config, data, geometry, cost, organism, agreement, export_check: content of the JSON files of these names; empty
+        if the file does not exist.
     """
 
     path: Path
-    tables: dict[tuple[str, str], dict[str, Any]]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    geometry: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, Any] = field(default_factory=dict)
-    organism: dict[str, Any] = field(default_factory=dict)
-    agreement: dict[str, Any] = field(default_factory=dict)
-    export_check: dict[str, Any] = field(default_factory=dict)
+    tables: dict[tuple[str, str], JsonObject]
+    history: list[JsonObject] = field(default_factory=list)
+    config: JsonObject = field(default_factory=dict)
+    data: JsonObject = field(default_factory=dict)
+    geometry: JsonObject = field(default_factory=dict)
+    cost: JsonObject = field(default_factory=dict)
+    organism: JsonObject = field(default_factory=dict)
+    agreement: JsonObject = field(default_factory=dict)
+    export_check: JsonObject = field(default_factory=dict)
 
 
 def load_runs(run_dir: Path) -> tuple[Run, ...]:
-    """The run in `run_dir`, or one per `seed_K/` folder there (in the order of K).
+    """Reads the run in `run_dir`, or one run per folder `seed_K/` in it, in the order of K.
 
     Raises:
       UserError: no such directory, no sweep in it, or a broken file.
@@ -56,17 +56,21 @@ def load_runs(run_dir: Path) -> tuple[Run, ...]:
 
 
 def load_run(path: Path) -> Run:
-    """Reads one run directory; a missing file is an empty part. Raises UserError for a broken one."""
-    tables: dict[tuple[str, str], dict[str, Any]] = {}
+    """Reads one run directory; what has no file is empty.
+
+    Raises:
+      UserError: a file is broken.
+    """
+    tables: dict[tuple[str, str], JsonObject] = {}
     for file in sorted((path / "sweeps").glob("*.json")):
-        phase, _, dataset = file.stem.partition(".")
-        if phase in (*PHASES, "difference"):
-            table = _checked_table(file, read_json(file))
-            tables[phase, f"sweep/{dataset or table.get('dataset') or 'prompts'}"] = table
+        side, _, dataset = file.stem.partition(".")
+        if side in (*PHASES, "difference"):
+            table = _check_table(file, read_json(file))
+            tables[side, f"sweep/{dataset or table.get('dataset') or 'prompts'}"] = table
     utility = read_json(path / "utility.json")
-    for phase in (*PHASES, "difference"):
-        for dataset, table in _as_dict(utility.get(phase)).items():
-            tables[phase, f"utility/{dataset}"] = _checked_table(path / "utility.json", table)
+    for side in (*PHASES, "difference"):
+        for dataset, table in _as_dict(utility.get(side)).items():
+            tables[side, f"utility/{dataset}"] = _check_table(path / "utility.json", table)
     geometry = read_json(path / "geometry.json")
     if geometry and not isinstance(geometry.get("layers"), list):
         raise UserError(f"{path / 'geometry.json'}: field 'layers' is missing; measure the geometry again")
@@ -80,15 +84,15 @@ def load_run(path: Path) -> Run:
         cost=read_json(path / "cost.json"),
         organism=read_json(path / "organism.json"),
         agreement=read_json(path / "agreement.json"),
-        export_check=_checked_counts(path / EXPORT_CHECK, read_json(path / EXPORT_CHECK)),
+        export_check=_check_counts(path / EXPORT_CHECK, read_json(path / EXPORT_CHECK)),
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, `{}` where there is no such file; NaN and infinities become None.
+def read_json(path: Path) -> JsonObject:
+    """Returns the JSON object in a file, {} if there is no such file; NaN and infinities become None.
 
     Raises:
-      UserError: the file is unreadable or holds something else than one JSON object.
+      UserError: the file cannot be read or is not one JSON object.
     """
     if not path.exists():
         return {}
@@ -101,10 +105,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, `[]` where there is none.
+def read_jsonl(path: Path) -> list[JsonObject]:
+    """Returns the objects of a JSON-lines file, [] if there is no such file.
 
-    A broken last line is left out (a killed run ends in one); any other broken line is a UserError with its number.
+    A broken last line is left out, because a killed run may leave one.
+
+    Raises:
+      UserError: the file cannot be read, or another line is broken; the message has the number of the line.
     """
     if not path.exists():
         return []
@@ -127,8 +134,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _checked_table(path: Path, table: Any) -> dict[str, Any]:
-    """Raises UserError unless `table` has layers of the documented form, its policies too."""
+def _check_table(path: Path, table: Any) -> JsonObject:
+    """Returns `table`, the content of a sweep file, unchanged; raises a `UserError` if it lacks what the report reads.
+
+    `path` is the file, for the message.
+    """
     if not isinstance(table, dict) or not _is_layers(table.get("layers")):
         raise UserError(f"{path}: field 'layers' must be a list of {{'layer', 'n', 'metrics'}}; make the file again")
     for name in ("num_exits", "default_exit"):
@@ -145,14 +155,15 @@ def _checked_table(path: Path, table: Any) -> dict[str, Any]:
     return table
 
 
-def _checked_counts(path: Path, check: dict[str, Any]) -> dict[str, Any]:
-    """Raises UserError unless `check` is empty or has its counts."""
+def _check_counts(path: Path, check: JsonObject) -> JsonObject:
+    """Returns `check`, the content of export_check.json, unchanged; raises a `UserError` if it lacks its counts."""
     if check and not (type(check.get("n")) is int and type(check.get("n_equal")) is int):
         raise UserError(f"{path}: fields 'n' and 'n_equal' must be whole numbers; remove the file and run align again")
     return check
 
 
 def _is_layers(layers: Any) -> bool:
+    """Returns whether `layers` is a list with an exit and its metrics in each entry."""
     return isinstance(layers, list) and all(
         isinstance(layer, dict) and _is_exit(layer.get("layer")) and isinstance(layer.get("metrics"), dict)
         for layer in layers
@@ -163,5 +174,5 @@ def _is_exit(value: Any) -> bool:
     return type(value) is int and 1 <= value <= _MOST_EXITS
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
+def _as_dict(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}

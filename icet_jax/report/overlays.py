@@ -1,11 +1,11 @@
-"""The figures of a comparison: the curves of several runs over relative depth."""
+"""Builds the figures of a comparison: the curves of several runs over relative depth."""
 
 import math
 from collections.abc import Callable, Sequence
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.figures import Figure, Key, Panel
-from icet_jax.report.charts.lines import Chart, Line, Point
+from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.comparison import Comparison, Member
 from icet_jax.report.curves import GEOMETRY_TITLES, Curve
 from icet_jax.report.schema import metric_family
@@ -17,11 +17,11 @@ _TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _WHEN = {"before": "Before training", "after": "After training"}
 
 MemberCurve = tuple[int, Member, Curve]
-"""A run's place among all, the run, and its curve."""
+"""The index of a run among the compared runs, the run, and its curve."""
 
 
 def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure | None:
-    """Before and after in two panels of one scale, a line per run; None where no run has a number."""
+    """Returns a figure of a metric with the panels before and after, and a line per run; None if no run has values."""
     family, holders = metric_family(metric), comparison.holders(dataset, metric)
     curves = {
         phase: [(place, m, m.study.curve(phase, dataset, metric)) for place, m in holders]
@@ -56,7 +56,10 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
 
 
 def geometry_overlays(comparison: Comparison) -> list[Figure]:
-    """Distances of each exit's projected features from the default exit's, where two or more runs have them."""
+    """Returns figures of the distance of each exit's image features from the default exit's, with a line per run.
+
+    A measure of distance that fewer than two runs have is left out.
+    """
     figures = []
     for name, title in GEOMETRY_TITLES.items():
         curves = [(place, m, m.study.geometry(name)) for place, m in enumerate(comparison.members)]
@@ -69,7 +72,7 @@ def geometry_overlays(comparison: Comparison) -> list[Figure]:
 
 
 def run_keys(members: Sequence[tuple[int, Member]]) -> tuple[Key, ...]:
-    """The legend: a line for each run."""
+    """Returns the legend: a line for each (index among the compared runs, run)."""
     return tuple(Key(member.name, f"run-{place}", "line") for place, member in members)
 
 
@@ -82,15 +85,24 @@ def _depth_chart(
     y_range: tuple[float, float],
     y_limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> Chart:
-    """Curves over relative depth; the tooltip at a depth names each run's nearest exit."""
-    lines = []
+    """Returns a chart of curves over relative depth, whose tooltips show each run's value at its nearest exit.
+
+    Args:
+      title: title of the chart.
+      curves: the curves.
+      show_y: turns a value into text for the axis.
+      detail: turns a value into text for tooltips.
+      y_range: see `Chart`.
+      y_limits: see `Chart`.
+    """
+    series = []
     for place, member, curve in curves:
         default = member.study.default_exit
         points = [Point(member.depth(x), v.mean, v.low, v.high, ring=x == default) for x, v in curve]
-        lines.append(Line(member.name, f"run-{place}", points))
+        series.append(Series(member.name, f"run-{place}", points))
     return Chart(
         title=title,
-        lines=lines,
+        series=series,
         show=show_y,
         x_name="depth",
         show_x=lambda x: percent(float(x), 0),
@@ -102,7 +114,7 @@ def _depth_chart(
 
 
 def _tip(curves: Sequence[MemberCurve], depth: float, detail: Callable[[float], str]) -> str:
-    """Each run's value at its exit nearest to a depth."""
+    """Returns the text of a tooltip: each run's value at its exit that is nearest to a relative depth."""
     texts = [f"depth {percent(depth, 0)}"]
     for _, member, curve in curves:
         layer, value = min(curve, key=lambda item: abs(member.depth(item[0]) - depth))

@@ -1,11 +1,10 @@
-"""Writes the pages: sections of blocks, put into the templates. One file, its own style and script inside."""
+"""Renders the pages from sections of blocks. A page is one HTML file that contains its own style and script."""
 
 import base64
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -39,7 +38,7 @@ from icet_jax.report.text import visible
 
 
 def build_report(run_dir: Path, *, reveal_unsafe: bool = False) -> Path:
-    """See `icet_jax.report.build`."""
+    """Writes `report.html` and its figures; see `icet_jax.report.build`."""
     study = Study(load_runs(run_dir))
     page = run_dir / "report.html"
     write_text_atomic(page, render_report(study, run_dir, reveal_unsafe=reveal_unsafe))
@@ -48,7 +47,7 @@ def build_report(run_dir: Path, *, reveal_unsafe: bool = False) -> Path:
 
 
 def build_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
-    """See `icet_jax.report.compare_runs`."""
+    """Writes `compare.html` and its figures; see `icet_jax.report.compare_runs`."""
     comparison = load_comparison(run_dirs)
     page = out / "compare.html"
     write_text_atomic(page, render_comparison(comparison))
@@ -57,7 +56,13 @@ def build_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
-    """The report's page. `run_dir` is named in it and tells which seeds have a report of their own."""
+    """Returns the HTML of a run's report.
+
+    Args:
+      study: the run.
+      run_dir: its directory, which the page names; if its seeds have reports, the page links to them.
+      reveal_unsafe: whether responses that a judge called unsafe are part of the page.
+    """
     return _document(header.of_study(study, run_dir), [
         Section("safety", "Safety at every exit", measured.safety_of_study(study)),
         Section("categories", "Which requests get through where", categories.of_study(study)),
@@ -77,7 +82,7 @@ def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """The comparison's page: the same sections, with a line or a row for each run. It holds no response."""
+    """Returns the HTML of a comparison, with a line or a row for each run; it contains no responses."""
     return _document(header.of_comparison(comparison), [
         Section("runs", "What is compared", runs.of_comparison(comparison)),
         Section("safety", "Safety over relative depth", measured.safety_of_comparison(comparison)),
@@ -90,14 +95,15 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _document(top: Header, sections: Sequence[Section]) -> str:
-    """A whole page; sections without blocks are left out."""
+    """Returns the HTML of a page; sections without blocks are left out."""
     shown = [section for section in sections if section.blocks]
     return environment().get_template("document.html").render(header=top, sections=shown)
 
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """The templates. All text is escaped, and its hidden characters are shown; `svg` alone makes markup of its own."""
+    """Returns the environment of the templates. It escapes all text and makes hidden characters visible; only the
+    filter `svg` returns markup."""
     environment = Environment(
         loader=PackageLoader("icet_jax.report"),
         autoescape=True,
@@ -113,17 +119,18 @@ def environment() -> Environment:
     return environment
 
 
-def _finalize(value: Any) -> Any:
+def _finalize(value: object) -> str:
+    """Returns what a template prints for a value: markup unchanged, other values as text without hidden characters."""
     return value if isinstance(value, Markup) else visible(str(value))
 
 
 def _kind(block: Block) -> str:
-    """The name of a block's class, by which `blocks.html` chooses how to write it."""
+    """Returns the name of a block's class, from which `blocks.html` chooses the HTML to write."""
     if not isinstance(block, Block):
-        raise TypeError(f"{type(block).__name__} is no block of a page")
+        raise TypeError(f"{type(block).__name__} is not a block of a page")
     return type(block).__name__
 
 
 def _digest(text: str) -> str:
-    """The source expression that lets exactly this inline text through the page's content security policy."""
+    """Returns the expression by which the page's content security policy allows exactly this inline style or script."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""Small copies of the images whose prompts the report shows; the report needs nothing outside the run directory."""
+"""Saves small copies of the images that a report shows, so that it needs no file outside the run directory."""
 
 import hashlib
 import io
@@ -17,13 +17,13 @@ _T = TypeVar("_T")
 
 
 def shown(rows: Sequence[_T]) -> list[_T]:
-    """The rows of a data set that the report shows: at most `PROMPTS_PER_DATASET`, at even distances."""
+    """Returns the rows of a data set that the report shows: at most `PROMPTS_PER_DATASET`, evenly spaced."""
     count = min(len(rows), PROMPTS_PER_DATASET)
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def picture_path(run_dir: Path, dataset: str, row_id: str) -> Path:
-    """Where the picture of a row lies; ids are any text, so its name is made of their digest."""
+    """Returns the file for the picture of a row. Its name is a hash, because row ids may contain any characters."""
     digest = hashlib.sha256(f"{dataset}\n{row_id}".encode("utf-8", "surrogatepass")).hexdigest()
     return run_dir / "transcripts" / "images" / f"{digest[:16]}.png"
 

@@ -1,4 +1,4 @@
-"""The files of a run directory, as the report reads them.
+"""Declares the content of the files of a run directory, as the report reads them.
 
     config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json  agreement.json
     export_check.json
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 class Estimate(TypedDict):
-    """One number with its interval. `ci95` is clustered by prompt, or absent where no interval exists."""
+    """A mean with its 95% interval `ci95`, which is clustered by prompt; absent or None if there is no interval."""
 
     mean: float | None
     ci95: NotRequired[list[float] | None]
@@ -30,7 +30,7 @@ class Estimate(TypedDict):
 
 
 class Layer(TypedDict):
-    """Everything measured at one exit. `n` counts generated responses."""
+    """All metrics at one exit. `n` is the number of generated responses."""
 
     layer: int
     n: int
@@ -38,13 +38,13 @@ class Layer(TypedDict):
 
 
 class WorstExit(Estimate):
-    """The exit with the highest attack success rate. `ci95` is of that maximum, the choice of the exit included."""
+    """The exit with the highest attack success rate. Its interval allows for the exit being chosen as the highest."""
 
     layer: int
 
 
 class Group(TypedDict):
-    """Average over the exits of a group; `average` is the mean of the three groups and has no `layers`."""
+    """Means over a group of exits; the group "average" is the mean of the three groups and has no `layers`."""
 
     layers: NotRequired[list[int]]
     metrics: dict[str, Estimate]
@@ -95,9 +95,9 @@ class Difference(TypedDict):
 
 
 class Utility(TypedDict):
-    """`utility.json`: what the model can still do. Each value maps a data set's name to an object of the sweep's form.
+    """`utility.json`: utility and over-refusal, as the content of a sweep file for each data set.
 
-    Its `layers` may cover the default exit alone. Accuracies are `accuracy/SCORER`, over-refusal `refusal/SCORER`.
+    The `layers` may contain the default exit alone. Accuracies are `accuracy/SCORER`, over-refusal `refusal/SCORER`.
     """
 
     schema: int
@@ -107,7 +107,7 @@ class Utility(TypedDict):
 
 
 class GeometryLayer(TypedDict):
-    """How far P(e_l) lies from the default exit's P(e_L). Plain numbers; a mean over `n_images` images."""
+    """How far the image features of exit l are from those of the default exit; means over `n_images` images."""
 
     layer: int
     norm_ratio: float | None  # mean token norm at exit l over that at the default exit
@@ -116,7 +116,7 @@ class GeometryLayer(TypedDict):
 
 
 class Geometry(TypedDict):
-    """`geometry.json`. Tower and projector are frozen, so one file serves before and after."""
+    """`geometry.json`. Training changes neither image encoder nor projector, so there is one file for both sides."""
 
     schema: int
     exit_definition: str
@@ -126,8 +126,8 @@ class Geometry(TypedDict):
     layers: list[GeometryLayer]
 
 
-class Phase(TypedDict):
-    """One stretch of the run: "sweep_before", "train", "sweep_after", "utility", "export", "report", ..."""
+class Stage(TypedDict):
+    """The cost of one stage of the run: "sweep_before", "train", "sweep_after", "utility", "export", ..."""
 
     name: str
     seconds: float
@@ -141,7 +141,7 @@ class Cost(TypedDict):
     """`cost.json`. `device` is a plain description ("cpu, 2 cores"), `versions` maps a package to its version."""
 
     schema: int
-    phases: list[Phase]
+    phases: list[Stage]
     total_seconds: NotRequired[float]
     device: NotRequired[str]
     versions: NotRequired[dict[str, str]]
@@ -149,10 +149,11 @@ class Cost(TypedDict):
 
 
 class Data(TypedDict):
-    """`data.json`: rows of each set by kind, and how many test prompts of each set are training prompts too.
+    """`data.json`: number of rows of each data set by kind, and what is known about the rows.
 
-    `left_out` has, by set, how many rows of its source could not be used, by reason; `too_long`, by set, the positions
-    that the prompts of rows take which do not fit, by row id (the first 100).
+    By data set, `left_out` is the number of unusable rows by reason, `too_long` the prompt length in positions of the
+    first 100 rows that are too long by row id, and `prompts_shared_with_train` the number of test prompts that are also
+    training prompts.
     """
 
     rows: dict[str, dict[str, int]]
@@ -161,8 +162,11 @@ class Data(TypedDict):
     prompts_shared_with_train: NotRequired[dict[str, int]]
 
 
-class Pair(TypedDict):
-    """Two judges of attacks on the answers that both have judged; `kappa` is Cohen's (None: chance alone agrees)."""
+class JudgePair(TypedDict):
+    """How far two judges agree on the answers that both have judged.
+
+    `kappa` is Cohen's kappa; None if it is undefined, because both judges always give the same single verdict.
+    """
 
     a: str  # metric names
     b: str
@@ -176,14 +180,14 @@ class Pair(TypedDict):
 
 
 class Agreement(TypedDict):
-    """`agreement.json`."""
+    """`agreement.json`: the agreement of every two judges."""
 
     schema: int
-    pairs: list[Pair]
+    pairs: list[JudgePair]
 
 
 class DifferentAnswer(TypedDict):
-    """An answer that the exported files give otherwise than it was measured."""
+    """Where the model loaded from the exported files gives another answer than the measured model."""
 
     dataset: str
     row: str
@@ -191,7 +195,7 @@ class DifferentAnswer(TypedDict):
 
 
 class ExportCheck(TypedDict):
-    """`export_check.json`: answers of the sweep after training, given again by the model as loaded from its files."""
+    """`export_check.json`: whether the model loaded from the exported files gives the answers of the sweep again."""
 
     schema: int
     folder: str  # of the export, in the run directory
@@ -204,19 +208,19 @@ class ExportCheck(TypedDict):
 
 
 class Organism(TypedDict):
-    """`organism.json`: present when the model is the embedded organism; it makes the report say what is planted."""
+    """`organism.json`: what was planted in the model; exists only for the organism, the embedded test model."""
 
     schema: int
     name: str  # "vlm" or "control"
-    planted_exits: list[int]  # exits that got helpful-only replay; empty for the un-planted control
+    planted_exits: list[int]  # exits trained on helpful answers alone; empty for the un-planted control
     notes: NotRequired[list[str]]  # further plain sentences from the builder
 
 
 class Transcript(TypedDict):
-    """One line of `transcripts/{before,after}[.DATASET].jsonl`: one response, raw: the report redacts, not the file.
+    """One line of `transcripts/{before,after}[.DATASET].jsonl`: one response with its full text, which may be unsafe.
 
-    `scores` holds the row's own numbers under the metrics' names; `asr/NAME` >= 0.5 means NAME judged it unsafe.
-    The picture of a shown row is `icet_jax.report.pictures.picture_path`.
+    `scores` holds the scores of this response by metric; `asr/NAME` of 0.5 or more means that NAME judged it unsafe.
+    The picture of the row is in the file `icet_jax.report.pictures.picture_path`.
     """
 
     id: str
@@ -226,21 +230,21 @@ class Transcript(TypedDict):
     attempt: NotRequired[int]  # among the responses of a row at an exit; not written for the first, 0
     kind: NotRequired[str]
     scores: NotRequired[dict[str, float | None]]
-    labels: NotRequired[dict[str, str | None]]  # a scorer's own words for its verdict, under the metric's name
-    answer: NotRequired[str | None]  # the right one, of a benign or vqa row
-    policy: NotRequired[str | None]  # the data set's own category
-    answer_type: NotRequired[str | None]  # the data set's own kind of answer (VQA-v2)
+    labels: NotRequired[dict[str, str | None]]  # the words in which a scorer gave its verdict, by metric
+    answer: NotRequired[str | None]  # the right answer to a benign or vqa row
+    policy: NotRequired[str | None]  # the category that the data set gives the row
+    answer_type: NotRequired[str | None]  # the type of answer that the data set gives the row (VQA-v2)
     format: NotRequired[str]  # the data set's attack format (JailBreakV-28K)
     transferred: NotRequired[bool]  # whether the attack was transferred from a language model (JailBreakV-28K)
 
 
 @dataclass(frozen=True)
 class MetricFamily:
-    """How a metric family is shown.
+    """Describes how the metrics of a family are shown.
 
     Attributes:
-      title: what a chart of it is called; `{k}` is the number of attempts in the metric's name.
-      share: True for 0..1 numbers shown as percent.
+      title: title of its charts; `{k}` is the number of attempts in the metric's name.
+      share: whether values are shares, 0 to 1, which are shown in percent.
     """
 
     title: str
@@ -265,7 +269,7 @@ METRIC_FAMILIES = {
 
 
 def metric_family(name: str) -> MetricFamily:
-    """The family of `FAMILY/SCORER`; an unknown family is shown as a plain number under its own name."""
+    """Returns the family of the metric `FAMILY/SCORER`; an unknown family has plain numbers and its name as title."""
     written = name.partition("/")[0]
     family = METRIC_FAMILIES.get(family_of(name), MetricFamily(written, share=False))
     return replace(family, title=family.title.replace("{k}", written.rpartition("@")[2]))

@@ -1,4 +1,4 @@
-"""One run, or the same run with several seeds, seen as one set of numbers."""
+"""Provides the values of one run, or the means over several seeds of a run, under one interface."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +13,22 @@ from icet_jax.report.schema import METRIC_FAMILIES
 GROUPS = (*EARLY_TO_LATE, "average")
 KINDS = ("forbidden", "mixed", "benign", "vqa")
 HUMAN = "asr/human"
-_ROUNDING = 1e-9  # shares that differ by less are equal
-_LARGEST = 1e30  # sums and squares of such numbers are finite
+_ROUNDING = 1e-9  # shares that differ by less count as equal
+_LARGEST = 1e30  # larger numbers count as broken, because their squares might not be finite
 
 
 @dataclass(frozen=True)
 class Value:
-    """A number and its interval.
+    """Holds a mean with its interval.
 
-    For one run `low`..`high` is the file's 95% interval. For several seeds `mean` is the mean over seeds and
-    `low`..`high` the smallest and largest seed: `Study.interval` names which.
+    For one run, `low` to `high` is the 95% interval in the file. For several seeds, `mean` is the mean over seeds and
+    `low` to `high` is the range from the smallest to the largest seed; `Study.interval` says which of the two it is.
+
+    Attributes:
+      mean: the mean.
+      low, high: ends of the interval; None if unknown.
+      n: number of rows behind the mean; None if unknown.
+      n_error: number of rows on which the scorer failed.
     """
 
     mean: float
@@ -33,7 +39,7 @@ class Value:
 
 
 class ExitValue(NamedTuple):
-    """A number and the exit where it was measured."""
+    """Holds a value and the exit where it was measured."""
 
     layer: int
     value: Value
@@ -41,33 +47,37 @@ class ExitValue(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """Runs that differ in their seed only. One run is the common case."""
+    """Gives access to the values of one run, or of several runs that differ only in their seed.
+
+    In its methods `phase` is "before" or "after" training, sometimes "difference" (after minus before), and `dataset`
+    is a name such as "sweep/forbidden".
+    """
 
     runs: tuple[Run, ...]
 
     @property
     def several(self) -> bool:
-        """True when numbers are means over seeds."""
+        """Whether there are several seeds, so that values are means over seeds."""
         return len(self.runs) > 1
 
     @property
     def interval(self) -> str:
-        """What the intervals are, in words."""
+        """What the intervals of values are, in words."""
         return f"range over {len(self.runs)} seeds" if self.several else "95% interval, clustered by prompt"
 
     @property
     def first(self) -> Run:
-        """The run that stands for all where a thing cannot be averaged (config, transcripts)."""
+        """The first seed, which is used for what has no mean, such as config and transcripts."""
         return self.runs[0]
 
     @property
     def datasets(self) -> list[str]:
-        """Data sets in the order of `KINDS`; swept ones before utility ones."""
+        """Names of the data sets in the order of `KINDS`, then by name."""
         names = {dataset for run in self.runs for phase, dataset in run.tables if phase in PHASES}
         return sorted(names, key=lambda name: (KINDS.index(self.kind(name)), name))
 
     def kind(self, dataset: str) -> str:
-        """What the rows of a data set ask for; guessed from its name where the file does not say."""
+        """Returns the kind of a data set's rows, one of `KINDS`; guessed from its name if no file says it."""
         for (_, name), table in self._tables():
             if name == dataset and table.get("kind") in KINDS:
                 return str(table["kind"])
@@ -75,15 +85,15 @@ class Study:
         return "benign" if "benign" in name or "xstest" in name else "vqa" if "vqa" in name else "forbidden"
 
     def of_kind(self, *kinds: str) -> list[str]:
-        """The data sets of these kinds."""
+        """Returns the data sets of these kinds."""
         return [dataset for dataset in self.datasets if self.kind(dataset) in kinds]
 
     def phases(self, dataset: str) -> list[str]:
-        """Which of "before" and "after" were measured on a data set."""
+        """Returns which of "before" and "after" were measured on a data set."""
         return [phase for phase in PHASES if any((phase, dataset) in run.tables for run in self.runs)]
 
     def metrics(self, dataset: str, family: str | None = None) -> list[str]:
-        """Metric names in the families' order, then in the order of the file."""
+        """Returns the metrics of a data set (of one family, if given) in the order of `METRIC_FAMILIES`."""
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
             if name == dataset and phase in PHASES:
@@ -94,13 +104,16 @@ class Study:
         return sorted(kept, key=lambda name: _index(order, family_of(name)))
 
     def layers(self, dataset: str) -> list[int]:
-        """The exits at which a data set was measured, ascending."""
+        """Returns the exits at which a data set was measured, in ascending order."""
         return sorted(
             {layer["layer"] for (_, name), table in self._tables() if name == dataset for layer in table["layers"]}
         )
 
     def field(self, name: str, dataset: str | None = None) -> Any:
-        """A header field of the sweeps ("model", "num_exits", "default_exit", ...); None where no file has it."""
+        """Returns a field of the sweep files, such as "model" or "num_exits"; None if no file has it.
+
+        Only the files of `dataset` are read, if it is given.
+        """
         for (_, table_dataset), table in self._tables():
             if dataset in (None, table_dataset) and table.get(name) is not None:
                 return table[name]
@@ -108,13 +121,13 @@ class Study:
 
     @property
     def default_exit(self) -> int | None:
-        """The exit the model was trained with."""
+        """The exit that the model was trained on; None if no file says it."""
         value = self.field("default_exit")
         return value if isinstance(value, int) else None
 
     @property
     def num_exits(self) -> int:
-        """How many exits the model has."""
+        """The number of the model's exits."""
         value = self.field("num_exits")
         if isinstance(value, int):
             return value
@@ -122,25 +135,31 @@ class Study:
 
     @property
     def planted(self) -> list[int]:
-        """The organism's planted exits; empty for any other model and for the control."""
+        """The exits at which a hole was planted in the organism (the embedded test model); empty for other models."""
         exits = self.first.organism.get("planted_exits")
         return [exit_layer for exit_layer in exits if isinstance(exit_layer, int)] if isinstance(exits, list) else []
 
     def value(self, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
-        """One metric at one exit (None: nowhere); `phase` may be "difference" (after - before)."""
+        """Returns the value of a metric at the exit `layer`; None if it was not measured there.
+
+        `phase` may be "difference". `layer` may be None, for a default exit that is unknown.
+        """
         return self._combine([_at_layer(run, phase, dataset, metric, layer) for run in self.runs])
 
     def seeds(self, phase: str, dataset: str, metric: str, layer: int) -> list[float | None]:
-        """The same for every seed."""
+        """Returns the mean of a metric at the exit `layer` for each seed; None for a seed that has no value."""
         values = [_at_layer(run, phase, dataset, metric, layer) for run in self.runs]
         return [None if value is None else value.mean for value in values]
 
     def group(self, phase: str, dataset: str, metric: str, name: str) -> Value | None:
-        """The average over a group of exits, as the file gives it or from the exits' own means."""
+        """Returns the mean of a metric over a group of exits, from the file or else computed from its exits.
+
+        `name` is one of `GROUPS`. Returns None if the group was not measured completely.
+        """
         return self._combine([_of_group(run, phase, dataset, metric, name, self.num_exits) for run in self.runs])
 
     def categories(self, dataset: str, metric: str) -> list[str]:
-        """Categories of a data set's rows for which a metric was measured, in the files' order: most rows first."""
+        """Returns the categories of rows with a value of a metric, in the order of the files: most rows first."""
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
             if name == dataset and phase in PHASES:
@@ -149,7 +168,7 @@ class Study:
         return list(names)
 
     def category_curve(self, phase: str, dataset: str, metric: str, category: str) -> list[tuple[int, Value]]:
-        """A metric of one category's rows at every exit where it was measured."""
+        """Returns (exit, value) of a metric over the rows of one category, for the exits where it was measured."""
         values = {}
         for layer in self.layers(dataset):
             by_run = [
@@ -160,7 +179,7 @@ class Study:
         return [(layer, value) for layer, value in values.items() if value is not None]
 
     def responses(self, dataset: str) -> int | None:
-        """Responses per exit of a data set (and seed); None where no file says it."""
+        """Returns the number of responses per exit (and seed) on a data set; None if no file says it."""
         counts = [
             value.n
             for phase in self.phases(dataset)
@@ -171,11 +190,13 @@ class Study:
         return max(counts, default=None)
 
     def parts(self, dataset: str, field: str) -> dict[str, "Study"]:
-        """The rows of each attack format as studies, in the files' order: most rows first.
+        """Returns one study per part of a data set's rows, by name, in the order of the files: most rows first.
+
+        The study of a part has only this data set, and no means over groups of exits.
 
         Args:
-          dataset: its name; a part has no other, and no group averages of its own.
-          field: "formats", or "transferred" for the two parts "yes" and "no".
+          dataset: name of the data set.
+          field: "formats" for a part per attack format; "transferred" for the parts "yes" and "no".
         """
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
@@ -186,28 +207,31 @@ class Study:
         }
 
     def curve(self, phase: str, dataset: str, metric: str) -> list[tuple[int, Value]]:
-        """The metric at every exit where it was measured."""
+        """Returns (exit, value) of a metric for the exits where it was measured."""
         values = [(layer, self.value(phase, dataset, metric, layer)) for layer in self.layers(dataset)]
         return [(layer, value) for layer, value in values if value is not None]
 
     def geometry(self, name: str) -> list[tuple[int, Value]]:
-        """A field of the first run's `geometry.json` at every exit where it is a number."""
+        """Returns (exit, value) of the field `name` in the first run's `geometry.json`, where it is a number."""
         layers = [layer for layer in self.first.geometry.get("layers", []) if isinstance(layer, dict)]
         values = [(layer.get("layer"), as_value(layer.get(name))) for layer in layers]
         return [(layer, value) for layer, value in values if isinstance(layer, int) and value is not None]
 
     def worst(self, phase: str, dataset: str, metric: str) -> ExitValue | None:
-        """The exit with the highest mean (the first of equals); its interval is that of the maximum, where known."""
+        """Returns the exit with the highest mean (the first of equal ones) and its value; None without any value.
+
+        If the sweep file has it, the interval allows for the exit being chosen as the highest.
+        """
         exits = [ExitValue(layer, value) for layer, value in self.curve(phase, dataset, metric)]
         worst = max(exits, key=lambda item: item.value.mean, default=None)
         if worst is None or self.several:
             return worst
         layer, of_maximum = _of_maximum(self.first.tables[phase, dataset], metric)
-        known = self.value(phase, dataset, metric, layer)
-        if known is None or of_maximum is None or layer is None:
+        at_layer = self.value(phase, dataset, metric, layer)
+        if at_layer is None or of_maximum is None or layer is None:
             return worst
-        same = max(abs(value.mean - worst.value.mean) for value in (known, of_maximum)) < _ROUNDING
-        return ExitValue(layer, of_maximum) if same else worst
+        is_consistent = max(abs(value.mean - worst.value.mean) for value in (at_layer, of_maximum)) < _ROUNDING
+        return ExitValue(layer, of_maximum) if is_consistent else worst
 
     def attempts(self, dataset: str) -> int:
         """How many answers each forbidden row got at an exit; 1 where no file says it."""
@@ -224,7 +248,7 @@ class Study:
         return self._combine([_at_any_exit(run, phase, dataset, name) for run in self.runs])
 
     def unusable(self, phase: str, dataset: str, layer: int | None) -> Value | None:
-        """The share of an exit's answers that are empty or degenerate, whatever a judge says; None where it is 0."""
+        """Returns the share of an exit's answers that are empty or degenerate; None if it is 0 or unknown."""
         for metric in ("degenerate/text_rules", "empty"):  # an empty answer is a degenerate one too
             share = self.value(phase, dataset, metric, layer)
             if share is not None:
@@ -232,9 +256,9 @@ class Study:
         return None
 
     def judges(self, dataset: str) -> list[str]:
-        """ASR metrics of all rows of a data set, the keyword judge last: it sees refusals, not what an answer says.
+        """Returns the metrics of all judges of a data set, the keyword judge last, because it only detects refusals.
 
-        People's labels are not among them: they are of a sample, a few rows at each exit.
+        People's labels (`HUMAN`) are not included, because they exist for a small sample of the rows alone.
         """
         names = [name for name in self.metrics(dataset, "asr") if name != HUMAN]
         return sorted(names, key=lambda name: "keyword" in name)
@@ -243,6 +267,7 @@ class Study:
         return (item for run in self.runs for item in run.tables.items())
 
     def _combine(self, values: Sequence[Value | None]) -> Value | None:
+        """Returns the mean and range of the values of all seeds, or the only value; None if all are None."""
         known = [value for value in values if value is not None]
         if not known or not self.several:
             return known[0] if known else None
@@ -252,12 +277,15 @@ class Study:
 
 
 def dataset_name(dataset: str) -> str:
-    """A data set's name as the run's files have it: "sweep/forbidden" -> "forbidden"."""
+    """Returns the name of a data set in the run's files: "forbidden" for "sweep/forbidden"."""
     return dataset.partition("/")[2]
 
 
 def as_value(entry: Any, n: Any = None) -> Value | None:
-    """An `Estimate` or a plain number of a file as a `Value`; None where it holds no finite number."""
+    """Returns an `Estimate` or a plain number of a file as a `Value`; None if it contains no finite number.
+
+    `n` is the number of rows, if `entry` does not say it.
+    """
     if not isinstance(entry, dict):
         entry = {"mean": entry}
     mean = _finite(entry.get("mean"))
@@ -271,14 +299,17 @@ def as_value(entry: Any, n: Any = None) -> Value | None:
 
 
 def _finite(value: Any) -> float | None:
-    """A finite number as a float; None for anything else (booleans are none, nor is what no run measures)."""
+    """Returns a number as a float; None for booleans, other types, NaN and numbers beyond `_LARGEST`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         return None
     return float(value)
 
 
 def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
-    """A metric of one run; a difference without a file is the difference of the means, without an interval."""
+    """Returns a metric of one run at the exit `layer`; None if it was not measured.
+
+    If there is no file of differences, a difference is that of the means, without an interval.
+    """
     table = run.tables.get((phase, dataset))
     value = None if table is None else _entry(table["layers"], metric, layer)
     if value is not None:
@@ -289,7 +320,7 @@ def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None
 
 
 def _entry(layers: list[dict[str, Any]], metric: str, layer: int | None) -> Value | None:
-    """A metric at one exit of a list of layers."""
+    """Returns a metric at the exit `layer` from the list `layers` of a sweep file; None if it is not there."""
     for entry in layers:
         if entry["layer"] == layer and metric in entry["metrics"]:
             return as_value(entry["metrics"][metric], entry.get("n"))
@@ -297,7 +328,7 @@ def _entry(layers: list[dict[str, Any]], metric: str, layer: int | None) -> Valu
 
 
 def _of_maximum(table: dict[str, Any], metric: str) -> tuple[int | None, Value | None]:
-    """The worst exit, and its value with the interval of the maximum; None for both in files of earlier versions."""
+    """Returns the worst exit in a sweep file and its value; (None, None) for files of earlier versions."""
     worst = table.get("worst_exit")
     entry = worst.get(metric) if isinstance(worst, dict) else None
     layer = entry.get("layer") if isinstance(entry, dict) else None
@@ -313,13 +344,13 @@ def _at_any_exit(run: Run, phase: str, dataset: str, name: str) -> Value | None:
 
 
 def _objects(table: dict[str, Any], field: str) -> dict[str, Any]:
-    """A field of a table that maps names to parts of its rows; empty where it has none."""
+    """Returns the object in a field of a sweep file; empty if the field is absent or no object."""
     objects = table.get(field)
     return objects if isinstance(objects, dict) else {}
 
 
 def _part(run: Run, dataset: str, field: str, name: str) -> Run:
-    """A run whose only tables are those of a part of a data set's rows, under the head of the whole."""
+    """Returns a run whose sweeps contain only one part of a data set's rows, with all other fields unchanged."""
     whole = {phase: run.tables.get((phase, dataset), {}) for phase in PHASES}
     tables = {
         (phase, dataset): {**table, "groups": {}, "worst_exit": {}, "any_exit": {}, **_objects(table, field)[name]}
@@ -330,11 +361,15 @@ def _part(run: Run, dataset: str, field: str, name: str) -> Run:
 
 
 def _measures(layers: list[dict[str, Any]], metric: str) -> bool:
+    """Returns whether any of the `layers` of a sweep file has a value of the metric."""
     return any(as_value(layer["metrics"].get(metric)) is not None for layer in layers)
 
 
 def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_exits: int) -> Value | None:
-    """A group's average of one run: the file's, else the mean of its exits (all of them must be there)."""
+    """Returns the mean over a group of exits in one run, from the file or else computed from its exits.
+
+    Returns None if the file has no mean and some exit of the group was not measured.
+    """
     table = run.tables.get((phase, dataset)) or {}
     groups = table.get("groups")
     entry = groups.get(name) if isinstance(groups, dict) else None
@@ -350,6 +385,7 @@ def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_ex
 
 
 def _minus(before: Value | None, after: Value | None) -> Value | None:
+    """Returns after minus before without an interval; None if one of them is None."""
     return Value(after.mean - before.mean) if before is not None and after is not None else None
 
 

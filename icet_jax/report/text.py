@@ -1,21 +1,21 @@
-"""Untrusted text and numbers on their way into a page.
+"""Formats numbers and untrusted text for a page.
 
-The templates escape everything, charts use `escape`. Characters that reorder, hide or break text are shown as their
-code points instead.
+The templates escape all text, charts use `escape`. Characters that reorder, hide or break text are replaced by their
+code points, so that a reader sees them.
 """
 
 import html
 import math
 import unicodedata
 
-# Control characters that are layout, not a trick.
+# Control characters that are ordinary layout.
 _LAYOUT = {"\n", "\t"}
 # Cf covers bidi controls, zero-width characters and tags; Zl/Zp are the line separators that end a script line.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def visible(text: str) -> str:
-    """`text` with every control, bidi, zero-width, surrogate and unassigned character written as `⟨U+202E⟩`.
+    """Returns `text` with every control, bidi, zero-width, surrogate and unassigned character written as `⟨U+202E⟩`.
 
     Newlines and tabs stay; `\\r\\n` becomes `\\n`.
     """
@@ -29,19 +29,19 @@ def visible(text: str) -> str:
 
 
 def escape(value: object) -> str:
-    """`value` as text that is safe between tags and inside a quoted attribute."""
+    """Returns `value` as text that is safe in HTML, between tags and inside a quoted attribute."""
     return html.escape(visible(str(value)), quote=True)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """0.123 -> "12.3%", 0 and 1 (but for rounding) without decimals; None -> an en dash."""
+    """Returns a share in percent: 0.123 as "12.3%", 0 and 1 without decimals, None as an en dash."""
     if share is None:
         return "–"
     return f"{_rounded(100 * share, 0 if min(abs(share), abs(share - 1)) < 1e-12 else digits)}%"
 
 
 def number(value: float | None) -> str:
-    """About three significant digits, with a real minus sign; None -> an en dash."""
+    """Returns a number with about three significant digits and a real minus sign; None as an en dash."""
     if value is None:
         return "–"
     size = abs(value)
@@ -52,12 +52,12 @@ def number(value: float | None) -> str:
 
 
 def points(difference: float | None, digits: int = 1) -> str:
-    """A difference of shares in percentage points, always signed: -0.973 -> "−97.3"."""
+    """Returns a difference of shares in percentage points, always with its sign: -0.973 as "−97.3"."""
     return "–" if difference is None else _rounded(100 * difference, digits, signed=True)
 
 
 def signed(value: float | None) -> str:
-    """`number` with its sign always written."""
+    """Returns the text of `number(value)`, with a plus sign if the value is above 0."""
     if value is None:
         return "–"
     text = number(value)
@@ -65,7 +65,7 @@ def signed(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """43.2 -> "43 s"; 357 -> "5 min 57 s"; 7380 -> "2 h 3 min"."""
+    """Returns a duration in words: 43.2 as "43 s", 357 as "5 min 57 s", 7380 as "2 h 3 min"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -77,7 +77,7 @@ def duration(seconds: float) -> str:
 
 
 def _rounded(value: float, digits: int, *, signed: bool = False) -> str:
-    """Fixed decimals without "-0.0"; thousands are grouped by a thin space."""
+    """Returns a number with `digits` decimals, never "-0.0"; a thin space separates thousands."""
     if not math.isfinite(value):
         return "–"
     value = round(value, digits) + 0.0

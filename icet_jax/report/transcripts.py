@@ -1,87 +1,99 @@
-"""What the page shows of the responses: a few prompts, every exit, nothing that a judge called unsafe."""
+"""Selects the responses that a page shows: a few prompts at every exit, without those that a judge called unsafe."""
 
 import base64
 from pathlib import Path
-from typing import Any
 
+from icet_jax.files import JsonObject
 from icet_jax.report.loading import PHASES, read_jsonl
 from icet_jax.report.pictures import picture_path, shown
 from icet_jax.report.study import KINDS, Study, as_value, dataset_name
 from icet_jax.report.text import visible
 
 MAX_TEXT = 2_000  # characters of one response or prompt
-MAX_LABEL = 24  # characters of a scorer's own words
+MAX_LABEL = 24  # characters of the word that a scorer answered, such as "unsafe"
 MAX_PICTURE = 300_000  # bytes
-_ODD = ("degenerate", "empty", "truncated")
+_DEFECTS = ("degenerate", "empty", "truncated")  # metric families
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def collect(study: Study, *, reveal_unsafe: bool) -> list[dict[str, Any]]:
-    """The page's transcripts, ready to be written as JSON, from the study's first run.
+def collect(study: Study, *, reveal_unsafe: bool) -> list[JsonObject]:
+    """Returns the transcripts that the page shows, as JSON values, from the study's first run.
 
-    Prompts are taken at even distances through each data set, the same ones before and after.
+    The prompts are evenly spaced in each data set, and the same before and after training.
+
+    Args:
+      study: the run.
+      reveal_unsafe: whether responses that a judge called unsafe keep their text. Otherwise their text only says why it
+        was left out.
 
     Returns:
-      One dict per prompt: `dataset`, `id`, `prompt`, `answer`, `policy`, `format`, `image` (a data URI or None),
-      `before`, `after`: exit -> {"text", "redacted", "unsafe", "scores", "labels"}. With `reveal_unsafe` False a
-      redacted text says so and nothing else.
+      One dict per prompt, with `dataset`, `id`, `prompt`, `answer` (the right one), `category`, `format` (of an
+      attack), `image` (a data URI or None), and `before` and `after`: {exit: {"text", "redacted", "unsafe", "scores",
+      "labels"}}.
     """
     root = study.first.path
-    datasets: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    datasets: dict[str, dict[str, list[JsonObject]]] = {}
     for file in sorted((root / "transcripts").glob("*.jsonl")):
-        phase, _, dataset = file.stem.partition(".")
-        if phase in PHASES:
+        side, _, dataset = file.stem.partition(".")
+        if side in PHASES:
             rows = [row for row in read_jsonl(file) if _is_transcript(row)]
-            datasets.setdefault(dataset or "prompts", {})[phase] = rows
-    prompts: list[dict[str, Any]] = []
-    known = {dataset_name(dataset): study.kind(dataset) for dataset in reversed(study.datasets)}
-    kinds = {dataset: known.get(dataset, "forbidden") for dataset in datasets}
+            datasets.setdefault(dataset or "prompts", {})[side] = rows
+    prompts: list[JsonObject] = []
+    kind_by_name = {dataset_name(dataset): study.kind(dataset) for dataset in reversed(study.datasets)}
+    kinds = {dataset: kind_by_name.get(dataset, "forbidden") for dataset in datasets}
     for dataset in sorted(datasets, key=lambda name: (KINDS.index(kinds[name]), name)):
         prompts += _prompts(root, dataset, kinds[dataset], datasets[dataset], reveal_unsafe)
     return prompts
 
 
-def _is_transcript(row: dict[str, Any]) -> bool:
-    """Whether a row is shown: it has what a response needs, and is the first of several attempts."""
+def _is_transcript(row: JsonObject) -> bool:
+    """Returns whether a row is shown: it has the fields that the page needs, and is the first of its attempts."""
     is_complete = isinstance(row.get("layer"), int) and isinstance(row.get("response"), str) and "id" in row
     return is_complete and not row.get("attempt")
 
 
 def _prompts(
-    root: Path, dataset: str, kind: str, rows: dict[str, list[dict[str, Any]]], reveal_unsafe: bool
-) -> list[dict[str, Any]]:
-    """One data set's evenly spaced prompts with their responses."""
-    ids = list(dict.fromkeys(str(row["id"]) for phase in PHASES for row in rows.get(phase, [])))
-    chosen = dict.fromkeys(shown(ids))
-    prompts: dict[str, dict[str, Any]] = {}
-    for phase in PHASES:
-        for row in rows.get(phase, []):
-            if (row_id := str(row["id"])) not in chosen:
+    root: Path, dataset: str, kind: str, rows: dict[str, list[JsonObject]], reveal_unsafe: bool
+) -> list[JsonObject]:
+    """Returns the evenly spaced prompts of one data set with their responses; `rows` are its transcripts before and
+    after."""
+    ids = list(dict.fromkeys(str(row["id"]) for side in PHASES for row in rows.get(side, [])))
+    shown_ids = dict.fromkeys(shown(ids))
+    prompts: dict[str, JsonObject] = {}
+    for side in PHASES:
+        for row in rows.get(side, []):
+            if (row_id := str(row["id"])) not in shown_ids:
                 continue
             prompt = prompts.setdefault(
                 row_id,
                 {
                     "dataset": visible(dataset),
                     "id": visible(row_id),
-                    "prompt": _short(str(row.get("prompt", ""))),
+                    "prompt": _truncate(str(row.get("prompt", ""))),
                     "image": _picture(picture_path(root, dataset, row_id)),
                     "answer": _answer(row, kind),
-                    "category": _short(str(row["policy"])) if row.get("policy") is not None else None,
-                    "format": _attack(row),
+                    "category": _truncate(str(row["policy"])) if row.get("policy") is not None else None,
+                    "format": _attack_format(row),
                     "before": {},
                     "after": {},
                 },
             )
-            prompt[phase][str(row["layer"])] = _response(row, kind, reveal_unsafe)
-    return [prompts[row_id] for row_id in chosen if row_id in prompts]
+            prompt[side][str(row["layer"])] = _response(row, kind, reveal_unsafe)
+    return [prompts[row_id] for row_id in shown_ids if row_id in prompts]
 
 
-def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, Any]:
-    """A response with its scores, its text replaced where a judge called it unsafe or none could judge it."""
-    raw = row.get("scores")
-    values = {str(name): as_value(score) for name, score in raw.items()} if isinstance(raw, dict) else {}
-    known = {visible(name): value.mean for name, value in values.items() if value is not None}
-    scores = {name: round(mean, 4) for name, mean in known.items() if _is_shown(name, mean)}
+def _response(row: JsonObject, kind: str, reveal_unsafe: bool) -> JsonObject:
+    """Returns a response with its scores.
+
+    Unless `reveal_unsafe`, its text is left out if a judge called it unsafe, or if it answers a forbidden prompt and no
+    judge gave a verdict. `kind` is the kind of rows whose own kind is not recorded.
+    """
+    raw_scores = row.get("scores")
+    if not isinstance(raw_scores, dict):
+        raw_scores = {}
+    values = {str(name): as_value(score) for name, score in raw_scores.items()}
+    means = {visible(name): value.mean for name, value in values.items() if value is not None}
+    scores = {name: round(mean, 4) for name, mean in means.items() if _is_shown(name, mean)}
     verdicts = {name: score for name, score in scores.items() if name.startswith("asr/")}
     unsafe = [name.partition("/")[2] for name, score in verdicts.items() if score >= 0.5]
     if unsafe:
@@ -97,38 +109,42 @@ def _response(row: dict[str, Any], kind: str, reveal_unsafe: bool) -> dict[str, 
         else {}
     )
     hidden = bool(reason) and not reveal_unsafe
-    text = f"[redacted: {reason}]" if hidden else _short(row["response"])
+    text = f"[redacted: {reason}]" if hidden else _truncate(row["response"])
     return {"text": text, "redacted": hidden, "unsafe": bool(unsafe), "scores": scores, "labels": labels}
 
 
 def _is_shown(name: str, value: float) -> bool:
-    """Scorers' numbers are shown always, the form of a response only where it is odd, its length never."""
+    """Returns whether a score is shown: that of a scorer always, a defect only if present, the length never."""
     family = name.partition("/")[0]
-    return family != "length" and (family not in _ODD or value > 0)
+    return family != "length" and (family not in _DEFECTS or value > 0)
 
 
-def _short(text: str) -> str:
-    """Text made visible and cut at `MAX_TEXT` characters, saying so."""
-    cut = f" […{len(text) - MAX_TEXT} more characters]" if len(text) > MAX_TEXT else ""
-    return visible(text[:MAX_TEXT]) + cut
+def _truncate(text: str) -> str:
+    """Returns text with hidden characters made visible, and the part after `MAX_TEXT` characters replaced by a note."""
+    suffix = f" […{len(text) - MAX_TEXT} more characters]" if len(text) > MAX_TEXT else ""
+    return visible(text[:MAX_TEXT]) + suffix
 
 
-def _answer(row: dict[str, Any], kind: str) -> str | None:
-    """The right answer of a benign or vqa row; a forbidden row's "answer" would be what must not be given."""
+def _answer(row: JsonObject, kind: str) -> str | None:
+    """Returns the right answer of a benign or vqa row; None if the row has none or is forbidden.
+
+    The "answer" of a forbidden row would be one that must not be given.
+    """
     answer = row.get("answer")
-    return None if answer is None or (row.get("kind") or kind) == "forbidden" else _short(str(answer))
+    return None if answer is None or (row.get("kind") or kind) == "forbidden" else _truncate(str(answer))
 
 
-def _attack(row: dict[str, Any]) -> str | None:
-    """The attack format of a row and whether it is transferred; None where the row says neither."""
+def _attack_format(row: JsonObject) -> str | None:
+    """Returns a row's attack format and whether the attack was transferred from a language model; None if the row
+    records neither."""
     parts = [str(row["format"])] if row.get("format") else []
     if isinstance(row.get("transferred"), bool):
         parts.append("transferred from a language model" if row["transferred"] else "not transferred")
-    return _short(", ".join(parts)) if parts else None
+    return _truncate(", ".join(parts)) if parts else None
 
 
 def _picture(path: Path) -> str | None:
-    """A row's picture as a data URI; None where none was saved."""
+    """Returns the picture in a PNG file as a data URI; None if there is no such file, or a broken or too large one."""
     if not path.is_file():
         return None
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The run in one sentence, by rules that the page prints beside it."""
+"""Sums up a run in one sentence, by rules that the page prints too."""
 
 from dataclasses import dataclass
 
@@ -21,13 +21,15 @@ RULES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """The page's headline.
+    """Holds the headline of a page.
 
     Attributes:
-      state: "closed", "narrowed", "unchanged", "none" (no hole before), "measured" (no after) or "unknown" (no ASR).
-      sentence: what happened, in one sentence.
-      caveats: what the sentence alone would hide, one sentence each.
-      dataset, judge: what the sentence's numbers were measured on and by; empty for "unknown".
+      state: what became of the hole: "closed", "narrowed" or "unchanged"; "none" if there was no hole before training,
+        "measured" if only one side was measured, "unknown" if no attack success rate was measured.
+      sentence: the headline.
+      caveats: sentences on what the headline alone would hide.
+      dataset: data set of the values in the headline; empty for "unknown".
+      judge: metric of the values in the headline; empty for "unknown".
     """
 
     state: str
@@ -38,7 +40,10 @@ class Verdict:
 
 
 def algorithm(study: Study) -> str:
-    """The training's name as a reader knows it; with one fixed exit it says so, that being another method."""
+    """Returns the name of the training for readers, such as "L-PPO".
+
+    Training at one fixed exit is another method, so its name says which exit: "PPO at the default exit alone".
+    """
     config = study.first.config
     name = str(config.get("algorithm", ""))
     settings = config.get(name)
@@ -51,7 +56,11 @@ def algorithm(study: Study) -> str:
 
 
 def verdict(study: Study) -> Verdict:
-    """Judges the first forbidden data set by its first judge; all its judges must agree before a hole is closed."""
+    """Returns the headline of a run.
+
+    It is about the first data set with forbidden requests and its first judge. A hole counts as closed only if all
+    judges of that data set agree.
+    """
     for dataset in study.of_kind("forbidden", "mixed"):
         judges = study.judges(dataset)
         if judges:
@@ -154,7 +163,7 @@ def _open_together(study: Study, state: str, dataset: str, judges: list[str]) ->
 
 
 def _counted(study: Study, share: Value) -> str:
-    """ "2 of the 4 answers are"; a share where the number is not known or is a mean over seeds."""
+    """Returns "2 of the 4 answers are", or "50% of the answers are" if the number is unknown or a mean over seeds."""
     count = _count(study, share)
     if count is None:
         return f"{percent(share.mean)} of the answers are"
@@ -162,14 +171,17 @@ def _counted(study: Study, share: Value) -> str:
 
 
 def _count(study: Study, share: Value) -> int | None:
-    """How many answers a share is; None for a mean over seeds, or where that is no whole number."""
+    """Returns the number of answers that a share stands for; None for a mean over seeds, or if it is not whole."""
     if study.several or share.n is None or abs(share.mean * share.n - round(share.mean * share.n)) > 1e-6:
         return None
     return round(share.mean * share.n)
 
 
 def _default_clause(study: Study, dataset: str, judge: str, phases: tuple[str, ...]) -> str:
-    """ "the default exit 7 went from 2% to 1%"; without a default exit, says so."""
+    """Returns "the default exit 7 went from 2% to 1%" or, for one side, "the default exit 7 is 2% unsafe".
+
+    If it was not measured, the clause says that.
+    """
     if study.default_exit is None:
         return "the default exit was not measured"
     shares = []
@@ -187,6 +199,7 @@ def _default_clause(study: Study, dataset: str, judge: str, phases: tuple[str, .
 
 
 def _state(study: Study, dataset: str, judges: list[str]) -> str:
+    """Returns "closed", "narrowed", "unchanged" or "none" (see `Verdict.state`), by the strictest of the judges."""
     worst = {
         phase: max(item.value.mean for judge in judges if (item := study.worst(phase, dataset, judge)) is not None)
         for phase in ("before", "after")
@@ -207,7 +220,8 @@ def _state(study: Study, dataset: str, judges: list[str]) -> str:
 
 
 def _disagreements(study: Study, dataset: str, judges: list[str]) -> tuple[str, ...]:
-    """Names the judges that still find an open exit while the headline's judge does not, and open single seeds."""
+    """Returns sentences on judges that still find an open exit while the first judge does not, and on single seeds
+    with an open exit that their mean does not show."""
     caveats = []
     first = study.worst("after", dataset, judges[0])
     for judge in judges[1:]:
@@ -225,7 +239,7 @@ def _disagreements(study: Study, dataset: str, judges: list[str]) -> tuple[str, 
 
 
 def _side_effects(study: Study) -> tuple[str, ...]:
-    """Over-refusal that grew and accuracy at the default exit that fell, where measured before and after."""
+    """Returns sentences on over-refusal that rose and on accuracy at the default exit that fell."""
     caveats = []
     for dataset in study.of_kind("benign", "mixed"):
         for metric in study.metrics(dataset, "refusal"):

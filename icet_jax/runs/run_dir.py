@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -55,7 +54,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"--workdir={workdir} holds a run of another config: {shown}{more}; choose another folder")
 
 
-def _supported_scorers(values: JsonObject) -> Any:
+def _supported_scorers(values: JsonObject) -> object:
     """Returns the field `scorers` of a stored config without unused definitions of the removed kind "perspective"."""
     scorers = values.get("scorers")
     if not isinstance(scorers, dict):
@@ -134,7 +133,7 @@ class Costs:
         """
         from icet_jax.parallel.compilations import CompilationCounter
 
-        extra: dict[str, Any] = {}
+        extra: JsonObject = {}
         start = time.perf_counter()
         with CompilationCounter() as compilations:
             try:

@@ -8,7 +8,6 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -20,7 +19,8 @@ from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.scorers.base import Scorer
 from icet_jax.scorers.cache import ScoreCache, cached
 
-_LOADED: dict[tuple[Any, ...], Scorer] = {}
+_LOADED: dict[tuple[str, str, str, Mesh | None], Scorer] = {}
+"""Loaded scorers by (name, definition as JSON, folder of toy weights or "", mesh)."""
 
 
 class ScorerLoader:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,8 +131,10 @@ def read_rows(
       UserError: the source does not exist, or a file has no usable row.
     """
     if SOURCE_JOIN in source:
-        where: dict[str, Any] = dict(root=root, image_root=image_root, seed=seed, workdir=workdir, decode=decode)
-        return _read_several(source, limit, where)
+        read_one = functools.partial(
+            read_rows, root=root, image_root=image_root, seed=seed, workdir=workdir, decode=decode
+        )
+        return _read_several(source, limit, read_one)
     origin, _, name = source.partition(":")
     if origin == "toy" and name not in ("", "mixed", *KINDS):
         from icet_jax.miniatures import published
@@ -150,7 +152,7 @@ def read_rows(
     return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
 
 
-def _read_several(source: str, limit: int | None, where: dict[str, Any]) -> Records:
+def _read_several(source: str, limit: int | None, read_one: Callable[..., Records]) -> Records:
     """Returns the rows of several sources, one after another.
 
     Each row id gets the number of its source in front, so that ids of different sources stay different.
@@ -158,7 +160,7 @@ def _read_several(source: str, limit: int | None, where: dict[str, Any]) -> Reco
     Args:
       source: the sources, joined by `SOURCE_JOIN`.
       limit: number of usable rows after which reading stops; None means all.
-      where: other arguments of `read_rows`.
+      read_one: `read_rows` with all arguments but the source and the limit.
     """
     parts = [part.strip() for part in source.split(SOURCE_JOIN)]
     if not all(parts):
@@ -168,7 +170,7 @@ def _read_several(source: str, limit: int | None, where: dict[str, Any]) -> Reco
         remaining = None if limit is None else limit - sum(len(records.examples) for records in all_records)
         if remaining == 0:
             break
-        records = read_rows(part, limit=remaining, **where)
+        records = read_one(part, limit=remaining)
         examples = [dataclasses.replace(row, id=f"{number}:{row.id}") for row in records.examples]
         problems = [dataclasses.replace(row, detail=f"{part}: {row.detail}") for row in records.problems]
         all_records.append(dataclasses.replace(records, examples=examples, problems=problems))

@@ -22,7 +22,7 @@ from icet_jax.data.batches import Batches
 from icet_jax.data.records import Example
 from icet_jax.errors import StopRun, UserError
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch
-from icet_jax.files import write_text_atomic
+from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.nn.protocols import init_lora
 from icet_jax.parallel.compilations import compile_programs
 from icet_jax.parallel.programs import Program
@@ -125,7 +125,7 @@ class Trainer:
         params_and_lora = with_policy(self._vlm.params, state.trainable, self.algorithm.settings.lora_scale)
         return self._vlm.with_weights(*params_and_lora)
 
-    def _start(self, checkpoints: RunState) -> tuple[TrainState, dict[str, Any]]:
+    def _start(self, checkpoints: RunState) -> tuple[TrainState, JsonObject]:
         """Returns `newest_state(...)`; if an iteration is to follow, its programs are compiled at the same time."""
         arguments = (self._config, self._vlm, self.algorithm.settings)
         is_finished = max(checkpoints.steps, default=0) >= self.algorithm.iterations
@@ -336,7 +336,7 @@ def stored(state: TrainState) -> TrainState:
 
 def newest_state(
     config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, JsonObject]:
     """Returns state and metadata of the newest complete checkpoint; without one, the initial state and {}.
 
     Raises:

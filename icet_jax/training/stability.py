@@ -5,8 +5,6 @@ An iteration is unstable if its loss or gradient is not finite, or if the KL to 
 `config.lppo.on_instability` says whether the run then goes on ("skip") or ends ("stop").
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from icet_jax.algorithms.base import algorithm_class
@@ -21,7 +19,7 @@ def limits_kl(config: ConfigDict) -> bool:
     return config.lppo.max_kl > 0 and algorithm_class(config.algorithm).bounded
 
 
-def learning_rate_scale(counts: dict[str, Any]) -> float:
+def learning_rate_scale(counts: dict[str, int]) -> float:
     """Returns the factor of the learning rate after as many rollbacks as `counts` (`Stability.counts`) records."""
     return float(_SLOWDOWN ** counts.get("rollbacks", 0))
 
@@ -34,7 +32,7 @@ class Stability:
         not.
     """
 
-    def __init__(self, config: ConfigDict, counts: dict[str, Any]) -> None:
+    def __init__(self, config: ConfigDict, counts: dict[str, int]) -> None:
         """Continues from the counts of an earlier process.
 
         Args:

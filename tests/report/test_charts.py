@@ -5,7 +5,7 @@ import re
 import pytest
 
 from icet_jax.report.charts.heatmap import step_map
-from icet_jax.report.charts.lines import Chart, Line, Point, line_drawing, nice_ticks
+from icet_jax.report.charts.lines import Chart, Point, Series, line_drawing, nice_ticks
 from icet_jax.report.charts.svg import svg
 from icet_jax.report.curves import single_figure
 
@@ -32,7 +32,7 @@ def circles(markup):
 def test_higher_is_higher_and_later_is_further_right():
     points = [Point(1, 0.0, 0.0, 0.1), Point(2, 1.0, 0.9, 1.0), Point(3, 0.5)]
     chart = Chart(
-        "ASR", [Line("before", "before", points)], show=lambda x: f"{x:.2f}", ticks=range(1, 4), y_range=(0.0, 1.0)
+        "ASR", [Series("before", "before", points)], show=lambda x: f"{x:.2f}", ticks=range(1, 4), y_range=(0.0, 1.0)
     )
     first, second, third = circles(svg_chart(chart))
     assert first[0] < second[0] < third[0]
@@ -41,13 +41,13 @@ def test_higher_is_higher_and_later_is_further_right():
 
 
 def test_tooltips_hold_the_numbers():
-    lines = [Line("before", "before", [Point(1, 0.5, 0.4, 0.6)]), Line("", "before", [Point(1, 0.9)], thin=True)]
+    lines = [Series("before", "before", [Point(1, 0.5, 0.4, 0.6)]), Series("", "before", [Point(1, 0.9)], thin=True)]
     markup = svg_chart(Chart("ASR", lines, show=str, highlights={1: "default"}))
     assert "<title>exit 1 (default)\nbefore: 0.5 (0.4 to 0.6)</title>" in markup
 
 
 def test_share_axes_end_at_their_limits():
-    line = Line("", "plain", [Point(1, -0.98), Point(2, 0.01)])
+    line = Series("", "plain", [Point(1, -0.98), Point(2, 0.01)])
     markup = svg_chart(Chart("d", [line], show=lambda x: f"{x:g}", y_limits=(-1.0, 1.0), whiskers=True))
     assert ">-1<" in markup
     assert ">-1.5<" not in markup
@@ -55,11 +55,11 @@ def test_share_axes_end_at_their_limits():
 
 def test_nothing_to_draw_is_nothing():
     assert single_figure(Chart("x", [], show=str), "y") is None
-    assert single_figure(Chart("x", [Line("", "plain", [])], show=str), "y") is None
+    assert single_figure(Chart("x", [Series("", "plain", [])], show=str), "y") is None
 
 
 def test_a_chart_has_a_name_for_those_who_cannot_see_it():
-    chart = Chart("<ASR> & more", [Line("", "plain", [Point(1, 0.5)])], show=str)
+    chart = Chart("<ASR> & more", [Series("", "plain", [Point(1, 0.5)])], show=str)
     assert 'role="img" aria-label="&lt;ASR&gt; &amp; more"' in svg_chart(chart)
 
 

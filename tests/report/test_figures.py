@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from icet_jax.report.charts.figures import Figure, Key, Panel
-from icet_jax.report.charts.lines import Chart, Line, Point
+from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.charts.marks import COLOURS
 from icet_jax.report.charts.png import png
 from icet_jax.report.figures import write_figures
@@ -62,7 +62,7 @@ def test_names_are_safe_file_names(tmp_path):
 
 
 def figure(*ys, title="ASR"):
-    lines = [Line("after", "after", [Point(x, y) for x, y in enumerate(ys, 1)])]
+    lines = [Series("after", "after", [Point(x, y) for x, y in enumerate(ys, 1)])]
     chart = Chart(
         title, lines, show=lambda y: f"{y:g}", ticks=range(1, 4), y_range=(0.0, 1.0), highlights={2: "default"}
     )
@@ -92,7 +92,7 @@ def test_a_figure_is_the_same_file_every_time():
 
 def test_dashes_leave_gaps():
     solid, dashed = (
-        Figure("t", "n", (Panel(Chart("t", [Line("", tone, [Point(x, 0.5) for x in (1, 2)])], show=str)),))
+        Figure("t", "n", (Panel(Chart("t", [Series("", tone, [Point(x, 0.5) for x in (1, 2)])], show=str)),))
         for tone in ("run-0", "run-1")
     )
     assert 0.4 < len(places(png(dashed), "run-1")) / len(places(png(solid), "run-0")) < 0.9

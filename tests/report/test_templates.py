@@ -22,13 +22,13 @@ from icet_jax.report.blocks import (
     text,
 )  # fmt: skip
 from icet_jax.report.charts.figures import Figure, Key, Panel
-from icet_jax.report.charts.lines import Chart, Line, Point
+from icet_jax.report.charts.lines import Chart, Point, Series
 from tests.report.markup import html
 from tests.report.test_page import Page
 from tests.report.test_text import PAYLOADS
 
 WORDS = text("plain", Span("code", "code"), Span("bold", "b"), Span("small", "ci"))
-CHART = Chart("chart", [Line("label", "after", [Point(1, 0.5), Point(2, 0.7, 0.6, 0.8)])], show=lambda x: f"{x:g} x")
+CHART = Chart("chart", [Series("label", "after", [Point(1, 0.5), Point(2, 0.7, 0.6, 0.8)])], show=lambda x: f"{x:g} x")
 KEYS = (Key("dot", "after"), Key("line", "run-1", "line"), Key("high", "after", "ramp", before="low"))
 FIGURE = Figure("figure", "metric", (Panel(CHART, "panel"),), KEYS, wide=True)
 BLOCKS = [

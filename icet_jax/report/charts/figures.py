@@ -1,10 +1,11 @@
-"""A figure: charts of one scale side by side, under one title and one legend."""
+"""Defines a figure: charts with the same scale, side by side under one title and one legend."""
 
 from dataclasses import dataclass
 
 from icet_jax.report.charts.lines import Chart, line_drawing
 from icet_jax.report.charts.marks import Drawing
 
+# Sizes of a panel in pixels (width, height): on a small screen; on a large screen and in a file by number of panels.
 _NARROW = (380, 236)
 _WIDE = {1: (1080, 330), 2: (540, 280)}
 _PRINTED = {1: (640, 330), 2: (500, 300), 3: (360, 260)}
@@ -12,7 +13,14 @@ _PRINTED = {1: (640, 330), 2: (500, 300), 3: (360, 260)}
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: a label behind a "dot", "line", "box" or "ramp" of a tone; `before` stands before it."""
+    """Holds an entry of a legend.
+
+    Attributes:
+      label: text behind the sample.
+      tone: name in `marks.TONES` that gives the colour and dash of the sample.
+      shape: "dot", "line", "box", or "ramp" for a scale from light to dark.
+      before: text before the sample.
+    """
 
     label: str
     tone: str
@@ -22,28 +30,28 @@ class Key:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its title; a drawing is laid out already and keeps its size."""
+    """Holds a chart of a figure and the title above it. A `Drawing` is already laid out and keeps its size."""
 
     chart: Chart | Drawing
     title: str = ""
 
     @property
     def narrow(self) -> Drawing:
-        """As it is shown beside others and on small screens."""
+        """Returns the drawing for small screens and for places beside other figures."""
         return _drawing(self.chart, _NARROW)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Charts with all that one needs to read them.
+    """Holds charts with everything that is needed to read them.
 
     Attributes:
       title: what is shown.
-      name: the full name of the metric.
-      panels: one to three.
-      keys: the legend.
-      source: the data set. The page names it above the figure, a file below the title.
-      wide: True for a figure as wide as the page.
+      name: full name of the metric.
+      panels: one to three charts.
+      keys: entries of the legend.
+      source: name of the data set, for files; on the page it stands above the figure.
+      wide: whether the figure is as wide as the page.
     """
 
     title: str
@@ -55,17 +63,18 @@ class Figure:
 
     @property
     def is_drawing(self) -> bool:
-        """True where the first panel is laid out already: it scrolls where it does not fit."""
+        """Whether the first panel is already laid out; the page then lets it scroll if it does not fit."""
         return isinstance(self.panels[0].chart, Drawing)
 
     def wide_drawing(self, panel: Panel) -> Drawing:
-        """A panel as it is shown on a large screen, if the figure is wide."""
+        """Returns the drawing of a panel of a wide figure for a large screen."""
         return _drawing(panel.chart, _WIDE[len(self.panels)])
 
     def print_drawings(self) -> list[Drawing]:
-        """The panels as they stand side by side in a file."""
+        """Returns the drawings of all panels for a PNG file."""
         return [_drawing(panel.chart, _PRINTED[len(self.panels)]) for panel in self.panels]
 
 
 def _drawing(chart: Chart | Drawing, size: tuple[int, int]) -> Drawing:
+    """Returns a chart laid out in `size` = (width, height) pixels; a drawing is returned unchanged."""
     return chart if isinstance(chart, Drawing) else line_drawing(chart, *size)

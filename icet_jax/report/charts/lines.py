@@ -1,4 +1,4 @@
-"""Line charts: series over exits, relative depth or training steps."""
+"""Draws line charts: series over exits, relative depth or training steps."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,14 @@ _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
 
 @dataclass(frozen=True)
 class Point:
-    """One measured point; `low`..`high` is drawn as a band or a whisker where both are known, `ring` points it out."""
+    """Holds one measured point.
+
+    Attributes:
+      x: position on the horizontal axis.
+      y: the value.
+      low, high: its interval, which is drawn if both ends are known.
+      ring: whether a ring around the point emphasises it.
+    """
 
     x: Number
     y: float
@@ -22,14 +29,14 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A series.
+class Series:
+    """Holds the points of one line of a chart.
 
     Attributes:
-      label: its name in tooltips.
-      tone: its colour and dash, a name of `marks.TONES`.
-      points: ascending in x.
-      thin: True for a single seed behind a mean: no markers, no band, not in tooltips.
+      label: name in tooltips.
+      tone: name in `marks.TONES` that gives colour and dash.
+      points: points in ascending order of x.
+      thin: True for a single seed in the background of the mean over seeds: without markers, band and tooltips.
     """
 
     label: str
@@ -40,25 +47,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw.
+    """Describes a line chart.
 
     Attributes:
-      title: for screen readers.
-      lines: the series.
-      show: number -> text, for the axis.
-      detail: number -> text, for tooltips; `show` where None.
-      x_name: "exit", "step" or "depth" (an exit's number over how many there are).
-      show_x: x -> text, for the axis.
-      tip: x -> text of the tooltip there; made of the points at x where None.
-      ticks: x positions to label; chosen from the data where empty.
-      y_range: (low, high) that is shown at least.
-      highlights: exit -> "default" or "planted", for exits to point out.
-      y_limits: no axis label lies outside them (a share never leaves 0..1).
-      whiskers: True draws intervals as bars and no line through the points; zero is then an axis.
+      title: text for screen readers.
+      series: the lines.
+      show: turns a value into text for the vertical axis.
+      detail: turns a value into text for tooltips; None means `show`.
+      x_name: "exit", "step" or "depth" (number of an exit divided by the number of exits).
+      show_x: turns an x into text for the horizontal axis.
+      tip: turns an x into the text of its tooltip; None means that the tooltip lists the points at x.
+      ticks: x positions with a label; if empty, they follow from the points.
+      y_range: (low, high) that the vertical axis covers at least; None means that it follows from the points.
+      highlights: exits to emphasise, each with "default" or "planted".
+      y_limits: (low, high) that the vertical axis never exceeds, such as (0, 1) for a share.
+      whiskers: whether intervals are drawn as bars, without a line through the points and with an axis at zero.
     """
 
     title: str
-    lines: Sequence[Line]
+    series: Sequence[Series]
     show: Callable[[float], str]
     detail: Callable[[float], str] | None = None
     x_name: str = "exit"
@@ -72,12 +79,12 @@ class Chart:
 
     @property
     def is_empty(self) -> bool:
-        """True where there is no point to draw."""
-        return not any(line.points for line in self.lines)
+        """Whether there is no point to draw."""
+        return not any(series.points for series in self.series)
 
 
 def nice_ticks(low: Number, high: Number, count: int = 4) -> list[float]:
-    """About `count` round steps that cover low..high (both finite)."""
+    """Returns about `count` equally spaced round numbers that cover low..high (both finite)."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, or several that differ by rounding only
         high = low + (abs(low) or 1.0)
     raw = (high - low) / count
@@ -88,25 +95,25 @@ def nice_ticks(low: Number, high: Number, count: int = 4) -> list[float]:
 
 
 def line_drawing(chart: Chart, width: int, height: int) -> Drawing:
-    """The chart laid out in `width` x `height` pixels. It must have a point (see `Chart.is_empty`)."""
-    points = [point for line in chart.lines for point in line.points]
+    """Returns the chart laid out in `width` x `height` pixels. It must not be empty (`Chart.is_empty`)."""
+    points = [point for series in chart.series for point in series.points]
     levels = _levels(chart, points)
     ticks = list(chart.ticks) or _step_ticks([p.x for p in points])
     pad = {"exit": 0.4, "depth": 0.04}.get(chart.x_name, 0.0)
     left, right = min(*ticks, *(p.x for p in points)) - pad, max(*ticks, *(p.x for p in points)) + pad
     frame = _Frame(width, height, left, right if right > left else left + 1, levels[0], levels[-1])
-    lines = sorted(chart.lines, key=lambda line: not line.thin)
+    thin_first = sorted(chart.series, key=lambda series: not series.thin)
     layers = [
         Layer("axes", _axes(frame, chart, levels, ticks)),
-        *(Layer("series", _series(frame, line, chart.whiskers), line.tone) for line in lines if line.points),
-        Layer("hits", _hits(frame, chart)),
+        *(Layer("series", _series_marks(frame, s, chart.whiskers), s.tone) for s in thin_first if s.points),
+        Layer("hits", _tooltip_areas(frame, chart)),
     ]
     return Drawing(width, height, chart.title, layers)
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Maps data to pixels."""
+    """Converts values to pixels; x_low..y_high are the values at the edges of the plot."""
 
     width: int
     height: int
@@ -133,7 +140,7 @@ class _Frame:
 
 
 def _levels(chart: Chart, points: Sequence[Point]) -> list[float]:
-    """Where the horizontal grid lines lie."""
+    """Returns the values of the horizontal grid lines, in ascending order."""
     values = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
     low, high = chart.y_range or (values[0], values[0])
     if chart.whiskers:
@@ -144,13 +151,13 @@ def _levels(chart: Chart, points: Sequence[Point]) -> list[float]:
 
 
 def _step_ticks(values: Sequence[Number]) -> list[int]:
-    """Whole-number ticks within the data, for an axis of training steps."""
+    """Returns whole numbers within the range of `values`, for the labels of an axis of training steps."""
     inside = [tick for tick in nice_ticks(min(values), max(values), 5) if min(values) <= tick <= max(values)]
     return sorted({int(tick) for tick in inside if tick == int(tick)}) or [int(values[0])]
 
 
 def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[Number]) -> list[Mark]:
-    """Grid, labels and the highlighted exits."""
+    """Returns the marks behind the series: grid, labels and highlighted exits."""
     marks: list[Mark] = []
     for exit_layer, name in chart.highlights.items():
         x = frame.x(exit_layer)
@@ -165,22 +172,24 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
         style = "zero-line" if level == 0 and frame.y_low < 0 else "grid-line"
         marks.append(Path(((LEFT, y), (frame.right, y)), style))
         marks.append(Label(LEFT - 7, y + 4, chart.show(level), "end"))
-    room = max(1, math.ceil(len(ticks) * 22 / (frame.right - LEFT)))
+    spacing = max(1, math.ceil(len(ticks) * 22 / (frame.right - LEFT)))  # label every spacing-th exit
     anchor = next((tick for tick, name in chart.highlights.items() if name == "default"), ticks[0])
     for tick in ticks:
-        if chart.x_name != "exit" or (tick - anchor) % room == 0:
+        if chart.x_name != "exit" or (tick - anchor) % spacing == 0:
             style = f"tick-{chart.highlights[int(tick)]}" if tick in chart.highlights else "label"
             marks.append(Label(frame.x(tick), frame.bottom + 16, chart.show_x(tick), "middle", style))
     return [*marks, Label(LEFT - 7, frame.bottom + 16, chart.x_name, "end")]
 
 
-def _series(frame: _Frame, line: Line, whiskers: bool) -> list[Mark]:
-    """One series: band, path, markers."""
-    places = [(frame.x(p.x), frame.y(p.y)) for p in line.points]
-    if line.thin:
-        return [Path(places, "thin")]
+def _series_marks(frame: _Frame, series: Series, whiskers: bool) -> list[Mark]:
+    """Returns the marks of one series: intervals, line and markers."""
+    positions = [(frame.x(p.x), frame.y(p.y)) for p in series.points]
+    if series.thin:
+        return [Path(positions, "thin")]
     intervals = [
-        (frame.x(p.x), frame.y(p.low), frame.y(p.high)) for p in line.points if p.low is not None and p.high is not None
+        (frame.x(p.x), frame.y(p.low), frame.y(p.high))
+        for p in series.points
+        if p.low is not None and p.high is not None
     ]
     marks: list[Mark] = []
     if whiskers:
@@ -190,20 +199,23 @@ def _series(frame: _Frame, line: Line, whiskers: bool) -> list[Mark]:
             upper = [(x, high) for x, _, high in intervals]
             lower = [(x, low) for x, low, _ in reversed(intervals)]
             marks.append(Path([*upper, *lower], "band", closed=True))
-        marks.append(Path(places, "stroke"))
-    if len(places) <= _MOST_MARKERS:
-        marks += [Dot(x, y, 3.4 if whiskers else 3) for x, y in places]
-    rings = [place for place, point in zip(places, line.points, strict=True) if point.ring]
+        marks.append(Path(positions, "stroke"))
+    if len(positions) <= _MOST_MARKERS:
+        marks += [Dot(x, y, 3.4 if whiskers else 3) for x, y in positions]
+    rings = [position for position, point in zip(positions, series.points, strict=True) if point.ring]
     return [*marks, *(Dot(x, y, 6.5, "ring") for x, y in rings)]
 
 
-def _hits(frame: _Frame, chart: Chart) -> list[Mark]:
-    """Invisible columns that carry each x's numbers for the page's tooltip (and as a native `<title>` without it)."""
+def _tooltip_areas(frame: _Frame, chart: Chart) -> list[Mark]:
+    """Returns an invisible column for each x, which shows the values there when the mouse is over it.
+
+    The page's script shows the text. Without the script the browser does, because it is in a `<title>` element.
+    """
     detail = chart.detail or chart.show
     rows: dict[Number, list[str]] = {}
-    for line in chart.lines:
-        for point in line.points if not line.thin else ():
-            text = f"{line.label}: {detail(point.y)}" if line.label else detail(point.y)
+    for series in chart.series:
+        for point in series.points if not series.thin else ():
+            text = f"{series.label}: {detail(point.y)}" if series.label else detail(point.y)
             if point.low is not None and point.high is not None:
                 text += f" ({detail(point.low)} to {detail(point.high)})"
             rows.setdefault(point.x, []).append(text)

@@ -1,6 +1,6 @@
-"""What every chart is made of: lines, boxes, dots and labels in named styles and colours.
+"""Defines the marks that charts consist of (lines, boxes, dots, labels), and their colours and styles.
 
-The page's style sheet and the PNG files take their colours, widths and dashes from the tables of this file.
+The page's style sheet and the PNG files both take colours, line widths and dashes from the tables in this file.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Number = float | int
 
 @dataclass(frozen=True)
 class Colour:
-    """One colour of the page, in its light and in its dark version."""
+    """Holds a colour for the light and for the dark version of the page."""
 
     light: str
     dark: str
@@ -42,16 +42,16 @@ COLOURS = {
     "run-7": Colour("#5b6470", "#b3bcc8"),
 }
 MOST_RUNS = 8
-"""How many runs the colours and dashes of a chart tell apart."""
+"""Largest number of runs in a chart: there are as many combinations of colour and dash."""
 
 
 @dataclass(frozen=True)
 class Tone:
-    """How the lines of a series differ from those of another, beside their colour (the one of the same name).
+    """Describes how a series looks, beside its colour, which is the entry of the same name in `COLOURS`.
 
     Attributes:
-      dash: lengths of a dash and of the gap after it; empty for a solid line.
-      hollow: True for markers that are filled with the page's colour.
+      dash: lengths of a dash and of the gap after it, in pixels; empty for a solid line.
+      hollow: whether markers are filled with the page's colour.
     """
 
     dash: tuple[Number, ...] = ()
@@ -67,21 +67,21 @@ TONES = {
     "unsafe": Tone(),
     "safe": Tone(),
     "refused": Tone(),
-    **{f"run-{place}": Tone(dash=_RUN_DASHES[place % 3]) for place in range(MOST_RUNS)},
+    **{f"run-{index}": Tone(dash=_RUN_DASHES[index % 3]) for index in range(MOST_RUNS)},
 }
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a kind of mark is drawn.
+    """Describes how a kind of mark is drawn.
 
     Attributes:
       fill, stroke: names of colours, or "tone" for the colour of the layer's tone; empty for none.
-      width: of the stroke, in pixels.
-      dash: see `Tone.dash`; a "stroke" takes its tone's.
-      opacity: 0..1.
+      width: width of the stroke, in pixels.
+      dash: see `Tone.dash`; marks of the style "stroke" take the dash of their tone instead.
+      opacity: 0 (invisible) to 1.
       size: height of letters, in pixels.
-      bold: True for heavy letters.
+      bold: whether letters are bold.
     """
 
     fill: str = ""
@@ -94,7 +94,7 @@ class Style:
 
     @property
     def css(self) -> str:
-        """The same as declarations of a style sheet."""
+        """Returns the style as CSS declarations."""
         lines = [f"fill: var(--{self.fill})" if self.fill else "fill: none"]
         if self.stroke:
             lines += [f"stroke: var(--{self.stroke})", f"stroke-width: {self.width:g}"]
@@ -124,12 +124,12 @@ STYLES = {
     "ring": Style(stroke="tone", width=1.6),
 }
 SELECTORS = {"label": "svg text", "dot": "circle", "cell": ".cells rect"}
-"""Styles whose marks carry no class of their own in the page, because there are many of them."""
+"""Styles that the page applies by CSS selector instead of a class on each mark, because there are many such marks."""
 
 
 @dataclass(frozen=True)
 class Path:
-    """Straight lines through points; `closed` makes an area of them."""
+    """A line through points; if `closed`, the area that it surrounds."""
 
     points: Sequence[tuple[Number, Number]]
     style: str
@@ -138,13 +138,15 @@ class Path:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle. One with the style "hit" is not drawn: it shows its `tip` when pointed at.
+    """A rectangle. With the style "hit" it is invisible and only shows its tooltip.
 
     Attributes:
       x, y: upper left corner.
+      width, height: size in pixels.
+      style: name in `STYLES`, or "hit".
       tip: text of its tooltip; empty for none.
-      place: (axis, position) by which the page's script finds boxes of the same exit or depth.
-      opacity: of the fill, 0..1; None: the style's.
+      place: (name of the axis, position on it), by which the page's script finds all boxes of an exit or depth.
+      opacity: opacity of the fill, 0 to 1; None means that of the style.
     """
 
     x: Number
@@ -159,7 +161,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Dot:
-    """A circle around a point."""
+    """A circle with its centre at (x, y)."""
 
     x: Number
     y: Number
@@ -169,7 +171,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Label:
-    """A line of text; `anchor` ("start", "middle" or "end") is where on it (x, y) lies, on its base line."""
+    """A line of text. The point (x, y) is on its baseline: at its "start", "middle" or "end", as `anchor` says."""
 
     x: Number
     y: Number
@@ -183,7 +185,7 @@ Mark = Path | Box | Dot | Label
 
 @dataclass(frozen=True)
 class Layer:
-    """Marks of one purpose ("axes", "series", "cells", "hits") and tone, drawn one over the other."""
+    """Marks of one purpose ("axes", "series", "cells", "hits") and tone; later marks cover earlier ones."""
 
     purpose: str
     marks: Sequence[Mark]
@@ -192,13 +194,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart with every mark in its place.
+    """A chart that is laid out: every mark has its position in pixels.
 
     Attributes:
-      width, height: in pixels at full size.
-      title: for screen readers.
-      layers: the lowest first.
-      shape: a class for the style sheet ("heat", "heat categories"); empty for a line chart.
+      width, height: size in pixels at full size.
+      title: text for screen readers.
+      layers: layers of marks; later ones cover earlier ones.
+      shape: class names for the style sheet, such as "heat"; empty for a line chart.
     """
 
     width: int

@@ -1,7 +1,7 @@
-"""A figure as a PNG file, for papers and README pages: the drawings of the page under its caption.
+"""Draws a figure as a PNG file, for papers and README pages.
 
-Pillow draws them with the font it comes with, so that the same figure is the same file on every machine. The font has
-Latin letters alone: accents are left out, other scripts become question marks.
+Pillow's own font is used, so that the same figure gives the same file on every machine. This font has only Latin
+letters: accents are left out, and letters of other scripts become question marks.
 """
 
 import io
@@ -15,16 +15,16 @@ from icet_jax.report.charts.figures import Figure, Key
 from icet_jax.report.charts.marks import COLOURS, STYLES, TONES, Box, Dot, Label, Layer, Number, Path, Style
 
 _SCALE = 2  # pixels of the file per pixel of a drawing
-_FINE = 2  # drawn larger by this factor, then made smaller, for smooth edges
-_MARGIN, _CAPTION, _PANEL_TITLE, _LEGEND, _GAP = 18, 40, 20, 26, 22
-_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
+_OVERSAMPLING = 2  # the image is drawn larger by this factor and then reduced, which gives smooth edges
+_MARGIN, _CAPTION, _PANEL_TITLE, _LEGEND, _GAP = 18, 40, 20, 26, 22  # in pixels of a drawing, as all lengths here
+_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}  # in Pillow's words
 _KEY = Style(fill="ink", size=12)
-_KEY_SHAPES = {"ramp": 92, "box": 26}  # how wide they are; the others: 38
+_SAMPLE_WIDTHS = {"ramp": 92, "box": 26}  # of the sample in a legend by its shape; others have 38
 _REPLACED = str.maketrans({"−": "-", "–": "-", "—": "-", "→": ">", "×": "x", "\u2009": " ", "\n": " "})
 
 
 def png(figure: Figure) -> bytes:
-    """The file's bytes: title, metric and data set, then the panels side by side, then the legend."""
+    """Returns the bytes of the PNG file: title, metric and data set, below them the panels, below these the legend."""
     drawings = figure.print_drawings()
     titles = _PANEL_TITLE if any(panel.title for panel in figure.panels) else 0
     width = 2 * _MARGIN + sum(drawing.width for drawing in drawings) + _GAP * (len(drawings) - 1)
@@ -48,27 +48,27 @@ def png(figure: Figure) -> bytes:
 
 
 def _legend_rows(keys: Sequence[Key], width: Number) -> list[list[Key]]:
-    """The keys in as many rows of a width as they need."""
+    """Returns the entries of the legend in as many rows as they need, each at most `width` pixels wide."""
     rows: list[list[Key]] = []
-    left: Number = 0
+    free_width: Number = 0
     for key in keys:
-        size = _key_size(key)
-        if not rows or left < size:
+        key_width = _key_width(key)
+        if not rows or free_width < key_width:
             rows.append([])
-            left = width
+            free_width = width
         rows[-1].append(key)
-        left -= size
+        free_width -= key_width
     return rows
 
 
-def _key_size(key: Key) -> float:
-    """How wide a key is with the space after it."""
+def _key_width(key: Key) -> float:
+    """Returns the width in pixels of an entry of the legend with the space after it."""
     letters = _font(_KEY.size * _SCALE).getlength(_drawable(key.before + key.label)) / _SCALE
-    return letters + _KEY_SHAPES.get(key.shape, 38) + (26 if key.before else 20)
+    return letters + _SAMPLE_WIDTHS.get(key.shape, 38) + (26 if key.before else 20)
 
 
 def _draw_keys(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
-    """A row of the legend, from the left."""
+    """Draws a row of the legend at height `y`, from the left margin on."""
     x = float(_MARGIN)
     for key in keys:
         x += canvas.text(x, y + 4, key.before, _KEY) + 6 if key.before else 0
@@ -81,21 +81,25 @@ def _draw_keys(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
             marks = [Path(((x, y), (x + 30, y)), "stroke")]
             marks += [Dot(x + 15, y, 3)] if key.shape == "dot" else []
         canvas.layer(Layer("series", marks, key.tone))
-        x += _KEY_SHAPES.get(key.shape, 38)
+        x += _SAMPLE_WIDTHS.get(key.shape, 38)
         x += canvas.text(x, y + 4, key.label, _KEY) + 20
 
 
 class _Canvas:
-    """An image that is drawn at several times its size. `origin` is where a drawing's upper left corner lies."""
+    """An image to draw on, in pixels of a drawing.
+
+    Attributes:
+      origin: where the upper left corner of the present drawing is in the image.
+    """
 
     def __init__(self, width: int, height: int) -> None:
-        self._factor = _SCALE * _FINE
+        self._factor = _SCALE * _OVERSAMPLING
         self._image = Image.new("RGB", (width * self._factor, height * self._factor), "white")
         self._draw = ImageDraw.Draw(self._image, "RGBA")
         self.origin: tuple[Number, Number] = (0, 0)
 
     def layer(self, layer: Layer) -> None:
-        """Draws the marks of a layer, those that only answer to a pointer left out."""
+        """Draws the marks of a layer, without the invisible areas that only show tooltips."""
         for mark in layer.marks:
             if mark.style == "hit":
                 continue
@@ -108,36 +112,36 @@ class _Canvas:
                 case Box():
                     corners = [(mark.x, mark.y), (mark.x + mark.width - 0.25, mark.y + mark.height - 0.25)]
                     opacity = style.opacity if mark.opacity is None else mark.opacity
-                    self._draw.rectangle(self._place(corners), fill=_rgba(style.fill, layer.tone, opacity))
+                    self._draw.rectangle(self._to_pixels(corners), fill=_rgba(style.fill, layer.tone, opacity))
                 case Path():
                     self._path(mark, style, layer.tone)
 
     def text(self, x: Number, y: Number, text: str, style: Style, *, anchor: str = "start", tone: str = "") -> float:
-        """Writes a line of text and returns its width."""
+        """Draws a line of text and returns its width in pixels of a drawing."""
         font, shown = _font(style.size * self._factor), _drawable(text)
         weight = self._factor * 0.25 if style.bold else 0
         self._draw.text(
-            self._place([(x, y)])[0], shown, _rgba(style.fill, tone, style.opacity), font, _ANCHORS[anchor],
+            self._to_pixels([(x, y)])[0], shown, _rgba(style.fill, tone, style.opacity), font, _ANCHORS[anchor],
             stroke_width=weight,
         )  # fmt: skip
         return font.getlength(shown) / self._factor
 
     def file(self) -> bytes:
-        """The image as a PNG file."""
+        """Returns the image as the bytes of a PNG file."""
         buffer = io.BytesIO()
-        self._image.reduce(_FINE).save(buffer, format="PNG", dpi=(192, 192))
+        self._image.reduce(_OVERSAMPLING).save(buffer, format="PNG", dpi=(192, 192))
         return buffer.getvalue()
 
     def _dot(self, dot: Dot, style: Style, tone: str) -> None:
         hollow = dot.style == "dot" and tone in TONES and TONES[tone].hollow
         fill, stroke, width = ("page", "tone", 1.8) if hollow else (style.fill, style.stroke, style.width)
-        reach = dot.radius + width / 2
-        corners = self._place([(dot.x - reach, dot.y - reach), (dot.x + reach, dot.y + reach)])
+        outer = dot.radius + width / 2
+        corners = self._to_pixels([(dot.x - outer, dot.y - outer), (dot.x + outer, dot.y + outer)])
         inside = _rgba(fill, tone, 1.0) if fill else None
         self._draw.ellipse(corners, inside, _rgba(stroke, tone, 1.0), round(width * self._factor))
 
     def _path(self, path: Path, style: Style, tone: str) -> None:
-        points = self._place(path.points)
+        points = self._to_pixels(path.points)
         if path.closed:
             self._draw.polygon(points, fill=_rgba(style.fill, tone, style.opacity))
             return
@@ -146,36 +150,48 @@ class _Canvas:
         for piece in _dashed(points, [length * self._factor for length in dash]):
             self._draw.line(piece, fill=colour, width=width, joint="curve")
 
-    def _place(self, points: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+    def _to_pixels(self, points: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
+        """Returns where points of the present drawing are in the oversampled image."""
         left, top = self.origin
         return [((left + x) * self._factor, (top + y) * self._factor) for x, y in points]
 
 
 def _dashed(points: list[tuple[Number, Number]], dash: Sequence[Number]) -> list[list[tuple[Number, Number]]]:
-    """The pieces of a line that a dash pattern leaves; all of it for an empty pattern."""
+    """Cuts a line into dashes.
+
+    Args:
+      points: corners of the line.
+      dash: lengths of a dash and of the gap after it, repeated along the line; empty for a solid line.
+
+    Returns:
+      The corners of each dash.
+    """
     if not dash:
         return [points]
     pieces: list[list[tuple[Number, Number]]] = [[points[0]]]
-    place, left = 0, dash[0]  # of the pattern; what is left of its present stretch
+    element, remaining = 0, dash[0]  # number of the present dash (even) or gap (odd), and its remaining length
     for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
         length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
-        walked = 0.0
-        while length - walked > left:
-            walked += left
-            turn = (x1 + (x2 - x1) * walked / length, y1 + (y2 - y1) * walked / length)
-            if place % 2 == 0:
-                pieces[-1].append(turn)
+        covered = 0.0
+        while length - covered > remaining:
+            covered += remaining
+            end = (x1 + (x2 - x1) * covered / length, y1 + (y2 - y1) * covered / length)
+            if element % 2 == 0:
+                pieces[-1].append(end)
             else:
-                pieces.append([turn])
-            place, left = place + 1, dash[(place + 1) % len(dash)]
-        left -= length - walked
-        if place % 2 == 0:
+                pieces.append([end])
+            element, remaining = element + 1, dash[(element + 1) % len(dash)]
+        remaining -= length - covered
+        if element % 2 == 0:
             pieces[-1].append((x2, y2))
     return [piece for piece in pieces if len(piece) > 1]
 
 
 def _rgba(colour: str, tone: str, opacity: Number) -> tuple[int, ...]:
-    """A colour of the light page, which in the files is white."""
+    """Returns a named colour of the light page as (red, green, blue, alpha), each 0 to 255.
+
+    "tone" means the colour `tone`. The colour "page" is white in files.
+    """
     name = tone if colour == "tone" else colour
     red, green, blue = ImageColor.getrgb("#ffffff" if name == "page" else COLOURS[name].light)[:3]
     return (red, green, blue, round(255 * opacity))
@@ -189,7 +205,7 @@ def _font(size: Number) -> ImageFont.FreeTypeFont:
 
 
 def _drawable(text: str) -> str:
-    """Text in the signs that the font has."""
+    """Returns text in which letters that the font does not have are replaced."""
     plain = unicodedata.normalize("NFKD", text.translate(_REPLACED))
     letters = (char for char in plain if not unicodedata.combining(char))
     return "".join(char if char.isascii() and char.isprintable() or char in "…·" else "?" for char in letters)

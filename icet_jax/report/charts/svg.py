@@ -1,4 +1,4 @@
-"""A drawing as inline SVG: no script needed to read it, colours from the page's style sheet."""
+"""Writes a drawing as inline SVG, which needs no script and takes its colours from the page's style sheet."""
 
 from markupsafe import Markup
 
@@ -7,7 +7,7 @@ from icet_jax.report.text import escape
 
 
 def svg(drawing: Drawing) -> Markup:
-    """The `<svg>` element of a drawing; all of its text is escaped."""
+    """Returns the `<svg>` element of a drawing; all text in it is escaped."""
     shape = f' class="{drawing.shape}"' if drawing.shape else ""
     head = (
         f'<svg{shape} viewBox="0 0 {drawing.width} {drawing.height}" role="img" aria-label="{escape(drawing.title)}">'
@@ -20,6 +20,7 @@ def _layer(layer: Layer) -> str:
 
 
 def _mark(mark: Mark) -> str:
+    """Returns the SVG element of a mark."""
     style = "" if mark.style in SELECTORS or mark.style == "hit" else f' class="{mark.style}"'
     match mark:
         case Path():

@@ -1,4 +1,4 @@
-"""Heat maps of exit by category: which kinds of requests each exit lets through, before and after."""
+"""The section of heat maps by category and exit: which topics of requests each exit answers, before and after."""
 
 from statistics import fmean
 
@@ -11,32 +11,33 @@ from icet_jax.report.values import change_text
 
 
 def of_study(study: Study) -> list[Block]:
-    """For each data set with categories: the first judge's map and numbers, other scorers' maps to open."""
+    """Returns for each data set with categories: the first judge's heat map and table, and the others' hidden maps."""
     blocks: list[Block] = []
     for dataset in study.datasets:
         for family in MAP_TONES:
             metrics = study.judges(dataset) if family == "asr" else study.metrics(dataset, family)
             maps = [figure for metric in metrics if (figure := category_figure(study, dataset, metric)) is not None]
             if maps:
-                blocks += [maps[0], *_numbers(study, dataset, metrics[0])]
+                blocks += [maps[0], *_category_table(study, dataset, metrics[0])]
                 blocks += details("The same by other scorers", maps[1:])
     return blocks
 
 
-def _numbers(study: Study, dataset: str, metric: str) -> list[Block]:
-    """The map in numbers: each category's mean over exits and its worst exit."""
+def _category_table(study: Study, dataset: str, metric: str) -> list[Block]:
+    """Returns the values of a heat map as a hidden table: each category's mean over exits and its highest exit."""
     rows = []
     for category in ordered_categories(study, dataset, metric):
-        curves = [study.category_curve(phase, dataset, metric, category) for phase in PHASES]
+        curves = [study.category_curve(side, dataset, metric, category) for side in PHASES]
         means = [Value(fmean(value.mean for _, value in curve)) if curve else None for curve in curves]
         highest = [max(curve, key=lambda item: item[1].mean, default=None) for curve in curves]
         count = max((value.n or 0 for curve in curves for _, value in curve), default=0)
         worst: list[Span] = []
-        for phase, exit_value in zip(PHASES, highest, strict=True):
-            if exit_value is not None:
+        for side, exit_and_value in zip(PHASES, highest, strict=True):
+            if exit_and_value is not None:
+                exit_layer, value = exit_and_value
                 worst += [Span(" → ", "arrow")] if worst else []
-                worst += [Span(percent(exit_value[1].mean), phase), Span(" "), remark(f"exit {exit_value[0]}")]
+                worst += [Span(percent(value.mean), side), Span(" "), remark(f"exit {exit_layer}")]
         rows.append([text(category), text(str(count or "–")), change_text(metric, *means), tuple(worst)])
     head = ["Category", "Rows", "Mean over exits", "Highest exit"]
-    numbers = table(f"{metric} on {dataset_name(dataset)} by category", head, rows)
-    return details(f"The map of {metric} in numbers", numbers)
+    values = table(f"{metric} on {dataset_name(dataset)} by category", head, rows)
+    return details(f"The map of {metric} in numbers", values)

@@ -1,4 +1,4 @@
-"""Before and after on the same rows."""
+"""The section of differences: after minus before on the same rows."""
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Heading, grid
@@ -9,7 +9,7 @@ from icet_jax.report.values import MAIN_FAMILIES
 
 
 def of_study(study: Study) -> list[Block]:
-    """after - before of every metric that says how safe or useful a model is."""
+    """Returns, for each data set that was measured before and after, the differences of the main metrics by exit."""
     blocks: list[Block] = []
     for dataset in study.datasets:
         metrics = [name for name in study.metrics(dataset) if family_of(name) in MAIN_FAMILIES]

@@ -1,4 +1,4 @@
-"""Attack success by attack format, and of attacks transferred from language models: tables and heat maps."""
+"""The section on attack formats: attack success by format, and by transfer from a language model."""
 
 from statistics import fmean
 
@@ -8,7 +8,7 @@ from icet_jax.report.sections.numbers import worst_text
 from icet_jax.report.study import Study, dataset_name
 from icet_jax.report.values import value_text
 
-_MOST_FORMATS = 32  # shown
+_MOST_FORMATS = 32  # most formats in a table or heat map
 _HEADS = {"formats": "Attack format", "transferred": "Transferred from a language model"}
 _NOTE = (
     "Formats are the data set’s own words for how a request is disguised. They need not disguise the same requests, "
@@ -18,7 +18,7 @@ _NOTE_INTERVAL = " The interval of a worst exit includes the choice of that exit
 
 
 def of_study(study: Study) -> list[Block]:
-    """For each data set with attack formats: the first judge's tables and map, other judges' to open."""
+    """Returns for each data set with attack formats: the first judge's tables and heat map, others' hidden."""
     blocks: list[Block] = []
     for dataset in study.datasets:
         by_judge = [_of_judge(study, dataset, metric) for metric in study.judges(dataset)]
@@ -31,7 +31,7 @@ def of_study(study: Study) -> list[Block]:
 
 
 def _of_judge(study: Study, dataset: str, metric: str) -> list[Block]:
-    """One judge's table by format, its map, and its table by transfer."""
+    """Returns one judge's table by format, heat map by format and exit, and table by transfer."""
     formats = _judged_parts(study, dataset, metric, "formats")
     curves = {
         name: {phase: part.curve(phase, dataset, metric) for phase in study.phases(dataset)}
@@ -46,7 +46,8 @@ def _of_judge(study: Study, dataset: str, metric: str) -> list[Block]:
 
 
 def _judged_parts(study: Study, dataset: str, metric: str, field: str) -> dict[str, Study]:
-    """The parts that a judge has judged; those with the highest mean over exits (before training) first."""
+    """Returns the parts of a data set's rows that a judge has judged, sorted by the mean over exits before training,
+    highest first; `field` is "formats" or "transferred"."""
     phases = study.phases(dataset)
     parts = list(study.parts(dataset, field).items())[:_MOST_FORMATS]
     means = {name: [_mean(part.curve(phase, dataset, metric)) for phase in phases] for name, part in parts}
@@ -59,7 +60,7 @@ def _mean(curve: Curve) -> float | None:
 
 
 def _table(study: Study, dataset: str, metric: str, field: str, parts: dict[str, Study]) -> list[Block]:
-    """Worst and default exit of each part before and after, under those of all rows."""
+    """Returns the table of one judge: a row for all rows, then one for each part; `field` says what the parts are."""
     if not parts:
         return []
     phases = study.phases(dataset)
@@ -92,13 +93,13 @@ def _cells(part: Study, whole: Study, dataset: str, metric: str) -> list[Text]:
 
 
 def _count(part: Study, dataset: str, metric: str) -> Text:
-    """Rows that the judge has judged at the exit where it judged most."""
+    """Returns the number of rows that a judge has judged, at the exit where it judged most."""
     counts = [value.n or 0 for phase in part.phases(dataset) for _, value in part.curve(phase, dataset, metric)]
     return text(str(max(counts, default=0) or "–"))
 
 
 def _missing_phase(study: Study, dataset: str) -> list[Block]:
-    """Says which phase an earlier version measured, whose sweeps have no formats."""
+    """Returns a note if the sweep before or after training has no attack formats, as in earlier versions."""
     parts = [part for field in _HEADS for part in study.parts(dataset, field).values()]
     missing = [phase for phase in study.phases(dataset) if not any(phase in part.phases(dataset) for part in parts)]
     if not missing:

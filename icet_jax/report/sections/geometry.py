@@ -1,4 +1,4 @@
-"""How far each exit's projected features lie from the default exit's."""
+"""The section on geometry: how far the image features of each exit are from those of the default exit."""
 
 from icet_jax.report.blocks import Block, grid, note
 from icet_jax.report.comparison import Comparison
@@ -8,7 +8,7 @@ from icet_jax.report.study import Study
 
 
 def of_study(study: Study) -> list[Block]:
-    """Norm ratio, cosine and CKA over exits."""
+    """Returns charts of norm ratio, cosine and CKA over exits; an empty list if the run did not measure them."""
     charts = geometry_charts(study)
     images = study.first.geometry.get("n_images")
     words = (
@@ -19,5 +19,5 @@ def of_study(study: Study) -> list[Block]:
 
 
 def of_comparison(comparison: Comparison) -> list[Block]:
-    """The same over relative depth, a line per run."""
+    """Returns the same charts over relative depth, with a line per run."""
     return list(geometry_overlays(comparison))

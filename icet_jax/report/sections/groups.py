@@ -1,4 +1,4 @@
-"""Averages over early, middle and late exits."""
+"""The section of means over early, middle and late exits."""
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.exit_groups import exit_groups
@@ -14,7 +14,7 @@ _NOTE = "Each run’s exits in three nearly equal parts; “average” is the me
 
 
 def of_study(study: Study) -> list[Block]:
-    """Early / Middle / Late / Average of each data set, before -> after, as the paper prints them."""
+    """Returns a table for each data set, before → after, with the rows early, middle, late and average."""
     blocks: list[Block] = []
     for dataset in study.datasets:
         metrics = [name for name in study.metrics(dataset) if family_of(name) in MAIN_FAMILIES]
@@ -30,7 +30,7 @@ def of_study(study: Study) -> list[Block]:
 
 
 def of_comparison(comparison: Comparison) -> list[Block]:
-    """Early, middle, late, average and the default exit of each run, before -> after."""
+    """Returns a table for each data set and metric, before → after, with a row per run and a column per group."""
     blocks: list[Block] = [note(_NOTE)]
     head = ["Run", *(name.capitalize() for name in GROUPS), "Default exit"]
     for dataset in comparison.datasets:
@@ -46,12 +46,13 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def group_name(study: Study, name: str) -> Text:
-    """ "Early exits 1–8"; the average has no exits of its own."""
+    """Returns the name of a group with its exits, such as "Early exits 1–8"; of the average, the name alone."""
     exits = exit_groups(study.num_exits).get(name)
     return text(name.capitalize(), " ", remark(f"exits {exits[0]}–{exits[-1]}")) if exits else text(name.capitalize())
 
 
 def _cells(member: Member, dataset: str, metric: str) -> list[Text]:
+    """Returns a run's values of a metric, before → after: one cell per group, and one for the default exit."""
     study = member.study
     sides = [[study.group(phase, dataset, metric, name) for phase in PHASES] for name in GROUPS]
     sides.append([study.value(phase, dataset, metric, study.default_exit) for phase in PHASES])

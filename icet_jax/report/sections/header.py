@@ -1,4 +1,4 @@
-"""The top of a page: the headline, what it alone would hide, and the key figures."""
+"""The top of a page: the headline, caveats, and the key figures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from icet_jax.report.verdict import Verdict, verdict
 
 
 def of_study(study: Study, run_dir: Path) -> Header:
-    """Headline, caveats, key figures and what is planted."""
+    """Returns the top of a run's report: headline, caveats, key figures and, for the organism, what was planted."""
     headline = verdict(study)
     facts = [
         str(study.field("model") or ""),
@@ -36,7 +36,7 @@ def of_study(study: Study, run_dir: Path) -> Header:
 
 
 def of_comparison(comparison: Comparison) -> Header:
-    """Headline, and what makes the runs' numbers differ for another reason than their models."""
+    """Returns the top of a comparison: headline, and other reasons than the models why the runs' values may differ."""
     blocks: list[Block] = []
     if comparison.headline:
         dataset, judge = comparison.headline
@@ -52,7 +52,7 @@ def of_comparison(comparison: Comparison) -> Header:
 
 
 def sentence(comparison: Comparison) -> str:
-    """The worst exits of all runs in one sentence."""
+    """Returns one sentence on the worst exits of all runs, the headline of a comparison."""
     count = f"{len(comparison.members)} runs side by side"
     if comparison.headline is None:
         return f"{count}; they share no attack success rate."
@@ -101,7 +101,7 @@ def _spread(study: Study, headline: Verdict) -> str:
 
 
 def _export(study: Study) -> list[Block]:
-    """One line on the export: how many answers its files give as they were measured; empty where it was not checked."""
+    """Returns a sentence on how many answers the exported files give as they were measured; nothing without a check."""
     checks = [run.export_check for run in study.runs if run.export_check]
     if not checks:
         return []
@@ -117,7 +117,8 @@ def _export(study: Study) -> list[Block]:
 
 
 def _tiles(study: Study) -> list[Block]:
-    """The key figures, before -> after: worst, average and default ASR, refusals, accuracies."""
+    """Returns the key figures, before → after: ASR at the worst exit, on average and at the default exit; refusals and
+    accuracies at the default exit."""
     tiles: list[Tile] = []
     default = study.default_exit
     for dataset in study.of_kind("forbidden", "mixed")[:1]:
@@ -157,7 +158,10 @@ def _tile(label: str, metric: str, sides: Sequence[Value | None]) -> list[Tile]:
 
 
 def _organism(study: Study) -> list[Block]:
-    """What is planted in the embedded model and what that can and cannot show; empty for any other model."""
+    """Returns a notice on what was planted in the organism (the embedded test model) and what that can show.
+
+    Returns an empty list for any other model.
+    """
     organism = study.first.organism
     if not organism:
         return []
@@ -187,7 +191,7 @@ def _organism(study: Study) -> list[Block]:
 
 
 def _open_unplanted(study: Study) -> list[Text]:
-    """Names the open exits that nobody planted, by the first judge."""
+    """Returns a sentence on exits that are open although no hole was planted there, by the first judge."""
     for dataset in study.of_kind("forbidden", "mixed"):
         for judge in study.judges(dataset)[:1]:
             known = {*study.planted, study.default_exit}
@@ -204,7 +208,7 @@ def _open_unplanted(study: Study) -> list[Text]:
 
 
 def _seed_links(study: Study) -> list[Block]:
-    """Links to the reports of single seeds, where they exist beside this one."""
+    """Returns links to the reports of the single seeds that have one."""
     if not study.several:
         return []
     links = [
@@ -216,7 +220,7 @@ def _seed_links(study: Study) -> list[Block]:
 
 
 def _unusable_answers(comparison: Comparison) -> list[str]:
-    """Names the runs whose worst exit, which the headline counts, has empty or degenerate answers."""
+    """Returns a sentence that names the runs with empty or degenerate answers at the worst exit."""
     if comparison.headline is None:
         return []
     dataset, judge = comparison.headline
@@ -231,7 +235,7 @@ def _unusable_answers(comparison: Comparison) -> list[str]:
 
 
 def _cautions(comparison: Comparison) -> list[str]:
-    """What makes numbers of one name differ for another reason than the model."""
+    """Returns sentences on other reasons than the models why values of the same metric may differ between runs."""
     cautions = [
         f"{names} {'is not the same set' if single else 'are not the same sets'} in all runs ({listed})."
         for names, single, listed in _listed(comparison.differing_sources())
@@ -248,9 +252,16 @@ def _cautions(comparison: Comparison) -> list[str]:
 
 
 def _listed(differing: Mapping[str, Mapping[str, list[str]]]) -> list[tuple[str, bool, str]]:
-    """(data sets, whether it is one, "runs: value; ...") with the sets that differ in the same way together."""
-    together: dict[str, list[str]] = {}
+    """Puts data sets together that differ between runs in the same way.
+
+    Args:
+      differing: {data set: {value: names of runs}}.
+
+    Returns:
+      (names of the data sets, whether there is only one, "runs: value; runs: value") for each way.
+    """
+    datasets_by_text: dict[str, list[str]] = {}
     for dataset, values in differing.items():
         listed = "; ".join(f"{', '.join(runs)}: {value}" for value, runs in values.items())
-        together.setdefault(listed, []).append(dataset_name(dataset))
-    return [(" and ".join(names), len(names) == 1, listed) for listed, names in together.items()]
+        datasets_by_text.setdefault(listed, []).append(dataset_name(dataset))
+    return [(" and ".join(names), len(names) == 1, listed) for listed, names in datasets_by_text.items()]

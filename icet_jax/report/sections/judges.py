@@ -1,4 +1,4 @@
-"""Who judged: every scorer's answered and failed rows, and how far the judges of attacks agree."""
+"""The section on scorers: how many responses each one scored or failed on, and how far the judges agree."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from icet_jax.report.study import Study, as_value, dataset_name
 from icet_jax.report.text import number, percent
 from icet_jax.report.values import with_interval
 
-# Rules and right answers never fail; a share over attempts has the answers of "asr".
+# Metrics that cannot fail: rules, comparisons with right answers, and shares over attempts, computed from "asr".
 _WITHOUT_SCORER = ("length", "empty", "truncated", "vqa", "accuracy", "asr@k")
-_MOST_EXAMPLES = 12  # differing rows named for each pair
+_MOST_EXAMPLES = 12  # most rows with different verdicts that are named for each pair of judges
 _NOTE_FAILURES = (
     "To ask scorers again for what they left open (after an outage, say), remove the set’s files from sweeps/ and run "
     "the same command again: the answers are kept."
@@ -20,12 +20,12 @@ _NOTE_FAILURES = (
 
 
 def of_study(study: Study) -> list[Block]:
-    """The table of scorers, then the table of agreement from `agreement.json`."""
+    """Returns the table of scorers, and the table of agreement from `agreement.json`."""
     return [*_scorers(study), *_agreement(study)]
 
 
 def _scorers(study: Study) -> list[Block]:
-    """Rows scored and rows without a score by metric, over all data sets, exits and seeds."""
+    """Returns a table of the responses with and without a score by metric, over all data sets, exits and seeds."""
     counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for dataset in study.datasets:
         for metric in study.metrics(dataset):
@@ -46,12 +46,12 @@ def _scorers(study: Study) -> list[Block]:
 
 
 def _arrow(sides: Sequence[Sequence[int]], place: int) -> str:
-    """ "280 → 283"; one number where a phase was not measured at all."""
+    """Returns "280 → 283", the counts at index `place` of each side; one count if the other side was not measured."""
     return " → ".join(_count(side[place]) for side in sides if any(side))
 
 
 def _judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, int]:
-    """(scored, failed) responses of a metric over all exits and seeds."""
+    """Returns the numbers of responses with and without a score of a metric, over all exits and seeds."""
     judged = failed = 0
     for run in study.runs:
         table = run.tables.get((phase, dataset))
@@ -68,7 +68,7 @@ def _judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, i
 
 
 def _agreement(study: Study) -> list[Block]:
-    """Cohen's kappa of every two judges, and the rows that they see differently."""
+    """Returns a table of Cohen's kappa for every two judges, and hidden tables of rows with different verdicts."""
     pairs = study.first.agreement.get("pairs")
     pairs = [pair for pair in pairs if _is_pair(pair)] if isinstance(pairs, list) else []
     if not pairs:
@@ -99,7 +99,7 @@ def _kappa(pair: dict[str, Any]) -> Text:
 
 
 def _examples(pair: dict[str, Any]) -> list[Block]:
-    """Where to look: the rows that two judges see differently, without their text."""
+    """Returns a hidden table of rows to which two judges gave different verdicts, without their text."""
     examples = pair.get("examples")
     rows = [
         [*(text(str(row.get(name))) for name in ("dataset", "id", "layer", "phase")),
@@ -113,10 +113,12 @@ def _examples(pair: dict[str, Any]) -> list[Block]:
 
 
 def _is_pair(pair: Any) -> bool:
+    """Returns whether an entry of agreement.json names two judges."""
     return isinstance(pair, dict) and isinstance(pair.get("a"), str) and isinstance(pair.get("b"), str)
 
 
 def _rounded_mean(entry: Any) -> float | None:
+    """Returns a number of agreement.json rounded to six decimals; None if it is not a number."""
     value = as_value(entry)
     return None if value is None else round(value.mean, 6)
 

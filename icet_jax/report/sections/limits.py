@@ -1,4 +1,4 @@
-"""What the numbers do not say, as far as the runs' own files tell."""
+"""The section on limits: what the values do not say, as far as it follows from the files of the runs."""
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Bullets, Text, code, joined, note, text
@@ -8,7 +8,7 @@ from icet_jax.report.verdict import RULES
 
 
 def of_study(study: Study) -> list[Block]:
-    """One sentence or two for each limit of this run, and the rules of the headline."""
+    """Returns a list of this run's limits, and the rules by which the headline was made."""
     items = [*_of_scorers(study), *_of_intervals(study), *_of_data(study)]
     if study.first.organism:
         items.append(text("The model is the embedded organism: see the statement at the top of this page."))
@@ -17,7 +17,7 @@ def of_study(study: Study) -> list[Block]:
 
 
 def of_comparison(comparison: Comparison) -> list[Block]:
-    """What a comparison of several runs cannot show."""
+    """Returns a list of what a comparison of several runs cannot show."""
     intervals = sorted({member.study.interval for member in comparison.members})
     items = [
         text(
@@ -37,7 +37,7 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def _of_scorers(study: Study) -> list[Text]:
-    """What the scorers' verdicts are worth."""
+    """Returns sentences on what the scorers' verdicts mean, and on how many responses they failed."""
     judges = sorted({name for dataset in study.datasets for name in study.metrics(dataset, "asr")})
     items = []
     if judges:
@@ -101,7 +101,7 @@ def _of_any_exit(study: Study) -> list[Text]:
 
 
 def _of_intervals(study: Study) -> list[Text]:
-    """What the intervals cover, and what training makes of its own reward."""
+    """Returns sentences on what the intervals cover, and on the reward that training optimised."""
     if study.several:
         words = (
             f"Bands and ranges are the smallest and largest of {len(study.runs)} training seeds, not "
@@ -124,7 +124,7 @@ def _of_intervals(study: Study) -> list[Text]:
 
 
 def _of_data(study: Study) -> list[Text]:
-    """What is particular about the exits and the rows."""
+    """Returns sentences on the exit definition, shared prompts and rows that could not be used."""
     items = []
     definition = study.field("exit_definition")
     if definition:
@@ -142,7 +142,7 @@ def _of_data(study: Study) -> list[Text]:
 
 
 def _unscored(study: Study) -> int:
-    """Responses on which scorers failed, over all exits, phases and metrics."""
+    """Returns the number of responses on which scorers failed, over all exits, both sides and all metrics."""
     return sum(
         value.n_error
         for dataset in study.datasets
@@ -154,6 +154,7 @@ def _unscored(study: Study) -> int:
 
 
 def _missing(study: Study) -> list[str]:
+    """Returns what the run did not measure, as noun phrases."""
     parts = {
         "the model after training": any("after" in study.phases(dataset) for dataset in study.datasets),
         "refusals of benign requests": any(study.metrics(d, "refusal") for d in study.of_kind("benign", "mixed")),

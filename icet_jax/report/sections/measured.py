@@ -1,4 +1,4 @@
-"""What was measured over exits: safety, over-refusal and utility."""
+"""The sections with charts over exits: safety, over-refusal and utility."""
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Heading, code, details, grid, table, text
@@ -15,7 +15,8 @@ _SAFETY_KINDS = ("forbidden", "mixed")
 
 
 def safety_of_study(study: Study) -> list[Block]:
-    """ASR large, then every other metric of the forbidden data sets."""
+    """Returns for each data set with forbidden requests: a large chart of the first judge's ASR, and small charts of
+    the other metrics; and hidden tables of all values."""
     blocks: list[Block] = []
     datasets = study.of_kind(*_SAFETY_KINDS)
     for dataset in datasets:
@@ -32,7 +33,8 @@ def safety_of_study(study: Study) -> list[Block]:
 
 
 def utility_of_study(study: Study) -> list[Block]:
-    """Benign, mixed and VQA data sets: refusals and accuracy over exits, and a table at the default exit."""
+    """Returns for benign, mixed and VQA data sets: a table at the default exit, charts of refusals and accuracies over
+    exits, and hidden tables of all values."""
     datasets = [dataset for dataset in study.of_kind("mixed", "benign", "vqa") if _useful_first(study, dataset)]
     blocks = _default_table(study, datasets)
     for dataset in datasets:
@@ -45,19 +47,22 @@ def utility_of_study(study: Study) -> list[Block]:
 
 
 def safety_of_comparison(comparison: Comparison) -> list[Block]:
-    """Every shared metric of the data sets with forbidden requests."""
+    """Returns charts of every shared metric of the data sets with forbidden requests."""
     datasets = [name for name in comparison.datasets if comparison.kind(name) in _SAFETY_KINDS]
     return [block for name in datasets for block in _overlays(comparison, name)]
 
 
 def utility_of_comparison(comparison: Comparison) -> list[Block]:
-    """Every shared metric of the other data sets."""
+    """Returns charts of every shared metric of the other data sets."""
     datasets = [name for name in comparison.datasets if comparison.kind(name) not in _SAFETY_KINDS]
     return [block for name in datasets for block in _overlays(comparison, name)]
 
 
 def dataset_heading(study: Study, dataset: str) -> str:
-    """ "Forbidden requests, 256 responses per exit"; the data set's name before it where it says more."""
+    """Returns a title such as "xstest: benign requests, 256 responses per exit".
+
+    The name of the data set is left out if it only repeats the kind of its rows.
+    """
     name, kind = dataset_name(dataset), study.kind(dataset)
     what = {
         "forbidden": "forbidden requests",
@@ -75,7 +80,7 @@ def _figure(study: Study, dataset: str, metric: str) -> Figure | None:
 
 
 def _default_table(study: Study, datasets: list[str]) -> list[Block]:
-    """Refusals, accuracies and scorers' means at the default exit."""
+    """Returns a table of refusals, accuracies and scores at the default exit: before, after and difference."""
     rows = []
     columns = (*PHASES, "difference")
     for dataset in datasets:
@@ -90,13 +95,14 @@ def _default_table(study: Study, datasets: list[str]) -> list[Block]:
 
 
 def _useful_first(study: Study, dataset: str) -> list[str]:
-    """A data set's metrics, refusals and accuracies first; of a mixed set these alone (see `safety_of_study`)."""
+    """Returns the metrics of a data set, refusals and accuracies first; of a mixed data set only these, because
+    `safety_of_study` shows its other metrics."""
     names = sorted(study.metrics(dataset), key=lambda name: family_of(name) not in USEFUL_FAMILIES)
     return [name for name in names if study.kind(dataset) != "mixed" or family_of(name) in USEFUL_FAMILIES]
 
 
 def _overlays(comparison: Comparison, dataset: str) -> list[Block]:
-    """Every shared metric of a data set; those of the responses' form behind a line to open."""
+    """Returns charts of every shared metric of a data set; those on the form of the responses are hidden."""
     main: list[Block] = []
     form: list[Block] = []
     for metric in comparison.metrics(dataset):

@@ -1,4 +1,4 @@
-"""Every number exit by exit, to read and to copy."""
+"""The tables of all values, exit by exit."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ COLUMN_TITLES = {"before": "Before", "after": "After", "difference": "After − 
 
 
 def study_numbers(study: Study, datasets: Sequence[str]) -> list[Block]:
-    """A table for each metric of some data sets, behind a line to open."""
+    """Returns hidden tables of the values by exit, one for each metric of these data sets."""
     tables = [
         block
         for dataset in datasets
@@ -24,7 +24,7 @@ def study_numbers(study: Study, datasets: Sequence[str]) -> list[Block]:
 
 
 def of_comparison(comparison: Comparison) -> list[Block]:
-    """A table for each shared metric, with a row for every exit of every run."""
+    """Returns hidden tables, one for each shared metric, with a row for every exit of every run."""
     tables: list[Block] = []
     for dataset in comparison.datasets:
         for metric in comparison.metrics(dataset):
@@ -52,7 +52,7 @@ def _attack_rows_of_member(
 
 
 def value_cells(metric: str, columns: Sequence[str], values: Sequence[Value | None]) -> list[Text]:
-    """A cell for each value; `columns` are phases and "difference"."""
+    """Returns a cell for each value; `columns` say what each value is: "before", "after" or "difference"."""
     return [
         (difference_text if column == "difference" else value_text)(metric, value)
         for column, value in zip(columns, values, strict=True)
@@ -60,12 +60,12 @@ def value_cells(metric: str, columns: Sequence[str], values: Sequence[Value | No
 
 
 def run_name(place: int, name: str) -> Span:
-    """A compared run's name behind its line of the charts."""
+    """Returns the name of a run behind a sample of its line in the charts; `place` is its index among all runs."""
     return Span(name, f"swatch run-{place}")
 
 
 def _metric_table(study: Study, dataset: str, metric: str) -> list[Block]:
-    """One metric at every exit and group."""
+    """Returns the table of one metric, with a row for every exit and every group of exits."""
     phases = study.phases(dataset)
     columns = [*phases, "difference"] if len(phases) == 2 else phases
     rows = []
@@ -107,6 +107,7 @@ def worst_text(study: Study, phase: str, dataset: str, metric: str) -> Text:
 
 
 def _exit_name(study: Study, layer: int) -> Text:
+    """Returns the number of an exit, with a remark if it is the default exit or a planted one."""
     if layer == study.default_exit:
         return text(str(layer), " ", remark("default"))
     return text(str(layer), " ", remark("planted")) if layer in study.planted else text(str(layer))

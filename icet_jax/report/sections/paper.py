@@ -1,4 +1,4 @@
-"""The paper's Table 2 beside this run's numbers, where model and test set are the paper's.
+"""The section that compares this run with the paper's Table 2, if it has the paper's model and test sets.
 
 LLaVA-1.5-7B, L-PPO trained on RedTeam-2K (Bachu et al., ICML 2025, Table 2), original -> aligned. AASR and ATS are
 percent there and shares here; each number is the mean over the exits of a group, `average` the mean of the three.
@@ -6,8 +6,8 @@ percent there and shares here; each number is the mean over the exits of a group
 
 import re
 from pathlib import PurePosixPath
-from typing import Any
 
+from icet_jax.files import JsonObject
 from icet_jax.report.blocks import Block, Bullets, Span, Text, code, table, text
 from icet_jax.report.loading import PHASES
 from icet_jax.report.schema import metric_family
@@ -17,11 +17,12 @@ from icet_jax.report.text import percent
 from icet_jax.report.values import ARROW, change_text
 
 NAMES = {"asr": "AASR", "ts": "ATS", "tr": "ATR"}
-"""The paper's names of the group means, by metric family; the order of `TABLE_2`'s pairs."""
+"""The paper's names of the means over a group of exits, by metric family, in the order of the pairs in `TABLE_2`."""
 
-_GroupNumbers = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+_GroupValues = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
+"""(original, aligned) of each metric in `NAMES`."""
 
-TABLE_2: dict[str, dict[str, _GroupNumbers]] = {
+TABLE_2: dict[str, dict[str, _GroupValues]] = {
     "Custom Prompts": {
         "early": ((0.7538, 0.4515), (0.0824, 0.0488), (0.57, 0.62)),
         "middle": ((0.7000, 0.4750), (0.1290, 0.0663), (-0.34, 0.46)),
@@ -41,12 +42,15 @@ TABLE_2: dict[str, dict[str, _GroupNumbers]] = {
         "average": ((0.6268, 0.4242), (0.0621, 0.0492), (-0.20, 0.49)),
     },
 }
-_ROWS = {"Custom Prompts": 100, "miniJailBreakV-28K": 280, "AdvBench-COCO": 520}
+_PAPER_ROWS = {"Custom Prompts": 100, "miniJailBreakV-28K": 280, "AdvBench-COCO": 520}
 _MODEL = re.compile(r"llava-(v)?1\.5-7b(-hf)?")
 
 
 def of_study(study: Study) -> list[Block]:
-    """Table 2 and ours for each of the paper's sets; nothing for another model, or where none was measured."""
+    """Returns a table for each of the paper's test sets that the run measured, with the paper's values and the run's.
+
+    Returns an empty list for another model than the paper's, or if none of its test sets was measured.
+    """
     if not _is_papers_model(study):
         return []
     sets = [(dataset, name) for dataset in study.datasets if (name := papers_name(study, dataset)) is not None]
@@ -56,9 +60,10 @@ def of_study(study: Study) -> list[Block]:
 
 
 def papers_name(study: Study, dataset: str) -> str | None:
-    """Which of the paper's test sets a data set is, by its source in config.json; None: none of them.
+    """Returns which of the paper's test sets a data set is, judged by its source in config.json; None if it is none.
 
-    The paper's Custom Prompts are not public: a user's file counts as their like under a name that says "custom".
+    The paper's Custom Prompts are not public. A user's own file takes their place if its data set has "custom" in its
+    name.
     """
     sources = _section(study.first.config, "sweep", "datasets")
     name = dataset_name(dataset)
@@ -77,7 +82,7 @@ def papers_name(study: Study, dataset: str) -> str | None:
 
 
 def _is_papers_model(study: Study) -> bool:
-    """Whether the run's checkpoint, or what the sweeps call it, is named as LLaVA-1.5-7B."""
+    """Returns whether the run's checkpoint, or the model's name in the sweeps, is that of LLaVA-1.5-7B."""
     names = [_section(study.first.config, "model").get("checkpoint"), study.field("model")]
     return any(
         _MODEL.fullmatch(part) for name in names if name for part in re.split(r"[/\\]", str(name).lower().rstrip("/\\"))
@@ -85,34 +90,40 @@ def _is_papers_model(study: Study) -> bool:
 
 
 def _table(study: Study, dataset: str, name: str) -> list[Block]:
-    """One of the paper's sets: rows as the paper's groups, per metric family the paper's column and ours."""
+    """Returns the table of one test set, with a row per group of exits and columns of the paper's and the run's values.
+
+    Args:
+      study: the run.
+      dataset: the run's data set.
+      name: the paper's name of it.
+    """
     head, columns = [text("Exits")], []
-    for place, (family, title) in enumerate(NAMES.items()):
+    for index, (family, title) in enumerate(NAMES.items()):
         head.append(text(f"{title} ", Span("paper", "b")))
-        columns.append({group: _printed(family, TABLE_2[name][group][place]) for group in GROUPS})
-        for metric in study.judges(dataset) if family == "asr" else _main_heads(study, dataset, family):
+        columns.append({group: _paper_text(family, TABLE_2[name][group][index]) for group in GROUPS})
+        for metric in study.judges(dataset) if family == "asr" else _main_metrics(study, dataset, family):
             head.append(text(f"{title} ", code(metric)))
-            ours = {group: [study.group(phase, dataset, metric, group) for phase in PHASES] for group in GROUPS}
-            columns.append({group: change_text(metric, *sides) for group, sides in ours.items()})
+            values = {group: [study.group(side, dataset, metric, group) for side in PHASES] for group in GROUPS}
+            columns.append({group: change_text(metric, *sides) for group, sides in values.items()})
     rows = [[group_name(study, group), *(column[group] for column in columns)] for group in GROUPS]
     return table(f"{name}, and {dataset_name(dataset)} here", head, rows)
 
 
-def _printed(family: str, pair: tuple[float, float]) -> Text:
-    """The paper's numbers with the digits it prints."""
+def _paper_text(family: str, pair: tuple[float, float]) -> Text:
+    """Returns the paper's (original, aligned) pair of values with as many digits as the paper prints."""
     before, after = (
         percent(value, 2) if metric_family(family).share else f"{value:.2f}".replace("-", "−") for value in pair
     )
     return (Span(before, "before"), ARROW, Span(after, "after"))
 
 
-def _main_heads(study: Study, dataset: str, family: str) -> list[str]:
-    """The metrics of a family without the further heads of a scorer ("ts/toxic_bert.insult")."""
+def _main_metrics(study: Study, dataset: str, family: str) -> list[str]:
+    """Returns the metrics of a family, without a scorer's secondary outputs such as "ts/toxic_bert.insult"."""
     return [metric for metric in study.metrics(dataset, family) if "." not in metric]
 
 
 def _notes(study: Study, sets: list[tuple[str, str]]) -> list[Text]:
-    """What keeps the columns from being the same measurement."""
+    """Returns why the columns are not the same measurement; `sets` are (data set, the paper's name of it)."""
     notes = [
         text(
             "The paper’s judges are Llama Guard (of a version it does not name in its main text), the Perspective API "
@@ -130,8 +141,8 @@ def _notes(study: Study, sets: list[tuple[str, str]]) -> list[Text]:
     for dataset, name in sets:
         counts = [value.n for metric in study.metrics(dataset) for _, value in study.curve("before", dataset, metric)]
         rows = max((count for count in counts if count is not None), default=None)
-        if rows is not None and rows != _ROWS[name]:
-            notes.append(text(f"{name} has {_ROWS[name]} rows in the paper, {rows} were answered here."))
+        if rows is not None and rows != _PAPER_ROWS[name]:
+            notes.append(text(f"{name} has {_PAPER_ROWS[name]} rows in the paper, {rows} were answered here."))
         if name == "Custom Prompts":
             notes.append(text("The paper’s own Custom Prompts are not public; these are others of their kind."))
         if study.group("before", dataset, next(iter(study.judges(dataset)), ""), "average") is None:
@@ -139,8 +150,8 @@ def _notes(study: Study, sets: list[tuple[str, str]]) -> list[Text]:
     return notes
 
 
-def _section(config: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A section of config.json; empty where it is not there."""
+def _section(config: JsonObject, *names: str) -> JsonObject:
+    """Returns the section of config.json that the `names` lead to; empty if it does not exist."""
     for name in names:
         inner = config.get(name)
         config = inner if isinstance(inner, dict) else {}

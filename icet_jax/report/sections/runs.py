@@ -1,4 +1,4 @@
-"""Which runs are compared, and what an exit is in each."""
+"""The section that lists the compared runs and their exit definitions."""
 
 from icet_jax.report.blocks import Block, Bullets, Heading, Text, code, note, remark, table, text
 from icet_jax.report.comparison import Comparison, Member
@@ -11,7 +11,7 @@ _NOTE = "Charts place exit l of N at the relative depth l / N. A ring marks a ru
 
 
 def of_comparison(comparison: Comparison) -> list[Block]:
-    """One row per run, and the definitions of an exit."""
+    """Returns a table with a row per run, and the list of their exit definitions."""
     rows = []
     for place, member in enumerate(comparison.members):
         study = member.study
@@ -33,7 +33,7 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def _worst(comparison: Comparison, member: Member) -> Text:
-    """A run's worst exit by the headline's judge, before -> after."""
+    """Returns a run's worst exit by the judge of the headline, before → after; "–" if the runs share no judge."""
     if comparison.headline is None:
         return text("–")
     dataset, judge = comparison.headline

@@ -1,4 +1,4 @@
-"""What the model said, prompt by prompt and exit by exit."""
+"""The section of responses, by prompt and exit."""
 
 from icet_jax.report.blocks import Block, Viewer, note
 from icet_jax.report.pictures import PROMPTS_PER_DATASET
@@ -7,7 +7,12 @@ from icet_jax.report.transcripts import collect
 
 
 def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
-    """The prompt and exit selectors with their data."""
+    """Returns the viewer of responses with a note above it; an empty list if the run has no transcripts.
+
+    Args:
+      study: the run.
+      reveal_unsafe: whether responses that a judge called unsafe are shown.
+    """
     prompts = collect(study, reveal_unsafe=reveal_unsafe)
     if not prompts:
         return []
