@@ -66,8 +66,10 @@ class ScorerLoader:
         toy_folder = str(self._workdir) if "toy:" in f"{name} {definition}" else ""
         key = (name, json.dumps(definition, sort_keys=True), toy_folder, self._mesh)
         if key not in _LOADED:
-            is_defined = definition is not None
-            _LOADED[key] = self._load_defined(name, definition, parents) if is_defined else self._load_undefined(name)
+            if definition is None:
+                _LOADED[key] = self._load_undefined(name)
+            else:
+                _LOADED[key] = self._load_defined(name, definition, parents)
         return _LOADED[key]
 
     def _load_undefined(self, name: str) -> Scorer:

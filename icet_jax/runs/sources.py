@@ -145,9 +145,9 @@ def read_rows(
     elif origin in ("organism", "toy") and name:
         rows = _organism_rows(source, seed) if origin == "organism" else _toy_rows(name)
         return Records(source, rows[:limit], [], complete=limit is None or len(rows) <= limit)
-    for field, folder in (("root", root), ("image_root", image_root)):
-        if folder and not Path(folder).is_dir():
-            raise UserError(f"config.data.{field}={folder}: no such folder; give the folder of the data sets' files")
+    for field, path in (("root", root), ("image_root", image_root)):
+        if path and not Path(path).is_dir():
+            raise UserError(f"config.data.{field}={path}: no such folder; give the folder of the data sets' files")
     source = source if root else str(shipped.example(source))
     return read_source(source, root=root, image_root=image_root, limit=limit, decode=decode)
 
