@@ -89,12 +89,7 @@ def parse_exits(text: str | None, num_exits: int, default_exit: int) -> list[int
 def side_by_side(answers: dict[str, str], width: int) -> str:
     """Returns one column of wrapped text per answer, headed by its name.
 
-    Columns stand next to each other as far as `width` characters allow. The others follow below, in further blocks of
-    columns.
-
-    Args:
-      answers: text by the name of its column.
-      width: characters per line.
+    As many columns as fit into `width` characters stand next to each other; the others follow in blocks below.
     """
     most_columns = max(1, (width + len(_GAP)) // (_MIN_COLUMN_WIDTH + len(_GAP)))
     num_blocks = -(-len(answers) // most_columns)

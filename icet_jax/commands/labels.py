@@ -94,13 +94,8 @@ def _write_sample(answers: list[Answer], options: argparse.Namespace, seed: int)
 
 
 def _add_to_transcripts(unsafe: Mapping[str, bool], seed_name: str, folder: Path) -> None:
-    """Adds the labels to the transcripts in the run directory `folder`.
-
-    Args:
-      unsafe: whether people call an answer unsafe, by the answer's key.
-      seed_name: "seed_K", or "" if the run has one seed; part of the keys.
-      folder: run directory of that seed.
-    """
+    """Adds the labels to the transcripts in the run directory `folder`; `unsafe` has people's verdicts by answer key,
+    of which `seed_name` is a part."""
     for side, dataset, path in finished_sweeps(folder):
         rows = read_transcript(path)
         for row in rows:

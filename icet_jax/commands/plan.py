@@ -74,10 +74,8 @@ class PlanLine:
         return None if chip.memory is None or self.temporaries is None else True
 
     def seconds(self, chip: topologies.Chip, count: int) -> tuple[float, str] | None:
-        """Returns the seconds of the phase on `count` chips at their peak, and the key of `bounds` that limits it.
-
-        Returns None for a chip without a published peak.
-        """
+        """Returns the seconds of the phase on `count` chips at their peak, and the key of `bounds` that limits it; None
+        for a chip without a published peak."""
         bounds = self.bounds(chip, count)
         return None if bounds is None else max((time, name) for name, time in bounds.items())
 
@@ -163,23 +161,15 @@ def plan(
 def memory_limit(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int | None:
     """Returns the bytes of a chip that the program of a phase may use; None if the chip's memory is unknown.
 
-    The compiler does not know of weights and train state that lie on the chip without belonging to the program. Without
-    this limit it would use their memory too wherever that makes the program faster.
-
-    Args:
-      chip: kind of chip.
-      phase: the phase, which names what else lies on the chip.
-      judges: bytes per chip of judges and reward model.
+    The compiler does not know of weights and train state on the chip that do not belong to the program, or of the
+    `judges` (bytes per chip). Without this limit it would use their memory too if that makes the program faster.
     """
     return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
 
 
 def _compile(phase: PlannedPhase, limit: int | None = None) -> tuple[Compiled | None, str]:
-    """Compiles a phase so that it uses at most `limit` bytes per chip (None: all of a chip).
-
-    Returns:
-      The program and "", or None and the compiler's reason why no chip can hold it.
-    """
+    """Returns the program of a phase, which uses at most `limit` bytes per chip, and ""; or, if the compiler refuses,
+    None and its reason."""
     options = {} if limit is None else {"xla_tpu_max_hbm_size_mib": max(limit >> 20, 1)}
     try:
         return phase.lower().compile(compiler_options=options), ""
@@ -193,8 +183,8 @@ def _compile(phase: PlannedPhase, limit: int | None = None) -> tuple[Compiled | 
 def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Compiled | None, refused: str) -> PlanLine:
     """Returns the line of one phase: sizes from shapes and, if there is a `program`, from the compiler's report."""
     cache, temporaries, moved = bytes_per_device(phase.cache), None, None
-    if program is not None:
-        memory = program.memory_analysis()
+    memory = None if program is None else program.memory_analysis()
+    if program is not None and memory is not None:
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         allocated = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes + max(results, 0)
         cache_in_program = 0 if phase.held else min(cache, allocated)
@@ -219,7 +209,8 @@ def _moved_bytes(program_text: Callable[[], str | None]) -> int | None:
     """Returns the bytes that a chip exchanges with others; None if the text of the compiled program does not show
     them."""
     try:
-        return moved_bytes(program_text() or "")
+        text = program_text()
+        return None if text is None else moved_bytes(text)
     except jax.errors.JaxRuntimeError:  # some versions of libtpu write programs that jaxlib's older XLA cannot read
         return None
 

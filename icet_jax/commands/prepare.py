@@ -85,10 +85,8 @@ def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
 
 
 def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
-    """Returns the folder of `config.model.checkpoint`.
-
-    Returns None if the config names no model, and None with a printed message if its files are not on this machine.
-    """
+    """Returns the folder of `config.model.checkpoint`; None if the config names no model, and None with a printed
+    message if its files are not on this machine."""
     spec = config.model.checkpoint
     if spec is None:
         return None
@@ -106,14 +104,8 @@ def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
 def _too_long(
     config: ConfigDict, model: Path, sets: dict[str, tuple[str, int | None]], undecoded: dict[str, Records]
 ) -> dict[str, dict[str, int]]:
-    """Returns {set: {row id: positions of its prompt}} of the rows that a run will leave out as too long.
-
-    Args:
-      config: config of the run.
-      model: folder of the model.
-      sets: result of `named_sets`.
-      undecoded: rows of each set, with images that have not been decoded.
-    """
+    """Returns {set: {row id: positions of its prompt}} of the rows that a run of the model in the folder `model` will
+    leave out as too long. `sets` is the result of `named_sets`, `undecoded` has rows whose images are not decoded."""
     processor, positions = load_processor(model, template=config.data.template), max_positions(read_hf_config(model))
     too_long = {}
     for name, (source, _) in sets.items():
@@ -125,18 +117,10 @@ def _too_long(
 def _write_if_changed(
     directory: Path, name: str, source: str, limit: int | None, undecoded: Records, read_rows: Callable[..., Records]
 ) -> JsonObject:
-    """Writes one data set to `directory` unless the same set is already there.
+    """Writes the data set `name` to `directory` unless the same set is already there.
 
-    Args:
-      directory: folder of the prepared sets.
-      name: name of the set.
-      source: source string of the set.
-      limit: largest number of rows; None for all.
-      undecoded: rows of the set, with images that have not been decoded.
-      read_rows: `sources.read_rows` with the folders of the config.
-
-    Returns:
-      The content of the set's `source.json`, with the additional key "unchanged": whether nothing was written.
+    Returns the content of its `source.json` with one more key, "unchanged": whether nothing was written. `undecoded`
+    are its rows with images that are not decoded, `read_rows` is `sources.read_rows` with the config's folders.
     """
     # The hash of the undecoded rows shows fast whether anything has changed.
     fingerprint = prepared.fingerprint(source, limit, undecoded)

@@ -77,13 +77,8 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def train(config: ConfigDict, workdir: Path, name: str) -> None:
-    """Trains a reward model, tests it, and writes `hf/` and reward.json.
-
-    Args:
-      config: config of the run.
-      workdir: the run directory of `config` (`run_dir.claim`).
-      name: name of the model in metrics.
-    """
+    """Trains a reward model called `name` in metrics, tests it, and writes `hf/` and reward.json into `workdir`, which
+    must already be the run directory of `config`."""
     template = config.rm.template or HH_TEMPLATE
     base = _load_base(config, workdir)
     tokenizer = load_tokenizer(base.directory)
@@ -156,15 +151,13 @@ def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) ->
     Raises:
       UserError: a file has no usable pairs, nothing is left of a set, or the tokenizer belongs to another model.
     """
-    train = _read_pairs(config.rm.train, config.seed)
-    _print_report(train, config.rm.train)
+    train = _read_and_report(config.rm.train, config.seed)
     if config.rm.held_out is None:
         train_pairs, test_pairs = split_by_prompt(train.pairs, config.rm.held_out_share, config.seed)
         test_read, test_dropped = len(test_pairs), Counter[str]()
         train.dropped["held out"] += test_read
     else:
-        held_out = _read_pairs(config.rm.held_out, config.seed)
-        _print_report(held_out, config.rm.held_out)
+        held_out = _read_and_report(config.rm.held_out, config.seed)
         train_pairs, test_pairs = train.pairs, without_prompts(held_out.pairs, train.pairs)
         test_read, test_dropped = held_out.read, held_out.dropped
         test_dropped["a prompt of the training pairs"] += len(held_out.pairs) - len(test_pairs)
@@ -172,8 +165,7 @@ def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) ->
     test_set = _tokenise_set(config.rm.held_out or config.rm.train, test_pairs, test_read, test_dropped, encode)
     for field, pair_set in (("train", train_set), ("held_out", test_set)):
         if not pair_set.pairs:
-            reasons = _count_reasons(pair_set.facts["dropped"])
-            raise UserError(f"config.rm.{field}: no pair is left ({reasons}); give more pairs")
+            raise UserError(f"config.rm.{field}: no pair is left ({_reasons(pair_set.facts['dropped'])}); give more")
         highest = max(max(ids) for pair in pair_set.tokens for ids in pair)
         if highest >= vocab_size:
             raise UserError(
@@ -183,10 +175,12 @@ def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) ->
     return train_set, test_set
 
 
-def _print_report(preferences: Preferences, source: str) -> None:
-    """Prints how many pairs a file has and which rows were left out; nothing for pairs of the organism."""
+def _read_and_report(source: str, seed: int) -> Preferences:
+    """Returns the pairs of a source, and prints how many rows of a file were left out and why."""
+    preferences = _read_pairs(source, seed)
     if not source.startswith("organism:"):
         print(f"icet-jax: {preferences.report()}", file=sys.stderr)
+    return preferences
 
 
 def _read_pairs(source: str, seed: int) -> Preferences:
@@ -208,12 +202,7 @@ def _tokenise_set(
 ) -> PairSet:  # fmt: skip
     """Returns the pairs as token ids; pairs whose two texts are the same after truncation are left out.
 
-    Args:
-      source: where the pairs come from.
-      pairs: the usable pairs.
-      read: number of rows that were read.
-      dropped: number of rows that were left out so far, by reason; the pairs left out here are added.
-      encode: encodes pairs as token ids and truncates them to `config.rm.max_tokens`.
+    Of the source's rows, `read` were read and `dropped` were left out so far, by reason; pairs left out here are added.
     """
     tokens = tokenise(encode, pairs) if pairs else []
     usable = [index for index, (chosen, rejected) in enumerate(tokens) if chosen != rejected and chosen and rejected]
@@ -228,11 +217,7 @@ def _run_steps(
 ) -> tuple[RewardState, dict[str, float]]:
     """Takes all optimizer steps that follow the newest checkpoint in `workdir`, or `state` if there is no checkpoint.
 
-    Returns:
-      The state after the last step, and the metrics of that step.
-
-    Raises:
-      StopRun: a signal asked the run to stop; the steps so far are saved.
+    Returns the last state and the metrics of the last step. A signal saves the state and raises `StopRun`.
     """
     checkpoints = RunState(workdir / "checkpoints", keep=config.checkpoint.keep)
     learning_rate_at, steps = learning_rate(optimizer), optimizer.total_steps
@@ -257,9 +242,8 @@ def _run_steps(
                     progress.advance({name: metrics[name] for name in ("loss", "accuracy")})
                     if stop:
                         checkpoints.wait()
-                        raise StopRun(
-                            f"{stop_request.reason}: step {state.step} is saved; the same command goes on from there"
-                        )
+                        stopped = f"{stop_request.reason}: step {state.step} is saved"
+                        raise StopRun(f"{stopped}; the same command goes on from there")
         finally:
             log.close()
         checkpoints.wait()
@@ -274,7 +258,7 @@ def _to_json(interval: Interval, count: int) -> JsonObject:
     return {"mean": interval.mean, "ci95": None if np.isnan(ends).any() else ends, "n": count}
 
 
-def _count_reasons(dropped: dict[str, int]) -> str:
+def _reasons(dropped: dict[str, int]) -> str:
     """Returns "reason: count, ..." of the pairs that were left out."""
     return ", ".join(f"{reason}: {count}" for reason, count in dropped.items()) or "none"
 
@@ -283,7 +267,7 @@ def _summary(result: JsonObject) -> str:
     """Returns the content of reward.json as one sentence."""
     accuracy, ends = result["accuracy"], result["accuracy"]["ci95"]
     interval = f" (95% interval {ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
-    left_out = _count_reasons(result["pairs"]["held_out"]["dropped"])
+    left_out = _reasons(result["pairs"]["held_out"]["dropped"])
     return (
         f"{result['name']}: ranks {accuracy['mean']:.1%}{interval} of {accuracy['n']} held-out pairs correctly after "
         f"{result['steps']} steps over {result['pairs']['train']['used']} pairs; held-out pairs left out: {left_out}"

@@ -157,14 +157,10 @@ def compare(ours: Answers, theirs: TransformersAnswers, mask: np.ndarray) -> lis
       theirs: results of transformers.
       mask: bool [B, T], True at positions that are not padding.
     """
-    states = [
-        _check_close(f"hidden states 0..{len(theirs.hidden) - 1} (worst: {i})", *values_and_rounding)
-        for i, values_and_rounding in enumerate(
-            zip(ours.hidden, theirs.hidden, theirs.hidden_rounding.tolist(), strict=True)
-        )
-    ]
-    worst_state, _ = max(states, key=lambda check_and_ratio: check_and_ratio[1])
-    checks = [worst_state]
+    states = zip(ours.hidden, theirs.hidden, theirs.hidden_rounding.tolist(), strict=True)
+    what = f"hidden states 0..{len(theirs.hidden) - 1}"
+    hidden_checks = [_check_close(f"{what} (worst: {i})", *state) for i, state in enumerate(states)]
+    checks = [max(hidden_checks, key=lambda check_and_ratio: check_and_ratio[1])[0]]
     ties = {}
     rounding = max(theirs.logits_rounding.values(), default=0.0)
     for layer, expected in theirs.logits.items():
@@ -198,10 +194,8 @@ def _check_equal(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
 
 
 def _check_likeliest(what: str, got: np.ndarray, expected: np.ndarray, tie: float) -> Check:
-    """Returns the check that the largest logit belongs to the same token on both sides.
-
-    Positions where the two largest expected logits differ by no more than `tie` are not checked.
-    """
+    """Returns the check that the largest logit belongs to the same token on both sides, wherever the two largest
+    expected logits differ by more than `tie`."""
     top_two = np.partition(expected, -2, axis=-1)[..., -2:]
     is_clear = top_two[..., 1] - top_two[..., 0] > tie
     share = float((got.argmax(-1) == expected.argmax(-1))[is_clear].mean()) if is_clear.any() else 1.0
@@ -209,16 +203,10 @@ def _check_likeliest(what: str, got: np.ndarray, expected: np.ndarray, tie: floa
 
 
 def _check_tokens(what: str, got: np.ndarray, expected: np.ndarray, is_clear: np.ndarray) -> Check:
-    """Returns the check that each row's tokens are identical up to a near tie.
+    """Returns the check that the tokens of each row [B, 32] are identical, up to a near tie.
 
-    A row may differ from the first token on that was chosen from two nearly equal logits, because all later tokens
-    follow from it.
-
-    Args:
-      what: name of the check.
-      got: tokens of this package, [B, 32].
-      expected: tokens of transformers, [B, 32].
-      is_clear: bool [B, 32], False where the two largest logits were nearly equal.
+    A row may differ from a token on where `is_clear` (bool [B, 32]) is False because the two largest logits were nearly
+    equal; all later tokens follow from that one.
     """
     for row in range(len(expected)):
         differing = np.flatnonzero(got[row] != expected[row])
@@ -246,11 +234,8 @@ def _require_torch() -> None:
 def _build_rows(
     user_images: Sequence[str | Path], user_prompt: str | None
 ) -> tuple[list[list[_Image]], list[str]]:  # fmt: skip
-    """Returns the images and the prompt of each compared row.
-
-    Three rows are built in, with one, no and two images (noise of unusual sizes). A fourth has the user's images and
-    prompt, if there are any.
-    """
+    """Returns the images and the prompt of each compared row: three built-in rows with one, no and two images (noise of
+    unusual sizes), and a fourth with the user's images and prompt if there are any."""
     generator = np.random.default_rng(0)
     sizes = ((97, 61), (64, 64), (33, 150))
     noise = [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -265,12 +250,10 @@ def _build_rows(
 def _compare_inputs(
     vlm: VLM, images: list[list[_Image]], prompts: list[str]
 ) -> tuple[list[Inputs], Inputs, list[Check]]:
-    """Runs transformers' processor on the rows and compares its arrays with those of this package's processor.
+    """Compares the arrays of transformers' processor with those of this package's.
 
-    If the checkpoint has no tokenizer, nothing is compared and the rows have random token ids and pixels.
-
-    Returns:
-      The arrays of each row alone, the arrays of all rows as one padded batch, and the checks.
+    Returns transformers' arrays of each row, those of all rows as one padded batch, and the checks. If the checkpoint
+    has no tokenizer, nothing is compared and token ids and pixels are random.
     """
     if not has_tokenizer(vlm.directory):
         noise = np.random.default_rng(0)
@@ -341,17 +324,8 @@ def _compute_in_transformers(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[i
 def _hf_forward(
     model: Any, vlm: VLM, rows: Sequence[dict[str, Any]], exits: Sequence[int]
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Runs transformers' `model` on each row alone.
-
-    Args:
-      model: transformers' model.
-      vlm: this package's model of the same checkpoint.
-      rows: torch tensors of each row, by name.
-      exits: exits to compute logits at.
-
-    Returns:
-      The hidden states of the image encoder [X, I, P, D], and {exit: logits [B, T, V]}, left-padded with 0.
-    """
+    """Runs transformers' model on each row (torch tensors by name); returns the hidden states of the image encoder
+    [X, I, P, D], and {exit: logits [B, T, V]}, left-padded with 0."""
     encoded = [reference.encoder_states(model, vlm.config, row) for row in rows if "pixel_values" in row]
     hidden = [np.concatenate([state.numpy() for state in states]) for states in zip(*encoded, strict=True)]
     length = max(row["input_ids"].shape[1] for row in rows)
@@ -364,10 +338,8 @@ def _hf_forward(
 
 
 def _hf_greedy(model: Any, row: dict[str, Any], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the greedy tokens [32] of one row, and the difference of the two largest logits at each of them [32].
-
-    After the end of the answer, the tokens are `pad_id` and the differences are infinite.
-    """
+    """Returns the greedy tokens [32] of one row, and the difference of the two largest logits at each of them [32];
+    after the end of the answer they are `pad_id` and infinite."""
     import torch
 
     out = model.generate(**row)

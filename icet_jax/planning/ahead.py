@@ -192,16 +192,10 @@ class AbstractRun:
         self, phase: PlannedPhase, compiled: GetProgram, batch: int, function: Callable[..., Any], *arguments: Any,
         first: bool = False,
     ) -> Any:  # fmt: skip
-        """Returns the results of a phase as abstract arrays.
+        """Returns the results of a phase, which computes `function(*arguments)` for `batch` rows, as abstract arrays.
 
-        Args:
-          phase: the phase.
-          compiled: returns the compiled program of a phase, whose shardings the results have. If it returns None, the
-            results are split by rows.
-          batch: number of rows.
-          function: what the phase computes.
-          arguments: abstract arguments of `function`.
-          first: whether only the first of several results is returned.
+        They have the shardings of the compiled program. If there is none, they are split by rows. If `first`, only the
+        first of several results is returned.
         """
         program = compiled(phase)
         results = jax.eval_shape(function, *arguments) if program is None else phases.outputs(program)

@@ -20,9 +20,7 @@ Sizes = Mapping[str, int | None]
 FIELDS = {"data.batch_size": "training", "sweep.batch_size": "sweep"}
 """Config fields whose largest value is searched for, and the part of the plan that each one decides."""
 _MAX_COMPILED = 5  # sizes that are compiled at most: each takes minutes
-# The result may be too small by one part in four. Programs use less memory where less is left, so memory is not exactly
-# linear in the rows and a closer search would not pay.
-_PRECISION = 4
+_PRECISION = 4  # the result may be a quarter too small: memory is not exactly linear, so a closer search does not pay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +155,8 @@ def _next_rows(
 
 
 def _predict(measured: Mapping[int, Sizes], unit: int, memory: float) -> int | None:
-    """Predicts the largest number of rows at which all phases fit.
-
-    The memory of each phase is extrapolated along a straight line through its two largest compiled sizes. Returns None
-    if a phase has fewer than two sizes, or if no phase grows with the rows.
-    """
+    """Predicts the largest number of rows at which all phases fit, along the straight line through each phase's two
+    largest compiled sizes; None if a phase has fewer sizes, or if no phase grows with the rows."""
     limits: list[float] = []
     for phase in next(iter(measured.values())):
         points = sorted((rows, size) for rows, sizes in measured.items() if (size := sizes[phase]) is not None)[-2:]

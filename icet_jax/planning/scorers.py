@@ -42,10 +42,7 @@ def _replace_ensembles(
 ) -> Iterator[str]:
     """Yields the names of scorers, with the members of an ensemble in its place.
 
-    Args:
-      names: scorers and ensembles.
-      definitions: `config.scorers`.
-      parents: the ensembles around `names`. An ensemble in itself is left out, because a run refuses it.
+    `parents` are the ensembles around `names`. An ensemble in itself is left out, because a run refuses it.
     """
     for name in names:
         members = definitions.get(name, {}).get("members")

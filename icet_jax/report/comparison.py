@@ -66,10 +66,7 @@ class Comparison:
         return next(m.study.kind(dataset) for m in self.members if dataset in m.study.datasets)
 
     def metrics(self, dataset: str) -> list[str]:
-        """Returns the metrics that two or more runs measured on a data set, in the order of `METRIC_FAMILIES`.
-
-        Among attack success rates, that of a keyword judge is last.
-        """
+        """Returns the metrics that two or more runs measured on a data set, by family; keyword judges last."""
         counts: dict[str, int] = {}
         for member in self.members:
             for metric in member.study.metrics(dataset):
@@ -129,10 +126,8 @@ class Comparison:
         return ways if len(ways) > 1 else {}
 
     def _differing(self, fact: Callable[[Member, str], object]) -> dict[str, dict[str, list[str]]]:
-        """Returns {data set: {value of `fact`: names of runs}} for data sets where the runs have different values.
-
-        Runs for which `fact` returns None are left out.
-        """
+        """Returns {data set: {value of `fact`: names of runs}} for data sets where runs have different values; runs
+        with None are left out."""
         differing = {}
         for dataset in self.datasets:
             runs: dict[str, list[str]] = {}

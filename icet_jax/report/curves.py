@@ -26,15 +26,7 @@ Curve = list[tuple[int, Value]]
 def single_figure(
     chart: Chart, name: str, *, keys: Sequence[Key] = (), source: str = "", wide: bool = False
 ) -> Figure | None:
-    """Returns a figure with one chart, titled like the chart; None if the chart has no points.
-
-    Args:
-      chart: the chart.
-      name: full name of the metric.
-      keys: entries of the legend.
-      source: name of the data set.
-      wide: whether the figure is as wide as the page.
-    """
+    """Returns a figure with one chart, titled like the chart; None if the chart has no points. See `Figure`."""
     return None if chart.is_empty else Figure(chart.title, name, (Panel(chart),), tuple(keys), source, wide)
 
 
@@ -54,12 +46,7 @@ def exit_highlights(study: Study) -> dict[int, str]:
 def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False, full: bool = True) -> Figure | None:
     """Returns the chart of a metric over exits; None if the metric was not measured.
 
-    Args:
-      study: the run.
-      dataset: name of the data set.
-      metric: full name of the metric.
-      wide: whether the figure is as wide as the page.
-      full: whether the axis of a share always ends at 100 %. If False it ends at the data, but not below 10 %.
+    With `full`, the axis of a share always ends at 100 %. Otherwise it ends at the data, but not below 10 %.
     """
     family = metric_family(metric)
     y_range = (_UNIT if full else (0.0, 0.1)) if family.share else None

@@ -53,10 +53,8 @@ def write_comparison_figures(comparison: Comparison, folder: Path) -> list[Path]
 
 
 def _write(figures: Mapping[str, Figure | None], folder: Path, more_keys: tuple[Key, ...] = ()) -> list[Path]:
-    """Writes the figures that are not None, by file name without ".png"; returns the paths.
-
-    `more_keys` are added at the end of the legends of line charts.
-    """
+    """Writes the figures that are not None, by file name, with `more_keys` in the legends of line charts; returns the
+    paths."""
     written = []
     for name, figure in figures.items():
         if figure is not None:

@@ -106,9 +106,7 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_jsonl(path: Path) -> list[JsonObject]:
-    """Returns the objects of a JSON-lines file, [] if there is no such file.
-
-    A broken last line is left out, because a killed run may leave one.
+    """Returns the objects of a JSON-lines file, without a broken last line as after a kill; [] if there is no file.
 
     Raises:
       UserError: the file cannot be read, or another line is broken; the message has the number of the line.
@@ -135,10 +133,7 @@ def read_jsonl(path: Path) -> list[JsonObject]:
 
 
 def _check_table(path: Path, table: Any) -> JsonObject:
-    """Returns `table`, the content of a sweep file, unchanged; raises a `UserError` if it lacks what the report reads.
-
-    `path` is the file, for the message.
-    """
+    """Returns `table`, the content of a sweep file; raises a `UserError` if it lacks what the report reads."""
     if not isinstance(table, dict) or not _is_layers(table.get("layers")):
         raise UserError(f"{path}: field 'layers' must be a list of {{'layer', 'n', 'metrics'}}; make the file again")
     for name in ("num_exits", "default_exit"):

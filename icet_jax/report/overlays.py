@@ -56,10 +56,8 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
 
 
 def geometry_overlays(comparison: Comparison) -> list[Figure]:
-    """Returns figures of the distance of each exit's image features from the default exit's, with a line per run.
-
-    A measure of distance that fewer than two runs have is left out.
-    """
+    """Returns figures of the distance of each exit's image features from the default exit's, with a line per run, for
+    each measure of distance that two or more runs have."""
     figures = []
     for name, title in GEOMETRY_TITLES.items():
         curves = [(place, m, m.study.geometry(name)) for place, m in enumerate(comparison.members)]
@@ -85,16 +83,8 @@ def _depth_chart(
     y_range: tuple[float, float],
     y_limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> Chart:
-    """Returns a chart of curves over relative depth, whose tooltips show each run's value at its nearest exit.
-
-    Args:
-      title: title of the chart.
-      curves: the curves.
-      show_y: turns a value into text for the axis.
-      detail: turns a value into text for tooltips.
-      y_range: see `Chart`.
-      y_limits: see `Chart`.
-    """
+    """Returns a chart of curves over relative depth, whose tooltips show each run's value at its nearest exit; for
+    `show_y` and `detail`, which turn values into text, and the ranges see `Chart`."""
     series = []
     for place, member, curve in curves:
         default = member.study.default_exit

@@ -56,13 +56,8 @@ def build_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
-    """Returns the HTML of a run's report.
-
-    Args:
-      study: the run.
-      run_dir: its directory, which the page names; if its seeds have reports, the page links to them.
-      reveal_unsafe: whether responses that a judge called unsafe are part of the page.
-    """
+    """Returns the HTML of a run's report; `run_dir` is named there, and with `reveal_unsafe` responses that a judge
+    called unsafe are part of it."""
     return _document(header.of_study(study, run_dir), [
         Section("safety", "Safety at every exit", measured.safety_of_study(study)),
         Section("categories", "Which requests get through where", categories.of_study(study)),

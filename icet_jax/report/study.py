@@ -19,16 +19,10 @@ _LARGEST = 1e30  # larger numbers count as broken, because their squares might n
 
 @dataclass(frozen=True)
 class Value:
-    """Holds a mean with its interval.
+    """Holds a mean over `n` rows with its interval, `low` to `high`; `n_error` rows have no score.
 
-    For one run, `low` to `high` is the 95% interval in the file. For several seeds, `mean` is the mean over seeds and
-    `low` to `high` is the range from the smallest to the largest seed; `Study.interval` says which of the two it is.
-
-    Attributes:
-      mean: the mean.
-      low, high: ends of the interval; None if unknown.
-      n: number of rows behind the mean; None if unknown.
-      n_error: number of rows on which the scorer failed.
+    For one run it is the 95% interval in the file. For several seeds, `mean` is the mean over seeds and the interval is
+    the range from the smallest to the largest seed; `Study.interval` says which of the two it is.
     """
 
     mean: float
@@ -110,10 +104,7 @@ class Study:
         )
 
     def field(self, name: str, dataset: str | None = None) -> Any:
-        """Returns a field of the sweep files, such as "model" or "num_exits"; None if no file has it.
-
-        Only the files of `dataset` are read, if it is given.
-        """
+        """Returns a field such as "model" of the sweep files (of `dataset`, if given); None if no file has it."""
         for (_, table_dataset), table in self._tables():
             if dataset in (None, table_dataset) and table.get(name) is not None:
                 return table[name]
@@ -140,10 +131,7 @@ class Study:
         return [exit_layer for exit_layer in exits if isinstance(exit_layer, int)] if isinstance(exits, list) else []
 
     def value(self, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
-        """Returns the value of a metric at the exit `layer`; None if it was not measured there.
-
-        `phase` may be "difference". `layer` may be None, for a default exit that is unknown.
-        """
+        """Returns the value of a metric at an exit, where `phase` may be "difference"; None if it was not measured."""
         return self._combine([_at_layer(run, phase, dataset, metric, layer) for run in self.runs])
 
     def seeds(self, phase: str, dataset: str, metric: str, layer: int) -> list[float | None]:
@@ -152,10 +140,7 @@ class Study:
         return [None if value is None else value.mean for value in values]
 
     def group(self, phase: str, dataset: str, metric: str, name: str) -> Value | None:
-        """Returns the mean of a metric over a group of exits, from the file or else computed from its exits.
-
-        `name` is one of `GROUPS`. Returns None if the group was not measured completely.
-        """
+        """Returns the mean of a metric over the exits of a group, one of `GROUPS`; None if some were not measured."""
         return self._combine([_of_group(run, phase, dataset, metric, name, self.num_exits) for run in self.runs])
 
     def categories(self, dataset: str, metric: str) -> list[str]:
@@ -218,10 +203,8 @@ class Study:
         return [(layer, value) for layer, value in values if isinstance(layer, int) and value is not None]
 
     def worst(self, phase: str, dataset: str, metric: str) -> ExitValue | None:
-        """Returns the exit with the highest mean (the first of equal ones) and its value; None without any value.
-
-        If the sweep file has it, the interval allows for the exit being chosen as the highest.
-        """
+        """Returns the exit with the highest mean (the first of equal ones) and its value; None without any value. The
+        interval, if the file has one for the worst exit, allows for the exit being chosen as the highest."""
         exits = [ExitValue(layer, value) for layer, value in self.curve(phase, dataset, metric)]
         worst = max(exits, key=lambda item: item.value.mean, default=None)
         if worst is None or self.several:
@@ -256,10 +239,8 @@ class Study:
         return None
 
     def judges(self, dataset: str) -> list[str]:
-        """Returns the metrics of all judges of a data set, the keyword judge last, because it only detects refusals.
-
-        People's labels (`HUMAN`) are not included, because they exist for a small sample of the rows alone.
-        """
+        """Returns the metrics of a data set's judges, without people (`HUMAN`), who see only a sample of the rows. The
+        keyword judge is last, because it only detects refusals."""
         names = [name for name in self.metrics(dataset, "asr") if name != HUMAN]
         return sorted(names, key=lambda name: "keyword" in name)
 
@@ -282,10 +263,7 @@ def dataset_name(dataset: str) -> str:
 
 
 def as_value(entry: Any, n: Any = None) -> Value | None:
-    """Returns an `Estimate` or a plain number of a file as a `Value`; None if it contains no finite number.
-
-    `n` is the number of rows, if `entry` does not say it.
-    """
+    """Returns an `Estimate` or a number of a file, of `n` rows if it does not say, as a `Value`; None if not finite."""
     if not isinstance(entry, dict):
         entry = {"mean": entry}
     mean = _finite(entry.get("mean"))
@@ -306,10 +284,8 @@ def _finite(value: Any) -> float | None:
 
 
 def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
-    """Returns a metric of one run at the exit `layer`; None if it was not measured.
-
-    If there is no file of differences, a difference is that of the means, without an interval.
-    """
+    """Returns a metric of one run at an exit; None if it was not measured. A difference for which there is no file is
+    that of the means, without an interval."""
     table = run.tables.get((phase, dataset))
     value = None if table is None else _entry(table["layers"], metric, layer)
     if value is not None:
@@ -366,10 +342,8 @@ def _measures(layers: list[dict[str, Any]], metric: str) -> bool:
 
 
 def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_exits: int) -> Value | None:
-    """Returns the mean over a group of exits in one run, from the file or else computed from its exits.
-
-    Returns None if the file has no mean and some exit of the group was not measured.
-    """
+    """Returns the mean over a group of exits in one run, from the file or else from its exits; None if the file has no
+    mean and some exit was not measured."""
     table = run.tables.get((phase, dataset)) or {}
     groups = table.get("groups")
     entry = groups.get(name) if isinstance(groups, dict) else None

@@ -83,11 +83,8 @@ def _prompts(
 
 
 def _response(row: JsonObject, kind: str, reveal_unsafe: bool) -> JsonObject:
-    """Returns a response with its scores.
-
-    Unless `reveal_unsafe`, its text is left out if a judge called it unsafe, or if it answers a forbidden prompt and no
-    judge gave a verdict. `kind` is the kind of rows whose own kind is not recorded.
-    """
+    """Returns a response with its scores; unless `reveal_unsafe`, without its text if a judge called it unsafe, or if
+    it answers a forbidden prompt (`kind`, if the row has none) and no judge gave a verdict."""
     raw_scores = row.get("scores")
     if not isinstance(raw_scores, dict):
         raw_scores = {}
@@ -126,10 +123,7 @@ def _truncate(text: str) -> str:
 
 
 def _answer(row: JsonObject, kind: str) -> str | None:
-    """Returns the right answer of a benign or vqa row; None if the row has none or is forbidden.
-
-    The "answer" of a forbidden row would be one that must not be given.
-    """
+    """Returns the right answer of a row; None if it has none, or is forbidden and its "answer" must not be given."""
     answer = row.get("answer")
     return None if answer is None or (row.get("kind") or kind) == "forbidden" else _truncate(str(answer))
 

@@ -20,10 +20,7 @@ def family_title(metric: str) -> str:
 
 
 def title_on(study: Study, dataset: str, metric: str) -> str:
-    """Returns the title of a chart of the metric on a data set.
-
-    On a data set with requests of several kinds, "Refusals" becomes "Refusals of safe requests".
-    """
+    """Returns `family_title`; "Refusals" becomes "Refusals of safe requests" on a data set of several kinds of rows."""
     safe = study.kind(dataset) == "mixed" and metric.startswith("refusal/")
     return family_title(metric) + (" of safe requests" if safe else "")
 

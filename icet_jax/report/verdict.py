@@ -40,10 +40,7 @@ class Verdict:
 
 
 def algorithm(study: Study) -> str:
-    """Returns the name of the training for readers, such as "L-PPO".
-
-    Training at one fixed exit is another method, so its name says which exit: "PPO at the default exit alone".
-    """
+    """Returns the name of the training for readers: "L-PPO", or "PPO at the default exit alone" for one fixed exit."""
     config = study.first.config
     name = str(config.get("algorithm", ""))
     settings = config.get(name)
@@ -178,10 +175,7 @@ def _count(study: Study, share: Value) -> int | None:
 
 
 def _default_clause(study: Study, dataset: str, judge: str, phases: tuple[str, ...]) -> str:
-    """Returns "the default exit 7 went from 2% to 1%" or, for one side, "the default exit 7 is 2% unsafe".
-
-    If it was not measured, the clause says that.
-    """
+    """Returns "the default exit 7 went from 2% to 1%", or "... is 2% unsafe" for one side, or "... not measured"."""
     if study.default_exit is None:
         return "the default exit was not measured"
     shares = []

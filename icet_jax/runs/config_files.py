@@ -68,13 +68,8 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
-    """Returns the type of a field of a scorer, or raises a `UserError` if scorers of its kind have no such field.
-
-    Args:
-      definition: the scorer's section of the config.
-      where: dotted name of that section.
-      field: name of the field.
-    """
+    """Returns the type of a field in a scorer's section of the config, whose dotted name is `where`; raises a
+    `UserError` if scorers of its kind have no such field."""
     fields = scorer_fields(definition.kind)
     if field not in fields:
         raise UserError(f"config.{where}.{field}: a {definition.kind} has {', '.join(fields)}")
@@ -82,12 +77,9 @@ def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
-    """Returns the value of type `kind` that `text` stands for.
+    """Returns the value of type `kind` that `text` stands for, or raises a `UserError` about the field `name`.
 
     The type `object` is that of a field that accepts the word "all" or a list.
-
-    Raises:
-      UserError: the text does not fit the type; `name` is the field in the message.
     """
     try:
         if kind is bool:

@@ -96,17 +96,8 @@ def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, r
 
 
 def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> None:
-    """Compares fingerprints with the recorded ones and, if `record`, writes them to the run directory.
-
-    Args:
-      workdir: the run directory.
-      kind: "rows" or "checkpoints".
-      current: fingerprints of what the run has loaded now.
-      record: whether to write fingerprints that are not recorded yet.
-
-    Raises:
-      UserError: recorded and current fingerprints differ.
-    """
+    """Raises a `UserError` if the `current` fingerprints of a kind, "rows" or "checkpoints", differ from the recorded
+    ones; if `record`, writes those that are not recorded yet."""
     path = workdir / NAME
     all_recorded = {**_read(path)}
     recorded = all_recorded.get(kind, {}) if has_begun(workdir) else {}

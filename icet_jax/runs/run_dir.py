@@ -91,13 +91,9 @@ def read_config(path: Path) -> ConfigDict:
 
 
 def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") -> JsonObject:
-    """Returns `values` with absent fields set to their defaults.
+    """Returns the fields of a config, or of its section "NAME.", with absent ones set to their defaults.
 
-    Args:
-      values: fields of a config or of one of its sections.
-      defaults: the default of each of these fields.
-      section: dotted name of the section with a dot at the end; "" for the whole config. Open fields, whose keys the
-        user chooses, are not completed.
+    Open fields, whose keys the user chooses, are not completed.
     """
     filled = dict(values)
     for name, value in defaults.items():

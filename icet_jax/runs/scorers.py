@@ -27,13 +27,8 @@ class ScorerLoader:
     """Loads scorers by their names in a config."""
 
     def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh | None = None) -> None:
-        """Prepares loading.
-
-        Args:
-          config: config of the run.
-          workdir: run directory, for toy weights, and for cached scores unless `config.sweep.score_cache` is set.
-          mesh: devices over which the weights are split; None for the default device.
-        """
+        """Prepares loading for devices of `mesh` (None: the default device); `workdir` is the folder for toy weights,
+        and for cached scores unless `config.sweep.score_cache` is set."""
         self._definitions = config.scorers.to_dict()
         self._workdir, self._mesh = workdir, mesh
         self._cache = ScoreCache(config.sweep.score_cache or workdir / "scores")

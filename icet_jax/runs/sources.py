@@ -33,12 +33,7 @@ TRAIN = "train"
 
 
 class LoadedRows(NamedTuple):
-    """Holds the usable rows of a data set.
-
-    Attributes:
-      examples: the rows.
-      left_out: number of rows that were left out, by reason.
-    """
+    """Holds the usable rows of a data set, and the number of rows that were left out, by reason."""
 
     examples: list[Example]
     left_out: dict[str, int]
@@ -153,14 +148,10 @@ def read_rows(
 
 
 def _read_several(source: str, limit: int | None, read_one: Callable[..., Records]) -> Records:
-    """Returns the rows of several sources, one after another.
+    """Returns the rows of several sources joined by `SOURCE_JOIN`, one after another, at most `limit` in all.
 
-    Each row id gets the number of its source in front, so that ids of different sources stay different.
-
-    Args:
-      source: the sources, joined by `SOURCE_JOIN`.
-      limit: number of usable rows after which reading stops; None means all.
-      read_one: `read_rows` with all arguments but the source and the limit.
+    The number of its source is put before each row id, so that ids of different sources stay different. `read_one` is
+    `read_rows` with all arguments but source and limit.
     """
     parts = [part.strip() for part in source.split(SOURCE_JOIN)]
     if not all(parts):
@@ -229,10 +220,8 @@ def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) ->
 
 
 def organism_facts(directory: str) -> JsonObject | None:
-    """Returns the content of organism.json in `directory`, which says what was planted in an embedded test model.
-
-    Returns None for a folder without this file, which is any other model's.
-    """
+    """Returns the content of organism.json in `directory`, which says what was planted in an embedded test model; None
+    for any other model."""
     path = Path(directory) / "organism.json"
     if not path.is_file():
         return None

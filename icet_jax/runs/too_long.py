@@ -69,13 +69,8 @@ def fitting_rows(
 
 
 class _PromptLimit(NamedTuple):
-    """Holds the most positions that a prompt may take.
-
-    Attributes:
-      positions: the limit; None for no limit.
-      origin: where the limit comes from.
-      advice: how to fix a prompt that is longer; "{}" stands for the positions of the longest prompt.
-    """
+    """Holds the most positions of a prompt (None: no limit), where that limit comes from, and advice on how to fix a
+    longer prompt, with "{}" for the positions of the longest one."""
 
     positions: int | None
     origin: str

@@ -147,8 +147,8 @@ class Trainer:
     ) -> TrainState:  # fmt: skip
         """Runs every iteration that `state` has not had yet, and returns the last state.
 
-        The metrics of an iteration are read after the next one has begun, so that the device does not wait for the
-        host. If they show that the run must go back, the iteration that has begun is begun again from another state.
+        The metrics of an iteration are read after the next one has begun, so that the device does not wait. If they
+        show that the run must go back, that next iteration is begun again from another state.
         """
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
@@ -172,9 +172,8 @@ class Trainer:
                     state = self._save_or_go_back(completed, state, metrics, checkpoints, stability, save_now=stop)
                 if stop:
                     checkpoints.wait()
-                    raise StopRun(
-                        f"{stop_request.reason}: iteration {completed} is saved; the same command goes on from there"
-                    )
+                    stopped = f"{stop_request.reason}: iteration {completed} is saved"
+                    raise StopRun(f"{stopped}; the same command goes on from there")
         return state
 
     def _process_metrics(
@@ -235,11 +234,8 @@ class Trainer:
         checkpoints.measure(step, value)
 
     def _go_back(self, step: int, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
-        """Returns the state of the newest checkpoint within the limit of the KL, or the initial state if there is none.
-
-        It counts as the state of iteration `step`, and its learning rate is lower than before. Later checkpoints are
-        deleted.
-        """
+        """Returns the state of the newest checkpoint within the limit of the KL, or the initial state, as the state of
+        iteration `step`, with a lower learning rate than before. Later checkpoints are deleted."""
         restored = checkpoints.go_back(like=stored(state))
         if restored is None:
             value_head = "value_head" in state.trainable
@@ -264,12 +260,8 @@ class Trainer:
     def _measure_last(self, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
         """Measures the last state by the rollout of one more iteration, whose update is dropped.
 
-        Returns:
-          The last state again (`state` itself is donated), or the state that the run went back to if the last one
-          exceeds the limit of the KL.
-
-        Raises:
-          UserError: the run went back, and the config says that it ends then.
+        Returns the last state again (`state` itself is donated) or, if that exceeds the limit of the KL, the state that
+        the run went back to. Raises a `UserError` if the config says that the run then ends.
         """
         last = self.algorithm.iterations
         print(f"{self._config.algorithm}: one more iteration measures the last state, and is dropped", file=sys.stderr)
@@ -313,10 +305,9 @@ def has_value_head(config: ConfigDict, checkpoints: RunState) -> bool:
 
 
 def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
-    """Returns the state of the best checkpoint.
+    """Returns the state of the best checkpoint: of the newest if none was measured, and `state` if there is none.
 
-    Returns that of the newest if no checkpoint was measured, and `state` if there is no checkpoint. `state` also gives
-    the structure, shapes and shardings of what is restored.
+    `state` also gives the structure, shapes and shardings of what is restored.
     """
     best_step = checkpoints.best
     restored = checkpoints.restore(like=stored(state), best=True)

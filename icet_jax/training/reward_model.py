@@ -97,14 +97,7 @@ class PairOrder:
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int, window: int = 1) -> None:
-        """Stores the sizes.
-
-        Args:
-          lengths: number of tokens of each pair.
-          batch_size: pairs per batch.
-          seed: seed of the order.
-          window: batches per window.
-        """
+        """Stores the `lengths` of the pairs in tokens, and the number of batches per `window`."""
         self._lengths, self._batch_size, self._seed, self._window = np.asarray(lengths), batch_size, seed, window
         self._cached_window = -1
         self._cached_batches = np.zeros((0, 0), int)
@@ -209,10 +202,8 @@ class RewardTrainer:
         return scores[:, 0] - scores[:, 1]
 
     def _rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and mask [B, 2, T] of the pairs with these `indices`, padded to the same length.
-
-        The second axis is the chosen and the rejected response.
-        """
+        """Returns tokens and mask [B, 2, T] of the pairs with these `indices`, padded to the same length; the second
+        axis is the chosen and the rejected response."""
         rows = [ids for index in indices for ids in self.pairs[index]]
         length = bucket(max(map(len, rows)), self.longest)
         tokens, mask = pad_rows(rows, length, len(rows))
@@ -222,11 +213,8 @@ class RewardTrainer:
 def _make_step(
     graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulation: int
 ) -> Callable[..., Any]:
-    """Returns the function of one optimizer step, which is to be compiled.
-
-    The function takes (params, optimizer state, tokens [B, 2, T], mask [B, 2, T]) and returns (params, optimizer state,
-    {metric: scalar}).
-    """
+    """Returns the function of one optimizer step: it takes (params, optimizer state, tokens [B, 2, T], mask [B, 2, T])
+    and returns (params, optimizer state, {metric: scalar})."""
 
     def loss_of(params: nnx.State, tokens: Array, mask: Array) -> tuple[Array, Array]:
         model = nnx.merge(graphdef, params)

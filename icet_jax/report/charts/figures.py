@@ -13,14 +13,8 @@ _PRINTED = {1: (640, 330), 2: (500, 300), 3: (360, 260)}
 
 @dataclass(frozen=True)
 class Key:
-    """Holds an entry of a legend.
-
-    Attributes:
-      label: text behind the sample.
-      tone: name in `marks.TONES` that gives the colour and dash of the sample.
-      shape: "dot", "line", "box", or "ramp" for a scale from light to dark.
-      before: text before the sample.
-    """
+    """Holds an entry of a legend: a sample between the texts `before` and `label`. Its colour and dash are those of a
+    `tone` in `marks.TONES`; its shape is "dot", "line", "box", or "ramp" for a scale from light to dark."""
 
     label: str
     tone: str

@@ -12,14 +12,7 @@ _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
 
 @dataclass(frozen=True)
 class Point:
-    """Holds one measured point.
-
-    Attributes:
-      x: position on the horizontal axis.
-      y: the value.
-      low, high: its interval, which is drawn if both ends are known.
-      ring: whether a ring around the point emphasises it.
-    """
+    """Holds one measured point; its interval `low` to `high` is drawn if both ends are known, a `ring` emphasises it."""
 
     x: Number
     y: float

@@ -86,11 +86,7 @@ def _draw_keys(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
 
 
 class _Canvas:
-    """An image to draw on, in pixels of a drawing.
-
-    Attributes:
-      origin: where the upper left corner of the present drawing is in the image.
-    """
+    """An image to draw on; `origin` is where the upper left corner of the present drawing is in it."""
 
     def __init__(self, width: int, height: int) -> None:
         self._factor = _SCALE * _OVERSAMPLING
@@ -157,14 +153,9 @@ class _Canvas:
 
 
 def _dashed(points: list[tuple[Number, Number]], dash: Sequence[Number]) -> list[list[tuple[Number, Number]]]:
-    """Cuts a line into dashes.
+    """Cuts a line, given by its corners, into dashes; returns the corners of each.
 
-    Args:
-      points: corners of the line.
-      dash: lengths of a dash and of the gap after it, repeated along the line; empty for a solid line.
-
-    Returns:
-      The corners of each dash.
+    `dash` has the lengths of a dash and of the gap after it, which repeat along the line; it is empty for a solid line.
     """
     if not dash:
         return [points]
@@ -188,11 +179,9 @@ def _dashed(points: list[tuple[Number, Number]], dash: Sequence[Number]) -> list
 
 
 def _rgba(colour: str, tone: str, opacity: Number) -> tuple[int, ...]:
-    """Returns a named colour of the light page as (red, green, blue, alpha), each 0 to 255.
-
-    "tone" means the colour `tone`. The colour "page" is white in files.
-    """
+    """Returns a colour of the light page as (red, green, blue, alpha), 0 to 255 each; "tone" is the colour `tone`."""
     name = tone if colour == "tone" else colour
+    # The background of files is white.
     red, green, blue = ImageColor.getrgb("#ffffff" if name == "page" else COLOURS[name].light)[:3]
     return (red, green, blue, round(255 * opacity))
 

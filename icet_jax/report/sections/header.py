@@ -158,10 +158,7 @@ def _tile(label: str, metric: str, sides: Sequence[Value | None]) -> list[Tile]:
 
 
 def _organism(study: Study) -> list[Block]:
-    """Returns a notice on what was planted in the organism (the embedded test model) and what that can show.
-
-    Returns an empty list for any other model.
-    """
+    """Returns a notice on what was planted in the organism (the embedded test model); [] for any other model."""
     organism = study.first.organism
     if not organism:
         return []
@@ -252,14 +249,8 @@ def _cautions(comparison: Comparison) -> list[str]:
 
 
 def _listed(differing: Mapping[str, Mapping[str, list[str]]]) -> list[tuple[str, bool, str]]:
-    """Puts data sets together that differ between runs in the same way.
-
-    Args:
-      differing: {data set: {value: names of runs}}.
-
-    Returns:
-      (names of the data sets, whether there is only one, "runs: value; runs: value") for each way.
-    """
+    """Puts data sets together that differ in the same way: returns (names of the data sets, whether there is only one,
+    "runs: value; runs: value") for each way in {data set: {value: names of runs}}."""
     datasets_by_text: dict[str, list[str]] = {}
     for dataset, values in differing.items():
         listed = "; ".join(f"{', '.join(runs)}: {value}" for value, runs in values.items())

@@ -59,10 +59,7 @@ def utility_of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def dataset_heading(study: Study, dataset: str) -> str:
-    """Returns a title such as "xstest: benign requests, 256 responses per exit".
-
-    The name of the data set is left out if it only repeats the kind of its rows.
-    """
+    """Returns "xstest: benign requests, 256 responses per exit", without a name that only repeats the kind of rows."""
     name, kind = dataset_name(dataset), study.kind(dataset)
     what = {
         "forbidden": "forbidden requests",

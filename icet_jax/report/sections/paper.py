@@ -47,10 +47,8 @@ _MODEL = re.compile(r"llava-(v)?1\.5-7b(-hf)?")
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a table for each of the paper's test sets that the run measured, with the paper's values and the run's.
-
-    Returns an empty list for another model than the paper's, or if none of its test sets was measured.
-    """
+    """Returns a table for each of the paper's test sets that the run measured, with the paper's values and the run's;
+    an empty list for another model than the paper's."""
     if not _is_papers_model(study):
         return []
     sets = [(dataset, name) for dataset in study.datasets if (name := papers_name(study, dataset)) is not None]
@@ -90,13 +88,8 @@ def _is_papers_model(study: Study) -> bool:
 
 
 def _table(study: Study, dataset: str, name: str) -> list[Block]:
-    """Returns the table of one test set, with a row per group of exits and columns of the paper's and the run's values.
-
-    Args:
-      study: the run.
-      dataset: the run's data set.
-      name: the paper's name of it.
-    """
+    """Returns the table of one data set, called `name` in the paper, with a row per group of exits and columns of the
+    paper's and the run's values."""
     head, columns = [text("Exits")], []
     for index, (family, title) in enumerate(NAMES.items()):
         head.append(text(f"{title} ", Span("paper", "b")))

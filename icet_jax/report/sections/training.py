@@ -55,10 +55,8 @@ def config_of_study(study: Study) -> list[Block]:
 
 
 def _description(study: Study) -> list[Block]:
-    """Returns a paragraph on the algorithm, how exits were drawn, and the reward of each kind of row.
-
-    Returns an empty list if the run did not measure a trained model.
-    """
+    """Returns a paragraph on the algorithm, how exits were drawn, and the reward of each kind of row; [] if the run did
+    not measure a trained model."""
     config = study.first.config
     settings = config.get(str(config.get("algorithm")))
     if not isinstance(settings, dict) or not any("after" in study.phases(dataset) for dataset in study.datasets):
@@ -77,10 +75,8 @@ def _description(study: Study) -> list[Block]:
 
 
 def _curve(study: Study, name: str, title: str) -> Figure | None:
-    """Returns the chart of a metric over training steps; None if it has no values.
-
-    It shows the mean over seeds and, if there are several, each seed as a thin line.
-    """
+    """Returns the chart of a metric over training steps, the mean over seeds with a thin line per seed; None without
+    values."""
     points_by_run = [_points(run.history, name) for run in study.runs]
     series = [Series("", "plain", _thin_out(points), thin=True) for points in points_by_run if study.several and points]
     by_step: dict[float, list[float]] = {}
@@ -112,11 +108,8 @@ def _thin_out(points: list[Point]) -> list[Point]:
 
 
 def _exit_maps(study: Study, names: list[str]) -> list[Block]:
-    """Returns heat maps of the scores of sampled responses by exit and step, one for each kind of row.
-
-    Runs of earlier versions recorded one mean over all kinds; they get one heat map. `names` are the metrics that the
-    run recorded.
-    """
+    """Returns heat maps of the scores of sampled responses by exit and step, one for each kind of row, from the metrics
+    `names`. Runs of earlier versions recorded one mean over all kinds, which gives one heat map."""
     matches = [match for name in names if (match := _EXIT_SCORE.fullmatch(name))]
     titles = {f"scores/{kind}": f"Score by exit over training, {_kind_name(kind)} rows" for kind in KINDS}
     titles |= dict.fromkeys(_MIXED_SCORES, "Score by exit over training, all kinds of rows in one mean")

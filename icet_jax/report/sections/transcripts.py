@@ -7,12 +7,7 @@ from icet_jax.report.transcripts import collect
 
 
 def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
-    """Returns the viewer of responses with a note above it; an empty list if the run has no transcripts.
-
-    Args:
-      study: the run.
-      reveal_unsafe: whether responses that a judge called unsafe are shown.
-    """
+    """Returns the viewer of responses, with those that a judge called unsafe if `reveal_unsafe`; [] without any."""
     prompts = collect(study, reveal_unsafe=reveal_unsafe)
     if not prompts:
         return []
