@@ -12,7 +12,7 @@ _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
 
 @dataclass(frozen=True)
 class Point:
-    """Holds one measured point; its interval `low` to `high` is drawn if both ends are known, a `ring` emphasises it."""
+    """Holds one measured point; its interval `low` to `high` is drawn if both are known, a `ring` emphasises it."""
 
     x: Number
     y: float
