@@ -253,7 +253,7 @@ def check_main(arguments: list[str]) -> None:
 
         patch.setattr(importlib, "import_module", imported)
         patch.setattr(compilations, "keep_programs", lambda *_: None)
-        patch.setattr(signals, "handled", contextlib.nullcontext)
+        patch.setattr(signals, "handle_signals", contextlib.nullcontext)
         patch.setattr(distributed, "joined", lambda *_: contextlib.nullcontext())
         around.enter_context(contextlib.chdir(ROOT))
         try:

@@ -208,7 +208,7 @@ def test_the_training_set_counts_in_align_and_in_train(tmp_path, data, checkpoin
         common.load_inputs(config, tmp_path / "run", training=True)
     with common.claimed(tmp_path / "run", config):
         pass
-    monkeypatch.setattr(align, "_require_training", lambda config: None)
+    monkeypatch.setattr(align, "_require_fields", lambda config: None)
     with pytest.raises(UserError, match=re.escape("(train: 1 changed (a))")):
         align.train(config, tmp_path / "run")
 

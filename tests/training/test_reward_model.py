@@ -158,7 +158,7 @@ def train(mesh):
     state = trainer.start(base.params)
     for _ in range(2):
         state, numbers = trainer.step(state)
-    assert trainer._compiled._cache_size() == 1
+    assert trainer._jitted_step._cache_size() == 1
     return jax.tree.leaves(state.params), numbers["loss"], trainer.margins(state.params, pairs[:5])
 alone = train(None)
 spread = train(make_mesh(data=2, fsdp=2, tensor=2))
