@@ -66,6 +66,7 @@ def verdict(study: Study) -> Verdict:
 
 
 def _judged(study: Study, dataset: str, judges: list[str]) -> Verdict:
+    """Returns the headline for a data set, with the values of the first of its judges."""
     judge = judges[0]
     phases = study.phases(dataset)
     worst = {phase: study.worst(phase, dataset, judge) for phase in phases}
@@ -105,7 +106,7 @@ def _judged(study: Study, dataset: str, judges: list[str]) -> Verdict:
 
 
 def _details(study: Study, phase: str, dataset: str, worst: ExitValue) -> list[str]:
-    """What stands behind the worst exit's share: answers and interval, and how many answers are empty or degenerate."""
+    """Returns phrases on the worst exit: number of answers and interval, and how many are empty or degenerate."""
     layer, value = worst
     facts = []
     if value.n is not None:
