@@ -34,7 +34,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     """Writes the model of the run in `workdir`, or one per seed, from its newest (or best) checkpoint; returns 0.
 
     Args:
-      config: replaced by the run's own config.json.
+      config: unused; the config.json in the run directory is read instead.
       workdir: the run directory.
       options: `out`, the target folder; `workdir`/hf by default (with several seeds: `out`/seed_K or
         workdir/seed_K/hf).
@@ -178,7 +178,7 @@ def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_sc
 
 
 def _trained(lora: Lora | None) -> tuple[str, ...]:
-    """Returns the parts of the model whose weights were trained themselves: the decoder, or none if there is LoRA."""
+    """Returns the parts of the model whose weights training changed directly: the decoder; none if it trained LoRA."""
     return (POLICY_ROOT,) if lora is None else ()
 
 

@@ -29,7 +29,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     A run of several seeds is sampled and labelled as a whole.
 
     Args:
-      config: replaced by the run's own config.json.
+      config: unused; the config.json in the run directory is read instead.
       workdir: the run directory.
       options: `out`, the file to write, with `rows`, the number of responses, and `verdicts`, whether to show judges'
         verdicts; or `labels`, the file to read.

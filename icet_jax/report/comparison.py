@@ -77,7 +77,7 @@ class Comparison:
 
     def holders(self, dataset: str, metric: str) -> list[tuple[int, Member]]:
         """Returns (index among all runs, run) of the runs that measured a metric on a data set."""
-        return [(place, m) for place, m in enumerate(self.members) if metric in m.study.metrics(dataset)]
+        return [(index, m) for index, m in enumerate(self.members) if metric in m.study.metrics(dataset)]
 
     def phases(self, dataset: str, metric: str) -> list[str]:
         """Returns which of "before" and "after" at least one run measured."""
@@ -154,9 +154,9 @@ def load_comparison(run_dirs: Sequence[Path]) -> Comparison:
     if len(run_dirs) > MOST_RUNS:
         raise UserError(f"--mode=compare tells at most {MOST_RUNS} runs apart, but {len(run_dirs)} are given")
     resolved = [path.resolve() for path in run_dirs]
-    for place, path in enumerate(resolved):
-        if path in resolved[:place]:
-            raise UserError(f"{run_dirs[place]}: given twice; name each run once")
+    for index, path in enumerate(resolved):
+        if path in resolved[:index]:
+            raise UserError(f"{run_dirs[index]}: given twice; name each run once")
     studies = [Study(load_runs(path)) for path in run_dirs]
     members = map(Member, short_names(resolved), run_dirs, studies)
     comparison = Comparison(tuple(members))

@@ -24,7 +24,7 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
     """Returns a figure of a metric with the panels before and after, and a line per run; None if no run has values."""
     family, holders = metric_family(metric), comparison.holders(dataset, metric)
     curves = {
-        phase: [(place, m, m.study.curve(phase, dataset, metric)) for place, m in holders]
+        phase: [(index, m, m.study.curve(phase, dataset, metric)) for index, m in holders]
         for phase in comparison.phases(dataset, metric)
     }
     values = [
@@ -44,7 +44,7 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
     for phase, members in curves.items():
         chart = _depth_chart(
             f"{family_title(metric)}, {_WHEN[phase].lower()}",
-            [(place, member, curve) for place, member, curve in members if curve],
+            [(index, member, curve) for index, member, curve in members if curve],
             show_y=axis_percent if family.share else axis_number,
             detail=lambda y: show(metric, y),
             y_range=y_range,
@@ -60,18 +60,18 @@ def geometry_overlays(comparison: Comparison) -> list[Figure]:
     each measure of distance that two or more runs have."""
     figures = []
     for name, title in GEOMETRY_TITLES.items():
-        curves = [(place, m, m.study.geometry(name)) for place, m in enumerate(comparison.members)]
-        curves = [(place, member, curve) for place, member, curve in curves if curve]
+        curves = [(index, m, m.study.geometry(name)) for index, m in enumerate(comparison.members)]
+        curves = [(index, member, curve) for index, member, curve in curves if curve]
         if len(curves) > 1:
             chart = _depth_chart(title, curves, show_y=axis_number, detail=number, y_range=(0.0, 1.0))
-            keys = run_keys([(place, member) for place, member, _ in curves])
+            keys = run_keys([(index, member) for index, member, _ in curves])
             figures.append(Figure(title, f"geometry/{name}", (Panel(chart),), keys, wide=True))
     return figures
 
 
 def run_keys(members: Sequence[tuple[int, Member]]) -> tuple[Key, ...]:
     """Returns the legend: a line for each (index among the compared runs, run)."""
-    return tuple(Key(member.name, f"run-{place}", "line") for place, member in members)
+    return tuple(Key(member.name, f"run-{index}", "line") for index, member in members)
 
 
 def _depth_chart(
@@ -86,10 +86,10 @@ def _depth_chart(
     """Returns a chart of curves over relative depth, whose tooltips show each run's value at its nearest exit; for
     `show_y` and `detail`, which turn values into text, and the ranges see `Chart`."""
     series = []
-    for place, member, curve in curves:
+    for index, member, curve in curves:
         default = member.study.default_exit
         points = [Point(member.depth(x), v.mean, v.low, v.high, ring=x == default) for x, v in curve]
-        series.append(Series(member.name, f"run-{place}", points))
+        series.append(Series(member.name, f"run-{index}", points))
     return Chart(
         title=title,
         series=series,

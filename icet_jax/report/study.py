@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from icet_jax.evaluation.combined import any_exit_metric, family_of
 from icet_jax.exit_groups import EARLY_TO_LATE, exit_groups
+from icet_jax.files import JsonObject
 from icet_jax.report.loading import PHASES, Run
 from icet_jax.report.schema import METRIC_FAMILIES
 
@@ -244,7 +245,7 @@ class Study:
         names = [name for name in self.metrics(dataset, "asr") if name != HUMAN]
         return sorted(names, key=lambda name: "keyword" in name)
 
-    def _tables(self) -> Iterable[tuple[tuple[str, str], dict[str, Any]]]:
+    def _tables(self) -> Iterable[tuple[tuple[str, str], JsonObject]]:
         return (item for run in self.runs for item in run.tables.items())
 
     def _combine(self, values: Sequence[Value | None]) -> Value | None:
@@ -295,7 +296,7 @@ def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None
     return None
 
 
-def _entry(layers: list[dict[str, Any]], metric: str, layer: int | None) -> Value | None:
+def _entry(layers: list[JsonObject], metric: str, layer: int | None) -> Value | None:
     """Returns a metric at the exit `layer` from the list `layers` of a sweep file; None if it is not there."""
     for entry in layers:
         if entry["layer"] == layer and metric in entry["metrics"]:
@@ -303,7 +304,7 @@ def _entry(layers: list[dict[str, Any]], metric: str, layer: int | None) -> Valu
     return None
 
 
-def _of_maximum(table: dict[str, Any], metric: str) -> tuple[int | None, Value | None]:
+def _of_maximum(table: JsonObject, metric: str) -> tuple[int | None, Value | None]:
     """Returns the worst exit in a sweep file and its value; (None, None) for files of earlier versions."""
     worst = table.get("worst_exit")
     entry = worst.get(metric) if isinstance(worst, dict) else None
@@ -336,7 +337,7 @@ def _part(run: Run, dataset: str, field: str, name: str) -> Run:
     return replace(run, tables=tables)
 
 
-def _measures(layers: list[dict[str, Any]], metric: str) -> bool:
+def _measures(layers: list[JsonObject], metric: str) -> bool:
     """Returns whether any of the `layers` of a sweep file has a value of the metric."""
     return any(as_value(layer["metrics"].get(metric)) is not None for layer in layers)
 

@@ -22,11 +22,11 @@ def of_study(study: Study) -> list[Block]:
     blocks: list[Block] = []
     for dataset in study.datasets:
         by_judge = [_of_judge(study, dataset, metric) for metric in study.judges(dataset)]
-        by_judge = [judged for judged in by_judge if judged]
+        by_judge = [judge_blocks for judge_blocks in by_judge if judge_blocks]
         if by_judge:
-            others = [block for judged in by_judge[1:] for block in judged]
+            hidden = [block for judge_blocks in by_judge[1:] for block in judge_blocks]
             blocks += [*_missing_phase(study, dataset), *by_judge[0]]
-            blocks += details("The same by other judges", others)
+            blocks += details("The same by other judges", hidden)
     return [note(_NOTE + ("" if study.several else _NOTE_INTERVAL)), *blocks] if blocks else []
 
 

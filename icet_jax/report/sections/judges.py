@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from icet_jax.evaluation.combined import family_of
+from icet_jax.files import JsonObject
 from icet_jax.report.blocks import Block, Heading, Span, Text, code, details, note, remark, table, text
 from icet_jax.report.loading import PHASES
 from icet_jax.report.study import Study, as_value, dataset_name
@@ -45,9 +46,9 @@ def _scorers(study: Study) -> list[Block]:
     return [*blocks, note(_NOTE_FAILURES)] if has_failures else blocks
 
 
-def _arrow(sides: Sequence[Sequence[int]], place: int) -> str:
-    """Returns "280 → 283", the counts at index `place` of each side; one count if the other side was not measured."""
-    return " → ".join(_count(side[place]) for side in sides if any(side))
+def _arrow(sides: Sequence[Sequence[int]], index: int) -> str:
+    """Returns "280 → 283", the counts at `index` of each side; one count if the other side was not measured."""
+    return " → ".join(_count(side[index]) for side in sides if any(side))
 
 
 def _judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, int]:
@@ -93,12 +94,12 @@ def _agreement(study: Study) -> list[Block]:
     return [Heading("Do they agree?"), *agreement, note(words), *examples]
 
 
-def _kappa(pair: dict[str, Any]) -> Text:
+def _kappa(pair: JsonObject) -> Text:
     entry = {"mean": _rounded_mean(pair.get("kappa")), "ci95": pair.get("ci95")}
     return with_interval(as_value(entry), number)
 
 
-def _examples(pair: dict[str, Any]) -> list[Block]:
+def _examples(pair: JsonObject) -> list[Block]:
     """Returns a hidden table of rows to which two judges gave different verdicts, without their text."""
     examples = pair.get("examples")
     rows = [
