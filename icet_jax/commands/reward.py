@@ -82,7 +82,8 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
     template = config.rm.template or HH_TEMPLATE
     base = _load_base(config, workdir)
     tokenizer = load_tokenizer(base.directory)
-    encode = GPT2PairTokenizer(tokenizer, template=template, max_length=min(config.rm.max_tokens, base.config.n_positions))
+    longest = min(config.rm.max_tokens, base.config.n_positions)
+    encode = GPT2PairTokenizer(tokenizer, template=template, max_length=longest)
     train_set, held_out = load_sets(config, encode, base.config.vocab_size)
     steps = max(1, int(config.rm.epochs * len(train_set.pairs) / config.rm.batch_size))
     optimizer = OptimizerSettings(**dict(config.optimizer), total_steps=steps)
