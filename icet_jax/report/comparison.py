@@ -75,14 +75,14 @@ class Comparison:
         shared = [metric for metric, count in counts.items() if count > 1]
         return sorted(shared, key=lambda name: (_place(order, name), name.startswith("asr/") and "keyword" in name))
 
-    def holders(self, dataset: str, metric: str) -> list[tuple[int, Member]]:
+    def members_with(self, dataset: str, metric: str) -> list[tuple[int, Member]]:
         """Returns (index among all runs, run) of the runs that measured a metric on a data set."""
         return [(index, m) for index, m in enumerate(self.members) if metric in m.study.metrics(dataset)]
 
     def phases(self, dataset: str, metric: str) -> list[str]:
         """Returns which of "before" and "after" at least one run measured."""
-        holders = self.holders(dataset, metric)
-        return [phase for phase in PHASES if any(m.study.curve(phase, dataset, metric) for _, m in holders)]
+        members = self.members_with(dataset, metric)
+        return [phase for phase in PHASES if any(m.study.curve(phase, dataset, metric) for _, m in members)]
 
     @property
     def headline(self) -> tuple[str, str] | None:

@@ -22,9 +22,9 @@ MemberCurve = tuple[int, Member, Curve]
 
 def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure | None:
     """Returns a figure of a metric with the panels before and after, and a line per run; None if no run has values."""
-    family, holders = metric_family(metric), comparison.holders(dataset, metric)
+    family, members_with_metric = metric_family(metric), comparison.members_with(dataset, metric)
     curves = {
-        phase: [(index, m, m.study.curve(phase, dataset, metric)) for index, m in holders]
+        phase: [(index, m, m.study.curve(phase, dataset, metric)) for index, m in members_with_metric]
         for phase in comparison.phases(dataset, metric)
     }
     values = [
@@ -51,7 +51,7 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
             y_limits=(0.0, 1.0) if family.share else (-math.inf, math.inf),
         )
         panels.append(Panel(chart, _WHEN[phase]))
-    keys = run_keys(holders)
+    keys = run_keys(members_with_metric)
     return Figure(family_title(metric), metric, tuple(panels), keys, dataset_name(dataset), wide=True)
 
 

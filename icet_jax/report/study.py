@@ -218,15 +218,15 @@ class Study:
         return ExitValue(layer, of_maximum) if is_consistent else worst
 
     def attempts(self, dataset: str) -> int:
-        """How many answers each forbidden row got at an exit; 1 where no file says it."""
+        """Returns the number of answers that each forbidden row got at an exit; 1 if no file says it."""
         generation = self.field("generation", dataset)
         attempts = generation.get("attempts") if isinstance(generation, dict) else None
         return attempts if type(attempts) is int and attempts > 1 else 1
 
     def any_exit(self, phase: str, dataset: str, metric: str) -> Value | None:
-        """The share of rows with an unsafe answer at one exit at least, over all attempts, by the judge of `metric`.
+        """Returns the share of rows with an unsafe answer at some exit in some attempt, by the judge of `metric`.
 
-        None where an earlier version measured the data set; `phase` may be "difference".
+        Returns None if an earlier version measured the data set. `phase` may be "difference".
         """
         name = any_exit_metric(metric, self.attempts(dataset))
         return self._combine([_at_any_exit(run, phase, dataset, name) for run in self.runs])
@@ -313,7 +313,8 @@ def _of_maximum(table: JsonObject, metric: str) -> tuple[int | None, Value | Non
 
 
 def _at_any_exit(run: Run, phase: str, dataset: str, name: str) -> Value | None:
-    """A metric over all exits of one run; a difference without an entry is that of the shares, without an interval."""
+    """Returns a metric over all exits of one run; None if it was not measured. A difference that the file does not have
+    is that of the shares, without an interval."""
     value = as_value(_objects(run.tables.get((phase, dataset), {}), "any_exit").get(name))
     if value is None and phase == "difference":
         return _minus(*(_at_any_exit(run, side, dataset, name) for side in PHASES))

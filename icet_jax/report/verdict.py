@@ -122,7 +122,7 @@ def _details(study: Study, phase: str, dataset: str, worst: ExitValue) -> list[s
 
 
 def _interval(study: Study, value: Value) -> str:
-    """ "95% interval 0.3% to 6.0%"; empty where it is not known."""
+    """Returns a phrase such as "95% interval 0.3% to 6.0%"; "" if the interval is unknown."""
     if value.low is None or value.high is None:
         return ""
     name = f"range over {len(study.runs)} seeds" if study.several else "95% interval"
@@ -130,7 +130,7 @@ def _interval(study: Study, value: Value) -> str:
 
 
 def _any_exit_clause(study: Study, dataset: str, judge: str, phases: tuple[str, ...]) -> str:
-    """The share of prompts with an unsafe answer at any exit, with its interval; empty where it was not measured."""
+    """Returns a clause with the share of prompts that have an unsafe answer at any exit; "" if it was not measured."""
     values = [study.any_exit(phase, dataset, judge) for phase in phases]
     shares = [
         f"{percent(value.mean)}{f' ({interval})' if (interval := _interval(study, value)) else ''}"
@@ -147,7 +147,8 @@ def _any_exit_clause(study: Study, dataset: str, judge: str, phases: tuple[str, 
 
 
 def _open_together(study: Study, state: str, dataset: str, judges: list[str]) -> tuple[str, ...]:
-    """Says where no exit is open, but an attacker who may choose the exit finds one for many prompts."""
+    """Returns a caveat if no exit is open on its own, but many prompts have an exit with an unsafe answer, which an
+    attacker who may choose the exit can use; else ()."""
     if state not in ("closed", "none"):
         return ()
     shares = [(value.mean, judge) for judge in judges if (value := study.any_exit("after", dataset, judge)) is not None]

@@ -124,7 +124,7 @@ def test_only_what_two_runs_measured_is_drawn(tmp_path):
     assert comparison.datasets == ["sweep/forbidden"]
     # Keyword judges stand after those that read what an answer says.
     assert comparison.metrics("sweep/forbidden")[:2] == ["asr/llama_guard", JUDGE]
-    assert [m.name for _, m in comparison.holders("sweep/forbidden", "asr/llama_guard")] == ["a", "c"]
+    assert [m.name for _, m in comparison.members_with("sweep/forbidden", "asr/llama_guard")] == ["a", "c"]
     page = render(comparison)
     held = re.search(r"<code>asr/llama_guard</code><span class=\"legend\">(.*?)</figcaption>", page)[1]
     assert ">a<" in held and ">c<" in held and ">b<" not in held

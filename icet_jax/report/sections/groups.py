@@ -38,8 +38,8 @@ def of_comparison(comparison: Comparison) -> list[Block]:
             if metric == HUMAN or family_of(metric) in FORM_FAMILIES:
                 continue
             rows = [
-                [text(run_name(place, member.name)), *_cells(member, dataset, metric)]
-                for place, member in comparison.holders(dataset, metric)
+                [text(run_name(index, member.name)), *_cells(member, dataset, metric)]
+                for index, member in comparison.members_with(dataset, metric)
             ]
             blocks += table(f"{family_title(metric)}: {metric} on {dataset_name(dataset)}", head, rows)
     return blocks

@@ -59,7 +59,7 @@ def sentence(comparison: Comparison) -> str:
     dataset, judge = comparison.headline
     parts = []
     for phase in comparison.phases(dataset, judge):
-        worst = [m.study.worst(phase, dataset, judge) for _, m in comparison.holders(dataset, judge)]
+        worst = [m.study.worst(phase, dataset, judge) for _, m in comparison.members_with(dataset, judge)]
         shares = [exit_value.value.mean for exit_value in worst if exit_value is not None]
         low, high = percent(min(shares)), percent(max(shares))
         spread = low if low == high else f"between {low} and {high}"
@@ -70,8 +70,9 @@ def sentence(comparison: Comparison) -> str:
 
 
 def _any_exits(comparison: Comparison, dataset: str, judge: str, phase: str) -> str:
-    """The shares of prompts with an unsafe answer at any exit, where every run that was measured then has one."""
-    studies = [m.study for _, m in comparison.holders(dataset, judge) if m.study.worst(phase, dataset, judge)]
+    """Returns a phrase with the range over runs of the share of prompts with an unsafe answer at any exit; "" if a run
+    that was measured on this side does not have that share."""
+    studies = [m.study for _, m in comparison.members_with(dataset, judge) if m.study.worst(phase, dataset, judge)]
     values = [study.any_exit(phase, dataset, judge) for study in studies]
     shares = [value.mean for value in values if value is not None]
     if len(shares) < len(values):
@@ -85,7 +86,8 @@ def _caveat(words: str) -> Paragraph:
 
 
 def _spread(study: Study, headline: Verdict) -> str:
-    """The intervals of the worst exit and of any exit after training (or before, where there is no after)."""
+    """Returns a sentence with the intervals at the worst exit and at any exit, after training if that was measured,
+    else before; "" if they are unknown."""
     phase = study.phases(headline.dataset)[-1]
     worst = study.worst(phase, headline.dataset, headline.judge)
     values = {
@@ -144,7 +146,7 @@ def _tiles(study: Study) -> list[Block]:
 
 
 def _any_exit_title(study: Study, dataset: str) -> str:
-    """What the share of prompts with an unsafe answer at any exit is called."""
+    """Returns the title of the share of prompts with an unsafe answer at any exit."""
     attempts = study.attempts(dataset)
     return "ASR, any exit" + (f", any of {attempts} attempts" if attempts > 1 else "")
 
@@ -223,7 +225,7 @@ def _unusable_answers(comparison: Comparison) -> list[str]:
     dataset, judge = comparison.headline
     listed = []
     for phase in comparison.phases(dataset, judge):
-        for _, member in comparison.holders(dataset, judge):
+        for _, member in comparison.members_with(dataset, judge):
             worst = member.study.worst(phase, dataset, judge)
             share = worst and member.study.unusable(phase, dataset, worst.layer)
             if worst and share:

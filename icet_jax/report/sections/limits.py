@@ -73,7 +73,7 @@ def _of_scorers(study: Study) -> list[Text]:
 
 
 def _of_any_exit(study: Study) -> list[Text]:
-    """What the share of prompts with an unsafe answer at any exit means, and of how many it is not known."""
+    """Returns sentences on what ASR at any exit means, and on the number of prompts for which it is unknown."""
     values = [
         value
         for dataset in study.of_kind("forbidden", "mixed")

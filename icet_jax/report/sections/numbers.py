@@ -30,14 +30,14 @@ def of_comparison(comparison: Comparison) -> list[Block]:
         for metric in comparison.metrics(dataset):
             phases = comparison.phases(dataset, metric)
             rows = []
-            for place, member in comparison.holders(dataset, metric):
+            for index, member in comparison.members_with(dataset, metric):
                 for layer in member.study.layers(dataset):
                     values = [member.study.value(phase, dataset, metric, layer) for phase in phases]
                     if any(values):
                         where = [text(f"{layer} of {member.study.num_exits}"), text(percent(member.depth(layer)))]
                         shown = [value_text(metric, value) for value in values]
-                        rows.append([text(run_name(place, member.name)), *where, *shown])
-                rows += _attack_rows_of_member(member, run_name(place, member.name), dataset, metric, phases)
+                        rows.append([text(run_name(index, member.name)), *where, *shown])
+                rows += _attack_rows_of_member(member, run_name(index, member.name), dataset, metric, phases)
             head = ["Run", "Exit", "Depth", *(COLUMN_TITLES[phase] for phase in phases)]
             tables += table(f"{metric} on {dataset_name(dataset)}", head, rows)
     return details("All numbers, exit by exit", tables)
@@ -46,7 +46,7 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 def _attack_rows_of_member(
     member: Member, name: Span, dataset: str, metric: str, phases: Sequence[str]
 ) -> list[list[Text]]:  # fmt: skip
-    """A run's worst exit and any exit, where the metric is an attack success rate."""
+    """Returns the rows "Worst exit" and "Any exit" of one run; none if the metric is no attack success rate."""
     rows = _attack_rows(member.study, dataset, metric, phases)
     return [[text(name), what, text(), *cells[: len(phases)]] for what, *cells in rows]
 
@@ -59,9 +59,9 @@ def value_cells(metric: str, columns: Sequence[str], values: Sequence[Value | No
     ]
 
 
-def run_name(place: int, name: str) -> Span:
-    """Returns the name of a run behind a sample of its line in the charts; `place` is its index among all runs."""
-    return Span(name, f"swatch run-{place}")
+def run_name(index: int, name: str) -> Span:
+    """Returns the name of a run behind a sample of its line in the charts; `index` is its index among all runs."""
+    return Span(name, f"swatch run-{index}")
 
 
 def _metric_table(study: Study, dataset: str, metric: str) -> list[Block]:
@@ -86,7 +86,8 @@ def _metric_table(study: Study, dataset: str, metric: str) -> list[Block]:
 
 
 def _attack_rows(study: Study, dataset: str, metric: str, columns: Sequence[str]) -> list[list[Text]]:
-    """The worst exit of an attack success rate, and the share of rows with an unsafe answer at any exit."""
+    """Returns the rows "Worst exit" and "Any exit" (the share of prompts with an unsafe answer at any exit); none if
+    the metric is no attack success rate."""
     if family_of(metric) not in ("asr", "asr@k"):
         return []
     worst = [worst_text(study, phase, dataset, metric) for phase in columns if phase != "difference"]
@@ -100,7 +101,7 @@ def _attack_rows(study: Study, dataset: str, metric: str, columns: Sequence[str]
 
 
 def worst_text(study: Study, phase: str, dataset: str, metric: str) -> Text:
-    """The worst exit's share with its interval, and which exit it is."""
+    """Returns the highest share of any exit with its interval, and the number of that exit."""
     worst = study.worst(phase, dataset, metric)
     share = value_text(metric, worst and worst.value)
     return share if worst is None else text(share, " ", remark(f"exit {worst.layer}"))

@@ -13,14 +13,14 @@ _NOTE = "Charts place exit l of N at the relative depth l / N. A ring marks a ru
 def of_comparison(comparison: Comparison) -> list[Block]:
     """Returns a table with a row per run, and the list of their exit definitions."""
     rows = []
-    for place, member in enumerate(comparison.members):
+    for index, member in enumerate(comparison.members):
         study = member.study
         trained = algorithm(study) if any("after" in study.phases(name) for name in study.datasets) else "not trained"
         trained += f", {len(study.runs)} seeds" if study.several else ""
         default = "–" if study.default_exit is None else str(study.default_exit)
         facts = [str(study.field("model") or "–"), str(study.num_exits), default, trained]
         attacks = [_worst(comparison, member), _any_exit(comparison, member)]
-        rows.append([text(run_name(place, member.name)), *map(text, facts), *attacks])
+        rows.append([text(run_name(index, member.name)), *map(text, facts), *attacks])
     head = ["Run", "Model", "Exits", "Default exit", "Training", "Worst exit", "Any exit"]
     definitions: dict[str, list[str]] = {}
     for member in comparison.members:
@@ -44,7 +44,8 @@ def _worst(comparison: Comparison, member: Member) -> Text:
 
 
 def _any_exit(comparison: Comparison, member: Member) -> Text:
-    """A run's share of prompts with an unsafe answer at any exit by the headline's judge, before -> after."""
+    """Returns a run's share of prompts with an unsafe answer at any exit by the judge of the headline, before → after;
+    "–" if it was not measured."""
     if comparison.headline is None:
         return text("–")
     dataset, judge = comparison.headline
