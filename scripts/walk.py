@@ -6,6 +6,9 @@
 The folder has what the pages expect of the reader: DIR is a miniature checkpoint, RUN the demo's run directory, DATA a
 folder with rows. A config of a published model is replaced by its `:smoke` variant, which uses miniatures of weights,
 judges and data sets. A command that is on several pages runs once.
+
+Commands run side by side, one per core. Those that name the same output run one after the other, in the order of the
+pages. As in the tests, XLA optimises almost nothing, and all commands share their compiled programs.
 """
 
 import argparse
@@ -21,16 +24,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.devices import FASTER  # noqa: E402
+
 PUBLISHED = re.compile(r"(configs/(?:llava15|llava_next|llama32v)_\w+\.py|configs/rm_gpt2\.py)(?!:)")
 LEFT_OUT = (  # (pattern of commands that need more than this machine has, what they need, whether it is present)
     (re.compile(r"--topology=v"), "needs libtpu", lambda: importlib.util.find_spec("libtpu") is not None),
     (re.compile(r"--checkpoint=(?!runs/)[\w-]+/"), "needs weights from the hub", lambda: False),
     (re.compile(r"--labels="), "needs people's labels", lambda: False),
 )
+OUTPUTS = ("--workdir=", "--out=", "--config.data.directory=")  # flags with a path that a command may write to
+AT_ONCE = min(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +69,11 @@ class Command:
         """Why the command is left out; "" if it is run."""
         text = shlex.join(self.words)
         return next((need for pattern, need, is_present in LEFT_OUT if pattern.search(text) and not is_present()), "")
+
+    def names(self, outputs: Collection[str]) -> set[str]:
+        """Those of the output paths that the command names, or names something inside of."""
+        values = [word.partition("=")[2] if word.startswith("--") else word for word in self.words]
+        return {path for path in outputs if any(value == path or value.startswith(f"{path}/") for value in values)}
 
     def __str__(self) -> str:
         """Returns the page and the command, without the path of the Python interpreter."""
@@ -134,23 +149,43 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, default=ROOT / "runs" / "organism", help="the run of `make demo`")
     parser.add_argument("--only", default="", help="commands that contain this")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
+    chosen: list[Command] = []
     exit_codes: list[int] = []
-    num_left_out, owners = 0, dict[str, tuple[str, ...]]()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if not options.list:
-            furnish(folder, options.demo)
-        for command in commands():
-            if options.only not in str(command):
-                continue
-            if command.reason or options.list:
-                num_left_out += bool(command.reason)
-                print(f"{command.reason or 'runs'}: {command}", flush=True)
-            else:
-                exit_codes.append(run(command, folder, owners))
+    num_left_out = 0
+    for command in commands():
+        if options.only not in str(command):
+            continue
+        if command.reason or options.list:
+            num_left_out += bool(command.reason)
+            print(f"{command.reason or 'runs'}: {command}", flush=True)
+        else:
+            chosen.append(command)
+    if chosen:
+        with tempfile.TemporaryDirectory() as name:
+            furnish(Path(name), options.demo)
+            exit_codes = run_all(chosen, Path(name))
     print(f"{len(exit_codes)} commands ran, {sum(map(bool, exit_codes))} of them failed; {num_left_out} left out")
     return int(any(exit_codes))
+
+
+def run_all(chosen: Sequence[Command], folder: Path) -> list[int]:
+    """Runs each command as soon as all earlier ones that name one of its outputs have ended; returns the exit codes."""
+    outputs = {word.partition("=")[2] for command in chosen for word in command.words if word.startswith(OUTPUTS)}
+    waiting, running, exit_codes = list(chosen), dict[Future[int], Command](), list[int]()
+    owners: dict[str, tuple[str, ...]] = {}
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        while waiting or running:
+            in_use = {path for command in running.values() for path in command.names(outputs)}
+            for command in tuple(waiting):
+                paths = command.names(outputs)
+                if len(running) < AT_ONCE and not paths & in_use:
+                    running[threads.submit(run, command, folder, owners)] = command
+                    waiting.remove(command)
+                in_use |= paths
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                exit_codes.append(future.result())
+    return exit_codes
 
 
 def run(command: Command, folder: Path, owners: dict[str, tuple[str, ...]]) -> int:
@@ -172,11 +207,17 @@ def run(command: Command, folder: Path, owners: dict[str, tuple[str, ...]]) -> i
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             owners[word] = command.words
     began = time.monotonic()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{FASTER} {os.environ.get('XLA_FLAGS', '')}".strip(),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    }
     result = subprocess.run(command.words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    print(f"{time.monotonic() - began:.0f} s, {result.returncode}: {command}", flush=True)
+    lines = [f"{time.monotonic() - began:.0f} s, {result.returncode}: {command}"]
     if result.returncode:
-        print("    " + "\n    ".join((result.stdout + result.stderr).strip().splitlines()[-8:]), flush=True)
+        lines += [f"    {line}" for line in (result.stdout + result.stderr).strip().splitlines()[-8:]]
+    print("\n".join(lines), flush=True)  # in one piece: another command may end at the same time
     return result.returncode
 
 

@@ -1,14 +1,17 @@
 """Every test runs on the CPU in full float32, and every array annotation is checked at run time.
 
 Programs of tests run once or twice, so that compiling them is most of the time: XLA is told to optimise nothing
-(`XLA_FLAGS` of your own come after, and win), and a program that several tests or processes need is compiled once. The
-processes that tests start inherit both.
+(`FASTER`; `XLA_FLAGS` of your own come after, and win), and a program that several tests or processes need is compiled
+once. The processes that tests start inherit both.
 """
 
+import gc
 import os
 import tempfile
 
-FASTER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+from tests.devices import FASTER
+
+gc.disable()  # until everything is imported, see pytest_collection_finish
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if FASTER not in os.environ.get("XLA_FLAGS", ""):
@@ -32,6 +35,47 @@ import pytest
 from icet_jax.parallel.programs import keep_traces
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Files that take longest, in that order. They start first (`--no-loadscope-reorder` in the Makefile): a file that takes
+# minutes and starts last would leave the other workers idle.
+LONG = (
+    "tests/parallel/test_parity.py",
+    "tests/training/test_restore.py",
+    "tests/launch/test_local_processes.py",
+    "tests/training/test_resume.py",
+    "tests/algorithms/test_anchor.py",
+    "tests/runs/test_faults.py",
+    "tests/runs/test_families.py",
+    "tests/commands/test_align.py",
+    "tests/algorithms/test_learner.py",
+    "tests/notebooks/test_notebooks.py",
+    "tests/release/test_package.py",
+    "tests/evaluation/test_sweep.py",
+    "tests/parallel/test_programs.py",
+    "tests/organism/test_build.py",
+    "tests/parallel/test_mesh_of_eight.py",
+    "tests/models/test_mllama_parity.py",
+    "tests/models/test_families.py",
+    "tests/generation/test_decode.py",
+    "tests/generation/test_engine.py",
+    "tests/checkpoints/test_on_a_mesh.py",
+    "tests/parallel/test_compilations.py",
+    "tests/algorithms/test_mesh.py",
+    "tests/scorers/test_decoder_judge.py",
+    "tests/test_out_of_memory.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the tests of `LONG` files first; the others stay in order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector begin, and spares it the modules: they stay, and searching them took long."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,15 @@
-"""Programs that need several devices run in a process of their own, which emulates them."""
+"""How tests compile; and programs that need several devices, which run in a process of their own that emulates them."""
 
 import os
 import subprocess
 import sys
+
+# XLA's flags where programs run once or twice, so that compiling them is most of the time: nothing is optimised, loops
+# are emitted by the older and simpler emitters, and a program is not split for threads.
+FASTER = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 
 
 def emulating(devices: int) -> dict[str, str]:

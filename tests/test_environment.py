@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import LONG, pytest_collection_modifyitems
 from tests.devices import emulating
 
 PROGRAM = """
@@ -22,3 +23,19 @@ def test_a_process_with_three_devices_compiles_as_the_tests_do_and_shares_their_
     count, backend, folder = done.stdout.split(maxsplit=2)
     assert (count, backend) == ("3", "cpu")
     assert Path(folder.strip()).is_dir() and folder.strip() == os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+class Item:
+    """What pytest collects, as far as its order needs it."""
+
+    def __init__(self, nodeid):
+        self.nodeid = nodeid
+
+
+def test_files_that_take_long_start_first_and_exist():
+    root = Path(__file__).parents[1]
+    assert all((root / name).is_file() for name in LONG) and len(set(LONG)) == len(LONG)
+    short = [f"tests/data/test_x.py::test_{name}" for name in "ba"]
+    items = [*map(Item, short), *(Item(f"{name}::test_it[{number}]") for name in reversed(LONG) for number in (2, 1))]
+    pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == [*(f"{n}::test_it[{k}]" for n in LONG for k in (2, 1)), *short]

@@ -1,5 +1,7 @@
 """The anchor to the default exit, within L-PPO and alone (L-Distill)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,20 +32,29 @@ def moved_state(settings, seed=3):
 
 
 def sampled(phases, params, state):
-    """A rollout whose first four rows have answers: with two images, one and none."""
+    """A rollout whose first three rows have answers: with one image, none and two."""
     rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
-    return rollout._replace(mask=rollout.mask & (np.arange(8) < 4)[:, None])
+    return rollout._replace(mask=rollout.mask & (np.arange(8) < 3)[:, None])
 
 
-def row_logits(model, lora, rollout, row, visual):
-    """Logits of one row's response tokens, without padding on either side: [length, V]."""
-    prompt = np.asarray(rollout.prompts)[row][np.asarray(rollout.prompt_mask)[row]]
-    answer = np.asarray(rollout.tokens)[row][np.asarray(rollout.mask)[row]]
-    tokens = jnp.asarray(np.concatenate([prompt, answer[:-1]]))[None]
-    mask = jnp.ones(tokens.shape, bool)
-    own = jax.tree.map(lambda leaf: leaf[row : row + 1], visual)
-    hidden = model.decode(tokens, positions_from_mask(mask), mask, own, lora)[0, len(prompt) - 1 :]
+@functools.partial(jax.jit, static_argnames=("scale", "answer"))
+def row_logits(policy, tokens, own, *, scale, answer):
+    """Logits of one row's `answer` response tokens, without padding on either side: [answer, V].
+
+    One program for each length, as the weights that the tests change are arguments; `policy` None is the reference.
+    """
+    graphdef, params = toy.model()
+    weights, lora = (params, None) if policy is None else with_policy(params, {"policy": policy}, scale)
+    model, mask = nnx.merge(graphdef, weights), jnp.ones(tokens.shape, bool)
+    hidden = model.decode(tokens, positions_from_mask(mask), mask, own, lora)[0, -answer:]
     return model.logits(hidden[None])[0]
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "answer"))
+def pulled_back(policy, tokens, own, slope, *, scale, answer):
+    """The gradient with respect to the policy whose gradient with respect to a row's logits is `slope`."""
+    logits = functools.partial(row_logits, tokens=tokens, own=own, scale=scale, answer=answer)
+    return jax.vjp(logits, policy)[1](slope)[0]
 
 
 def log_softmax64(logits, settings):
@@ -56,26 +67,29 @@ def log_softmax64(logits, settings):
 
 def by_hand(settings, trainable, rollout):
     """(mean KL, its gradient): numpy's float64 on every row alone, pulled back through the network row by row."""
-    graphdef, params = toy.model()
-    reference = nnx.merge(graphdef, params)
-    total, grads = 0.0, jax.tree.map(jnp.zeros_like, trainable["policy"])
+    policy, scale = trainable["policy"], settings.lora_scale
+    total, grads = 0.0, jax.tree.map(jnp.zeros_like, policy)
     count = int(np.asarray(rollout.mask).sum())
     for row in np.flatnonzero(np.asarray(rollout.mask).any(1)):
-
-        def own_logits(policy, row=row):
-            weights, lora = with_policy(params, {"policy": policy}, settings.lora_scale)
-            return row_logits(nnx.merge(graphdef, weights), lora, rollout, row, rollout.visual)
-
-        logits = jax.jit(own_logits)(trainable["policy"])
-        anchored = jax.jit(lambda row=row: row_logits(reference, None, rollout, row, rollout.anchor_visual))()
+        prompt = np.asarray(rollout.prompts)[row][np.asarray(rollout.prompt_mask)[row]]
+        answer = np.asarray(rollout.tokens)[row][np.asarray(rollout.mask)[row]]
+        tokens = jnp.asarray(np.concatenate([prompt, answer[:-1]]))[None]
+        own, anchor = (one_row(part, row) for part in (rollout.visual, rollout.anchor_visual))
+        logits = row_logits(policy, tokens, own, scale=scale, answer=len(answer))
+        anchored = row_logits(None, tokens, anchor, scale=None, answer=len(answer))
         target, kept = log_softmax64(anchored, settings)
-        own, _ = log_softmax64(logits, settings)
-        total += (np.exp(target) * (target - own)).sum() / count
-        slope = np.zeros(logits.shape)
-        slope[:, kept] = (np.exp(own) - np.exp(target)) / settings.sampling.temperature / count
-        pull = jax.jit(lambda policy, slope, logits=own_logits: jax.vjp(logits, policy)[1](slope)[0])
-        grads = jax.tree.map(jnp.add, grads, pull(trainable["policy"], jnp.asarray(slope, jnp.float32)))
+        log_probs, _ = log_softmax64(logits, settings)
+        total += (np.exp(target) * (target - log_probs)).sum() / count
+        slope = np.zeros(logits.shape, np.float32)
+        slope[:, kept] = (np.exp(log_probs) - np.exp(target)) / settings.sampling.temperature / count
+        pull = pulled_back(policy, tokens, own, slope, scale=scale, answer=len(answer))
+        grads = jax.tree.map(jnp.add, grads, pull)
     return total, grads
+
+
+def one_row(tree, row):
+    """The leaves' own parts of one row, as a batch of one."""
+    return jax.tree.map(lambda leaf: leaf[row : row + 1], tree)
 
 
 def assert_same(mine, theirs):

@@ -5,7 +5,6 @@ The differences that were measured are in docs/scaling.md.
 
 import concurrent.futures
 import json
-import os
 import sys
 
 import pytest
@@ -73,8 +72,6 @@ def differences(tmp_path_factory):
     for case, folder in folders.items():  # not by the threads: transformers imports its models when they are named
         FAMILIES[CASES[case][0]](folder / "vlm")
     with pytest.MonkeyPatch.context() as patched, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        # A third less to compile again. Not for all tests: rows of other batches then differ by rounding.
-        patched.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=false")
         patched.setenv("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner warns of gathers of embeddings
         return dict(zip(folders, pool.map(measured, folders, folders.values()), strict=True))
 

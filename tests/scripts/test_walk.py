@@ -33,6 +33,30 @@ def test_a_command_that_fails_fails_the_walk(tmp_path, capsys):
     assert "3: page.md:2" in capsys.readouterr().out
 
 
+MEET = """
+import pathlib, sys, time
+own, other = map(pathlib.Path, sys.argv[1:3])
+own.touch()
+until = time.monotonic() + 60
+while not other.exists():
+    if time.monotonic() > until:
+        sys.exit(1)
+    time.sleep(0.01)
+pathlib.Path("runs").mkdir(exist_ok=True)
+pathlib.Path(f"runs/{own.name}").touch()
+"""
+
+
+def test_commands_that_name_one_place_run_in_order_and_others_side_by_side(tmp_path, monkeypatch):
+    """Two commands wait for each other; the one between them on the page reads what the first writes."""
+    monkeypatch.setattr(walk, "AT_ONCE", 2)
+    exists = "import pathlib, sys; sys.exit(not pathlib.Path('runs/first').exists())"
+    words = [("-c", MEET, "first", "second", "--out=runs/first"), ("-c", exists, "--checkpoint=runs/first/hf")]
+    words.append(("-c", MEET, "second", "first", "--out=runs/second"))
+    commands = [walk.Command("page.md", line, (sys.executable, *each)) for line, each in enumerate(words)]
+    assert walk.run_all(commands, tmp_path) == [0, 0, 0]
+
+
 def test_a_run_directory_is_one_command_s(tmp_path):
     script = (
         "import pathlib, sys; p = pathlib.Path(sys.argv[1].split('=')[1]); p.mkdir(parents=True); (p / 'x').touch()"
