@@ -135,8 +135,8 @@ class Adaptive(Schedule):
 
     def initial_state(self) -> FailureCounts:
         """See `Schedule`."""
-        zeros = jnp.zeros(len(self.exits), jnp.float32)
-        return FailureCounts(failures=zeros, requests=zeros)
+        failures, requests = (jnp.zeros(len(self.exits), jnp.float32) for _ in range(2))  # updates donate both
+        return FailureCounts(failures=failures, requests=requests)
 
     def draw(self, key: Key[Array, ""], state: FailureCounts, *, batch: int) -> Int[Array, " B"]:
         """See `Schedule`."""
