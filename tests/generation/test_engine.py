@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.generation import Sampling, engine
+from icet_jax.generation import Sampling
 from icet_jax.generation.engine import Engine, PromptGroup, Prompts, run_prefix
 from icet_jax.nn.protocols import one_image_per_row
+from icet_jax.parallel.compilations import CompilationCounter
 from tests.generation.test_decode import CONFIG, PATCHES, SUPPRESSED, Llava, padded, pixels, prompts, random_lora, run
 
 LENGTHS = [5, 9, 3, 7, 6, 11]
@@ -105,23 +106,40 @@ def test_a_row_stops_at_its_own_limit(network):
         np.testing.assert_array_equal(cut[pair].tokens, whole[pair].tokens[:limit])
 
 
-def test_slots_are_refilled_before_the_longest_response_ends(network, monkeypatch):
-    """With limits 1 and 20 in turn a batch of four would wait 20 steps for each; slots need about half of that."""
+class Stepping(Llava):
+    """A model that says, while it runs, that it decodes one more token of every slot."""
+
+    steps = []
+
+    def step(self, *arguments):
+        jax.debug.callback(lambda: self.steps.append(1))
+        return super().step(*arguments)
+
+
+def test_slots_are_refilled_before_the_longest_response_ends(network):
+    """With limits 20 and 1 in turn a batch of four would wait 19 steps for each; slots need less in all."""
+    graphdef, params, encoded = network
+    model = nnx.merge(graphdef, params)
+    model.__class__ = Stepping
     limits = {pair: 20 if index % 4 == 0 else 1 for index, pair in enumerate(requests())}
-    endless, steps = Sampling(20, 0.0, eos_ids=(), suppress_ids=SUPPRESSED), []
-    original = engine.decode
-    monkeypatch.setattr(engine, "decode", lambda *args: steps.append(1) or original(*args))
-    answers(network, requests(), endless, limits=limits)
+    endless = Sampling(20, 0.0, eos_ids=(), suppress_ids=SUPPRESSED)
+    Stepping.steps.clear()
+    ended = answers((nnx.split(model)[0], params, encoded), requests(), endless, limits=limits)
+    jax.effects_barrier()
+    order = [requests().index(tag) for tag in ended]
+    assert order.index(5) < order.index(0), "a short one of the second four ends before the long one of the first"
     batches = -(-len(requests()) // 4)
-    assert len(steps) * engine.STEPS < 0.85 * batches * 20
+    assert 20 < len(Stepping.steps) < 0.85 * batches * 19
 
 
-def test_one_compile_per_length_of_prompt(network):
+def test_exits_and_order_compile_nothing(network):
     answers(network, requests())
-    filled, decoded = engine.fill._cache_size(), engine.decode._cache_size()
-    answers(network, requests((3,)))
-    answers(network, list(reversed(requests((2, 1)))))
-    assert (engine.fill._cache_size(), engine.decode._cache_size()) == (filled, decoded)
+    counts = []
+    for chosen in (requests(), requests((3,)), list(reversed(requests((2, 1))))):
+        with CompilationCounter() as counter:
+            answers(network, chosen)
+        counts.append(counter.count)
+    assert counts[1:] == counts[:1] * 2, "each queue compiles its empty slots, and nothing else"
 
 
 def test_what_prompts_share_is_run_once(network):
