@@ -1,7 +1,7 @@
 """The cache of keys and values of a decoder, and attention of one new token per row to it.
 
-The axis of heads comes before the axis of tokens, so that the memory that one token attends to is contiguous. Each
-layer has its own arrays, so that a decoding step writes them in place and copies nothing.
+The axis of heads comes before the axis of tokens, so that the keys which one token attends to are contiguous in memory.
+Each layer has separate arrays, so that a decoding step writes them in place and copies nothing.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from icet_jax.typing import Array, Bool, Float, Int
 class KVCache:
     """Holds the keys and values of all tokens that a decoder has processed; token t of a row is in column t.
 
-    Padding of the prompts takes no columns.
+    Padding of the prompts is not stored.
 
     Attributes:
       k, v: one array per layer, `[B, K, S, D]`; columns at or beyond a row's length have no meaning.
@@ -31,7 +31,7 @@ class KVCache:
 
     @property
     def columns(self) -> int:
-        """Returns S, the most tokens that a row can have."""
+        """Returns the number of columns S: the most tokens that a row can have."""
         return self.k[0].shape[2]
 
     def with_room(self, columns: int) -> "KVCache":
@@ -46,9 +46,11 @@ class KVCache:
         return self.replace(k=k, v=v)  # type: ignore[attr-defined]
 
     def replace_rows(self, slots: Int[Array, "R"], rows: "KVCache") -> "KVCache":
-        """Returns a cache in which the rows `slots` are replaced by `rows`, which have at most S tokens.
+        """Returns a cache in which some rows are replaced.
 
-        Slot numbers outside the batch are ignored.
+        Args:
+          slots: numbers of the rows to replace; numbers outside the batch are ignored.
+          rows: a cache with the new rows, each of at most S tokens.
         """
         rows = rows.trim(self.columns)
 
@@ -61,18 +63,18 @@ class KVCache:
     def append_to_layer(
         self, layer: int, k: Float[Array, "B K T D"], v: Float[Array, "B K T D"]
     ) -> tuple[Array, Array]:
-        """Returns one layer's keys and values with new tokens appended to each row at its own length."""
+        """Returns one layer's keys and values after T new tokens of each row, which start at the row's length."""
         return write_columns(self.k[layer], k, self.length), write_columns(self.v[layer], v, self.length)
 
     def visible_columns(self) -> Bool[Array, "B S"]:
-        """Returns which columns a row's next token attends to: those of the earlier tokens and its own."""
+        """Returns which columns a row's next token attends to: those of the earlier tokens and of itself."""
         return jnp.arange(self.columns) <= self.length[:, None]
 
 
 def write_columns(
     rows: Float[Array, "B K S D"], new: Float[Array, "B K T D"], starts: Int[Array, "B"]
 ) -> Float[Array, "B K S D"]:
-    """Returns `rows` with each row's new columns written from its start on; none may end beyond the last column."""
+    """Returns `rows` with T new columns in each row, beginning at the row's `starts`; they must fit into S columns."""
     return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=1))(
         rows, new.astype(rows.dtype), starts
     )
@@ -81,7 +83,7 @@ def write_columns(
 def attend(
     q: Float[Array, "B H D"], k: Float[Array, "B K S D"], v: Float[Array, "B K S D"], allowed: Bool[Array, "B S"]
 ) -> Float[Array, "B HD"]:
-    """Computes attention of one token per row to the cache; the same as `layers.attention`, on the cache's layout."""
+    """Computes attention of one token per row to the columns of a cache where `allowed` is True."""
     batch, heads, size = q.shape
     grouped = q.reshape(batch, k.shape[1], heads // k.shape[1], size)
     scores = jnp.einsum("bkgd,bksd->bkgs", grouped, k, preferred_element_type=jnp.float32) * size**-0.5

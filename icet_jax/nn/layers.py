@@ -1,7 +1,8 @@
 """Building blocks of all networks: projections with LoRA, norms, rotary embeddings and attention.
 
-The weights of equal layers are stacked along a leading axis and scanned; kernels are stored as `[in, out]`. Each module
-has a compute dtype. Norms, softmax and rotary angles are always computed in float32.
+Layers of the same shape are one module, whose weights have a leading axis of layers, and are run by `jax.lax.scan`. The
+weight matrix of a projection is called its kernel and has the shape `[in, out]`. Each module has a compute dtype;
+norms, softmax and rotary angles are always computed in float32.
 """
 
 import math
@@ -19,10 +20,10 @@ from icet_jax.typing import Array, Bool, DType, Float, Int
 
 @flax.struct.dataclass
 class Lora:
-    """Holds low-rank updates of decoder projections, stacked over layers.
+    """Holds LoRA adapters of decoder projections, stacked over layers.
 
     Attributes:
-      weights: for each target, for example `"q_proj"`: float32 `{"a": [L, in, r], "b": [L, r, out]}`.
+      weights: {projection, for example "q_proj": float32 {"a": [L, in, r], "b": [L, r, out]}}.
       scale: alpha / r, static.
     """
 
@@ -32,12 +33,12 @@ class Lora:
 
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], stddev: float, dtype: DType) -> nnx.Param:
-    """Returns a parameter drawn from N(0, stddev^2) in float32 and stored as `dtype`."""
+    """Returns a parameter that is sampled from N(0, stddev^2) in float32 and stored as `dtype`."""
     return nnx.Param((stddev * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype))
 
 
 class Linear(nnx.Module):
-    """Computes `y = x @ kernel (+ bias)`, optionally plus a LoRA update; `layers` is the number of stacked ones."""
+    """Computes `y = x @ kernel (+ bias)`, optionally with a LoRA adapter; `layers` projections may be stacked."""
 
     def __init__(
         self, size_in: int, size_out: int, *, rngs: nnx.Rngs, use_bias: bool, dtype: DType, param_dtype: DType,
@@ -51,7 +52,7 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch size_in"], lora: Mapping[str, Array] | None = None, scale: float = 1.0
     ) -> Float[Array, "*batch size_out"]:
-        """Projects the last axis; `lora` holds one layer's factors, `a [in, r]` and `b [r, out]`."""
+        """Projects the last axis, plus `scale * x @ a @ b` for `lora = {"a": [in, r], "b": [r, out]}`."""
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
         if lora is not None:
@@ -118,7 +119,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T heads size"]:
-    """Splits the last axis into `heads` contiguous blocks."""
+    """Returns `x` with the last axis split into attention heads, each a contiguous block of it."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
@@ -134,19 +135,25 @@ def rotary_angles(
 def rotate(
     x: Float[Array, "B T H D"], cos: Float[Array, "B T 1 D"], sin: Float[Array, "B T 1 D"]
 ) -> Float[Array, "B T H D"]:
-    """Applies the rotate-half rotary embedding, `x cos + [-x2, x1] sin` (HF `apply_rotary_pos_emb`)."""
+    """Applies rotary embedding to queries or keys: `x cos + [-x2, x1] sin`, where x1 and x2 are the halves of a head.
+
+    Source: HF `apply_rotary_pos_emb`.
+    """
     first, second = jnp.split(x, 2, axis=-1)
     rotated = jnp.concatenate([-second, first], axis=-1)
     return x * cos.astype(x.dtype) + rotated * sin.astype(x.dtype)
 
 
 def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Returns the position of each token among its row's real tokens; padding gets 0 or repeats (HF `generate`)."""
+    """Returns each token's number among the tokens of its row that are not padding (HF `generate`).
+
+    Padding before the tokens gets 0; padding after them gets the last token's number.
+    """
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
 def depth_scaled(stddev: float, layers: int) -> float:
-    """Returns the standard deviation for projections that write to the residual stream of a `layers`-deep network."""
+    """Returns `stddev / sqrt(2 layers)`: the initial scale of projections whose outputs are added to the residual."""
     return stddev / math.sqrt(2 * layers)
 
 
@@ -155,11 +162,12 @@ REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is kept of each layer for the backward pass: everything, matrix products only, or only the input."""
+"""Which activations of a layer are stored for the backward pass: "none" recomputes none and stores all, "dots" stores
+the matrix products, "full" stores only the layer's input."""
 
 
 def rematerialise(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Wraps the body of a scan over layers in the rematerialisation policy called `remat`."""
+    """Returns the body of a scan over layers with the policy `remat` of `REMAT_POLICIES`."""
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat '{remat}' is not one of {', '.join(REMAT_POLICIES)}")
     remat_policy = REMAT_POLICIES[remat]

@@ -1,5 +1,4 @@
-"""LLaMA and Vicuna decoder: scanned layers, grouped-query attention, rotary embedding, cache, LoRA (HF
-`LlamaForCausalLM`)."""
+"""LLaMA and Vicuna decoder with grouped-query attention, rotary embedding and KV cache (HF `LlamaForCausalLM`)."""
 
 import dataclasses
 import math
@@ -18,12 +17,12 @@ from icet_jax.parallel.traced import by_rows, gather_kernel, gather_weights
 from icet_jax.typing import Adapters, Array, Bool, DType, Float, Int, Keywords
 
 Angles = tuple[Any, Any]
-"""cos and sin of the tokens' rotary angles, each `[B, T, 1, D]`."""
+"""(cos, sin) of the tokens' rotary angles, each `[B, T, 1, D]`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Holds the parameters of Llama 3's frequency scaling (`rope_type` "llama3")."""
+    """Holds the parameters of Llama 3's scaling of the rotary frequencies (`rope_type` "llama3")."""
 
     factor: float
     low_freq_factor: float
@@ -49,8 +48,10 @@ class LlamaConfig:
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Returns the rotary frequencies in radians per position, float32 `[head_dim / 2]` (HF
-    `_compute_llama3_parameters`)."""
+    """Returns the rotary frequencies in radians per position, float32 `[head_dim / 2]`.
+
+    Source: HF `_compute_llama3_parameters`.
+    """
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
     scaling = config.rope_scaling
@@ -65,7 +66,7 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
-    """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt."""
+    """Returns {projection that LoRA can adapt: (number of layers, input size, output size)}."""
     depth, width, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -77,7 +78,11 @@ def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
 
 
 class LlamaBlocks(nnx.Module):
-    """Holds the stacked decoder layers; methods are called on one layer's slice of the weights."""
+    """Holds the weights of all decoder layers, stacked along their first axis.
+
+    The methods run one layer and need a module that was merged from one layer's slice of the weights. They take the
+    input x of the layer, the layer's LoRA adapters (empty without) and their scale.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         depth = config.num_hidden_layers
@@ -101,27 +106,30 @@ class LlamaBlocks(nnx.Module):
     def qkv(
         self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-        """Returns rotated queries, rotated keys, and values of the normalised input."""
+        """Returns queries and keys, both with rotary embedding, and values."""
         return self.query(x, angles, lora, scale), *self.keys_values(x, angles, lora, scale)
 
     def query(self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float) -> Float[Array, "B T H D"]:
-        """Returns the rotated queries of the normalised input."""
+        """Returns the queries, with rotary embedding."""
         q = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
         return layers.rotate(layers.split_heads(q, self.config.num_attention_heads), *angles)
 
     def keys_values(
         self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float
     ) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-        """Returns the rotated keys and the values of the normalised input."""
+        """Returns the keys, with rotary embedding, and the values."""
         y, heads = self.input_layernorm(x), self.config.num_key_value_heads
         k = layers.split_heads(self.k_proj(y, lora.get("k_proj"), scale), heads)
         v = layers.split_heads(self.v_proj(y, lora.get("v_proj"), scale), heads)
         return layers.rotate(k, *angles), v
 
-    def rest(
+    def after_attention(
         self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], lora: Adapters, scale: float
     ) -> Float[Array, "B T E"]:
-        """Applies the output projection and the SwiGLU MLP with their residuals (HF `LlamaDecoderLayer`)."""
+        """Returns the output of the layer from its input x and the concatenated outputs of its attention heads.
+
+        Output projection and SwiGLU MLP are each added to the residual (HF `LlamaDecoderLayer`).
+        """
         x = x + self.o_proj(attended, lora.get("o_proj"), scale)
         y = self.post_attention_layernorm(x)
         gated = jax.nn.silu(self.gate_proj(y, lora.get("gate_proj"), scale))
@@ -129,15 +137,15 @@ class LlamaBlocks(nnx.Module):
 
 
 class SelfAttention:
-    """Runs decoder layers with causal attention over whole sequences, which may continue a cache, without padding."""
+    """Runs decoder layers on whole sequences: causal attention without padding, perhaps after a cached prefix."""
 
     def __init__(self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None):
         """Prepares the attention of all layers.
 
         Args:
-          angles: cos and sin of the tokens' positions.
-          mask: True at real tokens.
-          prefix: cache of the tokens that come before these.
+          angles: rotary angles of the tokens.
+          mask: True at tokens that are not padding.
+          prefix: cache of the tokens that come before these, or None.
         """
         self.angles, self.mask = angles, mask
         length = mask.shape[1]
@@ -152,13 +160,21 @@ class SelfAttention:
     def __call__(
         self, x: Float[Array, "B T E"], layer: LlamaBlocks, adapters: Adapters, scale: float, index: Any
     ) -> tuple[Float[Array, "B T E"], tuple[Array, Array]]:
-        """Runs one layer and returns its output and the tokens' keys and values, `[B, K, T, D]`."""
+        """Runs one layer and returns its output and the tokens' keys and values, `[B, K, T, D]`.
+
+        Args:
+          x: input of the layer.
+          layer: weights of the layer.
+          adapters: the layer's LoRA adapters; empty without.
+          scale: scale of the adapters.
+          index: number of the layer, by which its cached prefix is found; not used without a prefix.
+        """
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
         if self.past is None:
             attended = layers.attention(q, k, v, real=self.mask, causal=True)
         else:
             attended = self._attend(q, k, v, self.allowed, index)
-        return by_rows(layer.rest(x, attended, adapters, scale)), _heads_first(k, v)
+        return by_rows(layer.after_attention(x, attended, adapters, scale)), _heads_first(k, v)
 
     def last(
         self,
@@ -169,9 +185,11 @@ class SelfAttention:
         index: Any,
         columns: Int[Array, "B"],
     ) -> tuple[Float[Array, "B 1 E"], tuple[Array, Array]]:
-        """Runs one layer as the call does, but returns the output only at each row's column `columns`.
+        """Runs the final layer and returns its output at one column of each row, and the keys and values of all tokens.
 
-        The final layer needs no other outputs.
+        Args:
+          x, layer, adapters, scale, index: see `__call__`.
+          columns: the column of each row.
         """
         k, v = layer.keys_values(x, self.angles, adapters, scale)
         at = columns[:, None, None]
@@ -179,9 +197,10 @@ class SelfAttention:
         cos, sin = (jnp.take_along_axis(part, at[..., None], axis=1) for part in self.angles)
         q = layer.query(x, (cos, sin), adapters, scale)
         allowed = jnp.take_along_axis(self.allowed, at[:, None], axis=2)
-        return layer.rest(x, self._attend(q, k, v, allowed, index), adapters, scale), _heads_first(k, v)
+        return layer.after_attention(x, self._attend(q, k, v, allowed, index), adapters, scale), _heads_first(k, v)
 
     def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
+        """Returns the attention of queries to the prefix of layer `index` and to k and v, where `allowed` is True."""
         if self.past is not None:
             cached = [part.swapaxes(1, 2) for part in layer_at(self.past, index)]
             k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
@@ -189,6 +208,7 @@ class SelfAttention:
 
 
 def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
+    """Returns keys and values `[B, T, K, D]` as `[B, K, T, D]`, the order of the KV cache."""
     return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
 
@@ -196,7 +216,7 @@ def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
 class UnstackedLayers:
     """Holds the layers of a decoder one by one, for decoding steps.
 
-    A step over few rows would otherwise spend most of its time on slicing the layers out of their stacks.
+    With stacked layers, a step over few rows would spend most of its time on slicing them out of the stacks.
 
     Attributes:
       layers: (weights, adapters) of each layer, in the order of the decoder.
@@ -208,10 +228,10 @@ class UnstackedLayers:
 
 
 class NextToken:
-    """Runs decoder layers for one new token per row, which is first written to the cache and then attends to it.
+    """Runs decoder layers for one new token per row: writes it to the cache, then attends to the cache.
 
     Attributes:
-      k, v: keys and values of all layers, updated as the layers run.
+      k, v: cached keys and values of all layers; a call replaces those of its layer.
     """
 
     def __init__(self, config: LlamaConfig, cache: KVCache):
@@ -222,11 +242,11 @@ class NextToken:
     def __call__(
         self, x: Float[Array, "B 1 E"], layer: LlamaBlocks, adapters: Adapters, scale: float, index: int
     ) -> Float[Array, "B 1 E"]:
-        """Runs one layer on the new token and returns its output."""
+        """Runs layer number `index` on the new token and returns its output; see `SelfAttention.__call__`."""
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
         self.k[index], self.v[index] = self.cache.append_to_layer(index, *_heads_first(k, v))
         attended = attend(q[:, 0], self.k[index], self.v[index], self.visible)
-        return layer.rest(x, attended[:, None], adapters, scale)
+        return layer.after_attention(x, attended[:, None], adapters, scale)
 
     def updated_cache(self, active: Bool[Array, "B"]) -> KVCache:
         """Returns the cache with the new token; the length of inactive rows does not change."""
@@ -258,14 +278,14 @@ def prompt_cache(
 
 
 def layer_at(stacks: Any, index: int | Array) -> Any:
-    """Returns one layer of stacked arrays; a static index becomes a slice, a traced one a dynamic slice."""
+    """Returns layer `index` of a pytree whose arrays are stacked over layers; the index may be traced."""
     if isinstance(index, int):
         return jax.tree.map(lambda leaf: leaf[index], stacks)
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacks)
 
 
 class LlamaDecoder(nnx.Module):
-    """Holds the token embedding, the decoder layers and the final norm (HF `LlamaModel`)."""
+    """A decoder without its head: token embedding, decoder layers and final norm (HF `LlamaModel`)."""
 
     def __init__(
         self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
@@ -288,20 +308,19 @@ class LlamaDecoder(nnx.Module):
         mask: Bool[Array, "B T"],
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Returns the hidden states of whole sequences after the final norm, with causal attention that ignores
-        padding.
+        """Returns the hidden states of whole sequences after the final norm, with causal attention.
 
         Args:
           positions: rotary position of each token, from 0.
           mask: True at real tokens; padding may be on either side.
           lora: adapters, or None for the reference model.
         """
-        attend_to = SelfAttention(rotary(self.config, positions), mask)
+        self_attention = SelfAttention(rotary(self.config, positions), mask)
         graph, state, adapters, scale = self._stacks(lora)
 
         def body(x: Array, slices: Any) -> tuple[Array, None]:
             weights, adapters = (gather_weights(part, x) for part in slices)
-            return attend_to(x, nnx.merge(graph, weights), adapters, scale, None)[0], None
+            return self_attention(x, nnx.merge(graph, weights), adapters, scale, None)[0], None
 
         x = by_rows(embeddings.astype(self.dtype))
         x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, adapters))
@@ -351,22 +370,38 @@ class LlamaDecoder(nnx.Module):
     def step(
         self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, unstacked: UnstackedLayers
     ) -> tuple[Float[Array, "B E"], KVCache]:
-        """Returns the final state of one new token per row, and the cache with it; inactive rows keep their length."""
-        attend_to = NextToken(self.config, cache)
+        """Returns the final state of one new token per row and the new cache; see `LanguageModel.step`."""
+        next_token = NextToken(self.config, cache)
         graph, _ = nnx.split(self.layers)
         x = self.embed(tokens)[:, None]
-        for index, (weights, own) in enumerate(unstacked.layers):
-            x = attend_to(x, nnx.merge(graph, weights), own, unstacked.scale, index)
-        return self.norm(x)[:, 0], attend_to.updated_cache(active)
+        for index, (weights, adapters) in enumerate(unstacked.layers):
+            x = next_token(x, nnx.merge(graph, weights), adapters, unstacked.scale, index)
+        return self.norm(x)[:, 0], next_token.updated_cache(active)
 
     def _stacks(self, lora: Lora | None) -> tuple[Any, Any, dict[str, Any], float]:
-        """Returns the structure of a layer, the stacked weights, the adapters and their scale."""
+        """Returns (structure of a layer, stacked weights, stacked adapters or {}, scale of the adapters)."""
         graph, state = nnx.split(self.layers)
         return graph, state, {} if lora is None else dict(lora.weights), 1.0 if lora is None else lora.scale
 
 
-class Llama(LlamaDecoder):
-    """Adds the language-model head to the decoder."""
+class HasLanguageModelHead:
+    """Computes logits with a decoder's head `lm_head`; see `LanguageModel`."""
+
+    lm_head: layers.Linear
+    dtype: DType
+
+    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
+        """Returns the float32 logits of the next token; see `LanguageModel.logits`."""
+        kernel = self.lm_head.kernel[...] if head is None else head
+        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
+        """Returns the head's weight matrix for `logits`; see `LanguageModel.head_for`."""
+        return gather_kernel(self.lm_head.kernel[...], hidden, "lm_head/kernel")
+
+
+class Llama(HasLanguageModelHead, LlamaDecoder):
+    """A decoder with its language-model head (HF `LlamaForCausalLM`)."""
 
     def __init__(
         self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
@@ -375,17 +410,6 @@ class Llama(LlamaDecoder):
         common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         super().__init__(config, remat=remat, **common)
         self.lm_head = layers.Linear(config.hidden_size, config.vocab_size, use_bias=False, **common)
-
-    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
-        """Returns float32 logits of hidden states taken after the final norm; `head` is the result of `head_for`, if
-        available."""
-        kernel = self.lm_head.kernel[...] if head is None else head
-        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-
-    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
-        """Returns the head's kernel, gathered once so that `logits` can be called on parts of `hidden` one after
-        another."""
-        return gather_kernel(self.lm_head.kernel[...], hidden, "lm_head/kernel")
 
 
 class DelegatesToDecoder:
@@ -400,14 +424,13 @@ class DelegatesToDecoder:
     def step(
         self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Any, unstacked: UnstackedLayers
     ) -> tuple[Float[Array, "B E"], Any]:
-        """Returns the final state of one new token per row, and the cache with it."""
+        """Returns the final state of one new token per row and the new cache; see `LanguageModel.step`."""
         return self.language_model.step(tokens, active, cache, unstacked)
 
     def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
-        """Returns the float32 logits of the next token."""
+        """Returns the float32 logits of the next token; see `LanguageModel.logits`."""
         return self.language_model.logits(hidden, head)
 
     def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
-        """Returns the head's kernel, gathered once so that `logits` can be called on parts of `hidden` one after
-        another."""
+        """Returns the head's weight matrix for `logits`; see `LanguageModel.head_for`."""
         return self.language_model.head_for(hidden)

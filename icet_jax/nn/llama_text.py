@@ -1,5 +1,7 @@
-"""Llama without images, as a judging language model and as a reward model (HF `LlamaForCausalLM`,
-`LlamaForSequenceClassification`)."""
+"""Llama without images: as a language model that judges, and as a reward model.
+
+Sources: HF `LlamaForCausalLM`, `LlamaForSequenceClassification`.
+"""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +14,7 @@ from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
 
 class LlamaLM(DelegatesToDecoder, nnx.Module):
-    """A text-only `LanguageModel`; `generation.decode.generate` runs it with `visual=None`."""
+    """A `LanguageModel` that takes no images: `visual` is always None."""
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class LlamaLM(DelegatesToDecoder, nnx.Module):
         visual: None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Returns the hidden states of whole sequences after the final norm."""
+        """Returns the hidden states of whole sequences after the final norm; see `LanguageModel.decode`."""
         return self.language_model(self.language_model.embed(tokens), positions, mask, lora)
 
     def prefill(
@@ -59,7 +61,7 @@ class LlamaLM(DelegatesToDecoder, nnx.Module):
 
 
 class LlamaRewardModel(nnx.Module):
-    """Scores a text with the head's output at its last real token."""
+    """Computes a scalar reward for each text: the output of a linear head at its last token."""
 
     def __init__(
         self,
@@ -75,8 +77,12 @@ class LlamaRewardModel(nnx.Module):
         self.score = layers.Linear(config.hidden_size, 1, use_bias=False, stddev=0.02, **common)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Returns raw float32 rewards; padding may be on either side, and an empty row gets the score of its first
-        column."""
+        """Returns raw float32 rewards; that of a row without any token has no meaning.
+
+        Args:
+          tokens: one text per row.
+          mask: True at tokens that are not padding, which may be on either side.
+        """
         embeddings = self.language_model.embed(tokens)
         hidden = self.language_model(embeddings, layers.positions_from_mask(mask), mask)
         last = jnp.max(jnp.where(mask, jnp.arange(tokens.shape[1]), 0), axis=1)

@@ -1,7 +1,7 @@
 """The interface that every model family implements for the rest of the package.
 
 Code outside models/, checkpoints/ and data/ depends only on this file. Exits are numbered 1..num_exits, as in the
-paper: exit l feeds the projector the output of the l-th block of the image encoder.
+paper: at exit l the projector gets the output of the l-th block of the image encoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from icet_jax.nn.layers import Lora
 from icet_jax.typing import Array, Bool, Float, Int, Key, Shaped
 
 Visual = Any
-"""Opaque pytree of image features for the decoder; the first axis of every leaf is the batch."""
+"""Opaque pytree of the image features that the decoder gets; the first axis of every leaf is the batch."""
 
 EncodedImages = Any
-"""Opaque pytree in which an image encoder returns the states of images at every exit."""
+"""Opaque pytree of the image encoder's states of all images at every exit."""
 
 Cache = Any
 """Opaque pytree in which a decoder keeps the tokens that it has processed. It has the methods `with_room`, `trim` and
@@ -30,16 +30,16 @@ Cache = Any
 class Images:
     """Holds the preprocessed images of a batch whose rows may have any number of images.
 
-    There are two layouts. With fixed places, I is B * M and every row has M places, of which unused ones hold filler
-    images: place m of row r is image number r * M + m. Rows and their images are then split over devices in the same
-    way. Otherwise I is smaller, and the images are in HF's order: by row, then by position in the row.
+    The images can be arranged in two ways. With *fixed places*, every row has M images, of which some may be filler
+    images, and image m of row r has the number r * M + m (so I = B * M); rows and their images are then split over
+    devices in the same way. Without, I is smaller and the images are in the order of the rows.
 
     Attributes:
       pixels: Float[I, C, H, W], normalised.
       rows: Int[I], the row of each image; a filler image has row `num_rows`. Without fixed places fillers come last.
       num_rows: number of rows B of the batch, static.
       per_row: largest number M of images in one row, static.
-      layout: further data about the images that the family's network needs, made by its processor; or None.
+      layout: what else the family's network needs to know about the images, as its `image_parts` returns it; or None.
     """
 
     # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
@@ -50,8 +50,7 @@ class Images:
     layout: Any = None
 
     def index(self, rows: Int[Array, "R"] | None = None) -> Int[Array, "R M"]:
-        """Returns the numbers of each row's images, -1 where a row has fewer than `per_row`; `rows=None` means all
-        rows."""
+        """Returns the numbers of each row's M images, -1 where a row has fewer; for `rows`, or for all rows if None."""
         requested_rows = jnp.arange(self.num_rows) if rows is None else rows
         if self.has_fixed_places:
             number = requested_rows[:, None] * self.per_row + jnp.arange(self.per_row)
@@ -63,17 +62,21 @@ class Images:
 
     @property
     def has_fixed_places(self) -> bool:
-        """Returns whether every row has `per_row` fixed places for images."""
+        """Returns whether the images are arranged with fixed places."""
         return self.rows.shape[0] == self.num_rows * self.per_row
 
     def image_exits(
         self, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> tuple[Int[Array, "N"], Int[Array, "N"] | None]:
-        """Returns the exit and the number of each image whose features are needed, for
-        `parallel.traced.take_exit_states`.
+        """Returns which images' features are needed, and at which exits, for `parallel.traced.take_exit_states`.
 
-        `exits` is one exit for all rows, or one for each row. With `rows`, these are the R * M images of `index(rows)`;
-        without, all images, and None in place of their numbers.
+        Args:
+          exits: one exit for all rows, or one for each row.
+          rows: the requested rows; None requests all.
+
+        Returns:
+          (exit of each image, number of each image). With `rows` these are the R * M images of `index(rows)`. Without,
+          they are all images, and the second part is None.
         """
         if rows is not None:
             index = self.index(rows)
@@ -87,8 +90,12 @@ class Images:
     def group_by_row(
         self, features: Shaped[Array, "N ..."], rows: Int[Array, "R"] | None = None
     ) -> Shaped[Array, "R M ..."]:
-        """Returns the features of the images of `image_exits`, grouped by row; zeros (False) where a row has fewer
-        images."""
+        """Returns features of the images of `image_exits` as M images for each row; zeros where a row has fewer.
+
+        Args:
+          features: features of the images, in the order of `image_exits(exits, rows)`.
+          rows: the requested rows; None for all.
+        """
         index = self.index(rows)
         is_ungrouped = rows is None and not self.has_fixed_places
         grouped = features[index] if is_ungrouped else features.reshape(*index.shape, *features.shape[1:])
@@ -107,7 +114,7 @@ class NetworkConfig(Protocol):
 
     @property
     def model_type(self) -> str:
-        """Returns the name of the family, as `config.json` has it."""
+        """Returns the name of the family: `model_type` in `config.json`."""
         ...
 
     @property
@@ -116,19 +123,19 @@ class NetworkConfig(Protocol):
         ...
 
     def lora_shapes(self) -> Mapping[str, tuple[int, int, int]]:
-        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt, by its key in `Lora.weights`."""
+        """Returns {key in `Lora.weights`: (layers, input size, output size)} of the projections that LoRA can adapt."""
         ...
 
 
 class Operations(NamedTuple):
-    """Holds the numbers of floating-point operations of the parts of a response, see `VisionLanguageModel.operations`.
+    """Holds numbers of floating-point operations, see `VisionLanguageModel.operations`.
 
     Attributes:
-      encode: encoding one image for all exits.
-      visual: computing one image's features at one exit from the encoder's states.
-      prefill: processing one row's prompt at one exit, and the logits of its last position.
-      step: decoding one new token of one row.
-      forward: running all positions of one row through the decoder layers, each attending to all columns; no logits.
+      encode: of encoding one image for all exits.
+      visual: of computing one image's features at one exit from the encoder's states.
+      prefill: of processing one row's prompt at one exit, with the logits of its last position.
+      step: of decoding one new token of one row, with its logits.
+      forward: of running one row through the decoder layers without a cache, without logits.
     """
 
     encode: int
@@ -140,7 +147,7 @@ class Operations(NamedTuple):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """The methods that generation needs of a network: decoding with a cache and without."""
+    """What generation needs of a network: decoding whole sequences, and decoding token by token with a cache."""
 
     @property
     def vocab_size(self) -> int:
@@ -160,7 +167,15 @@ class LanguageModel(Protocol):
         visual: Visual | None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Returns the hidden states of whole sequences after the final norm; padding may be on either side."""
+        """Returns the hidden states of whole sequences after the final norm.
+
+        Args:
+          tokens: the sequences, with image placeholders.
+          positions: result of `positions`.
+          mask: True at tokens that are not padding, which may be on either side.
+          visual: image features of the rows; None without images.
+          lora: adapters; None for the model without adapters.
+        """
         ...
 
     def prefill(
@@ -178,28 +193,44 @@ class LanguageModel(Protocol):
         ...
 
     def unstack_layers(self, lora: Lora | None = None) -> Any:
-        """Returns the decoder's layers one by one with their adapters, a pytree that many calls of `step` share."""
+        """Returns the decoder's layers one by one with their adapters, as an opaque pytree for `step`."""
         ...
 
     def step(
         self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: Cache, unstacked: Any
     ) -> tuple[Float[Array, "B E"], Cache]:
-        """Returns the state of one new token of each row, and the cache with it; inactive rows keep their length."""
+        """Returns the state of one new token of each row after the final norm, and the cache with these tokens.
+
+        Args:
+          tokens: the new tokens.
+          active: False for rows that have ended; their cache stays as it is.
+          cache: cache of the earlier tokens.
+          unstacked: result of `unstack_layers`.
+        """
         ...
 
     def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
-        """Returns float32 logits of the next token; `head` is the result of `head_for`, if available."""
+        """Returns float32 logits of the next token for states after the final norm.
+
+        `head` is the result of `head_for`; None lets this method fetch the head's weights itself.
+        """
         ...
 
     def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
-        """Returns the head's kernel, gathered once so that `logits` can be called on parts of `hidden` one after
-        another."""
+        """Returns the head's weight matrix, collected from all devices.
+
+        Pass it to `logits` if that is called several times, on parts of `hidden`.
+        """
         ...
 
 
 @runtime_checkable
 class VisionLanguageModel(LanguageModel, Protocol):
-    """A language model with an image encoder, each of whose layers is an exit."""
+    """A language model with an image encoder, of which each block is an exit.
+
+    Attributes:
+      exit_definition: what exit l means in this family, in words.
+    """
 
     exit_definition: str
 
@@ -219,34 +250,41 @@ class VisionLanguageModel(LanguageModel, Protocol):
         ...
 
     def lora_shapes(self) -> Mapping[str, tuple[int, int, int]]:
-        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt, by its key in `Lora.weights`."""
+        """Returns {key in `Lora.weights`: (layers, input size, output size)} of the projections that LoRA can adapt."""
         ...
 
     def encode(self, images: Images, upto: int | None = None) -> EncodedImages:
-        """Runs the image encoder once and returns its states at every exit, or at every exit up to a static `upto`."""
+        """Runs the image encoder and returns its states at every exit; with a static `upto`, at exits 1..upto only."""
         ...
 
     def visual(self, encoded: EncodedImages, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None) -> Visual:
-        """Returns the image features for the decoder at the traced `exits`, one for all rows or one for each row.
+        """Returns the image features that the decoder gets.
 
-        `rows` are the requested rows of the batch, in any order and with repeats; None requests each row once.
+        Args:
+          encoded: result of `encode`.
+          exits: the exit of all rows, or one for each row; may be traced.
+          rows: numbers of the requested rows of the batch, in any order and with repeats; None requests each row once.
         """
         ...
 
     def image_features(
         self, encoded: EncodedImages, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
-        """Returns the features of each row's images at the traced `exits`, and which of the N the decoder can attend
-        to."""
+        """Returns (N image features of each row at its exit, which of them belong to an image); see `visual`."""
         ...
 
     def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
-        """Returns every hidden state of the image encoder; index 0 is the input of its first block."""
+        """Returns every hidden state of the image encoder: index 0 is the input of its first block, index l exit l."""
         ...
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
-        """Returns the operations for rows of `length` positions with `per_row` images, then steps with `cached`
-        columns."""
+        """Returns the numbers of operations for one image and for one row.
+
+        Args:
+          length: positions of the row's prompt.
+          cached: columns of the KV cache to which a new token attends.
+          per_row: images of the row.
+        """
         ...
 
 
@@ -262,14 +300,17 @@ def check_exit(exit_layer: int, num_exits: int, field: str) -> int:
 
 
 POLICY_ROOT = "language_model"
-"""Root of the paths of the weights that L-PPO may train in every family; encoder and projector are frozen."""
+"""First part of the paths of the parameters that training may change; encoder and projector are frozen."""
 
 
 def lora_key(path: str) -> str | None:
-    """Returns the key in `Lora.weights` of the adapter for the parameter at `path`, or None if it is no decoder kernel.
+    """Returns the key in `Lora.weights` of the adapter for a parameter, or None if LoRA cannot adapt it.
 
-    A projection of the stack `layers` has its own name as key, "q_proj"; one of another stack has both names,
-    "cross_layers/q_proj".
+    The key is the name of the projection ("q_proj"). In a stack of layers that is not called `layers`, the name of the
+    stack precedes it ("cross_layers/q_proj").
+
+    Args:
+      path: path of the parameter, "language_model/layers/q_proj/kernel".
     """
     parts = path.split("/")
     if len(parts) != 4 or parts[0] != POLICY_ROOT or not parts[1].endswith("layers") or parts[3] != "kernel":
@@ -281,7 +322,9 @@ def init_lora(
     shapes: Mapping[str, tuple[int, int, int]], *, rank: int, alpha: float, targets: Sequence[str],
     key: Key[Array, ""],
 ) -> Lora:  # fmt: skip
-    """Returns new adapters: `a` Kaiming-uniform (bound `1/sqrt(in)`), `b` zero, so that they change nothing yet (PEFT).
+    """Returns new adapters, initialised as in PEFT: `a` is uniform within +-1/sqrt(in), `b` is zero.
+
+    So they do not change the model at first.
 
     Args:
       shapes: the model's `lora_shapes()`.
@@ -296,11 +339,11 @@ def init_lora(
     names = {name: name.rpartition("/")[2] for name in shapes}
     unknown = sorted(set(targets) - set(names.values()))
     if unknown or rank < 1 or not targets:
-        known = ", ".join(dict.fromkeys(names.values()))
-        raise ValueError(f"LoRA needs rank >= 1 and targets among {known}; got rank {rank}, {unknown}")
-    chosen = sorted(name for name, projection in names.items() if projection in targets)
+        projections = ", ".join(dict.fromkeys(names.values()))
+        raise ValueError(f"LoRA needs rank >= 1 and targets among {projections}; got rank {rank}, {unknown}")
+    adapted = sorted(name for name, projection in names.items() if projection in targets)
     weights = {}
-    for name, subkey in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
+    for name, subkey in zip(adapted, jax.random.split(key, len(adapted)), strict=True):
         depth, size_in, size_out = shapes[name]
         bound = size_in**-0.5
         a = jax.random.uniform(subkey, (depth, size_in, rank), jnp.float32, -bound, bound)

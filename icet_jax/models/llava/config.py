@@ -1,4 +1,4 @@
-"""Converts HF's `config.json` of LLaVA-1.5 to `LlavaConfig` and back; see `hf_config` for what is read and written."""
+"""Converts HF's `config.json` of LLaVA-1.5 to `LlavaConfig` and back."""
 
 import copy
 from typing import Any
@@ -46,7 +46,7 @@ def llava_from_hf(values: JsonObject, where: str = "config.json") -> LlavaConfig
 
 
 def llava_values(values: JsonObject, where: str) -> JsonObject:
-    """Returns the fields of `LlavaConfig`, which LLaVA-1.5 and LLaVA-NeXT have in common."""
+    """Returns {field of `LlavaConfig`: value}, from a `config.json` of LLaVA-1.5 or LLaVA-NeXT; see `llava_from_hf`."""
     fields = Fields(values, _LLAVA_DEFAULTS, where)
     if "image_token_id" in fields.values and "image_token_index" not in values:
         fields.values["image_token_index"] = fields.values["image_token_id"]
@@ -79,6 +79,7 @@ def _decoder(values: Any, tied: bool, where: str) -> LlamaConfig:
 
 
 def _vision(values: Any, where: str) -> ClipConfig:
+    """Returns the config of the image encoder from the file's `vision_config`, which may be missing."""
     fields = Fields(_VISION_ABSENT if values is None else values, _VISION_DEFAULTS, where)
     fields.only("model_type", "clip_vision_model")
     heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
@@ -100,12 +101,12 @@ def _vision(values: Any, where: str) -> ClipConfig:
 
 
 def llava_to_hf(config: LlavaConfig, source: JsonObject | None, dtype: str) -> JsonObject:
-    """Returns the `config.json` with the keys that older transformers versions use.
+    """Returns the `config.json` to write, with keys that transformers 4.46 and later know.
 
     Args:
       config: config of the network.
-      source: the `config.json` that it came from, whose other keys are kept; None for a model created here.
-      dtype: torch name of the dtype of the stored weights, "float16".
+      source: the `config.json` that it came from, whose other keys are kept; None for a model that was not loaded.
+      dtype: torch's name of the dtype of the stored weights, such as "float16".
     """
     out = copy.deepcopy(source or {})
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}

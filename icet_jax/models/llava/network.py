@@ -32,26 +32,25 @@ class LlavaConfig:
 
     @property
     def image_tokens(self) -> int:
-        """Returns the positions that one image takes in the prompt: its patches, and the class token unless it is
-        dropped."""
+        """Returns the number of positions of one image in the prompt: its patches, perhaps with the class token."""
         return self.vision.num_patches + (self.vision_feature_select_strategy == "full")
 
     @property
     def max_tiles(self) -> int:
-        """Returns the most pictures of the tower's size that one image is split into."""
+        """Returns the most tiles (images of the encoder's size) that one image is cut into; LLaVA-1.5 has one."""
         return 1
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt."""
+        """Returns {projection that LoRA can adapt: (number of layers, input size, output size)}."""
         return lora_shapes(self.text)
 
 
 @flax.struct.dataclass
 class LlavaEncoded:
-    """Holds every hidden state of the tower, and the images that they belong to.
+    """Holds every hidden state of the image encoder, and the images that they belong to.
 
     Attributes:
-      states: Float[X, I, P, D].
+      states: Float[X, I, P, D] for X states, I images (or tiles), P patches with the class token, and width D.
       images: the images.
     """
 
@@ -72,12 +71,12 @@ class Projector(nnx.Module):
         self.linear_2 = layers.Linear(config.text.hidden_size, config.text.hidden_size, **common)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
-        """Maps vision features to the decoder's width."""
+        """Returns hidden states of the image encoder as features of the decoder's width."""
         return self.linear_2(layers.ACTIVATIONS[self.activation](self.linear_1(x)))
 
 
 class Llava(DelegatesToDecoder, nnx.Module):
-    """Implements the interface of `nn/protocols.py` for LLaVA-1.5."""
+    """Implements `VisionLanguageModel` for LLaVA-1.5; see `nn/protocols.py` for its methods."""
 
     exit_definition = "hidden_states[l] of the CLIP tower through the unchanged projector (ICET-l)"
 
@@ -93,18 +92,18 @@ class Llava(DelegatesToDecoder, nnx.Module):
 
     @property
     def num_exits(self) -> int:
-        """Returns the number of blocks of the tower."""
+        """Returns the number of exits, one for each block of the image encoder."""
         return self.config.vision.num_hidden_layers
 
     @property
     def default_exit(self) -> int:
-        """Returns the exit that the model was trained with: `vision_feature_layer` as an index from 0."""
+        """Returns the exit that the model was trained with: `vision_feature_layer`, which may count from the end."""
         layer = self.config.vision_feature_layer
         return layer if layer >= 0 else self.num_exits + 1 + layer
 
     @property
     def vocab_size(self) -> int:
-        """Returns the number of rows of the embedding and of logits."""
+        """Returns the number of logits, and of rows of the embedding."""
         return self.config.text.vocab_size
 
     @property
@@ -113,7 +112,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         return self.config.text.hidden_size
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt."""
+        """Returns {projection that LoRA can adapt: (number of layers, input size, output size)}."""
         return self.config.lora_shapes()
 
     @property
@@ -132,17 +131,17 @@ class Llava(DelegatesToDecoder, nnx.Module):
     def visual(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> Float[Array, "R MN E"]:
-        """Returns the projected features of each row's images, one image after another, zeros where a row has fewer.
+        """Returns the features of each row's M images at its exit, image after image; see `VisionLanguageModel.visual`.
 
-        The features equal HF's `get_image_features` at each row's exit.
+        They equal HF's `get_image_features`; a row with fewer images has zeros at the end.
         """
         images = encoded.images
-        layers_of, numbers = images.image_exits(exits, rows)
-        features = images.group_by_row(self.features(take_exit_states(encoded.states, layers_of, numbers)), rows)
+        image_exits, numbers = images.image_exits(exits, rows)
+        features = images.group_by_row(self.features(take_exit_states(encoded.states, image_exits, numbers)), rows)
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
     def features(self, states: Float[Array, "I P D"]) -> Float[Array, "I N E"]:
-        """Returns the projected features of states of the tower."""
+        """Returns the projected features of hidden states, without the class token unless the model uses it."""
         if self.config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         return self.projector(states)
@@ -150,12 +149,12 @@ class Llava(DelegatesToDecoder, nnx.Module):
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
-        """Returns the rows of `visual`, and which of their features belong to an image."""
+        """Returns (features of `visual` for all rows, which of them belong to an image)."""
         is_present = encoded.images.index() >= 0
         return self.visual(encoded, exits), jnp.repeat(is_present, self.config.image_tokens, axis=1)
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
-        """Returns the operations for one image and for one row, see `VisionLanguageModel.operations`."""
+        """Returns the numbers of operations for one image and for one row; see `VisionLanguageModel.operations`."""
         text, tiles = self.config.text, self.config.max_tiles
         projector = (self.config.vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)
         head = flops.logits(text.hidden_size, text.vocab_size)
@@ -185,7 +184,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         visual: Float[Array, "B MN E"] | None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Runs the decoder over tokens and image features; see `LanguageModel.decode`."""
+        """Returns the hidden states of whole sequences with their images; see `LanguageModel.decode`."""
         return self.language_model(self.merge(tokens, visual), positions, mask, lora)
 
     def prefill(

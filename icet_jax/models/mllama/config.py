@@ -1,5 +1,4 @@
-"""Converts HF's `config.json` of Llama 3.2 Vision to `MllamaConfig` and back; see `hf_config` for what is read and
-written."""
+"""Converts HF's `config.json` of Llama 3.2 Vision to `MllamaConfig` and back."""
 
 import copy
 from typing import Any
@@ -24,7 +23,7 @@ _TEXT_DEFAULTS = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
 }  # fmt: skip
 _CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
-_MOST_TILES = 64  # of one side of a canvas
+_MOST_TILES = 64  # along one side of an image
 _EXTRA_EMBEDDINGS = 8  # HF's embedding always has this many more rows than the vocabulary
 
 
@@ -36,9 +35,9 @@ def mllama_from_hf(
     Args:
       values: the parsed file.
       where: name of the file in error messages.
-      capture: meaning of index i in `intermediate_layers_indices`, one of `CAPTURES`: the input of block i, as the
-        model was trained, or its output, as transformers since 4.56 reads it.
-      exit_rule: what exit l feeds the projector, one of `EXIT_RULES`.
+      capture: what index i in `intermediate_layers_indices` means: the "input" of block i, as the model was trained, or
+        its "output", as in transformers since 4.56.
+      exit_rule: definition of exit l, one of `EXIT_RULES`.
 
     Raises:
       UserError: the model type differs, or a value would need a different network.
@@ -63,6 +62,10 @@ def mllama_from_hf(
 
 
 def _vision(values: Any, where: str, shift: int) -> MllamaVisionConfig:
+    """Returns the config of the image encoder from the file's `vision_config`.
+
+    `shift` is added to the indices of the captured states.
+    """
     fields = Fields(values or {}, _VISION_DEFAULTS, where)
     fields.only("model_type", "mllama_vision_model")
     heads, width, depth = (fields.size(name) for name in ("attention_heads", "hidden_size", "num_hidden_layers"))
@@ -92,6 +95,7 @@ def _vision(values: Any, where: str, shift: int) -> MllamaVisionConfig:
 
 
 def _are_pairs(ratios: object) -> bool:
+    """Returns whether `ratios` is a non-empty list of (tiles high, tiles wide)."""
     if not isinstance(ratios, list | tuple) or not all(isinstance(ratio, list | tuple) for ratio in ratios):
         return False
     return bool(ratios) and all(
@@ -100,19 +104,20 @@ def _are_pairs(ratios: object) -> bool:
 
 
 def _is_ascending(numbers: Any, last: int) -> bool:
+    """Returns whether `numbers` is a non-empty ascending list of different ints between 0 and `last`."""
     if not isinstance(numbers, list | tuple) or not numbers or any(type(number) is not int for number in numbers):
         return False
     return list(numbers) == sorted(set(numbers)) and numbers[0] >= 0 and numbers[-1] <= last
 
 
 def mllama_to_hf(config: MllamaConfig, source: JsonObject | None, dtype: str) -> JsonObject:
-    """Returns the `config.json` with the keys that older transformers versions use.
+    """Returns the `config.json` to write, with keys that transformers 4.46 and later know.
 
     Args:
       config: config of the network.
-      source: the `config.json` that it came from, whose other keys (also the captured intermediates) are kept; None for
-        a model created here, whose indices have the meaning of training.
-      dtype: torch name of the dtype of the stored weights.
+      source: the `config.json` that it came from, whose other keys and `intermediate_layers_indices` are kept; None for
+        a model that was not loaded.
+      dtype: torch's name of the dtype of the stored weights.
     """
     out = copy.deepcopy(source or {})
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}

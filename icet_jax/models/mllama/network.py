@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision: tiled tower, projector and cross-attention decoder (HF `MllamaForConditionalGeneration`)."""
+"""Llama 3.2 Vision: image encoder, projector and cross-attention decoder (HF `MllamaForConditionalGeneration`)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -34,16 +34,16 @@ class MllamaConfig:
     exit_rule: str = "E1"
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
+        """Returns {projection that LoRA can adapt: (layers, input size, output size)}, for both stacks of layers."""
         return self.text.lora_shapes()
 
 
 @flax.struct.dataclass
 class MllamaEncoded:
-    """Holds every state of the local blocks, and the images that they belong to.
+    """Holds every state of the image encoder's local blocks, and the images that they belong to.
 
     Attributes:
-      states: Float[X, I, Q, D].
+      states: Float[X, I, Q, D] for X states, I images, Q tokens of all tiles with padding, and width D.
       images: the images.
     """
 
@@ -53,7 +53,7 @@ class MllamaEncoded:
 
 
 class Mllama(DelegatesToDecoder, nnx.Module):
-    """Implements the interface of `nn/protocols.py` for Llama 3.2 Vision."""
+    """Implements `VisionLanguageModel` for Llama 3.2 Vision; see `nn/protocols.py` for its methods."""
 
     def __init__(
         self, config: MllamaConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
@@ -75,12 +75,12 @@ class Mllama(DelegatesToDecoder, nnx.Module):
 
     @property
     def num_exits(self) -> int:
-        """Returns the number of local blocks of the tower."""
+        """Returns the number of exits, one for each local block of the image encoder."""
         return self.config.vision.num_hidden_layers
 
     @property
     def default_exit(self) -> int:
-        """Returns the exit of the model as trained, the last local block (under E5 no exit is the model as trained)."""
+        """Returns the last exit, at which the model is as trained (with the exit rule E5 no exit is)."""
         return self.num_exits
 
     @property
@@ -94,7 +94,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         return self.config.text.llama.hidden_size
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Returns `(layers, in, out)` of every decoder projection that LoRA can adapt, in both stacks."""
+        """Returns {projection that LoRA can adapt: (layers, input size, output size)}, for both stacks of layers."""
         return self.config.lora_shapes()
 
     @property
@@ -103,7 +103,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         return self.config.image_token_index
 
     def encode(self, images: Images, upto: int | None = None) -> MllamaEncoded:
-        """Runs the local blocks once; a static `upto` skips later blocks that no exit up to `upto` needs."""
+        """Returns the states of the local blocks; a static `upto` skips blocks that exits 1..upto do not need."""
         if upto is not None and self.config.exit_rule != "E1":
             upto = max(upto, *self.config.vision.intermediate_layers_indices)
         states = self.vision_tower.local_states(images.pixels, images.layout, upto)
@@ -116,10 +116,12 @@ class Mllama(DelegatesToDecoder, nnx.Module):
     def visual(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> CrossStates:
-        """Returns the projected vision tokens of each row's images at its exit, and which tiles exist."""
+        """Returns the image features of each row's images at its exit, and which tiles exist."""
         images = encoded.images
-        layers_of, numbers = images.image_exits(exits, rows)
-        features = self.vision_tower.features(encoded.states, layers_of, images.layout, self.config.exit_rule, numbers)
+        image_exits, numbers = images.image_exits(exits, rows)
+        features = self.vision_tower.features(
+            encoded.states, image_exits, images.layout, self.config.exit_rule, numbers
+        )
         states = images.group_by_row(self.projector(features), rows)
         is_present = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
         tiles = images.group_by_row(is_present if numbers is None else is_present[numbers], rows)
@@ -128,34 +130,36 @@ class Mllama(DelegatesToDecoder, nnx.Module):
     def image_features(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
-        """Returns the vision tokens of `visual`, and which of them belong to an existing tile."""
+        """Returns (image features of `visual` for all rows, which of them belong to an existing tile)."""
         cross = self.visual(encoded, exits)
         return cross.states, jnp.repeat(
             cross.tiles.reshape(cross.tiles.shape[0], -1), self.config.vision.tokens_per_tile, 1
         )
 
     def operations(self, length: int, cached: int, per_row: int) -> Operations:
-        """Returns the operations for one image and for one row, see `VisionLanguageModel.operations`.
+        """Returns the numbers of operations for one image and for one row; see `VisionLanguageModel.operations`.
 
-        The cross-attention layers are skipped for a row without images.
+        A row without images skips the cross-attention layers.
         """
         vision, text = self.config.vision, self.config.text
         encoder = vision.max_num_tiles * vision.padded_tokens, vision.hidden_size, vision.intermediate_size
         patches = vision.max_num_tiles * (vision.tokens_per_tile - 1)
         image_tokens = vision.max_num_tiles * vision.tokens_per_tile
-        after = 0 if self.config.exit_rule == "E5" else vision.num_global_layers
+        global_blocks = 0 if self.config.exit_rule == "E5" else vision.num_global_layers
         head = flops.logits(text.llama.hidden_size, text.llama.vocab_size)
-        text_layers = [flops.llama_layers(text.self_layers, *sizes) for sizes in ((length, length), (1, cached))]
-        cross = [flops.cross_layers(text.cross_layers, count, per_row * image_tokens) for count in (length, 1)]
+        text_prefill = flops.llama_layers(text.self_layers, length, length)
+        text_step = flops.llama_layers(text.self_layers, 1, cached)
+        cross_prefill = flops.cross_layers(text.cross_layers, length, per_row * image_tokens)
+        cross_step = flops.cross_layers(text.cross_layers, 1, per_row * image_tokens)
         image_keys = flops.keys_and_values(text.cross_layers, per_row * image_tokens)
         return Operations(
             encode=flops.encoder_blocks(vision.num_hidden_layers, *encoder)
             + flops.products(patches, (vision.num_channels, vision.patch_size**2, vision.hidden_size)),
-            visual=flops.encoder_blocks(after, *encoder)
+            visual=flops.encoder_blocks(global_blocks, *encoder)
             + flops.products(image_tokens, (vision.output_dim, text.llama.hidden_size)),
-            prefill=text_layers[0] + cross[0] + image_keys + head,
-            step=text_layers[1] + cross[1] + head,
-            forward=flops.llama_layers(text.self_layers, length, cached) + cross[0] + image_keys,
+            prefill=text_prefill + cross_prefill + image_keys + head,
+            step=text_step + cross_step + head,
+            forward=flops.llama_layers(text.self_layers, length, cached) + cross_prefill + image_keys,
         )
 
     def decode(
@@ -166,7 +170,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         visual: CrossStates | None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Runs the decoder over tokens and images; see `LanguageModel.decode`."""
+        """Returns the hidden states of whole sequences with their images; see `LanguageModel.decode`."""
         return self.language_model(tokens, positions, mask, visual, self.image_token_index, lora)
 
     def prefill(

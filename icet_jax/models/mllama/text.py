@@ -1,7 +1,8 @@
 """Decoder of Llama 3.2 Vision: LLaMA layers, some of which attend to the images instead (HF `MllamaTextModel`).
 
-Self-attention and cross-attention layers are stacked separately. If the cross-attention layers are at a constant
-distance (every fifth, in the published models), the decoder scans super-blocks; other layouts are unrolled.
+Self-attention and cross-attention layers are two stacks of weights. If every n-th layer attends to the images (n = 5 in
+the published models), the decoder scans over groups of n layers, called super-blocks. In any other order, the layers
+are one super-block.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from icet_jax.nn import layers
 from icet_jax.nn.kv_cache import KVCache, attend
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.llama import (
+    HasLanguageModelHead,
     LlamaBlocks,
     LlamaConfig,
     NextToken,
@@ -27,11 +29,11 @@ from icet_jax.nn.llama import (
     prompt_positions,
     rotary,
 )
-from icet_jax.parallel.traced import by_rows, gather_kernel, gather_weights
+from icet_jax.parallel.traced import by_rows, gather_weights
 from icet_jax.typing import Adapters, Array, Bool, DType, Float, Int, Keywords
 
 CROSS = "cross_layers"
-"""Name of the cross-attention stack, and prefix of the keys of its adapters (`cross_layers/q_proj`)."""
+"""Name of the stack of cross-attention layers, and prefix of the keys of its adapters (`cross_layers/q_proj`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +62,13 @@ class MllamaTextConfig:
         return dataclasses.replace(self.llama, num_hidden_layers=len(self.cross_attention_layers))
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Returns `(layers, in, out)` of every projection that LoRA can adapt, by the key of its adapter."""
+        """Returns {key of the adapter: (layers, input size, output size)} of the projections that LoRA can adapt."""
         cross = {f"{CROSS}/{name}": shape for name, shape in lora_shapes(self.cross_layers).items()}
         return lora_shapes(self.self_layers) | cross
 
     @property
     def super_blocks(self) -> tuple[int, tuple[bool, ...]]:
-        """Returns the number of equal super-blocks, and for each of their layers whether it attends to images.
-
-        An irregular layout is one super-block of all layers.
-        """
+        """Returns (number of equal super-blocks, for each layer of a super-block whether it attends to images)."""
         kinds = tuple(layer in self.cross_attention_layers for layer in range(self.llama.num_hidden_layers))
         count = max(len(self.cross_attention_layers), 1)
         period, rest = divmod(len(kinds), count)
@@ -82,7 +81,7 @@ class CrossStates:
     """Holds the image features for the cross-attention layers; the first axis of every leaf is the batch.
 
     Attributes:
-      states: Float[B, M * N, E], the projected vision tokens of a row's images, one image after another.
+      states: Float[B, M * N, E], the N image features of each of a row's M images, one image after another.
       tiles: Bool[B, M, tiles], which tiles exist; all False for an absent image.
     """
 
@@ -99,8 +98,8 @@ class MllamaCache:
       text: cache of the self-attention layers.
       k, v: keys (after `k_norm`) and values of the images, for each cross-attention layer `[B, K, M * N, D]`; empty
         without images.
-      allowed: image tokens that the next token of a row attends to, `[B, M * N]`; None without images.
-      real: image tokens of existing images, `[B, M * N]`; None without images.
+      allowed: which image features the next token of a row attends to, `[B, M * N]`; None without images.
+      real: which image features belong to an existing image, `[B, M * N]`; None without images.
     """
 
     text: KVCache
@@ -130,7 +129,11 @@ class MllamaCache:
 
 
 class CrossBlocks(nnx.Module):
-    """Holds the stacked cross-attention layers; methods are called on one layer's slice of the weights."""
+    """Holds the weights of all cross-attention layers, stacked along their first axis.
+
+    The methods run one layer and need a module that was merged from one layer's slice of the weights. They take the
+    layer's LoRA adapters (empty without) and their scale.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         depth = config.num_hidden_layers
@@ -152,26 +155,26 @@ class CrossBlocks(nnx.Module):
     def keys_values(
         self, states: Float[Array, "B MN E"], lora: Adapters, scale: float
     ) -> tuple[Float[Array, "B K MN D"], Float[Array, "B K MN D"]]:
-        """Returns keys (normalised, not rotated) and values of the image tokens."""
+        """Returns keys, normalised and without rotary embedding, and values of the image features."""
         heads = self.config.num_key_value_heads
         k = layers.split_heads(self.k_proj(states, lora.get("k_proj"), scale), heads)
         v = layers.split_heads(self.v_proj(states, lora.get("v_proj"), scale), heads)
         return self.k_norm(k).swapaxes(1, 2), v.swapaxes(1, 2)
 
     def query(self, x: Float[Array, "B T E"], lora: Adapters, scale: float) -> Float[Array, "B T H D"]:
-        """Returns the queries (normalised, not rotated) of the tokens."""
+        """Returns the queries of the tokens, normalised and without rotary embedding."""
         heads = self.config.num_attention_heads
         y = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
         return self.q_norm(layers.split_heads(y, heads))
 
-    def rest(
+    def after_attention(
         self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], vision: "Vision", lora: Adapters, scale: float
     ) -> Float[Array, "B T E"]:
-        """Applies the part of the layer that follows attention (HF `MllamaCrossAttentionDecoderLayer`).
+        """Returns the output of the layer from its input x and the concatenated outputs of its attention heads.
 
-        A token that may attend to no image attends to all tokens of its row's images (`real`, absent tiles included)
-        and skips the MLP, as in HF. A row without images is returned unchanged. Both are what HF does for a row alone;
-        in HF's batches such tokens also attend to the filler images that other rows make necessary.
+        As in HF's `MllamaCrossAttentionDecoderLayer`, a token before the first image attends to all features of its
+        row's images and skips the MLP. A row without images is returned unchanged. (This is what HF does for a single
+        row; in HF's batches such tokens also attend to the filler images of the batch.)
         """
         attended = self.o_proj(attended, lora.get("o_proj"), scale)
         x = x + jnp.where(vision.real.any(-1)[:, None, None], self._gate(self.attn_gate) * attended, 0)
@@ -187,8 +190,8 @@ class CrossBlocks(nnx.Module):
 def image_visibility(tokens: Int[Array, "B T"], image_token: int, count: int) -> Bool[Array, "B T M"]:
     """Returns which of a row's images each token may attend to (HF `get_cross_attention_token_mask`).
 
-    An image is visible from its placeholder up to the next placeholder. Consecutive placeholders share the last one's
-    end.
+    An image is visible from its placeholder up to the next image's placeholder. Images with consecutive placeholders
+    are all visible up to the end of the last one's range.
 
     Args:
       tokens: the tokens of the row, padding included.
@@ -196,19 +199,19 @@ def image_visibility(tokens: Int[Array, "B T"], image_token: int, count: int) ->
       count: M, the most images of a row.
     """
     placeholder = tokens == image_token
-    before = jnp.pad(placeholder[:, :-1], ((0, 0), (1, 0)))
-    group = jnp.cumsum(placeholder & ~before, axis=1)
+    follows_placeholder = jnp.pad(placeholder[:, :-1], ((0, 0), (1, 0)))
+    group = jnp.cumsum(placeholder & ~follows_placeholder, axis=1)  # of consecutive placeholders
     number = jnp.cumsum(placeholder, axis=1)
     columns = jnp.arange(tokens.shape[1])
     images = jnp.arange(1, count + 1)
     starts = placeholder[:, :, None] & (number[:, :, None] == images)
     start = jnp.where(starts.any(1), jnp.argmax(starts, axis=1), tokens.shape[1])
-    own = jnp.take_along_axis(group, jnp.minimum(start, tokens.shape[1] - 1), axis=1)
-    return (columns[:, None] >= start[:, None, :]) & (group[:, :, None] == own[:, None, :])
+    image_group = jnp.take_along_axis(group, jnp.minimum(start, tokens.shape[1] - 1), axis=1)
+    return (columns[:, None] >= start[:, None, :]) & (group[:, :, None] == image_group[:, None, :])
 
 
-class MllamaDecoder(nnx.Module):
-    """Holds the embedding, both stacks of layers, the final norm and the head."""
+class MllamaDecoder(HasLanguageModelHead, nnx.Module):
+    """The decoder: token embedding, both stacks of layers, final norm and head."""
 
     def __init__(
         self, config: MllamaTextConfig, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, param_dtype: DType = jnp.float32,
@@ -237,16 +240,15 @@ class MllamaDecoder(nnx.Module):
         image_token: int,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
-        """Returns the hidden states of whole sequences after the final norm, with causal attention that ignores
-        padding.
+        """Returns the hidden states of whole sequences after the final norm, with causal attention.
 
         Args:
           tokens: tokens, with the placeholders of the images.
           positions: rotary position of each token, from 0.
-          mask: True at real tokens; padding may be on either side.
-          images: the images of these tokens; None without images.
+          mask: True at tokens that are not padding, which may be on either side.
+          images: features of the rows' images; None without images.
           image_token: id of the placeholder.
-          lora: adapters, or None for the reference model.
+          lora: adapters, or None for the model without adapters.
         """
         vision = new_images(tokens, mask, images, image_token)
         text = SelfAttention(rotary(self.config.llama, positions), mask)
@@ -282,57 +284,58 @@ class MllamaDecoder(nnx.Module):
         self_adapters, cross_adapters = _split_adapters(lora)
         _, self_state = nnx.split(self.layers)
         _, cross_state = nnx.split(self.cross_layers)
-        kinds = self._places()
-        layers_of = tuple(
-            layer_at((cross_state, cross_adapters) if is_cross else (self_state, self_adapters), place)
-            for is_cross, place in kinds
+        unstacked = tuple(
+            layer_at((cross_state, cross_adapters) if is_cross else (self_state, self_adapters), index)
+            for is_cross, index in self._stack_indices()
         )
-        return UnstackedLayers(layers_of, 1.0 if lora is None else lora.scale)
+        return UnstackedLayers(unstacked, 1.0 if lora is None else lora.scale)
 
     def step(
         self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, unstacked: UnstackedLayers
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
-        """Returns the final state of one new token per row, and the cache with it."""
+        """Returns the final state of one new token per row and the new cache; see `LanguageModel.step`."""
         text = NextToken(self.config.llama, cache.text)
         vision = cached_images(cache, 1) if cache.k else None
         self_graph, _ = nnx.split(self.layers)
         cross_graph, _ = nnx.split(self.cross_layers)
         x = self.embed(tokens)[:, None]
-        for (is_cross, place), (weights, adapters) in zip(self._places(), unstacked.layers, strict=True):
+        for (is_cross, index), (weights, adapters) in zip(self._stack_indices(), unstacked.layers, strict=True):
             if not is_cross:
-                x = text(x, nnx.merge(self_graph, weights), adapters, unstacked.scale, place)
+                x = text(x, nnx.merge(self_graph, weights), adapters, unstacked.scale, index)
             elif vision is not None:
                 layer = nnx.merge(cross_graph, weights)
                 q = layer.query(x, adapters, unstacked.scale)[:, 0]
-                attended = attend(q, cache.k[place], cache.v[place], vision.attended[:, 0])
-                x = layer.rest(x, attended[:, None], vision, adapters, unstacked.scale)
+                attended = attend(q, cache.k[index], cache.v[index], vision.attended[:, 0])
+                x = layer.after_attention(x, attended[:, None], vision, adapters, unstacked.scale)
         return self.norm(x)[:, 0], dataclasses.replace(cache, text=text.updated_cache(active))
 
-    def _places(self) -> list[tuple[bool, int]]:
-        """Returns for each layer whether it attends to images, and its place in the stack of its kind."""
-        counts, places = [0, 0], []
+    def _stack_indices(self) -> list[tuple[bool, int]]:
+        """Returns for each layer (whether it attends to images, its index in the stack of its kind)."""
+        counts, indices = [0, 0], []
         for number in range(self.config.llama.num_hidden_layers):
             is_cross = number in self.config.cross_attention_layers
-            places.append((is_cross, counts[is_cross]))
+            indices.append((is_cross, counts[is_cross]))
             counts[is_cross] += 1
-        return places
+        return indices
 
     def _run(
         self, x: Array, text: SelfAttention, vision: "Vision | None", lora: Lora | None, *, stored: Any = None,
         keep: bool = False,
     ) -> tuple[Array, Any]:  # fmt: skip
-        """Scans the super-blocks over whole sequences.
+        """Runs all layers on whole sequences.
 
         Args:
-          x: embeddings.
-          text: the self-attention.
-          vision: the images as the tokens see them; None skips the cross-attention layers.
+          x: embeddings of the tokens.
+          text: runs the self-attention layers.
+          vision: the images and which tokens attend to them; None skips the cross-attention layers.
           lora: adapters.
-          stored: keys and values of the images, `[C, B, K, M * N, D]`, if they are already computed.
+          stored: keys and values of the images, each `[C, B, K, M * N, D]` for C cross-attention layers; None computes
+            them.
           keep: whether to return keys and values.
 
         Returns:
-          (states, keys and values of the text and of the images, heads first, by layer).
+          (hidden states, (keys and values of the text, keys and values of the images)). The latter are None unless
+          `keep` is set; they are stacked over layers, with heads before tokens.
         """
         repeats, kinds = self.config.super_blocks
         scale = 1.0 if lora is None else lora.scale
@@ -361,7 +364,7 @@ class MllamaDecoder(nnx.Module):
                     k, v = (part.swapaxes(1, 2) for part in keys_values)
                     q = layer.query(x, adapters, scale)
                     attended = layers.attention(q, k, v, vision.attended[:, None])
-                    x = by_rows(layer.rest(x, attended, vision, adapters, scale))
+                    x = by_rows(layer.after_attention(x, attended, vision, adapters, scale))
                 kept[is_cross].append(keys_values)
             return x, tuple(
                 jax.tree.map(lambda *parts: jnp.stack(parts), *keys_values) for keys_values in kept if keys_values
@@ -375,22 +378,16 @@ class MllamaDecoder(nnx.Module):
         text_kv, image_kv = (*jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept or ()), None, None)[:2]
         return x, (text_kv, image_kv)
 
-    def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
-        """Returns float32 logits of hidden states taken after the final norm; `head` is the result of `head_for`, if
-        available."""
-        kernel = self.lm_head.kernel[...] if head is None else head
-        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-
-    def head_for(self, hidden: Float[Array, "B *rest E"]) -> Float[Array, "E V"]:
-        """Returns the head's kernel, gathered once so that `logits` can be called on parts of `hidden` one after
-        another."""
-        return gather_kernel(self.lm_head.kernel[...], hidden, "lm_head/kernel")
-
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """Holds the images as tokens see them: `allowed [B, T, M * N]`, `real [B, M * N]`, and `states` unless keys are
-    cached."""
+    """Holds the images of a batch, and which of their features each token attends to.
+
+    Attributes:
+      allowed: [B, T, M * N], whether a token may attend to an image feature.
+      real: [B, M * N], whether an image feature belongs to an existing image.
+      states: the image features; None if their keys and values are cached.
+    """
 
     allowed: Array
     real: Array
@@ -398,20 +395,26 @@ class Vision:
 
     @property
     def sees(self) -> Bool[Array, "B T"]:
-        """Returns which tokens may attend to an image."""
+        """Returns which tokens may attend to an image at all."""
         return self.allowed.any(-1)
 
     @property
     def attended(self) -> Bool[Array, "B T MN"]:
-        """Returns the image tokens that a token attends to: the allowed ones, or all of its row's if none is
-        allowed."""
+        """Returns which image features a token attends to: the allowed ones, or all of its row if none is allowed."""
         return jnp.where(self.sees[..., None], self.allowed, self.real[:, None])
 
 
 def new_images(
     tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], images: CrossStates | None, image_token: int
 ) -> Vision | None:
-    """Returns what `tokens` see of the images whose placeholders are among them; None if there are no images."""
+    """Returns the images of these tokens and which tokens attend to them; None if there are no images.
+
+    Args:
+      tokens: tokens with the placeholders of the images.
+      mask: True at tokens that are not padding.
+      images: features of the images.
+      image_token: id of the placeholder.
+    """
     if images is None or images.tiles.shape[1] == 0:
         return None
     count = images.tiles.shape[1]
@@ -424,13 +427,13 @@ def new_images(
 
 
 def cached_images(cache: MllamaCache, length: int) -> Vision:
-    """Returns what the next `length` tokens of each row see of the cached images."""
+    """Returns the cached images and which of them the next `length` tokens of each row attend to."""
     shape = (cache.allowed.shape[0], length, cache.allowed.shape[1])
     return Vision(jnp.broadcast_to(cache.allowed[:, None], shape), cache.real)
 
 
 def _split_adapters(lora: Lora | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the adapters of the self-attention stack and those of the cross-attention stack, by projection."""
+    """Returns {projection: adapter} of the self-attention layers, and the same of the cross-attention layers."""
     weights = {} if lora is None else dict(lora.weights)
     prefix = f"{CROSS}/"
     return (
