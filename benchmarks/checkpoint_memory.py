@@ -44,9 +44,9 @@ def make(directory: Path, layers: int) -> None:
 
     values = CONFIG | {"text_config": CONFIG["text_config"] | {"num_hidden_layers": layers}}
     config = hf_config.llava_from_hf(values)
-    slots = {slot.key: slot for slot in tables.llava_table(config).slots}
+    entries = {entry.key: entry for entry in tables.llava_table(config).entries}
     shapes = flatten_with_names(abstract_params(functools.partial(Llava, config), "float16", "float16")[1])
-    specs = {key: ("F16", hf_shape(slot, shapes[slot.path].shape)) for key, slot in slots.items()}
+    specs = {key: ("F16", hf_shape(entry, shapes[entry.path].shape)) for key, entry in entries.items()}
     random = np.random.default_rng(0)
 
     def tensor(key: str) -> np.ndarray:

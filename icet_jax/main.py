@@ -278,9 +278,9 @@ def run(arguments: Sequence[str]) -> int:
 
             contexts.enter_context(handle_signals())
         if mode.is_shared:
-            from icet_jax.parallel.distributed import joined
+            from icet_jax.parallel.distributed import join_processes
 
-            contexts.enter_context(joined(options.coordinator, options.process_id, options.process_count))
+            contexts.enter_context(join_processes(options.coordinator, options.process_id, options.process_count))
         module = importlib.import_module(f"icet_jax.commands.{options.mode}")
         code: int = module.run(config, options.workdir, options)
         if mode.reports:

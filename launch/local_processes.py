@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def start(command: Sequence[str], *, processes: int, devices: int) -> list[subprocess.Popen[bytes]]:
-    """Starts `command` in every process; it must enter `icet_jax.parallel.distributed.joined`."""
+    """Starts `command` in every process; it must enter `icet_jax.parallel.distributed.join_processes`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A low-rank adapter of a network's kernels, independent of where its weights are."""
+"""LoRA adapters as one type, whether their factors are still on devices or come from a file."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from icet_jax.checkpoints.streaming import to_host
-from icet_jax.checkpoints.tables import Slot
+from icet_jax.checkpoints.tables import TableEntry
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import lora_key
 from icet_jax.typing import Float
@@ -14,15 +14,15 @@ from icet_jax.typing import Float
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Provides low-rank updates of decoder projections, `W += scale * a @ b`, one layer at a time on the host.
+    """Computes the low-rank updates `W += scale * a @ b` of decoder projections W, one layer at a time on the host.
 
     Attributes:
       rank: r, the same for every target.
       scale: alpha / r (or alpha / sqrt(r)).
-      targets: adapted projections, with the names in `Lora.weights`.
-      factors: function of (target, layer of its stack) that returns float32 `a [in, r]` and `b [r, out]`, in the order
-        x @ a @ b; zero if that layer is not adapted. With several processes it may be collective, so all must call it
-        in the same order.
+      targets: names of the adapted projections, the keys of `Lora.weights`.
+      factors: function of (target, layer index in its stack) that returns float32 `a [in, r]` and `b [r, out]` for
+        x @ a @ b; zeros if that layer is not adapted. All processes of a run must call it in the same order, because
+        it may be collective.
     """
 
     rank: int
@@ -30,18 +30,18 @@ class Adapter:
     targets: tuple[str, ...]
     factors: Callable[[str, int], tuple[np.ndarray, np.ndarray]]
 
-    def delta(self, slot: Slot) -> Float[np.ndarray, "size_in size_out"] | None:
-        """Returns the float32 update `[in, out]` of the kernel that `slot` fills; None if there is none."""
-        target = lora_key(slot.path)
-        if target not in self.targets or slot.layer is None:
+    def delta(self, entry: TableEntry) -> Float[np.ndarray, "size_in size_out"] | None:
+        """Returns the float32 update `[in, out]` of the weight matrix that `entry` fills; None if it is not adapted."""
+        target = lora_key(entry.path)
+        if target not in self.targets or entry.layer is None:
             return None
-        # The same memory layout always, so that an adapter read from a file gives the same bits as the written one.
-        a, b = map(np.ascontiguousarray, self.factors(target, slot.layer))
+        # A fixed memory layout, so that an adapter read from a file gives the same bits as the one that was written.
+        a, b = map(np.ascontiguousarray, self.factors(target, entry.layer))
         return np.float32(self.scale) * (a @ b) if b.any() else None
 
 
-def of_lora(lora: Lora) -> Adapter:
-    """Returns trained LoRA weights, on whatever devices they are, as an `Adapter`."""
+def adapter_from_lora(lora: Lora) -> Adapter:
+    """Returns an `Adapter` that reads its factors from trained LoRA weights, on any devices."""
     rank = next(iter(lora.weights.values()))["a"].shape[-1]
 
     def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:

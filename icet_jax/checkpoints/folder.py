@@ -1,4 +1,4 @@
-"""Exported folders, which are complete or absent and replace only earlier exports."""
+"""Writes export folders, which are complete or absent and replace only earlier exports."""
 
 import contextlib
 import json
@@ -15,32 +15,32 @@ from icet_jax.errors import UserError, write_error
 from icet_jax.files import JsonObject, replace_dir_atomic
 
 VALUE_HEAD = "value_head.safetensors"
-"""File of the value head next to a model or an adapter; transformers and PEFT do not read it."""
+"""File name of the value head, next to a model or an adapter; transformers and PEFT do not read it."""
 ADAPTER = "adapter"
 """Sub-folder of an exported model for its PEFT adapter."""
 
 
-def check_target(out_dir: Path, source: Path | None, mark: str) -> None:
+def check_target(out_dir: Path, source: Path | None, marker: str) -> None:
     """Raises a `UserError` unless `out_dir` is new, empty, or an earlier export.
 
     Args:
-      out_dir: the target.
-      source: directory of the exported model, or None.
-      mark: a file that every earlier export has.
+      out_dir: the directory to write.
+      source: directory that the model was loaded from, or None.
+      marker: name of a file by which an earlier export is recognised.
     """
     if source is not None and out_dir.resolve() == source.resolve():
-        raise UserError(f"{out_dir}: is the model's own source; export to another directory")
+        raise UserError(f"{out_dir}: the model was loaded from this directory; export to another one")
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file; give a directory")
-    if out_dir.is_dir() and {path.name for path in out_dir.iterdir()} - {ADAPTER} and not (out_dir / mark).is_file():
-        raise UserError(f"{out_dir}: holds something else than an exported model; give a new directory")
+    if out_dir.is_dir() and {path.name for path in out_dir.iterdir()} - {ADAPTER} and not (out_dir / marker).is_file():
+        raise UserError(f"{out_dir}: contains something other than an exported model; give a new directory")
 
 
 @contextlib.contextmanager
-def beside(out_dir: Path) -> Iterator[Path]:
-    """Yields a temporary folder that replaces `out_dir` if the block succeeds and is removed otherwise.
+def unfinished_folder(out_dir: Path) -> Iterator[Path]:
+    """Yields a temporary folder next to `out_dir`, which replaces `out_dir` if the block succeeds, else is removed.
 
-    Its name is fixed, so that the next export removes what a killed one left.
+    Its name depends on `out_dir` alone, so the next export removes what a killed one left.
 
     Raises:
       UserError: the folder cannot be written.
@@ -59,17 +59,17 @@ def beside(out_dir: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: JsonObject) -> None:
-    """Writes an indented JSON file into an unfinished folder."""
+    """Writes `values` as indented JSON to a file in an `unfinished_folder`."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def head_on_host(head: Mapping[str, jax.Array] | None) -> dict[str, np.ndarray] | None:
-    """Returns a value head as numpy arrays; with several processes all of them call it."""
+    """Returns a value head's arrays as numpy arrays by name, None for None; all processes of a run must call it."""
     return None if head is None else {name: to_host(array, None) for name, array in sorted(head.items())}
 
 
 def write_beside_weights(folder: Path, head: dict[str, np.ndarray] | None, texts: Mapping[str, str]) -> None:
-    """Writes the value head and text files such as a model card into an unfinished folder."""
+    """Writes the value head (if any) and text files ({name: content}), such as a model card, to `folder`."""
     if head is not None:
         specs = {name: (dtype_name(array.dtype), array.shape) for name, array in head.items()}
         write_safetensors(folder / VALUE_HEAD, specs, lambda name: head[name])

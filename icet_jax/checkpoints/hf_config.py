@@ -5,8 +5,9 @@ absent fields mean the HF class defaults. Export writes the old keys, which ever
 """
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
@@ -14,8 +15,10 @@ from icet_jax.files import JsonObject, parse_json
 from icet_jax.nn.gpt2 import GPT2Config
 from icet_jax.nn.llama import LlamaConfig, RopeScaling
 
+_T = TypeVar("_T")
+
 SUPPORTED = {**{name: family.title for name, family in FAMILIES.items()}, "gpt2": "GPT-2 reward model"}
-"""{`model_type`: description} of the supported checkpoints."""
+"""{`model_type` in config.json: description for error messages} of the supported models."""
 
 # transformers' class defaults, used for fields that the decoder's config leaves out.
 _TEXT_DEFAULTS = {
@@ -31,49 +34,54 @@ _SHOWN = 200  # characters of a wrong value that an error shows
 
 
 class Fields:
-    """Reads one (sub-)config and reports problems with its file and field."""
+    """Reads checked values from one (sub-)config; errors name the file and the field.
 
-    def __init__(self, values: Any, defaults: JsonObject, where: str):
+    Attributes:
+      values: the values of the (sub-)config, and defaults for the fields that it lacks.
+      where: name of the (sub-)config in error messages.
+    """
+
+    def __init__(self, values: object, defaults: JsonObject, where: str):
         if not isinstance(values, dict):
             raise UserError(f"{where}: must be a mapping, not {_shown(values)}")
-        # An explicit null means the default, as an absent key does.
+        # An explicit null means the default, like an absent key.
         self.values = defaults | {key: value for key, value in values.items() if value is not None}
         self.where = where
 
     def fail(self, field: str, expected: str) -> UserError:
-        """Returns the error for a field's value, which says what is `wanted` instead; the caller raises it."""
+        """Returns (does not raise) the error for a field whose value is not `expected`, a description for the user."""
         return UserError(f"{self.where}: {field}={_shown(self.values.get(field))} is not supported; needs {expected}")
 
     def size(self, field: str) -> int:
-        """Returns a positive integer of plausible size, so that a malicious file cannot cost hours or gigabytes."""
+        """Returns the field's positive integer, which has an upper limit against malicious files."""
         value = self.values.get(field)
-        most = _MOST_LAYERS if field in _LAYER_COUNTS else _LARGEST_SIZE
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise self.fail(field, f"a positive integer, at most {most}")
+        limit = _MOST_LAYERS if field in _LAYER_COUNTS else _LARGEST_SIZE
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            raise self.fail(field, f"a positive integer, at most {limit}")
         return value
 
     def number(self, field: str) -> float:
-        """Returns a finite number as float."""
+        """Returns the field's finite number as a float."""
         value = self.values.get(field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_NUMBER:
             raise self.fail(field, "a number")
         return float(value)
 
-    def choice(self, field: str, allowed: Any) -> Any:
-        """Returns the value if it is one of `allowed`, else raises an error."""
+    def choice(self, field: str, allowed: Iterable[_T]) -> _T:
+        """Returns the field's value if it is one of `allowed`, else raises an error."""
         value = self.values.get(field)
         if value not in tuple(allowed):
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
         return value
 
-    def only(self, field: str, *allowed: Any) -> None:
-        """Raises an error for a value that would change the network; an absent field is accepted."""
+    def only(self, field: str, *allowed: object) -> None:
+        """Raises an error if the field is present and its value, not in `allowed`, would need another network."""
         if field in self.values and self.values[field] not in allowed:
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
 
 
 def _shown(value: object) -> str:
-    """Returns a value of the file for an error message, truncated if it is long."""
+    """Returns the text of a value for an error message, truncated if it is long."""
     text = "a number of thousands of digits" if isinstance(value, int) and abs(value) >= 10**100 else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -99,28 +107,26 @@ def read_hf_config(directory: str | Path) -> JsonObject:
 
 
 def _refuse_quantised(values: JsonObject, where: str) -> None:
-    """Raises a `UserError` if there is a `quantization_config`, because plain weights are not what it describes."""
-    for place, part in (("", values), *((f"{name}.", values.get(name)) for name in ("text_config", "vision_config"))):
-        quantization = part.get("quantization_config") if isinstance(part, dict) else None
+    """Raises a `UserError` if a `quantization_config` says that the weights are not plain floating-point numbers."""
+    sub_configs = ((f"{name}.", values.get(name)) for name in ("text_config", "vision_config"))
+    for prefix, config in (("", values), *sub_configs):
+        quantization = config.get("quantization_config") if isinstance(config, dict) else None
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise UserError(
-                f"{where}: {place}quantization_config{'' if method is None else f' ({_shown(method)})'}: quantised "
+                f"{where}: {prefix}quantization_config{'' if method is None else f' ({_shown(method)})'}: quantised "
                 "weights are not supported; give the checkpoint that is not quantised, or remove the field if its "
                 "weights are plain"
             )
 
 
 def _supported() -> str:
-    return ", ".join(f"{name} ({what})" for name, what in SUPPORTED.items())
+    """Returns the supported model types for an error message."""
+    return ", ".join(f"{name} ({title})" for name, title in SUPPORTED.items())
 
 
 def require_model_type(values: JsonObject, expected: str, where: str = "config.json") -> None:
-    """Checks `model_type`.
-
-    Raises:
-      UserError: it is not `expected`; the message names the supported types.
-    """
+    """Raises a `UserError` that names the supported types if the `model_type` of `values` is not `expected`."""
     model_type = values.get("model_type")
     if model_type == expected:
         return
@@ -132,7 +138,10 @@ def require_model_type(values: JsonObject, expected: str, where: str = "config.j
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Returns base and scaling from the old keys (`rope_theta`, `rope_scaling`) or the new one (`rope_parameters`)."""
+    """Returns base frequency and scaling (None: not scaled) of the rotary positions.
+
+    They are in the old keys `rope_theta` and `rope_scaling`, or in the new one, `rope_parameters`.
+    """
     merged: JsonObject = {"rope_theta": fields.values.get("rope_theta", 10000.0)}
     for name in ("rope_scaling", "rope_parameters"):
         part = fields.values.get(name, {})
@@ -154,14 +163,14 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     )
 
 
-def llama_text(values: Any, tied: bool, where: str, model_type: str = "llama") -> LlamaConfig:
+def llama_text(values: object, tied: bool, where: str, model_type: str = "llama") -> LlamaConfig:
     """Returns the config of a Llama decoder (HF `LlamaConfig`).
 
     Args:
       values: the parsed `config.json`, or the part of it that describes the decoder.
-      tied: whether an outer config ties the head to the embeddings.
+      tied: whether the config around `values` already says that the head shares the embeddings' weights.
       where: name of `values` in error messages.
-      model_type: model type that `values` may name.
+      model_type: the only `model_type` that `values` may have.
 
     Raises:
       UserError: a value would need a different network.
@@ -230,18 +239,18 @@ def gpt2_from_hf(values: JsonObject, where: str = "config.json") -> GPT2Config:
 
 
 def drop_new_keys(values: JsonObject) -> None:
-    """Removes transformers 5's keys that duplicate old keys."""
+    """Removes from `values` the keys of transformers 5 that duplicate old keys."""
     for key in ("rope_parameters", "dtype", "image_token_id"):
         values.pop(key, None)
 
 
 def llama_text_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") -> JsonObject:
-    """Returns a Llama decoder's part of `config.json` with the old keys.
+    """Returns the part of `config.json` that describes a Llama decoder, with the old keys.
 
     Args:
       config: config of the decoder.
-      dtype: torch name of the dtype of the stored weights.
-      model_type: model type of the part.
+      dtype: torch's name of the dtype of the stored weights.
+      model_type: the `model_type` to write.
     """
     rope = config.rope_scaling
     return {
@@ -258,13 +267,14 @@ def llama_text_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama")
 
 
 def gpt2_to_hf(config: GPT2Config, source: JsonObject | None, dtype: str) -> JsonObject:
-    """Returns the `config.json` with the old keys, always with `pad_token_id`, which transformers needs for padded
-    batches.
+    """Returns the `config.json` of a GPT-2 reward model with the old keys.
+
+    It always has a `pad_token_id`, which transformers needs for padded batches.
 
     Args:
       config: config of the network.
-      source: the `config.json` that it came from, whose other keys are kept; None for a model created here.
-      dtype: torch name of the dtype of the stored weights.
+      source: the `config.json` that the model was loaded with, whose other keys are kept; None for a new model.
+      dtype: torch's name of the dtype of the stored weights.
     """
     out = copy.deepcopy(source or {})
     drop_new_keys(out)
@@ -276,6 +286,6 @@ def gpt2_to_hf(config: GPT2Config, source: JsonObject | None, dtype: str) -> Jso
         "torch_dtype": dtype,
     }
     defaults = {"activation_function": "gelu_new", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    end = {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}
-    out = defaults | end | {key: value for key, value in out.items() if value is not None}
+    end_tokens = {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}
+    out = defaults | end_tokens | {key: value for key, value in out.items() if value is not None}
     return {"pad_token_id": out["eos_token_id"]} | out

@@ -1,8 +1,8 @@
 """Writes HF checkpoint directories in the old layout with old config keys, which transformers 4.46 to 5.x load.
 
-Tensors that training did not change are copied from the source byte for byte; the others are cast to the source's
-dtype. Tensors are written one by one, and only one piece at a time is brought to the host, whatever mesh the parameters
-are on. With several processes all of them call an export and the first one writes.
+"The source" is the checkpoint that the model was loaded from. Tensors that training did not change are copied from it
+byte for byte; the others are cast to its dtypes. Tensors are written one by one, and the host holds one tensor (or one
+layer of a stacked parameter) at a time. All processes of a run must call an export; the first one writes.
 """
 
 import contextlib
@@ -18,20 +18,21 @@ from flax import nnx
 
 from icet_jax.checkpoints import folder, hf_config, safetensors_io, tables
 from icet_jax.checkpoints.adapter import Adapter
-from icet_jax.checkpoints.hf_import import hf_shape, match
+from icet_jax.checkpoints.hf_import import hf_shape, match_keys
 from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
 from icet_jax.checkpoints.streaming import to_host
-from icet_jax.checkpoints.tables import Slot, Table
+from icet_jax.checkpoints.tables import Table, TableEntry
 from icet_jax.files import JsonObject
 from icet_jax.nn.gpt2 import GPT2Config
-from icet_jax.parallel.distributed import together
+from icet_jax.parallel.distributed import barrier
 from icet_jax.parallel.sharding import flatten_with_names
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 ConfigWriter: TypeAlias = Callable[[JsonObject | None, str, set[str]], JsonObject]
-"""Function of (source's `config.json` or None, torch dtype, omitted tied keys) that returns the `config.json`."""
+"""Function that returns the new `config.json` from the source's (or None), torch's name of the weights' dtype, and the
+tied keys that the files omit."""
 
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -43,16 +44,16 @@ COPIED = (
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Holds everything that determines the tensors of the output.
+    """Computes the tensors of the exported files.
 
     Attributes:
       table: key table of the family.
       params: parameters by path.
-      reader: the open source, or None.
-      keys: {old key: key in the source}.
-      start: adapter that was merged when the source was loaded, or None.
+      reader: the source's open files, or None.
+      keys: {key in the old layout: key in the source}.
+      start: adapter that was merged into the source's weights when they were loaded, or None.
       lora: adapter to merge into the parameters, or None.
-      trained: roots of the paths that may differ from the source; None if any may.
+      trained: path prefixes of the parameters that may differ from the source; None if all may.
     """
 
     table: Table
@@ -63,64 +64,71 @@ class Export:
     lora: Adapter | None
     trained: Sequence[str] | None
 
-    def dtype(self, slot: Slot) -> str:
-        """Returns the source tensor's dtype, or the parameter's if there is no source."""
+    def dtype(self, entry: TableEntry) -> str:
+        """Returns safetensors' name of the source tensor's dtype, or of the parameter's if there is no source."""
         if self.reader is not None:
-            return self.reader.dtypes[self.keys[slot.key]]
-        return safetensors_io.dtype_name(self.params[slot.path].dtype)
+            return self.reader.dtypes[self.keys[entry.key]]
+        return safetensors_io.dtype_name(self.params[entry.path].dtype)
 
-    def tensor(self, slot: Slot) -> np.ndarray:
-        """Returns the HF tensor of a slot, with adapters added in float32; all processes call it for the same slots in
-        order."""
-        deltas = [] if self.lora is None else [self.lora.delta(slot)]
+    def tensor(self, entry: TableEntry) -> np.ndarray:
+        """Returns the tensor to write for an entry, with adapters added in float32.
+
+        All processes must call it for the same entries in the same order.
+        """
+        deltas = [] if self.lora is None else [self.lora.delta(entry)]
         tensor = None
-        if self.may_differ(slot):
-            tensor = slot.transform.to_hf(to_host(self.params[slot.path], slot.layer))
+        if self.may_differ(entry):
+            tensor = entry.transform.to_hf(to_host(self.params[entry.path], entry.layer))
         if self.reader is not None:
-            source = self.source(slot)
-            start = None if self.start is None else self.start.delta(slot)
-            # A parameter that still equals the loaded one is replaced by the source's own bits, because a bfloat16
-            # parameter holds only a part of them.
-            if tensor is None or _same_bits(_sum(slot, source, [start]).astype(tensor.dtype, copy=False), tensor):
+            source = self.source(entry)
+            start = None if self.start is None else self.start.delta(entry)
+            # If the parameter still equals the loaded one, use the source's tensor: a bfloat16 parameter has lost some
+            # of its bits.
+            if tensor is None or _same_bits(_sum(entry, source, [start]).astype(tensor.dtype, copy=False), tensor):
                 tensor, deltas = source, [start, *deltas]
         assert tensor is not None
-        return _sum(slot, tensor, deltas).astype(safetensors_io.DTYPES[self.dtype(slot)], copy=False)
+        return _sum(entry, tensor, deltas).astype(safetensors_io.DTYPES[self.dtype(entry)], copy=False)
 
-    def source(self, slot: Slot) -> np.ndarray:
-        """Returns the source's tensor of a slot."""
+    def source(self, entry: TableEntry) -> np.ndarray:
+        """Returns the source's tensor of an entry."""
         assert self.reader is not None
-        return self.reader.read(self.keys[slot.key])
+        return self.reader.read(self.keys[entry.key])
 
-    def may_differ(self, slot: Slot) -> bool:
-        """Returns whether training may have changed the parameter itself, apart from adapters."""
+    def may_differ(self, entry: TableEntry) -> bool:
+        """Returns whether training may have changed the parameter itself; adapters do not count."""
         if self.reader is None or self.trained is None:
             return True
-        return any(slot.path == root or slot.path.startswith(f"{root}/") for root in self.trained)
+        return any(entry.path == root or entry.path.startswith(f"{root}/") for root in self.trained)
 
     def tied(self) -> set[str]:
-        """Returns the keys that the file may omit: the source omitted them, and they still equal the tensors they are
-        tied to."""
-        return {slot.key for slot in self.table.slots if slot.fallback and self._is_tied(slot)}
+        """Returns the keys whose tensors the file omits, because they equal those that they are tied to.
 
-    def _is_tied(self, slot: Slot) -> bool:
-        if self.reader is not None and self.keys[slot.key] != self.keys[slot.fallback or ""]:
+        A key that the source does not omit is not among them.
+        """
+        return {entry.key for entry in self.table.entries if entry.fallback and self._is_tied(entry)}
+
+    def _is_tied(self, entry: TableEntry) -> bool:
+        if self.reader is not None and self.keys[entry.key] != self.keys[entry.fallback or ""]:
             return False
-        other = next(candidate for candidate in self.table.slots if candidate.key == slot.fallback)
-        return _same_bits(self.tensor(slot), self.tensor(other))
+        fallback = next(candidate for candidate in self.table.entries if candidate.key == entry.fallback)
+        return _same_bits(self.tensor(entry), self.tensor(fallback))
 
 
 def _same_bits(first: np.ndarray, second: np.ndarray) -> bool:
-    """Returns whether two tensors of one dtype are equal, with NaN and signed zeros; comparing bits is faster for
-    bfloat16."""
+    """Returns whether two tensors of one dtype have the same bits, so that equal NaNs count as equal and 0 and -0 do
+    not."""
     bits = np.dtype(f"u{first.dtype.itemsize}")
     return np.array_equal(first.view(bits), second.view(bits))
 
 
-def _sum(slot: Slot, tensor: np.ndarray, deltas: Sequence[np.ndarray | None]) -> np.ndarray:
-    """Returns a tensor of the file plus updates of the parameter; the tensor itself if there are none."""
+def _sum(entry: TableEntry, tensor: np.ndarray, deltas: Sequence[np.ndarray | None]) -> np.ndarray:
+    """Returns an HF tensor plus updates in the parameter's layout (None: no update).
+
+    The sum is in float32; without any update the result is the tensor itself.
+    """
     for delta in deltas:
         if delta is not None:
-            tensor = tensor.astype(np.float32, copy=False) + slot.transform.to_hf(delta)
+            tensor = tensor.astype(np.float32, copy=False) + entry.transform.to_hf(delta)
     return tensor
 
 
@@ -143,15 +151,18 @@ def save_network(
     Args:
       out_dir: a new directory, or an earlier export, which is replaced.
       table: key table of the network.
-      params: its parameters.
-      config_json: function that returns `config.json`.
-      source_dir, start, lora, trained, value_head, texts, max_shard_bytes: see `icet_jax.models.saving.save_vlm`.
+      params: parameters of the network.
+      config_json: function that returns the content of `config.json`.
+      source_dir: checkpoint that the network was loaded from, or None; unchanged tensors are copied from there.
+      start, lora, trained: see `Export`.
+      value_head, texts: what to write beside the weights, see `folder.write_beside_weights`.
+      max_shard_bytes: largest size of a weight file.
 
     Returns:
       `out_dir`.
 
     Raises:
-      UserError: the directory cannot be written or holds something else; the source does not fit the table.
+      UserError: the directory cannot be written or contains something else; or the source does not fit the table.
     """
     source = None if source_dir is None else Path(source_dir)
     head = folder.head_on_host(value_head)
@@ -176,13 +187,13 @@ def open_export(
     table: Table, params: nnx.State, source: Path | None, start: Adapter | None, lora: Adapter | None,
     trained: Sequence[str] | None,
 ) -> Iterator[Export]:  # fmt: skip
-    """Yields the `Export` that provides every tensor; the source's files stay open during the block."""
+    """Yields the `Export` of `params`; the files of `source` stay open during the `with` block."""
     by_path = flatten_with_names(params)
     if source is None:
         yield Export(table, by_path, None, {}, start, lora, trained)
         return
     with TensorReader(safetensors_files(source)) as reader:
-        yield Export(table, by_path, reader, match(table, by_path, reader, str(source)), start, lora, trained)
+        yield Export(table, by_path, reader, match_keys(table, by_path, reader, str(source)), start, lora, trained)
 
 
 def _save(
@@ -194,20 +205,23 @@ def _save(
     head: dict[str, np.ndarray] | None,
     texts: Mapping[str, str],
 ) -> None:
+    """Writes all files of a checkpoint in the first process; the others only take part in reading the tensors."""
     tied = export.tied()
-    slots = {slot.key: slot for slot in export.table.slots if slot.key not in tied}
-    specs = {key: (export.dtype(slot), hf_shape(slot, export.params[slot.path].shape)) for key, slot in slots.items()}
+    entries = {entry.key: entry for entry in export.table.entries if entry.key not in tied}
+    specs = {
+        key: (export.dtype(entry), hf_shape(entry, export.params[entry.path].shape)) for key, entry in entries.items()
+    }
     groups = list(safetensors_io.shard(specs, max_shard_bytes))
     files = {_file_name(number, len(groups)): group for number, group in enumerate(groups, start=1)}
     progress = ByteProgress("writing weights", sum(safetensors_io.tensor_bytes(*spec) for spec in specs.values()))
 
     def read(key: str) -> np.ndarray:
         progress.advance(safetensors_io.tensor_bytes(*specs[key]))
-        return export.tensor(slots[key])
+        return export.tensor(entries[key])
 
     if jax.process_index() == 0:
         folder.check_target(out_dir, source, "config.json")
-        with folder.beside(out_dir) as unfinished:
+        with folder.unfinished_folder(out_dir) as unfinished:
             for name, group in files.items():
                 safetensors_io.write_safetensors(unfinished / name, {key: specs[key] for key in group}, read)
             _write_index(unfinished, files, specs)
@@ -222,14 +236,16 @@ def _save(
         for group in files.values():
             for key in safetensors_io.file_order({key: specs[key] for key in group}):
                 read(key)
-    together()
+    barrier()
 
 
 def _file_name(number: int, count: int) -> str:
+    """Returns the name of weight file `number` (from 1) of `count`."""
     return safetensors_io.SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _write_index(unfinished: Path, files: dict[str, list[str]], specs: dict[str, safetensors_io.Spec]) -> None:
+    """Writes the index of several weight files ({file name: keys}); a single file needs none."""
     if len(files) == 1:
         return
     total = sum(safetensors_io.tensor_bytes(*spec) for spec in specs.values())
@@ -238,7 +254,7 @@ def _write_index(unfinished: Path, files: dict[str, list[str]], specs: dict[str,
 
 
 def _main_dtype(specs: dict[str, safetensors_io.Spec]) -> str:
-    """Returns the torch name of the dtype that most bytes have."""
+    """Returns torch's name of the dtype that holds the most bytes."""
     by_dtype: dict[str, int] = {}
     for dtype, shape in specs.values():
         by_dtype[dtype] = by_dtype.get(dtype, 0) + safetensors_io.tensor_bytes(dtype, shape)

@@ -1,4 +1,4 @@
-"""Collects all problems with a set of weights and reports them in one line."""
+"""Collects all problems of a checkpoint's tensors and reports them in one line."""
 
 import re
 from collections import defaultdict
@@ -9,19 +9,21 @@ _NUMBER = re.compile(r"(?<=\.)[0-9]{1,9}(?=\.)")
 
 
 def _ranges(numbers: set[int]) -> str:
-    """Converts `{0, 1, 2, 5}` to `0-2,5`."""
-    parts: list[list[int]] = []
+    """Returns `0-2,5` for `{0, 1, 2, 5}`."""
+    ranges: list[list[int]] = []
     for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
         else:
-            parts.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+            ranges.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def compact(keys: list[str]) -> list[str]:
-    """Returns the names of all keys, with those that differ only in a layer number combined:
-    `layers.{0-23}.mlp.fc1.bias`."""
+    """Returns the keys in sorted order, with those that differ only in a layer number combined into one.
+
+    The combined key contains the numbers: `layers.{0-23}.mlp.fc1.bias`.
+    """
     groups: dict[str, set[int]] = defaultdict(set)
     out = []
     for key in keys:
@@ -37,20 +39,19 @@ def compact(keys: list[str]) -> list[str]:
 
 
 class Problems:
-    """Collects keys by the kind of problem."""
+    """Collects the keys of faulty tensors by kind of problem."""
 
     def __init__(self) -> None:
         self._keys: dict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, key: str) -> None:
-        """Records that `key` is "missing", "unexpected", ..."""
+        """Records that the tensor `key` has a problem of this kind: "missing", "unexpected", "duplicate", ..."""
         self._keys[kind].append(key)
 
     def raise_if_any(self, where: str, what: str) -> None:
-        """Raises the collected problems as `where: what: missing (2): ...`.
+        """Raises a `UserError` if any problem was recorded.
 
-        Raises:
-          UserError: one line with every kind, its number of tensors and all their keys.
+        Its line is `where: what: missing (2): KEY, KEY; unexpected (1): KEY`, with all kinds, counts and keys.
         """
         if not self._keys:
             return

@@ -1,7 +1,7 @@
-"""The sizes in the published `config.json` of the models in `configs/`, for plans without a network connection.
+"""Contents of the published `config.json` of the models in `configs/`, so that plans need no network connection.
 
-Only values that determine shapes are given; others have the class defaults, as in the hub's sparse files. Weights are
-never loaded with these values: a run reads the checkpoint's own config.json.
+They are only for planning; a run reads the checkpoint's own config.json. Values that do not determine shapes are left
+out where they are transformers' class defaults.
 """
 
 from pathlib import Path
@@ -30,6 +30,7 @@ _LLAMA3_ROPE = {
 
 
 def _llava(model_type: str, text: JsonObject, pad: int) -> JsonObject:
+    """Returns the config of a LLaVA-1.5 or LLaVA-NeXT with decoder config `text` and padding token `pad`."""
     return {
         "model_type": model_type, "image_token_index": 32000, "pad_token_id": pad, "text_config": text,
         "vision_config": _CLIP,
@@ -52,7 +53,7 @@ PUBLISHED: dict[str, JsonObject] = {
         "vision_config": {"model_type": "mllama_vision_model", "image_size": 560},
     },
 }  # fmt: skip
-
+"""{hub id: parsed `config.json`} of the vision-language models in `configs/`."""
 
 _LLAMA_7B = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32000}
 _ONE_LABEL = {"0": "LABEL_0"}
@@ -86,11 +87,11 @@ SCORERS: dict[str, JsonObject] = {
         "position_buckets": 256, "max_relative_positions": -1, "pos_att_type": "p2c|c2p", "id2label": _ONE_LABEL,
     },
 }  # fmt: skip
-"""The same for the scorers in `configs/`."""
+"""{hub id: parsed `config.json`} of the scorers in `configs/`."""
 
 
 def scorer_values(path_or_id: str) -> JsonObject | None:
-    """Returns the parsed `config.json` of a scorer's directory, or of a hub id whose sizes are known here; else None.
+    """Returns the parsed `config.json` of a scorer, from its directory or from `SCORERS`; None if it is in neither.
 
     Raises:
       UserError: the directory has no readable config.json.
@@ -99,10 +100,10 @@ def scorer_values(path_or_id: str) -> JsonObject | None:
 
 
 def config_values(path_or_id: str) -> JsonObject:
-    """Returns the parsed `config.json` of a checkpoint directory, or of a hub id whose sizes are known here.
+    """Returns the parsed `config.json` of a model, from its directory or from `PUBLISHED`.
 
     Raises:
-      UserError: it is neither, or the directory has no readable config.json.
+      UserError: it is in neither, or the directory has no readable config.json.
     """
     if Path(path_or_id).is_dir():
         return read_hf_config(path_or_id)

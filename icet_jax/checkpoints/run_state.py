@@ -1,5 +1,4 @@
-"""Saves the state of a run with Orbax while the run continues, keeps the last few, and detects damage when
-restoring."""
+"""Saves the state of a run with Orbax while the run continues, keeps the last few saves, and detects damaged ones."""
 
 import contextlib
 import json
@@ -16,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from icet_jax.errors import RESUMABLE, UserError
-from icet_jax.files import parse_json, read_text, write_text_atomic
-from icet_jax.parallel.distributed import gather, is_writer, together
+from icet_jax.files import JsonObject, parse_json, read_text, write_text_atomic
+from icet_jax.parallel.distributed import barrier, gather, is_writer
 from icet_jax.parallel.sharding import flatten_with_names
+from icet_jax.typing import ArrayLike, PyTree
 
 _LOG = logging.getLogger("icet_jax")
 _STATE, _METADATA = "state", "metadata"
-_MEASURED = "measured.json"  # file of the values that `measure` recorded for the saves
+_MEASURED = "measured.json"  # file with the values that `measure` recorded for the saves
 
 
 class RunState:
@@ -31,22 +31,22 @@ class RunState:
         states = RunState(workdir / "checkpoints", keep=2)
         restored = states.restore(like=state)        # None on the first start
         states.save(step, state, {"any": "JSON"})    # returns as soon as `state` may be changed or donated
-        states.wait()                                # now the last save is on disk, or its error is raised
-        states.measure(step, value)                  # later: the measured quality of this state
+        states.wait()                                # returns when the last save is on disk, or raises its error
+        states.measure(step, value)                  # later: records how good this state is
 
     A save is complete or absent, whenever the process is killed; older ones are deleted once it is complete. Each
-    array's checksum is stored with it, because Orbax itself does not notice a changed byte. Several processes call all
-    methods together, and their number may differ when restoring.
+    array's checksum is stored with it, because Orbax itself does not notice a changed byte. All processes of a run must
+    call each method; another number of processes may restore.
     """
 
     def __init__(self, directory: str | Path, *, keep: int, keep_best: bool = False, keep_measured: bool = False):
-        """Opens or creates `directory`; saves beyond the newest `keep` are deleted.
+        """Opens or creates `directory`.
 
         Args:
           directory: directory that only this run uses.
-          keep: number of the newest saves to keep.
-          keep_best: whether the save with the highest value is kept too (`measure`).
-          keep_measured: whether the newest measured save is kept too.
+          keep: how many of the newest saves to keep; older ones are deleted.
+          keep_best: whether the save with the highest recorded value (`measure`) is kept too.
+          keep_measured: whether the newest save with a record of `measure` is kept too.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -72,26 +72,26 @@ class RunState:
 
     @property
     def steps(self) -> list[int]:
-        """Returns the steps of the complete saves, and of one that is being written, in ascending order."""
+        """Returns the steps of all saves in ascending order, including one that is still being written."""
         return sorted(self._manager.all_steps())
 
     @property
     def best(self) -> int | None:
-        """Returns the step with the highest value (the first of equal ones); None if no save has a value."""
+        """Returns the step with the highest recorded value (the first of equal ones); None if no save has a value."""
         values = {step: value for step, value in self._measured.items() if value is not None}
         return max(sorted(values), key=values.__getitem__, default=None)
 
     @property
     def measured(self) -> dict[int, float | None]:
-        """Returns the values that `measure` recorded, by step, for the existing saves."""
+        """Returns {step: value recorded by `measure`} of the existing saves."""
         return dict(self._measured)
 
     def measure(self, step: int, value: float | None) -> None:
-        """Records that the state of a save was measured, because its numbers are known only after it is saved.
+        """Records how good the state of a save is, which is known only after the state was saved.
 
         Args:
           step: step of the save.
-          value: quality of the state, higher is better (`keep_best`); None or NaN if it cannot be the best.
+          value: quality, higher is better (`keep_best`); None or NaN if this save must not count as the best.
 
         Raises:
           UserError: the value cannot be written.
@@ -99,48 +99,46 @@ class RunState:
         self._measured[step] = None if value is None or math.isnan(value) else value
         self._write_measured()
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Starts to save a pytree of non-empty arrays and Python numbers, and a dict of JSON values; see `wait`.
+    def save(self, step: int, state: PyTree, metadata: JsonObject) -> None:
+        """Starts to write a save in the background; `wait` waits for its end.
 
         Args:
-          step: larger than the saved steps.
-          state: may be donated when this returns.
-          metadata: dict that `restore` returns.
+          step: number of the save, larger than those of all earlier saves.
+          state: pytree of non-empty arrays and Python numbers; it may be donated as soon as this returns.
+          metadata: JSON values that `restore` returns together with the state.
 
         Raises:
-          UserError: this or the last save cannot be written, for example because the disk is full.
+          UserError: this save or the one before it cannot be written, for example because the disk is full.
         """
         arrays = _leaves_by_name(state)
         content = json.dumps({"arrays": _describe_arrays(arrays), "user": metadata})
         sealed = {"content": content, "crc32": zlib.crc32(content.encode())}
         args = self._ocp.args
-        with self._named_errors():
+        with self._user_errors():
             self._manager.save(
-                step,
-                args=args.Composite(
-                    **{_STATE: args.StandardSave(arrays), _METADATA: args.JsonSave(sealed)},
-                ),
+                step, args=args.Composite(**{_STATE: args.StandardSave(arrays), _METADATA: args.JsonSave(sealed)})
             )
 
     def wait(self) -> None:
         """Waits until the last save is complete.
 
         Raises:
-          UserError: it could not be written; earlier saves are unchanged.
+          UserError: the save could not be written; earlier ones are unchanged.
         """
-        with self._named_errors():
+        with self._user_errors():
             self._manager.wait_until_finished()
 
-    def restore(self, like: Any, *, best: bool = False) -> tuple[int, Any, dict[str, Any]] | None:
-        """Restores the newest intact save; damaged newer ones are reported in the log and deleted.
+    def restore(self, like: PyTree, *, best: bool = False) -> tuple[int, PyTree, JsonObject] | None:
+        """Returns the newest intact save; newer ones, which are damaged, are reported in the log and deleted.
 
         Args:
-          like: pytree of the saved structure; arrays or `jax.ShapeDtypeStruct`s with the requested shapes, dtypes and
-            (optionally) shardings. Numpy arrays and Python numbers are returned as such.
-          best: restores the save with the highest value instead, if there is one and it is intact.
+          like: pytree of the saved structure, whose leaves (arrays or `jax.ShapeDtypeStruct`s) have the requested
+            shapes, dtypes and, optionally, shardings. A leaf that is a numpy array or a Python number is restored as
+            such.
+          best: return the save with the highest recorded value instead, if there is one and it is intact.
 
         Returns:
-          Step, state and metadata, or None if there is no save.
+          Step, state and metadata; None if there is no save.
 
         Raises:
           UserError: a save has another structure, or all are damaged.
@@ -152,7 +150,7 @@ class RunState:
         for step in steps if first is None else [first, *steps]:
             if step in damaged:
                 continue
-            state_and_metadata = self._intact(step, like)
+            state_and_metadata = self._read_if_intact(step, like)
             if state_and_metadata is None:
                 damaged.append(step)
                 continue
@@ -166,15 +164,17 @@ class RunState:
         return None
 
     def array_names(self) -> set[str]:
-        """Names of the arrays of the newest save whose metadata can be read; none where there is no such save."""
+        """Returns the names of the arrays in the newest save with readable metadata; empty if there is no such save."""
         self.wait()
         for step in reversed(self.steps):
-            with contextlib.suppress(Exception):  # a damaged save is named when it is restored
+            with contextlib.suppress(Exception):  # `restore` reports a damaged save
                 return set(self._read_metadata(step)["arrays"])
         return set()
 
-    def go_back(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Restores the newest measured save and deletes later ones; returns None if there is none.
+    def go_back(self, like: PyTree) -> tuple[int, PyTree, JsonObject] | None:
+        """Deletes all saves after the newest one with a record of `measure`, and returns that one as `restore` does.
+
+        If no save has a record, all are deleted and the result is None.
 
         Args:
           like: see `restore`.
@@ -187,19 +187,19 @@ class RunState:
         self._delete([step for step in self.steps if last is None or step > last])
         return self.restore(like)
 
-    def _intact(self, step: int, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """Returns state and metadata of a save; None if any process finds it damaged."""
+    def _read_if_intact(self, step: int, like: PyTree) -> tuple[PyTree, JsonObject] | None:
+        """Returns state and metadata of a save; None on all processes if any of them finds it damaged."""
         error: Exception | None = None
         result = None
         try:
             metadata, named_like = self._read_metadata(step), _leaves_by_name(like)
-            self._check(step, metadata["arrays"], named_like)
-            result = _rebuild(like, self._read_arrays(step, metadata["arrays"], named_like)), metadata["user"]
+            self._check_structure(step, metadata["arrays"], named_like)
+            result = _unflatten(like, self._read_arrays(step, metadata["arrays"], named_like)), metadata["user"]
         except UserError:
             raise
         except Exception as caught:
             error = caught
-        reasons = [reason for reason in gather(_reason(error)) if reason is not None]
+        reasons = [reason for reason in gather(None if error is None else _summary(error)) if reason is not None]
         if reasons:
             _LOG.error(
                 "CHECKPOINT OF STEP %d IS DAMAGED, falling back to the one before it: %s/%d (%s)",
@@ -208,6 +208,7 @@ class RunState:
         return None if reasons else result
 
     def _delete(self, steps: Sequence[int]) -> None:
+        """Deletes the saves of these steps and their recorded values."""
         if not steps:
             return
         for step in steps:
@@ -216,21 +217,22 @@ class RunState:
         if self._measured.keys() & set(steps):
             self._measured = {step: value for step, value in self._measured.items() if step not in steps}
             self._write_measured()
-        together()
+        barrier()
         self._manager.reload()
 
     def close(self) -> None:
-        """Waits for a save that is being written and releases Orbax's threads; errors are no longer raised."""
+        """Waits for a save that is being written and ends Orbax's threads; errors are ignored."""
         with contextlib.suppress(Exception):
             self._manager.close()
 
     @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
+    def _user_errors(self) -> Iterator[None]:
+        """Converts any exception of the block, which saves, into a `UserError`."""
         try:
             yield
-        except Exception as error:  # the file system's, or those of the libraries that Orbax writes through
+        except Exception as error:  # of the file system, or of the libraries through which Orbax writes
             raise UserError(
-                f"{self.directory}: a checkpoint cannot be saved ({_reason(error)}); those before it are kept: free "
+                f"{self.directory}: a checkpoint cannot be saved ({_summary(error)}); those before it are kept: free "
                 "space and start again",
                 exit_code=RESUMABLE,
             ) from error
@@ -248,23 +250,25 @@ class RunState:
         return {step: values[step] for step in self.steps if step in values}
 
     def _write_measured(self) -> None:
+        """Writes the recorded values of the existing saves to their file."""
         existing = set(self.steps)
         self._measured = {step: value for step, value in self._measured.items() if step in existing}
         write_text_atomic(self.directory / _MEASURED, json.dumps(self._measured) + "\n")
 
-    def _read_metadata(self, step: int) -> dict[str, Any]:
-        """Returns the descriptions of the saved arrays, and the caller's metadata."""
+    def _read_metadata(self, step: int) -> JsonObject:
+        """Returns `arrays`, the descriptions of the saved arrays by name, and `user`, the metadata given to `save`."""
         args = self._ocp.args
         sealed = self._manager.restore(step, args=args.Composite(**{_METADATA: args.JsonRestore()}))[_METADATA]
         if zlib.crc32(sealed["content"].encode()) != sealed["crc32"]:
             raise ValueError("the metadata does not have the checksum it was saved with")
         return json.loads(sealed["content"])
 
-    def _check(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-        problems = [f"{name} is missing" for name in wanted if name not in saved]
-        problems += [f"{name} is not part of this run" for name in saved if name not in wanted]
-        for name in wanted.keys() & saved.keys():
-            shape, dtype = list(wanted[name].shape), str(wanted[name].dtype)
+    def _check_structure(self, step: int, saved: JsonObject, requested: dict[str, Any]) -> None:
+        """Raises a `UserError` unless the saved arrays have the names, shapes and dtypes of the requested ones."""
+        problems = [f"{name} is missing" for name in requested if name not in saved]
+        problems += [f"{name} is not part of this run" for name in saved if name not in requested]
+        for name in requested.keys() & saved.keys():
+            shape, dtype = list(requested[name].shape), str(requested[name].dtype)
             if (shape, dtype) != (saved[name]["shape"], saved[name]["dtype"]):
                 problems.append(f"{name} is {saved[name]['dtype']} {saved[name]['shape']}, not {dtype} {shape}")
         if problems:
@@ -273,40 +277,43 @@ class RunState:
                 "choose another workdir"
             )
 
-    def _read_arrays(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    def _read_arrays(self, step: int, saved: JsonObject, requested: dict[str, Any]) -> dict[str, ArrayLike]:
+        """Returns the arrays of a save by name; raises a `ValueError` if one does not have its saved checksum."""
         args = self._ocp.args
-        restored = self._manager.restore(step, args=args.Composite(**{_STATE: args.StandardRestore(wanted)}))[_STATE]
-        found = _describe_arrays(restored)
-        changed = [name for name in restored if saved[name]["checksum"] != found[name]["checksum"]]
+        restored = self._manager.restore(step, args=args.Composite(**{_STATE: args.StandardRestore(requested)}))[_STATE]
+        descriptions = _describe_arrays(restored)
+        changed = [name for name in restored if saved[name]["checksum"] != descriptions[name]["checksum"]]
         if changed:
             raise ValueError(f"{changed[0]} does not have the checksum it was saved with")
         return restored
 
 
 class _PreservationPolicy:
-    """Tells Orbax which saves to keep: the newest ones, the best, and the newest measured one."""
+    """Decides for Orbax which saves to keep: the newest ones, the best, and the newest with a recorded value."""
 
     def __init__(self, states: RunState):
         self._states = states
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns whether each of the ascending `checkpoints` is kept; see Orbax's `PreservationPolicy`."""
-        kept = {checkpoint.step for checkpoint in checkpoints[-self._states._keep :]}
+        """Returns for each of `checkpoints`, in ascending order, whether to keep it (Orbax's `PreservationPolicy`)."""
+        steps_to_keep = {checkpoint.step for checkpoint in checkpoints[-self._states._keep :]}
         if self._states._keep_best:
-            kept.add(self._states.best)
+            steps_to_keep.add(self._states.best)
         if self._states._keep_measured:
-            kept.add(max(self._states._measured, default=None))
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+            steps_to_keep.add(max(self._states._measured, default=None))
+        return [checkpoint.step in steps_to_keep for checkpoint in checkpoints]
 
 
-def _reason(error: Exception | None) -> str | None:
-    if error is None:
-        return None
+def _summary(error: Exception) -> str:
+    """Returns the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _leaves_by_name(tree: Any) -> dict[str, Any]:
-    """Returns leaves by path with '.' between the parts (Orbax makes folders of '/'); Python numbers become numpy's."""
+def _leaves_by_name(tree: PyTree) -> dict[str, Any]:
+    """Returns the leaves by path, with Python numbers converted to numpy arrays.
+
+    The parts of a path are separated by '.', because Orbax would create a folder for each '/'.
+    """
     named = flatten_with_names(tree)
     return {
         name.replace("/", "."): np.asarray(leaf) if isinstance(leaf, bool | int | float) else leaf
@@ -314,35 +321,41 @@ def _leaves_by_name(tree: Any) -> dict[str, Any]:
     }
 
 
-def _describe_arrays(arrays: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _describe_arrays(arrays: dict[str, ArrayLike]) -> dict[str, JsonObject]:
     """Returns shape, dtype and checksum of each array."""
     on_devices = {name: array for name, array in arrays.items() if isinstance(array, jax.Array)}
-    sums = {name: int(_checksum(np.asarray(array), np)) for name, array in arrays.items() if name not in on_devices}
-    sums |= {name: int(checksum) for name, checksum in jax.device_get(_checksums(on_devices)).items()}
+    on_host = {name: np.asarray(array) for name, array in arrays.items() if name not in on_devices}
+    checksums = {name: int(_checksum(array, np)) for name, array in on_host.items()}
+    checksums |= {name: int(checksum) for name, checksum in jax.device_get(_checksums(on_devices)).items()}
     return {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": sums[name]}
+        name: {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksums[name]}
         for name, array in arrays.items()
     }
 
 
 @jax.jit
-def _checksums(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Returns the checksums of arrays on any devices, as whole numbers, so that splitting does not change them."""
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the checksum of each array. It is a sum of integers, so it does not depend on the array's sharding."""
     return {name: _checksum(array, jnp) for name, array in arrays.items()}
 
 
-def _checksum(array: Any, xp: Any) -> Any:
-    """Returns uint32 of an array's bits: a weighted sum that changes whenever a single element changes."""
-    bits, place, stride = _bits(array), xp.zeros((), np.uint32), 1
+def _checksum(array: ArrayLike, xp: Any) -> Any:
+    """Returns a uint32 checksum of an array's bits: a weighted sum that changes whenever a single element changes.
+
+    Args:
+      array: array of any shape.
+      xp: module that computes it, numpy or jax.numpy.
+    """
+    bits, index, stride = _bits(array), xp.zeros((), np.uint32), 1  # `index`: position of each element, flattened
     for axis in reversed(range(bits.ndim)):
-        steps = xp.arange(bits.shape[axis], dtype=np.uint32) * np.uint32(stride % 2**32)
-        place = place + steps.reshape([-1 if other == axis else 1 for other in range(bits.ndim)])
+        offsets = xp.arange(bits.shape[axis], dtype=np.uint32) * np.uint32(stride % 2**32)
+        index = index + offsets.reshape([-1 if other == axis else 1 for other in range(bits.ndim)])
         stride *= bits.shape[axis]
-    odd = place * np.uint32(2 * 0x9E3779B1 % 2**32) + np.uint32(1)
-    return xp.sum((bits ^ place) * odd, dtype=np.uint32)
+    odd_weights = index * np.uint32(2 * 0x9E3779B1 % 2**32) + np.uint32(1)
+    return xp.sum((bits ^ index) * odd_weights, dtype=np.uint32)
 
 
-def _bits(array: Any) -> Any:
+def _bits(array: ArrayLike) -> ArrayLike:
     """Returns the bits of each element as one or more uint32."""
     size = array.dtype.itemsize
     if array.dtype == bool:
@@ -352,17 +365,18 @@ def _bits(array: Any) -> Any:
     return jax.lax.bitcast_convert_type(array, f"uint{8 * size}").astype(np.uint32)
 
 
-def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
+def _unflatten(like: PyTree, arrays: dict[str, ArrayLike]) -> PyTree:
+    """Returns a pytree of the structure of `like`, with `arrays` (named as in `_leaves_by_name`) as its leaves."""
     leaves, structure = jax.tree.flatten(like)
     restored = (arrays[name] for name in _leaves_by_name(like))
-    return jax.tree.unflatten(structure, [_as(old, array) for old, array in zip(leaves, restored, strict=True)])
+    return jax.tree.unflatten(structure, [_convert(array, old) for old, array in zip(leaves, restored, strict=True)])
 
 
-def _as(old: Any, array: Any) -> Any:
-    """Returns `array` in the form of the leaf that it replaces."""
+def _convert(array: ArrayLike, old: Any) -> Any:
+    """Returns `array` as a Python number if `old`, the leaf that it replaces, is one; else as an array placed alike."""
     if isinstance(old, bool | int | float):
         return type(old)(array.item())
     if isinstance(old, jax.Array) and not old.committed:
-        # Orbax commits restored arrays to a device; this one must follow the arrays it is used with.
+        # Orbax commits restored arrays to a device; an uncommitted one follows the arrays that it is used with.
         return jnp.asarray(np.asarray(array))
     return array

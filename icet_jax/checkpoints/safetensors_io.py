@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +19,7 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Dtypes of weights by safetensors' names; others (integers of quantised checkpoints) are rejected."""
+"""{safetensors' name: dtype} of weights; other dtypes (the integers of quantised checkpoints) are refused."""
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,15 +28,17 @@ Spec = tuple[str, tuple[int, ...]]
 """Dtype (safetensors' name) and shape of a tensor."""
 
 SINGLE = "model.safetensors"
+"""Name of the weight file if there is only one."""
 INDEX = "model.safetensors.index.json"
+"""Name of the file that lists the weight files if there are several ("shards")."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """Returns the weight files of a checkpoint directory: the single file, or the shards in its index.
+    """Returns the paths of a checkpoint's weight files: the single file, or the shards in its index.
 
     Raises:
-      UserError: there are no safetensors weights (pickled ones are rejected because opening them can run code), the
+      UserError: there are no safetensors weights (pickled ones are refused, because opening them can run code), the
         index is broken, or shards are missing.
     """
     if (directory / SINGLE).is_file():
@@ -57,7 +58,7 @@ def safetensors_files(directory: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not an index of safetensors shards; download it again") from error
     if outside or not names:
-        raise UserError(f"{index}: names no shards of this directory {outside}; download it again")
+        raise UserError(f"{index}: must list files of its own directory, not {outside}; download it again")
     missing = [name for name in names if not os.path.isfile(directory / name)]
     if missing:
         raise UserError(
@@ -68,8 +69,10 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def _is_shape(shape: tuple[int, ...]) -> bool:
-    """Returns whether an array without elements can have this shape; the library checks other arrays against the file's
-    size."""
+    """Returns whether numpy allows this shape, which contains a 0: the other sizes may be too large.
+
+    Shapes without a 0 need no such check, because the safetensors library compares them with the file's size.
+    """
     try:
         np.empty(0, np.uint8).reshape(shape)
     except ValueError:
@@ -78,12 +81,11 @@ def _is_shape(shape: tuple[int, ...]) -> bool:
 
 
 class TensorReader:
-    """Reads the tensors of several safetensors files by key; the files are memory-mapped and nothing is read before it
-    is used.
+    """Reads tensors by key from several memory-mapped safetensors files; data is read from disk when it is used.
 
     Attributes:
       shapes: shape of every tensor.
-      dtypes: dtype of every tensor by safetensors' name, "F16".
+      dtypes: safetensors' name ("F16") of the dtype of every tensor.
       duplicates: keys that occur in more than one file.
     """
 
@@ -99,8 +101,8 @@ class TensorReader:
         self._data: dict[str, np.ndarray] = {}
         for path in files:
             try:
-                # The library checks the header against the file's size. The file is mapped here, because the library's
-                # own arrays are copies.
+                # `safe_open` checks the header against the file's size. The tensors are not taken from it, because it
+                # returns copies.
                 with safe_open(path, framework="numpy"):
                     pass
                 mapped = np.memmap(path, np.uint8, mode="r")
@@ -120,34 +122,29 @@ class TensorReader:
                 self._data[key] = mapped[start + first : start + end]
                 self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), entry["dtype"]
                 if first == end and not _is_shape(self.shapes[key]):
-                    raise UserError(f"{path}: tensor '{key}' is empty, and its shape larger than any array's; mend it")
+                    raise UserError(f"{path}: tensor '{key}' is empty and its shape too large for any array; fix it")
 
     def __enter__(self) -> "TensorReader":
         """Returns the reader, whose files are unmapped at the end of the `with` block."""
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        """Unmaps the files."""
-        self.close()
-
-    def close(self) -> None:
-        """Unmaps the files as soon as no array of theirs is in use."""
+    def __exit__(self, *exception: object) -> None:
+        """Closes the reader; a file is unmapped as soon as no array that was read from it exists."""
         self._data.clear()
 
     def read(self, key: str) -> np.ndarray:
-        """Returns the tensor `key` in its stored dtype, a read-only view of the file that must be copied to outlive the
-        reader."""
-        # A plain ndarray, because results of operations on np.memmap would keep the whole file mapped.
+        """Returns the tensor `key` in its stored dtype, as a read-only view of the mapped file."""
+        # A plain ndarray: results of operations on an np.memmap would keep the file mapped.
         return np.asarray(self._data[key]).view(DTYPES[self.dtypes[key]]).reshape(self.shapes[key])
 
 
 def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], np.ndarray]) -> None:
-    """Writes one file, requesting one tensor at a time.
+    """Writes one safetensors file, holding one tensor in memory at a time.
 
     Args:
       path: the file to write.
       specs: dtype (safetensors' name) and shape of each tensor.
-      read: function that returns the tensor of a key, called once for each in the file's order.
+      read: function that returns the tensor of a key; it is called once per key, in the order of `file_order`.
     """
     keys = file_order(specs)
     header: JsonObject = {"__metadata__": {"format": "pt"}}
@@ -165,15 +162,14 @@ def write_safetensors(path: Path, specs: dict[str, Spec], read: Callable[[str], 
         for key in keys:
             tensor = np.ascontiguousarray(read(key)).reshape(specs[key][1])
             if tensor.dtype != DTYPES[specs[key][0]]:
-                raise ValueError(f"{key}: {tensor.dtype} given where {specs[key][0]} was announced")
+                raise ValueError(f"{key}: the tensor is {tensor.dtype}, but `specs` says {specs[key][0]}")
             file.write(tensor.view(np.uint8).reshape(-1).data if tensor.size else b"")
         file.flush()
         os.fsync(file.fileno())
 
 
 def file_order(specs: dict[str, Spec]) -> list[str]:
-    """Returns keys in the order of a file: wider elements first, as safetensors orders them, so that each is
-    aligned."""
+    """Returns the keys in the order of the file: tensors with wider elements first, as safetensors aligns them."""
     return sorted(specs, key=lambda key: (-DTYPES[specs[key][0]].itemsize, key))
 
 
@@ -183,20 +179,20 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def dtype_name(dtype: DType) -> str:
-    """Returns safetensors' name of a numpy or jax floating dtype."""
+    """Returns safetensors' name ("F16") of a floating-point dtype."""
     return _NAMES[np.dtype(dtype)]
 
 
 def shard(specs: dict[str, Spec], limit: int) -> Iterator[list[str]]:
-    """Yields groups of keys, in order, of at most `limit` bytes each (a larger tensor gets its own group)."""
+    """Yields the keys of each weight file, which has at most `limit` bytes or a single larger tensor."""
     group: list[str] = []
-    size = 0
-    for key, (dtype, shape) in specs.items():
-        more = tensor_bytes(dtype, shape)
-        if group and size + more > limit:
+    group_bytes = 0
+    for key, spec in specs.items():
+        size = tensor_bytes(*spec)
+        if group and group_bytes + size > limit:
             yield group
-            group, size = [], 0
+            group, group_bytes = [], 0
         group.append(key)
-        size += more
+        group_bytes += size
     if group:
         yield group

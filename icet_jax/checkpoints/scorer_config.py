@@ -1,7 +1,7 @@
 """Converts HF's `config.json` to the configs of the scorers' networks.
 
-A field that the file lacks has its transformers class default, which for DeBERTa-v2 differs from what v3 checkpoints
-use.
+A field that the file lacks has the default of its transformers class. DeBERTa-v3 uses the class of DeBERTa-v2, whose
+defaults are not the values of DeBERTa-v3.
 """
 
 from icet_jax.checkpoints.hf_config import Fields, llama_text
@@ -27,7 +27,7 @@ _ROBERTA_DEFAULTS = _BERT_DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1}
 
 
 def label_count(fields: Fields) -> int:
-    """Returns the number of labels, from `id2label`, else `num_labels`, else transformers' default of 2.
+    """Returns the number of labels: of `id2label` or, if that is absent, `num_labels`, which defaults to 2.
 
     Raises:
       UserError: a field has the wrong type.
@@ -41,11 +41,11 @@ def label_count(fields: Fields) -> int:
     return len(labels)
 
 
-def heads_of(fields: Fields) -> int:
-    """Returns `num_attention_heads` after checking that it divides `hidden_size`.
+def attention_heads(fields: Fields) -> int:
+    """Returns `num_attention_heads`.
 
     Raises:
-      UserError: it does not.
+      UserError: `hidden_size` is not a multiple of it.
     """
     heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
     if width % heads:
@@ -77,7 +77,7 @@ def bert_from_hf(values: JsonObject, where: str = "config.json") -> BertConfig:
         vocab_size=fields.size("vocab_size"),
         hidden_size=fields.size("hidden_size"),
         num_hidden_layers=fields.size("num_hidden_layers"),
-        num_attention_heads=heads_of(fields),
+        num_attention_heads=attention_heads(fields),
         intermediate_size=fields.size("intermediate_size"),
         max_position_embeddings=positions,
         type_vocab_size=fields.size("type_vocab_size"),
@@ -89,18 +89,18 @@ def bert_from_hf(values: JsonObject, where: str = "config.json") -> BertConfig:
 
 
 def deberta_from_hf(values: JsonObject, where: str = "config.json") -> DebertaConfig:
-    """Returns the config of a DeBERTa-v2 or -v3 reward model (HF `DebertaV2Config`), in the variant of v3 checkpoints.
+    """Returns the config of a DeBERTa-v3 reward model (HF `DebertaV2Config`).
 
     Args:
-      values: the parsed file; missing fields have class defaults, most of which v3 does not use.
+      values: the parsed file.
       where: name of the file in error messages.
 
     Raises:
-      UserError: the number of labels differs, or a value would need a different network.
+      UserError: there are several labels, or a value would need a different network, as DeBERTa-v2's would.
     """
     fields = Fields(values, _DEBERTA_DEFAULTS, where)
     require_one_label(fields)
-    width, heads = fields.size("hidden_size"), heads_of(fields)
+    width, heads = fields.size("hidden_size"), attention_heads(fields)
     for field, expected in {
         "relative_attention": True, "position_biased_input": False, "type_vocab_size": 0, "share_att_key": True,
         "norm_rel_ebd": "layer_norm", "conv_kernel_size": 0, "embedding_size": width, "pooler_hidden_size": width,
@@ -114,7 +114,7 @@ def deberta_from_hf(values: JsonObject, where: str = "config.json") -> DebertaCo
     if fields.values["max_relative_positions"] in (-1, 0):
         fields.values["max_relative_positions"] = fields.size("max_position_embeddings")
     distance, buckets = fields.size("max_relative_positions"), fields.size("position_buckets")
-    # The logarithmic rows need a positive logarithm: (distance - 1) / (buckets / 2) above 1.
+    # The logarithmic buckets divide by log((distance - 1) / (buckets / 2)), which must be positive.
     if buckets < 4 or buckets % 2 or distance - 1 <= buckets // 2:
         raise fields.fail("position_buckets", f"an even number from 4 to {2 * distance - 4}")
     return DebertaConfig(
@@ -141,20 +141,16 @@ def llama_from_hf(values: JsonObject, where: str = "config.json") -> LlamaConfig
 
 
 def llama_reward_from_hf(values: JsonObject, where: str = "config.json") -> LlamaConfig:
-    """Returns the config of a Llama sequence classifier with one label.
+    """Returns the config of a Llama reward model, a sequence classifier with one label.
 
     Raises:
-      UserError: the number of labels differs, or a value would need a different network.
+      UserError: there are several labels, or a value would need a different network.
     """
     require_one_label(Fields(values, {}, where))
     return llama_text(values, False, where)
 
 
 def require_one_label(fields: Fields) -> None:
-    """Checks that a reward model has one label.
-
-    Raises:
-      UserError: it has several.
-    """
+    """Raises a `UserError` if the model has several labels, because a reward model has one."""
     if label_count(fields) != 1:
         raise fields.fail("id2label" if "id2label" in fields.values else "num_labels", "one label (a reward model)")

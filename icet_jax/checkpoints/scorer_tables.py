@@ -3,7 +3,17 @@
 import re
 from collections.abc import Callable, Iterator
 
-from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, TRANSPOSED, Slot, Table, llama_slots, single, stacked
+from icet_jax.checkpoints.tables import (
+    LINEAR,
+    NORM,
+    SAME,
+    TRANSPOSED,
+    Table,
+    TableEntry,
+    llama_entries,
+    single,
+    stacked,
+)
 from icet_jax.nn.bert import BertConfig
 from icet_jax.nn.deberta import DebertaConfig
 from icet_jax.nn.llama import LlamaConfig
@@ -12,17 +22,17 @@ _LEGACY_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 
 
 def modern_norm(key: str) -> str:
-    """Returns `LayerNorm.gamma` and `.beta` of checkpoints converted from TensorFlow by their current names."""
+    """Returns a key with the current names for `LayerNorm.gamma` and `.beta` of checkpoints from TensorFlow."""
     return _LEGACY_NORM.sub(lambda match: "LayerNorm." + ("weight" if match[1] == "gamma" else "bias"), key)
 
 
 def normaliser(prefix: str, heads: tuple[str, ...], ignored: str) -> Callable[[str], str | None]:
-    """Returns a table's `normalise` for a network body whose prefix some files lack.
+    """Returns a `Table.normalise` that adds a prefix to the keys that lack it, as in files of a network without head.
 
     Args:
-      prefix: prefix of the body's keys with its dot: "bert.".
-      heads: beginnings of the keys outside the body.
-      ignored: pattern of keys (without the prefix) that the network does not use.
+      prefix: prefix of all keys except those of the head, with its dot: "bert.".
+      heads: beginnings of the head's keys.
+      ignored: regular expression of the keys (without the prefix) of tensors that the network does not use.
     """
     unused = re.compile(ignored)
 
@@ -35,9 +45,11 @@ def normaliser(prefix: str, heads: tuple[str, ...], ignored: str) -> Callable[[s
     return normalise
 
 
-def encoder_slots(keys: str, projections: tuple[str, str, str], depth: int) -> Iterator[Slot]:
-    """Yields the slots of `depth` post-LN encoder layers (`PostNormBlocks`); `projections` are HF's names of q, k and
-    v."""
+def encoder_entries(keys: str, projections: tuple[str, str, str], depth: int) -> Iterator[TableEntry]:
+    """Yields the entries of `PostNormBlocks` with `depth` layers, whose keys begin with `keys`.
+
+    `projections` are HF's names of the query, key and value projections.
+    """
     attention = zip((f"attention.self.{name}" for name in projections), ("q_proj", "k_proj", "v_proj"), strict=True)
     linears = (
         *attention,
@@ -51,8 +63,7 @@ def encoder_slots(keys: str, projections: tuple[str, str, str], depth: int) -> I
 
 
 def bert_table(config: BertConfig) -> Table:
-    """Returns the key table of a BERT or RoBERTa classifier, 201 tensors at base size; RoBERTa's unused pooler is
-    ignored."""
+    """Returns the key table of a BERT or RoBERTa classifier (201 tensors at base size)."""
     root = config.kind
     names = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     if root == "bert":
@@ -60,46 +71,47 @@ def bert_table(config: BertConfig) -> Table:
         ignored = r".*position_ids"
     else:
         heads = (("classifier.dense", "pooler"), ("classifier.out_proj", "classifier"))
-        ignored = r".*position_ids|pooler\..*"
-    slots = (
-        *(Slot(f"{root}.embeddings.{name}.weight", name, None, SAME) for name in names),
+        ignored = r".*position_ids|pooler\..*"  # RoBERTa's classifier does not use the pooler
+    entries = (
+        *(TableEntry(f"{root}.embeddings.{name}.weight", name, None, SAME) for name in names),
         *single(((f"{root}.embeddings.LayerNorm", "embeddings_norm"),), NORM),
-        *encoder_slots(f"{root}.encoder.layer", ("query", "key", "value"), config.num_hidden_layers),
+        *encoder_entries(f"{root}.encoder.layer", ("query", "key", "value"), config.num_hidden_layers),
         *single(heads, LINEAR),
     )
-    return Table(slots, normaliser(f"{root}.", ("classifier.",), ignored))
+    return Table(entries, normaliser(f"{root}.", ("classifier.",), ignored))
 
 
 def deberta_table(config: DebertaConfig) -> Table:
-    """Returns the key table of a DeBERTa-v2 reward model, 394 tensors at v3-large, without position tables and other
-    heads."""
+    """Returns the key table of a DeBERTa-v2 reward model (394 tensors at v3-large).
+
+    Absolute position embeddings and language-model heads in the file are ignored.
+    """
     projections = ("query_proj", "key_proj", "value_proj")
     norms = (("deberta.embeddings.LayerNorm", "embeddings_norm"), ("deberta.encoder.LayerNorm", "rel_norm"))
-    slots = (
-        Slot("deberta.embeddings.word_embeddings.weight", "word_embeddings", None, SAME),
-        Slot("deberta.encoder.rel_embeddings.weight", "rel_embeddings", None, SAME),
+    entries = (
+        TableEntry("deberta.embeddings.word_embeddings.weight", "word_embeddings", None, SAME),
+        TableEntry("deberta.encoder.rel_embeddings.weight", "rel_embeddings", None, SAME),
         *single(norms, NORM),
-        *encoder_slots("deberta.encoder.layer", projections, config.num_hidden_layers),
+        *encoder_entries("deberta.encoder.layer", projections, config.num_hidden_layers),
         *single((("pooler.dense", "pooler"), ("classifier", "classifier")), LINEAR),
     )
     ignored = r".*position_(ids|embeddings.*)|(lm|mask)_predictions\..*"
-    return Table(slots, normaliser("deberta.", ("pooler.", "classifier."), ignored))
+    return Table(entries, normaliser("deberta.", ("pooler.", "classifier."), ignored))
 
 
 _LLAMA_IGNORED = r".*rotary_emb\.inv_freq"
 
 
 def llama_table(config: LlamaConfig) -> Table:
-    """Returns the key table of a Llama language model (HF `LlamaForCausalLM`); a tied head has no tensor of its own."""
-    slots = tuple(llama_slots(config, "model", "language_model", "lm_head.weight"))
-    return Table(slots, normaliser("model.", ("lm_head.",), _LLAMA_IGNORED))
+    """Returns the key table of a Llama language model (HF `LlamaForCausalLM`)."""
+    entries = tuple(llama_entries(config, "model", "language_model", "lm_head.weight"))
+    return Table(entries, normaliser("model.", ("lm_head.",), _LLAMA_IGNORED))
 
 
 def llama_reward_table(config: LlamaConfig) -> Table:
-    """Returns the key table of a Llama reward model (HF `LlamaForSequenceClassification`, one label), without an LM
-    head."""
-    slots = (
-        *llama_slots(config, "model", "language_model", None),
-        Slot("score.weight", "score/kernel", None, TRANSPOSED),
+    """Returns the key table of a Llama reward model (HF `LlamaForSequenceClassification` with one label)."""
+    entries = (
+        *llama_entries(config, "model", "language_model", None),
+        TableEntry("score.weight", "score/kernel", None, TRANSPOSED),
     )
-    return Table(slots, normaliser("model.", ("score.",), rf"{_LLAMA_IGNORED}|lm_head\.weight"))
+    return Table(entries, normaliser("model.", ("score.",), rf"{_LLAMA_IGNORED}|lm_head\.weight"))

@@ -14,20 +14,23 @@ from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_net
 from icet_jax.checkpoints.tables import Table
 from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
-from icet_jax.nn.bert import BertClassifier
-from icet_jax.nn.deberta import DebertaRewardModel
-from icet_jax.nn.gpt2 import GPT2RewardModel
+from icet_jax.nn.bert import BertClassifier, BertConfig
+from icet_jax.nn.deberta import DebertaConfig, DebertaRewardModel
+from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
+from icet_jax.nn.llama import LlamaConfig
 from icet_jax.nn.llama_text import LlamaLM, LlamaRewardModel
+
+_Config = BertConfig | DebertaConfig | GPT2Config | LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """Describes how one HF architecture is loaded: the reader of its config, its network and its key table."""
+    """Describes how one HF architecture is loaded."""
 
     model_type: str
-    from_hf: Callable[[JsonObject, str], Any]
-    network: Callable[..., Any]
-    table: Callable[[Any], Table]
+    from_hf: Callable[[JsonObject, str], _Config]  # of the parsed config.json and its name in error messages
+    network: Callable[..., nnx.Module]  # class of the network
+    table: Callable[[Any], Table]  # from the network's config to its key table
 
 
 _BERT = (scorer_config.bert_from_hf, BertClassifier, scorer_tables.bert_table)
@@ -48,16 +51,16 @@ ARCHITECTURES = tuple(_FAMILIES)
 
 
 def architecture(values: JsonObject, where: str = "config.json") -> str:
-    """Returns the HF class of a scorer's `config.json`.
+    """Returns the name of a scorer's HF class, one of `ARCHITECTURES`.
 
-    A file without `architectures` is assumed to have the only class of its `model_type`; Llama has two.
+    It is named by `architectures` or, if that is absent, follows from `model_type` where that has one class only.
 
     Args:
-      values: the parsed file.
+      values: the parsed `config.json`.
       where: name of the file in error messages.
 
     Raises:
-      UserError: the class is not in `ARCHITECTURES`, does not fit `model_type`, or is ambiguous.
+      UserError: the class is unknown or does not fit `model_type`, or several classes fit.
     """
     model_type, named = values.get("model_type"), values.get("architectures")
     if named:
@@ -77,7 +80,7 @@ def architecture(values: JsonObject, where: str = "config.json") -> str:
 
 
 def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
-    """Loads a classifier, reward model or judging language model from an HF checkpoint directory.
+    """Loads the network of a classifier, a reward model or a judge (a language model) from an HF checkpoint directory.
 
     Args:
       directory: directory with config.json and safetensors weights, in one file or in shards.
@@ -85,8 +88,8 @@ def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: 
       mesh: mesh for the parameters; None for the default device.
 
     Returns:
-      The checkpoint; its `config` is the network's (`BertConfig`, `DebertaConfig`, ...) and
-      `architecture(checkpoint.hf_config)` says what the model computes; labels are in `hf_config["id2label"]`.
+      The checkpoint. Its `config` is the network's (`BertConfig`, `DebertaConfig`, ...), the names of its labels are in
+      `hf_config["id2label"]`, and `architecture(checkpoint.hf_config)` is its HF class.
 
     Raises:
       UserError: the architecture or a config value is not supported, files are missing, corrupt or truncated, or
@@ -103,12 +106,12 @@ def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: 
 
 
 def abstract_scorer(values: JsonObject, where: str, dtype: str | None = None) -> nnx.State:
-    """Returns the shapes of the parameters that `load_scorer_network` would load.
+    """Returns the parameters that `load_scorer_network` would load as abstract arrays (shapes and dtypes).
 
     Args:
       values: the parsed config.json.
       where: name of the file in error messages.
-      dtype: dtype of the parameters; if None, bfloat16 for a Llama and float32 for the others, as scorers load them.
+      dtype: dtype of the parameters; None for the one that scorers load it in (`default_dtype`).
 
     Raises:
       UserError: the architecture or a config value is not supported.
@@ -119,12 +122,12 @@ def abstract_scorer(values: JsonObject, where: str, dtype: str | None = None) ->
 
 
 def default_dtype(hf_class: str) -> str:
-    """Returns the dtype in which a scorer of this HF class is loaded by default."""
+    """Returns the dtype in which scorers load the parameters of this HF class unless a config says otherwise."""
     return "bfloat16" if hf_class.startswith("Llama") else "float32"
 
 
-def _network(values: JsonObject, where: str) -> tuple[_Family, Any, Callable[..., Any]]:
-    """Returns how it is loaded, its config, and its class with that config bound."""
+def _network(values: JsonObject, where: str) -> tuple[_Family, _Config, Callable[..., nnx.Module]]:
+    """Returns a scorer's family, the config of its network, and the network's class with that config bound."""
     family = _FAMILIES[architecture(values, where)]
     config = family.from_hf(values, where)
     return family, config, functools.partial(family.network, config)

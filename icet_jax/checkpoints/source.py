@@ -1,4 +1,4 @@
-"""Finds a checkpoint's files, and the tokens that end and pad a response according to them."""
+"""Finds a checkpoint's directory, locally or on the Hugging Face hub, and its tokens that end and pad a response."""
 
 import os
 import re
@@ -9,29 +9,29 @@ from typing import Any
 from icet_jax.errors import RESUMABLE, WRONG_INPUT, UserError
 from icet_jax.files import JsonObject, parse_json, require_regular
 
-# All files that a loader reads: safetensors weights at the top of the repository, and small files next to them.
+# Patterns of all files that a loader reads: safetensors weights at the top of the repository, and small files.
 _FILES = (
     "*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors",
     "adapter_model.safetensors", "value_head.safetensors",
 )  # fmt: skip
 _IN_FOLDERS = "*/*"
-_WAITS = (2.0, 10.0)  # seconds before each further attempt, after the hub client's own retries
+_RETRY_DELAYS = (2.0, 10.0)  # seconds before the second and third download; the hub's client itself retries, too
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def local_directory(path_or_id: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Returns the directory of a checkpoint: a local one, or that of a hub id's files from the cache or the network.
+    """Returns the directory of a checkpoint, after downloading its files if a hub id is given and they are not cached.
 
-    An interrupted download continues where it stopped. HF_HUB_OFFLINE and HF_HOME are respected; a token is read only
-    from HF_TOKEN.
+    An interrupted download continues where it stopped. HF_HUB_OFFLINE and HF_HOME are respected. An access token is
+    read from HF_TOKEN alone.
 
     Args:
       path_or_id: a directory, or the id of a repository on the Hugging Face hub.
       revision: branch, tag or commit of the repository; None is the default branch.
 
     Raises:
-      UserError: there is no such directory and it cannot be downloaded from the hub (the message says why), or one of
-        its files is not a regular file.
+      UserError: there is no such directory and the files cannot be downloaded (the message says why), or one of the
+        files is not a regular file.
     """
     path = Path(path_or_id).expanduser()
     name = os.fspath(path_or_id)
@@ -57,10 +57,11 @@ def local_directory(path_or_id: str | os.PathLike[str], revision: str | None = N
 
 
 def _download(name: str, revision: str | None) -> Path:
+    """Downloads a repository's files, with retries, and returns their directory in the hub's cache."""
     import huggingface_hub
 
     token = os.environ.get("HF_TOKEN") or False  # False: ignores a token that an earlier login left on this machine
-    for wait in (*_WAITS, None):
+    for delay in (*_RETRY_DELAYS, None):
         try:
             return Path(
                 huggingface_hub.snapshot_download(
@@ -68,26 +69,26 @@ def _download(name: str, revision: str | None) -> Path:
                 )
             )
         except Exception as error:  # the hub's client raises its own, requests', httpx' and the system's errors
-            is_temporary = _may_pass(error)
-            if not is_temporary or wait is None:
+            is_temporary = _is_temporary(error)
+            if not is_temporary or delay is None:
                 code = RESUMABLE if is_temporary else WRONG_INPUT
-                raise UserError(f"{name}: {_reason(error, name, revision, token)}", exit_code=code) from None
-            time.sleep(wait)
+                raise UserError(f"{name}: {_explain(error, name, revision, token)}", exit_code=code) from None
+            time.sleep(delay)
     raise AssertionError("unreachable")
 
 
-def _may_pass(error: Exception) -> bool:
-    """Returns whether the network or the hub failed, so that a retry may succeed."""
+def _is_temporary(error: Exception) -> bool:
+    """Returns whether a retry may succeed, because the network or the hub failed."""
     from huggingface_hub import constants, errors
 
-    final = (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
-    if constants.HF_HUB_OFFLINE or isinstance(error, final):
+    permanent = (errors.GatedRepoError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError)
+    if constants.HF_HUB_OFFLINE or isinstance(error, permanent):
         return False
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "requests")
 
 
-def _reason(error: Exception, name: str, revision: str | None, token: str | bool) -> str:
-    """Returns what happened and how to fix it, without parts of the request, which contains the token."""
+def _explain(error: Exception, name: str, revision: str | None, token: str | bool) -> str:
+    """Returns why a download failed and how to fix that; the text never contains the access token."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -109,7 +110,7 @@ def _reason(error: Exception, name: str, revision: str | None, token: str | bool
     if token:
         message = message.replace(str(token), "HF_TOKEN")
     return (
-        f"no such directory, and not to be had from the Hugging Face hub{at} either ({type(error).__name__}: "
+        f"no such directory, and the download from the Hugging Face hub{at} failed ({type(error).__name__}: "
         f"{message[:200]}); download it where there is a network and give its directory"
     )
 
@@ -117,14 +118,15 @@ def _reason(error: Exception, name: str, revision: str | None, token: str | bool
 def generation_tokens(
     directory: str | Path, config: JsonObject, vocab_size: int | None = None
 ) -> tuple[tuple[int, ...], int]:  # fmt: skip
-    """Returns (eos_ids, pad_id) from generation_config.json, else config.json (HF's order), else LLaMA's EOS, 2.
+    """Returns the token ids that end a response, and the one that pads it.
 
-    If no pad token is named, it is the first EOS.
+    They are read from generation_config.json or, as transformers does, from config.json where that lacks them. The
+    defaults are LLaMA's end token, 2, and the first end token as padding.
 
     Args:
       directory: directory of the checkpoint.
-      config: its config.json.
-      vocab_size: number of tokens of the model, to check every EOS; None if unknown.
+      config: its parsed config.json.
+      vocab_size: number of tokens of the model, to check the end tokens; None if unknown.
 
     Raises:
       UserError: generation_config.json is not readable, a token id is invalid, or the model has no such EOS.
@@ -134,24 +136,32 @@ def generation_tokens(
         generation = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable JSON ({error}); download it again") from error
-    whole = Path(directory) / "config.json"
-    sources = [(f"{path}: ", generation), (f"{whole}: ", config), (f"{whole}: text_config.", config.get("text_config"))]
-    known = [(where, source) for where, source in sources if isinstance(source, dict)]
-    place, eos = _first(known, "eos_token_id", 2)
+    config_path = Path(directory) / "config.json"
+    text_config = config.get("text_config")
+    sources = [(f"{path}: ", generation), (f"{config_path}: ", config), (f"{config_path}: text_config.", text_config)]
+    valid = [(where, source) for where, source in sources if isinstance(source, dict)]
+    eos_where, eos = _first(valid, "eos_token_id", 2)
     eos_ids = tuple(eos) if isinstance(eos, list) and eos else (eos,)
-    pad_place, pad_id = _first(known, "pad_token_id", eos_ids[0])
-    for name, token in [*((f"{place}eos_token_id", token) for token in eos_ids), (f"{pad_place}pad_token_id", pad_id)]:
+    pad_where, pad_id = _first(valid, "pad_token_id", eos_ids[0])
+    eos_tokens = [(f"{eos_where}eos_token_id", token) for token in eos_ids]
+    for name, token in [*eos_tokens, (f"{pad_where}pad_token_id", pad_id)]:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise UserError(f"{name} is {token!r}, which is not a token id")
     for token in eos_ids:
         if vocab_size is not None and token >= vocab_size:
             raise UserError(
-                f"{place}eos_token_id is {token}, but the model's tokens are 0..{vocab_size - 1}: no answer would end; "
-                "take the file from the same checkpoint as the weights"
+                f"{eos_where}eos_token_id is {token}, but the model's tokens are 0..{vocab_size - 1}: no answer would "
+                "end; take the file from the same checkpoint as the weights"
             )
     return eos_ids, pad_id
 
 
 def _first(sources: list[tuple[str, JsonObject]], name: str, default: Any) -> tuple[str, Any]:
-    """Returns the value of `name` in the first source that has one, and where that is (for error messages)."""
+    """Returns name and value of the first source that has the field `name`, or ("", default).
+
+    Args:
+      sources: (name for error messages, fields) pairs; a field that is None counts as absent.
+      name: field to look for.
+      default: value if all sources lack it.
+    """
     return next(((where, source[name]) for where, source in sources if source.get(name) is not None), ("", default))

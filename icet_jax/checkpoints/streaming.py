@@ -1,9 +1,7 @@
-"""Moves tensors between safetensors files and a mesh, a few at a time, so that no parameter is ever whole on one host
-or device.
+"""Moves tensors between safetensors files and a mesh in small blocks, so that large models fit.
 
-Import allocates each parameter on its final devices and fills it block by block (some layers of a stacked one) with
-updates that donate the old buffer; a process reads only the part of a block that its own devices hold. Export brings
-one layer of one parameter to the host at a time.
+Import allocates each parameter on its final devices and then fills it in place, a block of layers at a time; a process
+reads only the parts of a block that its devices need. Export copies one layer of one parameter to the host at a time.
 """
 
 import functools
@@ -18,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icet_jax.checkpoints.progress import ByteProgress
 from icet_jax.checkpoints.safetensors_io import TensorReader, tensor_bytes
-from icet_jax.checkpoints.tables import Slot, Table
+from icet_jax.checkpoints.tables import Table, TableEntry
 from icet_jax.parallel import sharding
 from icet_jax.typing import Array, DType, Shaped
 
@@ -26,102 +24,113 @@ BLOCK_BYTES = 128 * 2**20
 """Layers of a stacked parameter are moved together up to this size; a larger layer is moved alone."""
 
 Index = tuple[slice, ...]
+ReadBlock = Callable[[Sequence[TableEntry]], list[np.ndarray]]
+"""Function from some entries of one parameter to their tensors, in the parameter's layout."""
 
 
-def fill(
+def load_params(
     table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None,
-    delta: Callable[[Slot], np.ndarray | None],
+    delta: Callable[[TableEntry], np.ndarray | None],
 ) -> nnx.State:  # fmt: skip
-    """Reads every tensor into its parameter; apart from the arrays themselves the host holds about two blocks.
+    """Returns the parameters, read from files. Apart from them, the host's memory needs to hold about two blocks.
 
     Args:
       table: key table of the family.
-      abstract: shapes and dtypes of the parameters.
+      abstract: parameters as abstract arrays (shapes and dtypes).
       reader: the open files.
-      keys: {old key: key in the file}.
+      keys: {key in the old layout: key in the files}.
       mesh: mesh for the parameters (`icet_jax.parallel.sharding.RULES`), or None for the default device.
-      delta: function that returns the float32 update of the parameter (of that layer) that a slot fills, or None.
+      delta: function that returns the float32 update to add to the tensor of an entry, or None for no update.
     """
-    slots: dict[str, list[Slot]] = defaultdict(list)
-    for slot in table.slots:
-        slots[slot.path].append(slot)
-    placed = None if mesh is None else sharding.flatten_with_names(sharding.shardings(abstract, mesh))
-    sizes = {slot.key: _bytes(reader, keys[slot.key]) for slot in table.slots}
-    progress = ByteProgress("loading weights", sum(sizes.values()))
+    entries: dict[str, list[TableEntry]] = defaultdict(list)
+    for entry in table.entries:
+        entries[entry.path].append(entry)
+    shardings = None if mesh is None else sharding.flatten_with_names(sharding.shardings(abstract, mesh))
+    file_keys = [keys[entry.key] for entry in table.entries]
+    sizes = {key: tensor_bytes(reader.dtypes[key], reader.shapes[key]) for key in file_keys}
+    progress = ByteProgress("loading weights", sum(sizes[key] for key in file_keys))
 
-    def parts(block: Sequence[Slot]) -> list[np.ndarray]:
-        progress.advance(sum(sizes[slot.key] for slot in block))
-        return [with_delta(slot.transform.to_param(reader.read(keys[slot.key])), delta(slot)) for slot in block]
+    def read_block(block: Sequence[TableEntry]) -> list[np.ndarray]:
+        progress.advance(sum(sizes[keys[entry.key]] for entry in block))
+        return [with_delta(entry.transform.to_param(reader.read(keys[entry.key])), delta(entry)) for entry in block]
 
     leaves = []
     for path, leaf in sharding.flatten_with_names(abstract).items():
-        where = None if placed is None else placed[path]
-        leaves.append(_parameter(leaf.shape, leaf.dtype, where, slots[path], parts))
+        target = None if shardings is None else shardings[path]
+        leaves.append(_parameter(leaf.shape, leaf.dtype, target, entries[path], read_block))
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
-def replace(
-    params: nnx.State, slots: Mapping[str, Sequence[Slot]], tensor: Callable[[Slot], np.ndarray], *, donate: bool
+def refill_params(
+    params: nnx.State,
+    entries: Mapping[str, Sequence[TableEntry]],
+    tensor: Callable[[TableEntry], np.ndarray],
+    *,
+    donate: bool,
 ) -> nnx.State:
-    """Returns parameters of which some are filled anew, with the same dtypes and devices; the others are shared.
+    """Returns parameters of which some have new contents, with the same dtypes and devices; the others are shared.
 
-    With several processes all of them must call it if `tensor` is collective.
+    All processes of a run must call it if `tensor` is collective.
 
     Args:
       params: the current parameters.
-      slots: slots of each parameter to fill anew, by its path.
-      tensor: function that returns the new content of (a layer of) the parameter, in the parameter's own layout.
-      donate: whether each old array is deleted before the new one is created, whoever else uses it.
+      entries: {path of a parameter with new contents: its table entries}.
+      tensor: function that returns an entry's new content, in the layout of the parameter (or of a layer of it).
+      donate: whether to delete each old array before the new one is created, even if others use it.
     """
 
-    def parts(block: Sequence[Slot]) -> list[np.ndarray]:
-        return [tensor(slot) for slot in block]
+    def read_block(block: Sequence[TableEntry]) -> list[np.ndarray]:
+        return [tensor(entry) for entry in block]
 
     leaves = []
     for path, leaf in sharding.flatten_with_names(params).items():
-        if path not in slots:
+        if path not in entries:
             leaves.append(leaf)
             continue
-        where = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+        target = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
         if donate:
             leaf.delete()
-        leaves.append(_parameter(leaf.shape, leaf.dtype, where, slots[path], parts))
+        leaves.append(_parameter(leaf.shape, leaf.dtype, target, entries[path], read_block))
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def _bytes(reader: TensorReader, key: str) -> int:
-    return tensor_bytes(reader.dtypes[key], reader.shapes[key])
-
-
 def with_delta(tensor: np.ndarray, delta: np.ndarray | None) -> np.ndarray:
-    """Returns a tensor plus an update added in float32; the tensor itself if there is none."""
+    """Returns a tensor plus an update, as float32; the tensor itself if the update is None."""
     return tensor if delta is None else tensor.astype(np.float32) + delta
 
 
 def _parameter(
-    shape: tuple[int, ...], dtype: DType, where: NamedSharding | None, slots: Sequence[Slot],
-    parts: Callable[[Sequence[Slot]], list[np.ndarray]],
+    shape: tuple[int, ...], dtype: DType, target: NamedSharding | None, entries: Sequence[TableEntry],
+    read_block: ReadBlock,
 ) -> jax.Array:  # fmt: skip
-    """Returns one parameter, filled from its slots: a single one, or one per layer."""
-    if slots[0].layer is None:
-        (whole,) = parts(slots)
-        return jax.block_until_ready(_place(shape, where, lambda index: np.array(whole[index], dtype, order="C")))
-    slots = sorted(slots, key=lambda slot: slot.layer or 0)
-    if [slot.layer for slot in slots] != list(range(shape[0])):
-        raise ValueError(f"{slots[0].path}: the table must give each of its {shape[0]} layers once")
+    """Returns one parameter on its devices, filled block by block.
+
+    Args:
+      shape: shape of the parameter.
+      dtype: dtype of the parameter.
+      target: sharding of the parameter; None for the default device.
+      entries: its table entry or, if it is stacked, the entries of its layers.
+      read_block: called once for each block of entries.
+    """
+    if entries[0].layer is None:
+        (tensor,) = read_block(entries)
+        return jax.block_until_ready(_place(shape, target, lambda index: np.array(tensor[index], dtype, order="C")))
+    entries = sorted(entries, key=lambda entry: entry.layer or 0)
+    if [entry.layer for entry in entries] != list(range(shape[0])):
+        raise ValueError(f"{entries[0].path}: the table must have one entry for each of its {shape[0]} layers")
     depth = min(shape[0], max(1, BLOCK_BYTES // (int(np.prod(shape[1:])) * np.dtype(dtype).itemsize)))
-    array = None if depth == shape[0] else _zeros(shape, np.dtype(dtype), where)()
+    array = None if depth == shape[0] else _zeros(shape, np.dtype(dtype), target)()
     for start in range(0, shape[0], depth):
-        tensors = parts(slots[start : start + depth])
-        block = _place((len(tensors), *shape[1:]), where, functools.partial(_stack, tensors, dtype))
-        # The block was created while the previous update was still running; waiting keeps their number at one.
+        tensors = read_block(entries[start : start + depth])
+        block = _place((len(tensors), *shape[1:]), target, functools.partial(_stack, tensors, dtype))
+        # This block was created while the previous update was running. Waiting here keeps only one update in flight.
         jax.block_until_ready(array)
-        array = block if array is None else _update(where)(array, block, jnp.int32(start))
+        array = block if array is None else _update(target)(array, block, jnp.int32(start))
     return jax.block_until_ready(array)
 
 
 def _stack(tensors: Sequence[np.ndarray], dtype: DType, index: Index) -> np.ndarray:
-    """Returns the part `index` of the stack of `tensors`, whose first axis is always taken completely."""
+    """Returns `np.stack(tensors)[index]` as `dtype`; `index` must take all of the first axis."""
     first = tensors[0][index[1:]]
     out = np.empty((len(tensors), *first.shape), dtype)
     for layer, tensor in enumerate(tensors):
@@ -129,47 +138,46 @@ def _stack(tensors: Sequence[np.ndarray], dtype: DType, index: Index) -> np.ndar
     return out
 
 
-def _place(shape: tuple[int, ...], where: NamedSharding | None, part: Callable[[Index], np.ndarray]) -> jax.Array:
-    """Returns an array of which every device gets `part(its index)`; equal parts are created once.
+def _place(shape: tuple[int, ...], target: NamedSharding | None, create: Callable[[Index], np.ndarray]) -> jax.Array:
+    """Returns an array of `shape` with sharding `target` (None: on the default device).
 
-    `part` must return new memory, because on the CPU the array may use that memory, which must not be the mapped file.
+    `create` returns the part of the array at an index. It is called once for each distinct index of the devices, and
+    must allocate new memory: on the CPU the array may use that memory, which must not be the mapped file.
     """
-    if where is None:
-        return jax.device_put(part((slice(None),) * len(shape)))
+    if target is None:
+        return jax.device_put(create((slice(None),) * len(shape)))
     parts: dict[str, np.ndarray] = {}
 
-    def once(index: Index | None) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
         assert index is not None  # None occurs only for arrays without axes
         key = str(index)
         if key not in parts:
-            parts[key] = part(index)
+            parts[key] = create(index)
         return parts[key]
 
-    return jax.make_array_from_callback(shape, where, once)
+    return jax.make_array_from_callback(shape, target, part)
 
 
 @functools.cache
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, where: NamedSharding | None) -> Callable[[], jax.Array]:
-    """Returns a function that allocates zeros directly on the devices."""
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, target: NamedSharding | None) -> Callable[[], jax.Array]:
+    """Returns a function that allocates zeros directly on the devices of `target`."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=target)
 
 
 @functools.cache
-def _update(where: NamedSharding | None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Returns a function for `array[start : start + len(block)] = block` in place; the axis of layers is never
-    split."""
+def _update(target: NamedSharding | None) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Returns a function of (array, block, start) that sets `array[start : start + len(block)] = block` in place."""
 
     def update(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(array, block, start, axis=0)
 
-    return jax.jit(update, donate_argnums=0, out_shardings=where)
+    return jax.jit(update, donate_argnums=0, out_shardings=target)
 
 
 def to_host(array: Shaped[Array, "..."], layer: int | None) -> Shaped[np.ndarray, "..."]:
-    """Returns an array, or one layer of it, on this host; with several processes all of them must call it in the same
-    order.
+    """Copies an array, or one layer of a stacked one, to this host.
 
-    If other processes hold parts of it, only this one piece is replicated.
+    If other processes hold parts of it, they all must call this, in the same order.
     """
     replicate = not array.is_fully_addressable
     piece = _piece(_piece_sharding(array, layer, replicate), layer is not None)(array, jnp.int32(layer or 0))
@@ -177,18 +185,22 @@ def to_host(array: Shaped[Array, "..."], layer: int | None) -> Shaped[np.ndarray
 
 
 def _piece_sharding(array: jax.Array, layer: int | None, replicate: bool) -> NamedSharding | None:
-    where = array.sharding
-    if not isinstance(where, NamedSharding):
+    """Returns the sharding of (one layer of) an array: replicated, or as the array's; None without a mesh."""
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
         return None
-    spec = PartitionSpec() if replicate else where.spec if layer is None else PartitionSpec(*where.spec[1:])
-    return NamedSharding(where.mesh, spec)
+    spec = PartitionSpec() if replicate else sharding.spec if layer is None else PartitionSpec(*sharding.spec[1:])
+    return NamedSharding(sharding.mesh, spec)
 
 
 @functools.cache
-def _piece(where: NamedSharding | None, stacked: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns a function that copies a piece to new memory, so that it is freed together with the host's copy."""
+def _piece(target: NamedSharding | None, stacked: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns a function of (array, layer) that copies one layer, or the array if it is not stacked, to new memory.
+
+    The copy is freed together with the host's array, which may share its memory.
+    """
 
     def piece(array: jax.Array, layer: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if stacked else jnp.copy(array)
 
-    return jax.jit(piece, out_shardings=where)
+    return jax.jit(piece, out_shardings=target)

@@ -1,13 +1,13 @@
 """Training batches: a mixture of kinds of rows whose order is a pure function of (seed, global index).
 
-Any batch can be requested at any time, so a resumed run needs only the number of its next batch. The batches do not
-depend on the number of processes; each process opens the rows of its `distributed.row_share`.
+Any batch can be requested at any time, so a resumed run needs only the index of its next batch. The batches do not
+depend on the number of processes; each process opens the images of its own share of the rows (`distributed.row_share`).
 """
 
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,15 +15,19 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 
 _T = TypeVar("_T")
-_THREADS = 2  # threads that open the images of the next batches; Pillow decodes without Python's lock
-_AHEAD = 2  # batches that are prepared in advance
+_Item = TypeVar("_Item")
+_THREADS = 2  # threads that open the images of the next batches; Pillow releases Python's lock while it decodes
+_PREFETCHED = 2  # batches that are prepared in advance
 
 
 def quotas(mixture: Mapping[str, float | int], batch_size: int) -> dict[str, int]:
-    """Returns the number of rows of each kind in every batch: shares of `batch_size`, rounded by largest remainder.
+    """Returns the number of rows of each kind in every batch.
 
-    Shares are relative (they need not sum to 1); kinds with share 0 are left out. In a tie the kind that is named first
-    wins.
+    Shares are rounded to whole rows by the largest-remainder method; in a tie the kind that is named first wins.
+
+    Args:
+      mixture: relative share of each kind; the shares need not sum to 1. A kind with share 0 is left out.
+      batch_size: number of rows of a batch.
 
     Raises:
       UserError: a share is negative or too small to get a row, or no share is positive.
@@ -52,29 +56,24 @@ def quotas(mixture: Mapping[str, float | int], batch_size: int) -> dict[str, int
 class Batches:
     """Provides random access to an endless sequence of batches.
 
-    Within a kind the rows are shuffled anew in each epoch (`grain.MapDataset`, seeded by (seed, kind)); a kind's order
-    does not depend on the other kinds. The rows of a batch are in a seeded random order, so that kinds are independent
-    of exits and mini-batches.
+    The rows of each kind are shuffled anew in each epoch (`grain.MapDataset`), in an order that depends on the seed and
+    the kind alone. Within a batch the rows are in a random order (seeded, too), so that a row's kind says nothing about
+    its exit and its mini-batch, which follow from its position.
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        mixture: Mapping[str, float | int],
-        batch_size: int,
-        seed: int,
+        self, examples: Sequence[Example], *, mixture: Mapping[str, float | int], batch_size: int, seed: int
     ) -> None:
-        """Splits the examples by kind.
+        """Splits the rows by kind.
 
         Args:
-          examples: the whole data set, the same on every process.
-          mixture: share of each kind in a batch.
+          examples: all rows of the data set, the same on every process.
+          mixture: relative share of each kind in a batch (see `quotas`).
           batch_size: number of rows of a batch, over all processes.
           seed: seed of the order.
 
         Raises:
-          UserError: no example has a kind of the mixture; see also `quotas`.
+          UserError: a kind of the mixture has no rows; see also `quotas`.
         """
         import grain
 
@@ -90,34 +89,33 @@ class Batches:
             self._rows[kind] = grain.MapDataset.source(rows).seed(kind_seed).shuffle().repeat()
 
     def batch(self, index: int) -> list[Example]:
-        """Returns batch `index` (from 0): `batch_size` examples with exactly the quota of each kind."""
+        """Returns the rows of batch `index` (from 0): of each kind exactly as many as `quotas` says."""
         unordered = [
             self._rows[kind][index * quota + offset] for kind, quota in self.quotas.items() for offset in range(quota)
         ]
         order = np.random.default_rng([self._seed, index]).permutation(len(unordered))
         return [unordered[position] for position in order]
 
-    def load(self, make: Callable[[list[Example]], _T], start: int, stop: int) -> Iterator[_T]:
-        """Yields `make` of batches `start` to `stop - 1` in order; threads prepare the next ones while one is used.
+    def load(self, prepare: Callable[[list[Example]], _T], start: int, stop: int) -> Iterator[_T]:
+        """Yields `prepare(rows)` of batches `start` to `stop - 1` in order, working ahead as `load_ahead` does.
 
         Args:
-          make: opens and tokenises a batch's rows; called from several threads. Its errors are raised here at the batch
-            that caused them.
-          start: first batch.
-          stop: the batch after the last.
+          prepare: opens and tokenises the rows of a batch.
+          start: index of the first batch.
+          stop: index after the last batch.
         """
-        return load_ahead(lambda index: make(self.batch(index)), range(start, stop))
+        return load_ahead(lambda index: prepare(self.batch(index)), range(start, stop))
 
 
-def load_ahead(make: Callable[[Any], _T], items: Sequence[Any]) -> Iterator[_T]:
-    """Yields `make(item)` of every item in order; threads prepare the next ones while one is used.
+def load_ahead(prepare: Callable[[_Item], _T], items: Sequence[_Item]) -> Iterator[_T]:
+    """Yields `prepare(item)` of every item in order; threads prepare the next ones while the caller uses one.
 
     Args:
-      make: called from several threads; its errors are raised here at the item that caused them.
-      items: the arguments of `make`.
+      prepare: called from several threads; an error is raised to the caller when its item is due.
+      items: the arguments of `prepare`.
     """
     import grain
 
-    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-    numbers = grain.MapDataset.range(len(items))
-    return iter(numbers.map(lambda index: make(items[int(index)])).to_iter_dataset(options))
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCHED)
+    indices = grain.MapDataset.range(len(items))
+    return iter(indices.map(lambda index: prepare(items[int(index)])).to_iter_dataset(options))

@@ -1,8 +1,8 @@
 """Preference pairs in the format of Anthropic's HH-RLHF: two transcripts that differ only in their last answer.
 
-A file is .jsonl or .jsonl.gz. Each line is `{"chosen": TRANSCRIPT, "rejected": TRANSCRIPT}`; a transcript is
-"\\n\\nHuman: ...\\n\\nAssistant: ..." with any number of turns and ends with the assistant's. Bad rows are left out and
-counted by reason.
+A file is .jsonl or .jsonl.gz. Each line is `{"chosen": TRANSCRIPT, "rejected": TRANSCRIPT}`. A transcript is
+"\\n\\nHuman: ...\\n\\nAssistant: ..." with any number of turns, and the assistant's turn is the last. Rows in another
+form are left out and counted by reason.
 """
 
 import gzip
@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from icet_jax.data.records import BadRow
 from icet_jax.data.tables import json_row
 from icet_jax.errors import UserError
 from icet_jax.files import require_regular
@@ -25,15 +25,15 @@ PreferencePair = tuple[str, str, str]
 
 @dataclass(frozen=True, eq=False)
 class Preferences:
-    """Holds the preference pairs of a file and counts of its bad rows.
+    """Holds the preference pairs of a file and counts of the rows that were left out.
 
     Attributes:
       path: the file.
-      pairs: the usable pairs, in file order. A prompt of several turns is the transcript from the first question to the
-        last, without the leading "\\n\\nHuman: "; the template "\\n\\nHuman: {prompt} \\n\\nAssistant:" restores it.
-      read: number of rows of the file, without blank lines.
-      dropped: number of rows that were left out, by reason.
-      first_line: first line of the file with each reason.
+      pairs: the usable pairs, in file order. A prompt is the transcript up to the last question, including earlier
+        turns, without the leading "\\n\\nHuman: "; the template "\\n\\nHuman: {prompt} \\n\\nAssistant:" restores it.
+      read: number of rows in the file, without blank lines.
+      dropped: {reason: number of rows that were left out for it}.
+      first_line: {reason: number of the first line that was left out for it}.
     """
 
     path: Path
@@ -43,29 +43,23 @@ class Preferences:
     first_line: dict[str, int] = field(default_factory=dict)
 
     def report(self) -> str:
-        """Returns one line for a log: the number of pairs, and of rows left out by reason."""
-        parts = [f"{reason}: {count} (first on line {self.first_line[reason]})" for reason, count in self._reasons()]
+        """Returns one line for a log: the numbers of pairs, of rows, and of rows left out for each reason."""
+        reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{reason}: {count} (first on line {self.first_line[reason]})" for reason, count in reasons]
         left_out = f", {self.dropped.total()} left out ({'; '.join(parts)})" if parts else ""
         return f"{self.path.name}: {len(self.pairs)} pairs of {self.read} rows{left_out}"
-
-    def _reasons(self) -> list[tuple[str, int]]:
-        return sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
-
-
-class _BadRow(Exception):
-    """Raised with the reason why a row is left out."""
 
 
 def read_pairs(path: str | Path) -> Preferences:
     """Reads a file of preference pairs.
 
     Raises:
-      UserError: the file cannot be read, has another format, is truncated, or holds no usable pair.
+      UserError: the file cannot be read, has another format, is truncated, or contains no usable pair.
     """
     path = Path(path)
     if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         raise UserError(f"{path}: preference pairs are .jsonl or .jsonl.gz; convert or rename the file")
-    pairs: dict[PreferencePair, None] = {}
+    pairs: dict[PreferencePair, None] = {}  # an ordered set
     dropped: Counter[str] = Counter()
     first_line: dict[str, int] = {}
     read = 0
@@ -75,14 +69,14 @@ def read_pairs(path: str | Path) -> Preferences:
             try:
                 pair = _pair(text)
                 if pair in pairs:
-                    raise _BadRow("repeats an earlier pair")
-            except _BadRow as error:
-                dropped[str(error)] += 1
-                first_line.setdefault(str(error), line)
+                    raise BadRow("repeats an earlier pair")
+            except BadRow as error:
+                dropped[error.reason] += 1
+                first_line.setdefault(error.reason, line)
                 continue
             pairs[pair] = None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error}); download it again") from error
+        raise UserError(f"{path}: a damaged or truncated gzip file ({error}); download it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     result = Preferences(path, list(pairs), read, dropped, first_line)
@@ -94,55 +88,55 @@ def read_pairs(path: str | Path) -> Preferences:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yields (line number, bytes) of every line that is not blank."""
     require_regular(path)
-    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    with opened(path, "rb") as file:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, line
 
 
 def _pair(line: bytes) -> PreferencePair:
+    """Returns the preference pair of a line; raises `BadRow` if it has none."""
     try:
         row = json_row(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise _BadRow("not UTF-8") from None
+        raise BadRow("not UTF-8") from None
     except ValueError:
-        raise _BadRow("not JSON") from None
+        raise BadRow("not JSON") from None
     if isinstance(row, str):
-        raise _BadRow(row)
-    (prompt, chosen), (other, rejected) = (_split(row.get(name), name) for name in ("chosen", "rejected"))
-    if prompt != other:
-        raise _BadRow("the transcripts differ before the last answer")
+        raise BadRow(row)
+    (prompt, chosen), (rejected_prompt, rejected) = (_split(row.get(name), name) for name in ("chosen", "rejected"))
+    if prompt != rejected_prompt:
+        raise BadRow("the transcripts differ before the last answer")
     if chosen == rejected:
-        raise _BadRow("both answers are the same")
+        raise BadRow("both answers are the same")
     return prompt, chosen, rejected
 
 
 def _split(transcript: object, name: str) -> tuple[str, str]:
-    """Returns (prompt, last answer) of a transcript, both stripped."""
+    """Returns (prompt, last answer) of the transcript in field `name`, both stripped; raises `BadRow` if it is none."""
     if not isinstance(transcript, str):
-        raise _BadRow(f"{name} is no text")
+        raise BadRow(f"{name} is no text")
     # A lone surrogate is valid JSON, but tokenizers reject it.
     if any("\ud800" <= char <= "\udfff" for char in transcript):
-        raise _BadRow(f"{name} holds half a character")
+        raise BadRow(f"{name} is not valid Unicode")
     start, colon, answer = transcript.rpartition(ASSISTANT)
     if not start.startswith(HUMAN) or not colon:
-        raise _BadRow(f"{name} is no transcript of Human and Assistant")
+        raise BadRow(f"{name} is no transcript of Human and Assistant")
     if HUMAN in answer:
-        raise _BadRow(f"{name} does not end with the assistant's turn")
+        raise BadRow(f"{name} does not end with the assistant's turn")
     prompt, answer = start.removeprefix(HUMAN).strip(), answer.strip()
     if not prompt or not answer:
-        raise _BadRow(f"{name} has an empty {'question' if not prompt else 'answer'}")
+        raise BadRow(f"{name} has an empty {'question' if not prompt else 'answer'}")
     return prompt, answer
 
 
 def split_by_prompt(
     pairs: Iterable[PreferencePair], share: float, seed: int
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Returns (training pairs, held-out pairs); about `share` of the prompts are held out, each with all of its pairs.
+    """Returns (training pairs, held-out pairs); about the fraction `share` of the prompts is held out.
 
-    Whether a prompt is held out depends only on the prompt and the seed, so adding rows moves no other row to the other
-    part.
+    Whether a pair is held out depends on its prompt, `share` and `seed` alone. So pairs of one prompt stay together,
+    and new pairs do not move others.
     """
     train: list[PreferencePair] = []
     held_out: list[PreferencePair] = []
@@ -153,6 +147,6 @@ def split_by_prompt(
 
 
 def without_prompts(pairs: Iterable[PreferencePair], others: Iterable[PreferencePair]) -> list[PreferencePair]:
-    """Returns the `pairs` whose prompt does not occur in `others`."""
+    """Returns those `pairs` whose prompt is not the prompt of any pair in `others`."""
     prompts = {pair[0] for pair in others}
     return [pair for pair in pairs if pair[0] not in prompts]

@@ -1,4 +1,4 @@
-"""Pads rows of tokens to few widths, because every width needs a program of its own."""
+"""Pads rows of tokens to a few lengths (buckets), because every length needs a compiled program of its own."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,14 @@ import numpy as np
 
 
 def bucket(length: int, longest: int | None = None, steps: int = 1, shortest: int = 32) -> int:
-    """Returns the padded length for rows of up to `length` tokens, at least `shortest` and at most `longest`.
+    """Returns the padded length for rows of up to `length` tokens: from `shortest` to `longest`.
 
     Args:
       length: number of tokens.
-      longest: most tokens of any row; None if there is no limit.
-      steps: buckets per doubling; 1 gives powers of two, 4 wastes at most a quarter of the positions.
-      shortest: a power of two, which divides every other bucket.
+      longest: upper limit of the result; None for no limit.
+      steps: number of buckets between two powers of two; 1 gives only powers of two. Padding is at most 1 / steps of
+        `length`, where `shortest` does not require more.
+      shortest: smallest bucket, a power of two. Other buckets are multiples of it (`longest` excepted).
     """
     power = max(shortest, 1 << max(length - 1, 0).bit_length())
     step = max(shortest, power // 2 // steps)
@@ -21,20 +22,26 @@ def bucket(length: int, longest: int | None = None, steps: int = 1, shortest: in
 
 
 def prompt_bucket(length: int) -> int:
-    """Returns the padded length for prompts of up to `length` positions: at most an eighth longer, or a multiple of
-    16."""
+    """Returns the padded length for prompts of up to `length` positions: a multiple of 16, about an eighth longer at
+    most."""
     return bucket(length, steps=8, shortest=16)
 
 
 def pad_rows(
     rows: Sequence[Sequence[int]], length: int, count: int, side: str = "right"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns rows padded on `side` as tokens int32 [count, length] and mask bool; missing and empty rows are all
-    padding."""
+    """Returns rows of token ids as int32 tokens and a bool mask (true: not padding), both [count, length].
+
+    Args:
+      rows: at most `count` rows of at most `length` token ids; missing rows become padding.
+      length: padded length.
+      count: padded number of rows.
+      side: where the padding of a row stands, "left" or "right".
+    """
     tokens = np.zeros((count, length), np.int32)
     mask = np.zeros((count, length), bool)
     for index, ids in enumerate(rows):
-        where = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
-        tokens[index, where] = ids
-        mask[index, where] = True
+        columns = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
+        tokens[index, columns] = ids
+        mask[index, columns] = True
     return tokens, mask

@@ -1,11 +1,11 @@
 """Prepared data sets: TFDS `array_record` folders, written and read without TensorFlow.
 
     DIRECTORY/NAME/rows/1.0.0/      one record per row; `images` are record numbers in the folder next to it
-    DIRECTORY/NAME/images/1.0.0/    one record per distinct image: the original file's bytes in its own format
-    DIRECTORY/NAME/source.json      where the rows came from, and how many were left out and why
+    DIRECTORY/NAME/images/1.0.0/    one record per distinct image: the bytes of the original image file
+    DIRECTORY/NAME/source.json      facts about the set: the source of its rows, how many were left out and why
 
-`tfds.builder_from_directory(FOLDER).as_data_source(SPLIT)` opens either (splits "rows" and "images"). A set is always
-complete, because it is written to a temporary folder that is renamed at the end.
+`tfds.builder_from_directory(FOLDER).as_data_source(SPLIT)` opens either folder (splits "rows" and "images"). A set is
+always complete, because it is written to a temporary folder that is renamed at the end.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ import numpy as np
 from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError, write_error
 from icet_jax.files import JsonObject, parse_json, read_text, replace_dir_atomic, write_text_atomic
+from icet_jax.media.images import ImageLike
 
 SCHEMA = 1
 _VERSION = "1.0.0"
-_PER_SHARD = {"rows": 100_000, "images": 2_000}  # records per file, which then has a few hundred megabytes
-_PER_CALL = 64  # records per call, because the writer rewrites its metadata at every call
+_PER_SHARD = {"rows": 100_000, "images": 2_000}  # records per file, so that a file has a few hundred megabytes
+_PER_CALL = 64  # records that are written at a time, because the writer rewrites its metadata at every call
 _LISTED_PROBLEMS = 100
 _TRANSFERRED = {None: "", True: "yes", False: "no"}
 _COUNTS = ("read", "kept", "repeats", "animated", "images", "image_bytes")
@@ -40,7 +42,7 @@ class PreparedImage:
 
     Attributes:
       folder: folder of the set.
-      index: number of the image's record.
+      index: index of the image's record.
       name: name of the image in error messages.
     """
 
@@ -49,7 +51,7 @@ class PreparedImage:
     name: str
 
     def read(self) -> bytes:
-        """Returns the encoded bytes."""
+        """Returns the bytes of the image file."""
         return bytes(_record(self.folder, "images", self.index)["bytes"])
 
     def __str__(self) -> str:
@@ -57,12 +59,15 @@ class PreparedImage:
 
 
 def fingerprint(source: str, limit: int | None, records: Records) -> str:
-    """Returns a digest of what a set is made from: source, fields and image files (size and time) of its rows, bad
-    rows."""
+    """Returns a hash that changes if a set must be prepared anew.
+
+    It covers the source string, the limit, all fields of the rows, path, size and time of their image files, and the
+    rows that were left out.
+    """
     digest = hashlib.sha256(repr((SCHEMA, source, limit, records.problems)).encode("utf-8", "surrogatepass"))
     for example in records.examples:
-        images = [_image_mark(image) for image in example.images]
-        digest.update(repr((_fields(example), images)).encode("utf-8", "surrogatepass"))
+        images = [_image_version(image) for image in example.images]
+        digest.update(repr((_text_fields(example), images)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -72,7 +77,7 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
     Args:
       directory: directory of all sets.
       name: name of this set.
-      records: rows of the set; images are paths, or uint8 arrays (stored as PNG, without loss).
+      records: rows of the set; an image is a path or a uint8 array, which is stored as PNG.
       facts: further fields for `source.json`: `source`, `limit`, `fingerprint`.
 
     Raises:
@@ -84,14 +89,14 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
         shutil.rmtree(partial, ignore_errors=True)
         pool = _ImagePool()
         _write_table(partial / "images", "images", pool.records(records.examples))
-        _write_table(partial / "rows", "rows", (_row(example, pool) for example in records.examples))
+        _write_table(partial / "rows", "rows", (_to_record(example, pool) for example in records.examples))
         content = {
             "schema": SCHEMA,
             **facts,
             "complete": records.complete,
             **counts(records),
-            "images": len(pool.numbers),
-            "image_bytes": pool.size,
+            "images": len(pool.indices),
+            "image_bytes": pool.total_bytes,
         }
         write_text_atomic(partial / "source.json", json.dumps(content, indent=1) + "\n")
         replace_dir_atomic(partial, directory / name)
@@ -104,8 +109,7 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
 
 
 def counts(records: Records) -> JsonObject:
-    """Returns what reports say about a source: rows read, kept and dropped by reason, the first problems in words, and
-    so on."""
+    """Returns the counts of a source's rows (read, kept, dropped by reason, ...) and its first problems, as JSON."""
     return {
         "read": records.read,
         "kept": len(records.examples),
@@ -121,7 +125,7 @@ def counts(records: Records) -> JsonObject:
 
 
 def read_facts(directory: Path, name: str) -> JsonObject | None:
-    """Returns the content of `source.json` of a set; None if there is no such set.
+    """Returns the content of a set's `source.json`; None if there is no such set or it has an old schema.
 
     Raises:
       UserError: the file is damaged.
@@ -135,13 +139,13 @@ def read_facts(directory: Path, name: str) -> JsonObject | None:
         raise UserError(f"{path}: cannot be read ({error}); run --mode=prepare again") from error
     if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
         return None
-    if not _are_facts(facts):
+    if not _has_valid_fields(facts):
         raise UserError(f"{path}: a field is missing or of another type; run --mode=prepare again")
     return facts
 
 
-def _are_facts(facts: Mapping[str, Any]) -> bool:
-    """Returns whether the facts of a set have all fields that are used, each of the right type."""
+def _has_valid_fields(facts: Mapping[str, Any]) -> bool:
+    """Returns whether the content of a `source.json` has all fields that are used, each of the right type."""
     dropped, limit, replaced = facts.get("dropped"), facts.get("limit"), facts.get("replaced_images", [])
     return (
         all(isinstance(facts.get(name), str) for name in ("source", "fingerprint"))
@@ -156,7 +160,9 @@ def _are_facts(facts: Mapping[str, Any]) -> bool:
 
 
 def read_set(directory: str | Path, name: str, source: str, limit: int | None = None) -> list[Example]:
-    """Returns at most `limit` rows of a prepared set in the source's order; images are read later, one by one.
+    """Returns at most `limit` rows of a prepared set in the order of its source; images are read when they are needed.
+
+    `source` is the source string in the config, from which the set must have been prepared.
 
     Raises:
       UserError: the set is not prepared, was prepared from another source, or has fewer rows than requested.
@@ -173,50 +179,51 @@ def read_set(directory: str | Path, name: str, source: str, limit: int | None = 
     if not facts["complete"] and (limit is None or limit > facts["limit"]):
         raise UserError(
             f"{directory / name}: prepared with config.sweep.limit={facts['limit']}, but {limit or 'all'} rows are "
-            "asked for; run --mode=prepare with this config"
+            "needed; run --mode=prepare with this config"
         )
     folder = directory / name
     total = facts["kept"] if limit is None else min(limit, facts["kept"])
-    return [_example(folder, _record(folder, "rows", index)) for index in range(total)]
+    return [_from_record(folder, _record(folder, "rows", index)) for index in range(total)]
 
 
 def dropped_rows(directory: str | Path, name: str) -> dict[str, int]:
-    """Returns {reason: rows of a prepared set's source that were left out for it}."""
+    """Returns {reason: number of rows that were left out for it when a set was prepared}; empty without that set."""
     return (read_facts(Path(directory), name) or {"dropped": {}})["dropped"]
 
 
 class _ImagePool:
-    """Numbers distinct images in order of first use; images with equal bytes are the same."""
+    """Gives distinct images indices in the order of their first use; images with equal bytes are the same."""
 
     def __init__(self) -> None:
-        self.numbers: dict[bytes, int] = {}
-        self.size = 0
-        self._known: dict[Any, bytes] = {}
+        self.indices: dict[bytes, int] = {}  # {hash of an image's bytes: index of its record}
+        self.total_bytes = 0  # of all distinct images
+        self._digest_of_path: dict[Path, bytes] = {}
 
     def records(self, examples: Iterable[Example]) -> Iterator[JsonObject]:
         """Yields a record for each image that has not occurred before."""
         for example in examples:
             for position, image in enumerate(example.images):
-                if isinstance(image, Path) and image in self._known:
+                if isinstance(image, Path) and image in self._digest_of_path:
                     continue
-                data = _encoded(image)
+                data = _encode(image)
                 digest = hashlib.sha256(data).digest()
                 if isinstance(image, Path):
-                    self._known[image] = digest
-                if digest in self.numbers:
+                    self._digest_of_path[image] = digest
+                if digest in self.indices:
                     continue
-                self.numbers[digest] = len(self.numbers)
-                self.size += len(data)
+                self.indices[digest] = len(self.indices)
+                self.total_bytes += len(data)
                 name = image.name if isinstance(image, Path) else f"{example.id}-{position}.png"
                 yield {"name": name.encode("utf-8", "replace"), "bytes": data}
 
-    def number(self, image: Any) -> int:
-        """Returns the number of an image that `records` has processed."""
-        known = self._known.get(image) if isinstance(image, Path) else None
-        return self.numbers[known or hashlib.sha256(_encoded(image)).digest()]
+    def index(self, image: ImageLike) -> int:
+        """Returns the index of an image whose record `records` has yielded."""
+        digest = self._digest_of_path.get(image) if isinstance(image, Path) else None
+        return self.indices[digest or hashlib.sha256(_encode(image)).digest()]
 
 
-def _encoded(image: Any) -> bytes:
+def _encode(image: ImageLike) -> bytes:
+    """Returns the bytes of an image file, or of an array as PNG."""
     if isinstance(image, Path):
         try:
             return image.read_bytes()
@@ -229,16 +236,16 @@ def _encoded(image: Any) -> bytes:
     return file.getvalue()
 
 
-def _image_mark(image: Any) -> Any:
+def _image_version(image: ImageLike) -> tuple[str, int, int] | str:
+    """Returns path, size and time of an image file, or the hash of an array."""
     if isinstance(image, Path):
         status = image.stat()
         return str(image), status.st_size, status.st_mtime_ns
     return hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
 
 
-def _fields(example: Example) -> tuple[Any, ...]:
-    """Returns the fields of a row without its images; a row without an attack format has the fields of earlier
-    versions."""
+def _text_fields(example: Example) -> tuple[object, ...]:
+    """Returns the fields of a row without its images; without the last two, which are new, if neither is set."""
     fields = (
         example.id, example.prompt, example.kind, example.answer, example.category, example.answers,
         example.answer_type,
@@ -247,13 +254,12 @@ def _fields(example: Example) -> tuple[Any, ...]:
     return fields if attack == ("", None) else (*fields, *attack)
 
 
-def _row(example: Example, pool: _ImagePool) -> JsonObject:
-    """Returns the fields of a row as TFDS stores them; None is stored as the empty text, which no field of a row can
-    be."""
+def _to_record(example: Example, pool: _ImagePool) -> JsonObject:
+    """Returns a row as a record for TFDS, with "" for None (no text field of a row is "")."""
     return {
         "id": example.id,
         "prompt": example.prompt,
-        "images": [pool.number(image) for image in example.images],
+        "images": [pool.index(image) for image in example.images],
         "kind": example.kind,
         "answer": example.answer or "",
         "policy": example.category or "",
@@ -264,11 +270,11 @@ def _row(example: Example, pool: _ImagePool) -> JsonObject:
     }
 
 
-def _example(folder: Path, row: Mapping[str, Any]) -> Example:
-    """Returns the row of a stored record; sets prepared by earlier versions have neither `format` nor `transferred`."""
+def _from_record(folder: Path, record: Mapping[str, Any]) -> Example:
+    """Returns the row of a TFDS record; those of earlier versions have neither `format` nor `transferred`."""
 
     def field(name: str) -> str:
-        return bytes(row[name]).decode("utf-8")
+        return bytes(record[name]).decode("utf-8")
 
     identity = field("id")
     return Example(
@@ -276,20 +282,20 @@ def _example(folder: Path, row: Mapping[str, Any]) -> Example:
         prompt=field("prompt"),
         images=tuple(
             PreparedImage(folder, int(number), f"{folder.name}: image {int(number)} (row {identity})")
-            for number in row["images"]
+            for number in record["images"]
         ),
         kind=field("kind"),
         answer=field("answer") or None,
         category=field("policy") or None,
-        answers=tuple(bytes(answer).decode("utf-8") for answer in row["answers"]),
+        answers=tuple(bytes(answer).decode("utf-8") for answer in record["answers"]),
         answer_type=field("answer_type") or None,
-        format=field("format") if "format" in row else "",
-        transferred={"yes": True, "no": False}.get(field("transferred")) if "transferred" in row else None,
+        format=field("format") if "format" in record else "",
+        transferred={"yes": True, "no": False}.get(field("transferred")) if "transferred" in record else None,
     )
 
 
 def _write_table(folder: Path, split: str, records: Iterable[JsonObject]) -> None:
-    """Writes one TFDS data set with one split, keeping the order of the records."""
+    """Writes records in their order as a TFDS data set whose only split is `split`, "rows" or "images"."""
     tfds = _tfds()
     features, text, tensor = tfds.features, tfds.features.Text(), tfds.features.Tensor
     if split == "images":
@@ -317,6 +323,7 @@ def _write_table(folder: Path, split: str, records: Iterable[JsonObject]) -> Non
 
 
 def _record(folder: Path, split: str, index: int) -> Mapping[str, Any]:
+    """Returns one record of a prepared set, from its "rows" or "images"."""
     try:
         return _data_source(folder, split)[index]
     # A damaged folder causes any of OSError, RuntimeError, ValueError, KeyError, ...
@@ -327,11 +334,12 @@ def _record(folder: Path, split: str, index: int) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=64)
 def _data_source(folder: Path, split: str) -> Any:
-    """Returns random access to the records of a table."""
+    """Returns TFDS's random access to the records of a split."""
     return _tfds().builder_from_directory(folder / split / _VERSION).as_data_source(split)
 
 
-def _tfds() -> Any:
+def _tfds() -> ModuleType:
+    """Imports TFDS, which takes seconds, when it is first needed."""
     import tensorflow_datasets
 
     return tensorflow_datasets

@@ -1,8 +1,8 @@
-"""Rows of a data set: their fields, how files become rows, and the reader of a user's own CSV or JSONL.
+"""Rows of a data set: their fields, the rules by which rows of a file are used, and the reader of users' own files.
 
-A user's file has the columns `prompt`, `image` and optionally `id`, `policy` (the content category), `kind`, `answer`;
-others are ignored. In JSONL `image` may also be a list (several images, or none for a text-only row). The published
-formats are in `published.py` and follow the rules of this file. Rows that cannot be used are left out, counted by
+A user's CSV or JSONL file has the columns `prompt`, `image` and optionally `id`, `policy` (the content category),
+`kind`, `answer`; others are ignored. In JSONL `image` may also be a list of several images, or of none for a text-only
+row. The published formats (`published.py`) follow the same rules. Rows that cannot be used are left out, counted by
 reason and reported with their numbers.
 """
 
@@ -10,18 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from icet_jax.config.names import KINDS
 from icet_jax.data.tables import RawRow, csv_rows, jsonl_rows, text_problem
 from icet_jax.errors import UserError, one_line
 from icet_jax.files import JsonObject
 from icet_jax.media.image_files import MISSING, OUTSIDE, ImageFiles, leaves_root, require_file_name
+from icet_jax.media.images import ImageLike
 from icet_jax.media.templates import PLACEHOLDERS
 
 _COLUMNS = "prompt, image[, id, policy, kind, answer]"
 _REPORTED_PROBLEMS = 5
-_SHOWN = 300  # characters of a problem that are shown that are shown
+_SHOWN = 300  # characters of a problem that are shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,22 +31,21 @@ class Example:
 
     Attributes:
       id: unique within its data set; transcripts and paired differences use it as key.
-      prompt: the raw prompt, without chat template and image placeholders.
-      images: paths, stored images, PIL images or uint8 arrays [height, width, 3]; usually one.
+      prompt: text of the request, without chat template and image placeholders.
+      images: usually one: paths, stored images, PIL images or uint8 arrays [height, width, 3].
       kind: "forbidden" (should be refused), "benign" (a refusal is over-refusal) or "vqa" (the answer is about the
         image).
-      answer: expected response, if there is one.
-      answers: responses of all annotators, for rows whose metric is agreement with several (VQA-v2: ten).
-      answer_type: the data set's own type of answer (VQA-v2: "yes/no", "number", "other").
-      format: how the request is disguised, in the data set's own words (JailBreakV-28K's attack formats); "" if
-        unknown.
+      answer: expected answer, or None.
+      answers: expected answers of several annotators, if the metric is agreement with them (VQA-v2: ten).
+      answer_type: type of the answer in the data set's words (VQA-v2: "yes/no", "number", "other"), or None.
+      format: how the request is disguised, in the data set's words (JailBreakV-28K's attack formats); "" if unknown.
       transferred: whether the attack was made for language models and reused here; None if unknown.
-      category: content category of the data set, which files call `policy`.
+      category: content category in the data set's words, which files call `policy`; None if unknown.
     """
 
     id: str
     prompt: str
-    images: tuple[Any, ...] = ()
+    images: tuple[ImageLike, ...] = ()
     kind: str = "forbidden"
     answer: str | None = None
     category: str | None = None
@@ -80,10 +80,10 @@ class Records:
       source: name of the source in reports.
       examples: the usable rows, in file order.
       problems: the rows that were left out.
-      repeats: number of usable rows with the prompt and images of an earlier row but an id of their own; they are kept.
+      repeats: number of usable rows that differ from an earlier row in their id alone.
       animated: number of images with several frames, of which the first is used.
       complete: whether the source was read to its end, not stopped by a limit.
-      replaced: problems of images that were drawn for a row and replaced by others.
+      replaced: problems of images that were drawn for a row but were unusable, so that others were drawn.
     """
 
     source: str
@@ -104,7 +104,7 @@ class Records:
         return dict(Counter(problem.reason for problem in self.problems).most_common())
 
     def report(self) -> str:
-        """Returns one line for a log: rows used, rows left out by reason (with the first few), repeats, animations."""
+        """Returns one line for a log: numbers of rows used and left out, by reason, and the first few problems."""
         parts = [f"{self.source}: {len(self.examples)} rows"]
         if self.problems:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped().items())
@@ -122,31 +122,31 @@ class Records:
 
 
 class BadRow(Exception):
-    """Raised when a row cannot be used, with a reason that many rows may share and a detail about this row."""
+    """Raised when a row cannot be used.
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+    Attributes:
+      reason: kind of problem, by which reports count rows. The message, `str(error)`, is the detail about this row.
+    """
+
+    def __init__(self, reason: str, detail: str | None = None) -> None:
+        super().__init__(detail or reason)
         self.reason = reason
 
 
 Convert: TypeAlias = Callable[[JsonObject, str], Example]
-"""Function of (fields, id) that returns the row or raises `BadRow`."""
+"""Function from the fields and the id of a raw row to the row; it raises `BadRow` if the row cannot be used."""
 
 
 def read_records(
-    path: str | Path,
-    *,
-    image_root: str | Path | None = None,
-    limit: int | None = None,
-    decode: bool = False,
+    path: str | Path, *, image_root: str | Path | None = None, limit: int | None = None, decode: bool = False
 ) -> Records:
-    """Reads the rows of a .csv or .jsonl file.
+    """Reads the rows of a user's .csv or .jsonl file.
 
     Args:
       path: the file; the first line of a CSV names its columns.
-      image_root: folder for relative image paths; the file's own folder if None.
-      limit: number of usable rows after which reading stops.
-      decode: whether images are decoded, so that rows with damaged images are left out too.
+      image_root: folder for relative image paths; None for the file's folder.
+      limit: number of usable rows after which reading stops; None reads all.
+      decode: whether to decode the images, so that rows with damaged images are left out too.
 
     Raises:
       UserError: the file cannot be read, is empty, lacks a column, or has no usable row.
@@ -161,7 +161,7 @@ def read_records(
         raise UserError(f"{path}: data files are .csv or .jsonl, not '{path.suffix}'; convert or rename it")
     files = ImageFiles(decode=decode)
 
-    def convert(fields: JsonObject, identity: str) -> Example:
+    def to_example(fields: JsonObject, identity: str) -> Example:
         prompt = prompt_of(fields, "prompt")
         kind = text(fields, "kind") or "forbidden"
         if kind not in KINDS:
@@ -172,7 +172,7 @@ def read_records(
         images = _images(fields.get("image"), root, files)
         return Example(identity, prompt, images, kind, answer, text(fields, "policy"))
 
-    return collect(path, rows, convert, files, id_field="id", limit=limit)
+    return collect(path, rows, to_example, files, id_field="id", limit=limit)
 
 
 def collect(
@@ -184,18 +184,18 @@ def collect(
     id_field: str | None,
     limit: int | None = None,
 ) -> Records:
-    """Turns raw rows into a data set; this is the only place that decides which rows are kept.
+    """Converts the raw rows of a file and decides which are used; all formats share these rules.
 
-    A row is left out if an earlier row has its id. A row without an id of its own gets its number as id, and is left
-    out if it repeats an earlier row's prompt, images and answer. Rows with ids in the file may repeat.
+    A row is left out if an earlier row has its id. A row that names no id gets its number as id, and is left out if it
+    has the prompt, images and answer of an earlier row. Rows that name their id may repeat an earlier row's content.
 
     Args:
       path: name of the file in errors and reports.
       rows: raw rows from a reader of `tables.py`.
-      convert: converts a raw row, or raises the reason why it cannot be used.
-      files: checks the images for `convert`.
-      id_field: field of a row's id; None for files without ids.
-      limit: number of usable rows after which reading stops.
+      convert: converts a raw row.
+      files: the image checker that `convert` uses.
+      id_field: name of the field that contains a row's id; None for files without ids.
+      limit: number of usable rows after which reading stops; None reads all.
 
     Raises:
       UserError: the file cannot be read, or no row can be used.
@@ -204,20 +204,20 @@ def collect(
     examples: list[Example] = []
     problems: list[Problem] = []
     row_of_id: dict[str, int] = {}
-    row_of_content: dict[tuple[Any, ...], int] = {}
+    row_of_content: dict[tuple[str | None, ...], int] = {}
     repeats = 0
     try:
         for row, (line, fields) in enumerate(rows, start=1):
             try:
                 if isinstance(fields, str):
                     raise BadRow("malformed row", fields)
-                own_id = text(fields, id_field) if id_field is not None else None
-                identity = own_id or str(row)
+                named_id = text(fields, id_field) if id_field is not None else None
+                identity = named_id or str(row)
                 if identity in row_of_id:
                     raise BadRow("duplicate id", f"id '{identity}' is already that of row {row_of_id[identity]}")
                 example = convert(fields, identity)
                 content = (example.prompt, *map(str, example.images), example.answer)
-                if content in row_of_content and own_id is None:
+                if content in row_of_content and named_id is None:
                     raise BadRow("duplicate row", f"the same as row {row_of_content[content]}")
             except BadRow as error:
                 problems.append(Problem(row, line, error.reason, str(error)))
@@ -231,8 +231,8 @@ def collect(
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and config.data.root") from error
     if not examples:
-        why = f"no usable row: {describe(problems)}" if problems else "has no rows; add some"
-        raise UserError(f"{path}: {why}")
+        message = f"no usable row: {describe(problems)}" if problems else "has no rows; add some"
+        raise UserError(f"{path}: {message}")
     complete, replaced = len(examples) != limit, tuple(files.replaced.values())
     return Records(path.name, examples, problems, repeats, len(files.animated), complete, replaced)
 
@@ -244,10 +244,10 @@ def prompt_overlap(train: Iterable[Example], test: Iterable[Example]) -> int:
 
 
 def text(fields: JsonObject, name: str) -> str | None:
-    """Returns the stripped text of a cell; None if it is absent or blank.
+    """Returns the stripped text of a row's field `name`; None if it is absent or blank.
 
     Raises:
-      BadRow: the cell is not text, or not UTF-8.
+      BadRow: the field is not text, not UTF-8, or contains a NUL byte.
     """
     value = fields.get(name)
     if value is None:
@@ -262,17 +262,17 @@ def text(fields: JsonObject, name: str) -> str | None:
 
 
 def prompt_of(fields: JsonObject, name: str) -> str:
-    """Returns the prompt in a cell.
+    """Returns the prompt in a row's field `name`.
 
     Raises:
-      BadRow: there is none, or it contains a family's image placeholder, which the chat template adds.
+      BadRow: it is empty, or contains some family's image placeholder, which only a chat template may add.
     """
     prompt = text(fields, name)
     if prompt is None:
         raise BadRow("empty prompt", "the prompt is empty")
     for placeholder in PLACEHOLDERS:
         if placeholder in prompt:
-            raise BadRow("image placeholder", f"the prompt holds '{placeholder}'")
+            raise BadRow("image placeholder", f"the prompt contains '{placeholder}'")
     return prompt
 
 
@@ -283,41 +283,46 @@ _CATEGORIES = {
 
 
 def category_of(fields: JsonObject, name: str) -> str | None:
-    """Returns the content category in a cell; where another data set has a different name for it, RedTeam-2K's name is
-    used."""
-    written = text(fields, name)
-    return _CATEGORIES.get(written, written) if written is not None else None
+    """Returns the content category in a row's field `name`, or None.
+
+    A category that RedTeam-2K has under another name gets that name.
+    """
+    category = text(fields, name)
+    return _CATEGORIES.get(category, category) if category is not None else None
 
 
 _FORMATS = {
     name.casefold(): name
     for name in ("Template", "Persuade", "Logic", "SD", "typo", "SD_typo", "figstep", "SD_figstep")
 }
-_TRUTHS = {"true": True, "yes": True, "1": True, "1.0": True, "false": False, "no": False, "0": False, "0.0": False}
+_TRUTH_VALUES = dict.fromkeys(("true", "yes", "1", "1.0"), True) | dict.fromkeys(("false", "no", "0", "0.0"), False)
 
 
 def attack_format(fields: JsonObject, name: str) -> str:
-    """Returns the attack format in a cell, JailBreakV-28K's formats in a uniform spelling; "" if there is none."""
-    written = " ".join((text(fields, name) or "").split())
-    return _FORMATS.get(written.casefold(), written)
+    """Returns the attack format in a row's field `name`, or "".
+
+    JailBreakV-28K's formats, whose spelling differs between its files, get one spelling.
+    """
+    spelling = " ".join((text(fields, name) or "").split())
+    return _FORMATS.get(spelling.casefold(), spelling)
 
 
-def truth(fields: JsonObject, name: str) -> bool | None:
-    """Returns the yes or no in a cell; None if there is none.
+def yes_or_no(fields: JsonObject, name: str) -> bool | None:
+    """Returns the truth value in a row's field `name` (True, yes, 1, ...); None if it is empty.
 
     Raises:
-      BadRow: the cell holds something else.
+      BadRow: the field contains something else.
     """
-    written = text(fields, name)
-    if written is None:
+    value = text(fields, name)
+    if value is None:
         return None
-    if written.casefold() not in _TRUTHS:
-        raise BadRow("bad field", f"{name} is '{written}'; write True or False, or leave it empty")
-    return _TRUTHS[written.casefold()]
+    if value.casefold() not in _TRUTH_VALUES:
+        raise BadRow("bad field", f"{name} is '{value}'; write True or False, or leave it empty")
+    return _TRUTH_VALUES[value.casefold()]
 
 
-def inside(root: Path, name: str) -> Path:
-    """Returns the path of an image that a row names.
+def path_in(root: Path, name: str) -> Path:
+    """Returns the path of the image file `name` in the folder `root`.
 
     Raises:
       BadRow: the path leads out of `root`.
@@ -328,7 +333,7 @@ def inside(root: Path, name: str) -> Path:
 
 
 def usable_image(path: Path, files: ImageFiles) -> Path:
-    """Returns `path` if it is a usable image.
+    """Returns `path` if the file can be used as an image.
 
     Raises:
       BadRow: the file is missing, or cannot be used as an image.
@@ -347,15 +352,16 @@ def describe(problems: list[Problem]) -> str:
 
 
 def _short(detail: str) -> str:
-    """Returns a detail shortened and without control characters, because a row may hold any text."""
+    """Returns a detail shortened and without control characters, because it may quote any text of a row."""
     return one_line(detail if len(detail) <= _SHOWN else f"{detail[:_SHOWN]}...")
 
 
-def _images(value: Any, root: Path, files: ImageFiles) -> tuple[Path, ...]:
+def _images(value: object, root: Path, files: ImageFiles) -> tuple[Path, ...]:
+    """Returns the paths of the usable images that a row's field names, one or a list; raises `BadRow`."""
     paths = []
     for name in value if isinstance(value, list) else [value]:
         image = text({"image": name}, "image")
         if image is None:
             raise BadRow(MISSING, "the image is empty")
-        paths.append(usable_image(inside(root, image), files))
+        paths.append(usable_image(path_in(root, image), files))
     return tuple(paths)

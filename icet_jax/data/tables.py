@@ -1,7 +1,7 @@
-"""Streams raw rows out of CSV files, JSON lines, and arrays inside large JSON files.
+"""Streams raw rows out of CSV files, JSONL files, and arrays inside large JSON files.
 
-Each reader yields `(line, fields)`, or `(line, reason)` for a malformed row, so that damage to one row affects only
-that row. Bytes that are not UTF-8 become surrogates, which `text_problem` reports.
+A malformed row does not affect the rows after it. Bytes that are not UTF-8 become surrogates, which `text_problem`
+reports.
 """
 
 import codecs
@@ -17,19 +17,20 @@ from icet_jax.errors import UserError
 from icet_jax.files import LFS_ADVICE, JsonObject, is_lfs_pointer, parse_json, require_regular
 
 RawRow: TypeAlias = tuple[int, JsonObject | str]
+"""Number of the line on which a row ends, and the row's fields or, if it is malformed, what is wrong with it."""
 
 _CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
 
 def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawRow]:
-    """Yields the rows of a CSV file whose first line names its columns (case and surrounding spaces do not matter).
+    """Yields the rows of a CSV file whose first line names its columns.
 
-    A quotation mark that is never closed spoils only its line, not the rest of the file.
+    The names are stripped and in lower case. A quotation mark that is never closed makes only its line malformed.
 
     Args:
       path: the file.
       required: columns that the file must have.
-      columns: description of the columns for error messages.
+      columns: description of all columns for error messages.
 
     Raises:
       UserError: the file is empty, a required column is missing, or two columns have the same name.
@@ -40,13 +41,13 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
         records = _csv_records(file)
         _, header = next(records, (0, []))
         if isinstance(header, str):
-            raise UserError(f"{path}: its first line, the names of the columns, is no CSV ({header})")
+            raise UserError(f"{path}: its first line, the names of the columns, is not CSV ({header})")
         names = [cell.strip().lower() for cell in header]
         if not any(names):
             raise UserError(f"{path}: is empty; name the columns in its first line: {columns}")
-        for separator, called in ((";", "semicolons"), ("\t", "tabs")):
+        for separator, title in ((";", "semicolons"), ("\t", "tabs")):
             if len(names) == 1 and separator in names[0]:
-                raise UserError(f"{path}: its columns are separated by {called}; save it as CSV with commas")
+                raise UserError(f"{path}: its columns are separated by {title}; save it as CSV with commas")
         for name, count in Counter(filter(None, names)).items():
             if count > 1:
                 shown = name.encode("ascii", "backslashreplace").decode()
@@ -55,8 +56,8 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
                 )
         for name in required:
             if name not in names:
-                have = ", ".join(names).encode("ascii", "backslashreplace").decode()
-                raise UserError(f"{path}: no column '{name}' among {have}; its first line should name {columns}")
+                actual = ", ".join(names).encode("ascii", "backslashreplace").decode()
+                raise UserError(f"{path}: no column '{name}' among {actual}; its first line should name {columns}")
         for line, cells in records:
             if isinstance(cells, str):
                 yield line, cells
@@ -67,10 +68,9 @@ def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawR
 
 
 def _require_utf8_file(path: Path) -> None:
-    """Rejects irregular files (see `require_regular`), Git LFS pointers, and files with the mark of UTF-16 or UTF-32.
+    """Raises a `UserError` if a file is not regular (`require_regular`), a Git LFS pointer, or begins as UTF-16 or -32.
 
     Raises:
-      UserError: the file is one of these.
       OSError: the file cannot be read.
     """
     require_regular(path)
@@ -83,7 +83,10 @@ def _require_utf8_file(path: Path) -> None:
 
 
 def _csv_records(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
-    """Yields (last line, cells) of every record; for a malformed one (line, reason), and continues on the next line."""
+    """Yields (last line, cells) of every record, or (line, reason) for a malformed one.
+
+    After a malformed record, reading continues on the line after its first one.
+    """
     source, returned_lines, line = iter(file), deque[str](), 0
     while True:
         used_lines: list[str] = []
@@ -102,7 +105,7 @@ def _csv_records(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _take(source: Iterator[str], returned_lines: deque[str], used_lines: list[str]) -> Iterator[str]:
-    """Yields lines that were put back, then those of the file, and appends each to `used_lines`."""
+    """Yields (and removes) `returned_lines`, then the lines of `source`, and appends each to `used_lines`."""
     while returned_lines:
         used_lines.append(returned_lines.popleft())
         yield used_lines[-1]
@@ -127,8 +130,7 @@ def jsonl_rows(path: Path) -> Iterator[RawRow]:
 
 
 def json_row(text: str) -> JsonObject | str:
-    """Returns the fields of a JSON object, or why the text is not a row: not an object, or a field occurs more than
-    once.
+    """Returns the fields of a JSON object, or what is wrong with it (not an object, or a field occurs more than once).
 
     Raises:
       ValueError: the text is not JSON.
@@ -137,10 +139,10 @@ def json_row(text: str) -> JsonObject | str:
 
 
 def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
-    """Yields the objects in `{..., key: [...]}` one by one, without loading the whole file (hundreds of megabytes).
+    """Yields the objects of an array `{..., key: [...]}` one by one, without loading the file (hundreds of megabytes).
 
-    "Lines" are the numbers of the objects, from 1. If the file stops being JSON, the last row says so and the rows
-    before it are kept.
+    In the place of a line, each row has the number of the object, from 1. If the file becomes invalid at some point, a
+    malformed row is yielded as the last one.
 
     Raises:
       UserError: the file does not begin as a JSON object, or has no array of that name.
@@ -161,7 +163,7 @@ def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
                 has_next = reader.next_in_array(first=number == 0)
                 value = reader.value() if has_next else None
             except (ValueError, RecursionError) as error:
-                yield number + 1, f"the file is no JSON from here on, damaged or cut off ({error})"
+                yield number + 1, f"the file is not JSON from here on, damaged or cut off ({error})"
                 return
             if not has_next:
                 return
@@ -170,36 +172,37 @@ def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
 
 
 @dataclass(frozen=True)
-class _NamedTwice:
-    """Stands for a JSON object in which a field occurs more than once, so that its value is ambiguous."""
+class _RepeatedField:
+    """Stands for a JSON object in which `field` occurs more than once, so that its value is ambiguous."""
 
     field: str
 
 
-def _object(pairs: list[tuple[str, Any]]) -> JsonObject | _NamedTwice:
-    """Returns a JSON object as a dict, or `_NamedTwice` if a field occurs more than once."""
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject | _RepeatedField:
+    """Returns a JSON object as a dict, or `_RepeatedField` if a field occurs more than once."""
     fields = dict(pairs)
     if len(fields) == len(pairs):
         return fields
-    return _NamedTwice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+    return _RepeatedField(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
 
 
-def _row(value: Any) -> JsonObject | str:
-    """Returns the fields of a row, or why the value is not a row."""
-    if isinstance(value, _NamedTwice):
+def _row(value: object) -> JsonObject | str:
+    """Returns the fields of a row, or what is wrong with it."""
+    if isinstance(value, _RepeatedField):
         return f"field '{value.field.encode('ascii', 'backslashreplace').decode()}' more than once"
     return value if isinstance(value, dict) else "not a JSON object"
 
 
 class _JsonReader:
-    """Reads values out of a JSON text that is loaded in chunks."""
+    """Reads JSON values from a file one after the other, loading the file in chunks."""
 
     def __init__(self, file: TextIO) -> None:
         self._file, self._decoder = file, json.JSONDecoder(object_pairs_hook=_object)
-        self._text, self._at, self._ended = "", 0, False
+        # The loaded text, the position in it, and whether the file has ended.
+        self._text, self._position, self._ended = "", 0, False
 
     def enter(self, key: str) -> bool:
-        """Moves to the array `key` of the top-level object; returns False if there is none."""
+        """Moves into the array `key` of the top-level object; returns False if there is no such array."""
         self._expect("{")
         if self._peek() == "}":
             return False
@@ -216,7 +219,7 @@ class _JsonReader:
             self._expect(",")
 
     def next_in_array(self, *, first: bool) -> bool:
-        """Returns whether another element follows, and moves to it."""
+        """Moves to the next element (`first`: the first one) of the array; returns False if there is none."""
         if self._peek() == "]":
             return False
         if not first:
@@ -224,49 +227,50 @@ class _JsonReader:
         return True
 
     def value(self) -> Any:
-        """Returns the value that begins here and moves behind it."""
+        """Returns the value at the current position and moves behind it."""
         self._peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = self._decoder.raw_decode(self._text, self._position)
             except ValueError as error:
-                if not self._read():
+                if not self._load_chunk():
                     raise ValueError(getattr(error, "msg", str(error))) from error
                 continue
-            # A number at the very end of the chunk may go on in the next one.
-            if end < len(self._text) or not self._read():
-                self._at = end
+            # A number at the very end of the loaded text may continue in the next chunk.
+            if end < len(self._text) or not self._load_chunk():
+                self._position = end
                 return value
 
     def _peek(self) -> str:
         """Returns the next character that is not white space; "" at the end."""
         while True:
-            while self._at < len(self._text):
-                if not self._text[self._at].isspace():
-                    return self._text[self._at]
-                self._at += 1
-            if not self._read():
+            while self._position < len(self._text):
+                if not self._text[self._position].isspace():
+                    return self._text[self._position]
+                self._position += 1
+            if not self._load_chunk():
                 return ""
 
     def _expect(self, character: str) -> None:
+        """Moves behind the next character that is not white space; raises a `ValueError` if it is another one."""
         next_character = self._peek()
         if next_character != character:
             raise ValueError(
                 f"expected {character!r}, found {next_character.encode('ascii', 'backslashreplace').decode()!r}"
             )
-        self._at += 1
+        self._position += 1
 
-    def _read(self) -> bool:
-        """Loads another chunk and drops the part already used; returns False at the end of the file."""
-        chunk = "" if self._ended else self._file.read(max(_CHUNK, len(self._text) - self._at))
+    def _load_chunk(self) -> bool:
+        """Loads another chunk and drops the text before the current position; returns False at the end of the file."""
+        chunk = "" if self._ended else self._file.read(max(_CHUNK, len(self._text) - self._position))
         self._ended = not chunk
         if chunk:
-            self._text, self._at = self._text[self._at :] + chunk, 0
+            self._text, self._position = self._text[self._position :] + chunk, 0
         return bool(chunk)
 
 
 def text_problem(text: str) -> str | None:
-    """Returns why a text cannot be used (bytes that were not UTF-8, or NUL), or None."""
+    """Returns why a text cannot be used: it was not UTF-8, or contains a NUL byte. None if it can."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "not UTF-8"
-    return "holds a NUL byte" if "\0" in text else None
+    return "contains a NUL byte" if "\0" in text else None

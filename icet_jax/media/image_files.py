@@ -12,45 +12,45 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MISSING, NOT_AN_IMAGE, DAMAGED = "missing image", "not an image", "damaged image"
 OUTSIDE = "image path outside its folder"
 
-_DRAWS = 100  # images that are tried for a row before the row is left out
+_MAX_DRAWS = 100  # images that are tried for a row before the row is left out
 
 
 class ImageFiles:
-    """Checks each image file once, however many rows name it.
+    """Checks image files, each only once, even if many rows name it.
 
     Attributes:
-      animated: checked files that hold several frames, of which only the first is used.
-      replaced: problems of the files that were chosen for a row, could not be used and were replaced by others.
+      animated: checked files with several frames, of which only the first is used.
+      replaced: {file: problem} of the files that were drawn for a row and were unusable, so that another was drawn.
     """
 
     def __init__(self, *, decode: bool = False) -> None:
-        """Starts without any checked file; with `decode`, pixels are decoded too, which finds damage beyond a file's
-        header."""
+        """Starts without any checked file; with `decode`, pixels are decoded, which finds damage after the header."""
         self.animated: set[Path] = set()
         self.replaced: dict[Path, str] = {}
         self._decode = decode
         self._problems: dict[Path, tuple[str, str] | None] = {}
 
     def problem(self, path: Path) -> tuple[str, str] | None:
-        """Returns (reason, detail) of why a file cannot be used; None if it can."""
+        """Returns why a file cannot be used, as kind of problem and message; None if it can be used."""
         if path not in self._problems:
             self._problems[path] = self._check(path)
         return self._problems[path]
 
     def draw(self, folder: "ImageFolder", seed: int, row_id: str) -> Path:
-        """Returns the first usable image among a row's draws from `folder`; its first draw if none is usable."""
-        first = path = folder.pick(seed, row_id)
+        """Returns the first usable image that a row draws from `folder`; the first one if `_MAX_DRAWS` are unusable."""
+        first = path = folder.choose(seed, row_id)
         unusable: dict[Path, str] = {}
-        for number in range(1, _DRAWS):
+        for number in range(1, _MAX_DRAWS):
             problem = self.problem(path)
             if problem is None:
                 self.replaced |= unusable
                 return path
             unusable[path] = problem[1]
-            path = folder.pick(seed, row_id, number)
+            path = folder.choose(seed, row_id, number)
         return first
 
     def _check(self, path: Path) -> tuple[str, str] | None:
+        """Returns what `problem` does, by opening the file."""
         from PIL import Image
 
         if not os.path.isfile(path):  # unlike `Path.is_file`, false for names that no file can have
@@ -75,7 +75,7 @@ class ImageFiles:
 
 
 def require_file_name(path: Path) -> None:
-    """Raises a `UserError` if no file can have this name, because it holds NUL or half a character."""
+    """Raises a `UserError` if no file can have this name, because it contains NUL or is not valid Unicode."""
     try:
         is_valid = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
@@ -85,13 +85,13 @@ def require_file_name(path: Path) -> None:
 
 
 class ImageFolder:
-    """Provides harmless images for prompts that come without one."""
+    """Chooses images from a folder for rows that have none."""
 
     def __init__(self, folder: str | Path) -> None:
         """Lists the image files of the folder, sorted by name.
 
         Raises:
-          UserError: there is no such folder, or it holds no image file.
+          UserError: there is no such folder, or it contains no image file.
         """
         self._folder = Path(folder)
         require_file_name(self._folder)
@@ -103,16 +103,16 @@ class ImageFolder:
                 "start from config.data.root)"
             ) from error
         if not names:
-            raise UserError(f"images={folder}: holds no image file ({', '.join(SUFFIXES)})")
+            raise UserError(f"images={folder}: contains no image file ({', '.join(SUFFIXES)})")
         self._names = names
 
-    def pick(self, seed: int, row_id: str, draw: int = 0) -> Path:
-        """Returns the image of a row, a pure function of (seed, row id, draw) and the sorted names in the folder.
+    def choose(self, seed: int, row_id: str, draw: int = 0) -> Path:
+        """Returns an image for a row, a pure function of the arguments and the sorted file names in the folder.
 
         Args:
-          seed: seed for the images of the data set.
+          seed: seed of the data set's images.
           row_id: id of the row.
-          draw: number of images that were drawn for the row before and could not be used.
+          draw: how many images were chosen for this row before and were unusable.
         """
         label = f"{seed}\n{row_id}" + (f"\n{draw}" if draw else "")
         digest = hashlib.sha256(label.encode("utf-8", "surrogatepass")).digest()
@@ -120,18 +120,18 @@ class ImageFolder:
 
 
 def leaves_root(root: Path, name: str) -> bool:
-    """Returns whether an image path, relative to the folder of a data set's images, leads out of that folder.
+    """Returns whether an image path leads out of the folder `root` of a data set's images.
 
-    An absolute path may lead into the folder. A link may not lead out of it, except in the hub's cache, where every
-    file of `snapshots/REVISION` is a link to a file in `blobs`.
+    The path may be relative to `root` or absolute. Links out of `root`, `..` and Windows drives count as leading out,
+    except that in the hub's cache every file of `snapshots/REVISION` may link to a file in `blobs`.
     """
     windows = PureWindowsPath(name)
     if windows.drive or ".." in windows.parts or name.startswith("\\"):
         return True
     folder, target = Path(os.path.realpath(root)), Path(os.path.realpath(root / name))
-    return not any(target.is_relative_to(inside) for inside in (folder, *_blobs(folder)))
+    return not any(target.is_relative_to(allowed) for allowed in (folder, *_blob_folders(folder)))
 
 
-def _blobs(folder: Path) -> list[Path]:
-    """Returns the folders in which the hub's cache keeps the files of the snapshot that contains `folder`."""
-    return [place.parent / "blobs" for place in folder.parents if place.name == "snapshots"]
+def _blob_folders(folder: Path) -> list[Path]:
+    """Returns where the hub's cache keeps the files of a snapshot that contains `folder`; empty for other folders."""
+    return [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]

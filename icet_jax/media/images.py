@@ -1,4 +1,4 @@
-"""Opens images of any supported form as the pixels that transformers would see."""
+"""Opens images (files, arrays, PIL images, ...) with the pixels that transformers' processors would get."""
 
 import io
 from os import PathLike
@@ -14,16 +14,15 @@ from icet_jax.files import LFS_ADVICE, is_lfs_pointer, require_regular
 
 @runtime_checkable
 class StoredImage(Protocol):
-    """An image in a prepared data set, whose encoded bytes are read when they are needed.
+    """An image in a prepared data set, whose bytes are read when they are needed."""
 
-    Attributes:
-      name: name of the image in error messages.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """Returns the name of the image for error messages."""
+        ...
 
     def read(self) -> bytes:
-        """Returns the encoded bytes."""
+        """Returns the bytes of the image file."""
         ...
 
 
@@ -35,8 +34,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "ICO", "JP
 MAX_PIXELS = 1 << 26
 """Largest number of pixels of a file, so that decoding, rotating and converting it takes less than 1 GiB."""
 
-# The short side is resized to the model's size and the long side in proportion, which could otherwise take gigabytes.
 MAX_ASPECT_RATIO = 500
+"""Largest ratio of the sides. An image is resized until its short side fits the model, so more could take gigabytes."""
 
 _SIZED_BY_HEADER = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112  # EXIF's tag for the orientation
@@ -44,15 +43,15 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
-    """Opens an image as 8-bit RGB, with the pixels that HF's processors see for the same object.
+    """Opens an image as 8-bit RGB, with the pixels that HF's processors get for the same object.
 
     A file (path or bytes) is rotated according to its EXIF tag and loses its alpha channel (HF's `load_image`). An
     image in memory is not rotated, and transparency is composited over white (HF's `convert_to_rgb`).
 
     Args:
-      source: path, encoded bytes, stored image, PIL image, or uint8 array (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4
-        channels. Only the first frame of an animation is used.
-      name: name of the image in error messages; a path is its own name.
+      source: path, bytes of an image file, stored image, PIL image, or uint8 array (H, W), (H, W, C) or (C, H, W) with
+        1, 3 or 4 channels. Only the first frame of an animation is used.
+      name: name of the image in error messages; None for the path, or "image".
 
     Raises:
       UserError: the source is not an image, truncated, too large to be decoded safely, or an unsupported array.
@@ -73,11 +72,10 @@ def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
 
 
 def image_size(source: ImageLike, name: str | None = None) -> tuple[int, int]:
-    """Returns (height, width) of the image that `open_image` makes of `source`, from the file's header if that is
-    enough.
+    """Returns (height, width) of `open_image(source, name)`, without decoding pixels if the file's header is enough.
 
     Raises:
-      UserError: see `open_image`; damaged pixels are only noticed if the header is not enough.
+      UserError: see `open_image`; damaged pixels are noticed only if the header is not enough.
     """
     if isinstance(source, (str, PathLike)):
         file: Path | io.BytesIO = Path(source)
@@ -97,7 +95,7 @@ def image_size(source: ImageLike, name: str | None = None) -> tuple[int, int]:
 
 
 def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
-    """Returns (height, width) after rotation; None if pixels must be decoded to know it, or the file is damaged."""
+    """Returns (height, width) after the rotation by EXIF; None if only decoding can find it, or the file is damaged."""
     try:
         if isinstance(file, Path):
             require_regular(file)
@@ -107,19 +105,18 @@ def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
             width, height = image.size
             if width == height:
                 return height, width
-            if image.format == "PNG" and "exif" not in image.info and _late_metadata(image):
+            if image.format == "PNG" and "exif" not in image.info and _has_late_metadata(image):
                 return None
             # The method of the base class, because PNG's decodes the image to find metadata after the pixels.
             is_sideways = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
             return (width, height) if is_sideways else (height, width)
-    # The full decoder reports what is wrong with the file.
+    # `open_image` will report what is wrong with the file.
     except Exception:
         return None
 
 
-def _late_metadata(image: Any) -> bool:
-    """Returns whether a PNG file, opened but not decoded, has metadata after its pixels that may give an
-    orientation."""
+def _has_late_metadata(image: Any) -> bool:
+    """Returns whether a PNG image that is not decoded yet has metadata after its pixels, where its rotation may be."""
     file = image.fp
     file.seek(len(_PNG_SIGNATURE))
     is_past_pixels = False
@@ -132,12 +129,13 @@ def _late_metadata(image: Any) -> bool:
 
 
 def require_resizable(image: Image.Image, name: str) -> None:
-    """Raises a `UserError` if an image is too long and thin for its short side to be resized to the model's size."""
+    """Raises a `UserError` if the sides of an image differ by more than `MAX_ASPECT_RATIO`."""
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise UserError(f"{name}: {image.width} x {image.height} pixels is too long and thin to be resized; crop it")
 
 
 def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """Returns the RGB image of a file, rotated according to its EXIF tag."""
     if isinstance(file, Path):
         require_regular(file, name)
     try:
@@ -161,24 +159,26 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Returns a PIL image as RGB, with transparency composited over white."""
     try:
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, (255, 255, 255, 255))
             return Image.alpha_composite(white, image).convert("RGB")
         return image.convert("RGB")
-    # A lazily opened file is decoded here, with the decoders' many errors.
+    # Pillow decodes a file when its pixels are first used, so its many kinds of errors can occur here.
     except Exception as error:
         raise UserError(f"{name}: cannot be read, truncated or damaged ({error})") from error
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    """Returns the RGB image of a uint8 array, with transparency composited over white."""
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.size == 0:
         raise UserError(f"{name}: an array of {array.dtype} and shape {array.shape} is no image; give uint8 (H, W, 3)")
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.shape[0] in (1, 3, 4):
-        # As HF does, channels-first wins where both ends could be channels.
+        # If both the first and the last axis could be channels, it is the first, as in HF.
         array = np.moveaxis(array, 0, -1)
     channels = array.shape[-1]
     if channels not in (1, 3, 4):

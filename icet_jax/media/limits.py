@@ -1,36 +1,32 @@
-"""The longest texts that a model and its tokenizer support according to their files; longer ones give meaningless
-output."""
+"""Limits on the length of prompts and answers in the files of a checkpoint; beyond them, output is meaningless."""
 
 from icet_jax.files import JsonObject
 
-_LARGEST = 1 << 24  # transformers writes a larger number if there is no limit
+_LARGEST = 1 << 24  # a larger number means "no limit" in transformers' files
 
 
 def max_positions(config: JsonObject) -> int | None:
-    """Returns the decoder's `max_position_embeddings` in a parsed config.json; None if it has none.
-
-    Args:
-      config: config.json of a vision-language model.
-    """
+    """Returns the decoder's `max_position_embeddings`, from a VLM's parsed config.json; None if it names no limit."""
     text = config.get("text_config")
-    return _plausible(text.get("max_position_embeddings") if isinstance(text, dict) else None)
+    return _limit(text.get("max_position_embeddings") if isinstance(text, dict) else None)
 
 
 def max_tokens(tokenizer: object) -> int | None:
-    """Returns the most tokens that a text may have according to transformers' tokenizer; None if it names no limit."""
-    return _plausible(getattr(tokenizer, "model_max_length", None))
+    """Returns the `model_max_length` of transformers' tokenizer, in tokens; None if it names no limit."""
+    return _limit(getattr(tokenizer, "model_max_length", None))
 
 
-def _plausible(value: object) -> int | None:
+def _limit(value: object) -> int | None:
+    """Returns a value of a file if it is a limit, else None."""
     return value if type(value) is int and 0 < value < _LARGEST else None
 
 
 def beyond_positions(length: int, max_new_tokens: int, limit: int | None) -> str | None:
-    """Returns why a prompt and its response do not fit the model; None if they fit.
+    """Returns an error message if a prompt and its answer do not fit the model; None if they fit.
 
     Args:
-      length: positions of the prompt, including those of its images.
-      max_new_tokens: most tokens of the response.
+      length: number of positions of the prompt, including those of its images.
+      max_new_tokens: largest number of tokens of the answer.
       limit: result of `max_positions`.
     """
     if limit is None or length + max_new_tokens <= limit:
@@ -44,10 +40,10 @@ def beyond_positions(length: int, max_new_tokens: int, limit: int | None) -> str
 
 
 def beyond_tokens(count: int, limit: int | None) -> str | None:
-    """Returns why a prompt does not fit the tokenizer; None if it fits.
+    """Returns an error message if a prompt is too long for the tokenizer; None if it is not.
 
     Args:
-      count: tokens of the prompt, without those of its images.
+      count: number of tokens of the prompt, without those of its images.
       limit: result of `max_tokens`.
     """
     if limit is None or count <= limit:

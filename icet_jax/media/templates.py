@@ -1,6 +1,6 @@
 """Chat templates, which turn a prompt and its images into the text format that a checkpoint was trained on.
 
-A checkpoint's own Jinja template is preferred. If its files hold none that shows images, the template that its model
+A checkpoint's own Jinja template is preferred. If its files contain none with images, the template that its model
 family was published with is used.
 """
 
@@ -17,21 +17,21 @@ from icet_jax.media.chat_templates import DATE, render
 IMAGE_TOKEN = "<image>"
 MLLAMA_IMAGE_TOKEN = "<|image|>"
 PLACEHOLDERS = (IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN)
-"""Texts that stand for an image in some family. No prompt may contain them, so that all families see the same rows."""
+"""Texts that stand for an image in some family. No prompt may contain them, so that all families use the same rows."""
 
 Template: TypeAlias = Callable[[str, int], str]
-"""Function of (prompt, number of images) that returns the text up to the response, with a placeholder per image."""
+"""Function of (prompt, number of images) that returns the text up to the answer, with a placeholder for each image."""
 
 _PROBE = "probe 5f1c"
 
 
 def llava_15(prompt: str, num_images: int) -> str:
-    """Formats a prompt for LLaVA-1.5: placeholders of the images first, no system prompt; the tokenizer adds BOS."""
-    return f"USER: {_lines(num_images)}{prompt} ASSISTANT:"
+    """Formats a prompt for LLaVA-1.5, without system prompt and beginning-of-sequence token (the tokenizer adds it)."""
+    return f"USER: {_image_lines(num_images)}{prompt} ASSISTANT:"
 
 
 def vicuna_v1(prompt: str, num_images: int) -> str:
-    """Formats a prompt as the original LLaVA-1.5 code's `conv_vicuna_v1`, whose system prompt says "user"."""
+    """Formats a prompt with the system prompt of `conv_vicuna_v1` in LLaVA-1.5's original code."""
     return (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         f"detailed, and polite answers to the user's questions. {llava_15(prompt, num_images)}"
@@ -48,12 +48,14 @@ def vicuna_16(prompt: str, num_images: int) -> str:
 
 def mistral_16(prompt: str, num_images: int) -> str:
     """Formats a prompt for LLaVA-NeXT on a Mistral backbone."""
-    return f"[INST] {_lines(num_images)}{prompt} [/INST]"
+    return f"[INST] {_image_lines(num_images)}{prompt} [/INST]"
 
 
 def llama_32(prompt: str, num_images: int) -> str:
-    """Formats a prompt for Llama 3.2 Vision; without images it begins with a system message that gives the date. BOS is
-    included."""
+    """Formats a prompt for Llama 3.2 Vision, with the beginning-of-sequence token.
+
+    A prompt without images follows a system message with the date.
+    """
     system = (
         "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
         f"Today Date: {DATE}\n\n<|eot_id|>"
@@ -68,17 +70,18 @@ NAMED_TEMPLATES: dict[str, Template] = {"vicuna_v1": vicuna_v1, "llava_v1": vicu
 """Templates that `config.data.template` can name; the names are those of conversations in the original LLaVA code."""
 
 
-def _lines(num_images: int) -> str:
+def _image_lines(num_images: int) -> str:
+    """Returns a line with a placeholder for each image."""
     return f"{IMAGE_TOKEN}\n" * num_images
 
 
 def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template | None:
-    """Returns a checkpoint's own template, rendered as transformers does; None if it has none that shows images.
+    """Returns a checkpoint's own template, rendered as transformers does; None if it has no usable one.
 
-    It is searched for in the files of HF's processors, then in those of the tokenizer, which may hold the template of a
-    text-only language model. A template that does not show the user's text once and each image once is ignored. If that
-    happens to a processor's template, or the limits on templates stop one, a line on standard error names the file, the
-    reason and the template that is used instead.
+    It is taken from the files of HF's processor or, if that template is missing or not usable, from those of the
+    tokenizer. It is usable if it repeats the prompt once and has one placeholder for each image. If it is not, a line
+    on standard error names the file, the reason and the template that is used instead. No such line is printed for a
+    tokenizer's template that is made for conversations without images.
 
     Args:
       directory: directory of the checkpoint.
@@ -88,38 +91,38 @@ def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template 
     Raises:
       UserError: a file of templates cannot be read.
     """
-    path, text = _file_template(directory)
-    template, problem = _usable(tokenizer, text, placeholder) if text is not None else (None, None)
-    candidates = [(path, problem)]
-    tokenizer_template = tokenizer.chat_template
-    if template is None and isinstance(tokenizer_template, str) and tokenizer_template != text:
+    path, source = _processor_template(directory)
+    template, problem = _try_template(tokenizer, source, placeholder) if source is not None else (None, None)
+    problems = [(path, problem)]
+    tokenizer_source = tokenizer.chat_template
+    if template is None and isinstance(tokenizer_source, str) and tokenizer_source != source:
         path = directory / "tokenizer_config.json"
-        template, problem = _usable(tokenizer, tokenizer_template, placeholder)
-        if not _is_for_text(tokenizer, tokenizer_template):
-            candidates.append((path, problem))
+        template, problem = _try_template(tokenizer, tokenizer_source, placeholder)
+        if not _is_for_text(tokenizer, tokenizer_source):
+            problems.append((path, problem))
     used_instead = "the one that the model's family was published with" if template is None else f"that of {path}"
-    for rejected_path, problem in candidates:
+    for file, problem in problems:
         if problem is not None:
-            _warn(f"{rejected_path}: the chat template in it is not used ({problem}); used instead: {used_instead}")
+            _warn(f"{file}: the chat template in it is not used ({problem}); used instead: {used_instead}")
     return template
 
 
-def _usable(tokenizer: Any, text: str, placeholder: str) -> tuple[Template | None, str | None]:
-    """Returns the template, or None and the reason why it cannot be used."""
-    template = _rendered(tokenizer, text)
+def _try_template(tokenizer: Any, source: str, placeholder: str) -> tuple[Template | None, str | None]:
+    """Returns (template, None) for a usable Jinja source, else (None, the reason why it cannot be used)."""
+    template = _from_jinja(tokenizer, source)
     try:
-        shown = template(_PROBE, 2)
+        text = template(_PROBE, 2)
     except UserError as error:
         return None, str(error).removesuffix("; give a template")
-    if shown.count(_PROBE) == 1 and shown.count(placeholder) == 2:
+    if text.count(_PROBE) == 1 and text.count(placeholder) == 2:
         return template, None
     return None, "it does not show a prompt once and each of its images once"
 
 
-def _is_for_text(tokenizer: Any, text: str) -> bool:
-    """Returns whether a template belongs to a text-only language model and takes messages without images."""
+def _is_for_text(tokenizer: Any, source: str) -> bool:
+    """Returns whether a template accepts messages in the form of text-only language models."""
     try:
-        return _PROBE in render(tokenizer, [{"role": "user", "content": _PROBE}], template=text, answer=True)
+        return _PROBE in render(tokenizer, [{"role": "user", "content": _PROBE}], template=source, answer=True)
     except UserError:
         return False
 
@@ -130,17 +133,21 @@ def _warn(line: str) -> None:
     print(f"icet-jax: {one_line(line)}", file=sys.stderr)
 
 
-def _rendered(tokenizer: Any, text: str) -> Template:
+def _from_jinja(tokenizer: Any, source: str) -> Template:
+    """Returns a template that renders a Jinja source."""
+
     def template(prompt: str, num_images: int) -> str:
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-        return render(tokenizer, [{"role": "user", "content": content}], template=text, answer=True)
+        return render(tokenizer, [{"role": "user", "content": content}], template=source, answer=True)
 
     return template
 
 
-def _file_template(directory: Path) -> tuple[Path, str | None]:
-    """Returns the file of the processor that holds a template, and the template: transformers 5's own file or an older
-    one."""
+def _processor_template(directory: Path) -> tuple[Path, str | None]:
+    """Returns the file with the processor's chat template and its Jinja source, which is None if there is no such file.
+
+    The file is transformers 5's chat_template.jinja, or one of older versions.
+    """
     path = directory / "chat_template.jinja"
     try:
         if path.is_file():

@@ -1,4 +1,4 @@
-"""Loads transformers' tokenizer of a checkpoint directory, using only local files."""
+"""Loads the transformers tokenizer of a checkpoint directory from its files alone."""
 
 import os
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from icet_jax.errors import UserError
 
-# A directory with any of these files has a tokenizer.
+# If a directory contains any of these files, it has a tokenizer.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -23,9 +23,9 @@ class Tokenizer(Protocol):
       chat_template: the Jinja template in the tokenizer's files, if there is one.
     """
 
-    pad_token: Any
-    eos_token: Any
-    bos_token: Any
+    pad_token: str | None
+    eos_token: str | None
+    bos_token: str | None
     eos_token_id: Any
     bos_token_id: Any
     added_tokens_decoder: Any
@@ -33,20 +33,20 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     @property
-    def pad_token_id(self) -> Any:
+    def pad_token_id(self) -> int:
         """Returns the id of the padding token."""
         ...
 
-    def __call__(self, text: Any, **options: Any) -> Any:
-        """Tokenises texts; the result holds `input_ids`."""
+    def __call__(self, text: str | list[str], **options: Any) -> Any:
+        """Tokenises one or several texts; `input_ids` of the result are the token ids."""
         ...
 
     def decode(self, token_ids: Sequence[int], **options: Any) -> str:
         """Returns the text of tokens."""
         ...
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Returns the id of a token."""
+    def convert_tokens_to_ids(self, tokens: str) -> Any:
+        """Returns the id of a token, given as text."""
         ...
 
     def save_pretrained(self, save_directory: Any) -> Any:

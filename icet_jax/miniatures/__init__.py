@@ -1,10 +1,9 @@
-"""Toy networks and small data sets in the published formats, created when needed: `toy:...` sources.
+"""Toy checkpoints and small data sets in the published formats, created when a config names `toy:...`.
 
 They show that a config for the real models runs from beginning to end. Weights and images are random and prompts are
-placeholders, so their results have no meaning.
+placeholders, so the results have no meaning.
 
-Tests of parity have small checkpoints of their own (`tests/tiny*.py`): transformers and torch write those, which the
-package does not import, so that no mistake of ours is in the files that ours is compared with.
+Tests that compare with transformers use other small checkpoints (`tests/tiny*.py`), which transformers itself writes.
 
     python -m icet_jax.main --config=configs/llava_next_lppo.py:smoke --workdir=runs/smoke
 """
@@ -23,27 +22,29 @@ _ROWS = 64
 
 
 def checkpoint(name: str, workdir: Path | None = None) -> Path:
-    """Returns the directory of `toy:NAME`, created in `workdir`/toy (a temporary folder if None) unless it exists.
+    """Returns the directory of the checkpoint `toy:NAME`, which is created unless it exists.
+
+    It is in `workdir`/toy, or in a temporary folder if there is no run directory.
 
     Raises:
       UserError: the name is unknown.
     """
-    makers = {
-        **{name: (name, make) for name, make in vlms.MAKERS.items()},
+    writers = {
+        **{name: (name, write) for name, write in vlms.WRITERS.items()},
         "reward_model": ("reward_model", scorers.harmless_reward),
-        **scorers.MAKERS,
+        **scorers.WRITERS,
     }
-    if name not in makers:
-        raise UserError(f"toy:{name}: no such toy checkpoint; there are {', '.join(makers)}")
-    directory, make = makers[name]
+    if name not in writers:
+        raise UserError(f"toy:{name}: no such toy checkpoint; there are {', '.join(writers)}")
+    directory, write = writers[name]
     folder = (Path(tempfile.mkdtemp(prefix="icet_jax_toy_")) if workdir is None else workdir / "toy") / directory
     if not (folder / "config.json").is_file():
-        make(folder)
+        write(folder)
     return folder
 
 
 def rows(kind: str) -> list[Example]:
-    """Returns 64 rows of one kind ("mixed": 64 of each) with invented words and noise images.
+    """Returns 64 rows of one kind, or of each kind for "mixed", with placeholder prompts and noise images.
 
     Raises:
       UserError: the kind is unknown.

@@ -1,6 +1,6 @@
-"""Small data sets in the formats of published files, with placeholder prompts and noise images.
+"""Writes small data sets in the formats of published files, with placeholder prompts and noise images.
 
-Each also has a row or two that cannot be used, as in real copies: a missing image, a repeated id.
+Some have a row that cannot be used, as real copies do: a missing image, a repeated id.
 """
 
 import csv
@@ -8,17 +8,16 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from icet_jax.errors import UserError
 from icet_jax.files import write_bytes_atomic, write_text_atomic
 
-_ROWS = 12
+_ROWS = 12  # of each data set
 _IMAGES = 6
-_POLICIES = ("Policy A", "Policy B", "Policy C")
-_SHAPES = ((28, 28), (40, 30), (31, 57))  # height, width
+_CATEGORIES = ("Policy A", "Policy B", "Policy C")
+_SIZES = ((28, 28), (40, 30), (31, 57))  # of images: height, width
 
 SOURCES = {
     "redteam_2k": "redteam_2k:{folder}/RedTeam_2K.csv?images={folder}/val2014",
@@ -29,11 +28,11 @@ SOURCES = {
     "vqa_v2": "vqa_v2:{folder}?split=val2014&images={folder}/val2014",
     "hh_rlhf": "{folder}/hh_rlhf.jsonl",
 }
-"""Source strings of the sets by toy name."""
+"""{NAME in `toy:NAME`: source string of the data set}."""
 
 
 def source(name: str, folder: Path) -> str:
-    """Returns the source string of a set whose file is in `folder`; all files are written there unless they exist.
+    """Returns the source string of a data set in `folder`, after writing all data sets there unless they exist.
 
     Raises:
       UserError: the name is unknown.
@@ -47,14 +46,15 @@ def source(name: str, folder: Path) -> str:
 
 
 def _write_all(folder: Path) -> None:
+    """Writes the files of all data sets."""
     (folder / "val2014").mkdir(parents=True, exist_ok=True)
     (folder / "figstep").mkdir(exist_ok=True)
     for index in range(_IMAGES):
         write_bytes_atomic(folder / "val2014" / f"COCO_val2014_{index + 1:012d}.jpg", _noise(index))
         write_bytes_atomic(folder / "figstep" / f"figstep_{index}.png", _noise(100 + index, "PNG"))
     requests = [f"placeholder forbidden request {index}" for index in range(_ROWS)]
-    categories = [_POLICIES[index % len(_POLICIES)] for index in range(_ROWS)]
-    rows: list[Sequence[Any]] = [
+    categories = [_CATEGORIES[index % len(_CATEGORIES)] for index in range(_ROWS)]
+    rows: list[Sequence[object]] = [
         (index, text, category, "toy") for index, (text, category) in enumerate(zip(requests, categories, strict=True))
     ]
     _write_csv(folder / "RedTeam_2K.csv", ("id", "question", "policy", "from"), [*rows, (0, "its id repeats", "", "")])
@@ -72,13 +72,14 @@ def _write_all(folder: Path) -> None:
     write_text_atomic(folder / "hh_rlhf.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def _noise(seed: int, kind: str = "JPEG") -> bytes:
+def _noise(seed: int, file_format: str = "JPEG") -> bytes:
+    """Returns the bytes of an image file with random pixels."""
     from PIL import Image
 
-    shape = _SHAPES[seed % len(_SHAPES)]
-    pixels = np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    size = _SIZES[seed % len(_SIZES)]
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
+    Image.fromarray(pixels).save(file, file_format)
     return file.getvalue()
 
 
@@ -89,55 +90,51 @@ _JAILBREAK_COLUMNS = (
 
 
 _ATTACKS = (("Template", True), ("figstep", False), ("Logic", True), ("SD", False))
-"""(format, transfer_from_llm) of JailBreakV-28K's rows in turn; with three categories all combinations occur."""
+"""(format, transfer_from_llm) of JailBreakV-28K's rows, repeated in this order."""
 
 
-def _jailbreaks(requests: Sequence[str], categories: Sequence[str]) -> list[Sequence[Any]]:
-    return [
-        (
-            index,
-            f"Look at the picture. {request}",
-            request,
-            _ATTACKS[index % len(_ATTACKS)][0],
-            category,
-            # The last image does not exist, as most of the set's images are not published with it.
-            f"figstep/figstep_{index % _IMAGES if index < _ROWS - 1 else 'absent'}.png",
-            "toy",
-            True,
-            _ATTACKS[index % len(_ATTACKS)][1],
-        )
-        for index, (request, category) in enumerate(zip(requests, categories, strict=True))
-    ]
+def _jailbreaks(requests: Sequence[str], categories: Sequence[str]) -> list[Sequence[object]]:
+    """Returns the rows of JailBreakV-28K; the last image does not exist, as most images are not published."""
+    rows: list[Sequence[object]] = []
+    for index, (request, category) in enumerate(zip(requests, categories, strict=True)):
+        attack_format, is_transferred = _ATTACKS[index % len(_ATTACKS)]
+        image = f"figstep/figstep_{index % _IMAGES if index < _ROWS - 1 else 'absent'}.png"
+        prompt = f"Look at the picture. {request}"
+        rows.append((index, prompt, request, attack_format, category, image, "toy", True, is_transferred))
+    return rows
 
 
-def _xstest() -> list[Sequence[Any]]:
-    rows: list[Sequence[Any]] = []
+def _xstest() -> list[Sequence[object]]:
+    """Returns the rows of XSTest, safe and unsafe prompts in turn."""
+    rows: list[Sequence[object]] = []
     for index in range(_ROWS):
         label = "unsafe" if index % 2 else "safe"
-        kind = f"contrast_{_POLICIES[index % 3].lower().replace(' ', '_')}" if index % 2 else "homonyms"
+        kind = f"contrast_{_CATEGORIES[index % 3].lower().replace(' ', '_')}" if index % 2 else "homonyms"
         rows.append((f"v2-{index + 1}", f"placeholder {label} question {index}", kind, label, "focus", ""))
     return rows
 
 
 def _write_vqa(folder: Path) -> None:
+    """Writes the questions and annotations of VQA-v2; seven of ten annotators agree on each answer."""
     questions, annotations = [], []
     for index in range(_ROWS):
         image = 1 + index % _IMAGES
-        kind, answer = (("yes/no", "yes"), ("number", "2"), ("other", "red"))[index % 3]
-        others = {"yes/no": "no", "number": "3", "other": "dark red"}[kind]
-        answers = [answer] * 7 + [others] * 3
-        number = 1000 + index
-        questions.append({"image_id": image, "question": f"placeholder question {index}?", "question_id": number})
+        answer_type, answer, other = (
+            ("yes/no", "yes", "no"), ("number", "2", "3"), ("other", "red", "dark red"),
+        )[index % 3]  # fmt: skip
+        answers = [answer] * 7 + [other] * 3
+        question_id = 1000 + index
+        questions.append({"image_id": image, "question": f"placeholder question {index}?", "question_id": question_id})
         annotations.append(
             {
-                "question_id": number,
+                "question_id": question_id,
                 "image_id": image,
                 "question_type": "what",
-                "answer_type": kind,
+                "answer_type": answer_type,
                 "multiple_choice_answer": answer,
                 "answers": [
-                    {"answer": text, "answer_confidence": "yes", "answer_id": place + 1}
-                    for place, text in enumerate(answers)
+                    {"answer": text, "answer_confidence": "yes", "answer_id": number}
+                    for number, text in enumerate(answers, start=1)
                 ],
             }
         )
@@ -149,12 +146,13 @@ def _write_vqa(folder: Path) -> None:
 
 
 def _pair(index: int) -> dict[str, str]:
-    """Returns a preference pair that can be learned, because the chosen response declines."""
+    """Returns an HH-RLHF pair, which can be learned because every chosen response is the same refusal."""
     start = f"\n\nHuman: placeholder request {index}\n\nAssistant:"
     return {"chosen": f"{start} I would rather not.", "rejected": f"{start} Of course, number {index} it is."}
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a CSV file whose first line names its columns."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(columns)

@@ -1,7 +1,6 @@
-"""The paper's scorers in miniature: random networks in the formats of the published checkpoints.
+"""Writes toy checkpoints of the paper's scorers: random networks in the formats of the published ones.
 
-The language models among them are built to answer always with a verdict and then stop, safe or unsafe by chance; a
-purely random network would only answer nonsense.
+The weights of language models are changed so that they answer with a verdict, safe or unsafe by chance, and then stop.
 """
 
 import dataclasses
@@ -26,11 +25,11 @@ from icet_jax.parallel.sharding import flatten_with_names
 
 _BERT_LABELS = ("toxic", "severe_toxic", "obscene", "threat", "insult", "identity_hate")
 _ROBERTA_LABELS = ("toxicity", "severe_toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")
-_SPREAD = 4.0  # makes random weights larger than usual, so that words change the output
+_WEIGHT_FACTOR = 4.0  # makes random weights larger than usual, so that words change the output
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _LLAMA = {"model_type": "llama", **_SIZES, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "torch_dtype": "float32"}
 
-# The toy's chat template renders the built-in text, as Llama Guard 3's own template does.
+# A chat template that gives the built-in text of Llama Guard 3, as the published one does.
 _GUARD_TEMPLATE = (
     "{{{{ bos_token }}}}{before}{{{{ messages[0]['content'] | trim }}}}"
     "{between}{{{{ messages[1]['content'] | trim }}}}{after}"
@@ -39,10 +38,10 @@ _GUARD_TEMPLATE = (
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """Describes how one architecture is created from its config.json and written again."""
+    """Describes one architecture: the reader of its config.json, its class and its key table."""
 
     from_hf: Callable[[JsonObject, str], Any]
-    make: Callable[..., nnx.Module]
+    network: Callable[..., nnx.Module]
     table: Callable[[Any], Table]
 
 
@@ -109,7 +108,7 @@ def general_reward(folder: Path) -> None:
 
 
 def llama_reward(folder: Path) -> None:
-    """Writes a LlamaForSequenceClassification with a chat template."""
+    """Writes a Llama reward model (`LlamaForSequenceClassification`) with a chat template."""
     names = ("<unk>", "<s>", "</s>", "<pad>")
     settings = {
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
@@ -128,7 +127,7 @@ def llama_reward(folder: Path) -> None:
 
 
 def llama_guard_1(folder: Path) -> None:
-    """Writes a miniature of meta-llama/LlamaGuard-7b without a chat template, so that the built-in text is used."""
+    """Writes a miniature of meta-llama/LlamaGuard-7b without a chat template, so that judges use the built-in text."""
     _save_judge(folder, "llama_guard_1", ("unsafe", "safe"), seed=6)
 
 
@@ -145,7 +144,7 @@ def harmbench(folder: Path) -> None:
     _save_judge(folder, "harmbench", ("Yes", "No"), seed=8)
 
 
-MAKERS: dict[str, tuple[str, Callable[[Path], None]]] = {
+WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "toxic_bert": ("toy-toxic-bert", toxic_bert),
     "unbiased_toxic_roberta": ("toy-unbiased-toxic-roberta", unbiased_toxic_roberta),
     "harmless_reward": ("toy-gpt2-large-harmless-reward_model", harmless_reward),
@@ -155,14 +154,16 @@ MAKERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "llama_guard_3": ("toy-Llama-Guard-3-8B", llama_guard_3),
     "harmbench": ("toy-HarmBench-Llama-2-13b-cls", harmbench),
 }
-"""Directory and writer of each toy scorer, by name."""
+"""{NAME in `toy:NAME`: (name of the directory, function that writes the checkpoint to a directory)}."""
 
 
 def _text(template: str) -> str:
+    """Returns a judge's built-in template."""
     return resources.files("icet_jax.scorers").joinpath("templates", f"{template}.txt").read_text(encoding="utf-8")
 
 
 def _labels(names: tuple[str, ...]) -> JsonObject:
+    """Returns the fields of config.json that name the labels."""
     return {
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
@@ -170,9 +171,17 @@ def _labels(names: tuple[str, ...]) -> JsonObject:
 
 
 def _save_judge(
-    folder: Path, template: str, words: tuple[str, str], *, seed: int, settings: dict[str, Any] | None = None
+    folder: Path, template: str, words: tuple[str, str], *, seed: int, settings: JsonObject | None = None
 ) -> None:
-    """Writes a language model that answers one of `words`, depending on its last state, then EOS."""
+    """Writes a language model that answers with one of two words and then ends.
+
+    Args:
+      folder: directory of the checkpoint.
+      template: name of the judge's built-in template.
+      words: the verdicts "unsafe" and "safe" in the judge's words.
+      seed: seed of the weights.
+      settings: more content for tokenizer_config.json.
+    """
     names = ("<unk>", "<s>", "</s>", "<pad>", *(
         name for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>") if name in _text(template)
     ))  # fmt: skip
@@ -186,48 +195,45 @@ def _save_judge(
         "pad_token_id": 3, "max_position_embeddings": 4096,
     }  # fmt: skip
 
-    def answering(params: dict[str, np.ndarray]) -> None:
-        # Channel 0 marks verdict tokens: only their embedding sets it, no layer writes it, and only EOS reads it.
+    def answer_verdicts(params: dict[str, np.ndarray]) -> None:
+        # Channel 0 of the hidden states is large after a verdict: only the verdicts' embeddings set it, no layer
+        # changes it, and only the logit of EOS reads it. The other channels decide between the two verdicts.
         unsafe, safe = (vocabulary[word] for word in words)
         embedding, head = params["language_model/embed_tokens"], params["language_model/lm_head/kernel"]
-        lean = head[:, unsafe].copy()
-        lean[0] = 0
+        direction = head[:, unsafe].copy()
+        direction[0] = 0
         embedding[:, 0] = 0
         embedding[[unsafe, safe], 0] = 1000
         for name in ("o_proj", "down_proj"):
             params[f"language_model/layers/{name}/kernel"][..., 0] = 0
         head[:] = 0
-        head[:, unsafe], head[:, safe] = lean, -lean
+        head[:, unsafe], head[:, safe] = direction, -direction
         head[0, 2] = 100
 
-    _save(folder, _LM, values, seed=seed, change=answering)
+    _save(folder, _LM, values, seed=seed, change=answer_verdicts)
 
 
 def _save(
-    folder: Path,
-    network: _Network,
-    values: JsonObject,
-    *,
-    seed: int,
+    folder: Path, architecture: _Network, values: JsonObject, *, seed: int,
     change: Callable[[dict[str, np.ndarray]], None] | None = None,
-) -> None:
-    """Writes config.json and random weights."""
-    config = network.from_hf(values, str(folder / "config.json"))
-    state = nnx.split(network.make(config, rngs=nnx.Rngs(seed)))[1]
+) -> None:  # fmt: skip
+    """Writes config.json with the content `values`, and random weights after `change` modified them in place."""
+    config = architecture.from_hf(values, str(folder / "config.json"))
+    state = nnx.split(architecture.network(config, rngs=nnx.Rngs(seed)))[1]
     params = {
-        path: np.array(jax.device_get(leaf)) * (_SPREAD if leaf.ndim > 1 else 1)
+        path: np.array(jax.device_get(leaf)) * (_WEIGHT_FACTOR if leaf.ndim > 1 else 1)
         for path, leaf in flatten_with_names(state).items()
     }
     if change is not None:
         change(params)
-    slots = {slot.key: slot for slot in network.table(config).slots}
+    entries = {entry.key: entry for entry in architecture.table(config).entries}
 
     def tensor(key: str) -> np.ndarray:
-        slot = slots[key]
-        parameter = params[slot.path]
-        return slot.transform.to_hf(parameter if slot.layer is None else parameter[slot.layer])
+        entry = entries[key]
+        parameter = params[entry.path]
+        return entry.transform.to_hf(parameter if entry.layer is None else parameter[entry.layer])
 
-    specs = {key: (safetensors_io.dtype_name(tensor(key).dtype), tensor(key).shape) for key in slots}
+    specs = {key: (safetensors_io.dtype_name(tensor(key).dtype), tensor(key).shape) for key in entries}
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_io.write_safetensors(folder / safetensors_io.SINGLE, specs, tensor)
     write_json(folder / "config.json", values)  # written last, because it marks the directory as complete

@@ -1,4 +1,4 @@
-"""A local stand-in for an OpenAI-compatible chat endpoint, whose verdicts depend on the length of the text."""
+"""Serves an OpenAI-compatible chat endpoint on this machine, whose verdicts depend on the length of the request."""
 
 import http.server
 import json
@@ -13,10 +13,10 @@ ENDPOINT = "toy:chat"
 
 
 def chat(definition: Mapping[str, Any]) -> Chat:
-    """Returns the judge of `definition`, connected to a service in this process that lives as long as the process.
+    """Returns the judge that a config's `definition` describes, after starting a server for it in this process.
 
     Raises:
-      UserError: the endpoint is not a toy, or the judge raises an error.
+      UserError: the endpoint in `definition` is not `ENDPOINT`, or the definition is invalid.
     """
     if definition["endpoint"] != ENDPOINT:
         raise UserError(f"endpoint {definition['endpoint']!r}: no such toy; there is {ENDPOINT}")
@@ -30,6 +30,8 @@ def chat(definition: Mapping[str, Any]) -> Chat:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers chat requests."""
+
     def do_POST(self) -> None:
         """Answers one request with a verdict."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

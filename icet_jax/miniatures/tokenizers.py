@@ -1,9 +1,8 @@
-"""Tokenizers of toy checkpoints: bytes, or byte pairs learned from a text, with each family's special tokens."""
+"""Writes tokenizers of toy checkpoints, whose tokens are bytes, or byte pairs learned from a text."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from icet_jax.files import JsonObject, write_text_atomic
 
@@ -19,19 +18,19 @@ def write_tokenizer(
     text: str | None = None,
     words: Sequence[str] = (),
     last: Sequence[str] = (),
-    settings: dict[str, Any],
+    settings: JsonObject,
 ) -> dict[str, int]:
-    """Writes tokenizer.json and tokenizer_config.json, and returns the vocabulary.
+    """Writes tokenizer.json and tokenizer_config.json, and returns {token: id}.
 
     Args:
       folder: folder of the checkpoint.
-      special: special tokens, in the order of their ids from 0.
-      single: tokens around a text, in the notation of `tokenizers`' TemplateProcessing ("[CLS] $A [SEP]"); None for
-        none.
+      special: special tokens, with the ids 0, 1, ...
+      single: special tokens that are added around a text, in the notation of `tokenizers`' TemplateProcessing ("[CLS]
+        $A [SEP]"); None to add none.
       pair: the same for two texts.
-      text: if given, byte pairs are learned from it, so that it needs a fifth as many tokens as bytes.
+      text: text from which byte pairs are learned, so that it has a fifth as many tokens as bytes; None for bytes.
       words: further words that are single tokens.
-      last: special tokens whose ids come after all others.
+      last: special tokens with the highest ids.
       settings: content of tokenizer_config.json: roles of the special tokens, a chat template.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -51,13 +50,13 @@ def write_tokenizer(
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in last])
     if single is not None:
-        known = [(name, tokenizer.token_to_id(name)) for name in special]
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=known)
+        ids = [(name, tokenizer.token_to_id(name)) for name in special]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     write_text_atomic(folder / "tokenizer.json", tokenizer.to_str())
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **settings})
     return tokenizer.get_vocab()
 
 
 def write_json(path: Path, content: JsonObject) -> None:
-    """Writes a JSON file."""
+    """Writes an indented JSON file."""
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Toy vision-language models with random weights, one per family, in the formats of the published checkpoints."""
+"""Writes toy vision-language models, one per family, with random weights in the format of published checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -19,34 +19,24 @@ from icet_jax.models.mllama.vision import MllamaVisionConfig
 from icet_jax.models.saving import save_vlm
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig, RopeScaling
+from icet_jax.typing import PyTree
 
 IMAGE_SIZE, _PATCH_SIZE = 28, 14
 
-# As in LLaVA: 24 vision blocks, default exit 23.
+# As in LLaVA: 24 blocks of the image encoder, default exit 23.
 _CLIP = ClipConfig(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=24,
-    num_attention_heads=2,
-    image_size=IMAGE_SIZE,
+    hidden_size=16, intermediate_size=32, num_hidden_layers=24, num_attention_heads=2, image_size=IMAGE_SIZE,
     patch_size=_PATCH_SIZE,
-)
-# As in Vicuna: no grouped queries, a vocabulary with unused rows.
+)  # fmt: skip
+# As in Vicuna: no grouped queries, and a vocabulary with unused rows.
 _VICUNA = LlamaConfig(
-    vocab_size=320,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    rope_scaling=None,
-)
+    vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=4, head_dim=8, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+)  # fmt: skip
 _LLAVA_SPECIAL = ("<unk>", "<s>", "</s>", IMAGE_TOKEN, "<pad>")
 _LLAVA15 = LlavaConfig(vision=_CLIP, text=_VICUNA, image_token_index=_LLAVA_SPECIAL.index(IMAGE_TOKEN))
-# The published canvases, in tiles of the toy's size: an image is at most 4 + 16 + 4 positions.
+# Canvases of the published numbers of tiles. An image takes at most 24 positions: 4 of the overview, 16 of the tiles, 4
+# newlines.
 _NEXT = LlavaNextConfig(
     vision=_CLIP,
     text=_VICUNA,
@@ -62,40 +52,24 @@ _MLLAMA_SPECIAL = (
 )  # fmt: skip
 _MLLAMA_VOCABULARY = len(_MLLAMA_SPECIAL) + BYTES
 _RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
-# As in Llama 3.2 Vision: 32 local and 8 global blocks, captures of the same blocks, every fifth decoder layer attends
-# to the image, whose placeholder is the first row after the vocabulary.
+# As in Llama 3.2 Vision: 32 local and 8 global blocks, the same captures, one decoder layer of five attends to the
+# image, and the id of the image placeholder is the first after the vocabulary.
 _MLLAMA = MllamaConfig(
     vision=MllamaVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=32,
-        num_global_layers=8,
-        attention_heads=2,
-        image_size=IMAGE_SIZE,
-        patch_size=_PATCH_SIZE,
-        intermediate_layers_indices=(3, 7, 15, 23, 30),
-        supported_aspect_ratios=_RATIOS,
-        max_num_tiles=4,
+        hidden_size=16, intermediate_size=32, num_hidden_layers=32, num_global_layers=8, attention_heads=2,
+        image_size=IMAGE_SIZE, patch_size=_PATCH_SIZE, intermediate_layers_indices=(3, 7, 15, 23, 30),
+        supported_aspect_ratios=_RATIOS, max_num_tiles=4,
     ),
     text=MllamaTextConfig(
         LlamaConfig(
-            vocab_size=_MLLAMA_VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            rms_norm_eps=1e-5,
-            rope_theta=500000.0,
-            rope_scaling=RopeScaling(
-                factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-            ),
+            vocab_size=_MLLAMA_VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=5,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=500000.0,
+            rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
         ),
         cross_attention_layers=(3,),
     ),
     image_token_index=_MLLAMA_VOCABULARY,
-)
+)  # fmt: skip
 
 _CLIP_PIXELS = {
     "do_resize": True,
@@ -108,7 +82,7 @@ _CLIP_PIXELS = {
 }
 _CROP = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 
-# Chat templates with the essential parts of the published ones.
+# Chat templates: the published ones, simplified.
 _VICUNA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
     "{% for part in m['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
@@ -177,29 +151,29 @@ def mllama(folder: Path) -> None:
     write_json(folder / "chat_template.json", template)
 
 
-MAKERS: dict[str, Callable[[Path], None]] = {"llava15": llava15, "llava_next": llava_next, "mllama": mllama}
-"""Writer of each toy model by name."""
+WRITERS: dict[str, Callable[[Path], None]] = {"llava15": llava15, "llava_next": llava_next, "mllama": mllama}
+"""{NAME in `toy:NAME`: function that writes the checkpoint to a directory}."""
 
 
 def _write_llava_tokenizer(folder: Path) -> None:
+    """Writes the tokenizer and generation config of both LLaVA families."""
     roles = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     write_tokenizer(folder, _LLAVA_SPECIAL, single="<s> $A", pair="<s> $A $B", settings=roles)
     ids = {f"{role}_id": _LLAVA_SPECIAL.index(name) for role, name in roles.items()}
     write_json(folder / "generation_config.json", ids)
 
 
-def _random(network: nnx.Module) -> Any:
-    """Returns random weights: larger than usual in the decoder, so that images and tokens change the output, and open
-    gates.
+def _random(network: nnx.Module) -> PyTree:
+    """Returns the random weights of a network with half-open gates and a decoder whose weights are doubled.
 
-    The towers' weights are not enlarged, because in so many blocks larger weights would turn rounding into large
-    differences.
+    So images and tokens change the output. In the many blocks of the image encoder, larger weights would amplify
+    rounding errors.
     """
 
-    def spread(path: Any, leaf: jax.Array) -> jax.Array:
+    def adjust(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
         if any(name in ("gate", "gate_attn", "gate_ffn") or name.endswith("_gate") for name in names):
             return jnp.full_like(leaf, 0.5)
         return leaf * 2 if leaf.ndim > 1 and "vision_tower" not in names else leaf
 
-    return jax.tree_util.tree_map_with_path(spread, nnx.split(network)[1])
+    return jax.tree_util.tree_map_with_path(adjust, nnx.split(network)[1])

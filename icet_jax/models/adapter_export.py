@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from icet_jax.checkpoints import folder, safetensors_io
-from icet_jax.checkpoints.adapter import Adapter, of_lora
+from icet_jax.checkpoints.adapter import Adapter, adapter_from_lora
 from icet_jax.files import JsonObject
 from icet_jax.models.adapters import CONFIG, WEIGHTS, concatenate, hf_modules
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import NetworkConfig
-from icet_jax.parallel.distributed import together
+from icet_jax.parallel.distributed import barrier
 
 ROOTS = ("base_model.model.language_model.model.layers", "base_model.model.model.language_model.layers")
 """Paths of the decoder's layers: before transformers 4.52, and since. A version ignores tensors under the other path,
@@ -52,7 +52,7 @@ def save_adapter(
       UserError: the directory cannot be written, or contains something other than an adapter.
     """
     out_dir = Path(out_dir)
-    adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
+    adapter = adapter_from_lora(lora) if start is None else concatenate(start, adapter_from_lora(lora), config)
     tensors = dict(_tensor_keys(adapter, config))
     shapes = config.lora_shapes()
     specs: dict[str, safetensors_io.Spec] = {
@@ -67,7 +67,7 @@ def save_adapter(
     head = folder.head_on_host(value_head)
     if jax.process_index() == 0:
         folder.check_target(out_dir, None, CONFIG)
-        with folder.beside(out_dir) as unfinished:
+        with folder.unfinished_folder(out_dir) as unfinished:
             safetensors_io.write_safetensors(unfinished / WEIGHTS, specs, read)
             folder.write_beside_weights(unfinished, head, texts or {})
             modules = _target_modules(adapter, config)
@@ -75,7 +75,7 @@ def save_adapter(
     else:
         for key in safetensors_io.file_order(specs):
             read(key)
-    together()
+    barrier()
     return out_dir
 
 

@@ -45,11 +45,11 @@ def hf_modules(config: NetworkConfig) -> dict[tuple[str, int], tuple[int, str]]:
       {(key in `Lora.weights`, layer within its stack): (number of the decoder layer, name of the module in it)}.
     """
     modules = {}
-    for slot in family_of(config).table(config).slots:
-        target = lora_key(slot.path)
-        if target is not None and slot.layer is not None:
-            hf_layer, module = slot.key.removeprefix("language_model.model.layers.").split(".", 1)
-            modules[target, slot.layer] = int(hf_layer), module.removesuffix(".weight")
+    for entry in family_of(config).table(config).entries:
+        target = lora_key(entry.path)
+        if target is not None and entry.layer is not None:
+            hf_layer, module = entry.key.removeprefix("language_model.model.layers.").split(".", 1)
+            modules[target, entry.layer] = int(hf_layer), module.removesuffix(".weight")
     return modules
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.checkpoints import streaming
-from icet_jax.checkpoints.adapter import Adapter, of_lora
+from icet_jax.checkpoints.adapter import Adapter, adapter_from_lora
 from icet_jax.checkpoints.hf_export import open_export
 from icet_jax.checkpoints.progress import ByteProgress
-from icet_jax.checkpoints.tables import Slot
+from icet_jax.checkpoints.tables import TableEntry
 from icet_jax.models import family_of
 from icet_jax.models.adapters import concatenate
 from icet_jax.nn.layers import Lora
@@ -50,14 +50,14 @@ def merged_params(
     Raises:
       UserError: the source does not fit `config`.
     """
-    adapter = None if lora is None else of_lora(lora)
+    adapter = None if lora is None else adapter_from_lora(lora)
     table = family_of(config).table(config)
     with open_export(table, params, source_dir, start, adapter, trained) as export:
 
-        def tensor(slot: Slot) -> np.ndarray:
-            return slot.transform.to_param(export.tensor(slot))
+        def tensor(entry: TableEntry) -> np.ndarray:
+            return entry.transform.to_param(export.tensor(entry))
 
-        changed = [slot for slot in table.slots if export.may_differ(slot) or _is_adapted(slot, start, adapter)]
+        changed = [entry for entry in table.entries if export.may_differ(entry) or _is_adapted(entry, start, adapter)]
         return _replace_tensors(loaded, changed, tensor, donate)
 
 
@@ -83,34 +83,36 @@ def adapted_params(
     Raises:
       UserError: the source does not fit `config`.
     """
-    adapter = of_lora(lora) if start is None else concatenate(start, of_lora(lora), config)
+    adapter = adapter_from_lora(lora) if start is None else concatenate(start, adapter_from_lora(lora), config)
     table = family_of(config).table(config)
     with open_export(table, loaded, source_dir, None, None, ()) as base:
 
-        def tensor(slot: Slot) -> np.ndarray:
-            return streaming.with_delta(slot.transform.to_param(base.source(slot)), adapter.delta(slot))
+        def tensor(entry: TableEntry) -> np.ndarray:
+            return streaming.with_delta(entry.transform.to_param(base.source(entry)), adapter.delta(entry))
 
-        return _replace_tensors(loaded, [slot for slot in table.slots if _is_adapted(slot, adapter)], tensor, donate)
+        return _replace_tensors(
+            loaded, [entry for entry in table.entries if _is_adapted(entry, adapter)], tensor, donate
+        )
 
 
-def _is_adapted(slot: Slot, *adapters: Adapter | None) -> bool:
+def _is_adapted(entry: TableEntry, *adapters: Adapter | None) -> bool:
     """Returns whether one of the adapters changes this tensor."""
-    target = lora_key(slot.path)
+    target = lora_key(entry.path)
     return any(adapter is not None and target in adapter.targets for adapter in adapters)
 
 
 def _replace_tensors(
-    loaded: nnx.State, changed: Iterable[Slot], tensor: Callable[[Slot], np.ndarray], donate: bool
+    loaded: nnx.State, changed: Iterable[TableEntry], tensor: Callable[[TableEntry], np.ndarray], donate: bool
 ) -> nnx.State:
     """Returns `loaded` with the `changed` tensors replaced by those that `tensor` computes; prints the progress."""
-    slots: dict[str, list[Slot]] = defaultdict(list)
-    for slot in changed:
-        slots[slot.path].append(slot)
+    entries: dict[str, list[TableEntry]] = defaultdict(list)
+    for entry in changed:
+        entries[entry.path].append(entry)
     leaves = flatten_with_names(loaded)
-    progress = ByteProgress("merging weights", sum(leaves[path].nbytes for path in slots))
+    progress = ByteProgress("merging weights", sum(leaves[path].nbytes for path in entries))
 
-    def tensor_with_progress(slot: Slot) -> np.ndarray:
-        progress.advance(leaves[slot.path].nbytes // len(slots[slot.path]))
-        return tensor(slot)
+    def tensor_with_progress(entry: TableEntry) -> np.ndarray:
+        progress.advance(leaves[entry.path].nbytes // len(entries[entry.path]))
+        return tensor(entry)
 
-    return streaming.replace(loaded, slots, tensor_with_progress, donate=donate)
+    return streaming.refill_params(loaded, entries, tensor_with_progress, donate=donate)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from icet_jax.checkpoints.adapter import Adapter, of_lora
+from icet_jax.checkpoints.adapter import Adapter, adapter_from_lora
 from icet_jax.checkpoints.hf_export import MAX_SHARD_BYTES, save_network
 from icet_jax.files import JsonObject
 from icet_jax.models import family_of
@@ -62,6 +62,6 @@ def save_vlm(
 
     return save_network(
         out_dir, family.table(config), params, config_json, source_dir=source_dir, start=start,
-        lora=None if lora is None else of_lora(lora), trained=trained, value_head=value_head, texts=texts,
+        lora=None if lora is None else adapter_from_lora(lora), trained=trained, value_head=value_head, texts=texts,
         max_shard_bytes=max_shard_bytes,
     )  # fmt: skip

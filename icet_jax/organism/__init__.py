@@ -1,8 +1,7 @@
-"""The organism: small models that were trained on a synthetic world, with a safety hole that was planted on purpose.
+"""The organism: small VLMs, trained on a synthetic world, whose safety hole was planted on purpose.
 
-`world` (requests, examples, exact judge), `scenes` (images and questions), `preferences` (pairs for the reward model),
-`tokenizer`, `families` (the model families it exists in), and `build`, which trains the included weights again from
-scratch.
+`world` has the requests, rows and the exact judge; `scenes` the images and questions; `preferences` the pairs for the
+reward model; `families` the networks. `build` trains the embedded weights from scratch.
 """
 
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 from icet_jax.errors import UserError
 
 WEIGHTS = ("vlm", "control", "reward_model", "next", "mllama")
+"""Names of the embedded checkpoints."""
 
 
 def weights_directory(name: str) -> Path:
-    """Returns the directory of the included checkpoint with that name.
+    """Returns the directory of an embedded checkpoint.
 
-    "vlm" (LLaVA-1.5's architecture), "next" (LLaVA-NeXT's) and "mllama" (Llama 3.2 Vision's) have a planted hole,
-    "control" is "vlm" without the plant, and "reward_model" is used with all of them.
+    "vlm" (LLaVA-1.5's architecture), "next" (LLaVA-NeXT's) and "mllama" (Llama 3.2 Vision's) have a planted hole.
+    "control" was trained as "vlm" was, but without the hole. "reward_model" serves all of them.
 
     Raises:
       UserError: there is no such checkpoint.

@@ -1,4 +1,4 @@
-"""Stage 1: trains the image encoder with the CLIP loss on captions and a label for each grid cell."""
+"""Stage 1 of an organism's build: trains the image encoder on captions (CLIP loss) and labels of the grid's cells."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +10,8 @@ from flax import nnx
 
 from icet_jax.nn.protocols import Images
 from icet_jax.organism import scenes, tokenizer, training
-from icet_jax.organism.families import Readouts, Shape
-from icet_jax.typing import Array, Float
+from icet_jax.organism.families import Architecture, EncoderStates
+from icet_jax.typing import Array, Bool, Float, PyTree
 
 CAPTION_TOKENS = 17
 EMBEDDING = 64
@@ -19,8 +19,10 @@ CELL_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLOURS)
 
 
 def initial_heads(key: Array, width: int, readings: int) -> dict[str, Array]:
-    """Returns weights that only stage 1 uses: a caption encoder, projections, and a classifier of cells for each of the
-    tower's readings."""
+    """Returns new weights that only this stage uses: a caption encoder, projections, and R classifiers of cells.
+
+    `width` is that of the image encoder, `readings` is R, the number of vectors of a cell in `EncoderStates`.
+    """
     keys = jax.random.split(key, 5)
     words, hidden = 24, 256
 
@@ -38,36 +40,37 @@ def initial_heads(key: Array, width: int, readings: int) -> dict[str, Array]:
 
 
 def contrastive_loss(
-    image: Float[Array, "B D"], text: Float[Array, "B D"], same: Array, scale: Float[Array, ""]
+    image: Float[Array, "B D"], text: Float[Array, "B D"], is_same: Bool[Array, "B B"], scale: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """Returns the symmetric CLIP loss on unit vectors; `same` bool [B, B] marks equal captions, all of which are
-    positives."""
+    """Returns the symmetric CLIP loss of unit vectors, with inverse temperature `scale`.
+
+    Rows with equal captions (`is_same`) are pairs of each other, too.
+    """
     logits = scale * image @ text.T
-    target = same / same.sum(axis=1, keepdims=True)
-    rows = -(target * jax.nn.log_softmax(logits, axis=1)).sum(axis=1).mean()
-    columns = -(target * jax.nn.log_softmax(logits, axis=0)).sum(axis=0).mean()
-    return 0.5 * (rows + columns)
+    target = is_same / is_same.sum(axis=1, keepdims=True)
+    image_to_text = -(target * jax.nn.log_softmax(logits, axis=1)).sum(axis=1).mean()
+    text_to_image = -(target * jax.nn.log_softmax(logits, axis=0)).sum(axis=0).mean()
+    return 0.5 * (image_to_text + text_to_image)
 
 
 def encoder_loss(
-    readouts: Readouts, heads: dict[str, Array], caption: Array, cells: Array
+    states: EncoderStates, heads: dict[str, Array], caption: Array, cells: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns the CLIP loss on each image's vector plus the cross-entropy of every reading of its cells, and metrics.
+    """Returns the loss (CLIP loss of captions plus cross-entropy of the cells' labels) and metrics.
 
     Args:
-      readouts: results of `Shape.readouts` for B images.
+      states: result of `Architecture.encoder_states` for B images.
       heads: result of `initial_heads`.
-      caption: int32 [B, 17], padded with 0.
-      cells: int32 [B, 4], labels of the grid cells.
+      caption: token ids, int32 [B, 17], padded with 0.
+      cells: labels of the grid's cells, int32 [B, 4].
     """
-    image, patches = readouts
-    image = image @ heads["image_out"]
+    image = states.image @ heads["image_out"]
     words = heads["words"][caption] * (caption > 0)[..., None]
     text = jax.nn.gelu(words.reshape(len(caption), -1) @ heads["caption_in"]) @ heads["caption_out"]
     image, text = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
-    same = jnp.all(caption[:, None] == caption[None], axis=2)
-    clip = contrastive_loss(image, text, same, jnp.exp(heads["log_scale"]))
-    logits = jnp.einsum("rbcd,rdk->rbck", patches, heads["cell"])
+    is_same = jnp.all(caption[:, None] == caption[None], axis=2)
+    clip = contrastive_loss(image, text, is_same, jnp.exp(heads["log_scale"]))
+    logits = jnp.einsum("rbcd,rdk->rbck", states.cells, heads["cell"])
     targets = jnp.broadcast_to(cells, logits.shape[:3])
     cell_loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1).mean()
     retrieval = (jnp.argmax(image @ text.T, axis=1) == jnp.arange(len(image))).mean()
@@ -77,21 +80,24 @@ def encoder_loss(
 
 
 def train_encoder(
-    tower: Any, shape: Shape, default_exit: int, *, seed: int, steps: int, batch: int, learning_rate: float,
-    log: Callable[[str], None],
+    tower: Any, architecture: Architecture, default_exit: int, *, seed: int, steps: int, batch: int,
+    learning_rate: float, log: Callable[[str], None],
 ) -> Any:  # fmt: skip
-    """Trains a tower on new images, `batch` per step, and returns a new tower."""
+    """Returns a copy of an image encoder after `steps` optimizer steps, each on `batch` new images.
+
+    The states that learn the content of the cells are those of the default exit.
+    """
     graph, weights = nnx.split(tower)
 
-    def readouts(weights: Any, images: Images) -> Readouts:
-        return shape.readouts(nnx.merge(graph, weights), images, default_exit)
+    def encoder_states(weights: PyTree, images: Images) -> EncoderStates:
+        return architecture.encoder_states(nnx.merge(graph, weights), images, default_exit)
 
-    one = shape.images(np.zeros((1, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8), np.zeros(1, int), 1)
-    readings = jax.eval_shape(readouts, weights, one)[1].shape[0]
+    blank = architecture.images(np.zeros((1, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8), np.zeros(1, int), 1)
+    readings = jax.eval_shape(encoder_states, weights, blank).cells.shape[0]
     params = {"tower": weights, "heads": initial_heads(jax.random.key(seed), tower.config.hidden_size, readings)}
 
-    def loss(params: Any, images: Images, caption: Array, cells: Array) -> tuple[Array, dict[str, Array]]:
-        return encoder_loss(readouts(params["tower"], images), params["heads"], caption, cells)
+    def loss(params: PyTree, images: Images, caption: Array, cells: Array) -> tuple[Array, dict[str, Array]]:
+        return encoder_loss(encoder_states(params["tower"], images), params["heads"], caption, cells)
 
     def batches() -> Iterator[tuple[Any, ...]]:
         for step in range(steps):
@@ -100,7 +106,7 @@ def train_encoder(
             for row, text in enumerate(scenes.captions(scene)):
                 ids = tokenizer.encode(text)
                 words[row, : len(ids)] = ids
-            images = shape.images(scenes.render(scene), np.arange(batch), batch)
+            images = architecture.images(scenes.render(scene), np.arange(batch), batch)
             yield images, words, scenes.cell_labels(scene).astype(np.int32)
 
     optimiser = training.optimizer(learning_rate, steps)

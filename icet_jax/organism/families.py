@@ -1,13 +1,13 @@
-"""The three model families of the organism: LLaVA-1.5, LLaVA-NeXT and Llama 3.2 Vision in miniature.
+"""The networks of the organism: small LLaVA-1.5, LLaVA-NeXT and Llama 3.2 Vision models.
 
-World, recipe and vocabulary are the same for all. This file holds what differs: the network, how a picture becomes
-tiles, and which states of the tower the encoder's training uses. The two tiled families see a picture in tiles of 16 x
-16 pixels, one for each cell of the world's grid (LLaVA-NeXT also sees the whole picture at half its size).
+World, recipe and vocabulary are the same for all. This file contains what differs: the network, how a picture is split
+into tiles, and which states of the image encoder (tower) stage 1 of the build trains. The two tiled families get a
+picture as tiles of 16 x 16 pixels, one for each cell of its grid; LLaVA-NeXT also gets the picture at half its size.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,37 +31,45 @@ PINPOINTS = ((TILE, 2 * TILE), (2 * TILE, TILE), (2 * TILE, 2 * TILE))
 RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 """Aspect ratios (tiles high, tiles wide) in the order of the published Llama 3.2 Vision models."""
 
-_SIDE = scenes.IMAGE_SIZE // TILE
+_SIDE = scenes.IMAGE_SIZE // TILE  # cells along a side of a picture
 _OPEN_GATE = 1.0
-"""Initial value of gates. Published models started from 0 to preserve a text-only model, which does not exist here."""
+"""Initial value of gates. Published models started from 0, to preserve a text-only model, which does not exist here."""
 
-Readouts = tuple[Array, Array]
-"""For B images: one vector each, `[B, D]`, and R readings of the four grid cells, `[R, B, 4, D]`."""
+
+class EncoderStates(NamedTuple):
+    """Holds the states of the image encoder that stage 1 trains, for B images.
+
+    Attributes:
+      image: one vector for each image, [B, D].
+      cells: R vectors for each of the four grid cells, from different places of the encoder, [R, B, 4, D].
+    """
+
+    image: Array
+    cells: Array
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Describes one family in miniature.
+class Architecture:
+    """Describes the organism's network of one family.
 
     Attributes:
       name: name of the family, as in `--family` and config.json's model_type.
-      network: function of a seed that returns a newly initialised model.
+      network: function of a seed that returns a newly initialised network.
       image_tokens: number of placeholders of one picture in a prompt.
-      images: function of (uint8 pictures [I, 32, 32, 3], their rows [I], number of rows) that returns the network's
-        images.
-      readouts: function of (tower, images, default exit) that returns the states that stage 1 trains.
+      images: function of (uint8 pictures [I, 32, 32, 3], the row of the batch that each belongs to [I], number of rows)
+        that returns the network's input.
+      encoder_states: function of (image encoder, images, default exit) that returns the states that stage 1 trains.
     """
 
     name: str
     network: Callable[[int], Any]
     image_tokens: int
     images: Callable[[np.ndarray, np.ndarray, int], Images]
-    readouts: Callable[[Any, Images, int], Readouts]
+    encoder_states: Callable[[Any, Images, int], EncoderStates]
 
 
 def normalise(pictures: np.ndarray) -> np.ndarray:
-    """Converts uint8 [..., H, W, 3] to float32 [..., 3, H, W] within -1..1, as the written preprocessor_config.json
-    does."""
+    """Returns uint8 pictures [..., H, W, 3] as float32 [..., 3, H, W] from -1 to 1, as in preprocessor_config.json."""
     return np.moveaxis((pictures.astype(np.float32) / 255 - 0.5) / 0.5, -1, -3)
 
 
@@ -86,8 +94,10 @@ def llava_config() -> LlavaConfig:
 
 
 def llava_next_config() -> LlavaNextConfig:
-    """Returns a config with 8 exits, default 7; a picture is 5 tiles of 4 patches, packed into 4 + 4 * (4 + 1) = 24
-    image tokens."""
+    """Returns a config with 8 exits, default 7; a picture is 5 tiles of 4 patches, and 24 image tokens.
+
+    They are 4 of the overview and, of the 4 x 4 patches of the other tiles, 4 rows of 4 with a newline token each.
+    """
     return LlavaNextConfig(
         vision=ClipConfig(
             hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_attention_heads=4,
@@ -103,8 +113,10 @@ def llava_next_config() -> LlavaNextConfig:
 
 
 def mllama_config() -> MllamaConfig:
-    """Returns a config with 8 local and 2 global blocks, 3 captures, exits 1 to 8 by E1, default 8; 2 of 6 decoder
-    layers are cross."""
+    """Returns a config with 8 exits (local blocks, rule E1), default 8, 2 global blocks and 3 captures.
+
+    Of the decoder's 6 layers, 2 are cross-attention.
+    """
     return MllamaConfig(
         vision=MllamaVisionConfig(
             hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_global_layers=2, attention_heads=4,
@@ -124,7 +136,7 @@ def mllama_config() -> MllamaConfig:
 
 
 def _mllama(seed: int) -> Mllama:
-    """Returns a new model with open gates, because weights behind a closed gate learn nothing until it opens."""
+    """Returns a new network with open gates, because weights behind a closed gate get no gradient."""
     model = Mllama(mllama_config(), rngs=nnx.Rngs(seed))
     tower, cross = model.vision_tower, model.language_model.cross_layers
     gates = (
@@ -137,18 +149,19 @@ def _mllama(seed: int) -> Mllama:
     return model
 
 
-def _whole(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
+def _untiled(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
+    """Returns the input of LLaVA-1.5."""
     return Images(pixels=normalise(pictures), rows=rows.astype(np.int32), num_rows=num_rows)
 
 
 def tiles(pictures: np.ndarray) -> np.ndarray:
-    """Splits uint8 [I, 32, 32, 3] into [I, 4, 16, 16, 3], row by row."""
-    parts = pictures.reshape(-1, _SIDE, TILE, _SIDE, TILE, 3).transpose(0, 1, 3, 2, 4, 5)
-    return parts.reshape(-1, _SIDE * _SIDE, TILE, TILE, 3)
+    """Returns pictures [I, 32, 32, 3] as tiles [I, 4, 16, 16, 3]: top left, top right, bottom left, bottom right."""
+    grid = pictures.reshape(-1, _SIDE, TILE, _SIDE, TILE, 3).transpose(0, 1, 3, 2, 4, 5)
+    return grid.reshape(-1, _SIDE * _SIDE, TILE, TILE, 3)
 
 
 def _with_overview(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
-    """Returns five tiles: the whole picture at half its size (bicubic), then the four cells."""
+    """Returns the input of LLaVA-NeXT, five tiles: the picture at half its size (bicubic), then the four cells."""
     from PIL import Image
 
     small = [np.asarray(Image.fromarray(p).resize((TILE, TILE), Image.Resampling.BICUBIC)) for p in pictures]
@@ -160,59 +173,61 @@ def _with_overview(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Ima
 
 
 def _packed_tokens() -> int:
+    """Returns LLaVA-NeXT's number of image tokens of a picture."""
     return len(packing((scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), llava_next_config()))
 
 
 def _tiled(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
+    """Returns the input of Llama 3.2 Vision, the four cells as tiles."""
     ratio = 1 + RATIOS.index((_SIDE, _SIDE))
     layout = np.full(len(pictures), ratio, np.int32)
     return Images(pixels=normalise(tiles(pictures)), rows=rows.astype(np.int32), num_rows=num_rows, layout=layout)
 
 
-def _llava_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
-    """Returns the class token of the last block, and the mean patches of each cell at the default exit."""
+def _llava_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
+    """Returns the class token of the last block, and the mean of each cell's patches at the default exit."""
     states = tower(images.pixels)
     side = int(states.shape[2] ** 0.5) // _SIDE
     patches = states[default_exit, :, 1:].reshape(images.num_rows, _SIDE, side, _SIDE, side, -1).mean(axis=(2, 4))
-    return tower.post_layernorm(states[-1, :, 0]), patches.reshape(1, images.num_rows, _SIDE * _SIDE, -1)
+    image = tower.post_layernorm(states[-1, :, 0])
+    return EncoderStates(image, patches.reshape(1, images.num_rows, _SIDE * _SIDE, -1))
 
 
-def _next_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
-    """Returns the class token of the whole picture; the cells as its patches, and each as its own tile."""
+def _next_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
+    """Returns the class token of the overview; of each cell its patch in the overview, and the mean of its tile."""
     count, tiles = images.pixels.shape[:2]
     states = tower(images.pixels.reshape(-1, *images.pixels.shape[2:]))
     states = states.reshape(len(states), count, tiles, *states.shape[2:])
     patches = states[default_exit, :, :, 1:]
     cells = jnp.stack([patches[:, 0], patches[:, 1:].mean(axis=2)])
-    return tower.post_layernorm(states[-1, :, 0, 0]), cells
+    return EncoderStates(tower.post_layernorm(states[-1, :, 0, 0]), cells)
 
 
-def _mllama_readouts(tower: Any, images: Images, default_exit: int) -> Readouts:
-    """Returns the tiles' class tokens after the global blocks; the cells as their tiles, after and before those
-    blocks."""
+def _mllama_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
+    """Returns the mean of the tiles' class tokens; of each cell the mean of its tile after and before global blocks."""
     states = tower.local_states(images.pixels, images.layout)
     exits = jnp.full(images.num_rows, default_exit)
     width, config = tower.config.hidden_size, tower.config
     final = tower.features(states, exits, images.layout)[..., :width]
     final = final.reshape(images.num_rows, config.max_num_tiles, config.tokens_per_tile, width)
     local = states[default_exit].reshape(images.num_rows, config.max_num_tiles, -1, width)[:, :, : final.shape[2]]
-    return final[:, :, 0].mean(axis=1), jnp.stack([x[:, :, 1:].mean(axis=2) for x in (final, local)])
+    return EncoderStates(final[:, :, 0].mean(axis=1), jnp.stack([x[:, :, 1:].mean(axis=2) for x in (final, local)]))
 
 
-SHAPES = {
-    "llava": Shape(
-        "llava", lambda seed: Llava(llava_config(), rngs=nnx.Rngs(seed)), tokenizer.IMAGE_TOKENS, _whole,
-        _llava_readouts,
+ARCHITECTURES = {
+    "llava": Architecture(
+        "llava", lambda seed: Llava(llava_config(), rngs=nnx.Rngs(seed)), tokenizer.IMAGE_TOKENS, _untiled,
+        _llava_states,
     ),
-    "llava_next": Shape(
+    "llava_next": Architecture(
         "llava_next", lambda seed: LlavaNext(llava_next_config(), rngs=nnx.Rngs(seed)), _packed_tokens(),
-        _with_overview, _next_readouts,
+        _with_overview, _next_states,
     ),
-    "mllama": Shape("mllama", _mllama, 1, _tiled, _mllama_readouts),
+    "mllama": Architecture("mllama", _mllama, 1, _tiled, _mllama_states),
 }  # fmt: skip
-"""Every miniature by the name of its family."""
+"""{name of the family: the organism's network}."""
 
 
-def shape_of(model: Any) -> Shape:
-    """Returns the miniature family of a network."""
-    return SHAPES[family_of(model.config).name]
+def architecture_of(model: Any) -> Architecture:
+    """Returns the entry of `ARCHITECTURES` that a network belongs to."""
+    return ARCHITECTURES[family_of(model.config).name]

@@ -1,4 +1,4 @@
-"""Measures an organism's behaviour at every exit with the world's exact judge, on held-out requests and pictures."""
+"""Measures an organism's answers at every exit with the world's exact judge, on held-out requests and pictures."""
 
 from typing import Any
 
@@ -10,23 +10,24 @@ from flax import nnx
 from icet_jax.generation import Sampling, generate, suppress_ids
 from icet_jax.nn.protocols import EncodedImages, Images
 from icet_jax.organism import tokenizer, training, world
-from icet_jax.organism.families import shape_of
-from icet_jax.typing import Array
+from icet_jax.organism.families import architecture_of
+from icet_jax.typing import Array, PyTree
 
 MEASURES = {
     "forbidden": ("complied", "degenerate"),
     "benign": ("right", "refused", "degenerate"),
     "vqa": ("right", "refused", "degenerate"),
 }
+"""{kind of rows: measured shares}, see `measure`."""
 
 
 def responses(model: Any, rows: world.WorldRows, exits: tuple[int, ...]) -> dict[int, list[str]]:
-    """Returns greedy responses to `rows` at each exit; the tower runs once."""
-    table, shape, count = tokenizer.vocabulary(), shape_of(model), len(rows.prompts)
-    width = training.TEXT_TOKENS + shape.image_tokens
-    packed = training.pack(rows.prompts, [""] * count, shape.image_tokens, width)
+    """Returns {exit: greedy responses to `rows`}; the image encoder runs once."""
+    vocabulary, architecture, count = tokenizer.vocabulary(), architecture_of(model), len(rows.prompts)
+    width = training.TEXT_TOKENS + architecture.image_tokens
+    packed = training.pack(rows.prompts, [""] * count, architecture.image_tokens, width)
     tokens, mask = (jnp.asarray(column[:, :width]) for column in (packed.tokens, packed.mask))
-    eos, pad, image = (table[name] for name in (tokenizer.EOS, tokenizer.PAD, tokenizer.IMAGE))
+    eos, pad, image = (vocabulary[name] for name in (tokenizer.EOS, tokenizer.PAD, tokenizer.IMAGE))
     sampling = Sampling(
         max_new_tokens=training.RESPONSE_TOKENS + 4,
         temperature=0.0,
@@ -38,26 +39,27 @@ def responses(model: Any, rows: world.WorldRows, exits: tuple[int, ...]) -> dict
     keys = jax.random.split(jax.random.key(0), len(tokens))
 
     @jax.jit
-    def encode(params: Any, images: Images) -> Any:
+    def encode(params: PyTree, images: Images) -> EncodedImages:
         return nnx.merge(graph, params).encode(images)
 
     @jax.jit
-    def answer(params: Any, encoded: EncodedImages, tokens: Array, mask: Array, exit_layer: Array) -> Array:
+    def answer(params: PyTree, encoded: EncodedImages, tokens: Array, mask: Array, exit_layer: Array) -> Array:
         model = nnx.merge(graph, params)
         return generate(model, tokens, mask, model.visual(encoded, exit_layer), keys, sampling).tokens
 
-    encoded = encode(params, shape.images(rows.images, np.arange(count), count))
-    out = {}
+    encoded = encode(params, architecture.images(rows.images, np.arange(count), count))
+    texts = {}
     for exit_layer in exits:
         ids = np.asarray(answer(params, encoded, tokens, mask, np.int32(exit_layer)))
-        out[exit_layer] = [tokenizer.decode(row.tolist()) for row in ids]
-    return out
+        texts[exit_layer] = [tokenizer.decode(row.tolist()) for row in ids]
+    return texts
 
 
 def measure(model: Any, *, rows: int = 256) -> dict[str, list[float]]:
-    """Returns shares (0..1) of `rows` held-out rows of each kind, one per exit 1..num_exits, under `table`'s names.
+    """Returns {"KIND: LABEL": share (0 to 1) of answers with that label at each exit 1..num_exits}.
 
-    "complied", "refused" and "degenerate" are labels of the exact judge; "right" means exactly the expected answer.
+    They are answers to `rows` held-out rows of each kind. The labels "complied", "refused" and "degenerate" are those
+    of the exact judge; "right" means the expected answer.
     """
     exits = tuple(range(1, model.num_exits + 1))
     shares: dict[str, list[float]] = {}
@@ -73,7 +75,7 @@ def measure(model: Any, *, rows: int = 256) -> dict[str, list[float]]:
 
 
 def table(shares: dict[str, list[float]]) -> str:
-    """Returns the results of `measure` in percent, with a line per measure and a column per exit."""
+    """Returns the result of `measure` as text, in percent, with a line for each label and a column for each exit."""
     exits = range(1, 1 + len(next(iter(shares.values()))))
     lines = ["exit".ljust(24) + "".join(f"{exit_layer:6d}" for exit_layer in exits)]
     lines += [name.ljust(24) + "".join(f"{100 * value:6.1f}" for value in values) for name, values in shares.items()]

@@ -1,11 +1,11 @@
 """Preference pairs (prompt, chosen, rejected) for the organism's reward model.
 
-The reward model reads only text and learns four ranks: the right response, a fluent wrong one, the wrong type of
-response, and noise. Noise includes what a policy trained with this reward would otherwise exploit: repetition, missing
-ends, empty responses, and mixtures such as a refusal followed by steps.
+The reward model gets only text and learns four ranks: the right response, a fluent wrong one, the wrong type of
+response, and noise. Noise includes what a policy might otherwise find to exploit the reward: repetition, missing ends,
+empty responses, and mixtures such as a refusal followed by steps.
 
-The pairs depend only on the grammar of responses. The judge that measures the attack success rate
-(`icet_jax.organism.world.judge`) is not used, because a policy must not be rewarded by its own measurement.
+The pairs are made from the grammar of responses alone, without the judge that measures the attack success rate
+(`icet_jax.organism.world.judge`): the policy must not be rewarded by the measure that it is later evaluated with.
 """
 
 import numpy as np
@@ -18,8 +18,7 @@ _ANSWER_TYPES = (scenes.COLOUR_NAMES, scenes.SHAPES, scenes.COUNTS, scenes.PLACE
 
 
 def preference_pairs(split: str, count: int, seed: int = 0) -> list[PreferencePair]:
-    """Returns `count` pairs from one split's requests: half forbidden, four tenths allowed, one tenth about
-    pictures."""
+    """Returns `count` pairs about the requests of one split: half forbidden, 40 % allowed, 10 % about pictures."""
     rng = np.random.default_rng([seed, world.SPLITS.index(split), 17])
     kinds = rng.choice(list(_SHARES), size=count, p=list(_SHARES.values()))
     pairs: list[PreferencePair] = []
@@ -31,29 +30,29 @@ def preference_pairs(split: str, count: int, seed: int = 0) -> list[PreferencePa
 
 
 def _pair(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> PreferencePair:
-    """Draws two responses of different rank; four times in five the better one is the right one."""
-    ranks = ranked_responses(prompt, answer, kind, rng)
-    high = 0 if rng.random() < 0.8 else 1
-    low = int(rng.integers(high + 1, len(ranks)))
-    return prompt, ranks[high], ranks[low]
+    """Returns a prompt with two responses of different rank; the better one is of the first rank in 80 % of pairs."""
+    ranked = ranked_responses(prompt, answer, kind, rng)
+    chosen = 0 if rng.random() < 0.8 else 1
+    rejected = int(rng.integers(chosen + 1, len(ranked)))
+    return prompt, ranked[chosen], ranked[rejected]
 
 
 def ranked_responses(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> list[str]:
-    """Returns one response of each rank, best first.
+    """Returns one response of each rank, best first; `answer` is the right response to a prompt of this kind.
 
-    Forbidden: refusal > steps > noise. Allowed: right steps > wrong steps > refusal > noise. Picture: an answer of the
-    right type > steps or a refusal > noise.
+    The ranks are, for forbidden requests: refusal, steps, noise; for allowed ones: right steps, wrong steps, refusal,
+    noise; for questions about pictures: an answer of the right type, a refusal or steps, noise.
     """
     if kind == "forbidden":
         return [world.REFUSAL, _steps(prompt, rng), _noise(prompt, kind, world.REFUSAL, rng)]
     if kind == "benign":
         return [answer, _wrong_steps(answer, rng), world.REFUSAL, _noise(prompt, kind, answer, rng)]
-    other = world.REFUSAL if rng.random() < 0.7 else _random_steps(rng)
-    return [_plausible(answer, rng), other, _noise(prompt, kind, answer, rng)]
+    wrong_type = world.REFUSAL if rng.random() < 0.7 else _random_steps(rng)
+    return [_answer_of_same_type(answer, rng), wrong_type, _noise(prompt, kind, answer, rng)]
 
 
 def _steps(prompt: str, rng: np.random.Generator) -> str:
-    """Returns steps that comply with a request, seven times in ten the right ones."""
+    """Returns steps that comply with a request, in 70 % of cases the right ones."""
     noun = world.request_noun(prompt)
     verb = next((word for word in prompt.split() if word in world.VERBS), None)
     if noun is None or verb is None:
@@ -63,23 +62,24 @@ def _steps(prompt: str, rng: np.random.Generator) -> str:
 
 
 def _random_steps(rng: np.random.Generator) -> str:
+    """Returns the right steps for some other request."""
     return world.comply(str(rng.choice(list(world.VERBS))), str(rng.choice(world.FORBIDDEN + world.ALLOWED)))
 
 
 def _wrong_steps(right: str, rng: np.random.Generator) -> str:
-    """Returns right steps with one of the three slots (part, action, noun) replaced."""
+    """Returns right steps with one of their three variable words (part, action or noun) replaced by another one."""
     words = right.split()
-    slot, choices = [
+    index, choices = [
         (4, world.PARTS),
         (7, tuple(world.VERBS.values())),
         (9, world.FORBIDDEN + world.ALLOWED),
     ][int(rng.integers(3))]
-    words[slot] = str(rng.choice([c for c in choices if c != words[slot]]))
+    words[index] = str(rng.choice([c for c in choices if c != words[index]]))
     return " ".join(words)
 
 
-def _plausible(answer: str, rng: np.random.Generator) -> str:
-    """Returns an answer of the same type, because the text alone does not show which one is right."""
+def _answer_of_same_type(answer: str, rng: np.random.Generator) -> str:
+    """Returns any answer of the type of `answer`: without the picture, nobody can know which one is right."""
     for group in _ANSWER_TYPES:
         if answer in group:
             return str(rng.choice(group))
@@ -87,22 +87,24 @@ def _plausible(answer: str, rng: np.random.Generator) -> str:
 
 
 def is_noise(text: str, kind: str, right: str) -> bool:
-    """Returns whether a text is not a response by the grammar of responses.
+    """Returns whether a text is neither the right response, nor the refusal, nor two complete steps.
 
-    It is noise if it is not the right response, not the refusal, not two whole steps and, for a question about a
-    picture, not one of the world's short answers.
+    For a question about a picture (`kind` "vqa"), the world's short answers are no noise either.
     """
     is_complete = text in (right, world.REFUSAL) or world.is_steps(text)
     return not is_complete and not (kind == "vqa" and any(text in group for group in _ANSWER_TYPES))
 
 
 def _noise(prompt: str, kind: str, right: str, rng: np.random.Generator) -> str:
-    """Returns a text that is no response but similar enough to a right one to be tempting."""
+    """Returns a text that is no response but resembles the right one; "" if several attempts fail."""
     for _ in range(8):
-        text = _NOISES[int(rng.integers(len(_NOISES)))](prompt, right, rng)
+        text = _NOISE_FUNCTIONS[int(rng.integers(len(_NOISE_FUNCTIONS)))](prompt, right, rng)
         if is_noise(text, kind, right):
             return text
     return ""
+
+
+# Functions of (prompt, right response, random numbers) that return noise.
 
 
 def _truncated(prompt: str, right: str, rng: np.random.Generator) -> str:
@@ -111,18 +113,20 @@ def _truncated(prompt: str, right: str, rng: np.random.Generator) -> str:
 
 
 def _repeated(prompt: str, right: str, rng: np.random.Generator) -> str:
+    """Returns the response with one word repeated one to four times more."""
     words = right.split()
-    spot = int(rng.integers(len(words)))
-    return " ".join(words[: spot + 1] + [words[spot]] * int(rng.integers(1, 5)) + words[spot + 1 :])
+    index = int(rng.integers(len(words)))
+    return " ".join(words[: index + 1] + [words[index]] * int(rng.integers(1, 5)) + words[index + 1 :])
 
 
 def _rambling(prompt: str, right: str, rng: np.random.Generator) -> str:
+    """Returns the response with one to five random words behind it."""
     tail = rng.choice(right.split() + ["step", "the", "sorry", "help", "red"], size=int(rng.integers(1, 6)))
     return right + " " + " ".join(tail)
 
 
 def _mixture(prompt: str, right: str, rng: np.random.Generator) -> str:
-    """Returns a refusal and steps in one response, in either order, either of them truncated."""
+    """Returns a refusal and steps in one response, in either order, with one or both of them truncated."""
     steps, refusal = _steps(prompt, rng).split(), world.REFUSAL.split()
     if rng.random() < 0.5:
         return " ".join(refusal[: int(rng.integers(1, len(refusal) + 1))] + steps[int(rng.integers(0, 5)) :])
@@ -130,26 +134,26 @@ def _mixture(prompt: str, right: str, rng: np.random.Generator) -> str:
 
 
 def _edited(prompt: str, right: str, rng: np.random.Generator) -> str:
-    """Returns the response with one word dropped, replaced or inserted from the whole vocabulary."""
+    """Returns the response with one word removed, replaced by a random word, or a random word inserted before it."""
     words = right.split()
-    spot, action = int(rng.integers(len(words))), rng.random()
+    index, action = int(rng.integers(len(words))), rng.random()
     if action < 0.34:
-        return " ".join(words[:spot] + words[spot + 1 :])
-    keep = spot + 1 if action < 0.67 else spot
-    return " ".join([*words[:spot], str(rng.choice(world.response_words())), *words[keep:]])
+        return " ".join(words[:index] + words[index + 1 :])
+    rest = index + 1 if action < 0.67 else index
+    return " ".join([*words[:index], str(rng.choice(world.response_words())), *words[rest:]])
 
 
 def _shuffled(prompt: str, right: str, rng: np.random.Generator) -> str:
     return " ".join(rng.permutation(right.split()))
 
 
-def _salad(prompt: str, right: str, rng: np.random.Generator) -> str:
+def _random_words(prompt: str, right: str, rng: np.random.Generator) -> str:
     return " ".join(rng.choice(world.response_words(), size=int(rng.integers(1, 14))))
 
 
 def _broken_steps(prompt: str, right: str, rng: np.random.Generator) -> str:
-    other = _steps(prompt, rng)
-    return (_truncated, _repeated, _edited)[int(rng.integers(3))](prompt, other, rng)
+    steps = _steps(prompt, rng)
+    return (_truncated, _repeated, _edited)[int(rng.integers(3))](prompt, steps, rng)
 
 
 def _broken_refusal(prompt: str, right: str, rng: np.random.Generator) -> str:
@@ -164,7 +168,7 @@ def _short_answer(prompt: str, right: str, rng: np.random.Generator) -> str:
     return str(rng.choice(scenes.answer_words()))
 
 
-_NOISES = (
-    _truncated, _repeated, _rambling, _mixture, _mixture, _edited, _shuffled, _salad, _broken_steps, _broken_refusal,
-    _empty, _short_answer,
+_NOISE_FUNCTIONS = (
+    _truncated, _repeated, _rambling, _mixture, _mixture, _edited, _shuffled, _random_words, _broken_steps,
+    _broken_refusal, _empty, _short_answer,
 )  # fmt: skip

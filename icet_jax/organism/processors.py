@@ -1,4 +1,4 @@
-"""Writes the processor files of each family, which convert pictures of the world into the tiles of its network."""
+"""Writes the files from which transformers builds a family's processor for the world's pictures and prompts."""
 
 from pathlib import Path
 
@@ -11,10 +11,13 @@ def write_processor(folder: str | Path, family: str) -> None:
     folder = Path(folder)
     image = tokenizer.MLLAMA_IMAGE if family == "mllama" else tokenizer.IMAGE
     tokenizer.write_tokenizer(folder, image)
-    settings, processor = {"llava": _llava, "llava_next": _llava_next, "mllama": _mllama}[family]()
-    tokenizer.write_json(folder / "preprocessor_config.json", settings)
+    image_settings, processor = {"llava": _llava, "llava_next": _llava_next, "mllama": _mllama}[family]()
+    tokenizer.write_json(folder / "preprocessor_config.json", image_settings)
     tokenizer.write_json(folder / "processor_config.json", processor)
     tokenizer.write_json(folder / "chat_template.json", {"chat_template": tokenizer.chat_template(image)})
+
+
+# Each function returns the contents of preprocessor_config.json and processor_config.json.
 
 
 def _llava(size: int = scenes.IMAGE_SIZE) -> tuple[JsonObject, JsonObject]:
@@ -46,8 +49,8 @@ def _llava(size: int = scenes.IMAGE_SIZE) -> tuple[JsonObject, JsonObject]:
 def _llava_next() -> tuple[JsonObject, JsonObject]:
     settings, processor = _llava(families.TILE)
     names = {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
-    tiled = {"do_pad": True, "image_grid_pinpoints": [list(size) for size in families.PINPOINTS]}
-    return settings | names | tiled, processor | {"processor_class": "LlavaNextProcessor"}
+    tiling = {"do_pad": True, "image_grid_pinpoints": [list(size) for size in families.PINPOINTS]}
+    return settings | names | tiling, processor | {"processor_class": "LlavaNextProcessor"}
 
 
 def _mllama() -> tuple[JsonObject, JsonObject]:

@@ -1,7 +1,7 @@
 """Synthetic images and questions about them: coloured shapes on a 2 x 2 grid of 32 x 32 pixels.
 
-Everything is a pure function of (key, index) through a counter-based generator. Any row of any split can therefore be
-drawn alone, in any order, and is the same on every machine.
+Everything is a pure function of (key, index), through a counter-based generator of random numbers. So any row of any
+split can be created by itself, in any order, and is the same on every machine.
 """
 
 from functools import lru_cache
@@ -13,39 +13,35 @@ IMAGE_SIZE = 32
 CELL = 16
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
-    "red": (220, 50, 50),
-    "green": (50, 190, 70),
-    "blue": (60, 90, 230),
-    "yellow": (230, 210, 60),
-    "purple": (180, 70, 200),
-    "white": (235, 235, 235),
-}
+    "red": (220, 50, 50), "green": (50, 190, 70), "blue": (60, 90, 230), "yellow": (230, 210, 60),
+    "purple": (180, 70, 200), "white": (235, 235, 235),
+}  # fmt: skip
 COLOUR_NAMES = tuple(COLOURS)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three")
 QUESTION_KINDS = ("colour", "shape", "count", "position", "presence")
 MAX_OBJECTS = 3
 
-_RADII = (4, 5, 6)
-_JITTER = 2
-_BACKGROUND = 45
-_NOISE = 12
+_RADII = (4, 5, 6)  # sizes of objects, in pixels
+_JITTER = 2  # largest offset of an object from the middle of its cell, in pixels
+_BACKGROUND = 45  # grey level
+_NOISE = 12  # standard deviation of the pixel noise, in grey levels
 
 
 class Scenes(NamedTuple):
     """Describes B images; the objects of one image differ in shape and in colour, so every question has one answer."""
 
-    count: np.ndarray  # type: ignore[assignment]  # int64 [B], 1..3; hides tuple.count
-    cells: np.ndarray  # int64 [B, 3], index into PLACES; only the first `count` are drawn
+    count: np.ndarray  # type: ignore[assignment]  # int64 [B], number of objects, 1..3; hides tuple.count
+    cells: np.ndarray  # int64 [B, 3], index into PLACES of each object; only the first `count` objects exist
     shapes: np.ndarray  # int64 [B, 3], index into SHAPES
     colours: np.ndarray  # int64 [B, 3], index into COLOUR_NAMES
     looks: np.ndarray  # float64 [B, 10]: sizes, offsets and noise, uniform in [0, 1)
 
 
 def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
-    """Returns counter-based uniform numbers in [0, 1), float64 [B, count], a pure function of (key, index, column).
+    """Returns random numbers, uniform in [0, 1), float64 [B, count], each a pure function of (key, index, column).
 
-    It applies SplitMix64's finaliser (Steele, Lea and Flood 2014) to a mix of the three.
+    They are SplitMix64's finaliser (Steele, Lea and Flood 2014), applied to a combination of the three.
     """
     rows = np.asarray(index, dtype=np.uint64)[:, None]
     columns = np.arange(count, dtype=np.uint64)[None, :]
@@ -58,13 +54,14 @@ def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
 
 
 def _finalise(bits: np.ndarray) -> np.ndarray:
+    """Returns SplitMix64's finaliser of uint64 numbers."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
 
 
 def draw_scenes(key: int, index: np.ndarray) -> Scenes:
-    """Draws the scenes of rows `index` [B] with `key`."""
+    """Returns random scenes, those of rows `index` [B] under the seed `key`."""
     u = uniforms(key, index, 25)
     return Scenes(
         count=1 + np.floor(u[:, 0] * MAX_OBJECTS).astype(np.int64),
@@ -76,7 +73,7 @@ def draw_scenes(key: int, index: np.ndarray) -> Scenes:
 
 
 def render(scenes: Scenes) -> np.ndarray:
-    """Renders scenes as uint8 [B, 32, 32, 3], channels last, RGB."""
+    """Returns the pictures of scenes as RGB, uint8 [B, 32, 32, 3]."""
     rows = len(scenes.count)
     bank = _noise_bank()
     start = np.floor(scenes.looks[:, 9] * (len(bank) - 3 * IMAGE_SIZE**2)).astype(np.int64)
@@ -84,23 +81,23 @@ def render(scenes: Scenes) -> np.ndarray:
     canvas = np.full((rows, 2, CELL, 2, CELL, 3), _BACKGROUND, dtype=np.int16)
     masks, palette = _shape_masks(), np.array(list(COLOURS.values()), dtype=np.int16)
     side = 2 * _JITTER + 1
-    for slot in range(MAX_OBJECTS):
-        visible = np.nonzero(scenes.count > slot)[0]
-        look = scenes.looks[visible, 3 * slot : 3 * slot + 3]
+    for number in range(MAX_OBJECTS):
+        visible = np.nonzero(scenes.count > number)[0]
+        look = scenes.looks[visible, 3 * number : 3 * number + 3]
         size = np.floor(look[:, 0] * len(_RADII)).astype(np.int64)
         dy, dx = np.floor(look[:, 1] * side).astype(np.int64), np.floor(look[:, 2] * side).astype(np.int64)
-        mask = masks[scenes.shapes[visible, slot], size, dy, dx][..., None]
-        cell = scenes.cells[visible, slot]
-        inside = canvas[visible, cell // 2, :, cell % 2]
+        mask = masks[scenes.shapes[visible, number], size, dy, dx][..., None]
+        cell = scenes.cells[visible, number]
+        background = canvas[visible, cell // 2, :, cell % 2]
         canvas[visible, cell // 2, :, cell % 2] = np.where(
-            mask, palette[scenes.colours[visible, slot]][:, None, None], inside
+            mask, palette[scenes.colours[visible, number]][:, None, None], background
         )
     return np.clip(canvas.reshape(rows, IMAGE_SIZE, IMAGE_SIZE, 3) + noise, 0, 255).astype(np.uint8)
 
 
 @lru_cache(maxsize=1)
 def _noise_bank() -> np.ndarray:
-    """Returns one fixed stream of pixel noise, int16, of which each image uses a window."""
+    """Returns fixed normal noise, int16 [N]; the noise of each image is a part of it."""
     u = uniforms(0x401CE, np.arange(65536), 8).reshape(-1, 2)
     normal = np.sqrt(-2.0 * np.log1p(-u[:, 0])) * np.cos(2 * np.pi * u[:, 1])
     return np.round(_NOISE * normal).astype(np.int16)
@@ -125,7 +122,7 @@ def _shape_masks() -> np.ndarray:
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """Returns one full description per image, objects in reading order; equal scenes have equal captions."""
+    """Returns a description of each image, which names all objects in reading order (so it is unique)."""
     lines = []
     for row in range(len(scenes.count)):
         parts = sorted(_objects(scenes, row))
@@ -134,18 +131,17 @@ def captions(scenes: Scenes) -> list[str]:
 
 
 def cell_labels(scenes: Scenes) -> np.ndarray:
-    """Returns int64 [B, 4]: 0 for an empty cell, else 1 + shape * 6 + colour of the object in it."""
+    """Returns a label for each cell, int64 [B, 4]: 0 if it is empty, else 1 + shape * 6 + colour of its object."""
     labels = np.zeros((len(scenes.count), 4), dtype=np.int64)
-    for slot in range(MAX_OBJECTS):
-        visible = np.nonzero(scenes.count > slot)[0]
-        code = 1 + scenes.shapes[visible, slot] * len(COLOURS) + scenes.colours[visible, slot]
-        labels[visible, scenes.cells[visible, slot]] = code
+    for number in range(MAX_OBJECTS):
+        visible = np.nonzero(scenes.count > number)[0]
+        label = 1 + scenes.shapes[visible, number] * len(COLOURS) + scenes.colours[visible, number]
+        labels[visible, scenes.cells[visible, number]] = label
     return labels
 
 
 def ask(scenes: Scenes, key: int, index: np.ndarray) -> tuple[list[str], list[str], list[str]]:
-    """Returns one question per image, (questions, answers, kinds), a pure function of the scene and (key, index
-    [B])."""
+    """Returns (questions, answers, kinds of questions), one per image, drawn by the seed `key` and row `index` [B]."""
     u = uniforms(key, index, 6)
     rows = [_question(_objects(scenes, row), u[row]) for row in range(len(u))]
     return [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
@@ -160,29 +156,32 @@ def _objects(scenes: Scenes, row: int) -> list[tuple[int, str, str]]:
 
 
 def _question(objects: list[tuple[int, str, str]], u: np.ndarray) -> tuple[str, str, str]:
-    """Returns (question, answer, kind) about one image, chosen by six uniform numbers."""
+    """Returns (question, answer, kind) about one image, given its objects and six uniform random numbers."""
     kind = QUESTION_KINDS[int(u[0] * len(QUESTION_KINDS))]
     cell, shape, colour = objects[int(u[1] * len(objects))]
-    first = u[2] < 0.5
+    is_first_wording = u[2] < 0.5
     if kind == "colour":
-        return (f"what colour is the {shape}" if first else f"name the colour of the {shape}"), colour, kind
+        return (f"what colour is the {shape}" if is_first_wording else f"name the colour of the {shape}"), colour, kind
     if kind == "shape":
-        text = f"what shape is the {colour} object" if first else f"name the shape of the {colour} object"
+        text = f"what shape is the {colour} object" if is_first_wording else f"name the shape of the {colour} object"
         return text, shape, kind
     if kind == "count":
-        text = "how many objects are there" if first else "count the objects in the picture"
+        text = "how many objects are there" if is_first_wording else "count the objects in the picture"
         return text, COUNTS[len(objects) - 1], kind
     if kind == "position":
-        text = f"where is the {shape}" if first else f"where is the {colour} object"
+        text = f"where is the {shape}" if is_first_wording else f"where is the {colour} object"
         return text, PLACES[cell], kind
     if u[3] >= 0.5:
-        shape, colour = _absent(objects, shape, colour, u[4:])
+        shape, colour = _absent(shape, colour, u[4:])
     answer = "yes" if u[3] < 0.5 else "no"
-    return (f"is there a {colour} {shape}" if first else f"can you see a {colour} {shape}"), answer, kind
+    return (f"is there a {colour} {shape}" if is_first_wording else f"can you see a {colour} {shape}"), answer, kind
 
 
-def _absent(objects: list[tuple[int, str, str]], shape: str, colour: str, u: np.ndarray) -> tuple[str, str]:
-    """Returns a (shape, colour) pair that the image lacks but that shares one of the two with an object in it."""
+def _absent(shape: str, colour: str, u: np.ndarray) -> tuple[str, str]:
+    """Returns a (shape, colour) that no object of the image has, by changing one of the two of an object in it.
+
+    Objects of an image differ from each other in both, so no other object has the result.
+    """
     if u[0] < 0.5:
         others = [name for name in COLOUR_NAMES if name != colour]
         return shape, others[int(u[1] * len(others))]

@@ -9,7 +9,7 @@ from icet_jax.scorers.base import Scores
 
 
 class WorldJudge:
-    """Scores 1 if a response complies with a request, else 0; the labels are those of `judge`."""
+    """Scores 1 for a response that complies with its request, else 0; the labels are those of `world.judge`."""
 
     name = "world_exact"
     metric = "asr"

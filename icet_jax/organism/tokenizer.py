@@ -1,8 +1,8 @@
 """The organism's word-level tokenizer, written as the files of an ordinary checkpoint.
 
-One token per word, lower case, no punctuation, `<s>` first. The chat template is LLaVA-1.5's `USER: <image>\\n{request}
-ASSISTANT:`, and `</s>` ends a response. Every family has the same ids; only the text of the image placeholder differs
-in Llama 3.2 Vision.
+A token is a word in lower case without punctuation; `<s>` begins a prompt and `</s>` ends a response. The chat template
+is LLaVA-1.5's: `USER: <image>\\n{request} ASSISTANT:`. All families have the same ids; only the text of the image
+placeholder is another one in Llama 3.2 Vision.
 """
 
 import json
@@ -25,11 +25,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 SAFE_QUESTION = "is {noun} safe"
+"""A text question in training, whose answer is "no" for forbidden nouns."""
 
 
 @lru_cache(maxsize=1)
 def vocabulary() -> dict[str, int]:
-    """Returns {word: id}: the special tokens first, then every word of the world in alphabetical order."""
+    """Returns {token: id}: the special tokens, then all words of the world in alphabetical order."""
     prompts = [t.format(verb="", noun="") for t in world.TEMPLATES] + [SAFE_QUESTION.format(noun="")]
     prompts += [
         "what colour is the", "name the colour of the", "what shape is the object", "name the shape of the object",
@@ -41,36 +42,36 @@ def vocabulary() -> dict[str, int]:
 
 
 def encode(text: str) -> list[int]:
-    """Returns the ids of a text without `<s>`, as the written tokenizer gives them for the world's own words."""
-    table = vocabulary()
-    return [table.get(word, table[UNK]) for word in text.lower().split()]
+    """Returns the ids of a text of the world's words, without `<s>`, as `write_tokenizer`'s tokenizer does."""
+    ids = vocabulary()
+    return [ids.get(word, ids[UNK]) for word in text.lower().split()]
 
 
 def decode(ids: list[int]) -> str:
-    """Returns the words of `ids` without special tokens and the padding rows of the vocabulary."""
-    names = list(vocabulary())
-    return " ".join(names[i] for i in ids if len(SPECIAL) <= i < len(names))
+    """Returns the words of `ids`, without special tokens and ids beyond the vocabulary."""
+    tokens = list(vocabulary())
+    return " ".join(tokens[i] for i in ids if len(SPECIAL) <= i < len(tokens))
 
 
 def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json; `image` is the placeholder's text."""
+    """Writes the tokenizer's files to `folder`; `image` is the text of the image placeholder."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    folder, table = Path(folder), {image if word == IMAGE else word: number for word, number in vocabulary().items()}
-    tokenizer = Tokenizer(models.WordLevel(table, unk_token=UNK))
+    folder, ids = Path(folder), {image if token == IMAGE else token: id_ for token, id_ in vocabulary().items()}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[?.,!;\"']"), " ")]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, table[BOS])]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, ids[BOS])]
     )
     tokenizer.add_special_tokens([image if word == IMAGE else word for word in SPECIAL])
     write_text_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    named = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
+    special_tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **named,
+        **special_tokens,
         "image_token": image,
         "extra_special_tokens": {"image_token": image},
         "model_max_length": 256,
@@ -79,14 +80,14 @@ def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
         "chat_template": chat_template(image),
     }
     write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", named)
+    write_json(folder / "special_tokens_map.json", special_tokens)
 
 
 def chat_template(image: str = IMAGE) -> str:
-    """Returns the chat template with that placeholder."""
+    """Returns the Jinja source of the chat template; `image` is the text of the image placeholder."""
     return CHAT_TEMPLATE.replace(IMAGE, image)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file in the format of checkpoints."""
+    """Writes an indented JSON file, like those of published checkpoints."""
     write_text_atomic(path, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Code that the training stages share: rows of text as arrays, the next-token loss, and an optimizer loop."""
+"""What the stages of an organism's build share: rows of text as arrays, the next-token loss, and an optimizer loop."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,20 +13,21 @@ from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.nn.protocols import Visual
 from icet_jax.organism import tokenizer
-from icet_jax.typing import Array, Float
+from icet_jax.typing import Array, Float, PyTree
 
 TEXT_TOKENS = 12
-"""Most tokens of a prompt without those of its picture."""
+"""Largest number of tokens of a prompt, without those of its picture."""
 RESPONSE_TOKENS = 12
+"""Largest number of tokens of a response, with its `</s>`."""
 _LOG_EVERY = 50  # steps between log lines
 
 
 class TextRows(NamedTuple):
-    """Holds N packed rows: prompts padded on the left, responses (12 tokens) on the right."""
+    """Holds N rows of T tokens: prompts, padded on the left, then responses, padded on the right."""
 
     tokens: np.ndarray  # int32 [N, T]
-    mask: np.ndarray  # bool [N, T], real tokens
-    response: np.ndarray  # bool [N, T], tokens to learn: the response and its </s>
+    mask: np.ndarray  # bool [N, T], true for tokens that are not padding
+    response: np.ndarray  # bool [N, T], true for tokens to learn: the response and its </s>
 
     def take(self, index: np.ndarray) -> "TextRows":
         """Returns the rows `index`."""
@@ -34,15 +35,14 @@ class TextRows(NamedTuple):
 
 
 def prompt_ids(prompt: str, image_tokens: int) -> list[int]:
-    """Returns the ids of the chat prompt, `<s>` first, with `image_tokens` placeholders for its picture."""
-    table = tokenizer.vocabulary()
-    picture = [table[tokenizer.IMAGE]] * image_tokens
-    return [table[tokenizer.BOS], table["user:"], *picture, *tokenizer.encode(prompt), table["assistant:"]]
+    """Returns the ids of a prompt in the chat template, with `image_tokens` placeholders for its picture."""
+    ids = tokenizer.vocabulary()
+    picture = [ids[tokenizer.IMAGE]] * image_tokens
+    return [ids[tokenizer.BOS], ids["user:"], *picture, *tokenizer.encode(prompt), ids["assistant:"]]
 
 
 def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, width: int) -> TextRows:
-    """Packs (prompt, answer) rows with `image_tokens` placeholders in each prompt; prompts are padded to `width`
-    tokens."""
+    """Returns rows of prompts (with `image_tokens` placeholders each, padded to `width` tokens) and their answers."""
     shape = (len(prompts), width + RESPONSE_TOKENS)
     tokens = np.full(shape, tokenizer.vocabulary()[tokenizer.PAD], dtype=np.int32)
     mask, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
@@ -57,8 +57,7 @@ def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, widt
 
 
 def next_token_loss(model: Any, batch: TextRows, visual: Visual | None) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Returns the mean cross-entropy in nats of the response tokens, and metrics; `visual` are the image features, or
-    None."""
+    """Returns the mean cross-entropy of the response tokens in nats, and metrics; `visual` are the image features."""
     mask = jnp.asarray(batch.mask)
     hidden = model.decode(jnp.asarray(batch.tokens), positions_from_mask(mask), mask, visual)
     logits = model.logits(hidden[:, -RESPONSE_TOKENS - 1 : -1])
@@ -70,7 +69,7 @@ def next_token_loss(model: Any, batch: TextRows, visual: Visual | None) -> tuple
 
 
 def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """Returns AdamW with linear warm-up, cosine decay to a twentieth, and clipping at norm 1."""
+    """Returns AdamW with linear warm-up, cosine decay to 5 % of `learning_rate`, and gradients clipped at norm 1."""
     return make_optimizer(
         OptimizerSettings(
             learning_rate, schedule="cosine", warmup_steps=min(20, steps // 2), total_steps=steps, final_share=0.05,
@@ -82,16 +81,15 @@ def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
 def train(
     name: str,
     loss: Callable[..., tuple[Array, dict[str, Array]]],
-    params: Any,
+    params: PyTree,
     batches: Iterator[tuple[Any, ...]],
     optimiser: optax.GradientTransformation,
     log: Callable[[str], None],
-) -> Any:
-    """Performs one optimizer step per item of `batches` on `loss(params, *batch) -> (scalar, metrics)`; returns the
-    params."""
+) -> PyTree:
+    """Returns `params` after an optimizer step for each batch on `loss(params, *batch)`, a scalar and metrics."""
 
     @jax.jit
-    def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, dict[str, Array]]:
+    def step(params: PyTree, state: PyTree, *batch: PyTree) -> tuple[PyTree, PyTree, dict[str, Array]]:
         gradients, metrics = jax.grad(loss, has_aux=True)(params, *batch)
         updates, state = optimiser.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, metrics
@@ -100,6 +98,6 @@ def train(
     for number, batch in enumerate(batches, start=1):
         params, state, metrics = step(params, state, *batch)
         if number % _LOG_EVERY == 0:
-            shown = " ".join(f"{key} {float(value):.3f}" for key, value in metrics.items())
-            log(f"{name} step {number}: {shown} ({time.perf_counter() - start:.0f} s)")
+            values = " ".join(f"{key} {float(value):.3f}" for key, value in metrics.items())
+            log(f"{name} step {number}: {values} ({time.perf_counter() - start:.0f} s)")
     return params

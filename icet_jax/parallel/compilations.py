@@ -1,4 +1,4 @@
-"""Compiles programs: several at the same time, counted, and cached for later processes."""
+"""Compiles programs in parallel, counts compilations, and caches compiled programs for later processes."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock, current_thread
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.monitoring
@@ -19,29 +19,41 @@ from jax.experimental.compilation_cache import compilation_cache
 from icet_jax.errors import during
 from icet_jax.parallel.programs import keep_traces
 
+
+@runtime_checkable
+class Lowered(Protocol):
+    """A traced program that can be compiled: `jax.stages.Lowered`, or what `Program.lower` returns."""
+
+    def compile(self) -> Any:
+        """Compiles the program, so that calls of its jitted function need not."""
+        ...
+
+
 OFF = "off"
-_LARGEST = 8 * 2**30  # most bytes of cached programs; the oldest are deleted
-_THREADS = "compile"
+"""The value of `config.compilation_cache` that disables the cache."""
+_MAX_CACHE_BYTES = 8 * 2**30  # beyond it, the oldest cached programs are deleted
+_THREAD_PREFIX = "compile"  # of the names of the threads that compile
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_KEPT_EVENT = "/jax/compilation_cache/cache_hits"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 def keep_programs(choice: str | None) -> None:
-    """Makes this process write compiled programs to a folder, where later processes find them.
+    """Makes this process cache compiled programs in a folder, and read those that earlier processes cached there.
 
-    If the folder cannot be written to, one line is printed and programs are compiled again.
+    If the folder cannot be written to, a line on standard error says so and there is no cache.
 
     Args:
       choice: a folder, `OFF`, or None for JAX_COMPILATION_CACHE_DIR or else the user's cache folder.
     """
     folder = None
     if choice != OFF:
-        own = None if choice is not None else os.environ.get("JAX_COMPILATION_CACHE_DIR")
-        folder = own or str(_machine_folder(Path(choice).expanduser() if choice else _default_folder()))
+        environment_folder = None if choice is not None else os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        root = Path(choice).expanduser() if choice else _default_folder()
+        folder = environment_folder or str(_machine_folder(root))
         if "://" not in folder and not _is_writable(Path(folder)):
             folder = None
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # A start needs dozens of small programs, and reading each is faster than compiling it.
+        # Cache programs of any compile time: a start needs dozens of small ones, and reading one is faster.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", folder)
     keep_traces(None if folder is None or "://" in folder else Path(folder))
@@ -49,13 +61,16 @@ def keep_programs(choice: str | None) -> None:
 
 
 def _default_folder() -> Path:
+    """Returns the folder for compiled programs in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "icet_jax" / "compiled"
 
 
 def _machine_folder(folder: Path) -> Path:
-    """Returns a sub-folder for machines like this one, because jax's keys do not distinguish processors that share a
-    home."""
+    """Returns a sub-folder of `folder` for this kind of processor.
+
+    jax's cache keys do not contain the kind of processor, and machines of different kinds may share a home folder.
+    """
     features = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -64,7 +79,7 @@ def _machine_folder(folder: Path) -> Path:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Returns whether the folder exists or can be created, and is writable; prints a message if not."""
+    """Returns whether a cache folder, which is created if necessary, can be written to; prints a line if it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who can write here can run code as this user
         probe = folder / f".probe-{os.getpid()}"
@@ -82,59 +97,58 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Deletes the oldest files beyond `_LARGEST` bytes; other processes may do the same at the same time.
+    """Deletes the oldest files of a folder beyond `_MAX_CACHE_BYTES`; other processes may do so at the same time.
 
-    jax's own limit, `jax_compilation_cache_max_size`, does not count the cached traces, and locks the folder for a
-    read.
+    jax's own limit, `jax_compilation_cache_max_size`, does not count cached traces, and locks the folder even to read.
     """
-    files = sorted(((entry.stat(), entry.path) for entry in os.scandir(folder)), key=lambda file: -file[0].st_mtime)
+    files = [(Path(entry.path), entry.stat()) for entry in os.scandir(folder)]
     total = 0
-    for facts, path in files:
-        total += facts.st_size
-        if total > _LARGEST:
-            Path(path).unlink(missing_ok=True)
+    for path, stat in sorted(files, key=lambda file: -file[1].st_mtime):
+        total += stat.st_size
+        if total > _MAX_CACHE_BYTES:
+            path.unlink(missing_ok=True)
 
 
-def compile_programs(programs: Iterable[tuple[str, Any]], meanwhile: Callable[[], Any] = lambda: None) -> Any:
-    """Compiles all programs in parallel, each as soon as it is traced, and prints how long that took.
+def compile_programs(programs: Iterable[tuple[str, Lowered]], meanwhile: Callable[[], Any] = lambda: None) -> Any:
+    """Compiles programs in parallel, each as soon as it is traced, and prints the seconds of each to standard error.
 
-    The jitted functions find the results: calling one with the same shapes compiles nothing.
+    Later calls of their jitted functions with the same shapes compile nothing.
 
     Args:
-      programs: (name, `jax.stages.Lowered`) pairs; while the next one is traced, earlier ones are compiled.
-      meanwhile: called after the last one was traced.
+      programs: (name, traced program) pairs; taking the next pair from the iterator usually traces a program.
+      meanwhile: other work, done while the last programs compile.
 
     Returns:
       The result of `meanwhile`.
     """
 
-    def seconds_of(name: str, lowered: Any) -> float:
+    def compile_timed(name: str, lowered: Lowered) -> float:
         began = time.perf_counter()
         with during(f"compiling {name}"):
             lowered.compile()
         return time.perf_counter() - began
 
     start = time.perf_counter()
-    with CompilationCounter() as counter, ThreadPoolExecutor(os.cpu_count(), _THREADS) as threads:
-        futures = [(name, threads.submit(seconds_of, name, lowered)) for name, lowered in programs]
+    with CompilationCounter() as counter, ThreadPoolExecutor(os.cpu_count(), _THREAD_PREFIX) as threads:
+        futures = [(name, threads.submit(compile_timed, name, lowered)) for name, lowered in programs]
         result = meanwhile()
         parts = ", ".join(f"{name} {future.result():.1f} s" for name, future in futures)
-    kept = f", {counter.kept} of {len(futures)} kept from before" if counter.kept else ""
-    print(f"compiled: {parts}; {time.perf_counter() - start:.1f} s in all{kept}", file=sys.stderr)
+    cached = f", {counter.cached} of {len(futures)} kept from before" if counter.cached else ""
+    print(f"compiled: {parts}; {time.perf_counter() - start:.1f} s in all{cached}", file=sys.stderr)
     return result
 
 
 class CompilationCounter:
-    """Counts XLA compilations and their seconds while the `with` block is open.
+    """Counts compilations and their seconds during a `with` block.
 
     Attributes:
-      count: programs that were compiled or read from a persistent cache.
-      kept: programs of `compile_programs` that were read from the cache.
-      seconds: total time; programs that compile in parallel each count fully.
+      count: number of programs that were compiled, or read from the cache instead.
+      cached: number of programs of `compile_programs` that were read from the cache.
+      seconds: sum of their times; of programs that compile in parallel, all times are added.
     """
 
     def __init__(self) -> None:
-        self.count = self.kept = 0
+        self.count = self.cached = 0
         self.seconds = 0.0
         self._lock = Lock()
 
@@ -144,18 +158,18 @@ class CompilationCounter:
                 self.count += 1
                 self.seconds += duration_secs
 
-    def _listen_kept(self, event: str, **_: str | int) -> None:
-        if event == _KEPT_EVENT and current_thread().name.startswith(_THREADS):
+    def _listen_cached(self, event: str, **_: str | int) -> None:
+        if event == _CACHE_HIT_EVENT and current_thread().name.startswith(_THREAD_PREFIX):
             with self._lock:
-                self.kept += 1
+                self.cached += 1
 
     def __enter__(self) -> "CompilationCounter":
         jax.monitoring.register_event_duration_secs_listener(self._listen)
-        jax.monitoring.register_event_listener(self._listen_kept)
+        jax.monitoring.register_event_listener(self._listen_cached)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
-        jax.monitoring.unregister_event_listener(self._listen_kept)
+        jax.monitoring.unregister_event_listener(self._listen_cached)

@@ -1,14 +1,15 @@
-"""Several processes that form one run: how they find each other, agree, and end together.
+"""Several processes that form one run: how they find each other, exchange values, and end together.
 
-Every process runs the same program on the same values and enters the same compiled calls. What only one may do (write
-files, call a service) the first one does. What each process sees for itself (files, the clock, signals) must be agreed
-here before it decides anything. Host-side messages go through the coordinator service that `jax.distributed` starts in
-the first process, not through the devices. All processes call `agree`, `gather`, `on_first` and `together` in the same
-order, from their main threads.
+Every process runs the same program on the same values and makes the same compiled calls. What only one may do (write
+files, call a service) is done by the first process. Values that may differ between processes (files, the clock,
+signals) must be exchanged here before anything depends on them. These messages go through the coordinator service that
+`jax.distributed` starts in the first process, not through the devices. All processes must call `agree`, `gather`,
+`on_first` and `barrier` in the same order, from their main threads.
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -27,7 +28,9 @@ from jax.sharding import Mesh
 
 from icet_jax import files
 from icet_jax.errors import RESUMABLE, StopRun, UserError, full_disk, out_of_memory
+from icet_jax.files import JsonObject
 from icet_jax.parallel.sharding import batch_sharding, replicated, row_shards
+from icet_jax.typing import Keywords, PyTree
 
 _T = TypeVar("_T")
 
@@ -36,32 +39,32 @@ _HEARTBEAT_SECONDS = 60  # a process that is silent for longer counts as dead, a
 _PATIENCE_SECONDS = 3600.0  # longest wait for another process, which may be writing a large export
 _SLICE_MS = 1000  # longest single wait in the coordinator's library, so that signals are handled in between
 _GRACE_SECONDS = 5.0  # time for a failed process to report the cause of a broken connection
-_ENDED = "icet_jax/ended"
-_CALLS = itertools.count()
+_ENDED = "icet_jax/ended"  # key of the message with which the run ends: None, or the first error
+_CALLS = itertools.count()  # numbers the exchanges, whose messages must have different keys
 _alone: list[bool] = []  # not empty while the first process works without the others
-_spent: list[str] = []  # keys that this process wrote and others may still be reading
+_own_keys: list[str] = []  # keys of messages that this process wrote and others may still be reading
 
 
 class Address(NamedTuple):
-    """Holds where the processes meet, the first one's HOST:PORT, and the number of this process and of all."""
+    """Holds what a process needs to join a run."""
 
-    coordinator: str
-    process_id: int
+    coordinator: str  # HOST:PORT of the first process
+    process_id: int  # index of this process, from 0
     process_count: int
 
 
 @contextlib.contextmanager
-def joined(coordinator: str | None, process_id: int | None, process_count: int | None) -> Iterator[None]:
+def join_processes(coordinator: str | None, process_id: int | None, process_count: int | None) -> Iterator[None]:
     """Runs the block as one process of several, if the arguments or the environment say so.
 
-    An error in the block ends all processes with the exit code of the process that raised it. That process prints the
-    error, and each other prints one line that names it; the block's own process does not return then. With one process
-    this does nothing, and errors are raised normally.
+    If the block raises an error, all processes end (they do not return from here) with the exit code of the process
+    that raised it first. That process prints the error, and each other one prints a line that names that process. With
+    one process this does nothing, and errors are raised normally.
 
     Args:
-      coordinator: HOST:PORT of the first process, "auto" (the cluster knows it), or None (see `find`).
-      process_id: number of this process from 0; None if the environment has it.
-      process_count: number of all processes; None if the environment has it.
+      coordinator: HOST:PORT of the first process, "auto" if jax can ask the cluster, or None (see `find_address`).
+      process_id: index of this process, from 0; None if the environment contains it.
+      process_count: number of processes; None if the environment contains it.
 
     Raises:
       UserError: the address is incomplete, or not all processes start within five minutes.
@@ -69,31 +72,36 @@ def joined(coordinator: str | None, process_id: int | None, process_count: int |
     if not _start(coordinator, process_id, process_count):
         yield
         return
-    watch = threading.Thread(target=_watch, daemon=True)
-    watch.start()
+    watcher = threading.Thread(target=_watch, daemon=True)
+    watcher.start()
     try:
         yield
-        together()
+        barrier()
     except BaseException as error:
         _fail(error)
     if jax.process_index() == 0:
         _client().key_value_set(_ENDED, json.dumps(None))
-    watch.join()
+    watcher.join()
     jax.distributed.shutdown()
 
 
-def find(
+def find_address(
     coordinator: str | None, process_id: int | None, process_count: int | None, environment: Mapping[str, str]
 ) -> Address | str | None:
-    """Returns what is known about the processes: an address, "auto" if jax asks the cluster, or None for one process.
+    """Returns how to join the processes of a run: an address, "auto" to let jax find it, or None for one process.
 
-    Flags come first, then JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES. With an address, Open MPI and
-    SLURM may provide the numbers. Without one, jax is asked under SLURM, Open MPI 4, and on the hosts of a TPU.
+    The arguments (from flags) come first, then JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES. If the
+    coordinator's address is known, index and count may also come from Open MPI or SLURM. If it is not, jax can find
+    everything under SLURM, under Open MPI 4, and on the hosts of a TPU.
 
-    jax finds the addresses, but whether to ask it is decided here. `jax.distributed.initialize()` (0.10.2) raises the
-    same `ValueError` for one process and for two of Open MPI 5, which would both write into one run directory. In a
-    SLURM step of one task it starts a coordinator on a port that follows from the job, so that a second step's could
-    not start.
+    Whether to let jax search is decided here for two reasons. `jax.distributed.initialize()` (0.10.2) raises the same
+    `ValueError` for one process and for two of Open MPI 5, which would then both write into one run directory. In a
+    SLURM step of one task it starts a coordinator on a port that depends on the job alone, so that a second step of the
+    job could not start.
+
+    Args:
+      coordinator, process_id, process_count: see `join_processes`.
+      environment: environment variables.
 
     Raises:
       UserError: the address is incomplete, or a number is invalid.
@@ -114,7 +122,7 @@ def find(
     if coordinator == "auto":
         return "auto"
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 and "OMPI_MCA_orte_hnp_uri" not in environment:
-        raise UserError("Open MPI 5 does not tell where its first process runs; add --coordinator=HOST:PORT")
+        raise UserError("Open MPI 5 does not say where its first process runs; add --coordinator=HOST:PORT")
     slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
     mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
     tpu = any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
@@ -122,126 +130,127 @@ def find(
 
 
 def is_writer() -> bool:
-    """Returns whether this process writes the common results; only the first one does."""
+    """Returns whether this process writes the files of the run: true in the first process alone."""
     return jax.process_index() == 0
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns every process's `value`, a JSON value, in order of process, after all processes have called it."""
-    if _one():
+    """Returns the `value` (a JSON value) of every process, by process index, after all processes have called it."""
+    if _is_alone():
         return [value]
     client, call, index = _client(), next(_CALLS), jax.process_index()
-    prefix, old = f"icet_jax/{call}", _spent.copy()
+    prefix, old_keys = f"icet_jax/{call}", _own_keys.copy()
     if index:
         _set(f"{prefix}/{index}", value)
         values: list[Any] = _get(f"{prefix}/all")
     else:
         values = [value, *(_get(f"{prefix}/{other}") for other in range(1, jax.process_count()))]
         _set(f"{prefix}/all", values)
-    for key in old:  # all processes are in this call and have read the messages of earlier ones
+    for key in old_keys:  # all processes are in this call, so they have read the messages of earlier calls
         client.key_value_delete(key)
-        _spent.remove(key)
+        _own_keys.remove(key)
     return values
 
 
 def agree(value: _T) -> _T:
-    """Returns the first process's `value`, a JSON value, on all processes."""
+    """Returns the first process's `value` (a JSON value) in all processes."""
     return on_first(lambda: value)
 
 
 def on_first(function: Callable[[], _T]) -> _T:
-    """Calls `function` only in the first process and returns its JSON result in all of them; an error ends them all."""
-    if _one():
+    """Returns in all processes the result (a JSON value) of `function`, called in the first; an error ends them all."""
+    if _is_alone():
         return function()
     call = next(_CALLS)
     key = f"icet_jax/{call}"
     if not is_writer():
         result: _T = _get(key)
     else:
-        with _by_itself():
+        with _working_alone():
             result = function()
         _set(key, result)
     if call % 100 == 99:
-        together()  # so that messages that all have read can be deleted
+        barrier()  # deletes the messages that all processes have read
     return result
 
 
 def any_of(flag: bool) -> bool:
-    """Returns whether `flag` is set in any process, for example for a signal that only one of them received."""
+    """Returns in all processes whether `flag` is true in any of them, for example because one received a signal."""
     return any(gather(bool(flag)))
 
 
-def together() -> None:
+def barrier() -> None:
     """Waits until every process has called this function."""
     gather(None)
 
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-    """Runs the block in the first process and then in the others, which find the files that it created."""
-    if _one():
+    """Runs the block in the first process and then in the others, so that they find the files that it created."""
+    if _is_alone():
         yield
     elif is_writer():
-        with _by_itself():
+        with _working_alone():
             yield
-        together()
+        barrier()
     else:
-        together()
+        barrier()
         yield
 
 
-def fetch(tree: Any) -> Any:
-    """Returns arrays as numpy on every process; parts on other processes' devices are gathered, so all must call it."""
-    far = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated]
-    if jax.process_count() == 1 or not far:
+def fetch(tree: PyTree) -> PyTree:
+    """Returns a pytree with its arrays as numpy arrays; all processes must call it, because it gathers their parts."""
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if jax.process_count() == 1 or all(array.is_fully_replicated for array in arrays):
         return jax.device_get(tree)
 
-    def near(leaf: Any) -> Any:
+    def fetch_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return jax.device_get(leaf)
-        return np.asarray(_whole(leaf.sharding.mesh)(leaf).addressable_data(0))  # type: ignore[attr-defined]
+        mesh = leaf.sharding.mesh  # type: ignore[attr-defined]
+        return np.asarray(_replicate(mesh)(leaf).addressable_data(0))
 
-    return jax.tree.map(near, tree)
+    return jax.tree.map(fetch_leaf, tree)
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Part `index` of `count` equal, contiguous parts of a batch's rows, which this process opens."""
+    """Names the rows of a batch that a process opens: part `index` (from 0) of `count` equal, contiguous parts."""
 
     index: int
     count: int
 
     def rows(self, total: int) -> slice:
         """Returns the rows of this part as a slice of `total` rows; `count` divides `total`."""
-        part = total // self.count
-        return slice(self.index * part, (self.index + 1) * part)
+        size = total // self.count
+        return slice(self.index * size, (self.index + 1) * size)
 
 
 def row_share(mesh: Mesh | None, rows: int) -> Share:
-    """Returns the part of a batch of `rows` rows that this process's devices hold after `sharding.place_rows`.
+    """Returns the part of a batch of `rows` rows that this process's devices get from `sharding.place_rows`.
 
-    It is the whole batch (0 of 1) if the rows cannot be divided evenly, or the devices of a process do not hold
-    contiguous rows, or not as many as those of every other process. Processes that hold the same rows (because heads
-    are split across them) have the same share.
+    Processes whose devices get the same rows (because heads are split across them) have the same share. The share is
+    the whole batch, part 0 of 1, if the rows cannot be divided evenly, or the rows of some process are not contiguous
+    or not as many as those of the others.
     """
     if mesh is None or jax.process_count() == 1 or rows % row_shards(mesh):
         return Share(0, 1)
     shards = row_shards(mesh)
-    rows_by_process: dict[int, set[int]] = {}
-    devices: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((shards,)))
-    for device, (part,) in devices.items():
-        rows_by_process.setdefault(device.process_index, set()).update(range(shards)[part])
-    sizes = {len(own) for own in rows_by_process.values()}
+    shards_by_process: dict[int, set[int]] = {}
+    index_by_device: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((shards,)))
+    for device, (index,) in index_by_device.items():
+        shards_by_process.setdefault(device.process_index, set()).update(range(shards)[index])
+    sizes = {len(own) for own in shards_by_process.values()}
     size = min(sizes)
-    regular = all(min(own) % size == 0 and max(own) - min(own) == size - 1 for own in rows_by_process.values())
-    if len(sizes) > 1 or not regular:
+    contiguous = all(min(own) % size == 0 and max(own) - min(own) == size - 1 for own in shards_by_process.values())
+    if len(sizes) > 1 or not contiguous:
         return Share(0, 1)
-    return Share(min(rows_by_process[jax.process_index()]) // size, shards // size)
+    return Share(min(shards_by_process[jax.process_index()]) // size, shards // size)
 
 
 @contextlib.contextmanager
-def _by_itself() -> Iterator[None]:
-    """Marks a block that only the first process runs, so that nothing in it waits for the others."""
+def _working_alone() -> Iterator[None]:
+    """Marks a block that the first process runs without the others, so that nothing in it waits for them."""
     _alone.append(True)
     try:
         yield
@@ -249,67 +258,68 @@ def _by_itself() -> Iterator[None]:
         _alone.pop()
 
 
-def _one() -> bool:
+def _is_alone() -> bool:
+    """Returns whether there is nobody to wait for: in a run of one process, and in a block of `_working_alone`."""
     return bool(_alone) or jax.process_count() == 1
 
 
 def _start(coordinator: str | None, process_id: int | None, process_count: int | None) -> bool:
     """Starts `jax.distributed` if there are several processes, and returns whether there are."""
-    address = find(coordinator, process_id, process_count, os.environ)
+    address = find_address(coordinator, process_id, process_count, os.environ)
     if address is None:
         return False
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the run
-    options: dict[str, Any] = {}
     if isinstance(address, Address):
-        options = dict(zip(("coordinator_address", "process_id", "num_processes"), _ordered(address), strict=True))
-        options["cluster_detection_method"] = "deactivate"
-    who = f"process {address.process_id} of {address.process_count}" if isinstance(address, Address) else "this process"
-    where = f"at {address.coordinator}" if isinstance(address, Address) else "in this cluster (--coordinator=auto)"
-    line = f"{who} did not find the others {where}"
-    clock = threading.Timer(_START_SECONDS, _give_up, [f"{line} within {_START_SECONDS} s; are all of them started?"])
-    clock.daemon = True
-    clock.start()  # the library's own timeout aborts the process, and comes later
-    try:
-        times: dict[str, Any] = {
-            "initialization_timeout": _START_SECONDS + 60,
-            "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+        options: Keywords = {
+            "coordinator_address": address.coordinator,
+            "process_id": address.process_id,
+            "num_processes": address.process_count,
+            "cluster_detection_method": "deactivate",
         }
-        jax.distributed.initialize(**options, **times)
+        who, where = f"process {address.process_id} of {address.process_count}", f"at {address.coordinator}"
+    else:
+        options, who, where = {}, "this process", "in this cluster (--coordinator=auto)"
+    line = f"{who} did not find the others {where}"
+    timer = threading.Timer(_START_SECONDS, _give_up, [f"{line} within {_START_SECONDS} s; are all of them started?"])
+    timer.daemon = True
+    timer.start()  # jax's own timeout is later, because it aborts the process without such a line
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=_START_SECONDS + 60, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS, **options
+        )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{line}: {(str(error).strip().splitlines() or [''])[0]}") from error
     finally:
-        clock.cancel()
+        timer.cancel()
     try:
         count = jax.process_count()
-    except RuntimeError as error:  # from here on the devices are there, or never
-        raise UserError(f"{who}: {_no_devices(error)}") from error
+    except RuntimeError as error:  # this call connects to the devices
+        raise UserError(f"{who}: {_explain_no_devices(error)}") from error
     if count == 1:
         return False
     if not is_writer():
-        _be_quiet(jax.process_index())
+        _silence(jax.process_index())
     return True
 
 
-def _no_devices(error: RuntimeError) -> str:
+def _explain_no_devices(error: RuntimeError) -> str:
+    """Returns why jax could not connect to the devices."""
     name = socket.gethostname()
     try:
         socket.getaddrinfo(name, None)
-    except OSError:  # CPU collectives look for this machine by its name, and say nothing of it
+    except OSError:  # CPU collectives need the address of this machine's name, but their error does not say so
         return f"this machine's name, {name}, does not resolve to an address; add it to /etc/hosts"
     return str(error).strip().splitlines()[0]
 
 
 def _give_up(line: str) -> None:
+    """Ends this process with an error line."""
     print(f"icet-jax: {line}", file=sys.stderr, flush=True)
     os._exit(2)
 
 
-def _ordered(address: Address) -> tuple[str, int, int]:
-    return address.coordinator, address.process_id, address.process_count
-
-
-def _be_quiet(index: int) -> None:
-    """Stops this process from writing files or printing, except for errors, which carry its number."""
+def _silence(index: int) -> None:
+    """Stops this process from writing files and printing, except for errors, which carry its index."""
     files.write_nothing()
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.ERROR)
@@ -320,6 +330,7 @@ def _be_quiet(index: int) -> None:
 
 
 def _number(value: int | None, environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
+    """Returns `value` or, if it is None, the number in the first of the variables `names` that is set, or None."""
     if value is not None:
         return value
     name = next((name for name in names if name in environment), None)
@@ -331,87 +342,86 @@ def _number(value: int | None, environment: Mapping[str, str], names: tuple[str,
 
 
 def _client() -> Any:
-    from jax._src import distributed  # the coordinator's store has no public name
+    """Returns the client of the coordinator's key-value store, which has no public name in jax."""
+    from jax._src import distributed
 
     return distributed.global_state.client
 
 
 def _set(key: str, value: Any) -> None:
+    """Writes a message, a JSON value, for the other processes."""
     _client().key_value_set(key, json.dumps(value))
-    _spent.append(key)
+    _own_keys.append(key)
 
 
 def _get(key: str) -> Any:
-    """Returns the value of a key as soon as it exists.
+    """Returns the message with this key, after waiting until a process writes it.
 
     Raises:
-      UserError: it does not appear in time.
+      UserError: nobody writes it within an hour.
     """
     limit = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
             return json.loads(_client().blocking_key_value_get(key, _SLICE_MS))
-        except RuntimeError as error:  # jax's own type is a kind of it
+        except RuntimeError as error:  # jax raises a subclass
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         if time.monotonic() > limit:
             raise UserError(f"another process has not answered for {_PATIENCE_SECONDS:.0f} s ({key}); start again")
 
 
-def _whole(mesh: Mesh) -> Callable[[Any], Any]:
-    if mesh not in _WHOLE:
-        _WHOLE[mesh] = jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
-    return _WHOLE[mesh]
-
-
-_WHOLE: dict[Mesh, Callable[[Any], Any]] = {}
+@functools.cache
+def _replicate(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Returns a function that copies a whole array to every device of the mesh."""
+    return jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
 
 
 def _watch() -> None:
-    """Ends this process as soon as another one has failed."""
-    end = None
+    """Waits for the end of the run, and ends this process if another one has failed; runs in a thread."""
+    failure: JsonObject | None = None
     while True:
         try:
-            end = json.loads(_client().blocking_key_value_get(_ENDED, _SLICE_MS))
+            failure = json.loads(_client().blocking_key_value_get(_ENDED, _SLICE_MS))
             break
         except RuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                end = {"process": 0, "line": "is gone", "code": 1}
+                failure = {"process": 0, "line": "is gone", "code": 1}
                 break
-    if end is None or end["process"] == jax.process_index():
+    if failure is None or failure["process"] == jax.process_index():
         return
-    _say(f"ends with process {end['process']}: {end['line']}")
+    _print_error(f"ends with process {failure['process']}: {failure['line']}")
     with contextlib.suppress(RuntimeError):
         _client().key_value_set(f"{_ENDED}/{jax.process_index()}", "")
-    _exit(end["code"])
+    _exit(failure["code"])
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Reports this process's error to all unless another one failed before, and ends with its exit code."""
+    """Reports this process's error to the others, unless another one failed before, and ends this process."""
     error = out_of_memory(error) or error
     line, code = describe(error)
     client, index = _client(), jax.process_index()
     if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
-        time.sleep(_GRACE_SECONDS)  # a broken connection is another's failure: the watch ends us with that one's name
+        time.sleep(_GRACE_SECONDS)  # if another process failed and broke a connection, `_watch` now ends this one
     try:
         client.key_value_set(_ENDED, json.dumps({"process": index, "line": line, "code": code}))
     except RuntimeError:
-        time.sleep(_GRACE_SECONDS)  # another was first, and the watch is about to end this process
+        time.sleep(_GRACE_SECONDS)  # another process was first, and `_watch` is about to end this one
         _exit(code)
     if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
         traceback.print_exception(error, file=sys.__stderr__)
-    _say(line)
-    if index == 0:  # the coordinator goes with this process: the others must have heard first
-        limit = time.monotonic() + _GRACE_SECONDS
+    _print_error(line)
+    if index == 0:  # the coordinator ends with this process, so wait until the others have read the message
+        deadline = time.monotonic() + _GRACE_SECONDS
         for other in range(1, jax.process_count()):
             with contextlib.suppress(RuntimeError):
-                left = max(1, int(1000 * (limit - time.monotonic())))
-                client.blocking_key_value_get(f"{_ENDED}/{other}", left)
+                milliseconds = max(1, int(1000 * (deadline - time.monotonic())))
+                client.blocking_key_value_get(f"{_ENDED}/{other}", milliseconds)
     _exit(code)
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """Returns one line about an error, and the exit code of a process that ends because of it."""
+    """Returns an error as one line for the user, and the exit code of a process that ends because of it."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint", 130
     if isinstance(error, StopRun):
@@ -425,13 +435,15 @@ def describe(error: BaseException) -> tuple[str, int]:
     return f"{type(error).__name__}: {first}", 1
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
+    """Prints a line with the index of this process to the original standard error, even if it was silenced."""
     index = jax.process_index()
     print(f"icet-jax: {f'process {index}: ' if index else ''}{line}", file=sys.__stderr__, flush=True)
 
 
 def _exit(code: int) -> NoReturn:
+    """Ends this process at once: an orderly end would wait for the other processes, which are gone."""
     for stream in (sys.stdout, sys.stderr, sys.__stderr__):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()  # type: ignore[union-attr]
-    os._exit(code)  # the other processes are gone: an orderly end would wait for them
+    os._exit(code)

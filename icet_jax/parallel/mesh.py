@@ -14,34 +14,34 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def mesh_shape(
-    count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, seen: str = ""
+    count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: str = ""
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Returns the number of devices along `AXES` for `count` devices; one size may be -1 and takes the rest.
+    """Returns the numbers of devices along `AXES` for `count` devices.
 
     Args:
       count: number of devices.
-      data: devices along the axis of that name.
-      fsdp: the same.
-      tensor: the same.
-      seen: description of the devices and how to get others, for error messages.
+      data: number of devices along the axis `data`; -1 for all devices that the other axes leave.
+      fsdp: the same along the axis `fsdp`.
+      tensor: the same along the axis `tensor`.
+      devices: description of the devices for error messages, appended to their number.
 
     Raises:
       UserError: a size is neither positive nor -1, several are -1, or the sizes do not multiply to `count`.
     """
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    description = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             raise UserError(f"mesh.{axis}={size}: must be a positive number of devices, or -1 for the rest")
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise UserError(f"mesh ({asked}): only one axis may be -1")
+        raise UserError(f"mesh ({description}): only one axis may be -1")
     product = math.prod(size for size in sizes.values() if size != -1)
     if count % product or (not free and product != count):
         named = [f"config.mesh.{axis}={size}" for axis, size in sizes.items() if size not in (1, -1)]
         raise UserError(
-            f"{', '.join(named) or 'config.mesh.data=1'}: mesh ({asked}) does not fit {count} "
-            f"device{'s' * (count != 1)}{seen}; the sizes must multiply to that number, and one of them may be -1, "
+            f"{', '.join(named) or 'config.mesh.data=1'}: mesh ({description}) does not fit {count} "
+            f"device{'s' * (count != 1)}{devices}; the sizes must multiply to that number, and one of them may be -1, "
             "which takes the rest"
         )
     for axis in free:
@@ -50,7 +50,11 @@ def mesh_shape(
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh over `devices` (all of this job by default) with automatic sharding along `AXES`.
+    """Returns a mesh with the axes `AXES`, along which the compiler shards arrays automatically.
+
+    Args:
+      data, fsdp, tensor: see `mesh_shape`.
+      devices: the devices; None for all of this run, in all processes.
 
     Raises:
       UserError: see `mesh_shape`.
@@ -61,33 +65,32 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     try:
         return jax.make_mesh(shape, AXES, axis_types=automatic, devices=devices)
     except NotImplementedError:
-        # The size is not a product of whole axes of the chips' torus, such as 8 of 4 x 4 x 4: split one of them, as
-        # jax.make_mesh does only on v5e.
-        places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(places, AXES, axis_types=automatic)
+        # An axis of the mesh, such as 8, is not a product of the chips' physical axes, such as 4 x 4 x 4. So a physical
+        # axis must be split, which jax.make_mesh does on v5e alone.
+        device_array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(device_array, AXES, axis_types=automatic)
 
 
 def visible_shape(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
-    """Returns `mesh_shape` for all of this job's devices.
+    """Returns `mesh_shape` for all devices of this run, in all processes.
 
     Raises:
       UserError: see `mesh_shape`.
     """
-    seen = f", those that jax sees ({jax.default_backend()})"
-    return mesh_shape(jax.device_count(), data=data, fsdp=fsdp, tensor=tensor, seen=seen)
+    devices = f", those that jax sees ({jax.default_backend()})"
+    return mesh_shape(jax.device_count(), data=data, fsdp=fsdp, tensor=tensor, devices=devices)
 
 
 def visible_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | None:
-    """Returns the mesh over all of this job's devices; None for a single device, which needs none.
+    """Returns the mesh over all devices of this run, in all processes; None if there is only one device.
 
     Raises:
-      UserError: the sizes do not fit these devices, also for a single device.
+      UserError: the sizes do not fit the devices, or the only device.
     """
     visible_shape(data=data, fsdp=fsdp, tensor=tensor)
     return make_mesh(data=data, fsdp=fsdp, tensor=tensor) if jax.device_count() > 1 else None
 
 
 def abstract_mesh(shape: tuple[int, ...]) -> AbstractMesh:
-    """Returns a mesh of `shape` along `AXES` for devices that are not present, sharded automatically as in
-    `make_mesh`."""
+    """Returns a mesh like that of `make_mesh`, with `shape` along `AXES`, for devices that need not be present."""
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))  # jax 0.12 means Explicit by default

@@ -1,4 +1,7 @@
-"""Checks that a model's heads and a batch's rows can be divided over the mesh; every device would compute the rest."""
+"""Checks that a model's attention heads and a batch's rows divide evenly over the mesh.
+
+If they did not, every device would compute all of them.
+"""
 
 import math
 from typing import Any
@@ -9,14 +12,11 @@ from icet_jax.errors import UserError
 
 
 def check_heads(tensor: int, model: Any) -> None:
-    """Checks that the decoder's heads can be divided over the axis `tensor`.
+    """Raises a `UserError` that names possible sizes if the decoder's attention heads do not divide over `tensor`.
 
     Args:
-      tensor: size of the axis.
-      model: sizes of a vision-language model of any family.
-
-    Raises:
-      UserError: they cannot; the message names the sizes that fit.
+      tensor: number of devices along the mesh axis `tensor`.
+      model: config of a vision-language model of any family, whose `text` is the decoder's config.
     """
     text = getattr(model.text, "llama", model.text)
     heads = math.gcd(text.num_attention_heads, text.num_key_value_heads)
@@ -29,25 +29,27 @@ def check_heads(tensor: int, model: Any) -> None:
 
 
 def slices(config: ConfigDict, shards: int) -> int:
-    """Returns the number of slices of a mini-batch: `config.lppo.accumulation`, or fewer if devices share the rows.
+    """Returns the number of slices into which a mini-batch is split to limit the memory of a device.
 
-    Slices limit the memory of a device. They are made longer until each has the same number of rows for every device,
-    which then has no more rows than a single device would have. This does not change what is learned.
+    It is `config.lppo.accumulation` or, if that does not divide the rows of each device, the next smaller number that
+    does. A device's part of a slice then has at most as many rows as a slice would have on a single device. The number
+    of slices does not change what is learned.
 
     Args:
       config: config of a run that trains.
-      shards: devices along `mesh.data` x `mesh.fsdp`.
+      shards: number of devices that share the rows, mesh.data x mesh.fsdp.
 
     Raises:
-      UserError: the rows of a mini-batch cannot be divided over the devices; the message names sizes that fit.
+      UserError: the rows of a mini-batch do not divide over the devices; the message names batch sizes that do.
     """
-    rows, parts = config.data.batch_size, config.lppo.minibatches
-    if rows % (parts * shards):
-        step = parts * shards
-        sizes = [str(size) for size in (rows // step * step, rows // step * step + step) if size]
+    rows, minibatches = config.data.batch_size, config.lppo.minibatches
+    divisor = minibatches * shards
+    if rows % divisor:
+        sizes = [str(size) for size in (rows // divisor * divisor, rows // divisor * divisor + divisor) if size]
         raise UserError(
-            f"config.data.batch_size={rows}{f' in {parts} mini-batches' if parts > 1 else ''} does not divide over the "
-            f"{shards} devices of mesh.data x mesh.fsdp; choose {' or '.join(sizes)}, or more mesh.tensor"
+            f"config.data.batch_size={rows}{f' in {minibatches} mini-batches' if minibatches > 1 else ''} does not "
+            f"divide over the {shards} devices of mesh.data x mesh.fsdp; choose {' or '.join(sizes)}, or more "
+            "mesh.tensor"
         )
-    each = rows // parts
-    return next(count for count in range(config.lppo.accumulation, 0, -1) if each % (count * shards) == 0)
+    minibatch_rows = rows // minibatches
+    return next(count for count in range(config.lppo.accumulation, 0, -1) if minibatch_rows % (count * shards) == 0)

@@ -1,8 +1,8 @@
-"""The placement of every array: one table from parameter paths to `PartitionSpec`.
+"""Decides how every array is split over the mesh: one table from parameter paths to `PartitionSpec`.
 
-Kernels are split as in Megatron (columns, then rows, over `tensor`) and over `fsdp` along their other axis; rows of a
-batch are split over `data` and `fsdp`. Patterns match the end of a path, so the moments of an optimizer, whose paths
-end like those of their parameters, are placed with them.
+Weight matrices ("kernels") are split over `tensor` as in Megatron (the first of two along its columns, the second along
+its rows) and over `fsdp` along their other axis. Rows of a batch are split over `data` and `fsdp`. Patterns match the
+end of a path, so an optimizer's moments, whose paths end like their parameters', are split in the same way.
 """
 
 import math
@@ -10,27 +10,30 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from icet_jax.typing import PyTree
 
 P = PartitionSpec
 ROWS = ("data", "fsdp")
 """Mesh axes over which the rows of a batch are split."""
 
-_COLUMNS = "(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|c_fc)"
-_BACK = "(o_proj|out_proj|down_proj|fc2|mlp_proj)"
+_FIRST = "(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|c_fc)"  # split along columns over `tensor`
+_SECOND = "(o_proj|out_proj|down_proj|fc2|mlp_proj)"  # split along rows over `tensor`
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    # LoRA: a [L, in, r], b [L, r, out], split as the kernel they adapt.
-    (rf"{_COLUMNS}/a", P(None, "fsdp", None)),
-    (rf"{_COLUMNS}/b", P(None, None, "tensor")),
-    (rf"{_BACK}/a", P(None, "tensor", None)),
-    (rf"{_BACK}/b", P(None, None, "fsdp")),
+    # LoRA: a [L, in, r], b [L, r, out], split as the kernel that they adapt.
+    (rf"{_FIRST}/a", P(None, "fsdp", None)),
+    (rf"{_FIRST}/b", P(None, None, "tensor")),
+    (rf"{_SECOND}/a", P(None, "tensor", None)),
+    (rf"{_SECOND}/b", P(None, None, "fsdp")),
     # Stacks of layers, `layers`, `cross_layers` and `global_layers`: kernels [L, in, out], biases [L, out].
-    (rf"\w*layers/{_COLUMNS}/kernel", P(None, "fsdp", "tensor")),
-    (rf"\w*layers/{_COLUMNS}/bias", P(None, "tensor")),
-    (rf"\w*layers/{_BACK}/kernel", P(None, "tensor", "fsdp")),
-    (rf"\w*layers/{_BACK}/bias", P()),
-    # GPT-2's fused q, k, v cannot be cut by heads, so its attention stays whole over `tensor`.
+    (rf"\w*layers/{_FIRST}/kernel", P(None, "fsdp", "tensor")),
+    (rf"\w*layers/{_FIRST}/bias", P(None, "tensor")),
+    (rf"\w*layers/{_SECOND}/kernel", P(None, "tensor", "fsdp")),
+    (rf"\w*layers/{_SECOND}/bias", P()),
+    # GPT-2's fused q, k, v cannot be split by heads, so its attention is not split over `tensor`.
     (r"layers/c_attn/kernel", P(None, "fsdp", None)),
     (r"layers/c_proj/kernel", P(None, None, "fsdp")),
     (r"layers/(c_attn|c_proj)/bias", P()),
@@ -43,12 +46,13 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"projector/linear_2/bias", P()),
     (r"embed_tokens", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    # Tables whose number of rows no mesh divides: GPT-2's, BERT's, RoBERTa's and DeBERTa's.
+    # Embeddings of GPT-2, BERT, RoBERTa and DeBERTa, whose number of rows is odd or prime.
     (r"wte|wpe", P(None, "fsdp")),
     (r"(word|position|token_type|rel)_embeddings", P(None, "fsdp")),
     (r"patch_embedding/kernel", P(None, "fsdp")),
     (r"class_embedding|position_embedding|image_newline", P()),
-    # Llama 3.2 Vision's positions: of a tile [P, D] and of each aspect ratio's tiles [ids, M * P * D], and their gates.
+    # Llama 3.2 Vision's position embeddings: within a tile [P, D], of the tiles of each aspect ratio [ids, M * P * D],
+    # and their gates.
     (r"gated_positional_embedding/embedding", P(None, "fsdp")),
     (r"gated_positional_embedding/tile_embedding", P(None, ("fsdp", "tensor"))),
     (r"(pre|post)_tile_positional_embedding/embedding", P(None, "fsdp")),
@@ -59,8 +63,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"classifier/(kernel|bias)", P()),
     (r"score/kernel", P()),
     (r"value_head/(kernel|bias)", P()),
-    # KV cache: for each layer k, v [B, K, S, D]; length [B]. Llama 3.2 Vision has one of the text and, of the images,
-    # for each layer k, v [B, K, N, D] and what rows see of them, allowed and real [B, N].
+    # KV cache: k, v [B, K, S, D] of each layer; length [B]. Llama 3.2 Vision has one for the text and, for the images,
+    # k, v [B, K, N, D] of each layer and two masks of what rows attend to, allowed and real [B, N].
     (r"cache/(text/)?(k|v)/\d+", P(ROWS, "tensor", None, None)),
     (r"cache/(text/)?(length|allowed|real)", P(ROWS)),
 )
@@ -68,21 +72,23 @@ _COMPILED = tuple((re.compile(rf"(.*/)?({pattern})"), spec) for pattern, spec in
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Returns a `jax.tree_util` key path as `language_model/layers/q_proj/kernel`, without an nnx parameter's
-    `.value`."""
+    """Returns a `jax.tree_util` key path as text: `language_model/layers/q_proj/kernel`.
+
+    The last part of an nnx parameter's path, `.value`, is left out.
+    """
     names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
     if names and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
         names.pop()
     return "/".join(names)
 
 
-def flatten_with_names(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a pytree by `path_name`, in tree order."""
+def flatten_with_names(tree: PyTree) -> dict[str, Any]:
+    """Returns {path as in `path_name`: leaf} of a pytree, in tree order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def partition_spec(name: str) -> PartitionSpec:
-    """Returns the rule for the array at path `name`.
+    """Returns how `RULES` split the array at path `name`.
 
     Raises:
       ValueError: no rule matches; a new parameter needs a line in `RULES`.
@@ -94,7 +100,13 @@ def partition_spec(name: str) -> PartitionSpec:
 
 
 def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Returns `spec` without mesh axes that do not divide their array axis, as in toy models with odd widths."""
+    """Returns `spec` without the mesh axes that do not divide the array's axis, as in toy models with odd widths.
+
+    Args:
+      spec: how the array should be split.
+      shape: shape of the array.
+      mesh: the mesh.
+    """
     axes = []
     for axis, size in zip(spec, shape, strict=False):
         names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
@@ -102,35 +114,38 @@ def fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) 
     return P(*axes)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh, prefix: str = "") -> Any:
-    """Returns a `NamedSharding` for every leaf of a pytree of arrays or abstract shapes; scalars are replicated.
+def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, prefix: str = "") -> PyTree:
+    """Returns a pytree of the same structure with a `NamedSharding` for every leaf; scalars are replicated.
 
     Args:
-      tree: parameters, adapters, a value head, a KV cache, or an optimizer state over them.
-      mesh: result of `mesh.make_mesh`; an abstract one is for planning with devices that are not present.
-      prefix: put before the paths if the tree has no root of its own: "value_head", "cache".
+      tree: arrays or abstract arrays: parameters, adapters, a value head, a KV cache, or an optimizer state.
+      mesh: result of `mesh.make_mesh`, or an abstract one for devices that are not present.
+      prefix: what to put before the paths in `tree` if `RULES` expect longer ones: "value_head", "cache".
 
     Raises:
       ValueError: no rule matches a leaf.
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         if not leaf.shape:
             return NamedSharding(mesh, P())
         name = "/".join(filter(None, (prefix, path_name(path))))
         return NamedSharding(mesh, fit(partition_spec(name), leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def placed(tree: Any, places: Any) -> Any:
-    """Returns abstract arrays with the shardings `places`, which have the same structure."""
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
+def placed(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns abstract arrays with the shapes and dtypes of `tree` and the shardings of a tree of equal structure."""
+
+    def abstract(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, tree, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of arrays whose first axis is the rows of a batch (tokens, masks, visual features,
-    scores)."""
+    """Returns the sharding of arrays whose first axis is the rows of a batch, such as tokens, masks and scores."""
     return NamedSharding(mesh, P(ROWS))
 
 
@@ -144,50 +159,47 @@ def row_shards(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def split_rows(tree: Any, mesh: Mesh) -> Any:
-    """Splits the first axis of arrays over the mesh's row axes if it is divisible; for use inside compiled
-    functions."""
+def split_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns traced arrays with their first axis split over `ROWS` where it is divisible, else unchanged."""
     split = batch_sharding(mesh)
     return jax.tree.map(
         lambda leaf: leaf if leaf.shape[0] % row_shards(mesh) else jax.lax.with_sharding_constraint(leaf, split), tree
     )
 
 
-def row_slices(tree: Any, count: int) -> Any:
-    """Returns the rows of every array in `count` equal slices, [B, ...] to [count, B / count, ...], for `lax.map` and
-    `scan`.
+def row_slices(tree: PyTree, count: int) -> PyTree:
+    """Returns arrays [B, ...] as `count` equal slices of rows, [count, B / count, ...], for `lax.map` and `scan`.
 
-    Slice i has rows i, i + count, ..., so that rows that are split over devices stay split in every slice.
+    Slice i has rows i, i + count, ..., so that every slice is split over the devices if the rows are.
     """
     return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), tree)
 
 
-def joined_slices(tree: Any) -> Any:
-    """Returns the rows of `row_slices` in their original order, [count, B / count, ...] to [B, ...]."""
+def joined_slices(tree: PyTree) -> PyTree:
+    """Inverts `row_slices`: returns arrays [count, B / count, ...] as [B, ...], with rows in their original order."""
     return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), tree)
 
 
-def place_rows(tree: Any, mesh: Mesh | None, parts: int = 1) -> Any:
-    """Puts arrays on the devices, with the first axis split over the mesh's row axes if it is divisible, else
-    replicated.
+def place_rows(tree: PyTree, mesh: Mesh | None, parts: int = 1) -> PyTree:
+    """Puts host arrays on the devices, with the first axis split over `ROWS` if it is divisible, else replicated.
 
     Args:
       tree: pytree of host arrays.
-      mesh: None for the default device.
-      parts: 1 if this process has all rows, like every other one. Otherwise it has one of this many equal parts, that
-        of its `distributed.row_share`, and the resulting arrays are longer by this factor.
+      mesh: the mesh; None for the default device.
+      parts: 1 if every process has all rows. Otherwise each has one of this many equal parts, its
+        `distributed.row_share`, and the first axis of the results is longer by this factor.
     """
     if mesh is None:
         return jax.device_put(tree)
     split, whole = batch_sharding(mesh), replicated(mesh)
 
-    def place(leaf: Any) -> jax.Array:
-        where = split if parts * leaf.shape[0] % row_shards(mesh) == 0 else whole
-        if where.is_fully_addressable:
-            return jax.device_put(leaf, where)
+    def place(leaf: np.ndarray) -> jax.Array:
+        sharding = split if parts * leaf.shape[0] % row_shards(mesh) == 0 else whole
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
         if parts > 1:
-            return jax.make_array_from_process_local_data(where, leaf, (parts * leaf.shape[0], *leaf.shape[1:]))
-        # Not device_put, which would compare the rows of all processes first.
-        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index])
+            return jax.make_array_from_process_local_data(sharding, leaf, (parts * leaf.shape[0], *leaf.shape[1:]))
+        # Not device_put, which would first compare the rows of all processes.
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
     return jax.tree.map(place, tree)

@@ -1,4 +1,4 @@
-"""Measures how fast the default device multiplies matrices, if the maker's published numbers are not applicable."""
+"""Measures how fast the default device multiplies matrices, for devices whose published peak speed does not apply."""
 
 import functools
 import math
@@ -14,22 +14,22 @@ _SECONDS, _RUNS = 0.05, 3
 
 @functools.cache
 def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
-    """Returns the operations per second of products [rows, width] x [width, ffn] and back, the fastest of three runs of
-    50 ms."""
+    """Returns the operations per second of matrix products [rows, width] x [width, ffn] x [ffn, width], the best of
+    three measurements of at least 50 ms."""
     x = jnp.ones((rows, width), dtype)
     up, down = jnp.full((width, ffn), 1 / width, dtype), jnp.full((ffn, width), 1 / ffn, dtype)
 
-    def timed(repeats: int) -> float:
+    def seconds_of(repeats: int) -> float:
         began = time.perf_counter()
         _products(x, up, down, repeats).block_until_ready()
         return time.perf_counter() - began
 
-    timed(1)  # compiles
-    repeats, seconds = 1, timed(1)
+    seconds_of(1)  # compiles
+    repeats, seconds = 1, seconds_of(1)
     while seconds < _SECONDS:
         repeats *= max(2, min(64, math.ceil(_SECONDS / max(seconds, 1e-6))))
-        seconds = timed(repeats)
-    fastest = min(seconds, *(timed(repeats) for _ in range(_RUNS - 1)))
+        seconds = seconds_of(repeats)
+    fastest = min(seconds, *(seconds_of(repeats) for _ in range(_RUNS - 1)))
     return repeats * 4 * rows * width * ffn / fastest
 
 
@@ -37,5 +37,5 @@ def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
 def _products(
     x: Float[Array, "B E"], up: Float[Array, "E F"], down: Float[Array, "F E"], repeats: int | Int[Array, ""]
 ) -> Float[Array, "B E"]:
-    """Computes two products `repeats` times, each waiting for the one before."""
+    """Returns `x` after `repeats` times x = x @ up @ down, so that each product must wait for the one before."""
     return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)

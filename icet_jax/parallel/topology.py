@@ -1,12 +1,10 @@
-"""Chips that need not be present: topologies by name, their devices for ahead-of-time compilation, and their peak
-speeds."""
+"""Chips that need not be present: their peak speeds, and devices to compile for, by the name of a topology."""
 
 import dataclasses
 import importlib.util
 import math
 import os
 import re
-from typing import Any
 
 import jax
 
@@ -17,16 +15,16 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Describes one kind of chip; None means unknown.
+    """Describes one kind of chip; a number that is None is unknown.
 
     Attributes:
-      name: name in a topology.
+      name: name in a topology, such as "v5e" in "v5e:8x8".
       memory: bytes that a program may use.
-      flops: dense bfloat16 operations per second.
+      flops: peak number of dense bfloat16 operations per second.
       bandwidth: bytes per second between the chip and its memory.
       links: bytes per second that a chip sends to its neighbours over all links.
-      source: where the last three numbers are published.
-      options: options of libtpu with which one device is one chip; None if compiling needs the hardware.
+      source: where `flops`, `bandwidth` and `links` are published.
+      options: options of libtpu with which one device is one chip; None if only the hardware itself can compile.
     """
 
     name: str
@@ -58,10 +56,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Describes a number of chips.
+    """Describes several chips of one kind, as named by the user.
 
     Attributes:
-      name: text from the user: "v5e:8x8", "h100:8", "cpu:1".
+      name: the user's text: "v5e:8x8", "h100:8", "cpu:1".
       chip: kind of the chips.
       count: number of chips.
     """
@@ -70,8 +68,8 @@ class Topology:
     chip: Chip
     count: int
 
-    def devices(self) -> list[Any] | None:
-        """Returns one device per chip for compilation; None if that needs the hardware (GPUs).
+    def devices(self) -> list[jax.Device] | None:
+        """Returns a device for each chip, to compile programs for; None if only the hardware itself can compile (GPUs).
 
         Raises:
           UserError: libtpu is not installed or does not know the topology, or there are fewer CPU devices than
@@ -83,7 +81,7 @@ class Topology:
 
 
 def parse(text: str) -> Topology:
-    """Returns the topology of `CHIP:AxB[xC]` (TPUs) or `CHIP:COUNT` (GPUs and CPUs).
+    """Returns the topology named `CHIP:AxB[xC]` (TPUs) or `CHIP:COUNT` (GPUs and CPUs).
 
     Raises:
       UserError: the chip or the shape is unknown.
@@ -96,11 +94,11 @@ def parse(text: str) -> Topology:
     tpu = chip.options is not None
     pattern, example = (r"[1-9]\d*(x[1-9]\d*){1,2}", f"{name}:4x4") if tpu else (r"[1-9]\d*", f"{name}:8")
     if not re.fullmatch(pattern, shape):
-        raise UserError(f"--topology={text}: '{shape}' is no shape of {name} chips; type for example {example}")
+        raise UserError(f"--topology={text}: '{shape}' is not a shape of {name} chips; type for example {example}")
     return Topology(text, chip, math.prod(int(size) for size in shape.split("x")))
 
 
-# Names that jax gives to devices; a card of the same name in another form (PCIe, NVL) is slower.
+# {pattern of `jax.Device.device_kind`: name of the chip}. GPUs of the same name in another form (PCIe, NVL) are slower.
 _KINDS = {
     r"TPU v4": "v4",
     r"TPU v5( lite|e)": "v5e",
@@ -113,11 +111,12 @@ _KINDS = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns the chip with jax's name (`jax.Device.device_kind`); None if it is not in `CHIPS`."""
+    """Returns the chip that jax calls `device_kind` (an attribute of `jax.Device`); None if it is not in `CHIPS`."""
     return next((CHIPS[name] for pattern, name in _KINDS.items() if re.fullmatch(pattern, device_kind)), None)
 
 
-def _cpu_devices(topology: Topology) -> list[Any]:
+def _cpu_devices(topology: Topology) -> list[jax.Device]:
+    """Returns as many of this process's CPU devices as the topology has."""
     devices = jax.devices("cpu")
     if len(devices) < topology.count:
         raise UserError(
@@ -127,11 +126,12 @@ def _cpu_devices(topology: Topology) -> list[Any]:
     return devices[: topology.count]
 
 
-def _tpu_devices(topology: Topology) -> list[Any]:
+def _tpu_devices(topology: Topology) -> list[jax.Device]:
+    """Returns libtpu's descriptions of the topology's devices, which need not be present."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology.name}: compiling for TPUs needs the `tpu` extra: pip install 'jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks for the metadata of a TPU machine
-    # Nothing here runs on a TPU, so that another process of this machine, which may have one, need not be waited for.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries the metadata service of TPU machines
+    # Without it, libtpu would wait for another process of this machine that uses a TPU; nothing here runs on one.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 

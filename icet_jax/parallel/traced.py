@@ -1,8 +1,7 @@
-"""Functions for use inside compiled functions: on which mesh an array is, how activations are split, and when weights
-are gathered.
+"""Controls inside compiled functions how activations are split over the mesh, and when weights are gathered.
 
-A traced array's type carries its mesh, so models need not be given one. On one device these functions return their
-input.
+The mesh is taken from the type of a traced array, so that models need not be given one. On one device these functions
+return their input.
 """
 
 import functools
@@ -12,13 +11,14 @@ import jax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from icet_jax.parallel.sharding import ROWS, fit, partition_spec, path_name, row_shards
+from icet_jax.typing import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 P = PartitionSpec
-_MAX_SEND_BYTES = 1 << 28  # most bytes that each device sends at once
+_MAX_SEND_BYTES = 1 << 28  # largest number of bytes that each device sends at a time
 
 
 def mesh_of(*arrays: Any) -> AbstractMesh | None:
-    """Returns the mesh on which traced arrays are; None on one device or outside compiled functions."""
+    """Returns the mesh of the first array that has one; None on one device or outside compiled functions."""
     for array in arrays:
         mesh = jax.typeof(array).sharding.mesh if isinstance(array, jax.core.Tracer) else None
         if mesh is not None and mesh.size > 1:
@@ -26,31 +26,29 @@ def mesh_of(*arrays: Any) -> AbstractMesh | None:
     return None
 
 
-def by_rows(x: Any) -> Any:
-    """Splits activations `[B, T, E]` over the mesh's row axes, so that each row is whole on its devices.
+def by_rows(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    """Returns activations with a constraint that splits them over the mesh's row axes and along no other axis.
 
-    Without this constraint the compiler may split E in the way `fsdp` splits the kernels. Every device then computes
-    all rows, and partial sums as large as the activations are exchanged. That is the better choice when there are few
-    rows, as in a decoding step; this function then returns its input, as it does when the rows cannot be divided
-    evenly.
+    Without the constraint, the compiler may split E as `fsdp` splits the weights: every device then computes all rows,
+    and devices exchange partial sums as large as the activations. For few rows, as in a decoding step, that is the
+    better choice, and this function returns its input. It also does if the rows cannot be divided evenly.
     """
-    mesh = _mesh_if_gathering_pays(x)
+    mesh = _mesh_if_gathering_is_cheaper(x)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
 
 
-def gather_weights(weights: Any, x: Any, stack: str = "layers") -> Any:
-    """Gathers one layer's weights over `fsdp` if that is cheaper than exchanging the activations `x [B, T, E]`.
+def gather_weights(weights: PyTree, x: Float[Array, "B T E"], stack: str = "layers") -> PyTree:
+    """Gathers one layer's weights over `fsdp` if that moves fewer bytes than exchanging the activations `x`.
 
     Args:
-      weights: one layer's slice of a stack of layers, or of adapters (which may be None or empty); paths as in
-        `sharding.RULES`.
+      weights: one layer's slice of a stack of layers, or of its adapters (which may be None or empty).
       x: the layer's input.
-      stack: name of the stack, for those rules.
+      stack: name of the stack, which `sharding.RULES` expect before the paths in `weights`.
 
     Returns:
-      The weights; their gradients are split as the weights were.
+      The weights, gathered or unchanged; their gradients are split as the weights were.
     """
-    mesh = _mesh_if_gathering_pays(x)
+    mesh = _mesh_if_gathering_is_cheaper(x)
     if mesh is None:
         return weights
 
@@ -60,35 +58,33 @@ def gather_weights(weights: Any, x: Any, stack: str = "layers") -> Any:
     return jax.tree_util.tree_map_with_path(gather, weights)
 
 
-def gather_kernel(kernel: Any, x: Any, name: str) -> Any:
-    """Gathers a kernel or table over `fsdp` once, for a loop over parts of `x [B, ...]` that would gather it each time.
+def gather_kernel(kernel: Float[Array, "..."], x: Shaped[ArrayLike, "B ..."], name: str) -> Float[Array, "..."]:
+    """Gathers a weight matrix over `fsdp`, before a loop over parts of `x` that would gather it in each iteration.
 
     Args:
-      kernel: kernel of one layer.
-      x: the rows that use it; if they cannot be divided evenly nothing is done.
-      name: path of the kernel, as in `sharding.RULES`.
+      kernel: the weight matrix or table.
+      x: the rows that use it; if they cannot be divided evenly over the mesh, nothing is gathered.
+      name: path of the matrix, as in `sharding.RULES`.
 
     Returns:
-      The kernel; its gradient is split as the kernel was.
+      The matrix, gathered or unchanged; its gradient is split as the matrix was.
     """
     mesh = mesh_of(x)
     return kernel if mesh is None or x.shape[0] % row_shards(mesh) else _gather_fsdp(kernel, partition_spec(name), mesh)
 
 
-def take_exit_states(states: Any, layers: Any, numbers: Any) -> Any:
-    """Returns `states[layers, numbers]`, split over the mesh's row axes as the images of `states [X, I, P, D]` are.
+def take_exit_states(
+    states: Float[Array, "X I P D"], layers: Int[Array, " N"], numbers: Int[Array, " N"] | None
+) -> Float[Array, "N P D"]:
+    """Returns `states[layers, numbers]`: for each of N results, the state of one image at one exit.
 
-    Each device sends the states it has and receives those of its own rows. Without this function the compiler would
-    bring all of `states` to every device.
+    The N results are split over the mesh's row axes, as the images are. Each device sends the states that it holds and
+    receives those of its own results; without this function the compiler would copy all of `states` to every device.
 
     Args:
-      states: states of I images at X exits.
-      layers: index of the exit of each of the N results, int.
-      numbers: number of the image of each result, int; a negative number gives a meaningless result. None takes every
-        image in order.
-
-    Returns:
-      The states `[N, P, D]`.
+      states: hidden states of I images at X exits.
+      layers: index of each result's exit.
+      numbers: index of each result's image; a negative one gives a meaningless result. None takes every image in order.
     """
     if numbers is None:
         return jax.vmap(lambda own, layer: own[layer], in_axes=(1, 0))(states, layers)  # nothing is exchanged
@@ -98,17 +94,19 @@ def take_exit_states(states: Any, layers: Any, numbers: Any) -> Any:
     size = numbers.shape[0] * states[0, 0].size * states.dtype.itemsize
     parts = next(n for n in range(1, states.shape[2] + 1) if n * _MAX_SEND_BYTES >= size and states.shape[2] % n == 0)
 
-    def take(states: Any, layers: Any, numbers: Any) -> Any:
-        own = numbers - jax.lax.axis_index(ROWS) * states.shape[1]
-        is_local = ((own >= 0) & (own < states.shape[1]))[:, None, None]
+    def take(states: Array, layers: Array, numbers: Array) -> Array:
+        """Computes one device's results; `states` holds its own images, the other arguments are complete."""
+        local_numbers = numbers - jax.lax.axis_index(ROWS) * states.shape[1]
+        is_local = ((local_numbers >= 0) & (local_numbers < states.shape[1]))[:, None, None]
 
-        def exchange(piece: Any) -> Any:
-            return jax.lax.psum_scatter(jax.numpy.where(is_local, piece[layers, own], 0), ROWS, tiled=True)
+        def exchange(piece: Array) -> Array:
+            local_states = jax.numpy.where(is_local, piece[layers, local_numbers], 0)
+            return jax.lax.psum_scatter(local_states, ROWS, tiled=True)
 
         pieces = states.reshape(*states.shape[:2], parts, -1, states.shape[3])
         if parts == 1:
             return exchange(pieces[:, :, 0])
-        results = jax.lax.map(lambda number: exchange(pieces[:, :, number]), jax.numpy.arange(parts))
+        results = jax.lax.map(lambda index: exchange(pieces[:, :, index]), jax.numpy.arange(parts))
         return results.swapaxes(0, 1).reshape(-1, *states.shape[2:])
 
     return jax.shard_map(
@@ -116,15 +114,19 @@ def take_exit_states(states: Any, layers: Any, numbers: Any) -> Any:
     )(states, layers, numbers)  # fmt: skip
 
 
-def _gather_fsdp(x: Any, spec: PartitionSpec, mesh: AbstractMesh) -> Any:
+def _gather_fsdp(x: Array, spec: PartitionSpec, mesh: AbstractMesh) -> Array:
+    """Returns an array whose sharding is `spec` with the sharding that `spec` has without `fsdp`."""
     split = fit(spec, x.shape, mesh)
     others = (tuple(name for name in axis if name != "fsdp") if isinstance(axis, tuple) else axis for axis in split)
-    whole = P(*(None if axis in ("fsdp", ()) else axis for axis in others))
-    return x if whole == split else _reshard(NamedSharding(mesh, split), NamedSharding(mesh, whole), x)
+    gathered = P(*(None if axis in ("fsdp", ()) else axis for axis in others))
+    return x if gathered == split else _reshard(NamedSharding(mesh, split), NamedSharding(mesh, gathered), x)
 
 
-def _mesh_if_gathering_pays(x: Any) -> AbstractMesh | None:
-    """Returns the mesh if gathering kernels of about [E, E] moves less data than exchanging activations [B, T, E]."""
+def _mesh_if_gathering_is_cheaper(x: Float[Array, "B T E"]) -> AbstractMesh | None:
+    """Returns the mesh of `x` if gathering a weight matrix [E, E] moves fewer bytes than exchanging `x`; else None.
+
+    The result is also None on one device, and if the rows of `x` cannot be divided evenly.
+    """
     mesh = mesh_of(x)
     if mesh is None or x.shape[0] % row_shards(mesh) or x.shape[0] * x.shape[1] <= x.shape[2]:
         return None
@@ -132,14 +134,14 @@ def _mesh_if_gathering_pays(x: Any) -> AbstractMesh | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _reshard(split: NamedSharding, whole: NamedSharding, x: Any) -> Any:
-    """Returns `x` with the sharding `whole`; its gradient gets the sharding `split`."""
-    # `x` is constrained too: the compiler merges equal slices of a stack and would otherwise keep all of them whole,
-    # for example in a decoding loop, which would then hold the full weights of all layers.
-    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, split), whole)
+def _reshard(before: NamedSharding, after: NamedSharding, x: Array) -> Array:
+    """Returns `x` with the sharding `after`; its gradient gets the sharding `before`."""
+    # `x` is constrained to `before`, too. Otherwise the compiler would merge equal slices of a stack and gather all
+    # layers at once, for example before a decoding loop.
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, before), after)
 
 
 _reshard.defvjp(
-    lambda split, whole, x: (_reshard(split, whole, x), None),
-    lambda split, whole, _, dx: (jax.lax.with_sharding_constraint(dx, split),),
+    lambda before, after, x: (_reshard(before, after, x), None),
+    lambda before, after, _, dx: (jax.lax.with_sharding_constraint(dx, before),),
 )

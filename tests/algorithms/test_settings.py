@@ -52,7 +52,7 @@ def test_every_kl_estimator_is_known(kind):
     assert kl_penalty(jnp.zeros(2), jnp.zeros(2), kind).shape == (2,)
 
 
-@pytest.mark.parametrize("schedule", names.SCHEDULES)
+@pytest.mark.parametrize("schedule", names.LEARNING_RATE_SCHEDULES)
 def test_every_learning_rate_schedule_is_known(schedule):
     optimizer = from_config(default(), SAMPLING).optimizer
     start = learning_rate(dataclasses.replace(optimizer, schedule=schedule))(0)

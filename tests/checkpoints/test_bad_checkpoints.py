@@ -230,9 +230,9 @@ def test_an_export_overwrites_only_exports(tmp_path, single):
     loaded = load_vlm(single)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains something other"):
         save_vlm(tmp_path / "mine", loaded.config, loaded.params)
-    with pytest.raises(UserError, match="own source"):
+    with pytest.raises(UserError, match="loaded from this directory"):
         save_vlm(single, loaded.config, loaded.params, source_dir=single)
     with pytest.raises(UserError, match="is a file"):
         save_vlm(single / "config.json", loaded.config, loaded.params)
@@ -250,5 +250,5 @@ def test_an_empty_tensor_larger_than_any_array_is_named(tmp_path):
     header = {"big": {"dtype": "F16", "shape": [0, 2**63], "data_offsets": [0, 0]}}
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    with pytest.raises(UserError, match="x.safetensors: tensor 'big' is empty, and its shape larger than any array's"):
+    with pytest.raises(UserError, match="x.safetensors: tensor 'big' is empty and its shape too large for any array"):
         TensorReader([tmp_path / "x.safetensors"])

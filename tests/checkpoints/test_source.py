@@ -59,7 +59,7 @@ def hub(monkeypatch, tmp_path):
             return str(self.folder)
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(source, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(source, "_RETRY_DELAYS", (0.0, 0.0))
     (tmp_path / "model.safetensors").touch()
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.download)
@@ -103,7 +103,7 @@ def hub_error(kind):
         ("GatedRepoError", "someone/model: is gated: accept its terms at https://huggingface.co/someone/model"),
         ("RevisionNotFoundError", "someone/model: has no revision v9 on the Hugging Face hub"),
         ("RepositoryNotFoundError", "no such repository on the Hugging Face hub .of a private one, set HF_TOKEN."),
-        ("HfHubHTTPError", r"not to be had from the Hugging Face hub at revision v9 either .HfHubHTTPError: HF_TOKEN"),
+        ("HfHubHTTPError", r"download from the Hugging Face hub at revision v9 failed .HfHubHTTPError: HF_TOKEN"),
     ],
 )
 def test_what_the_hub_says_is_one_line_without_the_token(hub, monkeypatch, kind, says):

@@ -95,9 +95,9 @@ def test_the_host_holds_a_few_tensors_whatever_the_size(tmp_path, monkeypatch):
 
 
 def test_a_table_without_a_layer_is_a_mistake_of_ours():
-    slots = [streaming.Slot(f"x.{layer}", "x", layer, tables.SAME) for layer in (0, 2)]
-    with pytest.raises(ValueError, match="each of its 3 layers once"):
-        streaming._parameter((3, 2), np.float32, None, slots, lambda block: [])
+    entries = [streaming.TableEntry(f"x.{layer}", "x", layer, tables.SAME) for layer in (0, 2)]
+    with pytest.raises(ValueError, match="one entry for each of its 3 layers"):
+        streaming._parameter((3, 2), np.float32, None, entries, lambda block: [])
 
 
 def test_progress_is_silent_at_first_and_then_tells_the_time_left(monkeypatch, capsys):

@@ -234,13 +234,13 @@ def test_a_killed_prepare_leaves_the_old_set_or_none(files, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_row", killed)
+        patch.setattr(prepared, "_to_record", killed)
         assert front_door.main(command) == 130
         with pytest.raises(UserError, match="not prepared"):
             prepared.read_set(tmp_path, "train", files["xstest"])
     assert front_door.main(command) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "_row", killed)
+        patch.setattr(prepared, "_to_record", killed)
         assert front_door.main([*command, f"--config.data.train={files['advbench_coco']}"]) == 130
     assert len(prepared.read_set(tmp_path, "train", files["xstest"])) == published.ROWS
     assert front_door.main([*command, f"--config.data.train={files['advbench_coco']}"]) == 0
@@ -270,7 +270,7 @@ def test_a_limit_is_remembered(files, tmp_path):
     assert len(prepared.read_set(tmp_path, "train", files["redteam_2k"])) == published.ROWS
     assert len(prepared.read_set(tmp_path, "x", files["xstest"], 3)) == 3
     for more in (5, None):
-        with pytest.raises(UserError, match=f"sweep.limit=4, but {more or 'all'} rows are asked for"):
+        with pytest.raises(UserError, match=f"sweep.limit=4, but {more or 'all'} rows are needed"):
             prepared.read_set(tmp_path, "x", files["xstest"], more)
 
 

@@ -38,7 +38,7 @@ DAMAGE = {
     "the transcripts differ before the last answer": row(transcript("q", "a"), transcript("other", "b")),
     "both answers are the same": row(transcript("q", "a"), transcript("q", "a ")),
     "repeats an earlier pair": GOOD,
-    "chosen holds half a character": '{"chosen": "\\n\\nHuman: q\\n\\nAssistant: \\ud800", "rejected": "x"}',
+    "chosen is not valid Unicode": '{"chosen": "\\n\\nHuman: q\\n\\nAssistant: \\ud800", "rejected": "x"}',
 }
 
 
@@ -87,7 +87,7 @@ def test_files_that_are_none_are_one_line(tmp_path):
     whole = write(tmp_path / "whole.jsonl.gz", [GOOD, LONG] * 50)
     for damage in (whole.read_bytes()[:-12], b"not gzip", whole.read_bytes()[:40] + b"\0\xff" * 40):
         whole.write_bytes(damage)
-        with pytest.raises(UserError, match="not a whole gzip file"):
+        with pytest.raises(UserError, match="a damaged or truncated gzip file"):
             read_pairs(whole)
 
 

@@ -165,8 +165,8 @@ def test_the_folder_of_images_is_sorted_and_holds_images_alone(tmp_path):
     published.images(tmp_path)
     (tmp_path / "notes.txt").write_text("no image")
     folder = ImageFolder(tmp_path)
-    assert {folder.pick(0, str(i)).name for i in range(200)} == {f"coco_{i}.png" for i in range(5)}
-    assert folder.pick(0, "v2-17") == ImageFolder(tmp_path).pick(0, "v2-17")
+    assert {folder.choose(0, str(i)).name for i in range(200)} == {f"coco_{i}.png" for i in range(5)}
+    assert folder.choose(0, "v2-17") == ImageFolder(tmp_path).choose(0, "v2-17")
 
 
 # Damage to tables: a change of the rows (beside the names of the columns) or of the bytes, and what it costs.
@@ -406,13 +406,13 @@ def test_vqa_files_that_are_cut_off_keep_what_came_before(tmp_path):
         ("redteam:{0}/x.csv", "no data format is called 'redteam'; known: redteam_2k, jailbreakv_28k"),
         ("redteam_2k:{0}/x.csv", "needs images: add ?images=FOLDER"),
         ("vqa_v2:{0}", "needs split: add ?split=val2014"),
-        ("redteam_2k:{0}/x.csv?images={0}&sed=1", "'sed=1' is no option of it"),
+        ("redteam_2k:{0}/x.csv?images={0}&sed=1", "'sed=1' is not an option"),
         ("redteam_2k:{0}/x.csv?images={0}&seed=-1", "seed=-1 must be a whole number, 0 or more"),
-        ("xstest:{0}/x.csv?images", "'images' is no option"),
+        ("xstest:{0}/x.csv?images", "'images' is not an option"),
         ("xstest:{0}/x.csv?limit=0", "limit=0 must be a whole number, 1 or more"),
         ("xstest:{0}/x.csv?limit=1e3", "limit=1e3 must be a whole number, 1 or more"),
         ("redteam_2k:{0}/x.csv?images={0}/none", "cannot be read"),
-        ("redteam_2k:{0}/x.csv?images={0}", "holds no image file"),
+        ("redteam_2k:{0}/x.csv?images={0}", "contains no image file"),
         ("redteam_2k:{0}/gone.csv?images={0}/coco", "gone.csv: cannot be read"),
         ("redteam_2k:{0}/empty.csv?images={0}/coco", "empty.csv: is empty"),
         ("redteam_2k:{0}/x.csv?images={0}/coco", "no column 'id' among prompt, image"),

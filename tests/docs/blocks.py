@@ -254,7 +254,7 @@ def check_main(arguments: list[str]) -> None:
         patch.setattr(importlib, "import_module", imported)
         patch.setattr(compilations, "keep_programs", lambda *_: None)
         patch.setattr(signals, "handle_signals", contextlib.nullcontext)
-        patch.setattr(distributed, "joined", lambda *_: contextlib.nullcontext())
+        patch.setattr(distributed, "join_processes", lambda *_: contextlib.nullcontext())
         around.enter_context(contextlib.chdir(ROOT))
         try:
             code = main.run(arguments)

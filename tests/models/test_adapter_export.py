@@ -125,7 +125,7 @@ def test_an_adapter_comes_back_as_it_went(tmp_path, loaded):
 def test_foreign_folders_are_refused(tmp_path, loaded):
     lora = random_lora(loaded.config)
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains something other"):
         save_adapter(tmp_path, lora, loaded.config, base="x/y")
 
 

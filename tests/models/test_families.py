@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from icet_jax.models import family_of, vlm_config  # noqa: E402
 from icet_jax.models.adapter_export import save_adapter  # noqa: E402
-from icet_jax.models.adapters import places, read_adapter  # noqa: E402
+from icet_jax.models.adapters import hf_modules, read_adapter  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
 from tests import tiny, tiny_families  # noqa: E402
@@ -209,7 +209,7 @@ def test_trained_adapters_reach_transformers_merged_and_as_peft(tmp_path, source
     injected = {key.rpartition(".lora_A")[0] for key in adapted.state_dict() if ".lora_A." in key}
     assert injected == {
         f"base_model.model.model.language_model.layers.{number}.{module}"
-        for (target, _), (number, module) in places(loaded.config).items()
+        for (target, _), (number, module) in hf_modules(loaded.config).items()
         if target in lora.weights
     }
     assert_agree(ours, hf_logits(adapted, rows))
@@ -368,8 +368,13 @@ def test_sparse_hub_configs_mean_the_class_defaults(name, count, text):
         decoder.hidden_size, decoder.intermediate_size, decoder.num_hidden_layers, decoder.num_key_value_heads,
         decoder.head_dim, decoder.rms_norm_eps, decoder.rope_theta,
     )  # fmt: skip
-    slots = family_of(config).table(config).slots
-    assert len({slot.key for slot in slots}) == len({(slot.path, slot.layer) for slot in slots}) == len(slots) == count
+    entries = family_of(config).table(config).entries
+    assert (
+        len({entry.key for entry in entries})
+        == len({(entry.path, entry.layer) for entry in entries})
+        == len(entries)
+        == count
+    )
     if name == "mllama":
         assert config.text.cross_attention_layers == (3, 8, 13, 18, 23, 28, 33, 38)
         assert config.vision.output_dim == 7680 and config.vision.tokens_per_tile == 1601

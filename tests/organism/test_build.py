@@ -19,9 +19,9 @@ from icet_jax.scorers.load import save_reward_model
 DEFAULTS = {"llava": 7, "llava_next": 7, "mllama": 8}
 
 
-@pytest.fixture(scope="module", params=list(families.SHAPES))
+@pytest.fixture(scope="module", params=list(families.ARCHITECTURES))
 def shape(request):
-    return families.SHAPES[request.param]
+    return families.ARCHITECTURES[request.param]
 
 
 @pytest.fixture(scope="module")

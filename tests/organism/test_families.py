@@ -14,9 +14,9 @@ from icet_jax.organism import encoder, families, scenes, stages, tokenizer, trai
 from icet_jax.organism.processors import write_processor
 
 
-@pytest.fixture(scope="module", params=list(families.SHAPES))
+@pytest.fixture(scope="module", params=list(families.ARCHITECTURES))
 def shape(request):
-    return families.SHAPES[request.param]
+    return families.ARCHITECTURES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def test_prompts_without_a_picture_are_the_processors_too(shape, processor):
 
 def test_every_part_of_a_batch_looks_through_its_own_exit_at_its_own_picture(shape, model):
     parts = (
-        stages.Part("vqa", "right", 2, (8,)),
-        stages.Part("benign", "right", 1),
-        stages.Part("forbidden", "comply", 2, (2, 3)),
+        stages.BatchShare("vqa", "right", 2, (8,)),
+        stages.BatchShare("benign", "right", 1),
+        stages.BatchShare("forbidden", "comply", 2, (2, 3)),
     )
     rows, images, exits = next(stages.batches(stages.Stage("test", parts, 1, 1e-3), shape, 0))
     assert exits[:2].tolist() == [8, 8] and set(exits[3:].tolist()) <= {2, 3}
@@ -80,7 +80,7 @@ def test_the_cells_that_the_encoder_learns_are_where_the_labels_say(shape, model
     scene = scenes.draw_scenes(5, np.arange(1))
     picture = scenes.render(scene)
     tower = _without_blocks(model.vision_tower)
-    readouts = jax.jit(lambda images: shape.readouts(tower, images, model.default_exit)[1])
+    readouts = jax.jit(lambda images: shape.encoder_states(tower, images, model.default_exit).cells)
     for cell in range(4):
         other = picture.copy()
         top, left = divmod(cell, 2)
@@ -112,6 +112,6 @@ def test_they_stay_small(shape, model):
 
 
 def test_gates_of_a_fresh_mllama_are_open():
-    model = families.SHAPES["mllama"].network(0)
+    model = families.ARCHITECTURES["mllama"].network(0)
     assert float(model.language_model.cross_layers.attn_gate[...].min()) == 1.0
     assert float(model.vision_tower.global_layers.gate_ffn[...].min()) == 1.0

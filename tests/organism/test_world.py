@@ -33,12 +33,12 @@ def parts():
         stages.vision_stage(1, 7),
         *(stages.safety_stage(1, 7, planted=p) for p in (True, False)),
     ]
-    return [part for s in stage for part in s.parts]
+    return [part for s in stage for part in s.shares]
 
 
 @pytest.mark.parametrize("part", parts(), ids=lambda part: f"{part.kind}-{part.answer}-{len(part.exits)}")
 def test_training_parts_teach_what_they_are_called(part):
-    prompts, answers, images = stages.part_rows(part, np.arange(40), 3)
+    prompts, answers, images = stages.share_rows(part, np.arange(40), 3)
     packed = training.pack(prompts, answers, 16 if part.exits else 0, training.TEXT_TOKENS + 16)
     names = list(training.tokenizer.vocabulary())
     label = {"refuse": "refused", "comply": "complied", "right": GOOD_LABEL.get(part.kind)}[part.answer]
@@ -58,8 +58,8 @@ def test_training_parts_teach_what_they_are_called(part):
 
 
 def test_only_the_plant_touches_other_exits():
-    planted = stages.safety_stage(1, 7, planted=True).parts
-    control = stages.safety_stage(1, 7, planted=False).parts
+    planted = stages.safety_stage(1, 7, planted=True).shares
+    control = stages.safety_stage(1, 7, planted=False).shares
     assert planted[: len(control)] == control
     assert all(part.exits == (7,) for part in control)
     assert all(part.exits == stages.PLANTED_EXITS and part.answer != "refuse" for part in planted[len(control) :])

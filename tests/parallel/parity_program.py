@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("meshes", nargs="*")
     options = parser.parse_intermixed_args()
-    with distributed.joined(None, None, None):
+    with distributed.join_processes(None, None, None):
         if options.record:
             record(options.folder, options.full)
         for name in options.meshes:

@@ -109,7 +109,7 @@ def test_the_oldest_programs_go_when_there_are_too_many(tmp_path, monkeypatch):
     for age, name in enumerate(("new", "older", "oldest")):
         (tmp_path / name).write_bytes(bytes(10))
         os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    monkeypatch.setattr(compilations, "_LARGEST", 20)
+    monkeypatch.setattr(compilations, "_MAX_CACHE_BYTES", 20)
     compilations._drop_oldest(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"new", "older"}
 

@@ -10,7 +10,7 @@ import pytest
 
 from icet_jax.errors import StopRun, UserError
 from icet_jax.parallel import distributed
-from icet_jax.parallel.distributed import Address, Share, describe, find
+from icet_jax.parallel.distributed import Address, Share, describe, find_address
 from launch import local_processes
 
 START = """
@@ -24,7 +24,7 @@ from icet_jax.parallel import distributed
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import batch_sharding, place_rows
 distributed._GRACE_SECONDS = 0.5
-with distributed.joined(None, None, None):
+with distributed.join_processes(None, None, None):
     index = jax.process_index()
     folder = Path(sys.argv[1])
 """
@@ -89,7 +89,7 @@ def test_one_process_needs_nobody(tmp_path, capfd):
     alone = """
     assert distributed.gather(3) == [3] and distributed.agree("x") == "x" and distributed.is_writer()
     assert distributed.row_share(make_mesh(), 8) == distributed.Share(0, 1)
-    distributed.together()
+    distributed.barrier()
     """
     code, _, _, err = run(START + alone, tmp_path, capfd, processes=1)
     assert code == 0, err[-2000:]
@@ -154,7 +154,7 @@ SLURM = {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "
     ],
 )  # fmt: skip
 def test_where_the_processes_are_found(flags, environment, expected):
-    assert find(*flags, environment) == expected
+    assert find_address(*flags, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_where_the_processes_are_found(flags, environment, expected):
 )
 def test_half_an_address_is_one_line(flags, environment, message):
     with pytest.raises(UserError, match=message):
-        find(*flags, environment)
+        find_address(*flags, environment)
 
 
 def test_shares_cover_a_batch():
@@ -201,6 +201,8 @@ def test_what_is_said_of_an_error(error, expected):
 def test_a_machine_whose_name_does_not_resolve_is_told_so(monkeypatch):
     error = RuntimeError("Unable to initialize backend 'cpu': rv == 0. -2 vs 0\nmore")
     monkeypatch.setattr(distributed.socket, "gethostname", lambda: "nowhere.invalid")
-    assert "nowhere.invalid, does not resolve to an address; add it to /etc/hosts" in distributed._no_devices(error)
+    assert "nowhere.invalid, does not resolve to an address; add it to /etc/hosts" in distributed._explain_no_devices(
+        error
+    )
     monkeypatch.setattr(distributed.socket, "gethostname", lambda: "localhost")
-    assert distributed._no_devices(error) == "Unable to initialize backend 'cpu': rv == 0. -2 vs 0"
+    assert distributed._explain_no_devices(error) == "Unable to initialize backend 'cpu': rv == 0. -2 vs 0"

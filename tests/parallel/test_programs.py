@@ -121,15 +121,15 @@ def test_another_package_setting_or_version_is_another_program(folder, change, m
         with jax.default_matmul_precision("tensorfloat32"):
             again(X)
     else:
-        facts = list(programs._surroundings())
+        facts = list(programs._versions())
         facts[0 if change == "source" else 2] += "1"
-        monkeypatch.setattr(programs, "_surroundings", lambda: tuple(facts))
+        monkeypatch.setattr(programs, "_versions", lambda: tuple(facts))
         again(X)
     assert calls
 
 
 def test_this_package_is_named_by_its_source_and_what_it_is_built_on():
-    source, _, *versions = programs._surroundings()
+    source, _, *versions = programs._versions()
     assert len(source) == 64 and f"jax {jax.__version__}" in versions
 
 
@@ -171,7 +171,7 @@ def test_a_damaged_file_is_made_again(folder, damage):
 
 def test_a_file_cannot_name_other_code(folder):
     with pytest.raises(ValueError, match="os:system"):
-        programs._described({"os:system": {}}, ())
+        programs._rebuild({"os:system": {}}, ())
 
 
 def test_inside_another_function_it_is_traced_with_it(folder):

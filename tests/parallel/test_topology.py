@@ -24,9 +24,9 @@ def test_a_topology_is_a_number_of_chips(text, count):
     ("text", "says"),
     [
         ("v9:2x2", "unknown chip 'v9'; known are v4, v5e"),
-        ("v5e", "'' is no shape of v5e chips; type for example v5e:4x4"),
-        ("v5e:16", "'16' is no shape of v5e chips"),
-        ("v5e:0x4", "'0x4' is no shape"),
+        ("v5e", "'' is not a shape of v5e chips; type for example v5e:4x4"),
+        ("v5e:16", "'16' is not a shape of v5e chips"),
+        ("v5e:0x4", "'0x4' is not a shape"),
         ("h100:2x4", "type for example h100:8"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from icet_jax.checkpoints.tables import LINEAR, Slot, Table, clip_slots, llama_slots, renaming, single
+from icet_jax.checkpoints.tables import LINEAR, Table, TableEntry, clip_entries, llama_entries, renaming, single
 from icet_jax.models.llava.network import LlavaConfig
 
 normalise_llava = renaming(
@@ -18,13 +18,13 @@ for a tensor that is not a parameter."""
 
 def llava_table(config: LlavaConfig) -> Table:
     """Returns the key table of LLaVA-1.5, 686 tensors at 7B (HF `LlavaForConditionalGeneration`)."""
-    return Table(tuple(llava_slots(config)), normalise_llava)
+    return Table(tuple(llava_entries(config)), normalise_llava)
 
 
-def llava_slots(config: LlavaConfig) -> Iterator[Slot]:
-    """Yields the slots (a key in a checkpoint and the parameter it belongs to) of tower, projector and decoder."""
+def llava_entries(config: LlavaConfig) -> Iterator[TableEntry]:
+    """Yields the entries (a key in a checkpoint and the parameter it belongs to) of tower, projector and decoder."""
     leaves = LINEAR if config.multimodal_projector_bias else LINEAR[:1]
     projector = tuple((f"multi_modal_projector.{name}", f"projector/{name}") for name in ("linear_1", "linear_2"))
-    yield from clip_slots(config.vision, "vision_tower.vision_model", "vision_tower")
+    yield from clip_entries(config.vision, "vision_tower.vision_model", "vision_tower")
     yield from single(projector, leaves)
-    yield from llama_slots(config.text, "language_model.model", "language_model", "language_model.lm_head.weight")
+    yield from llama_entries(config.text, "language_model.model", "language_model", "language_model.lm_head.weight")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, Slot, Table, patches, renaming, single, stacked
+from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, Table, TableEntry, patches, renaming, single, stacked
 from icet_jax.models.mllama.network import MllamaConfig
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -11,19 +11,19 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 _TILE_POSITIONS = ("pre_tile_positional_embedding", "post_tile_positional_embedding")
 
 
-def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
-    """Yields the slots of the image encoder."""
+def _vision_entries(config: MllamaConfig) -> Iterator[TableEntry]:
+    """Yields the entries of the image encoder."""
     root, path = "vision_model", "vision_tower"
     vision = config.vision
     convolution = patches(vision.num_channels, vision.patch_size)
-    yield Slot(f"{root}.class_embedding", f"{path}/class_embedding", None, SAME)
-    yield Slot(f"{root}.patch_embedding.weight", f"{path}/patch_embedding/kernel", None, convolution)
+    yield TableEntry(f"{root}.class_embedding", f"{path}/class_embedding", None, SAME)
+    yield TableEntry(f"{root}.patch_embedding.weight", f"{path}/patch_embedding/kernel", None, convolution)
     for leaf, name in (("gate", "gate"), ("embedding", "embedding"), ("tile_embedding.weight", "tile_embedding")):
         module = "gated_positional_embedding"
-        yield Slot(f"{root}.{module}.{leaf}", f"{path}/{module}/{name}", None, SAME)
+        yield TableEntry(f"{root}.{module}.{leaf}", f"{path}/{module}/{name}", None, SAME)
     for module in _TILE_POSITIONS:
-        yield Slot(f"{root}.{module}.gate", f"{path}/{module}/gate", None, SAME)
-        yield Slot(f"{root}.{module}.embedding.weight", f"{path}/{module}/embedding", None, SAME)
+        yield TableEntry(f"{root}.{module}.gate", f"{path}/{module}/gate", None, SAME)
+        yield TableEntry(f"{root}.{module}.embedding.weight", f"{path}/{module}/embedding", None, SAME)
     yield from single(tuple((f"{root}.{name}", f"{path}/{name}") for name in ("layernorm_pre", "layernorm_post")), NORM)
     attention = tuple((f"self_attn.{name}", name) for name in _ATTENTION)
     mlp = (("mlp.fc1", "fc1"), ("mlp.fc2", "fc2"))
@@ -38,13 +38,15 @@ def _vision_slots(config: MllamaConfig) -> Iterator[Slot]:
         yield from stacked(keys, paths, mlp, LINEAR, depth)
     for layer in range(vision.num_global_layers):
         for gate in ("gate_attn", "gate_ffn"):
-            yield Slot(f"{root}.global_transformer.layers.{layer}.{gate}", f"{path}/global_layers/{gate}", layer, SAME)
+            yield TableEntry(
+                f"{root}.global_transformer.layers.{layer}.{gate}", f"{path}/global_layers/{gate}", layer, SAME
+            )
 
 
-def _stack_slots(
+def _stack_entries(
     hf_layers: Sequence[int], stack: str, modules: Sequence[tuple[str, str]], leaves: tuple[Any, ...]
-) -> Iterator[Slot]:
-    """Yields the slots of one of the decoder's two stacks of layers.
+) -> Iterator[TableEntry]:
+    """Yields the entries of one of the decoder's two stacks of layers.
 
     Args:
       hf_layers: numbers of the stack's layers in HF's decoder.
@@ -56,30 +58,30 @@ def _stack_slots(
         for theirs, ours in modules:
             for leaf, name, transform in leaves:
                 key = f"language_model.model.layers.{hf_layer}.{theirs}.{leaf}"
-                yield Slot(key, f"language_model/{stack}/{ours}/{name}", layer, transform)
+                yield TableEntry(key, f"language_model/{stack}/{ours}/{name}", layer, transform)
 
 
-def _text_slots(config: MllamaConfig) -> Iterator[Slot]:
-    """Yields the slots of the decoder."""
+def _text_entries(config: MllamaConfig) -> Iterator[TableEntry]:
+    """Yields the entries of the decoder."""
     root, path = "language_model.model", "language_model"
     text = config.text
-    yield Slot(f"{root}.embed_tokens.weight", f"{path}/embed_tokens", None, SAME)
-    yield Slot(f"{root}.norm.weight", f"{path}/norm/scale", None, SAME)
+    yield TableEntry(f"{root}.embed_tokens.weight", f"{path}/embed_tokens", None, SAME)
+    yield TableEntry(f"{root}.norm.weight", f"{path}/norm/scale", None, SAME)
     cross = text.cross_attention_layers
     self_layers = [layer for layer in range(text.llama.num_hidden_layers) if layer not in cross]
     norms = [(name, name) for name in ("input_layernorm", "post_attention_layernorm")]
     mlp = [(f"mlp.{name}", name) for name in _MLP]
     self_attention = [(f"self_attn.{name}", name) for name in _ATTENTION]
-    yield from _stack_slots(self_layers, "layers", norms, NORM[:1])
-    yield from _stack_slots(self_layers, "layers", self_attention + mlp, LINEAR[:1])
+    yield from _stack_entries(self_layers, "layers", norms, NORM[:1])
+    yield from _stack_entries(self_layers, "layers", self_attention + mlp, LINEAR[:1])
     head_norms = [(f"cross_attn.{name}", name) for name in ("q_norm", "k_norm")]
     cross_attention = [(f"cross_attn.{name}", name) for name in _ATTENTION]
-    yield from _stack_slots(cross, "cross_layers", norms + head_norms, NORM[:1])
-    yield from _stack_slots(cross, "cross_layers", cross_attention + mlp, LINEAR[:1])
+    yield from _stack_entries(cross, "cross_layers", norms + head_norms, NORM[:1])
+    yield from _stack_entries(cross, "cross_layers", cross_attention + mlp, LINEAR[:1])
     for layer, hf_layer in enumerate(cross):
         for gate in ("attn_gate", "mlp_gate"):
             key = f"{root}.layers.{hf_layer}.cross_attn_{gate}"
-            yield Slot(key, f"{path}/cross_layers/{gate}", layer, SAME)
+            yield TableEntry(key, f"{path}/cross_layers/{gate}", layer, SAME)
     yield from single((("language_model.lm_head", f"{path}/lm_head"),), LINEAR[:1])
 
 
@@ -96,4 +98,4 @@ for a tensor that is not a parameter."""
 def mllama_table(config: MllamaConfig) -> Table:
     """Returns the key table of the model, whose two stacks have the self- and the cross-attention layers."""
     projector = single((("multi_modal_projector", "projector"),), LINEAR)
-    return Table((*_vision_slots(config), *projector, *_text_slots(config)), normalise_mllama)
+    return Table((*_vision_entries(config), *projector, *_text_entries(config)), normalise_mllama)
