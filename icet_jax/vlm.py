@@ -28,7 +28,7 @@ from icet_jax.media.limits import beyond_positions, max_positions
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.models.base.processor import Processor, load_processor
 from icet_jax.models.saving import save_vlm
-from icet_jax.nn.layers import Lora, positions_from_mask
+from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import EncodedImages, Images, check_exit
 from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
@@ -313,7 +313,7 @@ def _logits(
 ) -> Float[Array, "B T V"]:
     model = nnx.merge(graphdef, params)
     visual = None if encoded is None else model.visual(encoded, exit_index)
-    hidden = model.decode(tokens, positions_from_mask(mask), mask, visual, lora)
+    hidden = model.decode(tokens, model.positions(tokens, mask, visual), mask, visual, lora)
     return model.logits(hidden)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from icet_jax.generation.sampling import distribution_kl, token_log_probs
 from icet_jax.nn.heads import value
-from icet_jax.nn.layers import Lora, positions_from_mask
+from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import POLICY_ROOT, VisionLanguageModel
 from icet_jax.typing import Array, Bool, Float, Int
 
@@ -119,5 +119,6 @@ def response_hidden(
     width = prompts.shape[1]
     tokens = jnp.concatenate([prompts, responses[:, :-1]], axis=1)
     token_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
-    hidden = model.decode(tokens, positions_from_mask(token_mask), token_mask, jax.lax.stop_gradient(visual), lora)
+    visual = jax.lax.stop_gradient(visual)
+    hidden = model.decode(tokens, model.positions(tokens, token_mask, visual), token_mask, visual, lora)
     return hidden[:, width - 1 :]

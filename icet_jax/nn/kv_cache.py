@@ -21,13 +21,16 @@ class KVCache:
 
     Attributes:
       k, v: one array per layer, `[B, K, S, D]`; columns at or beyond a row's length have no meaning.
-      length: number of tokens of each row, `[B]`; this is also the column and the position of its next token.
+      length: number of tokens of each row, `[B]`; this is also the column of its next token.
+      next_position: rotary position of each row's next token, `[B]`; less than its column where image tokens share
+        positions (multimodal rotary embedding).
     """
 
     # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
     k: tuple[Any, ...]
     v: tuple[Any, ...]
     length: Any
+    next_position: Any
 
     @property
     def columns(self) -> int:
@@ -58,7 +61,11 @@ class KVCache:
             return old.at[slots, :, : rows.columns].set(new.astype(old.dtype), mode="drop")
 
         k, v = jax.tree.map(write, (self.k, self.v), (rows.k, rows.v))
-        return KVCache(k=k, v=v, length=self.length.at[slots].set(rows.length, mode="drop"))
+        length, next_position = (
+            old.at[slots].set(new, mode="drop")
+            for old, new in ((self.length, rows.length), (self.next_position, rows.next_position))
+        )
+        return KVCache(k=k, v=v, length=length, next_position=next_position)
 
     def append_to_layer(
         self, layer: int, k: Float[Array, "B K T D"], v: Float[Array, "B K T D"]

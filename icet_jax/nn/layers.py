@@ -124,10 +124,13 @@ def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T heads
 
 
 def rotary_angles(
-    positions: Int[Array, "B T"], inverse_frequencies: Float[Array, "half"]
+    positions: Int[Array, "B T P"], inverse_frequencies: Float[Array, "half"]
 ) -> tuple[Float[Array, "B T 1 D"], Float[Array, "B T 1 D"]]:
-    """Returns cos and sin of `position * frequency`, repeated for both halves of a head (HF `LlamaRotaryEmbedding`)."""
-    angles = positions[..., None].astype(jnp.float32) * inverse_frequencies
+    """Returns cos and sin of `position * frequency`, repeated for both halves of a head (HF `LlamaRotaryEmbedding`).
+
+    The last axis of `positions` has one position for all frequencies, or one for each.
+    """
+    angles = positions.astype(jnp.float32) * inverse_frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 

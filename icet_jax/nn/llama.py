@@ -32,7 +32,11 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Holds the sizes of the decoder under HF's names."""
+    """Holds the sizes of the decoder under HF's names.
+
+    `mrope_section` are the frequencies that turn with each of the three positions of multimodal rotary embedding; empty
+    if a token has one position.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -45,6 +49,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
+    mrope_section: tuple[int, ...] = ()
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -235,7 +240,7 @@ class NextToken:
     """
 
     def __init__(self, config: LlamaConfig, cache: KVCache):
-        self.angles = rotary(config, cache.length[:, None])
+        self.angles = rotary(config, cache.next_position[:, None])
         self.cache, self.visible = cache, cache.visible_columns()
         self.k, self.v = list(cache.k), list(cache.v)
 
@@ -249,32 +254,54 @@ class NextToken:
         return layer.after_attention(x, attended[:, None], adapters, scale)
 
     def updated_cache(self, active: Bool[Array, "B"]) -> KVCache:
-        """Returns the cache with the new token; the length of inactive rows does not change."""
-        return KVCache(k=tuple(self.k), v=tuple(self.v), length=self.cache.length + active)
+        """Returns the cache with the new token; inactive rows keep their length and their next position."""
+        return KVCache(
+            k=tuple(self.k),
+            v=tuple(self.v),
+            length=self.cache.length + active,
+            next_position=self.cache.next_position + active,
+        )
 
 
-def rotary(config: LlamaConfig, positions: Int[Array, "B T"]) -> Angles:
-    """Returns cos and sin of the tokens' rotary angles."""
-    return layers.rotary_angles(positions, jnp.asarray(inverse_frequencies(config)))
+def rotary(config: LlamaConfig, positions: Int[Array, "*sections B T"]) -> Angles:
+    """Returns cos and sin of the tokens' rotary angles.
+
+    With positions `[3, B, T]` the frequencies are divided by `config.mrope_section`, and each section turns with one of
+    the three positions (HF `apply_multimodal_rotary_pos_emb`).
+    """
+    frequencies = jnp.asarray(inverse_frequencies(config))
+    if positions.ndim == 2:
+        return layers.rotary_angles(positions[..., None], frequencies)
+    section = np.repeat(np.arange(len(config.mrope_section)), config.mrope_section)
+    return layers.rotary_angles(jnp.moveaxis(positions, 0, -1)[..., section], frequencies)
 
 
-def prompt_positions(mask: Bool[Array, "B T"], prefix: KVCache | None) -> Int[Array, "B T"]:
-    """Returns the positions of right-padded tokens that follow `prefix`."""
-    before = 0 if prefix is None else prefix.length[:, None]
-    return before + jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
+def after_prefix(positions: Int[Array, "*sections B T"], prefix: KVCache | None) -> Int[Array, "*sections B T"]:
+    """Returns the positions of tokens that follow `prefix`, from positions that begin at 0."""
+    return positions if prefix is None else positions + prefix.next_position[:, None]
 
 
 def prompt_cache(
-    k: tuple[Array, ...], v: tuple[Array, ...], mask: Bool[Array, "B T"], prefix: KVCache | None
-) -> KVCache:
-    """Returns the cache of right-padded tokens appended to `prefix`; `k` and `v` are `[B, K, T, D]` for each layer."""
+    k: tuple[Array, ...], v: tuple[Array, ...], positions: Int[Array, "*sections B T"], mask: Bool[Array, "B T"],
+    prefix: KVCache | None,
+) -> KVCache:  # fmt: skip
+    """Returns the cache of right-padded tokens appended to `prefix`.
+
+    Args:
+      k, v: keys and values of each layer, `[B, K, T, D]`.
+      positions: positions of the tokens, from `after_prefix`; the next position is the largest of a row plus one.
+      mask: True at real tokens.
+      prefix: cache of the tokens that come before these, or None.
+    """
     length = mask.sum(axis=1).astype(jnp.int32)
+    last = jnp.where(mask, positions, -1).max(axis=(*range(positions.ndim - 2), -1)).astype(jnp.int32)
     if prefix is None:
-        return KVCache(k=k, v=v, length=length)
+        return KVCache(k=k, v=v, length=length, next_position=last + 1)
     wide = prefix.with_room(mask.shape[1])
     pairs = [wide.append_to_layer(layer, *pair) for layer, pair in enumerate(zip(k, v, strict=True))]
     k, v = (tuple(parts) for parts in zip(*pairs, strict=True))
-    return KVCache(k=k, v=v, length=prefix.length + length)
+    next_position = jnp.maximum(prefix.next_position, last + 1)
+    return KVCache(k=k, v=v, length=prefix.length + length, next_position=next_position)
 
 
 def layer_at(stacks: Any, index: int | Array) -> Any:
@@ -304,14 +331,14 @@ class LlamaDecoder(nnx.Module):
     def __call__(
         self,
         embeddings: Float[Array, "B T E"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "*sections B T"],
         mask: Bool[Array, "B T"],
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
         """Returns the hidden states of whole sequences after the final norm, with causal attention.
 
         Args:
-          positions: rotary position of each token, from 0.
+          positions: rotary position of each token, from 0; see `rotary`.
           mask: True at real tokens; padding may be on either side.
           lora: adapters, or None for the reference model.
         """
@@ -329,6 +356,7 @@ class LlamaDecoder(nnx.Module):
     def prefill(
         self,
         embeddings: Float[Array, "B T E"],
+        positions: Int[Array, "*sections B T"],
         mask: Bool[Array, "B T"],
         prefix: KVCache | None = None,
         lora: Lora | None = None,
@@ -337,11 +365,13 @@ class LlamaDecoder(nnx.Module):
 
         Args:
           embeddings: embeddings of the tokens after `prefix`.
+          positions: their rotary positions, from 0 also with a prefix; see `rotary`.
           mask: True at real tokens; padding is on the right. The state of a row without any token has no meaning.
           prefix: cache of the tokens that come before these, or None.
           lora: adapters, or None.
         """
-        attend_to = SelfAttention(rotary(self.config, prompt_positions(mask, prefix)), mask, prefix)
+        positions = after_prefix(positions, prefix)
+        attend_to = SelfAttention(rotary(self.config, positions), mask, prefix)
         graph, state, adapters, scale = self._stacks(lora)
         depth = self.config.num_hidden_layers
         x = by_rows(embeddings.astype(self.dtype))
@@ -358,7 +388,7 @@ class LlamaDecoder(nnx.Module):
                 x, keys_values = attend_to.last(x, layer, own, scale, index, last)
             k.append(keys_values[0])
             v.append(keys_values[1])
-        return self.norm(x)[:, 0], prompt_cache(tuple(k), tuple(v), mask, prefix)
+        return self.norm(x)[:, 0], prompt_cache(tuple(k), tuple(v), positions, mask, prefix)
 
     def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
         """Returns the layers one by one, for `step`."""
@@ -413,9 +443,18 @@ class Llama(HasLanguageModelHead, LlamaDecoder):
 
 
 class DelegatesToDecoder:
-    """Forwards the decoding methods of a network to its decoder, `language_model`; see `LanguageModel`."""
+    """Forwards the decoding methods of a network to its decoder, `language_model`; see `LanguageModel`.
+
+    Positions count the tokens of a row, images included. A family with other positions overrides `positions`.
+    """
 
     language_model: Any
+
+    def positions(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], visual: Any = None
+    ) -> Int[Array, "*sections B T"]:
+        """Returns the position of each token among its row's real tokens."""
+        return layers.positions_from_mask(mask)
 
     def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
         """Returns the decoder's layers one by one, for `step`."""

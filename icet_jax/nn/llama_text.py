@@ -57,7 +57,8 @@ class LlamaLM(DelegatesToDecoder, nnx.Module):
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], KVCache]:
         """Runs right-padded prompts and returns the last states and the cache; see `LanguageModel.prefill`."""
-        return self.language_model.prefill(self.language_model.embed(tokens), mask, prefix, lora)
+        positions = self.positions(tokens, mask, visual)
+        return self.language_model.prefill(self.language_model.embed(tokens), positions, mask, prefix, lora)
 
 
 class LlamaRewardModel(nnx.Module):

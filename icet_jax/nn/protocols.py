@@ -21,9 +21,14 @@ Visual = Any
 EncodedImages = Any
 """Opaque pytree of the image encoder's states of all images at every exit."""
 
+Positions = Any
+"""Opaque array of the tokens' positions, made by a family's `positions` and read by its `decode`: `[B, T]` for most
+families, `[3, B, T]` for multimodal rotary embedding."""
+
 Cache = Any
-"""Opaque pytree in which a decoder keeps the tokens that it has processed. It has the methods `with_room`, `trim` and
-`replace_rows` and the property `columns` of `nn.kv_cache.KVCache`; the first axis of every leaf is the batch."""
+"""Opaque pytree in which a decoder keeps the tokens that it has processed and the position of the next one. It has the
+methods `with_room`, `trim` and `replace_rows` and the property `columns` of `nn.kv_cache.KVCache`; the first axis of
+every leaf is the batch."""
 
 
 @flax.struct.dataclass
@@ -159,10 +164,14 @@ class LanguageModel(Protocol):
         """Returns the width of the decoder."""
         ...
 
+    def positions(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], visual: Visual | None = None) -> Positions:
+        """Returns the positions of whole sequences for `decode`; padding may be on either side."""
+        ...
+
     def decode(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
+        positions: Positions,
         mask: Bool[Array, "B T"],
         visual: Visual | None = None,
         lora: Lora | None = None,
@@ -188,7 +197,8 @@ class LanguageModel(Protocol):
     ) -> tuple[Float[Array, "B E"], Cache]:
         """Returns the state of each row's last token, and the cache of its tokens, which are padded on the right.
 
-        With a `prefix`, a cache of as many rows, the tokens follow those in it and have no images of their own.
+        With a `prefix`, a cache of as many rows, the tokens follow those in it and have no images of their own. The
+        cache also says at which position `step` continues.
         """
         ...
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from icet_jax.algorithms.state import OptimizerSettings, make_optimizer
-from icet_jax.nn.layers import positions_from_mask
 from icet_jax.nn.protocols import Visual
 from icet_jax.organism import tokenizer
 from icet_jax.typing import Array, Float, PyTree
@@ -58,8 +57,8 @@ def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, widt
 
 def next_token_loss(model: Any, batch: TextRows, visual: Visual | None) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the mean cross-entropy of the response tokens in nats, and metrics; `visual` are the image features."""
-    mask = jnp.asarray(batch.mask)
-    hidden = model.decode(jnp.asarray(batch.tokens), positions_from_mask(mask), mask, visual)
+    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
+    hidden = model.decode(tokens, model.positions(tokens, mask, visual), mask, visual)
     logits = model.logits(hidden[:, -RESPONSE_TOKENS - 1 : -1])
     targets, learn = batch.tokens[:, -RESPONSE_TOKENS:], batch.response[:, -RESPONSE_TOKENS:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

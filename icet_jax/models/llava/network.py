@@ -179,7 +179,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
     def decode(
         self,
         tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "*sections B T"],
         mask: Bool[Array, "B T"],
         visual: Float[Array, "B MN E"] | None = None,
         lora: Lora | None = None,
@@ -196,4 +196,5 @@ class Llava(DelegatesToDecoder, nnx.Module):
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], KVCache]:
         """Runs right-padded prompts and returns the last states and the cache; see `LanguageModel.prefill`."""
-        return self.language_model.prefill(self.merge(tokens, visual), mask, prefix, lora)
+        positions = self.positions(tokens, mask, visual)
+        return self.language_model.prefill(self.merge(tokens, visual), positions, mask, prefix, lora)

@@ -182,4 +182,5 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], MllamaCache]:
         """Runs right-padded prompts and returns the last states and the cache; see `LanguageModel.prefill`."""
-        return self.language_model.prefill(tokens, mask, visual, self.image_token_index, prefix, lora)
+        positions = self.positions(tokens, mask, visual)
+        return self.language_model.prefill(tokens, positions, mask, visual, self.image_token_index, prefix, lora)

@@ -23,10 +23,10 @@ from icet_jax.nn.llama import (
     NextToken,
     SelfAttention,
     UnstackedLayers,
+    after_prefix,
     layer_at,
     lora_shapes,
     prompt_cache,
-    prompt_positions,
     rotary,
 )
 from icet_jax.parallel.traced import by_rows, gather_weights
@@ -257,6 +257,7 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
     def prefill(
         self,
         tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
         images: CrossStates | None,
         image_token: int,
@@ -268,11 +269,12 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
         if prefix is not None and prefix.k:
             vision, stored = cached_images(prefix, tokens.shape[1]), (jnp.stack(prefix.k), jnp.stack(prefix.v))
         before = None if prefix is None else prefix.text
-        text = SelfAttention(rotary(self.config.llama, prompt_positions(mask, before)), mask, before)
+        positions = after_prefix(positions, before)
+        text = SelfAttention(rotary(self.config.llama, positions), mask, before)
         x, (text_kv, image_kv) = self._run(self.embed(tokens), text, vision, lora, stored=stored, keep=True)
         last = jnp.maximum(mask.sum(axis=1) - 1, 0)[:, None, None]
         k, v = map(tuple, text_kv)
-        cache = MllamaCache(prompt_cache(k, v, mask, before))
+        cache = MllamaCache(prompt_cache(k, v, positions, mask, before))
         if vision is not None:
             k, v = (tuple(stack) for stack in (image_kv if stored is None else stored))
             allowed = jnp.take_along_axis(vision.allowed, last, axis=1)[:, 0]
