@@ -164,6 +164,7 @@ def old_config(config: Any) -> dict[str, Any]:
         "projector_hidden_act": "gelu",
         "text_config": {
             **{key: getattr(text, key) for key in text_keys},
+            **{key: True for key in ("attention_bias", "mlp_bias") if getattr(text, key, False)},
             "model_type": "llama",
             "rope_theta": theta,
             "rope_scaling": scaling,

@@ -98,26 +98,26 @@ def deberta(seed: int = 0, *, scale: float = 1.0, **config: Any) -> Any:
     return randomise(DebertaV2ForSequenceClassification(hf_config).float(), seed, scale)
 
 
-def _llama_config(config: dict[str, Any]) -> Any:
-    from transformers import LlamaConfig
+def _decoder(kind: str, head: str, config: dict[str, Any]) -> Any:
+    import transformers
 
     settings = {"vocab_size": tiny.VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
     settings |= {"bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS, "pad_token_id": tiny.PAD}
-    return LlamaConfig(**LLAMA_SIZES | settings | config)
+    hf_config = getattr(transformers, f"{kind}Config")(**LLAMA_SIZES | settings | config)
+    return getattr(transformers, f"{kind}For{head}")(hf_config).float()
 
 
-def llama_lm(seed: int = 0, *, scale: float = 1.0, **config: Any) -> Any:
-    """A `LlamaForCausalLM` with grouped-query attention; `rope_parameters=LLAMA3_ROPE` scales its frequencies."""
-    from transformers import LlamaForCausalLM
+def llama_lm(seed: int = 0, *, kind: str = "Llama", scale: float = 1.0, **config: Any) -> Any:
+    """A `...ForCausalLM` with grouped-query attention; `rope_parameters=LLAMA3_ROPE` scales its frequencies.
 
-    return randomise(LlamaForCausalLM(_llama_config(config)).float(), seed, scale)
+    `kind` is Llama, Mistral or Qwen2.
+    """
+    return randomise(_decoder(kind, "CausalLM", config), seed, scale)
 
 
-def llama_reward(seed: int = 0, *, scale: float = 1.0, **config: Any) -> Any:
-    """A `LlamaForSequenceClassification` with one label."""
-    from transformers import LlamaForSequenceClassification
-
-    return randomise(LlamaForSequenceClassification(_llama_config({"num_labels": 1} | config)).float(), seed, scale)
+def llama_reward(seed: int = 0, *, kind: str = "Llama", scale: float = 1.0, **config: Any) -> Any:
+    """A `...ForSequenceClassification` with one label; `kind` as in `llama_lm`."""
+    return randomise(_decoder(kind, "SequenceClassification", {"num_labels": 1} | config), seed, scale)
 
 
 def tokenizer(model_type: str) -> Any:
@@ -160,7 +160,7 @@ _TOKENIZERS = {
     "bert": _bert_tokenizer,
     "roberta": _roberta_tokenizer,
     "deberta-v2": _deberta_tokenizer,
-    "llama": _llama_tokenizer,
+    **dict.fromkeys(("llama", "mistral", "qwen2"), _llama_tokenizer),
 }
 
 

@@ -13,18 +13,13 @@ from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
 from icet_jax.files import JsonObject, parse_json
 from icet_jax.nn.gpt2 import GPT2Config
-from icet_jax.nn.llama import LlamaConfig, RopeScaling
 
 _T = TypeVar("_T")
 
 SUPPORTED = {**{name: family.title for name, family in FAMILIES.items()}, "gpt2": "GPT-2 reward model"}
 """{`model_type` in config.json: description for error messages} of the supported models."""
 
-# transformers' class defaults, used for fields that the decoder's config leaves out.
-_TEXT_DEFAULTS = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-}  # fmt: skip
+# transformers' class defaults, used for fields that the file leaves out.
 _GPT2_DEFAULTS = {
     "vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "layer_norm_epsilon": 1e-5,
 }  # fmt: skip
@@ -43,14 +38,14 @@ class Fields:
 
     def __init__(self, values: object, defaults: JsonObject, where: str):
         if not isinstance(values, dict):
-            raise UserError(f"{where}: must be a mapping, not {_shown(values)}")
+            raise UserError(f"{where}: must be a mapping, not {shown(values)}")
         # An explicit null means the default, like an absent key.
         self.values = defaults | {key: value for key, value in values.items() if value is not None}
         self.where = where
 
     def fail(self, field: str, expected: str) -> UserError:
         """Returns (does not raise) the error for a field whose value is not `expected`, a description for the user."""
-        return UserError(f"{self.where}: {field}={_shown(self.values.get(field))} is not supported; needs {expected}")
+        return UserError(f"{self.where}: {field}={shown(self.values.get(field))} is not supported; needs {expected}")
 
     def size(self, field: str) -> int:
         """Returns the field's positive integer, which has an upper limit against malicious files."""
@@ -80,7 +75,7 @@ class Fields:
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Returns the text of a value for an error message, truncated if it is long."""
     text = "a number of thousands of digits" if isinstance(value, int) and abs(value) >= 10**100 else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
@@ -114,7 +109,7 @@ def _refuse_quantised(values: JsonObject, where: str) -> None:
         if quantization is not None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise UserError(
-                f"{where}: {prefix}quantization_config{'' if method is None else f' ({_shown(method)})'}: quantised "
+                f"{where}: {prefix}quantization_config{'' if method is None else f' ({shown(method)})'}: quantised "
                 "weights are not supported; give the checkpoint that is not quantised, or remove the field if its "
                 "weights are plain"
             )
@@ -135,76 +130,6 @@ def require_model_type(values: JsonObject, expected: str, where: str = "config.j
             f"{where}: model_type '{model_type}' is a {SUPPORTED[model_type]}; a {SUPPORTED[expected]} is needed here"
         )
     raise UserError(f"{where}: model_type '{model_type}' is not supported; supported are {_supported()}")
-
-
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Returns base frequency and scaling (None: not scaled) of the rotary positions.
-
-    They are in the old keys `rope_theta` and `rope_scaling`, or in the new one, `rope_parameters`.
-    """
-    merged: JsonObject = {"rope_theta": fields.values.get("rope_theta", 10000.0)}
-    for name in ("rope_scaling", "rope_parameters"):
-        part = fields.values.get(name, {})
-        if not isinstance(part, dict):
-            raise fields.fail(name, "a mapping")
-        merged |= part
-    inner = Fields(merged, {}, f"{fields.where}: rope")
-    theta = inner.number("rope_theta")
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise UserError(f"{fields.where}: rope_type {_shown(kind)} is not supported; needs 'default' or 'llama3'")
-    return theta, RopeScaling(
-        factor=inner.number("factor"),
-        low_freq_factor=inner.number("low_freq_factor"),
-        high_freq_factor=inner.number("high_freq_factor"),
-        original_max_position_embeddings=inner.size("original_max_position_embeddings"),
-    )
-
-
-def llama_text(values: object, tied: bool, where: str, model_type: str = "llama") -> LlamaConfig:
-    """Returns the config of a Llama decoder (HF `LlamaConfig`).
-
-    Args:
-      values: the parsed `config.json`, or the part of it that describes the decoder.
-      tied: whether the config around `values` already says that the head shares the embeddings' weights.
-      where: name of `values` in error messages.
-      model_type: the only `model_type` that `values` may have.
-
-    Raises:
-      UserError: a value would need a different network.
-    """
-    fields = Fields(values, _TEXT_DEFAULTS, where)
-    fields.only("model_type", model_type)
-    fields.only("hidden_act", "silu")
-    fields.only("attention_bias", False)
-    fields.only("mlp_bias", False)
-    fields.only("partial_rotary_factor", 1, 1.0)
-    heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
-    fields.values.setdefault("num_key_value_heads", heads)
-    if "head_dim" not in fields.values:
-        if width % heads:
-            raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-        fields.values["head_dim"] = width // heads
-    if heads % fields.size("num_key_value_heads"):
-        raise fields.fail("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
-    if fields.size("head_dim") % 2:
-        raise fields.fail("head_dim", "an even number")
-    theta, scaling = _rope(fields)
-    return LlamaConfig(
-        vocab_size=fields.size("vocab_size"),
-        hidden_size=width,
-        intermediate_size=fields.size("intermediate_size"),
-        num_hidden_layers=fields.size("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=fields.size("num_key_value_heads"),
-        head_dim=fields.size("head_dim"),
-        rms_norm_eps=fields.number("rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_word_embeddings=tied or bool(fields.values.get("tie_word_embeddings", False)),
-    )
 
 
 def gpt2_from_hf(values: JsonObject, where: str = "config.json") -> GPT2Config:
@@ -242,28 +167,6 @@ def drop_new_keys(values: JsonObject) -> None:
     """Removes from `values` the keys of transformers 5 that duplicate old keys."""
     for key in ("rope_parameters", "dtype", "image_token_id"):
         values.pop(key, None)
-
-
-def llama_text_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") -> JsonObject:
-    """Returns the part of `config.json` that describes a Llama decoder, with the old keys.
-
-    Args:
-      config: config of the decoder.
-      dtype: torch's name of the dtype of the stored weights.
-      model_type: the `model_type` to write.
-    """
-    rope = config.rope_scaling
-    return {
-        "model_type": model_type,
-        **{field: getattr(config, field) for field in _TEXT_DEFAULTS if field != "hidden_act"},
-        "hidden_act": "silu",
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if rope is None else {"rope_type": "llama3", **vars(rope)},
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": dtype,
-    }
 
 
 def gpt2_to_hf(config: GPT2Config, source: JsonObject | None, dtype: str) -> JsonObject:

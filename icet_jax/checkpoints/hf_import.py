@@ -25,7 +25,7 @@ class Checkpoint:
     Attributes:
       graphdef: static structure; `nnx.merge(graphdef, params)` is the network.
       params: every parameter, by its path in the network.
-      config: sizes of the network: a model family's config, `GPT2Config`, or a scorer's (see `checkpoints.scorers`).
+      config: sizes of the network: a model family's config, `GPT2Config`, or a scorer's (see `scorers.networks`).
       hf_config: the parsed `config.json`.
       directory: where it was loaded from; `save_vlm(..., source_dir=directory)` copies unchanged tensors from there.
       adapter: adapter that was merged into the parameters during loading, or None.

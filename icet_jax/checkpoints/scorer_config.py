@@ -4,7 +4,8 @@ A field that the file lacks has the default of its transformers class. DeBERTa-v
 defaults are not the values of DeBERTa-v3.
 """
 
-from icet_jax.checkpoints.hf_config import Fields, llama_text
+from icet_jax.checkpoints.decoders import decoder_from_hf
+from icet_jax.checkpoints.hf_config import Fields
 from icet_jax.files import JsonObject
 from icet_jax.nn.bert import BertConfig
 from icet_jax.nn.deberta import DebertaConfig
@@ -131,23 +132,14 @@ def deberta_from_hf(values: JsonObject, where: str = "config.json") -> DebertaCo
     )
 
 
-def llama_from_hf(values: JsonObject, where: str = "config.json") -> LlamaConfig:
-    """Returns the config of a Llama language model (HF `LlamaConfig`).
-
-    Raises:
-      UserError: a value would need a different network.
-    """
-    return llama_text(values, False, where)
-
-
-def llama_reward_from_hf(values: JsonObject, where: str = "config.json") -> LlamaConfig:
-    """Returns the config of a Llama reward model, a sequence classifier with one label.
+def decoder_reward_from_hf(values: JsonObject, where: str = "config.json") -> LlamaConfig:
+    """Returns the config of a decoder as reward model, a sequence classifier with one label.
 
     Raises:
       UserError: there are several labels, or a value would need a different network.
     """
     require_one_label(Fields(values, {}, where))
-    return llama_text(values, False, where)
+    return decoder_from_hf(values, where)
 
 
 def require_one_label(fields: Fields) -> None:

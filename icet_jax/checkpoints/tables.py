@@ -173,6 +173,7 @@ def llama_entries(config: LlamaConfig, root: str, path: str, head: str | None) -
     keys, paths, depth = f"{root}.layers", f"{path}/layers", config.num_hidden_layers
     yield from stacked(keys, paths, norms, NORM[:1], depth)
     yield from stacked(keys, paths, linears, LINEAR[:1], depth)
+    yield from stacked(keys, paths, tuple(pair for pair in linears if pair[1] in config.biased), LINEAR[1:], depth)
     if head is not None:
         tied = embedding if config.tie_word_embeddings else None
         yield TableEntry(head, f"{path}/lm_head/kernel", None, TRANSPOSED, fallback=tied)

@@ -31,6 +31,39 @@ NETWORK_FIELDS: dict[str, type] = {
 """Further fields of every scorer that has a checkpoint."""
 
 
+class FamilyName(NamedTuple):
+    """One family of vision-language models: a folder of `icet_jax.models` and a line of `FAMILIES`.
+
+    Attributes:
+      title: its usual name.
+      module: the package that describes the family in `FAMILY`.
+      architecture: its HF class.
+    """
+
+    title: str
+    module: str
+    architecture: str
+
+
+FAMILIES = {
+    "llava": FamilyName("LLaVA-1.5", "icet_jax.models.llava", "LlavaForConditionalGeneration"),
+    "llava_next": FamilyName("LLaVA-NeXT", "icet_jax.models.llava_next", "LlavaNextForConditionalGeneration"),
+    "mllama": FamilyName("Llama 3.2 Vision", "icet_jax.models.mllama", "MllamaForConditionalGeneration"),
+}
+"""{`model_type` in a checkpoint's config.json: that family}."""
+
+DECODERS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+"""{`model_type` of a decoder: beginning of its HF classes, `...ForCausalLM` and `...ForSequenceClassification`}.
+
+`icet_jax.checkpoints.decoders` says how each is read."""
+
+LANGUAGE_MODELS = (
+    *(f"{name}ForCausalLM" for name in DECODERS.values()),
+    *(family.architecture for family in FAMILIES.values()),
+)
+"""HF classes that can judge by what they write; those of families read text without images."""
+
+
 class ScorerName(NamedTuple):
     """One kind of scorer: a file of `icet_jax.scorers` and a line of `SCORERS`.
 
@@ -70,12 +103,16 @@ SCORERS = {
     "decoder_judge": ScorerName(
         "icet_jax.scorers.decoder_judge",
         {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},
-        ("LlamaForCausalLM",),
+        LANGUAGE_MODELS,
     ),
     "reward_model": ScorerName(
         "icet_jax.scorers.reward_model",
         {"template": str},
-        ("GPT2ForSequenceClassification", "DebertaV2ForSequenceClassification", "LlamaForSequenceClassification"),
+        (
+            "GPT2ForSequenceClassification",
+            "DebertaV2ForSequenceClassification",
+            *(f"{name}ForSequenceClassification" for name in DECODERS.values()),
+        ),
     ),
     "toxicity": ScorerName(
         "icet_jax.scorers.toxicity",
@@ -149,23 +186,3 @@ EXIT_SCHEDULES = {
     "adaptive": ExitScheduleName("icet_jax.algorithms.exits.Adaptive", learns=True),
 }
 """{value of `exits` in an algorithm's config section: that exit schedule}."""
-
-
-class FamilyName(NamedTuple):
-    """One family of vision-language models: a folder of `icet_jax.models` and a line of `FAMILIES`.
-
-    Attributes:
-      title: its usual name.
-      module: the package that describes the family in `FAMILY`.
-    """
-
-    title: str
-    module: str
-
-
-FAMILIES = {
-    "llava": FamilyName("LLaVA-1.5", "icet_jax.models.llava"),
-    "llava_next": FamilyName("LLaVA-NeXT", "icet_jax.models.llava_next"),
-    "mllama": FamilyName("Llama 3.2 Vision", "icet_jax.models.mllama"),
-}
-"""{`model_type` in a checkpoint's config.json: that family}."""

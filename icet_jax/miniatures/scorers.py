@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints import hf_config, safetensors_io, scorer_config, scorer_tables, tables
+from icet_jax.checkpoints import decoders, hf_config, safetensors_io, scorer_config, scorer_tables, tables
 from icet_jax.checkpoints.tables import Table
 from icet_jax.files import JsonObject
 from icet_jax.miniatures.tokenizers import write_json, write_tokenizer
@@ -48,8 +48,8 @@ class _Network:
 _BERT = _Network(scorer_config.bert_from_hf, BertClassifier, scorer_tables.bert_table)
 _DEBERTA = _Network(scorer_config.deberta_from_hf, DebertaRewardModel, scorer_tables.deberta_table)
 _GPT2 = _Network(hf_config.gpt2_from_hf, GPT2RewardModel, tables.gpt2_table)
-_LM = _Network(scorer_config.llama_from_hf, LlamaLM, scorer_tables.llama_table)
-_LLAMA_REWARD = _Network(scorer_config.llama_reward_from_hf, LlamaRewardModel, scorer_tables.llama_reward_table)
+_LM = _Network(decoders.decoder_from_hf, LlamaLM, scorer_tables.llama_table)
+_LLAMA_REWARD = _Network(scorer_config.decoder_reward_from_hf, LlamaRewardModel, scorer_tables.llama_reward_table)
 
 
 def toxic_bert(folder: Path) -> None:

@@ -34,8 +34,9 @@ class RopeScaling:
 class LlamaConfig:
     """Holds the sizes of the decoder under HF's names.
 
-    `mrope_section` are the frequencies that turn with each of the three positions of multimodal rotary embedding; empty
-    if a token has one position.
+    Two fields have no name there. `mrope_section` are the numbers of frequencies that turn with each of the three
+    positions of multimodal rotary embedding; empty if a token has one position. `biased` are the projections that have
+    a bias, such as "q_proj".
     """
 
     vocab_size: int
@@ -50,6 +51,7 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     mrope_section: tuple[int, ...] = ()
+    biased: tuple[str, ...] = ()
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -92,7 +94,7 @@ class LlamaBlocks(nnx.Module):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
         depth = config.num_hidden_layers
         self.config = config
-        common: Keywords = dict(rngs=rngs, use_bias=False, dtype=dtype, param_dtype=param_dtype, layers=depth)
+        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, layers=depth)
         norm: Keywords = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
         self.input_layernorm = layers.RMSNorm(config.hidden_size, **norm)
         self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, **norm)
@@ -101,7 +103,7 @@ class LlamaBlocks(nnx.Module):
         def projection(name: str, residual: bool = False) -> layers.Linear:
             _, size_in, size_out = shapes[name]
             stddev = layers.depth_scaled(size_in**-0.5, depth) if residual else None
-            return layers.Linear(size_in, size_out, stddev=stddev, **common)
+            return layers.Linear(size_in, size_out, use_bias=name in config.biased, stddev=stddev, **common)
 
         self.q_proj, self.k_proj, self.v_proj = projection("q_proj"), projection("k_proj"), projection("v_proj")
         self.o_proj = projection("o_proj", residual=True)

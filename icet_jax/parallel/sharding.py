@@ -63,8 +63,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"classifier/(kernel|bias)", P()),
     (r"score/kernel", P()),
     (r"value_head/(kernel|bias)", P()),
-    # KV cache: k, v [B, K, S, D] of each layer; length, next_position [B]. Llama 3.2 Vision has one for the text and, for
-    # the images, k, v [B, K, N, D] of each layer and two masks of what rows attend to, allowed and real [B, N].
+    # KV cache: k, v [B, K, S, D] of each layer; length, next_position [B]. Llama 3.2 Vision has one for the text and,
+    # for the images, k, v [B, K, N, D] of each layer and two masks of what rows attend to, allowed and real [B, N].
     (r"cache/(text/)?(k|v)/\d+", P(ROWS, "tensor", None, None)),
     (r"cache/(text/)?(length|next_position|allowed|real)", P(ROWS)),
 )

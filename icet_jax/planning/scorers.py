@@ -6,12 +6,12 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from icet_jax.checkpoints.published import scorer_values
-from icet_jax.checkpoints.scorers import abstract_scorer
 from icet_jax.config.names import SCORERS
 from icet_jax.files import JsonObject
 from icet_jax.parallel.sharding import placed, shardings
 from icet_jax.planning.ahead import bytes_per_device
 from icet_jax.runs.sources import checkpoint_directory
+from icet_jax.scorers.networks import abstract_scorer
 
 _NO_NETWORK = (*(kind for kind, scorer in SCORERS.items() if not scorer.architectures), "organism:judge")
 

@@ -212,9 +212,10 @@ def make_scorer(
     answer_tokens = max_new_tokens or _MAX_ANSWER_TOKENS[kind]
     encode = Conversations(source.tokenizer, render, max_length=source.positions - answer_tokens)
     checkpoint = source.load()
-    eos_ids, pad_id = generation_tokens(checkpoint.directory, source.config, checkpoint.config.vocab_size)
+    model = checkpoint.model
+    eos_ids, pad_id = generation_tokens(checkpoint.directory, source.config, model.vocab_size)
     return DecoderJudge(
-        checkpoint.model,
+        model,
         encode,
         parse=parse,
         words=words,

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.checkpoints.hf_export import save_gpt2_reward
-from icet_jax.checkpoints.scorers import architecture, default_dtype, load_scorer_network
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.config.names import SCORERS
 from icet_jax.errors import UserError
@@ -24,10 +23,9 @@ from icet_jax.media.tokenizer import Tokenizer, load_tokenizer
 from icet_jax.nn.gpt2 import GPT2RewardModel
 from icet_jax.scorers.base import Scorer, metric_name
 from icet_jax.scorers.keywords import RefusalKeywords
+from icet_jax.scorers.networks import architecture, default_batch_size, default_dtype, load_scorer_network
 from icet_jax.scorers.pairs import HH_TEMPLATE
 from icet_jax.scorers.source import STORED_SETTINGS, CheckpointSource, Entry, Template
-
-_BATCH_SIZES = {"LlamaForCausalLM": 16, "LlamaForSequenceClassification": 16}  # by Hugging Face class; others: 64
 
 
 def load_scorer(
@@ -48,13 +46,13 @@ def load_scorer(
       kind: kind of scorer, a key of `icet_jax.config.names.SCORERS`. None determines it from config.json and, for a
         Llama, also from the checkpoint's name.
       template: how prompt and response become the scorer's text. A reward model on GPT-2 or DeBERTa takes its first
-        segment, which contains `{prompt}` (by default `HH_TEMPLATE` and "{prompt}"). A Llama takes the whole text with
-        `{prompt}` and `{response}` (by default the checkpoint's chat template). A judge also takes a function of
+        segment, which contains `{prompt}` (by default `HH_TEMPLATE` and "{prompt}"). A decoder takes the whole text
+        with `{prompt}` and `{response}` (by default the checkpoint's chat template). A judge also takes a function of
         (prompt, response), or the name of a built-in text (`icet_jax.scorers.prompts.BUILT_IN`).
-      dtype: dtype of the network, "float32" or "bfloat16"; if None, bfloat16 for a Llama and float32 for the others.
+      dtype: dtype of the network, "float32" or "bfloat16"; if None, bfloat16 for a decoder and float32 for the others.
       mesh: mesh for the weights; None for the default device.
       revision: branch, tag or commit of a hub id.
-      batch_size: rows scored at once; 16 for a Llama and 64 for the others if None.
+      batch_size: rows scored at once; 16 for a decoder and 64 for the others if None.
       fields: settings of this kind of scorer (`icet_jax.config.names.SCORERS`), such as `heads` of a toxicity
         classifier.
 
@@ -82,7 +80,7 @@ def load_scorer(
         common={
             "name": metric_name(str(path_or_id)),
             "mesh": mesh,
-            "batch_size": batch_size or _BATCH_SIZES.get(hf_class, 64),
+            "batch_size": batch_size or default_batch_size(hf_class),
         },
     )
     try:

@@ -3,7 +3,7 @@
 Sources:
   HF `GPT2ForSequenceClassification` (the paper's, `Ray2333/gpt2-large-harmless-reward_model`),
   `DebertaV2ForSequenceClassification` (`OpenAssistant/reward-model-deberta-v3-large-v2`) and
-  `LlamaForSequenceClassification`.
+  `LlamaForSequenceClassification` with its relatives (`icet_jax.config.names.DECODERS`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
+from icet_jax.config.names import DECODERS
 from icet_jax.errors import UserError
 from icet_jax.media.tokenizer import Tokenizer
 from icet_jax.nn.deberta import DebertaConfig, DebertaRewardModel
@@ -148,7 +149,7 @@ def make_scorer(source: CheckpointSource) -> RewardModel:
         raise UserError("a reward model's template is text that holds {prompt}, not a function")
     stored = source.config.get(STORED_SETTINGS, {})
     template = stored.get("template") if source.template is None else source.template
-    if source.config["model_type"] == "llama":
+    if source.config["model_type"] in DECODERS:
         reward_render(source.tokenizer, template)
     checkpoint = source.load()
     return RewardModel(

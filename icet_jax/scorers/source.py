@@ -8,8 +8,11 @@ from typing import Any
 
 import jax
 
+from icet_jax.checkpoints.decoders import readable_tokens
 from icet_jax.checkpoints.hf_import import Checkpoint
+from icet_jax.config.names import DECODERS
 from icet_jax.files import JsonObject
+from icet_jax.media.limits import max_positions
 from icet_jax.media.tokenizer import Tokenizer
 from icet_jax.scorers.base import Scorer
 from icet_jax.scorers.cache import directory_fingerprint
@@ -60,9 +63,14 @@ class CheckpointSource:
 
     @property
     def positions(self) -> int:
-        """Most tokens of a text: the network's number of positions, but at most 4096 to save memory."""
-        default = {"llama": 2048, "deberta-v2": 512}[self.config["model_type"]]  # transformers' class defaults
-        return min(self.config.get("max_position_embeddings") or default, _MEMORY_LIMIT)
+        """Most tokens of a text: what the network can read, but at most 4096 to save memory."""
+        if self.config["model_type"] in DECODERS:
+            longest = readable_tokens(self.config)
+        elif "text_config" in self.config:
+            longest = max_positions(self.config) or 2048
+        else:
+            longest = self.config.get("max_position_embeddings") or 512  # transformers' class default for DeBERTa
+        return min(longest, _MEMORY_LIMIT)
 
 
 def fingerprint(checkpoint: Checkpoint, *settings: Any) -> str:

@@ -13,11 +13,11 @@ from safetensors.torch import load_file  # noqa: E402
 import icet_jax  # noqa: E402
 from icet_jax.checkpoints.problems import compact  # noqa: E402
 from icet_jax.checkpoints.safetensors_io import TensorReader  # noqa: E402
-from icet_jax.checkpoints.scorers import load_scorer_network  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from icet_jax.models.llava.config import llava_from_hf  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
+from icet_jax.scorers.networks import load_scorer_network  # noqa: E402
 from tests import tiny  # noqa: E402
 
 
@@ -152,9 +152,9 @@ def edit(directory, change):
 @pytest.mark.parametrize(
     ("part", "field", "value", "message"),
     [
-        ("text_config", "attention_bias", True, "text_config: attention_bias=True is not supported"),
+        ("text_config", "attention_bias", "yes", "text_config: attention_bias='yes' is not supported; needs True or"),
         ("text_config", "hidden_act", "relu", "text_config: hidden_act='relu' is not supported; needs 'silu'"),
-        ("text_config", "model_type", "qwen2", "text_config: model_type='qwen2' is not supported; needs 'llama'"),
+        ("text_config", "model_type", "qwen3", "text_config: model_type='qwen3' is not supported; needs 'llama' or"),
         ("text_config", "model_type", "mistral", "sliding_window=4096 (the default) is not supported; needs null"),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
         ("text_config", "rope_theta", "big", "rope_theta='big' is not supported; needs a number"),

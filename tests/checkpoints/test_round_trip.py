@@ -12,9 +12,9 @@ from safetensors import safe_open  # noqa: E402
 from transformers import AutoProcessor, GPT2ForSequenceClassification, LlavaForConditionalGeneration  # noqa: E402
 
 from icet_jax.checkpoints.hf_export import COPIED, save_gpt2_reward  # noqa: E402
-from icet_jax.checkpoints.scorers import load_scorer_network  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
+from icet_jax.scorers.networks import load_scorer_network  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.models.references import load_value_head  # noqa: E402
 
@@ -50,7 +50,7 @@ def hf_logits(model, inputs):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.llava(seed=1)
+    return tiny.llava(seed=1, attention_bias=True, mlp_bias=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -10,7 +10,6 @@ import pytest
 from icet_jax import main
 from icet_jax.algorithms.base import PlannedPhase
 from icet_jax.checkpoints.published import PUBLISHED, SCORERS, config_values
-from icet_jax.checkpoints.scorers import abstract_scorer
 from icet_jax.commands import plan
 from icet_jax.errors import UserError
 from icet_jax.nn.protocols import count_parameters
@@ -22,6 +21,7 @@ from icet_jax.planning.scorers import scorer_bytes
 from icet_jax.planning.work import PhaseCost
 from icet_jax.runs import sources
 from icet_jax.runs.config_files import load
+from icet_jax.scorers.networks import abstract_scorer
 from icet_jax.training.loop import initial_state
 
 LLAVA = "--config=configs/llava15_lppo.py"

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icet_jax import models as families
-from icet_jax.checkpoints import hf_config, scorer_config, scorers
+from icet_jax.checkpoints import decoders, hf_config, scorer_config
 from icet_jax.checkpoints.safetensors_io import DTYPES, TensorReader, safetensors_files, write_safetensors
 from icet_jax.checkpoints.source import generation_tokens
 from icet_jax.models.adapters import read_adapter
+from icet_jax.scorers import networks
 from tests.fuzz.damage import as_json, cases, files, mutated, outcome, torn
 
 LLAMA = {
@@ -54,12 +55,14 @@ GPT2 = {
     "n_embd": 16, "n_layer": 2, "n_head": 2, "id2label": {"0": "x"},
 }  # fmt: skip
 GUARD = LLAMA | {"architectures": ["LlamaForCausalLM"]}
+MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32}
 READERS = {
     "bert": scorer_config.bert_from_hf,
     "roberta": scorer_config.bert_from_hf,
     "deberta-v2": scorer_config.deberta_from_hf,
     "gpt2": hf_config.gpt2_from_hf,
-    "llama": scorer_config.llama_from_hf,
+    "llama": decoders.decoder_from_hf,
+    "mistral": decoders.decoder_from_hf,
 }
 
 
@@ -81,7 +84,7 @@ def test_configs_of_vision_language_models(valid, tmp_path):
     holds()
 
 
-@pytest.mark.parametrize("valid", [BERT, DEBERTA, GPT2, GUARD], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("valid", [BERT, DEBERTA, GPT2, GUARD, MISTRAL], ids=lambda config: config["model_type"])
 def test_configs_of_scorers(valid):
     assert outcome(READERS[valid["model_type"]], valid)[1] is None
 
@@ -90,9 +93,10 @@ def test_configs_of_scorers(valid):
     def holds(config):
         if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
             return  # `read_hf_config` does not let these through
-        outcome(scorers.architecture, config)
+        outcome(networks.architecture, config)
         outcome(READERS.get(config["model_type"], hf_config.gpt2_from_hf), config)
-        outcome(scorer_config.llama_reward_from_hf, config)
+        outcome(scorer_config.decoder_reward_from_hf, config)
+        outcome(decoders.readable_tokens, config)
 
     holds()
 

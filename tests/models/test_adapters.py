@@ -24,7 +24,9 @@ REGEX = r"(model\.language_model|language_model\.model)\.layers\.\d+\.(self_attn
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return tiny.save_llava(tmp_path_factory.mktemp("source"), tiny.llava(seed=2), processor=False)
+    """LLaVA whose decoder projections have biases, which adapters leave alone."""
+    model = tiny.llava(seed=2, attention_bias=True, mlp_bias=True)
+    return tiny.save_llava(tmp_path_factory.mktemp("source"), model, processor=False)
 
 
 def random_lora(config, targets=TARGETS):

@@ -9,6 +9,8 @@ import pytest
 from icet_jax.errors import UserError
 from icet_jax.media import templates
 from icet_jax.models.base.processor import load_processor
+from icet_jax.models.llava.processor import LlavaProcessor
+from icet_jax.models.llava_next.processor import LlavaNextProcessor
 from icet_jax.models.mllama.processor import cross_attention_mask
 from tests import tiny_families
 from tests.models import processor_families as families
@@ -151,6 +153,12 @@ def test_without_a_template_that_shows_images_the_published_one_is_used(
         assert own.template is not processor.template
         assert own.template("why?", count) == processor.template("why?", count)
     assert "template" not in capsys.readouterr().err  # nothing is wrong with such a file
+
+
+@pytest.mark.parametrize("processor", [LlavaProcessor, LlavaNextProcessor])
+def test_a_backbone_without_a_published_template_needs_the_checkpoint_s_own(processor):
+    with pytest.raises(UserError, match="llava on qwen2: the checkpoint has no chat template"):
+        processor.published_template({"model_type": "llava", "text_config": {"model_type": "qwen2"}})
 
 
 @pytest.mark.parametrize(

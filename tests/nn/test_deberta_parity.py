@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from icet_jax.checkpoints.scorers import load_scorer_network
 from icet_jax.nn.deberta import DebertaConfig, DebertaRewardModel, relative_index
+from icet_jax.scorers.networks import load_scorer_network
 from tests import tiny_scorers
 from tests.nn.scorers import alone, assert_full_size, ours, theirs
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icet_jax.checkpoints.scorers import load_scorer_network
+from icet_jax.scorers.networks import load_scorer_network
 from tests import tiny
 
 torch = pytest.importorskip("torch")

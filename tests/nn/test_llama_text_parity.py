@@ -1,4 +1,4 @@
-"""Llama language models and reward models agree with transformers, generation included."""
+"""Llama, Mistral and Qwen2 as language models and reward models agree with transformers, generation included."""
 
 import functools
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.checkpoints.scorers import load_scorer_network
 from icet_jax.generation.decode import generate
 from icet_jax.generation.sampling import Sampling
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.nn.llama import LlamaConfig, RopeScaling, inverse_frequencies
 from icet_jax.nn.llama_text import LlamaLM, LlamaRewardModel
+from icet_jax.scorers.networks import load_scorer_network
 from tests import tiny, tiny_scorers
 from tests.nn.scorers import alone, assert_full_size, ours, theirs
 
@@ -25,11 +25,15 @@ CASES = {
     "llama3 rope": {"rope_parameters": tiny_scorers.LLAMA3_ROPE},
     "tied head": {"tie_word_embeddings": True},
     "deeper": {"hidden_size": 96, "head_dim": 24, "num_hidden_layers": 12},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"kind": "Mistral", "sliding_window": 40},  # beyond the longest row
+    "qwen2": {"kind": "Qwen2"},
 }
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
 GUARD_1 = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
 GUARD_3 = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5, rope_scaling=LLAMA3)
 HARMBENCH = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
+QWEN2_7B = LlamaConfig(152064, 3584, 18944, 28, 28, 4, 128, biased=("q_proj", "k_proj", "v_proj"))
 
 
 def rows(lengths, **options):
@@ -70,7 +74,7 @@ def test_rotary_frequencies_of_llama_guard_3():
 
 
 def test_greedy_generation_is_that_of_transformers(tmp_path):
-    model = tiny_scorers.llama_lm(seed=2, rope_parameters=tiny_scorers.LLAMA3_ROPE)
+    model = tiny_scorers.llama_lm(seed=2, rope_parameters=tiny_scorers.LLAMA3_ROPE, **CASES["biases"])
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, model))
     lengths = [4, 11, 26]
     sampling = Sampling(max_new_tokens=12, temperature=0.0, eos_ids=(tiny.EOS,), pad_id=tiny.PAD)
@@ -90,7 +94,7 @@ def test_greedy_generation_is_that_of_transformers(tmp_path):
         np.testing.assert_array_equal(np.asarray(out.tokens)[:, : expected.shape[1]], expected)
 
 
-@pytest.mark.parametrize("case", ["grouped queries", "llama3 rope", "deeper"])
+@pytest.mark.parametrize("case", ["llama3 rope", "deeper", "mistral", "qwen2"])
 def test_rewards_agree(tmp_path, case):
     model = tiny_scorers.llama_reward(seed=3, **CASES[case])
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, model))
@@ -132,9 +136,10 @@ def test_bfloat16_stays_near(tmp_path):
         (LlamaLM, GUARD_1, 6_738_415_616),
         (LlamaLM, GUARD_3, 8_030_261_248),
         (LlamaLM, HARMBENCH, 13_015_864_320),
+        (LlamaLM, QWEN2_7B, 7_615_616_512),
         (LlamaRewardModel, GUARD_3, 7_504_928_768),
     ],
-    ids=["guard-1", "guard-3", "harmbench", "rm-8b"],
+    ids=["guard-1", "guard-3", "harmbench", "qwen2-7b", "rm-8b"],
 )
 def test_parameters_at_full_size_are_the_published_ones_and_have_rules(module, config, published):
     assert_full_size(module, config, published)

@@ -11,10 +11,10 @@ import transformers
 from flax import nnx
 
 import icet_jax
-from icet_jax.checkpoints.scorers import load_scorer_network
 from icet_jax.nn.gpt2 import GPT2RewardModel
 from icet_jax.organism import build, encoder, families, measure, stages, tokenizer, world
 from icet_jax.scorers.load import save_reward_model
+from icet_jax.scorers.networks import load_scorer_network
 
 DEFAULTS = {"llava": 7, "llava_next": 7, "mllama": 8}
 

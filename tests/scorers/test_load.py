@@ -16,7 +16,7 @@ from icet_jax.scorers.decoder_judge import DecoderJudge
 from icet_jax.scorers.keywords import RefusalKeywords
 from icet_jax.scorers.load import load_defined, load_scorer, save_reward_model
 from icet_jax.scorers.reward_model import RewardModel
-from tests import tiny, tiny_scorers
+from tests import tiny, tiny_families, tiny_scorers
 from tests.devices import emulating
 
 PROMPTS = ["say hi", "a longer prompt, with a comma", "x", "p" * 70]
@@ -168,6 +168,29 @@ def test_guards_without_a_chat_template_are_told_by_name(tmp_path):
         else:
             with pytest.raises(UserError, match="give template, llama_guard_1 or llama_guard_3"):
                 load_scorer(folder)
+
+
+def test_a_mistral_judges_texts_within_its_attention_window(tmp_path):
+    model = tiny_scorers.llama_lm(kind="Mistral", sliding_window=64)
+    judge = load_scorer(tiny_scorers.save(tmp_path / "m", model), template="{prompt}/{response}", max_new_tokens=6)
+    assert isinstance(judge, DecoderJudge) and judge.encode.max_length == 64 - 6
+    model = tiny_scorers.llama_reward(kind="Mistral", sliding_window=64)
+    assert load_scorer(tiny_scorers.save(tmp_path / "rm", model)).pairs.max_length == 64
+
+
+def test_a_vision_language_model_judges_text(tmp_path):
+    model = tiny_families.mllama(seed=1)
+    folder = tiny_families.save_mllama(tmp_path / "vision", model)
+    judge = load_scorer(folder, template="{prompt}/{response}", dtype="float32", max_new_tokens=4, batch_size=2)
+    rows = [conversation.ids for conversation in judge.encode(["say hi", "x"], ["no", "sure, here it is"])]
+    answers = judge.network(rows)
+    for row, ids in enumerate(rows):
+        said = answers["tokens"][row][answers["mask"][row]].tolist()
+        for token in said:
+            with torch.no_grad():
+                assert model(input_ids=torch.tensor([ids])).logits[0, -1].argmax() == token
+            ids = [*ids, token]
+        assert len(said) == 4 or said[-1] == tiny_families.EOT
 
 
 def test_fingerprints_follow_what_the_scores_depend_on(directory, tmp_path):

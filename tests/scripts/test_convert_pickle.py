@@ -87,7 +87,7 @@ def test_shards_stay_shards_and_load_in_transformers(script, tmp_path, capsys):
     loaded = AutoModelForSequenceClassification.from_pretrained(out)
     assert_same(loaded.state_dict(), state)
 
-    from icet_jax.checkpoints.scorers import load_scorer_network
+    from icet_jax.scorers.networks import load_scorer_network
 
     assert load_scorer_network(out).config.n_layer == 2
 

@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from icet_jax.checkpoints.gpt2_base import load_gpt2_base
-from icet_jax.checkpoints.scorers import load_scorer_network
 from icet_jax.data.padding import pad_rows
 from icet_jax.errors import UserError
+from icet_jax.scorers.networks import load_scorer_network
 from icet_jax.training.reward_model import PairOrder, RewardTrainer, preference_loss
 from tests import tiny
 from tests.devices import emulating

@@ -6,7 +6,7 @@ not depend on which other packages are installed. Arrays have the names and shap
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -237,6 +237,21 @@ def _named_template(name: str, processor_class: type[Processor], values: JsonObj
 def backbone_of(values: JsonObject) -> str:
     """Returns the `model_type` of the decoder that a config.json names, "llama" if it names none."""
     return (values.get("text_config") or {}).get("model_type", "llama")
+
+
+def template_of_backbone(values: JsonObject, templates: Mapping[str, Template]) -> Template:
+    """Returns the published template for the backbone of a config.json; `templates` are those of a family by backbone.
+
+    Raises:
+      UserError: the family was not published on this backbone.
+    """
+    backbone = backbone_of(values)
+    if backbone not in templates:
+        raise UserError(
+            f"{values['model_type']} on {backbone}: the checkpoint has no chat template, and none was published for "
+            "this backbone; put the one that the model was trained with into chat_template.json"
+        )
+    return templates[backbone]
 
 
 def edges(size: Any) -> tuple[int | None, int | None]:

@@ -3,7 +3,9 @@
 import copy
 from typing import Any
 
-from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, llama_text, llama_text_to_hf, require_model_type
+from icet_jax.checkpoints.decoders import attention_window, decoder_from_hf, decoder_to_hf
+from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, require_model_type
+from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
 from icet_jax.models.llava.network import LlavaConfig
@@ -26,9 +28,6 @@ _LLAVA_DEFAULTS = {
     "image_token_index": 32000, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
     "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "tie_word_embeddings": False,
 }  # fmt: skip
-# Defaults of a Mistral decoder that differ. Its attention window (4096 tokens if the key is absent) is unsupported.
-_MISTRAL_DEFAULTS = {"intermediate_size": 14336, "num_key_value_heads": 8}
-_MISTRAL_WINDOW = 4096
 
 
 def llava_from_hf(values: JsonObject, where: str = "config.json") -> LlavaConfig:
@@ -66,16 +65,13 @@ def llava_values(values: JsonObject, where: str) -> JsonObject:
 
 
 def _decoder(values: Any, tied: bool, where: str) -> LlamaConfig:
-    """Returns the config of a Llama decoder, or of a Mistral decoder without a sliding window, which is the same
-    network."""
-    where = f"{where}: text_config"
-    if not isinstance(values, dict) or values.get("model_type") != "mistral":
-        return llama_text(values or {}, tied, where)
-    if values.get("sliding_window", _MISTRAL_WINDOW) is not None:
-        window = values.get("sliding_window", f"{_MISTRAL_WINDOW} (the default)")
-        raise UserError(f"{where}: sliding_window={window} is not supported; needs null, attention to all tokens")
-    known = {key: value for key, value in values.items() if value is not None}
-    return llama_text(_MISTRAL_DEFAULTS | known, tied, where, model_type="mistral")
+    """Returns the config of the decoder, of any kind in `DECODERS` without a sliding window."""
+    where, values = f"{where}: text_config", values or {}
+    config, window = decoder_from_hf(values, where, tied=tied), attention_window(values, where)
+    if window is not None:
+        value = window if "sliding_window" in values else f"{window} (the default)"
+        raise UserError(f"{where}: sliding_window={value} is not supported; needs null, attention to all tokens")
+    return config
 
 
 def _vision(values: Any, where: str) -> ClipConfig:
@@ -112,13 +108,10 @@ def llava_to_hf(config: LlavaConfig, source: JsonObject | None, dtype: str) -> J
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
     for values in (out, text, vision):
         drop_new_keys(values)
-    kind = text.get("model_type") or "llama"
-    text |= llama_text_to_hf(config.text, dtype, kind)
-    if kind == "mistral":
-        text["sliding_window"] = None  # without the key transformers would assume a window
+    text |= decoder_to_hf(config.text, dtype, text.get("model_type") or "llama")
     vision |= {"model_type": "clip_vision_model", **{field: getattr(config.vision, field) for field in _CLIP_FIELDS}}
     out |= {
-        "architectures": ["LlavaForConditionalGeneration"],
+        "architectures": [FAMILIES["llava"].architecture],
         "model_type": "llava",
         **{field: getattr(config, field) for field in _LLAVA_DEFAULTS if field != "tie_word_embeddings"},
         "image_seq_length": config.image_tokens,

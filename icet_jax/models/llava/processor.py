@@ -7,7 +7,7 @@ from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
 from icet_jax.media.images import ImageLike
 from icet_jax.media.templates import Template, llava_15
-from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, Processor, edges
+from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, Processor, edges, template_of_backbone
 
 
 class LlavaProcessor(Processor):
@@ -18,7 +18,7 @@ class LlavaProcessor(Processor):
     @classmethod
     def published_template(cls, values: JsonObject) -> Template:
         """Returns LLaVA-1.5's template; see `Processor`."""
-        return llava_15
+        return template_of_backbone(values, {"llama": llava_15, "mistral": llava_15})
 
     @classmethod
     def image_processors(cls) -> JsonObject:

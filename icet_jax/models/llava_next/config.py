@@ -1,6 +1,7 @@
 """Converts HF's `config.json` of LLaVA-NeXT to `LlavaNextConfig` and back."""
 
 from icet_jax.checkpoints.hf_config import Fields, require_model_type
+from icet_jax.config.names import FAMILIES
 from icet_jax.files import JsonObject
 from icet_jax.models.llava.config import llava_to_hf, llava_values
 from icet_jax.models.llava_next.network import LlavaNextConfig
@@ -32,7 +33,7 @@ def _are_canvases(values: object, tile: int) -> bool:
 def llava_next_to_hf(config: LlavaNextConfig, source: JsonObject | None, dtype: str) -> JsonObject:
     """Returns the `config.json` to write; see `llava_to_hf`."""
     return llava_to_hf(config, {"use_image_newline_parameter": True} | (source or {}), dtype) | {
-        "architectures": ["LlavaNextForConditionalGeneration"],
+        "architectures": [FAMILIES["llava_next"].architecture],
         "model_type": "llava_next",
         "image_grid_pinpoints": [list(canvas) for canvas in config.image_grid_pinpoints],
     }

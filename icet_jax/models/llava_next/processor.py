@@ -7,7 +7,7 @@ from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
 from icet_jax.media.images import ImageLike, image_size
 from icet_jax.media.templates import Template, mistral_16, vicuna_16
-from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, backbone_of, edges, image_name
+from icet_jax.models.base.processor import SETTINGS_FILE, Inputs, edges, image_name, template_of_backbone
 from icet_jax.models.llava.processor import LlavaProcessor
 from icet_jax.models.llava_next.anyres import packing
 
@@ -18,7 +18,7 @@ class LlavaNextProcessor(LlavaProcessor):
     @classmethod
     def published_template(cls, values: JsonObject) -> Template:
         """Returns the template for Mistral or Vicuna, whichever the model has; see `Processor`."""
-        return mistral_16 if backbone_of(values) == "mistral" else vicuna_16
+        return template_of_backbone(values, {"llama": vicuna_16, "mistral": mistral_16})
 
     @classmethod
     def image_processors(cls) -> JsonObject:

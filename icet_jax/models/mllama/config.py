@@ -3,7 +3,9 @@
 import copy
 from typing import Any
 
-from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, llama_text, llama_text_to_hf, require_model_type
+from icet_jax.checkpoints.decoders import Decoder, decoder_from_hf, decoder_to_hf
+from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, require_model_type
+from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
 from icet_jax.models.mllama.network import MllamaConfig
@@ -18,10 +20,10 @@ _VISION_DEFAULTS = {
     "norm_eps": 1e-5, "hidden_act": "gelu", "intermediate_layers_indices": [3, 7, 15, 23, 30],
     "supported_aspect_ratios": _RATIOS,
 }  # fmt: skip
-_TEXT_DEFAULTS = {
+_DECODER = Decoder("mllama_text_model", {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 40,
     "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-}  # fmt: skip
+})  # fmt: skip
 _CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
 _MOST_TILES = 64  # along one side of an image
 _EXTRA_EMBEDDINGS = 8  # HF's embedding always has this many more rows than the vocabulary
@@ -50,7 +52,7 @@ def mllama_from_hf(
     text_where = f"{where}: text_config"
     text = Fields(values.get("text_config") or {}, {}, text_where).values
     cross = text.get("cross_attention_layers") or _CROSS_LAYERS
-    llama = llama_text(_TEXT_DEFAULTS | text, False, text_where, model_type="mllama_text_model")
+    llama = decoder_from_hf(text, text_where, kind=_DECODER)
     if not _is_ascending(cross, llama.num_hidden_layers - 1) or len(cross) == llama.num_hidden_layers:
         raise UserError(f"{text_where}: cross_attention_layers={cross!r} is not supported; needs layers in order")
     return MllamaConfig(
@@ -123,7 +125,7 @@ def mllama_to_hf(config: MllamaConfig, source: JsonObject | None, dtype: str) ->
     text, vision = out.get("text_config") or {}, out.get("vision_config") or {}
     for values in (out, text, vision):
         drop_new_keys(values)
-    text |= llama_text_to_hf(config.text.llama, dtype, model_type="mllama_text_model")
+    text |= decoder_to_hf(config.text.llama, dtype, _DECODER.model_type)
     if source is None:
         text["pad_token_id"] = None  # the class default is a token that a smaller vocabulary does not have
     text["cross_attention_layers"] = list(config.text.cross_attention_layers)
@@ -133,7 +135,7 @@ def mllama_to_hf(config: MllamaConfig, source: JsonObject | None, dtype: str) ->
     vision["supported_aspect_ratios"] = [list(ratio) for ratio in config.vision.supported_aspect_ratios]
     vision |= {"model_type": "mllama_vision_model", "vision_output_dim": config.vision.output_dim, "torch_dtype": dtype}
     return out | {
-        "architectures": ["MllamaForConditionalGeneration"],
+        "architectures": [FAMILIES["mllama"].architecture],
         "model_type": "mllama",
         "image_token_index": config.image_token_index,
         "tie_word_embeddings": False,

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from icet_jax.checkpoints.scorers import ARCHITECTURES, architecture, load_scorer_network
 from icet_jax.errors import UserError
+from icet_jax.scorers.networks import ARCHITECTURES, architecture, load_scorer_network
 from tests import tiny, tiny_scorers
 from tests.devices import emulating
 from tests.nn.scorers import ours, theirs
@@ -120,7 +120,7 @@ def test_a_headless_model_is_refused(tmp_path):
         ("deberta", "id2label", {"0": "a", "1": "b"}),
         ("llama", "id2label", {"0": "a", "1": "b"}),
         ("llama", "hidden_act", "gelu"),
-        ("llama", "attention_bias", True),
+        ("llama", "mlp_bias", "yes"),
     ],
 )
 def test_an_unsupported_value_is_one_line_that_names_it(tmp_path, name, field, value):
@@ -157,7 +157,7 @@ PROGRAM = """
 import json, sys
 import numpy as np
 import jax
-from icet_jax.checkpoints.scorers import load_scorer_network
+from icet_jax.scorers.networks import load_scorer_network
 from icet_jax.parallel.mesh import make_mesh
 from tests import tiny_scorers
 from tests.nn.scorers import ours
@@ -178,7 +178,11 @@ print("agreed")
 def test_spread_weights_give_the_same_scores(tmp_path):
     config = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     builds = {name: BUILDERS[name] for name in ("bert", "deberta", "llama")}
-    directories = [str(tiny_scorers.save(tmp_path / name, build(**config))) for name, build in builds.items()]
+    biases = {"llama": {"attention_bias": True, "mlp_bias": True}}
+    directories = [
+        str(tiny_scorers.save(tmp_path / name, build(**config, **biases.get(name, {}))))
+        for name, build in builds.items()
+    ]
     environment = emulating(8)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *directories], env=environment, capture_output=True, text=True, timeout=600

@@ -9,9 +9,12 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from icet_jax import models
 from icet_jax.checkpoints import hf_config, scorer_config, scorer_tables, tables
+from icet_jax.checkpoints.decoders import decoder_from_hf
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.checkpoints.tables import Table
+from icet_jax.config.names import DECODERS, FAMILIES
 from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
 from icet_jax.nn.bert import BertClassifier, BertConfig
@@ -19,8 +22,9 @@ from icet_jax.nn.deberta import DebertaConfig, DebertaRewardModel
 from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.nn.llama import LlamaConfig
 from icet_jax.nn.llama_text import LlamaLM, LlamaRewardModel
+from icet_jax.nn.protocols import NetworkConfig
 
-_Config = BertConfig | DebertaConfig | GPT2Config | LlamaConfig
+_Config = BertConfig | DebertaConfig | GPT2Config | LlamaConfig | NetworkConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,8 @@ class _Family:
 
 
 _BERT = (scorer_config.bert_from_hf, BertClassifier, scorer_tables.bert_table)
+_LANGUAGE_MODEL = (decoder_from_hf, LlamaLM, scorer_tables.llama_table)
+_REWARD_MODEL = (scorer_config.decoder_reward_from_hf, LlamaRewardModel, scorer_tables.llama_reward_table)
 _FAMILIES = {
     "BertForSequenceClassification": _Family("bert", *_BERT),
     "RobertaForSequenceClassification": _Family("roberta", *_BERT),
@@ -41,12 +47,14 @@ _FAMILIES = {
         "deberta-v2", scorer_config.deberta_from_hf, DebertaRewardModel, scorer_tables.deberta_table
     ),
     "GPT2ForSequenceClassification": _Family("gpt2", hf_config.gpt2_from_hf, GPT2RewardModel, tables.gpt2_table),
-    "LlamaForCausalLM": _Family("llama", scorer_config.llama_from_hf, LlamaLM, scorer_tables.llama_table),
-    "LlamaForSequenceClassification": _Family(
-        "llama", scorer_config.llama_reward_from_hf, LlamaRewardModel, scorer_tables.llama_reward_table
-    ),
+    **{f"{name}ForCausalLM": _Family(kind, *_LANGUAGE_MODEL) for kind, name in DECODERS.items()},
+    **{f"{name}ForSequenceClassification": _Family(kind, *_REWARD_MODEL) for kind, name in DECODERS.items()},
 }
-ARCHITECTURES = tuple(_FAMILIES)
+_MODEL_TYPES = {
+    **{hf_class: family.model_type for hf_class, family in _FAMILIES.items()},
+    **{family.architecture: model_type for model_type, family in FAMILIES.items()},
+}
+ARCHITECTURES = tuple(_MODEL_TYPES)
 """HF classes that `load_scorer_network` loads."""
 
 
@@ -65,14 +73,14 @@ def architecture(values: JsonObject, where: str = "config.json") -> str:
     model_type, named = values.get("model_type"), values.get("architectures")
     if named:
         hf_class = str(named[0] if isinstance(named, list) else named)
-        if hf_class not in _FAMILIES:
+        if hf_class not in _MODEL_TYPES:
             raise UserError(
                 f"{where}: architecture '{hf_class}' is not a scorer; supported are {', '.join(ARCHITECTURES)}"
             )
-        if _FAMILIES[hf_class].model_type != model_type:
+        if _MODEL_TYPES[hf_class] != model_type:
             raise UserError(f"{where}: model_type '{model_type}' does not fit architecture '{hf_class}'")
         return hf_class
-    fitting = [name for name, family in _FAMILIES.items() if family.model_type == model_type]
+    fitting = [name for name, own_type in _MODEL_TYPES.items() if own_type == model_type]
     if len(fitting) != 1:
         names = ", ".join(fitting or ARCHITECTURES)
         raise UserError(f"{where}: model_type '{model_type}' without architectures; set it to one of {names}")
@@ -81,6 +89,8 @@ def architecture(values: JsonObject, where: str = "config.json") -> str:
 
 def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
     """Loads the network of a classifier, a reward model or a judge (a language model) from an HF checkpoint directory.
+
+    Of a vision-language model everything is loaded, also the image encoder, which a judge does not use.
 
     Args:
       directory: directory with config.json and safetensors weights, in one file or in shards.
@@ -123,11 +133,25 @@ def abstract_scorer(values: JsonObject, where: str, dtype: str | None = None) ->
 
 def default_dtype(hf_class: str) -> str:
     """Returns the dtype in which scorers load the parameters of this HF class unless a config says otherwise."""
-    return "bfloat16" if hf_class.startswith("Llama") else "float32"
+    return "bfloat16" if _is_decoder(hf_class) else "float32"
+
+
+def default_batch_size(hf_class: str) -> int:
+    """Returns the rows that a scorer of this HF class takes at once unless a config says otherwise."""
+    return 16 if _is_decoder(hf_class) else 64
+
+
+def _is_decoder(hf_class: str) -> bool:
+    return _MODEL_TYPES[hf_class] in (*DECODERS, *FAMILIES)
 
 
 def _network(values: JsonObject, where: str) -> tuple[_Family, _Config, Callable[..., nnx.Module]]:
     """Returns a scorer's family, the config of its network, and the network's class with that config bound."""
-    family = _FAMILIES[architecture(values, where)]
+    hf_class = architecture(values, where)
+    if hf_class in _FAMILIES:
+        family = _FAMILIES[hf_class]
+    else:
+        vlm = models.family(_MODEL_TYPES[hf_class])
+        family = _Family(vlm.name, vlm.config_from_hf, vlm.network, vlm.table)
     config = family.from_hf(values, where)
     return family, config, functools.partial(family.network, config)
