@@ -19,7 +19,9 @@ LEARN = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
+from flax import nnx
 from icet_jax.algorithms import lppo
+from icet_jax.models.llava.network import Llava
 from icet_jax.parallel import programs
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
@@ -29,10 +31,14 @@ folder, devices = sys.argv[1], int(sys.argv[2])
 if folder != "none":
     programs.keep_traces(Path(folder))
 traced = []
-sample = lppo.sample_responses
-lppo.sample_responses = lambda *arguments, **options: traced.append(1) or sample(*arguments, **options)
+class Model(Llava):
+    def encode(self, images, upto=None):  # runs in Python when a program of the model is traced
+        traced.append(1)
+        return super().encode(images, upto)
 mesh, settings = make_mesh(data=2, fsdp=2) if devices == 4 else None, toy.settings(accumulation=1)
-graphdef, params = toy.model()
+model = nnx.merge(*toy.model())
+model.__class__ = Model
+graphdef, params = nnx.split(model)
 state = toy.state(params, settings)
 inputs, key, exits = toy.inputs(), jax.random.key(0), np.array([1, 2, 3, 4] * 2, np.int32)
 if mesh is not None:
