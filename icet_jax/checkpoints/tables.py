@@ -131,6 +131,8 @@ _BUFFERS = re.compile(r".*(\.position_ids|rotary_emb\.inv_freq)")
 # The tensors of a torch Linear and of a norm, for `stacked` and `single`.
 LINEAR: tuple[Leaf, ...] = (("weight", "kernel", TRANSPOSED), ("bias", "bias", SAME))
 NORM: tuple[Leaf, ...] = (("weight", "scale", SAME), ("bias", "bias", SAME))
+LINEAR_KERNEL, NORM_SCALE = LINEAR[:1], NORM[:1]
+"""Of modules without a bias."""
 
 
 def clip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntry]:
@@ -171,8 +173,8 @@ def llama_entries(config: LlamaConfig, root: str, path: str, head: str | None) -
     linears = (*attention, *((f"mlp.{name}", name) for name in ("gate_proj", "up_proj", "down_proj")))
     norms = tuple((name, name) for name in ("input_layernorm", "post_attention_layernorm"))
     keys, paths, depth = f"{root}.layers", f"{path}/layers", config.num_hidden_layers
-    yield from stacked(keys, paths, norms, NORM[:1], depth)
-    yield from stacked(keys, paths, linears, LINEAR[:1], depth)
+    yield from stacked(keys, paths, norms, NORM_SCALE, depth)
+    yield from stacked(keys, paths, linears, LINEAR_KERNEL, depth)
     yield from stacked(keys, paths, tuple(pair for pair in linears if pair[1] in config.biased), LINEAR[1:], depth)
     if head is not None:
         tied = embedding if config.tie_word_embeddings else None

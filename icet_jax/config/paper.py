@@ -98,7 +98,8 @@ def _experiment() -> ConfigDict:
 
 
 def lppo(config: ConfigDict) -> ConfigDict:
-    """Changes `config` to the settings of L-PPO that all families share, and returns it."""
+    """Sets the paper's settings of L-PPO (PPO at sampled encoder exits) that are the same for all model families, and
+    returns the config."""
     config.algorithm = "lppo"
     config.lppo.exits = "per_example"  # ours: an exit for each sequence (paper: one layer per run, or sampled layers)
     config.lppo.iterations = 94  # ours: 94 x 64 sequences are three passes over RedTeam-2K

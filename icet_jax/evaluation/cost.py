@@ -156,7 +156,7 @@ def estimate(
 
 
 def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: int = 1) -> Rates:
-    """Returns the measured speeds of this process's device times `devices`; takes at most about a second.
+    """Measures the speed of this process's device and returns it multiplied by `devices`; takes at most about a second.
 
     Args:
       width: width of the decoder.
@@ -170,6 +170,7 @@ def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: i
         ffn = max(1, min(ffn, _MAX_ELEMENTS_ON_CPU // width))
     rows = _PREFILL_ROWS_ON_CPU if on_cpu else _PREFILL_ROWS
     prompts, steps = (product_speed(count, width, ffn, dtype) for count in (rows, batch_size))
+    # A decoding step cannot be faster than a prompt of the same rows: a higher measured speed is noise.
     return Rates(devices * prompts, devices * min(prompts, steps))
 
 

@@ -83,7 +83,8 @@ def _parts(rows: Sequence[Row], part_of: Callable[[Row], str | None]) -> dict[st
 
 
 def _part_table(rows: Sequence[Row], exits: Sequence[int], num_exits: int) -> JsonObject:
-    """Returns the entries "layers", "worst_exit" and "any_exit" of `summarise` for the rows of a part."""
+    """Returns the entries "layers", "worst_exit" and "any_exit" of `summarise` for `rows`, which are
+    a part of a data set, such as one category."""
     measured = _Measured(rows, exits)
     return {"layers": _share_tables(measured, exits, num_exits)["layers"]} | _attack_tables(measured, exits)
 

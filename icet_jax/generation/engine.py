@@ -114,7 +114,8 @@ class Engine:
           lora: adapters of the decoder.
           mesh: mesh of the weights, over which slots are split.
         """
-        self._static = (graphdef, sampling, mesh)
+        self._graphdef, self._mesh = graphdef, mesh
+        self._static = (graphdef, sampling, mesh)  # static arguments of the programs
         self._weights = (params, lora)
         self._unstacked: Any = None
         self._rows: DecodingState | None = None
@@ -159,7 +160,7 @@ class Engine:
 
     def _shards(self, group_size: int) -> int:
         """Returns the number of parts of the mesh that have slots of their own for groups of `group_size` prompts."""
-        mesh = self._static[2]
+        mesh = self._mesh
         return row_shards(mesh) if mesh is not None and _divide(mesh, group_size, self.slots) else 1
 
     def lowered(self, group: PromptGroup, lengths: Iterable[int]) -> Iterator[tuple[str, Any]]:
@@ -186,13 +187,14 @@ class Engine:
         return jax.jit(self._unstacked_layers, out_shardings=self._unstacked_shardings())(*self._weights)
 
     def unstacked_shapes(self) -> Any:
-        """Returns the abstract shapes of the unstacked layers, with their shardings on a mesh."""
+        """Returns the abstract shapes of the unstacked layers; with shardings if the engine has a mesh."""
         shapes, places = jax.eval_shape(self._unstacked_layers, *self._weights), self._unstacked_shardings()
         return shapes if places is None else placed(shapes, places)
 
     def _unstacked_shardings(self) -> Any:
-        """Returns the shardings of the unstacked layers, which are those of their stacks; None without a mesh."""
-        mesh = self._static[2]
+        """Returns the shardings of the unstacked layers: those of their stacks without the layer axis; None without a
+        mesh."""
+        mesh = self._mesh
         if mesh is None:
             return None
 
@@ -203,10 +205,10 @@ class Engine:
         return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._unstacked_layers, *self._weights))
 
     def _unstacked_layers(self, params: nnx.State, lora: Lora | None) -> Any:
-        return nnx.merge(self._static[0], params).unstack_layers(lora)
+        return nnx.merge(self._graphdef, params).unstack_layers(lora)
 
     def empty(self, group: PromptGroup) -> DecodingState:
-        """Returns slots without rows, for groups of this kind."""
+        """Returns the decoding state with every slot free; `group` is as in `shapes`."""
         shapes = self.shapes(group)
 
         def free() -> DecodingState:
@@ -218,11 +220,15 @@ class Engine:
             keys = jax.vmap(jax.random.key)(jnp.zeros(self.slots, jnp.uint32))
             return DecodingState(**{**zeros, "keys": keys, "done": jnp.ones(self.slots, bool)})
 
-        mesh = self._static[2]
+        mesh = self._mesh
         return jax.jit(free, out_shardings=None if mesh is None else _places(shapes, mesh))()
 
     def shapes(self, group: PromptGroup) -> DecodingState:
-        """Returns the abstract shapes of the slots for groups of this kind, with their shardings on a mesh."""
+        """Returns the abstract shapes of the decoding state of all slots; with shardings if the engine has a mesh.
+
+        Args:
+          group: prompts whose images and prefix have the shapes of all groups to come.
+        """
 
         def some(*arguments: Any) -> DecodingState:
             rows = _start_rows(*self._static[:2], *arguments)
@@ -233,7 +239,7 @@ class Engine:
             return jax.ShapeDtypeStruct((self.slots, *leaf.shape[1:]), leaf.dtype)
 
         shapes = jax.tree.map(slots, jax.eval_shape(some, *self._weights, *group[1:]))
-        mesh = self._static[2]
+        mesh = self._mesh
         return shapes if mesh is None else placed(shapes, _places(shapes, mesh))
 
 

@@ -76,7 +76,7 @@ def load_set(
       root: folder for a source's relative paths.
       image_root: folder for a file's relative image paths.
       limit: number of usable rows after which reading stops; None means all.
-      seed: seed of the organism's images and row order.
+      seed: of the images and the row order of `organism:` sources (the small embedded test models' world).
       directory: directory of prepared data sets (`--mode=prepare`); if None the source itself is read.
       name: name of the set in `directory`.
       workdir: directory for toy files; a temporary folder if None.

@@ -2,7 +2,16 @@
 
 from collections.abc import Iterator
 
-from icet_jax.checkpoints.tables import LINEAR, Table, TableEntry, clip_entries, llama_entries, renaming, single
+from icet_jax.checkpoints.tables import (
+    LINEAR,
+    LINEAR_KERNEL,
+    Table,
+    TableEntry,
+    clip_entries,
+    llama_entries,
+    renaming,
+    single,
+)
 from icet_jax.models.llava.network import LlavaConfig
 
 normalise_llava = renaming(
@@ -23,7 +32,7 @@ def llava_table(config: LlavaConfig) -> Table:
 
 def llava_entries(config: LlavaConfig) -> Iterator[TableEntry]:
     """Yields the entries (a key in a checkpoint and the parameter it belongs to) of tower, projector and decoder."""
-    leaves = LINEAR if config.multimodal_projector_bias else LINEAR[:1]
+    leaves = LINEAR if config.multimodal_projector_bias else LINEAR_KERNEL
     projector = tuple((f"multi_modal_projector.{name}", f"projector/{name}") for name in ("linear_1", "linear_2"))
     yield from clip_entries(config.vision, "vision_tower.vision_model", "vision_tower")
     yield from single(projector, leaves)

@@ -39,7 +39,8 @@ def at_exit(model: Any, config: LlavaConfig, layer: int) -> Iterator[None]:
 
 
 def prepare_processor(processor: Any, config: LlavaConfig) -> None:
-    """Sets what determines the number of image positions, because published processor files have other values."""
+    """Sets the attributes of transformers' `processor` that determine the number of image positions to the values of
+    `config`, because published processor files have others."""
     processor.patch_size = config.vision.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1

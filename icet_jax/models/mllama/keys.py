@@ -3,7 +3,19 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from icet_jax.checkpoints.tables import LINEAR, NORM, SAME, Table, TableEntry, patches, renaming, single, stacked
+from icet_jax.checkpoints.tables import (
+    LINEAR,
+    LINEAR_KERNEL,
+    NORM,
+    NORM_SCALE,
+    SAME,
+    Table,
+    TableEntry,
+    patches,
+    renaming,
+    single,
+    stacked,
+)
 from icet_jax.models.mllama.network import MllamaConfig
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -34,7 +46,7 @@ def _vision_entries(config: MllamaConfig) -> Iterator[TableEntry]:
     ):
         keys, paths = f"{root}.{theirs}.layers", f"{path}/{ours}"
         yield from stacked(keys, paths, norms, NORM, depth)
-        yield from stacked(keys, paths, attention, LINEAR[:1], depth)
+        yield from stacked(keys, paths, attention, LINEAR_KERNEL, depth)
         yield from stacked(keys, paths, mlp, LINEAR, depth)
     for layer in range(vision.num_global_layers):
         for gate in ("gate_attn", "gate_ffn"):
@@ -72,17 +84,17 @@ def _text_entries(config: MllamaConfig) -> Iterator[TableEntry]:
     norms = [(name, name) for name in ("input_layernorm", "post_attention_layernorm")]
     mlp = [(f"mlp.{name}", name) for name in _MLP]
     self_attention = [(f"self_attn.{name}", name) for name in _ATTENTION]
-    yield from _stack_entries(self_layers, "layers", norms, NORM[:1])
-    yield from _stack_entries(self_layers, "layers", self_attention + mlp, LINEAR[:1])
+    yield from _stack_entries(self_layers, "layers", norms, NORM_SCALE)
+    yield from _stack_entries(self_layers, "layers", self_attention + mlp, LINEAR_KERNEL)
     head_norms = [(f"cross_attn.{name}", name) for name in ("q_norm", "k_norm")]
     cross_attention = [(f"cross_attn.{name}", name) for name in _ATTENTION]
-    yield from _stack_entries(cross, "cross_layers", norms + head_norms, NORM[:1])
-    yield from _stack_entries(cross, "cross_layers", cross_attention + mlp, LINEAR[:1])
+    yield from _stack_entries(cross, "cross_layers", norms + head_norms, NORM_SCALE)
+    yield from _stack_entries(cross, "cross_layers", cross_attention + mlp, LINEAR_KERNEL)
     for layer, hf_layer in enumerate(cross):
         for gate in ("attn_gate", "mlp_gate"):
             key = f"{root}.layers.{hf_layer}.cross_attn_{gate}"
             yield TableEntry(key, f"{path}/cross_layers/{gate}", layer, SAME)
-    yield from single((("language_model.lm_head", f"{path}/lm_head"),), LINEAR[:1])
+    yield from single((("language_model.lm_head", f"{path}/lm_head"),), LINEAR_KERNEL)
 
 
 normalise_mllama = renaming(

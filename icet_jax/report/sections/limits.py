@@ -101,7 +101,7 @@ def _of_any_exit(study: Study) -> list[Text]:
 
 
 def _of_intervals(study: Study) -> list[Text]:
-    """Returns sentences on what the intervals cover, and on the reward that training optimised."""
+    """Returns sentences on which variation the confidence intervals include, and on which reward training optimised."""
     if study.several:
         words = (
             f"Bands and ranges are the smallest and largest of {len(study.runs)} training seeds, not "

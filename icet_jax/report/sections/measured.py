@@ -34,11 +34,11 @@ def safety_of_study(study: Study) -> list[Block]:
 
 def utility_of_study(study: Study) -> list[Block]:
     """Returns for benign, mixed and VQA data sets: a table at the default exit, charts of refusals and accuracies over
-    exits, and hidden tables of all values."""
-    datasets = [dataset for dataset in study.of_kind("mixed", "benign", "vqa") if _useful_first(study, dataset)]
+    exits, and collapsed tables of all values."""
+    datasets = [dataset for dataset in study.of_kind("mixed", "benign", "vqa") if _metrics_to_show(study, dataset)]
     blocks = _default_table(study, datasets)
     for dataset in datasets:
-        names = _useful_first(study, dataset)
+        names = _metrics_to_show(study, dataset)
         names = [name for name in names if family_of(name) in (*MAIN_FAMILIES, *FORM_FAMILIES)]
         if len(study.layers(dataset)) > 1:
             blocks.append(Heading(dataset_heading(study, dataset)))
@@ -81,7 +81,7 @@ def _default_table(study: Study, datasets: list[str]) -> list[Block]:
     rows = []
     columns = (*PHASES, "difference")
     for dataset in datasets:
-        for metric in _useful_first(study, dataset):
+        for metric in _metrics_to_show(study, dataset):
             values = [study.value(column, dataset, metric, study.default_exit) for column in columns]
             if family_of(metric) in MAIN_FAMILIES and any(values):
                 n = next((value.n for value in values if value is not None), None)
@@ -91,7 +91,7 @@ def _default_table(study: Study, datasets: list[str]) -> list[Block]:
     return table(f"At the default exit {study.default_exit} ({study.interval})", head, rows)
 
 
-def _useful_first(study: Study, dataset: str) -> list[str]:
+def _metrics_to_show(study: Study, dataset: str) -> list[str]:
     """Returns the metrics of a data set, refusals and accuracies first; of a mixed data set only these, because
     `safety_of_study` shows its other metrics."""
     names = sorted(study.metrics(dataset), key=lambda name: family_of(name) not in USEFUL_FAMILIES)
@@ -99,7 +99,8 @@ def _useful_first(study: Study, dataset: str) -> list[str]:
 
 
 def _overlays(comparison: Comparison, dataset: str) -> list[Block]:
-    """Returns charts of every shared metric of a data set; those on the form of the responses are hidden."""
+    """Returns charts of every shared metric of a data set; those on the form of the responses (empty,
+    truncated, degenerate) are in a collapsed section."""
     main: list[Block] = []
     form: list[Block] = []
     for metric in comparison.metrics(dataset):
