@@ -76,8 +76,9 @@ def _open_fields() -> str:
     open_fields = ", ".join(f"`{name}`" for name in OPEN_FIELDS)
     kinds, rewards = (", ".join(f"`{item}`" for item in items) for items in (names.KINDS, names.REWARDS))
     return (
-        f"## Fields with keys of your own\n\n{open_fields} are dicts. The keys\n"
-        f"of `data.mixture` and `reward.by_kind` are kinds of rows ({kinds}), values of the latter\n"
+        f"## Fields with keys of your own\n\n{open_fields} are\n"
+        "dicts. The keys of `data.mixture`, `lppo.kl_coef_by_kind` and `reward.by_kind` are kinds of rows\n"
+        f"({kinds}), the values of `reward.by_kind` are\n"
         f"{rewards}. Those of `sweep.datasets` and `sweep.utility` are names of your own\n"
         "for [sources](../data.md#sources).\n"
     )

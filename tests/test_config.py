@@ -192,6 +192,30 @@ def test_variants_change_the_exit_schedule(variant):
     assert (lsft.algorithm, lsft.lsft.exits) == ("lsft", expected)
 
 
+GROUPED = [("algorithm", "lrloo"), ("data.batch_size", "128")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ([("lrloo.group_size", "1")], "must be 2 or more: a response is compared with the others of its group"),
+        ([("lrloo.group_size", "3")], "batch_size 128 counts responses and does not divide into groups of 3"),
+        ([("lppo.baseline", "exit_kind"), ("lppo.whiten_advantages", "false")], "exit_kind needs .*whiten_advantages"),
+        ([("lppo.kl_coef_by_kind", "{'benign': -1.0}")], "kl_coef_by_kind.benign is -1.0, but must be a factor, 0 or"),
+    ],
+)
+def test_groups_and_baselines_that_mean_nothing_are_refused(changes, says):
+    with pytest.raises(UserError, match=says):
+        config_files.load("configs/organism_lppo.py", [*GROUPED, *changes])
+
+
+def test_only_an_algorithm_with_groups_asks_for_them():
+    alone = config_files.load("configs/organism_lppo.py", [("lrloo.group_size", "3")])
+    grouped = config_files.load("configs/organism_lrloo.py:grpo")
+    assert (icet_config.group_size(alone), icet_config.group_size(grouped)) == (1, 4)
+    assert (grouped.algorithm, grouped.lrloo.advantage) == ("lrloo", "grpo")
+
+
 def test_a_config_is_read_without_jax():
     code = (
         "import sys; from icet_jax.runs import config_files; config_files.load('configs/organism_lppo.py');"

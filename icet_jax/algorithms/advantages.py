@@ -1,11 +1,12 @@
-"""Advantages: generalised advantage estimation and masked whitening."""
+"""Advantages: generalised advantage estimation, whitening, and comparison within a group of responses."""
 
 import jax
 import jax.numpy as jnp
 
-from icet_jax.typing import Array, ArrayLike, Bool, Float, Scalar
+from icet_jax.typing import Array, ArrayLike, Bool, Float, Int, Scalar
 
 WHITEN_EPS = 1e-8
+_GROUP_EPS = 1e-4  # added to the standard deviation of a group, as in TRL's GRPO
 
 
 def gae(
@@ -78,3 +79,100 @@ def whiten(
     variance = jnp.sum(jnp.square(centred)) / count
     scaled = centred * jax.lax.rsqrt(variance + WHITEN_EPS)
     return jnp.where(counted, scaled if shift_mean else scaled + mean, x)
+
+
+def whiten_cells(
+    x: Float[ArrayLike, "B A"],
+    mask: Bool[ArrayLike, "B A"],
+    *,
+    exits: Int[ArrayLike, " B"],
+    kinds: Int[ArrayLike, " B"],
+    num_exits: int,
+    num_kinds: int,
+    min_rows: int,
+    min_std: float,
+    rows: Bool[ArrayLike, " B"] | None = None,
+) -> Float[Array, "B A"]:
+    """Whitens each (exit, kind) of rows with its own mean and standard deviation, both over tokens (ours).
+
+        A_t = (x_t - mean) / max(std, min_std)
+
+    A mean over few rows says little. So an (exit, kind) with fewer than `min_rows` rows takes the mean and the standard
+    deviation of its kind at all exits, and a kind with fewer rows takes those of all rows.
+
+    Args:
+      x: values; entries outside the mask may be anything, NaN included.
+      mask: true where `x` counts.
+      exits: of each row, from 1 to `num_exits`.
+      kinds: of each row, from 0 to `num_kinds` - 1.
+      num_exits: N of the model.
+      num_kinds: number of kinds.
+      min_rows: least number of rows with a token for an own mean.
+      min_std: least divisor, above 0: where all rows are nearly equal, noise is not blown up.
+      rows: rows that are whitened, as in `whiten`; the others keep their values.
+
+    Returns:
+      float32, zero outside the mask.
+    """
+    mask, exits, kinds = jnp.asarray(mask, bool), jnp.asarray(exits), jnp.asarray(kinds)
+    x = jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
+    counted = mask if rows is None else mask & jnp.asarray(rows, bool)[:, None]
+    cells = (jnp.zeros_like(kinds), 1), (kinds, num_kinds), (exits * num_kinds + kinds, (num_exits + 1) * num_kinds)
+    mean = std = jnp.zeros(x.shape[0], jnp.float32)
+    for coarseness, (cell, count) in enumerate(cells):
+        size, cell_mean, cell_std = _cell_statistics(x, counted, cell, count)
+        applies = (size >= min_rows) | (coarseness == 0)
+        mean, std = jnp.where(applies, cell_mean, mean), jnp.where(applies, cell_std, std)
+    whitened = (x - mean[:, None]) / jnp.maximum(std, min_std)[:, None]
+    return jnp.where(counted, whitened, x)
+
+
+def _cell_statistics(
+    x: Float[Array, "B A"], counted: Bool[Array, "B A"], cell: Int[Array, " B"], count: int
+) -> tuple[Array, Array, Array]:
+    """Number of rows with a counted token, mean and biased standard deviation of the tokens of each row's cell, [B].
+
+    `cell` numbers the cells from 0 to `count` - 1.
+    """
+
+    def total(per_token: Array) -> Array:
+        return jax.ops.segment_sum(jnp.sum(per_token, axis=1), cell, count)[cell]
+
+    size = jax.ops.segment_sum(jnp.any(counted, axis=1).astype(jnp.int32), cell, count)[cell]
+    tokens = jnp.maximum(total(counted.astype(jnp.float32)), 1.0)
+    mean = total(jnp.where(counted, x, 0.0)) / tokens
+    variance = total(jnp.where(counted, jnp.square(x - mean[:, None]), 0.0)) / tokens
+    return size, mean, jnp.sqrt(variance)
+
+
+def group_advantages(
+    rewards: Float[ArrayLike, " B"], valid: Bool[ArrayLike, " B"], *, group_size: int, scaled: bool
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """How much better each response is than the others of its group; rows of a group are neighbours.
+
+        not scaled:  A_i = R_i - mean over j != i of R_j        (RLOO: Ahmadian et al. 2024, "Back to Basics", eq. 8)
+        scaled:      A_i = (R_i - mean(R)) / (std(R) + 1e-4)    (GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1)
+
+    The standard deviation has n - 1 in the denominator, as in TRL.
+
+    Args:
+      rewards: one per response; entries that are not valid may be anything, NaN included.
+      valid: responses that count; the others enter no mean.
+      group_size: k, which divides B.
+      scaled: which of the two.
+
+    Returns:
+      (advantages, compared): zero and false where a response is not valid or no other of its group is.
+    """
+    valid = jnp.asarray(valid, bool).reshape(-1, group_size)
+    grouped = jnp.where(valid, jnp.asarray(rewards, jnp.float32).reshape(valid.shape), 0.0)
+    count = jnp.sum(valid, axis=1, keepdims=True)
+    others = jnp.maximum(count - 1, 1)
+    centred = jnp.where(valid, grouped - jnp.sum(grouped, axis=1, keepdims=True) / jnp.maximum(count, 1), 0.0)
+    if scaled:
+        std = jnp.sqrt(jnp.sum(jnp.square(centred), axis=1, keepdims=True) / others)
+        advantages = centred / (std + _GROUP_EPS)
+    else:
+        advantages = centred * count / others  # R_i - mean of the others = (R_i - mean of all) * n / (n - 1)
+    compared = valid & (count > 1)
+    return jnp.where(compared, advantages, 0.0).reshape(-1), compared.reshape(-1)

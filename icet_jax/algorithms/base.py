@@ -18,6 +18,7 @@ from icet_jax.algorithms.phases import draw_exits
 from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
 from icet_jax.algorithms.utilisation import Counter, Peak, Stopwatch, device_peak
+from icet_jax.config import group_size
 from icet_jax.config.names import ALGORITHMS
 from icet_jax.parallel.mesh_fit import slices
 from icet_jax.parallel.programs import Program
@@ -72,6 +73,7 @@ class Algorithm(ABC):
       bounded: whether `config.lppo.max_kl` bounds how far it goes from the reference.
       settings: what its phases are compiled for.
       iterations: length of the run.
+      group_size: responses of each prompt in a batch.
       peak: of the devices, which `perf/mfu` relates to.
     """
 
@@ -87,12 +89,12 @@ class Algorithm(ABC):
           reward: scores responses, for those that are rewarded.
         """
         del reward
-        self.iterations = config[config.algorithm].iterations
+        self.iterations, self.group_size = config[config.algorithm].iterations, group_size(config)
         settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
         shards = 1 if vlm.mesh is None else row_shards(vlm.mesh)
         self.settings: Settings = dataclasses.replace(settings, accumulation=slices(config, shards))
         self._vlm, self._run_key = vlm, jax.random.key(config.seed)
-        self._exits = _exit_drawer(self.settings, vlm, config.data.batch_size)
+        self._exits = _exit_drawer(self.settings, vlm, config.data.batch_size // self.group_size)
         self._watch, self._counter = Stopwatch(), Counter(nnx.merge(vlm.graphdef, vlm.params), self.settings)
         devices = jax.devices()[:1] if vlm.mesh is None else list(vlm.mesh.devices.flat)
         self.peak: Peak = device_peak(devices, config.model.dtype)
@@ -135,13 +137,13 @@ def images_per_row(batch: "PromptBatch") -> np.ndarray:
     return np.array([len(example.images) for example in batch.examples])
 
 
-def _exit_drawer(settings: Settings, vlm: "VLM", batch_size: int) -> Program:
-    """(run key, iteration, what the schedule has learnt) -> exits int32 [B], on every device."""
+def _exit_drawer(settings: Settings, vlm: "VLM", prompts: int) -> Program:
+    """(run key, iteration, what the schedule has learnt) -> exits int32 [prompts], on every device."""
 
     def draw(key: Any, iteration: Any, learned: Any) -> Any:
         return draw_exits(
-            settings, key, iteration, learned, batch=batch_size, num_exits=vlm.num_exits, default_exit=vlm.default_exit
+            settings, key, iteration, learned, batch=prompts, num_exits=vlm.num_exits, default_exit=vlm.default_exit
         )
 
     everywhere = None if vlm.mesh is None else replicated(vlm.mesh)
-    return Program(draw, about=(settings, batch_size, vlm.num_exits, vlm.default_exit), out_sharding=everywhere)
+    return Program(draw, about=(settings, prompts, vlm.num_exits, vlm.default_exit), out_sharding=everywhere)

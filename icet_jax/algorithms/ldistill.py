@@ -83,7 +83,7 @@ class DistillBatch(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """The compiled phases: `rollout` takes what `lppo.Phases.rollout` takes.
+    """The compiled phases: `rollout` takes what `rewarded.Phases.rollout` takes.
 
     `update` takes (params, state, rollout, run_key, failures) and `columns`, the response columns that are learnt from
     (None: all; the rest must be padding); it donates the state. `failures` are those of `exits.Schedule.observe`, None

@@ -15,6 +15,7 @@ from icet_jax.typing import Array, Bool, Float, Int
 # Prefixes of what is a mean over the steps of an update, and what under them is none.
 _OF_STEPS = ("policy/", "loss/", "val/ratio", "val/clipfrac_avg", "train/grad_norm")
 _COUNTS = ("policy/early_stop",)
+_FLAT = 1e-6  # standard deviation of a group's scores below which they are equal
 
 
 def rollout_metrics(
@@ -32,17 +33,12 @@ def rollout_metrics(
     kl_coef: Float[Array, ""],
     log_probs: Float[Array, "B A"],
     sampled_log_probs: Float[Array, "B A"],
-    advantages: Float[Array, "B A"],
-    returns: Float[Array, "B A"],
 ) -> dict[str, Any]:
     """Means over the scored sequences, and sums by exit (under `exit`, which `host_metrics` unpacks).
 
     `objective/kl` is the mean of the summed k1, `objective/scores` the scorer's own scale, `objective/rlhf_reward` the
     shaped score plus the KL terms, `val/sampler_gap` the mean |teacher-forced - sampled| log-prob per token, in nats,
     `val/sampler_ess` see `effective_share`, `val/truncated` the share of sequences that did not end with an EOS.
-
-    `advantages`, not whitened, are `returns` minus the old values. `val/explained_variance` is 1 - var(advantages) /
-    var(returns) over all tokens: 1 where the values foretell the returns, 0 where a constant would do as well.
     """
     count = jnp.maximum(jnp.sum(scored), 1)
 
@@ -56,7 +52,6 @@ def rollout_metrics(
         return jax.ops.segment_sum(jnp.where(scored, per_row, 0.0), exits, num_exits + 1)
 
     non_score = row_mean(-kl_coef * row_sums(kl))
-    unexplained, variance = _variance(advantages, mask), _variance(returns, mask)
     return {
         "objective/kl": row_mean(sequence_kl),
         "objective/entropy": row_mean(-row_sums(log_probs)),
@@ -71,10 +66,49 @@ def rollout_metrics(
         "val/truncated": row_mean(~has_eos),
         "val/sampler_gap": masked_mean(jnp.abs(log_probs - sampled_log_probs), mask),
         "val/sampler_ess": effective_share(row_sums(log_probs - sampled_log_probs), scored),
+        "exit": {"n": by_exit(jnp.ones_like(scores)), "kl": by_exit(sequence_kl)},
+    }
+
+
+def value_metrics(
+    advantages: Float[Array, "B A"], returns: Float[Array, "B A"], mask: Bool[Array, "B A"]
+) -> dict[str, Any]:  # fmt: skip
+    """How well the value head foretells the returns.
+
+    `advantages`, not whitened, are `returns` minus the old values. `val/explained_variance` is 1 - var(advantages) /
+    var(returns) over all tokens: 1 where the values foretell the returns, 0 where a constant would do as well.
+    """
+    unexplained, variance = _variance(advantages, mask), _variance(returns, mask)
+    return {
         "val/advantages_std": jnp.sqrt(unexplained),
         "val/returns_std": jnp.sqrt(variance),
         "val/explained_variance": jnp.where(variance > 0, 1 - unexplained / jnp.where(variance > 0, variance, 1), 0.0),
-        "exit": {"n": by_exit(jnp.ones_like(scores)), "kl": by_exit(sequence_kl)},
+    }
+
+
+def group_metrics(
+    scores: Float[Array, " B"], advantages: Float[Array, " B"], compared: Bool[Array, " B"], *, group_size: int
+) -> dict[str, Any]:  # fmt: skip
+    """What groups of responses teach.
+
+    `val/group_std` is the mean over groups of the standard deviation (n - 1) of their shaped scores, `val/flat_groups`
+    the share of groups whose scores are all equal: these teach nothing but the KL. Groups with fewer than two scored
+    responses are left out of both. `val/advantages_std` is over the compared responses.
+
+    Args:
+      scores: shaped scores.
+      advantages, compared: of `advantages.group_advantages`.
+      group_size: of the groups, whose rows are neighbours.
+    """
+    inside = compared.reshape(-1, group_size)
+    grouped = scores.reshape(inside.shape)
+    count = jnp.sum(inside, axis=1, keepdims=True)
+    centred = grouped - jnp.sum(jnp.where(inside, grouped, 0.0), axis=1, keepdims=True) / jnp.maximum(count, 1)
+    variance = jnp.sum(jnp.where(inside, jnp.square(centred), 0.0), axis=1, keepdims=True) / jnp.maximum(count - 1, 1)
+    return {
+        "val/group_std": masked_mean(jnp.sqrt(variance), count > 0),
+        "val/flat_groups": masked_mean(jnp.sqrt(variance) < _FLAT, count > 0),
+        "val/advantages_std": jnp.sqrt(_variance(advantages[:, None], compared[:, None])),
     }
 
 
@@ -97,20 +131,27 @@ def effective_share(log_weights: Float[Array, " B"], counted: Bool[Array, " B"])
 
 
 def policy_metrics(outcome: Outcome) -> dict[str, Any]:
-    """TRL's statistics of the clipped updates: means over the evaluated steps; of `ratio_max` the largest."""
+    """TRL's statistics of the clipped updates: means over the evaluated steps; of `ratio_max` the largest.
+
+    What the algorithm has no term for (value head, anchor) is left out.
+    """
     stats = outcome.stats
+    optional = {
+        "loss/value_avg": "value",
+        "val/clipfrac_avg": "value_clipfrac",
+        "loss/anchor_avg": "anchor",
+        "loss/kl_avg": "kl",
+    }
     return {
         "policy/approxkl_avg": stats["approxkl"],
         "policy/clipfrac_avg": stats["clipfrac"],
         "policy/entropy_avg": stats["entropy"],
         "policy/early_stop": outcome.stopped,
         "loss/policy_avg": stats["policy"],
-        "loss/value_avg": stats["value"],
         "val/ratio": stats["ratio"],
         "val/ratio_var": stats["ratio_var"],
         "val/ratio_max": stats["ratio_max"],
-        "val/clipfrac_avg": stats["value_clipfrac"],
-    } | ({"loss/anchor_avg": stats["anchor"]} if "anchor" in stats else {})
+    } | {metric: stats[name] for metric, name in optional.items() if name in stats}
 
 
 def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettings) -> dict[str, Any]:

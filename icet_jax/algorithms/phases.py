@@ -18,7 +18,7 @@ from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import Controls, TrainState, make_optimizer
 from icet_jax.algorithms.updates import LossFunction, Outcome, optimise, shuffled_order
 from icet_jax.errors import UserError
-from icet_jax.generation.decode import generate
+from icet_jax.generation.decode import generate, repeat_rows
 from icet_jax.nn.protocols import Images
 from icet_jax.parallel.sharding import batch_sharding, placed, replicated, row_shards, shardings, split_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
@@ -117,9 +117,11 @@ def _visuals(model: Any, images: Images | None, *exits: Int[Array, " B"]) -> lis
 def sample_responses(
     graphdef: Any, settings: Settings, params: Any, state: TrainState, images: Images | None, tokens: Int[Array, "B P"],
     mask: Bool[Array, "B P"], exits: Int[Array, " B"], run_key: Key[Array, ""], *, anchored: bool = False,
-    by_reference: bool = False,
+    by_reference: bool = False, group_size: int = 1,
 ) -> Rollout:  # fmt: skip
-    """Encodes, picks the exits and samples responses.
+    """Encodes, picks the exits and samples responses: `group_size` of each prompt, which are neighbours in the rollout.
+
+    The image encoder and the prefill run once per prompt.
 
     Args:
       graphdef: structure of the network.
@@ -129,18 +131,24 @@ def sample_responses(
       images: `nn.protocols.Images` with num_rows == B, or None where no row has one.
       tokens, mask: left-padded prompts; a filler row has an all-false mask.
       exits: of each row.
-      run_key: row keys depend on (run key, iteration, row) alone.
+      run_key: keys of responses depend on (run key, iteration, row of the rollout) alone.
       anchored: whether the default exit's `anchor_visual` is kept too.
       by_reference: whether the answers are those of the frozen model at its default exit; needs `anchored`.
+      group_size: k, responses of each prompt.
+
+    Returns:
+      The rollout, of k B rows.
     """
     policy, lora = (params, None) if by_reference else with_policy(params, state.trainable, settings.lora_scale)
     model = nnx.merge(graphdef, policy)
     drawn = (exits, jnp.full_like(exits, model.default_exit)) if anchored else (exits,)
     visual, anchor_visual = [*_visuals(model, images, *drawn), None][:2]
     iteration_key = jax.random.fold_in(run_key, state.iteration)
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(iteration_key, jnp.arange(tokens.shape[0]))
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(iteration_key, jnp.arange(tokens.shape[0] * group_size))
     seen = anchor_visual if by_reference else visual
     out = generate(model, tokens, mask, seen, row_keys, settings.sampling, lora)
+    prompts = (tokens, mask, visual, exits, anchor_visual)
+    tokens, mask, visual, exits, anchor_visual = repeat_rows(prompts, group_size)
     return Rollout(
         prompts=tokens,
         prompt_mask=mask,

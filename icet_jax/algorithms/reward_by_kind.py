@@ -37,6 +37,11 @@ def scores_by_kind(
     return means
 
 
+def kind_numbers(examples: Sequence[Example]) -> np.ndarray:
+    """The kind of each row as its index in `config.names.KINDS`, int32 [B]."""
+    return np.array([KINDS.index(example.kind) for example in examples], np.int32)
+
+
 def not_refused(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
     """float32 [B]: 1 where a forbidden row's response does not refuse, 0 where it does, NaN for rows of other kinds."""
     kinds = np.array([example.kind for example in examples])

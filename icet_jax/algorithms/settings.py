@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from icet_jax.algorithms.state import OptimizerSettings
+from icet_jax.config.names import KINDS
 from icet_jax.generation.sampling import Sampling
 
 
@@ -19,6 +20,7 @@ class Settings:
       optimizer: see `OptimizerSettings`.
       lora_scale: alpha / rank; None is full fine-tuning.
       exits: name of the exit schedule, which `fixed_exit` and `train_exits` belong to.
+      kl_factors: of `config.lppo.kl_coef_by_kind`, in the order of `config.names.KINDS`.
     """
 
     sampling: Sampling
@@ -27,6 +29,7 @@ class Settings:
     exits: str
     fixed_exit: int | None
     train_exits: tuple[int, ...]
+    kl_factors: tuple[float, ...]
     kl_kind: str
     kl_adaptive: bool
     kl_target: float
@@ -39,6 +42,9 @@ class Settings:
     value_stop_gradient: bool
     whiten_advantages: bool
     whiten_rewards: bool
+    baseline: str
+    baseline_min_rows: int
+    baseline_min_std: float
     epochs: int
     minibatches: int
     accumulation: int
@@ -78,5 +84,6 @@ def from_config(config: Any, sampling: Sampling) -> Settings:
             value_warmup_steps=lppo.value_warmup_steps,
         ),
         lora_scale=config.lora.alpha / rank if rank else None,
+        kl_factors=tuple(lppo.kl_coef_by_kind.get(kind, 1.0) for kind in KINDS),
         **shared,
     )

@@ -97,7 +97,8 @@ class Counter:
         self._epochs, self._steps = settings.epochs, settings.epochs * settings.minibatches
 
     def done(
-        self, prompts: np.ndarray, answers: np.ndarray, images: np.ndarray, *, sampled: bool = True, passes: int = 0
+        self, prompts: np.ndarray, answers: np.ndarray, images: np.ndarray, *, sampled: bool = True, passes: int = 0,
+        group_size: int = 1,
     ) -> Done:  # fmt: skip
         """Epochs of updates on rows of so many prompt positions, response tokens and images, each int [B].
 
@@ -105,12 +106,14 @@ class Counter:
           prompts, answers, images: of each row; one without an answer is a filler.
           sampled: whether the answers were drawn in a rollout, rather than given.
           passes: teacher-forced passes over every row beside those of the updates.
+          group_size: neighbouring rows that have one prompt, whose encoder pass and prefill they share in a rollout.
         """
         rows = [row for row in zip(*(column.tolist() for column in (prompts, answers, images)), strict=True) if row[1]]
         update = self._epochs * sum(self._backward(*row) for row in rows)
         beside = passes * sum(sum(self._forward(*row)) for row in rows)
         if sampled:
-            flops = {"rollout": sum(self._rollout(*row) for row in rows), "update": beside + update}
+            read = sum(self._prefill(prompt, count) for prompt, _, count in rows[::group_size])
+            flops = {"rollout": read + sum(self._decode(*row) for row in rows), "update": beside + update}
         else:
             seen = sum(self._encode(prompt, count) for prompt, _, count in rows)
             flops = {"update": seen + beside + update}
@@ -129,11 +132,13 @@ class Counter:
         found = self._model.operations(prompt, prompt, images)
         return images * (found.encode + found.visual)
 
-    def _rollout(self, prompt: int, answer: int, images: int) -> int:
-        first = self._model.operations(prompt, prompt, images)
+    def _prefill(self, prompt: int, images: int) -> int:
+        return self._encode(prompt, images) + self._model.operations(prompt, prompt, images).prefill
+
+    def _decode(self, prompt: int, answer: int, images: int) -> int:
         # A step's cost is linear in the places that it attends to: all steps cost as many times the middle one.
         middle = self._model.operations(1, prompt + (answer + 1) // 2, images)
-        return self._encode(prompt, images) + first.prefill + (answer - 1) * middle.step
+        return (answer - 1) * middle.step
 
     def _forward(self, prompt: int, answer: int, images: int) -> tuple[int, int]:
         """One pass over a row without its last token, with the logits of the response: through weights, attention."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         check_names,
         choose_variant,
         flatten,
+        group_size,
         require,
         scorer_fields,
         unknown_field,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "ml_collections": ("ConfigDict",),
     "icet_jax.config.checks": (
-        "check", "check_exits", "check_names", "choose_variant", "flatten", "require", "scorer_fields", "unknown_field",
+        "check", "check_exits", "check_names", "choose_variant", "flatten", "group_size", "require", "scorer_fields",
+        "unknown_field",
     ),
     "icet_jax.config.defaults": ("FIELDS", "OPEN_FIELDS", "default"),
     "icet_jax.config.embedded": ("organism",),
@@ -50,6 +52,7 @@ __all__ = [
     "choose_variant",
     "default",
     "flatten",
+    "group_size",
     "organism",
     "paper",
     "require",

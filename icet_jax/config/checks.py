@@ -35,6 +35,11 @@ def check(config: ConfigDict) -> None:
     _check_combinations(config)
 
 
+def group_size(config: ConfigDict) -> int:
+    """Returns how many responses of each prompt a training batch has; 1 unless the algorithm has a `group_size`."""
+    return config[config.algorithm].get("group_size", 1)
+
+
 def check_exits(config: ConfigDict, num_exits: int) -> None:
     """Raises a `UserError` if the config names an exit that the model does not have (exits are 1..num_exits)."""
     exits = [("lppo.fixed_exit", config.lppo.fixed_exit)] if config.lppo.fixed_exit is not None else []
@@ -143,6 +148,13 @@ def _check_combinations(config: ConfigDict) -> None:
             f"of {lppo.accumulation} slices (lppo.accumulation)"
         )
     _check_exit_schedule(config)
+    if batch % group_size(config):
+        raise UserError(
+            f"config.data.batch_size {batch} counts responses and does not divide into groups of {group_size(config)} "
+            f"({config.algorithm}.group_size)"
+        )
+    if lppo.baseline != "rollout" and not lppo.whiten_advantages:
+        raise UserError(f"config.lppo.baseline={lppo.baseline} needs config.lppo.whiten_advantages=true")
     if config.rm.batch_size % config.rm.accumulation:
         raise UserError(
             f"config.rm.batch_size {config.rm.batch_size} does not divide into {config.rm.accumulation} slices "

@@ -41,6 +41,11 @@ _SHARES = Table(
     names.KINDS,
     Rule(lambda share: type(share) in (int, float) and 0 <= share < float("inf"), "a share, 0 or more"),
 )
+_FACTORS = Table(
+    float,
+    names.KINDS,
+    Rule(lambda factor: type(factor) in (int, float) and 0 <= factor < float("inf"), "a factor, 0 or more"),
+)
 _SOURCES = Table(
     str,
     matches(r"[A-Za-z0-9_-]+", "names a file; use letters, digits, _ and - alone"),
@@ -109,8 +114,8 @@ DATA = Section(
         "root": unset(str, "Folder to which relative paths in sources refer. Unset: the working directory."),
         "mixture": Field({"forbidden": 1.0}, "Share of each kind of row in a training batch.", table=_SHARES,
             origin="paper: harmful prompts alone"),
-        "batch_size": Field(64, "Rows per iteration, over all processes.", POSITIVE, unit="sequences",
-            origin="ours (TRL: 128)"),
+        "batch_size": Field(64, "Responses per iteration, over all processes: one of each prompt, or lrloo.group_size "
+            "of each.", POSITIVE, unit="sequences", origin="ours (TRL: 128)"),
         "max_prompt_tokens": Field(768, "Most positions of a training prompt, image positions included (576 in "
             "LLaVA-1.5).", POSITIVE, unit="positions", origin="ours"),
         "too_long": Field("drop", "What happens to a row whose prompt is longer than max_prompt_tokens (training) or "
@@ -189,6 +194,9 @@ LPPO = Section(
             unit="nats per sequence", origin="TRL"),
         "kl_horizon": Field(10000.0, "How slowly an adaptive coefficient changes: per rollout by at most the share "
             "0.2 x batch_size / kl_horizon.", POSITIVE, unit="sequences", origin="TRL"),
+        "kl_coef_by_kind": Field({"forbidden": 1.0, "benign": 1.0, "vqa": 1.0}, "Factor of the KL coefficient for rows "
+            "of each kind. A kind that is left out has 1. kl_target is compared with the KL without factors.",
+            table=_FACTORS, origin="ours: off"),
         "gamma": Field(1.0, "Discount.", SHARE, origin="TRL"),
         "lam": Field(0.95, "GAE's lambda.", SHARE, origin="TRL"),
         "clip_range": Field(0.2, "The ratio of new to old probability is clipped to the range 1 - clip_range to 1 + "
@@ -212,6 +220,14 @@ LPPO = Section(
             "optimizer.warmup_steps.", NOT_NEGATIVE, unit="optimizer steps", origin="ours"),
         "whiten_advantages": Field(True, "True: advantages are shifted and scaled to mean 0 and variance 1 over all "
             "response tokens of a rollout, without rows whose kind has no reward.", origin="TRL"),
+        "baseline": Field("rollout", 'Which rows share the mean and the standard deviation of whiten_advantages. '
+            '"rollout": all of them. "exit_kind": those of one exit and one kind.', one_of(names.BASELINES),
+            origin="TRL"),
+        "baseline_min_rows": Field(8, 'Least number of rows of one exit and kind with "exit_kind". Fewer take the mean '
+            "and the standard deviation of their kind at all exits, or, where that has fewer too, of all rows.",
+            POSITIVE, unit="rows", origin="ours"),
+        "baseline_min_std": Field(0.1, 'Least standard deviation that "exit_kind" divides by: rows that are nearly '
+            "equal must not become advantages of 1.", POSITIVE, unit="advantages before whitening", origin="ours"),
         "whiten_rewards": Field(False, "True: the rewards per token are whitened in the same way.", origin="TRL"),
         "epochs": Field(4, "Passes over one rollout.", POSITIVE, origin="TRL"),
         "minibatches": Field(1, "Mini-batches, that is optimizer steps, per epoch.", POSITIVE, origin="TRL"),
@@ -259,6 +275,21 @@ LDISTILL = Section(
             '"policy": those of the model in training, at the sampled exit. "default": those of the model before '
             "training, at its default exit.", one_of(names.DISTILLED_ON), origin="ours"),
         "exits": Field("per_example", "See lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
+    }
+)
+LRLOO = Section(
+    {
+        "iterations": Field(94, "Batches of the run. KL, clipping, guards, anchor, epochs, mini-batches, temperature "
+            "and max_new_tokens are lppo's. A batch has data.batch_size responses, so the budget is the same.",
+            NOT_NEGATIVE, unit="batches", origin="ours"),
+        "group_size": Field(4, "Responses of each prompt, at one exit. A batch has data.batch_size / group_size "
+            "prompts.", Rule(lambda size: size >= 2, "2 or more: a response is compared with the others of its group"),
+            unit="responses", origin="Ahmadian et al. 2024"),
+        "advantage": Field("rloo", 'What a response is compared with. "rloo": the mean reward of the others, with the '
+            'KL in the reward. "grpo": the mean of its group, divided by the group\'s standard deviation, with the KL '
+            "(always k3) in the loss.", one_of(names.GROUP_ADVANTAGES), origin="Ahmadian et al. 2024"),
+        "exits": Field("per_example", "As lppo.exits, one draw for all responses of a prompt.",
+            one_of(tuple(names.EXIT_SCHEDULES))),
     }
 )
 OPTIMIZER = Section(
@@ -336,8 +367,9 @@ CHECKPOINT = Section(
 
 CONFIG: Tree = {
     "algorithm": Field("lppo", '"lppo": L-PPO. "lsft": supervised training on a refusal at sampled exits, an ablation. '
-        '"ldistill": every exit learns the default exit\'s token distribution, without a reward.',
-        one_of(tuple(names.ALGORITHMS)), origin="paper (lsft, ldistill: ours)"),
+        '"ldistill": every exit learns the default exit\'s token distribution, without a reward. "lrloo": several '
+        "responses of one prompt and exit are compared with each other, without a value head.",
+        one_of(tuple(names.ALGORITHMS)), origin="paper (lsft, ldistill, lrloo: ours)"),
     "seed": Field(0, "Seed of all random numbers: exits, sampling, order of the data, first values of adapters.",
         _SEED),
     "seeds": Field((), "Several seeds, in place of `seed`: one run for each under WORKDIR/seed_K, and one report over "
@@ -354,6 +386,7 @@ CONFIG: Tree = {
     "lppo": LPPO,
     "lsft": LSFT,
     "ldistill": LDISTILL,
+    "lrloo": LRLOO,
     "optimizer": OPTIMIZER,
     "sweep": SWEEP,
     "export": EXPORT,

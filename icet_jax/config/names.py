@@ -7,8 +7,10 @@ modules are imported where they are used.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+BASELINES = ("rollout", "exit_kind")
 DISTILLED_ON = ("policy", "default")
 DTYPES = ("float32", "bfloat16")
+GROUP_ADVANTAGES = ("rloo", "grpo")
 KINDS = ("forbidden", "benign", "vqa")
 KL_KINDS = ("k1", "k2", "k3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -161,6 +163,12 @@ ALGORITHMS = {
         about="the default exit's distribution of the model before training, learnt at sampled exits",
         module="icet_jax.algorithms.ldistill",
         samples=lambda section: section.on == "policy",
+    ),
+    "lrloo": AlgorithmName(
+        title="L-RLOO",
+        about="several responses at one sampled exit compared with each other, without a value head",
+        module="icet_jax.algorithms.lrloo",
+        rewarded=True,
     ),
 }
 """{value of `config.algorithm`: that algorithm}; its settings are the config section of the same name."""

@@ -62,13 +62,15 @@ def generate(
     tokens: Int[Array, "B P"],
     mask: Bool[Array, "B P"],
     visual: Visual | None,
-    row_keys: Key[Array, "B"],
+    row_keys: Key[Array, "R"],
     sampling: Sampling,
     lora: Lora | None = None,
 ) -> Generation:
-    """Samples one response per row.
+    """Samples one response per key: one per row, or k neighbouring responses of each row with k keys per row.
 
-    Token t of a row is drawn with `fold_in(row_key, t)`. A row's response therefore depends only on its prompt, images
+    With several keys per row, prompts and images are processed once and their cache is repeated.
+
+    Token t of a response is drawn with `fold_in(row_key, t)`. A response therefore depends only on its prompt, images
     and key, not on its batch, its position there, or its padding. This function is pure; callers jit it with `sampling`
     static.
 
@@ -77,12 +79,18 @@ def generate(
       tokens: prompts, padded on either side.
       mask: True at real prompt tokens; a row without any (a filler) gets an empty response.
       visual: result of `model.visual`, or None if no row has an image.
-      row_keys: one typed key per row.
+      row_keys: typed keys, k for each of the B rows; those of a row are neighbours.
       sampling: how tokens are drawn.
       lora: adapters of the decoder; None means the reference model.
     """
-    logits, cache = prefill(model, tokens, mask, visual, lora)
+    prompts = (*prefill(model, tokens, mask, visual, lora), mask)
+    logits, cache, mask = repeat_rows(prompts, row_keys.shape[0] // tokens.shape[0])
     return continue_from(model, logits, cache, mask, row_keys, sampling, lora)
+
+
+def repeat_rows(tree: Any, count: int) -> Any:
+    """Returns row-aligned arrays with `count` copies of each row next to each other, [B, ...] to [count * B, ...]."""
+    return tree if count == 1 else jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
 
 
 def prefill(

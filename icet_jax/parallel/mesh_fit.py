@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from icet_jax.config import group_size
 from icet_jax.errors import UserError
 
 
@@ -40,14 +41,16 @@ def slices(config: ConfigDict, shards: int) -> int:
       shards: number of devices that share the rows, mesh.data x mesh.fsdp.
 
     Raises:
-      UserError: the rows of a mini-batch do not divide over the devices; the message names batch sizes that do.
+      UserError: the rows of a mini-batch, or the prompts of a batch, do not divide over the devices; the message names
+        batch sizes that do.
     """
-    rows, minibatches = config.data.batch_size, config.lppo.minibatches
-    divisor = minibatches * shards
+    rows, minibatches, group = config.data.batch_size, config.lppo.minibatches, group_size(config)
+    divisor = math.lcm(minibatches, group) * shards
     if rows % divisor:
         sizes = [str(size) for size in (rows // divisor * divisor, rows // divisor * divisor + divisor) if size]
+        parts = [f"{minibatches} mini-batches"] * (minibatches > 1) + [f"groups of {group} responses"] * (group > 1)
         raise UserError(
-            f"config.data.batch_size={rows}{f' in {minibatches} mini-batches' if minibatches > 1 else ''} does not "
+            f"config.data.batch_size={rows}{' in ' * bool(parts)}{' and '.join(parts)} does not "
             f"divide over the {shards} devices of mesh.data x mesh.fsdp; choose {' or '.join(sizes)}, or more "
             "mesh.tensor"
         )

@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from icet_jax.config import group_size
 from icet_jax.parallel.mesh import abstract_mesh
 from icet_jax.parallel.sharding import placed, row_shards, shardings
 from icet_jax.planning.ahead import AbstractRun, bytes_per_device
@@ -64,7 +65,7 @@ def _reduce_phase(config: ConfigDict, phase: str, shards: int) -> str:
     lppo, rows = config.lppo, config.data.batch_size
     if phase == "rollout":
         smaller = f"a smaller batch, --config.data.batch_size={rows // 2}, or more chips"
-        return _MORE_CHIPS if rows % (2 * lppo.minibatches * shards) else smaller
+        return _MORE_CHIPS if rows % (2 * math.lcm(lppo.minibatches, group_size(config)) * shards) else smaller
     if phase == "update" and config.model.remat != "full":
         return "--config.model.remat=full"
     slices = lppo.minibatches * lppo.accumulation

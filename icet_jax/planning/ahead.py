@@ -23,6 +23,7 @@ from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params
 from icet_jax.checkpoints.published import config_values
+from icet_jax.config import group_size
 from icet_jax.evaluation import queue
 from icet_jax.generation import engine
 from icet_jax.models.base.image_batches import batch_images
@@ -47,6 +48,7 @@ class AbstractRun:
       mesh: the chips.
       vlm: the model with abstract weights, which are split over `mesh`.
       algorithm: class of the algorithm that the config names.
+      group_size: responses of each prompt in a training batch.
       devices: the mesh if programs can be compiled for its chips, else None.
       key: an abstract random key.
       settings: settings of the algorithm.
@@ -64,6 +66,7 @@ class AbstractRun:
         self.vlm = _abstract_vlm(config, mesh)
         vlm = self.vlm
         self.algorithm: type[Algorithm] = algorithm_class(config.algorithm)
+        self.group_size = group_size(config)
         self.devices = mesh if isinstance(mesh, Mesh) else None
         self.key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
         settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
@@ -222,8 +225,10 @@ class AbstractRun:
         """Returns the cost of sampling the answers of a batch, token by token, each as long as allowed."""
         length, new_tokens = self.config.data.max_prompt_tokens, self.settings.sampling.max_new_tokens
         per_row = self.model.operations(length, length + new_tokens, 1)
-        row_flops = per_row.encode + per_row.visual + per_row.prefill + (new_tokens - 1) * per_row.step
-        return PhaseWork(self.config.data.batch_size * row_flops, new_tokens)
+        prompt_flops = per_row.encode + per_row.visual + per_row.prefill
+        response_flops = (new_tokens - 1) * per_row.step
+        rows = self.config.data.batch_size
+        return PhaseWork(rows // self.group_size * prompt_flops + rows * response_flops, new_tokens)
 
     def update_work(self) -> PhaseWork:
         """Returns the cost of all updates of an iteration, including what `config.model.remat` computes again."""

@@ -5,11 +5,13 @@ through two compiled sizes predicts which size to compile next. Only a size that
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
 
+from icet_jax.config import group_size
 from icet_jax.errors import UserError
 from icet_jax.parallel.mesh import mesh_shape
 from icet_jax.parallel.topology import Topology
@@ -64,7 +66,7 @@ def check(topology: Topology) -> None:
 def unit_of(config: ConfigDict, count: int, field: str) -> int:
     """Returns the number that the batch of `field` must be a multiple of on `count` chips."""
     data, fsdp, _ = mesh_shape(count, **config.mesh)
-    slices = config.lppo.minibatches * config.lppo.accumulation
+    slices = math.lcm(config.lppo.minibatches * config.lppo.accumulation, group_size(config))
     return data * fsdp * (slices if FIELDS[field] == "training" else 1)
 
 

@@ -64,9 +64,9 @@ class Trainer:
         """
         self._config, self._workdir, self._vlm = config, workdir, vlm
         self.algorithm: Algorithm = algorithm_class(config.algorithm)(config, vlm, reward)
-        size = config.data.batch_size
+        prompts = config.data.batch_size // self.algorithm.group_size
         mixture = config.data.mixture.to_dict()
-        self._batches = Batches(examples, mixture=mixture, batch_size=size, seed=config.seed)
+        self._batches = Batches(examples, mixture=mixture, batch_size=prompts, seed=config.seed)
         self._images_per_row = max(len(example.images) for example in examples)
         self._first = self.batch(0)
 

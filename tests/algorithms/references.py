@@ -47,6 +47,39 @@ def whiten(x, mask, shift_mean=True, rows=None):
     return out
 
 
+def whiten_cells(x, mask, exits, kinds, min_rows, min_std, rows):
+    """The (exit, kind) of a row if it has enough rows, else its kind, else everything."""
+    out = np.where(mask, x, 0.0)
+    counted = [b for b in range(len(mask)) if rows[b] and mask[b].any()]
+    for b in counted:
+        same_kind = [c for c in counted if kinds[c] == kinds[b]]
+        cell = [c for c in same_kind if exits[c] == exits[b]]
+        used = next((group for group in (cell, same_kind) if len(group) >= min_rows), counted)
+        tokens = [x[c, t] for c in used for t in range(x.shape[1]) if mask[c, t]]
+        mean = sum(tokens) / len(tokens)
+        std = (sum((token - mean) ** 2 for token in tokens) / len(tokens)) ** 0.5
+        out[b] = np.where(mask[b], (x[b] - mean) / max(std, min_std), 0.0)
+    return out
+
+
+def group_advantages(rewards, valid, group_size, scaled):
+    """(advantages, compared): zero and false where fewer than two of a group are valid."""
+    advantages, compared = np.zeros(len(rewards)), np.zeros(len(rewards), bool)
+    for start in range(0, len(rewards), group_size):
+        group = [row for row in range(start, start + group_size) if valid[row]]
+        if len(group) < 2:
+            continue
+        mean = sum(rewards[row] for row in group) / len(group)
+        std = (sum((rewards[row] - mean) ** 2 for row in group) / (len(group) - 1)) ** 0.5
+        for row in group:
+            others = [rewards[other] for other in group if other != row]
+            advantages[row] = (
+                (rewards[row] - mean) / (std + 1e-4) if scaled else rewards[row] - sum(others) / len(others)
+            )
+            compared[row] = True
+    return advantages, compared
+
+
 def kl(log_prob, ref_log_prob, kind):
     d = log_prob - ref_log_prob
     return {"k1": d, "k2": d * d / 2, "k3": np.exp(-d) - 1 + d}[kind]

@@ -1,7 +1,5 @@
 """The anchor to the default exit, within L-PPO and alone (L-Distill)."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +7,10 @@ import pytest
 from flax import nnx
 
 from icet_jax.algorithms import exits, ldistill, lppo
-from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.config.names import DISTILLED_ON
-from icet_jax.nn.layers import positions_from_mask
 from tests.algorithms import toy
+from tests.algorithms.by_hand import assert_same, log_softmax64, moved_state, one_row, pulled_back, row_logits
 from tests.devices import assert_agreed
 
 RUN_KEY = jax.random.key(0)
@@ -21,48 +18,10 @@ EXITS = np.array([1, 2, 3, 4, 1, 2, 3, 4], np.int32)
 COEF = 0.3
 
 
-def moved_state(settings, seed=3):
-    """A policy that differs from the reference."""
-    state = toy.state(toy.model()[1], settings)
-    leaves, structure = jax.tree.flatten(state.trainable["policy"])
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    trainable = {**state.trainable, "policy": jax.tree.unflatten(structure, noise)}
-    return state._replace(trainable=trainable)
-
-
 def sampled(phases, params, state):
     """A rollout whose first three rows have answers: with one image, none and two."""
     rollout = phases.rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
     return rollout._replace(mask=rollout.mask & (np.arange(8) < 3)[:, None])
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "answer"))
-def row_logits(policy, tokens, own, *, scale, answer):
-    """Logits of one row's `answer` response tokens, without padding on either side: [answer, V].
-
-    One program for each length, as the weights that the tests change are arguments; `policy` None is the reference.
-    """
-    graphdef, params = toy.model()
-    weights, lora = (params, None) if policy is None else with_policy(params, {"policy": policy}, scale)
-    model, mask = nnx.merge(graphdef, weights), jnp.ones(tokens.shape, bool)
-    hidden = model.decode(tokens, positions_from_mask(mask), mask, own, lora)[0, -answer:]
-    return model.logits(hidden[None])[0]
-
-
-@functools.partial(jax.jit, static_argnames=("scale", "answer"))
-def pulled_back(policy, tokens, own, slope, *, scale, answer):
-    """The gradient with respect to the policy whose gradient with respect to a row's logits is `slope`."""
-    logits = functools.partial(row_logits, tokens=tokens, own=own, scale=scale, answer=answer)
-    return jax.vjp(logits, policy)[1](slope)[0]
-
-
-def log_softmax64(logits, settings):
-    """Float64 log-probs of the sampling distribution, the suppressed tokens taken out of the vocabulary."""
-    kept = np.setdiff1d(np.arange(logits.shape[-1]), settings.sampling.suppress_ids)
-    scaled = np.asarray(logits, np.float64)[:, kept] / settings.sampling.temperature
-    scaled -= scaled.max(-1, keepdims=True)
-    return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True)), kept
 
 
 def by_hand(settings, trainable, rollout):
@@ -85,16 +44,6 @@ def by_hand(settings, trainable, rollout):
         pull = pulled_back(policy, tokens, own, slope, scale=scale, answer=len(answer))
         grads = jax.tree.map(jnp.add, grads, pull)
     return total, grads
-
-
-def one_row(tree, row):
-    """The leaves' own parts of one row, as a batch of one."""
-    return jax.tree.map(lambda leaf: leaf[row : row + 1], tree)
-
-
-def assert_same(mine, theirs):
-    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("lora_scale", [2.0, None], ids=["lora", "full"])
@@ -200,7 +149,7 @@ def test_distillation_brings_every_exit_nearer_resumes_bit_for_bit_and_compiles_
 
 PROGRAM = """
 import jax, numpy as np
-from icet_jax.algorithms import exits, ldistill, lppo
+from icet_jax.algorithms import ldistill, lppo, lrloo
 from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
@@ -213,22 +162,23 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 graphdef, params = toy.model()
 settings = toy.settings(accumulation=1, anchor_coef=0.3)
-key, every, exits = jax.random.key(0), np.ones(8, bool), np.array([1, 2, 3, 4] * 2, np.int32)
+key, exits = jax.random.key(0), np.array([1, 2, 3, 4] * 2, np.int32)
 
 def run(algorithm, mesh, iterations):
     state, rows, counts = toy.state(params, settings), [], []
     weights = params if mesh is None else jax.device_put(params, shardings(params, mesh))
     state = state if mesh is None else jax.device_put(state, shardings(state, mesh))
-    phases = (
-        lppo.build(graphdef, settings, mesh) if algorithm == "lppo" else
-        ldistill.build(graphdef, settings, "policy", mesh)
-    )
+    phases = {
+        "lppo": lppo.build(graphdef, settings, mesh), "ldistill": ldistill.build(graphdef, settings, "policy", mesh),
+        "lrloo": lrloo.build(graphdef, settings, 2, "grpo", mesh),
+    }[algorithm]
     for _ in range(iterations):
         images, tokens, mask = toy.inputs()
         tokens, mask = place_rows((tokens, mask), mesh)
         rollout = phases.rollout(weights, state, images, tokens, mask, exits, key)
-        if algorithm == "lppo":
-            state, batch, before = phases.prepare(weights, state, rollout, toy.token_score(rollout), every)
+        if algorithm != "ldistill":
+            scores = toy.token_score(rollout)
+            state, batch, before = phases.prepare(weights, state, rollout, scores, np.ones(len(scores), bool))
             state, after = phases.update(weights, state, batch, key)
             rows.append(host_metrics(before, after))
         else:
@@ -237,7 +187,7 @@ def run(algorithm, mesh, iterations):
         counts.append(len(compiled))
     return rows, counts
 
-for algorithm in ("lppo", "ldistill"):
+for algorithm in ("lppo", "ldistill", "lrloo"):
     alone, _ = run(algorithm, None, 1)
     spread, counts = run(algorithm, make_mesh(data=2, fsdp=2), 3)
     assert "loss/anchor_avg" in alone[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.algorithms import lppo, lsft
+from icet_jax.algorithms import lppo, lsft, rollouts
 from icet_jax.algorithms import phases as shared_phases
 from icet_jax.algorithms.forward import Scored, with_policy
 from icet_jax.algorithms.metrics import host_metrics, instability
@@ -17,6 +17,8 @@ from icet_jax.algorithms.state import pure_dict
 from icet_jax.algorithms.updates import gradients, shuffled_order, take_rows
 from icet_jax.errors import UserError
 from tests.algorithms import toy
+from tests.algorithms.by_hand import moved_state
+from tests.algorithms.references import whiten_cells
 
 RUN_KEY = jax.random.key(0)
 EXITS = np.array([1, 2, 3, 4, 1, 2, 3, 4], np.int32)
@@ -228,6 +230,41 @@ def test_rows_that_are_not_rewarded_learn_from_the_kl_alone(model):
     assert np.asarray(everyone.advantages)[4:7].any()
 
 
+KINDS = np.array([0, 1, 2, 0, 1, 2, 0, 1], np.int32)
+
+
+def test_the_kl_of_a_kind_has_its_factor(model):
+    """With gamma = lambda = 1 and no values a token's advantage is the sum of the rewards from there on."""
+    graphdef, params = model
+    plain = toy.settings(normalise=False, whiten_advantages=False, lam=1.0)
+    state = moved_state(plain)
+    rollout = toy.phases(plain).rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    arguments = (params, state, rollout, np.arange(8.0), np.zeros(8, bool))
+    _, whole, _ = toy.phases(plain).prepare(*arguments, kinds=KINDS)
+    _, batch, _ = toy.phases(dataclasses.replace(plain, kl_factors=(1.0, 0.0, 3.0))).prepare(*arguments, kinds=KINDS)
+    scores = np.where(whole.mask, np.arange(8.0)[:, None], 0)
+    kl = np.asarray(whole.returns) - scores
+    assert np.abs(kl[1:7]).max(1).all()
+    np.testing.assert_array_equal(batch.returns[KINDS == 0], whole.returns[KINDS == 0])
+    np.testing.assert_array_equal(batch.returns[KINDS == 1], scores[KINDS == 1])
+    np.testing.assert_allclose((batch.returns - scores)[KINDS == 2], 3 * kl[KINDS == 2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_baseline_of_each_exit_and_kind(model):
+    _, params = model
+    raw = toy.settings(normalise=False, whiten_advantages=False, lam=1.0)
+    state = toy.state(params, raw)
+    rollout = toy.phases(raw).rollout(params, state, *toy.inputs(), EXITS, RUN_KEY)
+    exits, kinds = np.array([1, 1, 1, 2, 2, 2, 2, 1], np.int32), np.array([0, 0, 0, 0, 0, 1, 2, 0], np.int32)
+    rollout, rewarded = rollout._replace(exits=jnp.asarray(exits)), np.arange(8) != 2
+    arguments = (params, state, rollout, np.arange(8.0) ** 2, np.zeros(8, bool))
+    _, before, _ = toy.phases(raw).prepare(*arguments, rewarded=rewarded, kinds=kinds)
+    by_cell = toy.settings(normalise=False, lam=1.0, baseline="exit_kind", baseline_min_rows=2, baseline_min_std=0.4)
+    _, after, _ = toy.phases(by_cell).prepare(*arguments, rewarded=rewarded, kinds=kinds)
+    want = whiten_cells(np.asarray(before.advantages, float), np.asarray(before.mask), exits, kinds, 2, 0.4, rewarded)
+    np.testing.assert_allclose(after.advantages, want, rtol=1e-4, atol=1e-5)
+
+
 def test_nan_stops_the_run_and_leaves_the_weights(model):
     graphdef, params = model
     phases, state = toy.phases(toy.SETTINGS), toy.state(params)
@@ -287,7 +324,7 @@ def test_the_dual_clip_of_the_settings_bounds_the_loss(model, monkeypatch):
     graphdef, params = model
     shape, whole = (toy.ROWS, toy.NEW_TOKENS), jnp.zeros((toy.ROWS, 4), jnp.int32)
     zero, one = jnp.zeros(shape), jnp.ones(shape)
-    monkeypatch.setattr(lppo, "score_responses", lambda *_, **__: Scored(5 * one, zero, zero))
+    monkeypatch.setattr(rollouts, "score_responses", lambda *_, **__: Scored(5 * one, zero, zero))
     batch = lppo.TrainBatch(
         prompts=whole, prompt_mask=whole > 0, visual=None, responses=one.astype(jnp.int32), mask=one > 0,
         old_log_probs=zero, old_values=zero, advantages=-one, returns=zero,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from icet_jax import algorithms
-from icet_jax.algorithms.advantages import whiten
+from icet_jax.algorithms.advantages import group_advantages, whiten, whiten_cells
 from tests.algorithms import references as ref
 
 SEEDS = range(20)
@@ -89,6 +89,32 @@ def test_rows_that_are_not_rewarded_neither_whiten_nor_are_whitened(seed, shift_
 def test_whitening_without_a_rewarded_row_changes_nothing():
     x, mask = np.array([[2.0, 3.0]], np.float32), np.ones((1, 2), bool)
     np.testing.assert_array_equal(whiten(x, mask, rows=np.zeros(1, bool)), x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_exit_and_kind_is_whitened_by_itself_where_it_has_enough_rows(seed):
+    (x, *_), mask, rng = ref.random_case(seed, rows=40)
+    exits, kinds, rows = rng.integers(1, 4, 40), rng.choice(3, 40, p=[0.7, 0.25, 0.05]), rng.random(40) < 0.8
+    x = np.where(kinds[:, None] == 1, 0.01 * x, 3 * x + exits[:, None])  # a kind that hardly differs: the least std
+    sizes = dict(min_rows=5, min_std=0.2)
+    got = whiten_cells(
+        ref.poison(x, mask, rng), mask, exits=exits, kinds=kinds, num_exits=3, num_kinds=3, rows=rows, **sizes
+    )
+    want = ref.whiten_cells(x, mask, exits, kinds, rows=rows, **sizes)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["rloo", "grpo"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_response_is_compared_with_the_others_of_its_group(seed, scaled):
+    rng = np.random.default_rng(seed)
+    rewards, valid = 3 * rng.normal(size=24) + 5, rng.random(24) < 0.6
+    rewards[:4], valid[:4], valid[4:8], valid[8:12] = 2.0, True, [True, False, False, False], False
+    poisoned = np.where(valid, rewards, np.nan).astype(np.float32)
+    got = group_advantages(poisoned, valid, group_size=4, scaled=scaled)
+    for mine, theirs in zip(got, ref.group_advantages(rewards, valid, 4, scaled), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert not np.any(got[0][:12]) and np.all(got[1][:4]) and not np.any(got[1][4:12])
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])

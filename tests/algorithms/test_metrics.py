@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from icet_jax.algorithms.metrics import effective_share, rollout_metrics
+from icet_jax.algorithms.metrics import effective_share, rollout_metrics, value_metrics
 from icet_jax.algorithms.updates import optimise, shuffled_order
 from tests.algorithms import references as ref
 
@@ -32,7 +32,8 @@ def measured(rollout):
     rows = len(rollout["mask"])
     arrays = {name: jnp.asarray(x, jnp.float32 if x.dtype == float else x.dtype) for name, x in rollout.items()}
     nothing = jnp.zeros(rows, jnp.float32)
-    return rollout_metrics(
+    of_values = value_metrics(arrays.pop("advantages"), arrays.pop("returns"), arrays["mask"])
+    return of_values | rollout_metrics(
         **arrays,
         exits=jnp.ones(rows, jnp.int32),
         num_exits=2,

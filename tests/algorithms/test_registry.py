@@ -7,9 +7,11 @@ import pytest
 
 from icet_jax.algorithms import exits, lppo, phases
 from icet_jax.algorithms.base import Algorithm, algorithm_class
+from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.config import default
-from icet_jax.config.names import ALGORITHMS, EXIT_SCHEDULES, ExitScheduleName
+from icet_jax.config.names import ALGORITHMS, EXIT_SCHEDULES, KINDS, ExitScheduleName
+from icet_jax.data.records import Example
 from icet_jax.runs.config_files import load
 from icet_jax.runs.loading import load as load_vlm
 from icet_jax.training import loop
@@ -83,6 +85,14 @@ def test_a_critic_exists_only_where_one_is_trained(organism):
     config = load("configs/organism_lppo.py", [("data.batch_size", "8")])
     settings = algorithm_class("lppo")(config, organism, None).settings
     assert set(loop.abstract_state(config, organism, settings).trainable) == {"policy", "value_head"}
+
+
+def test_a_batch_of_groups_has_one_prompt_for_each_group(organism, tmp_path):
+    config = load("configs/organism_lrloo.py", [("data.batch_size", "32"), ("lrloo.group_size", "8")])
+    rows = [Example(str(row), "describe this", kind=kind, answer="red") for row in range(2) for kind in KINDS]
+    trainer = loop.Trainer(config, tmp_path, organism, rows, RewardByKind({}, None))
+    assert [len(trainer.batch(index).examples) for index in (0, 7)] == [4, 4]
+    assert set(loop.abstract_state(config, organism, trainer.algorithm.settings).trainable) == {"policy"}
 
 
 @pytest.mark.parametrize("with_head", [True, False], ids=["from before", "now"])

@@ -8,9 +8,11 @@ from icet_jax.algorithms.lppo import Lppo
 from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.algorithms.state import Controls, TrainState
 from icet_jax.algorithms.utilisation import Stopwatch
+from icet_jax.config.names import KINDS
 from icet_jax.data.records import Example
 from icet_jax.evaluation.batching import PromptBatch
 from icet_jax.scorers.base import Scores
+from tests.algorithms import toy
 
 
 class Lengths:
@@ -61,19 +63,19 @@ def iteration(reward, texts, monkeypatch):
     """(what the second phase was given, the metrics) of an iteration of L-PPO whose phases do nothing."""
     given = {}
 
-    def prepare(params, state, rollout, scores, learned, longest, rewarded, failures):
-        given.update(scores=scores, learned=learned, longest=longest, rewarded=rewarded)
+    def prepare(params, state, rollout, scores, learned, longest, rewarded, failures, kinds):
+        given.update(scores=scores, learned=learned, longest=longest, rewarded=rewarded, kinds=kinds)
         return state, None, {}
 
     lppo = Lppo.__new__(Lppo)
     lppo._reward, lppo._watch, lppo._run_key, lppo.peak = reward, Stopwatch(), None, None
     lppo._vlm = SimpleNamespace(params=None, processor=SimpleNamespace(decode=lambda tokens, mask: texts))
     lppo._phases = SimpleNamespace(prepare=prepare, update=lambda params, state, *_: (state, {}))
-    lppo.settings = SimpleNamespace(anchor_coef=0.0)
+    lppo.settings, lppo.group_size = toy.SETTINGS, 1
     lppo._counter = SimpleNamespace(done=lambda *_, **__: None, evaluated=lambda _: 0)
     mask = np.array([[bool(text)] for text in texts])
     rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask, exits=EXITS)
-    monkeypatch.setattr("icet_jax.algorithms.lppo.speeds", lambda *_: {})
+    monkeypatch.setattr("icet_jax.algorithms.rewarded.speeds", lambda *_: {})
     state = TrainState(trainable={}, opt_state=None, controls=Controls(None, None), iteration=0, updates=0)
     return given, lppo.finish(state, PromptBatch(ROWS, mask, mask, None), rollout)[1]
 
@@ -101,3 +103,4 @@ def test_an_iteration_says_which_rows_are_rewarded(monkeypatch):
     reward = RewardByKind({"forbidden": "reward_model", "vqa": "exact_match", "benign": "none"}, Lengths())
     given, _ = iteration(reward, ["abc", "Red.", "no", "", "red"], monkeypatch)
     assert given["rewarded"].tolist() == [True, True, False, True, True] and given["longest"] == 1
+    assert [KINDS[number] for number in given["kinds"]] == [row.kind for row in ROWS]

@@ -29,17 +29,20 @@ def test_settings_hold_what_the_config_says():
     settings = from_config(config, SAMPLING)
     assert settings.sampling is SAMPLING
     for field in dataclasses.fields(Settings):
-        if field.name not in ("sampling", "optimizer", "lora_scale"):
+        if field.name not in ("sampling", "optimizer", "lora_scale", "kl_factors"):
             section = config.lppo if field.name in config.lppo else config.reward
             assert getattr(settings, field.name) == section[field.name], field.name
     for name, value in config.optimizer.items():
         assert getattr(settings.optimizer, name) == value, name
+    assert settings.kl_factors == (1.0, 1.0, 1.0)
     assert settings.lora_scale == config.lora.alpha / config.lora.rank
     assert settings.optimizer.total_steps == config.lppo.iterations * config.lppo.epochs * config.lppo.minibatches
     own = config.copy_and_resolve_references().unlock()
     own.algorithm, own.lsft.iterations, own.lsft.exits = "lsft", 3, "stratified"
     settings = from_config(own, SAMPLING)
     assert (settings.optimizer.total_steps, settings.exits) == (3 * 4, "stratified")
+    own.lppo.kl_coef_by_kind = {"benign": 5.0}
+    assert from_config(own, SAMPLING).kl_factors == (1.0, 5.0, 1.0)
 
 
 def test_tables_of_the_code_have_the_names_that_a_config_may_contain():

@@ -43,6 +43,15 @@ def test_an_update_needs_4n_per_token_under_lora_and_6n_in_full_and_attention_th
     assert (done.rows, done.sampled, done.trained) == (1, 5, 2 * length)
 
 
+def test_responses_of_one_prompt_share_its_images_and_its_prefill():
+    lengths = np.array([10, 10, 7, 7]), np.array([5, 3, 0, 0])
+    shared = counter().done(*lengths, np.ones(4, int), group_size=2)
+    alone = counter().done(*lengths, np.ones(4, int))
+    prefill = 2 * 10 * N + 400 * DEPTH_WIDTH + HEAD
+    assert alone.flops["rollout"] - shared.flops["rollout"] == 110 + prefill
+    assert alone.update_flops == shared.update_flops and shared.rows == 2
+
+
 def test_a_count_by_xla_agrees():
     """A compiled forward pass does what is counted, and a little more (norms, rotations, softmax)."""
     graphdef, params = toy.model()

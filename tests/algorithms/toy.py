@@ -98,14 +98,16 @@ def inputs(seed=0):
     return images, tokens, mask
 
 
-def state(params, config=SETTINGS, seed=0):
+def state(params, config=SETTINGS, seed=0, value_head=True):
     lora = None
     if config.lora_scale is not None:
         targets = ("q_proj", "v_proj", "down_proj")
         lora = init_lora(
             lora_shapes(TEXT), rank=2, alpha=2 * config.lora_scale, targets=targets, key=jax.random.key(seed)
         )
-    return init_state(params, lora, hidden_size=TEXT.hidden_size, optimizer=config.optimizer, kl_coef=0.02)
+    return init_state(
+        params, lora, hidden_size=TEXT.hidden_size, optimizer=config.optimizer, kl_coef=0.02, value_head=value_head
+    )
 
 
 def token_score(rollout):

@@ -93,11 +93,11 @@ def our_logits(checkpoint, batch, layer=None, upto=None):
     return np.asarray(logits_of(checkpoint.graphdef, checkpoint.params, batch, jnp.int32(layer), upto))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"))
-def _generate(graphdef, params, batch, exit_layer, sampling):
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "copies"))
+def _generate(graphdef, params, batch, exit_layer, sampling, copies):
     model = nnx.merge(graphdef, params)
     visual = None if batch.images is None else model.visual(model.encode(batch.images), exit_layer)
-    keys = jax.random.split(jax.random.key(0), batch.tokens.shape[0])
+    keys = jax.random.split(jax.random.key(0), copies * batch.tokens.shape[0])
     return generate(model, batch.tokens, batch.mask, visual, keys, sampling).tokens
 
 
@@ -146,10 +146,10 @@ def assert_rows_are_picked(checkpoint, batch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a[place], b[row], atol=1e-6), picked, whole)  # noqa: B023
 
 
-def our_greedy(checkpoint, batch, layer, count, pad_id, suppress=()):
-    """`count` greedy tokens of each row [B, count], none of which ends it."""
+def our_greedy(checkpoint, batch, layer, count, pad_id, suppress=(), copies=1):
+    """`count` greedy tokens of each row [copies * B, count], none of which ends it; the copies share a prefill."""
     sampling = Sampling(count, temperature=0.0, eos_ids=(), suppress_ids=suppress, pad_id=pad_id)
-    return np.asarray(_generate(checkpoint.graphdef, checkpoint.params, batch, jnp.int32(layer), sampling))
+    return np.asarray(_generate(checkpoint.graphdef, checkpoint.params, batch, jnp.int32(layer), sampling, copies))
 
 
 def hf_greedy(model, inputs, count, pad_id, suppress=()):

@@ -254,6 +254,16 @@ def test_greedy_tokens_are_the_same(usual, layer):
         np.testing.assert_array_equal(ours, np.stack(theirs))
 
 
+def test_one_prefill_serves_several_responses(usual):
+    """The cache of the images is repeated with that of the text."""
+    _, checkpoint, rows = usual
+    once, thrice = (
+        families.our_greedy(checkpoint, families.mllama_batch(rows), 4, 8, tiny_families.MLLAMA_PAD, copies=copies)
+        for copies in (1, 3)
+    )
+    np.testing.assert_array_equal(thrice, np.repeat(once, 3, axis=0))
+
+
 @pytest.mark.parametrize(("pad", "suffix"), [("left", 0), ("right", 0), ("right", 2)])
 def test_cached_equals_uncached(usual, pad, suffix):
     """The images' keys and values are made once, with the prompt or what it begins with."""

@@ -39,6 +39,13 @@ def test_rows_of_a_batch_that_do_not_divide():
         slices(config(minibatches=2), 64)
 
 
+def test_prompts_of_groups_that_do_not_divide():
+    grouped = load("configs/llava15_lppo.py", [("algorithm", "lrloo"), ("lrloo.group_size", "4")])
+    assert slices(grouped, 16) == 4
+    with pytest.raises(UserError, match="batch_size=64 in groups of 4 responses does not .* 32 devices .* choose 128,"):
+        slices(grouped, 32)
+
+
 @pytest.mark.parametrize(
     ("asked", "shards", "count"), [(8, 1, 8), (8, 8, 8), (8, 16, 4), (16, 8, 8), (16, 64, 1), (1, 64, 1), (32, 32, 2)]
 )

@@ -1,0 +1,279 @@
+"""What algorithms share that sample responses, have them scored and learn from that: L-PPO and L-RLOO.
+
+An iteration has three compiled phases: `rollout`, `prepare` and `update`. The algorithm's own file holds the last steps
+of `prepare` (how scores become advantages) and the loss of `update`. `build_phases` makes the phases from these two,
+and `Rewarded` runs them on the host.
+"""
+
+import dataclasses
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from icet_jax.algorithms import losses
+from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
+from icet_jax.algorithms.metrics import host_metrics, policy_metrics, step_metrics
+from icet_jax.algorithms.phases import (
+    Rollout,
+    abstract_results,
+    check_divides,
+    placed_results,
+    program_name,
+    response_columns,
+    response_widths,
+    run_epochs,
+    sample_responses,
+)
+from icet_jax.algorithms.reward_by_kind import keyword_asr, kind_numbers, not_refused, scores_by_kind
+from icet_jax.algorithms.rollouts import RowRewards
+from icet_jax.algorithms.settings import Settings
+from icet_jax.algorithms.state import TrainState
+from icet_jax.algorithms.utilisation import speeds
+from icet_jax.errors import during
+from icet_jax.parallel.distributed import fetch
+from icet_jax.parallel.programs import Program
+from icet_jax.typing import Array
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from icet_jax.algorithms.reward_by_kind import RewardByKind
+    from icet_jax.evaluation.batching import PromptBatch
+    from icet_jax.planning.ahead import AbstractRun
+    from icet_jax.vlm import VLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """The compiled phases of an iteration.
+
+    `lowered` takes what `rollout` takes and gives all three by name, ready to be compiled for these shapes in any order
+    and at once; `prepare_arrays` is the jitted part of `prepare`.
+    """
+
+    rollout: Program
+    prepare: Callable[..., tuple[TrainState, Any, dict[str, Any]]]
+    prepare_arrays: Program
+    update: Program
+    lowered: Callable[..., Iterator[tuple[str, Any]]]
+
+
+def build_phases(
+    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, prepare_rows: Callable[..., Any],
+    loss: Callable[..., tuple[Array, losses.Stats]], *, about: Sequence[Any], group_size: int = 1,
+) -> Phases:  # fmt: skip
+    """The phases for one model structure and one `Settings`; nothing is compiled before the first call.
+
+    With a `mesh`, an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
+
+    Args:
+      graphdef: structure of the network.
+      settings: what the phases are compiled for.
+      mesh: where the arrays lie, or None on one device.
+      prepare_rows: (params, trainable, controls, rollout, `RowRewards`, columns=) -> (batch of the update, controls of
+        the next rollout, metrics).
+      loss: (params, trainable, rows of the batch) -> (loss, statistics), see `updates.LossFunction`.
+      about: the algorithm's name, and what else its functions depend on beside graphdef, settings and mesh.
+      group_size: responses of each prompt.
+    """
+
+    def prepare_columns(*arrays: Any, columns: int | None = None) -> Any:
+        return placed_results(prepare_rows(*arrays, columns=columns), mesh)
+
+    everything = (graphdef, settings, mesh, group_size, *about)
+    prepare_arrays = Program(prepare_columns, about=everything, static="columns")
+
+    def prepare(
+        params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None,
+        rewarded: Any = None, failures: Any = None, kinds: Any = None,
+    ) -> tuple[TrainState, Any, dict[str, Any]]:  # fmt: skip
+        """Everything between scoring and the update.
+
+        Args:
+          params: the frozen model.
+          state: the train state.
+          rollout: the sampled responses.
+          scores, learned, rewarded, failures, kinds: see `RowRewards`; `rewarded` None is all true, `kinds` None is
+            the first kind for all rows.
+          longest: length of the longest response: columns that are padding in every row are left out.
+        """
+        scores = np.asarray(scores, np.float32)
+        rows = RowRewards(
+            scores,
+            np.asarray(learned, bool),
+            np.ones(scores.shape, bool) if rewarded is None else np.asarray(rewarded, bool),
+            np.zeros(scores.shape, np.int32) if kinds is None else np.asarray(kinds, np.int32),
+            failures,
+        )
+        width, length = rollout.prompts.shape[1], rollout.mask.shape[1]
+        columns = response_columns(width, length, length if longest is None else longest)
+        arguments = (params, state.trainable, state.controls, rollout, rows)
+        batch, controls, metrics = prepare_arrays(*arguments, columns=columns)
+        return state._replace(controls=controls), batch, metrics
+
+    def sample(*arrays: Any) -> Rollout:
+        sampled = sample_responses(
+            graphdef, settings, *arrays, anchored=settings.anchor_coef > 0, group_size=group_size
+        )
+        return placed_results(sampled, mesh)
+
+    def learn(params: Any, state: TrainState, batch: Any, run_key: Array) -> tuple[TrainState, dict[str, Any]]:
+        """K epochs of clipped updates on one rollout; advances the iteration."""
+        guards = dict(target_kl=settings.target_kl, max_ratio=settings.max_ratio)
+        own_loss = functools.partial(loss, params)
+        new_state, outcome = run_epochs(own_loss, settings, mesh, state, batch, run_key, **guards)
+        return new_state, policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
+
+    rollout = Program(sample, about=everything)
+    update = Program(learn, about=everything, donate=1)
+
+    def lowered(
+        params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
+    ) -> Iterator[tuple[str, Any]]:
+        # A phase's results lie where it says, so that none has to be compiled before another. The longest comes first.
+        arguments = (params, state, images, tokens, mask, exits, key)
+        sampled = abstract_results(rollout.eval_shape(*arguments), mesh)
+        rows = _row_shapes(tokens.shape[0] * group_size, observed=state.controls.exits is not None)
+        prepared = (params, state.trainable, state.controls, sampled, rows)
+        widths = response_widths(tokens.shape[1], settings.sampling.max_new_tokens)
+        for columns in widths:
+            batch, controls, _ = abstract_results(prepare_arrays.eval_shape(*prepared, columns=columns), mesh)
+            yield program_name("update", columns), update.lower(params, state._replace(controls=controls), batch, key)
+        yield "rollout", rollout.lower(*arguments)
+        for columns in widths:
+            yield program_name("prepare", columns), prepare_arrays.lower(*prepared, columns=columns)
+
+    return Phases(rollout=rollout, prepare=prepare, prepare_arrays=prepare_arrays, update=update, lowered=lowered)
+
+
+def _row_shapes(rows: int, *, observed: bool) -> RowRewards:
+    """Arrays of the shapes and dtypes that `prepare` gets from the host."""
+    floats, flags = np.zeros(rows, np.float32), np.zeros(rows, bool)
+    return RowRewards(floats, flags, flags, np.zeros(rows, np.int32), floats if observed else None)
+
+
+class Rewarded(Algorithm):
+    """An algorithm whose responses are scored: its iteration on the host."""
+
+    bounded = True
+
+    def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
+        """See `Algorithm`."""
+        super().__init__(config, vlm, reward)
+        self._reward = reward
+        self._phases = self.phases(config, vlm.graphdef, self.settings, vlm.mesh)
+
+    @classmethod
+    @abstractmethod
+    def phases(
+        cls, config: "ConfigDict", graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None
+    ) -> Phases:  # fmt: skip
+        """The algorithm's compiled phases, from `build_phases`."""
+
+    def lowered(self, state: TrainState, batch: "PromptBatch") -> Iterator[tuple[str, Any]]:
+        """See `Algorithm`."""
+        exits = self._exits.eval_shape(self._run_key, state.iteration, state.controls.exits)
+        inputs = (batch.images, batch.tokens, batch.mask, exits, self._run_key)
+        yield from self._phases.lowered(self._vlm.params, state, *inputs)
+        yield from self._reward.lowered(batch.tokens.shape[1] + self.settings.sampling.max_new_tokens)
+
+    def begin(self, state: TrainState, batch: "PromptBatch") -> Rollout:
+        """Draws the exits and samples the responses, which needs nothing from the host; waits for nothing."""
+        self._watch.start()
+        with during("rollout"):
+            exits = self._exits(self._run_key, state.iteration, state.controls.exits)
+            return self._phases.rollout(
+                self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
+            )
+
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, Read]:
+        """Has the responses scored and learns from them; donates `state`, and waits for no update."""
+        params, rollout = self._vlm.params, begun
+        with during("rollout"):  # what fails on a device is told where its results are asked for
+            tokens, mask, prompt_mask, exits = fetch((rollout.tokens, rollout.mask, batch.mask, rollout.exits))
+        seconds = {"rollout": self._watch.lap()}
+
+        # The responses as words, and their scores r(x, y).
+        examples = [example for example in batch.examples for _ in range(self.group_size)]
+        texts = self._vlm.processor.decode(tokens, mask)
+        with during("judging"):
+            scores, learned = self._reward(examples, texts)
+        seconds["score"] = self._watch.lap()
+        longest = int(mask.sum(axis=1).max())
+        rewarded = self._reward.rewarded(examples)
+        failures = not_refused(examples, texts)
+
+        # Log-probs, rewards and advantages; then K epochs of updates.
+        with during("update"):
+            observed = None if state.controls.exits is None else failures
+            prepared = self._phases.prepare(
+                params, state, rollout, scores, learned, longest, rewarded, observed, kind_numbers(examples)
+            )
+            state, train_batch, before = prepared
+            state, after = self._phases.update(params, state, train_batch, self._run_key)
+
+        # What is known of it, when it is over.
+        by_kind = scores_by_kind(examples, scores, rewarded & mask.any(axis=1), exits)
+        lengths = np.repeat(prompt_mask.sum(axis=1), self.group_size), mask.sum(axis=1)
+        images = np.repeat(images_per_row(batch), self.group_size)
+        done = self._counter.done(*lengths, images, passes=_passes(self.settings), group_size=self.group_size)
+
+        @during("update")
+        def read() -> Row:
+            row = host_metrics(before, after) | by_kind | keyword_asr(failures)
+            return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+
+        return state, read
+
+    @classmethod
+    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+        """See `Algorithm`."""
+        vlm, config, settings, state = run.vlm, run.config, run.settings, run.state
+        batch = config.data.batch_size
+        check_divides(settings, batch)
+        phases: Any = cls.phases(config, vlm.graphdef, settings, run.devices)
+        prompts = batch // run.group_size
+        images, (tokens, mask), exits, key = run.images(prompts), run.prompts(prompts), run.exits(prompts), run.key
+        # Under full fine-tuning the policy has weights of its own, and only `prepare` takes the reference.
+        encoder = run.weights(policy=False)
+        reference = () if settings.lora_scale is not None else run.weights(policy=True)
+        arguments = (vlm.params, state, images, tokens, mask, exits, key)
+        rollout = PlannedPhase(
+            "rollout", (images, tokens, mask), run.cache(batch, settings.sampling.max_new_tokens),
+            lambda: phases.rollout.jitted.lower(*arguments), [reference, state.opt_state],
+        )  # fmt: skip
+        yield rollout
+        sampled = run.outputs(rollout, compiled, batch, phases.rollout, *arguments)
+        rows = _row_shapes(batch, observed=state.controls.exits is not None)
+        evaluated = (vlm.params, state.trainable, state.controls, sampled, rows)
+        prepare = PlannedPhase(
+            "prepare", sampled, None, lambda: phases.prepare_arrays.jitted.lower(*evaluated), [encoder, state.opt_state]
+        )  # fmt: skip
+        yield prepare
+        train_batch = run.outputs(prepare, compiled, batch, phases.prepare_arrays, *evaluated, first=True)
+        yield PlannedPhase(
+            "update", train_batch, None,
+            lambda: phases.update.jitted.lower(vlm.params, state, train_batch, key),
+            [encoder, reference],
+        )  # fmt: skip
+
+    @classmethod
+    def work(cls, run: "AbstractRun") -> Mapping[str, PhaseWork]:
+        """See `Algorithm`."""
+        batch = run.config.data.batch_size
+        policy, adapters = run.forward_flops()
+        passes = _passes(run.settings)
+        return {
+            "rollout": run.rollout_work(),
+            "prepare": PhaseWork(batch * (passes * policy + adapters), passes * run.slices),
+            "update": run.update_work(),
+        }
+
+
+def _passes(settings: Settings) -> int:
+    """Teacher-forced passes of `prepare` over every row: policy, reference, and with an anchor the default exit."""
+    return 2 + (settings.anchor_coef > 0)

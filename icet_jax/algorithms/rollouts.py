@@ -1,0 +1,262 @@
+"""What the compiled phases of rewarded algorithms compute alike: a rollout's log-probs, KL and shaped scores; the loss.
+
+`prepare` of such an algorithm begins with `evaluate_rollout` and ends with `report_rollout`. Its loss begins with
+`clipped_loss` and ends with `add_options`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from icet_jax.algorithms import losses, rewards
+from icet_jax.algorithms.forward import Anchor, Scored, response_hidden, score_responses, with_policy
+from icet_jax.algorithms.metrics import rollout_metrics
+from icet_jax.algorithms.phases import Rollout, check_divides, cut_columns, observe_failures
+from icet_jax.algorithms.settings import Settings
+from icet_jax.algorithms.state import Controls
+from icet_jax.generation.sampling import is_eos
+from icet_jax.parallel.sharding import joined_slices, row_slices
+from icet_jax.typing import Array, Bool, Float, Int
+
+
+class RowRewards(NamedTuple):
+    """What the host knows about the rows of a rollout; one entry per row, [B].
+
+    Attributes:
+      scores: float32; NaN marks a row that could not be scored, which trains nothing.
+      learned: bool, true where a reward model gave the score; only these scores are normalised.
+      rewarded: bool, false for rows that nothing rewards: they learn from the KL terms alone.
+      kinds: int32, the row's kind as its index in `config.names.KINDS`.
+      failures: float32, see `exits.Schedule.observe`; None where the exit schedule learns nothing.
+    """
+
+    # Not annotated as arrays of jax: they are numpy's on the host.
+    scores: Any
+    learned: Any
+    rewarded: Any
+    kinds: Any
+    failures: Any = None
+
+
+class EvaluatedRollout(NamedTuple):
+    """A rollout with what the policy and the reference make of it, and its scores.
+
+    Attributes:
+      rollout: with only the response columns that are learnt from.
+      scored: bool [B], rows that have a response and a score.
+      mask: bool [B, A], the response tokens of scored rows.
+      old: the policy's log-probs, entropies and (with a value head) values.
+      ref_log_probs: float32 [B, A], the reference's log-probs at the same exit.
+      anchor_hidden: [B, A, E], the reference's last states at the default exit; None without an anchor.
+      has_eos: bool [B], scored rows whose response ends with an EOS.
+      shaped: float32 [B], scores after normalising, clipping and the missing-EOS penalty; 0 where not scored.
+      kl: float32 [B, A], the estimate `config.lppo.kl_kind` of the KL, times the factor of the row's kind.
+      sequence_kl: float32 [B], k1 summed over each response, nats, without that factor.
+      stable: bool, whether this rollout is learnt from (`config.lppo.max_kl`).
+      normaliser: running statistics of the scores, these included.
+    """
+
+    rollout: Rollout
+    scored: Array
+    mask: Array
+    old: Scored
+    ref_log_probs: Array
+    anchor_hidden: Array | None
+    has_eos: Array
+    shaped: Array
+    kl: Array
+    sequence_kl: Array
+    stable: Array
+    normaliser: rewards.ScoreNormaliser
+
+
+def evaluate_rollout(
+    graphdef: Any, settings: Settings, params: Any, trainable: Any, controls: Controls, rollout: Rollout,
+    rows: RowRewards, columns: int | None,
+) -> EvaluatedRollout:  # fmt: skip
+    """Log-probs of policy and reference, KL and shaped scores of a rollout; see `EvaluatedRollout`.
+
+    Args:
+      graphdef: structure of the network.
+      settings: what the phase is compiled for.
+      params: the frozen model.
+      trainable: what is trained; the policy has values where it has a value head.
+      controls: of this rollout.
+      rollout: the sampled responses.
+      rows: from the host.
+      columns: response columns that are learnt from, None for all; the rest must be padding.
+    """
+    rollout = cut_columns(rollout, columns)
+    scored = jnp.isfinite(rows.scores) & rollout.mask.any(axis=1)
+    mask = rollout.mask & scored[:, None]
+    check_divides(settings, mask.shape[0])
+
+    # By the function that the update uses, and in as many slices as an update has, so that this phase holds no more
+    # activations than that one.
+    slices = row_slices(rollout, settings.minibatches * settings.accumulation)
+    score = functools.partial(_score_slice, graphdef, settings, params, trainable)
+    old, ref_log_probs, anchor_hidden = joined_slices(jax.lax.map(score, slices))
+
+    has_eos = _ends_with_eos(settings, rollout.tokens, mask) & scored
+    shaped, normaliser = rewards.shape_scores(
+        rows.scores,
+        has_eos | ~rows.rewarded,  # what is not rewarded is not penalised either
+        controls.normaliser,
+        learned=rows.learned,
+        valid=scored,
+        normalise=settings.normalise,
+        clip=settings.clip,
+        missing_eos_penalty=settings.missing_eos_penalty,
+    )
+    kl = rewards.kl_penalty(old.log_probs, ref_log_probs, settings.kl_kind)
+    if any(factor != 1 for factor in settings.kl_factors):
+        kl = kl * kl_factors(settings, rows.kinds)[:, None]
+    sequence_kl = rewards.sequence_kl(old.log_probs, ref_log_probs, mask)
+    return EvaluatedRollout(
+        rollout=rollout,
+        scored=scored,
+        mask=mask,
+        old=old,
+        ref_log_probs=ref_log_probs,
+        anchor_hidden=anchor_hidden,
+        has_eos=has_eos,
+        shaped=shaped,
+        kl=kl,
+        sequence_kl=sequence_kl,
+        stable=is_stable(settings, jnp.sum(sequence_kl) / jnp.maximum(jnp.sum(scored), 1)),
+        normaliser=normaliser,
+    )
+
+
+def kl_factors(settings: Settings, kinds: Int[Array, " B"]) -> Float[Array, " B"]:
+    """The factor of the KL coefficient for each row, by its kind (`config.lppo.kl_coef_by_kind`)."""
+    return jnp.asarray(settings.kl_factors, jnp.float32)[kinds]
+
+
+def _score_slice(
+    graphdef: Any, settings: Settings, params: Any, trainable: Any, rows: Rollout
+) -> tuple[Scored, Array, Array | None]:  # fmt: skip
+    """The policy's and the reference's view of some rows.
+
+    Returns:
+      (old log-probs, entropy, values), reference log-probs, and with an anchor the reference's states at the default
+      exit.
+    """
+    sampling = settings.sampling
+    shared: dict[str, Any] = dict(
+        temperature=sampling.temperature, suppress_ids=sampling.suppress_ids, chunk=settings.log_prob_chunk
+    )
+    inputs = (rows.prompts, rows.prompt_mask, rows.tokens, rows.mask, rows.visual)
+    policy, lora = with_policy(params, trainable, settings.lora_scale)
+    old = score_responses(nnx.merge(graphdef, policy), lora, trainable.get("value_head"), *inputs, **shared)
+    frozen = nnx.merge(graphdef, params)
+    reference = score_responses(frozen, None, None, *inputs, **shared)
+    anchor_hidden = None
+    if settings.anchor_coef:
+        anchor_hidden = response_hidden(frozen, None, *inputs[:-1], rows.anchor_visual)
+    return old, reference.log_probs, anchor_hidden
+
+
+def report_rollout(
+    graphdef: Any, settings: Settings, params: Any, controls: Controls, evaluated: EvaluatedRollout, rows: RowRewards
+) -> tuple[Controls, dict[str, Any]]:  # fmt: skip
+    """The controls of the next rollout, and the metrics of this one; controls that are not numbers stay as they were.
+
+    The arguments are those of `evaluate_rollout`.
+    """
+    model = nnx.merge(graphdef, params)
+    rollout = evaluated.rollout
+    metrics = rollout_metrics(
+        exits=rollout.exits, num_exits=model.num_exits, mask=evaluated.mask, scored=evaluated.scored,
+        unscored=rollout.mask.any(axis=1) & ~evaluated.scored, has_eos=evaluated.has_eos, scores=rows.scores,
+        shaped=evaluated.shaped, kl=evaluated.kl, sequence_kl=evaluated.sequence_kl, kl_coef=controls.kl_coef,
+        log_probs=evaluated.old.log_probs, sampled_log_probs=rollout.log_probs,
+    )  # fmt: skip
+    after = _controls_after(settings, controls, metrics["objective/kl"], jnp.sum(evaluated.scored))
+    after = after._replace(normaliser=evaluated.normaliser)
+    after = observe_failures(settings, after, model, rollout.exits, rows.failures)
+    finite = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(new), new, old), after, controls)
+    return finite, metrics | {"train/unstable": ~evaluated.stable}
+
+
+def clipped_loss(
+    graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: Any, advantages: Array
+) -> tuple[Scored, Float[Array, ""], losses.Stats]:  # fmt: skip
+    """The clipped policy loss of some rows of a batch, see `losses.policy_loss`.
+
+    Args:
+      graphdef: structure of the network.
+      settings: what the update is compiled for.
+      params: the frozen model.
+      trainable: what is trained.
+      rows: of a batch: prompts, prompt_mask, visual, responses, mask, old_log_probs and anchor_hidden.
+      advantages: float32 [B, A].
+
+    Returns:
+      (what the policy makes of the responses now, the loss, its statistics).
+    """
+    policy, lora = with_policy(params, trainable, settings.lora_scale)
+    new = score_responses(
+        nnx.merge(graphdef, policy),
+        lora,
+        trainable.get("value_head"),
+        rows.prompts,
+        rows.prompt_mask,
+        rows.responses,
+        rows.mask,
+        rows.visual,
+        temperature=settings.sampling.temperature,
+        suppress_ids=settings.sampling.suppress_ids,
+        chunk=settings.log_prob_chunk,
+        value_stop_gradient=settings.value_stop_gradient,
+        anchor=Anchor(nnx.merge(graphdef, params), rows.anchor_hidden) if settings.anchor_coef else None,
+    )
+    clips: dict[str, Any] = dict(clip_range=settings.clip_range, dual_clip=settings.dual_clip or None)
+    loss, stats = losses.policy_loss(new.log_probs, rows.old_log_probs, advantages, rows.mask, **clips)
+    return new, loss, stats | {"policy": loss}
+
+
+def add_options(
+    settings: Settings, loss: Float[Array, ""], stats: losses.Stats, new: Scored, mask: Bool[Array, "B A"]
+) -> tuple[Float[Array, ""], losses.Stats]:  # fmt: skip
+    """The loss less the entropy bonus, plus the anchor, where the settings have a coefficient; and their statistics.
+
+    Args:
+      settings: what the update is compiled for.
+      loss: without them.
+      stats: its statistics.
+      new: of `clipped_loss`.
+      mask: true on the response tokens.
+    """
+    stats = stats | {"entropy": losses.masked_mean(new.entropy, mask)}
+    if settings.entropy_coef:
+        loss = loss - settings.entropy_coef * stats["entropy"]
+    if new.anchor_kl is not None:
+        stats["anchor"] = losses.masked_mean(new.anchor_kl, mask)
+        loss = loss + settings.anchor_coef * stats["anchor"]
+    return loss, stats
+
+
+def _ends_with_eos(settings: Settings, tokens: Int[Array, "B A"], mask: Bool[Array, "B A"]) -> Bool[Array, " B"]:
+    """Whether the last token inside the mask is an EOS; meaningless for empty rows."""
+    last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
+    last_token = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0]
+    return is_eos(last_token, settings.sampling.eos_ids)
+
+
+def _controls_after(settings: Settings, controls: Controls, kl: Array, sequences: Array) -> Controls:
+    """Those of the next rollout: with `kl_adaptive` eta follows the KL of this one."""
+    if not settings.kl_adaptive:
+        return controls
+    kl_coef = rewards.adaptive_kl_coef(
+        controls.kl_coef, kl, sequences, target=settings.kl_target, horizon=settings.kl_horizon
+    )
+    return controls._replace(kl_coef=kl_coef)
+
+
+def is_stable(settings: Settings, kl: Float[Array, ""]) -> Bool[Array, ""]:
+    """Whether a rollout with this mean KL (nats per sequence) is learnt from: it is a number, and within `max_kl`."""
+    return jnp.isfinite(kl) & (kl <= settings.max_kl if settings.max_kl else True)
