@@ -88,6 +88,7 @@ _ADVICE = (  # (part of a phase's name, changes of the config with which this ph
     ("update", "a larger config.lppo.accumulation, or a smaller lppo.max_new_tokens or data.max_prompt_tokens"),
     ("prepare", "a larger config.lppo.accumulation, or a smaller lppo.max_new_tokens or data.max_prompt_tokens"),
     ("reward model", "a larger config.rm.accumulation, or a smaller rm.max_tokens"),
+    ("harvest", "a smaller config.sweep.batch_size (rows and slots at once) or lppo.max_new_tokens"),
     ("sweep", "a smaller config.sweep.batch_size (rows and slots at once) or sweep.max_new_tokens"),
     ("utility", "a smaller config.sweep.batch_size (rows and slots at once) or sweep.max_new_tokens"),
 )

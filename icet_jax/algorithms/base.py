@@ -71,6 +71,7 @@ class Algorithm(ABC):
     Attributes:
       value_head: whether it trains a critic.
       bounded: whether `config.lppo.max_kl` bounds how far it goes from the reference.
+      paired: whether its rows are exit pairs (`data.pairs.ExitPair`).
       settings: what its phases are compiled for.
       iterations: length of the run.
       group_size: responses of each prompt in a batch.
@@ -79,6 +80,7 @@ class Algorithm(ABC):
 
     value_head: ClassVar[bool] = False
     bounded: ClassVar[bool] = False
+    paired: ClassVar[bool] = False
 
     def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
         """Prepares what all algorithms have; nothing is compiled.

@@ -1,5 +1,9 @@
-"""The two losses of L-PPO. Both are token means inside the mask and return (loss, stats)."""
+"""The losses as mathematics: those of L-PPO are token means inside the mask, that of L-DPO is a mean over pairs.
 
+All return (loss, stats).
+"""
+
+import jax
 import jax.numpy as jnp
 
 from icet_jax.typing import Array, ArrayLike, Bool, Float, Scalar, Shaped
@@ -97,3 +101,38 @@ def value_loss(
     clipped_error = jnp.square(clipped_values - returns)
     stats = {"clipfrac": masked_mean(clipped_error > error, mask)}
     return masked_mean(jnp.maximum(error, clipped_error), mask), stats
+
+
+def dpo_loss(
+    log_probs: Float[ArrayLike, "B 2"],
+    ref_log_probs: Float[ArrayLike, "B 2"],
+    mask: Bool[ArrayLike, "B"],
+    *,
+    beta: Scalar,
+) -> tuple[Float[Array, ""], Stats]:
+    """E[-log sigmoid(r_chosen - r_rejected)] with r = beta (log_probs - ref_log_probs) (Rafailov et al. 2023, eq. 7).
+
+    Args:
+      log_probs: of a pair's chosen and rejected answer under the policy, summed over tokens, nats.
+      ref_log_probs: of the same answers under the reference; constants.
+      mask: true where there is a pair; other rows may be anything, NaN included.
+      beta: how much a nat counts; small lets the policy go far from the reference.
+
+    Returns:
+      (loss, stats): stats are scalar means over the pairs under TRL's names, `chosen`, `rejected` (both r), `margins`
+      (their difference) and `accuracies` (share of pairs with a positive margin).
+    """
+    pairs = jnp.asarray(mask, bool)[:, None]
+    # Zeroed before the logarithm as well as after: 0 * NaN in the backward pass is NaN.
+    gaps = jnp.where(pairs, jnp.asarray(log_probs, jnp.float32), 0.0) - jnp.where(
+        pairs, jnp.asarray(ref_log_probs, jnp.float32), 0.0
+    )
+    rewards = beta * gaps
+    margins = rewards[:, :1] - rewards[:, 1:]
+    stats = {
+        "chosen": masked_mean(rewards[:, :1], pairs),
+        "rejected": masked_mean(rewards[:, 1:], pairs),
+        "margins": masked_mean(margins, pairs),
+        "accuracies": masked_mean(margins > 0, pairs),
+    }
+    return masked_mean(-jax.nn.log_sigmoid(margins), pairs), stats

@@ -13,7 +13,7 @@ from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 
 # Prefixes of what is a mean over the steps of an update, and what under them is none.
-_OF_STEPS = ("policy/", "loss/", "val/ratio", "val/clipfrac_avg", "train/grad_norm")
+_OF_STEPS = ("policy/", "loss/", "rewards/", "val/ratio", "val/clipfrac_avg", "train/grad_norm")
 _COUNTS = ("policy/early_stop",)
 _FLAT = 1e-6  # standard deviation of a group's scores below which they are equal
 

@@ -188,7 +188,7 @@ def run_epochs(
       settings: sizes and optimizer.
       mesh: where the state lies, or None on one device.
       state: before the iteration.
-      batch: row-aligned, with a `mask` of response tokens, [B, A].
+      batch: row-aligned, with a `mask` of what the loss is a mean over: response tokens [B, A], or pairs [B, 1].
       run_key: of the run.
       target_kl, max_ratio: see `optimise`.
 

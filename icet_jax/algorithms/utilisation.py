@@ -100,22 +100,26 @@ class Counter:
         self, prompts: np.ndarray, answers: np.ndarray, images: np.ndarray, *, sampled: bool = True, passes: int = 0,
         group_size: int = 1,
     ) -> Done:  # fmt: skip
-        """Epochs of updates on rows of so many prompt positions, response tokens and images, each int [B].
+        """Epochs of updates on rows of so many prompt positions, response tokens and images.
 
         Args:
-          prompts, answers, images: of each row; one without an answer is a filler.
+          prompts, images: of each row, int [B].
+          answers: of each row, int [B], or of several answers to each row's prompt, int [B, K]; one of length 0 is a
+            filler.
           sampled: whether the answers were drawn in a rollout, rather than given.
           passes: teacher-forced passes over every row beside those of the updates.
           group_size: neighbouring rows that have one prompt, whose encoder pass and prefill they share in a rollout.
         """
-        rows = [row for row in zip(*(column.tolist() for column in (prompts, answers, images)), strict=True) if row[1]]
+        each = answers.size // len(prompts)
+        columns = (np.repeat(prompts, each), answers.ravel(), np.repeat(images, each))
+        rows = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
         update = self._epochs * sum(self._backward(*row) for row in rows)
         beside = passes * sum(sum(self._forward(*row)) for row in rows)
         if sampled:
             read = sum(self._prefill(prompt, count) for prompt, _, count in rows[::group_size])
             flops = {"rollout": read + sum(self._decode(*row) for row in rows), "update": beside + update}
         else:
-            seen = sum(self._encode(prompt, count) for prompt, _, count in rows)
+            seen = sum(self._encode(prompt, count) for prompt, _, count in rows) // each  # the tower runs once a prompt
             flops = {"update": seen + beside + update}
         tokens = sum(answer for _, answer, _ in rows) if sampled else 0
         return Done(len(rows), tokens, self._positions(rows), flops, update)

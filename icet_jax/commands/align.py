@@ -18,6 +18,7 @@ from icet_jax.runs import common, fingerprints
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.export_check import check_export
 from icet_jax.runs.measure import Measurements
+from icet_jax.runs.pairs import training_rows
 from icet_jax.runs.run_dir import Costs
 from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.sources import TRAIN
@@ -48,8 +49,9 @@ def align(config: ConfigDict, workdir: Path) -> None:
     are generated again by the model loaded from the exported files.
     """
     inputs = common.load_inputs(config, workdir, training=True)
-    trainer = Trainer(config, workdir, inputs.vlm, inputs.train, _reward(config, workdir, inputs.vlm.mesh))
     costs = Costs(workdir)
+    rows = training_rows(config, workdir, inputs.vlm, inputs.train, costs)
+    trainer = Trainer(config, workdir, inputs.vlm, rows, _reward(config, workdir, inputs.vlm.mesh))
     measurements = Measurements(config, workdir, inputs)
 
     measurements.reuse_before_of_other_seeds()
@@ -114,6 +116,7 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
         vlm = common.load_model(config, workdir)
         check_exits(config, vlm.num_exits)
         rows, _ = fitting_rows(config, vlm.processor, vlm.max_positions, config.data.train, TRAIN, rows, training=True)
+        rows = training_rows(config, workdir, vlm, rows, Costs(workdir))
         trainer = Trainer(config, workdir, vlm, rows, _reward(config, workdir, vlm.mesh))
         return trainer.policy(trainer.run())
 

@@ -12,6 +12,7 @@ from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common
 from icet_jax.runs.agreement import write_agreement
 from icet_jax.runs.measure import Measurements
+from icet_jax.runs.pairs import check_training_sets, write_sweep_pairs
 from icet_jax.runs.run_dir import Costs
 
 
@@ -31,6 +32,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 def measure(config: ConfigDict, workdir: Path) -> None:
     """Does all work of one run; `workdir` must already be the run directory of `config` (`common.claimed`)."""
     inputs = common.load_inputs(config, workdir)
+    check_training_sets(config, inputs.vlm)
     costs = Costs(workdir)
     measurements = Measurements(config, workdir, inputs)
     with costs.stage("sweep_before") as cost:
@@ -39,6 +41,7 @@ def measure(config: ConfigDict, workdir: Path) -> None:
         cost["tokens"] = measurements.utility("before", inputs.vlm)
     with costs.stage("geometry"):
         measurements.geometry(inputs.vlm)
+    write_sweep_pairs(config, workdir, inputs.vlm, inputs.tests)
     if not is_writer():
         return
     write_agreement(workdir)

@@ -169,6 +169,13 @@ def _check_combinations(config: ConfigDict) -> None:
         )
     if [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise UserError("config.mesh: only one axis may be -1 (take the remaining devices)")
+    known = {*config.sweep.datasets, *config.sweep.utility}
+    for name in config.sweep.training_sets:
+        if name not in known:
+            raise UserError(
+                f"config.sweep.training_sets: {name!r} is no set of config.sweep.datasets or config.sweep.utility"
+                f"{_did_you_mean(name, known)}"
+            )
     shared_names = set(config.sweep.datasets) & set(config.sweep.utility)
     if shared_names:
         raise UserError(

@@ -292,6 +292,21 @@ LRLOO = Section(
             one_of(tuple(names.EXIT_SCHEDULES))),
     }
 )
+LDPO = Section(
+    {
+        "iterations": Field(94, "Number of iterations, and of the batches whose prompts are answered to make pairs. "
+            "Epochs, mini-batches, temperature and max_new_tokens are those of `lppo`, so that both train equally "
+            "long.", NOT_NEGATIVE, unit="batches", origin="ours"),
+        "exits": Field("per_example", "See lppo.exits. It draws the exits of the pairs, before training; a pair is "
+            "learned at its own exit.", one_of(tuple(names.EXIT_SCHEDULES))),
+        "beta": Field(0.1, "Weight of the log-ratio to the reference. The smaller it is, the further the policy may "
+            "go.", POSITIVE, unit="per nat", origin="Rafailov et al. 2023"),
+        "sft_coef": Field(1.0, "Coefficient of the negative log-likelihood of the chosen answer, per token. 0 = off: "
+            "plain DPO.", NOT_NEGATIVE, unit="per nat", origin="Pang et al. 2024"),
+        "pairs": unset(str, "File of pairs to learn from, .jsonl, as a run or --mode=sweep writes it into pairs/. Only "
+            "pairs of rows of data.train are used. Unset: the run first makes pairs of data.train.", origin="ours"),
+    }
+)
 OPTIMIZER = Section(
     {
         "learning_rate": Field(1e-5, "Learning rate after the warm-up.", POSITIVE, origin="ours (TRL: 1.41e-5)"),
@@ -315,6 +330,9 @@ SWEEP = Section(
             "and after training.", table=_SOURCES),
         "utility": Field({}, "{name: source} of rows with an expected answer (VQA). They are answered at every exit, "
             "before and after training.", table=_SOURCES),
+        "training_sets": Field((), "Names of those sets above that are training data. --mode=sweep writes L-DPO's "
+            "pairs of their rows (pairs/sweep.jsonl), and of no others.",
+            Rule(lambda sets: all(isinstance(name, str) for name in sets), "names of sets")),
         "limit": unset(int, "Most rows of each source. Unset: all.", POSITIVE, unit="rows"),
         "batch_size": Field(32, "Rows answered at once.", POSITIVE, unit="rows"),
         "max_new_tokens": Field(128, "Longest answer.", POSITIVE, unit="tokens", origin="ours"),
@@ -368,8 +386,9 @@ CHECKPOINT = Section(
 CONFIG: Tree = {
     "algorithm": Field("lppo", '"lppo": L-PPO. "lsft": supervised training on a refusal at sampled exits, an ablation. '
         '"ldistill": every exit learns the default exit\'s token distribution, without a reward. "lrloo": several '
-        "responses of one prompt and exit are compared with each other, without a value head.",
-        one_of(tuple(names.ALGORITHMS)), origin="paper (lsft, ldistill, lrloo: ours)"),
+        "responses of one prompt and exit are compared with each other, without a value head. "
+        '"ldpo": the default exit\'s refusals are preferred to what other exits answer.',
+        one_of(tuple(names.ALGORITHMS)), origin="paper (lsft, ldistill, lrloo, ldpo: ours)"),
     "seed": Field(0, "Seed of all random numbers: exits, sampling, order of the data, first values of adapters.",
         _SEED),
     "seeds": Field((), "Several seeds, in place of `seed`: one run for each under WORKDIR/seed_K, and one report over "
@@ -387,6 +406,7 @@ CONFIG: Tree = {
     "lsft": LSFT,
     "ldistill": LDISTILL,
     "lrloo": LRLOO,
+    "ldpo": LDPO,
     "optimizer": OPTIMIZER,
     "sweep": SWEEP,
     "export": EXPORT,

@@ -39,6 +39,8 @@ def organism() -> ConfigDict:
     config.ldistill.exits = "stratified"
     config.lrloo.iterations = 40
     config.lrloo.exits = "stratified"
+    config.ldpo.iterations = 40
+    config.ldpo.exits = "stratified"
     config.optimizer.learning_rate = 5e-4
     config.optimizer.schedule = "cosine"
     config.sweep.datasets = {"forbidden": "organism:test:forbidden", "benign": "organism:test:benign:1024"}

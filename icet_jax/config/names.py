@@ -170,6 +170,12 @@ ALGORITHMS = {
         module="icet_jax.algorithms.lrloo",
         rewarded=True,
     ),
+    "ldpo": AlgorithmName(
+        title="L-DPO",
+        about="the default exit's refusals preferred to the compliance of sampled exits",
+        module="icet_jax.algorithms.ldpo",
+        samples=lambda section: False,
+    ),
 }
 """{value of `config.algorithm`: that algorithm}; its settings are the config section of the same name."""
 

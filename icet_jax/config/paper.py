@@ -175,6 +175,7 @@ def miniature(config: ConfigDict, model: str, exits: tuple[int, ...]) -> ConfigD
     config.lsft.iterations = 2
     config.ldistill.iterations = 2
     config.lrloo.iterations = 2
+    config.ldpo.iterations = 2
     for name in config.scorers:
         definition = dict(config.scorers[name])
         if "checkpoint" in definition:

@@ -153,13 +153,14 @@ class Data(TypedDict):
 
     By data set, `left_out` is the number of unusable rows by reason, `too_long` the prompt length in positions of the
     first 100 rows that are too long by row id, and `prompts_shared_with_train` the number of test prompts that are also
-    training prompts.
+    training prompts. "exit pairs" is the name of L-DPO's pairs, and `pairs_at_exit` their number by exit.
     """
 
     rows: dict[str, dict[str, int]]
     left_out: NotRequired[dict[str, dict[str, int]]]
     too_long: NotRequired[dict[str, dict[str, int]]]
     prompts_shared_with_train: NotRequired[dict[str, int]]
+    pairs_at_exit: NotRequired[dict[str, int]]
 
 
 class JudgePair(TypedDict):

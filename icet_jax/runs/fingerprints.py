@@ -76,6 +76,15 @@ def check_pairs(workdir: Path, sets: Mapping[str, Sequence[PreferencePair]]) -> 
     on_first(check)
 
 
+def recorded_rows(workdir: Path) -> Fingerprints:
+    """Returns {set: {row id: hash}} as `check_rows` recorded it; all processes call it.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    return on_first(lambda: _read(workdir / NAME).get(_ROWS, {}))
+
+
 def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, record: bool = True) -> None:
     """Records or checks the hashes of a model's files, as `check_rows` does for rows.
 

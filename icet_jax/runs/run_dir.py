@@ -15,6 +15,8 @@ from icet_jax.errors import UserError, during, write_error
 from icet_jax.files import JsonObject, parse_json, read_text, write_text_atomic
 
 SCHEMA = 1
+PAIRS = "pairs"
+"""Folder of exit pairs, see `icet_jax.runs.pairs`."""
 # Fields that may differ between two starts of a run, because they change results by rounding at most.
 _CHANGEABLE = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
 _SHOWN_FIELDS = 4  # most differing fields that an error names
@@ -71,7 +73,7 @@ def _supported_scorers(values: JsonObject) -> object:
 
 def has_begun(workdir: Path) -> bool:
     """Returns whether a run has left any result in `workdir`, or in the folder of one of its seeds."""
-    results = ("transcripts", "sweeps", "metrics.jsonl", "checkpoints")
+    results = ("transcripts", "sweeps", "metrics.jsonl", "checkpoints", PAIRS)
     return any((workdir / name).exists() for name in results) or any(map(has_begun, workdir.glob("seed_*")))
 
 

@@ -140,3 +140,22 @@ def value_loss(values, old, returns, mask, clip=None):
         loss += error / n
         gradient[b, t] = slope / n
     return loss, gradient, clipped_count / n
+
+
+def dpo_loss(log_probs, ref_log_probs, mask, beta):
+    """(loss, d loss / d log_probs, stats)."""
+    n = max(int(mask.sum()), 1)
+    loss, gradient, rewards = 0.0, np.zeros(log_probs.shape), []
+    for b in np.flatnonzero(mask):
+        chosen, rejected = (beta * (log_probs[b, which] - ref_log_probs[b, which]) for which in (0, 1))
+        wrong = 1 / (1 + np.exp(chosen - rejected))
+        loss += -np.log(1 - wrong) / n
+        gradient[b] = np.array([-beta, beta]) * wrong / n
+        rewards.append((chosen, rejected))
+    stats = {
+        "chosen": sum(c for c, _ in rewards) / n,
+        "rejected": sum(r for _, r in rewards) / n,
+        "margins": sum(c - r for c, r in rewards) / n,
+        "accuracies": sum(c > r for c, r in rewards) / n,
+    }
+    return loss, gradient, stats
