@@ -1,6 +1,6 @@
-"""Figures and the self-contained HTML report of a run directory.
+"""Writes figures and the self-contained HTML report of a run directory, from the files of finished runs.
 
-Both read finished runs alone:
+Both need no other files:
 
     from icet_jax import report
     report.build("runs/organism")            # writes report.html and figures/*.png, returns the page's path
@@ -22,7 +22,7 @@ def build(run_dir: str | Path, *, reveal_unsafe: bool = False) -> Path:
       The path of `report.html`.
 
     Raises:
-      UserError: the directory has no sweep, or a file does not hold what its name says.
+      UserError: the directory has no sweep, or a file is broken or lacks a required field.
     """
     from icet_jax.report.page import build_report
 
@@ -30,21 +30,22 @@ def build(run_dir: str | Path, *, reveal_unsafe: bool = False) -> Path:
 
 
 def headline(run_dir: str | Path) -> str:
-    """Returns the headline of a run's report: the run in one sentence, and what that sentence alone would hide.
+    """Returns the headline of a run's report: one sentence on the result, followed by its caveats as further sentences.
 
     Raises:
       UserError: see `build`.
     """
     from icet_jax.report.loading import load_runs
     from icet_jax.report.study import Study
-    from icet_jax.report.verdict import verdict
+    from icet_jax.report.verdict import make_headline
 
-    summary = verdict(Study(load_runs(Path(run_dir))))
+    summary = make_headline(Study(load_runs(Path(run_dir))))
     return " ".join((summary.sentence, *summary.caveats))
 
 
 def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Writes `compare.html` and `figures/*.png` into `out`: the curves of several runs over relative depth.
+    """Writes `compare.html` and `figures/*.png` into `out`: the curves of several runs over relative depth
+    (the number of an exit divided by the number of exits).
 
     Args:
       run_dirs: two to eight run directories, of any families; each may hold several seeds.
@@ -54,7 +55,7 @@ def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
       The path of `compare.html`.
 
     Raises:
-      UserError: a run without a sweep or with a broken file, or runs that measured nothing in common.
+      UserError: a run has no sweep or a broken file, or no two runs measured the same metric on the same data set.
     """
     from icet_jax.report.page import build_comparison
 

@@ -1,4 +1,4 @@
-"""Defines a page without markup: sections, their blocks, and text. `templates/blocks.html` renders them."""
+"""Defines what a page consists of: sections, their blocks, and text. `templates/blocks.html` turns them into HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from icet_jax.report.charts.figures import Figure
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text with one look: "code", "b" (bold), a class of the style sheet, or "" for plain text."""
+    """A piece of text; its `look` is "code", "b" (bold), a class of the style sheet, or "" for plain text."""
 
     text: str
     look: str = ""
@@ -130,7 +130,7 @@ class Viewer:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that are hidden until the reader clicks on the `summary`."""
+    """Blocks that are collapsed until the reader clicks on the `summary`."""
 
     summary: str
     blocks: "Sequence[Block]"
@@ -171,7 +171,7 @@ def table(caption: str, head: Sequence[str | Text], rows: Sequence[Sequence[Text
 
 
 def details(summary: str, blocks: Sequence[Block]) -> list[Block]:
-    """Returns the blocks as one that the reader opens, in a list; an empty list if there are no blocks."""
+    """Returns a list with one block that is collapsed until a reader opens it; [] if there are no blocks."""
     return [Details(summary, blocks)] if blocks else []
 
 

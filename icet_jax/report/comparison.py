@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icet_jax.errors import UserError
-from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.marks import MOST_RUNS
 from icet_jax.report.loading import PHASES, load_runs
-from icet_jax.report.schema import METRIC_FAMILIES
+from icet_jax.report.schema import family_index
 from icet_jax.report.study import KINDS, Study, dataset_name
 
 
@@ -36,12 +35,12 @@ class Member:
 
     @property
     def exit_definition(self) -> str:
-        """The exit definition in its sweep files; empty if they have none."""
+        """The sentence in this run's sweep files that says what exit l is; empty if they have none."""
         return str(self.study.field("exit_definition") or "")
 
     def source(self, dataset: str) -> str | None:
-        """Returns the source string of one of its data sets; None if its config does not name it."""
-        section = self.study.first.config.get("sweep")
+        """Returns the source string of a data set in this run's config; None if the config does not have it."""
+        section = self.study.first_run.config.get("sweep")
         where = {"sweep": "datasets", "utility": "utility"}[dataset.partition("/")[0]]
         sources = section.get(where) if isinstance(section, dict) else None
         source = sources.get(dataset_name(dataset)) if isinstance(sources, dict) else None
@@ -66,27 +65,28 @@ class Comparison:
         return next(m.study.kind(dataset) for m in self.members if dataset in m.study.datasets)
 
     def metrics(self, dataset: str) -> list[str]:
-        """Returns the metrics that two or more runs measured on a data set, by family; keyword judges last."""
+        """Returns the names of the metrics that two or more runs measured on a data set, sorted by family; among the
+        attack success rates, those of keyword judges are last."""
         counts: dict[str, int] = {}
         for member in self.members:
             for metric in member.study.metrics(dataset):
                 counts[metric] = counts.get(metric, 0) + 1
-        order = list(METRIC_FAMILIES)
         shared = [metric for metric, count in counts.items() if count > 1]
-        return sorted(shared, key=lambda name: (_place(order, name), name.startswith("asr/") and "keyword" in name))
+        return sorted(shared, key=lambda name: (family_index(name), name.startswith("asr/") and "keyword" in name))
 
     def members_with(self, dataset: str, metric: str) -> list[tuple[int, Member]]:
         """Returns (index among all runs, run) of the runs that measured a metric on a data set."""
         return [(index, m) for index, m in enumerate(self.members) if metric in m.study.metrics(dataset)]
 
     def phases(self, dataset: str, metric: str) -> list[str]:
-        """Returns which of "before" and "after" at least one run measured."""
+        """Returns which of "before" and "after" at least one run measured for a metric on a data set."""
         members = self.members_with(dataset, metric)
         return [phase for phase in PHASES if any(m.study.curve(phase, dataset, metric) for _, m in members)]
 
     @property
     def headline(self) -> tuple[str, str] | None:
-        """(data set, judge) of the first attack success rate that two or more runs have; None if there is none."""
+        """(data set, metric) of the first attack success rate that two or more runs measured on the same data set;
+        None if they share none."""
         pairs = [
             (dataset, metric)
             for dataset in self.datasets
@@ -116,23 +116,23 @@ class Comparison:
 
     def differing_generation(self) -> dict[str, list[str]]:
         """Returns {settings of generation: names of runs}; empty if all runs have the same settings."""
-        ways: dict[str, list[str]] = {}
+        runs_by_settings: dict[str, list[str]] = {}
         for member in self.members:
-            way = member.study.field("generation")
-            if isinstance(way, dict):
-                way = {"attempts": 1, **way}  # earlier versions made one
-                text = ", ".join(f"{name} {value}" for name, value in sorted(way.items()))
-                ways.setdefault(text, []).append(member.name)
-        return ways if len(ways) > 1 else {}
+            settings = member.study.field("generation")
+            if isinstance(settings, dict):
+                settings = {"attempts": 1, **settings}  # files of earlier versions do not have this field
+                text = ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))
+                runs_by_settings.setdefault(text, []).append(member.name)
+        return runs_by_settings if len(runs_by_settings) > 1 else {}
 
-    def _differing(self, fact: Callable[[Member, str], object]) -> dict[str, dict[str, list[str]]]:
-        """Returns {data set: {value of `fact`: names of runs}} for data sets where runs have different values; runs
-        with None are left out."""
+    def _differing(self, get_value: Callable[[Member, str], object]) -> dict[str, dict[str, list[str]]]:
+        """Returns {data set: {value: names of runs}} for data sets where runs have different values, which `get_value`
+        returns for a run and a data set; runs for which it returns None are left out."""
         differing = {}
         for dataset in self.datasets:
             runs: dict[str, list[str]] = {}
             for member in self.members:
-                value = fact(member, dataset)
+                value = get_value(member, dataset)
                 if value is not None:
                     runs.setdefault(str(value), []).append(member.name)
             if len(runs) > 1:
@@ -141,7 +141,7 @@ class Comparison:
 
 
 def load_comparison(run_dirs: Sequence[Path]) -> Comparison:
-    """Reads the runs to compare.
+    """Reads the runs in `run_dirs`, in this order, as a comparison.
 
     Raises:
       UserError: there are fewer than two or too many runs, a run is named twice, a directory has no sweep or a broken
@@ -177,8 +177,3 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         )
         names.append("/".join(path.parts[-length:]))
     return names
-
-
-def _place(order: Sequence[str], metric: str) -> int:
-    family = family_of(metric)
-    return order.index(family) if family in order else len(order)

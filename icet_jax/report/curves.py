@@ -6,7 +6,7 @@ from statistics import fmean
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.figures import Figure, Key, Panel
-from icet_jax.report.charts.heatmap import part_map
+from icet_jax.report.charts.heatmap import share_map
 from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value, dataset_name
@@ -15,7 +15,7 @@ from icet_jax.report.values import axis_number, axis_percent, show, show_change,
 
 GEOMETRY_TITLES = {"norm_ratio": "Norm ratio", "cosine": "Cosine similarity", "cka": "Linear CKA"}
 MAP_TONES = {"asr": "unsafe", "refusal": "refused", "refusal_unsafe": "safe"}
-"""Metric families with a heat map by category, and the tone of that map."""
+"""Metric families that have a heat map by category, each with the name of the map's colour in `marks.TONES`."""
 MOST_CATEGORIES = 32  # most categories in a heat map
 _UNIT = (0.0, 1.0)
 
@@ -26,12 +26,12 @@ Curve = list[tuple[int, Value]]
 def single_figure(
     chart: Chart, name: str, *, keys: Sequence[Key] = (), source: str = "", wide: bool = False
 ) -> Figure | None:
-    """Returns a figure with one chart, titled like the chart; None if the chart has no points. See `Figure`."""
+    """Returns a figure of one chart, with the chart's title; None if the chart has no points. See `Figure`."""
     return None if chart.is_empty else Figure(chart.title, name, (Panel(chart),), tuple(keys), source, wide)
 
 
 def phase_keys(phases: Sequence[str]) -> tuple[Key, ...]:
-    """Returns the legend of a chart with the series "before" and "after"; empty if it has only one of them."""
+    """Returns the legend of a chart with the series `phases` ("before", "after"); empty if there is only one series."""
     return tuple(Key(phase, phase) for phase in phases) if len(phases) > 1 else ()
 
 
@@ -44,20 +44,20 @@ def exit_highlights(study: Study) -> dict[int, str]:
 
 
 def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False, full: bool = True) -> Figure | None:
-    """Returns the chart of a metric over exits; None if the metric was not measured.
+    """Returns the figure of a metric over exits, before and after training; None if the metric was not measured.
 
-    With `full`, the axis of a share always ends at 100 %. Otherwise it ends at the data, but not below 10 %.
+    With `full`, the axis of a share always ends at 100 %. Otherwise it ends at the largest value, but not below 10 %.
     """
     family = metric_family(metric)
-    y_range = (_UNIT if full else (0.0, 0.1)) if family.share else None
+    min_y_range = (_UNIT if full else (0.0, 0.1)) if family.share else None
     chart = Chart(
         title=title_on(study, dataset, metric),
         series=_curve_series(study, dataset, metric),
         show=axis_percent if family.share else axis_number,
         detail=lambda x: show(metric, x),
         ticks=range(1, study.num_exits + 1),
-        y_range=_UNIT if metric == "length" else y_range,
-        y_limits=_UNIT if family.share else (-math.inf, math.inf),
+        min_y_range=_UNIT if metric == "length" else min_y_range,
+        max_y_range=_UNIT if family.share else (-math.inf, math.inf),
         highlights=exit_highlights(study),
     )
     keys = phase_keys(study.phases(dataset))
@@ -65,23 +65,24 @@ def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False
 
 
 def _curve_series(study: Study, dataset: str, metric: str) -> list[Series]:
-    """Returns the series before and after training over exits: with intervals for one run; for several seeds the mean,
-    and a thin series per seed."""
+    """Returns a metric's series over exits before and after training, with intervals. For several seeds these are means
+    over seeds, and there is a thin series for each seed too."""
     series = []
     for phase in study.phases(dataset):
         curve = study.curve(phase, dataset, metric)
-        if study.several:
+        if study.has_several_seeds:
             by_seed = {layer: study.seeds(phase, dataset, metric, layer) for layer, _ in curve}
             for index in range(len(study.runs)):
-                known = [(layer, values[index]) for layer, values in by_seed.items()]
-                series.append(Series("", phase, [Point(x, y) for x, y in known if y is not None], thin=True))
+                of_seed = [(layer, values[index]) for layer, values in by_seed.items()]
+                series.append(Series("", phase, [Point(x, y) for x, y in of_seed if y is not None], thin=True))
         shown = [Point(layer, value.mean, value.low, value.high) for layer, value in curve]
         series.append(Series(phase, phase, shown))
     return [each for each in series if each.points]
 
 
 def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
-    """Returns the chart of "after minus before" over exits, with paired intervals as whiskers; None without values."""
+    """Returns the figure of a metric's difference "after minus before" over exits, with paired intervals as whiskers;
+    None if no exit has a difference."""
     values = [(layer, study.value("difference", dataset, metric, layer)) for layer in study.layers(dataset)]
     shown = [Point(layer, value.mean, value.low, value.high) for layer, value in values if value is not None]
     share = metric_family(metric).share
@@ -91,8 +92,8 @@ def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
         show=(lambda x: axis_number(100 * x)) if share else axis_number,
         detail=lambda x: show_change(metric, x),
         ticks=range(1, study.num_exits + 1),
-        y_range=(-0.05, 0.05) if share else None,
-        y_limits=(-1.0, 1.0) if share else (-math.inf, math.inf),
+        min_y_range=(-0.05, 0.05) if share else None,
+        max_y_range=(-1.0, 1.0) if share else (-math.inf, math.inf),
         highlights=exit_highlights(study),
         whiskers=True,
     )
@@ -100,8 +101,8 @@ def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
 
 
 def geometry_charts(study: Study) -> dict[str, Chart]:
-    """Returns a chart for each field of `geometry.json`: how far the image features of each exit are from those of the
-    default exit. Fields without values are left out."""
+    """Returns {field of geometry.json: chart} of how far the image features of each exit are from those of the default
+    exit, without fields that have no values."""
     charts = {}
     for name, title in GEOMETRY_TITLES.items():
         points = [Point(x, value.mean, value.low, value.high) for x, value in study.geometry(name)]
@@ -111,15 +112,15 @@ def geometry_charts(study: Study) -> dict[str, Chart]:
             show=axis_number,
             detail=number,
             ticks=range(1, study.num_exits + 1),
-            y_range=_UNIT,
+            min_y_range=_UNIT,
             highlights=exit_highlights(study),
         )
     return {name: chart for name, chart in charts.items() if not chart.is_empty}
 
 
 def ordered_categories(study: Study, dataset: str, metric: str) -> list[str]:
-    """Returns the `MOST_CATEGORIES` categories with most rows, sorted by the mean of a metric over exits before
-    training, highest first."""
+    """Returns the `MOST_CATEGORIES` categories with most rows, sorted by the mean of a metric over exits (before
+    training if that was measured, else after), highest first."""
     phase = study.phases(dataset)[0]
     curves = {
         category: study.category_curve(phase, dataset, metric, category)
@@ -146,8 +147,8 @@ def map_figure(
       study: the run.
       dataset: name of the data set.
       metric: full name of the metric, whose family is in `MAP_TONES`.
-      curves: part -> "before" or "after" -> (exit, share); parts from the top.
-      by: what the parts are, for the title.
+      curves: {part: {"before" or "after": [(exit, share)]}}, in the order of the heat map's rows from the top.
+      by: what the parts are, such as "category", for the title.
 
     Returns:
       The figure; None if there are no parts or only one exit.
@@ -160,7 +161,7 @@ def map_figure(
     }
     title = f"{title_on(study, dataset, metric)} by {by} and exit, {dataset_name(dataset)}"
     tone = MAP_TONES[family_of(metric)]
-    drawing = part_map(
+    drawing = share_map(
         panels, list(curves), study.layers(dataset), title=title, tone=tone, default_exit=study.default_exit
     )
     return Figure(title, metric, (Panel(drawing),), (Key("100%", tone, "ramp", before="0%"),), wide=True)

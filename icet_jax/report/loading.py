@@ -9,7 +9,7 @@ from icet_jax.files import JsonObject, parse_json, read_text
 
 PHASES = ("before", "after")
 PARTS = ("formats", "transferred")
-"""Fields of a sweep file that contain tables of some of the rows: those of one attack format, for example."""
+"""Fields of a sweep file that have the metrics of parts of its rows, such as the rows of each attack format."""
 EXPORT_CHECK = "export_check.json"
 _MOST_EXITS = 4096  # limits the size of the page, which has a column or row for each
 
@@ -56,7 +56,7 @@ def load_runs(run_dir: Path) -> tuple[Run, ...]:
 
 
 def load_run(path: Path) -> Run:
-    """Reads one run directory; what has no file is empty.
+    """Reads one run directory; for a missing file the field of `Run` is empty.
 
     Raises:
       UserError: a file is broken.
@@ -106,7 +106,8 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_jsonl(path: Path) -> list[JsonObject]:
-    """Returns the objects of a JSON-lines file, without a broken last line as after a kill; [] if there is no file.
+    """Returns the objects of a JSON-lines file; [] if there is no file. A broken last line, which a killed process can
+    leave, is ignored.
 
     Raises:
       UserError: the file cannot be read, or another line is broken; the message has the number of the line.
@@ -151,7 +152,7 @@ def _check_table(path: Path, table: Any) -> JsonObject:
 
 
 def _check_counts(path: Path, check: JsonObject) -> JsonObject:
-    """Returns `check`, the content of export_check.json, unchanged; raises a `UserError` if it lacks its counts."""
+    """Returns `check`, the content of export_check.json, unchanged; raises a `UserError` if a count is missing."""
     if check and not (type(check.get("n")) is int and type(check.get("n_equal")) is int):
         raise UserError(f"{path}: fields 'n' and 'n_equal' must be whole numbers; remove the file and run align again")
     return check

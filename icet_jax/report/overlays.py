@@ -21,7 +21,7 @@ MemberCurve = tuple[int, Member, Curve]
 
 
 def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure | None:
-    """Returns a figure of a metric with the panels before and after, and a line per run; None if no run has values."""
+    """Returns a metric's figure: panels before and after training, with a line per run; None if no run has values."""
     family, members_with_metric = metric_family(metric), comparison.members_with(dataset, metric)
     curves = {
         phase: [(index, m, m.study.curve(phase, dataset, metric)) for index, m in members_with_metric]
@@ -37,9 +37,9 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
     ]
     if not values:
         return None
-    y_range = (min(values), max(values))
+    min_y_range = (min(values), max(values))
     if family.share:
-        y_range = (0.0, 0.1 if family_of(metric) in FORM_FAMILIES and max(values) <= 0.1 else 1.0)
+        min_y_range = (0.0, 0.1 if family_of(metric) in FORM_FAMILIES and max(values) <= 0.1 else 1.0)
     panels = []
     for phase, members in curves.items():
         chart = _depth_chart(
@@ -47,8 +47,8 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
             [(index, member, curve) for index, member, curve in members if curve],
             show_y=axis_percent if family.share else axis_number,
             detail=lambda y: show(metric, y),
-            y_range=y_range,
-            y_limits=(0.0, 1.0) if family.share else (-math.inf, math.inf),
+            min_y_range=min_y_range,
+            max_y_range=(0.0, 1.0) if family.share else (-math.inf, math.inf),
         )
         panels.append(Panel(chart, _WHEN[phase]))
     keys = run_keys(members_with_metric)
@@ -56,21 +56,21 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
 
 
 def geometry_overlays(comparison: Comparison) -> list[Figure]:
-    """Returns figures of the distance of each exit's image features from the default exit's, with a line per run, for
-    each measure of distance that two or more runs have."""
+    """Returns one figure for each measure in `GEOMETRY_TITLES` that two or more runs have, with a line per run: how far
+    each exit's image features are from the default exit's."""
     figures = []
     for name, title in GEOMETRY_TITLES.items():
         curves = [(index, m, m.study.geometry(name)) for index, m in enumerate(comparison.members)]
         curves = [(index, member, curve) for index, member, curve in curves if curve]
         if len(curves) > 1:
-            chart = _depth_chart(title, curves, show_y=axis_number, detail=number, y_range=(0.0, 1.0))
+            chart = _depth_chart(title, curves, show_y=axis_number, detail=number, min_y_range=(0.0, 1.0))
             keys = run_keys([(index, member) for index, member, _ in curves])
             figures.append(Figure(title, f"geometry/{name}", (Panel(chart),), keys, wide=True))
     return figures
 
 
 def run_keys(members: Sequence[tuple[int, Member]]) -> tuple[Key, ...]:
-    """Returns the legend: a line for each (index among the compared runs, run)."""
+    """Returns a chart's legend; `members` has (index among all compared runs, which gives the colour, run)."""
     return tuple(Key(member.name, f"run-{index}", "line") for index, member in members)
 
 
@@ -80,8 +80,8 @@ def _depth_chart(
     *,
     show_y: Callable[[float], str],
     detail: Callable[[float], str],
-    y_range: tuple[float, float],
-    y_limits: tuple[float, float] = (-math.inf, math.inf),
+    min_y_range: tuple[float, float],
+    max_y_range: tuple[float, float] = (-math.inf, math.inf),
 ) -> Chart:
     """Returns a chart of curves over relative depth, whose tooltips show each run's value at its nearest exit; for
     `show_y` and `detail`, which turn values into text, and the ranges see `Chart`."""
@@ -98,8 +98,8 @@ def _depth_chart(
         show_x=lambda x: percent(float(x), 0),
         tip=lambda depth: _tip(curves, depth, detail),
         ticks=_TICKS,
-        y_range=y_range,
-        y_limits=y_limits,
+        min_y_range=min_y_range,
+        max_y_range=max_y_range,
     )
 
 

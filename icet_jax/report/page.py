@@ -1,4 +1,4 @@
-"""Renders the pages from sections of blocks. A page is one HTML file that contains its own style and script."""
+"""Renders reports and comparisons as HTML pages. A page is one file that contains its own style and script."""
 
 import base64
 import hashlib
@@ -56,8 +56,8 @@ def build_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
-    """Returns the HTML of a run's report; `run_dir` is named there, and with `reveal_unsafe` responses that a judge
-    called unsafe are part of it."""
+    """Returns the HTML of a run's report. The page names `run_dir`; with `reveal_unsafe` it also contains the responses
+    that a judge called unsafe."""
     return _document(header.of_study(study, run_dir), [
         Section("safety", "Safety at every exit", measured.safety_of_study(study)),
         Section("categories", "Which requests get through where", categories.of_study(study)),
@@ -115,7 +115,7 @@ def environment() -> Environment:
 
 
 def _finalize(value: object) -> str:
-    """Returns what a template prints for a value: markup unchanged, other values as text without hidden characters."""
+    """Returns what a template prints for a value: markup unchanged, other values as text with `visible` characters."""
     return value if isinstance(value, Markup) else visible(str(value))
 
 

@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 def shown(rows: Sequence[_T]) -> list[_T]:
-    """Returns the rows of a data set that the report shows: at most `PROMPTS_PER_DATASET`, evenly spaced."""
+    """Returns those of a data set's rows that the report shows: at most `PROMPTS_PER_DATASET`, evenly spaced."""
     count = min(len(rows), PROMPTS_PER_DATASET)
     return [rows[index * len(rows) // count] for index in range(count)]
 
@@ -29,7 +29,8 @@ def picture_path(run_dir: Path, dataset: str, row_id: str) -> Path:
 
 
 def save_pictures(run_dir: Path, dataset: str, examples: Sequence[Example]) -> None:
-    """Saves the images of the rows that the report will show, several images of a row side by side.
+    """Saves small copies of the images of the rows that the report will show; several images of a row become one
+    picture.
 
     Args:
       run_dir: the run directory.

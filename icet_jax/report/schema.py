@@ -7,9 +7,10 @@
     seed_K/...                                the same, once per training seed
 
 Every file is optional except one sweep. A share, an accuracy and a toxicity are 0..1; a missing or failed number is
-`null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, the scorer to its exact model; what needs no
-scorer is `FAMILY` alone (length, empty, truncated). The family says how it is read: `METRIC_FAMILIES`. A share over K
-attempts is `FAMILY@K/SCORER`. Extra keys are ignored. Layers (exits) are numbered from 1.
+`null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, where SCORER names the exact model; what
+needs no scorer is `FAMILY` alone (length, empty, truncated). `METRIC_FAMILIES` says how each family is shown. The
+share of rows with an unsafe answer in one of K attempts is `FAMILY@K/SCORER`. Extra keys are ignored. Layers (exits)
+are numbered from 1.
 """
 
 from dataclasses import dataclass, replace
@@ -50,8 +51,13 @@ class Group(TypedDict):
     metrics: dict[str, Estimate]
 
 
-class Part(TypedDict):
-    """The rows of one attack format of a data set: attack and refusal metrics at every exit, worst exit, any exit."""
+class FormatMetrics(TypedDict):
+    """Attack and refusal metrics over the rows of one attack format, or over the (un)transferred attacks, of a data
+    set.
+
+    `layers` has the metrics for each exit; `worst_exit` those of the exit with the most successful attacks; `any_exit`
+    counts a row if an attack succeeds at one or more exits.
+    """
 
     layers: list[Layer]
     worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
@@ -77,10 +83,10 @@ class Sweep(TypedDict):
     layers: list[Layer]
     groups: dict[str, Group]  # early, middle, late, average
     worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
-    any_exit: NotRequired[dict[str, Estimate]]  # asr_any metrics; n are rows, n_error those of which it is unknown
-    policies: NotRequired[dict[str, list[Layer]]]  # attack and refusal metrics of the rows of each policy
-    formats: NotRequired[dict[str, Part]]  # by attack format
-    transferred: NotRequired[dict[str, Part]]  # "yes", "no": whether the attack comes from a language model
+    any_exit: NotRequired[dict[str, Estimate]]  # by asr_any metric; `n` counts rows, `n_error` rows without a result
+    policies: NotRequired[dict[str, list[Layer]]]  # attack and refusal metrics by the data set's category ("policy")
+    formats: NotRequired[dict[str, FormatMetrics]]  # by attack format
+    transferred: NotRequired[dict[str, FormatMetrics]]  # "yes", "no": whether the attack comes from a language model
 
 
 class Difference(TypedDict):
@@ -89,13 +95,13 @@ class Difference(TypedDict):
     schema: int
     dataset: str
     kind: str
-    layers: list[Layer]  # n = pairs
+    layers: list[Layer]  # `n` counts rows that have a value before and after
     groups: dict[str, Group]
     any_exit: NotRequired[dict[str, Estimate]]
 
 
 class Utility(TypedDict):
-    """`utility.json`: utility and over-refusal, as the content of a sweep file for each data set.
+    """`utility.json`: for each data set of `config.sweep.utility`, what a sweep file of it would contain.
 
     The `layers` may contain the default exit alone. Accuracies are `accuracy/SCORER`, over-refusal `refusal/SCORER`.
     """
@@ -111,12 +117,12 @@ class GeometryLayer(TypedDict):
 
     layer: int
     norm_ratio: float | None  # mean token norm at exit l over that at the default exit
-    cosine: float | None  # mean cosine between the same token at the two exits
+    cosine: float | None  # mean cosine between the features of the same token at the two exits
     cka: float | None  # linear centred kernel alignment, 0..1
 
 
 class Geometry(TypedDict):
-    """`geometry.json`. Training changes neither image encoder nor projector, so there is one file for both sides."""
+    """`geometry.json`, which holds before and after: training changes neither image encoder nor projector."""
 
     schema: int
     exit_definition: str
@@ -164,9 +170,9 @@ class Data(TypedDict):
 
 
 class JudgePair(TypedDict):
-    """How far two judges agree on the answers that both have judged.
+    """How far the judges `a` and `b` agree on the answers that both have judged.
 
-    `kappa` is Cohen's kappa; None if it is undefined, because both judges always give the same single verdict.
+    `kappa` is Cohen's kappa; None if it is undefined because both judges gave all answers one and the same verdict.
     """
 
     a: str  # metric names
@@ -175,7 +181,7 @@ class JudgePair(TypedDict):
     kappa: float | None
     ci95: NotRequired[list[float] | None]  # of kappa
     agree: float | None  # share of equal verdicts
-    a_only: int  # answers that a alone calls unsafe
+    a_only: int  # answers that judge a calls unsafe and judge b safe
     b_only: int
     examples: NotRequired[list[dict[str, Any]]]  # differing rows: id, layer, dataset, phase, unsafe (who says so)
 
@@ -188,7 +194,7 @@ class Agreement(TypedDict):
 
 
 class DifferentAnswer(TypedDict):
-    """Where the model loaded from the exported files gives another answer than the measured model."""
+    """A row and exit at which the model loaded from the exported files gives another answer than the measured model."""
 
     dataset: str
     row: str
@@ -199,11 +205,11 @@ class ExportCheck(TypedDict):
     """`export_check.json`: whether the model loaded from the exported files gives the answers of the sweep again."""
 
     schema: int
-    folder: str  # of the export, in the run directory
+    folder: str  # folder of the exported files, relative to the run directory
     form: str  # "full" or "adapter"
-    n: int
+    n: int  # answers compared
     n_equal: int
-    allowed: int  # how many may differ
+    allowed: int  # number of answers that may differ
     passed: bool
     different: list[DifferentAnswer]
 
@@ -213,7 +219,7 @@ class Organism(TypedDict):
 
     schema: int
     name: str  # "vlm" or "control"
-    planted_exits: list[int]  # exits trained on helpful answers alone; empty for the un-planted control
+    planted_exits: list[int]  # exits trained on helpful answers alone, so that they refuse nothing; [] for "control"
     notes: NotRequired[list[str]]  # further plain sentences from the builder
 
 
@@ -270,7 +276,13 @@ METRIC_FAMILIES = {
 
 
 def metric_family(name: str) -> MetricFamily:
-    """Returns the family of the metric `FAMILY/SCORER`; an unknown family has plain numbers and its name as title."""
-    written = name.partition("/")[0]
-    family = METRIC_FAMILIES.get(family_of(name), MetricFamily(written, share=False))
-    return replace(family, title=family.title.replace("{k}", written.rpartition("@")[2]))
+    """Returns how the metric `FAMILY/SCORER` is shown; an unknown family has plain numbers and its name as title."""
+    prefix = name.partition("/")[0]  # such as "asr@5"
+    family = METRIC_FAMILIES.get(family_of(name), MetricFamily(prefix, share=False))
+    return replace(family, title=family.title.replace("{k}", prefix.rpartition("@")[2]))
+
+
+def family_index(name: str) -> int:
+    """Returns the index in `METRIC_FAMILIES` of the family of the metric `name`; unknown families come last."""
+    families = list(METRIC_FAMILIES)
+    return families.index(family_of(name)) if family_of(name) in families else len(families)

@@ -9,7 +9,7 @@ from icet_jax.evaluation.combined import any_exit_metric, family_of
 from icet_jax.exit_groups import EARLY_TO_LATE, exit_groups
 from icet_jax.files import JsonObject
 from icet_jax.report.loading import PHASES, Run
-from icet_jax.report.schema import METRIC_FAMILIES
+from icet_jax.report.schema import family_index
 
 GROUPS = (*EARLY_TO_LATE, "average")
 KINDS = ("forbidden", "mixed", "benign", "vqa")
@@ -20,10 +20,10 @@ _LARGEST = 1e30  # larger numbers count as broken, because their squares might n
 
 @dataclass(frozen=True)
 class Value:
-    """Holds a mean over `n` rows with its interval, `low` to `high`; `n_error` rows have no score.
+    """Holds a mean over `n` rows with an interval, `low` to `high`; `n_error` further rows have no score.
 
-    For one run it is the 95% interval in the file. For several seeds, `mean` is the mean over seeds and the interval is
-    the range from the smallest to the largest seed; `Study.interval` says which of the two it is.
+    For one run the interval is the 95% interval in the file. For several seeds, `mean` is the mean over seeds, and the
+    interval goes from the smallest to the largest seed. `Study.interval` says in words which of the two it is.
     """
 
     mean: float
@@ -44,25 +44,25 @@ class ExitValue(NamedTuple):
 class Study:
     """Gives access to the values of one run, or of several runs that differ only in their seed.
 
-    In its methods `phase` is "before" or "after" training, sometimes "difference" (after minus before), and `dataset`
-    is a name such as "sweep/forbidden".
+    In its methods, `phase` is "before" or "after" training; where a method says so, it may also be "difference" (after
+    minus before). `dataset` is a name such as "sweep/forbidden", and `metric` one such as "asr/keywords".
     """
 
     runs: tuple[Run, ...]
 
     @property
-    def several(self) -> bool:
-        """Whether there are several seeds, so that values are means over seeds."""
+    def has_several_seeds(self) -> bool:
+        """Whether the study has several runs, one per seed, so that its values are means over seeds."""
         return len(self.runs) > 1
 
     @property
     def interval(self) -> str:
-        """What the intervals of values are, in words."""
-        return f"range over {len(self.runs)} seeds" if self.several else "95% interval, clustered by prompt"
+        """What the intervals of values are, in words, such as "range over 3 seeds"."""
+        return f"range over {len(self.runs)} seeds" if self.has_several_seeds else "95% interval, clustered by prompt"
 
     @property
-    def first(self) -> Run:
-        """The first seed, which is used for what has no mean, such as config and transcripts."""
+    def first_run(self) -> Run:
+        """The run of the first seed; what has no mean, such as config and transcripts, is taken from it."""
         return self.runs[0]
 
     @property
@@ -72,7 +72,7 @@ class Study:
         return sorted(names, key=lambda name: (KINDS.index(self.kind(name)), name))
 
     def kind(self, dataset: str) -> str:
-        """Returns the kind of a data set's rows, one of `KINDS`; guessed from its name if no file says it."""
+        """Returns the kind of a data set's rows, one of `KINDS`: as its files say, else guessed from its name."""
         for (_, name), table in self._tables():
             if name == dataset and table.get("kind") in KINDS:
                 return str(table["kind"])
@@ -80,7 +80,7 @@ class Study:
         return "benign" if "benign" in name or "xstest" in name else "vqa" if "vqa" in name else "forbidden"
 
     def of_kind(self, *kinds: str) -> list[str]:
-        """Returns the data sets of these kinds."""
+        """Returns the names of the data sets whose kind is one of `kinds`."""
         return [dataset for dataset in self.datasets if self.kind(dataset) in kinds]
 
     def phases(self, dataset: str) -> list[str]:
@@ -88,15 +88,13 @@ class Study:
         return [phase for phase in PHASES if any((phase, dataset) in run.tables for run in self.runs)]
 
     def metrics(self, dataset: str, family: str | None = None) -> list[str]:
-        """Returns the metrics of a data set (of one family, if given) in the order of `METRIC_FAMILIES`."""
+        """Returns the names of a data set's metrics (only of `family`, if given) in the order of `METRIC_FAMILIES`."""
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
             if name == dataset and phase in PHASES:
                 for layer in table["layers"]:
                     names.update(dict.fromkeys(layer["metrics"]))
-        order = list(METRIC_FAMILIES)
-        kept = [name for name in names if family is None or family_of(name) == family]
-        return sorted(kept, key=lambda name: _index(order, family_of(name)))
+        return sorted((name for name in names if family is None or family_of(name) == family), key=family_index)
 
     def layers(self, dataset: str) -> list[int]:
         """Returns the exits at which a data set was measured, in ascending order."""
@@ -105,7 +103,8 @@ class Study:
         )
 
     def field(self, name: str, dataset: str | None = None) -> Any:
-        """Returns a field such as "model" of the sweep files (of `dataset`, if given); None if no file has it."""
+        """Returns the field `name`, such as "model", of the first sweep file that has it; None if no file has it. With
+        `dataset`, only that data set's files are searched."""
         for (_, table_dataset), table in self._tables():
             if dataset in (None, table_dataset) and table.get(name) is not None:
                 return table[name]
@@ -127,12 +126,13 @@ class Study:
 
     @property
     def planted(self) -> list[int]:
-        """The exits at which a hole was planted in the organism (the embedded test model); empty for other models."""
-        exits = self.first.organism.get("planted_exits")
+        """The exits at which unsafe answers were planted in the embedded test model; empty for other models."""
+        exits = self.first_run.organism.get("planted_exits")
         return [exit_layer for exit_layer in exits if isinstance(exit_layer, int)] if isinstance(exits, list) else []
 
     def value(self, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
-        """Returns the value of a metric at an exit, where `phase` may be "difference"; None if it was not measured."""
+        """Returns the value of a metric at the exit `layer`, where `phase` may be "difference". Returns None if it was
+        not measured or `layer` is None (an unknown default exit)."""
         return self._combine([_at_layer(run, phase, dataset, metric, layer) for run in self.runs])
 
     def seeds(self, phase: str, dataset: str, metric: str, layer: int) -> list[float | None]:
@@ -145,7 +145,7 @@ class Study:
         return self._combine([_of_group(run, phase, dataset, metric, name, self.num_exits) for run in self.runs])
 
     def categories(self, dataset: str, metric: str) -> list[str]:
-        """Returns the categories of rows with a value of a metric, in the order of the files: most rows first."""
+        """Returns the categories for which a metric has a value, those with most rows first."""
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
             if name == dataset and phase in PHASES:
@@ -165,7 +165,7 @@ class Study:
         return [(layer, value) for layer, value in values.items() if value is not None]
 
     def responses(self, dataset: str) -> int | None:
-        """Returns the number of responses per exit (and seed) on a data set; None if no file says it."""
+        """Returns the number of responses of one run at one exit on a data set; None if no file says it."""
         counts = [
             value.n
             for phase in self.phases(dataset)
@@ -176,13 +176,14 @@ class Study:
         return max(counts, default=None)
 
     def parts(self, dataset: str, field: str) -> dict[str, "Study"]:
-        """Returns one study per part of a data set's rows, by name, in the order of the files: most rows first.
+        """Returns {name: study} for the parts into which a data set's rows are divided, the part with most rows first.
 
-        The study of a part has only this data set, and no means over groups of exits.
+        The study of a part has only the values of its rows of this data set, and no means over groups of exits.
 
         Args:
           dataset: name of the data set.
-          field: "formats" for a part per attack format; "transferred" for the parts "yes" and "no".
+          field: "formats" for one part per attack format; "transferred" for the parts "yes" and "no", which say whether
+            the attack was transferred from a language model.
         """
         names: dict[str, None] = {}
         for (phase, name), table in self._tables():
@@ -198,19 +199,23 @@ class Study:
         return [(layer, value) for layer, value in values if value is not None]
 
     def geometry(self, name: str) -> list[tuple[int, Value]]:
-        """Returns (exit, value) of the field `name` in the first run's `geometry.json`, where it is a number."""
-        layers = [layer for layer in self.first.geometry.get("layers", []) if isinstance(layer, dict)]
+        """Returns (exit, value) of the field `name`, such as "cosine", in the first run's `geometry.json`, for the
+        exits at which it is a number."""
+        layers = [layer for layer in self.first_run.geometry.get("layers", []) if isinstance(layer, dict)]
         values = [(layer.get("layer"), as_value(layer.get(name))) for layer in layers]
         return [(layer, value) for layer, value in values if isinstance(layer, int) and value is not None]
 
     def worst(self, phase: str, dataset: str, metric: str) -> ExitValue | None:
-        """Returns the exit with the highest mean (the first of equal ones) and its value; None without any value. The
-        interval, if the file has one for the worst exit, allows for the exit being chosen as the highest."""
+        """Returns the exit with the highest mean (the first of equal ones) and its value; None if no exit has a value.
+
+        For one run, the interval is that of the field `worst_exit` if the file has it: it allows for the exit being
+        chosen as the highest.
+        """
         exits = [ExitValue(layer, value) for layer, value in self.curve(phase, dataset, metric)]
         worst = max(exits, key=lambda item: item.value.mean, default=None)
-        if worst is None or self.several:
+        if worst is None or self.has_several_seeds:
             return worst
-        layer, of_maximum = _of_maximum(self.first.tables[phase, dataset], metric)
+        layer, of_maximum = _of_maximum(self.first_run.tables[phase, dataset], metric)
         at_layer = self.value(phase, dataset, metric, layer)
         if at_layer is None or of_maximum is None or layer is None:
             return worst
@@ -226,13 +231,13 @@ class Study:
     def any_exit(self, phase: str, dataset: str, metric: str) -> Value | None:
         """Returns the share of rows with an unsafe answer at some exit in some attempt, by the judge of `metric`.
 
-        Returns None if an earlier version measured the data set. `phase` may be "difference".
+        Returns None if the file lacks it, as files of earlier versions do. `phase` may be "difference".
         """
         name = any_exit_metric(metric, self.attempts(dataset))
         return self._combine([_at_any_exit(run, phase, dataset, name) for run in self.runs])
 
     def unusable(self, phase: str, dataset: str, layer: int | None) -> Value | None:
-        """Returns the share of an exit's answers that are empty or degenerate; None if it is 0 or unknown."""
+        """Returns the share of answers at the exit `layer` that are empty or degenerate; None if 0 or unknown."""
         for metric in ("degenerate/text_rules", "empty"):  # an empty answer is a degenerate one too
             share = self.value(phase, dataset, metric, layer)
             if share is not None:
@@ -240,8 +245,8 @@ class Study:
         return None
 
     def judges(self, dataset: str) -> list[str]:
-        """Returns the metrics of a data set's judges, without people (`HUMAN`), who see only a sample of the rows. The
-        keyword judge is last, because it only detects refusals."""
+        """Returns the names of a data set's "asr" metrics, one per judge. `HUMAN` is left out, because people judge
+        only a sample of the rows; the keyword judge is last, because it only detects refusals."""
         names = [name for name in self.metrics(dataset, "asr") if name != HUMAN]
         return sorted(names, key=lambda name: "keyword" in name)
 
@@ -249,9 +254,10 @@ class Study:
         return (item for run in self.runs for item in run.tables.items())
 
     def _combine(self, values: Sequence[Value | None]) -> Value | None:
-        """Returns the mean and range of the values of all seeds, or the only value; None if all are None."""
+        """Returns the mean and range of the values of all seeds, where `values` has one entry per run; for one run its
+        value unchanged. Returns None if all are None."""
         known = [value for value in values if value is not None]
-        if not known or not self.several:
+        if not known or not self.has_several_seeds:
             return known[0] if known else None
         means = [value.mean for value in known]
         rows = [value.n for value in known if value.n is not None]
@@ -264,7 +270,8 @@ def dataset_name(dataset: str) -> str:
 
 
 def as_value(entry: Any, n: Any = None) -> Value | None:
-    """Returns an `Estimate` or a number of a file, of `n` rows if it does not say, as a `Value`; None if not finite."""
+    """Returns an `Estimate` or a number of a file as a `Value`; None if it is no finite number. `n` is the number of
+    rows if the entry does not have its own."""
     if not isinstance(entry, dict):
         entry = {"mean": entry}
     mean = _finite(entry.get("mean"))
@@ -285,8 +292,10 @@ def _finite(value: Any) -> float | None:
 
 
 def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
-    """Returns a metric of one run at an exit; None if it was not measured. A difference for which there is no file is
-    that of the means, without an interval."""
+    """Returns a metric of one run at an exit; None if it was not measured.
+
+    If `phase` is "difference" and no file has the paired difference, the two means are subtracted, without an interval.
+    """
     table = run.tables.get((phase, dataset))
     value = None if table is None else _entry(table["layers"], metric, layer)
     if value is not None:
@@ -297,7 +306,7 @@ def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None
 
 
 def _entry(layers: list[JsonObject], metric: str, layer: int | None) -> Value | None:
-    """Returns a metric at the exit `layer` from the list `layers` of a sweep file; None if it is not there."""
+    """Returns a metric at the exit `layer` from the list `layers` of a sweep file; None if it does not have it."""
     for entry in layers:
         if entry["layer"] == layer and metric in entry["metrics"]:
             return as_value(entry["metrics"][metric], entry.get("n"))
@@ -313,8 +322,8 @@ def _of_maximum(table: JsonObject, metric: str) -> tuple[int | None, Value | Non
 
 
 def _at_any_exit(run: Run, phase: str, dataset: str, name: str) -> Value | None:
-    """Returns a metric over all exits of one run; None if it was not measured. A difference that the file does not have
-    is that of the shares, without an interval."""
+    """Returns the "asr_any" metric `name` of one run; None if it was not measured. If `phase` is "difference" and no
+    file has the paired difference, the two shares are subtracted, without an interval."""
     value = as_value(_objects(run.tables.get((phase, dataset), {}), "any_exit").get(name))
     if value is None and phase == "difference":
         return _minus(*(_at_any_exit(run, side, dataset, name) for side in PHASES))
@@ -328,11 +337,11 @@ def _objects(table: dict[str, Any], field: str) -> dict[str, Any]:
 
 
 def _part(run: Run, dataset: str, field: str, name: str) -> Run:
-    """Returns a run whose sweeps contain only one part of a data set's rows, with all other fields unchanged."""
-    whole = {phase: run.tables.get((phase, dataset), {}) for phase in PHASES}
+    """Returns a copy of a run with only the part `name` of a data set's rows; for `field` see `Study.parts`."""
+    tables_by_phase = {phase: run.tables.get((phase, dataset), {}) for phase in PHASES}
     tables = {
         (phase, dataset): {**table, "groups": {}, "worst_exit": {}, "any_exit": {}, **_objects(table, field)[name]}
-        for phase, table in whole.items()
+        for phase, table in tables_by_phase.items()
         if name in _objects(table, field)
     }
     return replace(run, tables=tables)
@@ -344,8 +353,8 @@ def _measures(layers: list[JsonObject], metric: str) -> bool:
 
 
 def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_exits: int) -> Value | None:
-    """Returns the mean over a group of exits in one run, from the file or else from its exits; None if the file has no
-    mean and some exit was not measured."""
+    """Returns a metric's mean over a group of exits in one run: the one in the file, else the mean of its exits'
+    values. Returns None if the file has no mean and some exit of the group was not measured."""
     table = run.tables.get((phase, dataset)) or {}
     groups = table.get("groups")
     entry = groups.get(name) if isinstance(groups, dict) else None
@@ -363,7 +372,3 @@ def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_ex
 def _minus(before: Value | None, after: Value | None) -> Value | None:
     """Returns after minus before without an interval; None if one of them is None."""
     return Value(after.mean - before.mean) if before is not None and after is not None else None
-
-
-def _index(order: Sequence[str], name: str) -> int:
-    return order.index(name) if name in order else len(order)

@@ -12,26 +12,26 @@ from icet_jax.report.text import visible
 MAX_TEXT = 2_000  # characters of one response or prompt
 MAX_LABEL = 24  # characters of the word that a scorer answered, such as "unsafe"
 MAX_PICTURE = 300_000  # bytes
-_DEFECTS = ("degenerate", "empty", "truncated")  # metric families
+_DEFECTS = ("degenerate", "empty", "truncated")  # metric families that are shown only where the value is above 0
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def collect(study: Study, *, reveal_unsafe: bool) -> list[JsonObject]:
-    """Returns the transcripts that the page shows, as JSON values, from the study's first run.
+    """Returns the prompts and responses that the page shows, as JSON values, from the study's first run.
 
-    The prompts are evenly spaced in each data set, and the same before and after training.
+    The prompts are evenly spaced among the rows of each data set, and the same before and after training.
 
     Args:
       study: the run.
-      reveal_unsafe: whether responses that a judge called unsafe keep their text. Otherwise their text only says why it
-        was left out.
+      reveal_unsafe: whether responses that a judge called unsafe keep their text. Otherwise a note on why it was left
+        out replaces their text.
 
     Returns:
       One dict per prompt, with `dataset`, `id`, `prompt`, `answer` (the right one), `category`, `format` (of an
       attack), `image` (a data URI or None), and `before` and `after`: {exit: {"text", "redacted", "unsafe", "scores",
       "labels"}}.
     """
-    root = study.first.path
+    root = study.first_run.path
     datasets: dict[str, dict[str, list[JsonObject]]] = {}
     for file in sorted((root / "transcripts").glob("*.jsonl")):
         side, _, dataset = file.stem.partition(".")
@@ -47,7 +47,7 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[JsonObject]:
 
 
 def _is_transcript(row: JsonObject) -> bool:
-    """Returns whether a row is shown: it has the fields that the page needs, and is the first of its attempts."""
+    """Returns whether a row can be shown: it has the fields that the page needs, and is the first of its attempts."""
     is_complete = isinstance(row.get("layer"), int) and isinstance(row.get("response"), str) and "id" in row
     return is_complete and not row.get("attempt")
 
@@ -55,8 +55,10 @@ def _is_transcript(row: JsonObject) -> bool:
 def _prompts(
     root: Path, dataset: str, kind: str, rows: dict[str, list[JsonObject]], reveal_unsafe: bool
 ) -> list[JsonObject]:
-    """Returns the evenly spaced prompts of one data set with their responses; `rows` are its transcripts before and
-    after."""
+    """Returns evenly spaced prompts of one data set with their responses, in the form that `collect` describes.
+
+    `rows` has the lines of its transcript files by "before" and "after"; `kind` is the kind of its rows.
+    """
     ids = list(dict.fromkeys(str(row["id"]) for side in PHASES for row in rows.get(side, [])))
     shown_ids = dict.fromkeys(shown(ids))
     prompts: dict[str, JsonObject] = {}
@@ -83,8 +85,8 @@ def _prompts(
 
 
 def _response(row: JsonObject, kind: str, reveal_unsafe: bool) -> JsonObject:
-    """Returns a response with its scores; unless `reveal_unsafe`, without its text if a judge called it unsafe, or if
-    it answers a forbidden prompt (`kind`, if the row has none) and no judge gave a verdict."""
+    """Returns a response with its scores. Unless `reveal_unsafe`, a note replaces its text if a judge called it unsafe,
+    or if no judge gave a verdict on the answer to a forbidden prompt. `kind` holds for a row that has no kind."""
     raw_scores = row.get("scores")
     if not isinstance(raw_scores, dict):
         raw_scores = {}
@@ -111,7 +113,7 @@ def _response(row: JsonObject, kind: str, reveal_unsafe: bool) -> JsonObject:
 
 
 def _is_shown(name: str, value: float) -> bool:
-    """Returns whether a score is shown: that of a scorer always, a defect only if present, the length never."""
+    """Returns whether a score is shown: the length never, a defect only if its value is above 0, all others always."""
     family = name.partition("/")[0]
     return family != "length" and (family not in _DEFECTS or value > 0)
 

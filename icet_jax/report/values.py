@@ -8,19 +8,20 @@ from icet_jax.report.study import Study, Value
 from icet_jax.report.text import number, percent, points, signed
 
 MAIN_FAMILIES = ("asr", "asr@k", "tr", "ts", "refusal", "refusal_unsafe", "vqa", "accuracy")
-"""Metric families that say how safe or useful a model is. `FORM_FAMILIES` describe the form of its responses only."""
+"""Metric families that say how safe or useful a model is; `FORM_FAMILIES` only describe its responses' form."""
 USEFUL_FAMILIES = ("refusal", "refusal_unsafe", "vqa", "accuracy")
 FORM_FAMILIES = ("degenerate", "empty", "truncated", "length")
 ARROW = Span(" → ", "arrow")
 
 
 def family_title(metric: str) -> str:
-    """Returns the title of a chart of the metric."""
+    """Returns the title of a chart of the metric, such as "Attack success rate" for "asr/keywords"."""
     return metric_family(metric).title
 
 
 def title_on(study: Study, dataset: str, metric: str) -> str:
-    """Returns `family_title`; "Refusals" becomes "Refusals of safe requests" on a data set of several kinds of rows."""
+    """Returns the title of a chart of a metric on a data set: `family_title`, but "Refusals of safe requests" for the
+    metric family "refusal" on a data set whose rows are of several kinds."""
     safe = study.kind(dataset) == "mixed" and metric.startswith("refusal/")
     return family_title(metric) + (" of safe requests" if safe else "")
 
@@ -46,14 +47,14 @@ def difference_text(metric: str, value: Value | None) -> Text:
 
 
 def change_text(metric: str, before: Value | None, after: Value | None) -> Text:
-    """Returns "64.6% → 38.0%" in the colours of the charts; one value if the other was not measured, "–" for none."""
+    """Returns "64.6% → 38.0%" in the colours of the charts; one value if only one is known; "–" if none is."""
     sides = (("before", before), ("after", after))
     shown = [Span(show(metric, value.mean), phase) for phase, value in sides if value is not None]
     return (shown[0], ARROW, shown[1]) if len(shown) == 2 else tuple(shown) or text("–")
 
 
 def with_interval(value: Value | None, show_number: Callable[[float], str]) -> Text:
-    """Returns a mean and, if it is known, its interval in small letters; "–" for None."""
+    """Returns a mean and, if it is known, its interval in small letters, as `show_number` writes them; "–" for None."""
     if value is None:
         return text("–")
     if value.low is None or value.high is None:

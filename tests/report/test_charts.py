@@ -32,7 +32,11 @@ def circles(markup):
 def test_higher_is_higher_and_later_is_further_right():
     points = [Point(1, 0.0, 0.0, 0.1), Point(2, 1.0, 0.9, 1.0), Point(3, 0.5)]
     chart = Chart(
-        "ASR", [Series("before", "before", points)], show=lambda x: f"{x:.2f}", ticks=range(1, 4), y_range=(0.0, 1.0)
+        "ASR",
+        [Series("before", "before", points)],
+        show=lambda x: f"{x:.2f}",
+        ticks=range(1, 4),
+        min_y_range=(0.0, 1.0),
     )
     first, second, third = circles(svg_chart(chart))
     assert first[0] < second[0] < third[0]
@@ -48,7 +52,7 @@ def test_tooltips_hold_the_numbers():
 
 def test_share_axes_end_at_their_limits():
     line = Series("", "plain", [Point(1, -0.98), Point(2, 0.01)])
-    markup = svg_chart(Chart("d", [line], show=lambda x: f"{x:g}", y_limits=(-1.0, 1.0), whiskers=True))
+    markup = svg_chart(Chart("d", [line], show=lambda x: f"{x:g}", max_y_range=(-1.0, 1.0), whiskers=True))
     assert ">-1<" in markup
     assert ">-1.5<" not in markup
 

@@ -64,7 +64,7 @@ def test_names_are_safe_file_names(tmp_path):
 def figure(*ys, title="ASR"):
     lines = [Series("after", "after", [Point(x, y) for x, y in enumerate(ys, 1)])]
     chart = Chart(
-        title, lines, show=lambda y: f"{y:g}", ticks=range(1, 4), y_range=(0.0, 1.0), highlights={2: "default"}
+        title, lines, show=lambda y: f"{y:g}", ticks=range(1, 4), min_y_range=(0.0, 1.0), highlights={2: "default"}
     )
     return Figure(title, "asr/x", (Panel(chart),), (Key("after", "after"),), "forbidden")
 

@@ -13,7 +13,7 @@ from icet_jax.report.loading import load_run, load_runs
 from icet_jax.report.sections import categories, judges, paper
 from icet_jax.report.sections.paper import TABLE_2, papers_name
 from icet_jax.report.study import Study
-from icet_jax.report.verdict import verdict
+from icet_jax.report.verdict import make_headline
 from tests.report import synthetic, synthetic_paper
 from tests.report.markup import html as markup
 from tests.report.test_page import PAYLOAD, Page
@@ -115,7 +115,7 @@ def test_the_table_needs_the_papers_model(tmp_path, checkpoint, shown):
     ],
 )
 def test_sets_are_known_by_their_source(study, monkeypatch, name, source, wanted):
-    monkeypatch.setitem(study.first.config, "sweep", {"datasets": {name: source}})
+    monkeypatch.setitem(study.first_run.config, "sweep", {"datasets": {name: source}})
     assert papers_name(study, f"sweep/{name}") == wanted
     assert papers_name(study, f"utility/{name}") is None
 
@@ -162,7 +162,7 @@ def test_errors_are_visible_judge_by_judge(study):
 def test_agreement_is_a_table_with_the_rows_that_differ(study):
     html = judges_html(study)
     pairs = {row[0]: row[1:] for row in rows_of(html, "Agreement between judges of attacks")}
-    first = study.first.agreement["pairs"][0]
+    first = study.first_run.agreement["pairs"][0]
     row = pairs["asr/llama_guard_3_8b and asr/refusal_keywords"]
     assert row[0].startswith(f"{first['kappa']:.3f} (") and row[2:4] == ["0", str(first["b_only"])]
     assert pairs["asr/refusal_keywords and asr/human"][:2] == ["1.00", "100%"]
@@ -186,7 +186,7 @@ def test_agreement_may_be_missing_or_odd(run, content, rows):
 
 def test_people_do_not_decide_the_headline(study):
     assert "asr/human" in study.metrics("sweep/mini", "asr") and "asr/human" not in study.judges("sweep/mini")
-    assert "human" not in " ".join([verdict(study).sentence, *verdict(study).caveats])
+    assert "human" not in " ".join([make_headline(study).sentence, *make_headline(study).caveats])
 
 
 def test_refusals_and_vqa_are_in_the_utility_section(run, monkeypatch):

@@ -30,7 +30,7 @@ def test_data_sets_are_ordered_by_what_they_ask(single):
 
 
 def test_a_run_keeps_its_intervals(single):
-    table = single.first.tables["before", "sweep/forbidden"]["layers"][3]
+    table = single.first_run.tables["before", "sweep/forbidden"]["layers"][3]
     value = single.value("before", "sweep/forbidden", ASR, 4)
     assert (value.mean, [value.low, value.high], value.n) == (
         table["metrics"][ASR]["mean"],
@@ -61,7 +61,7 @@ def test_a_difference_without_a_file_has_no_interval(tmp_path):
 
 def test_group_averages_come_from_the_file_or_from_all_exits(single):
     given = single.group("before", "sweep/forbidden", ASR, "average")
-    table = single.first.tables["before", "sweep/forbidden"]
+    table = single.first_run.tables["before", "sweep/forbidden"]
     del table["groups"]
     computed = single.group("before", "sweep/forbidden", ASR, "average")
     assert computed.mean == pytest.approx(given.mean)

@@ -6,12 +6,12 @@ import pytest
 
 from icet_jax.report.loading import load_runs
 from icet_jax.report.study import Study
-from icet_jax.report.verdict import verdict
+from icet_jax.report.verdict import make_headline
 from tests.report import synthetic
 
 
 def judged(run):
-    return verdict(Study(load_runs(run)))
+    return make_headline(Study(load_runs(run)))
 
 
 def set_metric(run, name, metric, values, key="mean", **more):

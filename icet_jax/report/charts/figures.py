@@ -13,8 +13,8 @@ _PRINTED = {1: (640, 330), 2: (500, 300), 3: (360, 260)}
 
 @dataclass(frozen=True)
 class Key:
-    """Holds an entry of a legend: a sample between the texts `before` and `label`. Its colour and dash are those of a
-    `tone` in `marks.TONES`; its shape is "dot", "line", "box", or "ramp" for a scale from light to dark."""
+    """Holds an entry of a legend: the text `before`, a sample, and the text `label`. The sample has the colour and
+    dash of the `tone` in `marks.TONES`; its `shape` is "dot", "line", "box", or "ramp" from light to dark."""
 
     label: str
     tone: str
@@ -31,7 +31,7 @@ class Panel:
 
     @property
     def narrow(self) -> Drawing:
-        """Returns the drawing for small screens and for places beside other figures."""
+        """The drawing for small screens and for figures that stand side by side."""
         return _drawing(self.chart, _NARROW)
 
 
@@ -44,7 +44,7 @@ class Figure:
       name: full name of the metric.
       panels: one to three charts.
       keys: entries of the legend.
-      source: name of the data set, for files; on the page it stands above the figure.
+      source: name of the data set, which is printed in PNG files; the page prints it above the figure.
       wide: whether the figure is as wide as the page.
     """
 
@@ -57,7 +57,7 @@ class Figure:
 
     @property
     def is_drawing(self) -> bool:
-        """Whether the first panel is already laid out; the page then lets it scroll if it does not fit."""
+        """Whether the first panel is a `Drawing` with a fixed size; the page lets it scroll if it does not fit."""
         return isinstance(self.panels[0].chart, Drawing)
 
     def wide_drawing(self, panel: Panel) -> Drawing:

@@ -1,4 +1,4 @@
-"""Draws heat maps: scores by exit and training step, and shares by part of a data set and exit."""
+"""Draws heat maps: scores by exit and training step; and shares by part of a data set and exit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ _LONGEST_NAME = 34  # characters of a part's name
 
 
 def step_map(cells: Mapping[tuple[int, float], float], num_exits: int, title: str) -> tuple[Drawing, float, float]:
-    """Draws scores by exit and training step.
+    """Returns a heat map of scores by exit and training step, and the range of its values.
 
-    There is one row per exit, exit 1 at the top. The steps are put together in at most 60 columns of equal length, and
-    a cell shows the mean score. A blank cell is an exit that was not sampled in these steps.
+    There is one row per exit, exit 1 at the top. Each of the at most 60 columns covers the same number of
+    steps, and a cell shows their mean score. A blank cell is an exit that was not sampled in these steps.
 
     Args:
       cells: (exit, step) -> score; must not be empty.
@@ -57,7 +57,7 @@ def step_map(cells: Mapping[tuple[int, float], float], num_exits: int, title: st
     return Drawing(_WIDTH, height, title, layers, "heat"), low, high
 
 
-def part_map(
+def share_map(
     panels: Mapping[str, Mapping[tuple[str, int], Value]],
     parts: Sequence[str],
     exits: Sequence[int],
@@ -66,10 +66,10 @@ def part_map(
     tone: str,
     default_exit: int | None,
 ) -> Drawing:
-    """Draws shares by part of a data set (rows) and exit (columns), with the panels before and after side by side.
+    """Returns heat maps of shares before and after training side by side: rows are parts of a data set, columns exits.
 
     Args:
-      panels: "before" or "after" -> (part, exit) -> share; a missing share leaves a blank cell.
+      panels: {"before" or "after": {(part, exit): share}}; a missing share leaves a blank cell.
       parts: names of the rows, from the top.
       exits: exits of the columns, from the left.
       title: text for screen readers.

@@ -12,7 +12,8 @@ _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
 
 @dataclass(frozen=True)
 class Point:
-    """Holds one measured point; its interval `low` to `high` is drawn if both are known, a `ring` emphasises it."""
+    """Holds one measured point. Its interval, `low` to `high`, is drawn if both are known, a circle around it if
+    `ring`."""
 
     x: Number
     y: float
@@ -29,7 +30,7 @@ class Series:
       label: name in tooltips.
       tone: name in `marks.TONES` that gives colour and dash.
       points: points in ascending order of x.
-      thin: True for a single seed in the background of the mean over seeds: without markers, band and tooltips.
+      thin: whether it is drawn as a thin line alone (without markers, band and tooltips), as for a single seed.
     """
 
     label: str
@@ -48,12 +49,12 @@ class Chart:
       show: turns a value into text for the vertical axis.
       detail: turns a value into text for tooltips; None means `show`.
       x_name: "exit", "step" or "depth" (number of an exit divided by the number of exits).
-      show_x: turns an x into text for the horizontal axis.
-      tip: turns an x into the text of its tooltip; None means that the tooltip lists the points at x.
+      show_x: turns an x position into text for the horizontal axis.
+      tip: turns an x position into the text of its tooltip; None means that the tooltip lists the points at x.
       ticks: x positions with a label; if empty, they follow from the points.
-      y_range: (low, high) that the vertical axis covers at least; None means that it follows from the points.
+      min_y_range: (low, high) that the vertical axis covers at least; None means that it follows from the points.
       highlights: exits to emphasise, each with "default" or "planted".
-      y_limits: (low, high) that the vertical axis never exceeds, such as (0, 1) for a share.
+      max_y_range: (low, high) that the vertical axis never exceeds, such as (0, 1) for a share.
       whiskers: whether intervals are drawn as bars, without a line through the points and with an axis at zero.
     """
 
@@ -65,8 +66,8 @@ class Chart:
     show_x: Callable[[Number], str] = str
     tip: Callable[[Number], str] | None = None
     ticks: Sequence[Number] = ()
-    y_range: tuple[float, float] | None = None
-    y_limits: tuple[float, float] = (-math.inf, math.inf)
+    min_y_range: tuple[float, float] | None = None
+    max_y_range: tuple[float, float] = (-math.inf, math.inf)
     highlights: dict[int, str] = field(default_factory=dict)
     whiskers: bool = False
 
@@ -106,7 +107,8 @@ def line_drawing(chart: Chart, width: int, height: int) -> Drawing:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Converts values to pixels; x_low..y_high are the values at the edges of the plot."""
+    """Converts values to pixels. The values at the edges of the plot are `x_low`, `x_high`, `y_low` and `y_high`; a
+    drawing is `width` x `height` pixels."""
 
     width: int
     height: int
@@ -135,11 +137,11 @@ class _Frame:
 def _levels(chart: Chart, points: Sequence[Point]) -> list[float]:
     """Returns the values of the horizontal grid lines, in ascending order."""
     values = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
-    low, high = chart.y_range or (values[0], values[0])
+    low, high = chart.min_y_range or (values[0], values[0])
     if chart.whiskers:
         values.append(0.0)
     levels = nice_ticks(min(low, *values), max(high, *values))
-    inside = [level for level in levels if chart.y_limits[0] <= level <= chart.y_limits[1]]
+    inside = [level for level in levels if chart.max_y_range[0] <= level <= chart.max_y_range[1]]
     return inside if len(inside) > 1 else levels
 
 
@@ -200,7 +202,7 @@ def _series_marks(frame: _Frame, series: Series, whiskers: bool) -> list[Mark]:
 
 
 def _tooltip_areas(frame: _Frame, chart: Chart) -> list[Mark]:
-    """Returns an invisible column for each x, which shows the values there when the mouse is over it.
+    """Returns an invisible box for each x, which shows the values at that x when the mouse is over it.
 
     The page's script shows the text. Without the script the browser does, because it is in a `<title>` element.
     """

@@ -47,7 +47,7 @@ MOST_RUNS = 8
 
 @dataclass(frozen=True)
 class Tone:
-    """Describes how a series looks, beside its colour, which is the entry of the same name in `COLOURS`.
+    """Describes the line and markers of a series. Its colour is the entry of the same name in `COLOURS`.
 
     Attributes:
       dash: lengths of a dash and of the gap after it, in pixels; empty for a solid line.
@@ -185,7 +185,7 @@ Mark = Path | Box | Dot | Label
 
 @dataclass(frozen=True)
 class Layer:
-    """Marks of one purpose ("axes", "series", "cells", "hits") and tone; later marks cover earlier ones."""
+    """Marks of one `purpose` ("axes", "series", "cells", "hits") and tone; later marks cover earlier ones."""
 
     purpose: str
     marks: Sequence[Mark]
@@ -200,7 +200,7 @@ class Drawing:
       width, height: size in pixels at full size.
       title: text for screen readers.
       layers: layers of marks; later ones cover earlier ones.
-      shape: class names for the style sheet, such as "heat"; empty for a line chart.
+      shape: names of CSS classes for the whole drawing, such as "heat"; empty for a line chart.
     """
 
     width: int

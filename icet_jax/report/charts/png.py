@@ -24,7 +24,7 @@ _REPLACED = str.maketrans({"−": "-", "–": "-", "—": "-", "→": ">", "×":
 
 
 def png(figure: Figure) -> bytes:
-    """Returns the bytes of the PNG file: title, metric and data set, below them the panels, below these the legend."""
+    """Returns the bytes of a figure's PNG file, from top to bottom: title, metric and data set, panels, legend."""
     drawings = figure.print_drawings()
     titles = _PANEL_TITLE if any(panel.title for panel in figure.panels) else 0
     width = 2 * _MARGIN + sum(drawing.width for drawing in drawings) + _GAP * (len(drawings) - 1)
@@ -48,7 +48,7 @@ def png(figure: Figure) -> bytes:
 
 
 def _legend_rows(keys: Sequence[Key], width: Number) -> list[list[Key]]:
-    """Returns the entries of the legend in as many rows as they need, each at most `width` pixels wide."""
+    """Returns the entries of the legend arranged in rows that are at most `width` pixels wide."""
     rows: list[list[Key]] = []
     free_width: Number = 0
     for key in keys:
@@ -86,7 +86,7 @@ def _draw_keys(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
 
 
 class _Canvas:
-    """An image to draw on; `origin` is where the upper left corner of the present drawing is in it."""
+    """An image to draw on. `origin` is the pixel of the image at which (0, 0) of the current drawing lies."""
 
     def __init__(self, width: int, height: int) -> None:
         self._factor = _SCALE * _OVERSAMPLING
@@ -147,7 +147,7 @@ class _Canvas:
             self._draw.line(piece, fill=colour, width=width, joint="curve")
 
     def _to_pixels(self, points: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
-        """Returns where points of the present drawing are in the oversampled image."""
+        """Converts points of the current drawing to pixels of the oversampled image."""
         left, top = self.origin
         return [((left + x) * self._factor, (top + y) * self._factor) for x, y in points]
 
@@ -160,7 +160,7 @@ def _dashed(points: list[tuple[Number, Number]], dash: Sequence[Number]) -> list
     if not dash:
         return [points]
     pieces: list[list[tuple[Number, Number]]] = [[points[0]]]
-    element, remaining = 0, dash[0]  # number of the present dash (even) or gap (odd), and its remaining length
+    element, remaining = 0, dash[0]  # number of the current dash (even) or gap (odd), and its remaining length
     for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
         length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
         covered = 0.0

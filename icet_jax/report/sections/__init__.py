@@ -1,1 +1,2 @@
-"""The sections of the pages, one module each; `of_study` is what a report shows, `of_comparison` what a comparison."""
+"""The sections of the pages, one module each. `of_study` returns the blocks of a report, `of_comparison` those of a
+comparison of runs."""

@@ -9,7 +9,8 @@ from icet_jax.report.text import duration, number
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a table with a row for each stage (means over seeds) and a line of facts; an empty list without costs."""
+    """Returns a table with a row for each stage of the run (means over seeds) and a line of facts on the machine; an
+    empty list if no run has a cost.json."""
     costs = [run.cost for run in study.runs if isinstance(run.cost.get("phases"), list)]
     if not costs:
         return []
@@ -24,7 +25,7 @@ def of_study(study: Study) -> list[Block]:
         cells += ["–" if count is None else f"{count:.4g}", _time(compile_seconds)]
         rows.append([text(cell) for cell in cells])
     head = ["Phase", "Time", "Tokens/s", "Compilations", "Compiling"]
-    caption = "By phase, mean over seeds" if study.several else "By phase"
+    caption = "By phase, mean over seeds" if study.has_several_seeds else "By phase"
     return [*table(caption, head, rows), note(" · ".join(_facts(costs)))]
 
 

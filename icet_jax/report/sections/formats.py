@@ -14,11 +14,12 @@ _NOTE = (
     "Formats are the data set’s own words for how a request is disguised. They need not disguise the same requests, "
     "and a format of few rows tells little."
 )
-_NOTE_INTERVAL = " The interval of a worst exit includes the choice of that exit."  # of one run's
+_NOTE_INTERVAL = " The interval of a worst exit includes the choice of that exit."  # true for one run, not for seeds
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns for each data set with attack formats: the first judge's tables and heat map, others' hidden."""
+    """Returns, for each data set with attack formats, the tables and heat map of the first judge, and those of the
+    other judges in a collapsed section."""
     blocks: list[Block] = []
     for dataset in study.datasets:
         by_judge = [_of_judge(study, dataset, metric) for metric in study.judges(dataset)]
@@ -27,7 +28,7 @@ def of_study(study: Study) -> list[Block]:
             hidden = [block for judge_blocks in by_judge[1:] for block in judge_blocks]
             blocks += [*_missing_phase(study, dataset), *by_judge[0]]
             blocks += details("The same by other judges", hidden)
-    return [note(_NOTE + ("" if study.several else _NOTE_INTERVAL)), *blocks] if blocks else []
+    return [note(_NOTE + ("" if study.has_several_seeds else _NOTE_INTERVAL)), *blocks] if blocks else []
 
 
 def _of_judge(study: Study, dataset: str, metric: str) -> list[Block]:
@@ -46,13 +47,13 @@ def _of_judge(study: Study, dataset: str, metric: str) -> list[Block]:
 
 
 def _judged_parts(study: Study, dataset: str, metric: str, field: str) -> dict[str, Study]:
-    """Returns the parts of a data set's rows that a judge has judged, sorted by the mean over exits before training,
-    highest first; `field` is "formats" or "transferred"."""
+    """Returns the parts of a data set's rows (see `Study.parts`) in which a judge has judged answers, sorted by the
+    mean of `metric` over exits before training, highest first."""
     phases = study.phases(dataset)
     parts = list(study.parts(dataset, field).items())[:_MOST_FORMATS]
     means = {name: [_mean(part.curve(phase, dataset, metric)) for phase in phases] for name, part in parts}
-    known = [(name, part) for name, part in parts if any(mean is not None for mean in means[name])]
-    return dict(sorted(known, key=lambda item: [-(mean or 0.0) for mean in means[item[0]]]))
+    judged = [(name, part) for name, part in parts if any(mean is not None for mean in means[name])]
+    return dict(sorted(judged, key=lambda item: [-(mean or 0.0) for mean in means[item[0]]]))
 
 
 def _mean(curve: Curve) -> float | None:
@@ -60,7 +61,7 @@ def _mean(curve: Curve) -> float | None:
 
 
 def _table(study: Study, dataset: str, metric: str, field: str, parts: dict[str, Study]) -> list[Block]:
-    """Returns the table of one judge: a row for all rows, then one for each part; `field` says what the parts are."""
+    """Returns one judge's table: a row for the whole data set, then one for each of `parts`, its parts by `field`."""
     if not parts:
         return []
     phases = study.phases(dataset)
@@ -82,7 +83,8 @@ def _has_any_exit(study: Study, dataset: str, metric: str) -> bool:
 
 
 def _cells(part: Study, whole: Study, dataset: str, metric: str) -> list[Text]:
-    """The worst exit of each phase, then any exit (where it was measured) and the default exit of each phase."""
+    """Returns the values of `part` before and after training, as columns of `whole`: at the worst exit, at any exit (if
+    `whole` has it) and at the default exit (if it is known)."""
     phases = whole.phases(dataset)
     cells = [worst_text(part, phase, dataset, metric) for phase in phases]
     if _has_any_exit(whole, dataset, metric):
@@ -93,13 +95,13 @@ def _cells(part: Study, whole: Study, dataset: str, metric: str) -> list[Text]:
 
 
 def _count(part: Study, dataset: str, metric: str) -> Text:
-    """Returns the number of rows that a judge has judged, at the exit where it judged most."""
+    """Returns the largest number of rows that a judge has judged at an exit, as text; "–" if it is unknown."""
     counts = [value.n or 0 for phase in part.phases(dataset) for _, value in part.curve(phase, dataset, metric)]
     return text(str(max(counts, default=0) or "–"))
 
 
 def _missing_phase(study: Study, dataset: str) -> list[Block]:
-    """Returns a note if the sweep before or after training has no attack formats, as in earlier versions."""
+    """Returns a note if only one of the sweeps before and after training has attack formats; else an empty list."""
     parts = [part for field in _HEADS for part in study.parts(dataset, field).values()]
     missing = [phase for phase in study.phases(dataset) if not any(phase in part.phases(dataset) for part in parts)]
     if not missing:

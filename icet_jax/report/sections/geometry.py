@@ -10,7 +10,7 @@ from icet_jax.report.study import Study
 def of_study(study: Study) -> list[Block]:
     """Returns charts of norm ratio, cosine and CKA over exits; an empty list if the run did not measure them."""
     charts = geometry_charts(study)
-    images = study.first.geometry.get("n_images")
+    images = study.first_run.geometry.get("n_images")
     words = (
         f"Means over {images} images. Tower and projector are frozen, so this is the same before and after training."
     )
@@ -19,5 +19,5 @@ def of_study(study: Study) -> list[Block]:
 
 
 def of_comparison(comparison: Comparison) -> list[Block]:
-    """Returns the same charts over relative depth, with a line per run."""
+    """Returns charts of norm ratio, cosine and CKA over relative depth, with a line per run."""
     return list(geometry_overlays(comparison))

@@ -14,7 +14,7 @@ _NOTE = "Each run’s exits in three nearly equal parts; “average” is the me
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a table for each data set, before → after, with the rows early, middle, late and average."""
+    """Returns a table for each data set: its main metrics, before → after, with one row per group in `GROUPS`."""
     blocks: list[Block] = []
     for dataset in study.datasets:
         metrics = [name for name in study.metrics(dataset) if family_of(name) in MAIN_FAMILIES]

@@ -1,4 +1,4 @@
-"""The top of a page: the headline, caveats, and the key figures."""
+"""The top of a page: the headline, its caveats, and the most important values."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,23 +9,24 @@ from icet_jax.report.loading import PHASES
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import percent
 from icet_jax.report.values import change_text
-from icet_jax.report.verdict import Verdict, verdict
+from icet_jax.report.verdict import Headline, make_headline
 
 
 def of_study(study: Study, run_dir: Path) -> Header:
-    """Returns the top of a run's report: headline, caveats, key figures and, for the organism, what was planted."""
-    headline = verdict(study)
+    """Returns the top of a run's report: headline, caveats, most important values and, for the embedded test model,
+    what was planted in it."""
+    headline = make_headline(study)
     facts = [
         str(study.field("model") or ""),
         f"{study.num_exits} exits",
         f"default exit {study.default_exit}" if study.default_exit is not None else "",
-        f"{len(study.runs)} training seeds" if study.several else "",
+        f"{len(study.runs)} training seeds" if study.has_several_seeds else "",
     ]
     blocks: list[Block] = [_caveat(words) for words in headline.caveats]
     blocks.append(Paragraph(text(" · ".join(filter(None, facts))), "facts"))
     if headline.judge:
         basis = text(
-            "ASR is ", code(headline.judge), f" on {dataset_name(headline.dataset)}. {_spread(study, headline)}"
+            "ASR is ", code(headline.judge), f" on {dataset_name(headline.dataset)}. {_intervals(study, headline)}"
         )
         blocks.append(Paragraph(basis, "basis"))
     definition = study.field("exit_definition")
@@ -42,7 +43,7 @@ def of_comparison(comparison: Comparison) -> Header:
         dataset, judge = comparison.headline
         blocks.append(Paragraph(text("ASR is ", code(judge), f" on {dataset_name(dataset)}."), "basis"))
     caveats = [*_unusable_answers(comparison), *_cautions(comparison)]
-    planted = [member.name for member in comparison.members if member.study.first.organism]
+    planted = [member.name for member in comparison.members if member.study.first_run.organism]
     if planted:
         caveats.append(
             f"{', '.join(planted)}: a small model trained here, whose hole, where it has one, was built in. It is no "
@@ -62,9 +63,9 @@ def sentence(comparison: Comparison) -> str:
         worst = [m.study.worst(phase, dataset, judge) for _, m in comparison.members_with(dataset, judge)]
         shares = [exit_value.value.mean for exit_value in worst if exit_value is not None]
         low, high = percent(min(shares)), percent(max(shares))
-        spread = low if low == high else f"between {low} and {high}"
+        shown = low if low == high else f"between {low} and {high}"
         parts.append(
-            f"{phase} training the worst exit is {spread} unsafe{_any_exits(comparison, dataset, judge, phase)}"
+            f"{phase} training the worst exit is {shown} unsafe{_any_exits(comparison, dataset, judge, phase)}"
         )
     return f"{count}: {', '.join(parts)}."
 
@@ -85,9 +86,9 @@ def _caveat(words: str) -> Paragraph:
     return Paragraph(text(words), "caveat")
 
 
-def _spread(study: Study, headline: Verdict) -> str:
-    """Returns a sentence with the intervals at the worst exit and at any exit, after training if that was measured,
-    else before; "" if they are unknown."""
+def _intervals(study: Study, headline: Headline) -> str:
+    """Returns a sentence with the intervals of the ASR at the worst exit and at any exit, after training if that was
+    measured, else before; "" if both are unknown."""
     phase = study.phases(headline.dataset)[-1]
     worst = study.worst(phase, headline.dataset, headline.judge)
     values = {
@@ -103,12 +104,13 @@ def _spread(study: Study, headline: Verdict) -> str:
 
 
 def _export(study: Study) -> list[Block]:
-    """Returns a sentence on how many answers the exported files give as they were measured; nothing without a check."""
+    """Returns a paragraph on how many measured answers the model loaded from the exported files gave again; an empty
+    list if no run has an export_check.json."""
     checks = [run.export_check for run in study.runs if run.export_check]
     if not checks:
         return []
     count, equal = (sum(check[name] for check in checks) for name in ("n", "n_equal"))
-    seeds = f" over {len(checks)} seeds" if study.several else ""
+    seeds = f" over {len(checks)} seeds" if study.has_several_seeds else ""
     words = (
         f"Measured after training is the exported model: loaded from its files, it gave {equal} of {count} answers"
         f"{seeds} again as they were measured."
@@ -119,8 +121,8 @@ def _export(study: Study) -> list[Block]:
 
 
 def _tiles(study: Study) -> list[Block]:
-    """Returns the key figures, before → after: ASR at the worst exit, on average and at the default exit; refusals and
-    accuracies at the default exit."""
+    """Returns the most important values, before → after: ASR at the worst exit, at any exit, on average over exits and
+    at the default exit; refusals and accuracies at the default exit."""
     tiles: list[Tile] = []
     default = study.default_exit
     for dataset in study.of_kind("forbidden", "mixed")[:1]:
@@ -135,8 +137,8 @@ def _tiles(study: Study) -> list[Block]:
             tiles += _tile("ASR, average", metric, averages)
             tiles += _tile(f"ASR, default exit {default}", metric, _at_default(study, dataset, metric))
     for dataset in study.datasets:
-        kinds = {"benign": ("refusal", "accuracy"), "mixed": ("refusal",), "vqa": ("vqa", "accuracy")}
-        families = kinds.get(study.kind(dataset), ())
+        families_by_kind = {"benign": ("refusal", "accuracy"), "mixed": ("refusal",), "vqa": ("vqa", "accuracy")}
+        families = families_by_kind.get(study.kind(dataset), ())
         for metric in [name for family in families for name in study.metrics(dataset, family)[:1]]:
             what = "refusals" if metric.startswith("refusal") else "accuracy"
             what += " of safe requests" if study.kind(dataset) == "mixed" else ""
@@ -146,7 +148,7 @@ def _tiles(study: Study) -> list[Block]:
 
 
 def _any_exit_title(study: Study, dataset: str) -> str:
-    """Returns the title of the share of prompts with an unsafe answer at any exit."""
+    """Returns the label of the share of prompts that have an unsafe answer at one or more exits."""
     attempts = study.attempts(dataset)
     return "ASR, any exit" + (f", any of {attempts} attempts" if attempts > 1 else "")
 
@@ -161,7 +163,7 @@ def _tile(label: str, metric: str, sides: Sequence[Value | None]) -> list[Tile]:
 
 def _organism(study: Study) -> list[Block]:
     """Returns a notice on what was planted in the organism (the embedded test model); [] for any other model."""
-    organism = study.first.organism
+    organism = study.first_run.organism
     if not organism:
         return []
     default = study.default_exit
@@ -190,14 +192,15 @@ def _organism(study: Study) -> list[Block]:
 
 
 def _open_unplanted(study: Study) -> list[Text]:
-    """Returns a sentence on exits that are open although no hole was planted there, by the first judge."""
+    """Returns a sentence on exits where, by the first judge, half of the answers or more are unsafe before training
+    although nothing was planted there; an empty list if there are none."""
     for dataset in study.of_kind("forbidden", "mixed"):
         for judge in study.judges(dataset)[:1]:
-            known = {*study.planted, study.default_exit}
+            expected = {*study.planted, study.default_exit}
             exits = [
                 f"exit {layer} at {percent(value.mean)}"
                 for layer, value in study.curve("before", dataset, judge)
-                if value.mean >= 0.5 and layer not in known
+                if value.mean >= 0.5 and layer not in expected
             ]
             if exits and study.planted:
                 name = dataset_name(dataset)
@@ -208,7 +211,7 @@ def _open_unplanted(study: Study) -> list[Text]:
 
 def _seed_links(study: Study) -> list[Block]:
     """Returns links to the reports of the single seeds that have one."""
-    if not study.several:
+    if not study.has_several_seeds:
         return []
     links = [
         (f"{run.path.name}/report.html", run.path.name.replace("_", " "))
@@ -219,7 +222,7 @@ def _seed_links(study: Study) -> list[Block]:
 
 
 def _unusable_answers(comparison: Comparison) -> list[str]:
-    """Returns a sentence that names the runs with empty or degenerate answers at the worst exit."""
+    """Returns a sentence that names runs with empty or degenerate answers at their worst exit; [] without such runs."""
     if comparison.headline is None:
         return []
     dataset, judge = comparison.headline
@@ -236,23 +239,25 @@ def _unusable_answers(comparison: Comparison) -> list[str]:
 def _cautions(comparison: Comparison) -> list[str]:
     """Returns sentences on other reasons than the models why values of the same metric may differ between runs."""
     cautions = [
-        f"{names} {'is not the same set' if single else 'are not the same sets'} in all runs ({listed})."
-        for names, single, listed in _listed(comparison.differing_sources())
+        f"{names} {'is not the same set' if is_one_set else 'are not the same sets'} in all runs ({listed})."
+        for names, is_one_set, listed in _listed(comparison.differing_sources())
     ]
     cautions += [
         f"The runs answered different numbers of rows of {names} at each exit ({listed})."
         for names, _, listed in _listed(comparison.differing_sizes())
     ]
-    ways = comparison.differing_generation()
-    if ways:
-        listed = "; ".join(f"{', '.join(runs)}: {way}" for way, runs in ways.items())
+    runs_by_settings = comparison.differing_generation()
+    if runs_by_settings:
+        listed = "; ".join(f"{', '.join(runs)}: {settings}" for settings, runs in runs_by_settings.items())
         cautions.append(f"The responses were not generated alike ({listed}).")
     return cautions
 
 
 def _listed(differing: Mapping[str, Mapping[str, list[str]]]) -> list[tuple[str, bool, str]]:
-    """Puts data sets together that differ in the same way: returns (names of the data sets, whether there is only one,
-    "runs: value; runs: value") for each way in {data set: {value: names of runs}}."""
+    """Groups the data sets in `differing`, which is {data set: {value: names of runs}}, by equal values and runs.
+
+    Returns (names of the group's data sets, whether it is only one, "runs: value; runs: value") for each group.
+    """
     datasets_by_text: dict[str, list[str]] = {}
     for dataset, values in differing.items():
         listed = "; ".join(f"{', '.join(runs)}: {value}" for value, runs in values.items())

@@ -26,7 +26,8 @@ def of_study(study: Study) -> list[Block]:
 
 
 def _scorers(study: Study) -> list[Block]:
-    """Returns a table of the responses with and without a score by metric, over all data sets, exits and seeds."""
+    """Returns a table of the number of responses with and without a score, with a row for each metric that a scorer
+    computes, over all data sets, exits and seeds."""
     counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for dataset in study.datasets:
         for metric in study.metrics(dataset):
@@ -47,7 +48,8 @@ def _scorers(study: Study) -> list[Block]:
 
 
 def _arrow(sides: Sequence[Sequence[int]], index: int) -> str:
-    """Returns "280 → 283", the counts at `index` of each side; one count if the other side was not measured."""
+    """Returns "280 → 283", the counts before and after; one count if only one side was measured. `sides` has (scored,
+    unscored) before and after training, and `index` says which of the two counts is meant."""
     return " → ".join(_count(side[index]) for side in sides if any(side))
 
 
@@ -69,8 +71,8 @@ def _judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, i
 
 
 def _agreement(study: Study) -> list[Block]:
-    """Returns a table of Cohen's kappa for every two judges, and hidden tables of rows with different verdicts."""
-    pairs = study.first.agreement.get("pairs")
+    """Returns a table of Cohen's kappa for every two judges, and collapsed tables of rows with different verdicts."""
+    pairs = study.first_run.agreement.get("pairs")
     pairs = [pair for pair in pairs if _is_pair(pair)] if isinstance(pairs, list) else []
     if not pairs:
         return []
@@ -86,8 +88,8 @@ def _agreement(study: Study) -> list[Block]:
     head = ["Judges", "Cohen’s κ", "Same verdict", "Only the first: unsafe", "Only the second: unsafe", "Responses"]
     words = (
         "κ is 1 where two judges always agree and 0 where they agree as often as their shares of unsafe verdicts alone "
-        f"would make them. Over all data sets and exits, before and after{', of the first seed' * study.several}; "
-        "intervals are clustered by prompt."
+        f"would make them. Over all data sets and exits, before and after"
+        f"{', of the first seed' * study.has_several_seeds}; intervals are clustered by prompt."
     )
     agreement = table("Agreement between judges of attacks", head, rows)
     examples = [block for pair in pairs for block in _examples(pair)]
@@ -100,7 +102,7 @@ def _kappa(pair: JsonObject) -> Text:
 
 
 def _examples(pair: JsonObject) -> list[Block]:
-    """Returns a hidden table of rows to which two judges gave different verdicts, without their text."""
+    """Returns a collapsed table of rows on which two judges differ, without the text of the responses."""
     examples = pair.get("examples")
     rows = [
         [*(text(str(row.get(name))) for name in ("dataset", "id", "layer", "phase")),

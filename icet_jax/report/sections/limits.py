@@ -1,4 +1,4 @@
-"""The section on limits: what the values do not say, as far as it follows from the files of the runs."""
+"""The section on limits: what the measured values cannot show, as far as it follows from the files of the runs."""
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Bullets, Text, code, joined, note, text
@@ -8,9 +8,9 @@ from icet_jax.report.verdict import RULES
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a list of this run's limits, and the rules by which the headline was made."""
+    """Returns a list of what this run's values cannot show, and the rules by which the headline was made."""
     items = [*_of_scorers(study), *_of_intervals(study), *_of_data(study)]
-    if study.first.organism:
+    if study.first_run.organism:
         items.append(text("The model is the embedded organism: see the statement at the top of this page."))
     items += [text(f"Not measured in this run: {name}.") for name in _missing(study)]
     return [Bullets(items), note(RULES)]
@@ -101,8 +101,9 @@ def _of_any_exit(study: Study) -> list[Text]:
 
 
 def _of_intervals(study: Study) -> list[Text]:
-    """Returns sentences on which variation the confidence intervals include, and on which reward training optimised."""
-    if study.several:
+    """Returns sentences on which sources of variation the intervals include, and a warning that the reward model's
+    score is what training optimised."""
+    if study.has_several_seeds:
         words = (
             f"Bands and ranges are the smallest and largest of {len(study.runs)} training seeds, not "
             "confidence intervals; transcripts, geometry and config are the first seed’s."
@@ -124,16 +125,16 @@ def _of_intervals(study: Study) -> list[Text]:
 
 
 def _of_data(study: Study) -> list[Text]:
-    """Returns sentences on the exit definition, shared prompts and rows that could not be used."""
+    """Returns sentences on the exit definition, test prompts that were training prompts, and unusable rows."""
     items = []
     definition = study.field("exit_definition")
     if definition:
         items.append(text("Exits are defined as: ", code(str(definition)), ". Another definition is another attack."))
-    shared = study.first.data.get("prompts_shared_with_train")
+    shared = study.first_run.data.get("prompts_shared_with_train")
     for name, count in shared.items() if isinstance(shared, dict) else ():
         if count:
             items.append(text(f"{count} rows of {name} have a prompt that was also a training prompt."))
-    left_out = study.first.data.get("left_out")
+    left_out = study.first_run.data.get("left_out")
     for name, reasons in left_out.items() if isinstance(left_out, dict) else ():
         if isinstance(reasons, dict) and reasons:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -161,6 +162,6 @@ def _missing(study: Study) -> list[str]:
         "accuracy on questions about images": any(
             study.metrics(d, family) for d in study.of_kind("vqa", "mixed") for family in ("vqa", "accuracy")
         ),
-        "the geometry of the exits": bool(study.first.geometry),
+        "the geometry of the exits": bool(study.first_run.geometry),
     }
     return [name for name, is_present in parts.items() if not is_present]

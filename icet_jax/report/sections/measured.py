@@ -15,8 +15,8 @@ _SAFETY_KINDS = ("forbidden", "mixed")
 
 
 def safety_of_study(study: Study) -> list[Block]:
-    """Returns for each data set with forbidden requests: a large chart of the first judge's ASR, and small charts of
-    the other metrics; and hidden tables of all values."""
+    """Returns, for each data set with forbidden requests, a large chart of the first judge's ASR and small charts of
+    the other metrics; and then collapsed tables of all values."""
     blocks: list[Block] = []
     datasets = study.of_kind(*_SAFETY_KINDS)
     for dataset in datasets:
@@ -59,7 +59,7 @@ def utility_of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def dataset_heading(study: Study, dataset: str) -> str:
-    """Returns "xstest: benign requests, 256 responses per exit", without a name that only repeats the kind of rows."""
+    """Returns "xstest: benign requests, 256 responses per exit"; the name is left out if it only repeats the kind."""
     name, kind = dataset_name(dataset), study.kind(dataset)
     what = {
         "forbidden": "forbidden requests",
@@ -68,7 +68,9 @@ def dataset_heading(study: Study, dataset: str) -> str:
         "vqa": "questions about the image",
     }[kind]
     count = study.responses(dataset)
-    suffix = f", {count} responses per exit{' and seed' if study.several else ''}" if count is not None else ""
+    suffix = (
+        f", {count} responses per exit{' and seed' if study.has_several_seeds else ''}" if count is not None else ""
+    )
     return (what.capitalize() if name == kind else f"{name}: {what}") + suffix
 
 
@@ -77,7 +79,8 @@ def _figure(study: Study, dataset: str, metric: str) -> Figure | None:
 
 
 def _default_table(study: Study, datasets: list[str]) -> list[Block]:
-    """Returns a table of refusals, accuracies and scores at the default exit: before, after and difference."""
+    """Returns a table with a row for each main metric of each data set: its values at the default exit before and after
+    training, and their difference."""
     rows = []
     columns = (*PHASES, "difference")
     for dataset in datasets:

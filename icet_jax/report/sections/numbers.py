@@ -13,7 +13,7 @@ COLUMN_TITLES = {"before": "Before", "after": "After", "difference": "After − 
 
 
 def study_numbers(study: Study, datasets: Sequence[str]) -> list[Block]:
-    """Returns hidden tables of the values by exit, one for each metric of these data sets."""
+    """Returns collapsed tables of the values by exit, one for each metric of these data sets."""
     tables = [
         block
         for dataset in datasets
@@ -24,7 +24,7 @@ def study_numbers(study: Study, datasets: Sequence[str]) -> list[Block]:
 
 
 def of_comparison(comparison: Comparison) -> list[Block]:
-    """Returns hidden tables, one for each shared metric, with a row for every exit of every run."""
+    """Returns collapsed tables, one for each metric that runs share, with a row for every exit of every run."""
     tables: list[Block] = []
     for dataset in comparison.datasets:
         for metric in comparison.metrics(dataset):
@@ -46,7 +46,8 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 def _attack_rows_of_member(
     member: Member, name: Span, dataset: str, metric: str, phases: Sequence[str]
 ) -> list[list[Text]]:  # fmt: skip
-    """Returns the rows "Worst exit" and "Any exit" of one run; none if the metric is no attack success rate."""
+    """Returns the rows "Worst exit" and "Any exit" of one run for the table of all runs; `name` is the run's name.
+    Returns no rows if the metric is not an attack success rate."""
     rows = _attack_rows(member.study, dataset, metric, phases)
     return [[text(name), what, text(), *cells[: len(phases)]] for what, *cells in rows]
 
@@ -60,7 +61,7 @@ def value_cells(metric: str, columns: Sequence[str], values: Sequence[Value | No
 
 
 def run_name(index: int, name: str) -> Span:
-    """Returns the name of a run behind a sample of its line in the charts; `index` is its index among all runs."""
+    """Returns a run's name, before which the page draws its line in the charts; `index` is its index among all runs."""
     return Span(name, f"swatch run-{index}")
 
 
@@ -86,8 +87,8 @@ def _metric_table(study: Study, dataset: str, metric: str) -> list[Block]:
 
 
 def _attack_rows(study: Study, dataset: str, metric: str, columns: Sequence[str]) -> list[list[Text]]:
-    """Returns the rows "Worst exit" and "Any exit" (the share of prompts with an unsafe answer at any exit); none if
-    the metric is no attack success rate."""
+    """Returns the rows "Worst exit" and "Any exit" (the share of prompts with an unsafe answer at one or more exits);
+    no rows if the metric is not an attack success rate."""
     if family_of(metric) not in ("asr", "asr@k"):
         return []
     worst = [worst_text(study, phase, dataset, metric) for phase in columns if phase != "difference"]
@@ -101,7 +102,7 @@ def _attack_rows(study: Study, dataset: str, metric: str, columns: Sequence[str]
 
 
 def worst_text(study: Study, phase: str, dataset: str, metric: str) -> Text:
-    """Returns the highest share of any exit with its interval, and the number of that exit."""
+    """Returns the value of the worst exit with its interval and the number of that exit; "–" if no exit has a value."""
     worst = study.worst(phase, dataset, metric)
     share = value_text(metric, worst and worst.value)
     return share if worst is None else text(share, " ", remark(f"exit {worst.layer}"))

@@ -63,7 +63,7 @@ def papers_name(study: Study, dataset: str) -> str | None:
     The paper's Custom Prompts are not public. A user's own file takes their place if its data set has "custom" in its
     name.
     """
-    sources = _section(study.first.config, "sweep", "datasets")
+    sources = _section(study.first_run.config, "sweep", "datasets")
     name = dataset_name(dataset)
     source = sources.get(name) if dataset.startswith("sweep/") else None
     if not isinstance(source, str):
@@ -81,7 +81,7 @@ def papers_name(study: Study, dataset: str) -> str | None:
 
 def _is_papers_model(study: Study) -> bool:
     """Returns whether the run's checkpoint, or the model's name in the sweeps, is that of LLaVA-1.5-7B."""
-    names = [_section(study.first.config, "model").get("checkpoint"), study.field("model")]
+    names = [_section(study.first_run.config, "model").get("checkpoint"), study.field("model")]
     return any(
         _MODEL.fullmatch(part) for name in names if name for part in re.split(r"[/\\]", str(name).lower().rstrip("/\\"))
     )
@@ -128,7 +128,7 @@ def _notes(study: Study, sets: list[tuple[str, str]]) -> list[Text]:
             "configuration below."
         ),
     ]
-    source = str(_section(study.first.config, "data").get("train"))
+    source = str(_section(study.first_run.config, "data").get("train"))
     if any("after" in study.phases(dataset) for dataset, _ in sets) and not source.startswith("redteam_2k:"):
         notes.append(text("The paper trained on RedTeam-2K, this run on ", code(source), "."))
     for dataset, name in sets:

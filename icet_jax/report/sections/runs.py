@@ -5,7 +5,7 @@ from icet_jax.report.comparison import Comparison, Member
 from icet_jax.report.loading import PHASES
 from icet_jax.report.sections.numbers import run_name
 from icet_jax.report.values import ARROW, change_text, value_text
-from icet_jax.report.verdict import algorithm
+from icet_jax.report.verdict import algorithm_title
 
 _NOTE = "Charts place exit l of N at the relative depth l / N. A ring marks a run’s default exit."
 
@@ -15,8 +15,10 @@ def of_comparison(comparison: Comparison) -> list[Block]:
     rows = []
     for index, member in enumerate(comparison.members):
         study = member.study
-        trained = algorithm(study) if any("after" in study.phases(name) for name in study.datasets) else "not trained"
-        trained += f", {len(study.runs)} seeds" if study.several else ""
+        trained = (
+            algorithm_title(study) if any("after" in study.phases(name) for name in study.datasets) else "not trained"
+        )
+        trained += f", {len(study.runs)} seeds" if study.has_several_seeds else ""
         default = "–" if study.default_exit is None else str(study.default_exit)
         facts = [str(study.field("model") or "–"), str(study.num_exits), default, trained]
         attacks = [_worst(comparison, member), _any_exit(comparison, member)]
@@ -33,7 +35,8 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def _worst(comparison: Comparison, member: Member) -> Text:
-    """Returns a run's worst exit by the judge of the headline, before → after; "–" if the runs share no judge."""
+    """Returns a run's ASR at its worst exit and the number of that exit, before → after, by the judge of the headline;
+    "–" if the runs share no judge."""
     if comparison.headline is None:
         return text("–")
     dataset, judge = comparison.headline
@@ -44,8 +47,8 @@ def _worst(comparison: Comparison, member: Member) -> Text:
 
 
 def _any_exit(comparison: Comparison, member: Member) -> Text:
-    """Returns a run's share of prompts with an unsafe answer at any exit by the judge of the headline, before → after;
-    "–" if it was not measured."""
+    """Returns a run's share of prompts with an unsafe answer at one or more exits, before → after, by the judge of the
+    headline; "–" if it was not measured."""
     if comparison.headline is None:
         return text("–")
     dataset, judge = comparison.headline

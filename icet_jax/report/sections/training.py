@@ -16,9 +16,9 @@ from icet_jax.report.curves import single_figure
 from icet_jax.report.study import Study, as_value
 from icet_jax.report.text import number, percent
 from icet_jax.report.values import axis_number
-from icet_jax.report.verdict import algorithm
+from icet_jax.report.verdict import algorithm_title
 
-# Training curves that are shown at once, with their titles; those of all other metrics are hidden until opened.
+# Training curves that are shown at once, with their titles; the curves of all other metrics are collapsed.
 _MAIN_CURVES = {
     "objective/scores": "Reward (score of the sampled responses)",
     "objective/kl": "KL to the reference, nats per response",
@@ -31,8 +31,8 @@ _REWARDS = {"exact_match": "exact match with the training answers", "none": "not
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a paragraph on the training, its curves, and heat maps of each exit's scores; an empty list without
-    training."""
+    """Returns a paragraph on the training, its curves, and heat maps of each exit's scores; an empty list for a run
+    that did not train."""
     names = list(dict.fromkeys(name for run in study.runs for row in run.history for name in row))
     plain = [name for name in names if "/" in name and not name.startswith("exit/")]
     main = [_curve(study, name, title) for name, title in _MAIN_CURVES.items() if name in plain]
@@ -46,23 +46,23 @@ def of_study(study: Study) -> list[Block]:
 
 
 def config_of_study(study: Study) -> list[Block]:
-    """Returns the run's configuration as a hidden table with one field per row."""
-    rows = [[text(code(name)), text(code(value))] for name, value in _flatten(study.first.config)]
+    """Returns the run's configuration as a collapsed table with one field per row."""
+    rows = [[text(code(name)), text(code(value))] for name, value in _flatten(study.first_run.config)]
     fields = table("config.json", ["Field", "Value"], rows)
-    if study.several and rows:
+    if study.has_several_seeds and rows:
         fields = [note("Shown for the first seed."), *fields]
     return details(f"{len(rows)} fields", fields)
 
 
 def _description(study: Study) -> list[Block]:
-    """Returns a paragraph on the algorithm, how exits were drawn, and the reward of each kind of row; [] if the run did
-    not measure a trained model."""
-    config = study.first.config
+    """Returns a paragraph on the algorithm, how exits were sampled, and what rewards each kind of row; [] if the run
+    did not measure a trained model."""
+    config = study.first_run.config
     settings = config.get(str(config.get("algorithm")))
     if not isinstance(settings, dict) or not any("after" in study.phases(dataset) for dataset in study.datasets):
         return []
     schedule = str(settings.get("exits")).replace("_", " ")
-    sentences = [f"{algorithm(study)}, {settings.get('iterations')} iterations, exits drawn {schedule}."]
+    sentences = [f"{algorithm_title(study)}, {settings.get('iterations')} iterations, exits drawn {schedule}."]
     reward, mixture = config.get("reward"), config.get("data", {}).get("mixture")
     method = ALGORITHMS.get(str(config.get("algorithm")))
     if method is not None and method.rewarded and isinstance(reward, dict) and isinstance(mixture, dict):
@@ -75,10 +75,14 @@ def _description(study: Study) -> list[Block]:
 
 
 def _curve(study: Study, name: str, title: str) -> Figure | None:
-    """Returns the chart of a metric over training steps, the mean over seeds with a thin line per seed; None without
-    values."""
+    """Returns the figure of the metric `name` over training steps: the mean over seeds, and a thin line per seed if
+    there are several; None if no row of metrics.jsonl has the metric."""
     points_by_run = [_points(run.history, name) for run in study.runs]
-    series = [Series("", "plain", _thin_out(points), thin=True) for points in points_by_run if study.several and points]
+    series = [
+        Series("", "plain", _thin_out(points), thin=True)
+        for points in points_by_run
+        if study.has_several_seeds and points
+    ]
     by_step: dict[float, list[float]] = {}
     for points in points_by_run:
         for point in points:
@@ -89,7 +93,7 @@ def _curve(study: Study, name: str, title: str) -> Figure | None:
 
 
 def _points(history: list[JsonObject], name: str) -> list[Point]:
-    """Returns (step, value) of the metric `name` from the rows of metrics.jsonl, in the order of steps."""
+    """Returns a point (step, value) for each row of metrics.jsonl that has the metric `name`, in the order of steps."""
     points = []
     for index, row in enumerate(history):
         value, step = as_value(row.get(name)), as_value(row.get("step"))
@@ -99,7 +103,7 @@ def _points(history: list[JsonObject], name: str) -> list[Point]:
 
 
 def _thin_out(points: list[Point]) -> list[Point]:
-    """Returns at most `_MAX_POINTS` points, each the mean of the same number of neighbouring points."""
+    """Returns at most `_MAX_POINTS` points, each the mean of equally many neighbouring points (the last of fewer)."""
     size = -(-len(points) // _MAX_POINTS)
     if size <= 1:
         return points
@@ -108,8 +112,11 @@ def _thin_out(points: list[Point]) -> list[Point]:
 
 
 def _exit_maps(study: Study, names: list[str]) -> list[Block]:
-    """Returns heat maps of the scores of sampled responses by exit and step, one for each kind of row, from the metrics
-    `names`. Runs of earlier versions recorded one mean over all kinds, which gives one heat map."""
+    """Returns heat maps of the scores of sampled responses by exit and step, one for each kind of row.
+
+    `names` are the metrics in metrics.jsonl. Runs of earlier versions recorded one mean over all kinds of rows, which
+    gives one heat map.
+    """
     matches = [match for name in names if (match := _EXIT_SCORE.fullmatch(name))]
     titles = {f"scores/{kind}": f"Score by exit over training, {_kind_name(kind)} rows" for kind in KINDS}
     titles |= dict.fromkeys(_MIXED_SCORES, "Score by exit over training, all kinds of rows in one mean")

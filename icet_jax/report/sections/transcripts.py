@@ -7,7 +7,8 @@ from icet_jax.report.transcripts import collect
 
 
 def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
-    """Returns the viewer of responses, with those that a judge called unsafe if `reveal_unsafe`; [] without any."""
+    """Returns the viewer of responses; [] if there are no transcripts. It includes the text of responses that a judge
+    called unsafe only if `reveal_unsafe`."""
     prompts = collect(study, reveal_unsafe=reveal_unsafe)
     if not prompts:
         return []
