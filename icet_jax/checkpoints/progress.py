@@ -5,7 +5,7 @@ import time
 
 import jax
 
-_QUIET_SECONDS = 2.0  # nothing is printed before, and most small checkpoints are done by then
+_QUIET_SECONDS = 2.0  # nothing is printed in this time, in which most small checkpoints are finished
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between two updates on a terminal, and between two lines in a log
 
 

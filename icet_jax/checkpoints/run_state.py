@@ -46,7 +46,7 @@ class RunState:
           directory: directory that only this run uses.
           keep: how many of the newest saves to keep; older ones are deleted.
           keep_best: whether the save with the highest recorded value (`measure`) is kept too.
-          keep_measured: whether the newest save with a record of `measure` is kept too.
+          keep_measured: whether the newest save for which `measure` was called is kept too.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -72,18 +72,20 @@ class RunState:
 
     @property
     def steps(self) -> list[int]:
-        """Returns the steps of all saves in ascending order, including one that is still being written."""
+        """The steps of all saves in ascending order, including one that is still being written."""
         return sorted(self._manager.all_steps())
 
     @property
     def best(self) -> int | None:
-        """Returns the step with the highest recorded value (the first of equal ones); None if no save has a value."""
+        """The step with the highest value recorded by `measure` (the first of equal ones); None if no save has a
+        value."""
         values = {step: value for step, value in self._measured.items() if value is not None}
         return max(sorted(values), key=values.__getitem__, default=None)
 
     @property
     def measured(self) -> dict[int, float | None]:
-        """Returns {step: value recorded by `measure`} of the existing saves."""
+        """{step: value recorded by `measure`} of the existing saves; None for a save that must not count as the
+        best."""
         return dict(self._measured)
 
     def measure(self, step: int, value: float | None) -> None:
@@ -135,7 +137,7 @@ class RunState:
           like: pytree of the saved structure, whose leaves (arrays or `jax.ShapeDtypeStruct`s) have the requested
             shapes, dtypes and, optionally, shardings. A leaf that is a numpy array or a Python number is restored as
             such.
-          best: return the save with the highest recorded value instead, if there is one and it is intact.
+          best: whether to return the save with the highest recorded value instead, if it exists and is intact.
 
         Returns:
           Step, state and metadata; None if there is no save.
@@ -172,9 +174,10 @@ class RunState:
         return set()
 
     def go_back(self, like: PyTree) -> tuple[int, PyTree, JsonObject] | None:
-        """Deletes all saves after the newest one with a record of `measure`, and returns that one as `restore` does.
+        """Deletes all saves after the newest one for which `measure` was called, and returns that one as `restore`
+        does.
 
-        If no save has a record, all are deleted and the result is None.
+        If `measure` was called for none, all are deleted and the result is None.
 
         Args:
           like: see `restore`.
@@ -238,7 +241,8 @@ class RunState:
             ) from error
 
     def _read_measured(self) -> dict[int, float | None]:
-        """Returns the values that an earlier process recorded; empty if there is no such file."""
+        """Returns {step: value} of the existing saves as an earlier process recorded them with `measure`; empty if the
+        file does not exist or is damaged."""
         try:
             content = parse_json(read_text(self.directory / _MEASURED))
             values = {int(step): value for step, value in content.items()}
@@ -256,7 +260,8 @@ class RunState:
         write_text_atomic(self.directory / _MEASURED, json.dumps(self._measured) + "\n")
 
     def _read_metadata(self, step: int) -> JsonObject:
-        """Returns `arrays`, the descriptions of the saved arrays by name, and `user`, the metadata given to `save`."""
+        """Returns the metadata of a save: {"arrays": {name: description of the array}, "user": `metadata` of
+        `save`}."""
         args = self._ocp.args
         sealed = self._manager.restore(step, args=args.Composite(**{_METADATA: args.JsonRestore()}))[_METADATA]
         if zlib.crc32(sealed["content"].encode()) != sealed["crc32"]:
@@ -373,7 +378,8 @@ def _unflatten(like: PyTree, arrays: dict[str, ArrayLike]) -> PyTree:
 
 
 def _convert(array: ArrayLike, old: Any) -> Any:
-    """Returns `array` as a Python number if `old`, the leaf that it replaces, is one; else as an array placed alike."""
+    """Returns `array` as a Python number if `old`, the leaf that it replaces, is a number; else as an array on the same
+    devices, and not committed to a device if `old` is not."""
     if isinstance(old, bool | int | float):
         return type(old)(array.item())
     if isinstance(old, jax.Array) and not old.committed:

@@ -1,4 +1,4 @@
-"""Key tables: lists that pair every tensor of an HF file with the parameter (or layer of one) that it fills.
+"""Defines key tables: lists that pair every tensor of an HF file with the parameter (or one layer of it) that it fills.
 
 A table is used in both directions: import fills parameters from tensors, export creates the same tensors from
 parameters. Its keys (names of tensors in a file) are those of the old layout, the only one that every transformers from
@@ -132,7 +132,7 @@ _BUFFERS = re.compile(r".*(\.position_ids|rotary_emb\.inv_freq)")
 LINEAR: tuple[Leaf, ...] = (("weight", "kernel", TRANSPOSED), ("bias", "bias", SAME))
 NORM: tuple[Leaf, ...] = (("weight", "scale", SAME), ("bias", "bias", SAME))
 LINEAR_KERNEL, NORM_SCALE = LINEAR[:1], NORM[:1]
-"""Of modules without a bias."""
+"""The tensors of a Linear and of a norm without a bias."""
 
 
 def clip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntry]:

@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def align(config: ConfigDict, workdir: Path) -> None:
-    """Does all work of one run; `workdir` must already be the run directory of `config` (`common.claimed`).
+    """Does one run from the first sweep to the report; `workdir` must be its run directory (`common.claimed`).
 
     The sweep after training measures exactly the weights that the export contains. As a check, the responses of 32 rows
     are generated again by the model loaded from the exported files.
@@ -129,8 +129,8 @@ def _require_fields(config: ConfigDict) -> None:
 
 
 def _needs_reward_model(config: ConfigDict) -> bool:
-    """Returns whether the algorithm maximises a reward and some kind of row in its batches gets it from the reward
-    model."""
+    """Returns whether training needs the reward model: the algorithm maximises rewards, and for some kind of row in its
+    batches they come from that model."""
     kinds = [kind for kind, share in config.data.mixture.items() if share > 0]
     return ALGORITHMS[config.algorithm].rewarded and any(
         config.reward.by_kind[kind] == "reward_model" for kind in kinds
@@ -138,7 +138,7 @@ def _needs_reward_model(config: ConfigDict) -> bool:
 
 
 def _reward(config: ConfigDict, workdir: Path, mesh: Mesh | None) -> RewardByKind:
-    """Returns what rewards the responses to each kind of row, with the reward model loaded if one is needed."""
+    """Returns the reward function for responses to each kind of row; the reward model is loaded if it is needed."""
     if not _needs_reward_model(config):
         return RewardByKind(config.reward.by_kind.to_dict(), None)
     model = ScorerLoader(config, workdir, mesh)(config.reward.model)

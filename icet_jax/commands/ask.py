@@ -14,7 +14,7 @@ from icet_jax.errors import UserError
 from icet_jax.runs import loading, shipped
 from icet_jax.runs.sources import checkpoint_directory
 
-_DEFAULT_EXITS = 5  # evenly spaced exits that are asked if --exits is unset, in addition to the default exit
+_DEFAULT_EXITS = 5  # number of evenly spaced exits, besides the default exit, that answer if --exits is unset
 _MIN_COLUMN_WIDTH = 28  # in characters
 _GAP = "  "  # between two columns
 

@@ -69,7 +69,7 @@ def _lock(stack: contextlib.ExitStack, workdir: Path) -> None:
 
 
 def check_form(config: ConfigDict) -> None:
-    """Raises a `UserError` if the config asks for an adapter of a run that trains every weight."""
+    """Raises a `UserError` if the config asks for the export of an adapter although the run trains every weight."""
     if config.export.form != "full" and not config.lora.rank:
         raise UserError(
             f"config.export.form={config.export.form} needs LoRA (config.lora.rank above 0): full fine-tuning has no "
@@ -119,7 +119,7 @@ def write_exports(
       lora_scale: alpha / rank; None after full fine-tuning.
       workdir: run directory, from which the model card is written.
       out: folder of the full model; the adapter goes to `out`/adapter.
-      again: whether a complete export is written again; if False it is kept.
+      again: whether an export that is already complete is replaced.
 
     Raises:
       UserError: a folder cannot be written.

@@ -41,8 +41,9 @@ class PlanLine:
     Attributes:
       phase: name of the phase.
       weights: bytes of the frozen model.
-      trained: bytes of adapters (or float32 masters), value head and optimizer, which stay on the chips in every phase.
-      judges: bytes of the weights of judges and reward model, which also stay; those of unknown size are not counted.
+      trained: bytes of adapters (or of the float32 copies of all trained weights), value head and optimizer state,
+        which stay on the chips in every phase.
+      judges: bytes of the weights of judges and reward model, which also stay; models of unknown size are not counted.
       inputs: bytes of batch and image features.
       cache: bytes of the KV cache, as the sharding rules place it.
       temporaries: all other bytes that the compiled program allocates, results included.
@@ -64,7 +65,7 @@ class PlanLine:
 
     @property
     def total(self) -> int:
-        """Returns the bytes per chip that are known: all of them, or all but the temporaries."""
+        """The known bytes per chip: all, or all but the temporaries if these are unknown."""
         return self.weights + self.trained + self.judges + self.inputs + self.cache + (self.temporaries or 0)
 
     def fits(self, chip: topologies.Chip) -> bool | None:
@@ -74,8 +75,8 @@ class PlanLine:
         return None if chip.memory is None or self.temporaries is None else True
 
     def seconds(self, chip: topologies.Chip, count: int) -> tuple[float, str] | None:
-        """Returns the seconds of the phase on `count` chips at their peak, and the key of `bounds` that limits it; None
-        for a chip without a published peak."""
+        """Returns the seconds of the phase at the peak of `count` chips, and which of the `bounds` determines them;
+        None for a chip without a published peak."""
         bounds = self.bounds(chip, count)
         return None if bounds is None else max((time, name) for name, time in bounds.items())
 
@@ -161,15 +162,15 @@ def plan(
 def memory_limit(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int | None:
     """Returns the bytes of a chip that the program of a phase may use; None if the chip's memory is unknown.
 
-    The compiler does not know of weights and train state on the chip that do not belong to the program, or of the
-    `judges` (bytes per chip). Without this limit it would use their memory too if that makes the program faster.
+    The compiler does not know of other data on the chip: weights and train state that the program does not use, and the
+    judges (`judges` bytes). Without this limit it would plan with their memory too.
     """
     return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
 
 
 def _compile(phase: PlannedPhase, limit: int | None = None) -> tuple[Compiled | None, str]:
-    """Returns the program of a phase, which uses at most `limit` bytes per chip, and ""; or, if the compiler refuses,
-    None and its reason."""
+    """Compiles a phase for at most `limit` bytes per chip and returns (program, ""), or (None, reason) if the compiler
+    finds that it does not fit."""
     options = {} if limit is None else {"xla_tpu_max_hbm_size_mib": max(limit >> 20, 1)}
     try:
         return phase.lower().compile(compiler_options=options), ""

@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def measure(config: ConfigDict, workdir: Path) -> None:
-    """Does all work of one run; `workdir` must already be the run directory of `config` (`common.claimed`)."""
+    """Measures one run and writes its report; `workdir` must be its run directory (`common.claimed`)."""
     inputs = common.load_inputs(config, workdir)
     check_training_sets(config, inputs.vlm)
     costs = Costs(workdir)

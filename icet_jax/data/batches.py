@@ -57,8 +57,8 @@ class Batches:
     """Provides random access to an endless sequence of batches.
 
     The rows of each kind are shuffled anew in each epoch (`grain.MapDataset`), in an order that depends on the seed and
-    the kind alone. Within a batch the rows are in a random order (seeded, too), so that a row's kind says nothing about
-    its exit and its mini-batch, which follow from its position.
+    the kind alone. Within a batch the rows are in a random order that also depends on the seed, because a row's exit
+    and mini-batch depend on its position and must not depend on its kind.
     """
 
     def __init__(

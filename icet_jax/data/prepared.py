@@ -78,7 +78,7 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
       directory: directory of all sets.
       name: name of this set.
       records: rows of the set; an image is a path or a uint8 array, which is stored as PNG.
-      facts: further fields for `source.json`: `source`, `limit`, `fingerprint`.
+      facts: further fields for `source.json`: `source`, `limit` and `fingerprint` of the set.
 
     Raises:
       UserError: an image no longer exists, the folder cannot be written to, or the disk is full. The incomplete set is
@@ -192,7 +192,7 @@ def dropped_rows(directory: str | Path, name: str) -> dict[str, int]:
 
 
 class _ImagePool:
-    """Gives distinct images indices in the order of their first use; images with equal bytes are the same."""
+    """Numbers the distinct images of a set in the order of their first use; images with equal bytes are one image."""
 
     def __init__(self) -> None:
         self.indices: dict[bytes, int] = {}  # {hash of an image's bytes: index of its record}
@@ -245,7 +245,8 @@ def _image_version(image: ImageLike) -> tuple[str, int, int] | str:
 
 
 def _text_fields(example: Example) -> tuple[object, ...]:
-    """Returns the fields of a row without its images; without the last two, which are new, if neither is set."""
+    """Returns the fields of a row without its images. The newer fields `format` and `transferred` are left out if
+    neither is set, so that fingerprints of earlier versions stay valid."""
     fields = (
         example.id, example.prompt, example.kind, example.answer, example.category, example.answers,
         example.answer_type,
@@ -255,7 +256,7 @@ def _text_fields(example: Example) -> tuple[object, ...]:
 
 
 def _to_record(example: Example, pool: _ImagePool) -> JsonObject:
-    """Returns a row as a record for TFDS, with "" for None (no text field of a row is "")."""
+    """Converts a row to a record for TFDS, with "" in place of None."""
     return {
         "id": example.id,
         "prompt": example.prompt,
@@ -271,7 +272,7 @@ def _to_record(example: Example, pool: _ImagePool) -> JsonObject:
 
 
 def _from_record(folder: Path, record: Mapping[str, Any]) -> Example:
-    """Returns the row of a TFDS record; those of earlier versions have neither `format` nor `transferred`."""
+    """Converts a TFDS record to a row; records of earlier versions have neither `format` nor `transferred`."""
 
     def field(name: str) -> str:
         return bytes(record[name]).decode("utf-8")

@@ -56,11 +56,11 @@ class ParsedSource:
     """Holds the parts of a source string, and how it is to be read.
 
     Attributes:
-      path: file or folder of the data set; this path and the next two are complete.
+      path: file or folder of the data set. This path and the next two can be opened as they are.
       options: options of the source string as text.
-      images: folder of the option `images`, or None.
+      images: folder that the option `images` names; None without that option.
       image_root: folder for image paths that the rows name; None for the data set's default.
-      limit: number of usable rows after which reading stops, or None.
+      limit: number of usable rows after which reading stops; None reads all.
       files: checks the image files.
     """
 
@@ -228,7 +228,8 @@ def _xstest_rows(path: Path, rows: Iterator[RawRow], columns: str) -> Iterator[R
 
 
 def _required_id(fields: JsonObject, identity: str) -> str:
-    """Returns `identity`; raises `BadRow` if the row's field `id` is empty, because this format has no rows without."""
+    """Returns `identity`; raises `BadRow` if the row's field `id` is empty, because every row of this format must have
+    an id."""
     if not str(fields["id"]).strip():
         raise BadRow("no id", "the id is empty")
     return identity

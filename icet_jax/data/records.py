@@ -1,4 +1,4 @@
-"""Rows of a data set: their fields, the rules by which rows of a file are used, and the reader of users' own files.
+"""Defines the rows of a data set and the rules by which rows of a file are used, and reads users' own files.
 
 A user's CSV or JSONL file has the columns `prompt`, `image` and optionally `id`, `policy` (the content category),
 `kind`, `answer`; others are ignored. In JSONL `image` may also be a list of several images, or of none for a text-only
@@ -83,7 +83,7 @@ class Records:
       repeats: number of usable rows that differ from an earlier row in their id alone.
       animated: number of images with several frames, of which the first is used.
       complete: whether the source was read to its end, not stopped by a limit.
-      replaced: problems of images that were drawn for a row but were unusable, so that others were drawn.
+      replaced: descriptions of images that were chosen for a row but could not be used, so that others were chosen.
     """
 
     source: str
@@ -96,7 +96,7 @@ class Records:
 
     @property
     def read(self) -> int:
-        """Returns the number of rows read, usable or not."""
+        """The number of rows that were read, usable or not."""
         return len(self.examples) + len(self.problems)
 
     def dropped(self) -> dict[str, int]:
@@ -134,7 +134,7 @@ class BadRow(Exception):
 
 
 Convert: TypeAlias = Callable[[JsonObject, str], Example]
-"""Function from the fields and the id of a raw row to the row; it raises `BadRow` if the row cannot be used."""
+"""Function of the fields of a raw row and of its id that returns the row; it raises `BadRow` if the row is unusable."""
 
 
 def read_records(
@@ -162,6 +162,7 @@ def read_records(
     files = ImageFiles(decode=decode)
 
     def to_example(fields: JsonObject, identity: str) -> Example:
+        """Returns the row with the id `identity`, see `Convert`."""
         prompt = prompt_of(fields, "prompt")
         kind = text(fields, "kind") or "forbidden"
         if kind not in KINDS:
@@ -170,7 +171,8 @@ def read_records(
         if kind == "vqa" and answer is None:
             raise BadRow("no answer", "a vqa row needs an answer")
         images = _images(fields.get("image"), root, files)
-        return Example(identity, prompt, images, kind, answer, text(fields, "policy"))
+        category = text(fields, "policy")  # what data sets call "policy" is a category here
+        return Example(identity, prompt, images, kind, answer, category)
 
     return collect(path, rows, to_example, files, id_field="id", limit=limit)
 
@@ -283,9 +285,9 @@ _CATEGORIES = {
 
 
 def category_of(fields: JsonObject, name: str) -> str | None:
-    """Returns the content category in a row's field `name`, or None.
+    """Returns the content category in a row's field `name`; None if the field is absent or blank.
 
-    A category that RedTeam-2K has under another name gets that name.
+    A category to which RedTeam-2K gives another name gets that name.
     """
     category = text(fields, name)
     return _CATEGORIES.get(category, category) if category is not None else None
@@ -299,7 +301,7 @@ _TRUTH_VALUES = dict.fromkeys(("true", "yes", "1", "1.0"), True) | dict.fromkeys
 
 
 def attack_format(fields: JsonObject, name: str) -> str:
-    """Returns the attack format in a row's field `name`, or "".
+    """Returns the attack format in a row's field `name`; "" if the field is absent or blank.
 
     JailBreakV-28K's formats, whose spelling differs between its files, get one spelling.
     """
@@ -308,7 +310,7 @@ def attack_format(fields: JsonObject, name: str) -> str:
 
 
 def yes_or_no(fields: JsonObject, name: str) -> bool | None:
-    """Returns the truth value in a row's field `name` (True, yes, 1, ...); None if it is empty.
+    """Returns whether a row's field `name` says yes (True, yes, 1) or no (False, no, 0); None if it is empty.
 
     Raises:
       BadRow: the field contains something else.
@@ -357,7 +359,7 @@ def _short(detail: str) -> str:
 
 
 def _images(value: object, root: Path, files: ImageFiles) -> tuple[Path, ...]:
-    """Returns the paths of the usable images that a row's field names, one or a list; raises `BadRow`."""
+    """Returns the paths of the images that a row's field names, one or a list; raises `BadRow` if one is unusable."""
     paths = []
     for name in value if isinstance(value, list) else [value]:
         image = text({"image": name}, "image")

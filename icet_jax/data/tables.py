@@ -1,4 +1,4 @@
-"""Streams raw rows out of CSV files, JSONL files, and arrays inside large JSON files.
+"""Yields the raw rows of CSV files, JSONL files, and arrays inside large JSON files one by one.
 
 A malformed row does not affect the rows after it. Bytes that are not UTF-8 become surrogates, which `text_problem`
 reports.
@@ -219,7 +219,7 @@ class _JsonReader:
             self._expect(",")
 
     def next_in_array(self, *, first: bool) -> bool:
-        """Moves to the next element (`first`: the first one) of the array; returns False if there is none."""
+        """Moves to the next element of the array (`first`: to its first one); returns False if the array has ended."""
         if self._peek() == "]":
             return False
         if not first:
@@ -270,7 +270,7 @@ class _JsonReader:
 
 
 def text_problem(text: str) -> str | None:
-    """Returns why a text cannot be used: it was not UTF-8, or contains a NUL byte. None if it can."""
+    """Returns why a text cannot be used: it was not UTF-8, or contains a NUL byte; None if it can be used."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         return "not UTF-8"
     return "contains a NUL byte" if "\0" in text else None

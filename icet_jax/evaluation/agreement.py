@@ -1,4 +1,4 @@
-"""Agreement of judges: Cohen's kappa of every two judges, over the responses on which both gave a verdict."""
+"""Measures how far judges agree: Cohen's kappa of every two judges, over the responses on which both gave a verdict."""
 
 import itertools
 import math
@@ -12,15 +12,16 @@ from icet_jax.files import JsonObject
 
 SCHEMA = 1
 EXAMPLES = 50
-"""Most responses that are listed as examples of the disagreement of two judges."""
+"""Largest number of responses that are listed as examples for two judges that disagree."""
 
 
 def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES) -> JsonObject:
-    """Returns the content of `agreement.json`: every judge (metrics `asr/...`, people included) and every two judges.
+    """Returns the content of `agreement.json`: an entry for every judge (metric `asr/...`; people are one) and for
+    every two judges.
 
     Args:
       rows: ("before" or "after" training, data set, transcript row); rows without a metric `asr/...` are ignored.
-      examples: most examples of disagreement of two judges, evenly spread over all of them.
+      examples: largest number of responses listed for two judges that disagree, evenly spaced among all of them.
 
     Returns:
       `{"schema", "judges": [{"name", "n", "n_error", "unsafe"}], "pairs": [{"a", "b", "n", "prompts", "kappa", "ci95",
@@ -68,7 +69,7 @@ def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> 
 
 
 def _observed_agreement(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> Interval:
-    """Returns the share of equal verdicts with its interval."""
+    """Returns the share of rows to which both judges gave the same verdict, with its interval."""
     mean, low, high = mean_interval((a == b).astype(np.float64), clusters, share=True)
     return Interval(min(mean, 1.0), low, max(high, min(mean, 1.0)))  # a sum of weights may exceed 1 by a rounding error
 
@@ -77,14 +78,14 @@ class _Verdicts:
     """Holds the verdicts of all judges on n responses.
 
     Attributes:
-      verdicts: {judge's metric: float [n]}, 1 unsafe, 0 safe, NaN without a verdict.
+      verdicts: {judge's metric: float [n]}: 1 for unsafe, 0 for safe, NaN if it gave no verdict.
       errors: {judge's metric: number of responses on which it failed}.
       responses: id, exit, data set and side of each response.
       prompts: prompt of each response.
     """
 
     def __init__(self, rows: Iterable[tuple[str, str, Row]]) -> None:
-        """Reads the rows, see `agreement`."""
+        """Collects the verdicts in `rows`, which are as in `agreement`."""
         verdicts_by_name: dict[str, dict[int, float]] = {}
         self.errors: dict[str, int] = {}
         self.responses: list[JsonObject] = []
@@ -109,7 +110,8 @@ class _Verdicts:
             self.verdicts[name] = values
 
     def compare(self, first: str, second: str, examples: int) -> JsonObject:
-        """Returns the entry of two judges in `agreement.json`."""
+        """Returns the entry of two judges in `agreement.json`, with at most `examples` responses on which they
+        differ."""
         judged_by_both = np.flatnonzero(np.isfinite(self.verdicts[first]) & np.isfinite(self.verdicts[second]))
         a, b = self.verdicts[first][judged_by_both], self.verdicts[second][judged_by_both]
         prompts = [self.prompts[row] for row in judged_by_both]

@@ -1,4 +1,4 @@
-"""Builds batches of rows for the model whose arrays have few different shapes, so that few programs are compiled."""
+"""Builds batches of rows, as arrays of few different shapes, so that few programs are compiled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from icet_jax.parallel.sharding import place_rows
 from icet_jax.typing import ArrayLike
 from icet_jax.vlm import VLM
 
-_ROWS_PER_CALL = 256  # rows that are tokenised in one call
+_ROWS_PER_CALL = 256  # rows that one thread tokenises at a time
 
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """Holds the arrays of B rows for the model, of which some may be filler rows.
+    """Holds the arrays of B rows for the model: rows of data, and after them filler rows.
 
     Attributes:
-      examples: the rows of data; they come before the filler rows.
-      tokens: int32 [B, P], padded on the left with token 0.
+      examples: the rows of data.
+      tokens: int32 [B, P], prompts padded on the left with token 0 to the same length P.
       mask: bool [B, P], True at tokens that are not padding; all False for filler rows.
-      images: the same number of images for every row, with filler images; None if the data set has no images.
+      images: the images, with filler images so that every row has the same number; None if no row has an image.
     """
 
     examples: list[Example]
@@ -39,11 +39,11 @@ class PromptBatch:
 def prompt_batch(
     vlm: VLM, examples: Sequence[Example], batch_size: int, per_row: int, *, length: int | None = None
 ) -> PromptBatch:
-    """Returns tokens and images of rows, filled up to `batch_size` rows and `per_row` images per row.
+    """Returns the tokens and images of rows, with filler rows up to `batch_size` and filler images up to `per_row`.
 
-    Of several processes, each opens only the images of its share of the rows. For that `length` must be given, the
-    batch must be full and divisible over the mesh, and every row must have `per_row` images. Otherwise every process
-    opens all images.
+    If there are several processes, each opens only the images of its share of the rows, provided that `length` is
+    given, the batch is full and divisible over the mesh, and every row has `per_row` images. Otherwise each opens all
+    images.
 
     Args:
       vlm: the model.
@@ -72,7 +72,8 @@ def prompt_batch(
 
 
 def prompt_tokens(processor: Processor, examples: Sequence[Example]) -> list[np.ndarray]:
-    """Returns the tokens of every row, image positions included, without decoding images; uses several threads.
+    """Returns the token ids of every row's prompt, image tokens included, without decoding images; uses several
+    threads.
 
     Raises:
       UserError: see `Processor.token_ids`.

@@ -1,9 +1,9 @@
 """Estimates the cost of a sweep before it starts: responses, tokens, operations, time, judged responses.
 
-Operations are those of matrix products and attention, for prompts padded to the bucket of the average length. Time is
-operations divided by the device's speed, which is measured with matrix products in the shapes of a prompt and of a
-decoding step. The upper end of the time range allows for the model's other work and for empty slots at the end.
-Compilation and the judges' work are not included.
+Operations are floating-point operations of matrix products and attention, for prompts padded like one of average
+length. Time is operations divided by the device's speed, which is measured with matrix products in the shapes of a
+prompt and of a decoding step. The upper end of the time range allows for the model's other work and for empty slots at
+the end. Compilation and the judges' work are not included.
 """
 
 import math
@@ -25,7 +25,7 @@ from icet_jax.vlm import VLM
 
 _SAMPLE_SIZE = 64  # prompts that are tokenised to estimate the mean length
 _SHORT_RESPONSE = 1 / 8  # length of all responses at the lower end of the time range, as a share of the token limit
-_SLACK = 3.0  # upper end of the time range, as a multiple of the time of the matrix products alone
+_SLACK = 3.0  # upper end of the time range, as a multiple of the time that the matrix products alone take
 _PREFILL_ROWS = 4096  # rows of the matrix product that is timed for prefill
 _PREFILL_ROWS_ON_CPU = 256
 _MAX_ELEMENTS_ON_CPU = 1 << 23  # of the largest matrix that is timed on a CPU
@@ -53,12 +53,13 @@ class Cost:
       answers: responses at all exits.
       prompt_tokens: tokens of the prompts at one exit, with image positions, without padding (estimated from a sample).
       new_tokens: most tokens that can be generated.
-      tower_flops: operations to encode the images, once for all exits.
+      tower_flops: operations of the image encoder, which runs once for all exits.
       prompt_flops: operations of projector and prefill at all exits.
       answer_flops: operations of decoding if every response has the greatest length.
       judged: {scorer: responses that it will score}.
       remote_seconds: {scorer behind a service with a rate limit: least time to score them}.
-      seconds: estimated time: (with short responses, and matrix products alone; with the longest responses, and slack).
+      seconds: (low, high) estimate of the time: low with short responses and for matrix products alone, high with the
+        longest responses and an allowance for all other work.
     """
 
     rows: int = 0
@@ -74,6 +75,8 @@ class Cost:
     seconds: tuple[float, float] = (0.0, 0.0)
 
     def __add__(self, other: "Cost") -> "Cost":
+        """Returns the cost of both sweeps together."""
+
         def add(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
             return {name: left.get(name, 0) + right.get(name, 0) for name in {**left, **right}}
 

@@ -68,7 +68,7 @@ def geometry(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
 
 @jax.jit
 def linear_cka(x: Float[Array, "n D"], y: Float[Array, "n D"]) -> Float[Array, ""]:
-    """Returns the linear centred kernel alignment (CKA) of two feature vectors for each of n >= 4 tokens.
+    """Returns the linear centred kernel alignment (CKA) of the features x and y of the same n >= 4 tokens.
 
     It is 0 for unrelated features and 1 for features that are equal up to a rotation. This is the unbiased form (HSIC_1
     of Song et al. 2012, with U-centred Gram matrices). The plain form is far from 0 for unrelated features if there are
@@ -80,7 +80,7 @@ def linear_cka(x: Float[Array, "n D"], y: Float[Array, "n D"]) -> Float[Array, "
 
 
 def _u_centred_gram(x: Float[Array, "n D"]) -> Float[Array, "n n"]:
-    """Returns the U-centred Gram matrix of n tokens' features, up to a factor; its diagonal is 0."""
+    """Returns the U-centred Gram matrix of n tokens' features, scaled by a positive number; its diagonal is 0."""
     count = x.shape[0]
     x = x - x.mean(axis=0)
     x = x / jnp.sqrt(jnp.mean(x**2))  # keeps the sums of large features within float32
@@ -92,12 +92,12 @@ def _u_centred_gram(x: Float[Array, "n D"]) -> Float[Array, "n n"]:
 
 
 class _Comparison(NamedTuple):
-    """Holds sums over the tokens of some images, and some of the tokens: x at one exit, y at the default exit.
+    """Compares features x at one exit with features y at the default exit, for the tokens of some images.
 
     Attributes:
-      sums: over all tokens that belong to an image: norms of x, norms of y, cosines of x and y.
+      sums: sums of the norms of x, of the norms of y, and of the cosines of x and y, over all tokens of the images.
       tokens: number of these tokens.
-      x, y: features of some of these tokens, evenly spread.
+      x, y: features of n of these tokens, evenly spaced.
       is_used: False where x and y hold filler values, because there are fewer tokens than samples.
     """
 
@@ -117,7 +117,7 @@ def _compare(
     default_exit: Int[Array, ""],
     num_samples: int,
 ) -> _Comparison:
-    """Returns the comparison of a batch's features at one exit and at the default exit, with `num_samples` tokens.
+    """Compares a batch's features at one exit and at the default exit; n of the result is `num_samples`.
 
     The exits are traced, so one program serves all of them.
     """

@@ -1,4 +1,4 @@
-"""The prompts that a sweep sends to the decoding engine: each image is encoded once for all exits.
+"""Sends the prompts of a sweep to the decoding engine; each image is encoded once for all exits.
 
 Rows that begin with the same tokens and images share the KV cache of this beginning at each exit. Threads open images
 while the device works on earlier ones.
@@ -45,7 +45,7 @@ def encode(graphdef: nnx.GraphDef, params: nnx.State, images: Images) -> Any:
 
 
 def group_sizes(slots: int, mesh: Mesh | AbstractMesh | None) -> tuple[int, int]:
-    """Returns (slots, prompts of a group), both rounded up so that they can be split evenly over the mesh."""
+    """Returns (slots, prompts per group), both rounded up so that the mesh can split them evenly."""
     slots = _round_up(slots, mesh)
     return slots, min(slots, _round_up(_GROUP_SIZE, mesh))
 
@@ -57,7 +57,7 @@ def _round_up(count: int, mesh: Mesh | AbstractMesh | None) -> int:
 
 
 class Queue:
-    """Generates the missing responses of a data set's rows, in the order of `length_groups`."""
+    """Generates the requested responses of a data set's rows, in the order of `length_groups`."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Queue:
         Args:
           vlm: the model, with its adapters if it has any.
           examples: the rows of the data set.
-          keys: random key of each attempt of each row, the same at every exit.
+          keys: random key [K, N] of each of K attempts of each of N rows; every exit uses the same.
           todo: {number of the row: requested (exit, attempt) pairs}.
           sampling: how responses are sampled.
           slots: rows decoded together.

@@ -1,4 +1,4 @@
-"""Generates some of a sweep's responses again, to check them: with the programs and random numbers of the sweep."""
+"""Generates some of a sweep's responses again to check them, with the programs and random numbers of the sweep."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +11,14 @@ from icet_jax.evaluation.sweep import Answer, answer_keys, read_answer
 from icet_jax.generation.sampling import Sampling
 from icet_jax.vlm import VLM
 
-_SEED_OF_CHOICE = 14  # first part of the seed of the choice of rows, so that no other generator has the same seed
+_SEED_OF_CHOICE = 14  # distinguishes the generator that chooses rows from all other generators with the same seed
 
 
-def spread_pairs(sizes: Mapping[str, tuple[int, int]], count: int, seed: int) -> dict[str, list[tuple[int, int]]]:
-    """Returns a random choice of `count` different (row, exit) pairs, spread over data sets, rows and exits.
+def sample_pairs(sizes: Mapping[str, tuple[int, int]], count: int, seed: int) -> dict[str, list[tuple[int, int]]]:
+    """Chooses `count` different (row, exit) pairs at random, evenly over data sets, rows and exits.
 
-    Every data set gets equally many pairs, as far as it has enough. Within a data set, every row is chosen once before
-    any is chosen twice, and the same holds for exits.
+    Every data set gets equally many pairs, or all of its pairs if it has fewer. Within a data set, every row is chosen
+    once before any is chosen again, and so is every exit.
 
     Args:
       sizes: {data set: (number of rows, number of measured exits)}.
@@ -30,18 +30,18 @@ def spread_pairs(sizes: Mapping[str, tuple[int, int]], count: int, seed: int) ->
     """
     rng = np.random.default_rng([_SEED_OF_CHOICE, seed])
     remaining = {name: rows * exits for name, (rows, exits) in sizes.items()}
-    shares = dict.fromkeys(sizes, 0)
+    counts = dict.fromkeys(sizes, 0)
     while count and any(remaining.values()):
         for name in sizes:
             if count and remaining[name]:
-                shares[name], remaining[name], count = shares[name] + 1, remaining[name] - 1, count - 1
+                counts[name], remaining[name], count = counts[name] + 1, remaining[name] - 1, count - 1
     pairs = {}
     for name, (rows, exits) in sizes.items():
         row_order, exit_order = rng.permutation(rows), rng.permutation(exits)
         # After lcm(rows, exits) pairs the same pairs would come again, so exits are then shifted by one.
         period = int(np.lcm(max(rows, 1), max(exits, 1)))
-        positions = [(k % rows, (k + k // period) % exits) for k in range(shares[name])]
-        pairs[name] = [(int(row_order[row]), int(exit_order[exit_index])) for row, exit_index in positions]
+        indices = [(k % rows, (k + k // period) % exits) for k in range(counts[name])]
+        pairs[name] = [(int(row_order[row]), int(exit_order[exit_index])) for row, exit_index in indices]
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""The order in which a sweep runs its rows: by length, and within similar lengths by the images that rows share."""
+"""Orders the rows of a sweep: by prompt length, and within similar lengths by the images that rows share."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
 
-_MIN_ROWS = 16  # fewer rows of similar length than this are run together with the next longer ones
+_MIN_ROWS = 16  # fewer rows of similar length than this join the group of the next longer ones
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class ImageGroup:
 
     Attributes:
       rows: numbers of the rows in the data set.
-      shared: number of tokens, images included, with which all of these prompts begin and which are processed once; 0
-        if every row's prompt is processed in full.
+      shared: length in tokens (images included) of the common beginning of these prompts, which is processed only
+        once; 0 if every prompt is processed from its first token on.
     """
 
     rows: tuple[int, ...]
@@ -42,8 +42,8 @@ class LengthGroup:
 def length_groups(examples: Sequence[Example], prompts: Sequence[np.ndarray], image_token: int) -> list[LengthGroup]:
     """Returns the rows of a data set in the order in which a sweep runs them.
 
-    In each group the longest prompt is less than 1.5 times as long as the shortest, except that a few short prompts may
-    be in the group of longer ones, because every group has programs of its own.
+    In each group the longest prompt is less than 1.5 times as long as the shortest. Fewer than 16 rows of one length
+    join the group of the next longer ones, because programs are compiled for every group.
 
     Args:
       examples: the rows.
@@ -81,14 +81,14 @@ def _longest_prompt(group: ImageGroup, prompts: Sequence[np.ndarray]) -> int:
 
 
 def _image_groups(rows: list[int], prompts: Sequence[np.ndarray], image_token: int) -> list[ImageGroup]:
-    """Returns rows with the same images as one group if their prompts differ only after the images, else one group per
-    row."""
+    """Returns `rows`, which have the same images, as one group if their prompts differ only after the images; else each
+    row as a group."""
     if len(rows) == 1:
         return [ImageGroup((rows[0],))]
     shortest = min(len(prompts[row]) for row in rows)
     beginnings = np.stack([prompts[row][:shortest] for row in rows])
     is_shared = np.logical_and.accumulate((beginnings == beginnings[0]).all(axis=0))
-    shared = min(int(is_shared.sum()), shortest - 1)  # at least one token must follow
+    shared = min(int(is_shared.sum()), shortest - 1)  # every prompt must have a token after the common beginning
     if any((prompts[row][shared:] == image_token).any() for row in rows):
         return [ImageGroup((row,)) for row in rows]
     return [ImageGroup(tuple(rows), shared)]

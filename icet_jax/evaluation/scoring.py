@@ -40,7 +40,7 @@ def answer_rows(
       responses: texts [B].
       lengths: number of tokens of each response.
       truncated: whether a response reached the token limit (true or 1).
-      attempt: number of the responses among those of the same rows at the same exit; 0 is not written into the rows.
+      attempt: which attempt of the rows at this exit the responses are, from 0; 0 is not written into the rows.
       mixed: whether the data set has forbidden rows as well as others.
     """
     rows: list[Row] = []
@@ -100,7 +100,7 @@ def judge(rows: Sequence[Row], scorers: Sequence[Scorer], *, mixed: bool = False
 
 
 def concerns(scorer: Scorer, kind: str) -> bool:
-    """Returns whether a scorer scores responses to rows of this kind."""
+    """Returns whether a scorer is asked about responses to rows of this kind."""
     return bool(getattr(scorer, "label_shares", {})) or _family_for_kind(scorer.metric, kind, mixed=False) is not None
 
 

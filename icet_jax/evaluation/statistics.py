@@ -1,9 +1,10 @@
 """Means with 95% intervals, clustered by prompt; paired differences; and means over the paper's groups of exits.
 
 Rows that share a prompt are not independent (10 prompts x 10 images are not 100 independent responses), so all
-intervals are clustered by prompt. A mean over rows, exits or groups is a weighted sum of observations. Its variance is
-the cluster-robust ("sandwich") one: for each of G prompts the influences of its observations are summed, and the
-squares of these sums are added and multiplied by G / (G - 1). The quantile is Student's with G - 1 degrees of freedom.
+intervals treat the rows of a prompt as one cluster. A mean over rows, exits or groups is a weighted sum of
+observations. Its variance is the cluster-robust ("sandwich") one: for each of G prompts the influences of its
+observations are summed, and the squares of these sums are added and multiplied by G / (G - 1). The quantile is
+Student's with G - 1 degrees of freedom.
 
 The interval of a share is Wilson's, which is never empty, with p (1 - p) / variance as the effective number of rows.
 That number is at least the effective number of prompts (as if all rows of a prompt agreed) and at most the effective
@@ -28,7 +29,7 @@ _TOLERANCE = 1e-9  # shares that differ by less count as equal
 class Interval(NamedTuple):
     """Holds a mean and the ends of its 95% interval.
 
-    The mean is NaN without observations, the ends are NaN with fewer than two prompts.
+    The mean is NaN if there are no observations, and the ends are NaN if there are fewer than two prompts.
     """
 
     mean: float
@@ -39,7 +40,7 @@ class Interval(NamedTuple):
 def mean_interval(
     values: np.ndarray, clusters: Sequence[Hashable], *, share: bool, weights: np.ndarray | None = None
 ) -> Interval:
-    """Returns the weighted mean of the means of E exits, with its interval.
+    """Returns the weighted mean over E exits of each exit's mean over rows, with its 95% interval.
 
     Args:
       values: float [E, n] (or [n]) of n rows at E exits; NaN (not measured, or an error) is ignored.
@@ -158,11 +159,11 @@ def _bootstrap_errors(values: np.ndarray, clusters: Sequence[Hashable], means: n
 
 
 def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]:
-    """Returns {name: weight [E] of each of `exits`} of the means over the paper's groups of exits.
+    """Returns {name of a group of exits: weights [E] of `exits` in the mean over the group}.
 
     The names are "early", "middle" and "late", and "average" for the mean of these three. A group is left out unless
     all of its exits were measured, and so is "average" unless all groups were, because a mean over some of the exits
-    would be something else.
+    would be another quantity.
     """
     exits = list(exits)
     members = exit_groups(num_exits)
@@ -182,7 +183,7 @@ def student_quantile(degrees: int) -> float:
 class _Table:
     """Computes the weighted mean of observations [E, n] and its variance, clustered by prompt.
 
-    An observation weighs (weight of its exit) / (number of observations at its exit).
+    The weight of an observation is (weight of its exit) / (number of observations at its exit).
 
     Attributes:
       is_complete: whether every exit with a weight has an observation; the other attributes exist only then.
@@ -192,6 +193,7 @@ class _Table:
     """
 
     def __init__(self, values: np.ndarray, clusters: Sequence[Hashable], weights: np.ndarray | None) -> None:
+        """Computes the attributes; for the arguments see `mean_interval`."""
         values = np.asarray(values, np.float64)
         layers, rows = values.shape
         if len(clusters) != rows:
@@ -221,7 +223,7 @@ class _Table:
     def effective_rows(self, row_variance: float) -> float:
         """Returns how many independent rows of variance `row_variance` would give the mean its variance.
 
-        The result is at least the effective number of prompts and at most the effective number of rows.
+        The result is limited to the range from the effective number of prompts to the effective number of rows.
         """
         if row_variance <= 1e-12:
             return self._effective_prompts

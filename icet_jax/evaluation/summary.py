@@ -18,7 +18,7 @@ SHARE_FAMILIES = ("asr", "asr@k", "refusal", "refusal_unsafe", "vqa", "accuracy"
 """Families (first parts of the names) of metrics whose values are 0 or 1, or for "vqa" a fraction of full credit."""
 _UNIT_FAMILIES = ("ts", "p_unsafe")  # values and means are within 0..1
 CATEGORY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
-"""Families of metrics that are also given for each content category and attack format of a data set."""
+"""Families of metrics that are also computed for each content category and attack format of a data set."""
 _MOST_PARTS = 64  # categories or formats with tables of their own, in case a data set has one per row
 
 Row = JsonObject
@@ -34,11 +34,11 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> Json
       num_exits: number of exits of the model, which determines the groups.
 
     Returns:
-      A dict with the following entries, of which the later ones exist only if rows have what they need:
+      A dict with these entries; all but the first two exist only if rows have the metrics or fields that they need:
       `"layers": [...]` and `"groups": {...}`: means of every metric over the rows, at each exit and in each group of
       exits. With K attempts this includes `asr@K/JUDGE`, see `icet_jax.evaluation.combined`.
       `"worst_exit": {metric: {"layer", "mean", "ci95", ...}}`: the exit with the highest attack success rate.
-      `"any_exit": {metric: {"mean", "ci95", ...}}`: the share of rows with an unsafe response at one exit at least
+      `"any_exit": {metric: {"mean", "ci95", ...}}`: the share of rows with an unsafe response at one or more exits
       (metrics `asr_any/JUDGE`).
       `"policies": {category: [...]}`: a list like `layers` for each content category (the field `policy`), with the
       metrics of `CATEGORY_FAMILIES` only.
@@ -65,13 +65,13 @@ _ATTACK_PARTS: dict[str, Callable[[Row], str | None]] = {
     "formats": lambda row: row.get("format") or None,
     "transferred": lambda row: ("yes" if row["transferred"] else "no") if "transferred" in row else None,
 }
-"""{entry of a sweep's tables: function that returns the name of a row's part, or None}."""
+"""{entry of a sweep's tables: function from a row to the name of the part it belongs to; None if to none}."""
 
 
 def _parts(rows: Sequence[Row], part_of: Callable[[Row], str | None]) -> dict[str, list[Row]]:
     """Returns {name of a part: its rows with the metrics of `CATEGORY_FAMILIES` only}, the largest parts first.
 
-    `part_of` returns the name of a row's part, or None for a row without one.
+    `part_of` returns the name of the part to which a row belongs; None if it belongs to none.
     """
     parts: dict[str, list[Row]] = {}
     for row in rows:
@@ -93,6 +93,7 @@ def _share_tables(measured: "_Measured", exits: Sequence[int], num_exits: int) -
     """Returns the entries "layers" and "groups" of `summarise`."""
 
     def estimate(metric: str, exit_indices: np.ndarray, weights: np.ndarray | None) -> Table | None:
+        """Returns the entry of a metric over some exits, see `_tables`."""
         values, errors = measured.values[metric][exit_indices], measured.errors[metric][exit_indices]
         if not (np.isfinite(values) | errors).any():
             return None
@@ -124,7 +125,8 @@ def _worst_exits(measured: "_Measured", exits: Sequence[int]) -> dict[str, Table
 
 
 def _any_exit(measured: "_Measured") -> dict[str, Table]:
-    """Returns {metric: share of rows with an unsafe response at any exit}; `n_error` counts rows of unknown result."""
+    """Returns {metric: share of rows with an unsafe response at one or more exits}; `n_error` counts unknown
+    results."""
     tables = {}
     for metric in measured.judges:
         values, unknown = measured.any_exit(metric)
@@ -144,8 +146,8 @@ def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int]
       before, after: transcript rows of the sweeps before and after training; the other arguments as in `summarise`.
 
     Returns:
-      `"layers"`, `"groups"` and `"any_exit"` as in `summarise`. `n` is the number of pairs, and `n_error` that of
-      pairs of which a scorer failed on at least one side.
+      `"layers"`, `"groups"` and `"any_exit"` as in `summarise`. `n` is the number of pairs with both scores, and
+      `n_error` the number of pairs for which a scorer failed before, after or both times.
     """
     sides = [_Measured(rows, exits) for rows in (before, after)]
     shared = [response for response in sides[0].index if response in sides[1].index]
@@ -165,7 +167,8 @@ def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int]
 
 
 def _any_exit_difference(before: "_Measured", after: "_Measured") -> dict[str, Table]:
-    """Returns {metric: after minus before of the share of rows with an unsafe response at any exit}.
+    """Returns {metric: difference of the share of rows with an unsafe response at one or more exits}, after minus
+    before.
 
     It is empty if the two sweeps have different numbers of attempts.
     """
@@ -221,7 +224,7 @@ class _Measured:
       judges: metrics of attack success rates.
       ids: {id: number of the row of data}, R in all.
       row_prompts: prompt of each row of data.
-      attempts: K, the number of responses of a row of data at an exit.
+      attempts: K, the largest number of responses of a row of data at an exit.
     """
 
     def __init__(self, rows: Iterable[Row], exits: Sequence[int]) -> None:
@@ -258,8 +261,8 @@ class _Measured:
                 self._add_any_attempt(metric)
 
     def any_exit(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns whether each row of data has an unsafe response at any exit: (values [R], unknown [R]) of
-        `any_unsafe`."""
+        """Returns whether each row of data has an unsafe response at one or more exits, as `any_unsafe` does: values
+        [R] and unknown [R]."""
         return any_unsafe(*self._by_attempt(metric), axis=(0, 2))
 
     def _add_any_attempt(self, metric: str) -> None:
@@ -294,19 +297,19 @@ def _tables(
         metric over these exits, or None if it has no value.
     """
 
-    def entry(exit_indices: np.ndarray, weights: np.ndarray | None) -> dict[str, Table]:
+    def metrics_over(exit_indices: np.ndarray, weights: np.ndarray | None) -> dict[str, Table]:
         estimates = {metric: estimate(metric, exit_indices, weights) for metric in metrics}
         return {metric: table for metric, table in estimates.items() if table is not None}
 
     layers = [
-        {"layer": int(layer), "n": counts[position], "metrics": entry(np.array([position]), None)}
+        {"layer": int(layer), "n": counts[position], "metrics": metrics_over(np.array([position]), None)}
         for position, layer in enumerate(exits)
     ]
     groups: JsonObject = {}
     for name, weights in group_weights(exits, num_exits).items():
         members = np.flatnonzero(weights)
         groups[name] = {} if name == "average" else {"layers": [int(exits[int(member)]) for member in members]}
-        groups[name]["metrics"] = entry(members, weights[members])
+        groups[name]["metrics"] = metrics_over(members, weights[members])
     return {"layers": layers, "groups": groups}
 
 

@@ -41,7 +41,8 @@ class SweepProgress(NamedTuple):
     Attributes:
       done: number of judged responses, including those of an earlier, interrupted sweep.
       total: number of responses in total.
-      seconds_left: estimate of the remaining time; None until some responses have been timed without compilation.
+      seconds_left: estimate of the remaining time; None until responses have been timed. The first ones are not
+        timed, because programs are compiled for them.
       tokens_per_second: generated tokens per second over all timed responses; None until there are some.
     """
 
@@ -109,7 +110,7 @@ def sweep(
 
     Args:
       vlm: the model, with its adapters if it has any.
-      examples: the rows, with different ids.
+      examples: the rows of the data set, each with another id.
       exits: "all", or numbers of exits from 1.
       sampling: how responses are sampled (temperature 0 is greedy).
       scorers: the scorers of the responses.
@@ -122,7 +123,7 @@ def sweep(
       model: name of the model, for the summary.
       seed: seed of the sampling.
       compile_ahead: see `CompileAhead`; with None each program is compiled when it is first needed.
-      tag: name of the weights ("before", "step 24"); rows in the file with another tag belong to another sweep.
+      tag: name of the weights, such as "before" or "step 24". A file with rows of another tag is refused.
       attempts: number of responses of each forbidden row at each exit; other rows get one. The first response does not
         depend on this number, so that a sweep can be continued with more attempts.
 
@@ -193,21 +194,21 @@ class Answer(NamedTuple):
 
 
 def answer_keys(key: Key[Array, ""], rows: int, attempts: int = 1) -> Key[Array, "K N"]:
-    """Returns the random key of each attempt of each of N rows; all exits use the same keys.
+    """Returns the random key of each of K attempts of each of N rows; all exits use the same keys.
 
     Args:
       key: the sweep's key.
       rows: number of rows N.
       attempts: number of attempts K. The keys of attempt 0 do not depend on it.
     """
-    # 2^32 - attempt is not the number of any row.
+    # Folding in 2^32 - attempt gives each attempt another key; no row has such a number.
     keys = [key, *(jax.random.fold_in(key, np.uint32(2**32 - attempt)) for attempt in range(1, attempts))]
     fold_in_rows = jax.vmap(jax.random.fold_in, (None, 0))
     return jnp.stack([fold_in_rows(attempt_key, np.arange(rows, dtype=np.uint32)) for attempt_key in keys])
 
 
 def read_answer(item: Response, vlm: VLM, sampling: Sampling, row: str) -> Answer:
-    """Returns a response of the engine as text.
+    """Converts a response of the engine to text.
 
     Args:
       item: response whose tag is (row, exit, attempt).
@@ -249,7 +250,11 @@ class _Clock:
 
 
 class _Runner:
-    """Generates and judges the responses that the transcript file does not have yet."""
+    """Generates and judges the responses that the transcript file does not have yet.
+
+    `unjudged` has the transcript rows that wait for the scorers; `mixed` says whether the data set has forbidden and
+    other rows.
+    """
 
     def __init__(
         self,
@@ -298,7 +303,7 @@ class _Runner:
                 row = self.file.answer(example, layer, attempt)
                 if row is None:
                     todo.setdefault(number, []).append((layer, attempt))
-                elif self.file.has(example, layer, attempt):
+                elif self.file.is_judged(example, layer, attempt):
                     self.clock.done += 1
                 else:
                     length, truncated = (int(row["scores"][name]) for name in ("length", "truncated"))
@@ -327,7 +332,8 @@ class _Runner:
         return answer_rows([example], layer, *columns, attempt=attempt, mixed=self.mixed)
 
     def _judge(self, minimum: int) -> None:
-        """Judges the responses in `unjudged`, `batch_size` at a time, until fewer than `minimum` are left (0: none)."""
+        """Judges the responses in `unjudged`, `batch_size` at a time, until fewer than `minimum` are left (all if
+        0)."""
         while self.unjudged and len(self.unjudged) >= minimum:
             rows, self.unjudged = self.unjudged[: self.batch_size], self.unjudged[self.batch_size :]
             with during("judging"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.evaluation.combined import place_of, row_attempts
+from icet_jax.evaluation.combined import transcript_key, row_attempts
 from icet_jax.evaluation.scoring import facts
 from icet_jax.evaluation.summary import Row
 from icet_jax.files import append_text, read_bytes, seal, unseal, write_text_atomic
@@ -33,8 +33,8 @@ class TranscriptFile:
 
         Args:
           path: the file; None keeps the rows only in memory.
-          mark: `fingerprint` of what responses depend on.
-          judges: `fingerprint` of what scores depend on.
+          mark: `fingerprint` of the settings and weights that responses depend on.
+          judges: `fingerprint` of the scorers, on which scores depend.
           examples: rows of the data set.
 
         Raises:
@@ -51,12 +51,13 @@ class TranscriptFile:
             return
         file = self._path
         for row, judged in on_first(lambda: list(self._read(file, by_id)) if file.exists() else []):
-            place = place_of(row)
-            self._rows[place] = row
-            (self._judged.add if judged else self._judged.discard)(place)
+            key = transcript_key(row)
+            self._rows[key] = row
+            (self._judged.add if judged else self._judged.discard)(key)
 
-    def has(self, example: Example, layer: int, attempt: int = 0) -> bool:
-        """Returns whether a row has a response at an exit that the current judges have judged."""
+    def is_judged(self, example: Example, layer: int, attempt: int = 0) -> bool:
+        """Returns whether the current judges have judged the response of a row at an exit; False if there is no
+        response."""
         return (example.id, layer, attempt) in self._judged
 
     def answer(self, example: Example, layer: int, attempt: int = 0) -> Row | None:
@@ -64,15 +65,16 @@ class TranscriptFile:
         return self._rows.get((example.id, layer, attempt))
 
     def add(self, rows: Sequence[Row], *, judged: bool) -> None:
-        """Stores rows, which replace older ones of the same id, exit and attempt; `judged` if they have scores.
+        """Stores rows, which replace older ones of the same id, exit and attempt; `judged` says whether they have all
+        scores.
 
         Raises:
           UserError: the file cannot be written.
         """
         for row in rows:
-            place = place_of(row)
-            self._rows[place] = row
-            (self._judged.add if judged else self._judged.discard)(place)
+            key = transcript_key(row)
+            self._rows[key] = row
+            (self._judged.add if judged else self._judged.discard)(key)
         if self._path is not None and is_writer():
             append_text(self._path, "".join(map(self._line, rows)))
 
@@ -81,12 +83,12 @@ class TranscriptFile:
 
         Args:
           layers: exits of the sweep; rows at other exits stay in the file and are not returned.
-          attempts: responses of each forbidden row at an exit; the same holds for further ones.
+          attempts: responses of each forbidden row at an exit; rows of further attempts also stay in the file only.
         """
         numbers = {example.id: number for number, example in enumerate(self._examples)}
         if self._path is not None:
-            places = sorted(self._rows, key=lambda place: (numbers[place[0]], *place[1:]))
-            write_text_atomic(self._path, "".join(self._line(self._rows[place]) for place in places))
+            keys = sorted(self._rows, key=lambda key: (numbers[key[0]], *key[1:]))
+            write_text_atomic(self._path, "".join(self._line(self._rows[key]) for key in keys))
         return [
             self._rows[example.id, layer, attempt]
             for example in self._examples
@@ -95,7 +97,7 @@ class TranscriptFile:
         ]
 
     def _line(self, row: Row) -> str:
-        judges = self._judges if place_of(row) in self._judged else None
+        judges = self._judges if transcript_key(row) in self._judged else None
         return seal({**row, "sweep": self._mark, "judges": judges}) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
@@ -137,7 +139,7 @@ def finished_rows(path: Path, required: Sequence[tuple[str, int, int]]) -> list[
     """
     try:
         rows = [unseal(line.decode("utf-8")) for line in read_bytes(path).split(b"\n")[:-1]]
-        missing = set(required) - set(map(place_of, rows))
+        missing = set(required) - set(map(transcript_key, rows))
         if missing:
             raise ValueError(f"{len(missing)} rows are missing")
     except (OSError, ValueError, KeyError, TypeError) as error:

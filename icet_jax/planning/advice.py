@@ -17,9 +17,10 @@ _FIXED_SHARE = 0.6  # share of a chip's memory that weights and train state may 
 def fixes(
     config: ConfigDict, run: AbstractRun, broken: list[str], fixed: int, memory: float | None
 ) -> list[str]:  # fmt: skip
-    """Returns a line that names the phases that do not fit, and lines with changes to the config that may help.
+    """Returns a line that names the phases that do not fit, and lines with changes to the config that may help; an
+    empty list if `broken` is empty.
 
-    The changed config must be planned again. Returns an empty list if `broken` is empty.
+    The changed config must be planned again.
 
     Args:
       config: config of the run.
@@ -38,7 +39,7 @@ def fixes(
 
 
 def _split_more(config: ConfigDict, run: AbstractRun, limit: float) -> str:
-    """Returns advice that brings weights and train state down to at most `limit` bytes per chip."""
+    """Returns advice after which weights and train state take at most `limit` bytes per chip."""
     sizes = run.mesh.shape
     count = math.prod(sizes.values())
     chips = count // sizes["tensor"]

@@ -37,7 +37,8 @@ from icet_jax.training.loop import initial_state
 from icet_jax.vlm import VLM
 
 GetProgram = Callable[[PlannedPhase], Any]
-"""Returns the compiled program (`jax.stages.Compiled`) of a phase that was yielded before; None if there is none."""
+"""Function from a phase that was already yielded to its compiled program (`jax.stages.Compiled`), or to None if the
+phase was not compiled."""
 
 
 class AbstractRun:
@@ -80,7 +81,7 @@ class AbstractRun:
 
     @functools.cached_property
     def model(self) -> Any:
-        """Returns the network with abstract weights."""
+        """The network with abstract weights."""
         return nnx.merge(self.vlm.graphdef, self.vlm.params)
 
     def rows(self, tree: Any, batch: int) -> Any:
@@ -88,8 +89,8 @@ class AbstractRun:
 
         Args:
           tree: abstract arrays.
-          batch: number of rows. The first axis whose length is a multiple of it is taken as that of the rows; a leaf
-            without such an axis is on every chip.
+          batch: number of rows. The first axis whose length is a multiple of it counts as the axis of rows; a leaf
+            without such an axis is replicated on every chip.
         """
         shards = row_shards(self.mesh)
 
@@ -106,8 +107,10 @@ class AbstractRun:
     def images(self, batch: int) -> Images:
         """Returns abstract images of `batch` rows, with one image of the largest size in each row."""
         length = self.config.data.max_prompt_tokens
-        one: Any = batch_images(self.vlm.config, {"input_ids": np.zeros((1, length), np.int32)}, num_rows=1, per_row=1)
-        many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), one)
+        one_row: Any = batch_images(
+            self.vlm.config, {"input_ids": np.zeros((1, length), np.int32)}, num_rows=1, per_row=1
+        )
+        many = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), one_row)
         return self.rows(many.replace(num_rows=batch), batch)
 
     def prompts(self, batch: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -121,7 +124,7 @@ class AbstractRun:
 
     @property
     def slices(self) -> int:
-        """Returns the number of slices that the update divides a batch into: mini-batches times accumulation."""
+        """The number of slices into which the update divides a batch: mini-batches times accumulation."""
         return self.settings.minibatches * self.settings.accumulation
 
     def cache(self, batch: int, new_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -138,17 +141,17 @@ class AbstractRun:
         cache = jax.eval_shape(fill_cache, self.vlm.params, self.images(batch), *self.prompts(batch))
         return placed(cache, shardings(cache, self.mesh, "cache"))
 
-    def phases(self, compiled: GetProgram) -> Iterator[PlannedPhase]:
+    def phases(self, get_program: GetProgram) -> Iterator[PlannedPhase]:
         """Yields the phases of a sweep, then those of a training iteration, in the order in which they run."""
-        yield from self.sweep_phases(compiled)
-        yield from self.training_phases(compiled)
+        yield from self.sweep_phases(get_program)
+        yield from self.training_phases(get_program)
 
     def weights(self, *, policy: bool) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the abstract weights of the decoder by name, or if not `policy` those of all other parts."""
+        """Returns {name: abstract weight} of the decoder if `policy`, else of all other parts of the model."""
         leaves = flatten_with_names(self.vlm.params).items()
         return {name: leaf for name, leaf in leaves if name.startswith(f"{POLICY_ROOT}/") == policy}
 
-    def sweep_phases(self, compiled: GetProgram) -> Iterator[PlannedPhase]:
+    def sweep_phases(self, get_program: GetProgram) -> Iterator[PlannedPhase]:
         """Yields the phases that generate a sweep's answers: encode images, fill the KV cache, decode."""
         vlm, options, length = self.vlm, self.config.sweep, self.config.data.max_prompt_tokens
         slots, group_rows = queue.group_sizes(options.batch_size, self.mesh)
@@ -160,7 +163,12 @@ class AbstractRun:
         )  # fmt: skip
         yield encode
         encoded = self.outputs(
-            encode, compiled, group_rows, lambda params, images: _merge(vlm, params).encode(images), vlm.params, images
+            encode,
+            get_program,
+            group_rows,
+            lambda params, images: _merge(vlm, params).encode(images),
+            vlm.params,
+            images,
         )
         lora, state = None, self.state
         if self.settings.lora_scale is not None:
@@ -187,20 +195,20 @@ class AbstractRun:
             [self.weights(policy=False), state], held=True,
         )  # fmt: skip
 
-    def training_phases(self, compiled: GetProgram) -> Iterator[PlannedPhase]:
+    def training_phases(self, get_program: GetProgram) -> Iterator[PlannedPhase]:
         """Yields the phases of an iteration of the run's algorithm."""
-        return self.algorithm.planned(self, compiled)
+        return self.algorithm.planned(self, get_program)
 
     def outputs(
-        self, phase: PlannedPhase, compiled: GetProgram, batch: int, function: Callable[..., Any], *arguments: Any,
+        self, phase: PlannedPhase, get_program: GetProgram, batch: int, function: Callable[..., Any], *arguments: Any,
         first: bool = False,
     ) -> Any:  # fmt: skip
         """Returns the results of a phase, which computes `function(*arguments)` for `batch` rows, as abstract arrays.
 
-        They have the shardings of the compiled program. If there is none, they are split by rows. If `first`, only the
-        first of several results is returned.
+        Their shardings are those of the compiled program; if there is no program, their rows are split over the mesh.
+        If `first`, only the first of several results is returned.
         """
-        program = compiled(phase)
+        program = get_program(phase)
         results = jax.eval_shape(function, *arguments) if program is None else phases.outputs(program)
         results = results[0] if first else results
         return self.rows(results, batch) if program is None else results

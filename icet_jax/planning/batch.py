@@ -17,12 +17,12 @@ from icet_jax.parallel.mesh import mesh_shape
 from icet_jax.parallel.topology import Topology
 
 Sizes = Mapping[str, int | None]
-"""Bytes per chip of each phase, by its name; None for a phase that the compiler refuses."""
+"""{phase: bytes per chip}; None instead of the bytes if the compiler refuses the phase, because it does not fit."""
 
 FIELDS = {"data.batch_size": "training", "sweep.batch_size": "sweep"}
 """Config fields whose largest value is searched for, and the part of the plan that each one decides."""
-_MAX_COMPILED = 5  # sizes that are compiled at most: each takes minutes
-_PRECISION = 4  # the result may be a quarter too small: memory is not exactly linear, so a closer search does not pay
+_MAX_COMPILED = 5  # largest number of batch sizes that are compiled, because each takes minutes
+_PRECISION = 4  # the search ends when the result may be too small by at most 1 / 4, because each step takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def check(topology: Topology) -> None:
 
 
 def unit_of(config: ConfigDict, count: int, field: str) -> int:
-    """Returns the number that the batch of `field` must be a multiple of on `count` chips."""
+    """Returns the number of which the batch size in `field` must be a multiple on `count` chips."""
     data, fsdp, _ = mesh_shape(count, **config.mesh)
     slices = math.lcm(config.lppo.minibatches * config.lppo.accumulation, group_size(config))
     return data * fsdp * (slices if FIELDS[field] == "training" else 1)
@@ -72,7 +72,7 @@ def unit_of(config: ConfigDict, count: int, field: str) -> int:
 
 @runtime_checkable
 class _PlanLine(Protocol):
-    """Declares what the search reads of a line of the plan (`icet_jax.commands.plan.PlanLine`)."""
+    """Declares the attributes of a line of the plan (`icet_jax.commands.plan.PlanLine`) that the search reads."""
 
     @property
     def phase(self) -> str: ...
@@ -112,7 +112,7 @@ def largest(
 
 
 def search(measure: Callable[[int], Sizes], *, field: str, unit: int, first: int, memory: float) -> LargestBatch:
-    """Searches for the largest number of rows whose phases all fit, compiling at most five sizes.
+    """Searches for the largest number of rows with which all phases fit, and compiles at most five sizes for that.
 
     Args:
       measure: compiles the phases for a number of rows and returns their bytes per chip.
@@ -133,8 +133,8 @@ def search(measure: Callable[[int], Sizes], *, field: str, unit: int, first: int
     fitting = [rows for rows in measured if fits(rows)]
     too_large = [rows for rows in measured if not fits(rows) and rows > max(fitting, default=0)]
     best, next_larger = max(fitting, default=None), min(too_large, default=None)
-    limit = next_larger or best
-    bound = "" if limit is None else _largest_phase(measured[limit])
+    limiting_rows = next_larger or best
+    bound = "" if limiting_rows is None else _largest_phase(measured[limiting_rows])
     return LargestBatch(field, best, unit, next_larger, bound, len(measured))
 
 

@@ -1,4 +1,4 @@
-"""Computes the memory that judges and the reward model take on the chips: that of their weights, which always stay."""
+"""Computes the memory that the weights of judges and reward model take on the chips, where they stay all the time."""
 
 from collections.abc import Iterable, Iterator
 
@@ -42,7 +42,7 @@ def _replace_ensembles(
 ) -> Iterator[str]:
     """Yields the names of scorers, with the members of an ensemble in its place.
 
-    `parents` are the ensembles around `names`. An ensemble in itself is left out, because a run refuses it.
+    `parents` are the ensembles that contain `names`. An ensemble that contains itself is left out; a run refuses it.
     """
     for name in names:
         members = definitions.get(name, {}).get("members")

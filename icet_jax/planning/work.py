@@ -10,10 +10,10 @@ from icet_jax.planning.ahead import AbstractRun, bytes_per_device
 
 @dataclasses.dataclass(frozen=True)
 class PhaseCost:
-    """What a phase computes and reads.
+    """Holds what a phase computes and reads.
 
     Attributes:
-      flops: operations of all chips together, if every answer is as long as allowed.
+      flops: floating-point operations of all chips together, if every answer has the largest allowed length.
       steps: how many times in sequence the phase reads all of its weights.
       read: bytes of weights that each chip reads at every step. Embeddings are not counted, because a step
         reads only a few of their rows.

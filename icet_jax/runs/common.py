@@ -59,7 +59,7 @@ def load_inputs(config: ConfigDict, workdir: Path, *, training: bool = False) ->
     Args:
       config: config of the run.
       workdir: run directory.
-      training: whether the run trains, and so needs the rows of `config.data.train`.
+      training: whether the run trains and therefore needs the rows of `config.data.train`.
 
     Raises:
       UserError: something is missing, broken or does not fit (the mesh is checked first), or rows or weights differ
@@ -94,7 +94,8 @@ def load_inputs(config: ConfigDict, workdir: Path, *, training: bool = False) ->
 
 @during("loading the model")
 def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> VLM:
-    """Loads the model of `config.model` with its start adapter merged in, split over all devices if there are several.
+    """Loads the model of `config.model`, with the start adapter (if any) merged into its weights, split over all
+    devices.
 
     Args:
       config: config of the run.
@@ -166,7 +167,7 @@ def _load_rows(config: ConfigDict, source: str, name: str, workdir: Path, limit:
 def _drop_too_long(
     config: ConfigDict, vlm: VLM, tests: dict[str, LoadedRows], train: LoadedRows | None
 ) -> tuple[dict[str, LoadedRows], LoadedRows | None, dict[str, dict[str, int]]]:
-    """Leaves out the rows whose prompts are too long for the model.
+    """Removes the rows whose prompts are too long for the model.
 
     Returns:
       `tests` and `train` without these rows, and {set: {row id: positions of its prompt}} of the rows left out.
@@ -175,6 +176,7 @@ def _drop_too_long(
     too_long: dict[str, dict[str, int]] = {}
 
     def drop(name: str, source: str, rows: LoadedRows, *, training: bool = False) -> LoadedRows:
+        """Returns the rows of the set `name` that fit, and records the others in `too_long`."""
         fitting, lengths = fitting_rows(
             config, vlm.processor, vlm.max_positions, source, name, rows.examples, training=training
         )
@@ -206,7 +208,7 @@ def _write_data_facts(
 
 
 def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, Path], None]) -> None:
-    """Calls `run` once, or once per seed of `config.seeds` and then writes the report over all seeds.
+    """Calls `run` once if `config.seeds` is empty; else once per seed, and then writes the report over all seeds.
 
     Args:
       config: config of the run.
@@ -218,12 +220,12 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
     """
     with claimed(workdir, config):
         for seed in config.seeds:
-            single = copy.deepcopy(config).unlock()
-            single.seed, single.seeds = seed, ()
+            seed_config = copy.deepcopy(config).unlock()
+            seed_config.seed, seed_config.seeds = seed, ()
             folder = workdir / f"seed_{seed}"
             print(f"seed {seed}: {folder}", file=sys.stderr)
-            with claimed(folder, single.lock()):
-                run(single, folder)
+            with claimed(folder, seed_config.lock()):
+                run(seed_config, folder)
         if not config.seeds:
             run(config, workdir)
         elif is_writer():
@@ -238,7 +240,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     The first process calls `run_lock.locked` and `run_dir.claim` for all processes of the run.
 
     Raises:
-      UserError: see those functions; or another process does not see the files of the first one.
+      UserError: see those functions; or a process does not see the files that the first one wrote.
     """
     with contextlib.ExitStack() as stack:
 

@@ -41,12 +41,11 @@ def load(spec: str | None = None, overrides: Mapping[str, Any] | Iterable[tuple[
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets the field with the dotted name `name` in `config` to the value that `text`, from the command line, stands
-    for.
+    """Sets the field with the dotted name `name` in `config` to a value that was written as `text` on the command line.
 
     The text is parsed by the type of the field: numbers, true/false, words; tuples are comma-separated; `none` unsets
-    an optional field. An open field accepts a Python dict, or one key as in `data.mixture.vqa=0.3`; so does a scorer
-    (`scorers.NAME.batch_size=8`).
+    an optional field. A field whose keys the user chooses accepts a Python dict, or a value for one key as in
+    `data.mixture.vqa=0.3` and `scorers.NAME.batch_size=8`.
 
     Raises:
       UserError: the field is unknown (the nearest is named) or the text does not fit its type.
@@ -77,9 +76,9 @@ def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
-    """Returns the value of type `kind` that `text` stands for, or raises a `UserError` about the field `name`.
+    """Converts `text` to a value of type `kind`; raises a `UserError` about the field `name` if it cannot.
 
-    The type `object` is that of a field that accepts the word "all" or a list.
+    The type `object` means that the field accepts the word "all" or a list.
     """
     try:
         if kind is bool:

@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from icet_jax.errors import UserError
-from icet_jax.evaluation.recheck import spread_pairs
+from icet_jax.evaluation.recheck import sample_pairs
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.parallel.distributed import on_first
 from icet_jax.report.loading import EXPORT_CHECK, read_json
@@ -31,9 +31,9 @@ def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Meas
     Args:
       config: config of the run.
       workdir: run directory.
-      vlm: the measured model. Its weights are deleted to make room for those of the files.
+      vlm: the measured model. Its weights are deleted to free memory for those of the files.
       measurements: the sweeps after training.
-      folder: folder of the export; that of the adapter if `config.export.form` is "adapter".
+      folder: folder of the export to check; the adapter's folder if `config.export.form` is "adapter".
 
     Raises:
       UserError: more answers differ than rounding explains (see `allowed`), or the files cannot be loaded.
@@ -45,7 +45,7 @@ def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Meas
         if not leaf.is_deleted():
             leaf.delete()
     exported = common.load_exported(config, vlm, folder, is_adapter=_form(config) == "adapter")
-    pairs = spread_pairs(measurements.sizes(), ROWS, config.seed)
+    pairs = sample_pairs(measurements.sizes(), ROWS, config.seed)
     differing = [
         {"dataset": name, "row": row, "exit": layer}
         for name, requested in pairs.items()
@@ -66,7 +66,8 @@ def allowed(count: int, dtype: str, platform: str) -> int:
 
 
 def _form(config: ConfigDict) -> str:
-    """Returns the form of the export that is checked: for "both" the full model, because the sweeps measure that."""
+    """Returns the form of the export that is checked, "full" or "adapter"; for "both" it is "full", which sweeps
+    measure."""
     return "adapter" if config.export.form == "adapter" else "full"
 
 

@@ -2,7 +2,7 @@
 
     {"schema": 1, "rows": {SET: {ROW ID: SHA-256}}, "checkpoints": {"model": {FILE: SHA-256}, "adapter": {...}}}
 
-Hashes are cut to 16 hexadecimal digits. Of a weight file only the size, the header and 64 blocks are hashed.
+Hashes are cut to 16 hexadecimal digits. The hash of a weight file covers only its size, its header and 64 blocks.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ Fingerprints = dict[str, dict[str, str]]
 def check_rows(workdir: Path, sets: Mapping[str, Sequence[Example]]) -> None:
     """Records hashes of the rows of a new run, or checks that the rows of a continued run have not changed.
 
-    Only the first process does this. A run directory of an earlier version that has no fingerprints gets them now.
+    Only the first process does this. A run of an earlier version that has no fingerprints counts as new.
 
     Args:
       workdir: the run directory.
@@ -105,8 +105,10 @@ def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, r
 
 
 def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> None:
-    """Raises a `UserError` if the `current` fingerprints of a kind, "rows" or "checkpoints", differ from the recorded
-    ones; if `record`, writes those that are not recorded yet."""
+    """Compares the `current` fingerprints with the recorded ones and raises a `UserError` if they differ.
+
+    `kind` is "rows" or "checkpoints". If `record`, fingerprints that are not recorded yet are written.
+    """
     path = workdir / NAME
     all_recorded = {**_read(path)}
     recorded = all_recorded.get(kind, {}) if has_begun(workdir) else {}
@@ -133,7 +135,7 @@ def _fingerprints_of_other_seeds(workdir: Path, kind: str) -> Iterable[Fingerpri
 
 
 def _read(path: Path) -> dict[str, Fingerprints]:
-    """Returns the fingerprints that a run directory records; empty if it has no such file.
+    """Returns {"rows" or "checkpoints": fingerprints} from the file `path`; empty if it does not exist.
 
     Raises:
       UserError: the file is damaged.
@@ -176,6 +178,7 @@ def _hash_rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
     stored_hashes: dict[StoredImage, str] = {}  # of images in prepared sets
 
     def image_hash(image: Any) -> str:
+        """Returns the hash of an image: of its file's bytes, or of the pixels of an image in memory."""
         if isinstance(image, str | Path):
             return file_hashes[image]
         if isinstance(image, StoredImage):

@@ -1,4 +1,4 @@
-"""Describes the cost of a sweep in one paragraph, printed before the sweep starts."""
+"""Describes the expected cost of sweeps in one paragraph, which is printed before they start."""
 
 from icet_jax.evaluation.cost import Cost
 from icet_jax.report.text import duration

@@ -43,8 +43,8 @@ def load(
       adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
       exit_rule: for Llama 3.2 Vision, what exit l feeds the projector: "E1", "E2" or "E5"
         (`icet_jax.models.mllama.network.EXIT_DEFINITIONS`); None means "E1".
-      capture: for Llama 3.2 Vision, which hidden states its captured intermediates are: "input" of the block, as it was
-        trained, or "output" of the block, as transformers since 4.56 reads them; None means "input".
+      capture: for Llama 3.2 Vision, which intermediate states its projector takes: each block's "input", as the model
+        was trained, or its "output", as transformers since 4.56 reads them; None means "input".
       template: chat template instead of the checkpoint's own, "vicuna_v1" or "llava_v1" (`config.data.template`).
 
     Raises:
@@ -72,15 +72,15 @@ def load_scorer(
     template: Callable[[str, str], str] | str | None = None,
     **options: Any,
 ) -> Scorer:
-    """Loads a scorer. Called with prompts (without chat template) and responses, it returns {metric: `Scores`}.
+    """Loads a scorer: a function of prompts (without chat template) and responses that returns {metric: `Scores`}.
 
     Args:
       path_or_id: "refusal_keywords", a checkpoint directory, a hub id, "organism:reward_model", or "organism:judge",
         the exact judge of the organism's world.
-      kind: kind of scorer, needed if the checkpoint's config does not say.
+      kind: kind of scorer; None if the checkpoint's config says it.
       template: turns a prompt and a response into the text that the scorer reads; a function, the name of a template,
         or None for the scorer's own.
-      options: `dtype`, `mesh`, `revision`, `batch_size` and the fields of the kind, see
+      options: `dtype`, `mesh`, `revision`, `batch_size` and the settings of this kind of scorer, see
         `icet_jax.scorers.load.load_scorer`.
 
     Raises:

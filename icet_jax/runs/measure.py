@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from icet_jax.evaluation.combined import place_of, row_attempts
+from icet_jax.evaluation.combined import transcript_key, row_attempts
 from icet_jax.evaluation.cost import Cost, estimate
 from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.recheck import answer_again
@@ -46,7 +46,7 @@ class Measurements:
         return sum(self._measure(side, name, vlm, path) for name, path in paths.items())
 
     def utility(self, side: str, vlm: VLM) -> int:
-        """Adds the results of the utility sets to `utility.json`; returns the number of generated tokens."""
+        """Measures the utility sets and adds the results to `utility.json`; returns the number of generated tokens."""
         names, path = list(self._config.sweep.utility), self._workdir / "utility.json"
         if not names:
             return 0
@@ -71,7 +71,7 @@ class Measurements:
             _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
 
     def is_complete(self, side: str) -> bool:
-        """Returns whether every sweep and utility set of a side has been measured; all processes call it."""
+        """Returns whether every sweep and utility set has been measured on a side; all processes must call it."""
         settings, folder = self._config.sweep, self._workdir / "sweeps"
         paths = [folder / f"{side}.{name}.json" for name in settings.datasets]
         paths += [folder / ".utility" / f"{side}.{name}.json" for name in settings.utility]
@@ -82,10 +82,9 @@ class Measurements:
         return {name: (len(self._tests[name]), len(self._exits(name))) for name in self._config.sweep.datasets}
 
     def differing(self, name: str, vlm: VLM, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
-        """Returns the (row id, exit) at which `vlm` gives another answer than the model that was measured after
-        training.
+        """Returns (row id, exit) for each answer of `vlm` that differs from the one measured after training.
 
-        All processes call this method.
+        All processes must call this method.
 
         Args:
           name: name of a data set whose sweep after training is complete.
@@ -96,7 +95,7 @@ class Measurements:
           UserError: the transcript of the sweep is damaged.
         """
         exits, rows = self._exits(name), self._tests[name]
-        requested_exits: dict[int, list[int]] = {}
+        requested_exits: dict[int, list[int]] = {}  # by index of the row
         for row, exit_index in pairs:
             requested_exits.setdefault(row, []).append(exits[exit_index])
         if not requested_exits:
@@ -108,9 +107,10 @@ class Measurements:
         answers = answer_again(vlm, rows, requested_exits, **settings)
 
         def compare() -> list[tuple[str, int]]:
+            """Returns the differing (row id, exit); only the first process, which reads the transcript, calls it."""
             keys = [(rows[row].id, layer, 0) for row, layer in sorted(answers)]
             transcript = finished_rows(self._transcript("after", name), keys)
-            measured = {place_of(row): (row["response"], row["scores"]["length"]) for row in transcript}
+            measured = {transcript_key(row): (row["response"], row["scores"]["length"]) for row in transcript}
             return [
                 (rows[row].id, layer)
                 for (row, layer), answer in sorted(answers.items())

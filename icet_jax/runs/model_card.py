@@ -112,7 +112,8 @@ def _front_matter(base: str, form: str) -> str:
 
 
 def _summary(run: Run, base: str) -> str:
-    """Returns the first paragraph: what the model is, and which exits its image encoder has."""
+    """Returns the first paragraphs: what the model is, and which exits its image encoder has; `base` names its base
+    model."""
     table = next(iter(run.tables.values()), {})
     exits = ""
     if table.get("num_exits"):
@@ -231,7 +232,8 @@ def _results(run: Run) -> str:
 
 
 def _attack_table(study: Study, dataset: str) -> str:
-    """Returns the worst exit's ASR and ASR at any exit, by judge, each with its interval; "" without the latter."""
+    """Returns a Markdown table with a row per judge: ASR at the worst exit and ASR at any exit, each with its
+    interval; "" if ASR at any exit was not measured."""
     rows = []
     for metric in study.judges(dataset):
         worst = [study.worst(phase, dataset, metric) for phase in PHASES]
@@ -252,7 +254,7 @@ def _attack_table(study: Study, dataset: str) -> str:
 
 
 def _with_interval(value: Value, show: Callable[[float], str]) -> str:
-    """Returns a number with its 95% interval in brackets."""
+    """Returns a mean with its 95% interval in brackets, if that is known; `show` turns a number into text."""
     if value.low is None or value.high is None:
         return show(value.mean)
     return f"{show(value.mean)} ({show(value.low)} to {show(value.high)})"
@@ -304,7 +306,8 @@ def _result_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _metrics_by_column(table: Mapping[str, Any]) -> dict[str, JsonObject]:
-    """Returns the metrics of a sweep file by group of exits, or by exit if groups are missing."""
+    """Returns {column title: metrics} of a sweep file: a column per group of exits, or per exit if groups are
+    missing."""
     groups = table.get("groups") or {}
     if all(name in groups for name in _COLUMNS):
         return {name: groups[name].get("metrics", {}) for name in _COLUMNS}
@@ -336,7 +339,8 @@ def _field(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _public(value: Any) -> Any:
-    """Returns a source string or checkpoint without the folders of its paths; other values and hub ids unchanged."""
+    """Returns a source string or checkpoint path with only the last part of each path; hub ids and values of other
+    types are returned unchanged."""
     if not isinstance(value, str) or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
         return value
     if SOURCE_JOIN in value:
@@ -354,7 +358,7 @@ def _plain(value: object) -> str:
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Returns a Markdown table."""
+    """Returns a Markdown table of cells that are already escaped."""
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,4 +1,4 @@
-"""The run directory: which config it belongs to, what the run cost, and whether it has results."""
+"""Manages a run directory: which config it belongs to, whether it has results, and what the run cost."""
 
 import contextlib
 import json
@@ -25,11 +25,12 @@ _SHOWN_FIELDS = 4  # most differing fields that an error names
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Makes `workdir` the run directory of `config`, or checks that it already is.
 
-    A folder in which nothing has been measured yet may be claimed by another config. So a run that stopped at once, for
-    example because of a mistyped field, needs no new folder.
+    The config of a folder without any results is replaced. So a run that stopped at once, for example because of a
+    mistyped field, does not need another folder when it is started again.
 
     Raises:
-      UserError: the folder cannot be written to, or holds a run of another config (differing fields are named).
+      UserError: the folder cannot be written to, or has results of a run with another config (differing fields are
+        named).
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -93,9 +94,9 @@ def read_config(path: Path) -> ConfigDict:
 
 
 def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") -> JsonObject:
-    """Returns the fields of a config, or of its section "NAME.", with absent ones set to their defaults.
+    """Returns a config's fields, with the default values of those that are absent.
 
-    Open fields, whose keys the user chooses, are not completed.
+    `section` is "" for the whole config or "NAME." for that section. Fields whose keys the user chooses are unchanged.
     """
     filled = dict(values)
     for name, value in defaults.items():
@@ -125,7 +126,7 @@ class Costs:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[JsonObject]:
-        """Times the block as the stage `name` and writes cost.json when it ends, also with an error.
+        """Times the block as the stage `name`, and writes cost.json when the block ends or raises an error.
 
         Yields a dict, in which the block may put other quantities to sum, such as "tokens".
         """

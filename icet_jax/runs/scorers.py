@@ -34,7 +34,7 @@ class ScorerLoader:
         self._cache = ScoreCache(config.sweep.score_cache or workdir / "scores")
 
     def __call__(self, name: str) -> Scorer:
-        """Returns the scorer named `name`, which computes every score anew.
+        """Returns the scorer named `name` without a cache: it computes every score when it is called.
 
         Raises:
           UserError: it cannot be loaded, or an ensemble is a member of itself.
@@ -50,12 +50,12 @@ class ScorerLoader:
         return [cached(self(name), self._cache) for name in names]
 
     def _load(self, name: str, parents: tuple[str, ...]) -> Scorer:
-        """Returns the scorer `name`; `parents` are the ensembles that it is loaded for, the outermost first."""
+        """Returns the scorer `name`; `parents` are the ensembles that contain it, the outermost first."""
         if name in parents:
             raise UserError(f"config.scorers.{name}: is a member of itself ({' -> '.join((*parents, name))})")
         definition = self._definitions.get(name)
         if definition is not None and "members" in definition:
-            # Only the members of an ensemble take time to load, and they are stored.
+            # An ensemble is not stored in _LOADED: only its members take time to load, and they are stored there.
             return self._load_defined(name, definition, parents)
         # Toy weights depend on the run directory; all others are the same for every run of the process.
         toy_folder = str(self._workdir) if "toy:" in f"{name} {definition}" else ""
@@ -79,7 +79,8 @@ class ScorerLoader:
             raise UserError(f"{name}: did you mean {nearest[0]}, of config.scorers? ({error})") from error
 
     def _load_defined(self, name: str, definition: JsonObject, parents: tuple[str, ...]) -> Scorer:
-        """Returns the scorer that `config.scorers` defines under `name`; `parents` are the ensembles around it."""
+        """Returns the scorer that `config.scorers` defines under `name`; `parents` are the ensembles that contain
+        it."""
         from icet_jax.scorers.load import load_defined
 
         definition = dict(definition)

@@ -7,7 +7,7 @@ import icet_jax
 
 _PACKAGE = Path(icet_jax.__file__).parent
 FOLDERS = (_PACKAGE.parent, _PACKAGE)
-"""Folders that contain `configs/` and `examples/`: the repository, or the installed package."""
+"""Folders that may contain `configs/` and `examples/`: the repository, and the installed package."""
 
 
 def find(path: str | Path) -> Path | None:

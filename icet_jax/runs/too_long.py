@@ -1,4 +1,4 @@
-"""Finds rows whose prompts are too long before any program is compiled, and drops or rejects them."""
+"""Finds rows whose prompts are too long for the model before anything is compiled, and drops or rejects them."""
 
 import sys
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def fitting_rows(
     Args:
       config: config of the run.
       processor: processor of the model.
-      max_positions: most positions that the model has for a prompt and its answer; None for no limit.
+      max_positions: largest number of positions of a prompt and its answer together; None for no limit.
       source: source of the rows, for messages.
       name: name of the set, for messages.
       examples: rows of the set.
@@ -40,7 +40,7 @@ def fitting_rows(
       The rows that fit, and {row id: positions of its prompt} of the others.
 
     Raises:
-      UserError: no row fits, or one does not and `config.data.too_long` is "stop".
+      UserError: no row fits; or some row does not fit and `config.data.too_long` is "stop".
     """
     limit = _prompt_limit(config, max_positions, training)
     tokenizer_limit = max_tokens(processor.tokenizer)
@@ -69,8 +69,8 @@ def fitting_rows(
 
 
 class _PromptLimit(NamedTuple):
-    """Holds the most positions of a prompt (None: no limit), where that limit comes from, and advice on how to fix a
-    longer prompt, with "{}" for the positions of the longest one."""
+    """Holds the largest number of `positions` of a prompt (None: no limit), the `origin` of that limit for messages,
+    and `advice` on how to fix longer prompts, in which "{}" stands for the positions of the longest one."""
 
     positions: int | None
     origin: str
@@ -78,8 +78,8 @@ class _PromptLimit(NamedTuple):
 
 
 def _prompt_limit(config: ConfigDict, max_positions: int | None, training: bool) -> _PromptLimit:
-    """Returns the smaller of two limits: what the model has left beside the longest answer, and for training rows
-    `config.data.max_prompt_tokens`."""
+    """Returns the limit for prompts: the model's positions less those of the longest answer; for training rows
+    `config.data.max_prompt_tokens` if that is less."""
     field = "lppo.max_new_tokens" if training else "sweep.max_new_tokens"
     new_tokens = config.lppo.max_new_tokens if training else config.sweep.max_new_tokens
     model_limit = None if max_positions is None else max(max_positions - new_tokens, 0)

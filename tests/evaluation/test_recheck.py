@@ -2,7 +2,7 @@
 
 import pytest
 
-from icet_jax.evaluation.recheck import spread_pairs
+from icet_jax.evaluation.recheck import sample_pairs
 from icet_jax.runs.export_check import allowed
 
 
@@ -10,8 +10,8 @@ from icet_jax.runs.export_check import allowed
     "sizes", [{"a": (100, 24)}, {"a": (6, 4), "b": (50, 8)}, {"a": (2, 2), "b": (3, 1), "c": (9, 9)}]
 )
 def test_pairs_are_distinct_and_spread(sizes):
-    pairs = spread_pairs(sizes, 32, seed=3)
-    assert pairs == spread_pairs(sizes, 32, seed=3) and pairs != spread_pairs(sizes, 32, seed=4)
+    pairs = sample_pairs(sizes, 32, seed=3)
+    assert pairs == sample_pairs(sizes, 32, seed=3) and pairs != sample_pairs(sizes, 32, seed=4)
     assert sum(map(len, pairs.values())) == 32
     for name, (rows, exits) in sizes.items():
         chosen = pairs[name]
@@ -25,7 +25,7 @@ def test_pairs_are_distinct_and_spread(sizes):
 
 
 def test_small_sets_are_taken_whole():
-    pairs = spread_pairs({"a": (2, 2), "b": (1, 3)}, 32, seed=0)
+    pairs = sample_pairs({"a": (2, 2), "b": (1, 3)}, 32, seed=0)
     assert sorted(pairs["a"]) == [(0, 0), (0, 1), (1, 0), (1, 1)] and sorted(pairs["b"]) == [(0, 0), (0, 1), (0, 2)]
 
 

@@ -161,7 +161,7 @@ def test_transcripts_survive_odd_characters_and_a_cut_line(tmp_path):
     for cut in (1, 30):
         path.write_bytes(whole[:-cut])
         again = TranscriptFile(path, "mark", "judges", examples)
-        assert again.has(examples[1], 1) and not again.has(examples[0], 1)
+        assert again.is_judged(examples[1], 1) and not again.is_judged(examples[0], 1)
         again.add([row("a", 1)], judged=True)
         assert path.read_bytes() == whole
     assert len(path.read_text().splitlines()) == 2
@@ -174,11 +174,11 @@ def test_answers_wait_for_their_judges(tmp_path):
     TranscriptFile(path, "mark", "old", examples).add([row("a", 1), row("b", 1)], judged=False)
     for judges in ("old", "new"):
         file = TranscriptFile(path, "mark", judges, examples)
-        assert file.answer(examples[0], 1) == row("a", 1) and not file.has(examples[0], 1)
+        assert file.answer(examples[0], 1) == row("a", 1) and not file.is_judged(examples[0], 1)
         assert file.answer(examples[0], 2) is None and file.answer(examples[0], 1, attempt=1) is None
         file.add([row("a", 1), row("b", 1)], judged=True)
-        assert file.has(examples[0], 1)
-    assert TranscriptFile(path, "mark", "new", examples).has(examples[1], 1)
+        assert file.is_judged(examples[0], 1)
+    assert TranscriptFile(path, "mark", "new", examples).is_judged(examples[1], 1)
 
 
 def test_rows_of_earlier_versions_get_the_attack_formats_of_their_data_set(tmp_path):
@@ -186,7 +186,7 @@ def test_rows_of_earlier_versions_get_the_attack_formats_of_their_data_set(tmp_p
     TranscriptFile(path, "mark", "judges", [Example("a", "p")]).add([row("a", 1)], judged=True)
     attacks = [Example("a", "p", format="SD", transferred=True)]
     file = TranscriptFile(path, "mark", "judges", attacks)
-    assert file.has(attacks[0], 1)
+    assert file.is_judged(attacks[0], 1)
     assert file.finish([1]) == [row("a", 1) | {"format": "SD", "transferred": True}]
     assert '"format": "SD"' in path.read_text()
 

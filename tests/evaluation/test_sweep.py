@@ -15,7 +15,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation import queue
 from icet_jax.evaluation import sweep as sweeping
-from icet_jax.evaluation.combined import place_of
+from icet_jax.evaluation.combined import transcript_key
 from icet_jax.evaluation.sweep import sweep
 from icet_jax.generation import engine
 from icet_jax.nn.protocols import init_lora
@@ -130,7 +130,7 @@ def test_attempts_at_forbidden_rows(vlm, tmp_path, monkeypatch):
     several = run(vlm, sampling=sampling, exits=[2, 4], seed=5, attempts=3, transcript_path=thrice)
     assert len(calls) == 2 * encoded_once, "further attempts encode no image again"
 
-    places = [place_of(row) for row in several.rows]
+    places = [transcript_key(row) for row in several.rows]
     assert places == [
         (row.id, layer, attempt)
         for row in bundle.rows()
@@ -142,7 +142,7 @@ def test_attempts_at_forbidden_rows(vlm, tmp_path, monkeypatch):
     for row in "abf":
         assert len({answers[row, 2, attempt] for attempt in range(3)}) == 3
     alone = run(vlm, sampling=sampling, exits=[2], seed=5, attempts=3, batch_size=1)
-    assert all(answers[place_of(row)] == row["response"] for row in alone.rows)
+    assert all(answers[transcript_key(row)] == row["response"] for row in alone.rows)
 
     table = several.sweep
     assert table["generation"]["attempts"] == 3 and [layer["n"] for layer in table["layers"]] == [13, 13]
@@ -170,8 +170,8 @@ def test_attempts_share_what_rows_about_one_image_begin_with(vlm, tmp_path, monk
     original, started = queue.run_prefix, []
     monkeypatch.setattr(queue, "run_prefix", lambda *args: started.append(1) or original(*args))
     settings = dict(sampling=vlm.sampling(6, temperature=1.0), exits=[2, 4], attempts=2)
-    expected = {place_of(row): row["response"] for row in run(vlm, rows=apart, **settings).rows}
-    assert {place_of(row): row["response"] for row in run(vlm, rows=rows, **settings).rows} == expected
+    expected = {transcript_key(row): row["response"] for row in run(vlm, rows=apart, **settings).rows}
+    assert {transcript_key(row): row["response"] for row in run(vlm, rows=rows, **settings).rows} == expected
     assert len(started) == 1 and len(expected) == 8
 
 
