@@ -1,4 +1,4 @@
-"""LoRA adapters as one type, whether their factors are still on devices or come from a file."""
+"""Represents LoRA adapters by one type, whether their factors are on devices or come from a file."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Adapter:
       targets: names of the adapted projections, the keys of `Lora.weights`.
       factors: function of (target, layer index in its stack) that returns float32 `a [in, r]` and `b [r, out]` for
         x @ a @ b; zeros if that layer is not adapted. All processes of a run must call it in the same order, because
-        it may be collective.
+        arrays of several processes may have to be gathered.
     """
 
     rank: int
@@ -41,7 +41,7 @@ class Adapter:
 
 
 def adapter_from_lora(lora: Lora) -> Adapter:
-    """Returns an `Adapter` that reads its factors from trained LoRA weights, on any devices."""
+    """Returns an `Adapter` whose factors are those of trained LoRA weights, which may be on several devices."""
     rank = next(iter(lora.weights.values()))["a"].shape[-1]
 
     def factors(target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:

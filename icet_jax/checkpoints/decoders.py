@@ -1,4 +1,4 @@
-"""The decoders that the package knows, which all are `nn.llama` with other fields of config.json.
+"""Defines the supported decoders, which are all the network `nn.llama` with different fields of config.json.
 
 The text part of a vision-language model, a judge and a reward model are read by the same functions. A decoder is one
 line of `icet_jax.config.names.DECODERS` and one entry of `DECODERS` here.
@@ -30,8 +30,8 @@ class Decoder:
       biased: projections that always have a bias.
       bias_fields: {field of config.json: projections that have a bias if it is true}; other fields of this sort are
         refused.
-      window: whether attention reaches back `sliding_window` tokens only: never, unless that field is null, or if
-        `use_sliding_window` is true.
+      window: when attention is limited to the last `sliding_window` tokens: "never"; "unless null", if that field is
+        set; "if used", if `use_sliding_window` is true.
     """
 
     model_type: str
@@ -60,7 +60,7 @@ DECODERS = {
 
 
 def decoder_kind(values: Any, where: str) -> Decoder:
-    """Returns the kind of a decoder's part of config.json; one that names no `model_type` is a Llama.
+    """Returns the kind of decoder that a part of config.json describes; without a `model_type` it is a Llama.
 
     Raises:
       UserError: the part is not a mapping, or its `model_type` is not in `DECODERS`.
@@ -74,13 +74,13 @@ def decoder_from_hf(
 ) -> LlamaConfig:
     """Returns the network's config for a decoder's part of config.json (HF `LlamaConfig`, `MistralConfig`, ...).
 
-    A sliding window is not part of it: callers ask `attention_window`, and see that texts are no longer.
+    The result does not contain the sliding window: callers read it with `attention_window` and refuse longer texts.
 
     Args:
       values: the parsed config.json, or the part of it that describes the decoder.
       where: name of `values` in error messages.
-      kind: kind of the decoder; by default what `values` name.
-      tied: whether an outer config ties the head to the embeddings.
+      kind: kind of the decoder; None for the one that `values` name.
+      tied: whether the enclosing config says that the head shares the weights of the embeddings.
 
     Raises:
       UserError: a value would need a different network.

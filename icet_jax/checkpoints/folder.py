@@ -1,4 +1,4 @@
-"""Writes export folders, which are complete or absent and replace only earlier exports."""
+"""Writes the folders of exports completely or not at all, and replaces nothing but earlier exports."""
 
 import contextlib
 import json
@@ -38,9 +38,9 @@ def check_target(out_dir: Path, source: Path | None, marker: str) -> None:
 
 @contextlib.contextmanager
 def unfinished_folder(out_dir: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `out_dir`, which replaces `out_dir` if the block succeeds, else is removed.
+    """Yields a temporary folder, which becomes `out_dir` if the block succeeds and is removed otherwise.
 
-    Its name depends on `out_dir` alone, so the next export removes what a killed one left.
+    Its name depends on `out_dir` alone, so an export removes what a killed process left.
 
     Raises:
       UserError: the folder cannot be written.

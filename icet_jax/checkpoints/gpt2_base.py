@@ -1,4 +1,4 @@
-"""Loads the GPT-2 that reward training starts from: a language model, which gets a score head, or a reward model."""
+"""Loads the GPT-2 from which the training of a reward model starts: a language model or an earlier reward model."""
 
 import functools
 from pathlib import Path

@@ -37,9 +37,9 @@ class Fields:
     """
 
     def __init__(self, values: object, defaults: JsonObject, where: str):
+        """Stores `values`, which must be a mapping; absent or null fields get the values in `defaults`."""
         if not isinstance(values, dict):
             raise UserError(f"{where}: must be a mapping, not {shown(values)}")
-        # An explicit null means the default, like an absent key.
         self.values = defaults | {key: value for key, value in values.items() if value is not None}
         self.where = where
 
@@ -70,7 +70,7 @@ class Fields:
         return value
 
     def only(self, field: str, *allowed: object) -> None:
-        """Raises an error if the field is present and its value, not in `allowed`, would need another network."""
+        """Raises an error if the field is present and its value is not in `allowed`; it needs another network."""
         if field in self.values and self.values[field] not in allowed:
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
 
@@ -102,7 +102,7 @@ def read_hf_config(directory: str | Path) -> JsonObject:
 
 
 def _refuse_quantised(values: JsonObject, where: str) -> None:
-    """Raises a `UserError` if a `quantization_config` says that the weights are not plain floating-point numbers."""
+    """Raises a `UserError` if the config or a sub-config has a `quantization_config`."""
     sub_configs = ((f"{name}.", values.get(name)) for name in ("text_config", "vision_config"))
     for prefix, config in (("", values), *sub_configs):
         quantization = config.get("quantization_config") if isinstance(config, dict) else None

@@ -1,4 +1,4 @@
-"""Writes HF checkpoint directories in the old layout with old config keys, which transformers 4.46 to 5.x load.
+"""Writes HF checkpoint directories with the tensor names and config keys that all transformers from 4.46 to 5.x load.
 
 "The source" is the checkpoint that the model was loaded from. Tensors that training did not change are copied from it
 byte for byte; the others are cast to its dtypes. Tensors are written one by one, and the host holds one tensor (or one
@@ -31,8 +31,8 @@ from icet_jax.parallel.sharding import flatten_with_names
 MAX_SHARD_BYTES = 5_000_000_000
 
 ConfigWriter: TypeAlias = Callable[[JsonObject | None, str, set[str]], JsonObject]
-"""Function that returns the new `config.json` from the source's (or None), torch's name of the weights' dtype, and the
-tied keys that the files omit."""
+"""Function of (the source's `config.json` or None, torch's name of the weights' dtype, keys that the files omit) that
+returns the new `config.json`."""
 
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -51,9 +51,9 @@ class Export:
       params: parameters by path.
       reader: the source's open files, or None.
       keys: {key in the old layout: key in the source}.
-      start: adapter that was merged into the source's weights when they were loaded, or None.
-      lora: adapter to merge into the parameters, or None.
-      trained: path prefixes of the parameters that may differ from the source; None if all may.
+      start: adapter that was merged into the source's weights when they were loaded; None if there was none.
+      lora: adapter that is merged into the exported tensors; None for no adapter.
+      trained: prefixes of the paths of the parameters that may differ from the source; None if all may.
     """
 
     table: Table
@@ -101,13 +101,14 @@ class Export:
         return any(entry.path == root or entry.path.startswith(f"{root}/") for root in self.trained)
 
     def tied(self) -> set[str]:
-        """Returns the keys whose tensors the file omits, because they equal those that they are tied to.
+        """Returns the keys whose tensors the files omit because they equal their fallback (tied embeddings).
 
-        A key that the source does not omit is not among them.
+        A tensor that the source's files contain is never omitted.
         """
         return {entry.key for entry in self.table.entries if entry.fallback and self._is_tied(entry)}
 
     def _is_tied(self, entry: TableEntry) -> bool:
+        """Returns whether the tensor of an entry that has a fallback equals the fallback's tensor."""
         if self.reader is not None and self.keys[entry.key] != self.keys[entry.fallback or ""]:
             return False
         fallback = next(candidate for candidate in self.table.entries if candidate.key == entry.fallback)

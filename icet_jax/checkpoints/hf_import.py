@@ -28,7 +28,7 @@ class Checkpoint:
       config: sizes of the network: a model family's config, `GPT2Config`, or a scorer's (see `scorers.networks`).
       hf_config: the parsed `config.json`.
       directory: where it was loaded from; `save_vlm(..., source_dir=directory)` copies unchanged tensors from there.
-      adapter: adapter that was merged into the parameters during loading, or None.
+      adapter: adapter that was merged into the parameters during loading; None if there was none.
     """
 
     graphdef: nnx.GraphDef
@@ -40,7 +40,7 @@ class Checkpoint:
 
     @property
     def model(self) -> Any:
-        """Returns the network with its weights."""
+        """The network with its weights."""
         return nnx.merge(self.graphdef, self.params)
 
 
@@ -72,7 +72,7 @@ def load_network(
       param_dtype: dtype of the parameters, to which tensors are converted when they are read.
       mesh: mesh for the parameters (every path needs a rule in `icet_jax.parallel.sharding`); None for the default
         device.
-      adapter: adapter whose update is added in float32, or None.
+      adapter: adapter that is merged into the parameters, in float32; None for none.
 
     Returns:
       Structure and parameters; `nnx.merge` of them is the network.
@@ -106,12 +106,12 @@ def match_keys(table: Table, params: Mapping[str, Any], reader: TensorReader, wh
     keys: dict[str, str] = {}
     for key in reader.duplicates:
         problems.add("in more than one file", key)
-    slot_by_key = {entry.key: entry for entry in table.entries}
+    table_keys = {entry.key for entry in table.entries}
     for key in reader.shapes:
-        old = table.normalise(key)
+        old = table.normalise(key)  # the key in the old layout
         if old is None:
             continue
-        if old not in slot_by_key:
+        if old not in table_keys:
             problems.add("unexpected", key)
         elif old in keys:
             problems.add("duplicate", f"{key} and {keys[old]}")

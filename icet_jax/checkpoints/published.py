@@ -1,6 +1,6 @@
-"""Contents of the published `config.json` of the models in `configs/`, so that plans need no network connection.
+"""Contents of the published `config.json` of the models in `configs/`, so that `--mode=plan` needs no network.
 
-They are only for planning; a run reads the checkpoint's own config.json. Values that do not determine shapes are left
+Only plans use them; a run reads the checkpoint's own config.json. Values that do not determine shapes are left
 out where they are transformers' class defaults.
 """
 

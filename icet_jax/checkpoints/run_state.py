@@ -77,15 +77,13 @@ class RunState:
 
     @property
     def best(self) -> int | None:
-        """The step with the highest value recorded by `measure` (the first of equal ones); None if no save has a
-        value."""
+        """The step with the highest value recorded by `measure` (the first of equal ones); None without any value."""
         values = {step: value for step, value in self._measured.items() if value is not None}
         return max(sorted(values), key=values.__getitem__, default=None)
 
     @property
     def measured(self) -> dict[int, float | None]:
-        """{step: value recorded by `measure`} of the existing saves; None for a save that must not count as the
-        best."""
+        """{step: value recorded by `measure`} of the existing saves; None if a save must not count as the best."""
         return dict(self._measured)
 
     def measure(self, step: int, value: float | None) -> None:
@@ -260,8 +258,7 @@ class RunState:
         write_text_atomic(self.directory / _MEASURED, json.dumps(self._measured) + "\n")
 
     def _read_metadata(self, step: int) -> JsonObject:
-        """Returns the metadata of a save: {"arrays": {name: description of the array}, "user": `metadata` of
-        `save`}."""
+        """Returns the metadata of a save: {"arrays": {name: description}, "user": `metadata` of `save`}."""
         args = self._ocp.args
         sealed = self._manager.restore(step, args=args.Composite(**{_METADATA: args.JsonRestore()}))[_METADATA]
         if zlib.crc32(sealed["content"].encode()) != sealed["crc32"]:

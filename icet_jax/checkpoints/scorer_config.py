@@ -97,7 +97,7 @@ def deberta_from_hf(values: JsonObject, where: str = "config.json") -> DebertaCo
       where: name of the file in error messages.
 
     Raises:
-      UserError: there are several labels, or a value would need a different network, as DeBERTa-v2's would.
+      UserError: there are several labels, or a value would need a different network, as those of DeBERTa-v2 do.
     """
     fields = Fields(values, _DEBERTA_DEFAULTS, where)
     require_one_label(fields)

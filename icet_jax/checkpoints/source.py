@@ -1,4 +1,4 @@
-"""Finds a checkpoint's directory, locally or on the Hugging Face hub, and its tokens that end and pad a response."""
+"""Finds the directory of a checkpoint, locally or on the Hugging Face hub, and its end and padding tokens."""
 
 import os
 import re
@@ -120,8 +120,8 @@ def generation_tokens(
 ) -> tuple[tuple[int, ...], int]:  # fmt: skip
     """Returns the token ids that end a response, and the one that pads it.
 
-    They are read from generation_config.json or, as transformers does, from config.json where that lacks them. The
-    defaults are LLaMA's end token, 2, and the first end token as padding.
+    Each is read from generation_config.json or, if that lacks it, from config.json, as in transformers. The default end
+    token is 2, as in LLaMA; the default padding token is the first end token.
 
     Args:
       directory: directory of the checkpoint.

@@ -21,11 +21,11 @@ from icet_jax.parallel import sharding
 from icet_jax.typing import Array, DType, Shaped
 
 BLOCK_BYTES = 128 * 2**20
-"""Layers of a stacked parameter are moved together up to this size; a larger layer is moved alone."""
+"""Size up to which layers of a stacked parameter are moved together; a layer that is larger is moved alone."""
 
 Index = tuple[slice, ...]
 ReadBlock = Callable[[Sequence[TableEntry]], list[np.ndarray]]
-"""Function from some entries of one parameter to their tensors, in the parameter's layout."""
+"""Function from some table entries of one parameter to their tensors, in the parameter's layout."""
 
 
 def load_params(
@@ -51,6 +51,7 @@ def load_params(
     progress = ByteProgress("loading weights", sum(sizes[key] for key in file_keys))
 
     def read_block(block: Sequence[TableEntry]) -> list[np.ndarray]:
+        """Returns the tensors of these entries with their updates, see `ReadBlock`."""
         progress.advance(sum(sizes[keys[entry.key]] for entry in block))
         return [with_delta(entry.transform.to_param(reader.read(keys[entry.key])), delta(entry)) for entry in block]
 
@@ -68,7 +69,7 @@ def refill_params(
     *,
     donate: bool,
 ) -> nnx.State:
-    """Returns parameters of which some have new contents, with the same dtypes and devices; the others are shared.
+    """Returns parameters like `params`, with new contents for those in `entries`; all others are the same arrays.
 
     All processes of a run must call it if `tensor` is collective.
 
@@ -139,7 +140,7 @@ def _stack(tensors: Sequence[np.ndarray], dtype: DType, index: Index) -> np.ndar
 
 
 def _place(shape: tuple[int, ...], target: NamedSharding | None, create: Callable[[Index], np.ndarray]) -> jax.Array:
-    """Returns an array of `shape` with sharding `target` (None: on the default device).
+    """Creates an array of `shape` with sharding `target` (None: on the default device).
 
     `create` returns the part of the array at an index. It is called once for each distinct index of the devices, and
     must allocate new memory: on the CPU the array may use that memory, which must not be the mapped file.
@@ -180,12 +181,13 @@ def to_host(array: Shaped[Array, "..."], layer: int | None) -> Shaped[np.ndarray
     If other processes hold parts of it, they all must call this, in the same order.
     """
     replicate = not array.is_fully_addressable
-    piece = _piece(_piece_sharding(array, layer, replicate), layer is not None)(array, jnp.int32(layer or 0))
-    return np.asarray(piece.addressable_data(0) if replicate else piece)
+    copy = _copier(_copy_sharding(array, layer, replicate), layer is not None)(array, jnp.int32(layer or 0))
+    return np.asarray(copy.addressable_data(0) if replicate else copy)
 
 
-def _piece_sharding(array: jax.Array, layer: int | None, replicate: bool) -> NamedSharding | None:
-    """Returns the sharding of (one layer of) an array: replicated, or as the array's; None without a mesh."""
+def _copy_sharding(array: jax.Array, layer: int | None, replicate: bool) -> NamedSharding | None:
+    """Returns the sharding for a copy of (one layer of) an array: replicated if `replicate`, else that of the array;
+    None if the array is not on a mesh."""
     sharding = array.sharding
     if not isinstance(sharding, NamedSharding):
         return None
@@ -194,13 +196,13 @@ def _piece_sharding(array: jax.Array, layer: int | None, replicate: bool) -> Nam
 
 
 @functools.cache
-def _piece(target: NamedSharding | None, stacked: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _copier(target: NamedSharding | None, stacked: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns a function of (array, layer) that copies one layer, or the array if it is not stacked, to new memory.
 
     The copy is freed together with the host's array, which may share its memory.
     """
 
-    def piece(array: jax.Array, layer: jax.Array) -> jax.Array:
+    def copy(array: jax.Array, layer: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False) if stacked else jnp.copy(array)
 
-    return jax.jit(piece, out_shardings=target)
+    return jax.jit(copy, out_shardings=target)

@@ -26,7 +26,7 @@ from icet_jax.scorers.human import METRIC, Answer, read_labels, sample, to_csv
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
     """Writes a sample of the run's responses for people to label, or adds their labels to the run; returns 0.
 
-    A run of several seeds is sampled and labelled as a whole.
+    One sample and one file of labels cover all seeds of a run.
 
     Args:
       config: unused; the config.json in the run directory is read instead.
@@ -79,7 +79,7 @@ def _forbidden_answers(seed_name: str, folder: Path) -> list[Answer]:
 
 
 def _write_sample(answers: list[Answer], options: argparse.Namespace, seed: int) -> None:
-    """Writes `options.rows` randomly drawn answers to the CSV file `options.out`, and says so on standard error."""
+    """Writes `options.rows` randomly chosen answers to the CSV file `options.out`, and prints how many they are."""
     if options.out.exists():
         raise UserError(f"--out={options.out}: exists already and may hold labels; choose another name")
     if options.rows < 1:
@@ -94,8 +94,11 @@ def _write_sample(answers: list[Answer], options: argparse.Namespace, seed: int)
 
 
 def _add_to_transcripts(unsafe: Mapping[str, bool], seed_name: str, folder: Path) -> None:
-    """Adds the labels to the transcripts in the run directory `folder`; `unsafe` has people's verdicts by answer key,
-    of which `seed_name` is a part."""
+    """Adds people's verdicts to the transcripts in the run directory `folder`.
+
+    `unsafe` is {`Answer.key`: whether people call the answer unsafe}; `seed_name` is the seed in the keys, "" for one
+    seed.
+    """
     for side, dataset, path in finished_sweeps(folder):
         rows = read_transcript(path)
         for row in rows:

@@ -27,10 +27,10 @@ SCHEMA = 1
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
     """Writes `config.data.train` and the sets of the sweeps, skipping those whose sources have not changed; returns 0.
 
-    It prints one line per set and writes the same facts to `report.json` next to the sets: rows read, kept and dropped
-    by reason, repeats, test prompts that are training prompts, and, if the model's tokenizer is on this machine, rows
-    whose prompts are too long for the model. Rows that are too long stay in the sets, because other models can use
-    them; a run leaves them out.
+    It prints one line per set and writes the same facts to `report.json` next to the sets: numbers of rows read, kept,
+    repeated, and left out by reason; test prompts that are training prompts; and, if the model's tokenizer is on this
+    machine, rows whose prompts are too long for the model. Rows that are too long stay in the sets, because other
+    models can use them; a run leaves them out.
 
     Args:
       config: its `data` and `sweep` name the sources.
@@ -105,7 +105,8 @@ def _too_long(
     config: ConfigDict, model: Path, sets: dict[str, tuple[str, int | None]], undecoded: dict[str, Records]
 ) -> dict[str, dict[str, int]]:
     """Returns {set: {row id: positions of its prompt}} of the rows that a run of the model in the folder `model` will
-    leave out as too long. `sets` is the result of `named_sets`, `undecoded` has rows whose images are not decoded."""
+    leave out as too long. `sets` is the result of `named_sets`; `undecoded` has the rows of each set, read without
+    decoding images."""
     processor, positions = load_processor(model, template=config.data.template), max_positions(read_hf_config(model))
     too_long = {}
     for name, (source, _) in sets.items():

@@ -185,7 +185,7 @@ def _read_and_report(source: str, seed: int) -> Preferences:
 
 
 def _read_pairs(source: str, seed: int) -> Preferences:
-    """Returns the pairs of a file, or of the organism ("organism:train:COUNT"), the small embedded test model."""
+    """Returns the pairs of a file, or pairs generated for the small embedded test model ("organism:train:COUNT")."""
     origin, _, rest = source.partition(":")
     if origin != "organism":
         return read_pairs(source)
@@ -203,7 +203,8 @@ def _tokenise_set(
 ) -> PairSet:  # fmt: skip
     """Returns the pairs as token ids; pairs whose two texts are the same after truncation are left out.
 
-    Of the source's rows, `read` were read and `dropped` were left out so far, by reason; pairs left out here are added.
+    `read` is the number of rows read from the source, `dropped` counts the rows left out so far by reason; this
+    function adds to it.
     """
     tokens = tokenise(encode, pairs) if pairs else []
     usable = [index for index, (chosen, rejected) in enumerate(tokens) if chosen != rejected and chosen and rejected]
@@ -216,7 +217,7 @@ def _tokenise_set(
 def _run_steps(
     config: ConfigDict, workdir: Path, trainer: RewardTrainer, state: RewardState, optimizer: OptimizerSettings
 ) -> tuple[RewardState, dict[str, float]]:
-    """Takes all optimizer steps that follow the newest checkpoint in `workdir`, or `state` if there is no checkpoint.
+    """Takes the remaining optimizer steps, from the newest checkpoint in `workdir` or, if there is none, from `state`.
 
     Returns the last state and the metrics of the last step. A signal saves the state and raises `StopRun`.
     """

@@ -35,7 +35,7 @@ from icet_jax.vlm import VLM
 NEW_TOKENS = 32
 TOLERANCE = 2e-5
 ROUNDING_FACTOR = 8
-TIE = 5e-5  # of two logits that are closer than this, or than twice the allowed difference, either may be the larger
+TIE = 5e-5  # smallest difference of two logits that must have the same order on both sides (see `compare`)
 
 
 _Image = Image.Image | str | Path
@@ -43,11 +43,11 @@ _Image = Image.Image | str | Path
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Holds one line of the table.
+    """Holds the result of one comparison, which is a line of the table.
 
     Attributes:
       what: what was compared.
-      found: difference between the two sides.
+      found: difference between this package and transformers, as text.
       allowed: limit of the difference.
       passed: whether the difference is within the limit.
     """
@@ -63,8 +63,9 @@ class Answers:
     """Holds what one side, this package or transformers, computes for the compared inputs.
 
     Attributes:
-      hidden: hidden states of the image encoder [X, I, P, D]: state, image, position, width.
-      logits: {exit: float32 [B, T, V]}.
+      hidden: hidden states of the image encoder [X, I, P, D]: X states (one more than exits), I images of all rows, P
+        positions, width D.
+      logits: {exit: float32 [B, T, V]}: B rows, T positions, V tokens.
       tokens: {exit: greedy tokens [B, 32]}, padded after the end of the answer.
     """
 
@@ -78,8 +79,8 @@ class TransformersAnswers(Answers):
     """Holds the results of transformers with eager attention, and their rounding error.
 
     Attributes:
-      hidden_rounding: largest difference of each hidden state from that with sdpa attention, [X].
-      logits_rounding: {exit: the same for the logits}, at positions that are not padding.
+      hidden_rounding: largest difference of each hidden state from the one that sdpa attention gives, [X].
+      logits_rounding: {exit: largest difference of the logits from those of sdpa attention}, without padding.
       gaps: {exit: float32 [B, 32]}, the difference of the two largest logits from which each token was chosen.
     """
 
@@ -150,7 +151,10 @@ def verify(
 
 
 def compare(ours: Answers, theirs: TransformersAnswers, mask: np.ndarray) -> list[Check]:
-    """Returns the differences of hidden states, logits and tokens, each with its limit.
+    """Returns the checks of hidden states, logits and greedy tokens.
+
+    Where the two largest logits of transformers differ by less than `TIE` or twice the allowed difference, either token
+    may be the likelier one.
 
     Args:
       ours: results of this package.
@@ -180,7 +184,7 @@ def _limit(expected: np.ndarray, rounding: float) -> float:
 
 
 def _check_close(what: str, got: np.ndarray, expected: np.ndarray, rounding: float) -> tuple[Check, float]:
-    """Returns the check that the values are close enough, and the largest difference divided by its limit."""
+    """Returns the check that the values differ by no more than `_limit`, and the largest difference divided by it."""
     difference, allowed = float(np.abs(got - expected).max()), _limit(expected, rounding)
     return Check(what, f"{difference:.1e}", f"{allowed:.1e}", difference <= allowed), difference / allowed
 
@@ -203,10 +207,10 @@ def _check_likeliest(what: str, got: np.ndarray, expected: np.ndarray, tie: floa
 
 
 def _check_tokens(what: str, got: np.ndarray, expected: np.ndarray, is_clear: np.ndarray) -> Check:
-    """Returns the check that the tokens of each row [B, 32] are identical, up to a near tie.
+    """Returns the check that the tokens of each row, [B, 32], are identical up to the first near tie.
 
-    A row may differ from a token on where `is_clear` (bool [B, 32]) is False because the two largest logits were nearly
-    equal; all later tokens follow from that one.
+    `is_clear` (bool [B, 32]) is False where the two largest logits were nearly equal. A row may differ from such a
+    token on, because all later tokens depend on it.
     """
     for row in range(len(expected)):
         differing = np.flatnonzero(got[row] != expected[row])

@@ -35,7 +35,7 @@ FIGSTEP_PROMPT = (
 """FigStep's prompt for open models such as LLaVA, the same for every image; the image shows the request."""
 
 CAPTION_PROMPT = "Describe the image in one sentence."
-"""The benign prompt whose expected response is a caption."""
+"""The prompt of all rows of captions."""
 
 
 def read_harmbench(source: "ParsedSource") -> Records:

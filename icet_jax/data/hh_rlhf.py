@@ -1,4 +1,4 @@
-"""Preference pairs in the format of Anthropic's HH-RLHF: two transcripts that differ only in their last answer.
+"""Reads preference pairs in the format of Anthropic's HH-RLHF: two transcripts that differ only in the last answer.
 
 A file is .jsonl or .jsonl.gz. Each line is `{"chosen": TRANSCRIPT, "rejected": TRANSCRIPT}`. A transcript is
 "\\n\\nHuman: ...\\n\\nAssistant: ..." with any number of turns, and the assistant's turn is the last. Rows in another
@@ -135,8 +135,8 @@ def split_by_prompt(
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Returns (training pairs, held-out pairs); about the fraction `share` of the prompts is held out.
 
-    Whether a pair is held out depends on its prompt, `share` and `seed` alone. So pairs of one prompt stay together,
-    and new pairs do not move others.
+    Whether a pair is held out depends on its prompt, `share` and `seed` alone. So all pairs of a prompt are on the same
+    side, and adding pairs to a file does not change where its other pairs go.
     """
     train: list[PreferencePair] = []
     held_out: list[PreferencePair] = []

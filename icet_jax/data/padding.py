@@ -5,26 +5,26 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def bucket(length: int, longest: int | None = None, steps: int = 1, shortest: int = 32) -> int:
-    """Returns the padded length for rows of up to `length` tokens: from `shortest` to `longest`.
+def bucket(length: int, longest: int | None = None, buckets_per_doubling: int = 1, shortest: int = 32) -> int:
+    """Returns the length to which rows of up to `length` tokens are padded, at least `shortest` and at most `longest`.
 
     Args:
       length: number of tokens.
       longest: upper limit of the result; None for no limit.
-      steps: number of buckets between two powers of two; 1 gives only powers of two. Padding is at most 1 / steps of
-        `length`, where `shortest` does not require more.
+      buckets_per_doubling: number of buckets from one power of two (exclusive) to the next; 1 gives only powers of
+        two. Padding is at most `length` / buckets_per_doubling, unless `shortest` requires more.
       shortest: smallest bucket, a power of two. Other buckets are multiples of it (`longest` excepted).
     """
     power = max(shortest, 1 << max(length - 1, 0).bit_length())
-    step = max(shortest, power // 2 // steps)
+    step = max(shortest, power // 2 // buckets_per_doubling)
     padded = -(-max(length, 1) // step) * step
     return padded if longest is None else min(longest, padded)
 
 
 def prompt_bucket(length: int) -> int:
-    """Returns the padded length for prompts of up to `length` positions: a multiple of 16, about an eighth longer at
-    most."""
-    return bucket(length, steps=8, shortest=16)
+    """Returns the length to which prompts of up to `length` positions are padded: a multiple of 16, and at most about
+    an eighth more than `length`."""
+    return bucket(length, buckets_per_doubling=8, shortest=16)
 
 
 def pad_rows(

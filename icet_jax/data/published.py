@@ -228,8 +228,7 @@ def _xstest_rows(path: Path, rows: Iterator[RawRow], columns: str) -> Iterator[R
 
 
 def _required_id(fields: JsonObject, identity: str) -> str:
-    """Returns `identity`; raises `BadRow` if the row's field `id` is empty, because every row of this format must have
-    an id."""
+    """Returns `identity`; raises `BadRow` if the row's field `id` is empty, which every row of this format needs."""
     if not str(fields["id"]).strip():
         raise BadRow("no id", "the id is empty")
     return identity

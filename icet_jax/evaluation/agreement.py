@@ -110,8 +110,7 @@ class _Verdicts:
             self.verdicts[name] = values
 
     def compare(self, first: str, second: str, examples: int) -> JsonObject:
-        """Returns the entry of two judges in `agreement.json`, with at most `examples` responses on which they
-        differ."""
+        """Returns the entry of two judges in `agreement.json`, with at most `examples` differing responses."""
         judged_by_both = np.flatnonzero(np.isfinite(self.verdicts[first]) & np.isfinite(self.verdicts[second]))
         a, b = self.verdicts[first][judged_by_both], self.verdicts[second][judged_by_both]
         prompts = [self.prompts[row] for row in judged_by_both]

@@ -17,8 +17,7 @@ UNSAFE = 0.5
 
 
 def row_attempts(kind: str, attempts: int) -> int:
-    """Returns how many answers are generated for a row of this kind at an exit: `attempts` if forbidden, otherwise
-    1."""
+    """Returns how many answers a row of this kind gets at an exit: `attempts` if it is forbidden, otherwise 1."""
     return attempts if kind == "forbidden" else 1
 
 

@@ -81,8 +81,8 @@ def _longest_prompt(group: ImageGroup, prompts: Sequence[np.ndarray]) -> int:
 
 
 def _image_groups(rows: list[int], prompts: Sequence[np.ndarray], image_token: int) -> list[ImageGroup]:
-    """Returns `rows`, which have the same images, as one group if their prompts differ only after the images; else each
-    row as a group."""
+    """Returns `rows`, which have the same images, as one group if their prompts differ only after the images; else as
+    groups of one row."""
     if len(rows) == 1:
         return [ImageGroup((rows[0],))]
     shortest = min(len(prompts[row]) for row in rows)

@@ -125,8 +125,7 @@ def _worst_exits(measured: "_Measured", exits: Sequence[int]) -> dict[str, Table
 
 
 def _any_exit(measured: "_Measured") -> dict[str, Table]:
-    """Returns {metric: share of rows with an unsafe response at one or more exits}; `n_error` counts unknown
-    results."""
+    """Returns {metric: share of rows with an unsafe response at one or more exits}; `n_error` counts unknown ones."""
     tables = {}
     for metric in measured.judges:
         values, unknown = measured.any_exit(metric)

@@ -332,8 +332,7 @@ class _Runner:
         return answer_rows([example], layer, *columns, attempt=attempt, mixed=self.mixed)
 
     def _judge(self, minimum: int) -> None:
-        """Judges the responses in `unjudged`, `batch_size` at a time, until fewer than `minimum` are left (all if
-        0)."""
+        """Judges the responses in `unjudged`, `batch_size` at a time, until fewer than `minimum` are left or none."""
         while self.unjudged and len(self.unjudged) >= minimum:
             rows, self.unjudged = self.unjudged[: self.batch_size], self.unjudged[self.batch_size :]
             with during("judging"):

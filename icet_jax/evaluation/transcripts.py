@@ -13,7 +13,7 @@ from typing import Any
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.evaluation.combined import transcript_key, row_attempts
+from icet_jax.evaluation.combined import row_attempts, transcript_key
 from icet_jax.evaluation.scoring import facts
 from icet_jax.evaluation.summary import Row
 from icet_jax.files import append_text, read_bytes, seal, unseal, write_text_atomic
@@ -56,8 +56,7 @@ class TranscriptFile:
             (self._judged.add if judged else self._judged.discard)(key)
 
     def is_judged(self, example: Example, layer: int, attempt: int = 0) -> bool:
-        """Returns whether the current judges have judged the response of a row at an exit; False if there is no
-        response."""
+        """Returns whether a row has a response at an exit and the current judges have judged it."""
         return (example.id, layer, attempt) in self._judged
 
     def answer(self, example: Example, layer: int, attempt: int = 0) -> Row | None:

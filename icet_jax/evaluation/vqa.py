@@ -29,8 +29,7 @@ _MAX_PERIODS = 32  # the evaluator passes a flag with this value where re.sub ex
 
 
 def _misspelt_contractions() -> dict[str, str]:
-    """Returns {contraction with one apostrophe missing: correct contraction}, and an entry that the evaluator has
-    wrong."""
+    """Returns {contraction with one apostrophe missing: correct contraction}, and one wrong entry of the evaluator."""
     contractions = {"somebody'd": "somebodyd"}
     for word in _CONTRACTIONS.split():
         contractions |= {word[:index] + word[index + 1 :]: word for index, char in enumerate(word) if char == "'"}

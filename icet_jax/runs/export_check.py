@@ -66,8 +66,7 @@ def allowed(count: int, dtype: str, platform: str) -> int:
 
 
 def _form(config: ConfigDict) -> str:
-    """Returns the form of the export that is checked, "full" or "adapter"; for "both" it is "full", which sweeps
-    measure."""
+    """Returns which form of the export is checked: for "both" it is "full", which is what the sweeps measure."""
     return "adapter" if config.export.form == "adapter" else "full"
 
 

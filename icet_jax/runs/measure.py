@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from icet_jax.evaluation.combined import transcript_key, row_attempts
+from icet_jax.evaluation.combined import row_attempts, transcript_key
 from icet_jax.evaluation.cost import Cost, estimate
 from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.recheck import answer_again

@@ -112,8 +112,7 @@ def _front_matter(base: str, form: str) -> str:
 
 
 def _summary(run: Run, base: str) -> str:
-    """Returns the first paragraphs: what the model is, and which exits its image encoder has; `base` names its base
-    model."""
+    """Returns the first paragraphs: what the model is, trained from the model `base`, and which exits it has."""
     table = next(iter(run.tables.values()), {})
     exits = ""
     if table.get("num_exits"):
@@ -306,8 +305,7 @@ def _result_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _metrics_by_column(table: Mapping[str, Any]) -> dict[str, JsonObject]:
-    """Returns {column title: metrics} of a sweep file: a column per group of exits, or per exit if groups are
-    missing."""
+    """Returns {column title: metrics} of a sweep file: by group of exits, or by exit if it has no groups."""
     groups = table.get("groups") or {}
     if all(name in groups for name in _COLUMNS):
         return {name: groups[name].get("metrics", {}) for name in _COLUMNS}

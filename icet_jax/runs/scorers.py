@@ -79,8 +79,7 @@ class ScorerLoader:
             raise UserError(f"{name}: did you mean {nearest[0]}, of config.scorers? ({error})") from error
 
     def _load_defined(self, name: str, definition: JsonObject, parents: tuple[str, ...]) -> Scorer:
-        """Returns the scorer that `config.scorers` defines under `name`; `parents` are the ensembles that contain
-        it."""
+        """Returns the scorer that `config.scorers` defines under `name`; ensembles in `parents` contain it."""
         from icet_jax.scorers.load import load_defined
 
         definition = dict(definition)

@@ -15,7 +15,7 @@ def test_bucket(length, expected):
 
 @pytest.mark.parametrize(("length", "expected"), [(0, 32), (33, 64), (129, 160), (161, 192), (250, 256), (257, 320)])
 def test_finer_buckets(length, expected):
-    assert bucket(length, 300, steps=4) == min(expected, 300)
+    assert bucket(length, 300, buckets_per_doubling=4) == min(expected, 300)
 
 
 def test_padding_on_either_side():

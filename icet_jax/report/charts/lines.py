@@ -12,8 +12,7 @@ _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
 
 @dataclass(frozen=True)
 class Point:
-    """Holds one measured point. Its interval, `low` to `high`, is drawn if both are known, a circle around it if
-    `ring`."""
+    """Holds one measured point. Its interval, `low` to `high`, is drawn if both are known, a circle if `ring`."""
 
     x: Number
     y: float

@@ -31,8 +31,7 @@ _REWARDS = {"exact_match": "exact match with the training answers", "none": "not
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a paragraph on the training, its curves, and heat maps of each exit's scores; an empty list for a run
-    that did not train."""
+    """Returns a paragraph on the training, its curves, and heat maps of each exit's scores; [] without training."""
     names = list(dict.fromkeys(name for run in study.runs for row in run.history for name in row))
     plain = [name for name in names if "/" in name and not name.startswith("exit/")]
     main = [_curve(study, name, title) for name, title in _MAIN_CURVES.items() if name in plain]
