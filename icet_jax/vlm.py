@@ -45,20 +45,21 @@ class VLM:
       num_exits: number of exits, which are numbered 1..num_exits.
       default_exit: exit that the model was trained with.
       exit_definition: meaning of exit l in this family.
-      graphdef: structure of the network; `nnx.merge(graphdef, params)` is the model, for pure functions of your own.
+      graphdef: structure of the network; `nnx.merge(graphdef, params)` is the model, for use in your own functions.
       params: weights of the network.
       config: sizes of the network.
       directory: directory of the checkpoint.
-      template: name of a chat template instead of the checkpoint's own, or None.
-      adapter: LoRA that was merged while the model was loaded, or None.
-      lora: adapters that training added, separate from the weights, or None.
+      template: name of a chat template that replaces the checkpoint's; None to use the checkpoint's.
+      adapter: LoRA of an adapter directory that was merged into `params` while the model was loaded, or None.
+      lora: adapters that training added, separate from `params`, or None.
       mesh: mesh of the weights; None on the default device.
       eos_ids: tokens that end a response.
       pad_id: token that pads a response.
-      max_positions: most positions of a prompt, images included, and its response; None if config.json has no limit.
+      max_positions: limit of the positions of a prompt, images included, plus its response; None if config.json sets
+        none.
       suppress_ids: tokens that are never sampled.
       hidden_size: width of the decoder.
-      lora_shapes: decoder projections that LoRA can adapt (`init_lora`).
+      lora_shapes: {projection of the decoder: (layers, input size, output size)}, as `init_lora` takes it.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class VLM:
 
     @functools.cached_property
     def processor(self) -> Processor:
-        """Returns the processor, which maps `images=[...], prompts=[...]` to inputs; it is loaded on first use.
+        """Returns the processor, which turns `images=[...], prompts=[...]` into inputs; it is loaded on first use.
 
         Raises:
           UserError: the files of the tokenizer or image processor are missing or broken.
@@ -106,29 +107,28 @@ class VLM:
         return other
 
     def sampling(self, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Sampling:
-        """Returns the sampling settings with this model's EOS and pad tokens; placeholder and pad are never sampled."""
+        """Returns sampling settings with this model's EOS, pad and suppressed tokens."""
         return Sampling(max_new_tokens, temperature, top_k, top_p, self.eos_ids, self.suppress_ids, self.pad_id)
 
     def misfit(self, ids: Sequence[int] | np.ndarray, max_new_tokens: int) -> str | None:
-        """Returns why a prompt and its response are longer than the tokenizer or the model allows, or None if they are
-        not.
+        """Returns None if a prompt and its response fit the limits of the tokenizer and the model; else says why not.
 
         Args:
           ids: tokens of the prompt, image positions included (`processor.token_ids`).
           max_new_tokens: most tokens of the response.
 
         Raises:
-          UserError: see `processor`.
+          UserError: the processor cannot be loaded, see `processor`.
         """
         return self.processor.misfit(ids) or beyond_positions(len(ids), max_new_tokens, self.max_positions)
 
     def encode(self, inputs: Inputs, upto: int | None = None) -> "Encoding":
-        """Runs the image encoder once for all exits, or for those up to `upto` (later blocks are skipped).
+        """Runs the image encoder once for exits 1..upto, without the later blocks; None means all exits.
 
         `logits` and `generate` accept the result as `encoded`, so that several exits share one pass.
 
         Raises:
-          UserError: `upto` is not an exit, or the inputs do not fit each other or the model.
+          UserError: `upto` is not an exit, images and text contradict each other, or the model cannot take the images.
         """
         last = self.num_exits if upto is None else check_exit(upto, self.num_exits, "upto")
         images = self._images(inputs)
@@ -153,7 +153,10 @@ class VLM:
         return _logits(self.graphdef, self.params, self.lora, encoded.images, exit_index, tokens, mask)
 
     def hidden_states(self, inputs: Inputs) -> Float[Array, "X I P D"]:
-        """Returns states 0..num_exits of the image encoder, class token first; index 0 is the input of its first block.
+        """Returns hidden states 0..num_exits (axis X) of the image encoder for I images.
+
+        State 0 is the input of the first block, state l the output of block l. The first of the P positions is the
+        class token.
 
         Raises:
           UserError: `inputs` has no images.
@@ -175,7 +178,9 @@ class VLM:
         seed: int = 0,
         encoded: "Encoding | None" = None,
     ) -> "Responses":
-        """Generates a response for every row, which depends only on the row's prompt, images, number and the seed.
+        """Generates a response for every row.
+
+        It depends only on the row's prompt, its images, its number in the batch, the exit, the settings and the seed.
 
         Args:
           inputs: see `Inputs`; padding may be on either side.
@@ -208,16 +213,20 @@ class VLM:
     def save(self, directory: str | Path) -> Path:
         """Writes the model to a new directory in the Hugging Face layout, which transformers 4.46 to 5.x can load.
 
-        The written model contains `lora` and the adapter that was merged when the model was loaded. With several
+        `lora` and the adapter that was merged when the model was loaded are part of the written weights. With several
         processes all of them call this method, and the first one writes.
+
+        Returns:
+          `directory` as a path.
 
         Raises:
           UserError: the directory cannot be written.
         """
-        source, start = self.directory, self.adapter
-        return save_vlm(directory, self.config, self.params, source_dir=source, start=start, lora=self.lora)
+        source, merged_adapter = self.directory, self.adapter
+        return save_vlm(directory, self.config, self.params, source_dir=source, start=merged_adapter, lora=self.lora)
 
     def _exit(self, exit_layer: int | None, upto: int) -> Int[Array, ""]:
+        """Returns the exit (None: the default one) as an array; raises UserError if it is beyond 1..`upto`."""
         number = self.default_exit if exit_layer is None else exit_layer
         if not isinstance(number, int | np.integer) or isinstance(number, bool):
             raise UserError(f"exit_layer: {exit_layer!r} given; this model has exits 1..{self.num_exits}")
@@ -228,6 +237,7 @@ class VLM:
         return jnp.int32(number)
 
     def _text(self, inputs: Inputs, max_new_tokens: int = 0) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+        """Returns (tokens, mask) of the inputs on the devices; raises UserError if shapes, ids or lengths are wrong."""
         tokens = np.asarray(_entry(inputs, "input_ids"))
         mask = np.asarray(inputs["attention_mask"]) if "attention_mask" in inputs else np.ones_like(tokens)
         if tokens.ndim != 2 or tokens.shape != mask.shape:
@@ -242,6 +252,7 @@ class VLM:
         return place_rows((tokens.astype(np.int32), mask.astype(bool)), self.mesh)
 
     def _images(self, inputs: Inputs) -> Images | None:
+        """Returns the images of the inputs on the devices, or None if they have none."""
         tokens = np.asarray(_entry(inputs, "input_ids"))
         images = batch_images(self.config, inputs, num_rows=len(tokens))
         return None if images is None else place_rows(images, self.mesh)
@@ -251,8 +262,8 @@ class Encoding(NamedTuple):
     """Holds images that are encoded once for many exits.
 
     Attributes:
-      images: pytree of the family; None if the inputs have no images.
-      upto: the last exit that it can be used for.
+      images: encoder states at the exits, in the family's pytree; None if the inputs have no images.
+      upto: last exit for which the states were computed.
     """
 
     images: Any
@@ -260,7 +271,7 @@ class Encoding(NamedTuple):
 
 
 class Responses:
-    """Holds the result of `VLM.generate`.
+    """Holds the responses that `VLM.generate` returns, for B rows of at most A tokens.
 
     Attributes:
       tokens: int [B, A]; the pad token after the end of a response.

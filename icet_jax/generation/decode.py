@@ -1,4 +1,4 @@
-"""Prefill and decoding of a batch, in which every row is at its own position in its response.
+"""Reads the prompts of a batch into a cache (prefill) and then samples the responses token by token.
 
 `generate` runs a batch to its end in one program. `generation.engine` keeps rows in slots and starts a new row when a
 response has ended. Both use `prefill`, `begin` and `advance`.
@@ -21,7 +21,7 @@ class Generation(NamedTuple):
 
     Attributes:
       tokens: Int[B, A]; `pad_id` after the end of a response.
-      log_probs: Float32[B, A] of the sampled tokens, in nats (see `sample_tokens`); 0 after the end.
+      log_probs: Float32[B, A]; log-probs of the sampled tokens in nats (see `sample_tokens`); 0 after the end.
       mask: Bool[B, A]; True at the response up to and including its EOS.
     """
 
@@ -32,15 +32,15 @@ class Generation(NamedTuple):
 
 @flax.struct.dataclass
 class DecodingState:
-    """Holds the state of rows that are being decoded.
+    """Holds the state of B rows that are being decoded; they may have sampled different numbers of tokens.
 
     Attributes:
-      cache: cache of the prompt and of all sampled tokens except the last.
+      cache: KV cache of the prompt and of all sampled tokens except the last.
       keys: one typed key per row.
       tokens, log_probs: sampled tokens and their log-probs, `[B, A]`, as in `Generation`.
       count: number of sampled tokens, `[B]`.
-      limit: most tokens of a row's response, `[B]`.
-      done: True if the response has ended or the row is empty, `[B]`.
+      limit: largest number of tokens of the response, `[B]`; 0 for a row without a prompt.
+      done: True if the response has ended or its limit is 0, `[B]`.
     """
 
     cache: Cache
@@ -52,7 +52,7 @@ class DecodingState:
     done: Any
 
     def generation(self) -> Generation:
-        """Returns the responses so far."""
+        """Returns the tokens sampled so far."""
         mask = jnp.arange(self.tokens.shape[1]) < self.count[:, None]
         return Generation(tokens=self.tokens, log_probs=self.log_probs, mask=mask)
 
@@ -101,8 +101,15 @@ def prefill(
     lora: Lora | None = None,
     prefix: Cache | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Runs the prompts once and returns the logits of each row's first new token, and a cache of `prefix` and P
-    columns."""
+    """Runs the prompts through the model.
+
+    Args:
+      prefix: cache of B rows that the prompts continue; they then have no images of their own. None: they begin anew.
+      model, tokens, mask, visual, lora: see `generate`.
+
+    Returns:
+      (logits of each row's first new token, cache of the columns of `prefix` and the P columns of the prompts).
+    """
     hidden, cache = model.prefill(*_pad_right(tokens, mask), visual, prefix, lora)
     return model.logits(hidden), cache
 
@@ -116,21 +123,23 @@ def continue_from(
     sampling: Sampling,
     lora: Lora | None = None,
 ) -> Generation:
-    """Samples tokens until all rows are done, from the results of `prefill` for prompts with mask `mask`.
+    """Samples the responses of prompts for which `prefill` has returned `logits` and `cache`.
 
-    The arguments are those of `generate`.
+    The other arguments are those of `generate`.
     """
-    length = sampling.max_new_tokens
-    limit = jnp.where(mask.any(axis=1), length, 0).astype(jnp.int32)
-    rows = begin(logits, cache.with_room(length), row_keys, limit, sampling)
-    return advance_all(model, rows, sampling, model.unstack_layers(lora), length - 1).generation()
+    max_new_tokens = sampling.max_new_tokens
+    limit = jnp.where(mask.any(axis=1), max_new_tokens, 0).astype(jnp.int32)
+    rows = begin(logits, cache.with_room(max_new_tokens), row_keys, limit, sampling)
+    return advance_all(model, rows, sampling, model.unstack_layers(lora), max_new_tokens - 1).generation()
 
 
 def advance_all(
     model: LanguageModel, rows: DecodingState, sampling: Sampling, unstacked: Any, steps: int
 ) -> DecodingState:
-    """Samples at most `steps` more tokens of every row, fewer if all rows are done; `unstacked` are the model's
-    layers."""
+    """Samples up to `steps` more tokens of every row that is not done, and stops early when all rows are done.
+
+    `unstacked` is the result of `model.unstack_layers`.
+    """
 
     def is_unfinished(state: tuple[Array, DecodingState]) -> Bool[Array, ""]:
         return (state[0] < steps) & ~jnp.all(state[1].done)
@@ -144,13 +153,16 @@ def advance_all(
 def begin(
     logits: Float[Array, "B V"], cache: Cache, row_keys: Key[Array, "B"], limit: Int[Array, "B"], sampling: Sampling
 ) -> DecodingState:
-    """Samples each row's first token; a row whose limit is 0 is empty."""
-    batch, length = logits.shape[0], sampling.max_new_tokens
+    """Returns rows whose first token is sampled from `logits`; a row whose `limit` is 0 gets no token.
+
+    `cache` is the prompts' cache with space for the responses.
+    """
+    batch, max_new_tokens = logits.shape[0], sampling.max_new_tokens
     rows = DecodingState(
         cache=cache,
         keys=row_keys,
-        tokens=jnp.full((batch, length), sampling.pad_id, dtype=jnp.int32),
-        log_probs=jnp.zeros((batch, length), dtype=jnp.float32),
+        tokens=jnp.full((batch, max_new_tokens), sampling.pad_id, dtype=jnp.int32),
+        log_probs=jnp.zeros((batch, max_new_tokens), dtype=jnp.float32),
         count=jnp.zeros((batch,), jnp.int32),
         limit=limit,
         done=limit < 1,
@@ -159,14 +171,14 @@ def begin(
 
 
 def advance(model: LanguageModel, rows: DecodingState, sampling: Sampling, unstacked: Any) -> DecodingState:
-    """Samples one more token of every row that is not done."""
+    """Runs the last token of every row that is not done, and samples its next; `unstacked` as in `advance_all`."""
     last = jnp.take_along_axis(rows.tokens, jnp.maximum(rows.count - 1, 0)[:, None], axis=1)[:, 0]
     hidden, cache = model.step(last, ~rows.done, rows.cache, unstacked)
     return _sample_next(rows.replace(cache=cache), model.logits(hidden), sampling)  # type: ignore[attr-defined]
 
 
 def _sample_next(rows: DecodingState, logits: Float[Array, "B V"], sampling: Sampling) -> DecodingState:
-    """Draws the next token of every row that is not done."""
+    """Samples the next token of every row that is not done, from `logits`."""
     keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.count)
     token, log_prob = sample_tokens(logits, keys, sampling)
     token = token.astype(jnp.int32)
@@ -181,10 +193,10 @@ def _sample_next(rows: DecodingState, logits: Float[Array, "B V"], sampling: Sam
 
 
 def _pad_right(tokens: Int[Array, "B P"], mask: Bool[Array, "B P"]) -> tuple[Array, Array]:
-    """Moves the real tokens of each row to its beginning."""
+    """Returns (tokens, mask) with the real tokens of each row moved to its beginning; padding becomes token 0."""
     columns = jnp.arange(mask.shape[1])
     length = mask.sum(axis=1, keepdims=True)
-    shifted = jnp.argmax(mask, axis=1)[:, None] + columns
-    tokens = jnp.take_along_axis(tokens, jnp.minimum(shifted, mask.shape[1] - 1), axis=1)
+    source_columns = jnp.argmax(mask, axis=1)[:, None] + columns
+    tokens = jnp.take_along_axis(tokens, jnp.minimum(source_columns, mask.shape[1] - 1), axis=1)
     mask = columns < length
     return jnp.where(mask, tokens, 0), mask

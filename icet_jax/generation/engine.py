@@ -1,9 +1,9 @@
 """Decodes a queue of prompts in a fixed number of slots; a slot gets a new prompt as soon as its response has ended.
 
-A batch never waits for its longest member. Prompts with any exits share the slots. A row's response depends only on its
-own prompt, images, exit and key, not on its slot, its neighbours or the order of the queue: prompts are run in groups
-of one size, and each step treats every slot in the same way. On a mesh a prompt gets a slot on the devices that run it,
-so that its cache, by far the largest array here, does not move.
+So no row waits for the longest response of a batch. Prompts with different exits share the slots. A row's response
+depends only on its own prompt, images, exit and key, not on its slot, its neighbours or the order of the queue: prompts
+are run in groups of one size, and each step treats every slot in the same way. On a mesh a prompt gets a slot on the
+devices that run the prompt, so that its cache, by far the largest array here, does not move.
 """
 
 import functools
@@ -38,7 +38,7 @@ STEPS = 8
 
 
 class Prompts(NamedTuple):
-    """Holds R prompts that are run together; unused places are filled with rows without tokens whose limit is 0.
+    """Holds R prompts that are run together; a group with fewer is filled up with rows without tokens and limit 0.
 
     Attributes:
       tokens, mask: [R, P], padded on either side.
@@ -57,13 +57,13 @@ class Prompts(NamedTuple):
 
 
 class PromptGroup(NamedTuple):
-    """Holds a group of prompts for the slots.
+    """Holds a group of prompts that get their slots at the same time.
 
     Attributes:
-      tags: the caller's identifier of each of the R prompts; None for a filler.
+      tags: the caller's identifier of each of the R prompts; None for a filler row.
       prompts: the R prompts.
-      encoded: encodings of their images, or None.
-      prefix: a cache of R rows from `run_prefix` that the prompts continue, instead of images of their own; or None.
+      encoded: result of `model.encode` for their images; None without images or with a `prefix`.
+      prefix: a cache of R rows from `run_prefix` that the prompts continue; None if they begin anew.
     """
 
     tags: Sequence[Any]
@@ -73,7 +73,13 @@ class PromptGroup(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Holds a finished response: `tokens` int [n] up to and including its EOS, and their `log_probs`."""
+    """Holds a finished response.
+
+    Attributes:
+      tag: the caller's identifier of the prompt, from `PromptGroup.tags`.
+      tokens: int [n], the tokens up to and including EOS.
+      log_probs: float32 [n], log-probs of the tokens in nats.
+    """
 
     tag: Any
     tokens: np.ndarray
@@ -81,7 +87,7 @@ class Response(NamedTuple):
 
 
 class SlotStatus(NamedTuple):
-    """Holds the parts of the slots' state that the host reads."""
+    """Holds the parts of the slots' `DecodingState` that the host reads, for S slots."""
 
     tokens: Any
     log_probs: Any
@@ -110,12 +116,13 @@ class Engine:
           params: weights of the network.
           sampling: how tokens are drawn.
           slots: S, rows decoded together; at least the number of prompts in a group.
-          columns: columns of the cache: the longest prompt and its response.
-          lora: adapters of the decoder.
-          mesh: mesh of the weights, over which slots are split.
+          columns: columns of the cache: those of the longest prompt plus those of its response.
+          lora: adapters of the decoder; None for the model without adapters.
+          mesh: mesh of the weights, over which slots are split; None on one device.
         """
-        self._graphdef, self._mesh = graphdef, mesh
-        self._static = (graphdef, sampling, mesh)  # static arguments of the programs
+        self._graphdef, self._sampling, self._mesh = graphdef, sampling, mesh
+        self._static = (graphdef, sampling, mesh)  # the first, static arguments of `fill` and `decode`
+        self._params = params
         self._weights = (params, lora)
         self._unstacked: Any = None
         self._rows: DecodingState | None = None
@@ -125,7 +132,7 @@ class Engine:
         """Yields responses as they end, a few at a time; the caller's work on them overlaps with the next steps.
 
         The next group is taken from `groups` when enough slots are free on every part of the mesh. All groups have the
-        same R.
+        same number of prompts R, fillers included.
         """
         queue = iter(groups)
         tags_by_slot: dict[int, Any] = {}
@@ -133,76 +140,81 @@ class Engine:
         waiting = next(queue, None)
         shards = 1
         if waiting is not None:
-            self._make_room(waiting)
+            self._allocate(waiting)
             shards = self._shards(len(waiting.tags))
-        free = [list(part) for part in _parts(range(self.slots), shards)]
+        free = [list(part) for part in _split(range(self.slots), shards)]
         rows = self._rows
         self._rows = None  # the programs reuse their memory from here on
         while waiting is not None or tags_by_slot:
             while waiting is not None and shards * min(map(len, free)) >= len(waiting.tags):
-                own = zip(free, _parts(waiting.tags, shards), strict=True)
-                numbers = [self.slots if tag is None else part.pop(0) for part, tags in own for tag in tags]
+                shard_pairs = zip(free, _split(waiting.tags, shards), strict=True)
+                slot_ids = [self.slots if tag is None else part.pop(0) for part, tags in shard_pairs for tag in tags]
                 tags_by_slot.update(
-                    (slot, tag) for slot, tag in zip(numbers, waiting.tags, strict=True) if tag is not None
+                    (slot, tag) for slot, tag in zip(slot_ids, waiting.tags, strict=True) if tag is not None
                 )
-                rows = fill(*self._static, *self._weights, rows, np.array(numbers, np.int32), *waiting[1:])
+                rows = fill(*self._static, *self._weights, rows, np.array(slot_ids, np.int32), *waiting[1:])
                 waiting = next(queue, None)
-            rows, report = decode(*self._static, self._weights[0], self._unstacked, rows)
+            rows, status = decode(*self._static, self._params, self._unstacked, rows)
             if responses:
                 yield responses
-            report = SlotStatus(*map(np.asarray, report))
+            status = SlotStatus(*map(np.asarray, status))
             responses = [
-                _response(tags_by_slot.pop(slot), report, slot) for slot in sorted(tags_by_slot) if report.done[slot]
+                _response(tags_by_slot.pop(slot), status, slot) for slot in sorted(tags_by_slot) if status.done[slot]
             ]
-            free = [[slot for slot in part if slot not in tags_by_slot] for part in _parts(range(self.slots), shards)]
+            free = [[slot for slot in part if slot not in tags_by_slot] for part in _split(range(self.slots), shards)]
         if responses:
             yield responses
 
     def _shards(self, group_size: int) -> int:
-        """Returns the number of parts of the mesh that have slots of their own for groups of `group_size` prompts."""
+        """Returns into how many parts a mesh splits slots and prompts; 1 without a mesh or if they are not divisible.
+
+        `group_size` is the number of prompts in a group. Each part fills only its own slots.
+        """
         mesh = self._mesh
         return row_shards(mesh) if mesh is not None and _divide(mesh, group_size, self.slots) else 1
 
     def lowered(self, group: PromptGroup, lengths: Iterable[int]) -> Iterator[tuple[str, Any]]:
-        """Yields (name, lowered program) of decoding, and of groups like this one with prompts padded to each
-        length."""
-        self._make_room(group)
-        yield "decode", decode.lower(*self._static, self._weights[0], self._unstacked, self._rows)
-        numbers = np.zeros(len(group.tags), np.int32)
+        """Yields (name, lowered program) of `decode`, and of `fill` for `group` with prompts padded to each of
+        `lengths`."""
+        self._allocate(group)
+        yield "decode", decode.lower(*self._static, self._params, self._unstacked, self._rows)
+        slot_ids = np.zeros(len(group.tags), np.int32)
         for length in lengths:
             shape = (len(group.tags), length)
             prompts = group.prompts._replace(tokens=np.zeros(shape, np.int32), mask=np.zeros(shape, bool))
-            arguments = (self._rows, numbers, prompts, group.encoded, group.prefix)
+            arguments = (self._rows, slot_ids, prompts, group.encoded, group.prefix)
             yield f"prompts of {length}", fill.lower(*self._static, *self._weights, *arguments)
 
-    def _make_room(self, group: PromptGroup) -> None:
-        """Allocates the slots and unstacks the layers."""
+    def _allocate(self, group: PromptGroup) -> None:
+        """Allocates the slots and unstacks the layers, unless an earlier call has; `group` is as in `shapes`."""
         if self._rows is None:
             self._rows = self.empty(group)
         if self._unstacked is None:
             self._unstacked = self._unstack_layers()
 
     def _unstack_layers(self) -> Any:
-        """Returns the decoder's layers one by one, for all steps of all slots."""
+        """Returns the decoder's layers as separate arrays, which all decoding steps read."""
         return jax.jit(self._unstacked_layers, out_shardings=self._unstacked_shardings())(*self._weights)
 
     def unstacked_shapes(self) -> Any:
         """Returns the abstract shapes of the unstacked layers; with shardings if the engine has a mesh."""
-        shapes, places = jax.eval_shape(self._unstacked_layers, *self._weights), self._unstacked_shardings()
-        return shapes if places is None else placed(shapes, places)
+        shapes, leaf_shardings = jax.eval_shape(self._unstacked_layers, *self._weights), self._unstacked_shardings()
+        return shapes if leaf_shardings is None else placed(shapes, leaf_shardings)
 
     def _unstacked_shardings(self) -> Any:
-        """Returns the shardings of the unstacked layers: those of their stacks without the layer axis; None without a
-        mesh."""
+        """Returns a pytree with the sharding of each unstacked array, or None without a mesh.
+
+        A layer's array is split as the array of all layers is, without the layer axis.
+        """
         mesh = self._mesh
         if mesh is None:
             return None
 
-        def place(path: Any, leaf: Any) -> NamedSharding:
-            stacked = "/".join(part for part in path_name(path).split("/") if not part.isdigit())
-            return NamedSharding(mesh, fit(PartitionSpec(*partition_spec(stacked)[1:]), leaf.shape, mesh))
+        def sharding(path: Any, leaf: Any) -> NamedSharding:
+            stacked_path = "/".join(part for part in path_name(path).split("/") if not part.isdigit())
+            return NamedSharding(mesh, fit(PartitionSpec(*partition_spec(stacked_path)[1:]), leaf.shape, mesh))
 
-        return jax.tree_util.tree_map_with_path(place, jax.eval_shape(self._unstacked_layers, *self._weights))
+        return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(self._unstacked_layers, *self._weights))
 
     def _unstacked_layers(self, params: nnx.State, lora: Lora | None) -> Any:
         return nnx.merge(self._graphdef, params).unstack_layers(lora)
@@ -211,7 +223,7 @@ class Engine:
         """Returns the decoding state with every slot free; `group` is as in `shapes`."""
         shapes = self.shapes(group)
 
-        def free() -> DecodingState:
+        def free_slots() -> DecodingState:
             zeros = {
                 name: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), part)
                 for name, part in vars(shapes).items()
@@ -221,7 +233,7 @@ class Engine:
             return DecodingState(**{**zeros, "keys": keys, "done": jnp.ones(self.slots, bool)})
 
         mesh = self._mesh
-        return jax.jit(free, out_shardings=None if mesh is None else _places(shapes, mesh))()
+        return jax.jit(free_slots, out_shardings=None if mesh is None else _state_shardings(shapes, mesh))()
 
     def shapes(self, group: PromptGroup) -> DecodingState:
         """Returns the abstract shapes of the decoding state of all slots; with shardings if the engine has a mesh.
@@ -230,17 +242,18 @@ class Engine:
           group: prompts whose images and prefix have the shapes of all groups to come.
         """
 
-        def some(*arguments: Any) -> DecodingState:
-            rows = _start_rows(*self._static[:2], *arguments)
+        def started_rows(*arguments: Any) -> DecodingState:
+            """Returns the state of R rows, with as many cache columns as the slots have."""
+            rows = _start_rows(self._graphdef, self._sampling, *arguments)
             cache = rows.cache.with_room(self.columns).trim(self.columns)
             return rows.replace(cache=cache)  # type: ignore[attr-defined]
 
-        def slots(leaf: Any) -> jax.ShapeDtypeStruct:
+        def for_all_slots(leaf: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((self.slots, *leaf.shape[1:]), leaf.dtype)
 
-        shapes = jax.tree.map(slots, jax.eval_shape(some, *self._weights, *group[1:]))
+        shapes = jax.tree.map(for_all_slots, jax.eval_shape(started_rows, *self._weights, *group[1:]))
         mesh = self._mesh
-        return shapes if mesh is None else placed(shapes, _places(shapes, mesh))
+        return shapes if mesh is None else placed(shapes, _state_shardings(shapes, mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -251,30 +264,33 @@ def fill(
     params: nnx.State,
     lora: Lora | None,
     slots: DecodingState,
-    numbers: Int[Array, "R"],
+    slot_ids: Int[Array, "R"],
     prompts: Prompts,
     encoded: EncodedImages,
     prefix: Cache | None,
 ) -> DecodingState:
-    """Runs R prompts, samples the first token of each and writes them into the slots `numbers`."""
+    """Runs R prompts, samples the first token of each, and returns `slots` with these rows in the slots `slot_ids`.
+
+    The slot id of a filler row is the number of slots or more; such a row is not written.
+    """
     if mesh is not None:
         prompts = split_rows(prompts, mesh)
-    new = _start_rows(graphdef, sampling, params, lora, prompts, encoded, prefix)
+    new_rows = _start_rows(graphdef, sampling, params, lora, prompts, encoded, prefix)
     if mesh is None:
-        return _write_slots(slots, numbers, new)
-    if not _divide(mesh, len(numbers), len(slots.done)):
-        rows = _write_slots(slots, numbers, new)
-        return jax.lax.with_sharding_constraint(rows, _places(rows, mesh))
+        return _write_slots(slots, slot_ids, new_rows)
+    if not _divide(mesh, len(slot_ids), len(slots.done)):
+        rows = _write_slots(slots, slot_ids, new_rows)
+        return jax.lax.with_sharding_constraint(rows, _state_shardings(rows, mesh))
 
-    def write(slots: DecodingState, numbers: Array, new: DecodingState) -> DecodingState:
-        """Writes the rows of one part of the mesh into its slots; the numbers of fillers are beyond all slots."""
-        return _write_slots(slots, numbers - jax.lax.axis_index(ROWS) * len(slots.done), new)
+    def write(slots: DecodingState, slot_ids: Array, new_rows: DecodingState) -> DecodingState:
+        """Writes the new rows of one part of the mesh into that part's slots; `slot_ids` count over the whole mesh."""
+        return _write_slots(slots, slot_ids - jax.lax.axis_index(ROWS) * len(slots.done), new_rows)
 
-    slot_shardings, row_shardings = (
-        jax.tree.map(lambda place: place.spec, _places(rows, mesh)) for rows in (slots, new)
+    slot_specs, row_specs = (
+        jax.tree.map(lambda sharding: sharding.spec, _state_shardings(rows, mesh)) for rows in (slots, new_rows)
     )
-    specs = {"in_specs": (slot_shardings, PartitionSpec(ROWS), row_shardings), "out_specs": slot_shardings}
-    return jax.shard_map(write, mesh=mesh, check_vma=False, **specs)(slots, numbers, new)
+    specs = {"in_specs": (slot_specs, PartitionSpec(ROWS), row_specs), "out_specs": slot_specs}
+    return jax.shard_map(write, mesh=mesh, check_vma=False, **specs)(slots, slot_ids, new_rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -286,13 +302,13 @@ def decode(
     unstacked: Any,
     slots: DecodingState,
 ) -> tuple[DecodingState, SlotStatus]:
-    """Decodes a few steps of all slots, fewer if every response ends, and returns the state and a report for the
-    host."""
+    """Decodes `STEPS` tokens of all slots, fewer if every response ends; returns the new state and the part of it for
+    the host."""
     rows = advance_all(nnx.merge(graphdef, params), slots, sampling, unstacked, STEPS)
-    report = SlotStatus(rows.tokens, rows.log_probs, rows.count, rows.done)
+    status = SlotStatus(rows.tokens, rows.log_probs, rows.count, rows.done)
     if mesh is None:
-        return rows, report
-    return jax.lax.with_sharding_constraint((rows, report), (_places(rows, mesh), replicated(mesh)))
+        return rows, status
+    return jax.lax.with_sharding_constraint((rows, status), (_state_shardings(rows, mesh), replicated(mesh)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -304,7 +320,7 @@ def run_prefix(
     prompts: Prompts,
     encoded: EncodedImages,
 ) -> Cache:
-    """Returns the cache of the common beginning of R prompts, with their images; `keys` and `limit` are not used."""
+    """Returns the cache of R rows that other prompts continue, with their images; `keys` and `limit` are not used."""
     if mesh is not None:
         prompts = split_rows(prompts, mesh)
     model = nnx.merge(graphdef, params)
@@ -315,18 +331,18 @@ def _start_rows(
     graphdef: nnx.GraphDef, sampling: Sampling, params: nnx.State, lora: Lora | None, prompts: Prompts,
     encoded: EncodedImages, prefix: Cache | None,
 ) -> DecodingState:  # fmt: skip
-    """Returns R rows with their first token."""
+    """Runs R prompts and returns their decoding state with the first token of each response."""
     model = nnx.merge(graphdef, params)
     visual = None if encoded is None else model.visual(encoded, prompts.exits, prompts.rows)
     logits, cache = prefill(model, prompts.tokens, prompts.mask, visual, lora, prefix)
     return begin(logits, cache, jax.random.wrap_key_data(prompts.keys), prompts.limit, sampling)
 
 
-def _write_slots(slots: DecodingState, numbers: Int[Array, "R"], new: DecodingState) -> DecodingState:
-    """Writes rows into the slots `numbers`; numbers beyond the slots are ignored."""
-    slot_parts, new_parts = ({**vars(rows), "cache": None} for rows in (slots, new))
-    rest = jax.tree.map(lambda old, values: old.at[numbers].set(values, mode="drop"), slot_parts, new_parts)
-    return DecodingState(**{**rest, "cache": slots.cache.replace_rows(numbers, new.cache)})
+def _write_slots(slots: DecodingState, slot_ids: Int[Array, "R"], new_rows: DecodingState) -> DecodingState:
+    """Returns `slots` with R new rows in the slots `slot_ids`; rows whose id is beyond the slots are left out."""
+    slot_fields, new_fields = ({**vars(rows), "cache": None} for rows in (slots, new_rows))
+    fields = jax.tree.map(lambda old, values: old.at[slot_ids].set(values, mode="drop"), slot_fields, new_fields)
+    return DecodingState(**{**fields, "cache": slots.cache.replace_rows(slot_ids, new_rows.cache)})
 
 
 def _divide(mesh: Mesh | AbstractMesh, *counts: int) -> bool:
@@ -334,22 +350,23 @@ def _divide(mesh: Mesh | AbstractMesh, *counts: int) -> bool:
     return all(count % row_shards(mesh) == 0 for count in counts)
 
 
-def _places(rows: DecodingState, mesh: Mesh | AbstractMesh) -> DecodingState:
-    """Returns the shardings of the slots, split over the mesh's row axes if they are divisible."""
+def _state_shardings(rows: DecodingState, mesh: Mesh | AbstractMesh) -> DecodingState:
+    """Returns the shardings of all arrays in `rows`; rows are split over the mesh's row axes if they are divisible."""
 
-    def place(leaf: Any) -> Any:
+    def row_sharding(leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, fit(PartitionSpec(ROWS), leaf.shape, mesh))
 
-    return DecodingState(
-        **{**jax.tree.map(place, {**vars(rows), "cache": None}), "cache": shardings(rows.cache, mesh, "cache")}
-    )
+    fields = jax.tree.map(row_sharding, {**vars(rows), "cache": None})
+    return DecodingState(**{**fields, "cache": shardings(rows.cache, mesh, "cache")})
 
 
-def _parts(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
-    size = len(rows) // count
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _split(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """Returns `items` in `count` consecutive parts of equal length."""
+    size = len(items) // count
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _response(tag: Any, report: SlotStatus, slot: int) -> Response:
-    count = int(report.count[slot])
-    return Response(tag, report.tokens[slot, :count].copy(), report.log_probs[slot, :count].copy())
+def _response(tag: Any, status: SlotStatus, slot: int) -> Response:
+    """Returns a copy of the finished response in a slot."""
+    count = int(status.count[slot])
+    return Response(tag, status.tokens[slot, :count].copy(), status.log_probs[slot, :count].copy())

@@ -1,4 +1,4 @@
-"""The distribution of the next token, which rollout, old policy, reference and update share, and sampling from it."""
+"""Samples the next token, and computes log-probs under the same distribution for training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,11 +72,11 @@ def process_logits(
 
 
 def truncate_logits(logits: Float[Array, "*rows V"], top_k: int = 0, top_p: float = 1.0) -> Float[Array, "*rows V"]:
-    """Sets all but the most probable tokens to -inf: first beyond the `top_k`, then, among those, beyond the mass
-    `top_p`.
+    """Returns the logits with all but the most probable tokens set to -inf.
 
-    The order and the thresholds are those of HF's TopKLogitsWarper and TopPLogitsWarper. Tokens that tie with the last
-    kept token are kept.
+    First only the `top_k` most probable tokens are kept (0 keeps all). Of these, only the most probable ones are kept
+    whose probabilities reach `top_p` together (1 keeps all). Order and thresholds are those of HF's TopKLogitsWarper
+    and TopPLogitsWarper. Tokens that tie with the last kept token are kept.
     """
     if 0 < top_k < logits.shape[-1]:
         threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
@@ -94,7 +94,7 @@ def truncate_logits(logits: Float[Array, "*rows V"], top_k: int = 0, top_p: floa
 def sample_tokens(
     logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Draws one token per row with the row's own key, and returns the tokens and their log-probs.
+    """Returns one token per row, drawn with the row's own key, and the log-prob of each.
 
     The log-prob is that of the distribution of `process_logits` without truncation (temperature 1 when greedy): top-k
     and top-p affect which token is chosen, not the reported log-prob. It is NaN if a logit that is not suppressed is
@@ -114,7 +114,7 @@ def check_log_probs(log_probs: np.ndarray, place: str) -> None:
 
     Args:
       log_probs: log-probs of the tokens of one response, on the host.
-      place: exit and row, for the message.
+      place: the exit and the row, which the message begins with ("exit 3, row 0").
 
     Raises:
       UserError: a log-prob is NaN or infinite.
@@ -135,14 +135,14 @@ def token_log_probs(
     suppress_ids: Sequence[int],
     chunk: int,
 ) -> tuple[Float[Array, "B A"], Float[Array, "B A"]]:
-    """Returns the log-probs of `targets` and the entropies, in nats, under the sampling distribution.
+    """Returns the log-probs of `targets` and the entropy at each position, in nats, under the sampling distribution.
 
     The head runs on `chunk` response positions at a time and is recomputed in the backward pass, so that no array of
     shape [B, A, V] is ever created.
 
     Args:
-      model: the network, of which only the head is used.
-      hidden: final states at the positions whose logits predict `targets`.
+      model: the network; only its head (hidden states to logits) is used.
+      hidden: hidden states after the final norm, at the positions whose logits predict `targets`.
       targets: token ids; if they are meaningless (after the end), so is the result.
       temperature: temperature of the rollout; 0 (greedy) counts as 1.
       suppress_ids: as in `process_logits`.
@@ -172,16 +172,15 @@ def distribution_kl(
     suppress_ids: Sequence[int],
     chunk: int,
 ) -> Float[Array, "B A"]:
-    """KL(reference || model) of the next token at every position, in nats: exact, over the whole vocabulary.
+    """Returns the exact KL(reference || model) of the next token at every position, in nats, over the whole vocabulary.
 
-    As in `token_log_probs` the heads run on `chunk` positions at a time: two blocks of logits exist at once, and
-    nothing of shape [B, A, V].
+    The reference's distribution gets no gradient. As in `token_log_probs`, no array of shape [B, A, V] is created.
 
     Args:
       model: the network; only its head is used.
-      hidden: its final states at the positions whose logits predict a token.
+      hidden: its hidden states after the final norm, at the positions whose logits predict a token.
       reference: the network whose distribution is the target; only its head is used.
-      reference_hidden: its final states at the same positions; constants.
+      reference_hidden: its hidden states after the final norm, at the same positions.
       temperature, suppress_ids, chunk: see `token_log_probs`.
 
     Returns:
@@ -190,18 +189,21 @@ def distribution_kl(
     head, reference_head = model.head_for(hidden), reference.head_for(reference_hidden)
 
     def diverge(block: tuple[Array, Array]) -> Array:
-        own, target = (
+        log_probs, target = (
             jax.nn.log_softmax(process_logits(logits, temperature, suppress_ids), axis=-1)
             for logits in (model.logits(block[0], head), reference.logits(block[1], reference_head))
         )
         target = jax.lax.stop_gradient(target)
-        return jnp.sum(jnp.exp(target) * (target - own), axis=-1)
+        return jnp.sum(jnp.exp(target) * (target - log_probs), axis=-1)
 
     return _in_chunks(diverge, (hidden, reference_hidden), chunk)
 
 
 def _in_chunks(function: Callable[[Any], Any], arrays: tuple[Array, ...], chunk: int) -> Any:
-    """`function` on `chunk` of the positions [B, A, ...] at a time, recomputed in the backward pass; results [B, A]."""
+    """Applies `function` to `chunk` positions of the arrays [B, A, ...] at a time, and joins its results to [B, A].
+
+    The backward pass computes `function` again instead of storing its intermediate arrays.
+    """
     batch, length = arrays[0].shape[:2]
     chunk = min(chunk, length)
     count = -(-length // chunk)
@@ -217,7 +219,7 @@ def _in_chunks(function: Callable[[Any], Any], arrays: tuple[Array, ...], chunk:
 
 
 def is_eos(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
-    """Returns True where a token ends its response."""
+    """Returns for each token whether it ends its response."""
     return jnp.isin(tokens, jnp.asarray(eos_ids, dtype=tokens.dtype))
 
 

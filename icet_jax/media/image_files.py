@@ -20,24 +20,31 @@ class ImageFiles:
 
     Attributes:
       animated: checked files with several frames, of which only the first is used.
-      replaced: {file: problem} of the files that were drawn for a row and were unusable, so that another was drawn.
+      replaced: {unusable file: problem} of files that were drawn for a row and replaced by another draw.
     """
 
     def __init__(self, *, decode: bool = False) -> None:
-        """Starts without any checked file; with `decode`, pixels are decoded, which finds damage after the header."""
+        """Starts with no file checked. With `decode`, checks also decode the pixels, which finds damage after the
+        header."""
         self.animated: set[Path] = set()
         self.replaced: dict[Path, str] = {}
         self._decode = decode
         self._problems: dict[Path, tuple[str, str] | None] = {}
 
     def problem(self, path: Path) -> tuple[str, str] | None:
-        """Returns why a file cannot be used, as kind of problem and message; None if it can be used."""
+        """Returns (kind of problem, message) of a file that cannot be used; None if it can be used.
+
+        The kinds are `MISSING`, `NOT_AN_IMAGE` and `DAMAGED`.
+        """
         if path not in self._problems:
             self._problems[path] = self._check(path)
         return self._problems[path]
 
     def draw(self, folder: "ImageFolder", seed: int, row_id: str) -> Path:
-        """Returns the first usable image that a row draws from `folder`; the first one if `_MAX_DRAWS` are unusable."""
+        """Returns the first usable image of those that a row draws from `folder`, one after another.
+
+        If `_MAX_DRAWS` images are unusable, it is the first one. `seed` and `row_id`: see `ImageFolder.choose`.
+        """
         first = path = folder.choose(seed, row_id)
         unusable: dict[Path, str] = {}
         for number in range(1, _MAX_DRAWS):
@@ -133,5 +140,5 @@ def leaves_root(root: Path, name: str) -> bool:
 
 
 def _blob_folders(folder: Path) -> list[Path]:
-    """Returns where the hub's cache keeps the files of a snapshot that contains `folder`; empty for other folders."""
+    """Returns the folders in which the hub's cache keeps the files of a snapshot that `folder` is in; mostly none."""
     return [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]

@@ -1,4 +1,7 @@
-"""Limits on the length of prompts and answers in the files of a checkpoint; beyond them, output is meaningless."""
+"""Reads the limits that a checkpoint's files set to the length of prompts and answers, and checks them.
+
+Beyond these limits a model's output is meaningless.
+"""
 
 from icet_jax.files import JsonObject
 
@@ -17,7 +20,7 @@ def max_tokens(tokenizer: object) -> int | None:
 
 
 def _limit(value: object) -> int | None:
-    """Returns a value of a file if it is a limit, else None."""
+    """Returns the value if it is an integer that sets a limit; otherwise None."""
     return value if type(value) is int and 0 < value < _LARGEST else None
 
 

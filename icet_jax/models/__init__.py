@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from icet_jax.nn.protocols import NetworkConfig
 
 _IGNORED_VALUES = {"capture": CAPTURES[0]}
-"""{option: value} that every run sets, so that families without the option ignore this value."""
+"""{option: its default}; configs of all families have the option, so a family without it ignores the default."""
 
 
 def family(model_type: object, where: str = "config.json") -> "Family":
@@ -46,13 +46,12 @@ def family_of(config: "NetworkConfig") -> "Family":
 
 
 def vlm_config(values: JsonObject, where: str = "config.json", **options: str | None) -> Any:
-    """Returns the config of the network for a checkpoint's `config.json`, of whatever family.
+    """Returns the network's config for a checkpoint's `config.json`, whose `model_type` determines the family.
 
     Args:
       values: the parsed `config.json`.
       where: name of the file in error messages.
-      options: choices between definitions of an exit, for families that have several (`Family.exit_options`); None
-        chooses the default.
+      options: {name in `Family.exit_options`: value}, which choose the definition of an exit; None chooses the default.
 
     Raises:
       UserError: the model or a value in the file is not supported; or the family has no such option or value.

@@ -17,8 +17,8 @@ from icet_jax.nn.protocols import NetworkConfig
 from icet_jax.parallel.distributed import barrier
 
 ROOTS = ("base_model.model.language_model.model.layers", "base_model.model.model.language_model.layers")
-"""Paths of the decoder's layers: before transformers 4.52, and since. A version ignores tensors under the other path,
-sometimes without an error, so the written file has every tensor under both."""
+"""Paths of the decoder's layers: before transformers 4.52, and since. A version of transformers ignores tensors under
+the other path, sometimes without an error, so every tensor is written under both."""
 
 
 def save_adapter(
@@ -32,7 +32,7 @@ def save_adapter(
     value_head: dict[str, jax.Array] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes trained adapters as a PEFT adapter directory in float32. After an interruption `out_dir` is unchanged.
+    """Writes trained adapters as a PEFT directory in float32; if this is interrupted, `out_dir` is unchanged.
 
     Args:
       out_dir: a new directory, or an earlier adapter, which is replaced.
@@ -40,8 +40,8 @@ def save_adapter(
       config: config of the network.
       base: directory or hub id of the base model.
       revision: branch, tag or commit of the hub id.
-      start: the adapter that the training began from. The written adapter then contains both, so that applying it to
-        the base model gives the final model; its rank is the sum of their ranks.
+      start: the adapter that the training began from, or None. The written adapter is then the sum of `start` and
+        `lora`, so that applying it to the base model gives the final model; its rank is the sum of their ranks.
       value_head: saved in a separate file, which PEFT does not read.
       texts: {file name: content} of further files, such as the model card.
 
@@ -61,6 +61,7 @@ def save_adapter(
     }
 
     def read(key: str) -> np.ndarray:
+        """Returns the factor with this key, transposed as PEFT stores it."""
         target, layer, side = tensors[key]
         return adapter.factors(target, layer)["AB".index(side)].T
 
@@ -91,8 +92,8 @@ def _tensor_keys(adapter: Adapter, config: NetworkConfig) -> Iterator[tuple[str,
 def _target_modules(adapter: Adapter, config: NetworkConfig) -> str:
     """Returns PEFT's `target_modules`: a regular expression that matches the paths of the adapted modules.
 
-    (A list of names would also match modules of the image encoder.) If only some of the layers with a module are
-    adapted, as in Llama 3.2 Vision's two stacks, their numbers are listed.
+    A list of names would also match modules of the image encoder. Where only some of the layers that have a module are
+    adapted (Llama 3.2 Vision has two kinds of layers), the expression lists the numbers of these layers.
     """
     adapted_layers: dict[str, set[int]] = defaultdict(set)
     all_layers: dict[str, set[int]] = defaultdict(set)

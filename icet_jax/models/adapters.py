@@ -17,8 +17,8 @@ from icet_jax.nn.protocols import NetworkConfig, lora_key
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Fields of adapter_config.json that may have any value, because they do not change what a saved adapter computes or
-# are read below. Every other field must be absent, false or empty: it may belong to a feature that is unknown here.
+# Fields of adapter_config.json that may have any value: they are read below, or do not change what an adapter computes.
+# Every field outside both tables must be absent, false or empty, because it may switch on an unsupported feature.
 _ALLOWED_FIELDS = frozenset(
     (
         "r", "lora_alpha", "use_rslora", "peft_type", "target_modules", "exclude_modules", "lora_dropout", "task_type",
@@ -28,7 +28,7 @@ _ALLOWED_FIELDS = frozenset(
 )  # fmt: skip
 _ALLOWED_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 
-# Keys of a file's tensors, with the path of the decoder before transformers 4.52 or since.
+# Pattern of a tensor's key in the file, with the path that the decoder had before transformers 4.52 or has had since.
 _KEY = re.compile(
     r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>[0-9]{1,9})"
     r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
@@ -36,13 +36,13 @@ _KEY = re.compile(
 
 
 def hf_modules(config: NetworkConfig) -> dict[tuple[str, int], tuple[int, str]]:
-    """Returns where Hugging Face's decoder has each projection that LoRA can adapt.
+    """Returns the layer and the module of Hugging Face's decoder for each projection that LoRA can adapt.
 
     Args:
       config: config of a network of any family.
 
     Returns:
-      {(key in `Lora.weights`, layer within its stack): (number of the decoder layer, name of the module in it)}.
+      {(key in `Lora.weights`, layer within its stack): (layer in HF's decoder, name of the module in that layer)}.
     """
     modules = {}
     for entry in family_of(config).table(config).entries:
@@ -54,9 +54,9 @@ def hf_modules(config: NetworkConfig) -> dict[tuple[str, int], tuple[int, str]]:
 
 
 def concatenate(first: Adapter, second: Adapter, config: NetworkConfig) -> Adapter:
-    """Returns one adapter that changes the model as both together do.
+    """Returns one adapter whose change of the weights is the sum of the two adapters' changes.
 
-    Its factors are `[a1 | a2]` and `[b1 ; b2]`, where b1 is rescaled because the result has the second's scale.
+    Its factors are `[a1 | a2]` and `[b1 ; b2]`. b1 is rescaled, because the result has the scale of `second`.
 
     Args:
       first, second: adapters of the same model, which may adapt different projections.
@@ -65,6 +65,7 @@ def concatenate(first: Adapter, second: Adapter, config: NetworkConfig) -> Adapt
     shapes, ratio = config.lora_shapes(), np.float32(first.scale / second.scale)
 
     def factors_or_zeros(adapter: Adapter, target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the adapter's factors (a, b) for a projection; zeros if it does not adapt the projection."""
         if target in adapter.targets:
             return adapter.factors(target, layer)
         _, size_in, size_out = shapes[target]
@@ -79,9 +80,9 @@ def concatenate(first: Adapter, second: Adapter, config: NetworkConfig) -> Adapt
 
 
 def read_adapter(directory: str | Path, config: NetworkConfig) -> Adapter:
-    """Returns the adapter in a PEFT directory, whose file stays memory-mapped while the adapter is in use.
+    """Returns the adapter in a PEFT directory; its file stays memory-mapped while the adapter is in use.
 
-    The file may name its tensors as transformers before 4.52 did, as it has done since, or in both ways.
+    The tensors' keys may be those of transformers before 4.52, those since, or both.
 
     Args:
       directory: directory with adapter_config.json and adapter_model.safetensors.
@@ -139,6 +140,7 @@ def _read_config(path: Path) -> tuple[int, float]:
 
 
 def _is_supported(name: str, value: object) -> bool:
+    """Returns whether a field of adapter_config.json may have this value."""
     if name in _ALLOWED_VALUES:
         return value in _ALLOWED_VALUES[name]
     return name in _ALLOWED_FIELDS or not value

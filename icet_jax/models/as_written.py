@@ -1,8 +1,8 @@
 """Computes the weights that an exported model will have when it is loaded, without writing it.
 
 So a run measures exactly the model that it releases. The tensors come from the functions that write the export, so
-they agree with its files bit for bit: updates are added in float32 to the source's tensors on the host, rounded to the
-file's dtype, and then to the parameter's dtype.
+they agree with its files bit for bit: on the host, changes are added in float32 to the tensors of the source
+checkpoint, and the sum is rounded to the file's dtype and then to the parameter's dtype.
 """
 
 from collections import defaultdict
@@ -35,10 +35,10 @@ def merged_params(
     trained: Sequence[str] | None = None,
     donate: bool = False,
 ) -> nnx.State:
-    """Returns the parameters of a checkpoint that `models.saving.save_vlm` would write with these arguments.
+    """Returns the parameters that would be loaded from a checkpoint which `models.saving.save_vlm` writes.
 
     All processes of a run must call this function. Parameters that the export does not change are the arrays of
-    `loaded`. The others have the dtypes and the placement on devices of those in `loaded`.
+    `loaded`. The others have the dtypes and the shardings of those in `loaded`.
 
     Args:
       config: config of the network.
@@ -54,11 +54,11 @@ def merged_params(
     table = family_of(config).table(config)
     with open_export(table, params, source_dir, start, adapter, trained) as export:
 
-        def tensor(entry: TableEntry) -> np.ndarray:
+        def exported_tensor(entry: TableEntry) -> np.ndarray:
             return entry.transform.to_param(export.tensor(entry))
 
         changed = [entry for entry in table.entries if export.may_differ(entry) or _is_adapted(entry, start, adapter)]
-        return _replace_tensors(loaded, changed, tensor, donate)
+        return _replace_tensors(loaded, changed, exported_tensor, donate)
 
 
 def adapted_params(
@@ -70,7 +70,7 @@ def adapted_params(
     start: Adapter | None = None,
     donate: bool = False,
 ) -> nnx.State:
-    """Returns the parameters of the base model with the adapter merged that `adapter_export.save_adapter` would write.
+    """Returns the base model's parameters, merged with the adapter that `adapter_export.save_adapter` would write.
 
     Args:
       config: config of the network.
@@ -87,12 +87,11 @@ def adapted_params(
     table = family_of(config).table(config)
     with open_export(table, loaded, source_dir, None, None, ()) as base:
 
-        def tensor(entry: TableEntry) -> np.ndarray:
+        def merged_tensor(entry: TableEntry) -> np.ndarray:
             return streaming.with_delta(entry.transform.to_param(base.source(entry)), adapter.delta(entry))
 
-        return _replace_tensors(
-            loaded, [entry for entry in table.entries if _is_adapted(entry, adapter)], tensor, donate
-        )
+        adapted = [entry for entry in table.entries if _is_adapted(entry, adapter)]
+        return _replace_tensors(loaded, adapted, merged_tensor, donate)
 
 
 def _is_adapted(entry: TableEntry, *adapters: Adapter | None) -> bool:
@@ -104,7 +103,7 @@ def _is_adapted(entry: TableEntry, *adapters: Adapter | None) -> bool:
 def _replace_tensors(
     loaded: nnx.State, changed: Iterable[TableEntry], tensor: Callable[[TableEntry], np.ndarray], donate: bool
 ) -> nnx.State:
-    """Returns `loaded` with the `changed` tensors replaced by those that `tensor` computes; prints the progress."""
+    """Returns `loaded` with the `changed` tensors replaced by the results of `tensor(entry)`; prints the progress."""
     entries: dict[str, list[TableEntry]] = defaultdict(list)
     for entry in changed:
         entries[entry.path].append(entry)

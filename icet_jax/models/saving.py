@@ -27,7 +27,7 @@ def save_vlm(
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Writes a vision-language model's checkpoint directory. After an interruption `out_dir` is unchanged.
+    """Writes a vision-language model's checkpoint directory; if this is interrupted, `out_dir` is unchanged.
 
     Args:
       out_dir: a new directory, or an earlier export, which is replaced.
@@ -36,8 +36,9 @@ def save_vlm(
       source_dir: directory that they were loaded from. It provides dtypes, unchanged tensors, unknown config keys,
         generation config, tokenizer and processor files. None for a network that was not loaded; files then have the
         dtypes of `params`.
-      start: the adapter that was merged when they were loaded (`Checkpoint.adapter`); the export contains it.
-      lora: trained adapters to merge, in float32, into the source's weights.
+      start: the adapter that was merged into `params` at loading (`Checkpoint.adapter`); the written weights include
+        it.
+      lora: trained adapters to merge, in float32, into the written weights.
       trained: first parts of the paths of parameters that training may have changed, such as ("language_model",). Only
         these are compared with the source; None compares all, () compares none (LoRA on a frozen base).
       value_head: saved as `value_head.safetensors`, which transformers does not read.
@@ -54,7 +55,7 @@ def save_vlm(
     family = family_of(config)
 
     def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
-        """Returns the config.json, which says that embeddings are tied only if the file has `tied` tensors."""
+        """Returns the config.json; it declares tied embeddings only if `tied`, the keys of tied tensors, has any."""
         out = family.config_to_hf(config, values, dtype)
         if out["tie_word_embeddings"] and not tied:
             out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False

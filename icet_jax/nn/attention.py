@@ -35,8 +35,8 @@ def attention(
 ) -> Float[Array, "B T HD"]:
     """Computes attention with scores scaled by `D^-0.5` and a float32 softmax.
 
-    If K < H, where K divides H, every H / K query heads share a key head (grouped-query attention). Prefer `real` and
-    `causal` to `mask`, because a fused kernel can only be used without `mask`.
+    If K < H, groups of H / K query heads share a key head (grouped-query attention). Prefer `real` and `causal` to
+    `mask`, because a fused kernel can only be used without `mask`.
 
     Args:
       q, k, v: queries, keys and values.
@@ -75,12 +75,12 @@ Kernel = Callable[..., Float[Array, "B T H D"]]
 
 
 def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> Kernel | None:
-    """Returns the fused kernel for arrays of these shapes and dtypes, or None if XLA's attention shall be used.
+    """Returns the fused kernel for arrays of these shapes and dtypes, or None if XLA's attention must be used.
 
     Args:
       q, k: queries `[B, T, H, D]` and keys `[B, S, K, D]`.
       causal: whether the mask is causal.
-      mesh: mesh of the arrays, which also says on which platform the program will run; None without a mesh.
+      mesh: mesh of the arrays, whose devices determine the platform; None for the default device.
     """
     length, heads, size = q.shape[1:]
     if length != k.shape[1] or length < _MIN_QUERIES:
@@ -103,7 +103,7 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
 
 
 def _platform(mesh: AbstractMesh | None) -> str:
-    """Returns the platform that the program is compiled for, which a mesh of devices elsewhere may determine."""
+    """Returns the platform that the program is compiled for: that of the mesh, otherwise the default device's."""
     if mesh is not None and mesh.abstract_device is not None:
         return str(mesh.abstract_device.platform)
     device = getattr(jax.config, "jax_default_device", None)

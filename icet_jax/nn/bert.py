@@ -42,8 +42,8 @@ class BertConfig:
 class PostNormBlocks(nnx.Module):
     """Holds the weights of all encoder blocks of a BERT-like network, stacked along their first axis.
 
-    Each block applies its norms after the residual sums (post-LN). The methods run one block and need a module that was
-    merged from one block's slice of the weights.
+    Each block applies its norms after the residual sums (post-LN). The methods run one block. Call them on a module
+    of one block, `nnx.merge(graphdef, that block's slice)`.
     """
 
     def __init__(

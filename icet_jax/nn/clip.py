@@ -34,7 +34,7 @@ class ClipConfig:
 class ClipBlocks(nnx.Module):
     """Holds the weights of all blocks, stacked along their first axis.
 
-    A call runs one block and needs a module that was merged from one block's slice of the weights.
+    A call runs one block. Call it on a module of one block, `nnx.merge(graphdef, that block's slice)`.
     """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
@@ -104,7 +104,7 @@ class ClipVisionTower(nnx.Module):
           upto: number of blocks to compute, static; None computes all.
 
         Returns:
-          Hidden states of the `upto + 1` indices X, the I images, and the class token and patches P.
+          X = `upto + 1` hidden states of I images, each with P positions (class token and patches) of width D.
 
         Raises:
           ValueError: `upto` is not a number of blocks.

@@ -38,9 +38,10 @@ class DebertaConfig:
 
 
 def relative_index(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "T T"]:
-    """Returns the row of the table of distance embeddings for query i and key j (HF `build_relative_position`).
+    """Returns for query i and key j the row of their distance i - j in the table of distance embeddings.
 
     Distances up to `buckets / 2` have a row each; larger ones share logarithmically spaced rows up to `max_distance`.
+    Source: HF `build_relative_position`.
 
     Args:
       length: T, the number of tokens of a text.
@@ -49,8 +50,8 @@ def relative_index(length: int, buckets: int, max_distance: int) -> Int[np.ndarr
     """
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     largest_exact = buckets // 2
-    far = np.maximum(np.abs(distance), largest_exact)
-    log_fraction = np.log(far / largest_exact) / math.log((max_distance - 1) / largest_exact)
+    far_distance = np.maximum(np.abs(distance), largest_exact)
+    log_fraction = np.log(far_distance / largest_exact) / math.log((max_distance - 1) / largest_exact)
     logarithmic = np.ceil(log_fraction * (largest_exact - 1)) + largest_exact
     bucket = np.where(np.abs(distance) <= largest_exact, distance, np.sign(distance) * logarithmic)
     return np.clip(bucket + buckets, 0, 2 * buckets - 1).astype(np.int32)

@@ -1,6 +1,6 @@
-"""Numbers of floating-point operations of networks, computed from their sizes.
+"""Computes numbers of floating-point operations of networks from their sizes.
 
-Matrix products and attention are counted, a multiplication and an addition as two operations.
+Only matrix products and attention are counted; a multiplication and an addition are two operations.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ def products(rows: int, *shapes: tuple[int, ...]) -> int:
 
 
 def attention(config: LlamaConfig, queries: int, keys: int) -> int:
-    """Returns the operations of attention scores and weighted sums of values, in all layers of a decoder.
+    """Returns the operations of one row's attention scores and weighted sums of values, in all layers of a decoder.
 
     Args:
       config: sizes of the decoder.

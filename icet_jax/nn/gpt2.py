@@ -26,7 +26,7 @@ class GPT2Config:
 class GPT2Blocks(nnx.Module):
     """Holds the weights of all blocks, stacked along their first axis.
 
-    A call runs one block and needs a module that was merged from one block's slice of the weights.
+    A call runs one block. Call it on a module of one block, `nnx.merge(graphdef, that block's slice)`.
     """
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):

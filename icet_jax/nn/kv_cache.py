@@ -15,7 +15,7 @@ from icet_jax.typing import Array, Bool, Float, Int
 
 @flax.struct.dataclass
 class KVCache:
-    """Holds the keys and values of all tokens that a decoder has processed; token t of a row is in column t.
+    """Holds the keys and values of all tokens that a decoder has processed; token t of a row is in column t of S.
 
     Padding of the prompts is not stored.
 
@@ -70,11 +70,11 @@ class KVCache:
     def append_to_layer(
         self, layer: int, k: Float[Array, "B K T D"], v: Float[Array, "B K T D"]
     ) -> tuple[Array, Array]:
-        """Returns one layer's keys and values after T new tokens of each row, which start at the row's length."""
+        """Returns one layer's cached keys and values with those of T new tokens written after each row's last token."""
         return write_columns(self.k[layer], k, self.length), write_columns(self.v[layer], v, self.length)
 
     def visible_columns(self) -> Bool[Array, "B S"]:
-        """Returns which columns a row's next token attends to: those of the earlier tokens and of itself."""
+        """Returns which columns a row's next token attends to: those of the earlier tokens and its column."""
         return jnp.arange(self.columns) <= self.length[:, None]
 
 

@@ -1,8 +1,8 @@
 """Building blocks of all networks: projections with LoRA, norms, rotary embeddings and attention.
 
-Layers of the same shape are one module, whose weights have a leading axis of layers, and are run by `jax.lax.scan`. The
-weight matrix of a projection is called its kernel and has the shape `[in, out]`. Each module has a compute dtype;
-norms, softmax and rotary angles are always computed in float32.
+Layers of the same shape are one module, whose weights have a leading axis of layers; `jax.lax.scan` runs them one after
+another. The weight matrix of a projection is called `kernel`, as in Flax, and has the shape `[in, out]`. Each module
+has a compute dtype; norms, softmax and rotary angles are always computed in float32.
 """
 
 import math
@@ -38,7 +38,10 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], stddev: float, dtype: DType) ->
 
 
 class Linear(nnx.Module):
-    """Computes `y = x @ kernel (+ bias)`, optionally with a LoRA adapter; `layers` projections may be stacked."""
+    """Computes `y = x @ kernel (+ bias)`, optionally with a LoRA adapter.
+
+    With `layers` it holds the weights of as many projections, stacked along their first axis.
+    """
 
     def __init__(
         self, size_in: int, size_out: int, *, rngs: nnx.Rngs, use_bias: bool, dtype: DType, param_dtype: DType,
@@ -52,7 +55,7 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch size_in"], lora: Mapping[str, Array] | None = None, scale: float = 1.0
     ) -> Float[Array, "*batch size_out"]:
-        """Projects the last axis, plus `scale * x @ a @ b` for `lora = {"a": [in, r], "b": [r, out]}`."""
+        """Projects the last axis, and adds `scale * x @ a @ b` for `lora = {"a": [in, r], "b": [r, out]}`."""
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
         if lora is not None:
@@ -170,7 +173,10 @@ the matrix products, "full" stores only the layer's input."""
 
 
 def rematerialise(body: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """Returns the body of a scan over layers with the policy `remat` of `REMAT_POLICIES`."""
+    """Returns the function `body` of a scan over layers, changed to store only the activations that `remat` names.
+
+    `remat` is a key of `REMAT_POLICIES`; any other value raises a ValueError.
+    """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat '{remat}' is not one of {', '.join(REMAT_POLICIES)}")
     remat_policy = REMAT_POLICIES[remat]

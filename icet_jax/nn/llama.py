@@ -34,9 +34,9 @@ class RopeScaling:
 class LlamaConfig:
     """Holds the sizes of the decoder under HF's names.
 
-    Two fields have no name there. `mrope_section` are the numbers of frequencies that turn with each of the three
-    positions of multimodal rotary embedding; empty if a token has one position. `biased` are the projections that have
-    a bias, such as "q_proj".
+    Two fields have no name there. `mrope_section` are the numbers of rotary frequencies that use the first, second and
+    third position of a token (multimodal rotary embedding); empty if a token has one position. `biased` are the
+    projections that have a bias, such as "q_proj".
     """
 
     vocab_size: int
@@ -87,8 +87,8 @@ def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
 class LlamaBlocks(nnx.Module):
     """Holds the weights of all decoder layers, stacked along their first axis.
 
-    The methods run one layer and need a module that was merged from one layer's slice of the weights. They take the
-    input x of the layer, the layer's LoRA adapters (empty without) and their scale.
+    The methods run one layer. Call them on a module of one layer, `nnx.merge(graphdef, that layer's slice)`. They take
+    the input x of the layer, the layer's LoRA adapters (empty without) and the adapters' scale.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
@@ -101,6 +101,7 @@ class LlamaBlocks(nnx.Module):
         shapes = lora_shapes(config)
 
         def projection(name: str, residual: bool = False) -> layers.Linear:
+            """Returns a projection; `residual` if its output is added to the residual, for its initial scale."""
             _, size_in, size_out = shapes[name]
             stddev = layers.depth_scaled(size_in**-0.5, depth) if residual else None
             return layers.Linear(size_in, size_out, use_bias=name in config.biased, stddev=stddev, **common)
@@ -144,7 +145,10 @@ class LlamaBlocks(nnx.Module):
 
 
 class SelfAttention:
-    """Runs decoder layers on whole sequences: causal attention without padding, perhaps after a cached prefix."""
+    """Runs decoder layers on whole sequences, with causal attention that ignores padding.
+
+    With a prefix, the tokens also attend to all cached tokens of their row.
+    """
 
     def __init__(self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None):
         """Prepares the attention of all layers.
@@ -192,22 +196,22 @@ class SelfAttention:
         index: Any,
         columns: Int[Array, "B"],
     ) -> tuple[Float[Array, "B 1 E"], tuple[Array, Array]]:
-        """Runs the final layer and returns its output at one column of each row, and the keys and values of all tokens.
+        """Runs the final layer. Returns its output at one column of each row, and the keys and values of all tokens.
 
         Args:
           x, layer, adapters, scale, index: see `__call__`.
           columns: the column of each row.
         """
         k, v = layer.keys_values(x, self.angles, adapters, scale)
-        at = columns[:, None, None]
-        x = jnp.take_along_axis(x, at, axis=1)
-        cos, sin = (jnp.take_along_axis(part, at[..., None], axis=1) for part in self.angles)
+        index_of_row = columns[:, None, None]
+        x = jnp.take_along_axis(x, index_of_row, axis=1)
+        cos, sin = (jnp.take_along_axis(part, index_of_row[..., None], axis=1) for part in self.angles)
         q = layer.query(x, (cos, sin), adapters, scale)
-        allowed = jnp.take_along_axis(self.allowed, at[:, None], axis=2)
+        allowed = jnp.take_along_axis(self.allowed, index_of_row[:, None], axis=2)
         return layer.after_attention(x, self._attend(q, k, v, allowed, index), adapters, scale), _heads_first(k, v)
 
     def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
-        """Returns the attention of queries to the prefix of layer `index` and to k and v, where `allowed` is True."""
+        """Returns the attention of queries to the prefix's keys of layer `index` and to k, where `allowed` is True."""
         if self.past is not None:
             cached = [part.swapaxes(1, 2) for part in layer_at(self.past, index)]
             k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
@@ -221,12 +225,12 @@ def _heads_first(k: Array, v: Array) -> tuple[Array, Array]:
 
 @flax.struct.dataclass
 class UnstackedLayers:
-    """Holds the layers of a decoder one by one, for decoding steps.
+    """Holds separate arrays for each layer of a decoder, for decoding steps.
 
-    With stacked layers, a step over few rows would spend most of its time on slicing them out of the stacks.
+    With arrays that hold all layers, a step over few rows would spend most of its time on slicing out each layer.
 
     Attributes:
-      layers: (weights, adapters) of each layer, in the order of the decoder.
+      layers: (weights, LoRA adapters) of each layer, in the order of the decoder.
       scale: scale of the adapters, static.
     """
 
@@ -268,8 +272,8 @@ class NextToken:
 def rotary(config: LlamaConfig, positions: Int[Array, "*sections B T"]) -> Angles:
     """Returns cos and sin of the tokens' rotary angles.
 
-    With positions `[3, B, T]` the frequencies are divided by `config.mrope_section`, and each section turns with one of
-    the three positions (HF `apply_multimodal_rotary_pos_emb`).
+    With positions `[3, B, T]` the frequencies are split into the sections `config.mrope_section`, and each section uses
+    one of a token's three positions (HF `apply_multimodal_rotary_pos_emb`).
     """
     frequencies = jnp.asarray(inverse_frequencies(config))
     if positions.ndim == 2:
@@ -342,7 +346,7 @@ class LlamaDecoder(nnx.Module):
         Args:
           positions: rotary position of each token, from 0; see `rotary`.
           mask: True at real tokens; padding may be on either side.
-          lora: adapters, or None for the reference model.
+          lora: adapters, or None for the model without adapters.
         """
         self_attention = SelfAttention(rotary(self.config, positions), mask)
         graph, state, adapters, scale = self._stacks(lora)
@@ -373,7 +377,7 @@ class LlamaDecoder(nnx.Module):
           lora: adapters, or None.
         """
         positions = after_prefix(positions, prefix)
-        attend_to = SelfAttention(rotary(self.config, positions), mask, prefix)
+        self_attention = SelfAttention(rotary(self.config, positions), mask, prefix)
         graph, state, adapters, scale = self._stacks(lora)
         depth = self.config.num_hidden_layers
         x = by_rows(embeddings.astype(self.dtype))
@@ -381,19 +385,19 @@ class LlamaDecoder(nnx.Module):
         v: list[Array] = []
         # Not a scan, which would stack the keys and values of all layers before they are laid out for the cache.
         for index in range(depth):
-            weights, own = (gather_weights(layer_at(part, index), x) for part in (state, adapters))
+            weights, layer_adapters = (gather_weights(layer_at(part, index), x) for part in (state, adapters))
             layer = nnx.merge(graph, weights)
             if index < depth - 1:
-                x, keys_values = attend_to(x, layer, own, scale, index)
+                x, keys_values = self_attention(x, layer, layer_adapters, scale, index)
             else:
                 last = jnp.maximum(mask.sum(axis=1) - 1, 0)
-                x, keys_values = attend_to.last(x, layer, own, scale, index, last)
+                x, keys_values = self_attention.last(x, layer, layer_adapters, scale, index, last)
             k.append(keys_values[0])
             v.append(keys_values[1])
         return self.norm(x)[:, 0], prompt_cache(tuple(k), tuple(v), positions, mask, prefix)
 
     def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
-        """Returns the layers one by one, for `step`."""
+        """Returns the layers as separate arrays, for `step`."""
         _, state, adapters, scale = self._stacks(lora)
         return UnstackedLayers(
             tuple(layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)), scale
@@ -459,7 +463,7 @@ class DelegatesToDecoder:
         return layers.positions_from_mask(mask)
 
     def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
-        """Returns the decoder's layers one by one, for `step`."""
+        """Returns the decoder's layers as separate arrays, for `step`."""
         return self.language_model.unstack_layers(lora)
 
     def step(

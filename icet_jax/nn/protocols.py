@@ -37,14 +37,14 @@ class Images:
 
     The images can be arranged in two ways. With *fixed places*, every row has M images, of which some may be filler
     images, and image m of row r has the number r * M + m (so I = B * M); rows and their images are then split over
-    devices in the same way. Without, I is smaller and the images are in the order of the rows.
+    devices in the same way. Without fixed places, I is smaller and the images are in the order of the rows.
 
     Attributes:
       pixels: Float[I, C, H, W], normalised.
-      rows: Int[I], the row of each image; a filler image has row `num_rows`. Without fixed places fillers come last.
+      rows: Int[I], the row of each image; a filler image has row `num_rows`. Without fixed places, fillers come last.
       num_rows: number of rows B of the batch, static.
       per_row: largest number M of images in one row, static.
-      layout: what else the family's network needs to know about the images, as its `image_parts` returns it; or None.
+      layout: array with what else the family's network needs to know about the images (`image_parts`), or None.
     """
 
     # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
@@ -73,15 +73,15 @@ class Images:
     def image_exits(
         self, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> tuple[Int[Array, "N"], Int[Array, "N"] | None]:
-        """Returns which images' features are needed, and at which exits, for `parallel.traced.take_exit_states`.
+        """Returns the exit of each needed image and its number, as `parallel.traced.take_exit_states` takes them.
 
         Args:
           exits: one exit for all rows, or one for each row.
           rows: the requested rows; None requests all.
 
         Returns:
-          (exit of each image, number of each image). With `rows` these are the R * M images of `index(rows)`. Without,
-          they are all images, and the second part is None.
+          (exit of each image, number of each image). With `rows` these are the R * M images of `index(rows)`. Without
+          `rows`, they are all images in order, and the numbers are None.
         """
         if rows is not None:
             index = self.index(rows)
@@ -95,7 +95,7 @@ class Images:
     def group_by_row(
         self, features: Shaped[Array, "N ..."], rows: Int[Array, "R"] | None = None
     ) -> Shaped[Array, "R M ..."]:
-        """Returns features of the images of `image_exits` as M images for each row; zeros where a row has fewer.
+        """Returns images' features arranged as M images for each row; zeros where a row has fewer images.
 
         Args:
           features: features of the images, in the order of `image_exits(exits, rows)`.
@@ -195,15 +195,16 @@ class LanguageModel(Protocol):
         prefix: Cache | None = None,
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], Cache]:
-        """Returns the state of each row's last token, and the cache of its tokens, which are padded on the right.
+        """Returns the hidden state of each row's last token after the final norm, and the cache of all tokens.
 
-        With a `prefix`, a cache of as many rows, the tokens follow those in it and have no images of their own. The
-        cache also says at which position `step` continues.
+        Args:
+          tokens, mask, visual, lora: see `decode`; padding must be on the right.
+          prefix: cache of B rows whose tokens come before these; the new tokens then have no images. None: no prefix.
         """
         ...
 
     def unstack_layers(self, lora: Lora | None = None) -> Any:
-        """Returns the decoder's layers one by one with their adapters, as an opaque pytree for `step`."""
+        """Returns separate arrays for each of the decoder's layers and its adapters, as an opaque pytree for `step`."""
         ...
 
     def step(
@@ -222,7 +223,7 @@ class LanguageModel(Protocol):
     def logits(self, hidden: Float[Array, "*batch E"], head: Array | None = None) -> Float[Array, "*batch V"]:
         """Returns float32 logits of the next token for states after the final norm.
 
-        `head` is the result of `head_for`; None lets this method fetch the head's weights itself.
+        `head` is the result of `head_for`; with None this method collects the head's weights itself.
         """
         ...
 
@@ -236,7 +237,7 @@ class LanguageModel(Protocol):
 
 @runtime_checkable
 class VisionLanguageModel(LanguageModel, Protocol):
-    """A language model with an image encoder, of which each block is an exit.
+    """A language model with an image encoder; each block of the encoder is an exit.
 
     Attributes:
       exit_definition: what exit l means in this family, in words.
@@ -334,13 +335,13 @@ def init_lora(
 ) -> Lora:  # fmt: skip
     """Returns new adapters, initialised as in PEFT: `a` is uniform within +-1/sqrt(in), `b` is zero.
 
-    So they do not change the model at first.
+    The product `a @ b` is therefore zero, and the adapters do not change the model at first.
 
     Args:
       shapes: the model's `lora_shapes()`.
       rank: rank r of the updates.
       alpha: the updates are scaled by alpha / r.
-      targets: names of projections ("q_proj"); each is adapted in every stack of layers that has it.
+      targets: names of projections ("q_proj"), adapted in all layers that have them.
       key: source of the random numbers.
 
     Raises:

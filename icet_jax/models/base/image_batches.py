@@ -1,4 +1,4 @@
-"""Converts the image arrays of Hugging Face processors to `Images`, whose shapes do not depend on the images' sizes."""
+"""Converts the image arrays of Hugging Face processors to `Images`, whose shapes are the same for all image sizes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -13,7 +13,7 @@ from icet_jax.parallel.distributed import Share
 Inputs: TypeAlias = Mapping[str, Any]
 
 ImageParts: TypeAlias = tuple[np.ndarray, np.ndarray, Callable[["Placement"], np.ndarray | None]]
-"""(pixels of I images, the row of each image, function that computes `Images.layout` once their placement is known)."""
+"""(pixels of I images, the row of each image, function of the images' `Placement` that returns `Images.layout`)."""
 
 _WHOLE_BATCH = Share(0, 1)
 
@@ -39,21 +39,21 @@ class Placement(NamedTuple):
 def batch_images(
     config: NetworkConfig, inputs: Inputs, *, num_rows: int, per_row: int | None = None, share: Share = _WHOLE_BATCH
 ) -> Images | None:
-    """Returns the images of a batch as numpy arrays.
+    """Returns the images of a batch, or of one process's share of it, as numpy arrays.
 
-    Their shapes depend only on the arguments and the length of input_ids, not on the sizes of the images: every image
-    has as many tiles as the largest possible one, and LLaVA-NeXT's layout is as long as the padded tokens.
+    The arrays' shapes do not depend on the sizes of the images: every image has as many tiles as the largest possible
+    image, and LLaVA-NeXT's layout is as long as the padded tokens.
 
     Args:
       config: config of the network.
       inputs: output of the family's processor, with input_ids [B, T] padded as for the network.
       num_rows: number of rows of the batch, at least B.
       per_row: number of images of every row, filler images included. None adds no filler images.
-      share: which part of the batch `inputs` are; if not all of it, every row must have `per_row` real images.
+      share: the part of the batch that `inputs` contain. If it is not all, every row must have `per_row` real images.
 
     Returns:
-      The images, see `Images` for the two layouts with and without `per_row`; None if there is none. A share gets its
-      part of every array, with row numbers of the whole batch.
+      The images, with fixed places (see `Images`) if `per_row` is set; None if there are no images. For a share, its
+      part of every array; `rows` are numbers of rows in the whole batch.
 
     Raises:
       UserError: the inputs do not fit each other or the model, or a row has more than `per_row` images.
@@ -79,10 +79,10 @@ def batch_images(
     padded_pixels = np.zeros((images_of_share, *family.image_shape(config)), np.float32)
     real_tiles: tuple[Any, ...] = (indices, *map(slice, pixels.shape[1:]))
     padded_pixels[real_tiles] = pixels
-    row_of = np.full(images_of_share, num_rows, np.int32)
-    row_of[indices] = rows + share.rows(num_rows).start
+    row_of_image = np.full(images_of_share, num_rows, np.int32)
+    row_of_image[indices] = rows + share.rows(num_rows).start
     placement = Placement(images_of_share, indices, num_rows // share.count, share.rows(num_images).start, num_images)
-    return Images(pixels=padded_pixels, rows=row_of, num_rows=num_rows, per_row=per_row, layout=layout(placement))
+    return Images(pixels=padded_pixels, rows=row_of_image, num_rows=num_rows, per_row=per_row, layout=layout(placement))
 
 
 def pixel_values(inputs: Inputs, shape: tuple[int, ...], axes: int, some_tiles: bool = False) -> np.ndarray:

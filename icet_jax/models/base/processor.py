@@ -147,7 +147,10 @@ class Processor(ABC):
         """Returns `inputs` together with the image processor's arrays for the images of all rows, at least one."""
 
     def _expand(self, row: int, prompt: str, images: Sequence[ImageLike]) -> str:
-        """Returns the prompt in its chat template, with one placeholder for each position of an image."""
+        """Returns the prompt in its chat template, with one placeholder for each position of its images.
+
+        `row` is the number of the prompt, for error messages.
+        """
         if self.placeholder in prompt:
             raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
         first, *rest = self.template(prompt, len(images)).split(self.placeholder)
@@ -158,7 +161,7 @@ class Processor(ABC):
         return "".join([first, *expanded])
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        """Returns the token ids of each text with exactly one BOS: the template's, or else the tokenizer's."""
+        """Returns the token ids of each text; the tokenizer adds a BOS only if the template has not added one."""
         bos = self.tokenizer.bos_token
         needs_bos = [bos is None or not text.startswith(bos) for text in texts]
         pairs = zip(texts, needs_bos, strict=True)
@@ -186,6 +189,7 @@ class Processor(ABC):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def _open_rows(self, images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[Image]]:
+        """Returns the opened images of each prompt; see `__call__`."""
         rows = _as_rows(images, prompts)
         return [[_open(image, f"row {i} image {j}") for j, image in enumerate(row)] for i, row in enumerate(rows)]
 
@@ -240,7 +244,7 @@ def backbone_of(values: JsonObject) -> str:
 
 
 def template_of_backbone(values: JsonObject, templates: Mapping[str, Template]) -> Template:
-    """Returns the published template for the backbone of a config.json; `templates` are those of a family by backbone.
+    """Returns the published template for the backbone of a config.json; `templates` is {backbone: template}.
 
     Raises:
       UserError: the family was not published on this backbone.
@@ -261,6 +265,7 @@ def edges(size: Any) -> tuple[int | None, int | None]:
 
 
 def _as_list(entry: RowImages) -> list[ImageLike]:
+    """Returns the images of one prompt as a list."""
     if entry is None:
         return []
     if isinstance(entry, (list, tuple)):
@@ -269,6 +274,7 @@ def _as_list(entry: RowImages) -> list[ImageLike]:
 
 
 def _as_rows(images: Sequence[RowImages], prompts: Sequence[str]) -> list[list[ImageLike]]:
+    """Returns the images of each prompt; raises a UserError if there are not as many entries as prompts."""
     if len(images) != len(prompts):
         raise UserError(f"{len(prompts)} prompts but {len(images)} images; give one entry (or None) per prompt")
     return [_as_list(entry) for entry in images]
@@ -282,6 +288,7 @@ def image_name(source: ImageLike, name: str) -> str:
 
 
 def _open(source: ImageLike, name: str) -> Image:
+    """Opens an image that can be resized; `name` is used in error messages if the image has no name."""
     name = image_name(source, name)
     image = open_image(source, name)
     require_resizable(image, name)

@@ -24,7 +24,7 @@ States = list[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Describes a family in transformers.
+    """Holds what is needed to run a family's models in transformers, in which *config* means this package's config.
 
     Attributes:
       processor: name of the class of its processor.
@@ -35,8 +35,8 @@ class Reference:
         exit.
       join_images: function of (rows, padded length) that returns the image arrays of all rows as one batch.
       prepare_processor: function of (processor, config) that sets attributes which the processor's files lack.
-      capture: function that returns the value of the exit option "capture" that the installed transformers implements;
-        it returns None for a family without this option.
+      capture: function that returns which value of the exit option "capture" the installed transformers implements, or
+        None for a family without this option.
     """
 
     processor: str
@@ -114,11 +114,11 @@ def random_row(
 
 
 def join(config: NetworkConfig, rows: Sequence[Inputs], pad_id: int) -> Inputs:
-    """Returns rows of `hf_row` as one batch with text padded on the left.
+    """Returns the arrays of several rows joined to one batch, with text padded on the left.
 
     Args:
       config: config of the network.
-      rows: the rows; the one with most images and tiles determines the shapes of the image arrays.
+      rows: results of `hf_row`; the one with most images and tiles determines the shapes of the image arrays.
       pad_id: token id of the padding.
     """
     length = max(row["input_ids"].shape[1] for row in rows)
@@ -157,7 +157,7 @@ def encoder_states(model: Any, config: NetworkConfig, row: dict[str, Any]) -> St
 
 
 def at_exit(model: Any, config: NetworkConfig, layer: int) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which transformers' model generates its answers at exit `layer`."""
+    """Returns a context in which transformers' model generates its answers at exit `layer` (1..num_exits)."""
     return family_of(config).reference.at_exit(model, config, layer)
 
 

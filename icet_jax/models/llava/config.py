@@ -19,7 +19,7 @@ _VISION_DEFAULTS = {
     "image_size": 224, "patch_size": 32, "num_channels": 3, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
 }  # fmt: skip
 _CLIP_FIELDS = tuple(_VISION_DEFAULTS)
-# The vision config of a file that has none at all (CLIP ViT-L/14-336).
+# transformers' vision config for a file without `vision_config` (CLIP ViT-L/14-336).
 _VISION_ABSENT = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
@@ -65,7 +65,10 @@ def llava_values(values: JsonObject, where: str) -> JsonObject:
 
 
 def _decoder(values: Any, tied: bool, where: str) -> LlamaConfig:
-    """Returns the config of the decoder, of any kind in `DECODERS` without a sliding window."""
+    """Returns the decoder's config from the file's `text_config`; refuses sliding-window attention.
+
+    `values` are those of `text_config`, and `tied` says whether input and output embeddings share their weights.
+    """
     where, values = f"{where}: text_config", values or {}
     config, window = decoder_from_hf(values, where, tied=tied), attention_window(values, where)
     if window is not None:

@@ -15,20 +15,21 @@ def image_shape(config: LlavaConfig) -> tuple[int, ...]:
 def image_parts(config: LlavaConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
     """Returns pixels and rows of the images; this family has no `Images.layout`."""
     pixels = pixel_values(inputs, image_shape(config), axes=1)
-    return pixels, image_rows(ids, len(pixels), config), lambda places: None
+    return pixels, image_rows(ids, len(pixels), config), lambda placement: None
 
 
 def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> np.ndarray:
     """Returns the row of each image, int32 [I] ascending, from the placeholders in input_ids [B, T].
 
     Raises:
-      UserError: the number of placeholders in a row is not a multiple of an image's number, or all rows together have
-        placeholders for another number of images than `num_images`.
+      UserError: the placeholders of a row are not a multiple of the `config.image_tokens` of one image, or those of all
+        rows are not for `num_images` images.
     """
     counts, rest = np.divmod((input_ids == config.image_token_index).sum(axis=1), config.image_tokens)
     if rest.any():
         raise UserError(
-            f"input_ids: row {int(rest.argmax())} holds no whole number of images (each {config.image_tokens} tokens)"
+            f"input_ids: row {int(rest.argmax())} does not hold placeholders for whole images (each "
+            f"{config.image_tokens} tokens)"
         )
     if counts.sum() != num_images:
         raise UserError(f"input_ids hold placeholders for {counts.sum()} images, pixel_values hold {num_images}")

@@ -50,7 +50,7 @@ class LlavaEncoded:
     """Holds every hidden state of the image encoder, and the images that they belong to.
 
     Attributes:
-      states: Float[X, I, P, D] for X states, I images (or tiles), P patches with the class token, and width D.
+      states: Float[X, I, P, D] for X hidden states, I images (or tiles), P patches and class token, and width D.
       images: the images.
     """
 
@@ -141,7 +141,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
     def features(self, states: Float[Array, "I P D"]) -> Float[Array, "I N E"]:
-        """Returns the projected features of hidden states, without the class token unless the model uses it."""
+        """Returns the image features of hidden states: without the class token, unless the model uses it, projected."""
         if self.config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         return self.projector(states)

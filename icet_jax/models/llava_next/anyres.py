@@ -17,7 +17,8 @@ Size = tuple[int, int]
 def canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
     """Returns the size in `pinpoints` to which an image is resized, margins included.
 
-    It keeps the most of the image's pixels; among several such sizes it has the smallest area, and is the first.
+    It is the size that keeps most of the image's pixels. Among equals the one with the smallest area is chosen,
+    then the first.
     """
     height, width = size
     best, most_pixels, least_waste = pinpoints[0], -1, 0
@@ -33,11 +34,11 @@ def canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 @lru_cache(maxsize=4096)
 def packing(size: Size, config: LlavaNextConfig) -> np.ndarray:
-    """Returns which feature stands at each of an image's N positions in the prompt: int32 [N], -1 for `image_newline`.
+    """Returns the number of the feature at each of an image's N positions in the prompt, int32 [N].
 
-    The features of an image are numbered: first the patches of the scaled-down image, then those of its tiles, tile by
-    tile. The positions have first the scaled-down image, then the patches of the canvas row by row, across tiles and
-    without the margins around the image. Each row ends with `image_newline`.
+    Features are numbered in the order of the network: the patches of the scaled-down image, then those of its tiles,
+    tile by tile. The positions in the prompt are those of the scaled-down image, then the patches of the canvas row by
+    row, across tiles and without the margins around the image. Each row ends with `image_newline`, which is -1 here.
 
     Args:
       size: (height, width) of the image in pixels.
@@ -80,7 +81,7 @@ def gather_rows(
     image_numbers: Sequence[int] | np.ndarray | None = None,
     num_images: int | None = None,
 ) -> np.ndarray:
-    """Returns LLaVA-NeXT's `Images.layout`: which feature stands at each image position of each row.
+    """Returns LLaVA-NeXT's `Images.layout`: the number of the feature at each image position of each row.
 
     Args:
       sizes: (height, width) of each image in pixels.
@@ -89,12 +90,12 @@ def gather_rows(
       length: most image positions of a row.
       tiles: number of tiles that every image is padded to.
       config: config of the network.
-      image_numbers: number of each image in the batch; 0, 1, ... if None.
-      num_images: number of images in the batch, filler images included; the number of `sizes` if None.
+      image_numbers: number of each image in the batch; None means 0, 1, ...
+      num_images: number of images in the batch, filler images included; None means as many as `sizes`.
 
     Returns:
-      int32 [B, length]. The features of all images of the batch are numbered consecutively, and the next number means
-      `image_newline`. After a row's last image position stands -1.
+      int32 [B, length]. The features of all images of the batch are numbered consecutively; the number after the last
+      feature means `image_newline`. A row is filled up with -1 after its last image position.
     """
     per_image = tiles * config.image_tokens
     newline = (len(sizes) if num_images is None else num_images) * per_image

@@ -15,7 +15,7 @@ def image_shape(config: LlavaNextConfig) -> tuple[int, ...]:
 
 
 def image_parts(config: LlavaNextConfig, inputs: Inputs, ids: np.ndarray) -> ImageParts:
-    """Returns pixels and rows of the images; the layout is described at `gather_rows`."""
+    """Returns pixels and rows of the images, and a function that computes the layout (see `gather_rows`)."""
     pixels = pixel_values(inputs, image_shape(config), axes=1, some_tiles=True)
     sizes = (
         [(int(high), int(wide)) for high, wide in np.asarray(required_entry(inputs, "image_sizes"))]
@@ -47,12 +47,12 @@ def anyres_rows(input_ids: np.ndarray, sizes: list[tuple[int, int]], config: Lla
     """Returns the row of each image, int32 [I] ascending, from the placeholders in input_ids [B, T].
 
     Args:
-      input_ids: token ids; an image has as many placeholders as follow from its size.
+      input_ids: token ids, with as many placeholders for an image as its size requires (`packing`).
       sizes: (height, width) of each image in pixels.
       config: config of the network.
 
     Raises:
-      UserError: see `image_rows`.
+      UserError: the placeholders are not those of images of these sizes.
     """
     lengths = [len(packing(size, config)) for size in sizes]
     rows, image = [], 0

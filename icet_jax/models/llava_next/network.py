@@ -62,12 +62,13 @@ class LlavaNext(Llava):
         return self._states(images, None)
 
     def _states(self, images: Images, upto: int | None) -> Float[Array, "X I P D"]:
+        """Returns the hidden states of all tiles, at all exits (None) or up to `upto`; I counts tiles."""
         return self.vision_tower(images.pixels.reshape(-1, *images.pixels.shape[2:]), upto)
 
     def visual(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> Float[Array, "R N E"]:
-        """Returns the features of each row's images at its exit, in the order of the prompt, then zeros."""
+        """Returns the features of each row's images at its exit, in the order of the prompt, filled up with zeros."""
         images = encoded.images
         layout = images.layout if rows is None else images.layout[rows]
         image_exits, numbers = images.image_exits(exits, rows)

@@ -66,7 +66,7 @@ def mllama_from_hf(
 def _vision(values: Any, where: str, shift: int) -> MllamaVisionConfig:
     """Returns the config of the image encoder from the file's `vision_config`.
 
-    `shift` is added to the indices of the captured states.
+    `shift` is added to the indices of the captured states: 0 if they are inputs of blocks, 1 if they are outputs.
     """
     fields = Fields(values or {}, _VISION_DEFAULTS, where)
     fields.only("model_type", "mllama_vision_model")

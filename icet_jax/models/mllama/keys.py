@@ -40,11 +40,11 @@ def _vision_entries(config: MllamaConfig) -> Iterator[TableEntry]:
     attention = tuple((f"self_attn.{name}", name) for name in _ATTENTION)
     mlp = (("mlp.fc1", "fc1"), ("mlp.fc2", "fc2"))
     norms = tuple((name, name) for name in ("input_layernorm", "post_attention_layernorm"))
-    for theirs, ours, depth in (
+    for hf_name, name_here, depth in (
         ("transformer", "layers", vision.num_hidden_layers),
         ("global_transformer", "global_layers", vision.num_global_layers),
     ):
-        keys, paths = f"{root}.{theirs}.layers", f"{path}/{ours}"
+        keys, paths = f"{root}.{hf_name}.layers", f"{path}/{name_here}"
         yield from stacked(keys, paths, norms, NORM, depth)
         yield from stacked(keys, paths, attention, LINEAR_KERNEL, depth)
         yield from stacked(keys, paths, mlp, LINEAR, depth)
@@ -67,10 +67,10 @@ def _stack_entries(
       leaves: tensors of each module, such as `LINEAR`.
     """
     for layer, hf_layer in enumerate(hf_layers):
-        for theirs, ours in modules:
+        for hf_name, name_here in modules:
             for leaf, name, transform in leaves:
-                key = f"language_model.model.layers.{hf_layer}.{theirs}.{leaf}"
-                yield TableEntry(key, f"language_model/{stack}/{ours}/{name}", layer, transform)
+                key = f"language_model.model.layers.{hf_layer}.{hf_name}.{leaf}"
+                yield TableEntry(key, f"language_model/{stack}/{name_here}/{name}", layer, transform)
 
 
 def _text_entries(config: MllamaConfig) -> Iterator[TableEntry]:
@@ -108,6 +108,7 @@ for a tensor that is not a parameter."""
 
 
 def mllama_table(config: MllamaConfig) -> Table:
-    """Returns the key table of the model, whose two stacks have the self- and the cross-attention layers."""
+    """Returns the key table of the model: image encoder, projector, and self- and cross-attention layers of the
+    decoder."""
     projector = single((("multi_modal_projector", "projector"),), LINEAR)
     return Table((*_vision_entries(config), *projector, *_text_entries(config)), normalise_mllama)

@@ -25,7 +25,7 @@ EXIT_DEFINITIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class MllamaConfig:
-    """Holds the sizes of the model; `exit_rule` defines exit l (`EXIT_RULES`)."""
+    """Holds the sizes of the model, and which of the `EXIT_DEFINITIONS` its exits have (`exit_rule`)."""
 
     model_type: ClassVar[str] = "mllama"
     vision: MllamaVisionConfig
@@ -80,7 +80,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
 
     @property
     def default_exit(self) -> int:
-        """Returns the last exit, at which the model is as trained (with the exit rule E5 no exit is)."""
+        """Returns the last exit. With the exit rules E1 and E2 it is the model as trained; with E5 no exit is."""
         return self.num_exits
 
     @property
@@ -116,7 +116,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
     def visual(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> CrossStates:
-        """Returns the image features of each row's images at its exit, and which tiles exist."""
+        """Returns each row's image features at its exit, and which tiles exist; see `VisionLanguageModel.visual`."""
         images = encoded.images
         image_exits, numbers = images.image_exits(exits, rows)
         features = self.vision_tower.features(

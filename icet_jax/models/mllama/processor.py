@@ -56,7 +56,7 @@ class MllamaProcessor(Processor):
 def cross_attention_mask(input_ids: np.ndarray, image_token: int, tiles: np.ndarray) -> np.ndarray:
     """Returns which tiles each token attends to, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
 
-    A token attends to the last image before it, and to images whose placeholders directly precede that image's.
+    A token attends to the last image before it, and to earlier images if only placeholders separate them from it.
 
     Args:
       input_ids: token ids [B, T].

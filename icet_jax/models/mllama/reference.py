@@ -61,6 +61,7 @@ def at_exit(model: Any, config: MllamaConfig, layer: int) -> Iterator[None]:
     """Returns a context in which transformers' model answers at exit `layer`, see `MllamaVisionTower.features`."""
 
     def replace_local_output(module: Any, args: Any, output: Any) -> Any:
+        """Hook of the local blocks: returns the state of block `layer` as the last one, and with E1 no later ones."""
         states = output.hidden_states  # after each block
         output.last_hidden_state = states[layer - 1]
         if config.exit_rule == "E1":
@@ -82,11 +83,11 @@ def at_exit(model: Any, config: MllamaConfig, layer: int) -> Iterator[None]:
 
 
 def join_images(rows: Sequence[Inputs], length: int) -> Inputs:
-    """Returns the image arrays of all rows as one batch.
+    """Returns the image arrays of all rows as one batch; see `Reference.join_images`.
 
     Args:
-      rows: rows of `hf_row`; the one with most images determines the axis of images.
-      length: length of the texts, which are padded on the left (cross_attention_mask has an axis of tokens).
+      rows: results of `hf_row`; the one with most images determines the length of the images' axis.
+      length: length of the texts, which are padded on the left, and of the tokens' axis in cross_attention_mask.
     """
     names = {name for row in rows for name in row} - {"input_ids", "attention_mask"}
     out: Inputs = {}

@@ -72,8 +72,8 @@ class MllamaTextConfig:
         kinds = tuple(layer in self.cross_attention_layers for layer in range(self.llama.num_hidden_layers))
         count = max(len(self.cross_attention_layers), 1)
         period, rest = divmod(len(kinds), count)
-        regular = not rest and kinds == kinds[:period] * count
-        return (count, kinds[:period]) if regular else (1, kinds)
+        is_periodic = not rest and kinds == kinds[:period] * count
+        return (count, kinds[:period]) if is_periodic else (1, kinds)
 
 
 @flax.struct.dataclass
@@ -98,8 +98,8 @@ class MllamaCache:
       text: cache of the self-attention layers.
       k, v: keys (after `k_norm`) and values of the images, for each cross-attention layer `[B, K, M * N, D]`; empty
         without images.
-      allowed: which image features the next token of a row attends to, `[B, M * N]`; None without images.
-      real: which image features belong to an existing image, `[B, M * N]`; None without images.
+      allowed: which image features the next token of a row attends to, bool `[B, M * N]`; None without images.
+      real: which image features belong to an existing image, bool `[B, M * N]`; None without images.
     """
 
     text: KVCache
@@ -131,8 +131,8 @@ class MllamaCache:
 class CrossBlocks(nnx.Module):
     """Holds the weights of all cross-attention layers, stacked along their first axis.
 
-    The methods run one layer and need a module that was merged from one layer's slice of the weights. They take the
-    layer's LoRA adapters (empty without) and their scale.
+    The methods run one layer. Call them on a module of one layer, `nnx.merge(graphdef, that layer's slice)`. They take
+    the layer's LoRA adapters (empty without) and the adapters' scale.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
@@ -184,6 +184,7 @@ class CrossBlocks(nnx.Module):
         return x + jnp.where(vision.sees[..., None], self._gate(self.mlp_gate) * y, 0)
 
     def _gate(self, gate: nnx.Param) -> Float[Array, "1"]:
+        """Returns the factor `tanh(gate)` by which an output is multiplied."""
         return jnp.tanh(gate[...].astype(self.dtype))
 
 
@@ -228,7 +229,7 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
         self.lm_head = layers.Linear(llama.hidden_size, llama.vocab_size, use_bias=False, **common)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
-        """Returns the token embeddings in the compute dtype; image placeholders have rows of their own."""
+        """Returns the token embeddings in the compute dtype; image placeholders have an embedding too."""
         return self.embed_tokens[...][tokens].astype(self.dtype)
 
     def __call__(
@@ -328,7 +329,7 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
 
         Args:
           x: embeddings of the tokens.
-          text: runs the self-attention layers.
+          text: function that runs one self-attention layer.
           vision: the images and which tokens attend to them; None skips the cross-attention layers.
           lora: adapters.
           stored: keys and values of the images, each `[C, B, K, M * N, D]` for C cross-attention layers; None computes
@@ -336,8 +337,8 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
           keep: whether to return keys and values.
 
         Returns:
-          (hidden states, (keys and values of the text, keys and values of the images)). The latter are None unless
-          `keep` is set; they are stacked over layers, with heads before tokens.
+          (hidden states, (keys and values of the text, keys and values of the images)). Keys and values are `[layers,
+          B, K, tokens, D]`; they are None unless `keep` is set.
         """
         repeats, kinds = self.config.super_blocks
         scale = 1.0 if lora is None else lora.scale
@@ -346,7 +347,8 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
         cross_graph, cross_state = nnx.split(self.cross_layers)
         indices = jnp.arange(self.config.self_layers.num_hidden_layers)
 
-        def body(x: Array, slices: Any) -> tuple[Array, Any]:
+        def run_super_block(x: Array, slices: Any) -> tuple[Array, Any]:
+            """Runs the layers of one super-block; returns its output and, with `keep`, the layers' keys and values."""
             counts: list[int] = [0, 0]
             kept: tuple[list[Any], list[Any]] = ([], [])
             for is_cross in kinds:
@@ -376,7 +378,7 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
             lambda leaf: leaf.reshape(repeats, -1, *leaf.shape[1:]),
             ((self_state, self_adapters, indices), (cross_state, cross_adapters, stored)),
         )
-        x, kept = jax.lax.scan(layers.rematerialise(body, self.remat), by_rows(x), stacks)
+        x, kept = jax.lax.scan(layers.rematerialise(run_super_block, self.remat), by_rows(x), stacks)
         text_kv, image_kv = (*jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), kept or ()), None, None)[:2]
         return x, (text_kv, image_kv)
 
@@ -388,7 +390,7 @@ class Vision:
     Attributes:
       allowed: [B, T, M * N], whether a token may attend to an image feature.
       real: [B, M * N], whether an image feature belongs to an existing image.
-      states: the image features; None if their keys and values are cached.
+      states: the image features [B, M * N, E]; None if their keys and values are cached.
     """
 
     allowed: Array

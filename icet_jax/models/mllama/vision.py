@@ -66,7 +66,8 @@ class MllamaVisionConfig:
 class MllamaVisionBlocks(nnx.Module):
     """Holds the weights of all local or all global blocks, stacked along their first axis.
 
-    A call runs one block and needs a module that was merged from one block's slice of the weights.
+    Call it on a module of one block, `nnx.merge(graphdef, that block's slice)`. In `gated` blocks a trained gate scales
+    what is added to the residual.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class MllamaVisionBlocks(nnx.Module):
         return x + (self._gate(self.gate_ffn) * y if self.gated else y)
 
     def _gate(self, gate: nnx.Param) -> Float[Array, "1"]:
+        """Returns the factor `tanh(gate)` by which an output is multiplied."""
         return jnp.tanh(gate[...].astype(self.fc1.dtype))
 
 
@@ -245,10 +247,10 @@ class MllamaVisionTower(nnx.Module):
         rule: str = "E1",
         images: Int[Array, "R"] | None = None,
     ) -> Float[Array, "R N O"]:
-        """Returns what the projector gets of each image at its exit l.
+        """Returns the projector's input for each image at its exit l.
 
-        Let h_l be the output of l local blocks, G the norm, tile embedding and global blocks, and i each of
-        `intermediate_layers_indices`. The projector gets one final state and the captured states:
+        Let h_l be the output of l local blocks, G the norm, tile embedding and global blocks that follow, and i each of
+        `intermediate_layers_indices`. The input consists of one final state and the captured states:
         rule "E1": G(h_l) and h_min(i, l), as if the local blocks after l did not exist;
         rule "E2": G(h_l) and h_i;
         rule "E5": h_l and h_i.
@@ -262,8 +264,8 @@ class MllamaVisionTower(nnx.Module):
           images: numbers of the R requested images; None requests all.
 
         Returns:
-          `N = M * tokens_per_tile` tokens of size `O = output_dim`: the final state, then the captured states, whose
-          channels are interleaved.
+          For N = M * tokens_per_tile tokens of M tiles, vectors of size O = output_dim: the final state, then the
+          captured states, whose channels are interleaved.
         """
         indices, last = self.config.intermediate_layers_indices, self.config.num_hidden_layers
         exit_states = take_exit_states(states, exits, images)
@@ -298,20 +300,21 @@ class MllamaVisionTower(nnx.Module):
         return by_rows(in_chunks(run, max(1, _SCORE_BYTES // score_bytes_per_image), x, aspect_ratio_ids))
 
     def _without_padding(self, x: Float[Array, "I Q O"]) -> Float[Array, "I N O"]:
+        """Returns the tokens of all tiles without those that pad a tile to a multiple of 8."""
         config = self.config
         x = x.reshape(x.shape[0], config.max_num_tiles, config.padded_tokens, -1)[:, :, : config.tokens_per_tile]
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Array:
-    """Returns `function(*arrays)`, computed on a part of the elements after another to save memory.
+    """Returns `function(*arrays)`, computed in chunks of elements one after another, to save memory.
 
     A chunk takes elements at a constant distance, so that an axis that is split over devices stays split in each chunk.
 
     Args:
       function: function of arrays with equal first axes that treats each element of these axes independently.
-      size: most elements that a device processes at once, at least 1.
-      arrays: `[I, ...]`.
+      size: largest number of elements that a device processes at once, at least 1.
+      arrays: I elements each, `[I, ...]`.
     """
     count, mesh = arrays[0].shape[0], mesh_of(*arrays)
     shards = 1 if mesh is None else row_shards(mesh)
