@@ -1,4 +1,4 @@
-"""Advantages: generalised advantage estimation, whitening, and comparison within a group of responses."""
+"""Computes advantages: generalised advantage estimation, whitening, and comparison within a group of responses."""
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,16 @@ def gae(
     gamma: Scalar,
     lam: Scalar,
 ) -> tuple[Float[Array, "B A"], Float[Array, "B A"]]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16) over responses of different lengths.
+    """Returns advantages by generalised advantage estimation (Schulman et al. 2016, eq. 16), and returns.
 
         delta_t = r_t + gamma * V_{t+1} - V_t;    A_t = delta_t + gamma * lam * A_{t+1};    returns = A + V
 
-    The last true position of a row is terminal: nothing is bootstrapped beyond it, with or without an EOS.
+    The last true position of a row is terminal: no value is bootstrapped beyond it, with or without an EOS.
 
     Args:
       rewards: per-token rewards; entries outside the mask may be anything, NaN included.
-      values: the value head's output at the position that predicts token t; likewise.
-      mask: true on the response tokens, a prefix of each row, possibly empty.
+      values: the value head's output at the position that predicts token t; outside the mask also anything.
+      mask: true on the response tokens, which are the first ones of a row; a row may have none.
       gamma: discount per token.
       lam: GAE's lambda.
 
@@ -56,7 +56,9 @@ def whiten(
     shift_mean: bool = True,
     rows: Bool[ArrayLike, " B"] | None = None,
 ) -> Float[Array, "B A"]:
-    """Gives the entries inside the mask mean 0 and variance 1 (biased variance, eps 1e-8 under the root).
+    """Returns the values shifted and scaled so that those inside the mask have mean 0 and (biased) variance 1.
+
+    1e-8 is added to the variance under the root.
 
     Call it on the whole global rollout batch, so that mini-batches and devices share one mean and one variance.
 
@@ -64,8 +66,8 @@ def whiten(
       x: values; entries outside the mask may be anything, NaN included.
       mask: true where `x` counts.
       shift_mean: False adds the mean back afterwards, as is usual for rewards (TRL's `whiten_rewards`).
-      rows: rows that are whitened, all of them if None. The others enter neither mean nor variance and keep their
-        values, neither shifted nor scaled: a row without a reward must not be told that it beats the rewarded ones.
+      rows: rows that are whitened, all of them if None. The other rows do not count for mean and variance and keep
+        their values: otherwise a row without a reward would seem to beat the rewarded ones.
 
     Returns:
       float32, zero outside the mask.
@@ -93,22 +95,22 @@ def whiten_cells(
     min_std: float,
     rows: Bool[ArrayLike, " B"] | None = None,
 ) -> Float[Array, "B A"]:
-    """Whitens each (exit, kind) of rows with its own mean and standard deviation, both over tokens (ours).
+    """Returns values whitened with the mean and the standard deviation of the row's exit and kind, over tokens (ours).
 
         A_t = (x_t - mean) / max(std, min_std)
 
-    A mean over few rows says little. So an (exit, kind) with fewer than `min_rows` rows takes the mean and the standard
-    deviation of its kind at all exits, and a kind with fewer rows takes those of all rows.
+    A mean over few rows is uncertain. So rows of an exit and kind with fewer than `min_rows` rows use the mean and the
+    standard deviation of their kind at all exits; if these are also fewer rows, those of all rows.
 
     Args:
       x: values; entries outside the mask may be anything, NaN included.
       mask: true where `x` counts.
-      exits: of each row, from 1 to `num_exits`.
-      kinds: of each row, from 0 to `num_kinds` - 1.
-      num_exits: N of the model.
+      exits: exit of each row, from 1 to `num_exits`.
+      kinds: kind of each row, from 0 to `num_kinds` - 1.
+      num_exits: number of the model's exits.
       num_kinds: number of kinds.
-      min_rows: least number of rows with a token for an own mean.
-      min_std: least divisor, above 0: where all rows are nearly equal, noise is not blown up.
+      min_rows: smallest number of rows with a token whose mean is used.
+      min_std: smallest divisor, above 0, so that noise is not amplified where all rows are nearly equal.
       rows: rows that are whitened, as in `whiten`; the others keep their values.
 
     Returns:
@@ -130,12 +132,13 @@ def whiten_cells(
 def _cell_statistics(
     x: Float[Array, "B A"], counted: Bool[Array, "B A"], cell: Int[Array, " B"], count: int
 ) -> tuple[Array, Array, Array]:
-    """Number of rows with a counted token, mean and biased standard deviation of the tokens of each row's cell, [B].
+    """Returns (number of rows, mean, biased standard deviation) of the cell that each row belongs to, each [B].
 
-    `cell` numbers the cells from 0 to `count` - 1.
+    `cell` [B] is the number of a row's cell, from 0 to `count` - 1. Only counted tokens, and rows with one, count.
     """
 
     def total(per_token: Array) -> Array:
+        """Returns for each row the sum over its cell of values per token."""
         return jax.ops.segment_sum(jnp.sum(per_token, axis=1), cell, count)[cell]
 
     size = jax.ops.segment_sum(jnp.any(counted, axis=1).astype(jnp.int32), cell, count)[cell]
@@ -148,7 +151,7 @@ def _cell_statistics(
 def group_advantages(
     rewards: Float[ArrayLike, " B"], valid: Bool[ArrayLike, " B"], *, group_size: int, scaled: bool
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """How much better each response is than the others of its group; rows of a group are neighbours.
+    """Returns how much better each response is than the others of its group; rows of a group are neighbours.
 
         not scaled:  A_i = R_i - mean over j != i of R_j        (RLOO: Ahmadian et al. 2024, "Back to Basics", eq. 8)
         scaled:      A_i = (R_i - mean(R)) / (std(R) + 1e-4)    (GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1)
@@ -159,10 +162,11 @@ def group_advantages(
       rewards: one per response; entries that are not valid may be anything, NaN included.
       valid: responses that count; the others enter no mean.
       group_size: k, which divides B.
-      scaled: which of the two.
+      scaled: which of the two formulas to use.
 
     Returns:
-      (advantages, compared): zero and false where a response is not valid or no other of its group is.
+      (advantages, whether a response was compared). They are zero and false for a response that is not valid, or whose
+      group has no other valid response.
     """
     valid = jnp.asarray(valid, bool).reshape(-1, group_size)
     grouped = jnp.where(valid, jnp.asarray(rewards, jnp.float32).reshape(valid.shape), 0.0)

@@ -1,7 +1,7 @@
-"""What every algorithm gives the training loop, and what they have in common on the host.
+"""The interface between an algorithm and the training loop, and what all algorithms have in common on the host.
 
-An algorithm is one file of this package, which reads as a recipe, and one line of `config.names.ALGORITHMS`. What is
-dispatched runs while the host goes on: an iteration's metrics are read after the next one has begun.
+An algorithm is one file of this package, which reads as a recipe, and one line of `config.names.ALGORITHMS`. The device
+works while the host goes on: an iteration's metrics are read after the next iteration has begun.
 """
 
 import dataclasses
@@ -32,22 +32,25 @@ if TYPE_CHECKING:
     from icet_jax.planning.ahead import AbstractRun
     from icet_jax.vlm import VLM
 
-Row = dict[str, float]
-Read = Callable[[], Row]
-"""Waits for an iteration to end and gives its metrics."""
+Metrics = dict[str, float]
+"""{metric: value} of one iteration."""
+
+ReadMetrics = Callable[[], Metrics]
+"""Function that waits for an iteration to end and returns its metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedPhase:
-    """One jitted program of a run, for `--mode=plan`.
+    """Describes one jitted program of a run, for `--mode=plan`.
 
     Attributes:
-      name: of its line in the plan.
-      inputs: what it takes beside weights and train state, abstractly; row-aligned.
-      cache: the KV cache that it works on, abstractly, or None.
-      lower: gives what `.compile()` compiles; it needs a mesh of devices.
-      beside: what lies on the chips meanwhile without being taken: weights and train state that others use.
-      held: the cache is not made by the phase, but taken and given back.
+      name: name in the plan.
+      inputs: abstract arrays of its row-aligned arguments, that is without weights and train state.
+      cache: abstract arrays of the KV cache that it works on, or None.
+      lower: function that returns the program, ready for `.compile()`; it needs a mesh of devices.
+      beside: abstract arrays that occupy the chips at the same time although the program does not take them: weights
+        and train state of other phases.
+      held: True if the program takes the cache as an argument and returns it; False if it creates the cache.
     """
 
     name: str
@@ -59,23 +62,23 @@ class PlannedPhase:
 
 
 class PhaseWork(NamedTuple):
-    """What a phase computes: operations of all chips together, and how often it reads the decoder's weights."""
+    """Holds what a phase computes: operations of all chips together, and how often it reads the decoder's weights."""
 
     flops: int
     reads: int
 
 
 class Algorithm(ABC):
-    """One algorithm on one model.
+    """Trains one model by one algorithm; base class of all algorithms.
 
     Attributes:
-      value_head: whether it trains a critic.
-      bounded: whether `config.lppo.max_kl` bounds how far it goes from the reference.
+      value_head: whether it trains a value head (critic).
+      bounded: whether `config.lppo.max_kl` limits its KL to the reference.
       paired: whether its rows are exit pairs (`data.pairs.ExitPair`).
-      settings: what its phases are compiled for.
-      iterations: length of the run.
-      group_size: responses of each prompt in a batch.
-      peak: of the devices, which `perf/mfu` relates to.
+      settings: settings for which its phases are compiled.
+      iterations: number of iterations of the run.
+      group_size: number of responses to each prompt in a batch.
+      peak: peak speed of the devices, by which `perf/mfu` divides.
     """
 
     value_head: ClassVar[bool] = False
@@ -83,12 +86,12 @@ class Algorithm(ABC):
     paired: ClassVar[bool] = False
 
     def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
-        """Prepares what all algorithms have; nothing is compiled.
+        """Prepares what all algorithms have in common; nothing is compiled.
 
         Args:
-          config: checked.
+          config: checked config of the run.
           vlm: the model before training.
-          reward: scores responses, for those that are rewarded.
+          reward: scores responses; only algorithms with rewards use it.
         """
         del reward
         self.iterations, self.group_size = config[config.algorithm].iterations, group_size(config)
@@ -103,44 +106,61 @@ class Algorithm(ABC):
 
     @abstractmethod
     def lowered(self, state: TrainState, batch: "PromptBatch") -> Iterator[tuple[str, Any]]:
-        """Everything that an iteration runs on the device, by name, ready to be compiled for batches of this shape."""
+        """Yields (name, program ready for `.compile()`) of everything that an iteration on such a batch runs."""
 
     @abstractmethod
     def begin(self, state: TrainState, batch: "PromptBatch") -> Any:
-        """Starts an iteration on `batch` as far as it needs nothing from the host, and waits for nothing."""
+        """Starts an iteration on `batch`, up to the first step that needs the host, without waiting for the device.
+
+        Returns:
+          What `finish` needs.
+        """
 
     @abstractmethod
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, Read]:
-        """The rest of the iteration that `begin` gave `begun` for; donates `state`, waits for no update."""
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
+        """Runs the rest of an iteration, without waiting for its updates.
+
+        Args:
+          state: train state before the iteration; its buffers are donated.
+          batch: the iteration's batch.
+          begun: result of `begin`.
+
+        Returns:
+          (train state after the iteration, function that waits for the iteration and returns its metrics).
+        """
 
     @classmethod
     @abstractmethod
-    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
-        """The phases of an iteration in their order, from shapes alone.
+    def planned(cls, run: "AbstractRun", get_program: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+        """Yields the phases of an iteration in their order, computed from shapes alone.
 
         Args:
           run: sizes of model, batch and train state.
-          compiled: gives the program of a phase already yielded, None if there is none.
+          get_program: function of a phase that was already yielded; returns its compiled program, None if there is
+            none.
         """
 
     @classmethod
     @abstractmethod
     def work(cls, run: "AbstractRun") -> Mapping[str, PhaseWork]:
-        """What each of the planned phases computes, by its name, every answer as long as allowed."""
+        """Returns {name of a planned phase: its work}, for answers of the largest allowed length."""
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """The algorithm of that name, imported on first use; `ALGORITHMS` holds what can be said of it without jax."""
+    """Returns the class of the algorithm with this name, whose module is imported at the first call."""
     return importlib.import_module(ALGORITHMS[name].module).ALGORITHM
 
 
 def images_per_row(batch: "PromptBatch") -> np.ndarray:
-    """Images of each row, int [B]."""
+    """Returns the number of images of each row, int [B]."""
     return np.array([len(example.images) for example in batch.examples])
 
 
 def _exit_drawer(settings: Settings, vlm: "VLM", prompts: int) -> Program:
-    """(run key, iteration, what the schedule has learnt) -> exits int32 [prompts], on every device."""
+    """Returns the program that draws exits, a function of (run key, iteration, state of the schedule).
+
+    Its result is int32 [prompts], complete on every device.
+    """
 
     def draw(key: Any, iteration: Any, learned: Any) -> Any:
         return draw_exits(
@@ -148,4 +168,4 @@ def _exit_drawer(settings: Settings, vlm: "VLM", prompts: int) -> Program:
         )
 
     everywhere = None if vlm.mesh is None else replicated(vlm.mesh)
-    return Program(draw, about=(settings, prompts, vlm.num_exits, vlm.default_exit), out_sharding=everywhere)
+    return Program(draw, cache_key=(settings, prompts, vlm.num_exits, vlm.default_exit), out_sharding=everywhere)

@@ -1,4 +1,4 @@
-"""Which image-encoder exit each sequence of a batch is conditioned on: one small class per schedule."""
+"""Draws the image-encoder exit for each row of a batch: one small class per exit schedule."""
 
 import dataclasses
 import importlib
@@ -20,10 +20,10 @@ class Schedule:
     """Draws the exits of every batch. Most schedules learn nothing: their state is None.
 
     Attributes:
-      num_exits: N of the model; exits are numbered 1..N.
-      default_exit: the exit that the model uses normally.
-      fixed_exit: only for `Fixed`; None means `default_exit`.
-      train_exits: the exits that may be drawn; empty means all. `Fixed` draws none of them but its own.
+      num_exits: number of the model's exits, which are numbered 1..num_exits.
+      default_exit: exit that the model was trained on.
+      fixed_exit: exit that `Fixed` always returns; None means `default_exit`. Other schedules ignore it.
+      train_exits: the exits that may be drawn; empty means all. `Fixed` ignores it.
     """
 
     num_exits: int
@@ -33,7 +33,7 @@ class Schedule:
 
     @property
     def exits(self) -> np.ndarray:
-        """The exits that may be drawn, int32, ascending."""
+        """Returns the exits that may be drawn, int32, ascending."""
         return np.asarray(sorted(self.train_exits) or range(1, self.num_exits + 1), np.int32)
 
     def initial_state(self) -> Any:
@@ -57,8 +57,8 @@ class Schedule:
         """Returns the state after a batch.
 
         Args:
-          state: before it.
-          exits: at which its rows were answered.
+          state: state before the batch.
+          exits: exit at which each row was answered.
           failures: 1 where a forbidden request was not refused, 0 where it was, NaN for all other rows.
         """
         del exits, failures
@@ -66,7 +66,7 @@ class Schedule:
 
 
 class Fixed(Schedule):
-    """Always `fixed_exit`, or the default exit: the paper's text."""
+    """Draws `fixed_exit`, or else the default exit, for every row, as the paper's text describes."""
 
     def draw(self, key: Key[Array, ""], state: Any, *, batch: int) -> Int[Array, " B"]:
         """See `Schedule`."""
@@ -75,7 +75,7 @@ class Fixed(Schedule):
 
 
 class PerBatch(Schedule):
-    """One uniform draw for all rows."""
+    """Draws one exit for all rows of a batch, with equal probabilities."""
 
     def draw(self, key: Key[Array, ""], state: Any, *, batch: int) -> Int[Array, " B"]:
         """See `Schedule`."""
@@ -84,7 +84,7 @@ class PerBatch(Schedule):
 
 
 class PerExample(Schedule):
-    """One uniform draw per row."""
+    """Draws an exit for each row, with equal probabilities."""
 
     def draw(self, key: Key[Array, ""], state: Any, *, batch: int) -> Int[Array, " B"]:
         """See `Schedule`."""
@@ -92,10 +92,10 @@ class PerExample(Schedule):
 
 
 class Stratified(Schedule):
-    """The batch is spread over Early, Middle and Late so that their row counts differ by at most one.
+    """Draws from the exit groups Early, Middle and Late so that their numbers of rows differ by at most one.
 
-    Inside a group the draw is uniform; which rows, and which groups get a row more, is random: row i of a shuffled
-    batch takes group i mod 3 of a shuffled group order. Groups without an exit that may be drawn do not count.
+    Row i of a shuffled batch takes group i mod 3 of the shuffled groups, and an exit of the group with equal
+    probabilities. Groups without an exit that may be drawn are left out.
     """
 
     def draw(self, key: Key[Array, ""], state: Any, *, batch: int) -> Int[Array, " B"]:
@@ -111,11 +111,11 @@ class Stratified(Schedule):
 
 
 class FailureCounts(NamedTuple):
-    """What `Adaptive` has seen of each exit, float32 [E] each; older batches count less.
+    """Holds what `Adaptive` has counted at each exit that may be drawn, float32 [E]; older batches count less.
 
     Attributes:
-      failures: forbidden requests that were not refused.
-      requests: forbidden requests.
+      failures: number of forbidden requests that were not refused.
+      requests: number of forbidden requests.
     """
 
     failures: Array
@@ -123,11 +123,12 @@ class FailureCounts(NamedTuple):
 
 
 class Adaptive(Schedule):
-    """Exits at which more forbidden requests are not refused are drawn more often.
+    """Draws an exit more often the more forbidden requests are not refused there.
 
     The probability of an exit is proportional to `FLOOR` plus its failure rate, (failures + 1) / (requests + 1) over
-    the last batches, each weighing `MEMORY` times the next one. An exit that was never drawn has the rate 1. Rows are
-    spread over the exits as evenly as those probabilities allow (systematic sampling), in random order.
+    the earlier batches, each of which counts `MEMORY` times as much as the next one. An exit that was never drawn has
+    the rate 1. Rows get exits by systematic sampling, which keeps their numbers as close to these probabilities as
+    possible, in random order.
     """
 
     FLOOR = 0.1
@@ -163,13 +164,10 @@ def schedule(
 
     Args:
       name: one of `config.names.EXIT_SCHEDULES`.
-      num_exits: N of the model, see `Schedule`.
-      default_exit: the exit that the model was trained on.
-      fixed_exit: only for `fixed`; None means `default_exit`.
-      train_exits: the exits that may be drawn; empty means all.
+      num_exits, default_exit, fixed_exit, train_exits: see `Schedule`.
 
     Raises:
-      UserError: an unknown name.
+      UserError: there is no schedule of this name.
     """
     if name not in EXIT_SCHEDULES:
         raise UserError(f"config.lppo.exits: unknown schedule {name!r}; choose one of {', '.join(EXIT_SCHEDULES)}")

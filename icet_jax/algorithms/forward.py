@@ -1,4 +1,4 @@
-"""Teacher forcing: the one function that gives old, reference and new log-probs, and the values."""
+"""Evaluates given responses by teacher forcing: the only function that computes log-probs and values in training."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,10 +14,14 @@ from icet_jax.nn.protocols import POLICY_ROOT, VisionLanguageModel
 from icet_jax.typing import Array, Bool, Float, Int
 
 
-class Scored(NamedTuple):
-    """Per response token, float32 `[B, A]`: log-prob (nats), entropy of its distribution (nats), state value.
+class TokenValues(NamedTuple):
+    """Holds what a network gives to each response token, float32 `[B, A]`; log-probs, entropy and KL in nats.
 
-    `anchor_kl` is KL(anchor || policy) of the next token (nats), None without an anchor.
+    Attributes:
+      log_probs: log-prob of the token.
+      entropy: entropy of the distribution of the next token.
+      values: output of the value head; 0 without one.
+      anchor_kl: KL(anchor || network) of the next token; None without an anchor.
     """
 
     log_probs: Array
@@ -27,11 +31,11 @@ class Scored(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """The distribution that a policy is drawn to: that of another network, or of another exit, on the same tokens.
+    """Holds the target of a KL term: next-token distributions of a network at an exit, on the same tokens.
 
     Attributes:
-      model: whose head gives it.
-      hidden: [B, A, E], from `response_hidden`; constants.
+      model: network whose head turns `hidden` into these distributions.
+      hidden: its hidden states [B, A, E], from `response_hidden`; they get no gradient.
     """
 
     model: VisionLanguageModel
@@ -39,19 +43,19 @@ class Anchor(NamedTuple):
 
 
 def with_policy(params: Any, trainable: dict[str, Any], lora_scale: float | None) -> tuple[Any, Lora | None]:
-    """The policy as (parameters of the whole model, adapters), from the frozen model and the trainable weights.
+    """Returns the policy as (parameters of the whole model, adapters or None).
 
     Args:
-      params: the frozen model (the reference is `params` with no adapters, under LoRA and full fine-tuning alike).
-      trainable: see `TrainState`.
-      lora_scale: alpha / rank, or None under full fine-tuning: then the language model of `params` is replaced.
+      params: parameters of the model before training; without adapters they are the reference.
+      trainable: trained weights, see `TrainState`.
+      lora_scale: alpha / rank; None under full fine-tuning, where the trained weights replace the decoder's.
     """
     if lora_scale is not None:
         return params, Lora(weights=trainable["policy"], scale=lora_scale)
     return nnx.State({**params, POLICY_ROOT: trainable["policy"]}), None
 
 
-def score_responses(
+def evaluate_responses(
     model: VisionLanguageModel,
     lora: Lora | None,
     value_head: dict[str, Array] | None,
@@ -66,26 +70,27 @@ def score_responses(
     chunk: int,
     value_stop_gradient: bool = False,
     anchor: Anchor | None = None,
-) -> Scored:
-    """One teacher-forced pass over `[prompt | response]`.
+) -> TokenValues:
+    """Returns log-prob, entropy and value of each response token, from one pass over `[prompt | response]`.
 
-    Prompts are left-padded, so the hidden state that predicts response token t stands at column P - 1 + t; log-prob,
-    entropy and value are read there. The last token is not fed: nothing is predicted from it.
+    Prompts are left-padded, so the hidden state that predicts response token t is at column P - 1 + t; log-prob,
+    entropy and value are computed from it. The last response token is not an input, because nothing is predicted from
+    it.
 
     Args:
       model: the network (policy or reference).
-      lora: adapters; None is the reference, or full fine-tuning.
-      value_head: None gives zero values.
-      prompts: left-padded; a filler row has no true mask entry.
-      prompt_mask: real prompt tokens.
+      lora: adapters; None for the reference, or under full fine-tuning.
+      value_head: parameters of the value head; None gives zero values.
+      prompts: left-padded prompts; the mask of a filler row is all false.
+      prompt_mask: true at real prompt tokens.
       responses: sampled or target tokens.
-      mask: their prefix mask; what lies outside it is garbage in the result.
-      visual: row-aligned, from `model.visual`; no gradient flows into it.
+      mask: true at the tokens of a response, which are the first ones of a row; other results have no meaning.
+      visual: row-aligned image features from `model.visual`; they get no gradient.
       temperature: divides the logits, as it did in the rollout.
       suppress_ids: tokens with probability 0.
-      chunk: response positions whose logits exist at once.
-      value_stop_gradient: whether the value head leaves the policy alone.
-      anchor: what `Scored.anchor_kl` is measured from; None: nothing.
+      chunk: number of response positions whose logits exist at the same time.
+      value_stop_gradient: whether the gradient of the values stops at the value head and does not reach the policy.
+      anchor: target of `TokenValues.anchor_kl`; None computes no KL.
     """
     hidden = response_hidden(model, lora, prompts, prompt_mask, responses, mask, visual)
     log_probs, entropy = token_log_probs(
@@ -98,9 +103,9 @@ def score_responses(
             model, hidden, anchor.model, target, temperature=temperature, suppress_ids=suppress_ids, chunk=chunk
         )
     if value_head is None:
-        return Scored(log_probs, entropy, jnp.zeros_like(log_probs), anchor_kl)
+        return TokenValues(log_probs, entropy, jnp.zeros_like(log_probs), anchor_kl)
     features = jax.lax.stop_gradient(hidden) if value_stop_gradient else hidden
-    return Scored(log_probs, entropy, value(value_head, features), anchor_kl)
+    return TokenValues(log_probs, entropy, value(value_head, features), anchor_kl)
 
 
 def response_hidden(
@@ -112,9 +117,9 @@ def response_hidden(
     mask: Bool[Array, "B A"],
     visual: Any,
 ) -> Float[Array, "B A E"]:
-    """Final hidden states of a teacher-forced pass, at the positions whose logits predict the response tokens.
+    """Returns the decoder's final hidden states at the positions whose logits predict the response tokens.
 
-    The arguments are those of `score_responses`.
+    The arguments are those of `evaluate_responses`.
     """
     width = prompts.shape[1]
     tokens = jnp.concatenate([prompts, responses[:, :-1]], axis=1)

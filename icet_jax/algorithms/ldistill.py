@@ -27,8 +27,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
-from icet_jax.algorithms.forward import Anchor, response_hidden, score_responses, with_policy
+from icet_jax.algorithms.base import Algorithm, Metrics, PhaseWork, PlannedPhase, ReadMetrics, images_per_row
+from icet_jax.algorithms.forward import Anchor, evaluate_responses, response_hidden, with_policy
 from icet_jax.algorithms.losses import masked_mean
 from icet_jax.algorithms.metrics import host_metrics, step_metrics
 from icet_jax.algorithms.phases import (
@@ -113,8 +113,8 @@ def build(graphdef: Any, settings: Settings, on: str, mesh: jax.sharding.Mesh | 
     def learn(*arrays: Any, columns: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         return _update(graphdef, settings, mesh, *arrays, columns=columns)
 
-    about = (graphdef, settings, on, mesh)
-    return Phases(Program(sample, about=about), Program(learn, about=about, donate=1, static="columns"))
+    cache_key = (graphdef, settings, on, mesh)
+    return Phases(Program(sample, cache_key=cache_key), Program(learn, cache_key=cache_key, donate=1, static="columns"))
 
 
 def ldistill_loss(
@@ -122,7 +122,7 @@ def ldistill_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """7. Mean KL(pi_ref at the default exit || pi at the row's exit) per token, nats."""
     policy, lora = with_policy(params, trainable, settings.lora_scale)
-    scored = score_responses(
+    scored = evaluate_responses(
         nnx.merge(graphdef, policy),
         lora,
         None,
@@ -211,7 +211,7 @@ class Ldistill(Algorithm):
                 self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
             )
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, Read]:
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
         """Steps 6 to 8; donates `state`, and waits for no update."""
         with during("rollout"):  # what fails on a device is told where its results are asked for
             tokens, mask, prompt_mask = fetch((begun.tokens, begun.mask, batch.mask))
@@ -225,19 +225,21 @@ class Ldistill(Algorithm):
             state, metrics = self._phases.update(
                 self._vlm.params, state, begun, self._run_key, observed, columns=columns
             )
-        asr: Row = {} if failures is None else keyword_asr(failures)
+        asr: Metrics = {} if failures is None else keyword_asr(failures)
         answers = mask.sum(axis=1)
-        done = self._counter.done(prompt_mask.sum(axis=1), answers, images_per_row(batch), passes=1)
+        operations = self._counter.count(prompt_mask.sum(axis=1), answers, images_per_row(batch), passes=1)
 
         @during("update")
-        def read() -> Row:
+        def read() -> Metrics:
             row = host_metrics(metrics) | {"val/response_length": float(np.mean(answers[answers > 0]))} | asr
-            return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+            return row | speeds(
+                operations, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak
+            )
 
         return state, read
 
     @classmethod
-    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+    def planned(cls, run: "AbstractRun", get_program: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
         """See `Algorithm`."""
         vlm, settings, state = run.vlm, run.settings, run.state
         batch = run.config.data.batch_size
@@ -251,7 +253,7 @@ class Ldistill(Algorithm):
             lambda: phases.rollout.jitted.lower(*arguments), [reference, state.opt_state],
         )  # fmt: skip
         yield rollout
-        sampled = run.outputs(rollout, compiled, batch, phases.rollout, *arguments)
+        sampled = run.outputs(rollout, get_program, batch, phases.rollout, *arguments)
         yield PlannedPhase(
             "update", sampled, None, lambda: phases.update.jitted.lower(vlm.params, state, sampled, run.key),
             run.weights(policy=False),

@@ -39,8 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
-from icet_jax.algorithms.forward import score_responses, with_policy
+from icet_jax.algorithms.base import Algorithm, Metrics, PhaseWork, PlannedPhase, ReadMetrics, images_per_row
+from icet_jax.algorithms.forward import evaluate_responses, with_policy
 from icet_jax.algorithms.losses import dpo_loss, masked_mean
 from icet_jax.algorithms.metrics import host_metrics, step_metrics
 from icet_jax.algorithms.phases import (
@@ -125,7 +125,7 @@ def build(
     def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
         return _update(graphdef, settings, beta, sft_coef, mesh, *arrays)
 
-    return Program(learn, about=(graphdef, settings, beta, sft_coef, mesh), donate=1)
+    return Program(learn, cache_key=(graphdef, settings, beta, sft_coef, mesh), donate=1)
 
 
 def ldpo_loss(
@@ -151,7 +151,7 @@ def _answer_log_probs(model: Any, lora: Lora | None, settings: Settings, rows: P
         return leaf.reshape(-1, leaf.shape[-1])
 
     mask = flat(rows.answer_mask)
-    scored = score_responses(
+    scored = evaluate_responses(
         model,
         lora,
         None,
@@ -228,19 +228,19 @@ class Ldpo(Algorithm):
         columns = response_columns(batch.tokens.shape[1], length, int(mask.sum(axis=2).max()))
         return self._inputs(batch, answers[..., :columns], mask[..., :columns])
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, Read]:
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
         """Steps 3 to 7; donates `state`, and waits for no update."""
         with during("update"):
             state, metrics = self._update(self._vlm.params, state, *begun)
         prompt_mask, answer_mask = fetch(batch.mask), begun[5]
-        done = self._counter.done(
+        operations = self._counter.count(
             prompt_mask.sum(axis=1), answer_mask.sum(axis=2), images_per_row(batch), sampled=False, passes=1
         )
 
         @during("update")
-        def read() -> Row:
+        def read() -> Metrics:
             row = host_metrics(metrics)
-            return row | speeds(done, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+            return row | speeds(operations, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
 
         return state, read
 
@@ -260,7 +260,7 @@ class Ldpo(Algorithm):
         return (batch.images, batch.tokens, batch.mask, exits, answers, mask, self._run_key)
 
     @classmethod
-    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+    def planned(cls, run: "AbstractRun", get_program: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
         """See `Algorithm`."""
         vlm, settings, state = run.vlm, run.settings, run.state
         batch, length = run.config.data.batch_size, run.settings.sampling.max_new_tokens

@@ -1,6 +1,6 @@
-"""The losses as mathematics: those of L-PPO are token means inside the mask, that of L-DPO is a mean over pairs.
+"""Loss functions of arrays: those of L-PPO are means over tokens inside the mask, that of L-DPO a mean over pairs.
 
-All return (loss, stats).
+All return (loss, statistics).
 """
 
 import jax
@@ -12,7 +12,10 @@ Stats = dict[str, Array]
 
 
 def masked_mean(x: Shaped[Array, "B A"], mask: Bool[Array, "B A"]) -> Float[Array, ""]:
-    """Mean over the true positions; zero where there are none. `x` must be finite where gradients are wanted."""
+    """Returns the mean of `x` over the true positions of the mask, 0 if there are none.
+
+    Gradients are only correct if `x` is finite everywhere.
+    """
     return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -25,15 +28,17 @@ def policy_loss(
     clip_range: Scalar,
     dual_clip: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
-    """E[max(-K A, -clip(K, 1 - eps, 1 + eps) A)] with K = exp(log_probs - old_log_probs) (paper; Schulman 2017, eq. 7).
+    """Returns PPO's clipped loss (paper; Schulman et al. 2017, eq. 7): a mean over tokens with advantage A.
 
-    With `dual_clip` c a token of negative A costs at most -c A (Ye et al. 2020, "Mastering Complex Control in MOBA
-    Games with Deep Reinforcement Learning", eq. 5): the first bound does not hold there, and -K A grows with K.
+        E[max(-K A, -clip(K, 1 - eps, 1 + eps) A)]  with  K = exp(log_probs - old_log_probs)
+
+    For a negative A this has no upper limit: -K A grows with K. With `dual_clip` c it is at most -c A (Ye et al. 2020,
+    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", eq. 5).
 
     Args:
-      log_probs: of the response tokens under the policy being updated, conditioned on the row's exit.
-      old_log_probs: of the same tokens under the policy that sampled them, conditioned on the same exit.
-      advantages: constants; no gradient is asked of them.
+      log_probs: log-probs of the response tokens under the policy being updated, at the row's exit.
+      old_log_probs: those of the same tokens under the policy that sampled them, at the same exit.
+      advantages: advantage of each token; constants.
       mask: true on the response tokens; entries outside it may be anything, NaN included.
       clip_range: eps.
       dual_clip: c, above 1; None is off.
@@ -75,15 +80,15 @@ def value_loss(
     *,
     clip_range: Scalar | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
-    """E[(V - returns)^2], the plain squared error without a factor 1/2 (paper).
+    """Returns the mean of (V - returns)^2 over tokens, without a factor 1/2 (paper).
 
-    With `clip_range` c the larger of that and (clip(V, V_old - c, V_old + c) - returns)^2 is taken per token, as in
+    With `clip_range` c, a token's loss is the larger of that and (clip(V, V_old - c, V_old + c) - returns)^2, as in
     OpenAI's baselines.
 
     Args:
-      values: of the value head being updated.
-      old_values: at the time of the rollout; read only with `clip_range`.
-      returns: constants, from `gae`.
+      values: V, values of the value head being updated.
+      old_values: V_old, values at the time of the rollout; only used with `clip_range`.
+      returns: returns from `gae`; constants.
       mask: true on the response tokens; entries outside it may be anything, NaN included.
       clip_range: None is off.
 
@@ -110,13 +115,15 @@ def dpo_loss(
     *,
     beta: Scalar,
 ) -> tuple[Float[Array, ""], Stats]:
-    """E[-log sigmoid(r_chosen - r_rejected)] with r = beta (log_probs - ref_log_probs) (Rafailov et al. 2023, eq. 7).
+    """Returns the DPO loss (Rafailov et al. 2023, eq. 7), a mean over pairs.
+
+        E[-log sigmoid(r_chosen - r_rejected)]  with  r = beta (log_probs - ref_log_probs)
 
     Args:
-      log_probs: of a pair's chosen and rejected answer under the policy, summed over tokens, nats.
-      ref_log_probs: of the same answers under the reference; constants.
+      log_probs: log-probs of each pair's chosen and rejected answer under the policy, summed over tokens, in nats.
+      ref_log_probs: log-probs of the same answers under the reference; constants.
       mask: true where there is a pair; other rows may be anything, NaN included.
-      beta: how much a nat counts; small lets the policy go far from the reference.
+      beta: factor of the log-ratio; with a smaller one the policy may go farther from the reference.
 
     Returns:
       (loss, stats): stats are scalar means over the pairs under TRL's names, `chosen`, `rejected` (both r), `margins`

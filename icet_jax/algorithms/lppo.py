@@ -87,7 +87,7 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
     def loss(*arrays: Any) -> tuple[Array, losses.Stats]:
         return lppo_loss(graphdef, settings, *arrays)
 
-    return build_phases(graphdef, settings, mesh, prepare, loss, about=("lppo",))
+    return build_phases(graphdef, settings, mesh, prepare, loss, cache_key=("lppo",))
 
 
 def _prepare(

@@ -95,8 +95,8 @@ def build(
     def loss(*arrays: Any) -> tuple[Array, losses.Stats]:
         return lrloo_loss(graphdef, settings, *arrays)
 
-    about = ("lrloo", advantage)
-    return build_phases(graphdef, settings, mesh, prepare, loss, about=about, group_size=group_size)
+    cache_key = ("lrloo", advantage)
+    return build_phases(graphdef, settings, mesh, prepare, loss, cache_key=cache_key, group_size=group_size)
 
 
 def _prepare(

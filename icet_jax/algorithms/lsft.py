@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
-from icet_jax.algorithms.forward import score_responses, with_policy
+from icet_jax.algorithms.base import Algorithm, Metrics, PhaseWork, PlannedPhase, ReadMetrics, images_per_row
+from icet_jax.algorithms.forward import evaluate_responses, with_policy
 from icet_jax.algorithms.losses import masked_mean
 from icet_jax.algorithms.metrics import host_metrics, step_metrics
 from icet_jax.algorithms.phases import (
@@ -105,7 +105,7 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
     def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
         return _update(graphdef, settings, mesh, *arrays)
 
-    return Program(learn, about=(graphdef, settings, mesh), donate=1)
+    return Program(learn, cache_key=(graphdef, settings, mesh), donate=1)
 
 
 def lsft_loss(
@@ -113,7 +113,7 @@ def lsft_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean negative log-likelihood per target token, nats, at temperature 1."""
     policy, lora = with_policy(params, trainable, settings.lora_scale)
-    scored = score_responses(
+    scored = evaluate_responses(
         nnx.merge(graphdef, policy),
         lora,
         None,
@@ -180,19 +180,19 @@ class Lsft(Algorithm):
         exits = self._exits(self._run_key, state.iteration, state.controls.exits)
         return self._inputs(batch, exits, targets[:, :columns], mask[:, :columns])
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, Read]:
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
         """Steps 4 to 7; donates `state`, and waits for no update."""
         with during("update"):
             state, metrics = self._update(self._vlm.params, state, *begun)
         prompt_mask, target_mask = fetch(batch.mask), begun[5]
-        done = self._counter.done(
+        operations = self._counter.count(
             prompt_mask.sum(axis=1), target_mask.sum(axis=1), images_per_row(batch), sampled=False
         )
 
         @during("update")
-        def read() -> Row:
+        def read() -> Metrics:
             row = host_metrics(metrics)
-            return row | speeds(done, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+            return row | speeds(operations, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
 
         return state, read
 
@@ -211,7 +211,7 @@ class Lsft(Algorithm):
         return (batch.images, batch.tokens, batch.mask, exits, targets, mask, self._run_key)
 
     @classmethod
-    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+    def planned(cls, run: "AbstractRun", get_program: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
         """See `Algorithm`."""
         vlm, settings, state = run.vlm, run.settings, run.state
         batch, length = run.config.data.batch_size, run.settings.sampling.max_new_tokens

@@ -8,7 +8,7 @@ import numpy as np
 
 from icet_jax.algorithms.losses import masked_mean
 from icet_jax.algorithms.state import OptimizerSettings, TrainState, learning_rate
-from icet_jax.algorithms.updates import Outcome
+from icet_jax.algorithms.updates import UpdateResult
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 
@@ -130,7 +130,7 @@ def effective_share(log_weights: Float[Array, " B"], counted: Bool[Array, " B"])
     return jnp.square(jnp.sum(weights)) / (squares * jnp.maximum(jnp.sum(counted), 1))
 
 
-def policy_metrics(outcome: Outcome) -> dict[str, Any]:
+def policy_metrics(outcome: UpdateResult) -> dict[str, Any]:
     """TRL's statistics of the clipped updates: means over the evaluated steps; of `ratio_max` the largest.
 
     What the algorithm has no term for (value head, anchor) is left out.
@@ -154,7 +154,7 @@ def policy_metrics(outcome: Outcome) -> dict[str, Any]:
     } | {metric: stats[name] for metric, name in optional.items() if name in stats}
 
 
-def step_metrics(state: TrainState, outcome: Outcome, optimizer: OptimizerSettings) -> dict[str, Any]:
+def step_metrics(state: TrainState, outcome: UpdateResult, optimizer: OptimizerSettings) -> dict[str, Any]:
     """What every algorithm reports of its updates; `train/nonfinite` is 1 where a loss or gradient was not a number.
 
     `steps` is how many steps the means are over; `host_metrics` leaves them out where there was none.

@@ -16,7 +16,7 @@ from icet_jax.algorithms.exits import Schedule, schedule
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import Controls, TrainState, make_optimizer
-from icet_jax.algorithms.updates import LossFunction, Outcome, optimise, shuffled_order
+from icet_jax.algorithms.updates import LossFunction, UpdateResult, optimise, shuffled_order
 from icet_jax.errors import UserError
 from icet_jax.generation.decode import generate, repeat_rows
 from icet_jax.nn.protocols import Images
@@ -180,7 +180,7 @@ def check_divides(settings: Settings, rows: int) -> None:
 def run_epochs(
     loss_function: LossFunction, settings: Settings, mesh: jax.sharding.Mesh | None, state: TrainState, batch: Any,
     run_key: Array, *, target_kl: float = 0.0, max_ratio: float = 0.0,
-) -> tuple[TrainState, Outcome]:  # fmt: skip
+) -> tuple[TrainState, UpdateResult]:  # fmt: skip
     """One iteration's epochs x mini-batches x accumulation; all algorithms share it.
 
     Args:

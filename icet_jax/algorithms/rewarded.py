@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from icet_jax.algorithms import losses
-from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, Read, Row, images_per_row
+from icet_jax.algorithms.base import Algorithm, Metrics, PhaseWork, PlannedPhase, ReadMetrics, images_per_row
 from icet_jax.algorithms.metrics import host_metrics, policy_metrics, step_metrics
 from icet_jax.algorithms.phases import (
     Rollout,
@@ -64,7 +64,7 @@ class Phases:
 
 def build_phases(
     graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, prepare_rows: Callable[..., Any],
-    loss: Callable[..., tuple[Array, losses.Stats]], *, about: Sequence[Any], group_size: int = 1,
+    loss: Callable[..., tuple[Array, losses.Stats]], *, cache_key: Sequence[Any], group_size: int = 1,
 ) -> Phases:  # fmt: skip
     """The phases for one model structure and one `Settings`; nothing is compiled before the first call.
 
@@ -77,15 +77,15 @@ def build_phases(
       prepare_rows: (params, trainable, controls, rollout, `RowRewards`, columns=) -> (batch of the update, controls of
         the next rollout, metrics).
       loss: (params, trainable, rows of the batch) -> (loss, statistics), see `updates.LossFunction`.
-      about: the algorithm's name, and what else its functions depend on beside graphdef, settings and mesh.
+      cache_key: the algorithm's name, and what else its functions depend on beside graphdef, settings and mesh.
       group_size: responses of each prompt.
     """
 
     def prepare_columns(*arrays: Any, columns: int | None = None) -> Any:
         return placed_results(prepare_rows(*arrays, columns=columns), mesh)
 
-    everything = (graphdef, settings, mesh, group_size, *about)
-    prepare_arrays = Program(prepare_columns, about=everything, static="columns")
+    everything = (graphdef, settings, mesh, group_size, *cache_key)
+    prepare_arrays = Program(prepare_columns, cache_key=everything, static="columns")
 
     def prepare(
         params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None,
@@ -128,8 +128,8 @@ def build_phases(
         new_state, outcome = run_epochs(own_loss, settings, mesh, state, batch, run_key, **guards)
         return new_state, policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
 
-    rollout = Program(sample, about=everything)
-    update = Program(learn, about=everything, donate=1)
+    rollout = Program(sample, cache_key=everything)
+    update = Program(learn, cache_key=everything, donate=1)
 
     def lowered(
         params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
@@ -190,7 +190,7 @@ class Rewarded(Algorithm):
                 self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
             )
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, Read]:
+    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
         """Has the responses scored and learns from them; donates `state`, and waits for no update."""
         params, rollout = self._vlm.params, begun
         with during("rollout"):  # what fails on a device is told where its results are asked for
@@ -220,17 +220,19 @@ class Rewarded(Algorithm):
         by_kind = scores_by_kind(examples, scores, rewarded & mask.any(axis=1), exits)
         lengths = np.repeat(prompt_mask.sum(axis=1), self.group_size), mask.sum(axis=1)
         images = np.repeat(images_per_row(batch), self.group_size)
-        done = self._counter.done(*lengths, images, passes=_passes(self.settings), group_size=self.group_size)
+        operations = self._counter.count(*lengths, images, passes=_passes(self.settings), group_size=self.group_size)
 
         @during("update")
-        def read() -> Row:
+        def read() -> Metrics:
             row = host_metrics(before, after) | by_kind | keyword_asr(failures)
-            return row | speeds(done, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+            return row | speeds(
+                operations, seconds | {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak
+            )
 
         return state, read
 
     @classmethod
-    def planned(cls, run: "AbstractRun", compiled: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
+    def planned(cls, run: "AbstractRun", get_program: Callable[[PlannedPhase], Any]) -> Iterator[PlannedPhase]:
         """See `Algorithm`."""
         vlm, config, settings, state = run.vlm, run.config, run.settings, run.state
         batch = config.data.batch_size
@@ -247,14 +249,14 @@ class Rewarded(Algorithm):
             lambda: phases.rollout.jitted.lower(*arguments), [reference, state.opt_state],
         )  # fmt: skip
         yield rollout
-        sampled = run.outputs(rollout, compiled, batch, phases.rollout, *arguments)
+        sampled = run.outputs(rollout, get_program, batch, phases.rollout, *arguments)
         rows = _row_shapes(batch, observed=state.controls.exits is not None)
         evaluated = (vlm.params, state.trainable, state.controls, sampled, rows)
         prepare = PlannedPhase(
             "prepare", sampled, None, lambda: phases.prepare_arrays.jitted.lower(*evaluated), [encoder, state.opt_state]
         )  # fmt: skip
         yield prepare
-        train_batch = run.outputs(prepare, compiled, batch, phases.prepare_arrays, *evaluated, first=True)
+        train_batch = run.outputs(prepare, get_program, batch, phases.prepare_arrays, *evaluated, first=True)
         yield PlannedPhase(
             "update", train_batch, None,
             lambda: phases.update.jitted.lower(vlm.params, state, train_batch, key),

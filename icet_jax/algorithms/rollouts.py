@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.algorithms import losses, rewards
-from icet_jax.algorithms.forward import Anchor, Scored, response_hidden, score_responses, with_policy
+from icet_jax.algorithms.forward import Anchor, TokenValues, evaluate_responses, response_hidden, with_policy
 from icet_jax.algorithms.metrics import rollout_metrics
 from icet_jax.algorithms.phases import Rollout, check_divides, cut_columns, observe_failures
 from icet_jax.algorithms.settings import Settings
@@ -62,7 +62,7 @@ class EvaluatedRollout(NamedTuple):
     rollout: Rollout
     scored: Array
     mask: Array
-    old: Scored
+    old: TokenValues
     ref_log_probs: Array
     anchor_hidden: Array | None
     has_eos: Array
@@ -138,7 +138,7 @@ def kl_factors(settings: Settings, kinds: Int[Array, " B"]) -> Float[Array, " B"
 
 def _score_slice(
     graphdef: Any, settings: Settings, params: Any, trainable: Any, rows: Rollout
-) -> tuple[Scored, Array, Array | None]:  # fmt: skip
+) -> tuple[TokenValues, Array, Array | None]:  # fmt: skip
     """The policy's and the reference's view of some rows.
 
     Returns:
@@ -151,9 +151,9 @@ def _score_slice(
     )
     inputs = (rows.prompts, rows.prompt_mask, rows.tokens, rows.mask, rows.visual)
     policy, lora = with_policy(params, trainable, settings.lora_scale)
-    old = score_responses(nnx.merge(graphdef, policy), lora, trainable.get("value_head"), *inputs, **shared)
+    old = evaluate_responses(nnx.merge(graphdef, policy), lora, trainable.get("value_head"), *inputs, **shared)
     frozen = nnx.merge(graphdef, params)
-    reference = score_responses(frozen, None, None, *inputs, **shared)
+    reference = evaluate_responses(frozen, None, None, *inputs, **shared)
     anchor_hidden = None
     if settings.anchor_coef:
         anchor_hidden = response_hidden(frozen, None, *inputs[:-1], rows.anchor_visual)
@@ -184,7 +184,7 @@ def report_rollout(
 
 def clipped_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: Any, advantages: Array
-) -> tuple[Scored, Float[Array, ""], losses.Stats]:  # fmt: skip
+) -> tuple[TokenValues, Float[Array, ""], losses.Stats]:  # fmt: skip
     """The clipped policy loss of some rows of a batch, see `losses.policy_loss`.
 
     Args:
@@ -199,7 +199,7 @@ def clipped_loss(
       (what the policy makes of the responses now, the loss, its statistics).
     """
     policy, lora = with_policy(params, trainable, settings.lora_scale)
-    new = score_responses(
+    new = evaluate_responses(
         nnx.merge(graphdef, policy),
         lora,
         trainable.get("value_head"),
@@ -220,7 +220,7 @@ def clipped_loss(
 
 
 def add_options(
-    settings: Settings, loss: Float[Array, ""], stats: losses.Stats, new: Scored, mask: Bool[Array, "B A"]
+    settings: Settings, loss: Float[Array, ""], stats: losses.Stats, new: TokenValues, mask: Bool[Array, "B A"]
 ) -> tuple[Float[Array, ""], losses.Stats]:  # fmt: skip
     """The loss less the entropy bonus, plus the anchor, where the settings have a coefficient; and their statistics.
 

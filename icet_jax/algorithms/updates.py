@@ -21,7 +21,7 @@ _traced_once = functools.partial(jax.jit, inline=True)
 """For functions that `eval_shape` looks at before they are used: the same program in less than half the start-up."""
 
 
-class Outcome(NamedTuple):
+class UpdateResult(NamedTuple):
     """What `optimise` returns.
 
     Attributes:
@@ -129,7 +129,7 @@ def optimise(
     target_kl: float = 0.0,
     max_ratio: float = 0.0,
     scale: Array | None = None,
-) -> Outcome:
+) -> UpdateResult:
     """Runs every step of `order`, unless one of them shows a reason to stop.
 
     A step whose `approxkl` exceeds `target_kl` (0 = off), whose `ratio_max` exceeds `max_ratio` (0 = off), or whose
@@ -170,4 +170,4 @@ def optimise(
     evaluated = jnp.sum(ran)
     means = {name: jnp.max(x) if _is_maximum(name) else jnp.sum(x) / evaluated for name, x in stats.items()}
     learnt_from = jnp.sum(ran & (jax.vmap(lambda slices: jnp.sum(_tokens(row_tokens, slices)))(order) > 0))
-    return Outcome(trainable, opt_state, applied, stopped, nonfinite, means, learnt_from)
+    return UpdateResult(trainable, opt_state, applied, stopped, nonfinite, means, learnt_from)

@@ -68,7 +68,7 @@ class Stopwatch:
         return 0.0 if before is None else self._last - before
 
 
-class Done(NamedTuple):
+class IterationOperations(NamedTuple):
     """What an iteration has done if it was not stopped.
 
     Attributes:
@@ -96,10 +96,10 @@ class Counter:
         self._passes = 3 if settings.lora_scale is None else 2
         self._epochs, self._steps = settings.epochs, settings.epochs * settings.minibatches
 
-    def done(
+    def count(
         self, prompts: np.ndarray, answers: np.ndarray, images: np.ndarray, *, sampled: bool = True, passes: int = 0,
         group_size: int = 1,
-    ) -> Done:  # fmt: skip
+    ) -> IterationOperations:  # fmt: skip
         """Epochs of updates on rows of so many prompt positions, response tokens and images.
 
         Args:
@@ -122,7 +122,7 @@ class Counter:
             seen = sum(self._encode(prompt, count) for prompt, _, count in rows) // each  # the tower runs once a prompt
             flops = {"update": seen + beside + update}
         tokens = sum(answer for _, answer, _ in rows) if sampled else 0
-        return Done(len(rows), tokens, self._positions(rows), flops, update)
+        return IterationOperations(len(rows), tokens, self._positions(rows), flops, update)
 
     def evaluated(self, row: Mapping[str, float]) -> float:
         """The share of an iteration's steps that were computed; the one that stops it is not applied."""
@@ -156,7 +156,7 @@ class Counter:
         return self._passes * weights + 3 * attention
 
 
-def speeds(done: Done, seconds: Mapping[str, float], evaluated: float, peak: Peak) -> dict[str, float]:
+def speeds(done: IterationOperations, seconds: Mapping[str, float], evaluated: float, peak: Peak) -> dict[str, float]:
     """`perf/...` of an iteration.
 
     `perf/time_rollout`, `time_score` and `time_update` (old and reference log-probs included) add up to the iteration.

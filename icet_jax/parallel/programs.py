@@ -62,7 +62,7 @@ class Program:
         self,
         function: Callable[..., Any],
         *,
-        about: Sequence[Any] | None,
+        cache_key: Sequence[Any] | None,
         donate: int | None = None,
         static: str | None = None,
         out_sharding: Sharding | None = None,
@@ -71,14 +71,14 @@ class Program:
 
         Args:
           function: function of pytrees of arrays.
-          about: values that the function closes over, as part of the cache key; two values with equal `repr` must be
-            interchangeable. None disables the cache for this program.
+          cache_key: values that the function closes over; their `repr` is part of the key of the cached program, so two
+            values with equal `repr` must be interchangeable. None disables the cache for this program.
           donate: index of the argument whose buffers the results may use, or None.
           static: name of the keyword argument that is not an array, or None.
           out_sharding: sharding of all results; None leaves it to the compiler.
         """
         self._name = f"{function.__module__}.{function.__qualname__}"
-        self._about, self._donate, self._out_sharding = about, donate, out_sharding
+        self._cache_key, self._donate, self._out_sharding = cache_key, donate, out_sharding
         donated = () if donate is None else donate
         self.jitted: Any = jax.jit(function, donate_argnums=donated, static_argnames=static, out_shardings=out_sharding)
         self._programs: dict[Any, _CachedProgram | None] = {}
@@ -104,13 +104,13 @@ class Program:
 
     def _find(self, arguments: _Arguments, static: Keywords) -> "_CachedProgram | None":
         """Returns the cached program for these arguments, after creating it if necessary; None if it is not cached."""
-        if _folder is None or self._about is None or jax.process_count() > 1:
+        if _folder is None or self._cache_key is None or jax.process_count() > 1:
             return None
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
             return None
         signature = _signature(arguments, static)
         if signature not in self._programs:
-            facts = [self._name, repr(self._about), self._donate, str(self._out_sharding), sorted(static.items())]
+            facts = [self._name, repr(self._cache_key), self._donate, str(self._out_sharding), sorted(static.items())]
             key = _key(facts, arguments)
             path = None if key is None else _folder / f"traced-{key}"
             self._programs[signature] = (

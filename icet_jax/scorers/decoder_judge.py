@@ -150,8 +150,8 @@ class DecoderJudge:
             return {"tokens": out.tokens, "mask": out.mask, "p_unsafe": p_unsafe}
 
         self.network = BatchedNetwork(
-            answer, params, longest=encode.max_length, batch_size=batch_size, mesh=mesh, side="left",
-            steps=_BUCKETS_PER_DOUBLING, about=(graphdef, unsafe, safe, sampling),
+            answer, params, longest=encode.max_length, batch_size=batch_size, mesh=mesh, padding_side="left",
+            buckets_per_doubling=_BUCKETS_PER_DOUBLING, cache_key=(graphdef, unsafe, safe, sampling),
         )  # fmt: skip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:

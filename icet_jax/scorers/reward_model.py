@@ -115,8 +115,8 @@ class RewardModel:
             return nnx.merge(graphdef, params)(tokens, mask)
 
         self.network = BatchedNetwork(
-            score, params, longest=self.pairs.max_length, batch_size=batch_size, mesh=mesh,
-            steps=_LLAMA_BUCKETS_PER_DOUBLING if isinstance(model.config, LlamaConfig) else 1, about=(graphdef,),
+            score, params, longest=self.pairs.max_length, batch_size=batch_size, mesh=mesh, cache_key=(graphdef,),
+            buckets_per_doubling=_LLAMA_BUCKETS_PER_DOUBLING if isinstance(model.config, LlamaConfig) else 1,
         )  # fmt: skip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:

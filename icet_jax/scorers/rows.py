@@ -1,4 +1,4 @@
-"""Runs rows of tokens through a network in batches, padded to a few lengths so that few programs are compiled."""
+"""Runs rows of tokens through a network in batches, which are padded to a few lengths so that few programs compile."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +21,10 @@ class BatchedNetwork:
     """Applies a network to any number of rows of tokens; a row's result does not depend on the other rows.
 
     Attributes:
-      longest: most tokens of a row.
-      batch_size: rows of up to 1024 tokens per call. Each doubling of their length halves it, but not below one row per
-        shard of the mesh. Missing rows of a batch are filled up with padding.
+      longest: largest number of tokens of a row.
+      batch_size: number of rows per call while they are padded to 1024 tokens at most. Each doubling of that length
+        halves the number, but not below one row per shard of the mesh. A batch with fewer rows is filled up with
+        padding.
       compiled: the jitted function.
     """
 
@@ -35,9 +36,9 @@ class BatchedNetwork:
         longest: int,
         batch_size: int,
         mesh: Mesh | None = None,
-        side: str = "right",
-        steps: int = 1,
-        about: Sequence[Any] | None = None,
+        padding_side: str = "right",
+        buckets_per_doubling: int = 1,
+        cache_key: Sequence[Any] | None = None,
     ) -> None:
         """Stores the function and the weights; nothing is compiled yet.
 
@@ -46,18 +47,20 @@ class BatchedNetwork:
             whose first axis is B.
           params: weights of the network, on their devices.
           longest: most tokens of a row.
-          batch_size: rows of up to 1024 tokens per call; longer rows have smaller batches.
+          batch_size: number of rows per call while they are padded to 1024 tokens at most; see the class.
           mesh: mesh of `params`, over which rows are split; None for the default device.
-          side: side of the padding, "left" or "right".
-          steps: padded lengths per doubling: 1 pads to powers of two, 4 wastes at most a quarter of the positions.
-          about: values that `function` closes over, see `parallel.programs.Program`.
+          padding_side: side of the padding, "left" or "right".
+          buckets_per_doubling: number of padded lengths from one power of two to the next: 1 pads to powers of two, 4
+            wastes at most a quarter of the positions.
+          cache_key: values that `function` closes over, see `parallel.programs.Program`.
         """
         self.longest, self.batch_size = longest, batch_size
-        self._params, self._mesh, self._side, self._steps = params, mesh, side, steps
+        self._params, self._mesh = params, mesh
+        self._padding_side, self._buckets_per_doubling = padding_side, buckets_per_doubling
         self._shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
         # Every process of a run needs every row's result.
         everywhere = None if mesh is None else replicated(mesh)
-        self.compiled = Program(function, about=about, out_sharding=everywhere)
+        self.compiled = Program(function, cache_key=cache_key, out_sharding=everywhere)
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> PyTree:
         """Returns the function's results for N rows as a pytree of numpy arrays [N, ...].
@@ -67,7 +70,7 @@ class BatchedNetwork:
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         pending = []
         while order:
-            length = bucket(len(rows[order[0]]), self.longest, self._steps)
+            length = bucket(len(rows[order[0]]), self.longest, self._buckets_per_doubling)
             batch_size = self._batch_size_at(length)
             batch, order = order[:batch_size], order[batch_size:]
             pending.append((batch, self._run([rows[index] for index in batch], length)))
@@ -84,11 +87,11 @@ class BatchedNetwork:
         Yields:
           (padded length as text, program to compile); once it is compiled, rows of that length compile nothing.
         """
-        last = bucket(min(tokens or self.longest, self.longest), self.longest, self._steps)
+        last = bucket(min(tokens or self.longest, self.longest), self.longest, self._buckets_per_doubling)
         length = 0
         while length < last:
-            length = bucket(length + 1, self.longest, self._steps)
-            batch = pad_rows([], length, self._batch_size_at(length), self._side)
+            length = bucket(length + 1, self.longest, self._buckets_per_doubling)
+            batch = pad_rows([], length, self._batch_size_at(length), self._padding_side)
             yield str(length), self.compiled.lower(self._params, *place_rows(batch, self._mesh))
 
     def _batch_size_at(self, length: int) -> int:
@@ -99,7 +102,8 @@ class BatchedNetwork:
         return size
 
     def _run(self, rows: Sequence[Sequence[int]], length: int) -> PyTree:
-        batch = pad_rows(rows, length, self._batch_size_at(length), self._side)
+        """Returns the results on the devices for one batch of rows, padded to `length` tokens."""
+        batch = pad_rows(rows, length, self._batch_size_at(length), self._padding_side)
         return self.compiled(self._params, *place_rows(batch, self._mesh))
 
     def _shapes(self) -> PyTree:

@@ -71,7 +71,7 @@ class Toxicity:
             return nn.sigmoid(nnx.merge(graphdef, params)(tokens, mask))
 
         self.network = BatchedNetwork(
-            score, params, longest=self._max_length, batch_size=batch_size, mesh=mesh, about=(graphdef,)
+            score, params, longest=self._max_length, batch_size=batch_size, mesh=mesh, cache_key=(graphdef,)
         )
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:

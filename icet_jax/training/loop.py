@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from icet_jax.algorithms.base import Algorithm, Read, Row, algorithm_class
+from icet_jax.algorithms.base import Algorithm, Metrics, ReadMetrics, algorithm_class
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.phases import exit_schedule
 from icet_jax.algorithms.reward_by_kind import RewardByKind
@@ -152,7 +152,7 @@ class Trainer:
         """
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
-            read_metrics: Read | None = None
+            read_metrics: ReadMetrics | None = None
             completed = start
             with delay_signals() as stop_request:
                 for batch in self._batches_from(start, total):
@@ -177,8 +177,8 @@ class Trainer:
         return state
 
     def _process_metrics(
-        self, iteration: int, metrics: Row, log: MetricsLog, stability: Stability, progress: Progress
-    ) -> Row:  # fmt: skip
+        self, iteration: int, metrics: Metrics, log: MetricsLog, stability: Stability, progress: Progress
+    ) -> Metrics:  # fmt: skip
         """Checks, logs and shows the metrics of an iteration; returns them with the counts of unstable iterations."""
         stability.check(metrics, iteration)
         if iteration == self.algorithm.iterations or iteration % self._config.log.every == 0:
@@ -188,7 +188,7 @@ class Trainer:
         return metrics
 
     def _save_or_go_back(
-        self, iteration: int, state: TrainState, metrics: Row, checkpoints: RunState, stability: Stability, *,
+        self, iteration: int, state: TrainState, metrics: Metrics, checkpoints: RunState, stability: Stability, *,
         save_now: bool = False,
     ) -> TrainState:  # fmt: skip
         """Saves a checkpoint if one is due or `save_now`; returns the state to continue with.
@@ -220,7 +220,7 @@ class Trainer:
         """
         return step == self.algorithm.iterations or (step > 0 and step % self._config.checkpoint.every == 0)
 
-    def _record_quality(self, step: int, metrics: Row, checkpoints: RunState) -> None:
+    def _record_quality(self, step: int, metrics: Metrics, checkpoints: RunState) -> None:
         """Records the value of the metric `config.checkpoint.best` for the checkpoint of `step`, if that is a regular
         one; `metrics` are those of the rollout that its policy sampled."""
         settings, value = self._config.checkpoint, None
@@ -403,5 +403,5 @@ def _initial_state_program(
         return state._replace(controls=state.controls._replace(learning_rate_scale=scale))
 
     key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
-    about = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, has_scale, critic, exits)
-    return Program(start, about=about), (key, None if rank else vlm.params)
+    cache_key = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, has_scale, critic, exits)
+    return Program(start, cache_key=cache_key), (key, None if rank else vlm.params)

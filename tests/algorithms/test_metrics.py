@@ -86,7 +86,7 @@ RATIOS = np.array([1.0, 3.0, 1.5, 0.5, 2.0, 0.25, 1.0, 1.0], np.float32)
 
 
 def updated(**options):
-    """Outcome of two epochs of two steps of two slices over eight rows of one token each, whose ratios are known."""
+    """Result of two epochs of two steps of two slices over eight rows of one token each, whose ratios are known."""
 
     def loss(trainable, rows):
         mean, largest = jnp.mean(rows["ratio"]), jnp.max(rows["ratio"])

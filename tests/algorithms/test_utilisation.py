@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.algorithms.utilisation import Counter, Done, Peak, device_peak, speeds
+from icet_jax.algorithms.utilisation import Counter, IterationOperations, Peak, device_peak, speeds
 from icet_jax.nn.protocols import Operations
 from icet_jax.parallel.topology import CHIPS, chip_of
 from tests.algorithms import toy
@@ -45,8 +45,8 @@ def test_an_update_needs_4n_per_token_under_lora_and_6n_in_full_and_attention_th
 
 def test_responses_of_one_prompt_share_its_images_and_its_prefill():
     lengths = np.array([10, 10, 7, 7]), np.array([5, 3, 0, 0])
-    shared = counter().done(*lengths, np.ones(4, int), group_size=2)
-    alone = counter().done(*lengths, np.ones(4, int))
+    shared = counter().count(*lengths, np.ones(4, int), group_size=2)
+    alone = counter().count(*lengths, np.ones(4, int))
     prefill = 2 * 10 * N + 400 * DEPTH_WIDTH + HEAD
     assert alone.flops["rollout"] - shared.flops["rollout"] == 110 + prefill
     assert alone.update_flops == shared.update_flops and shared.rows == 2
@@ -69,7 +69,7 @@ def test_a_count_by_xla_agrees():
 
 def test_speeds_by_hand():
     peak = Peak("device", 1, 1000.0, "made up")
-    done = Done(rows=4, sampled=20, trained=80, flops={"rollout": 100, "update": 900}, update_flops=800)
+    done = IterationOperations(rows=4, sampled=20, trained=80, flops={"rollout": 100, "update": 900}, update_flops=800)
     row = speeds(done, {"rollout": 1.0, "score": 1.0, "update": 2.0}, 0.5, peak)
     assert row == {
         "perf/time_rollout": 1.0, "perf/time_score": 1.0, "perf/time_update": 2.0, "perf/samples_per_sec": 1.0,

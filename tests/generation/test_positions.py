@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.algorithms.forward import score_responses
+from icet_jax.algorithms.forward import evaluate_responses
 from icet_jax.generation import Sampling
 from icet_jax.generation.engine import Engine, PromptGroup, Prompts, run_prefix
 from icet_jax.models.llava.network import Llava
@@ -166,7 +166,7 @@ def test_positions_are_those_of_the_rule(case):
 
 def test_rollout_and_scoring_are_those_of_whole_sequences(case, rollout):
     score = jax.jit(
-        lambda params, *rows: score_responses(
+        lambda params, *rows: evaluate_responses(
             nnx.merge(case.graphdef, params), None, None, *rows, temperature=1.0, suppress_ids=SUPPRESSED, chunk=NEW
         )
     )

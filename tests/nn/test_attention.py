@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from icet_jax.algorithms.forward import score_responses
+from icet_jax.algorithms.forward import evaluate_responses
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from icet_jax.nn import attention, layers
 from icet_jax.nn.layers import Lora
@@ -239,7 +239,7 @@ def test_a_sharded_update_compiles_for_tpus_with_the_kernel():
     def loss(adapters, params, batch):
         model, lora = nnx.merge(graphdef, params), Lora(weights=adapters, scale=2.0)
         fixed = {"temperature": 1.0, "suppress_ids": (), "chunk": 4}
-        return score_responses(model, lora, None, **batch, **fixed).log_probs.sum()
+        return evaluate_responses(model, lora, None, **batch, **fixed).log_probs.sum()
 
     with jax.default_matmul_precision("default"):
         program = jax.jit(jax.grad(loss)).lower(placed(adapters), placed(params), batch).compile().as_text()

@@ -88,7 +88,7 @@ def folder(tmp_path):
     programs.keep_traces(None)
 
 
-def counted(about=("sine",), **options):
+def counted(cache_key=("sine",), **options):
     """A program and how often it was traced."""
     calls = []
 
@@ -96,7 +96,7 @@ def counted(about=("sine",), **options):
         calls.append(static)
         return {"sum": (x["a"] * 3 + static.get("more", 0), None)}
 
-    return Program(function, about=about, **options), calls
+    return Program(function, cache_key=cache_key, **options), calls
 
 
 X = {"a": np.arange(3, dtype=np.float32)}
@@ -114,7 +114,7 @@ def test_kept_ones_are_found_by_what_they_are_about_and_by_shapes_and_static_arg
     again({"a": np.zeros(4, np.float32)}, more=1)
     again({"a": np.zeros(3, np.float16)}, more=1)
     assert len(calls) == 3
-    other, calls = counted(about=("cosine",), static="more")
+    other, calls = counted(cache_key=("cosine",), static="more")
     other(X, more=2)
     assert calls
 
@@ -139,23 +139,23 @@ def test_this_package_is_named_by_its_source_and_what_it_is_built_on():
     assert len(source) == 64 and f"jax {jax.__version__}" in versions
 
 
-@pytest.mark.parametrize("about", [None, (object(),), (np.zeros(5000),)])
-def test_what_cannot_be_named_is_not_kept(folder, about):
-    program, calls = counted(about=about)
+@pytest.mark.parametrize("cache_key", [None, (object(),), (np.zeros(5000),)])
+def test_what_cannot_be_named_is_not_kept(folder, cache_key):
+    program, calls = counted(cache_key=cache_key)
     program(X), program(X)
     assert len(calls) == 1 and not list(folder.iterdir())
 
 
 def test_results_of_other_classes_are_computed_but_not_kept(folder):
     pair = namedtuple("pair", "a b")
-    program = Program(lambda x: pair(x + 1, x), about=())
+    program = Program(lambda x: pair(x + 1, x), cache_key=())
     assert program(jnp.zeros(2)).a.tolist() == [1, 1] and not list(folder.iterdir())
 
 
 def test_classes_of_the_package_and_of_optax_come_back(folder):
     state = toy.state(toy.model()[1])
     for _ in range(2):
-        found = Program(lambda key: state, about=())(jax.random.key(0))
+        found = Program(lambda key: state, cache_key=())(jax.random.key(0))
         assert jax.tree.structure(found) == jax.tree.structure(state)
     (file,) = folder.iterdir()
     assert b"optax._src.transform:ScaleByAdamState" in file.read_bytes()
@@ -186,6 +186,6 @@ def test_inside_another_function_it_is_traced_with_it(folder):
 
 
 def test_kernels_that_cannot_be_exported_are_computed_all_the_same(folder):
-    program = Program(lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((3,), np.float32), x), about=())
+    program = Program(lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((3,), np.float32), x), cache_key=())
     np.testing.assert_allclose(program(X["a"]), np.sin(X["a"]), rtol=1e-6)
     assert not list(folder.iterdir())

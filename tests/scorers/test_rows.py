@@ -32,7 +32,7 @@ def test_results_keep_the_order_of_the_rows_and_each_length_compiles_once(side):
         traced.append(tokens.shape)
         return {"sum": scale * (tokens * mask).sum(1), "last": tokens[:, -1]}
 
-    network = BatchedNetwork(count, 2, longest=100, batch_size=4, side=side)
+    network = BatchedNetwork(count, 2, longest=100, batch_size=4, padding_side=side)
     lengths = [3, 90, 0, 33, 40, 1, 100, 32, 64]
     rows = [list(range(1, length + 1)) for length in lengths]
     for _ in range(2):
