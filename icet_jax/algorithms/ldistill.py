@@ -13,10 +13,10 @@ One iteration, step by step; pi is the policy, pi_ref the model before training,
                     L = E_t[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]
     8. metrics      read while the next iteration runs                                         `finish`
 
-The KL is exact, over the whole vocabulary: kept are the reference's last hidden states [B, A, E], and the logits of
-both sides exist for `config.lppo.log_prob_chunk` positions at a time. It is the term that `config.lppo.anchor_coef`
-adds to L-PPO. The default exit has to be safe: what it says is what every exit learns. Epochs, mini-batches,
-accumulation, temperature and optimizer are those of L-PPO.
+The KL is exact, over the whole vocabulary. The reference's last hidden states [B, A, E] are stored, and the logits of
+both networks exist for `config.lppo.log_prob_chunk` positions at a time. It is the term that `config.lppo.anchor_coef`
+adds to L-PPO. The default exit has to be safe, because every exit learns what the model says there. Epochs,
+mini-batches, accumulation, temperature and optimizer are those of L-PPO.
 """
 
 import functools
@@ -64,14 +64,14 @@ if TYPE_CHECKING:
 
 
 class DistillBatch(NamedTuple):
-    """Answers and what the default exit makes of them; every leaf is row-aligned.
+    """Holds answers, and the reference's hidden states at the default exit for them; every leaf is row-aligned.
 
     Attributes:
       prompts, prompt_mask: [B, P], left-padded.
-      visual: what the decoder takes at each row's exit.
+      visual: image features of each row's exit.
       responses: int32 [B, A].
-      mask: bool [B, A], a prefix of each row.
-      anchor_hidden: [B, A, E], the reference's last states at the default exit.
+      mask: bool [B, A], true at the tokens of the answers.
+      anchor_hidden: [B, A, E], final hidden states of the reference at the default exit.
     """
 
     prompts: Array
@@ -83,11 +83,13 @@ class DistillBatch(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """The compiled phases: `rollout` takes what `rewarded.Phases.rollout` takes.
+    """Holds the compiled phases of an iteration.
 
-    `update` takes (params, state, rollout, run_key, failures) and `columns`, the response columns that are learnt from
-    (None: all; the rest must be padding); it donates the state. `failures` are those of `exits.Schedule.observe`, None
-    where the schedule learns nothing.
+    Attributes:
+      rollout: function of (params, state, images, tokens, mask, exits, run_key) that returns a `Rollout`.
+      update: function of (params, state, rollout, run_key, failures, columns=) that returns (state, metrics) and
+        donates the state. `failures`: see `exits.Schedule.observe`, None if the schedule learns nothing. `columns`: see
+        `phases.cut_columns`.
     """
 
     rollout: Program
@@ -95,13 +97,13 @@ class Phases(NamedTuple):
 
 
 def build(graphdef: Any, settings: Settings, on: str, mesh: jax.sharding.Mesh | None = None) -> Phases:
-    """The phases for one model structure; nothing is compiled before the first call.
+    """Returns the phases for one model structure; nothing is compiled before the first call.
 
     Args:
       graphdef: structure of the network.
-      settings: what they are compiled for.
-      on: `config.ldistill.on`.
-      mesh: an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
+      settings: settings that the phases are compiled for.
+      on: value of `config.ldistill.on`.
+      mesh: mesh over which the train state is split as `parallel.sharding.shardings` says; None on one device.
     """
 
     def sample(*arrays: Any) -> Rollout:
@@ -120,7 +122,10 @@ def build(graphdef: Any, settings: Settings, on: str, mesh: jax.sharding.Mesh | 
 def ldistill_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: DistillBatch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """7. Mean KL(pi_ref at the default exit || pi at the row's exit) per token, nats."""
+    """Returns the loss of step 7, the mean KL(pi_ref at the default exit || pi at the row's exit) per token in nats.
+
+    The second result are statistics: the mean entropy of the policy.
+    """
     policy, lora = with_policy(params, trainable, settings.lora_scale)
     scored = evaluate_responses(
         nnx.merge(graphdef, policy),
@@ -145,11 +150,15 @@ def _update(
     graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, params: Any, state: TrainState,
     rollout: Rollout, run_key: Array, failures: Array | None = None, *, columns: int | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-    """6 and 7: the default exit's view of the answers, then the same scan of updates as L-PPO's."""
+    """Runs steps 6 and 7: computes the target for the answers, then updates the policy as L-PPO does.
+
+    Returns:
+      (train state after the iteration, metrics).
+    """
     rollout = cut_columns(rollout, columns)
     check_divides(settings, rollout.mask.shape[0])
 
-    # 6. The reference's states at the default exit, in as many slices as an update has.
+    # 6. The reference's hidden states at the default exit, computed in as many slices as an update has.
     slices = row_slices(rollout, settings.minibatches * settings.accumulation)
     anchor_hidden = joined_slices(jax.lax.map(functools.partial(_target_slice, graphdef, params), slices))
     batch = DistillBatch(
@@ -177,12 +186,13 @@ def _update(
 
 
 def _target_slice(graphdef: Any, params: Any, rows: Rollout) -> Float[Array, "B A E"]:
+    """Returns the reference's final hidden states at the default exit for some rows."""
     frozen = nnx.merge(graphdef, params)
     return response_hidden(frozen, None, rows.prompts, rows.prompt_mask, rows.tokens, rows.mask, rows.anchor_visual)
 
 
 class Ldistill(Algorithm):
-    """The recipe on the host; see the module for its steps."""
+    """Runs L-Distill on the host; the module's docstring has its steps."""
 
     def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
         """See `Algorithm`."""
@@ -203,7 +213,7 @@ class Ldistill(Algorithm):
         yield "rollout", self._phases.rollout.lower(*arguments)
 
     def begin(self, state: TrainState, batch: "PromptBatch") -> Rollout:
-        """Steps 2 to 5, which need nothing from the host; waits for nothing."""
+        """Starts steps 2 to 5, which need nothing from the host, and does not wait for them."""
         self._watch.start()
         with during("rollout"):
             exits = self._exits(self._run_key, state.iteration, state.controls.exits)
@@ -212,12 +222,12 @@ class Ldistill(Algorithm):
             )
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
-        """Steps 6 to 8; donates `state`, and waits for no update."""
-        with during("rollout"):  # what fails on a device is told where its results are asked for
+        """Runs steps 6 to 8; see `Algorithm`."""
+        with during("rollout"):  # an error on the device is raised when its results are fetched
             tokens, mask, prompt_mask = fetch((begun.tokens, begun.mask, batch.mask))
         seconds = {"rollout": self._watch.lap()}
         columns = response_columns(prompt_mask.shape[1], mask.shape[1], int(mask.sum(axis=1).max()))
-        failures = None  # the answers of the default exit say nothing of what is trained
+        failures = None  # answers of the model before training do not show which exits the policy fails at
         if self._on == "policy":
             failures = not_refused(batch.examples, self._vlm.processor.decode(tokens, mask))
         observed = None if state.controls.exits is None else failures

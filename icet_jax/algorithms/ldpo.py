@@ -1,6 +1,6 @@
-"""L-DPO: direct preference optimisation at exits; the model's own default exit shows what to prefer (ours).
+"""L-DPO: direct preference optimisation at exits; the preferred answers are the model's at its default exit (ours).
 
-Before the first iteration the pairs are made, once (`runs.pairs`, `evaluation.harvest`): the model before training
+The pairs are created once, before the first iteration (`runs.pairs`, `evaluation.harvest`): the model before training
 answers the prompts of the run's batches at its default exit and at the exits of the schedule of `config.ldpo.exits`.
 
     forbidden row        chosen: the default exit's refusal          rejected: exit l's answer, which does not refuse
@@ -20,10 +20,10 @@ One iteration, step by step; pi is the policy, pi_ref the model before training,
     7. metrics      read while the next iteration runs                                        `finish`
 
 The first term is equation 7 of Rafailov et al. 2023 (arXiv 2305.18290) with every probability conditioned on the exit,
-the second that of Pang et al. 2024 (arXiv 2404.19733). Without the second one refusals get garbled: the pairs of benign
-rows make their words less likely. Both answers of a pair are rows of one teacher-forced pass. There is no reward and no
-critic. Epochs, mini-batches, accumulation, temperature and optimizer are those of L-PPO. The default exit has to be
-safe: what it says is what every exit learns. The phase can be used alone:
+the second that of Pang et al. 2024 (arXiv 2404.19733). Without the second one refusals get garbled, because the pairs
+of benign rows make their words less likely. Both answers of a pair are rows of one teacher-forced pass. There is no
+reward and no critic. Epochs, mini-batches, accumulation, temperature and optimizer are those of L-PPO. The default exit
+has to be safe, because every exit learns what the model says there. The phase can be used alone:
 
     update = ldpo.build(graphdef, settings, beta=.., sft_coef=..)
     answers, answer_mask = ldpo.pad_answers(token_ids, length=..)         # lists of ids, chosen and rejected in turn
@@ -73,15 +73,15 @@ if TYPE_CHECKING:
 
 
 class PairBatch(NamedTuple):
-    """Prompts with two answers each, the chosen one first; every leaf is row-aligned.
+    """Holds prompts with two answers each, the chosen one first; every leaf is row-aligned.
 
     Attributes:
       prompts, prompt_mask: [B, P], left-padded.
-      visual: what the decoder takes at each row's exit.
+      visual: image features of each row's exit.
       answers: int32 [B, 2, A].
-      answer_mask: bool [B, 2, A], prefixes that include EOS.
-      mask: bool [B, 1], true where there is a pair.
-      ref_log_probs: float32 [B, 2], of whole answers under the reference; None before they are known.
+      answer_mask: bool [B, 2, A], true at the tokens of an answer up to and including EOS.
+      mask: bool [B, 1], false for filler rows.
+      ref_log_probs: float32 [B, 2], log-probs of whole answers under the reference; None until they are computed.
     """
 
     prompts: Array
@@ -94,9 +94,9 @@ class PairBatch(NamedTuple):
 
 
 def answer_ids(tokenizer: Any, text: str, *, eos_id: int, length: int) -> list[int] | None:
-    """The tokens of an answer as it is learnt; None where there are more than `length`.
+    """Returns the token ids of an answer with EOS; None if it has more than `length` tokens.
 
-    One of exactly `length` tokens was cut off there, as a rollout's is: it gets no EOS. All others do.
+    An answer of exactly `length` tokens gets no EOS: like a rollout's answer of that length, it was cut off there.
     """
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > length:
@@ -105,7 +105,7 @@ def answer_ids(tokenizer: Any, text: str, *, eos_id: int, length: int) -> list[i
 
 
 def pad_answers(token_ids: Sequence[Sequence[int]], *, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 [B, 2, A], bool [B, 2, A]) of 2 B answers, a row's chosen and rejected one in turn; A is `length`."""
+    """Returns (tokens int32, mask bool), [B, 2, length], of 2 B answers: each row's chosen, then its rejected one."""
     answers, mask = pad_rows(token_ids, length, len(token_ids))
     return answers.reshape(-1, 2, length), mask.reshape(-1, 2, length)
 
@@ -113,13 +113,13 @@ def pad_answers(token_ids: Sequence[Sequence[int]], *, length: int) -> tuple[np.
 def build(
     graphdef: Any, settings: Settings, *, beta: float, sft_coef: float, mesh: jax.sharding.Mesh | None = None
 ) -> Program:
-    """The one phase of L-DPO; see the module's docstring for its arguments and results. It donates the state.
+    """Returns the only phase of L-DPO; the module's docstring has its arguments and results. It donates the state.
 
     Args:
       graphdef: structure of the network.
-      settings: what it is compiled for.
-      beta, sft_coef: of `config.ldpo`.
-      mesh: the state it gives lies where `parallel.sharding.shardings` puts it; place the first one so too.
+      settings: settings that the phase is compiled for.
+      beta, sft_coef: fields of `config.ldpo`.
+      mesh: mesh over which the train state is split as `parallel.sharding.shardings` says; None on one device.
     """
 
     def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -132,7 +132,7 @@ def ldpo_loss(
     graphdef: Any, settings: Settings, beta: float, sft_coef: float, params: Any, trainable: dict[str, Any],
     rows: PairBatch,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:  # fmt: skip
-    """6. The loss, a mean over the pairs of `rows`; its two terms, and the stats of `losses.dpo_loss`."""
+    """Returns the loss of step 6, a mean over the pairs of `rows`, and statistics: its two terms, and `dpo_loss`'s."""
     policy, lora = with_policy(params, trainable, settings.lora_scale)
     log_probs = _answer_log_probs(nnx.merge(graphdef, policy), lora, settings, rows)
     loss, stats = dpo_loss(log_probs, rows.ref_log_probs, rows.mask[:, 0], beta=beta)
@@ -142,7 +142,10 @@ def ldpo_loss(
 
 
 def _answer_log_probs(model: Any, lora: Lora | None, settings: Settings, rows: PairBatch) -> Float[Array, "B 2"]:
-    """Log-probs of whole answers, nats. The two of a row are neighbours in one pass: no row leaves its device."""
+    """Returns the log-probs of whole answers in nats.
+
+    The two answers of a row are neighbouring rows of one pass, so that no row has to move to another device.
+    """
 
     def twice(leaf: Array) -> Array:
         return jnp.repeat(leaf, 2, axis=0)
@@ -172,7 +175,11 @@ def _update(
     state: TrainState, images: Any, tokens: Array, mask: Array, exits: Array, answers: Array, answer_mask: Array,
     run_key: Array,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-    """3 to 6: encode, pick the exits, the reference once, then the same scan of updates as L-PPO's."""
+    """Runs steps 3 to 6: image features, the reference's log-probs, then updates as L-PPO does.
+
+    Returns:
+      (train state after the iteration, metrics).
+    """
     check_divides(settings, tokens.shape[0])
     batch = PairBatch(
         prompts=tokens,
@@ -183,7 +190,7 @@ def _update(
         mask=mask.any(axis=1, keepdims=True) & answer_mask.any(axis=2).all(axis=1, keepdims=True),
     )
 
-    # 5. The reference's log-probs, in as many slices as an update has.
+    # 5. The reference's log-probs, computed in as many slices as an update has.
     slices = row_slices(batch, settings.minibatches * settings.accumulation)
     score = functools.partial(_answer_log_probs, nnx.merge(graphdef, params), None, settings)
     batch = batch._replace(ref_log_probs=joined_slices(jax.lax.map(score, slices)))
@@ -203,7 +210,7 @@ def _update(
 
 
 class Ldpo(Algorithm):
-    """The recipe on the host; see the module for its steps."""
+    """Runs L-DPO on the host; the module's docstring has its steps."""
 
     paired = True
 
@@ -221,7 +228,7 @@ class Ldpo(Algorithm):
             yield program_name("update", columns), self._update.lower(self._vlm.params, state, *inputs)
 
     def begin(self, state: TrainState, batch: "PromptBatch") -> tuple[Any, ...]:
-        """Step 2; waits for nothing."""
+        """Runs step 2; returns the arguments of the update after params and state."""
         self._watch.start()
         answers, mask = self._answers(batch)
         length = self.settings.sampling.max_new_tokens
@@ -229,7 +236,7 @@ class Ldpo(Algorithm):
         return self._inputs(batch, answers[..., :columns], mask[..., :columns])
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
-        """Steps 3 to 7; donates `state`, and waits for no update."""
+        """Runs steps 3 to 7; see `Algorithm`."""
         with during("update"):
             state, metrics = self._update(self._vlm.params, state, *begun)
         prompt_mask, answer_mask = fetch(batch.mask), begun[5]
@@ -245,7 +252,7 @@ class Ldpo(Algorithm):
         return state, read
 
     def _answers(self, batch: "PromptBatch") -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask of both answers of every row; `runs.pairs` has left out those that do not fit."""
+        """Returns token ids and mask of both answers of every row; `runs.pairs` has left out those that do not fit."""
         sampling, tokenizer = self.settings.sampling, self._vlm.processor.tokenizer
         pairs = [row for row in batch.examples if isinstance(row, ExitPair)]
         ids = [
@@ -256,6 +263,7 @@ class Ldpo(Algorithm):
         return pad_answers(ids, length=sampling.max_new_tokens)
 
     def _inputs(self, batch: "PromptBatch", answers: np.ndarray, mask: np.ndarray) -> tuple[Any, ...]:
+        """Returns the arguments of the update after params and state."""
         exits = np.array([row.exit_layer for row in batch.examples if isinstance(row, ExitPair)], np.int32)
         return (batch.images, batch.tokens, batch.mask, exits, answers, mask, self._run_key)
 

@@ -64,7 +64,16 @@ if TYPE_CHECKING:
 
 
 class TrainBatch(NamedTuple):
-    """A rollout with everything the update needs held constant; every leaf is row-aligned."""
+    """Holds a rollout and everything else that the update needs and keeps constant; every leaf is row-aligned.
+
+    Attributes:
+      prompts, prompt_mask: [B, P], left-padded.
+      visual: image features of each row's exit.
+      responses: int32 [B, A].
+      mask: bool [B, A], the response tokens that are learnt from.
+      old_log_probs, old_values, advantages, returns: float32 [B, A].
+      anchor_hidden: [B, A, E], final hidden states of the reference at the default exit; None without an anchor.
+    """
 
     prompts: Array
     prompt_mask: Array
@@ -79,7 +88,7 @@ class TrainBatch(NamedTuple):
 
 
 def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None) -> Phases:
-    """The phases for one model structure and one `Settings`; see `rewarded.build_phases`."""
+    """Returns the phases for one model structure and one `Settings`; see `rewarded.build_phases`."""
 
     def prepare(*arrays: Any, columns: int | None) -> Any:
         return _prepare(graphdef, settings, *arrays, columns=columns)
@@ -94,9 +103,12 @@ def _prepare(
     graphdef: Any, settings: Settings, params: Any, trainable: Any, controls: Controls, rollout: Rollout,
     rows: RowRewards, *, columns: int | None,
 ) -> tuple[TrainBatch, Controls, dict[str, Any]]:  # fmt: skip
-    """Old and reference log-probs, values, token rewards, advantages; whitened over the rollout's rewarded rows.
+    """Runs steps 7 to 9: log-probs and values, token rewards, and advantages.
 
-    With `columns`, the responses are cut to so many: the rest must be padding.
+    `columns` is the number of response columns that are used, see `phases.cut_columns`.
+
+    Returns:
+      (batch of the update, controls of the next rollout, metrics).
     """
     # 7. log pi_old, V and log pi_ref of every token, at the row's exit; r normalised, clipped, less the EOS penalty.
     evaluated = evaluate_rollout(graphdef, settings, params, trainable, controls, rollout, rows, columns)
@@ -129,7 +141,7 @@ def _prepare(
 def _whitened(
     settings: Settings, advantages: Array, mask: Array, exits: Array, rows: RowRewards, num_exits: int
 ) -> Array:  # fmt: skip
-    """9. The advantages whitened over the rewarded rows: all together, or those of each exit and kind."""
+    """Returns the advantages whitened over all rewarded rows, or over those of each exit and kind (`lppo.baseline`)."""
     if not settings.whiten_advantages:
         return advantages
     if settings.baseline == "rollout":
@@ -150,7 +162,7 @@ def _whitened(
 def lppo_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: TrainBatch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """L = L_policy + c1 * L_value - entropy_coef * entropy (paper), token means over `rows`, and TRL's statistics."""
+    """Returns L = L_policy + c1 * L_value - entropy_coef * entropy (paper), a token mean, and TRL's statistics."""
     new, policy_term, stats = clipped_loss(graphdef, settings, params, trainable, rows, rows.advantages)
     value_term, value_stats = losses.value_loss(
         new.values, rows.old_values, rows.returns, rows.mask, clip_range=settings.value_clip_range or None
@@ -160,7 +172,7 @@ def lppo_loss(
 
 
 class Lppo(Rewarded):
-    """The recipe on the host; see `Rewarded` for steps 2 to 6 and 11."""
+    """Runs L-PPO on the host; `Rewarded` does steps 2 to 6 and 11."""
 
     value_head = True
 

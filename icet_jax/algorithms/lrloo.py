@@ -51,17 +51,18 @@ if TYPE_CHECKING:
 
 
 class GroupBatch(NamedTuple):
-    """A rollout with everything the update needs held constant; every leaf is row-aligned.
+    """Holds a rollout and everything else that the update needs and keeps constant; every leaf is row-aligned.
 
     Attributes:
       prompts, prompt_mask: [B, P], left-padded.
-      visual: what the decoder takes at each row's exit.
+      visual: image features of each row's exit.
       responses: int32 [B, A].
       mask: bool [B, A], the response tokens that are learnt from.
       old_log_probs: float32 [B, A].
       advantages: float32 [B].
-      ref_log_probs: float32 [B, A], and kl_coef: float32 [B], eta of the row's kind; both None for rloo.
-      anchor_hidden: [B, A, E], the reference's last states at the default exit; None without an anchor.
+      ref_log_probs: float32 [B, A], the reference's log-probs; None for rloo.
+      kl_coef: float32 [B], eta of the row's kind; None for rloo.
+      anchor_hidden: [B, A, E], final hidden states of the reference at the default exit; None without an anchor.
     """
 
     prompts: Array
@@ -79,14 +80,14 @@ class GroupBatch(NamedTuple):
 def build(
     graphdef: Any, settings: Settings, group_size: int, advantage: str, mesh: jax.sharding.Mesh | None = None
 ) -> Phases:
-    """The phases for one model structure; see `rewarded.build_phases`.
+    """Returns the phases for one model structure; see `rewarded.build_phases`.
 
     Args:
       graphdef: structure of the network.
-      settings: what the phases are compiled for.
+      settings: settings that the phases are compiled for.
       group_size: `config.lrloo.group_size`; a rollout of P prompts has group_size * P rows.
-      advantage: `config.lrloo.advantage`.
-      mesh: where the arrays lie, or None on one device.
+      advantage: `config.lrloo.advantage`, "rloo" or "grpo".
+      mesh: mesh of the arrays; None on one device.
     """
 
     def prepare(*arrays: Any, columns: int | None) -> Any:
@@ -103,9 +104,12 @@ def _prepare(
     graphdef: Any, settings: Settings, group_size: int, advantage: str, params: Any, trainable: Any,
     controls: Controls, rollout: Rollout, rows: RowRewards, *, columns: int | None,
 ) -> tuple[GroupBatch, Controls, dict[str, Any]]:  # fmt: skip
-    """Old and reference log-probs, and each response's advantage over the others of its group.
+    """Runs steps 7 to 9: log-probs, rewards, and each response's advantage over the others of its group.
 
-    With `columns`, the responses are cut to so many: the rest must be padding.
+    `columns` is the number of response columns that are used, see `phases.cut_columns`.
+
+    Returns:
+      (batch of the update, controls of the next rollout, metrics).
     """
     # 7. log pi_old and log pi_ref of every token, at the row's exit; r normalised, clipped, less the EOS penalty.
     evaluated = evaluate_rollout(graphdef, settings, params, trainable, controls, rollout, rows, columns)
@@ -135,7 +139,7 @@ def _prepare(
 def lrloo_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: GroupBatch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """10. The clipped loss, with GRPO's KL where `rows` has its coefficient: token means; and statistics."""
+    """Returns the loss of step 10, a mean over tokens, with GRPO's KL term if `rows.kl_coef` is set; and statistics."""
     advantages = jnp.broadcast_to(rows.advantages[:, None], rows.mask.shape)
     new, loss, stats = clipped_loss(graphdef, settings, params, trainable, rows, advantages)
     if rows.kl_coef is not None and rows.ref_log_probs is not None:
@@ -146,7 +150,7 @@ def lrloo_loss(
 
 
 class Lrloo(Rewarded):
-    """The recipe on the host; see `Rewarded` for steps 2 to 6 and 11."""
+    """Runs L-RLOO on the host; `Rewarded` does steps 2 to 6 and 11."""
 
     @classmethod
     def phases(

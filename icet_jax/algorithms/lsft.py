@@ -10,8 +10,8 @@ One iteration, step by step:
     6. update       K epochs of mini-batches:  L = -mean over tokens of log pi(y_t | P(e_l), x, y_<t)     `lsft_loss`
     7. metrics      read while the next iteration runs                                        `finish`
 
-Nothing is sampled, nothing is rewarded, and there is no critic. Epochs, mini-batches, accumulation and optimizer are
-those of L-PPO: only the data of the loss differ. The phase can be used alone:
+No responses are sampled, and there is no reward and no critic. Epochs, mini-batches, accumulation and optimizer are
+those of L-PPO. The phase can be used alone:
 
     update = lsft.build(graphdef, settings)
     targets, target_mask = lsft.pad_targets(token_ids, eos_id=.., length=.., pad_id=..)      # one list of ids per row
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class TargetBatch(NamedTuple):
-    """Prompts and the responses to learn; every leaf is row-aligned."""
+    """Holds prompts, image features of each row's exit, and the responses to learn; every leaf is row-aligned."""
 
     prompts: Array
     prompt_mask: Array
@@ -68,19 +68,19 @@ class TargetBatch(NamedTuple):
 def pad_targets(
     token_ids: Sequence[Sequence[int] | None], *, eos_id: int, length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Target responses as arrays: each row's ids, then EOS, then padding.
+    """Returns target responses as arrays: each row's ids, then EOS, then padding.
 
     Args:
-      token_ids: one list per row, without EOS; None is a row without a target, which trains nothing.
-      eos_id: ends every target.
-      length: A, the columns; the rollout's `max_new_tokens`.
-      pad_id: fills the rest.
+      token_ids: token ids of each row's target, without EOS; None for a row without a target, which trains nothing.
+      eos_id: id of the EOS token.
+      length: A, the number of columns (`config.lppo.max_new_tokens`).
+      pad_id: id of the padding token.
 
     Returns:
-      (int32 [B, A], bool [B, A] prefix mask that includes EOS).
+      (tokens int32 [B, A], mask bool [B, A], true up to and including EOS).
 
     Raises:
-      UserError: a target and its EOS do not fit.
+      UserError: a target and its EOS are longer than `length`.
     """
     tokens = np.full((len(token_ids), length), pad_id, np.int32)
     mask = np.zeros((len(token_ids), length), bool)
@@ -97,9 +97,9 @@ def pad_targets(
 
 
 def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None) -> Program:
-    """The one phase of L-SFT; see the module's docstring for its arguments and results. It donates the state.
+    """Returns the only phase of L-SFT; the module's docstring has its arguments and results. It donates the state.
 
-    With a `mesh`, the state it gives lies where `parallel.sharding.shardings` puts it; place the first one so too.
+    With a `mesh`, the train state is split over it as `parallel.sharding.shardings` says.
     """
 
     def learn(*arrays: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -111,7 +111,7 @@ def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = No
 def lsft_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: TargetBatch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Mean negative log-likelihood per target token, nats, at temperature 1."""
+    """Returns the mean negative log-likelihood per target token in nats, at temperature 1, and the mean entropy."""
     policy, lora = with_policy(params, trainable, settings.lora_scale)
     scored = evaluate_responses(
         nnx.merge(graphdef, policy),
@@ -134,7 +134,11 @@ def _update(
     graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, params: Any, state: TrainState, images: Any,
     tokens: Array, mask: Array, exits: Array, targets: Array, target_mask: Array, run_key: Array,
 ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-    """4 to 6: encode, pick the exits, then the same scan of updates as L-PPO's; advances the iteration."""
+    """Runs steps 4 to 6: image features of each row's exit, then updates as L-PPO does.
+
+    Returns:
+      (train state after the iteration, metrics).
+    """
     check_divides(settings, tokens.shape[0])
     batch = TargetBatch(
         prompts=tokens,
@@ -156,7 +160,7 @@ def _update(
 
 
 class Lsft(Algorithm):
-    """The recipe on the host; see the module for its steps."""
+    """Runs L-SFT on the host; the module's docstring has its steps."""
 
     def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
         """See `Algorithm`."""
@@ -172,7 +176,7 @@ class Lsft(Algorithm):
             yield program_name("update", columns), self._update.lower(self._vlm.params, state, *inputs)
 
     def begin(self, state: TrainState, batch: "PromptBatch") -> tuple[Any, ...]:
-        """Steps 2 and 3; waits for nothing."""
+        """Runs steps 2 and 3; returns the arguments of the update after params and state."""
         self._watch.start()
         targets, mask = self._targets(batch)
         length = self.settings.sampling.max_new_tokens
@@ -181,7 +185,7 @@ class Lsft(Algorithm):
         return self._inputs(batch, exits, targets[:, :columns], mask[:, :columns])
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
-        """Steps 4 to 7; donates `state`, and waits for no update."""
+        """Runs steps 4 to 7; see `Algorithm`."""
         with during("update"):
             state, metrics = self._update(self._vlm.params, state, *begun)
         prompt_mask, target_mask = fetch(batch.mask), begun[5]
@@ -197,7 +201,7 @@ class Lsft(Algorithm):
         return state, read
 
     def _targets(self, batch: "PromptBatch", columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask of what the rows are to answer; the first `columns`, or all that may be sampled."""
+        """Returns token ids and mask of the rows' targets; only the first `columns`, or all if None."""
         sampling = self.settings.sampling
         texts = [self._refusal if row.kind == "forbidden" else row.answer for row in batch.examples]
         tokenizer = self._vlm.processor.tokenizer
@@ -208,6 +212,7 @@ class Lsft(Algorithm):
         return targets[:, :columns], mask[:, :columns]
 
     def _inputs(self, batch: "PromptBatch", exits: Any, targets: Any, mask: Any) -> tuple[Any, ...]:
+        """Returns the arguments of the update after params and state."""
         return (batch.images, batch.tokens, batch.mask, exits, targets, mask, self._run_key)
 
     @classmethod

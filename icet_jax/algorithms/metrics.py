@@ -1,4 +1,4 @@
-"""What the phases report, under TRL's names, and how it reaches the host."""
+"""Computes the metrics of the phases, under TRL's names, and brings them to the host."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from icet_jax.algorithms.updates import UpdateResult
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 
-# Prefixes of what is a mean over the steps of an update, and what under them is none.
+# Prefixes of metrics that are means over the steps of an update; `_COUNTS` are exceptions, which are no means.
 _OF_STEPS = ("policy/", "loss/", "rewards/", "val/ratio", "val/clipfrac_avg", "train/grad_norm")
 _COUNTS = ("policy/early_stop",)
-_FLAT = 1e-6  # standard deviation of a group's scores below which they are equal
+_FLAT = 1e-6  # scores of a group with a smaller standard deviation count as equal
 
 
 def rollout_metrics(
@@ -34,11 +34,15 @@ def rollout_metrics(
     log_probs: Float[Array, "B A"],
     sampled_log_probs: Float[Array, "B A"],
 ) -> dict[str, Any]:
-    """Means over the scored sequences, and sums by exit (under `exit`, which `host_metrics` unpacks).
+    """Returns {metric: mean over the scored sequences}; "exit" has sums by exit, which `host_metrics` unpacks.
 
-    `objective/kl` is the mean of the summed k1, `objective/scores` the scorer's own scale, `objective/rlhf_reward` the
-    shaped score plus the KL terms, `val/sampler_gap` the mean |teacher-forced - sampled| log-prob per token, in nats,
-    `val/sampler_ess` see `effective_share`, `val/truncated` the share of sequences that did not end with an EOS.
+    `objective/kl` is the mean of the summed k1; `objective/scores` the mean raw score; `objective/rlhf_reward` the mean
+    shaped score plus the KL terms; `val/sampler_gap` the mean absolute difference, in nats per token, between the
+    log-prob that is computed for training and that of the sampler; `val/sampler_ess` see `effective_share`;
+    `val/truncated` the share of sequences that did not end with an EOS.
+
+    The arguments are those of `rollouts.EvaluatedRollout` and `Rollout`; `unscored` are rows with a response but
+    without a score, `sampled_log_probs` the log-probs of the sampler.
     """
     count = jnp.maximum(jnp.sum(scored), 1)
 
@@ -73,10 +77,10 @@ def rollout_metrics(
 def value_metrics(
     advantages: Float[Array, "B A"], returns: Float[Array, "B A"], mask: Bool[Array, "B A"]
 ) -> dict[str, Any]:  # fmt: skip
-    """How well the value head foretells the returns.
+    """Returns metrics of how well the value head predicts the returns.
 
-    `advantages`, not whitened, are `returns` minus the old values. `val/explained_variance` is 1 - var(advantages) /
-    var(returns) over all tokens: 1 where the values foretell the returns, 0 where a constant would do as well.
+    `advantages` are not whitened: `returns` minus the old values. `val/explained_variance` is 1 - var(advantages) /
+    var(returns) over all tokens: 1 if the values equal the returns, 0 if a constant would predict as well.
     """
     unexplained, variance = _variance(advantages, mask), _variance(returns, mask)
     return {
@@ -89,16 +93,16 @@ def value_metrics(
 def group_metrics(
     scores: Float[Array, " B"], advantages: Float[Array, " B"], compared: Bool[Array, " B"], *, group_size: int
 ) -> dict[str, Any]:  # fmt: skip
-    """What groups of responses teach.
+    """Returns metrics of how different the scores of a group's responses are.
 
-    `val/group_std` is the mean over groups of the standard deviation (n - 1) of their shaped scores, `val/flat_groups`
-    the share of groups whose scores are all equal: these teach nothing but the KL. Groups with fewer than two scored
+    `val/group_std` is the mean over groups of the standard deviation (n - 1) of their shaped scores; `val/flat_groups`
+    the share of groups whose scores are all equal, from which only the KL is learnt. Groups with fewer than two scored
     responses are left out of both. `val/advantages_std` is over the compared responses.
 
     Args:
       scores: shaped scores.
-      advantages, compared: of `advantages.group_advantages`.
-      group_size: of the groups, whose rows are neighbours.
+      advantages, compared: results of `advantages.group_advantages`.
+      group_size: number of rows of a group, which are neighbours.
     """
     inside = compared.reshape(-1, group_size)
     grouped = scores.reshape(inside.shape)
@@ -113,15 +117,16 @@ def group_metrics(
 
 
 def _variance(x: Float[Array, "B A"], mask: Bool[Array, "B A"]) -> Float[Array, ""]:
+    """Returns the (biased) variance of the values inside the mask."""
     return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
 
 
 def effective_share(log_weights: Float[Array, " B"], counted: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Effective sample size of the counted sequences over their number: (sum w)^2 / (n sum w^2) (Kish).
+    """Returns the effective sample size of the counted sequences as a share of their number n (Kish).
 
-    w = exp(`log_weights`), with the sum over a sequence of the recomputed minus the sampled log-probs: the importance
-    weights of sequences that the sampler drew, for the policy that is updated. 1 where the two agree, 1 / n where one
-    sequence outweighs all others, 0 where nothing is counted.
+    It is (sum w)^2 / (n sum w^2) with the importance weights w = exp(`log_weights`) of the sequences. A log-weight is
+    the sum over a sequence of the log-prob that is computed for training minus that of the sampler. The share is 1 if
+    both agree, 1 / n if one sequence outweighs all others, and 0 if no sequence is counted.
     """
     log_weights = jnp.where(counted, log_weights, -jnp.inf)
     largest = jnp.max(log_weights)
@@ -131,9 +136,9 @@ def effective_share(log_weights: Float[Array, " B"], counted: Bool[Array, " B"])
 
 
 def policy_metrics(outcome: UpdateResult) -> dict[str, Any]:
-    """TRL's statistics of the clipped updates: means over the evaluated steps; of `ratio_max` the largest.
+    """Returns TRL's statistics of clipped updates: means over the evaluated steps; the largest value of `ratio_max`.
 
-    What the algorithm has no term for (value head, anchor) is left out.
+    Metrics of terms that the algorithm's loss does not have (value head, anchor, KL) are left out.
     """
     stats = outcome.stats
     optional = {
@@ -155,9 +160,10 @@ def policy_metrics(outcome: UpdateResult) -> dict[str, Any]:
 
 
 def step_metrics(state: TrainState, outcome: UpdateResult, optimizer: OptimizerSettings) -> dict[str, Any]:
-    """What every algorithm reports of its updates; `train/nonfinite` is 1 where a loss or gradient was not a number.
+    """Returns the metrics of updates that every algorithm has.
 
-    `steps` is how many steps the means are over; `host_metrics` leaves them out where there was none.
+    `train/nonfinite` is 1 if a loss or gradient was not finite. `steps` is the number of steps that means are computed
+    over; `host_metrics` removes it, and the means if it is 0.
     """
     rate = jnp.asarray(learning_rate(optimizer)(state.updates), jnp.float32)
     scale = state.controls.learning_rate_scale
@@ -172,9 +178,9 @@ def step_metrics(state: TrainState, outcome: UpdateResult, optimizer: OptimizerS
 
 
 def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
-    """One flat dict of floats from the phases' metrics, with `exit/<layer>/kl` of the exits drawn.
+    """Returns {metric: float} from the metrics of several phases, with `exit/<layer>/kl` for the exits of the batch.
 
-    Means over the steps of an update are left out where no step had a token to learn from.
+    Means over the steps of an update are left out if no step had a token to learn from.
     """
     merged = {name: value for part in fetch(parts) for name, value in part.items()}
     by_exit, steps = merged.pop("exit", None), merged.pop("steps", None)
@@ -186,10 +192,10 @@ def host_metrics(*parts: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def instability(row: dict[str, float]) -> str | None:
-    """Why an iteration taught nothing, in words; None where it did. What met it was not applied."""
-    if row["train/nonfinite"]:
+def instability(metrics: dict[str, float]) -> str | None:
+    """Returns why the updates of an iteration with these metrics were not applied; None if they were."""
+    if metrics["train/nonfinite"]:
         return "the loss or its gradient is NaN or infinite"
-    if row.get("train/unstable"):
-        return f"the KL to the reference is {row['objective/kl']:.3g} nats per sequence, beyond config.lppo.max_kl"
+    if metrics.get("train/unstable"):
+        return f"the KL to the reference is {metrics['objective/kl']:.3g} nats per sequence, beyond config.lppo.max_kl"
     return None

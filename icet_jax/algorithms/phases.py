@@ -1,8 +1,7 @@
-"""What the compiled phases of all algorithms share: keys, rollouts, slices, the epochs of updates, and placement.
+"""What the compiled phases of all algorithms share: random keys, rollouts, epochs of updates, and sharding of results.
 
-Every phase is a pure function of explicit pytrees and compiles once per shape, whatever exit is drawn: exits are traced
-(`forward.with_policy` gives the policy as something to generate with). The tower runs once per batch; its features
-stay with the rows, and no gradient reaches tower or projector.
+Every phase is a pure function of explicit pytrees and compiles once per shape, whatever exit is drawn, because exits
+are traced. The image encoder runs once per batch, and no gradient reaches the image encoder or the projector.
 """
 
 from typing import Any, NamedTuple
@@ -23,23 +22,23 @@ from icet_jax.nn.protocols import Images
 from icet_jax.parallel.sharding import batch_sharding, placed, replicated, row_shards, shardings, split_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
-# Streams of the run key. Rollout rows use fold_in(fold_in(run_key, iteration), row); these numbers are no iteration's.
+# Folded into the run key instead of the number of an iteration, which rollouts fold in and which stays below them.
 _EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 # A narrower program must have at least so many response columns, and save at least this share of all columns.
 _NARROWEST, _SAVING = 32, 0.05
 
 
 class Rollout(NamedTuple):
-    """One batch of sampled responses; every leaf is row-aligned.
+    """Holds one batch of sampled responses; every leaf is row-aligned.
 
     Attributes:
       prompts, prompt_mask: [B, P], left-padded.
-      visual: what the decoder takes at each row's exit (the tower is not run again).
-      exits: int32 [B].
-      tokens: int32 [B, A].
-      log_probs: float32 [B, A], as the sampler saw them.
-      mask: bool [B, A], up to and including EOS; all false for filler rows.
-      anchor_visual: what the decoder takes at the default exit; None where nothing is anchored to it.
+      visual: image features of each row's exit.
+      exits: int32 [B], exit of each row.
+      tokens: int32 [B, A], the responses.
+      log_probs: float32 [B, A], log-probs of the tokens as computed while sampling.
+      mask: bool [B, A], true up to and including EOS; all false for filler rows.
+      anchor_visual: image features of the default exit; None if they are not needed.
     """
 
     prompts: Array
@@ -62,7 +61,10 @@ def draw_exits(
     num_exits: int,
     default_exit: int,
 ) -> Int[Array, " B"]:
-    """The exits of one iteration's rows, a pure function of (run key, iteration, state of the schedule `learned`)."""
+    """Returns the exits of one iteration's rows, int32 [batch].
+
+    They are a pure function of the run key, the iteration and `learned`, the state of the exit schedule.
+    """
     key = jax.random.fold_in(jax.random.fold_in(run_key, _EXIT_STREAM), iteration)
     return exit_schedule(settings, num_exits, default_exit).draw(key, learned, batch=batch)
 
@@ -81,14 +83,14 @@ def exit_schedule(settings: Settings, num_exits: int, default_exit: int) -> Sche
 def observe_failures(
     settings: Settings, controls: Controls, model: Any, exits: Int[Array, " B"], failures: Float[Array, " B"] | None
 ) -> Controls:
-    """Returns the controls after the exit schedule has seen a rollout; the same where it learns nothing.
+    """Returns the controls with the exit schedule's state after a rollout; unchanged if the schedule learns nothing.
 
     Args:
-      settings: name the schedule.
-      controls: before the rollout.
-      model: the network, which has the exits.
-      exits: of the rollout's rows.
-      failures: see `exits.Schedule.observe`; None where the schedule learns nothing.
+      settings: settings, which name the schedule.
+      controls: controls before the rollout.
+      model: the network.
+      exits: exits of the rollout's rows.
+      failures: see `exits.Schedule.observe`; None if the schedule learns nothing.
     """
     if controls.exits is None or failures is None:
         return controls
@@ -97,21 +99,21 @@ def observe_failures(
 
 
 def shuffle_key(run_key: Key[Array, ""], iteration: Int[Array, ""]) -> Key[Array, ""]:
-    """The key of one iteration's permutations."""
+    """Returns the random key of one iteration's permutations of rows."""
     return jax.random.fold_in(jax.random.fold_in(run_key, _SHUFFLE_STREAM), iteration)
 
 
 def encode_visual(model: Any, images: Images | None, exits: Int[Array, " B"]) -> Any:
-    """The tower once, then each row's exit through the projector; constants for everything that follows."""
+    """Returns the image features of each row at its exit, without gradient; None without images."""
     return _visuals(model, images, exits)[0]
 
 
 def _visuals(model: Any, images: Images | None, *exits: Int[Array, " B"]) -> list[Any]:
-    """What the decoder takes at each of several exits; the tower runs once."""
+    """Returns the image features for each of several choices of the rows' exits; the image encoder runs once."""
     if images is None:
         return [None] * len(exits)
     encoded = model.encode(images)
-    return [jax.lax.stop_gradient(model.visual(encoded, chosen)) for chosen in exits]
+    return [jax.lax.stop_gradient(model.visual(encoded, row_exits)) for row_exits in exits]
 
 
 def sample_responses(
@@ -119,34 +121,33 @@ def sample_responses(
     mask: Bool[Array, "B P"], exits: Int[Array, " B"], run_key: Key[Array, ""], *, anchored: bool = False,
     by_reference: bool = False, group_size: int = 1,
 ) -> Rollout:  # fmt: skip
-    """Encodes, picks the exits and samples responses: `group_size` of each prompt, which are neighbours in the rollout.
+    """Samples `group_size` responses to each prompt at its exit; they are neighbouring rows of the rollout.
 
     The image encoder and the prefill run once per prompt.
 
     Args:
       graphdef: structure of the network.
-      settings: what the phase is compiled for.
-      params: the frozen model.
-      state: the train state, whose policy answers.
-      images: `nn.protocols.Images` with num_rows == B, or None where no row has one.
-      tokens, mask: left-padded prompts; a filler row has an all-false mask.
-      exits: of each row.
-      run_key: keys of responses depend on (run key, iteration, row of the rollout) alone.
-      anchored: whether the default exit's `anchor_visual` is kept too.
-      by_reference: whether the answers are those of the frozen model at its default exit; needs `anchored`.
-      group_size: k, responses of each prompt.
+      settings: settings that the phase is compiled for.
+      params: parameters of the model before training.
+      state: the train state; its policy generates the responses.
+      images: `nn.protocols.Images` with num_rows == B, or None if no row has an image.
+      tokens, mask: left-padded prompts; the mask of a filler row is all false.
+      exits: exit of each prompt.
+      run_key: random key of the run; a response's key depends on it, the iteration and the row of the rollout.
+      anchored: whether to compute `Rollout.anchor_visual`.
+      by_reference: whether the model before training generates the responses, at its default exit; needs `anchored`.
+      group_size: k, the number of responses to each prompt.
 
     Returns:
       The rollout, of k B rows.
     """
     policy, lora = (params, None) if by_reference else with_policy(params, state.trainable, settings.lora_scale)
     model = nnx.merge(graphdef, policy)
-    drawn = (exits, jnp.full_like(exits, model.default_exit)) if anchored else (exits,)
-    visual, anchor_visual = [*_visuals(model, images, *drawn), None][:2]
+    exit_choices = (exits, jnp.full_like(exits, model.default_exit)) if anchored else (exits,)
+    visual, anchor_visual = [*_visuals(model, images, *exit_choices), None][:2]
     iteration_key = jax.random.fold_in(run_key, state.iteration)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(iteration_key, jnp.arange(tokens.shape[0] * group_size))
-    seen = anchor_visual if by_reference else visual
-    out = generate(model, tokens, mask, seen, row_keys, settings.sampling, lora)
+    out = generate(model, tokens, mask, anchor_visual if by_reference else visual, row_keys, settings.sampling, lora)
     prompts = (tokens, mask, visual, exits, anchor_visual)
     tokens, mask, visual, exits, anchor_visual = repeat_rows(prompts, group_size)
     return Rollout(
@@ -162,14 +163,17 @@ def sample_responses(
 
 
 def cut_columns(rollout: Rollout, columns: int | None) -> Rollout:
-    """The rollout with its first `columns` response columns; what is cut must be padding. None is all."""
+    """Returns the rollout with only its first `columns` response columns, or all of them if None.
+
+    The other columns must be padding in every row.
+    """
     if columns is None:
         return rollout
     return rollout._replace(**{name: getattr(rollout, name)[:, :columns] for name in ("tokens", "log_probs", "mask")})
 
 
 def check_divides(settings: Settings, rows: int) -> None:
-    """Raises a `UserError` where the rows of a batch do not divide into mini-batches and slices."""
+    """Raises a `UserError` if the rows of a batch do not divide into mini-batches and slices of equal size."""
     if rows % (settings.minibatches * settings.accumulation):
         raise UserError(
             f"config.data.batch_size {rows} does not divide into {settings.minibatches} mini-batches "
@@ -181,19 +185,19 @@ def run_epochs(
     loss_function: LossFunction, settings: Settings, mesh: jax.sharding.Mesh | None, state: TrainState, batch: Any,
     run_key: Array, *, target_kl: float = 0.0, max_ratio: float = 0.0,
 ) -> tuple[TrainState, UpdateResult]:  # fmt: skip
-    """One iteration's epochs x mini-batches x accumulation; all algorithms share it.
+    """Runs all optimizer steps of one iteration: its epochs, their mini-batches, and the slices of each.
 
     Args:
       loss_function: see `LossFunction`.
-      settings: sizes and optimizer.
-      mesh: where the state lies, or None on one device.
-      state: before the iteration.
-      batch: row-aligned, with a `mask` of what the loss is a mean over: response tokens [B, A], or pairs [B, 1].
-      run_key: of the run.
+      settings: number of epochs, mini-batches and slices, and the optimizer.
+      mesh: mesh of the state; None on one device.
+      state: train state before the iteration.
+      batch: row-aligned pytree; the loss is a mean over its `mask`: response tokens [B, A], or pairs [B, 1].
+      run_key: random key of the run.
       target_kl, max_ratio: see `optimise`.
 
     Returns:
-      (the state after the iteration, placed on the mesh as the one before it was; the outcome of its steps).
+      (train state after the iteration with the same sharding, result of the steps).
     """
     order = shuffled_order(
         shuffle_key(run_key, state.iteration),
@@ -204,7 +208,7 @@ def run_epochs(
     )
 
     def on_its_devices(trainable: dict[str, Any], rows: Any) -> Any:
-        # The compiler must not lose the split of the rows: every device would compute all of them.
+        # Without this constraint the compiler may drop the split of the rows, and every device would compute all.
         return loss_function(trainable, rows if mesh is None else split_rows(rows, mesh))
 
     outcome = optimise(
@@ -225,16 +229,20 @@ def run_epochs(
         iteration=state.iteration + 1,
         updates=state.updates + outcome.applied,
     )
-    # Left to itself the compiler may return other shardings, and the next iteration would compile again for them.
+    # Otherwise the compiler may choose other shardings, for which the next iteration would have to compile again.
     on_mesh = state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
     return on_mesh, outcome
 
 
 def response_widths(prompt: int, response: int) -> list[int | None]:
-    """Columns of responses that are learnt from, where none of a batch is longer; None is all, and comes first.
+    """Returns the numbers of response columns for which programs are compiled; the first is None, which means all.
 
-    Each is a program of its own, so there are few: halves, as long as one saves enough of the columns of prompt and
-    response together.
+    A batch whose longest response is short runs a program with fewer columns. Each program must be compiled, so there
+    are few: the number is halved as long as that saves enough of all columns.
+
+    Args:
+      prompt: number of prompt columns.
+      response: number of response columns.
     """
     widths: list[int | None] = [None]
     current = response
@@ -245,44 +253,43 @@ def response_widths(prompt: int, response: int) -> list[int | None]:
 
 
 def response_columns(prompt: int, response: int, longest: int) -> int | None:
-    """The least of `response_widths` that holds responses of up to `longest` tokens."""
+    """Returns the smallest of `response_widths` that is enough for responses of up to `longest` tokens; None is all."""
     fitting = [width for width in response_widths(prompt, response) if width is not None and width >= longest]
     return min(fitting, default=None)
 
 
 def program_name(phase: str, columns: int | None) -> str:
-    """What a phase's program for so many response columns is called."""
+    """Returns the name of a phase's program for this number of response columns (None: all)."""
     return phase if columns is None else f"{phase} of {columns} columns"
 
 
-def _places(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Where a phase's results lie: batches by rows over the mesh where they divide, all else whole on every device."""
+def _result_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the shardings of a phase's results: rows of batches are split if they divide; the rest is replicated."""
     if type(tree) is tuple:
-        return tuple(_places(part, mesh) for part in tree)
+        return tuple(_result_shardings(part, mesh) for part in tree)
     whole = replicated(mesh)
     split = batch_sharding(mesh) if "prompts" in getattr(tree, "_fields", ()) else whole
     return jax.tree.map(lambda leaf: whole if leaf.ndim == 0 or leaf.shape[0] % row_shards(mesh) else split, tree)
 
 
 def placed_results(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Inside a phase: its results placed, so that no phase has to be compiled before the one that takes them.
+    """Returns a phase's results, inside the phase, with fixed shardings.
 
-    A batch (a NamedTuple with `prompts`) is split by rows; a tuple is placed part by part; all else is whole on every
-    device.
+    So the phase that takes them can be compiled at the same time. A batch (a NamedTuple with `prompts`) is split by
+    rows, a tuple part by part; everything else is replicated.
     """
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _places(tree, mesh))
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _result_shardings(tree, mesh))
 
 
 def abstract_results(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Abstract results of a phase where `placed_results` puts them."""
-    return tree if mesh is None else placed(tree, _places(tree, mesh))
+    """Returns abstract results of a phase with the shardings of `placed_results`."""
+    return tree if mesh is None else placed(tree, _result_shardings(tree, mesh))
 
 
 def outputs(compiled: Any) -> Any:
-    """What a compiled phase returns, abstractly; on several devices also where it lies."""
+    """Returns the results of a compiled phase as abstract arrays; on several devices with their shardings."""
 
     def abstract(info: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        where = sharding if sharding.num_devices > 1 else None
-        return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=where)
+        return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding if sharding.num_devices > 1 else None)
 
     return jax.tree.map(abstract, compiled.out_info, compiled.output_shardings)

@@ -1,4 +1,4 @@
-"""What rewards a response during training, by the kind of its row (`config.reward.by_kind`)."""
+"""Scores responses during training by the rule for the kind of their row (`config.reward.by_kind`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,15 +15,18 @@ from icet_jax.scorers.keywords import refused
 def scores_by_kind(
     examples: Sequence[Example], scores: np.ndarray, answered: np.ndarray, exits: np.ndarray
 ) -> dict[str, float]:
-    """Mean raw scores of each kind's rows: of all as `objective/scores/KIND`, of exit L's as `exit/L/scores/KIND`.
+    """Returns the mean raw score of each kind's rows, over all exits and at each exit.
 
-    Kinds are never averaged with each other: a reward model's scores and matches of 0 or 1 have no common mean.
+    Kinds are never averaged with each other, because a reward model's scores and matches of 0 or 1 have other scales.
 
     Args:
-      examples: the rows, one kind each.
-      scores: float32 [B]; NaN where a row could not be scored, which is left out.
-      answered: bool [B], rows that have a response and something that rewards it.
-      exits: int [B], the exit that each row was drawn at.
+      examples: the rows.
+      scores: float32 [B]; NaN for a row that could not be scored, which is left out.
+      answered: bool [B], true for rows with a response whose kind has a reward.
+      exits: int [B], exit of each row.
+
+    Returns:
+      {metric: mean score}, where metrics are `objective/scores/KIND` and, for exit L, `exit/L/scores/KIND`.
     """
     kinds = np.array([example.kind for example in examples])
     counted = answered & np.isfinite(scores)
@@ -38,46 +41,51 @@ def scores_by_kind(
 
 
 def kind_numbers(examples: Sequence[Example]) -> np.ndarray:
-    """The kind of each row as its index in `config.names.KINDS`, int32 [B]."""
+    """Returns the kind of each row as its index in `config.names.KINDS`, int32 [B]."""
     return np.array([KINDS.index(example.kind) for example in examples], np.int32)
 
 
 def not_refused(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
-    """float32 [B]: 1 where a forbidden row's response does not refuse, 0 where it does, NaN for rows of other kinds."""
+    """Returns 1 for a forbidden row whose response does not refuse, 0 if it refuses, NaN for other rows; float32 [B]."""
     kinds = np.array([example.kind for example in examples])
     return np.where(kinds == "forbidden", [not refused(text) for text in texts], np.nan).astype(np.float32)
 
 
 def keyword_asr(failures: np.ndarray) -> dict[str, float]:
-    """The metric of `not_refused`, over the rows where it is known; empty where there are none."""
+    """Returns {metric: mean of the result of `not_refused` over forbidden rows}; empty if there are none."""
     if not np.isfinite(failures).any():
         return {}
     return {"objective/asr_refusal_keywords": float(np.nanmean(failures, dtype=np.float64))}
 
 
 class RewardByKind:
-    """Scores the responses of a mixed batch; the reward model sees only the rows that it is to grade."""
+    """Scores the responses of a batch; the reward model gets only the rows of kinds with the rule "reward_model"."""
 
     def __init__(self, by_kind: Mapping[str, str], reward_model: Scorer | None):
-        """`by_kind`: kind -> "reward_model", "exact_match" or "none"; a `reward_model` is needed if a kind names it."""
+        """Stores the rules.
+
+        Args:
+          by_kind: {kind: "reward_model", "exact_match" or "none"}.
+          reward_model: scorer for kinds with the rule "reward_model"; None if there are none.
+        """
         self._by_kind = dict(by_kind)
         self._reward_model = reward_model
 
     def lowered(self, tokens: int) -> Iterator[tuple[str, Any]]:
-        """The reward model's programs for pairs of up to `tokens` tokens, by name, ready to be compiled."""
+        """Yields (name, program) of the reward model's programs for pairs of up to `tokens` tokens, to be compiled."""
         programs = getattr(self._reward_model, "lowered", lambda _: ())
         return ((f"reward model at {length}", program) for length, program in programs(tokens))
 
     def rewarded(self, examples: Sequence[Example]) -> np.ndarray:
-        """Which rows something rewards, bool [B]: all but those of a kind with the rule "none"."""
+        """Returns for each row whether its kind has a reward, that is another rule than "none"; bool [B]."""
         return np.array([self._by_kind[example.kind] != "none" for example in examples], bool)
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Scores one response per row.
 
         Returns:
-          scores float32 [B] (0 where nothing rewards the row, NaN where its scorer failed or it has no answer), and
-          learned bool [B], true where the score is the reward model's.
+          (scores float32 [B], whether the reward model computed the score, bool [B]). A score is 0 for a row without a
+          reward, and NaN if the scorer failed or the row has no expected answer.
         """
         rules = np.array([self._by_kind[example.kind] for example in examples])
         scores = np.zeros(len(examples), np.float32)

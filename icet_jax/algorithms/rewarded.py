@@ -1,8 +1,8 @@
-"""What algorithms share that sample responses, have them scored and learn from that: L-PPO and L-RLOO.
+"""What L-PPO and L-RLOO share, the algorithms that sample responses and learn from the responses' scores.
 
-An iteration has three compiled phases: `rollout`, `prepare` and `update`. The algorithm's own file holds the last steps
-of `prepare` (how scores become advantages) and the loss of `update`. `build_phases` makes the phases from these two,
-and `Rewarded` runs them on the host.
+An iteration has three compiled phases: `rollout`, `prepare` and `update`. The algorithm's own file contains the last
+steps of `prepare` (from scores to advantages) and the loss of `update`. `build_phases` builds the phases from these
+two, and `Rewarded` runs them on the host.
 """
 
 import dataclasses
@@ -49,10 +49,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """The compiled phases of an iteration.
+    """Holds the compiled phases of an iteration.
 
-    `lowered` takes what `rollout` takes and gives all three by name, ready to be compiled for these shapes in any order
-    and at once; `prepare_arrays` is the jitted part of `prepare`.
+    Attributes:
+      rollout: function of (params, state, images, tokens, mask, exits, run_key) that returns a `Rollout`.
+      prepare: the function between scoring and update; `build_phases` documents its arguments.
+      prepare_arrays: the jitted part of `prepare`.
+      update: function of (params, state, batch, run_key) that returns (state, metrics) and donates the state.
+      lowered: function of the arguments of `rollout` that yields (name, program) of all three phases, which can be
+        compiled for these shapes in any order.
     """
 
     rollout: Program
@@ -66,19 +71,21 @@ def build_phases(
     graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, prepare_rows: Callable[..., Any],
     loss: Callable[..., tuple[Array, losses.Stats]], *, cache_key: Sequence[Any], group_size: int = 1,
 ) -> Phases:  # fmt: skip
-    """The phases for one model structure and one `Settings`; nothing is compiled before the first call.
+    """Returns the phases for one model structure and one `Settings`; nothing is compiled before the first call.
 
-    With a `mesh`, an update returns the state where `parallel.sharding.shardings` puts it; place the first one so too.
+    With a `mesh`, the train state is split over it as `parallel.sharding.shardings` says.
 
     Args:
       graphdef: structure of the network.
-      settings: what the phases are compiled for.
-      mesh: where the arrays lie, or None on one device.
-      prepare_rows: (params, trainable, controls, rollout, `RowRewards`, columns=) -> (batch of the update, controls of
-        the next rollout, metrics).
-      loss: (params, trainable, rows of the batch) -> (loss, statistics), see `updates.LossFunction`.
-      cache_key: the algorithm's name, and what else its functions depend on beside graphdef, settings and mesh.
-      group_size: responses of each prompt.
+      settings: settings that the phases are compiled for.
+      mesh: mesh of the arrays; None on one device.
+      prepare_rows: function of (params, trainable, controls, rollout, `RowRewards`, columns=) that returns (batch of
+        the update, controls of the next rollout, metrics).
+      loss: function of (params, trainable, rows of the batch) that returns (loss, statistics), see
+        `updates.LossFunction`.
+      cache_key: name of the algorithm, and the values that `prepare_rows` and `loss` depend on beside graphdef,
+        settings and mesh (see `parallel.programs.Program`).
+      group_size: number of responses to each prompt.
     """
 
     def prepare_columns(*arrays: Any, columns: int | None = None) -> Any:
@@ -91,15 +98,19 @@ def build_phases(
         params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None,
         rewarded: Any = None, failures: Any = None, kinds: Any = None,
     ) -> tuple[TrainState, Any, dict[str, Any]]:  # fmt: skip
-        """Everything between scoring and the update.
+        """Computes the batch of the update from a rollout and its scores.
 
         Args:
-          params: the frozen model.
+          params: parameters of the model before training.
           state: the train state.
           rollout: the sampled responses.
-          scores, learned, rewarded, failures, kinds: see `RowRewards`; `rewarded` None is all true, `kinds` None is
-            the first kind for all rows.
-          longest: length of the longest response: columns that are padding in every row are left out.
+          scores, learned, rewarded, failures, kinds: see `RowRewards`. None as `rewarded` means that all rows are
+            rewarded, None as `kinds` that all rows are of the first kind.
+          longest: length of the longest response, so that columns which are padding in every row can be left out; None
+            leaves out none.
+
+        Returns:
+          (train state with the controls of the next rollout, batch of the update, metrics).
         """
         scores = np.asarray(scores, np.float32)
         rows = RowRewards(
@@ -122,10 +133,10 @@ def build_phases(
         return placed_results(sampled, mesh)
 
     def learn(params: Any, state: TrainState, batch: Any, run_key: Array) -> tuple[TrainState, dict[str, Any]]:
-        """K epochs of clipped updates on one rollout; advances the iteration."""
+        """Updates the policy for all epochs on one rollout; returns (state after the iteration, metrics)."""
         guards = dict(target_kl=settings.target_kl, max_ratio=settings.max_ratio)
-        own_loss = functools.partial(loss, params)
-        new_state, outcome = run_epochs(own_loss, settings, mesh, state, batch, run_key, **guards)
+        loss_of_trainable = functools.partial(loss, params)
+        new_state, outcome = run_epochs(loss_of_trainable, settings, mesh, state, batch, run_key, **guards)
         return new_state, policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
 
     rollout = Program(sample, cache_key=everything)
@@ -134,7 +145,10 @@ def build_phases(
     def lowered(
         params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
     ) -> Iterator[tuple[str, Any]]:
-        # A phase's results lie where it says, so that none has to be compiled before another. The longest comes first.
+        """Yields (name, program) of all phases; the one that takes longest to compile comes first.
+
+        The shardings of a phase's results are fixed, so that no phase has to be compiled before another.
+        """
         arguments = (params, state, images, tokens, mask, exits, key)
         sampled = abstract_results(rollout.eval_shape(*arguments), mesh)
         rows = _row_shapes(tokens.shape[0] * group_size, observed=state.controls.exits is not None)
@@ -151,13 +165,16 @@ def build_phases(
 
 
 def _row_shapes(rows: int, *, observed: bool) -> RowRewards:
-    """Arrays of the shapes and dtypes that `prepare` gets from the host."""
+    """Returns arrays with the shapes and dtypes that `prepare` gets from the host.
+
+    `observed` says whether the exit schedule learns from failures.
+    """
     floats, flags = np.zeros(rows, np.float32), np.zeros(rows, bool)
     return RowRewards(floats, flags, flags, np.zeros(rows, np.int32), floats if observed else None)
 
 
 class Rewarded(Algorithm):
-    """An algorithm whose responses are scored: its iteration on the host."""
+    """Runs the iterations of an algorithm with scored responses on the host; the base class of L-PPO and L-RLOO."""
 
     bounded = True
 
@@ -172,7 +189,7 @@ class Rewarded(Algorithm):
     def phases(
         cls, config: "ConfigDict", graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None
     ) -> Phases:  # fmt: skip
-        """The algorithm's compiled phases, from `build_phases`."""
+        """Returns the algorithm's compiled phases, from `build_phases`."""
 
     def lowered(self, state: TrainState, batch: "PromptBatch") -> Iterator[tuple[str, Any]]:
         """See `Algorithm`."""
@@ -182,7 +199,7 @@ class Rewarded(Algorithm):
         yield from self._reward.lowered(batch.tokens.shape[1] + self.settings.sampling.max_new_tokens)
 
     def begin(self, state: TrainState, batch: "PromptBatch") -> Rollout:
-        """Draws the exits and samples the responses, which needs nothing from the host; waits for nothing."""
+        """Starts to draw the exits and to sample the responses, and does not wait for them."""
         self._watch.start()
         with during("rollout"):
             exits = self._exits(self._run_key, state.iteration, state.controls.exits)
@@ -191,9 +208,9 @@ class Rewarded(Algorithm):
             )
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
-        """Has the responses scored and learns from them; donates `state`, and waits for no update."""
+        """Scores the responses and starts the updates; see `Algorithm`."""
         params, rollout = self._vlm.params, begun
-        with during("rollout"):  # what fails on a device is told where its results are asked for
+        with during("rollout"):  # an error on the device is raised when its results are fetched
             tokens, mask, prompt_mask, exits = fetch((rollout.tokens, rollout.mask, batch.mask, rollout.exits))
         seconds = {"rollout": self._watch.lap()}
 
@@ -216,7 +233,7 @@ class Rewarded(Algorithm):
             state, train_batch, before = prepared
             state, after = self._phases.update(params, state, train_batch, self._run_key)
 
-        # What is known of it, when it is over.
+        # Metrics, which are read after the update has ended.
         by_kind = scores_by_kind(examples, scores, rewarded & mask.any(axis=1), exits)
         lengths = np.repeat(prompt_mask.sum(axis=1), self.group_size), mask.sum(axis=1)
         images = np.repeat(images_per_row(batch), self.group_size)
@@ -240,7 +257,7 @@ class Rewarded(Algorithm):
         phases: Any = cls.phases(config, vlm.graphdef, settings, run.devices)
         prompts = batch // run.group_size
         images, (tokens, mask), exits, key = run.images(prompts), run.prompts(prompts), run.exits(prompts), run.key
-        # Under full fine-tuning the policy has weights of its own, and only `prepare` takes the reference.
+        # Under full fine-tuning the policy has separate weights, and only `prepare` uses those of the reference.
         encoder = run.weights(policy=False)
         reference = () if settings.lora_scale is not None else run.weights(policy=True)
         arguments = (vlm.params, state, images, tokens, mask, exits, key)
@@ -277,5 +294,5 @@ class Rewarded(Algorithm):
 
 
 def _passes(settings: Settings) -> int:
-    """Teacher-forced passes of `prepare` over every row: policy, reference, and with an anchor the default exit."""
+    """Returns the number of passes of `prepare` over every row: policy, reference, and with an anchor a third."""
     return 2 + (settings.anchor_coef > 0)

@@ -1,4 +1,4 @@
-"""Rewards: KL estimators, score shaping, per-token rewards and the KL coefficient's controllers."""
+"""Computes rewards: KL estimates, shaped scores, rewards per token, and the adaptive KL coefficient."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,15 +17,16 @@ _NORMALISE_EPS = 1e-8
 def kl_penalty(
     log_probs: Float[ArrayLike, "..."], ref_log_probs: Float[ArrayLike, "..."], kind: str = "k1"
 ) -> Float[Array, "..."]:
-    """Per-token estimate of KL(policy || reference) from one sample (Schulman, "Approximating KL Divergence", 2020).
+    """Returns a per-token estimate of KL(policy || reference) in nats, from the sampled token alone.
 
-    With d = log_probs - ref_log_probs, in nats:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
+    With d = log_probs - ref_log_probs:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
+    Source: Schulman, "Approximating KL Divergence", 2020.
 
-    Entries that a caller masks afterwards may be NaN or huge: where the estimate is not finite its value is what the
-    formula gives and its gradient is zero, so that a masked entry cannot poison the gradients of the others.
+    Entries that the caller masks afterwards may be NaN or huge: where the estimate is not finite, its gradient is zero,
+    so that such an entry does not make the gradients of the others NaN.
 
     Raises:
-      UserError: an unknown `kind`.
+      UserError: `kind` is none of "k1", "k2" and "k3".
     """
     d = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(ref_log_probs, jnp.float32)
     if kind == "k1":
@@ -39,7 +40,7 @@ def kl_penalty(
 
 
 def _finite_gradient(function: Callable[[Array], Array], x: Array, finite: Array) -> Array:
-    """function(x), with no gradient where `finite` is false (the double-where trick)."""
+    """Returns function(x), with gradient zero where `finite` is false."""
     safe = function(jnp.where(finite, x, 0.0))
     return jnp.where(finite, safe, jax.lax.stop_gradient(function(x)))
 
@@ -51,16 +52,16 @@ def token_rewards(
     *,
     kl_coef: Scalar,
 ) -> Float[Array, "B A"]:
-    """R = r(x, y) - eta * KL (paper): `-kl_coef * kl` per token, plus the score on the last response token.
+    """Returns the reward of each token: `-kl_coef * kl`, plus the row's score on its last token (paper, R).
 
     Args:
-      scores: one (shaped) score per row; of an empty row it may be NaN.
-      kl: per-token KL estimates, nats; entries outside the mask may be anything, NaN included.
-      mask: true on the response tokens up to and including EOS, a prefix of each row, possibly empty.
-      kl_coef: eta.
+      scores: one (shaped) score per row; may be NaN for an empty row.
+      kl: KL estimate of each token in nats; entries outside the mask may be anything, NaN included.
+      mask: true on the response tokens up to and including EOS; a row may have none.
+      kl_coef: the KL coefficient eta.
 
     Returns:
-      float32, whatever dtype the scores had; zero outside the mask.
+      float32; zero outside the mask.
     """
     mask = jnp.asarray(mask, bool)
     penalty = -kl_coef * jnp.where(mask, jnp.asarray(kl, jnp.float32), 0.0)
@@ -73,28 +74,28 @@ def token_rewards(
 def sequence_kl(
     log_probs: Float[ArrayLike, "B A"], ref_log_probs: Float[ArrayLike, "B A"], mask: Bool[ArrayLike, "B A"]
 ) -> Float[Array, " B"]:
-    """k1 summed over each response, nats; zero for empty rows. Its mean drives the adaptive controller."""
+    """Returns k1 summed over each response, in nats; zero for empty rows. `adaptive_kl_coef` takes its mean."""
     return jnp.sum(jnp.where(mask, kl_penalty(log_probs, ref_log_probs, "k1"), 0.0), axis=1)
 
 
 class ScoreNormaliser(NamedTuple):
-    """Running mean and squared deviation of the scores seen so far; part of the train state and of checkpoints."""
+    """Holds running statistics of all scores so far; part of the train state and of checkpoints."""
 
-    seen: Array
+    seen: Array  # number of scores
     mean: Array
-    m2: Array
+    m2: Array  # sum of squared deviations from the mean
 
 
 def init_normaliser() -> ScoreNormaliser:
-    """A normaliser that has seen nothing."""
-    # Three arrays, not one shared: the train state is donated and a buffer may be donated once.
+    """Returns the statistics of no scores."""
+    # Three separate arrays, because the train state is donated, and a buffer may be donated only once.
     return ScoreNormaliser(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
 
 def update_normaliser(
     normaliser: ScoreNormaliser, scores: Float[ArrayLike, " B"], valid: Bool[ArrayLike, " B"]
 ) -> ScoreNormaliser:
-    """Merges one batch of scores into the running statistics (Chan et al. 1979); rows not `valid` are not read."""
+    """Returns the running statistics with the `valid` scores of one more batch (Chan et al. 1979)."""
     scores = jnp.where(valid, jnp.asarray(scores, jnp.float32), 0.0)
     count = jnp.sum(valid).astype(jnp.float32)
     mean = jnp.sum(scores) / jnp.maximum(count, 1.0)
@@ -120,21 +121,21 @@ def shape_scores(
     clip: float = 0.0,
     missing_eos_penalty: float = 0.0,
 ) -> tuple[Float[Array, " B"], ScoreNormaliser]:
-    """Normalise, then clip, then subtract the missing-EOS penalty.
+    """Returns scores after normalisation, clipping and the missing-EOS penalty, in this order.
 
     Args:
-      scores: raw scores; rows not `valid` may hold NaN.
+      scores: raw scores; may be NaN in rows that are not `valid`.
       has_eos: whether the response ended with an EOS.
-      normaliser: running statistics; this batch enters them before they are used, so the first batch is normalised too.
-      learned: rows scored by a reward model. Only these enter and undergo normalisation: an exact-match reward is
-        on its own scale, and a row without any reward must stay at zero.
-      valid: rows that take part; the others come back as zero.
+      normaliser: running statistics; this batch is added before they are used, so the first batch is normalised too.
+      learned: rows scored by a reward model. Only these are normalised and counted in the statistics, because an
+        exact-match reward has another scale, and a row without a reward must keep the score 0.
+      valid: rows that count; the scores of the others become 0.
       normalise: whether to subtract the running mean and divide by the running (biased) standard deviation.
-      clip: absolute bound of the normalised score; 0 is off.
-      missing_eos_penalty: subtracted where the response has no EOS.
+      clip: largest absolute value of a normalised score; 0 is off.
+      missing_eos_penalty: subtracted if the response has no EOS.
 
     Returns:
-      (float32 scores, the normaliser after this batch).
+      (float32 scores, running statistics including this batch).
     """
     scores = jnp.where(valid, jnp.asarray(scores, jnp.float32), 0.0)
     if normalise:
@@ -156,14 +157,16 @@ def adaptive_kl_coef(
     target: float,
     horizon: float,
 ) -> Scalar:
-    """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n_sequences / horizon (Ziegler et al. 2019, section 2.2).
+    """Returns the KL coefficient of the next batch (Ziegler et al. 2019, section 2.2).
+
+        kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * n_sequences / horizon)
 
     Args:
-      kl_coef: the coefficient that this batch was rewarded with.
-      kl: mean over the batch's sequences of the summed k1, nats.
-      n_sequences: sequences in the global batch.
-      target: the KL aimed at, nats per sequence.
-      horizon: sequences over which a persistent error of 20% changes the coefficient by about 20%.
+      kl_coef: the coefficient of this batch's rewards.
+      kl: mean over the batch's sequences of the summed k1, in nats.
+      n_sequences: number of sequences in the batch, over all processes.
+      target: desired KL, nats per sequence.
+      horizon: number of sequences over which a persistent error of 20 % changes the coefficient by about 20 %.
     """
     error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
     return kl_coef * (1.0 + error * n_sequences / horizon)

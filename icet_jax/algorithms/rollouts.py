@@ -1,7 +1,7 @@
-"""What the compiled phases of rewarded algorithms compute alike: a rollout's log-probs, KL and shaped scores; the loss.
+"""What L-PPO and L-RLOO compute in the same way: a rollout's log-probs, KL and shaped scores, and the clipped loss.
 
-`prepare` of such an algorithm begins with `evaluate_rollout` and ends with `report_rollout`. Its loss begins with
-`clipped_loss` and ends with `add_options`.
+Their `prepare` begins with `evaluate_rollout` and ends with `report_rollout`. Their loss begins with `clipped_loss` and
+ends with `add_options`.
 """
 
 import functools
@@ -23,17 +23,17 @@ from icet_jax.typing import Array, Bool, Float, Int
 
 
 class RowRewards(NamedTuple):
-    """What the host knows about the rows of a rollout; one entry per row, [B].
+    """Holds what the host knows about the rows of a rollout; one entry per row, [B].
 
     Attributes:
-      scores: float32; NaN marks a row that could not be scored, which trains nothing.
-      learned: bool, true where a reward model gave the score; only these scores are normalised.
-      rewarded: bool, false for rows that nothing rewards: they learn from the KL terms alone.
+      scores: float32; NaN for a row that could not be scored, which trains nothing.
+      learned: bool, true if a reward model computed the score; only these scores are normalised.
+      rewarded: bool, false for rows of a kind without a reward, which learn from the KL terms alone.
       kinds: int32, the row's kind as its index in `config.names.KINDS`.
-      failures: float32, see `exits.Schedule.observe`; None where the exit schedule learns nothing.
+      failures: float32, see `exits.Schedule.observe`; None if the exit schedule learns nothing.
     """
 
-    # Not annotated as arrays of jax: they are numpy's on the host.
+    # Not annotated as arrays of jax, because they are numpy arrays on the host.
     scores: Any
     learned: Any
     rewarded: Any
@@ -42,21 +42,21 @@ class RowRewards(NamedTuple):
 
 
 class EvaluatedRollout(NamedTuple):
-    """A rollout with what the policy and the reference make of it, and its scores.
+    """Holds a rollout, log-probs of the policy and the reference for it, and its scores.
 
     Attributes:
-      rollout: with only the response columns that are learnt from.
-      scored: bool [B], rows that have a response and a score.
+      rollout: the rollout with only the response columns that are learnt from.
+      scored: bool [B], true for rows that have a response and a score.
       mask: bool [B, A], the response tokens of scored rows.
       old: the policy's log-probs, entropies and (with a value head) values.
       ref_log_probs: float32 [B, A], the reference's log-probs at the same exit.
-      anchor_hidden: [B, A, E], the reference's last states at the default exit; None without an anchor.
-      has_eos: bool [B], scored rows whose response ends with an EOS.
-      shaped: float32 [B], scores after normalising, clipping and the missing-EOS penalty; 0 where not scored.
-      kl: float32 [B, A], the estimate `config.lppo.kl_kind` of the KL, times the factor of the row's kind.
-      sequence_kl: float32 [B], k1 summed over each response, nats, without that factor.
-      stable: bool, whether this rollout is learnt from (`config.lppo.max_kl`).
-      normaliser: running statistics of the scores, these included.
+      anchor_hidden: [B, A, E], final hidden states of the reference at the default exit; None without an anchor.
+      has_eos: bool [B], true for scored rows whose response ends with an EOS.
+      shaped: float32 [B], scores after normalising, clipping and the missing-EOS penalty; 0 if not scored.
+      kl: float32 [B, A], the KL estimate `config.lppo.kl_kind`, times the factor of the row's kind.
+      sequence_kl: float32 [B], k1 summed over each response in nats, without that factor.
+      stable: bool scalar, whether this rollout is learnt from (`config.lppo.max_kl`).
+      normaliser: running statistics of all scores so far, including these.
     """
 
     rollout: Rollout
@@ -77,25 +77,24 @@ def evaluate_rollout(
     graphdef: Any, settings: Settings, params: Any, trainable: Any, controls: Controls, rollout: Rollout,
     rows: RowRewards, columns: int | None,
 ) -> EvaluatedRollout:  # fmt: skip
-    """Log-probs of policy and reference, KL and shaped scores of a rollout; see `EvaluatedRollout`.
+    """Returns log-probs of policy and reference, KL and shaped scores of a rollout.
 
     Args:
       graphdef: structure of the network.
-      settings: what the phase is compiled for.
-      params: the frozen model.
-      trainable: what is trained; the policy has values where it has a value head.
-      controls: of this rollout.
+      settings: settings that the phase is compiled for.
+      params: parameters of the model before training, the reference.
+      trainable: trained weights: the policy and, if there is one, the value head.
+      controls: controls of this rollout.
       rollout: the sampled responses.
-      rows: from the host.
-      columns: response columns that are learnt from, None for all; the rest must be padding.
+      rows: scores and other facts about the rows.
+      columns: number of response columns that are learnt from, see `phases.cut_columns`.
     """
     rollout = cut_columns(rollout, columns)
     scored = jnp.isfinite(rows.scores) & rollout.mask.any(axis=1)
     mask = rollout.mask & scored[:, None]
     check_divides(settings, mask.shape[0])
 
-    # By the function that the update uses, and in as many slices as an update has, so that this phase holds no more
-    # activations than that one.
+    # Computed by the function that the update uses, and in as many slices, so that this phase needs no more memory.
     slices = row_slices(rollout, settings.minibatches * settings.accumulation)
     score = functools.partial(_score_slice, graphdef, settings, params, trainable)
     old, ref_log_probs, anchor_hidden = joined_slices(jax.lax.map(score, slices))
@@ -103,7 +102,7 @@ def evaluate_rollout(
     has_eos = _ends_with_eos(settings, rollout.tokens, mask) & scored
     shaped, normaliser = rewards.shape_scores(
         rows.scores,
-        has_eos | ~rows.rewarded,  # what is not rewarded is not penalised either
+        has_eos | ~rows.rewarded,  # rows without a reward get no penalty either
         controls.normaliser,
         learned=rows.learned,
         valid=scored,
@@ -132,18 +131,18 @@ def evaluate_rollout(
 
 
 def kl_factors(settings: Settings, kinds: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The factor of the KL coefficient for each row, by its kind (`config.lppo.kl_coef_by_kind`)."""
+    """Returns the factor of the KL coefficient for each row, by its kind (`config.lppo.kl_coef_by_kind`)."""
     return jnp.asarray(settings.kl_factors, jnp.float32)[kinds]
 
 
 def _score_slice(
     graphdef: Any, settings: Settings, params: Any, trainable: Any, rows: Rollout
 ) -> tuple[TokenValues, Array, Array | None]:  # fmt: skip
-    """The policy's and the reference's view of some rows.
+    """Evaluates the responses of some rows under the policy and the reference.
 
     Returns:
-      (old log-probs, entropy, values), reference log-probs, and with an anchor the reference's states at the default
-      exit.
+      (values of the policy, log-probs of the reference, final hidden states of the reference at the default exit or
+      None without an anchor).
     """
     sampling = settings.sampling
     shared: dict[str, Any] = dict(
@@ -163,9 +162,10 @@ def _score_slice(
 def report_rollout(
     graphdef: Any, settings: Settings, params: Any, controls: Controls, evaluated: EvaluatedRollout, rows: RowRewards
 ) -> tuple[Controls, dict[str, Any]]:  # fmt: skip
-    """The controls of the next rollout, and the metrics of this one; controls that are not numbers stay as they were.
+    """Returns the controls of the next rollout, and the metrics of this one.
 
-    The arguments are those of `evaluate_rollout`.
+    A control that would become NaN or infinite stays as it was. The arguments are those of `evaluate_rollout` and its
+    result.
     """
     model = nnx.merge(graphdef, params)
     rollout = evaluated.rollout
@@ -185,18 +185,18 @@ def report_rollout(
 def clipped_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: Any, advantages: Array
 ) -> tuple[TokenValues, Float[Array, ""], losses.Stats]:  # fmt: skip
-    """The clipped policy loss of some rows of a batch, see `losses.policy_loss`.
+    """Returns the clipped policy loss of some rows of a batch, see `losses.policy_loss`.
 
     Args:
       graphdef: structure of the network.
-      settings: what the update is compiled for.
-      params: the frozen model.
-      trainable: what is trained.
-      rows: of a batch: prompts, prompt_mask, visual, responses, mask, old_log_probs and anchor_hidden.
+      settings: settings that the update is compiled for.
+      params: parameters of the model before training.
+      trainable: trained weights.
+      rows: rows with prompts, prompt_mask, visual, responses, mask, old_log_probs and anchor_hidden.
       advantages: float32 [B, A].
 
     Returns:
-      (what the policy makes of the responses now, the loss, its statistics).
+      (log-probs, entropies and values of the responses under the current policy, loss, statistics).
     """
     policy, lora = with_policy(params, trainable, settings.lora_scale)
     new = evaluate_responses(
@@ -222,13 +222,13 @@ def clipped_loss(
 def add_options(
     settings: Settings, loss: Float[Array, ""], stats: losses.Stats, new: TokenValues, mask: Bool[Array, "B A"]
 ) -> tuple[Float[Array, ""], losses.Stats]:  # fmt: skip
-    """The loss less the entropy bonus, plus the anchor, where the settings have a coefficient; and their statistics.
+    """Returns the loss with the optional entropy bonus and anchor term, and the statistics with theirs.
 
     Args:
-      settings: what the update is compiled for.
-      loss: without them.
-      stats: its statistics.
-      new: of `clipped_loss`.
+      settings: settings with the coefficients; a term with coefficient 0 is left out.
+      loss: loss without these terms.
+      stats: statistics of that loss.
+      new: first result of `clipped_loss`.
       mask: true on the response tokens.
     """
     stats = stats | {"entropy": losses.masked_mean(new.entropy, mask)}
@@ -241,14 +241,17 @@ def add_options(
 
 
 def _ends_with_eos(settings: Settings, tokens: Int[Array, "B A"], mask: Bool[Array, "B A"]) -> Bool[Array, " B"]:
-    """Whether the last token inside the mask is an EOS; meaningless for empty rows."""
+    """Returns for each row whether its last token inside the mask is an EOS; without meaning for empty rows."""
     last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
     last_token = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0]
     return is_eos(last_token, settings.sampling.eos_ids)
 
 
 def _controls_after(settings: Settings, controls: Controls, kl: Array, sequences: Array) -> Controls:
-    """Those of the next rollout: with `kl_adaptive` eta follows the KL of this one."""
+    """Returns the controls of the next rollout: with `kl_adaptive`, the KL coefficient is adapted to this KL.
+
+    `kl` is the mean per sequence in nats, `sequences` the number of sequences.
+    """
     if not settings.kl_adaptive:
         return controls
     kl_coef = rewards.adaptive_kl_coef(
@@ -258,5 +261,5 @@ def _controls_after(settings: Settings, controls: Controls, kl: Array, sequences
 
 
 def is_stable(settings: Settings, kl: Float[Array, ""]) -> Bool[Array, ""]:
-    """Whether a rollout with this mean KL (nats per sequence) is learnt from: it is a number, and within `max_kl`."""
+    """Returns whether a rollout with this mean KL (nats per sequence) is learnt from: finite and at most `max_kl`."""
     return jnp.isfinite(kl) & (kl <= settings.max_kl if settings.max_kl else True)

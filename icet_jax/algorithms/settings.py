@@ -1,4 +1,4 @@
-"""What the phases are compiled for: one frozen, hashable dataclass, made from a config."""
+"""The settings that the phases are compiled for: one frozen, hashable dataclass, created from a config."""
 
 import dataclasses
 from typing import Any
@@ -10,17 +10,17 @@ from icet_jax.generation.sampling import Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the phases are compiled for.
+    """Holds the settings that the phases are compiled for.
 
-    Fields not listed here are those of the algorithm's own section, `config.lppo` and `config.reward`. No field has a
-    default: a setting's default stands in `icet_jax.config` alone, and `from_config` reads it.
+    Fields that are not listed here are those of the same name in the algorithm's section of the config, `config.lppo`
+    or `config.reward`. No field has a default here: the defaults are in `icet_jax.config`.
 
     Attributes:
-      sampling: the rollout's; its temperature and suppressed tokens hold for every log-prob.
+      sampling: how rollouts are sampled; every log-prob uses its temperature and suppressed tokens.
       optimizer: see `OptimizerSettings`.
-      lora_scale: alpha / rank; None is full fine-tuning.
-      exits: name of the exit schedule, which `fixed_exit` and `train_exits` belong to.
-      kl_factors: of `config.lppo.kl_coef_by_kind`, in the order of `config.names.KINDS`.
+      lora_scale: alpha / rank; None under full fine-tuning.
+      exits: name of the exit schedule; `fixed_exit` and `train_exits` are its settings.
+      kl_factors: factors of the KL coefficient (`config.lppo.kl_coef_by_kind`) in the order of `config.names.KINDS`.
     """
 
     sampling: Sampling
@@ -61,19 +61,18 @@ class Settings:
 
 
 def from_config(config: Any, sampling: Sampling) -> Settings:
-    """`Settings` of the algorithm that a whole config names.
+    """Returns the `Settings` of the algorithm that a config names.
 
-    Its own section decides where it has a field; every other comes from `config.lppo` and `config.reward`.
+    A field is taken from the algorithm's own section if that has it, otherwise from `config.lppo` or `config.reward`.
 
     Args:
-      config: `icet_jax.config`'s tree.
-      sampling: how rollouts are drawn, with `config.lppo`'s length and temperature and the model's own token ids
-        (`VLM.sampling`).
+      config: config of the run.
+      sampling: how rollouts are sampled, from `VLM.sampling` with the length and temperature of `config.lppo`.
     """
     lppo, rank, section = config.lppo, config.lora.rank, config[config.algorithm]
     steps = section.iterations * lppo.epochs * lppo.minibatches
-    own = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "optimizer", "lora_scale"}
-    shared = {name: part[name] for part in (lppo, config.reward, section) for name in part if name in own}
+    names = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "optimizer", "lora_scale"}
+    values = {name: part[name] for part in (lppo, config.reward, section) for name in part if name in names}
     return Settings(
         sampling=sampling,
         optimizer=OptimizerSettings(
@@ -85,5 +84,5 @@ def from_config(config: Any, sampling: Sampling) -> Settings:
         ),
         lora_scale=config.lora.alpha / rank if rank else None,
         kl_factors=tuple(lppo.kl_coef_by_kind.get(kind, 1.0) for kind in KINDS),
-        **shared,
+        **values,
     )

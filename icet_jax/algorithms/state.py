@@ -1,4 +1,4 @@
-"""What training changes: the explicit train state, how it starts, and how it becomes plain arrays for a checkpoint."""
+"""The train state, which is everything that training changes: its initial value and its optimizer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ from icet_jax.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its schedule; the fields are those of `config.optimizer`, whose defaults hold, plus the run's length.
+    """Holds the settings of AdamW and its learning-rate schedule; fields not listed are those of `config.optimizer`.
 
     Attributes:
-      total_steps: optimizer steps after which `linear` reaches zero, and `cosine` `final_share`.
-      final_share: where the cosine ends, as a share of `learning_rate`.
-      value_learning_rate, value_max_grad_norm, value_warmup_steps: those of the value head, as `config.lppo` has them;
-        None is what the policy has. With any of them the head's gradient is clipped by a norm of its own.
+      total_steps: optimizer steps after which the schedules `linear` and `cosine` end.
+      final_share: learning rate at the end of `cosine`, as a share of `learning_rate`; `linear` ends at 0.
+      value_learning_rate, value_max_grad_norm, value_warmup_steps: settings of the value head (`config.lppo`); None for
+        the policy's. If one is set, the norm of the head's gradient is computed and clipped separately.
     """
 
     learning_rate: float
@@ -44,13 +44,13 @@ class OptimizerSettings:
 
 
 class Controls(NamedTuple):
-    """The numbers that steer the reward from one iteration to the next.
+    """Holds numbers that control training and change from one iteration to the next.
 
     Attributes:
-      kl_coef: the coefficient of the next rollout's KL penalty, per nat.
+      kl_coef: coefficient of the next rollout's KL penalty, per nat.
       normaliser: running statistics of the reward model's scores.
-      learning_rate_scale: multiplies every optimizer step; None is 1, and the same program as without it.
-      exits: what the exit schedule has learnt (`exits.Schedule.observe`); None where it learns nothing.
+      learning_rate_scale: factor of every optimizer step; None if the run never changes it from 1.
+      exits: state of the exit schedule (`exits.Schedule.observe`); None if it learns nothing.
     """
 
     kl_coef: Array
@@ -60,15 +60,15 @@ class Controls(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that a resumed run needs; nothing else changes during training.
+    """Holds everything that a resumed run needs; nothing else changes during training.
 
     Attributes:
-      trainable: `{"policy": ..., "value_head": ...}`, float32; without a value head where the algorithm has no critic.
-        The policy is LoRA's `weights`, or under full fine-tuning the parameters under `language_model` as a pure dict.
-      opt_state: optax's.
+      trainable: float32 `{"policy": ..., "value_head": ...}`; without "value_head" if the algorithm has no critic. The
+        policy is LoRA's `weights` or, under full fine-tuning, a nested dict of the parameters under `language_model`.
+      opt_state: optax's state of the optimizer.
       controls: see `Controls`.
-      iteration: rollouts (or supervised batches) finished; it seeds what the next one draws.
-      updates: optimizer steps applied.
+      iteration: number of completed iterations; it is part of the seed of the next one.
+      updates: number of optimizer steps that were applied.
     """
 
     trainable: dict[str, Any]
@@ -79,10 +79,10 @@ class TrainState(NamedTuple):
 
 
 def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then constant, or linear to 0 or cosine to `final_share` at the end.
+    """Returns the learning rate as a function of the step: a linear warm-up from 0, then the schedule of the settings.
 
     Raises:
-      UserError: an unknown schedule.
+      UserError: there is no schedule of this name.
     """
     peak, warmup = settings.learning_rate, settings.warmup_steps
     rest = max(settings.total_steps - warmup, 1)
@@ -101,20 +101,21 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
 
 
 def _value_settings(settings: OptimizerSettings) -> OptimizerSettings | None:
-    """The value head's own optimizer; None where it shares the policy's."""
-    own = {
+    """Returns the settings of the value head's optimizer; None if they are the policy's."""
+    head_values = {
         "learning_rate": settings.value_learning_rate,
         "max_grad_norm": settings.value_max_grad_norm,
         "warmup_steps": settings.value_warmup_steps,
     }
-    changed: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+    changed: dict[str, Any] = {name: value for name, value in head_values.items() if value is not None}
     return dataclasses.replace(settings, **changed) if changed else None
 
 
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """Clipping by global norm (0 = off), then AdamW; apart for `policy` and `value_head` where the head has settings.
+    """Returns the optimizer of a run: clipping by the global norm (0 = off), then AdamW.
 
-    The optimizer's state has one structure without such settings and another with them.
+    If the value head has settings of its own, policy and value head have separate optimizers, and the optimizer's state
+    has another structure.
     """
     value = _value_settings(settings)
     if value is None:
@@ -124,6 +125,7 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 
 def _adamw(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Returns AdamW, after clipping by the global norm if `max_grad_norm` is not 0."""
     adamw = optax.adamw(
         learning_rate(settings),
         b1=settings.b1,
@@ -140,16 +142,18 @@ def init_state(
     params: Any, lora: Lora | None, *, hidden_size: int, optimizer: OptimizerSettings, kl_coef: float,
     value_head: bool = True, exits: Any = None,
 ) -> TrainState:  # fmt: skip
-    """The state before the first iteration; it shares no buffer with `params` or `lora`, so that it can be donated.
+    """Returns the train state before the first iteration.
+
+    It shares no buffer with `params` or `lora`, so that it can be donated.
 
     Args:
-      params: the whole model as `nnx.split` gives it; read only under full fine-tuning.
-      lora: fresh adapters, or None for full fine-tuning, which copies the language model into float32 masters.
-      hidden_size: the decoder's width, for the value head.
+      params: parameters of the whole model, from `nnx.split`; only used under full fine-tuning.
+      lora: new adapters; None for full fine-tuning, which trains a float32 copy of the decoder's weights.
+      hidden_size: width of the decoder, for the value head.
       optimizer: see `OptimizerSettings`.
       kl_coef: initial coefficient of the KL penalty.
-      value_head: whether there is one.
-      exits: of the exit schedule, from `exits.Schedule.initial_state`.
+      value_head: whether the state has a value head.
+      exits: initial state of the exit schedule, from `exits.Schedule.initial_state`.
     """
     source = pure_dict(params[POLICY_ROOT]) if lora is None else lora.weights
     policy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), source)
@@ -164,7 +168,7 @@ def init_state(
 
 
 def pure_dict(state: Any) -> dict[Any, Any]:
-    """A nested dict of arrays from an nnx state (or from such a dict)."""
+    """Returns an nnx state (or a nested dict) as a nested dict of arrays."""
     return {
         key: pure_dict(value) if isinstance(value, Mapping) else getattr(value, "get_value", lambda v=value: v)()
         for key, value in state.items()

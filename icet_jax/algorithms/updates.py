@@ -1,4 +1,4 @@
-"""Epochs x mini-batches x accumulation, as one scan; L-PPO and L-SFT share it."""
+"""Runs the optimizer steps of an iteration in one scan: epochs, their mini-batches, and the slices of each."""
 
 import functools
 from collections.abc import Callable
@@ -11,26 +11,27 @@ import optax
 from icet_jax.typing import Array, Int, Key
 
 LossFunction = Callable[[dict[str, Any], Any], tuple[Array, dict[str, Array]]]
-"""(trainable, rows) -> (token-mean loss, stats); `rows` has the batch's fields with fewer rows.
+"""Function of (trainable, rows) that returns (loss, statistics), both means over tokens.
 
-Stats are token means, except those whose name ends in `_max`: the largest of slices and steps is kept (0 or more).
+`rows` is a batch with fewer rows. Statistics whose name ends in `_max` are maxima (0 or more) instead of means: of
+several slices or steps, the largest value is kept.
 """
 
 
 _traced_once = functools.partial(jax.jit, inline=True)
-"""For functions that `eval_shape` looks at before they are used: the same program in less than half the start-up."""
+"""Decorator for functions that are also passed to `eval_shape`, so that they are traced only once."""
 
 
 class UpdateResult(NamedTuple):
-    """What `optimise` returns.
+    """Holds the result of `optimise`.
 
     Attributes:
-      trainable, opt_state: after the last applied step.
-      applied: int32, steps applied.
-      stopped: bool, `target_kl` or `max_ratio` was exceeded.
-      nonfinite: bool, a loss or a gradient was NaN or infinite.
-      stats: means over the steps that were evaluated; of maxima the largest.
-      evaluated: int32, those of them that had a token to learn from.
+      trainable, opt_state: weights and optimizer state after the last applied step.
+      applied: int32, number of applied steps.
+      stopped: bool, whether `target_kl` or `max_ratio` was exceeded.
+      nonfinite: bool, whether a loss or a gradient was NaN or infinite.
+      stats: {statistic: mean (or maximum) over the evaluated steps}.
+      evaluated: int32, number of evaluated steps that had a token to learn from.
     """
 
     trainable: dict[str, Any]
@@ -45,75 +46,79 @@ class UpdateResult(NamedTuple):
 def shuffled_order(
     key: Key[Array, ""], *, rows: int, epochs: int, minibatches: int, accumulation: int
 ) -> Int[Array, "S G M"]:
-    """What each slice of each step takes; `take_rows` tells the numbers' meaning.
+    """Returns which rows each slice of each step takes, as indices for `take_rows`.
 
-    Of as many neighbours as there are mini-batches, each is in another mini-batch, drawn anew for each epoch. So no row
-    leaves the devices that hold its neighbours; were rows permuted freely, every device would receive the images of all
-    rows. Which rows make a mini-batch depends neither on its slices nor on the devices.
+    Rows are shuffled within groups of `minibatches` neighbouring rows: in each epoch, every row of a group goes to a
+    different mini-batch at random. Rows therefore never move to another device; with a free permutation every device
+    would receive the images of all rows. The rows of a mini-batch do not depend on the number of slices or devices.
 
     Returns:
-      int32 [epochs * minibatches, accumulation, rows / (minibatches * accumulation)].
+      int32 [S, G, M]: epochs * minibatches steps, accumulation slices, rows / (minibatches * accumulation) rows.
     """
     neighbours = jnp.broadcast_to(jnp.arange(minibatches, dtype=jnp.int32)[:, None], (minibatches, rows // minibatches))
 
-    def drawn(epoch: Array) -> Array:
+    def shuffled(epoch: Array) -> Array:
         return jax.random.permutation(jax.random.fold_in(key, epoch), neighbours, independent=True)
 
-    chosen = jax.vmap(drawn)(jnp.arange(epochs)).reshape(epochs * minibatches, -1, accumulation).swapaxes(1, 2)
-    return chosen + minibatches * jnp.arange(accumulation, dtype=jnp.int32)[:, None]
+    indices = jax.vmap(shuffled)(jnp.arange(epochs)).reshape(epochs * minibatches, -1, accumulation).swapaxes(1, 2)
+    return indices + minibatches * jnp.arange(accumulation, dtype=jnp.int32)[:, None]
 
 
-def take_rows(batch: Any, chosen: Int[Array, " M"]) -> Any:
-    """Row `chosen[s]` of the s-th of M equal parts of every leaf, for all s.
+def take_rows(batch: Any, indices: Int[Array, " M"]) -> Any:
+    """Returns a batch of M rows: every leaf is split into M equal parts, and row s is row `indices[s]` of part s.
 
-    All leaves have the batch as their first axis, visual features included.
+    `batch` is a pytree whose leaves all have the rows as their first axis.
     """
 
     def take(leaf: Array) -> Array:
-        parts = leaf.reshape(chosen.shape[0], -1, *leaf.shape[1:])
-        return jax.vmap(lambda part, row: part[row])(parts, chosen)
+        parts = leaf.reshape(indices.shape[0], -1, *leaf.shape[1:])
+        return jax.vmap(lambda part, row: part[row])(parts, indices)
 
     return jax.tree.map(take, batch)
 
 
 def _tokens(row_tokens: Int[Array, " B"], slices: Int[Array, "G M"]) -> Int[Array, " G"]:
-    return jnp.sum(jax.vmap(lambda chosen: take_rows(row_tokens, chosen))(slices), axis=1)
+    """Returns the number of response tokens in each slice; the arguments are those of `gradients`."""
+    return jnp.sum(jax.vmap(lambda indices: take_rows(row_tokens, indices))(slices), axis=1)
 
 
 def gradients(
     loss_function: LossFunction, trainable: dict[str, Any], batch: Any, row_tokens: Array, slices: Array
 ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
-    """(loss, stats, gradients) of one mini-batch, slice by slice; each slice weighs by its share of the tokens.
+    """Returns (loss, statistics, gradients) of one mini-batch, computed slice by slice.
 
-    Of a stat that is a maximum the largest is taken.
+    They are means over the slices, weighted by the slices' numbers of tokens; of a statistic that is a maximum, the
+    largest value.
 
     Args:
       loss_function: see `LossFunction`.
-      trainable: what to differentiate with respect to.
-      batch: the whole rollout batch.
-      row_tokens: [B], response tokens of each row.
-      slices: int32 [G, M], what each slice takes, see `take_rows`.
+      trainable: the weights to differentiate with respect to.
+      batch: the whole batch.
+      row_tokens: [B], number of response tokens of each row.
+      slices: int32 [G, M], rows of each of G slices, see `take_rows`.
     """
     counts = _tokens(row_tokens, slices)
     weights = counts / jnp.maximum(jnp.sum(counts), 1)
     evaluate = jax.value_and_grad(loss_function, has_aux=True)
 
     @_traced_once
-    def one(index: Array) -> Any:
+    def evaluate_slice(index: Array) -> Any:
+        """Returns (weighted loss, means and gradients of a slice; its maxima)."""
         (loss, stats), grads = evaluate(trainable, take_rows(batch, slices[index]))
         largest = {name: stats.pop(name) for name in list(stats) if _is_maximum(name)}
         return jax.tree.map(lambda x: weights[index] * x, (loss, stats, grads)), largest
 
     def add(total: Any, index: Array) -> tuple[Any, None]:
-        weighted, largest = one(index)
+        weighted, largest = evaluate_slice(index)
         return (jax.tree.map(jnp.add, total[0], weighted), jax.tree.map(jnp.maximum, total[1], largest)), None
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, jnp.int32(0)))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(evaluate_slice, jnp.int32(0)))
     (loss, stats, grads), largest = jax.lax.scan(add, zeros, jnp.arange(slices.shape[0]))[0]
     return loss, stats | largest, grads
 
 
 def _is_maximum(stat: str) -> bool:
+    """Returns whether a statistic is a maximum, see `LossFunction`."""
     return stat.endswith("_max")
 
 
@@ -130,12 +135,21 @@ def optimise(
     max_ratio: float = 0.0,
     scale: Array | None = None,
 ) -> UpdateResult:
-    """Runs every step of `order`, unless one of them shows a reason to stop.
+    """Runs the optimizer steps of `order` until one of them gives a reason to stop.
 
-    A step whose `approxkl` exceeds `target_kl` (0 = off), whose `ratio_max` exceeds `max_ratio` (0 = off), or whose
-    loss or gradient is not finite, is not applied, and the remaining steps of this call are skipped: the weights stay
-    the last good ones. A step without a token is not applied either: moments and weight decay would move the weights
-    all the same. `scale` multiplies every step.
+    A step is not applied, and all later ones are skipped, if its `approxkl` exceeds `target_kl` (0 = off), its
+    `ratio_max` exceeds `max_ratio` (0 = off), or its loss or gradient is not finite. A step without a token is not
+    applied either, because the optimizer's moments and weight decay would change the weights.
+
+    Args:
+      loss_function: see `LossFunction`.
+      optimizer: the optimizer.
+      trainable, opt_state: weights and optimizer state before the steps.
+      batch: the whole batch.
+      row_tokens: number of response tokens of each row.
+      order: result of `shuffled_order`.
+      target_kl, max_ratio: limits of a step's statistics.
+      scale: factor of every step; None for 1.
     """
 
     @_traced_once
