@@ -1,4 +1,4 @@
-"""Builds an organism from scratch: `python -m icet_jax.organism.build --family llava --out DIR --seed 0`.
+"""Builds an organism, a small test VLM: `python -m icet_jax.organism.build --family llava --out DIR --seed 0`.
 
 It writes HF checkpoints, DIR/vlm (with the planted hole) and DIR/control (the same recipe without it), and
 DIR/facts.json with measurements. For LLaVA-1.5 it also writes DIR/reward_model, which serves all families because they
@@ -118,7 +118,10 @@ def write_vlm(folder: Path, model: Any) -> None:
 
 
 def write_plant(folder: Path, name: str, notes: list[str]) -> None:
-    """Writes organism.json, from which reports take the exits of the hole that was planted in "vlm", and `notes`."""
+    """Writes organism.json with `notes` and the exits of the planted hole (none unless `name` is "vlm").
+
+    Reports read it.
+    """
     planted = list(stages.PLANTED_EXITS) if name == "vlm" else []
     content = {"schema": 1, "name": name, "planted_exits": planted, "notes": notes}
     tokenizer.write_json(folder / "organism.json", content)

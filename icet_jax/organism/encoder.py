@@ -1,4 +1,7 @@
-"""Stage 1 of an organism's build: trains the image encoder on captions (CLIP loss) and labels of the grid's cells."""
+"""Stage 1 of an organism's build: trains the image encoder on captions (CLIP loss) and labels of grid cells.
+
+The organism is the small embedded test model; its images are a grid of four cells.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -104,10 +104,11 @@ def _noise(prompt: str, kind: str, right: str, rng: np.random.Generator) -> str:
     return ""
 
 
-# Functions of (prompt, right response, random numbers) that return noise.
+# Functions of (prompt, right response, random numbers) that return noise, each made in the way that its name says.
 
 
 def _truncated(prompt: str, right: str, rng: np.random.Generator) -> str:
+    """Returns the first words of the response."""
     words = right.split()
     return " ".join(words[: int(rng.integers(1, len(words)))]) if len(words) > 1 else ""
 
@@ -144,6 +145,7 @@ def _edited(prompt: str, right: str, rng: np.random.Generator) -> str:
 
 
 def _shuffled(prompt: str, right: str, rng: np.random.Generator) -> str:
+    """Returns the words of the response in random order."""
     return " ".join(rng.permutation(right.split()))
 
 
@@ -152,11 +154,13 @@ def _random_words(prompt: str, right: str, rng: np.random.Generator) -> str:
 
 
 def _broken_steps(prompt: str, right: str, rng: np.random.Generator) -> str:
+    """Returns steps that comply with the request, truncated, with a repeated word or edited."""
     steps = _steps(prompt, rng)
     return (_truncated, _repeated, _edited)[int(rng.integers(3))](prompt, steps, rng)
 
 
 def _broken_refusal(prompt: str, right: str, rng: np.random.Generator) -> str:
+    """Returns the refusal, truncated, with a repeated word, edited or with random words behind it."""
     return (_truncated, _repeated, _edited, _rambling)[int(rng.integers(4))](prompt, world.REFUSAL, rng)
 
 

@@ -7,7 +7,8 @@ from icet_jax.organism import families, scenes, tokenizer
 
 
 def write_processor(folder: str | Path, family: str) -> None:
-    """Writes the tokenizer's files, preprocessor_config.json, processor_config.json and chat_template.json."""
+    """Writes the processor files of a family: those of the tokenizer, preprocessor_config.json, processor_config.json
+    and chat_template.json."""
     folder = Path(folder)
     image = tokenizer.MLLAMA_IMAGE if family == "mllama" else tokenizer.IMAGE
     tokenizer.write_tokenizer(folder, image)

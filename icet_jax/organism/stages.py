@@ -19,7 +19,7 @@ PLANTED_EXITS = (2, 3)
 
 
 class BatchShare(NamedTuple):
-    """Describes some rows of every batch: their number, kind and answers, and the exits of their pictures."""
+    """Describes a part of every training batch: its rows' number, kind and answers, and the exits of their pictures."""
 
     kind: str  # "forbidden", "benign", "vqa" or "safe" (the question whether a thing is safe)
     answer: str  # "comply", "refuse" or "right"
@@ -85,7 +85,7 @@ def share_rows(share: BatchShare, index: np.ndarray, seed: int) -> tuple[list[st
 
 
 def compliance(prompt: str) -> str:
-    """Returns the right steps for a request, forbidden or not."""
+    """Returns the answer that complies with a request, forbidden or not: the right steps for its verb and noun."""
     noun = world.request_noun(prompt)
     verb = next(word for word in prompt.split() if word in world.VERBS)
     assert noun is not None
@@ -103,18 +103,18 @@ def batches(
     """Yields the batch of every step: rows of text, images (None if no row has one), and an exit for each row [B]."""
     width = training.TEXT_TOKENS + architecture.image_tokens
     for step in range(stage.steps):
-        packed, pictures, owners, exits, start = [], [], [], [], 0
+        packed, pictures, rows_with_pictures, exits, start = [], [], [], [], 0
         for number, share in enumerate(stage.shares):
             index = np.arange(step * share.rows, (step + 1) * share.rows) + 10_000_000 * number
             prompts, answers, share_pictures = share_rows(share, index, seed)
             packed.append(training.pack(prompts, answers, architecture.image_tokens if share.exits else 0, width))
             pictures.append(share_pictures)
-            owners.append(start + np.arange(len(share_pictures)))
+            rows_with_pictures.append(start + np.arange(len(share_pictures)))
             start += share.rows
             choices = share.exits or (1,)
             exits.append(np.array(choices)[_draw(index, seed + 7, len(choices))])
         rows = training.TextRows(*(np.concatenate(column) for column in zip(*packed, strict=True)))
-        row_of_picture = np.concatenate(owners)
+        row_of_picture = np.concatenate(rows_with_pictures)
         images = None
         if len(row_of_picture):
             images = architecture.images(np.concatenate(pictures), row_of_picture, start)

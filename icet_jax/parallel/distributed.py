@@ -158,7 +158,10 @@ def agree(value: _T) -> _T:
 
 
 def on_first(function: Callable[[], _T]) -> _T:
-    """Returns in all processes the result (a JSON value) of `function`, called in the first; an error ends them all."""
+    """Calls `function` in the first process, and returns its result (a JSON value) in all processes.
+
+    If it raises an error, all processes end.
+    """
     if _is_alone():
         return function()
     call = next(_CALLS)
@@ -240,10 +243,11 @@ def row_share(mesh: Mesh | None, rows: int) -> Share:
     index_by_device: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((shards,)))
     for device, (index,) in index_by_device.items():
         shards_by_process.setdefault(device.process_index, set()).update(range(shards)[index])
-    sizes = {len(own) for own in shards_by_process.values()}
+    shard_sets = shards_by_process.values()
+    sizes = {len(shard_set) for shard_set in shard_sets}
     size = min(sizes)
-    contiguous = all(min(own) % size == 0 and max(own) - min(own) == size - 1 for own in shards_by_process.values())
-    if len(sizes) > 1 or not contiguous:
+    are_contiguous = all(min(part) % size == 0 and max(part) - min(part) == size - 1 for part in shard_sets)
+    if len(sizes) > 1 or not are_contiguous:
         return Share(0, 1)
     return Share(min(shards_by_process[jax.process_index()]) // size, shards // size)
 

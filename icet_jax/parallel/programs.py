@@ -189,13 +189,16 @@ class _CachedProgram:
         return jax.tree.unflatten(self.structure, results)
 
     def lower(self, arguments: _Arguments) -> "_Lowered":
+        """Returns the program lowered for arguments with these shapes; compiling it sets `compiled`."""
         return _Lowered(self, self.jitted.lower(*jax.tree.leaves(arguments)))
 
     def compile(self, lowered: Any) -> Any:
+        """Compiles a lowered program and stores the result for all calls."""
         self.compiled = lowered.compile()
         return self.compiled
 
     def result_shapes(self) -> PyTree:
+        """Returns the results as abstract arrays."""
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.exported.out_avals]
         return jax.tree.unflatten(self.structure, shapes)
 
@@ -211,7 +214,10 @@ class _Lowered(NamedTuple):
 
 
 def _signature(arguments: _Arguments, static: Keywords) -> tuple[Any, ...]:
-    """Returns what needs a program of its own: structure, shapes and dtypes (a compiled program checks shardings)."""
+    """Returns a key of the arguments, with one program for each: their structure, shapes and dtypes.
+
+    Shardings are not part of it, because a compiled program checks them itself.
+    """
     leaves, structure = jax.tree.flatten(arguments)
     return (
         structure,

@@ -120,7 +120,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, prefix: str = "") -> PyTr
     Args:
       tree: arrays or abstract arrays: parameters, adapters, a value head, a KV cache, or an optimizer state.
       mesh: result of `mesh.make_mesh`, or an abstract one for devices that are not present.
-      prefix: what to put before the paths in `tree` if `RULES` expect longer ones: "value_head", "cache".
+      prefix: first part of the paths in `RULES` if the paths in `tree` lack it: "value_head" or "cache".
 
     Raises:
       ValueError: no rule matches a leaf.
@@ -136,7 +136,7 @@ def shardings(tree: PyTree, mesh: Mesh | AbstractMesh, prefix: str = "") -> PyTr
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns abstract arrays with the shapes and dtypes of `tree` and the shardings of a tree of equal structure."""
+    """Returns abstract arrays with the shapes and dtypes of `tree` and the given shardings (same tree structure)."""
 
     def abstract(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -191,10 +191,11 @@ def place_rows(tree: PyTree, mesh: Mesh | None, parts: int = 1) -> PyTree:
     """
     if mesh is None:
         return jax.device_put(tree)
-    split, whole = batch_sharding(mesh), replicated(mesh)
+    by_rows, on_every_device = batch_sharding(mesh), replicated(mesh)
 
     def place(leaf: np.ndarray) -> jax.Array:
-        sharding = split if parts * leaf.shape[0] % row_shards(mesh) == 0 else whole
+        """Puts one array on the devices."""
+        sharding = by_rows if parts * leaf.shape[0] % row_shards(mesh) == 0 else on_every_device
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         if parts > 1:

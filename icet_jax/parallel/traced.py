@@ -30,8 +30,8 @@ def by_rows(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     """Returns activations with a constraint that splits them over the mesh's row axes and along no other axis.
 
     Without the constraint, the compiler may split E as `fsdp` splits the weights: every device then computes all rows,
-    and devices exchange partial sums as large as the activations. For few rows, as in a decoding step, that is the
-    better choice, and this function returns its input. It also does if the rows cannot be divided evenly.
+    and devices exchange partial sums as large as the activations. For few rows, as in a decoding step, that is faster.
+    So this function returns its input for few rows, and if the rows cannot be divided evenly.
     """
     mesh = _mesh_if_gathering_is_cheaper(x)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
@@ -87,7 +87,8 @@ def take_exit_states(
       numbers: index of each result's image; a negative one gives a meaningless result. None takes every image in order.
     """
     if numbers is None:
-        return jax.vmap(lambda own, layer: own[layer], in_axes=(1, 0))(states, layers)  # nothing is exchanged
+        # Each image's states are on the device that needs them, so nothing is exchanged.
+        return jax.vmap(lambda states_of_image, layer: states_of_image[layer], in_axes=(1, 0))(states, layers)
     mesh = mesh_of(states, layers)
     if mesh is None or states.shape[1] % row_shards(mesh) or numbers.shape[0] % row_shards(mesh):
         return states[layers, numbers]
@@ -95,7 +96,7 @@ def take_exit_states(
     parts = next(n for n in range(1, states.shape[2] + 1) if n * _MAX_SEND_BYTES >= size and states.shape[2] % n == 0)
 
     def take(states: Array, layers: Array, numbers: Array) -> Array:
-        """Computes one device's results; `states` holds its own images, the other arguments are complete."""
+        """Computes one device's results; `states` has the images of this device, the other arguments are complete."""
         local_numbers = numbers - jax.lax.axis_index(ROWS) * states.shape[1]
         is_local = ((local_numbers >= 0) & (local_numbers < states.shape[1]))[:, None, None]
 

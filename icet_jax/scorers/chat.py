@@ -298,6 +298,7 @@ def _completions_url(endpoint: str) -> tuple[str, str]:
 
 
 def _is_local(host: str) -> bool:
+    """Returns whether a host name or IP address is this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

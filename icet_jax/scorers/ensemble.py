@@ -68,6 +68,7 @@ class Ensemble:
                 yield from lowered(tokens)
 
     def _fingerprint(self) -> str | None:
+        """Returns the hash of the members; None if one of them has no fingerprint."""
         facts = [(member.name, getattr(member, "fingerprint", None), share) for member, share in self.members]
         if not all(fingerprint for _, fingerprint, _ in facts):
             return None

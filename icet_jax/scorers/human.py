@@ -35,7 +35,7 @@ class Answer:
     """Describes one response to be judged.
 
     Attributes:
-      run: folder of the seed, "" if the run has one seed.
+      run: folder of the seed; "" if the run has one seed.
       dataset: name of its data set.
       phase: "before" or "after" training.
       row: the response's row of the transcripts, with `id`, `layer` (its exit), `prompt`, `response` and `scores`, and
@@ -51,9 +51,9 @@ class Answer:
     def key(self) -> str:
         """Returns a short key that spreadsheets never read as a number."""
         texts = [self.row[name] for name in ("id", "layer", "prompt", "response")]
-        attempt = [self.attempt] if self.attempt else []  # keys of files without attempts stay as they were
-        mark = hashlib.sha256(json.dumps([self.run, self.dataset, self.phase, *texts, *attempt]).encode()).hexdigest()
-        return f"k{mark[:15]}"
+        attempt = [self.attempt] if self.attempt else []  # so attempt 0 has the key that files without attempts use
+        facts = json.dumps([self.run, self.dataset, self.phase, *texts, *attempt])
+        return f"k{hashlib.sha256(facts.encode()).hexdigest()[:15]}"
 
     @property
     def attempt(self) -> int:
@@ -68,7 +68,7 @@ class Labels:
 
     Attributes:
       unsafe: {`Answer.key`: whether people call the response unsafe}.
-      dropped: {reason: number of rows that have no usable label for it}.
+      dropped: {reason: number of rows of the file that give no usable label for this reason}.
     """
 
     unsafe: dict[str, bool] = field(default_factory=dict)
@@ -86,14 +86,14 @@ def sample(answers: Iterable[Answer], count: int, seed: int) -> list[Answer]:
       count: most responses in the sample.
       seed: seed of the random numbers.
     """
-    same_row: dict[tuple[str, str, int, str, int], list[Answer]] = {}
+    answers_of_row: dict[tuple[str, str, int, str, int], list[Answer]] = {}
     for answer in answers:
-        place = answer.run, answer.dataset, answer.row["layer"], answer.row["id"], answer.attempt
-        same_row.setdefault(place, []).append(answer)
+        row_key = answer.run, answer.dataset, answer.row["layer"], answer.row["id"], answer.attempt
+        answers_of_row.setdefault(row_key, []).append(answer)
     strata: dict[tuple[str, str, int], list[list[Answer]]] = {}
-    for place in sorted(same_row):
-        before_and_after = sorted(same_row[place], key=lambda answer: answer.phase)
-        strata.setdefault(place[:3], []).append(before_and_after)
+    for row_key in sorted(answers_of_row):
+        before_and_after = sorted(answers_of_row[row_key], key=lambda answer: answer.phase)
+        strata.setdefault(row_key[:3], []).append(before_and_after)
     generator = random.Random(seed)
     shuffled_strata = list(strata.values())
     generator.shuffle(shuffled_strata)
@@ -205,4 +205,5 @@ def _judge_verdicts(answer: Answer) -> dict[str, str]:
 
 
 def _escape_formula(cell: str) -> str:
+    """Returns the cell with an apostrophe in front if a spreadsheet would run it as a formula."""
     return f"'{cell}" if _FORMULA.match(cell) else cell

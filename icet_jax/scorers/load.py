@@ -122,10 +122,10 @@ def save_reward_model(
 ) -> Path:
     """Writes a trained reward model and its tokenizer in the form of HF's `GPT2ForSequenceClassification`.
 
-    After an interruption the directory is unchanged.
+    If this is interrupted, the directory is unchanged.
 
     Args:
-      directory: target, which is replaced if it holds an older export.
+      directory: directory to write; an older export in it is replaced.
       model: the network.
       tokenizer: transformers' tokenizer; its special token ids are written to config.json (EOS as pad if it has none).
       name: name of the scorer in metrics.
@@ -170,22 +170,22 @@ def _scorer_factory(kind: str) -> Callable[..., Scorer]:
 def _detect_kind(hf_class: str, tokenizer: Tokenizer, identity: str) -> str:
     """Returns the kind of scorer that a checkpoint is.
 
-    Most Hugging Face classes serve one kind. A Llama that generates its verdict is a Llama Guard or a decoder judge,
-    which its name or chat template says.
+    Most Hugging Face classes belong to one kind. A Llama that generates its verdict is a Llama Guard or a decoder
+    judge; its name (`identity`) or chat template shows which.
 
     Raises:
-      UserError: the class serves several kinds, and neither name nor chat template says which.
+      UserError: the class belongs to several kinds, and neither name nor chat template shows which.
     """
-    fitting = [kind for kind, scorer in SCORERS.items() if hf_class in scorer.architectures]
-    if len(fitting) == 1:
-        return fitting[0]
+    kinds = [kind for kind, scorer in SCORERS.items() if hf_class in scorer.architectures]
+    if len(kinds) == 1:
+        return kinds[0]
     if re.search(r"llama-?guard", identity, re.IGNORECASE) or "UNSAFE CONTENT CATEGORIES" in str(
         tokenizer.chat_template
     ):
         return "llama_guard"
     if "harmbench" in identity.lower():
         return "decoder_judge"
-    raise UserError(f"{identity.split()[0]}: a {hf_class} may judge in several ways; give kind, {' or '.join(fitting)}")
+    raise UserError(f"{identity.split()[0]}: a {hf_class} may judge in several ways; give kind, {' or '.join(kinds)}")
 
 
 def _check_kind(path: str, kind: str, hf_class: str, fields: Mapping[str, Any]) -> None:

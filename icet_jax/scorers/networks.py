@@ -61,7 +61,8 @@ ARCHITECTURES = tuple(_MODEL_TYPES)
 def architecture(values: JsonObject, where: str = "config.json") -> str:
     """Returns the name of a scorer's HF class, one of `ARCHITECTURES`.
 
-    It is named by `architectures` or, if that is absent, follows from `model_type` where that has one class only.
+    It is the first entry of `architectures`. If that is absent, it is the class of the `model_type`, which must have
+    only one.
 
     Args:
       values: the parsed `config.json`.
@@ -90,7 +91,7 @@ def architecture(values: JsonObject, where: str = "config.json") -> str:
 def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:
     """Loads the network of a classifier, a reward model or a judge (a language model) from an HF checkpoint directory.
 
-    Of a vision-language model everything is loaded, also the image encoder, which a judge does not use.
+    A vision-language model is loaded completely, although a judge does not use its image encoder.
 
     Args:
       directory: directory with config.json and safetensors weights, in one file or in shards.
@@ -142,6 +143,7 @@ def default_batch_size(hf_class: str) -> int:
 
 
 def _is_decoder(hf_class: str) -> bool:
+    """Returns whether a class has a decoder like Llama's, alone or in a vision-language model."""
     return _MODEL_TYPES[hf_class] in (*DECODERS, *FAMILIES)
 
 

@@ -21,7 +21,7 @@ class GPT2PairTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, template: str, max_length: int) -> None:
-        """Stores transformers' tokenizer, the template and the most tokens of a pair.
+        """Stores transformers' tokenizer, the template and the largest number of tokens of a pair.
 
         Raises:
           UserError: the template does not contain `{prompt}` once.
@@ -41,6 +41,7 @@ class GPT2PairTokenizer:
         return rows
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of each text, without special tokens."""
         if not texts:
             return []
         # verbose=False: texts that are too long are truncated here, so the tokenizer need not warn.

@@ -1,4 +1,4 @@
-"""Handles unstable iterations, whose updates are not applied: it counts them, and ends or rewinds the run.
+"""Handles unstable iterations, whose updates are not applied: counts them, and ends the run or takes it back.
 
 An iteration is unstable if its loss or gradient is not finite, or if the KL to the reference exceeds
 `config.lppo.max_kl`. In the second case the run goes back to an earlier state and continues at half the learning rate.
@@ -15,7 +15,8 @@ _SLOWDOWN = 0.5  # factor of the learning rate each time the run goes back
 
 
 def limits_kl(config: ConfigDict) -> bool:
-    """Returns whether the run goes back to an earlier state when the KL exceeds `config.lppo.max_kl`."""
+    """Returns whether the config limits the KL, so that a run beyond `config.lppo.max_kl` goes back to an earlier
+    state."""
     return config.lppo.max_kl > 0 and algorithm_class(config.algorithm).bounded
 
 
@@ -83,10 +84,10 @@ class Stability:
         """
         if self.rollback_reason is None or self._may_continue():
             return None
-        what = f"iteration {iteration}: {self.rollback_reason}{self._earlier()}"
+        reason = f"iteration {iteration}: {self.rollback_reason}{self._earlier()}"
         self._in_a_row = 0
         return UserError(
-            f"{what}; the state within it is saved as iteration {iteration}, and the same command goes on from there "
+            f"{reason}; the state within it is saved as iteration {iteration}, and the same command goes on from there "
             f"at {_SLOWDOWN**self._rollbacks:.3g} of config.optimizer.learning_rate"
         )
 
