@@ -31,7 +31,7 @@ def counter(**changes):
 
 @pytest.mark.parametrize(("lora_scale", "per_weight"), [(2.0, 4), (None, 6)], ids=["lora", "full"])
 def test_an_update_needs_4n_per_token_under_lora_and_6n_in_full_and_attention_three_times(lora_scale, per_weight):
-    done = counter(lora_scale=lora_scale).done(np.array([10, 12]), np.array([5, 0]), np.array([1, 1]), passes=2)
+    done = counter(lora_scale=lora_scale).count(np.array([10, 12]), np.array([5, 0]), np.array([1, 1]), passes=2)
     length = 14  # the last token is not fed; the second row is a filler
     attention = 4 * length**2 * DEPTH_WIDTH
     head = 5 * HEAD
