@@ -72,7 +72,7 @@ def iteration(reward, texts, monkeypatch):
     lppo._vlm = SimpleNamespace(params=None, processor=SimpleNamespace(decode=lambda tokens, mask: texts))
     lppo._phases = SimpleNamespace(prepare=prepare, update=lambda params, state, *_: (state, {}))
     lppo.settings, lppo.group_size = toy.SETTINGS, 1
-    lppo._counter = SimpleNamespace(done=lambda *_, **__: None, evaluated=lambda _: 0)
+    lppo._counter = SimpleNamespace(count=lambda *_, **__: None, evaluated=lambda _: 0)
     mask = np.array([[bool(text)] for text in texts])
     rollout = SimpleNamespace(tokens=mask.astype(np.int32), mask=mask, exits=EXITS)
     monkeypatch.setattr("icet_jax.algorithms.rewarded.speeds", lambda *_: {})
