@@ -245,7 +245,7 @@ def test_what_cannot_be_loaded_is_one_line(directory, arguments, complaint):
 
 def test_a_model_is_not_saved_over_itself(tmp_path, hf_model):
     vlm = icet_jax.load(tiny.save_llava(tmp_path / "model", hf_model, processor=False))
-    with pytest.raises(UserError, match="source"):
+    with pytest.raises(UserError, match="loaded from this directory; export to another one"):
         vlm.save(tmp_path / "model")
     shutil.rmtree(tmp_path / "model")
 

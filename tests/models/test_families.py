@@ -276,7 +276,7 @@ def test_an_adapter_elsewhere_than_on_the_decoder_is_refused(tmp_path, sources):
 BAD = [
     ("mistral", "text_config", "sliding_window", 4096, "text_config: sliding_window=4096 is not supported; needs null"),
     ("mistral", "text_config", "sliding_window", ..., "sliding_window=4096 (the default) is not supported"),
-    ("next", "text_config", "model_type", "qwen2", "text_config: model_type='qwen2' is not supported; needs 'llama'"),
+    ("next", "text_config", "model_type", "gemma", "model_type='gemma' is not supported"),
     ("next", None, "image_grid_pinpoints", [[28, 50]], "image_grid_pinpoints=[[28, 50]] is not supported; needs pairs"),
     ("next", None, "vision_feature_select_strategy", "full", "='full' is not supported; needs 'default'"),
     ("next", None, "image_grid_pinpoints", [28, 56], "needs pairs (height, width), multiples of image_size=28"),
