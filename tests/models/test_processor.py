@@ -108,7 +108,7 @@ def test_image_rows(processor):
     with pytest.raises(UserError, match="4 images, pixel_values hold 3"):
         image_rows(inputs["input_ids"], 3, processor.config)
     inputs["input_ids"][2, inputs["input_ids"][2].tolist().index(tiny.IMAGE)] = tiny.BOS
-    with pytest.raises(UserError, match="row 2 holds no whole number"):
+    with pytest.raises(UserError, match="row 2 does not hold placeholders for whole images"):
         image_rows(inputs["input_ids"], 4, processor.config)
 
 

@@ -36,7 +36,7 @@ AGREE = """
     assert distributed.on_first(lambda: distributed.gather(index)) == [0], "the first is by itself there"
     for number in range(150):
         assert distributed.agree(number if index == 0 else None) == number
-    assert len(distributed._spent) < 110
+    assert len(distributed._own_keys) < 110
     with distributed.first_before_others():
         if index == 0:
             time.sleep(0.3)
