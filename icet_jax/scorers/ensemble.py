@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jax.stages import Lowered
@@ -26,7 +27,7 @@ class Ensemble:
 
     metric = "tr"
 
-    def __init__(self, name: str, members: Sequence[tuple[Scorer, float | int]]) -> None:
+    def __init__(self, name: str, members: Sequence[tuple[Scorer, Any]]) -> None:
         """Checks and stores the members.
 
         Args:
