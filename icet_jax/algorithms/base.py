@@ -14,12 +14,15 @@ import jax
 import numpy as np
 from flax import nnx
 
+from icet_jax.algorithms.metrics import host_metrics
 from icet_jax.algorithms.phases import draw_exits
 from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
-from icet_jax.algorithms.utilisation import Counter, Peak, Stopwatch, device_peak
+from icet_jax.algorithms.utilisation import Counter, Peak, Stopwatch, device_peak, speeds
 from icet_jax.config import group_size
 from icet_jax.config.names import ALGORITHMS
+from icet_jax.errors import during
+from icet_jax.parallel.distributed import fetch
 from icet_jax.parallel.mesh_fit import slices
 from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import replicated, row_shards
@@ -128,6 +131,39 @@ class Algorithm(ABC):
         Returns:
           (train state after the iteration, function that waits for the iteration and returns its metrics).
         """
+
+    def _start_rollout(self, rollout: Program, state: TrainState, batch: "PromptBatch") -> Any:
+        """Draws the exits of a batch and starts `rollout`, and waits for neither; returns the result of `rollout`."""
+        self._watch.start()
+        with during("rollout"):
+            exits = self._exits(self._run_key, state.iteration, state.controls.exits)
+            return rollout(self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key)
+
+    def _learn_from_given(
+        self, update: Program, state: TrainState, batch: "PromptBatch", inputs: tuple[Any, ...], lengths: np.ndarray,
+        *, passes: int = 0,
+    ) -> tuple[TrainState, ReadMetrics]:  # fmt: skip
+        """Starts an iteration that learns from given answers, for `finish`.
+
+        Args:
+          update: the only phase, function of (params, state, *inputs) that donates the state.
+          state: the train state.
+          batch: rows of the iteration.
+          inputs: its other arguments.
+          lengths: numbers of answer tokens, int [B] or, of several answers to each prompt, [B, k].
+          passes: forward passes over every row beside those of the update.
+        """
+        with during("update"):
+            state, metrics = update(self._vlm.params, state, *inputs)
+        prompts = fetch(batch.mask).sum(axis=1)
+        operations = self._counter.count(prompts, lengths, images_per_row(batch), sampled=False, passes=passes)
+
+        @during("update")
+        def read() -> Metrics:
+            row = host_metrics(metrics)
+            return row | speeds(operations, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
+
+        return state, read
 
     @classmethod
     @abstractmethod

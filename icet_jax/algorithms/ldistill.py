@@ -28,7 +28,7 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.algorithms.base import Algorithm, Metrics, PhaseWork, PlannedPhase, ReadMetrics, images_per_row
-from icet_jax.algorithms.forward import Anchor, evaluate_responses, response_hidden, with_policy
+from icet_jax.algorithms.forward import response_hidden
 from icet_jax.algorithms.losses import masked_mean
 from icet_jax.algorithms.metrics import host_metrics, step_metrics
 from icet_jax.algorithms.phases import (
@@ -36,6 +36,7 @@ from icet_jax.algorithms.phases import (
     abstract_results,
     check_divides,
     cut_columns,
+    evaluate_policy,
     observe_failures,
     placed_results,
     program_name,
@@ -126,20 +127,9 @@ def ldistill_loss(
 
     The second result are statistics: the mean entropy of the policy.
     """
-    policy, lora = with_policy(params, trainable, settings.lora_scale)
-    scored = evaluate_responses(
-        nnx.merge(graphdef, policy),
-        lora,
-        None,
-        rows.prompts,
-        rows.prompt_mask,
-        rows.responses,
-        rows.mask,
-        rows.visual,
-        temperature=settings.sampling.temperature,
-        suppress_ids=settings.sampling.suppress_ids,
-        chunk=settings.log_prob_chunk,
-        anchor=Anchor(nnx.merge(graphdef, params), rows.anchor_hidden),
+    temperature = settings.sampling.temperature
+    scored = evaluate_policy(
+        graphdef, settings, params, trainable, rows, temperature=temperature, anchor_hidden=rows.anchor_hidden
     )
     assert scored.anchor_kl is not None
     loss = masked_mean(scored.anchor_kl, rows.mask)
@@ -214,12 +204,7 @@ class Ldistill(Algorithm):
 
     def begin(self, state: TrainState, batch: "PromptBatch") -> Rollout:
         """Starts steps 2 to 5, which need nothing from the host, and does not wait for them."""
-        self._watch.start()
-        with during("rollout"):
-            exits = self._exits(self._run_key, state.iteration, state.controls.exits)
-            return self._phases.rollout(
-                self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
-            )
+        return self._start_rollout(self._phases.rollout, state, batch)
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
         """Runs steps 6 to 8; see `Algorithm`."""
@@ -227,15 +212,20 @@ class Ldistill(Algorithm):
             tokens, mask, prompt_mask = fetch((begun.tokens, begun.mask, batch.mask))
         seconds = {"rollout": self._watch.lap()}
         columns = response_columns(prompt_mask.shape[1], mask.shape[1], int(mask.sum(axis=1).max()))
-        failures = None  # answers of the model before training do not show which exits the policy fails at
-        if self._on == "policy":
-            failures = not_refused(batch.examples, self._vlm.processor.decode(tokens, mask))
-        observed = None if state.controls.exits is None else failures
+
+        def failures() -> np.ndarray:
+            """Returns which forbidden requests were not refused, see `exits.Schedule.observe`."""
+            return not_refused(batch.examples, self._vlm.processor.decode(tokens, mask))
+
+        # The texts are made while the device updates, unless the exit schedule learns from them.
+        observed = None if state.controls.exits is None else failures()
         with during("update"):
             state, metrics = self._phases.update(
                 self._vlm.params, state, begun, self._run_key, observed, columns=columns
             )
-        asr: Metrics = {} if failures is None else keyword_asr(failures)
+        asr: Metrics = {}
+        if self._on == "policy":  # answers of the model before training say nothing about the policy
+            asr = keyword_asr(failures() if observed is None else observed)
         answers = mask.sum(axis=1)
         operations = self._counter.count(prompt_mask.sum(axis=1), answers, images_per_row(batch), passes=1)
 

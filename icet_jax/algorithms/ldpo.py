@@ -39,10 +39,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms.base import Algorithm, Metrics, PhaseWork, PlannedPhase, ReadMetrics, images_per_row
+from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, ReadMetrics
 from icet_jax.algorithms.forward import evaluate_responses, with_policy
 from icet_jax.algorithms.losses import dpo_loss, masked_mean
-from icet_jax.algorithms.metrics import host_metrics, step_metrics
+from icet_jax.algorithms.metrics import step_metrics
 from icet_jax.algorithms.phases import (
     check_divides,
     encode_visual,
@@ -53,12 +53,9 @@ from icet_jax.algorithms.phases import (
 )
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import TrainState
-from icet_jax.algorithms.utilisation import speeds
 from icet_jax.data.padding import pad_rows
 from icet_jax.data.pairs import ExitPair
-from icet_jax.errors import during
 from icet_jax.nn.layers import Lora
-from icet_jax.parallel.distributed import fetch
 from icet_jax.parallel.programs import Program
 from icet_jax.parallel.sharding import joined_slices, row_slices
 from icet_jax.typing import Array, Float
@@ -237,19 +234,7 @@ class Ldpo(Algorithm):
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
         """Runs steps 3 to 7; see `Algorithm`."""
-        with during("update"):
-            state, metrics = self._update(self._vlm.params, state, *begun)
-        prompt_mask, answer_mask = fetch(batch.mask), begun[5]
-        operations = self._counter.count(
-            prompt_mask.sum(axis=1), answer_mask.sum(axis=2), images_per_row(batch), sampled=False, passes=1
-        )
-
-        @during("update")
-        def read() -> Metrics:
-            row = host_metrics(metrics)
-            return row | speeds(operations, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
-
-        return state, read
+        return self._learn_from_given(self._update, state, batch, begun, begun[5].sum(axis=2), passes=1)
 
     def _answers(self, batch: "PromptBatch") -> tuple[np.ndarray, np.ndarray]:
         """Returns token ids and mask of both answers of every row; `runs.pairs` has left out those that do not fit."""

@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.algorithms.base import Algorithm, Metrics, PhaseWork, PlannedPhase, ReadMetrics, images_per_row
-from icet_jax.algorithms.forward import evaluate_responses, with_policy
+from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, ReadMetrics
 from icet_jax.algorithms.losses import masked_mean
-from icet_jax.algorithms.metrics import host_metrics, step_metrics
+from icet_jax.algorithms.metrics import step_metrics
 from icet_jax.algorithms.phases import (
     check_divides,
     encode_visual,
+    evaluate_policy,
     program_name,
     response_columns,
     response_widths,
@@ -40,9 +40,7 @@ from icet_jax.algorithms.phases import (
 )
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import TrainState
-from icet_jax.algorithms.utilisation import speeds
-from icet_jax.errors import UserError, during
-from icet_jax.parallel.distributed import fetch
+from icet_jax.errors import UserError
 from icet_jax.parallel.programs import Program
 from icet_jax.typing import Array, Float
 
@@ -112,20 +110,7 @@ def lsft_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: TargetBatch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the mean negative log-likelihood per target token in nats, at temperature 1, and the mean entropy."""
-    policy, lora = with_policy(params, trainable, settings.lora_scale)
-    scored = evaluate_responses(
-        nnx.merge(graphdef, policy),
-        lora,
-        None,
-        rows.prompts,
-        rows.prompt_mask,
-        rows.responses,
-        rows.mask,
-        rows.visual,
-        temperature=1.0,
-        suppress_ids=settings.sampling.suppress_ids,
-        chunk=settings.log_prob_chunk,
-    )
+    scored = evaluate_policy(graphdef, settings, params, trainable, rows, temperature=1.0)
     loss = -masked_mean(scored.log_probs, rows.mask)
     return loss, {"entropy": masked_mean(scored.entropy, rows.mask)}
 
@@ -186,19 +171,7 @@ class Lsft(Algorithm):
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
         """Runs steps 4 to 7; see `Algorithm`."""
-        with during("update"):
-            state, metrics = self._update(self._vlm.params, state, *begun)
-        prompt_mask, target_mask = fetch(batch.mask), begun[5]
-        operations = self._counter.count(
-            prompt_mask.sum(axis=1), target_mask.sum(axis=1), images_per_row(batch), sampled=False
-        )
-
-        @during("update")
-        def read() -> Metrics:
-            row = host_metrics(metrics)
-            return row | speeds(operations, {"update": self._watch.lap()}, self._counter.evaluated(row), self.peak)
-
-        return state, read
+        return self._learn_from_given(self._update, state, batch, begun, begun[5].sum(axis=1))
 
     def _targets(self, batch: "PromptBatch", columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns token ids and mask of the rows' targets; only the first `columns`, or all if None."""

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.algorithms.exits import Schedule, schedule
-from icet_jax.algorithms.forward import with_policy
+from icet_jax.algorithms.forward import Anchor, TokenValues, evaluate_responses, with_policy
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import Controls, TrainState, make_optimizer
 from icet_jax.algorithms.updates import LossFunction, UpdateResult, optimise, shuffled_order
@@ -170,6 +170,40 @@ def cut_columns(rollout: Rollout, columns: int | None) -> Rollout:
     if columns is None:
         return rollout
     return rollout._replace(**{name: getattr(rollout, name)[:, :columns] for name in ("tokens", "log_probs", "mask")})
+
+
+def evaluate_policy(
+    graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: Any, *, temperature: float,
+    anchor_hidden: Array | None = None,
+) -> TokenValues:  # fmt: skip
+    """Returns log-probs, entropies and (with a value head) values of given responses under the policy.
+
+    Args:
+      graphdef: structure of the network.
+      settings: settings that the phase is compiled for.
+      params: parameters of the model before training.
+      trainable: trained weights.
+      rows: rows with prompts, prompt_mask, responses, mask and visual.
+      temperature: temperature of the log-probs.
+      anchor_hidden: [B, A, E], final hidden states that `params` gives elsewhere, from whose distribution the KL is
+        measured (`TokenValues.anchor_kl`); None measures none.
+    """
+    policy, lora = with_policy(params, trainable, settings.lora_scale)
+    return evaluate_responses(
+        nnx.merge(graphdef, policy),
+        lora,
+        trainable.get("value_head"),
+        rows.prompts,
+        rows.prompt_mask,
+        rows.responses,
+        rows.mask,
+        rows.visual,
+        temperature=temperature,
+        suppress_ids=settings.sampling.suppress_ids,
+        chunk=settings.log_prob_chunk,
+        value_stop_gradient=settings.value_stop_gradient,
+        anchor=None if anchor_hidden is None else Anchor(nnx.merge(graphdef, params), anchor_hidden),
+    )
 
 
 def check_divides(settings: Settings, rows: int) -> None:

@@ -200,12 +200,7 @@ class Rewarded(Algorithm):
 
     def begin(self, state: TrainState, batch: "PromptBatch") -> Rollout:
         """Starts to draw the exits and to sample the responses, and does not wait for them."""
-        self._watch.start()
-        with during("rollout"):
-            exits = self._exits(self._run_key, state.iteration, state.controls.exits)
-            return self._phases.rollout(
-                self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key
-            )
+        return self._start_rollout(self._phases.rollout, state, batch)
 
     def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
         """Scores the responses and starts the updates; see `Algorithm`."""

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.algorithms import losses, rewards
-from icet_jax.algorithms.forward import Anchor, TokenValues, evaluate_responses, response_hidden, with_policy
+from icet_jax.algorithms.forward import TokenValues, evaluate_responses, response_hidden, with_policy
 from icet_jax.algorithms.metrics import rollout_metrics
-from icet_jax.algorithms.phases import Rollout, check_divides, cut_columns, observe_failures
+from icet_jax.algorithms.phases import Rollout, check_divides, cut_columns, evaluate_policy, observe_failures
 from icet_jax.algorithms.settings import Settings
 from icet_jax.algorithms.state import Controls
 from icet_jax.generation.sampling import is_eos
@@ -198,22 +198,10 @@ def clipped_loss(
     Returns:
       (log-probs, entropies and values of the responses under the current policy, loss, statistics).
     """
-    policy, lora = with_policy(params, trainable, settings.lora_scale)
-    new = evaluate_responses(
-        nnx.merge(graphdef, policy),
-        lora,
-        trainable.get("value_head"),
-        rows.prompts,
-        rows.prompt_mask,
-        rows.responses,
-        rows.mask,
-        rows.visual,
-        temperature=settings.sampling.temperature,
-        suppress_ids=settings.sampling.suppress_ids,
-        chunk=settings.log_prob_chunk,
-        value_stop_gradient=settings.value_stop_gradient,
-        anchor=Anchor(nnx.merge(graphdef, params), rows.anchor_hidden) if settings.anchor_coef else None,
-    )
+    new = evaluate_policy(
+        graphdef, settings, params, trainable, rows, temperature=settings.sampling.temperature,
+        anchor_hidden=rows.anchor_hidden if settings.anchor_coef else None,
+    )  # fmt: skip
     clips: dict[str, Any] = dict(clip_range=settings.clip_range, dual_clip=settings.dual_clip or None)
     loss, stats = losses.policy_loss(new.log_probs, rows.old_log_probs, advantages, rows.mask, **clips)
     return new, loss, stats | {"policy": loss}

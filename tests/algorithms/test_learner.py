@@ -324,7 +324,7 @@ def test_the_dual_clip_of_the_settings_bounds_the_loss(model, monkeypatch):
     graphdef, params = model
     shape, whole = (toy.ROWS, toy.NEW_TOKENS), jnp.zeros((toy.ROWS, 4), jnp.int32)
     zero, one = jnp.zeros(shape), jnp.ones(shape)
-    monkeypatch.setattr(rollouts, "evaluate_responses", lambda *_, **__: TokenValues(5 * one, zero, zero))
+    monkeypatch.setattr(rollouts, "evaluate_policy", lambda *_, **__: TokenValues(5 * one, zero, zero))
     batch = lppo.TrainBatch(
         prompts=whole, prompt_mask=whole > 0, visual=None, responses=one.astype(jnp.int32), mask=one > 0,
         old_log_probs=zero, old_values=zero, advantages=-one, returns=zero,
