@@ -165,7 +165,7 @@ def kl_at_the_default_exit(folder: Path, rows: int = 64) -> float:
     from flax import nnx
 
     import icet_jax
-    from icet_jax.algorithms.forward import Anchor, response_hidden, score_responses
+    from icet_jax.algorithms.forward import Anchor, evaluate_responses, response_hidden
     from icet_jax.algorithms.phases import encode_visual
     from icet_jax.evaluation.batching import prompt_batch
     from icet_jax.generation.decode import generate
@@ -186,7 +186,7 @@ def kl_at_the_default_exit(folder: Path, rows: int = 64) -> float:
         answers = generate(model, batch.tokens, batch.mask, visual, keys, sampling)
         inputs = (batch.tokens, batch.mask, answers.tokens, answers.mask, visual)
         anchor = Anchor(model, response_hidden(model, None, *inputs))
-        scored = score_responses(
+        scored = evaluate_responses(
             trained, None, None, *inputs, temperature=1.0, suppress_ids=sampling.suppress_ids, chunk=16, anchor=anchor
         )
         return jnp.sum(scored.anchor_kl, where=answers.mask) / jnp.sum(answers.mask)
@@ -245,18 +245,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for method, (title, _) in METHODS.items():
         own = [row for row in rows if row["method"] == method]
         if own:
-            cells_ = [spread([row.get(name) for row in own], form) for name, (_, form) in COLUMNS.items()]
-            lines.append(f"| {title} | {len(own)} | " + " | ".join(cells_) + " |")
+            values = [spread([row[name] for row in own], form) for name, (_, form) in COLUMNS.items()]
+            lines.append(f"| {title} | {len(own)} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
 
-def spread(values: Sequence[float | None], form: Callable[[float], str]) -> str:
-    """Mean and range of the known values."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = form(statistics.mean(known))
-    return mean if len(known) == 1 else f"{mean} ({form(min(known))} to {form(max(known))})"
+def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    """Mean of the values, and their range if there are several."""
+    mean = form(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({form(min(values))} to {form(max(values))})"
 
 
 def main() -> int:
@@ -274,16 +271,16 @@ def main() -> int:
             parser.error(f"--only: there is no method {name!r}; choose from {', '.join(METHODS)}")
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else range(5)
     for cell in [] if options.page else cells():
-        is_asked = options.table in (None, cell.table) and cell.method in chosen and cell.seed in seeds
-        if is_asked and run_of(cell) not in {row["run"] for row in load_rows()}:
+        is_requested = options.table in (None, cell.table) and cell.method in chosen and cell.seed in seeds
+        if is_requested and run_of(cell) not in {row["run"] for row in load_rows()}:
             status = perform(cell, options.out)
             if status:
                 what = "stopped" if status == RESUMABLE else f"ended with status {status}"
                 print(f"{run_of(cell)}: {what}; the same command goes on from there", file=sys.stderr)
                 return status
     for name in ("first", "second", "third"):
-        wanted = {(cell.organism, cell.variant) for cell in cells() if cell.table == name}
-        for organism, variant in sorted(wanted):
+        groups = {(cell.organism, cell.variant) for cell in cells() if cell.table == name}
+        for organism, variant in sorted(groups):
             rows = [row for row in load_rows() if (row["organism"], row["variant"]) == (organism, variant)]
             if rows:
                 print(f"\n{name} table, {organism}, {variant}\n\n{table(rows)}")
