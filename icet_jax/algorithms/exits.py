@@ -164,7 +164,10 @@ def schedule(
 
     Args:
       name: one of `config.names.EXIT_SCHEDULES`.
-      num_exits, default_exit, fixed_exit, train_exits: see `Schedule`.
+      num_exits: see `Schedule`.
+      default_exit: see `Schedule`.
+      fixed_exit: see `Schedule`.
+      train_exits: see `Schedule`.
 
     Raises:
       UserError: there is no schedule of this name.

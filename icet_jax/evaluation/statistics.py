@@ -76,7 +76,8 @@ def paired_interval(
     """Returns the mean of `after - before` over the rows that were measured on both sides, with its interval.
 
     Args:
-      before, after: values of the same rows, see `mean_interval` also for the other arguments.
+      before: values of the rows, see `mean_interval`, also for the other arguments.
+      after: values of the same rows.
     """
     change = np.atleast_2d(np.asarray(after, np.float64) - np.asarray(before, np.float64))
     if not share:

@@ -142,7 +142,8 @@ def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int]
     Responses of both sweeps are paired by id, exit and attempt; responses that only one sweep has are left out.
 
     Args:
-      before, after: transcript rows of the sweeps before and after training; the other arguments as in `summarise`.
+      before: transcript rows of the sweep before training.
+      after: those of the sweep after it. The other arguments are as in `summarise`.
 
     Returns:
       `"layers"`, `"groups"` and `"any_exit"` as in `summarise`. `n` is the number of pairs with both scores, and

@@ -198,7 +198,10 @@ class LanguageModel(Protocol):
         """Returns the hidden state of each row's last token after the final norm, and the cache of all tokens.
 
         Args:
-          tokens, mask, visual, lora: see `decode`; padding must be on the right.
+          tokens: see `decode`.
+          mask: see `decode`; padding must be on the right.
+          visual: see `decode`.
+          lora: see `decode`.
           prefix: cache of B rows whose tokens come before these; the new tokens then have no images. None: no prefix.
         """
         ...

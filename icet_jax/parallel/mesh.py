@@ -53,7 +53,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     """Returns a mesh with the axes `AXES`, along which the compiler shards arrays automatically.
 
     Args:
-      data, fsdp, tensor: see `mesh_shape`.
+      data: see `mesh_shape`.
+      fsdp: see `mesh_shape`.
+      tensor: see `mesh_shape`.
       devices: the devices; None for all of this run, in all processes.
 
     Raises:

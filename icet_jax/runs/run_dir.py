@@ -97,6 +97,7 @@ def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") 
     """Returns a config's fields, with the default values of those that are absent.
 
     `section` is "" for the whole config or "NAME." for that section. Fields whose keys the user chooses are unchanged.
+    Lists become tuples, as they were before they were written as JSON.
     """
     filled = dict(values)
     for name, value in defaults.items():
@@ -104,6 +105,8 @@ def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") 
             filled[name] = value
         elif isinstance(value, dict) and f"{section}{name}" not in OPEN_FIELDS:
             filled[name] = _with_defaults(filled[name], value, f"{section}{name}.")
+        elif isinstance(filled[name], list):
+            filled[name] = tuple(filled[name])
     return filled
 
 
