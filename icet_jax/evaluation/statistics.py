@@ -126,8 +126,8 @@ def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[
     if math.isnan(single[worst].low):
         return worst, single[worst]
     errors = _bootstrap_errors(values[measured], clusters, means[measured])
-    margin = 2 * float(np.quantile(errors.max(axis=1), 0.975))
-    may_be_worst = means[measured] >= means[worst] - margin
+    margin = max(0.0, 2 * float(np.quantile(errors.max(axis=1), 0.975)))
+    may_be_worst = means[measured] >= means[worst] - margin - _TOLERANCE
     mean = single[worst].mean
     low = mean - float(np.quantile(errors[:, may_be_worst].max(axis=1), 0.975))
     return worst, Interval(mean, max(0.0, min(low, single[worst].low)), float(np.nanmax(highs)))

@@ -157,6 +157,14 @@ def test_a_maximum_of_answers_that_are_all_alike_has_an_interval():
     assert math.isnan(maximum_interval(np.ones((3, 2)), ["same", "same"])[1].low)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_a_maximum_of_equal_shares_of_several_attempts_has_an_interval(share):
+    """Every prompt has the same share of unsafe attempts: the bootstrap then shows nothing but rounding errors."""
+    for rows in range(2, 30):
+        layer, got = maximum_interval(np.full((3, rows), share), range(rows))
+        assert layer == 0 and got.mean == pytest.approx(share) and got.low < share < got.high
+
+
 def test_pairing_narrows_real_differences():
     rng = np.random.default_rng(0)
     before = rng.normal(size=50)
