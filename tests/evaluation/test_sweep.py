@@ -9,20 +9,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
-from icet_jax.evaluation import queue
 from icet_jax.evaluation import sweep as sweeping
+from icet_jax.evaluation.batching import prompt_tokens
 from icet_jax.evaluation.combined import transcript_key
 from icet_jax.evaluation.sweep import sweep
 from icet_jax.generation import engine
+from icet_jax.models.llava.network import Llava
 from icet_jax.nn.protocols import init_lora
 from icet_jax.parallel.compilations import CompilationCounter
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.keywords import RefusalKeywords
 from tests.evaluation import bundle
+
+
+class CountingLlava(Llava):
+    """Llava that counts, whenever a program runs, the images it encodes and the prompt tokens it processes."""
+
+    images, prompt_tokens = 0, 0
+
+    @classmethod
+    def add(cls, images, prompt_tokens):
+        cls.images += int(images)
+        cls.prompt_tokens += int(prompt_tokens)
+
+    @classmethod
+    def counts(cls, run, *args, **kwargs):
+        """Returns (result of `run`, images encoded, prompt tokens processed)."""
+        cls.images, cls.prompt_tokens = 0, 0
+        result = run(*args, **kwargs)
+        jax.effects_barrier()
+        return result, cls.images, cls.prompt_tokens
+
+    def encode(self, images, upto=None):
+        present = images.rows < images.num_rows
+        jax.debug.callback(self.add, jnp.sum(present), 0)
+        return super().encode(images, upto)
+
+    def prefill(self, tokens, mask, visual=None, prefix=None, lora=None):
+        jax.debug.callback(self.add, 0, jnp.sum(mask))
+        return super().prefill(tokens, mask, visual, prefix, lora)
 
 
 class Lengths:
@@ -43,6 +73,17 @@ class Lengths:
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory):
     return bundle.tiny_vlm(tmp_path_factory.mktemp("vlm"))
+
+
+@pytest.fixture(scope="module")
+def counting(vlm):
+    """The same model, as a `CountingLlava`."""
+    model = nnx.merge(vlm.graphdef, vlm.params)
+    model.__class__ = CountingLlava
+    graphdef, params = nnx.split(model)
+    other = vlm.with_weights(params)
+    other.graphdef = graphdef
+    return other
 
 
 def run(vlm, **changes):
@@ -120,15 +161,11 @@ def test_sampled_answers_depend_on_seed_and_row_alone(vlm):
     assert again.items() >= first.items() and again["again", 2] != again["a", 2]
 
 
-def test_attempts_at_forbidden_rows(vlm, tmp_path, monkeypatch):
+def test_attempts_at_forbidden_rows(vlm, tmp_path):
     """Three answers of each forbidden row: the first as without attempts, the others drawn anew, on any batch size."""
     sampling, once, thrice = vlm.sampling(6, temperature=1.0), tmp_path / "once.jsonl", tmp_path / "thrice.jsonl"
-    encode, calls = queue.encode, []
-    monkeypatch.setattr(queue, "encode", lambda *args: calls.append(1) or encode(*args))
     single = run(vlm, sampling=sampling, exits=[2, 4], seed=5, transcript_path=once)
-    encoded_once = len(calls)
     several = run(vlm, sampling=sampling, exits=[2, 4], seed=5, attempts=3, transcript_path=thrice)
-    assert len(calls) == 2 * encoded_once, "further attempts encode no image again"
 
     places = [transcript_key(row) for row in several.rows]
     assert places == [
@@ -162,17 +199,32 @@ def test_attempts_at_forbidden_rows(vlm, tmp_path, monkeypatch):
     assert 13 < seen[0].done <= 16 and seen[-1].done == seen[-1].total == 26
 
 
-def test_attempts_share_what_rows_about_one_image_begin_with(vlm, tmp_path, monkeypatch):
+def test_attempts_encode_no_image_again(counting):
+    sampling = counting.sampling(6, temperature=1.0)
+    for attempts in (1, 3):
+        _, images, _ = CountingLlava.counts(run, counting, sampling=sampling, exits=[2, 4], attempts=attempts)
+        assert images == 7
+
+
+def common_beginning(vlm, rows):
+    """The number of tokens that all prompts begin with."""
+    prompts = vlm.processor.token_ids([list(row.images) for row in rows], [row.prompt for row in rows])
+    return next(place for place, tokens in enumerate(zip(*prompts, strict=False)) if len({*map(int, tokens)}) > 1)
+
+
+def test_attempts_share_what_rows_about_one_image_begin_with(counting, tmp_path):
     picture = tmp_path / "a.png"
     Image.fromarray(bundle.picture(1)).save(picture)
     rows = [Example(str(n), text, (picture,)) for n, text in enumerate(["short", "what is it?"])]
     apart = [dataclasses.replace(row, images=(bundle.picture(1),)) for row in rows]
-    original, started = queue.run_prefix, []
-    monkeypatch.setattr(queue, "run_prefix", lambda *args: started.append(1) or original(*args))
-    settings = dict(sampling=vlm.sampling(6, temperature=1.0), exits=[2, 4], attempts=2)
-    expected = {transcript_key(row): row["response"] for row in run(vlm, rows=apart, **settings).rows}
-    assert {transcript_key(row): row["response"] for row in run(vlm, rows=rows, **settings).rows} == expected
-    assert len(started) == 1 and len(expected) == 8
+    settings = dict(sampling=counting.sampling(6, temperature=1.0), exits=[2, 4], attempts=2)
+    expected, _, every_token = CountingLlava.counts(run, counting, rows=apart, **settings)
+    shared, _, tokens = CountingLlava.counts(run, counting, rows=rows, **settings)
+    responses = [{transcript_key(row): row["response"] for row in result.rows} for result in (expected, shared)]
+    assert responses[0] == responses[1] and len(responses[0]) == 8
+    beginning = common_beginning(counting, rows)
+    # 2 rows, 2 attempts and 2 exits: the beginning is processed once for each exit.
+    assert every_token - tokens == (2 * 2 - 1) * 2 * beginning
 
 
 def test_keys_of_attempts_differ_and_the_first_is_the_rows_own():
@@ -184,15 +236,13 @@ def test_keys_of_attempts_differ_and_the_first_is_the_rows_own():
     np.testing.assert_array_equal(keys[0], rows)
 
 
-def test_each_image_is_encoded_once_and_an_exit_compiles_nothing(vlm, monkeypatch):
-    encode, calls = queue.encode, []
-    monkeypatch.setattr(queue, "encode", lambda *args: calls.append(args[2].pixels.shape[0]) or encode(*args))
-    run(vlm, exits=[1, 2, 3])
-    compiled = engine.fill._cache_size(), engine.decode._cache_size()
-    assert sum(calls) == 3 * 3 * 2, "three groups of three rows, with room for two images each"
-    run(vlm, exits=[2, 3, 4])
-    assert sum(calls) == 2 * 3 * 3 * 2
-    assert (engine.fill._cache_size(), engine.decode._cache_size()) == compiled
+def test_each_image_is_encoded_once_and_an_exit_compiles_nothing(counting):
+    compiled = []
+    for exits in ([1, 2, 3], [2, 3, 4]):
+        _, images, _ = CountingLlava.counts(run, counting, exits=exits)
+        assert images == 7
+        compiled.append((engine.fill._cache_size(), engine.decode._cache_size()))
+    assert compiled[0] == compiled[1]
 
 
 def test_programs_are_compiled_before_they_are_needed(tmp_path):
@@ -215,7 +265,7 @@ def test_programs_are_compiled_before_they_are_needed(tmp_path):
     assert texts(result) == texts(run(vlm, exits=[2]))
 
 
-def test_rows_about_one_image_share_what_they_begin_with(vlm, tmp_path, monkeypatch):
+def test_rows_about_one_image_share_what_they_begin_with(vlm, counting, tmp_path):
     """Three questions about the same file: the same answers as about copies of it, and one beginning for each exit."""
     pictures = [tmp_path / f"{name}.png" for name in "abc"]
     for path in pictures:
@@ -223,12 +273,12 @@ def test_rows_about_one_image_share_what_they_begin_with(vlm, tmp_path, monkeypa
     questions = ["short", "something longer than that", "what is it?"]
     apart = [Example(str(n), text, (pictures[n],)) for n, text in enumerate(questions)]
     together = [Example(str(n), text, (pictures[0],)) for n, text in enumerate(questions)]
-    original, started = queue.run_prefix, []
-    monkeypatch.setattr(queue, "run_prefix", lambda *args: started.append(1) or original(*args))
-    expected = texts(run(vlm, rows=apart, batch_size=4))
-    assert not started
-    assert texts(run(vlm, rows=together, batch_size=4)) == expected and len(started) == 1, "four exits at once"
-    assert len(set(expected.values())) > 4
+    unshared, _, every_token = CountingLlava.counts(run, counting, rows=apart, batch_size=4)
+    shared, _, tokens = CountingLlava.counts(run, counting, rows=together, batch_size=4)
+    expected = texts(unshared)
+    assert texts(shared) == expected and len(set(expected.values())) > 4
+    # 3 rows and 4 exits: the beginning is processed once for each exit.
+    assert every_token - tokens == (3 - 1) * 4 * common_beginning(counting, together)
 
     part = tmp_path / "part.jsonl"
 
@@ -298,7 +348,7 @@ class Failing:
         return {"toy": Scores(np.array(values, np.float32), [None] * len(prompts))}
 
 
-def test_a_judge_that_breaks_down_loses_no_answer(vlm, tmp_path, monkeypatch):
+def test_a_judge_that_breaks_down_loses_no_answer(vlm, counting, tmp_path):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     expected = run(vlm, transcript_path=whole, exits=[2, 3], scorers=[Failing()])
     with pytest.raises(ConnectionError):
@@ -310,11 +360,11 @@ def test_a_judge_that_breaks_down_loses_no_answer(vlm, tmp_path, monkeypatch):
     assert part.read_bytes() == whole.read_bytes() and resumed.sweep == expected.sweep
     assert resumed.tokens < expected.tokens / 2 + 10
 
-    monkeypatch.setattr(sweeping, "Queue", None)  # another judge generates nothing
     judged = Failing()
     judged.fingerprint = "second weights"
-    again = run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged])
-    assert judged.calls == 5 and again.rows == expected.rows and again.tokens == 0
+    again, *work = CountingLlava.counts(run, counting, transcript_path=part, exits=[2, 3], scorers=[judged])
+    assert judged.calls == 5 and again.rows == expected.rows
+    assert (again.tokens, work) == (0, [0, 0]), "another judge generates nothing"
     assert run(vlm, transcript_path=part, exits=[2, 3], scorers=[judged]).rows == expected.rows and judged.calls == 5
 
     path = tmp_path / "failed.jsonl"
@@ -364,7 +414,7 @@ def test_one_damaged_exit_is_named_and_the_answers_before_it_are_kept(vlm, tmp_p
 
 def test_a_prompt_and_answer_longer_than_the_model_takes_is_one_line(vlm):
     small = copy.copy(vlm)
-    small.max_positions = max(map(len, queue.prompt_tokens(vlm.processor, bundle.rows()))) + 5
+    small.max_positions = max(map(len, prompt_tokens(vlm.processor, bundle.rows()))) + 5
     says = rf"^row \S+: the prompt takes \d+ positions, .* up to 6 .* but the model has {small.max_positions} \(config"
     with pytest.raises(UserError, match=says):
         run(small)
