@@ -42,6 +42,7 @@ class Mode(NamedTuple):
       reports: whether it prints the headline of a report at the end.
       is_shared: whether several processes can run it together.
       compiles: whether it compiles programs, which are stored for later runs.
+      defaults: (field, value) of the config fields that have another default in this mode if no --config is given.
     """
 
     about: str
@@ -52,6 +53,7 @@ class Mode(NamedTuple):
     reports: bool = False
     is_shared: bool = False
     compiles: bool = True
+    defaults: tuple[tuple[str, str], ...] = ()
 
 
 # fmt: off
@@ -80,7 +82,7 @@ MODES = {
         "labels --workdir=runs/organism --out=labels.csv", flags=("out", "labels", "rows", "verdicts"),
         takes_config=False, compiles=False),
     "verify": Mode("compare a checkpoint with transformers (needs torch)",
-        "verify --checkpoint=organism:vlm", flags=("image", "prompt", "exits")),
+        "verify --checkpoint=organism:vlm", flags=("image", "prompt", "exits"), defaults=(("model.dtype", "float32"),)),
 }
 # fmt: on
 _OVERRIDE = "--config."
@@ -265,6 +267,8 @@ def run(arguments: Sequence[str]) -> int:
     _require_inputs(options, mode)
     from icet_jax.runs import config_files
 
+    if options.config is None:
+        overrides = [*mode.defaults, *overrides]
     if options.checkpoint is not None:
         overrides.append(("model.checkpoint", options.checkpoint))
     config = config_files.load(options.config, overrides)

@@ -1,13 +1,16 @@
 """`--mode=verify` checks whether a checkpoint gives the same results here as in transformers.
 
 It compares token ids, pixels, every hidden state of the image encoder, and logits and greedy tokens at several exits,
-in float32 on both sides. This package computes all rows as one padded batch, transformers one row at a time. The
-comparison needs torch.
+in float32 on both sides (in bfloat16 with `--config.model.dtype=bfloat16`). This package computes all rows as one
+padded batch, transformers one row at a time. The comparison needs torch.
 
-Rounding alone makes two correct programs differ, and some weights magnify it. A difference is therefore allowed up to
-the larger of two limits: `TOLERANCE` times the standard deviation of the values (at least 1), and `ROUNDING_FACTOR`
-times the rounding error, which is the difference between transformers' own two attention implementations on the same
-inputs. For logits the rounding error is the largest over all exits, because one exit is a small sample.
+Rounding alone makes two correct programs differ, and some weights magnify it. Both are therefore compared with a third
+result, the *yardstick*: transformers' model in float64 (in float32 if bfloat16 is compared). The error of transformers
+is its largest difference from the yardstick. This package may differ from the yardstick by `ERROR_FACTOR` times that
+error, or by a small multiple of the dtype's own precision (`TOLERANCE`) if that is larger. For logits the error of
+transformers is the largest over all exits, because one exit is a small sample.
+
+Computing the yardstick needs memory for the weights in float64, 8 bytes per parameter.
 """
 
 import argparse
@@ -18,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -33,9 +37,9 @@ from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.vlm import VLM
 
 NEW_TOKENS = 32
-TOLERANCE = 2e-5
-ROUNDING_FACTOR = 8
-TIE = 5e-5  # smallest difference of two logits that must have the same order on both sides (see `compare`)
+ERROR_FACTOR = 4
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+"""Difference that is always allowed, by the compared dtype: a multiple of the standard deviation of the values."""
 
 
 _Image = Image.Image | str | Path
@@ -75,17 +79,17 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformersAnswers(Answers):
-    """Holds the results of transformers with eager attention, and their rounding error.
+class Expected(Answers):
+    """Holds the results of transformers: the yardstick's hidden states and logits, and greedy tokens of float32.
 
     Attributes:
-      hidden_rounding: largest difference of each hidden state from the one that sdpa attention gives, [X].
-      logits_rounding: {exit: largest difference of the logits from those of sdpa attention}, without padding.
+      hidden_error: largest difference between each hidden state in the compared dtype and in the yardstick, [X].
+      logits_error: {exit: largest difference between the logits in the compared dtype and in the yardstick}.
       gaps: {exit: float32 [B, 32]}, the difference of the two largest logits from which each token was chosen.
     """
 
-    hidden_rounding: np.ndarray
-    logits_rounding: dict[int, float]
+    hidden_error: np.ndarray
+    logits_error: dict[int, float]
     gaps: dict[int, np.ndarray]
 
 
@@ -93,7 +97,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     """Compares the checkpoint with transformers and prints the table; returns 0 if everything agrees, else 1.
 
     Args:
-      config: its `model.checkpoint` is compared.
+      config: its `model.checkpoint` is compared, in its `model.dtype`.
       workdir: directory for toy weights.
       options: `exits` to compare, and `image` and `prompt` of one more row beside the built-in ones.
 
@@ -107,7 +111,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     images = [shipped.example(path) for path in options.image]
     checks = verify(
         directory, options.exits, images=images, prompt=options.prompt, revision=config.model.revision,
-        exit_rule=config.model.exit_rule,
+        exit_rule=config.model.exit_rule, dtype=config.model.dtype,
     )  # fmt: skip
     print(table(checks))
     failed = [check.what for check in checks if not check.passed]
@@ -123,6 +127,7 @@ def verify(
     prompt: str | None = None,
     revision: str | None = None,
     exit_rule: str | None = None,
+    dtype: str = "float32",
 ) -> list[Check]:
     """Compares a checkpoint with transformers and returns the checks, which `table` prints.
 
@@ -133,6 +138,7 @@ def verify(
       prompt: prompt of that row.
       revision: revision of a hub id.
       exit_rule: for Llama 3.2 Vision, see `icet_jax.load`.
+      dtype: dtype of weights and activations on both sides, "float32" or "bfloat16".
 
     Raises:
       UserError: torch is not installed, or the checkpoint cannot be loaded.
@@ -141,36 +147,43 @@ def verify(
     directory = local_directory(checkpoint_directory(str(path_or_id)), revision)
     with jax.default_matmul_precision("highest"):
         capture = reference.transformers_capture(directory)
-        vlm = loading.load(directory, capture=capture, exit_rule=exit_rule)
+        vlm = loading.load(directory, dtype, capture=capture, exit_rule=exit_rule)
         layers = parse_exits(exits, vlm.num_exits, vlm.default_exit)
         rows, inputs, checks = _compare_inputs(vlm, *_build_rows(images, prompt))
         ours = _compute_here(vlm, inputs, layers)
+        vlm = vlm.with_weights(nnx.State({}))  # frees the weights: the yardstick needs the memory
     if capture is not None:
         checks.append(Check("captured intermediates", f"each block's {capture}, as this transformers has it", "", True))
-    return checks + compare(ours, _compute_in_transformers(vlm, rows, layers), inputs["attention_mask"] == 1)
+    expected = _compute_in_transformers(vlm, rows, layers, dtype)
+    return checks + compare(ours, expected, inputs["attention_mask"] == 1, TOLERANCE[dtype])
 
 
-def compare(ours: Answers, theirs: TransformersAnswers, mask: np.ndarray) -> list[Check]:
+def compare(ours: Answers, theirs: Expected, mask: np.ndarray, tolerance: float) -> list[Check]:
     """Returns the checks of hidden states, logits and greedy tokens.
 
-    Where the two largest logits of transformers differ by less than `TIE` or twice the allowed difference, either token
-    may be the likelier one.
+    Where the two largest logits of transformers differ by less than twice the allowed difference, either token may be
+    the likelier one.
 
     Args:
       ours: results of this package.
       theirs: results of transformers.
       mask: bool [B, T], True at positions that are not padding.
+      tolerance: difference that is always allowed, relative to the standard deviation of the values (at least 1).
     """
-    states = zip(ours.hidden, theirs.hidden, theirs.hidden_rounding.tolist(), strict=True)
+    states = zip(ours.hidden, theirs.hidden, theirs.hidden_error.tolist(), strict=True)
     what = f"hidden states 0..{len(theirs.hidden) - 1}"
-    hidden_checks = [_check_close(f"{what} (worst: {i})", *state) for i, state in enumerate(states)]
+    hidden_checks = [
+        _check_close(f"{what} (worst: {i})", got, expected, _limit(expected, error, tolerance))
+        for i, (got, expected, error) in enumerate(states)
+    ]
     checks = [max(hidden_checks, key=lambda check_and_ratio: check_and_ratio[1])[0]]
     ties = {}
-    rounding = max(theirs.logits_rounding.values(), default=0.0)
+    error = max(theirs.logits_error.values(), default=0.0)
     for layer, expected in theirs.logits.items():
         got, expected = ours.logits[layer][mask], expected[mask]
-        ties[layer] = max(TIE, 2 * _limit(expected, rounding))
-        checks.append(_check_close(f"logits, exit {layer}", got, expected, rounding)[0])
+        limit = _limit(expected, error, tolerance)
+        ties[layer] = 2 * limit
+        checks.append(_check_close(f"logits, exit {layer}", got, expected, limit)[0])
         checks.append(_check_likeliest(f"likeliest token, exit {layer}", got, expected, ties[layer]))
     for layer, tokens in theirs.tokens.items():
         what, is_clear = f"{NEW_TOKENS} greedy tokens, exit {layer}", theirs.gaps[layer] > ties[layer]
@@ -178,15 +191,21 @@ def compare(ours: Answers, theirs: TransformersAnswers, mask: np.ndarray) -> lis
     return checks
 
 
-def _limit(expected: np.ndarray, rounding: float) -> float:
-    """Returns the largest allowed difference from the values `expected`, whose rounding error is `rounding`."""
-    return max(TOLERANCE * max(1.0, float(expected.std())), ROUNDING_FACTOR * rounding)
+def _limit(expected: np.ndarray, error: float, tolerance: float) -> float:
+    """Returns the largest allowed difference from the values `expected`.
+
+    Args:
+      expected: values of the yardstick.
+      error: largest difference of transformers from them, in the compared dtype.
+      tolerance: see `compare`.
+    """
+    return max(tolerance * max(1.0, float(expected.std())), ERROR_FACTOR * error)
 
 
-def _check_close(what: str, got: np.ndarray, expected: np.ndarray, rounding: float) -> tuple[Check, float]:
-    """Returns the check that the values differ by no more than `_limit`, and the largest difference divided by it."""
-    difference, allowed = float(np.abs(got - expected).max()), _limit(expected, rounding)
-    return Check(what, f"{difference:.1e}", f"{allowed:.1e}", difference <= allowed), difference / allowed
+def _check_close(what: str, got: np.ndarray, expected: np.ndarray, limit: float) -> tuple[Check, float]:
+    """Returns (check that no value differs by more than `limit`, largest difference divided by `limit`)."""
+    difference = float(np.abs(got - expected).max())
+    return Check(what, f"{difference:.1e}", f"{limit:.1e}", difference <= limit), difference / limit
 
 
 def _check_equal(what: str, got: np.ndarray, expected: np.ndarray) -> Check:
@@ -283,20 +302,25 @@ def _compute_here(vlm: VLM, inputs: Inputs, exits: Sequence[int]) -> Answers:
     """Returns this package's results for one batch of rows."""
     encoded = vlm.encode(inputs)
     return Answers(
-        hidden=np.asarray(vlm.hidden_states(inputs)),
+        hidden=np.asarray(vlm.hidden_states(inputs), np.float64),
         logits={layer: np.asarray(vlm.logits(inputs, layer, encoded=encoded)) for layer in exits},
         tokens={layer: vlm.generate(inputs, layer, NEW_TOKENS, encoded=encoded).tokens for layer in exits},
     )
 
 
-def _compute_in_transformers(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int]) -> TransformersAnswers:
-    """Returns transformers' results, computed row by row and put together as one padded batch."""
-    import torch
-    from transformers import AutoModelForImageTextToText, GenerationConfig
-    from transformers.utils.logging import disable_progress_bar
+def _compute_in_transformers(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[int], dtype: str) -> Expected:
+    """Returns transformers' results, computed row by row and put together as one padded batch.
 
-    disable_progress_bar()
-    model = AutoModelForImageTextToText.from_pretrained(vlm.directory, dtype=torch.float32).eval()
+    Args:
+      vlm: the model, which may have no weights: transformers loads its files.
+      rows: arrays of each row, see `reference.hf_row`.
+      exits: exits of the logits and tokens.
+      dtype: the compared dtype.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    model = _load_hf(vlm, torch.float32)
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=list(vlm.eos_ids), pad_token_id=vlm.pad_id,
         suppress_tokens=list(vlm.suppress_ids), output_scores=True, return_dict_in_generate=True,
@@ -304,10 +328,6 @@ def _compute_in_transformers(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[i
     tensors = [{name: torch.from_numpy(array) for name, array in row.items()} for row in rows]
     generated: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     with torch.no_grad():
-        model.set_attn_implementation("sdpa")
-        sdpa_hidden, sdpa_logits = _hf_forward(model, vlm, tensors, exits)
-        model.set_attn_implementation("eager")
-        hidden, logits = _hf_forward(model, vlm, tensors, exits)
         for layer in exits:
             with reference.at_exit(model, vlm.config, layer):
                 tokens_and_gaps = [_hf_greedy(model, row, vlm.pad_id) for row in tensors]
@@ -315,29 +335,52 @@ def _compute_in_transformers(vlm: VLM, rows: Sequence[Inputs], exits: Sequence[i
                 np.stack([tokens for tokens, _ in tokens_and_gaps]),
                 np.stack([gaps for _, gaps in tokens_and_gaps]),
             )
-    return TransformersAnswers(
+        in_float32 = _hf_forward(model, vlm, tensors, exits)
+        if dtype == "float32":
+            compared, yardstick = in_float32, _hf_forward(model.double(), vlm, tensors, exits)
+        else:
+            # Loaded again: model.bfloat16() would also round the frequencies of the rotary embedding.
+            compared, yardstick = _hf_forward(_load_hf(vlm, torch.bfloat16), vlm, tensors, exits), in_float32
+    (hidden, logits), (compared_hidden, compared_logits) = yardstick, compared
+    return Expected(
         hidden=hidden,
         logits=logits,
         tokens={layer: tokens for layer, (tokens, _) in generated.items()},
-        hidden_rounding=np.abs(hidden - sdpa_hidden).max(axis=(1, 2, 3)),
-        logits_rounding={layer: float(np.abs(logits[layer] - sdpa_logits[layer]).max()) for layer in exits},
+        hidden_error=np.abs(hidden - compared_hidden).max(axis=(1, 2, 3)),
+        logits_error={layer: float(np.abs(logits[layer] - compared_logits[layer]).max()) for layer in exits},
         gaps={layer: gaps for layer, (_, gaps) in generated.items()},
     )
+
+
+def _load_hf(vlm: VLM, dtype: Any) -> Any:
+    """Returns transformers' model of the checkpoint with weights of a torch dtype.
+
+    Its attention is sdpa, which computes in the dtype of the model; the eager one has a softmax in float32.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return AutoModelForImageTextToText.from_pretrained(vlm.directory, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def _hf_forward(
     model: Any, vlm: VLM, rows: Sequence[dict[str, Any]], exits: Sequence[int]
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Runs transformers' model on each row (torch tensors by name); returns the hidden states of the image encoder
-    [X, I, P, D], and {exit: logits [B, T, V]}, left-padded with 0."""
-    encoded = [reference.encoder_states(model, vlm.config, row) for row in rows if "pixel_values" in row]
-    hidden = [np.concatenate([state.numpy() for state in states]) for states in zip(*encoded, strict=True)]
-    length = max(row["input_ids"].shape[1] for row in rows)
-    logits = {}
-    for layer in exits:
-        with reference.at_exit(model, vlm.config, layer):
-            row_logits = [model(**row).logits[0].numpy() for row in rows]
-        logits[layer] = np.stack([np.pad(row, ((length - len(row), 0), (0, 0))) for row in row_logits])
+    """Runs transformers' model on each row (torch tensors by name), in the dtype of its weights.
+
+    Returns (hidden states of the image encoder [X, I, P, D], {exit: logits [B, T, V], left-padded with 0}), in float64.
+    """
+    rows = [{name: t.to(model.dtype) if t.is_floating_point() else t for name, t in row.items()} for row in rows]
+    with reference.norms_in_own_dtype(model):
+        encoded = [reference.encoder_states(model, vlm.config, row) for row in rows if "pixel_values" in row]
+        hidden = [np.concatenate([state.double().numpy() for state in states]) for states in zip(*encoded, strict=True)]
+        length = max(row["input_ids"].shape[1] for row in rows)
+        logits = {}
+        for layer in exits:
+            with reference.at_exit(model, vlm.config, layer):
+                row_logits = [model(**row).logits[0].double().numpy() for row in rows]
+            logits[layer] = np.stack([np.pad(row, ((length - len(row), 0), (0, 0))) for row in row_logits])
     return np.stack(hidden), logits
 
 

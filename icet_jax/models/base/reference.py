@@ -167,6 +167,23 @@ def random_pixels(noise: np.random.Generator, shape: tuple[int, ...], config: An
     return noise.normal(size=(*shape, config.vision.num_channels, size, size)).astype(np.float32)
 
 
+def norms_in_own_dtype(model: Any) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which a float64 model computes its RMS norms in float64; other models stay as they are.
+
+    transformers computes RMS norms in float32 whatever the dtype of the model, so that its float64 results would have
+    the rounding errors of float32.
+    """
+
+    def normalise(module: Any, args: Any, output: Any) -> Any:
+        hidden = args[0]
+        mean_square = hidden.pow(2).mean(-1, keepdim=True)
+        return module.weight * hidden * (mean_square + module.variance_epsilon).rsqrt()
+
+    is_double = str(model.dtype) == "torch.float64"
+    norms = [module for module in model.modules() if is_double and type(module).__name__.endswith("RMSNorm")]
+    return torch_hooks([module.register_forward_hook(normalise) for module in norms])
+
+
 @contextlib.contextmanager
 def torch_hooks(hooks: Sequence[Any]) -> Iterator[None]:
     """Returns a context at the end of which these hooks of torch modules are removed."""
