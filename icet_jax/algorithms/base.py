@@ -7,7 +7,7 @@ works while the host goes on: an iteration's metrics are read after the next ite
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
@@ -120,13 +120,13 @@ class Algorithm(ABC):
         """
 
     @abstractmethod
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
+    def finish(self, state: TrainState, batch: "PromptBatch", inputs: Any) -> tuple[TrainState, ReadMetrics]:
         """Runs the rest of an iteration, without waiting for its updates.
 
         Args:
           state: train state before the iteration; its buffers are donated.
           batch: the iteration's batch.
-          begun: result of `begin`.
+          inputs: result of `begin`.
 
         Returns:
           (train state after the iteration, function that waits for the iteration and returns its metrics).
@@ -140,7 +140,7 @@ class Algorithm(ABC):
             return rollout(self._vlm.params, state, batch.images, batch.tokens, batch.mask, exits, self._run_key)
 
     def _learn_from_given(
-        self, update: Program, state: TrainState, batch: "PromptBatch", inputs: tuple[Any, ...], lengths: np.ndarray,
+        self, update: Program, state: TrainState, batch: "PromptBatch", inputs: Sequence[Any], lengths: np.ndarray,
         *, passes: int = 0,
     ) -> tuple[TrainState, ReadMetrics]:  # fmt: skip
         """Starts an iteration that learns from given answers, for `finish`.

@@ -206,10 +206,10 @@ class Ldistill(Algorithm):
         """Starts steps 2 to 5, which need nothing from the host, and does not wait for them."""
         return self._start_rollout(self._phases.rollout, state, batch)
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
+    def finish(self, state: TrainState, batch: "PromptBatch", rollout: Any) -> tuple[TrainState, ReadMetrics]:
         """Runs steps 6 to 8; see `Algorithm`."""
         with during("rollout"):  # an error on the device is raised when its results are fetched
-            tokens, mask, prompt_mask = fetch((begun.tokens, begun.mask, batch.mask))
+            tokens, mask, prompt_mask = fetch((rollout.tokens, rollout.mask, batch.mask))
         seconds = {"rollout": self._watch.lap()}
         columns = response_columns(prompt_mask.shape[1], mask.shape[1], int(mask.sum(axis=1).max()))
 
@@ -221,7 +221,7 @@ class Ldistill(Algorithm):
         observed = None if state.controls.exits is None else failures()
         with during("update"):
             state, metrics = self._phases.update(
-                self._vlm.params, state, begun, self._run_key, observed, columns=columns
+                self._vlm.params, state, rollout, self._run_key, observed, columns=columns
             )
         asr: Metrics = {}
         if self._on == "policy":  # answers of the model before training say nothing about the policy

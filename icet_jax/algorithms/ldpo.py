@@ -232,9 +232,10 @@ class Ldpo(Algorithm):
         columns = response_columns(batch.tokens.shape[1], length, int(mask.sum(axis=2).max()))
         return self._inputs(batch, answers[..., :columns], mask[..., :columns])
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
+    def finish(self, state: TrainState, batch: "PromptBatch", inputs: Sequence[Any]) -> tuple[TrainState, ReadMetrics]:
         """Runs steps 3 to 7; see `Algorithm`."""
-        return self._learn_from_given(self._update, state, batch, begun, begun[5].sum(axis=2), passes=1)
+        *_, response_mask, _ = inputs
+        return self._learn_from_given(self._update, state, batch, inputs, response_mask.sum(axis=2), passes=1)
 
     def _answers(self, batch: "PromptBatch") -> tuple[np.ndarray, np.ndarray]:
         """Returns token ids and mask of both answers of every row; `runs.pairs` has left out those that do not fit."""

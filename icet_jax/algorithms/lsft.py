@@ -169,9 +169,10 @@ class Lsft(Algorithm):
         exits = self._exits(self._run_key, state.iteration, state.controls.exits)
         return self._inputs(batch, exits, targets[:, :columns], mask[:, :columns])
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: tuple[Any, ...]) -> tuple[TrainState, ReadMetrics]:
+    def finish(self, state: TrainState, batch: "PromptBatch", inputs: Sequence[Any]) -> tuple[TrainState, ReadMetrics]:
         """Runs steps 4 to 7; see `Algorithm`."""
-        return self._learn_from_given(self._update, state, batch, begun, begun[5].sum(axis=1))
+        *_, target_mask, _ = inputs
+        return self._learn_from_given(self._update, state, batch, inputs, target_mask.sum(axis=1))
 
     def _targets(self, batch: "PromptBatch", columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns token ids and mask of the rows' targets; only the first `columns`, or all if None."""

@@ -202,9 +202,9 @@ class Rewarded(Algorithm):
         """Starts to draw the exits and to sample the responses, and does not wait for them."""
         return self._start_rollout(self._phases.rollout, state, batch)
 
-    def finish(self, state: TrainState, batch: "PromptBatch", begun: Any) -> tuple[TrainState, ReadMetrics]:
+    def finish(self, state: TrainState, batch: "PromptBatch", rollout: Any) -> tuple[TrainState, ReadMetrics]:
         """Scores the responses and starts the updates; see `Algorithm`."""
-        params, rollout = self._vlm.params, begun
+        params = self._vlm.params
         with during("rollout"):  # an error on the device is raised when its results are fetched
             tokens, mask, prompt_mask, exits = fetch((rollout.tokens, rollout.mask, batch.mask, rollout.exits))
         seconds = {"rollout": self._watch.lap()}
