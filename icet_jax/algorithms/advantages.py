@@ -66,8 +66,8 @@ def whiten(
       x: values; entries outside the mask may be anything, NaN included.
       mask: true where `x` counts.
       shift_mean: False adds the mean back afterwards, as is usual for rewards (TRL's `whiten_rewards`).
-      rows: rows that are whitened, all of them if None. The other rows do not count for mean and variance and keep
-        their values: otherwise a row without a reward would seem to beat the rewarded ones.
+      rows: rows that are whitened, all of them if None. The other rows do not enter mean and variance and keep their
+        values. Otherwise a row without a reward could get a higher advantage than the rewarded ones.
 
     Returns:
       float32, zero outside the mask.
@@ -95,12 +95,14 @@ def whiten_cells(
     min_std: float,
     rows: Bool[ArrayLike, " B"] | None = None,
 ) -> Float[Array, "B A"]:
-    """Returns values whitened with the mean and the standard deviation of the row's exit and kind, over tokens (ours).
+    """Returns values whitened with the token mean and standard deviation of all rows with the same exit and kind.
 
         A_t = (x_t - mean) / max(std, min_std)
 
-    A mean over few rows is uncertain. So rows of an exit and kind with fewer than `min_rows` rows use the mean and the
-    standard deviation of their kind at all exits; if these are also fewer rows, those of all rows.
+    Statistics of few rows are uncertain. Where an exit and kind together have fewer than `min_rows` rows, the
+    statistics of the kind over all exits are used instead, and where the kind too has fewer, those of all rows.
+
+    Source: this package; the paper whitens over all rows.
 
     Args:
       x: values; entries outside the mask may be anything, NaN included.
@@ -109,7 +111,7 @@ def whiten_cells(
       kinds: kind of each row, from 0 to `num_kinds` - 1.
       num_exits: number of the model's exits.
       num_kinds: number of kinds.
-      min_rows: smallest number of rows with a token whose mean is used.
+      min_rows: a group's own statistics are used only if at least this many of its rows have an unmasked token.
       min_std: smallest divisor, above 0, so that noise is not amplified where all rows are nearly equal.
       rows: rows that are whitened, as in `whiten`; the others keep their values.
 
@@ -119,11 +121,12 @@ def whiten_cells(
     mask, exits, kinds = jnp.asarray(mask, bool), jnp.asarray(exits), jnp.asarray(kinds)
     x = jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
     counted = mask if rows is None else mask & jnp.asarray(rows, bool)[:, None]
-    cells = (jnp.zeros_like(kinds), 1), (kinds, num_kinds), (exits * num_kinds + kinds, (num_exits + 1) * num_kinds)
+    # From the coarsest division into cells to the finest: all rows, each kind, each exit and kind. Exits start at 1.
+    divisions = (jnp.zeros_like(kinds), 1), (kinds, num_kinds), (exits * num_kinds + kinds, (num_exits + 1) * num_kinds)
     mean = std = jnp.zeros(x.shape[0], jnp.float32)
-    for coarseness, (cell, count) in enumerate(cells):
+    for fineness, (cell, count) in enumerate(divisions):
         size, cell_mean, cell_std = _cell_statistics(x, counted, cell, count)
-        applies = (size >= min_rows) | (coarseness == 0)
+        applies = (size >= min_rows) | (fineness == 0)
         mean, std = jnp.where(applies, cell_mean, mean), jnp.where(applies, cell_std, std)
     whitened = (x - mean[:, None]) / jnp.maximum(std, min_std)[:, None]
     return jnp.where(counted, whitened, x)
@@ -134,11 +137,17 @@ def _cell_statistics(
 ) -> tuple[Array, Array, Array]:
     """Returns (number of rows, mean, biased standard deviation) of the cell that each row belongs to, each [B].
 
-    `cell` [B] is the number of a row's cell, from 0 to `count` - 1. Only counted tokens, and rows with one, count.
+    Only the tokens in `counted`, and rows with at least one of them, enter these statistics.
+
+    Args:
+      x: values of the tokens.
+      counted: tokens to include.
+      cell: index of each row's cell, from 0 to `count` - 1.
+      count: number of cells.
     """
 
     def total(per_token: Array) -> Array:
-        """Returns for each row the sum over its cell of values per token."""
+        """Returns for each row the sum of the token values of all rows in its cell."""
         return jax.ops.segment_sum(jnp.sum(per_token, axis=1), cell, count)[cell]
 
     size = jax.ops.segment_sum(jnp.any(counted, axis=1).astype(jnp.int32), cell, count)[cell]
@@ -151,7 +160,7 @@ def _cell_statistics(
 def group_advantages(
     rewards: Float[ArrayLike, " B"], valid: Bool[ArrayLike, " B"], *, group_size: int, scaled: bool
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Returns how much better each response is than the others of its group; rows of a group are neighbours.
+    """Returns how much better each response is than the others of its group; the rows of a group are consecutive.
 
         not scaled:  A_i = R_i - mean over j != i of R_j        (RLOO: Ahmadian et al. 2024, "Back to Basics", eq. 8)
         scaled:      A_i = (R_i - mean(R)) / (std(R) + 1e-4)    (GRPO: Shao et al. 2024, "DeepSeekMath", section 4.1)
@@ -165,8 +174,8 @@ def group_advantages(
       scaled: which of the two formulas to use.
 
     Returns:
-      (advantages, whether a response was compared). They are zero and false for a response that is not valid, or whose
-      group has no other valid response.
+      (advantages, whether each response was compared). A response that is not valid, or whose group has no other valid
+      response, has the advantage 0 and was not compared.
     """
     valid = jnp.asarray(valid, bool).reshape(-1, group_size)
     grouped = jnp.where(valid, jnp.asarray(rewards, jnp.float32).reshape(valid.shape), 0.0)

@@ -1,7 +1,7 @@
 """The interface between an algorithm and the training loop, and what all algorithms have in common on the host.
 
-An algorithm is one file of this package, which reads as a recipe, and one line of `config.names.ALGORITHMS`. The device
-works while the host goes on: an iteration's metrics are read after the next iteration has begun.
+An algorithm is one file of this package, which reads as a recipe, and one entry of `config.names.ALGORITHMS`. The host
+does not wait for the device: it reads the metrics of an iteration only after it has started the next one.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class PlannedPhase:
 
     Attributes:
       name: name in the plan.
-      inputs: abstract arrays of its row-aligned arguments, that is without weights and train state.
+      inputs: abstract arrays of its row-aligned arguments; weights and train state are not among them.
       cache: abstract arrays of the KV cache that it works on, or None.
       lower: function that returns the program, ready for `.compile()`; it needs a mesh of devices.
       beside: abstract arrays that occupy the chips at the same time although the program does not take them: weights
@@ -76,7 +76,7 @@ class Algorithm(ABC):
 
     Attributes:
       value_head: whether it trains a value head (critic).
-      bounded: whether `config.lppo.max_kl` limits its KL to the reference.
+      bounded: whether `config.lppo.max_kl` limits the KL of its policy to the reference.
       paired: whether its rows are exit pairs (`data.pairs.ExitPair`).
       settings: settings for which its phases are compiled.
       iterations: number of iterations of the run.
@@ -89,7 +89,7 @@ class Algorithm(ABC):
     paired: ClassVar[bool] = False
 
     def __init__(self, config: "ConfigDict", vlm: "VLM", reward: "RewardByKind"):
-        """Prepares what all algorithms have in common; nothing is compiled.
+        """Sets the attributes that all algorithms have; nothing is compiled yet.
 
         Args:
           config: checked config of the run.
@@ -109,7 +109,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def lowered(self, state: TrainState, batch: "PromptBatch") -> Iterator[tuple[str, Any]]:
-        """Yields (name, program ready for `.compile()`) of everything that an iteration on such a batch runs."""
+        """Yields (name, program ready for `.compile()`) for each program of an iteration on a batch of these shapes."""
 
     @abstractmethod
     def begin(self, state: TrainState, batch: "PromptBatch") -> Any:
@@ -133,7 +133,7 @@ class Algorithm(ABC):
         """
 
     def _start_rollout(self, rollout: Program, state: TrainState, batch: "PromptBatch") -> Any:
-        """Draws the exits of a batch and starts `rollout`, and waits for neither; returns the result of `rollout`."""
+        """Draws the exits of a batch and starts `rollout` on the device; returns its result without waiting for it."""
         self._watch.start()
         with during("rollout"):
             exits = self._exits(self._run_key, state.iteration, state.controls.exits)
@@ -149,9 +149,9 @@ class Algorithm(ABC):
           update: the only phase, function of (params, state, *inputs) that donates the state.
           state: the train state.
           batch: rows of the iteration.
-          inputs: its other arguments.
-          lengths: numbers of answer tokens, int [B] or, of several answers to each prompt, [B, k].
-          passes: forward passes over every row beside those of the update.
+          inputs: the other arguments of `update`.
+          lengths: number of tokens of each answer, int [B], or [B, k] for k answers to each prompt.
+          passes: number of forward passes over every row in addition to those of the optimizer steps.
         """
         with during("update"):
             state, metrics = update(self._vlm.params, state, *inputs)
@@ -172,8 +172,8 @@ class Algorithm(ABC):
 
         Args:
           run: sizes of model, batch and train state.
-          get_program: function of a phase that was already yielded; returns its compiled program, None if there is
-            none.
+          get_program: function that takes a phase yielded before and returns its compiled program, or None if it could
+            not be compiled.
         """
 
     @classmethod

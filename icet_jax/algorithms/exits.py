@@ -22,8 +22,8 @@ class Schedule:
     Attributes:
       num_exits: number of the model's exits, which are numbered 1..num_exits.
       default_exit: exit that the model was trained on.
-      fixed_exit: exit that `Fixed` always returns; None means `default_exit`. Other schedules ignore it.
-      train_exits: the exits that may be drawn; empty means all. `Fixed` ignores it.
+      fixed_exit: exit that `Fixed` always returns; None means `default_exit`. Other schedules ignore this field.
+      train_exits: the exits that may be drawn; empty means all. `Fixed` ignores this field.
     """
 
     num_exits: int
@@ -92,10 +92,10 @@ class PerExample(Schedule):
 
 
 class Stratified(Schedule):
-    """Draws from the exit groups Early, Middle and Late so that their numbers of rows differ by at most one.
+    """Draws the exits so that the groups Early, Middle and Late get equally many rows of a batch, or one more or less.
 
-    Row i of a shuffled batch takes group i mod 3 of the shuffled groups, and an exit of the group with equal
-    probabilities. Groups without an exit that may be drawn are left out.
+    Row i of the batch, shuffled, gets group i mod 3 of the groups, also shuffled, and one of that group's exits, all
+    with equal probabilities. A group without any exit in `train_exits` is left out.
     """
 
     def draw(self, key: Key[Array, ""], state: Any, *, batch: int) -> Int[Array, " B"]:
@@ -111,7 +111,7 @@ class Stratified(Schedule):
 
 
 class FailureCounts(NamedTuple):
-    """Holds what `Adaptive` has counted at each exit that may be drawn, float32 [E]; older batches count less.
+    """Holds the counts of `Adaptive` for each exit that may be drawn, float32 [E]; older batches have lower weights.
 
     Attributes:
       failures: number of forbidden requests that were not refused.
@@ -125,10 +125,10 @@ class FailureCounts(NamedTuple):
 class Adaptive(Schedule):
     """Draws an exit more often the more forbidden requests are not refused there.
 
-    The probability of an exit is proportional to `FLOOR` plus its failure rate, (failures + 1) / (requests + 1) over
-    the earlier batches, each of which counts `MEMORY` times as much as the next one. An exit that was never drawn has
-    the rate 1. Rows get exits by systematic sampling, which keeps their numbers as close to these probabilities as
-    possible, in random order.
+    The probability of an exit is proportional to `FLOOR` plus its failure rate. The rate is (failures + 1) /
+    (requests + 1), counted over all earlier batches, where each batch has `MEMORY` times the weight of the next one. So
+    an exit that was never drawn has the rate 1. Rows get exits by systematic sampling: the share of rows at each exit
+    is as close to its probability as possible, and which rows get it is random.
     """
 
     FLOOR = 0.1

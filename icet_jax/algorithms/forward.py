@@ -31,11 +31,11 @@ class TokenValues(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """Holds the target of a KL term: next-token distributions of a network at an exit, on the same tokens.
+    """Holds the target of a KL term: the next-token distributions of a network at an exit, for the same tokens.
 
     Attributes:
       model: network whose head turns `hidden` into these distributions.
-      hidden: its hidden states [B, A, E], from `response_hidden`; they get no gradient.
+      hidden: hidden states [B, A, E] of `model`, from `response_hidden`; they get no gradient.
     """
 
     model: VisionLanguageModel
@@ -84,7 +84,7 @@ def evaluate_responses(
       prompts: left-padded prompts; the mask of a filler row is all false.
       prompt_mask: true at real prompt tokens.
       responses: sampled or target tokens.
-      mask: true at the tokens of a response, which are the first ones of a row; other results have no meaning.
+      mask: true at the tokens of a response, which are the first ones of a row; results elsewhere have no meaning.
       visual: row-aligned image features from `model.visual`; they get no gradient.
       temperature: divides the logits, as it did in the rollout.
       suppress_ids: tokens with probability 0.

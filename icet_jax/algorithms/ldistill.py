@@ -1,4 +1,6 @@
-"""L-Distill: every exit learns what the model before training says at its default exit (ours; no reward, no critic).
+"""L-Distill: every exit learns the distribution that the model before training has at its default exit.
+
+It needs neither a reward nor a critic. The paper has no such algorithm.
 
 One iteration, step by step; pi is the policy, pi_ref the model before training, P the projector:
 
@@ -13,10 +15,10 @@ One iteration, step by step; pi is the policy, pi_ref the model before training,
                     L = E_t[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]
     8. metrics      read while the next iteration runs                                         `finish`
 
-The KL is exact, over the whole vocabulary. The reference's last hidden states [B, A, E] are stored, and the logits of
-both networks exist for `config.lppo.log_prob_chunk` positions at a time. It is the term that `config.lppo.anchor_coef`
-adds to L-PPO. The default exit has to be safe, because every exit learns what the model says there. Epochs,
-mini-batches, accumulation, temperature and optimizer are those of L-PPO.
+The KL is exact, over the whole vocabulary, and the same as the term that `config.lppo.anchor_coef` adds to L-PPO. To
+compute it, the reference's last hidden states [B, A, E] are stored, and the logits of both networks exist for only
+`config.lppo.log_prob_chunk` positions at a time. The default exit has to be safe, because every exit learns the answers
+of that exit. Epochs, mini-batches, accumulation, temperature and optimizer are those of L-PPO.
 """
 
 import functools
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
 
 
 class DistillBatch(NamedTuple):
-    """Holds answers, and the reference's hidden states at the default exit for them; every leaf is row-aligned.
+    """Holds answers and, for their tokens, the reference's hidden states at the default exit; all row-aligned.
 
     Attributes:
       prompts, prompt_mask: [B, P], left-padded.
@@ -89,8 +91,8 @@ class Phases(NamedTuple):
     Attributes:
       rollout: function of (params, state, images, tokens, mask, exits, run_key) that returns a `Rollout`.
       update: function of (params, state, rollout, run_key, failures, columns=) that returns (state, metrics) and
-        donates the state. `failures`: see `exits.Schedule.observe`, None if the schedule learns nothing. `columns`: see
-        `phases.cut_columns`.
+        donates the state. For `failures` see `exits.Schedule.observe`; they are None if the schedule learns nothing.
+        For `columns` see `phases.cut_columns`.
     """
 
     rollout: Program
@@ -125,7 +127,7 @@ def ldistill_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the loss of step 7, the mean KL(pi_ref at the default exit || pi at the row's exit) per token in nats.
 
-    The second result are statistics: the mean entropy of the policy.
+    The second result is a dict of statistics with the mean entropy of the policy.
     """
     temperature = settings.sampling.temperature
     scored = evaluate_policy(

@@ -1,4 +1,4 @@
-"""L-DPO: direct preference optimisation at exits; the preferred answers are the model's at its default exit (ours).
+"""L-DPO: direct preference optimisation at exits, which prefers the model's own answers at its default exit.
 
 The pairs are created once, before the first iteration (`runs.pairs`, `evaluation.harvest`): the model before training
 answers the prompts of the run's batches at its default exit and at the exits of the schedule of `config.ldpo.exits`.
@@ -20,10 +20,10 @@ One iteration, step by step; pi is the policy, pi_ref the model before training,
     7. metrics      read while the next iteration runs                                        `finish`
 
 The first term is equation 7 of Rafailov et al. 2023 (arXiv 2305.18290) with every probability conditioned on the exit,
-the second that of Pang et al. 2024 (arXiv 2404.19733). Without the second one refusals get garbled, because the pairs
-of benign rows make their words less likely. Both answers of a pair are rows of one teacher-forced pass. There is no
-reward and no critic. Epochs, mini-batches, accumulation, temperature and optimizer are those of L-PPO. The default exit
-has to be safe, because every exit learns what the model says there. The phase can be used alone:
+the second that of Pang et al. 2024 (arXiv 2404.19733). Without the second term refusals get garbled, because the pairs
+of benign rows make the words of refusals less likely. Both answers of a pair are rows of one teacher-forced pass. There
+is no reward and no critic. Epochs, mini-batches, accumulation, temperature and optimizer are those of L-PPO. The
+default exit has to be safe, because every exit learns the answers of that exit. The phase can be used alone:
 
     update = ldpo.build(graphdef, settings, beta=.., sft_coef=..)
     answers, answer_mask = ldpo.pad_answers(token_ids, length=..)         # lists of ids, chosen and rejected in turn
@@ -93,7 +93,7 @@ class PairBatch(NamedTuple):
 def answer_ids(tokenizer: Any, text: str, *, eos_id: int, length: int) -> list[int] | None:
     """Returns the token ids of an answer with EOS; None if it has more than `length` tokens.
 
-    An answer of exactly `length` tokens gets no EOS: like a rollout's answer of that length, it was cut off there.
+    An answer of exactly `length` tokens gets no EOS, because an answer of that length was cut off when it was sampled.
     """
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) > length:
@@ -110,7 +110,7 @@ def pad_answers(token_ids: Sequence[Sequence[int]], *, length: int) -> tuple[np.
 def build(
     graphdef: Any, settings: Settings, *, beta: float, sft_coef: float, mesh: jax.sharding.Mesh | None = None
 ) -> Program:
-    """Returns the only phase of L-DPO; the module's docstring has its arguments and results. It donates the state.
+    """Returns the only phase of L-DPO, a program that donates the state; the module's docstring shows how to call it.
 
     Args:
       graphdef: structure of the network.
@@ -238,7 +238,7 @@ class Ldpo(Algorithm):
         return self._learn_from_given(self._update, state, batch, inputs, response_mask.sum(axis=2), passes=1)
 
     def _answers(self, batch: "PromptBatch") -> tuple[np.ndarray, np.ndarray]:
-        """Returns token ids and mask of both answers of every row; `runs.pairs` has left out those that do not fit."""
+        """Returns token ids and mask of both answers of every row; `runs.pairs` has left out rows that do not fit."""
         sampling, tokenizer = self.settings.sampling, self._vlm.processor.tokenizer
         pairs = [row for row in batch.examples if isinstance(row, ExitPair)]
         ids = [

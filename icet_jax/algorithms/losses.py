@@ -37,16 +37,16 @@ def policy_loss(
 
     Args:
       log_probs: log-probs of the response tokens under the policy being updated, at the row's exit.
-      old_log_probs: those of the same tokens under the policy that sampled them, at the same exit.
+      old_log_probs: log-probs of the same tokens under the policy that sampled them, at the same exit.
       advantages: advantage of each token; constants.
       mask: true on the response tokens; entries outside it may be anything, NaN included.
       clip_range: eps.
       dual_clip: c, above 1; None is off.
 
     Returns:
-      (loss, stats): stats are scalar token means, `ratio`, `ratio_var`, `clipfrac` (share of tokens where the clipped
-      term is the larger) and `approxkl` = mean (log-ratio)^2 / 2 (TRL's); and `ratio_max`, the largest K (0 without a
-      token).
+      (loss, stats). `stats` has the scalar token means `ratio`, `ratio_var`, `clipfrac` (share of tokens where the
+      clipped term is the larger) and `approxkl` (TRL's: mean of half the squared log-ratio), and `ratio_max`, the
+      largest K (0 without a token).
     """
     mask = jnp.asarray(mask, bool)
     # Zeroed before exp as well as after: 0 * NaN in the backward pass is NaN.
@@ -82,8 +82,8 @@ def value_loss(
 ) -> tuple[Float[Array, ""], Stats]:
     """Returns the mean of (V - returns)^2 over tokens, without a factor 1/2 (paper).
 
-    With `clip_range` c, a token's loss is the larger of that and (clip(V, V_old - c, V_old + c) - returns)^2, as in
-    OpenAI's baselines.
+    With `clip_range` c, a token's loss is the larger of (V - returns)^2 and
+    (clip(V, V_old - c, V_old + c) - returns)^2, as in OpenAI's baselines.
 
     Args:
       values: V, values of the value head being updated.

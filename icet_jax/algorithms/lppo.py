@@ -15,12 +15,13 @@ One iteration, step by step; pi is the policy, pi_ref the model before training,
                      L_policy = E[max(-K A, -clip(K, 1 - eps, 1 + eps) A)]
                      L_value  = E[(V - returns)^2]
                      L        = L_policy + c1 L_value
-                     with `config.lppo.anchor_coef` c (ours, off by default), for which step 7 runs pi_ref once more:
+                     with `config.lppo.anchor_coef` c (not in the paper, off by default; step 7 runs pi_ref once more):
                      L       += c E[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]
     11. metrics      means under TRL's names, read while the next iteration runs                   `rewarded`
 
-Tower and projector are frozen, rollouts are never stale, and the one change from Clip-PPO is l: numerator and
-denominator of K_t, reference and value all see P(e_l) of the row's own exit. The phases can be used alone:
+Tower and projector are frozen, and every rollout is sampled by the current policy. The one change from Clip-PPO is the
+exit l: numerator and denominator of K_t, reference and value all get P(e_l) of the row's own exit. The phases can be
+used alone:
 
     graphdef, params = nnx.split(model)                    # frozen: tower, projector and the reference policy
     settings = settings.from_config(config, vlm.sampling(max_new_tokens, temperature))

@@ -1,4 +1,6 @@
-"""L-RLOO: several answers of one (prompt, image, exit) are compared with each other, without a critic (ours).
+"""L-RLOO: several answers of one (prompt, image, exit) are compared with each other, without a critic.
+
+The paper has no such algorithm.
 
 One iteration, step by step; pi is the policy, pi_ref the model before training, P the projector, k the group size:
 
@@ -19,7 +21,7 @@ One iteration, step by step; pi is the policy, pi_ref the model before training,
 
 E_it is the mean over all response tokens of a mini-batch: at K = 1 the gradient of rloo is that of REINFORCE over whole
 responses, up to a constant. A response without a score is left out of its group, and a group with fewer than two scored
-responses trains nothing. Rows of a kind that nothing rewards have r = 0 and learn from the KL alone. Advantages are not
+responses trains nothing. Rows of a kind without a reward have r = 0 and learn from the KL alone. Advantages are not
 whitened. The rows of a group may go to different mini-batches. The guards, the anchor, the entropy bonus and everything
 else that is not in `config.lrloo` are those of L-PPO (`config.lppo`).
 """

@@ -1,4 +1,6 @@
-"""L-SFT, the ablation: supervised answers at drawn exits, on L-PPO's budget (ours; the paper compares with SFT).
+"""L-SFT, an ablation of L-PPO: supervised learning of given answers at drawn exits, with the same number of updates.
+
+It corresponds to the SFT that the paper compares with.
 
 One iteration, step by step:
 
@@ -95,7 +97,7 @@ def pad_targets(
 
 
 def build(graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None = None) -> Program:
-    """Returns the only phase of L-SFT; the module's docstring has its arguments and results. It donates the state.
+    """Returns the only phase of L-SFT, a program that donates the state; the module's docstring shows how to call it.
 
     With a `mesh`, the train state is split over it as `parallel.sharding.shardings` says.
     """
@@ -175,7 +177,7 @@ class Lsft(Algorithm):
         return self._learn_from_given(self._update, state, batch, inputs, target_mask.sum(axis=1))
 
     def _targets(self, batch: "PromptBatch", columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Returns token ids and mask of the rows' targets; only the first `columns`, or all if None."""
+        """Returns token ids and mask of the rows' targets, cut to the first `columns` columns (None: all)."""
         sampling = self.settings.sampling
         texts = [self._refusal if row.kind == "forbidden" else row.answer for row in batch.examples]
         tokenizer = self._vlm.processor.tokenizer

@@ -12,7 +12,7 @@ from icet_jax.algorithms.updates import UpdateResult
 from icet_jax.parallel.distributed import fetch
 from icet_jax.typing import Array, Bool, Float, Int
 
-# Prefixes of metrics that are means over the steps of an update; `_COUNTS` are exceptions, which are no means.
+# Prefixes of metrics that are means over the steps of an update; the metrics in `_COUNTS` are counts, not means.
 _OF_STEPS = ("policy/", "loss/", "rewards/", "val/ratio", "val/clipfrac_avg", "train/grad_norm")
 _COUNTS = ("policy/early_stop",)
 _FLAT = 1e-6  # scores of a group with a smaller standard deviation count as equal
@@ -36,13 +36,16 @@ def rollout_metrics(
 ) -> dict[str, Any]:
     """Returns {metric: mean over the scored sequences}; "exit" has sums by exit, which `host_metrics` unpacks.
 
-    `objective/kl` is the mean of the summed k1; `objective/scores` the mean raw score; `objective/rlhf_reward` the mean
-    shaped score plus the KL terms; `val/sampler_gap` the mean absolute difference, in nats per token, between the
-    log-prob that is computed for training and that of the sampler; `val/sampler_ess` see `effective_share`;
-    `val/truncated` the share of sequences that did not end with an EOS.
+      objective/kl: mean of k1 summed over the sequence.
+      objective/scores: mean raw score.
+      objective/rlhf_reward: mean of the shaped score plus the KL terms.
+      val/sampler_gap: mean absolute difference, in nats per token, between the log-prob computed for training and the
+        sampler's.
+      val/sampler_ess: see `effective_share`.
+      val/truncated: share of sequences that did not end with an EOS.
 
-    The arguments are those of `rollouts.EvaluatedRollout` and `Rollout`; `unscored` are rows with a response but
-    without a score, `sampled_log_probs` the log-probs of the sampler.
+    The arguments are those of `rollouts.EvaluatedRollout` and `Rollout`; `unscored` marks rows with a response but
+    without a score, and `sampled_log_probs` are the log-probs of the sampler.
     """
     count = jnp.maximum(jnp.sum(scored), 1)
 
@@ -95,9 +98,11 @@ def group_metrics(
 ) -> dict[str, Any]:  # fmt: skip
     """Returns metrics of how different the scores of a group's responses are.
 
-    `val/group_std` is the mean over groups of the standard deviation (n - 1) of their shaped scores; `val/flat_groups`
-    the share of groups whose scores are all equal, from which only the KL is learnt. Groups with fewer than two scored
-    responses are left out of both. `val/advantages_std` is over the compared responses.
+      val/group_std: mean over groups of the standard deviation (n - 1) of a group's shaped scores.
+      val/flat_groups: share of groups whose scores are all equal, from which only the KL is learnt.
+      val/advantages_std: standard deviation of the advantages of the compared responses.
+
+    Groups with fewer than two scored responses are left out of the first two.
 
     Args:
       scores: shaped scores.
@@ -125,8 +130,8 @@ def effective_share(log_weights: Float[Array, " B"], counted: Bool[Array, " B"])
     """Returns the effective sample size of the counted sequences as a share of their number n (Kish).
 
     It is (sum w)^2 / (n sum w^2) with the importance weights w = exp(`log_weights`) of the sequences. A log-weight is
-    the sum over a sequence of the log-prob that is computed for training minus that of the sampler. The share is 1 if
-    both agree, 1 / n if one sequence outweighs all others, and 0 if no sequence is counted.
+    the sum over a sequence's tokens of the log-prob computed for training minus the sampler's. The share is 1 if the
+    two log-probs agree, 1 / n if one sequence outweighs all others, and 0 if no sequence is counted.
     """
     log_weights = jnp.where(counted, log_weights, -jnp.inf)
     largest = jnp.max(log_weights)
@@ -136,7 +141,7 @@ def effective_share(log_weights: Float[Array, " B"], counted: Bool[Array, " B"])
 
 
 def policy_metrics(outcome: UpdateResult) -> dict[str, Any]:
-    """Returns TRL's statistics of clipped updates: means over the evaluated steps; the largest value of `ratio_max`.
+    """Returns TRL's statistics of clipped updates: means over the evaluated steps, but the maximum for `ratio_max`.
 
     Metrics of terms that the algorithm's loss does not have (value head, anchor, KL) are left out.
     """
@@ -162,8 +167,8 @@ def policy_metrics(outcome: UpdateResult) -> dict[str, Any]:
 def step_metrics(state: TrainState, outcome: UpdateResult, optimizer: OptimizerSettings) -> dict[str, Any]:
     """Returns the metrics of updates that every algorithm has.
 
-    `train/nonfinite` is 1 if a loss or gradient was not finite. `steps` is the number of steps that means are computed
-    over; `host_metrics` removes it, and the means if it is 0.
+    `train/nonfinite` is 1 if a loss or gradient was not finite. `steps` is the number of steps over which means are
+    computed. `host_metrics` removes the entry `steps` and, if it is 0, the means.
     """
     rate = jnp.asarray(learning_rate(optimizer)(state.updates), jnp.float32)
     scale = state.controls.learning_rate_scale

@@ -22,7 +22,7 @@ from icet_jax.nn.protocols import Images
 from icet_jax.parallel.sharding import batch_sharding, placed, replicated, row_shards, shardings, split_rows
 from icet_jax.typing import Array, Bool, Float, Int, Key
 
-# Folded into the run key instead of the number of an iteration, which rollouts fold in and which stays below them.
+# Folded into the run key for exits and for shuffling. Rollouts fold in the iteration, which never gets that large.
 _EXIT_STREAM, _SHUFFLE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 # A narrower program must have at least so many response columns, and save at least this share of all columns.
 _NARROWEST, _SAVING = 32, 0.05
@@ -109,7 +109,7 @@ def encode_visual(model: Any, images: Images | None, exits: Int[Array, " B"]) ->
 
 
 def _visuals(model: Any, images: Images | None, *exits: Int[Array, " B"]) -> list[Any]:
-    """Returns the image features for each of several choices of the rows' exits; the image encoder runs once."""
+    """Returns one array of image features for each element of `exits`; the image encoder runs only once."""
     if images is None:
         return [None] * len(exits)
     encoded = model.encode(images)
@@ -121,7 +121,7 @@ def sample_responses(
     mask: Bool[Array, "B P"], exits: Int[Array, " B"], run_key: Key[Array, ""], *, anchored: bool = False,
     by_reference: bool = False, group_size: int = 1,
 ) -> Rollout:  # fmt: skip
-    """Samples `group_size` responses to each prompt at its exit; they are neighbouring rows of the rollout.
+    """Samples `group_size` responses to each prompt at its exit; they become consecutive rows of the rollout.
 
     The image encoder and the prefill run once per prompt.
 
@@ -185,8 +185,8 @@ def evaluate_policy(
       trainable: trained weights.
       rows: rows with prompts, prompt_mask, responses, mask and visual.
       temperature: temperature of the log-probs.
-      anchor_hidden: [B, A, E], final hidden states that `params` gives elsewhere, from whose distribution the KL is
-        measured (`TokenValues.anchor_kl`); None measures none.
+      anchor_hidden: [B, A, E], final hidden states of the model `params` at another exit. The KL from the distribution
+        that they give is computed as well (`TokenValues.anchor_kl`); None computes no KL.
     """
     policy, lora = with_policy(params, trainable, settings.lora_scale)
     return evaluate_responses(
@@ -269,10 +269,10 @@ def run_epochs(
 
 
 def response_widths(prompt: int, response: int) -> list[int | None]:
-    """Returns the numbers of response columns for which programs are compiled; the first is None, which means all.
+    """Returns for how many response columns programs are compiled; the first entry is None, which means all columns.
 
-    A batch whose longest response is short runs a program with fewer columns. Each program must be compiled, so there
-    are few: the number is halved as long as that saves enough of all columns.
+    A batch whose longest response is short runs a program with fewer columns. Every program has to be compiled, so only
+    few are offered: the number of columns is halved as long as that saves enough of all columns (`_SAVING`).
 
     Args:
       prompt: number of prompt columns.
@@ -298,7 +298,7 @@ def program_name(phase: str, columns: int | None) -> str:
 
 
 def _result_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the shardings of a phase's results: rows of batches are split if they divide; the rest is replicated."""
+    """Returns the shardings of a phase's results: batches are split by rows if divisible; the rest is replicated."""
     if type(tree) is tuple:
         return tuple(_result_shardings(part, mesh) for part in tree)
     whole = replicated(mesh)
@@ -307,10 +307,11 @@ def _result_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def placed_results(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """Returns a phase's results, inside the phase, with fixed shardings.
+    """Returns the results of a phase with fixed shardings; to be called inside the phase.
 
-    So the phase that takes them can be compiled at the same time. A batch (a NamedTuple with `prompts`) is split by
-    rows, a tuple part by part; everything else is replicated.
+    Because the shardings are known beforehand, the phase that takes these results can be compiled at the same time as
+    the phase that returns them. A batch (a NamedTuple with `prompts`) is split by rows, and other tuples are treated
+    element by element. Everything else is replicated.
     """
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, _result_shardings(tree, mesh))
 
@@ -321,7 +322,7 @@ def abstract_results(tree: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 
 def outputs(compiled: Any) -> Any:
-    """Returns the results of a compiled phase as abstract arrays; on several devices with their shardings."""
+    """Returns the results of a compiled phase as abstract arrays, which on several devices carry their shardings."""
 
     def abstract(info: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(info.shape, info.dtype, sharding=sharding if sharding.num_devices > 1 else None)

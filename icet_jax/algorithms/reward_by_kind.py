@@ -17,7 +17,8 @@ def scores_by_kind(
 ) -> dict[str, float]:
     """Returns the mean raw score of each kind's rows, over all exits and at each exit.
 
-    Kinds are never averaged with each other, because a reward model's scores and matches of 0 or 1 have other scales.
+    Kinds are never averaged with each other, because the scales of their scores differ: a reward model's scores are
+    unbounded, those of exact matches are 0 or 1.
 
     Args:
       examples: the rows.
@@ -66,7 +67,7 @@ class RewardByKind:
 
         Args:
           by_kind: {kind: "reward_model", "exact_match" or "none"}.
-          reward_model: scorer for kinds with the rule "reward_model"; None if there are none.
+          reward_model: scorer for kinds with the rule "reward_model"; None if no kind has this rule.
         """
         self._by_kind = dict(by_kind)
         self._reward_model = reward_model
@@ -77,7 +78,7 @@ class RewardByKind:
         return ((f"reward model at {length}", program) for length, program in programs(tokens))
 
     def rewarded(self, examples: Sequence[Example]) -> np.ndarray:
-        """Returns for each row whether its kind has a reward, that is another rule than "none"; bool [B]."""
+        """Returns for each row whether its kind has a reward (any rule except "none"), bool [B]."""
         return np.array([self._by_kind[example.kind] != "none" for example in examples], bool)
 
     def __call__(self, examples: Sequence[Example], texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -106,8 +106,8 @@ def build_phases(
           rollout: the sampled responses.
           scores, learned, rewarded, failures, kinds: see `RowRewards`. None as `rewarded` means that all rows are
             rewarded, None as `kinds` that all rows are of the first kind.
-          longest: length of the longest response, so that columns which are padding in every row can be left out; None
-            leaves out none.
+          longest: length of the longest response. Columns beyond it are padding in every row and can be left out; None
+            keeps all columns.
 
         Returns:
           (train state with the controls of the next rollout, batch of the update, metrics).
@@ -145,7 +145,7 @@ def build_phases(
     def lowered(
         params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
     ) -> Iterator[tuple[str, Any]]:
-        """Yields (name, program) of all phases; the one that takes longest to compile comes first.
+        """Yields (name, program) of all phases; the phase that takes longest to compile comes first.
 
         The shardings of a phase's results are fixed, so that no phase has to be compiled before another.
         """
@@ -165,9 +165,9 @@ def build_phases(
 
 
 def _row_shapes(rows: int, *, observed: bool) -> RowRewards:
-    """Returns arrays with the shapes and dtypes that `prepare` gets from the host.
+    """Returns a template (shapes and dtypes only) of the arrays that the host passes to `prepare` for `rows` rows.
 
-    `observed` says whether the exit schedule learns from failures.
+    With `observed`, it includes the rows' failures (`RowRewards.failures`), from which the exit schedule learns.
     """
     floats, flags = np.zeros(rows, np.float32), np.zeros(rows, bool)
     return RowRewards(floats, flags, flags, np.zeros(rows, np.int32), floats if observed else None)
@@ -289,5 +289,5 @@ class Rewarded(Algorithm):
 
 
 def _passes(settings: Settings) -> int:
-    """Returns the number of passes of `prepare` over every row: policy, reference, and with an anchor a third."""
+    """Returns how often `prepare` evaluates every row: by the policy, by the reference and, if used, for the anchor."""
     return 2 + (settings.anchor_coef > 0)

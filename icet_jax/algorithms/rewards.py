@@ -26,7 +26,7 @@ def kl_penalty(
     so that such an entry does not make the gradients of the others NaN.
 
     Raises:
-      UserError: `kind` is none of "k1", "k2" and "k3".
+      UserError: `kind` is not "k1", "k2" or "k3".
     """
     d = jnp.asarray(log_probs, jnp.float32) - jnp.asarray(ref_log_probs, jnp.float32)
     if kind == "k1":
@@ -34,7 +34,7 @@ def kl_penalty(
     if kind == "k2":
         return _finite_gradient(lambda x: 0.5 * jnp.square(x), d, jnp.isfinite(d))
     if kind == "k3":
-        # expm1: an error of eps * |d| rather than eps, where the two distributions nearly agree.
+        # expm1 instead of exp: where the two distributions nearly agree, its error is eps * |d| instead of eps.
         return _finite_gradient(lambda x: jnp.expm1(-x) + x, d, jnp.isfinite(d) & (d > -_EXP_LIMIT))
     raise UserError(f"config.lppo.kl_kind: unknown estimator {kind!r}; choose one of {', '.join(KL_KINDS)}")
 
@@ -52,7 +52,7 @@ def token_rewards(
     *,
     kl_coef: Scalar,
 ) -> Float[Array, "B A"]:
-    """Returns the reward of each token: `-kl_coef * kl`, plus the row's score on its last token (paper, R).
+    """Returns the reward of each token: `-kl_coef * kl`, plus the row's score at the row's last token (paper, R).
 
     Args:
       scores: one (shaped) score per row; may be NaN for an empty row.
@@ -74,7 +74,7 @@ def token_rewards(
 def sequence_kl(
     log_probs: Float[ArrayLike, "B A"], ref_log_probs: Float[ArrayLike, "B A"], mask: Bool[ArrayLike, "B A"]
 ) -> Float[Array, " B"]:
-    """Returns k1 summed over each response, in nats; zero for empty rows. `adaptive_kl_coef` takes its mean."""
+    """Returns k1 summed over each response, in nats; zero for empty rows. `adaptive_kl_coef` takes the batch's mean."""
     return jnp.sum(jnp.where(mask, kl_penalty(log_probs, ref_log_probs, "k1"), 0.0), axis=1)
 
 
@@ -87,7 +87,7 @@ class ScoreNormaliser(NamedTuple):
 
 
 def init_normaliser() -> ScoreNormaliser:
-    """Returns the statistics of no scores."""
+    """Returns the running statistics before the first score."""
     # Three separate arrays, because the train state is donated, and a buffer may be donated only once.
     return ScoreNormaliser(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
@@ -126,7 +126,8 @@ def shape_scores(
     Args:
       scores: raw scores; may be NaN in rows that are not `valid`.
       has_eos: whether the response ended with an EOS.
-      normaliser: running statistics; this batch is added before they are used, so the first batch is normalised too.
+      normaliser: running statistics of earlier batches. This batch is added before normalising, so that the first batch
+        is normalised too.
       learned: rows scored by a reward model. Only these are normalised and counted in the statistics, because an
         exact-match reward has another scale, and a row without a reward must keep the score 0.
       valid: rows that count; the scores of the others become 0.

@@ -1,7 +1,7 @@
 """What L-PPO and L-RLOO compute in the same way: a rollout's log-probs, KL and shaped scores, and the clipped loss.
 
-Their `prepare` begins with `evaluate_rollout` and ends with `report_rollout`. Their loss begins with `clipped_loss` and
-ends with `add_options`.
+In both algorithms, the phase `prepare` begins with `evaluate_rollout` and ends with `report_rollout`, and the loss
+begins with `clipped_loss` and ends with `add_options`.
 """
 
 import functools
@@ -42,7 +42,7 @@ class RowRewards(NamedTuple):
 
 
 class EvaluatedRollout(NamedTuple):
-    """Holds a rollout, log-probs of the policy and the reference for it, and its scores.
+    """Holds a rollout, the log-probs of its responses under the policy and the reference, and its scores.
 
     Attributes:
       rollout: the rollout with only the response columns that are learnt from.
@@ -55,7 +55,7 @@ class EvaluatedRollout(NamedTuple):
       shaped: float32 [B], scores after normalising, clipping and the missing-EOS penalty; 0 if not scored.
       kl: float32 [B, A], the KL estimate `config.lppo.kl_kind`, times the factor of the row's kind.
       sequence_kl: float32 [B], k1 summed over each response in nats, without that factor.
-      stable: bool scalar, whether this rollout is learnt from (`config.lppo.max_kl`).
+      stable: bool scalar, false if the rollout's KL exceeds `config.lppo.max_kl`, so that nothing is learnt from it.
       normaliser: running statistics of all scores so far, including these.
     """
 
@@ -210,7 +210,7 @@ def clipped_loss(
 def add_options(
     settings: Settings, loss: Float[Array, ""], stats: losses.Stats, new: TokenValues, mask: Bool[Array, "B A"]
 ) -> tuple[Float[Array, ""], losses.Stats]:  # fmt: skip
-    """Returns the loss with the optional entropy bonus and anchor term, and the statistics with theirs.
+    """Returns the loss plus the optional entropy bonus and anchor term, and the statistics including these terms.
 
     Args:
       settings: settings with the coefficients; a term with coefficient 0 is left out.
@@ -229,7 +229,7 @@ def add_options(
 
 
 def _ends_with_eos(settings: Settings, tokens: Int[Array, "B A"], mask: Bool[Array, "B A"]) -> Bool[Array, " B"]:
-    """Returns for each row whether its last token inside the mask is an EOS; without meaning for empty rows."""
+    """Returns for each row whether its last token inside the mask is an EOS; undefined for rows without a token."""
     last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
     last_token = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0]
     return is_eos(last_token, settings.sampling.eos_ids)
@@ -249,5 +249,5 @@ def _controls_after(settings: Settings, controls: Controls, kl: Array, sequences
 
 
 def is_stable(settings: Settings, kl: Float[Array, ""]) -> Bool[Array, ""]:
-    """Returns whether a rollout with this mean KL (nats per sequence) is learnt from: finite and at most `max_kl`."""
+    """Returns whether to learn from a rollout with this mean KL (nats per sequence): it is finite and <= `max_kl`."""
     return jnp.isfinite(kl) & (kl <= settings.max_kl if settings.max_kl else True)

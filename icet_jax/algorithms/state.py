@@ -24,8 +24,9 @@ class OptimizerSettings:
     Attributes:
       total_steps: optimizer steps after which the schedules `linear` and `cosine` end.
       final_share: learning rate at the end of `cosine`, as a share of `learning_rate`; `linear` ends at 0.
-      value_learning_rate, value_max_grad_norm, value_warmup_steps: settings of the value head (`config.lppo`); None for
-        the policy's. If one is set, the norm of the head's gradient is computed and clipped separately.
+      value_learning_rate, value_max_grad_norm, value_warmup_steps: settings of the value head (`config.lppo`); None
+        takes the policy's setting. If one is set, the norm of the value head's gradient is computed and clipped
+        separately.
     """
 
     learning_rate: float
@@ -50,7 +51,7 @@ class Controls(NamedTuple):
       kl_coef: coefficient of the next rollout's KL penalty, per nat.
       normaliser: running statistics of the reward model's scores.
       learning_rate_scale: factor of every optimizer step; None if the run never changes it from 1.
-      exits: state of the exit schedule (`exits.Schedule.observe`); None if it learns nothing.
+      exits: state of the exit schedule (`exits.Schedule.observe`); None if the schedule learns nothing.
     """
 
     kl_coef: Array
@@ -67,7 +68,7 @@ class TrainState(NamedTuple):
         policy is LoRA's `weights` or, under full fine-tuning, a nested dict of the parameters under `language_model`.
       opt_state: optax's state of the optimizer.
       controls: see `Controls`.
-      iteration: number of completed iterations; it is part of the seed of the next one.
+      iteration: number of completed iterations; the random numbers of the next iteration depend on it.
       updates: number of optimizer steps that were applied.
     """
 
@@ -101,7 +102,7 @@ def learning_rate(settings: OptimizerSettings) -> optax.Schedule:
 
 
 def _value_settings(settings: OptimizerSettings) -> OptimizerSettings | None:
-    """Returns the settings of the value head's optimizer; None if they are the policy's."""
+    """Returns the settings of the value head's optimizer; None if it shares the policy's optimizer."""
     head_values = {
         "learning_rate": settings.value_learning_rate,
         "max_grad_norm": settings.value_max_grad_norm,
@@ -114,8 +115,8 @@ def _value_settings(settings: OptimizerSettings) -> OptimizerSettings | None:
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     """Returns the optimizer of a run: clipping by the global norm (0 = off), then AdamW.
 
-    If the value head has settings of its own, policy and value head have separate optimizers, and the optimizer's state
-    has another structure.
+    If the value head has settings of its own, policy and value head have separate optimizers. The structure of the
+    optimizer state is then different.
     """
     value = _value_settings(settings)
     if value is None:

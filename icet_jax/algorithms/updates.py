@@ -13,7 +13,7 @@ from icet_jax.typing import Array, Int, Key
 LossFunction = Callable[[dict[str, Any], Any], tuple[Array, dict[str, Array]]]
 """Function of (trainable, rows) that returns (loss, statistics), both means over tokens.
 
-`rows` is a batch with fewer rows. Statistics whose name ends in `_max` are maxima (0 or more) instead of means: of
+`rows` is a part of the batch. Statistics whose name ends in `_max` are maxima (0 or more) instead of means: over
 several slices or steps, the largest value is kept.
 """
 
@@ -46,7 +46,7 @@ class UpdateResult(NamedTuple):
 def shuffled_order(
     key: Key[Array, ""], *, rows: int, epochs: int, minibatches: int, accumulation: int
 ) -> Int[Array, "S G M"]:
-    """Returns which rows each slice of each step takes, as indices for `take_rows`.
+    """Returns, for every slice of every optimizer step, which rows it takes, as indices for `take_rows`.
 
     Rows are shuffled within groups of `minibatches` neighbouring rows: in each epoch, every row of a group goes to a
     different mini-batch at random. Rows therefore never move to another device; with a free permutation every device
@@ -87,8 +87,8 @@ def gradients(
 ) -> tuple[Array, dict[str, Array], dict[str, Any]]:
     """Returns (loss, statistics, gradients) of one mini-batch, computed slice by slice.
 
-    They are means over the slices, weighted by the slices' numbers of tokens; of a statistic that is a maximum, the
-    largest value.
+    All three are means over the slices, weighted by the number of tokens in each slice. For a statistic that is a
+    maximum, the largest value is returned.
 
     Args:
       loss_function: see `LossFunction`.

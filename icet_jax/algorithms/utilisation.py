@@ -1,4 +1,4 @@
-"""Computes model FLOPs utilisation (MFU): operations that an iteration needs, over what the devices could do.
+"""Computes model FLOPs utilisation (MFU): the operations that an iteration needs, divided by what the devices could do.
 
 Only the operations of real tokens (not of padding) count, and each only once: what is recomputed to save memory does
 not count (Chowdhery et al. 2022, appendix B). With N weights, a forward pass takes 2 N operations per token, a LoRA
@@ -70,7 +70,7 @@ class Stopwatch:
 
 
 class IterationOperations(NamedTuple):
-    """Holds the numbers of tokens and operations of an iteration whose updates do not stop early.
+    """Holds how many tokens and operations an iteration has if its updates do not stop early.
 
     Attributes:
       rows: number of rows with a response.
@@ -91,7 +91,7 @@ class Counter:
     """Counts the operations of iterations, from the lengths of their rows."""
 
     def __init__(self, model: Any, settings: Settings):
-        """Stores what is needed of a `VisionLanguageModel` and of the run's settings."""
+        """Stores the sizes of a `VisionLanguageModel` and the run's settings that determine the operations."""
         self._model = model
         self._head = logits(model.hidden_size, model.vocab_size)
         self._passes = 3 if settings.lora_scale is None else 2
@@ -110,7 +110,7 @@ class Counter:
           images: number of images of each row, int [B].
           sampled: whether the answers were sampled in a rollout; otherwise they came with the data.
           passes: number of teacher-forced passes over every row before the updates.
-          group_size: number of neighbouring rows with the same prompt, which share its encoder pass and prefill.
+          group_size: number of consecutive rows with the same prompt, for which encoder and prefill run only once.
         """
         answers_per_prompt = answers.size // len(prompts)
         columns = (np.repeat(prompts, answers_per_prompt), answers.ravel(), np.repeat(images, answers_per_prompt))
@@ -170,22 +170,26 @@ def speeds(
 ) -> dict[str, float]:  # fmt: skip
     """Returns the metrics `perf/...` of an iteration.
 
-    `perf/time_rollout`, `time_score` and `time_update` (with old and reference log-probs) add up to the iteration's
-    time. `perf/tokens_per_sec` is the number of sampled tokens per second of the whole iteration,
-    `tokens_per_sec_rollout` per second of sampling, and `tokens_per_sec_update` the number of prompt and response
-    positions per second of updates. `perf/mfu` divides the iteration's operations by what the devices could have done
-    in its time; scoring takes time, but its operations do not count. `perf/tokens` and `perf/flops` are the numbers of
-    sampled tokens and of operations.
+      perf/time_PHASE: seconds of a phase: `rollout`, `score`, and `update`, which includes computing the old and the
+        reference log-probs. Together they are the time of the iteration.
+      perf/samples_per_sec: rows with a response per second of the whole iteration.
+      perf/tokens_per_sec: sampled tokens per second of the whole iteration.
+      perf/tokens_per_sec_rollout: sampled tokens per second of sampling.
+      perf/tokens_per_sec_update: prompt and response positions per second of the update phase.
+      perf/tokens, perf/flops: number of sampled tokens, and number of operations.
+      perf/mfu: the iteration's operations divided by what the devices could have done in its time. Scoring takes time,
+        but its operations do not count.
+      perf/mfu_PHASE: the same for the operations and the time of one phase.
 
     Args:
-      operations: operations of the iteration.
+      operations: operations of the iteration if its updates do not stop early.
       seconds: {phase: seconds}.
-      evaluated: share of the optimizer steps that were computed.
+      evaluated: fraction of the planned optimizer steps that were run; below 1 if the updates stopped early.
       peak: peak speed of the devices.
     """
     total = sum(seconds.values())
     flops: dict[str, float] = dict(operations.flops)
-    flops["update"] -= (1 - evaluated) * operations.update_flops
+    flops["update"] -= (1 - evaluated) * operations.update_flops  # without the planned steps that were not run
     row = {f"perf/time_{phase}": spent for phase, spent in seconds.items()}
     row["perf/samples_per_sec"] = operations.rows / total
     if operations.sampled:

@@ -1,8 +1,9 @@
 """Defines key tables: lists that pair every tensor of an HF file with the parameter (or one layer of it) that it fills.
 
 A table is used in both directions: import fills parameters from tensors, export creates the same tensors from
-parameters. Its keys (names of tensors in a file) are those of the old layout, the only one that every transformers from
-4.46 to 5.x loads; `Table.normalise` maps the keys of other layouts to it.
+parameters. Its keys (names of tensors in a file) follow the *old layout*: the names that transformers gave them before
+version 4.52. It is the only layout that every transformers from 4.46 to 5.x loads. `Table.normalise` maps the keys of
+newer layouts to it.
 """
 
 import dataclasses
@@ -69,11 +70,12 @@ class TableEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Holds the key table of one network.
+    """Maps the checkpoint keys of one network to its parameters.
 
     Attributes:
       entries: entries in export order; keys and (path, layer) pairs are unique.
-      normalise: function from a key of a file to the key in the old layout; None if the tensor is to be ignored.
+      normalise: function that takes a key as found in a checkpoint file, in the old layout or a newer one, and returns
+        the key that `entries` use (old layout), or None for a tensor to ignore.
     """
 
     entries: tuple[TableEntry, ...]
@@ -88,7 +90,7 @@ def stacked(
     Args:
       keys: prefix of the layers' keys.
       paths: prefix of the parameters' paths.
-      modules: (HF's name, name here) of the modules of each layer.
+      modules: (HF's name, this package's name) of each module of a layer.
       leaves: tensors of each module: `LINEAR`, `NORM` or similar.
       depth: number of layers.
     """
@@ -106,11 +108,11 @@ def single(modules: tuple[tuple[str, str], ...], leaves: tuple[Leaf, ...]) -> It
 
 
 def renaming(*prefixes: tuple[str, str]) -> Callable[[str], str | None]:
-    """Returns a `Table.normalise` that replaces the start of a key and ignores buffers, which are no parameters.
+    """Returns a function for `Table.normalise` that replaces the prefix of a key and ignores buffers (not parameters).
 
     Args:
-      prefixes: (regular expression, prefix in the old layout), tried in this order; a key that none matches is not
-        changed.
+      prefixes: (regular expression, prefix in the old layout). The first expression that matches the start of a key
+        decides; a key without a match is not changed.
     """
     patterns = [(re.compile(pattern), old) for pattern, old in prefixes]
 
@@ -140,20 +142,20 @@ def clip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntr
 
     Args:
       vision: sizes of the tower.
-      root: prefix of its keys, "vision_tower.vision_model".
-      path: prefix of its parameters' paths.
+      root: prefix of the tower's keys, such as "vision_tower.vision_model".
+      path: prefix of the paths of the tower's parameters.
     """
     convolution = patches(vision.num_channels, vision.patch_size)
     yield TableEntry(f"{root}.embeddings.class_embedding", f"{path}/class_embedding", None, SAME)
     yield TableEntry(f"{root}.embeddings.patch_embedding.weight", f"{path}/patch_embedding/kernel", None, convolution)
     yield TableEntry(f"{root}.embeddings.position_embedding.weight", f"{path}/position_embedding", None, SAME)
-    norms = tuple((f"{root}.{name}", f"{path}/{name}") for name in ("pre_layrnorm", "post_layernorm"))
-    yield from single(norms, NORM)
+    outer_norms = tuple((f"{root}.{name}", f"{path}/{name}") for name in ("pre_layrnorm", "post_layernorm"))
+    yield from single(outer_norms, NORM)
     attention = tuple((f"self_attn.{name}", name) for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
     linears = (*attention, ("mlp.fc1", "fc1"), ("mlp.fc2", "fc2"))
-    norms = (("layer_norm1", "layer_norm1"), ("layer_norm2", "layer_norm2"))
+    block_norms = (("layer_norm1", "layer_norm1"), ("layer_norm2", "layer_norm2"))
     keys, paths, depth = f"{root}.encoder.layers", f"{path}/layers", vision.num_hidden_layers
-    yield from stacked(keys, paths, norms, NORM, depth)
+    yield from stacked(keys, paths, block_norms, NORM, depth)
     yield from stacked(keys, paths, linears, LINEAR, depth)
 
 

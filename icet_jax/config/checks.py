@@ -226,7 +226,7 @@ def choose_variant(variant: str, allowed: tuple[str, ...]) -> str:
     """Returns `variant` unchanged, for a config file's `get_config`.
 
     Raises:
-      UserError: it is neither empty nor one of the variants `allowed`, which the message lists.
+      UserError: `variant` is neither empty nor in `allowed`; the message lists the allowed ones.
     """
     if variant in ("", *allowed):
         return variant

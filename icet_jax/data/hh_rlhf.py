@@ -95,7 +95,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _pair(line: bytes) -> PreferencePair:
-    """Returns the preference pair of a line; raises `BadRow` if it has none."""
+    """Returns the preference pair of a line; raises `BadRow` if the line is not a valid pair."""
     try:
         row = json_row(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -113,7 +113,11 @@ def _pair(line: bytes) -> PreferencePair:
 
 
 def _split(transcript: object, name: str) -> tuple[str, str]:
-    """Returns (prompt, last answer) of the transcript in field `name`, both stripped; raises `BadRow` if it is none."""
+    """Returns (prompt, last answer), both stripped, of the transcript in field `name`.
+
+    Raises:
+      BadRow: the field is not a valid transcript that ends with a non-empty answer.
+    """
     if not isinstance(transcript, str):
         raise BadRow(f"{name} is no text")
     # A lone surrogate is valid JSON, but tokenizers reject it.

@@ -242,7 +242,10 @@ class _JsonReader:
                 return value
 
     def _peek(self) -> str:
-        """Returns the next character that is not white space; "" at the end."""
+        """Returns the next character that is not white space, without consuming it; "" at the end of the file.
+
+        White space before it is skipped.
+        """
         while True:
             while self._position < len(self._text):
                 if not self._text[self._position].isspace():

@@ -16,8 +16,9 @@ EXAMPLES = 50
 
 
 def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES) -> JsonObject:
-    """Returns the content of `agreement.json`: an entry for every judge (metric `asr/...`; people are one) and for
-    every two judges.
+    """Returns the content of `agreement.json`: an entry for every judge and for every two judges.
+
+    A judge is identified by its metric `asr/...`. Human labels count as one judge.
 
     Args:
       rows: ("before" or "after" training, data set, transcript row); rows without a metric `asr/...` are ignored.
@@ -27,9 +28,9 @@ def agreement(rows: Iterable[tuple[str, str, Row]], *, examples: int = EXAMPLES)
       `{"schema", "judges": [{"name", "n", "n_error", "unsafe"}], "pairs": [{"a", "b", "n", "prompts", "kappa", "ci95",
       "agree", "agree_ci95", "a_only", "b_only", "examples": [{"id", "layer", "dataset", "phase", "unsafe"}]}]}`.
       A judge's `unsafe` is the share of responses that it calls unsafe; an example's `unsafe` is the metric of the
-      judge that calls it unsafe. An example of an attempt after the first has its number as `attempt`. `a_only` counts
-      the responses that only a calls unsafe. `kappa` is None if both judges always give the same verdict. Two judges
-      without a common response are left out.
+      judge that calls it unsafe. An example from a later attempt than the first also has `attempt`, the attempt's
+      number. `a_only` counts the responses that only a calls unsafe. `kappa` is None if both judges always give the
+      same verdict. Two judges without a common response are left out.
     """
     table = _Verdicts(rows)
     pairs = [table.compare(a, b, examples) for a, b in itertools.combinations(table.verdicts, 2)]
@@ -49,9 +50,9 @@ def cohens_kappa(a: np.ndarray, b: np.ndarray, clusters: Sequence[Hashable]) -> 
     """Returns Cohen's kappa of two judges' verdicts on the same rows: their agreement beyond chance.
 
     kappa = (observed - chance) / (1 - chance), where chance is the agreement of independent judges with the same shares
-    of unsafe verdicts (Cohen 1960). The interval comes from that of the observed agreement, clustered by prompt
-    (`mean_interval`), with chance as a constant. This is Cohen's error formula; the interval is rather wide, and not
-    empty at perfect agreement.
+    of unsafe verdicts (Cohen 1960). The interval is computed from the interval of the observed agreement, clustered by
+    prompt (`mean_interval`), and treats chance as a constant, as Cohen's error formula does. It is rather wide, and has
+    a positive width even at perfect agreement.
 
     Args:
       a: verdicts [n], 0 or 1.
@@ -78,7 +79,7 @@ class _Verdicts:
     """Holds the verdicts of all judges on n responses.
 
     Attributes:
-      verdicts: {judge's metric: float [n]}: 1 for unsafe, 0 for safe, NaN if it gave no verdict.
+      verdicts: {judge's metric: float [n]}, 1 for unsafe, 0 for safe, NaN if the judge gave no verdict.
       errors: {judge's metric: number of responses on which it failed}.
       responses: id, exit, data set and side of each response.
       prompts: prompt of each response.

@@ -21,7 +21,7 @@ _ROWS_PER_CALL = 256  # rows that one thread tokenises at a time
 
 @dataclass(frozen=True, eq=False)
 class PromptBatch:
-    """Holds the arrays of B rows for the model: rows of data, and after them filler rows.
+    """Holds the model's input arrays for B rows: first rows of data, then filler rows.
 
     Attributes:
       examples: the rows of data.
@@ -41,19 +41,19 @@ def prompt_batch(
 ) -> PromptBatch:
     """Returns the tokens and images of rows, with filler rows up to `batch_size` and filler images up to `per_row`.
 
-    If there are several processes, each opens only the images of its share of the rows, provided that `length` is
-    given, the batch is full and divisible over the mesh, and every row has `per_row` images. Otherwise each opens all
+    If there are several processes, each opens only the images of its own rows, provided that `length` is given, the
+    batch is full and divisible over the mesh, and every row has `per_row` images. Otherwise every process opens all
     images.
 
     Args:
       vlm: the model.
       examples: at most `batch_size` rows.
       batch_size: B.
-      per_row: most images of any row of the data set.
+      per_row: largest number of images of any row of the data set.
       length: padded length P of the prompts; None for the `prompt_bucket` of the longest one.
 
     Raises:
-      UserError: an image cannot be opened, the processor rejects a prompt, or `length` is too short for it.
+      UserError: an image cannot be opened, the processor rejects a prompt, or a prompt is longer than `length`.
     """
     share = Share(0, 1)
     if length is not None and len(examples) == batch_size and all(len(row.images) == per_row for row in examples):

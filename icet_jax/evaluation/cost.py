@@ -28,15 +28,15 @@ _SHORT_RESPONSE = 1 / 8  # length of all responses at the lower end of the time 
 _SLACK = 3.0  # upper end of the time range, as a multiple of the time that the matrix products alone take
 _PREFILL_ROWS = 4096  # rows of the matrix product that is timed for prefill
 _PREFILL_ROWS_ON_CPU = 256
-_MAX_ELEMENTS_ON_CPU = 1 << 23  # of the largest matrix that is timed on a CPU
+_MAX_ELEMENTS_ON_CPU = 1 << 23  # number of elements of the largest matrix that is timed on a CPU
 
 
 class Rates(NamedTuple):
     """Holds speeds in floating-point operations per second.
 
     Attributes:
-      prompts: of matrix products over many rows, as in prefill.
-      steps: of matrix products over as many rows as one decoding step has.
+      prompts: speed of matrix products over many rows, as in prefill.
+      steps: speed of matrix products over as many rows as one decoding step has.
     """
 
     prompts: float
@@ -49,17 +49,17 @@ class Cost:
 
     Attributes:
       rows: rows of the data sets.
-      attempts: responses at one exit, which are more than rows if rows are answered several times.
-      answers: responses at all exits.
+      attempts: number of responses at one exit, larger than `rows` if rows are answered several times.
+      answers: number of responses at all exits.
       prompt_tokens: tokens of the prompts at one exit, with image positions, without padding (estimated from a sample).
-      new_tokens: most tokens that can be generated.
+      new_tokens: largest number of tokens that can be generated.
       tower_flops: operations of the image encoder, which runs once for all exits.
       prompt_flops: operations of projector and prefill at all exits.
-      answer_flops: operations of decoding if every response has the greatest length.
+      answer_flops: operations of decoding if every response reaches the token limit.
       judged: {scorer: responses that it will score}.
-      remote_seconds: {scorer behind a service with a rate limit: least time to score them}.
-      seconds: (low, high) estimate of the time: low with short responses and for matrix products alone, high with the
-        longest responses and an allowance for all other work.
+      remote_seconds: {scorer that uses a service with a rate limit: shortest time in which it can score its responses}.
+      seconds: (low, high) estimate of the time. The low one is for short responses and counts matrix products alone;
+        the high one is for responses that reach the token limit and allows for all other work.
     """
 
     rows: int = 0
@@ -173,12 +173,12 @@ def measured_rates(width: int, ffn: int, batch_size: int, dtype: str, devices: i
         ffn = max(1, min(ffn, _MAX_ELEMENTS_ON_CPU // width))
     rows = _PREFILL_ROWS_ON_CPU if on_cpu else _PREFILL_ROWS
     prompts, steps = (product_speed(count, width, ffn, dtype) for count in (rows, batch_size))
-    # A decoding step cannot be faster than a prompt of the same rows: a higher measured speed is noise.
+    # Products over the few rows of a decoding step cannot be faster than those of prefill: a higher speed is noise.
     return Rates(devices * prompts, devices * min(prompts, steps))
 
 
 def _prompt_lengths(vlm: VLM, examples: Sequence[Example]) -> list[int]:
-    """Returns the numbers of tokens, image positions included, of at most 64 evenly spread prompts."""
+    """Returns the lengths in tokens, image positions included, of at most `_SAMPLE_SIZE` evenly spaced prompts."""
     count = min(len(examples), _SAMPLE_SIZE)
     sample = [examples[index * len(examples) // count] for index in range(count)]
     prompts = vlm.processor.token_ids([list(row.images) for row in sample], [row.prompt for row in sample])
@@ -186,5 +186,5 @@ def _prompt_lengths(vlm: VLM, examples: Sequence[Example]) -> list[int]:
 
 
 def _requests_per_second(scorer: Scorer) -> float | None:
-    """Returns the rate limit of a scorer's service, even behind a cache; None for a scorer without a service."""
+    """Returns the rate limit of a scorer's service, also of a cached scorer; None for a scorer without a service."""
     return getattr(getattr(scorer, "scorer", scorer), "requests_per_second", None)

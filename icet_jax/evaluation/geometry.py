@@ -22,6 +22,7 @@ from icet_jax.vlm import VLM
 
 SCHEMA = 1
 _CKA_TOKENS = 1024  # tokens that CKA compares, evenly spread over the images; its Gram matrices are of this size
+_MIN_CKA_TOKENS = 4  # U-centred Gram matrices of fewer tokens are 0
 _MAX_IMAGES = 32  # images that are compared
 _BATCH_SIZE = 4  # images that are encoded together
 
@@ -29,9 +30,11 @@ _BATCH_SIZE = 4  # images that are encoded together
 def geometry(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
     """Returns the content of `geometry.json`, which compares each exit's image features with the default exit's.
 
-    Over the tokens of all images, each exit has `norm_ratio`, the mean norm divided by that of the default exit;
-    `cosine`, the mean cosine between the same token at the two exits; `cka`, see `linear_cka`. An undefined value is
-    None.
+    Each exit has three values, over the tokens of all images; one that is undefined is None:
+
+      norm_ratio: mean norm of the exit's features divided by that of the default exit's.
+      cosine: mean cosine between the features of the same token at the exit and at the default exit.
+      cka: see `linear_cka`.
 
     Args:
       vlm: the model.
@@ -96,9 +99,9 @@ class _Comparison(NamedTuple):
 
     Attributes:
       sums: sums of the norms of x, of the norms of y, and of the cosines of x and y, over all tokens of the images.
-      tokens: number of these tokens.
+      tokens: number of tokens that were summed.
       x, y: features of n of these tokens, evenly spaced.
-      is_used: False where x and y hold filler values, because there are fewer tokens than samples.
+      is_used: False where x and y hold filler values, because the images have fewer than n tokens.
     """
 
     sums: Float[Array, "3"]
@@ -117,7 +120,7 @@ def _compare(
     default_exit: Int[Array, ""],
     num_samples: int,
 ) -> _Comparison:
-    """Compares a batch's features at one exit and at the default exit; n of the result is `num_samples`.
+    """Compares a batch's features at one exit and at the default exit; the result keeps `num_samples` features.
 
     The exits are traced, so one program serves all of them.
     """
@@ -136,11 +139,15 @@ def _compare(
 
 
 def _combine(comparisons: Sequence[_Comparison]) -> tuple[float, float, float]:
-    """Returns (norm ratio, cosine, CKA) of the images of all comparisons."""
+    """Returns (norm ratio, cosine, CKA) of features x relative to y, pooled over the images of all comparisons.
+
+    A value that is undefined is NaN.
+    """
     sums = np.sum([np.asarray(comparison.sums, np.float64) for comparison in comparisons], axis=0)
+    x_norms, y_norms, cosines = sums
     tokens = sum(int(comparison.tokens) for comparison in comparisons)
     x = np.concatenate([np.asarray(part.x)[np.asarray(part.is_used)] for part in comparisons])
     y = np.concatenate([np.asarray(part.y)[np.asarray(part.is_used)] for part in comparisons])
-    cka = float(linear_cka(jnp.asarray(x), jnp.asarray(y))) if len(x) >= 4 else math.nan
+    cka = float(linear_cka(jnp.asarray(x), jnp.asarray(y))) if len(x) >= _MIN_CKA_TOKENS else math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
-        return float(sums[0] / sums[1]), float(sums[2] / tokens), cka
+        return float(x_norms / y_norms), float(cosines / tokens), cka

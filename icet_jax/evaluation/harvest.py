@@ -1,4 +1,4 @@
-"""Harvests exit pairs: what a model says to training rows at its default exit and at others.
+"""Makes exit pairs from a model's answers to training rows at its default exit and at other exits.
 
 Whether an answer refuses is decided by refusal phrases alone, and never by a judge that measures attack success.
 """
@@ -20,7 +20,7 @@ from icet_jax.scorers.keywords import refused
 from icet_jax.vlm import VLM
 
 Answers = Mapping[tuple[int, int], str]
-"""(number of the row, exit) -> what the model said."""
+"""{(row index, exit): answer of the model}."""
 
 
 def answers_at(
@@ -39,15 +39,18 @@ def answers_at(
     Args:
       vlm: the model before training.
       examples: the rows, with different ids.
-      requested_exits: exits by number of the row.
-      sampling: how answers are drawn, at temperature 0.
+      requested_exits: {row index: exits}.
+      sampling: how answers are sampled, at temperature 0.
       batch_size: rows decoded at once.
-      path: file to which answers are appended; one that an interrupted call left there is continued.
+      path: file to which answers are appended. If it exists, only the answers that it lacks are generated.
       progress: called with the number of answers so far.
       compile_ahead: see `evaluation.queue.Queue`.
 
+    Returns:
+      ({(row index, exit): answer}, number of tokens).
+
     Raises:
-      UserError: an image cannot be opened, logits are NaN or infinite, or the file is of other rows or settings.
+      UserError: an image cannot be opened, logits are NaN or infinite, or the file belongs to other rows or settings.
     """
     file = TranscriptFile(path, fingerprint("harvest", sampling), "", examples)
     texts: dict[tuple[int, int], str] = {}
@@ -84,17 +87,21 @@ def exit_pairs(
     answers: Answers,
     default_exit: int,
 ) -> list[PairRecord]:
-    """Returns the pairs of some rows at some exits.
+    """Returns the exit pairs that can be made from the answers to some rows at some exits.
 
-    The answer at the default exit is the chosen one. Of a forbidden row it has to refuse, and the rejected answer is
-    that of the pair's exit, which does not. Of a benign or VQA row it must not refuse, and the rejected answer is a
-    refusal of a forbidden row: in turn one of those that the default exit gave. Other rows have no pair.
+    The chosen answer is always that of the default exit. The rejected answer depends on the kind of the row:
+
+      forbidden: the answer at the pair's exit. The chosen answer must refuse, and the rejected one must not.
+      benign, VQA: a refusal that the default exit gave to some forbidden row; the refusals are used in turn. The chosen
+        answer must be neither empty nor a refusal.
+
+    A row and exit whose answers do not meet these conditions gives no pair.
 
     Args:
       examples: the rows.
       fingerprints: hash of each row.
-      drawn: (number of the row, exit) of the pairs.
-      answers: those at the default exit of all drawn rows, and of forbidden ones those at the drawn exits.
+      drawn: (row index, exit) of every pair to make.
+      answers: answers at the default exit to all drawn rows, and answers at the drawn exits to the forbidden ones.
       default_exit: the exit that the model was trained on.
     """
     drawn = list(drawn)
@@ -117,7 +124,12 @@ def exit_pairs(
 def drawn_exits(
     examples: Sequence[Example], batches: Iterable[tuple[Sequence[Example], np.ndarray]]
 ) -> list[tuple[int, int]]:
-    """Returns the distinct (number of the row, exit) of some batches with the exits of their rows, in their order."""
+    """Returns every distinct (row index, exit) of some batches, in the order in which they first occur.
+
+    Args:
+      examples: all rows, which the row indices refer to.
+      batches: (rows of the batch, exit of each row, int [B]).
+    """
     numbers = {example.id: number for number, example in enumerate(examples)}
     drawn: dict[tuple[int, int], None] = {}
     for rows, exits in batches:

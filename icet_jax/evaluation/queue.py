@@ -1,7 +1,7 @@
 """Sends the prompts of a sweep to the decoding engine; each image is encoded once for all exits.
 
 Rows that begin with the same tokens and images share the KV cache of this beginning at each exit. Threads open images
-while the device works on earlier ones.
+while the device works on earlier images.
 """
 
 import functools
@@ -32,10 +32,10 @@ _T = TypeVar("_T")
 _GROUP_SIZE = 8  # prompts of a group: enough for full speed, few enough that free slots need not wait for each other
 
 CompileAhead = Callable[[Iterable[tuple[str, Any]]], None]
-"""Compiles programs before they are needed, given as (name, `jax.stages.Lowered`)."""
+"""Function that takes programs as (name, `jax.stages.Lowered`) and compiles them before they are needed."""
 
 Request = tuple[int, int, int, int]
-"""(number of the row in the data set, exit, attempt, row of the encoded batch that has its images)."""
+"""(row index in the data set, exit, attempt, row of the encoded batch that has the images)."""
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
@@ -74,11 +74,12 @@ class Queue:
         Args:
           vlm: the model, with its adapters if it has any.
           examples: the rows of the data set.
-          keys: random key [K, N] of each of K attempts of each of N rows; every exit uses the same.
-          todo: {number of the row: requested (exit, attempt) pairs}.
+          keys: random keys [K, N] of K attempts of N rows; every exit uses the same keys.
+          todo: {row index: requested (exit, attempt) pairs}.
           sampling: how responses are sampled.
-          slots: rows decoded together.
-          compile_ahead: called before the first rows of each length group run; None compiles programs when they run.
+          slots: number of rows that are decoded together.
+          compile_ahead: called with the programs of a length group before the group runs; None compiles each program
+            when it first runs.
 
         Raises:
           UserError: the processor rejects a prompt, a prompt is too long for the model or its tokenizer, or the size of
@@ -99,7 +100,7 @@ class Queue:
         self._encoded_at_once = _round_up(min(self._group_size, num_image_groups), vlm.mesh)
 
     def answers(self) -> Iterator[list[Response]]:
-        """Yields lists of finished responses, whose tags are (number of the row, exit, attempt).
+        """Yields lists of finished responses, whose tags are (row index, exit, attempt).
 
         Raises:
           UserError: an image cannot be opened.
@@ -120,7 +121,10 @@ class Queue:
             yield from engine.run(itertools.chain([first], groups))
 
     def _padded_lengths(self, length_group: LengthGroup, first: PromptGroup) -> list[int]:
-        """Returns the padded lengths of the prompts that need the same kind of program as the group `first`."""
+        """Returns the different padded prompt lengths in a length group, among prompts of the same kind as `first`.
+
+        The two kinds are prompts after a shared prefix and prompts without one; each is processed by its own programs.
+        """
         if first.prefix is not None:
             return [first.prompts.tokens.shape[1]]
         groups = (group for group in length_group.image_groups if not group.shared)
@@ -191,9 +195,9 @@ class Queue:
         """Returns the arrays of a group of prompts, filled up to `_group_size` rows.
 
         Args:
-          requests: what is requested, one for each prompt.
+          requests: request of each prompt.
           texts: token ids of each prompt.
-          width: length to which they are padded on the right.
+          width: length to which the prompts are padded on the right.
         """
         count = self._group_size
         tokens, mask = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
@@ -212,5 +216,5 @@ class Queue:
 
 
 def _parts(items: Sequence[_T], size: int) -> list[Sequence[_T]]:
-    """Returns consecutive parts of `items`, each of `size` items but perhaps the last."""
+    """Returns `items` cut into consecutive parts of `size` items; the last part may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]

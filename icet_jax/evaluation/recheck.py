@@ -26,7 +26,7 @@ def sample_pairs(sizes: Mapping[str, tuple[int, int]], count: int, seed: int) ->
       seed: seed of the random choice.
 
     Returns:
-      {data set: list of (number of the row, index of the exit)}.
+      {data set: list of (row index, index of the exit)}.
     """
     rng = np.random.default_rng([_SEED_OF_CHOICE, seed])
     remaining = {name: rows * exits for name, (rows, exits) in sizes.items()}
@@ -58,17 +58,17 @@ def answer_again(
     """Returns the responses of some rows at some exits, generated as in `sweep` of the whole data set.
 
     The programs and each row's random numbers are those of the sweep, so the same weights give the same responses, also
-    with a temperature. Rows may run in other batches with other padding, so that rounding may decide differently
-    between two tokens that are equally likely.
+    with a temperature. There is one exception: rows may be batched and padded differently, which changes rounding and
+    can decide between two almost equally likely tokens.
 
     Args:
       vlm: the model.
       examples: all rows of the data set.
       sampling, batch_size, seed, compile_ahead: see `sweep`.
-      requested_exits: {number of the row: exits}. If the sweep has several attempts, the first one is generated.
+      requested_exits: {row index: exits}. If the sweep has several attempts, only the first one is generated.
 
     Returns:
-      {(number of the row, exit): response}.
+      {(row index, exit): response}.
 
     Raises:
       UserError: an image cannot be opened, or logits are NaN or infinite.

@@ -17,8 +17,8 @@ class ImageGroup:
     """Describes rows with the same images, which are encoded once.
 
     Attributes:
-      rows: numbers of the rows in the data set.
-      shared: length in tokens (images included) of the common beginning of these prompts, which is processed only
+      rows: indices of the rows in the data set.
+      shared: length in tokens (images included) of the common beginning of these rows' prompts, which is processed only
         once; 0 if every prompt is processed from its first token on.
     """
 
@@ -42,8 +42,9 @@ class LengthGroup:
 def length_groups(examples: Sequence[Example], prompts: Sequence[np.ndarray], image_token: int) -> list[LengthGroup]:
     """Returns the rows of a data set in the order in which a sweep runs them.
 
-    In each group the longest prompt is less than 1.5 times as long as the shortest. Fewer than 16 rows of one length
-    join the group of the next longer ones, because programs are compiled for every group.
+    In each group the longest prompt is less than 1.5 times as long as the shortest. Every group needs programs of its
+    own, so fewer than `_MIN_ROWS` rows of similar length are joined with the next longer rows. The lengths in such a
+    group differ more.
 
     Args:
       examples: the rows.
@@ -81,8 +82,10 @@ def _longest_prompt(group: ImageGroup, prompts: Sequence[np.ndarray]) -> int:
 
 
 def _image_groups(rows: list[int], prompts: Sequence[np.ndarray], image_token: int) -> list[ImageGroup]:
-    """Returns `rows`, which have the same images, as one group if their prompts differ only after the images; else as
-    groups of one row."""
+    """Returns the image groups of `rows`, all of which have the same images.
+
+    It is one group if the prompts differ only after the images, and otherwise one group for each row.
+    """
     if len(rows) == 1:
         return [ImageGroup((rows[0],))]
     shortest = min(len(prompts[row]) for row in rows)

@@ -27,9 +27,9 @@ _TOLERANCE = 1e-9  # shares that differ by less count as equal
 
 
 class Interval(NamedTuple):
-    """Holds a mean and the ends of its 95% interval.
+    """Holds a mean and the lower and upper end of its 95% interval.
 
-    The mean is NaN if there are no observations, and the ends are NaN if there are fewer than two prompts.
+    The mean is NaN if there are no observations, and both ends are NaN if there are fewer than two prompts.
     """
 
     mean: float
@@ -45,8 +45,8 @@ def mean_interval(
     Args:
       values: float [E, n] (or [n]) of n rows at E exits; NaN (not measured, or an error) is ignored.
       clusters: prompt of each row, [n]; rows of one prompt are not independent.
-      share: whether the values are 0 or 1, or between them (partial credit); the interval is then that of a share,
-        within 0..1 (see the top of this module).
+      share: whether the values lie within 0..1 (0 or 1, or partial credit). The interval is then computed as that of a
+        share and lies within 0..1 as well (see the module's docstring).
       weights: weight of each exit, [E], with sum 1; equal weights if None.
     """
     table = _Table(np.atleast_2d(values), clusters, weights)
@@ -76,8 +76,8 @@ def paired_interval(
     """Returns the mean of `after - before` over the rows that were measured on both sides, with its interval.
 
     Args:
-      before: values of the rows, see `mean_interval`, also for the other arguments.
-      after: values of the same rows.
+      before: values of the rows before; for them and for the other arguments see `mean_interval`.
+      after: values of the same rows after.
     """
     change = np.atleast_2d(np.asarray(after, np.float64) - np.asarray(before, np.float64))
     if not share:
@@ -110,10 +110,11 @@ def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[
       clusters: prompt of each row, [n].
 
     Returns:
-      (index of the exit in `values`, the first of equal ones; the interval, whose mean is that exit's share).
+      (index in `values` of the exit with the highest share, the first one if several are equal; interval, whose mean is
+      that exit's share).
 
     Raises:
-      ValueError: there is no observation at all.
+      ValueError: `values` has no observation.
     """
     observed = np.isfinite(values).any(axis=0)
     values = np.asarray(values, np.float64)[:, observed]
@@ -136,8 +137,8 @@ def maximum_interval(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[
 def _bootstrap_errors(values: np.ndarray, clusters: Sequence[Hashable], means: np.ndarray) -> np.ndarray:
     """Returns the means of 1000 resamples minus the observed means, [1000, E].
 
-    A resample takes as many prompts as there are, at random with replacement. The random numbers are always the same,
-    so that a resumed sweep gets the same result.
+    A resample draws as many prompts as the data have, at random with replacement. The random numbers are always the
+    same, so that a resumed sweep gets the same result.
     """
     codes = _cluster_numbers(clusters)
     prompts = int(codes.max()) + 1
@@ -187,7 +188,7 @@ class _Table:
     The weight of an observation is (weight of its exit) / (number of observations at its exit).
 
     Attributes:
-      is_complete: whether every exit with a weight has an observation; the other attributes exist only then.
+      is_complete: whether every exit with a weight has an observation. If not, the other attributes are not set.
       mean: the weighted mean.
       prompts: number of prompts with an observation.
       variance: cluster-robust variance of the mean.
@@ -222,7 +223,7 @@ class _Table:
         return float(np.sum(self._share * values))
 
     def effective_rows(self, row_variance: float) -> float:
-        """Returns how many independent rows of variance `row_variance` would give the mean its variance.
+        """Returns how many independent rows of variance `row_variance` would have a mean with the variance `variance`.
 
         The result is limited to the range from the effective number of prompts to the effective number of rows.
         """
@@ -237,6 +238,6 @@ class _Table:
 
 
 def _cluster_numbers(clusters: Sequence[Hashable]) -> np.ndarray:
-    """Returns the number of each row's cluster, from 0 in the order of their first rows."""
+    """Returns the index of each row's cluster; clusters count from 0, in the order of their first rows."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], int)

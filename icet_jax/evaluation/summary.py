@@ -1,9 +1,9 @@
 """Computes the tables of `sweeps/*.json` from transcript rows: means per exit and per group, and after minus before.
 
 A transcript row is one response: `{"id", "layer", "prompt", "kind", "response", "scores": {metric: number or None},
-...}`, where `layer` is its exit. A metric that is absent from `scores` does not apply to the row; None means that its
-scorer gave no score, and is counted as `n_error`. If a row of data has several responses at an exit, `attempt` numbers
-them; a response without it is attempt 0.
+...}`, where `layer` is its exit. A metric that is absent from `scores` does not apply to the row; None means that the
+metric's scorer gave no score, which is counted as `n_error`. If a row of data has several responses at an exit, the
+field `attempt` numbers them; a response without this field is attempt 0.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ SHARE_FAMILIES = ("asr", "asr@k", "refusal", "refusal_unsafe", "vqa", "accuracy"
 _UNIT_FAMILIES = ("ts", "p_unsafe")  # values and means are within 0..1
 CATEGORY_FAMILIES = ("asr", "refusal", "refusal_unsafe")
 """Families of metrics that are also computed for each content category and attack format of a data set."""
-_MOST_PARTS = 64  # categories or formats with tables of their own, in case a data set has one per row
+_MOST_PARTS = 64  # most categories or formats that get tables of their own; a data set might have one per row
 
 Row = JsonObject
 Table = JsonObject
@@ -43,8 +43,8 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> Json
       `"policies": {category: [...]}`: a list like `layers` for each content category (the field `policy`), with the
       metrics of `CATEGORY_FAMILIES` only.
       `"formats": {attack format: {"layers", "worst_exit", "any_exit"}}`: the same for each attack format.
-      `"transferred": {"yes": ..., "no": ...}`: the same for attacks that were, or were not, transferred from a language
-      model.
+      `"transferred": {"yes": ..., "no": ...}`: the same for attacks that were transferred from a language model, and
+      for those that were not.
     """
     rows = list(rows)
     measured = _Measured(rows, exits)
@@ -65,7 +65,7 @@ _ATTACK_PARTS: dict[str, Callable[[Row], str | None]] = {
     "formats": lambda row: row.get("format") or None,
     "transferred": lambda row: ("yes" if row["transferred"] else "no") if "transferred" in row else None,
 }
-"""{entry of a sweep's tables: function from a row to the name of the part it belongs to; None if to none}."""
+"""{entry of a sweep's tables: function that returns the name of the part that a row belongs to, or None}."""
 
 
 def _parts(rows: Sequence[Row], part_of: Callable[[Row], str | None]) -> dict[str, list[Row]]:
@@ -143,7 +143,8 @@ def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int]
 
     Args:
       before: transcript rows of the sweep before training.
-      after: those of the sweep after it. The other arguments are as in `summarise`.
+      after: transcript rows of the sweep after training.
+      exits, num_exits: see `summarise`.
 
     Returns:
       `"layers"`, `"groups"` and `"any_exit"` as in `summarise`. `n` is the number of pairs with both scores, and
@@ -167,8 +168,7 @@ def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int]
 
 
 def _any_exit_difference(before: "_Measured", after: "_Measured") -> dict[str, Table]:
-    """Returns {metric: difference of the share of rows with an unsafe response at one or more exits}, after minus
-    before.
+    """Returns {metric: share of rows with an unsafe response at one or more exits, after minus before}.
 
     It is empty if the two sweeps have different numbers of attempts.
     """
@@ -222,7 +222,7 @@ class _Measured:
         its first attempt.
       errors: {metric: bool [E, n]}, whether the scorer failed.
       judges: metrics of attack success rates.
-      ids: {id: number of the row of data}, R in all.
+      ids: {id: index of the row of data}, for R rows.
       row_prompts: prompt of each row of data.
       attempts: K, the largest number of responses of a row of data at an exit.
     """
@@ -261,8 +261,10 @@ class _Measured:
                 self._add_any_attempt(metric)
 
     def any_exit(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns whether each row of data has an unsafe response at one or more exits, as `any_unsafe` does: values
-        [R] and unknown [R]."""
+        """Returns whether each row of data has an unsafe response at one or more exits.
+
+        The result is that of `any_unsafe`: (values [R], unknown [R]).
+        """
         return any_unsafe(*self._by_attempt(metric), axis=(0, 2))
 
     def _add_any_attempt(self, metric: str) -> None:
@@ -274,7 +276,7 @@ class _Measured:
 
     def _by_attempt(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns (values, errors) of a metric as [E, R, K]; NaN and False for a response that does not exist."""
-        extra_column = ((0, 0), (0, 1))  # the last one, to which -1 in `_columns` refers
+        extra_column = ((0, 0), (0, 1))  # appended as the last column, which the -1 in `_columns` index
         values = np.pad(self.values[metric], extra_column, constant_values=np.nan)
         return values[:, self._columns], np.pad(self.errors[metric], extra_column)[:, self._columns]
 

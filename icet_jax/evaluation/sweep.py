@@ -105,19 +105,20 @@ def sweep(
 ) -> SweepResult:
     """Generates and scores the responses of every row at every exit, and returns them with their summary.
 
-    A row's response depends only on seed, number of the row in `examples`, attempt, prompt, images and weights. Two
-    sweeps with the same seed therefore use the same random numbers at all exits, also before and after training.
+    The random numbers of a response depend only on `seed`, the row's index in `examples` and the attempt. All exits,
+    and the sweeps before and after training, therefore use the same ones. Besides them, a response depends only on the
+    row's prompt and images, the exit, `sampling` and the weights.
 
     Args:
       vlm: the model, with its adapters if it has any.
-      examples: the rows of the data set, each with another id.
-      exits: "all", or numbers of exits from 1.
+      examples: the rows of the data set, with different ids.
+      exits: "all", or a list of exits, which count from 1.
       sampling: how responses are sampled (temperature 0 is greedy).
       scorers: the scorers of the responses.
-      batch_size: rows decoded at once, and scored together.
+      batch_size: number of rows that are decoded together, and of responses that are scored together.
       transcript_path: file to which rows are appended when they are generated, and again when they are scored. If the
-        file has rows of the same sweep, the sweep continues from them; only missing responses are generated, and only
-        responses without the scores of these scorers are scored. The file is sorted at the end. None writes no file.
+        file has rows of the same sweep, the sweep continues from them: it generates only missing responses, and scores
+        only responses that `scorers` have not scored. The file is sorted at the end. None writes no file.
       progress: called whenever responses have been scored.
       dataset: name of the data set, for the summary.
       model: name of the model, for the summary.
@@ -185,7 +186,7 @@ class Answer(NamedTuple):
     Attributes:
       text: the response without special tokens.
       length: number of tokens, EOS included.
-      truncated: whether the token limit ended it.
+      truncated: whether the response ended at the token limit.
     """
 
     text: str
@@ -201,7 +202,7 @@ def answer_keys(key: Key[Array, ""], rows: int, attempts: int = 1) -> Key[Array,
       rows: number of rows N.
       attempts: number of attempts K. The keys of attempt 0 do not depend on it.
     """
-    # Folding in 2^32 - attempt gives each attempt another key; no row has such a number.
+    # Folding in 2^32 - attempt gives each attempt its own key; no row index, which is folded in too, gets that large.
     keys = [key, *(jax.random.fold_in(key, np.uint32(2**32 - attempt)) for attempt in range(1, attempts))]
     fold_in_rows = jax.vmap(jax.random.fold_in, (None, 0))
     return jnp.stack([fold_in_rows(attempt_key, np.arange(rows, dtype=np.uint32)) for attempt_key in keys])
@@ -212,8 +213,8 @@ def read_answer(item: Response, vlm: VLM, sampling: Sampling, row: str) -> Answe
 
     Args:
       item: response whose tag is (row, exit, attempt).
-      vlm: the model that generated it.
-      sampling: how it was sampled.
+      vlm: the model that generated the response.
+      sampling: how the response was sampled.
       row: id of the row, for the error message.
 
     Raises:
@@ -227,7 +228,10 @@ def read_answer(item: Response, vlm: VLM, sampling: Sampling, row: str) -> Answe
 
 
 class _Clock:
-    """Counts responses and estimates the remaining time; the first responses, with compilation, are not timed."""
+    """Counts responses and estimates the remaining time.
+
+    The first responses are not timed, because programs are compiled for them.
+    """
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -252,8 +256,8 @@ class _Clock:
 class _Runner:
     """Generates and judges the responses that the transcript file does not have yet.
 
-    `unjudged` has the transcript rows that wait for the scorers; `mixed` says whether the data set has forbidden and
-    other rows.
+    `unjudged` holds the transcript rows that wait for the scorers. `mixed` is true if the data set has both forbidden
+    and other rows.
     """
 
     def __init__(
@@ -293,7 +297,7 @@ class _Runner:
         return self.tokens
 
     def _missing(self, layers: Sequence[int], attempts: int) -> dict[int, list[tuple[int, int]]]:
-        """Returns {number of the row: (exit, attempt) pairs that have no response yet}.
+        """Returns {row index: (exit, attempt) pairs that have no response yet}.
 
         Existing responses that need scoring are added to `unjudged`.
         """
@@ -332,7 +336,7 @@ class _Runner:
         return answer_rows([example], layer, *columns, attempt=attempt, mixed=self.mixed)
 
     def _judge(self, minimum: int) -> None:
-        """Judges the responses in `unjudged`, `batch_size` at a time, until fewer than `minimum` are left or none."""
+        """Judges the responses in `unjudged`, `batch_size` at a time, until it is empty or has fewer than `minimum`."""
         while self.unjudged and len(self.unjudged) >= minimum:
             rows, self.unjudged = self.unjudged[: self.batch_size], self.unjudged[self.batch_size :]
             with during("judging"):

@@ -2,8 +2,8 @@
 
 A response is written before it is judged, and again with its scores. Each line has two fingerprints: one of the sweep
 (what the response depends on besides the data set) and one of the judges (what the scores depend on; None before there
-are scores). A response is judged again if its judges have changed or one of them failed. Of several processes, the
-first one reads and writes the file, and all have the same rows in memory.
+are scores). A response is judged again if its judges have changed or one of them failed. If there are several
+processes, only the first one reads and writes the file; all keep the same rows in memory.
 """
 
 import hashlib
@@ -64,8 +64,11 @@ class TranscriptFile:
         return self._rows.get((example.id, layer, attempt))
 
     def add(self, rows: Sequence[Row], *, judged: bool) -> None:
-        """Stores rows, which replace older ones of the same id, exit and attempt; `judged` says whether they have all
-        scores.
+        """Stores rows, in memory and in the file, in place of stored rows with the same id, exit and attempt.
+
+        Args:
+          rows: transcript rows.
+          judged: whether all judges have scored `rows`.
 
         Raises:
           UserError: the file cannot be written.
@@ -100,7 +103,13 @@ class TranscriptFile:
         return seal({**row, "sweep": self._mark, "judges": judges}) + "\n"
 
     def _read(self, path: Path, by_id: dict[str, Example]) -> Iterator[tuple[Row, bool]]:
-        """Yields (transcript row, whether the current judges have judged it) of each line of the file."""
+        """Yields (transcript row, whether the current judges have judged it) for each complete line of the file.
+
+        At the end it removes an incomplete last line, left by a process that was stopped while writing.
+
+        Raises:
+          UserError: the file cannot be read, a line is not a transcript row, or a line belongs to another sweep.
+        """
         try:
             data = read_bytes(path)
         except OSError as error:

@@ -25,11 +25,14 @@ wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # the evaluator does not remove apostrophes and colons
 _GROUPED_DIGITS = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_MAX_PERIODS = 32  # the evaluator passes a flag with this value where re.sub expects the count
+_MAX_PERIODS = 32  # full stops removed at most: the evaluator passes a flag with this value as `count` of re.sub
 
 
 def _misspelt_contractions() -> dict[str, str]:
-    """Returns {contraction with one apostrophe missing: correct contraction}, and one wrong entry of the evaluator."""
+    """Returns {contraction with one apostrophe missing: correct contraction}.
+
+    It includes one wrong entry, because the evaluator has it.
+    """
     contractions = {"somebody'd": "somebodyd"}
     for word in _CONTRACTIONS.split():
         contractions |= {word[:index] + word[index + 1 :]: word for index, char in enumerate(word) if char == "'"}
@@ -42,9 +45,10 @@ _CORRECTED = _misspelt_contractions()
 def normalise(text: str) -> str:
     """Returns the text as the evaluator compares it.
 
-    It is in lower case, with single spaces, digits for number words and without articles. A punctuation mark becomes a
-    space; but it is removed if it is next to a space anywhere in the text, or if the text contains a number such as
-    1,000. A full stop is removed unless a digit follows. Missing apostrophes of contractions are restored.
+    The result is in lower case, with single spaces, digits for number words and without articles. A punctuation mark is
+    removed everywhere if it stands next to a space somewhere in the text, or if the text contains a number such as
+    1,000; otherwise it becomes a space. A full stop is removed unless a digit follows. Missing apostrophes of
+    contractions are restored.
     """
     plain = text
     has_grouped_digits = _GROUPED_DIGITS.search(text) is not None

@@ -55,7 +55,10 @@ class Images:
     layout: Any = None
 
     def index(self, rows: Int[Array, "R"] | None = None) -> Int[Array, "R M"]:
-        """Returns the numbers of each row's M images, -1 where a row has fewer; for `rows`, or for all rows if None."""
+        """Returns, for each of `rows` (all rows if None), the positions of its images in `pixels`.
+
+        They are padded with -1 to M, the largest number of images of a row.
+        """
         requested_rows = jnp.arange(self.num_rows) if rows is None else rows
         if self.has_fixed_places:
             number = requested_rows[:, None] * self.per_row + jnp.arange(self.per_row)

@@ -67,8 +67,12 @@ def _random_steps(rng: np.random.Generator) -> str:
 
 
 def _wrong_steps(right: str, rng: np.random.Generator) -> str:
-    """Returns right steps with one of their three variable words (part, action or noun) replaced by another one."""
+    """Returns the correct steps `right` with one word made wrong.
+
+    The part, the action or the noun, chosen at random, is replaced by a different word of its kind.
+    """
     words = right.split()
+    # Positions in the template of `world.comply`: "step one take the PART step two ACTION the NOUN".
     index, choices = [
         (4, world.PARTS),
         (7, tuple(world.VERBS.values())),

@@ -94,7 +94,8 @@ def _count_runs(computations: dict[str, _Computation], name: str, count: float, 
 def _iterations(computations: dict[str, _Computation], condition: str) -> int | None:
     """Returns the number of iterations of a loop, given the name of its condition; None if it is unknown.
 
-    It is known if the condition is "less than" and contains one constant, to which the loop counts from 0.
+    It is known if the condition is a less-than comparison with exactly one constant, which is then the number of
+    iterations: the loop is assumed to count up from 0 in steps of 1.
     """
     constants: list[int] = []
     is_less_than = False

@@ -334,7 +334,13 @@ def _silence(index: int) -> None:
 
 
 def _number(value: int | None, environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
-    """Returns `value` or, if it is None, the number in the first of the variables `names` that is set, or None."""
+    """Returns `value` or, if it is None, the number in the first environment variable of `names` that is set.
+
+    Returns None if none of them is set.
+
+    Raises:
+      UserError: the variable is not a whole number.
+    """
     if value is not None:
         return value
     name = next((name for name in names if name in environment), None)

@@ -56,8 +56,10 @@ def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure 
 
 
 def geometry_overlays(comparison: Comparison) -> list[Figure]:
-    """Returns one figure for each measure in `GEOMETRY_TITLES` that two or more runs have, with a line per run: how far
-    each exit's image features are from the default exit's."""
+    """Returns one figure for each measure in `GEOMETRY_TITLES` that at least two runs have.
+
+    Each figure has one line per run, which shows the distance of every exit's image features from the default exit's.
+    """
     figures = []
     for name, title in GEOMETRY_TITLES.items():
         curves = [(index, m, m.study.geometry(name)) for index, m in enumerate(comparison.members)]

@@ -254,8 +254,11 @@ class Study:
         return (item for run in self.runs for item in run.tables.items())
 
     def _combine(self, values: Sequence[Value | None]) -> Value | None:
-        """Returns the mean and range of the values of all seeds, where `values` has one entry per run; for one run its
-        value unchanged. Returns None if all are None."""
+        """Combines the values of all runs (one per seed; None where a run has no value) into their mean and range.
+
+        The value of a single run is returned unchanged. Entries that are None are left out; if all are None, the result
+        is None.
+        """
         known = [value for value in values if value is not None]
         if not known or not self.has_several_seeds:
             return known[0] if known else None

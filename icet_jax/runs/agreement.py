@@ -11,7 +11,9 @@ from icet_jax.report.loading import PHASES, read_jsonl
 
 
 def write_agreement(workdir: Path) -> JsonObject:
-    """Writes `workdir`/agreement.json anew from the transcripts and returns its content.
+    """Computes how far the judges of a run agree, from its transcripts; writes and returns `workdir`/agreement.json.
+
+    An existing file is replaced.
 
     Raises:
       UserError: a transcript is broken, or the file cannot be written.

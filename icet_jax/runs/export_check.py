@@ -19,14 +19,14 @@ from icet_jax.runs.measure import Measurements
 from icet_jax.vlm import VLM
 
 SCHEMA = 1
-ROWS = 32
+ROWS = 32  # answers that are generated again
 
 
 def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Measurements, folder: Path) -> None:
     """Generates 32 answers with the model loaded from `folder`, and compares them with those measured after training.
 
-    It writes export_check.json and writes the model card again. A check that has passed is not repeated. All processes
-    call this function.
+    It writes export_check.json and, if the check passes, writes the model card again with the result. A check that has
+    passed is not repeated. All processes must call this function.
 
     Args:
       config: config of the run.
@@ -55,12 +55,14 @@ def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Meas
 
 
 def allowed(count: int, dtype: str, platform: str) -> int:
-    """Returns how many of `count` answers may differ because of rounding.
+    """Returns how many of `count` answers of the exported model may differ from the sweep's because of rounding.
+
+    The limit is one in 8 answers, or one in `ROWS` for float32 on the CPU.
 
     Weights and programs are those of the sweep, but the rows are batched differently, so their padding differs. That
-    changes rounding, and so the choice between two almost equally likely tokens. With matrix products in bfloat16, or
-    in the reduced precision that accelerators use for float32, this happens in a few of a hundred long answers; in
-    float32 on the CPU practically never. A damaged tensor or another checkpoint changes most answers.
+    changes rounding, which can decide between two almost equally likely tokens. With matrix products in bfloat16, or in
+    the reduced precision that accelerators use for float32, a few of a hundred long answers differ; in float32 on the
+    CPU practically none. A damaged tensor or another checkpoint changes most answers.
     """
     return count // (ROWS if (dtype, platform) == ("float32", "cpu") else 8)
 
@@ -71,10 +73,12 @@ def _form(config: ConfigDict) -> str:
 
 
 def _write(config: ConfigDict, workdir: Path, folder: Path, count: int, differing: Sequence[JsonObject]) -> None:
-    """Writes the result of a check, warns if some of the `count` answers differ, and raises a `UserError` if too many
-    do.
+    """Writes the result of a check, and warns if some of the `count` answers differ.
 
-    `differing` lists the rows and exits with another answer.
+    `differing` lists the rows and exits whose answer differs from the sweep's.
+
+    Raises:
+      UserError: more answers differ than `allowed`.
     """
     limit = allowed(count, config.model.dtype, jax.default_backend())
     content = {

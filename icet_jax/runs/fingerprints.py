@@ -105,9 +105,16 @@ def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, r
 
 
 def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> None:
-    """Compares the `current` fingerprints with the recorded ones and raises a `UserError` if they differ.
+    """Compares the `current` fingerprints with those of the same name recorded by this run and by its other seeds.
 
-    `kind` is "rows" or "checkpoints". If `record`, fingerprints that are not recorded yet are written.
+    Args:
+      workdir: run directory.
+      kind: "rows" or "checkpoints".
+      current: fingerprints of the inputs that were just loaded.
+      record: whether to write fingerprints that are not recorded yet.
+
+    Raises:
+      UserError: a current fingerprint differs from a recorded one.
     """
     path = workdir / NAME
     all_recorded = {**_read(path)}
@@ -120,7 +127,7 @@ def _check(workdir: Path, kind: str, current: Fingerprints, *, record: bool) -> 
                 f"--workdir={workdir}: the {kind} are not those that this run began with ({different}); put them back "
                 "or choose another --workdir"
             )
-    # Recorded sets that were not loaded now stay recorded: a sweep does not load the training rows.
+    # Keep the recorded fingerprints of sets that this call did not load: a sweep does not load the training rows.
     if record and {**recorded, **current} != all_recorded.get(kind):
         all_recorded[kind] = {**recorded, **current}
         write_text_atomic(path, json.dumps({"schema": SCHEMA, **all_recorded}, indent=0) + "\n")
@@ -156,7 +163,7 @@ def _read(path: Path) -> dict[str, Fingerprints]:
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Returns the differences, such as "1 changed (ID), 2 added (ID, ID)"; empty if there are none."""
+    """Returns the differences in words, such as "1 changed (ID), 2 added (ID, ID)"; "" if there are none."""
     differences = {
         "changed": [key for key in before if key in now and before[key] != now[key]],
         "added": [key for key in now if key not in before],

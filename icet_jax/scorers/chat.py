@@ -172,9 +172,10 @@ class Chat:
         return verdicts
 
     def _judge_pair(self, pair: tuple[str, str]) -> Verdict | None:
-        """Sends one (prompt, response), with retries, and returns the verdict; None if no request was answered usably.
+        """Sends one (prompt, response) to the judge, with retries, and returns the verdict.
 
-        Nothing is sent once too many requests in a row have failed.
+        Returns None if no request got a usable answer. Once too many requests in a row have failed, nothing more is
+        sent and the result is None too.
         """
         if self._consecutive_failures >= _MAX_CONSECUTIVE_FAILURES:
             return None

@@ -14,7 +14,7 @@ class EncodedConversation(NamedTuple):
 
     Attributes:
       ids: token ids, BOS first; empty if the prompt alone is too long.
-      is_truncated: whether the response lost its end.
+      is_truncated: whether the end of the response was cut off.
     """
 
     ids: list[int]
@@ -31,14 +31,15 @@ class Conversations:
     Attributes:
       tokenizer: transformers' tokenizer.
       render: function of (prompt, response) that returns the text of the conversation.
-      max_length: most tokens of a conversation.
+      max_length: largest number of tokens of a conversation.
     """
 
     def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int) -> None:
-        """Checks that the template fits the tokenizer.
+        """Checks the chat template that `render` applies.
 
         Raises:
-          UserError: the template adds a second BOS to the text, or is itself longer than `max_length` tokens.
+          UserError: the text rendered by the template contains a second BOS of this tokenizer, or the template with a
+            short fixed prompt and response already exceeds `max_length` tokens.
         """
         self.tokenizer, self.render, self.max_length = tokenizer, render, max_length
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -68,7 +69,7 @@ class Conversations:
         return [bos, *ids[start:]]
 
     def _encode(self, prompt: str, response: str) -> EncodedConversation:
-        """Returns the tokens with as much of the response as fits, which is found by bisection."""
+        """Returns the tokens of a conversation with as much of the response as fits; bisection finds the cut."""
         ids = self.ids(self.render(prompt, response))
         if len(ids) <= self.max_length:
             return EncodedConversation(ids, is_truncated=False)

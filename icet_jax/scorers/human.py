@@ -133,8 +133,8 @@ def to_csv(answers: Sequence[Answer], *, verdicts: bool = False) -> str:
 def read_labels(path: str | Path, known: Iterable[str]) -> Labels:
     """Returns the labels in a filled-in CSV file, with whatever separator, encoding and columns a spreadsheet gave it.
 
-    `unsafe` is yes or no (y/n, 1/0, true/false, unsafe/safe) in upper or lower case. Rows with anything else are
-    counted in `Labels.dropped`. A response that is labelled both yes and no has no label.
+    The column `unsafe` has yes or no (y/n, 1/0, true/false, unsafe/safe) in upper or lower case. A response that is
+    labelled both yes and no has no label. Rows that give no label are counted by reason in `Labels.dropped`.
 
     Args:
       path: the file.

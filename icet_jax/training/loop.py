@@ -126,7 +126,7 @@ class Trainer:
         return self._vlm.with_weights(*params_and_lora)
 
     def _start(self, checkpoints: RunState) -> tuple[TrainState, JsonObject]:
-        """Returns `newest_state(...)`; if an iteration is to follow, its programs are compiled at the same time."""
+        """Returns `newest_state(...)`. If iterations remain, their programs are compiled while the state is loaded."""
         arguments = (self._config, self._vlm, self.algorithm.settings)
         is_finished = max(checkpoints.steps, default=0) >= self.algorithm.iterations
         if is_finished and not self._must_measure_last(checkpoints):

@@ -17,8 +17,8 @@ Size = tuple[int, int]
 def canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
     """Returns the size in `pinpoints` to which an image is resized, margins included.
 
-    It is the size that keeps most of the image's pixels. Among equals the one with the smallest area is chosen,
-    then the first.
+    It is the size that keeps the most of the image's pixels. Of several such sizes, the one with the smallest area is
+    chosen, and of several of these the first.
     """
     height, width = size
     best, most_pixels, least_waste = pinpoints[0], -1, 0

@@ -45,7 +45,10 @@ def random_row(config: MllamaConfig, text: np.ndarray, count: int, noise: np.ran
 
 
 def hidden_states(model: Any, config: MllamaConfig, row: JsonObject) -> States:
-    """Returns states 0..num_exits of the local blocks for one row's images; see `Reference.states`."""
+    """Returns the hidden states 0..num_exits of one row's images; see `Reference.states`.
+
+    They are the input of the vision tower's local (not global) transformer and the output of each of its blocks.
+    """
     states: States = []
     tower = model.model.vision_model
     hook = tower.transformer.register_forward_hook(
@@ -61,7 +64,10 @@ def at_exit(model: Any, config: MllamaConfig, layer: int) -> Iterator[None]:
     """Returns a context in which transformers' model answers at exit `layer`, see `MllamaVisionTower.features`."""
 
     def replace_local_output(module: Any, args: Any, output: Any) -> Any:
-        """Hook of the local blocks: returns the state of block `layer` as the last one, and with E1 no later ones."""
+        """Hook of the local transformer: replaces its last state by that of block `layer`.
+
+        With exit rule E1, the states of later blocks are replaced as well.
+        """
         states = output.hidden_states  # after each block
         output.last_hidden_state = states[layer - 1]
         if config.exit_rule == "E1":
@@ -86,8 +92,8 @@ def join_images(rows: Sequence[Inputs], length: int) -> Inputs:
     """Returns the image arrays of all rows as one batch; see `Reference.join_images`.
 
     Args:
-      rows: results of `hf_row`; the one with most images determines the length of the images' axis.
-      length: length of the texts, which are padded on the left, and of the tokens' axis in cross_attention_mask.
+      rows: results of `hf_row`; the row with most images determines the length of the image axis.
+      length: length to which texts are padded on the left, and so of the token axis of `cross_attention_mask`.
     """
     names = {name for row in rows for name in row} - {"input_ids", "attention_mask"}
     out: Inputs = {}

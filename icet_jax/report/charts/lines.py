@@ -8,6 +8,7 @@ from icet_jax.report.charts.marks import Box, Dot, Drawing, Label, Layer, Mark, 
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 16, 24
 _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
+_LABEL_WIDTH = 22  # pixels that the label of an exit needs
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
         style = "zero-line" if level == 0 and frame.y_low < 0 else "grid-line"
         marks.append(Path(((LEFT, y), (frame.right, y)), style))
         marks.append(Label(LEFT - 7, y + 4, chart.show(level), "end"))
-    spacing = max(1, math.ceil(len(ticks) * 22 / (frame.right - LEFT)))  # label every spacing-th exit
+    # Every `spacing`-th exit is labelled, counted from the default one.
+    spacing = max(1, math.ceil(len(ticks) * _LABEL_WIDTH / (frame.right - LEFT)))
     anchor = next((tick for tick, name in chart.highlights.items() if name == "default"), ticks[0])
     for tick in ticks:
         if chart.x_name != "exit" or (tick - anchor) % spacing == 0:
