@@ -21,8 +21,8 @@ class Adapter:
       scale: alpha / r (or alpha / sqrt(r)).
       targets: names of the adapted projections, the keys of `Lora.weights`.
       factors: function of (target, layer index in its stack) that returns float32 `a [in, r]` and `b [r, out]` for
-        x @ a @ b; zeros if that layer is not adapted. All processes of a run must call it in the same order, because
-        arrays of several processes may have to be gathered.
+        x @ a @ b; zeros if that layer is not adapted. All processes of a run must call this function in the same order,
+        because the factors may have to be gathered from several processes.
     """
 
     rank: int
@@ -31,7 +31,7 @@ class Adapter:
     factors: Callable[[str, int], tuple[np.ndarray, np.ndarray]]
 
     def delta(self, entry: TableEntry) -> Float[np.ndarray, "size_in size_out"] | None:
-        """Returns the float32 update `[in, out]` of the weight matrix that `entry` fills; None if it is not adapted."""
+        """Returns the float32 update `[in, out]` of the weight matrix of `entry`; None if it has no adapter."""
         target = lora_key(entry.path)
         if target not in self.targets or entry.layer is None:
             return None

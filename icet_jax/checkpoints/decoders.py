@@ -1,7 +1,7 @@
 """Defines the supported decoders, which are all the network `nn.llama` with different fields of config.json.
 
-The text part of a vision-language model, a judge and a reward model are read by the same functions. A decoder is one
-line of `icet_jax.config.names.DECODERS` and one entry of `DECODERS` here.
+The text part of a vision-language model, a judge and a reward model are read by the same functions. To add a decoder,
+add an entry to `icet_jax.config.names.DECODERS` and one to `DECODERS` here.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ class Decoder:
     """Describes one kind of decoder.
 
     Attributes:
-      model_type: `model_type` of its part of config.json.
+      model_type: `model_type` in the decoder's part of config.json.
       defaults: transformers' class defaults, used for fields that the file leaves out.
       biased: projections that always have a bias.
-      bias_fields: {field of config.json: projections that have a bias if it is true}; other fields of this sort are
-        refused.
-      window: when attention is limited to the last `sliding_window` tokens: "never"; "unless null", if that field is
-        set; "if used", if `use_sliding_window` is true.
+      bias_fields: {field of config.json: projections that have a bias if the field is true}. A file in which another
+        field of this sort is true is refused.
+      window: when attention is limited to the last `sliding_window` tokens: "never"; "unless null", if the field
+        `sliding_window` is set; "if used", if the field `use_sliding_window` is true.
     """
 
     model_type: str
@@ -60,7 +60,7 @@ DECODERS = {
 
 
 def decoder_kind(values: Any, where: str) -> Decoder:
-    """Returns the kind of decoder that a part of config.json describes; without a `model_type` it is a Llama.
+    """Returns the kind of decoder that a part of config.json describes, Llama if the part has no `model_type`.
 
     Raises:
       UserError: the part is not a mapping, or its `model_type` is not in `DECODERS`.
@@ -131,7 +131,10 @@ def _biased(fields: Fields, kind: Decoder) -> tuple[str, ...]:
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Returns base and scaling from the old keys (`rope_theta`, `rope_scaling`) or the new one (`rope_parameters`)."""
+    """Returns base and scaling of the rotary embedding.
+
+    Transformers before version 5 writes them as `rope_theta` and `rope_scaling`, later ones as `rope_parameters`.
+    """
     merged: JsonObject = {"rope_theta": fields.values.get("rope_theta", 10000.0)}
     for name in ("rope_scaling", "rope_parameters"):
         part = fields.values.get(name, {})
@@ -154,7 +157,7 @@ def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
 
 
 def attention_window(values: JsonObject, where: str = "config.json") -> int | None:
-    """Returns how many tokens a decoder's attention reaches back, its own included; None if it reaches all.
+    """Returns how many tokens each token attends to (itself and the last ones before it); None if there is no limit.
 
     Raises:
       UserError: the part has no supported `model_type`, or its `sliding_window` is not a positive integer.
@@ -167,9 +170,10 @@ def attention_window(values: JsonObject, where: str = "config.json") -> int | No
 
 
 def readable_tokens(values: JsonObject, where: str = "config.json") -> int:
-    """Returns the longest text that the network reads as the published decoder does: its positions, or its window.
+    """Returns the largest number of tokens for which `nn.llama` gives the same result as the published decoder.
 
-    Within its window a decoder attends to all tokens, as `nn.llama` does.
+    It is the decoder's number of positions or, if smaller, its attention window: `nn.llama` has no window, which makes
+    no difference for texts that fit into it.
 
     Raises:
       UserError: a value is not a positive integer.
@@ -180,7 +184,7 @@ def readable_tokens(values: JsonObject, where: str = "config.json") -> int:
 
 
 def decoder_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") -> JsonObject:
-    """Returns a decoder's part of config.json with the old keys.
+    """Returns a decoder's part of config.json, with the keys of transformers before version 5.
 
     Args:
       config: config of the decoder.
@@ -188,7 +192,7 @@ def decoder_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") ->
       model_type: model type of the part.
 
     Raises:
-      ValueError: other projections have biases than a decoder of this model type can have.
+      ValueError: a decoder of this model type cannot have biases at exactly the projections that have one.
     """
     rope, kind = config.rope_scaling, DECODERS.get(model_type, Decoder(model_type, {}))
     bias_fields = [field for field, names in kind.bias_fields.items() if set(names) <= set(config.biased)]

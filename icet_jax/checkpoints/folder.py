@@ -40,7 +40,8 @@ def check_target(out_dir: Path, source: Path | None, marker: str) -> None:
 def unfinished_folder(out_dir: Path) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `out_dir` if the block succeeds and is removed otherwise.
 
-    Its name depends on `out_dir` alone, so an export removes what a killed process left.
+    The folder's name depends on `out_dir` alone. A folder that a killed process left is therefore found and removed by
+    the next export to the same place.
 
     Raises:
       UserError: the folder cannot be written.

@@ -1,7 +1,8 @@
 """Converts HF's `config.json` to the models' config dataclasses and back.
 
-Import accepts the old keys, transformers 5's `rope_parameters` and `dtype`, and the hub's sparse sub-configs, whose
-absent fields mean the HF class defaults. Export writes the old keys, which every transformers from 4.46 to 5.x reads.
+The *old keys* are those of transformers before version 5. Import accepts the old keys, the keys `rope_parameters` and
+`dtype` of transformers 5, and the hub's sparse sub-configs, whose absent fields mean the HF class defaults. Export
+writes the old keys, which every transformers from 4.46 to 5.x reads.
 """
 
 import copy
@@ -48,7 +49,7 @@ class Fields:
         return UserError(f"{self.where}: {field}={shown(self.values.get(field))} is not supported; needs {expected}")
 
     def size(self, field: str) -> int:
-        """Returns the field's positive integer, which has an upper limit against malicious files."""
+        """Returns the field's positive integer; raises an error above an upper limit, against malicious files."""
         value = self.values.get(field)
         limit = _MOST_LAYERS if field in _LAYER_COUNTS else _LARGEST_SIZE
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
@@ -70,7 +71,7 @@ class Fields:
         return value
 
     def only(self, field: str, *allowed: object) -> None:
-        """Raises an error if the field is present and its value is not in `allowed`; it needs another network."""
+        """Raises an error if the field's value is not in `allowed`, because it would need a different network."""
         if field in self.values and self.values[field] not in allowed:
             raise self.fail(field, " or ".join(repr(item) for item in allowed))
 

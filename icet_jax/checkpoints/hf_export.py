@@ -51,7 +51,7 @@ class Export:
       params: parameters by path.
       reader: the source's open files, or None.
       keys: {key in the old layout: key in the source}.
-      start: adapter that was merged into the source's weights when they were loaded; None if there was none.
+      start: adapter that was merged into the source's weights when they were loaded, or None.
       lora: adapter that is merged into the exported tensors; None for no adapter.
       trained: prefixes of the paths of the parameters that may differ from the source; None if all may.
     """

@@ -27,8 +27,8 @@ class Checkpoint:
       params: every parameter, by its path in the network.
       config: sizes of the network: a model family's config, `GPT2Config`, or a scorer's (see `scorers.networks`).
       hf_config: the parsed `config.json`.
-      directory: where it was loaded from; `save_vlm(..., source_dir=directory)` copies unchanged tensors from there.
-      adapter: adapter that was merged into the parameters during loading; None if there was none.
+      directory: directory of the checkpoint; `save_vlm(..., source_dir=directory)` copies unchanged tensors from there.
+      adapter: adapter that was merged into the parameters during loading, or None.
     """
 
     graphdef: nnx.GraphDef
@@ -72,7 +72,7 @@ def load_network(
       param_dtype: dtype of the parameters, to which tensors are converted when they are read.
       mesh: mesh for the parameters (every path needs a rule in `icet_jax.parallel.sharding`); None for the default
         device.
-      adapter: adapter that is merged into the parameters, in float32; None for none.
+      adapter: adapter to merge into the parameters, in float32, or None.
 
     Returns:
       Structure and parameters; `nnx.merge` of them is the network.
@@ -94,10 +94,11 @@ def match_keys(table: Table, params: Mapping[str, Any], reader: TensorReader, wh
       table: key table of the family.
       params: arrays or abstract arrays by path; only their shapes are used.
       reader: the open files.
-      where: their directory, for the error message.
+      where: directory of the files, for the error message.
 
     Returns:
-      {key in the old layout: key in the files}; an entry whose tensor the files omit has the key of its fallback.
+      {key in the old layout (see `checkpoints.tables`): key in the files}. An entry whose tensor the files omit has the
+      key of its fallback.
 
     Raises:
       UserError: every missing, unexpected, duplicate, mis-shaped or non-floating tensor, in one line.

@@ -20,9 +20,9 @@ def _ranges(numbers: set[int]) -> str:
 
 
 def compact(keys: list[str]) -> list[str]:
-    """Returns the keys in sorted order, with those that differ only in a layer number combined into one.
+    """Returns the keys in sorted order, where keys that differ only in the layer number are combined into one.
 
-    The combined key contains the numbers: `layers.{0-23}.mlp.fc1.bias`.
+    A combined key lists the layer numbers, such as `layers.{0-23}.mlp.fc1.bias`.
     """
     groups: dict[str, set[int]] = defaultdict(set)
     out = []

@@ -5,15 +5,15 @@ import time
 
 import jax
 
-_QUIET_SECONDS = 2.0  # nothing is printed in this time, in which most small checkpoints are finished
-_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # between two updates on a terminal, and between two lines in a log
+_QUIET_SECONDS = 2.0  # nothing is printed in the first seconds, in which most small checkpoints are finished
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0  # shortest time between two updates on a terminal, or two lines in a log
 
 
 class ByteProgress:
     """Counts processed bytes and prints them to standard error; only the first process of a run prints."""
 
     def __init__(self, title: str, total: int):
-        """Starts to count towards `total` bytes; `title` is what is being done ("loading weights")."""
+        """Starts to count towards `total` bytes; `title` names the work, such as "loading weights"."""
         self._title, self._total, self._done = title, max(total, 1), 0
         self._began = self._last_print = time.monotonic()
         self._on_terminal = sys.stderr.isatty()

@@ -103,7 +103,7 @@ def config_values(path_or_id: str) -> JsonObject:
     """Returns the parsed `config.json` of a model, from its directory or from `PUBLISHED`.
 
     Raises:
-      UserError: it is in neither, or the directory has no readable config.json.
+      UserError: there is neither such a directory nor such an entry, or the directory has no readable config.json.
     """
     if Path(path_or_id).is_dir():
         return read_hf_config(path_or_id)

@@ -34,9 +34,9 @@ class RunState:
         states.wait()                                # returns when the last save is on disk, or raises its error
         states.measure(step, value)                  # later: records how good this state is
 
-    A save is complete or absent, whenever the process is killed; older ones are deleted once it is complete. Each
-    array's checksum is stored with it, because Orbax itself does not notice a changed byte. All processes of a run must
-    call each method; another number of processes may restore.
+    A save is either complete or absent, even if the process is killed; older saves are deleted once a new one is
+    complete. A checksum of each array is stored as well, because Orbax itself does not notice a changed byte. All
+    processes of a run must call each method. A run with another number of processes can restore its saves.
     """
 
     def __init__(self, directory: str | Path, *, keep: int, keep_best: bool = False, keep_measured: bool = False):
@@ -77,7 +77,7 @@ class RunState:
 
     @property
     def best(self) -> int | None:
-        """The step with the highest value recorded by `measure` (the first of equal ones); None without any value."""
+        """The step with the highest value recorded by `measure`, the first of several; None if none was recorded."""
         values = {step: value for step, value in self._measured.items() if value is not None}
         return max(sorted(values), key=values.__getitem__, default=None)
 
@@ -123,25 +123,25 @@ class RunState:
         """Waits until the last save is complete.
 
         Raises:
-          UserError: the save could not be written; earlier ones are unchanged.
+          UserError: the save could not be written; earlier saves are unchanged.
         """
         with self._user_errors():
             self._manager.wait_until_finished()
 
     def restore(self, like: PyTree, *, best: bool = False) -> tuple[int, PyTree, JsonObject] | None:
-        """Returns the newest intact save; newer ones, which are damaged, are reported in the log and deleted.
+        """Returns the newest intact save; damaged saves that are newer are reported in the log and deleted.
 
         Args:
           like: pytree of the saved structure, whose leaves (arrays or `jax.ShapeDtypeStruct`s) have the requested
-            shapes, dtypes and, optionally, shardings. A leaf that is a numpy array or a Python number is restored as
-            such.
+            shapes, dtypes and, optionally, shardings. Where `like` has a numpy array or a Python number, the result has
+            one too.
           best: whether to return the save with the highest recorded value instead, if it exists and is intact.
 
         Returns:
           Step, state and metadata; None if there is no save.
 
         Raises:
-          UserError: a save has another structure, or all are damaged.
+          UserError: a save has another structure than `like`, or all saves are damaged.
         """
         self.wait()
         damaged: list[int] = []
@@ -172,10 +172,9 @@ class RunState:
         return set()
 
     def go_back(self, like: PyTree) -> tuple[int, PyTree, JsonObject] | None:
-        """Deletes all saves after the newest one for which `measure` was called, and returns that one as `restore`
-        does.
+        """Returns to the newest save for which `measure` was called: deletes all later saves and restores it.
 
-        If `measure` was called for none, all are deleted and the result is None.
+        If `measure` was called for no save, all saves are deleted and the result is None.
 
         Args:
           like: see `restore`.
@@ -189,7 +188,7 @@ class RunState:
         return self.restore(like)
 
     def _read_if_intact(self, step: int, like: PyTree) -> tuple[PyTree, JsonObject] | None:
-        """Returns state and metadata of a save; None on all processes if any of them finds it damaged."""
+        """Returns state and metadata of a save; None on all processes if one of them finds the save damaged."""
         error: Exception | None = None
         result = None
         try:
@@ -228,7 +227,7 @@ class RunState:
 
     @contextlib.contextmanager
     def _user_errors(self) -> Iterator[None]:
-        """Converts any exception of the block, which saves, into a `UserError`."""
+        """Returns a context that converts every exception of a block that saves into a `UserError`."""
         try:
             yield
         except Exception as error:  # of the file system, or of the libraries through which Orbax writes
@@ -239,8 +238,10 @@ class RunState:
             ) from error
 
     def _read_measured(self) -> dict[int, float | None]:
-        """Returns {step: value} of the existing saves as an earlier process recorded them with `measure`; empty if the
-        file does not exist or is damaged."""
+        """Returns {step: value} of the existing saves, as recorded in the file by an earlier process.
+
+        It is empty if the file does not exist or is damaged.
+        """
         try:
             content = parse_json(read_text(self.directory / _MEASURED))
             values = {int(step): value for step, value in content.items()}
@@ -297,7 +298,7 @@ class _PreservationPolicy:
         self._states = states
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns for each of `checkpoints`, in ascending order, whether to keep it (Orbax's `PreservationPolicy`)."""
+        """Returns for each of `checkpoints`, which ascend, whether to keep it (Orbax's `PreservationPolicy`)."""
         steps_to_keep = {checkpoint.step for checkpoint in checkpoints[-self._states._keep :]}
         if self._states._keep_best:
             steps_to_keep.add(self._states.best)
@@ -375,8 +376,11 @@ def _unflatten(like: PyTree, arrays: dict[str, ArrayLike]) -> PyTree:
 
 
 def _convert(array: ArrayLike, old: Any) -> Any:
-    """Returns `array` as a Python number if `old`, the leaf that it replaces, is a number; else as an array on the same
-    devices, and not committed to a device if `old` is not."""
+    """Returns a restored `array` in the form of `old`, the leaf that it replaces.
+
+    If `old` is a Python number, the result is one too. Otherwise it is an array on the same devices as `old`, and not
+    committed to a device if `old` is not.
+    """
     if isinstance(old, bool | int | float):
         return type(old)(array.item())
     if isinstance(old, jax.Array) and not old.committed:

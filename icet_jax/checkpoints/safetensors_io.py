@@ -69,9 +69,10 @@ def safetensors_files(directory: Path) -> list[Path]:
 
 
 def _is_shape(shape: tuple[int, ...]) -> bool:
-    """Returns whether numpy allows this shape, which contains a 0: the other sizes may be too large.
+    """Returns whether numpy allows an array of this shape; only needed for a shape that contains a 0.
 
-    Shapes without a 0 need no such check, because the safetensors library compares them with the file's size.
+    Such an array has no elements, but its other sizes may be too large for numpy. The safetensors library compares
+    shapes without a 0 with the file's size.
     """
     try:
         np.empty(0, np.uint8).reshape(shape)
@@ -101,8 +102,7 @@ class TensorReader:
         self._data: dict[str, np.ndarray] = {}
         for path in files:
             try:
-                # `safe_open` checks the header against the file's size. The tensors are not taken from it, because it
-                # returns copies.
+                # `safe_open` only compares the header with the file's size here; tensors read with it would be copies.
                 with safe_open(path, framework="numpy"):
                     pass
                 mapped = np.memmap(path, np.uint8, mode="r")
@@ -129,7 +129,7 @@ class TensorReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Closes the reader; a file is unmapped as soon as no array that was read from it exists."""
+        """Closes the reader; each file is unmapped once no array that was read from that file exists any more."""
         self._data.clear()
 
     def read(self, key: str) -> np.ndarray:
@@ -184,7 +184,7 @@ def dtype_name(dtype: DType) -> str:
 
 
 def shard(specs: dict[str, Spec], limit: int) -> Iterator[list[str]]:
-    """Yields the keys of each weight file, which has at most `limit` bytes or a single larger tensor."""
+    """Yields the keys of each weight file; a file has at most `limit` bytes, or a single tensor that is larger."""
     group: list[str] = []
     group_bytes = 0
     for key, spec in specs.items():

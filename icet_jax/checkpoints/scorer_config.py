@@ -46,7 +46,7 @@ def attention_heads(fields: Fields) -> int:
     """Returns `num_attention_heads`.
 
     Raises:
-      UserError: `hidden_size` is not a multiple of it.
+      UserError: `hidden_size` is not a multiple of `num_attention_heads`.
     """
     heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
     if width % heads:
@@ -97,7 +97,7 @@ def deberta_from_hf(values: JsonObject, where: str = "config.json") -> DebertaCo
       where: name of the file in error messages.
 
     Raises:
-      UserError: there are several labels, or a value would need a different network, as those of DeBERTa-v2 do.
+      UserError: there are several labels, or a value would need a different network. The values of DeBERTa-v2 do.
     """
     fields = Fields(values, _DEBERTA_DEFAULTS, where)
     require_one_label(fields)

@@ -22,12 +22,12 @@ _LEGACY_NORM = re.compile(r"LayerNorm\.(gamma|beta)$")
 
 
 def modern_norm(key: str) -> str:
-    """Returns a key with the current names for `LayerNorm.gamma` and `.beta` of checkpoints from TensorFlow."""
+    """Returns a key with `LayerNorm.weight` and `.bias` in place of TensorFlow's `LayerNorm.gamma` and `.beta`."""
     return _LEGACY_NORM.sub(lambda match: "LayerNorm." + ("weight" if match[1] == "gamma" else "bias"), key)
 
 
 def normaliser(prefix: str, heads: tuple[str, ...], ignored: str) -> Callable[[str], str | None]:
-    """Returns a `Table.normalise` that adds a prefix to the keys that lack it, as in files of a network without head.
+    """Returns a function for `Table.normalise` that adds a prefix to keys without it (files of a headless network).
 
     Args:
       prefix: prefix of all keys except those of the head, with its dot: "bert.".

@@ -118,14 +118,14 @@ def _explain(error: Exception, name: str, revision: str | None, token: str | boo
 def generation_tokens(
     directory: str | Path, config: JsonObject, vocab_size: int | None = None
 ) -> tuple[tuple[int, ...], int]:  # fmt: skip
-    """Returns the token ids that end a response, and the one that pads it.
+    """Returns (ids of the tokens that end a response, id of the padding token).
 
-    Each is read from generation_config.json or, if that lacks it, from config.json, as in transformers. The default end
-    token is 2, as in LLaMA; the default padding token is the first end token.
+    Each of the two is read from generation_config.json or, if that file lacks it, from config.json, as in transformers.
+    The default end token is 2, as in LLaMA; the default padding token is the first end token.
 
     Args:
       directory: directory of the checkpoint.
-      config: its parsed config.json.
+      config: the parsed config.json of the checkpoint.
       vocab_size: number of tokens of the model, to check the end tokens; None if unknown.
 
     Raises:

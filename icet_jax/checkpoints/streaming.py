@@ -25,14 +25,14 @@ BLOCK_BYTES = 128 * 2**20
 
 Index = tuple[slice, ...]
 ReadBlock = Callable[[Sequence[TableEntry]], list[np.ndarray]]
-"""Function from some table entries of one parameter to their tensors, in the parameter's layout."""
+"""Function that takes table entries of one parameter and returns their tensors, in the parameter's layout."""
 
 
 def load_params(
     table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None,
     delta: Callable[[TableEntry], np.ndarray | None],
 ) -> nnx.State:  # fmt: skip
-    """Returns the parameters, read from files. Apart from them, the host's memory needs to hold about two blocks.
+    """Returns the parameters, read from files. Besides the parameters, the host's memory must hold about two blocks.
 
     Args:
       table: key table of the family.
@@ -71,7 +71,7 @@ def refill_params(
 ) -> nnx.State:
     """Returns parameters like `params`, with new contents for those in `entries`; all others are the same arrays.
 
-    All processes of a run must call it if `tensor` is collective.
+    All processes of a run must call this function if `tensor` communicates between processes.
 
     Args:
       params: the current parameters.
@@ -142,8 +142,9 @@ def _stack(tensors: Sequence[np.ndarray], dtype: DType, index: Index) -> np.ndar
 def _place(shape: tuple[int, ...], target: NamedSharding | None, create: Callable[[Index], np.ndarray]) -> jax.Array:
     """Creates an array of `shape` with sharding `target` (None: on the default device).
 
-    `create` returns the part of the array at an index. It is called once for each distinct index of the devices, and
-    must allocate new memory: on the CPU the array may use that memory, which must not be the mapped file.
+    `create` takes an index and returns that part of the array. It is called once for each distinct index of the
+    devices. It must return newly allocated memory and not a view of the mapped file, because on the CPU the array may
+    use that memory directly.
     """
     if target is None:
         return jax.device_put(create((slice(None),) * len(shape)))
@@ -186,8 +187,10 @@ def to_host(array: Shaped[Array, "..."], layer: int | None) -> Shaped[np.ndarray
 
 
 def _copy_sharding(array: jax.Array, layer: int | None, replicate: bool) -> NamedSharding | None:
-    """Returns the sharding for a copy of (one layer of) an array: replicated if `replicate`, else that of the array;
-    None if the array is not on a mesh."""
+    """Returns the sharding for a copy of an array or of one of its layers; None if the array is not on a mesh.
+
+    The copy is replicated if `replicate`; otherwise it has the sharding of the array.
+    """
     sharding = array.sharding
     if not isinstance(sharding, NamedSharding):
         return None

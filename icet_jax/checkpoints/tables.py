@@ -23,7 +23,7 @@ class Transform:
 
     Attributes:
       to_param: function from the tensor to the parameter.
-      to_hf: its exact inverse.
+      to_hf: function from the parameter to the tensor, the exact inverse of `to_param`.
       hf_shape: function from the parameter's shape to the tensor's.
     """
 
@@ -33,15 +33,19 @@ class Transform:
 
 
 Leaf = tuple[str, str, Transform]
-"""HF's name of a module's tensor ("weight"), the parameter's name here ("kernel"), and the transform between them."""
+"""(HF's name of a module's tensor, such as "weight"; this package's name of the parameter, such as "kernel"; transform
+between the two)."""
 
 SAME = Transform(lambda x: x, lambda x: x, lambda shape: shape)
 TRANSPOSED = Transform(lambda x: x.T, lambda x: x.T, lambda shape: shape[::-1])
 
 
 def patches(channels: int, size: int) -> Transform:
-    """Returns the transform from a convolution over patches `[D, channels, size, size]` to a matrix for flattened ones,
-    `[channels * size * size, D]`."""
+    """Returns the transform of the weights that embed image patches.
+
+    HF has a convolution `[D, channels, size, size]`; here it is a matrix `[channels * size * size, D]`, by which
+    flattened patches are multiplied.
+    """
     return Transform(
         lambda x: x.reshape(x.shape[0], -1).T,
         lambda x: x.T.reshape(-1, channels, size, size),
@@ -164,8 +168,8 @@ def llama_entries(config: LlamaConfig, root: str, path: str, head: str | None) -
 
     Args:
       config: config of the decoder.
-      root: prefix of its keys, "model" or "language_model.model".
-      path: prefix of its parameters' paths.
+      root: prefix of the decoder's keys, "model" or "language_model.model".
+      path: prefix of the paths of the decoder's parameters.
       head: key of the language-model head, or None if the network has none.
     """
     embedding = f"{root}.embed_tokens.weight"
@@ -187,8 +191,10 @@ _GPT2_IGNORED = re.compile(r"h\.\d+\.(attn\.(masked_)?bias|crossattention\..*)|l
 
 
 def normalise_gpt2(key: str) -> str | None:
-    """Returns a key with the prefix `transformer.`, which some files lack; None for causal masks and a language-model
-    head."""
+    """Returns a GPT-2 key with the prefix `transformer.`, which some files lack.
+
+    Returns None for causal masks and a language-model head, which are ignored.
+    """
     bare = key.removeprefix("transformer.")
     if _GPT2_IGNORED.fullmatch(bare):
         return None

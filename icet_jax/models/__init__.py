@@ -1,7 +1,7 @@
 """The families of vision-language models, one folder each; `family` and `family_of` look a family up.
 
-A family's folder contains the modules `network`, `config`, `keys`, `processor` and `reference`. Its `FAMILY` describes
-it to the rest of the package, and one line in `icet_jax.config.names` registers it.
+A family's folder contains the modules `network`, `config`, `keys`, `processor` and `reference`. The folder's `FAMILY`
+describes the family to the rest of the package. An entry in `icet_jax.config.names` registers the family.
 """
 
 import importlib
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from icet_jax.nn.protocols import NetworkConfig
 
 _IGNORED_VALUES = {"capture": CAPTURES[0]}
-"""{option: its default}; configs of all families have the option, so a family without it ignores the default."""
+"""{exit option: default}. `config.model` has these options for all families, so a family without an option accepts its
+default and ignores it."""
 
 
 def family(model_type: object, where: str = "config.json") -> "Family":

@@ -17,8 +17,8 @@ from icet_jax.nn.protocols import NetworkConfig
 from icet_jax.parallel.distributed import barrier
 
 ROOTS = ("base_model.model.language_model.model.layers", "base_model.model.model.language_model.layers")
-"""Paths of the decoder's layers: before transformers 4.52, and since. A version of transformers ignores tensors under
-the other path, sometimes without an error, so every tensor is written under both."""
+"""Paths of the decoder's layers in transformers before version 4.52 and since. A version of transformers ignores
+tensors under the path of other versions, sometimes without an error, so every tensor is written under both paths."""
 
 
 def save_adapter(
@@ -109,7 +109,7 @@ def _target_modules(adapter: Adapter, config: NetworkConfig) -> str:
 
 
 def _adapter_config(adapter: Adapter, modules: str, base: str, revision: str | None) -> JsonObject:
-    """Returns the content of adapter_config.json, with fields that every peft knows (it refuses unknown ones)."""
+    """Returns the content of adapter_config.json, only with fields that every peft knows, because it refuses others."""
     alpha = adapter.scale * adapter.rank
     config = {
         "peft_type": "LORA",

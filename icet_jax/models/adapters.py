@@ -1,4 +1,4 @@
-"""Reads LoRA adapters in PEFT format, and concatenates two adapters to one."""
+"""Reads LoRA adapters in PEFT format, and combines two adapters into one."""
 
 import math
 import re
@@ -18,7 +18,8 @@ from icet_jax.nn.protocols import NetworkConfig, lora_key
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Fields of adapter_config.json that may have any value: they are read below, or do not change what an adapter computes.
-# Every field outside both tables must be absent, false or empty, because it may switch on an unsupported feature.
+# Every field that is in neither of the next two tables must be absent, false or empty, because it may switch on an
+# unsupported feature.
 _ALLOWED_FIELDS = frozenset(
     (
         "r", "lora_alpha", "use_rslora", "peft_type", "target_modules", "exclude_modules", "lora_dropout", "task_type",
@@ -28,7 +29,7 @@ _ALLOWED_FIELDS = frozenset(
 )  # fmt: skip
 _ALLOWED_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 
-# Pattern of a tensor's key in the file, with the path that the decoder had before transformers 4.52 or has had since.
+# Pattern of a tensor's key in the file. It allows the decoder's path in transformers before version 4.52 and since.
 _KEY = re.compile(
     r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>[0-9]{1,9})"
     r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
@@ -56,7 +57,7 @@ def hf_modules(config: NetworkConfig) -> dict[tuple[str, int], tuple[int, str]]:
 def concatenate(first: Adapter, second: Adapter, config: NetworkConfig) -> Adapter:
     """Returns one adapter whose change of the weights is the sum of the two adapters' changes.
 
-    Its factors are `[a1 | a2]` and `[b1 ; b2]`. b1 is rescaled, because the result has the scale of `second`.
+    Its factors are `[a1 | a2]` and `[b1 ; b2]`, where b1 is rescaled because the result has the scale of `second`.
 
     Args:
       first, second: adapters of the same model, which may adapt different projections.
@@ -82,16 +83,16 @@ def concatenate(first: Adapter, second: Adapter, config: NetworkConfig) -> Adapt
 def read_adapter(directory: str | Path, config: NetworkConfig) -> Adapter:
     """Returns the adapter in a PEFT directory; its file stays memory-mapped while the adapter is in use.
 
-    The tensors' keys may be those of transformers before 4.52, those since, or both.
+    The tensors may have the keys of transformers before version 4.52, the later ones, or both.
 
     Args:
       directory: directory with adapter_config.json and adapter_model.safetensors.
-      config: config of the network that it adapts.
+      config: config of the network that the adapter was trained for.
 
     Raises:
-      UserError: files are missing or broken; the adapter uses an unsupported PEFT feature, which is named; or tensors
-        do not belong to decoder projections, have a wrong shape, lack the other factor (A or B), or are different
-        under their two names (all such tensors are listed).
+      UserError: files are missing or broken; the adapter uses an unsupported PEFT feature (the message names it); or
+        tensors do not belong to decoder projections, have a wrong shape, lack the other factor (A or B), or occur under
+        both keys with different values (the message lists all such tensors).
     """
     directory = Path(directory)
     rank, scale = _read_config(directory / CONFIG)

@@ -1,8 +1,8 @@
 """Computes the weights that an exported model will have when it is loaded, without writing it.
 
-So a run measures exactly the model that it releases. The tensors come from the functions that write the export, so
-they agree with its files bit for bit: on the host, changes are added in float32 to the tensors of the source
-checkpoint, and the sum is rounded to the file's dtype and then to the parameter's dtype.
+A run sweeps with these weights, so it measures exactly the model that it releases. They are computed by the functions
+that write the export, and therefore agree with its files bit for bit: on the host, changes are added in float32 to the
+tensors of the source checkpoint, and the sum is rounded to the file's dtype and then to the parameter's dtype.
 """
 
 from collections import defaultdict
@@ -37,8 +37,8 @@ def merged_params(
 ) -> nnx.State:
     """Returns the parameters that would be loaded from a checkpoint which `models.saving.save_vlm` writes.
 
-    All processes of a run must call this function. Parameters that the export does not change are the arrays of
-    `loaded`. The others have the dtypes and the shardings of those in `loaded`.
+    All processes of a run must call this function. Parameters that the export leaves unchanged are the arrays of
+    `loaded` themselves. The other parameters are new arrays with the dtypes and shardings of those that they replace.
 
     Args:
       config: config of the network.

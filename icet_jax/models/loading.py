@@ -23,8 +23,8 @@ def load_vlm(
       param_dtype: dtype of the stored parameters; `dtype` if None. Full fine-tuning in bfloat16 needs "float32".
       mesh: mesh over which the parameters are split (`icet_jax.parallel.sharding.RULES`); None for the default device.
       remat: activations that are stored for the backward pass, see `icet_jax.nn.layers.REMAT_POLICIES`.
-      adapter: PEFT directory of a LoRA to start from. It is merged in float32 while the weights are read; the result
-        also has it as `Checkpoint.adapter`.
+      adapter: PEFT directory of a LoRA adapter to start from. It is merged in float32 while the weights are read, and
+        also returned as `Checkpoint.adapter`.
       exit_rule, capture: options of Llama 3.2 Vision, see `icet_jax.models.vlm_config`.
 
     Raises:

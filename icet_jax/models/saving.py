@@ -33,14 +33,14 @@ def save_vlm(
       out_dir: a new directory, or an earlier export, which is replaced.
       config: config of the network, of any family.
       params: parameters of the network, as `load_vlm` returned them or training changed them.
-      source_dir: directory that they were loaded from. It provides dtypes, unchanged tensors, unknown config keys,
-        generation config, tokenizer and processor files. None for a network that was not loaded; files then have the
-        dtypes of `params`.
+      source_dir: directory that `params` were loaded from. It provides dtypes, unchanged tensors, unknown config keys,
+        generation config, tokenizer and processor files. None for a new network; the files then have the dtypes of
+        `params`.
       start: the adapter that was merged into `params` at loading (`Checkpoint.adapter`); the written weights include
         it.
       lora: trained adapters to merge, in float32, into the written weights.
-      trained: first parts of the paths of parameters that training may have changed, such as ("language_model",). Only
-        these are compared with the source; None compares all, () compares none (LoRA on a frozen base).
+      trained: prefixes of the paths of parameters that training may have changed, such as ("language_model",). Only
+        these parameters are compared with the source; None compares all, () compares none (LoRA on a frozen base).
       value_head: saved as `value_head.safetensors`, which transformers does not read.
       texts: {file name: content} of further files, such as the model card.
       max_shard_bytes: larger models are split into several files with an index.
@@ -55,7 +55,7 @@ def save_vlm(
     family = family_of(config)
 
     def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
-        """Returns the config.json; it declares tied embeddings only if `tied`, the keys of tied tensors, has any."""
+        """Returns the config.json, which declares tied embeddings if `tied` (the keys of tied tensors) is not empty."""
         out = family.config_to_hf(config, values, dtype)
         if out["tie_word_embeddings"] and not tied:
             out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False

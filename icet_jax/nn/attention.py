@@ -21,7 +21,7 @@ from icet_jax.typing import Array, Bool, Float, Int
 P = PartitionSpec
 _MIN_QUERIES = 128  # with fewer queries XLA's attention is used
 _TPU_LANES = 128  # tile sizes on a TPU are multiples of this
-_MAX_TILE = 512  # most queries or keys in a tile, whose float32 scores then take 1 MiB of the chip's memory
+_MAX_TILE = 512  # most queries or keys in a tile; float32 scores of 512 x 512 take 1 MiB of the chip's memory
 
 
 def attention(
@@ -46,7 +46,8 @@ def attention(
 
     Returns:
       The outputs of the heads, concatenated: `[B, T, H * D]`. The output of a padding query, or of a query without any
-        allowed key, is finite but meaningless. If nothing depends on it, its gradients are zero.
+      allowed key, is finite but meaningless. As long as the loss does not use such outputs, they add nothing to any
+      gradient.
     """
     mesh = mesh_of(q, k, v)
     kernel = None if mask is not None else kernel_for(q, k, causal, mesh)
@@ -90,7 +91,7 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
     ):
         return None
     platform = _platform(mesh)
-    # Splash attention is faster because it skips scores above the diagonal. If none are skipped, XLA is as fast (CLIP).
+    # Splash attention is faster because it skips scores above the diagonal. Without causal mask (CLIP) XLA is as fast.
     if platform == "tpu" and causal and q.dtype == jnp.bfloat16 and size % 8 == 0 and size >= 64:
         # The kernel multiplies in bfloat16 and does not compile if a higher precision is requested.
         precision = getattr(jax.config, "jax_default_matmul_precision", None)
@@ -103,7 +104,7 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
 
 
 def _platform(mesh: AbstractMesh | None) -> str:
-    """Returns the platform that the program is compiled for: that of the mesh, otherwise the default device's."""
+    """Returns the platform that the program is compiled for: the mesh's or, without a mesh, the default device's."""
     if mesh is not None and mesh.abstract_device is not None:
         return str(mesh.abstract_device.platform)
     device = getattr(jax.config, "jax_default_device", None)
@@ -111,7 +112,7 @@ def _platform(mesh: AbstractMesh | None) -> str:
 
 
 def _compute_capability() -> float:
-    """Returns the compute capability of the first device if it is NVIDIA's, else 0 (AMD devices report a name)."""
+    """Returns the compute capability of the first device, 0 if it is not from NVIDIA (AMD devices report a name)."""
     try:
         return float(getattr(jax.devices()[0], "compute_capability", 0))
     except ValueError:

@@ -34,7 +34,7 @@ class BertConfig:
 
     @property
     def max_length(self) -> int:
-        """Returns the most tokens that one text may have; RoBERTa's first token has position `pad_token_id + 1`."""
+        """Returns the largest number of tokens of a text; RoBERTa's first token has position `pad_token_id + 1`."""
         reserved = self.pad_token_id + 1 if self.kind == "roberta" else 0
         return self.max_position_embeddings - reserved
 

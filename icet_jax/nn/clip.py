@@ -107,7 +107,7 @@ class ClipVisionTower(nnx.Module):
           X = `upto + 1` hidden states of I images, each with P positions (class token and patches) of width D.
 
         Raises:
-          ValueError: `upto` is not a number of blocks.
+          ValueError: `upto` is negative or larger than the number of blocks.
         """
         depth = self.config.num_hidden_layers if upto is None else upto
         if not 0 <= depth <= self.config.num_hidden_layers:

@@ -45,7 +45,7 @@ def relative_index(length: int, buckets: int, max_distance: int) -> Int[np.ndarr
 
     Args:
       length: T, the number of tokens of a text.
-      buckets: half the number of rows of the table; row `buckets` is distance 0.
+      buckets: half the number of rows of the table; row `buckets` is for distance 0.
       max_distance: see `DebertaConfig.max_relative_positions`.
     """
     distance = np.arange(length)[:, None] - np.arange(length)[None]

@@ -1,4 +1,4 @@
-"""Computes numbers of floating-point operations of networks from their sizes.
+"""Counts the floating-point operations of networks from their sizes.
 
 Only matrix products and attention are counted; a multiplication and an addition are two operations.
 """
@@ -77,7 +77,8 @@ def keys_and_values(config: LlamaConfig, length: int) -> int:
 def cross_layers(config: LlamaConfig, length: int, image_positions: int) -> int:
     """Returns the operations of all cross-attention layers for `length` positions of one row.
 
-    They attend to the cached keys of `image_positions`. For a row without images the layers are skipped.
+    Each position attends to the cached keys of `image_positions` positions. For a row without images the layers are
+    skipped.
     """
     if not image_positions:
         return 0

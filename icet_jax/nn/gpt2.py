@@ -101,7 +101,7 @@ class GPT2RewardModel(GPT2Backbone):
         self.score = layers.Linear(config.n_embd, 1, use_bias=False, stddev=0.02, rngs=rngs, **head)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Returns raw float32 rewards; that of a row without any token has no meaning.
+        """Returns raw float32 rewards; the reward of a row without any token has no meaning.
 
         Args:
           tokens: one text per row.

@@ -34,7 +34,7 @@ class KVCache:
 
     @property
     def columns(self) -> int:
-        """Returns the number of columns S: the most tokens that a row can have."""
+        """Returns the number of columns S, the largest number of tokens that a row can have."""
         return self.k[0].shape[2]
 
     def with_room(self, columns: int) -> "KVCache":
@@ -52,7 +52,7 @@ class KVCache:
         """Returns a cache in which some rows are replaced.
 
         Args:
-          slots: numbers of the rows to replace; numbers outside the batch are ignored.
+          slots: indices of the rows to replace; indices outside the batch are ignored.
           rows: a cache with the new rows, each of at most S tokens.
         """
         rows = rows.trim(self.columns)
@@ -74,14 +74,14 @@ class KVCache:
         return write_columns(self.k[layer], k, self.length), write_columns(self.v[layer], v, self.length)
 
     def visible_columns(self) -> Bool[Array, "B S"]:
-        """Returns which columns a row's next token attends to: those of the earlier tokens and its column."""
+        """Returns which columns each row's next token attends to: those of the earlier tokens and its own."""
         return jnp.arange(self.columns) <= self.length[:, None]
 
 
 def write_columns(
     rows: Float[Array, "B K S D"], new: Float[Array, "B K T D"], starts: Int[Array, "B"]
 ) -> Float[Array, "B K S D"]:
-    """Returns `rows` with T new columns in each row, beginning at the row's `starts`; they must fit into S columns."""
+    """Returns `rows` with T new columns written to each row from column `starts` on; they must fit into S columns."""
     return jax.vmap(lambda row, part, start: jax.lax.dynamic_update_slice_in_dim(row, part, start, axis=1))(
         rows, new.astype(rows.dtype), starts
     )

@@ -40,7 +40,7 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], stddev: float, dtype: DType) ->
 class Linear(nnx.Module):
     """Computes `y = x @ kernel (+ bias)`, optionally with a LoRA adapter.
 
-    With `layers` it holds the weights of as many projections, stacked along their first axis.
+    With the argument `layers` it holds the weights of that many projections, stacked along their first axis.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T heads size"]:
-    """Returns `x` with the last axis split into attention heads, each a contiguous block of it."""
+    """Returns `x` with the last axis split into attention heads; each head is a contiguous block of that axis."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
@@ -151,9 +151,9 @@ def rotate(
 
 
 def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Returns each token's number among the tokens of its row that are not padding (HF `generate`).
+    """Returns each token's position, from 0, among the tokens of its row that are not padding (HF `generate`).
 
-    Padding before the tokens gets 0; padding after them gets the last token's number.
+    Padding before the tokens gets 0; padding after them gets the last token's position.
     """
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 

@@ -34,9 +34,9 @@ class RopeScaling:
 class LlamaConfig:
     """Holds the sizes of the decoder under HF's names.
 
-    Two fields have no name there. `mrope_section` are the numbers of rotary frequencies that use the first, second and
-    third position of a token (multimodal rotary embedding); empty if a token has one position. `biased` are the
-    projections that have a bias, such as "q_proj".
+    Two fields do not exist in HF's config. `mrope_section` says how many rotary frequencies use the first, the second
+    and the third position of a token (multimodal rotary embedding); it is empty if a token has one position. `biased`
+    lists the projections that have a bias, such as "q_proj".
     """
 
     vocab_size: int
@@ -87,8 +87,8 @@ def lora_shapes(config: LlamaConfig) -> dict[str, tuple[int, int, int]]:
 class LlamaBlocks(nnx.Module):
     """Holds the weights of all decoder layers, stacked along their first axis.
 
-    The methods run one layer. Call them on a module of one layer, `nnx.merge(graphdef, that layer's slice)`. They take
-    the input x of the layer, the layer's LoRA adapters (empty without) and the adapters' scale.
+    The methods run one layer. Call them on a module of one layer, `nnx.merge(graphdef, that layer's slice)`. Their
+    arguments are the input `x` of the layer, its LoRA adapters `lora` ({} without any) and the `scale` of the adapters.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
@@ -101,7 +101,7 @@ class LlamaBlocks(nnx.Module):
         shapes = lora_shapes(config)
 
         def projection(name: str, residual: bool = False) -> layers.Linear:
-            """Returns a projection; `residual` if its output is added to the residual, for its initial scale."""
+            """Returns a projection; `residual`: its output is added to the residual, which needs smaller weights."""
             _, size_in, size_out = shapes[name]
             stddev = layers.depth_scaled(size_in**-0.5, depth) if residual else None
             return layers.Linear(size_in, size_out, use_bias=name in config.biased, stddev=stddev, **common)
@@ -176,9 +176,9 @@ class SelfAttention:
         Args:
           x: input of the layer.
           layer: weights of the layer.
-          adapters: the layer's LoRA adapters; empty without.
+          adapters: the layer's LoRA adapters, {} without any.
           scale: scale of the adapters.
-          index: number of the layer, by which its cached prefix is found; not used without a prefix.
+          index: index of the layer, by which its cached prefix is found; not used without a prefix.
         """
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
         if self.past is None:
@@ -211,7 +211,7 @@ class SelfAttention:
         return layer.after_attention(x, self._attend(q, k, v, allowed, index), adapters, scale), _heads_first(k, v)
 
     def _attend(self, q: Array, k: Array, v: Array, allowed: Array, index: Any) -> Array:
-        """Returns the attention of queries to the prefix's keys of layer `index` and to k, where `allowed` is True."""
+        """Returns the attention of queries to k and to layer `index` of the cached prefix, where `allowed` is True."""
         if self.past is not None:
             cached = [part.swapaxes(1, 2) for part in layer_at(self.past, index)]
             k, v = jnp.concatenate([cached[0], k], axis=1), jnp.concatenate([cached[1], v], axis=1)
@@ -242,7 +242,7 @@ class NextToken:
     """Runs decoder layers for one new token per row: writes it to the cache, then attends to the cache.
 
     Attributes:
-      k, v: cached keys and values of all layers; a call replaces those of its layer.
+      k, v: cached keys and values of all layers; a call replaces those of the layer that it runs.
     """
 
     def __init__(self, config: LlamaConfig, cache: KVCache):
@@ -253,7 +253,7 @@ class NextToken:
     def __call__(
         self, x: Float[Array, "B 1 E"], layer: LlamaBlocks, adapters: Adapters, scale: float, index: int
     ) -> Float[Array, "B 1 E"]:
-        """Runs layer number `index` on the new token and returns its output; see `SelfAttention.__call__`."""
+        """Runs layer `index` on the new token, updates `k` and `v` and returns the output; see `SelfAttention`."""
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
         self.k[index], self.v[index] = self.cache.append_to_layer(index, *_heads_first(k, v))
         attended = attend(q[:, 0], self.k[index], self.v[index], self.visible)
@@ -283,7 +283,7 @@ def rotary(config: LlamaConfig, positions: Int[Array, "*sections B T"]) -> Angle
 
 
 def after_prefix(positions: Int[Array, "*sections B T"], prefix: KVCache | None) -> Int[Array, "*sections B T"]:
-    """Returns the positions of tokens that follow `prefix`, from positions that begin at 0."""
+    """Returns `positions`, which begin at 0, shifted to those of tokens that follow `prefix` (None: unchanged)."""
     return positions if prefix is None else positions + prefix.next_position[:, None]
 
 
@@ -295,7 +295,8 @@ def prompt_cache(
 
     Args:
       k, v: keys and values of each layer, `[B, K, T, D]`.
-      positions: positions of the tokens, from `after_prefix`; the next position is the largest of a row plus one.
+      positions: positions of the tokens, from `after_prefix`. The cache's next position of a row is the largest of them
+        plus one.
       mask: True at real tokens.
       prefix: cache of the tokens that come before these, or None.
     """
@@ -371,7 +372,7 @@ class LlamaDecoder(nnx.Module):
 
         Args:
           embeddings: embeddings of the tokens after `prefix`.
-          positions: their rotary positions, from 0 also with a prefix; see `rotary`.
+          positions: rotary positions of these tokens, which begin at 0 even if there is a prefix; see `rotary`.
           mask: True at real tokens; padding is on the right. The state of a row without any token has no meaning.
           prefix: cache of the tokens that come before these, or None.
           lora: adapters, or None.

@@ -78,7 +78,7 @@ class LlamaRewardModel(nnx.Module):
         self.score = layers.Linear(config.hidden_size, 1, use_bias=False, stddev=0.02, **common)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """Returns raw float32 rewards; that of a row without any token has no meaning.
+        """Returns raw float32 rewards; the reward of a row without any token has no meaning.
 
         Args:
           tokens: one text per row.

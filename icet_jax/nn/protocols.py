@@ -36,8 +36,8 @@ class Images:
     """Holds the preprocessed images of a batch whose rows may have any number of images.
 
     The images can be arranged in two ways. With *fixed places*, every row has M images, of which some may be filler
-    images, and image m of row r has the number r * M + m (so I = B * M); rows and their images are then split over
-    devices in the same way. Without fixed places, I is smaller and the images are in the order of the rows.
+    images, and image m of row r is at position r * M + m of `pixels` (so I = B * M). Rows and their images are then
+    split over devices in the same way. Without fixed places, I is smaller and the images are in the order of the rows.
 
     Attributes:
       pixels: Float[I, C, H, W], normalised.
@@ -76,15 +76,15 @@ class Images:
     def image_exits(
         self, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> tuple[Int[Array, "N"], Int[Array, "N"] | None]:
-        """Returns the exit of each needed image and its number, as `parallel.traced.take_exit_states` takes them.
+        """Returns the exits and positions of images, in the form that `parallel.traced.take_exit_states` takes.
 
         Args:
           exits: one exit for all rows, or one for each row.
           rows: the requested rows; None requests all.
 
         Returns:
-          (exit of each image, number of each image). With `rows` these are the R * M images of `index(rows)`. Without
-          `rows`, they are all images in order, and the numbers are None.
+          (exit of each image, position of each image in `pixels`). With `rows` these are the R * M images of
+          `index(rows)`. Without `rows`, they are all images in order, and the positions are None.
         """
         if rows is not None:
             index = self.index(rows)
@@ -98,7 +98,7 @@ class Images:
     def group_by_row(
         self, features: Shaped[Array, "N ..."], rows: Int[Array, "R"] | None = None
     ) -> Shaped[Array, "R M ..."]:
-        """Returns images' features arranged as M images for each row; zeros where a row has fewer images.
+        """Returns the features of images grouped by row, M images for each; zeros where a row has fewer images.
 
         Args:
           features: features of the images, in the order of `image_exits(exits, rows)`.
@@ -136,14 +136,14 @@ class NetworkConfig(Protocol):
 
 
 class Operations(NamedTuple):
-    """Holds numbers of floating-point operations, see `VisionLanguageModel.operations`.
+    """Holds the numbers of floating-point operations of the parts of a model, see `VisionLanguageModel.operations`.
 
     Attributes:
-      encode: of encoding one image for all exits.
-      visual: of computing one image's features at one exit from the encoder's states.
-      prefill: of processing one row's prompt at one exit, with the logits of its last position.
-      step: of decoding one new token of one row, with its logits.
-      forward: of running one row through the decoder layers without a cache, without logits.
+      encode: operations to encode one image for all exits.
+      visual: operations to compute one image's features at one exit from the encoder's states.
+      prefill: operations to process one row's prompt at one exit, with the logits of its last position.
+      step: operations to decode one new token of one row, with its logits.
+      forward: operations to run one row through the decoder layers without a cache, without logits.
     """
 
     encode: int
@@ -205,7 +205,7 @@ class LanguageModel(Protocol):
           mask: see `decode`; padding must be on the right.
           visual: see `decode`.
           lora: see `decode`.
-          prefix: cache of B rows whose tokens come before these; the new tokens then have no images. None: no prefix.
+          prefix: cache of B rows whose tokens come before `tokens`, or None. With a prefix, `tokens` have no images.
         """
         ...
 
@@ -220,7 +220,7 @@ class LanguageModel(Protocol):
 
         Args:
           tokens: the new tokens.
-          active: False for rows that have ended; their cache stays as it is.
+          active: False for rows that have ended, whose cache does not change.
           cache: cache of the earlier tokens.
           unstacked: result of `unstack_layers`.
         """
@@ -280,14 +280,14 @@ class VisionLanguageModel(LanguageModel, Protocol):
         Args:
           encoded: result of `encode`.
           exits: the exit of all rows, or one for each row; may be traced.
-          rows: numbers of the requested rows of the batch, in any order and with repeats; None requests each row once.
+          rows: indices of the requested rows of the batch, in any order and with repeats; None requests each row once.
         """
         ...
 
     def image_features(
         self, encoded: EncodedImages, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
-        """Returns (N image features of each row at its exit, which of them belong to an image); see `visual`."""
+        """Returns (N image features of each row at its exit, whether each belongs to an image); see `visual`."""
         ...
 
     def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
@@ -309,7 +309,7 @@ def check_exit(exit_layer: int, num_exits: int, field: str) -> int:
     """Returns `exit_layer` if it is one of 1..num_exits.
 
     Raises:
-      UserError: it is not; the message names `field`.
+      UserError: there is no such exit; the message names `field`.
     """
     if not 1 <= exit_layer <= num_exits:
         raise UserError(f"{field}: exit {exit_layer} is out of range; this model has exits 1..{num_exits}")

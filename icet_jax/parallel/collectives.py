@@ -8,7 +8,8 @@ _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = ((?:\([^()]*(?:\([^()]*\)[^()]*)*\)|\S+)) ([\w\-]+)\(([^)]*)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d+|pred)(?:[a-z]\w*)?\[([\d,]*)\]")
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# The names of other computations in an instruction: all that it calls, those of a fusion, branches, and a loop's parts.
+# Patterns of the names of other computations in an instruction: computations that it calls, in particular those of a
+# fusion; branches of a conditional; condition and body of a loop.
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _FUSED = re.compile(r"\bcalls=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -21,7 +22,7 @@ def moved_bytes(hlo: str) -> int | None:
 
     Each collective counts as in a ring of many devices: an all-gather with the size of its result, an all-reduce with
     twice the size of its operand, every other one with the size of its operand. Loops count with all iterations, and
-    all branches of a conditional count as taken; in training that differs only for a skipped step.
+    all branches of a conditional count as taken. In training, the only conditional is the one that skips a step.
 
     Args:
       hlo: text of one device's optimised program, `compiled.as_text()`.
@@ -40,8 +41,8 @@ def moved_bytes(hlo: str) -> int | None:
         for channel, size in _collectives(name, computations[name].lines):
             if math.isnan(count):
                 return None
-            # One collective may occur in several fusions with the same channel, some of which only pass it through a
-            # loop of the computation that it overlaps. It is counted once.
+            # One collective may occur in several fusions with the same channel, because it overlaps a computation in a
+            # loop and some fusions only pass it on. It is counted once.
             bytes_by_channel[channel] = min(bytes_by_channel.get(channel, math.inf), count * size)
     return int(sum(bytes_by_channel.values()))
 
@@ -109,7 +110,7 @@ def _iterations(computations: dict[str, _Computation], condition: str) -> int | 
 
 
 def _collectives(computation: str, lines: list[str]) -> list[tuple[str, int]]:
-    """Returns (channel, or a unique name if it has none; bytes) of each collective in a computation."""
+    """Returns (channel, bytes) of each collective in a computation; a unique name stands in for a missing channel."""
     sizes: dict[str, int] = {}
     collectives = []
     for line in lines:

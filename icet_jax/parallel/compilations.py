@@ -25,20 +25,20 @@ class Lowered(Protocol):
     """A traced program that can be compiled: `jax.stages.Lowered`, or what `Program.lower` returns."""
 
     def compile(self) -> Any:
-        """Compiles the program, so that calls of its jitted function need not."""
+        """Compiles the program, so that later calls of its jitted function do not have to."""
         ...
 
 
 OFF = "off"
 """The value of `config.compilation_cache` that disables the cache."""
-_MAX_CACHE_BYTES = 8 * 2**30  # beyond it, the oldest cached programs are deleted
-_THREAD_PREFIX = "compile"  # of the names of the threads that compile
+_MAX_CACHE_BYTES = 8 * 2**30  # if the cache is larger, its oldest programs are deleted
+_THREAD_PREFIX = "compile"  # prefix of the names of the threads that compile
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 def keep_programs(choice: str | None) -> None:
-    """Makes this process cache compiled programs in a folder, and read those that earlier processes cached there.
+    """Makes this process cache compiled programs in a folder, and use programs that earlier processes cached there.
 
     If the folder cannot be written to, a line on standard error says so and there is no cache.
 
@@ -53,7 +53,7 @@ def keep_programs(choice: str | None) -> None:
         if "://" not in folder and not _is_writable(Path(folder)):
             folder = None
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # Cache programs of any compile time: a start needs dozens of small ones, and reading one is faster.
+        # Cache programs however fast they compile: a start needs dozens of small ones, and reading is faster still.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_compilation_cache_dir", folder)
     keep_traces(None if folder is None or "://" in folder else Path(folder))
@@ -97,7 +97,9 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _drop_oldest(folder: Path) -> None:
-    """Deletes the oldest files of a folder beyond `_MAX_CACHE_BYTES`; other processes may do so at the same time.
+    """Deletes the oldest files of a folder until it has at most `_MAX_CACHE_BYTES`.
+
+    Other processes may call this function for the same folder at the same time.
 
     jax's own limit, `jax_compilation_cache_max_size`, does not count cached traces, and locks the folder even to read.
     """
@@ -112,7 +114,7 @@ def _drop_oldest(folder: Path) -> None:
 def compile_programs(programs: Iterable[tuple[str, Lowered]], meanwhile: Callable[[], Any] = lambda: None) -> Any:
     """Compiles programs in parallel, each as soon as it is traced, and prints the seconds of each to standard error.
 
-    Later calls of their jitted functions with the same shapes compile nothing.
+    Later calls of the programs' jitted functions with the same shapes do not compile again.
 
     Args:
       programs: (name, traced program) pairs; taking the next pair from the iterator usually traces a program.
@@ -144,7 +146,7 @@ class CompilationCounter:
     Attributes:
       count: number of programs that were compiled, or read from the cache instead.
       cached: number of programs of `compile_programs` that were read from the cache.
-      seconds: sum of their times; of programs that compile in parallel, all times are added.
+      seconds: sum of the compilation times of all programs, including programs that compiled in parallel.
     """
 
     def __init__(self) -> None:

@@ -57,9 +57,9 @@ class Address(NamedTuple):
 def join_processes(coordinator: str | None, process_id: int | None, process_count: int | None) -> Iterator[None]:
     """Runs the block as one process of several, if the arguments or the environment say so.
 
-    If the block raises an error, all processes end (they do not return from here) with the exit code of the process
-    that raised it first. That process prints the error, and each other one prints a line that names that process. With
-    one process this does nothing, and errors are raised normally.
+    If the block raises an error in any process, all processes exit at once with the exit code of the process that
+    raised it first. That process prints the error, and every other process prints a line that names it. With one
+    process this does nothing, and errors are raised normally.
 
     Args:
       coordinator: HOST:PORT of the first process, "auto" if jax can ask the cluster, or None (see `find_address`).
@@ -91,13 +91,13 @@ def find_address(
     """Returns how to join the processes of a run: an address, "auto" to let jax find it, or None for one process.
 
     The arguments (from flags) come first, then JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES. If the
-    coordinator's address is known, index and count may also come from Open MPI or SLURM. If it is not, jax can find
-    everything under SLURM, under Open MPI 4, and on the hosts of a TPU.
+    coordinator's address is known, index and count may also come from Open MPI or SLURM. If it is not known, jax can
+    find everything under SLURM, under Open MPI 4, and on the hosts of a TPU.
 
-    Whether to let jax search is decided here for two reasons. `jax.distributed.initialize()` (0.10.2) raises the same
-    `ValueError` for one process and for two of Open MPI 5, which would then both write into one run directory. In a
-    SLURM step of one task it starts a coordinator on a port that depends on the job alone, so that a second step of the
-    job could not start.
+    This function decides whether to let jax search, and does not simply call `jax.distributed.initialize()` (0.10.2),
+    for two reasons. With Open MPI 5, that call raises the same `ValueError` for several processes as for one, so that
+    all of them would write into one run directory. In a SLURM step of one task, it starts a coordinator on a port that
+    depends on the job alone, so that a second step of the job could not start.
 
     Args:
       coordinator, process_id, process_count: see `join_processes`.
@@ -160,7 +160,7 @@ def agree(value: _T) -> _T:
 def on_first(function: Callable[[], _T]) -> _T:
     """Calls `function` in the first process, and returns its result (a JSON value) in all processes.
 
-    If it raises an error, all processes end.
+    If `function` raises an error, all processes end.
     """
     if _is_alone():
         return function()
@@ -189,7 +189,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
-    """Runs the block in the first process and then in the others, so that they find the files that it created."""
+    """Runs the block in the first process and then in the others, which thus find the files that the first created."""
     if _is_alone():
         yield
     elif is_writer():
@@ -202,7 +202,10 @@ def first_before_others() -> Iterator[None]:
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """Returns a pytree with its arrays as numpy arrays; all processes must call it, because it gathers their parts."""
+    """Returns a pytree with numpy arrays in place of jax arrays.
+
+    All processes must call this function, because it gathers the parts of arrays that are spread over processes.
+    """
     arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     if jax.process_count() == 1 or all(array.is_fully_replicated for array in arrays):
         return jax.device_get(tree)
@@ -233,8 +236,8 @@ def row_share(mesh: Mesh | None, rows: int) -> Share:
     """Returns the part of a batch of `rows` rows that this process's devices get from `sharding.place_rows`.
 
     Processes whose devices get the same rows (because heads are split across them) have the same share. The share is
-    the whole batch, part 0 of 1, if the rows cannot be divided evenly, or the rows of some process are not contiguous
-    or not as many as those of the others.
+    the whole batch, part 0 of 1, if the rows cannot be divided evenly, if some process's rows are not contiguous, or if
+    processes have different numbers of rows.
     """
     if mesh is None or jax.process_count() == 1 or rows % row_shards(mesh):
         return Share(0, 1)
@@ -323,7 +326,7 @@ def _give_up(line: str) -> None:
 
 
 def _silence(index: int) -> None:
-    """Stops this process from writing files and printing, except for errors, which carry its index."""
+    """Stops this process from writing files and from printing, except for errors, whose lines carry its index."""
     files.write_nothing()
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(logging.ERROR)
@@ -407,7 +410,7 @@ def _watch() -> None:
 
 
 def _fail(error: BaseException) -> NoReturn:
-    """Reports this process's error to the others, unless another one failed before, and ends this process."""
+    """Reports this process's error to the others, unless another process has failed before, and ends this process."""
     error = out_of_memory(error) or error
     line, code = describe(error)
     client, index = _client(), jax.process_index()
@@ -416,7 +419,7 @@ def _fail(error: BaseException) -> NoReturn:
     try:
         client.key_value_set(_ENDED, json.dumps({"process": index, "line": line, "code": code}))
     except RuntimeError:
-        time.sleep(_GRACE_SECONDS)  # another process was first, and `_watch` is about to end this one
+        time.sleep(_GRACE_SECONDS)  # another process failed first, and `_watch` is about to end this one
         _exit(code)
     if not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
         traceback.print_exception(error, file=sys.__stderr__)
@@ -452,7 +455,7 @@ def _print_error(line: str) -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    """Ends this process at once: an orderly end would wait for the other processes, which are gone."""
+    """Ends this process at once, because an orderly exit would wait for other processes that have ended already."""
     for stream in (sys.stdout, sys.stderr, sys.__stderr__):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()  # type: ignore[union-attr]

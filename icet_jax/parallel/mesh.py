@@ -16,11 +16,11 @@ AXES = ("data", "fsdp", "tensor")
 def mesh_shape(
     count: int, *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: str = ""
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Returns the numbers of devices along `AXES` for `count` devices.
+    """Returns how many of `count` devices there are along each of `AXES`.
 
     Args:
       count: number of devices.
-      data: number of devices along the axis `data`; -1 for all devices that the other axes leave.
+      data: number of devices along the axis `data`; -1 for as many as the other axes leave.
       fsdp: the same along the axis `fsdp`.
       tensor: the same along the axis `tensor`.
       devices: description of the devices for error messages, appended to their number.
@@ -67,8 +67,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
     try:
         return jax.make_mesh(shape, AXES, axis_types=automatic, devices=devices)
     except NotImplementedError:
-        # An axis of the mesh, such as 8, is not a product of the chips' physical axes, such as 4 x 4 x 4. So a physical
-        # axis must be split, which jax.make_mesh does on v5e alone.
+        # The size of a mesh axis, such as 8, may not be a product of sizes of physical axes, such as 4 x 4 x 4. Then a
+        # physical axis must be split, which jax.make_mesh does only on v5e.
         device_array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(device_array, AXES, axis_types=automatic)
 

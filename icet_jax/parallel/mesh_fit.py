@@ -1,6 +1,6 @@
 """Checks that a model's attention heads and a batch's rows divide evenly over the mesh.
 
-If they did not, every device would compute all of them.
+Heads or rows that do not divide evenly would all be computed by every device.
 """
 
 import math

@@ -2,13 +2,13 @@
 
 jax's compilation cache saves a later process the compilation, but the process still traces and lowers every program in
 Python. A `Program` caches the lowered program, too, as `jax.export` writes it (StableHLO, never pickle). The cache key
-contains everything that it depends on: this package's source, versions of its dependencies, jax's settings, the
-devices, what the function closes over, and structure, shapes, dtypes and shardings of the arguments. A program whose
-key cannot be determined is not cached.
+contains everything that the program depends on: this package's source, versions of its dependencies, jax's settings,
+the devices, what the function closes over, and structure, shapes, dtypes and shardings of the arguments. A program
+whose key cannot be determined is not cached.
 
 With jax's own cache alone, the second start of the embedded organism takes 27 % of the processor time of the first one;
-with this module it takes 23 %, below the required 25 % (`benchmarks/start_up.py`, one pair each on a busy machine). In
-seconds on a quiet machine it is 37 % and 24 %.
+with this module it takes 23 %, below the required 25 % (`benchmarks/start_up.py`, one pair of starts each on a busy
+machine). On a quiet machine, the second start takes 37 % and 24 % of the first one's elapsed time.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _folder: Path | None = None
 
 
 def keep_traces(folder: Path | None) -> None:
-    """Makes this process cache programs in a folder and read those cached there; None ends that."""
+    """Makes this process cache programs in a folder and read those cached there; None switches the cache off."""
     global _folder
     _folder = folder
 
@@ -89,7 +89,7 @@ class Program:
         return self.jitted(*arguments, **static) if program is None else program(arguments)
 
     def lower(self, *arguments: PyTree, **static: Any) -> Any:
-        """Returns a traced program (like `jax.stages.Lowered`); once compiled, calls with these shapes use it."""
+        """Returns the program traced for these shapes (like `jax.stages.Lowered`); once compiled, it serves calls."""
         program = self._find(arguments, static)
         return self.jitted.lower(*arguments, **static) if program is None else program.lower(arguments)
 
@@ -152,7 +152,7 @@ class Program:
         return self._wrap(exported, results, arguments)
 
     def _wrap(self, exported: export.Exported, results: PyTree, arguments: _Arguments) -> "_CachedProgram":
-        """Returns an exported program with the donation of `self` and results of the structure of `results`."""
+        """Returns an exported program that donates as `self` does, and returns results structured like `results`."""
         sizes = [len(jax.tree.leaves(argument)) for argument in arguments]
         donated: Sequence[int] = ()
         if self._donate is not None:
@@ -184,7 +184,7 @@ class _CachedProgram:
             # Not `self.jitted`, which would compile once for arguments that are committed to a device, as an exported
             # program's results are, and once more for those that are not.
             results = self.compiled(*leaves)
-        except (TypeError, ValueError):  # raised before anything ran, because these arguments are on other devices
+        except (TypeError, ValueError):  # raised before anything ran, if these arguments are on other devices
             results = self.jitted(*leaves)
         return jax.tree.unflatten(self.structure, results)
 
@@ -214,9 +214,9 @@ class _Lowered(NamedTuple):
 
 
 def _signature(arguments: _Arguments, static: Keywords) -> tuple[Any, ...]:
-    """Returns a key of the arguments, with one program for each: their structure, shapes and dtypes.
+    """Returns structure, shapes and dtypes of the arguments, by which this process looks up a program.
 
-    Shardings are not part of it, because a compiled program checks them itself.
+    Shardings are not included, because a compiled program checks them itself.
     """
     leaves, structure = jax.tree.flatten(arguments)
     return (
@@ -227,7 +227,10 @@ def _signature(arguments: _Arguments, static: Keywords) -> tuple[Any, ...]:
 
 
 def _key(facts: Sequence[object], arguments: _Arguments) -> str | None:
-    """Returns the cache key of a program that `facts` identify, for such arguments; None if a `repr` is ambiguous."""
+    """Returns the cache key of the program that `facts` identify, for arguments like these.
+
+    Returns None if the `repr` of a fact is ambiguous, so that no key can be computed.
+    """
     leaves, structure = jax.tree.flatten(arguments)
     devices = jax.devices()
     text = repr([

@@ -1,8 +1,9 @@
 """Decides how every array is split over the mesh: one table from parameter paths to `PartitionSpec`.
 
-Weight matrices ("kernels") are split over `tensor` as in Megatron (the first of two along its columns, the second along
-its rows) and over `fsdp` along their other axis. Rows of a batch are split over `data` and `fsdp`. Patterns match the
-end of a path, so an optimizer's moments, whose paths end like their parameters', are split in the same way.
+Weight matrices ("kernels") are split over `tensor` as in Megatron: of two consecutive matrices, the first is split
+along its columns and the second along its rows. The other axis of each matrix is split over `fsdp`. Rows of a batch are
+split over `data` and `fsdp`. Patterns match the end of a path. The optimizer's moments are therefore split in the same
+way as the parameters, because their paths end in the same way.
 """
 
 import math
@@ -186,8 +187,8 @@ def place_rows(tree: PyTree, mesh: Mesh | None, parts: int = 1) -> PyTree:
     Args:
       tree: pytree of host arrays.
       mesh: the mesh; None for the default device.
-      parts: 1 if every process has all rows. Otherwise each has one of this many equal parts, its
-        `distributed.row_share`, and the first axis of the results is longer by this factor.
+      parts: 1 if every process has all rows. Otherwise each process has one of `parts` equal parts of the rows (its
+        `distributed.row_share`), and the first axis of the results is `parts` times as long as that of `tree`.
     """
     if mesh is None:
         return jax.device_put(tree)

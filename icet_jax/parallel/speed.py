@@ -14,8 +14,10 @@ _SECONDS, _RUNS = 0.05, 3
 
 @functools.cache
 def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
-    """Returns the operations per second of matrix products [rows, width] x [width, ffn] x [ffn, width], the best of
-    three measurements of at least 50 ms."""
+    """Returns the operations per second of matrix products [rows, width] x [width, ffn] x [ffn, width].
+
+    It is the best of three measurements, each of at least 50 ms.
+    """
     x = jnp.ones((rows, width), dtype)
     up, down = jnp.full((width, ffn), 1 / width, dtype), jnp.full((ffn, width), 1 / ffn, dtype)
 
@@ -37,5 +39,5 @@ def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
 def _products(
     x: Float[Array, "B E"], up: Float[Array, "E F"], down: Float[Array, "F E"], repeats: int | Int[Array, ""]
 ) -> Float[Array, "B E"]:
-    """Returns `x` after `repeats` times x = x @ up @ down, so that each product must wait for the one before."""
+    """Returns `x` after `repeats` repetitions of x = x @ up @ down, where each product must wait for the last one."""
     return jax.lax.fori_loop(0, repeats, lambda _, x: (x @ up) @ down, x)

@@ -1,4 +1,4 @@
-"""Chips that need not be present: their peak speeds, and devices to compile for, by the name of a topology."""
+"""Describes chips that need not be present: their speeds, and the devices of a named topology, to compile for."""
 
 import dataclasses
 import importlib.util
@@ -131,13 +131,13 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={topology.name}: compiling for TPUs needs the `tpu` extra: pip install 'jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries the metadata service of TPU machines
-    # Without it, libtpu would wait for another process of this machine that uses a TPU; nothing here runs on one.
+    # Otherwise libtpu would wait for another process of this machine that uses a TPU. Nothing here runs on a TPU.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:
         description = topologies.get_topology_desc(topology.name, platform="tpu", **(topology.chip.options or {}))
-    except Exception as error:  # jax raises several types, depending on what libtpu dislikes
+    except Exception as error:  # jax raises exceptions of several types
         reason = str(error).splitlines()[0]
         raise UserError(f"--topology={topology.name}: libtpu does not know it ({reason})") from error
     if len(description.devices) != topology.count:

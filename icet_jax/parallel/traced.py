@@ -30,8 +30,8 @@ def by_rows(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     """Returns activations with a constraint that splits them over the mesh's row axes and along no other axis.
 
     Without the constraint, the compiler may split E as `fsdp` splits the weights: every device then computes all rows,
-    and devices exchange partial sums as large as the activations. For few rows, as in a decoding step, that is faster.
-    So this function returns its input for few rows, and if the rows cannot be divided evenly.
+    and devices exchange partial sums as large as the activations. That is faster for few rows, as in a decoding step.
+    This function therefore returns its input unchanged if there are few rows, or if they cannot be divided evenly.
     """
     mesh = _mesh_if_gathering_is_cheaper(x)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(ROWS)))
@@ -84,7 +84,8 @@ def take_exit_states(
     Args:
       states: hidden states of I images at X exits.
       layers: index of each result's exit.
-      numbers: index of each result's image; a negative one gives a meaningless result. None takes every image in order.
+      numbers: index of each result's image; a negative index gives a meaningless result. None takes every image in
+        order.
     """
     if numbers is None:
         # Each image's states are on the device that needs them, so nothing is exchanged.
@@ -116,7 +117,7 @@ def take_exit_states(
 
 
 def _gather_fsdp(x: Array, spec: PartitionSpec, mesh: AbstractMesh) -> Array:
-    """Returns an array whose sharding is `spec` with the sharding that `spec` has without `fsdp`."""
+    """Returns the array `x`, whose sharding is `spec`, with the same sharding except that `fsdp` splits no axis."""
     split = fit(spec, x.shape, mesh)
     others = (tuple(name for name in axis if name != "fsdp") if isinstance(axis, tuple) else axis for axis in split)
     gathered = P(*(None if axis in ("fsdp", ()) else axis for axis in others))

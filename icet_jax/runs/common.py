@@ -42,7 +42,7 @@ class RunInputs:
       vlm: the model before training.
       scorers: judges of `config.sweep.datasets`, in the order of the config.
       utility_scorers: judges of `config.sweep.utility`.
-      tests: rows of each data set of `config.sweep.datasets` and `config.sweep.utility`, by its name.
+      tests: {name of a data set in `config.sweep.datasets` or `config.sweep.utility`: its rows}.
       train: rows of `config.data.train`; empty if nothing is trained.
     """
 
@@ -100,7 +100,7 @@ def load_model(config: ConfigDict, workdir: Path, *, record: bool = True) -> VLM
     Args:
       config: config of the run.
       workdir: run directory.
-      record: whether to write fingerprints.json, which records the model's files, if the run directory has none.
+      record: whether to record the hashes of the model's files in fingerprints.json, if they are not recorded yet.
 
     Raises:
       UserError: the checkpoint or adapter does not exist or is broken, its files differ from those that the run in
@@ -124,7 +124,7 @@ def load_exported(config: ConfigDict, vlm: VLM, folder: Path, *, is_adapter: boo
       config: config of the run.
       vlm: the model that was exported; only its folder and mesh are used.
       folder: folder of the export.
-      is_adapter: whether it is a PEFT adapter, which is merged into the run's base model.
+      is_adapter: whether the export is a PEFT adapter, which is merged into the run's base model.
 
     Raises:
       UserError: files are missing or broken.
@@ -192,8 +192,11 @@ def _drop_too_long(
 def _write_data_facts(
     workdir: Path, tests: dict[str, LoadedRows], train: LoadedRows | None, too_long: dict[str, dict[str, int]]
 ) -> None:
-    """Writes `data.json`: rows by set and kind, rows left out by reason, rows that are too long, and the number of test
-    prompts that are training prompts."""
+    """Writes `data.json`, which describes the rows of the run.
+
+    It has the number of rows by set and kind, the number of rows left out by reason, the rows that are too long, and
+    the number of test prompts that are also training prompts.
+    """
     sets = tests if train is None else {TRAIN: train, **tests}
     content: JsonObject = {
         "rows": {name: dict(Counter(row.kind for row in rows.examples)) for name, rows in sets.items()},
@@ -216,7 +219,7 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
       run: function of (config of one seed, its run directory) that does the work.
 
     Raises:
-      UserError: the folder cannot be written to or belongs to another config, or a run raises it.
+      UserError: the folder cannot be written to or belongs to another config, or `run` raises a `UserError`.
     """
     with claimed(workdir, config):
         for seed in config.seeds:
@@ -240,7 +243,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     The first process calls `run_lock.locked` and `run_dir.claim` for all processes of the run.
 
     Raises:
-      UserError: see those functions; or a process does not see the files that the first one wrote.
+      UserError: see those functions; or a process does not see the files that the first process wrote.
     """
     with contextlib.ExitStack() as stack:
 
@@ -254,7 +257,11 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 
 def _wait_for_config(workdir: Path) -> None:
-    """Waits until this process sees the config.json that the first one wrote."""
+    """Waits until this process sees the config.json that the first process wrote.
+
+    Raises:
+      UserError: the file does not appear within `_VISIBLE_SECONDS`.
+    """
     limit = time.monotonic() + _VISIBLE_SECONDS
     while not (workdir / "config.json").is_file():
         if time.monotonic() > limit:

@@ -67,8 +67,16 @@ def override(config: ConfigDict, name: str, text: str) -> None:
 
 
 def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
-    """Returns the type of a field in a scorer's section of the config, whose dotted name is `where`; raises a
-    `UserError` if scorers of its kind have no such field."""
+    """Returns the type of a field in a scorer's section of the config.
+
+    Args:
+      definition: the section.
+      where: dotted name of the section.
+      field: name of the field.
+
+    Raises:
+      UserError: scorers of this kind have no such field.
+    """
     fields = scorer_fields(definition.kind)
     if field not in fields:
         raise UserError(f"config.{where}.{field}: a {definition.kind} has {', '.join(fields)}")
@@ -76,7 +84,7 @@ def _scorer_field(definition: ConfigDict, where: str, field: str) -> type:
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
-    """Converts `text` to a value of type `kind`; raises a `UserError` about the field `name` if it cannot.
+    """Converts `text` to a value of type `kind`; raises a `UserError` about the field `name` if that is impossible.
 
     The type `object` means that the field accepts the word "all" or a list.
     """
@@ -118,8 +126,11 @@ def _find(path: str) -> Path:
 
 
 def _run_config_file(path: Path, variant: str) -> ConfigDict:
-    """Returns the config that the file's `get_config(variant)` returns; any error in it becomes a one-line
-    `UserError`."""
+    """Returns the config that the file's `get_config(variant)` returns.
+
+    Raises:
+      UserError: the file raised an exception; the message names it in one line.
+    """
     spec = importlib.util.spec_from_file_location(f"_icet_jax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path}: not a Python file; a config is configs/NAME.py")
@@ -147,7 +158,7 @@ def _run_config_file(path: Path, variant: str) -> ConfigDict:
 def _to_user_error(path: Path, error: Exception) -> UserError:
     """Returns a one-line `UserError` for an exception that the config file at `path` raised.
 
-    For ml_collections' exceptions about a field that does not exist or has another type, it names the field.
+    If ml_collections raised it because a field does not exist or has another type, the message names the field.
     """
     frames = traceback.extract_tb(error.__traceback__)
     line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), "?")

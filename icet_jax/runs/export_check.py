@@ -23,7 +23,7 @@ ROWS = 32  # answers that are generated again
 
 
 def check_export(config: ConfigDict, workdir: Path, vlm: VLM, measurements: Measurements, folder: Path) -> None:
-    """Generates 32 answers with the model loaded from `folder`, and compares them with those measured after training.
+    """Generates `ROWS` answers with the model loaded from `folder`, and compares them with the sweep's after training.
 
     It writes export_check.json and, if the check passes, writes the model card again with the result. A check that has
     passed is not repeated. All processes must call this function.

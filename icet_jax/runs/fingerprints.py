@@ -58,7 +58,7 @@ def check_pairs(workdir: Path, sets: Mapping[str, Sequence[PreferencePair]]) -> 
 
     Args:
       workdir: the run directory.
-      sets: preference pairs by name of the set. In the file, the id of a pair is its number, counted from 1.
+      sets: {name of the set: its preference pairs}. In fingerprints.json, pairs are numbered from 1.
 
     Raises:
       UserError: pairs have changed since the run started; the message names the set and the number of pairs.
@@ -77,7 +77,7 @@ def check_pairs(workdir: Path, sets: Mapping[str, Sequence[PreferencePair]]) -> 
 
 
 def recorded_rows(workdir: Path) -> Fingerprints:
-    """Returns {set: {row id: hash}} as `check_rows` recorded it; all processes call it.
+    """Returns {set: {row id: hash}} as `check_rows` recorded it. All processes must call this function.
 
     Raises:
       UserError: the file is damaged.
@@ -90,7 +90,7 @@ def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, r
 
     Args:
       workdir: the run directory.
-      directories: folder of the "model" and of its start "adapter"; None for no adapter.
+      directories: {"model": its folder, "adapter": folder of the adapter that training starts from, or None}.
       record: whether to record hashes if the run directory has none.
 
     Raises:
@@ -178,7 +178,7 @@ def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def _hash_rows(sets: Mapping[str, Sequence[Example]]) -> Fingerprints:
-    """Returns the hash of every row: of its texts and the bytes or pixels of its images."""
+    """Returns {set: {row id: hash of the row's texts and of the bytes or pixels of its images}}."""
     images = {image for rows in sets.values() for row in rows for image in row.images if isinstance(image, str | Path)}
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         file_hashes = dict(zip(images, pool.map(_hash_file, images), strict=True))
@@ -226,8 +226,10 @@ def _hash_files(directory: Path) -> dict[str, str]:
 
 
 def _hash_weights(path: Path) -> str:
-    """Returns the hash of a safetensors file: of its size, its header and 64 evenly spaced blocks (all of a small
-    file)."""
+    """Returns a hash of a safetensors file, computed from its size, its header and `_BLOCKS` evenly spaced blocks.
+
+    Of a small file, all bytes are read.
+    """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = file.read(8)

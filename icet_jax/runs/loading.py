@@ -42,7 +42,7 @@ def load(
       revision: branch, tag or commit of a hub id; None is its default branch.
       adapter: directory or hub id of a PEFT LoRA, merged into the language model in float32 while it is loaded.
       exit_rule: for Llama 3.2 Vision, what exit l feeds the projector: "E1", "E2" or "E5"
-        (`icet_jax.models.mllama.network.EXIT_DEFINITIONS`); None means "E1".
+        (see `icet_jax.models.mllama.network.EXIT_DEFINITIONS`); None means "E1".
       capture: for Llama 3.2 Vision, which intermediate states its projector takes: each block's "input", as the model
         was trained, or its "output", as transformers since 4.56 reads them; None means "input".
       template: chat template instead of the checkpoint's own, "vicuna_v1" or "llava_v1" (`config.data.template`).
@@ -78,8 +78,8 @@ def load_scorer(
       path_or_id: "refusal_keywords", a checkpoint directory, a hub id, "organism:reward_model", or "organism:judge",
         the exact judge of the organism's world.
       kind: kind of scorer; None if the checkpoint's config says it.
-      template: turns a prompt and a response into the text that the scorer reads; a function, the name of a template,
-        or None for the scorer's own.
+      template: how a prompt and a response become the text that the scorer reads: a function of both, the name of a
+        template, or None for the scorer's own template.
       options: `dtype`, `mesh`, `revision`, `batch_size` and the settings of this kind of scorer, see
         `icet_jax.scorers.load.load_scorer`.
 

@@ -28,9 +28,9 @@ SCHEMA = 1
 
 
 class Measurements:
-    """Measures the sweeps and utility sets of one run directory; what has a finished file is never measured again.
+    """Measures the sweeps and utility sets of one run directory. A set whose result file exists is not measured again.
 
-    `side` is "before" or "after": whether the measured model is the one before or after training.
+    The argument `side` of the methods is "before" or "after" (training) and says which model is measured.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, inputs: RunInputs):
@@ -71,14 +71,14 @@ class Measurements:
             _write(self._workdir / "sweeps" / f"difference.{name}.json", self._difference(name, after))
 
     def is_complete(self, side: str) -> bool:
-        """Returns whether every sweep and utility set has been measured on a side; all processes must call it."""
+        """Returns whether every sweep and utility set of a side has been measured. All processes must call this."""
         settings, folder = self._config.sweep, self._workdir / "sweeps"
         paths = [folder / f"{side}.{name}.json" for name in settings.datasets]
         paths += [folder / ".utility" / f"{side}.{name}.json" for name in settings.utility]
         return agree(all(path.exists() for path in paths))
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns (number of rows, number of measured exits) of every swept data set; all processes call it."""
+        """Returns {swept data set: (number of rows, number of measured exits)}. All processes must call this."""
         return {name: (len(self._tests[name]), len(self._exits(name))) for name in self._config.sweep.datasets}
 
     def differing(self, name: str, vlm: VLM, pairs: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
@@ -107,7 +107,8 @@ class Measurements:
         answers = answer_again(vlm, rows, requested_exits, **settings)
 
         def compare() -> list[tuple[str, int]]:
-            """Returns the differing (row id, exit); only the first process, which reads the transcript, calls it."""
+            """Returns (row id, exit) of the differing answers; only the first process, which has the transcript, calls
+            this function."""
             keys = [(rows[row].id, layer, 0) for row, layer in sorted(answers)]
             transcript = finished_rows(self._transcript("after", name), keys)
             measured = {transcript_key(row): (row["response"], row["scores"]["length"]) for row in transcript}
@@ -120,7 +121,7 @@ class Measurements:
         return [(row, layer) for row, layer in on_first(compare)]
 
     def _exits(self, name: str) -> list[int]:
-        """Returns the exits at which a data set was measured after training; all processes call it."""
+        """Returns the exits at which a data set was measured after training. All processes must call this."""
         path = self._workdir / "sweeps" / f"after.{name}.json"
         return on_first(lambda: [layer["layer"] for layer in _read(path)["layers"]])
 
@@ -151,7 +152,10 @@ class Measurements:
                     write_text_atomic(target, source.read_text(encoding="utf-8"))
 
     def _announce(self, side: str, vlm: VLM, paths: Mapping[str, Path]) -> None:
-        """Prints the expected cost of those sweeps whose files, in `paths` by data set, do not exist yet."""
+        """Prints the expected cost of the sweeps that are still to be run.
+
+        `paths` is {data set: result file of its sweep}; sweeps whose file exists are left out.
+        """
         missing = [name for name, path in paths.items() if not path.exists()]
         dtype = self._config.model.dtype
         costs = [estimate(vlm, self._tests[name], dtype=dtype, **self._sweep_settings(name, vlm)) for name in missing]
@@ -171,8 +175,10 @@ class Measurements:
         }
 
     def _measure(self, side: str, name: str, vlm: VLM, path: Path) -> int:
-        """Sweeps a data set and writes the result to `path` unless that exists; returns the number of generated
-        tokens."""
+        """Sweeps a data set and writes the result to `path`; returns the number of generated tokens.
+
+        If `path` exists, nothing is done and the result is 0.
+        """
         if agree(path.exists()):
             return 0
         result: SweepResult = sweep(
@@ -209,9 +215,9 @@ class Measurements:
 
 
 def _progress_display(what: str) -> Callable[[SweepProgress], None]:
-    """Returns a function that shows the progress of the sweep `what`, to be called with each new state of it.
+    """Returns a function that takes the state of the sweep `what` whenever it changes, and shows its progress.
 
-    It prints the expected duration once, as soon as some answers have been timed.
+    As soon as some answers have been timed, the function also prints the expected duration, once.
     """
     bar: Progress | None = None
     is_announced = False

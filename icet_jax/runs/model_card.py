@@ -70,7 +70,7 @@ def text(workdir: Path, *, form: str = "full", check: JsonObject | None = None) 
     Args:
       workdir: run directory (of one seed).
       form: form of the export: "full" (merged weights) or "adapter" (PEFT).
-      check: content of export_check.json, if that file is not written yet; None reads the file.
+      check: content of export_check.json, for a call before that file is written; None reads the file.
 
     Raises:
       UserError: a file of the run is broken.
@@ -181,7 +181,7 @@ def _training(run: Run, base: str) -> str:
 
 
 def _counts(counts: Any) -> str:
-    """Returns {name: number} as "name: number, ..."; "" if `counts` is empty or no mapping."""
+    """Returns {name: number} as "name: number, ..."; "" if `counts` is empty or not a mapping."""
     count_by_name = counts if isinstance(counts, Mapping) else {}
     return ", ".join(f"{_plain(name)}: {_plain(count)}" for name, count in sorted(count_by_name.items()))
 
@@ -231,8 +231,10 @@ def _results(run: Run) -> str:
 
 
 def _attack_table(study: Study, dataset: str) -> str:
-    """Returns a Markdown table with a row per judge: ASR at the worst exit and ASR at any exit, each with its
-    interval; "" if ASR at any exit was not measured."""
+    """Returns a Markdown table with a row per judge: ASR at the worst exit and ASR at any exit, with their intervals.
+
+    Returns "" if ASR at any exit was not measured.
+    """
     rows = []
     for metric in study.judges(dataset):
         worst = [study.worst(phase, dataset, metric) for phase in PHASES]
@@ -253,7 +255,7 @@ def _attack_table(study: Study, dataset: str) -> str:
 
 
 def _with_interval(value: Value, show: Callable[[float], str]) -> str:
-    """Returns a mean with its 95% interval in brackets, if that is known; `show` turns a number into text."""
+    """Returns a mean as text, with its 95% interval in brackets if it is known; `show` turns a number into text."""
     if value.low is None or value.high is None:
         return show(value.mean)
     return f"{show(value.mean)} ({show(value.low)} to {show(value.high)})"
@@ -263,7 +265,7 @@ def _check(check: Mapping[str, Any], form: str) -> str:
     """Returns how many answers of the exported files equal those of the measured model; "" if they were not compared.
 
     Args:
-      check: content of export_check.json, maybe empty.
+      check: content of export_check.json; empty if there is no such file.
       form: form of the export that the card is about.
     """
     if not check or check.get("form") != form:
@@ -289,7 +291,7 @@ def _result_table(tables: Mapping[str, Mapping[str, Any]]) -> str:
     The columns are the groups of exits, or single exits if the sweep has too few exits for groups.
 
     Args:
-      tables: content of the sweep file "before", "after" and "difference", as far as they exist.
+      tables: {"before", "after" or "difference": content of that sweep file}, for those that exist.
     """
     columns = {side: _metrics_by_column(table) for side, table in tables.items()}
     first = columns.get("before") or columns.get("after") or {}
@@ -337,8 +339,10 @@ def _field(config: Mapping[str, Any], name: str) -> Any:
 
 
 def _public(value: Any) -> Any:
-    """Returns a source string or checkpoint path with only the last part of each path; hub ids and values of other
-    types are returned unchanged."""
+    """Returns a source string or checkpoint path with every path shortened to its last part.
+
+    Hub ids and values of other types are returned unchanged.
+    """
     if not isinstance(value, str) or (_HUB_ID.fullmatch(value) and not Path(value).exists()):
         return value
     if SOURCE_JOIN in value:

@@ -1,10 +1,10 @@
-"""The exit pairs of a run: harvested from its training rows or read from a file, and written by sweeps.
+"""The exit pairs of a run: made from answers to its training rows (the *harvest*) or read from a file.
 
-    pairs/answers.jsonl    what the model said in the harvest, from which an interrupted one continues
+    pairs/answers.jsonl    the model's answers in the harvest, from which an interrupted harvest continues
     pairs/harvest.jsonl    the pairs of the run's training rows
-    pairs/sweep.jsonl      the pairs of the sets in `config.sweep.training_sets`, by --mode=sweep
+    pairs/sweep.jsonl      the pairs of the sets in `config.sweep.training_sets`, written by --mode=sweep
 
-All of them may hold harmful text, as transcripts may.
+All three files may contain harmful text, as transcripts may.
 """
 
 import json
@@ -36,25 +36,25 @@ from icet_jax.runs.sources import TRAIN
 from icet_jax.training.progress import Progress
 from icet_jax.vlm import VLM
 
-_SET, _IN_DATA = "ldpo.pairs", "exit pairs"  # their names in fingerprints.json and data.json; no data set has these
+_SET, _IN_DATA = "ldpo.pairs", "exit pairs"  # entries in fingerprints.json and data.json; no data set has these names
 _NO_ROW, _TOO_LONG = "of no row of config.data.train", "longer than config.lppo.max_new_tokens"
 
 
 def training_rows(
     config: ConfigDict, workdir: Path, vlm: VLM, rows: Sequence[Example], costs: Costs
 ) -> list[Example]:  # fmt: skip
-    """Returns what the run's algorithm trains on: `rows`, or exit pairs of them where it learns from pairs.
+    """Returns what the run's algorithm trains on: exit pairs if it learns from pairs (L-DPO), otherwise `rows`.
 
     Args:
       config: config of the run.
       workdir: run directory, whose fingerprints of the training rows are recorded.
       vlm: the model before training.
-      rows: the training rows that fit.
-      costs: gets the stage `harvest` if there is one.
+      rows: the training rows whose prompts fit the model.
+      costs: the costs of the run, to which a harvest is added as the stage `harvest`.
 
     Raises:
-      UserError: the file of pairs is bad or has pairs of test rows, pairs have changed since the run began, or a kind
-        of the mixture has no pair.
+      UserError: the file of pairs is broken or has pairs of test rows, pairs have changed since the run began, or a
+        kind of the mixture has no pair.
     """
     if not algorithm_class(config.algorithm).paired:
         return list(rows)
@@ -130,10 +130,10 @@ def _harvest(
 def _of_rows(
     config: ConfigDict, workdir: Path, vlm: VLM, path: Path, rows: Sequence[Example], records: Sequence[PairRecord]
 ) -> tuple[list[ExitPair], Counter[str]]:  # fmt: skip
-    """Returns the pairs of training rows whose answers fit, and the number of others by reason.
+    """Returns the pairs that can be trained on, and {reason: number of pairs that were left out}.
 
     Raises:
-      UserError: a pair is of a row that the run measures and does not train on.
+      UserError: a pair belongs to a row that the run measures and does not train on.
     """
     recorded = fingerprints.recorded_rows(workdir)
     marks = recorded[TRAIN]
@@ -168,7 +168,7 @@ def _ids(config: ConfigDict, vlm: VLM, text: str) -> list[int] | None:
 
 
 def _report(workdir: Path, path: Path, pairs: Sequence[ExitPair], left_out: Mapping[str, int]) -> None:
-    """Prints the number of pairs and of those left out, and adds them to `data.json`."""
+    """Prints how many pairs are used and how many are left out, and adds both numbers to `data.json`."""
     kinds = dict(Counter(pair.kind for pair in pairs))
     by_kind = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
@@ -188,7 +188,7 @@ def _report(workdir: Path, path: Path, pairs: Sequence[ExitPair], left_out: Mapp
 
 
 def check_training_sets(config: ConfigDict, vlm: VLM) -> None:
-    """Raises a `UserError` if pairs are asked of a sweep that leaves out the default exit."""
+    """Raises a `UserError` if pairs are requested from a sweep that does not measure the default exit."""
     exits = config.sweep.exits
     if config.sweep.training_sets and exits != "all" and vlm.default_exit not in exits:
         raise UserError(
@@ -198,7 +198,9 @@ def check_training_sets(config: ConfigDict, vlm: VLM) -> None:
 
 
 def write_sweep_pairs(config: ConfigDict, workdir: Path, vlm: VLM, tests: Mapping[str, Sequence[Example]]) -> None:
-    """Writes the pairs of the sweep's training sets, from its transcripts; nothing if no set is marked.
+    """Writes the pairs of the sets in `config.sweep.training_sets`, from the transcripts of the sweep.
+
+    If no set is listed there, nothing is written.
 
     Args:
       config: config of the run.

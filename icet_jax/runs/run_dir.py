@@ -17,7 +17,7 @@ from icet_jax.files import JsonObject, parse_json, read_text, write_text_atomic
 SCHEMA = 1
 PAIRS = "pairs"
 """Folder of exit pairs, see `icet_jax.runs.pairs`."""
-# Fields that may differ between two starts of a run, because they change results by rounding at most.
+# Fields that may differ between two starts of a run, because they affect the results only by rounding, or not at all.
 _CHANGEABLE = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
 _SHOWN_FIELDS = 4  # most differing fields that an error names
 
@@ -79,10 +79,10 @@ def has_begun(workdir: Path) -> bool:
 
 
 def read_config(path: Path) -> ConfigDict:
-    """Returns the config in a run's config.json; fields that did not exist when it was written get their defaults.
+    """Returns the config in a run's config.json, with defaults for fields that did not exist when it was written.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     try:
         values = parse_json(read_text(path))
@@ -113,7 +113,7 @@ def _with_defaults(values: JsonObject, defaults: JsonObject, section: str = "") 
 class Costs:
     """Records `cost.json`: seconds and compilations of every stage of a run, summed over all its starts.
 
-    What a process spent on a stage before it was killed is not included.
+    Time that a process spent on a stage during which it was killed is not included.
     """
 
     def __init__(self, workdir: Path):
@@ -131,7 +131,7 @@ class Costs:
     def stage(self, name: str) -> Iterator[JsonObject]:
         """Times the block as the stage `name`, and writes cost.json when the block ends or raises an error.
 
-        Yields a dict, in which the block may put other quantities to sum, such as "tokens".
+        Yields a dict to which the block may add other quantities, such as "tokens", which are summed over starts too.
         """
         from icet_jax.parallel.compilations import CompilationCounter
 
@@ -196,7 +196,7 @@ def _device() -> str:
 
 
 def _peak_bytes() -> int | None:
-    """Returns the most memory in bytes that any device of this process has used; None if the platform does not say."""
+    """Returns the largest peak memory of this process's devices in bytes; None if the platform does not report it."""
     import jax
 
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]

@@ -19,8 +19,8 @@ from icet_jax.errors import UserError, write_error
 NAME = "run.lock"
 _LOCKED_BY_OTHERS = (errno.EACCES, errno.EAGAIN)
 _SHOWN_BYTES = 300  # most bytes of a lock file that an error shows
-# A record lock belongs to the process: the process could lock a file twice, and loses the lock when it closes any
-# descriptor of the file. So a file that this process has locked already must not be opened again.
+# A record lock belongs to the process: the process could lock a file twice, and it loses the lock when it closes any
+# descriptor of the file. A file that this process has locked must therefore not be opened again.
 _locks_of_this_process: set[Path] = set()
 
 

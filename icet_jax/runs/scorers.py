@@ -27,8 +27,13 @@ class ScorerLoader:
     """Loads scorers by their names in a config."""
 
     def __init__(self, config: ConfigDict, workdir: Path, mesh: Mesh | None = None) -> None:
-        """Prepares loading for devices of `mesh` (None: the default device); `workdir` is the folder for toy weights,
-        and for cached scores unless `config.sweep.score_cache` is set."""
+        """Prepares loading; no scorer is loaded yet.
+
+        Args:
+          config: config of the run.
+          workdir: folder for toy weights, and for cached scores unless `config.sweep.score_cache` is set.
+          mesh: mesh of the scorers' weights; None for the default device.
+        """
         self._definitions = config.scorers.to_dict()
         self._workdir, self._mesh = workdir, mesh
         self._cache = ScoreCache(config.sweep.score_cache or workdir / "scores")
@@ -37,7 +42,7 @@ class ScorerLoader:
         """Returns the scorer named `name` without a cache: it computes every score when it is called.
 
         Raises:
-          UserError: it cannot be loaded, or an ensemble is a member of itself.
+          UserError: the scorer cannot be loaded, or an ensemble is a member of itself.
         """
         return self._load(name, ())
 
@@ -79,7 +84,7 @@ class ScorerLoader:
             raise UserError(f"{name}: did you mean {nearest[0]}, of config.scorers? ({error})") from error
 
     def _load_defined(self, name: str, definition: JsonObject, parents: tuple[str, ...]) -> Scorer:
-        """Returns the scorer that `config.scorers` defines under `name`; ensembles in `parents` contain it."""
+        """Returns the scorer that `config.scorers` defines under `name`; for `parents` see `_load`."""
         from icet_jax.scorers.load import load_defined
 
         definition = dict(definition)

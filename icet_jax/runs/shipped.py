@@ -22,7 +22,6 @@ def find(path: str | Path) -> Path | None:
 
 
 def example(path: str | Path) -> str | Path:
-    """Returns `path`, or the package's own copy of it if it is "examples/..." and does not exist in the working
-    directory."""
+    """Returns `path`, or the package's own copy if "examples/..." does not exist in the working directory."""
     is_example = Path(path).parts[:1] == ("examples",) and not os.path.exists(path)
     return (find(path) or path) if is_example else path

@@ -33,7 +33,7 @@ TRAIN = "train"
 
 
 class LoadedRows(NamedTuple):
-    """Holds the usable rows of a data set, and the number of rows that were left out, by reason."""
+    """Holds the usable rows of a data set, and {reason: number of rows that were left out for it}."""
 
     examples: list[Example]
     left_out: dict[str, int]
@@ -76,7 +76,7 @@ def load_set(
       root: folder for a source's relative paths.
       image_root: folder for a file's relative image paths.
       limit: number of usable rows after which reading stops; None means all.
-      seed: of the images and the row order of `organism:` sources (the small embedded test models' world).
+      seed: seed of the images and the row order of `organism:` sources.
       directory: directory of prepared data sets (`--mode=prepare`); if None the source itself is read.
       name: name of the set in `directory`.
       workdir: directory for toy files; a temporary folder if None.
@@ -97,7 +97,7 @@ def load_rows(source: str, **where: Any) -> list[Example]:
     """Returns the rows of a source, such as "prompts.csv" or "organism:test:forbidden:64" (see the top of this module).
 
     Args:
-      source: where they come from.
+      source: a file, a data set in a published format, or generated rows; see the module's docstring.
       where: `limit`, `seed`, `root`, `image_root` and so on, as for `load_set`.
 
     Raises:
@@ -120,7 +120,7 @@ def read_rows(
 
     Args:
       source, root, image_root, limit, seed, workdir: as for `load_set`; reading stops after `limit` usable rows.
-      decode: whether images are decoded now, so that rows with damaged images are left out too.
+      decode: whether to decode all images while reading, so that rows with damaged images are left out too.
 
     Raises:
       UserError: the source does not exist, or a file has no usable row.
@@ -150,8 +150,8 @@ def read_rows(
 def _read_several(source: str, limit: int | None, read_one: Callable[..., Records]) -> Records:
     """Returns the rows of several sources joined by `SOURCE_JOIN`, one after another, at most `limit` in all.
 
-    The number of its source is put before each row id, so that ids of different sources stay different. `read_one` is
-    `read_rows` with all arguments but source and limit.
+    Each row id gets its source's index as a prefix, so that ids of different sources stay different. `read_one` is
+    `read_rows` with all arguments bound except source and limit.
     """
     parts = [part.strip() for part in source.split(SOURCE_JOIN)]
     if not all(parts):
@@ -202,7 +202,7 @@ def _organism_rows(source: str, seed: int) -> list[Example]:
 
 
 def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) -> dict[str, int]:
-    """Returns how many test rows of each data set have a prompt that is also a training prompt; prints where any do.
+    """Returns {data set: number of test rows whose prompt is also a training prompt}, and prints it if any are.
 
     Questions about images (VQA rows) naturally repeat their wording and are not counted.
     """
@@ -220,8 +220,10 @@ def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) ->
 
 
 def organism_facts(directory: str) -> JsonObject | None:
-    """Returns the content of organism.json in `directory`, which says what was planted in an embedded test model; None
-    for any other model."""
+    """Returns the content of organism.json in `directory`; None if it is not the directory of an organism.
+
+    The file says which hole was planted in the embedded model.
+    """
     path = Path(directory) / "organism.json"
     if not path.is_file():
         return None

@@ -34,10 +34,10 @@ def fitting_rows(
       source: source of the rows, for messages.
       name: name of the set, for messages.
       examples: rows of the set.
-      training: whether they are training rows.
+      training: whether `examples` are training rows.
 
     Returns:
-      The rows that fit, and {row id: positions of its prompt} of the others.
+      The rows that fit, and {row id: number of positions of its prompt} for the rows that do not.
 
     Raises:
       UserError: no row fits; or some row does not fit and `config.data.too_long` is "stop".
@@ -69,8 +69,13 @@ def fitting_rows(
 
 
 class _PromptLimit(NamedTuple):
-    """Holds the largest number of `positions` of a prompt (None: no limit), the `origin` of that limit for messages,
-    and `advice` on how to fix longer prompts, in which "{}" stands for the positions of the longest one."""
+    """Holds the limit for the length of prompts.
+
+    Attributes:
+      positions: largest number of positions of a prompt; None for no limit.
+      origin: what sets the limit, for messages.
+      advice: how to fix prompts that are too long; "{}" stands for the number of positions of the longest prompt.
+    """
 
     positions: int | None
     origin: str
@@ -78,8 +83,10 @@ class _PromptLimit(NamedTuple):
 
 
 def _prompt_limit(config: ConfigDict, max_positions: int | None, training: bool) -> _PromptLimit:
-    """Returns the limit for prompts: the model's positions less those of the longest answer; for training rows
-    `config.data.max_prompt_tokens` if that is less."""
+    """Returns the limit for prompts: the model's positions minus those of the longest allowed answer.
+
+    For training rows the limit is `config.data.max_prompt_tokens` if that is smaller.
+    """
     field = "lppo.max_new_tokens" if training else "sweep.max_new_tokens"
     new_tokens = config.lppo.max_new_tokens if training else config.sweep.max_new_tokens
     model_limit = None if max_positions is None else max(max_positions - new_tokens, 0)

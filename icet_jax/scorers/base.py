@@ -57,9 +57,9 @@ class Scorer(Protocol):
 
 
 def metric_name(path_or_id: str) -> str:
-    """Returns the form of a model's name that metric names contain, such as "llama_guard_3_8b".
+    """Returns a model's name as it appears in metric names, such as "llama_guard_3_8b".
 
-    It is the last part of its path or hub id in lower case, with `_` for punctuation.
+    It is the last part of the model's path or hub id in lower case, with `_` in place of punctuation.
     """
     last = str(path_or_id).rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     return re.sub(r"[^a-z0-9]+", "_", last.lower()).strip("_")

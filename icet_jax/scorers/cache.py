@@ -3,9 +3,9 @@
     FOLDER/NAME-DIGEST/TOKEN.jsonl      {"key": KEY, "scores": {result name: [value, label]}, "crc32": ...}
 
 DIGEST is a hash of the scorer's name and fingerprint, and KEY is a hash of prompt and response; no text is stored.
-Every process appends to a file of its own, whose name TOKEN is random, and reads all files. So two processes never
-write to the same file. An incomplete line of a killed process is ignored. A row whose score is NaN is never stored, so
-that the next run judges it again.
+Every process reads all files, and appends only to a file of its own, whose name TOKEN is random. Two processes thus
+never write to the same file. An incomplete line of a killed process is ignored. A row whose score is NaN is not stored,
+so that the next run judges it again.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _FORMAT = "2"  # part of every digest, so that a new layout of the files starts 
 # What `directory_fingerprint` reads of a file: all of its first MiB, and blocks of the rest.
 _READ_IN_FULL = 1 << 20  # bytes
 _BLOCK_SIZE = 4096  # bytes
-_NUM_BLOCKS = 256  # evenly spread
+_NUM_BLOCKS = 256  # number of blocks, evenly spread
 
 _LARGEST_SCORE = float(np.finfo(np.float32).max)  # scores are float32
 
@@ -55,10 +55,10 @@ class ScoreCache:
 
 
 def cached(scorer: Scorer, cache: ScoreCache) -> Scorer:
-    """Returns the same scorer with a cache, which calls the scorer only for rows that the cache does not have.
+    """Returns the scorer wrapped with a cache: it is called only for rows that the cache does not have.
 
-    A scorer without a `fingerprint` is returned unchanged, because nothing says when its scores become outdated (the
-    only such scorer of the package, the refusal keywords, is as fast as the cache).
+    A scorer without a `fingerprint` is returned unchanged, because it is unknown when its cached scores would become
+    outdated. (The only such scorer of the package, the refusal keywords, is as fast as the cache.)
     """
     return CachedScorer(scorer, cache) if getattr(scorer, "fingerprint", None) else scorer
 
@@ -113,7 +113,11 @@ class CachedScorer:
         return self._combine(rows)
 
     def _combine(self, rows: Sequence[RowScores]) -> dict[str, Scores]:
-        """Returns the scores of all rows as {result name: scores}."""
+        """Returns the scores of all rows as {result name: scores}.
+
+        Raises:
+          UserError: the rows do not all have the same result names.
+        """
         names = list(rows[0]) if rows else [self.name]
         if any(set(row) != set(names) for row in rows):
             raise UserError(f"{self._table.folder}: holds scores of other names than {self.name} gives; remove it")
@@ -124,10 +128,13 @@ class CachedScorer:
 
 
 class _Table:
-    """Holds one scorer's cached scores: `rows` in memory, by the hash of prompt and response, and `folder` on disk."""
+    """Holds one scorer's cached scores, in memory and in a folder.
+
+    `rows` is {hash of prompt and response: scores}.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Reads the files in `folder` on the process that writes; `name` is the scorer's main result."""
+        """Reads the files in `folder`, in the first process only; `name` is the scorer's main result."""
         self.folder, self._name = folder, name
         self.rows: dict[str, RowScores] = {}
         self._file_of_process = folder / f"{secrets.token_hex(8)}.jsonl"
@@ -135,7 +142,7 @@ class _Table:
             self._read(path)
 
     def add(self, rows: Mapping[str, RowScores]) -> None:
-        """Stores the rows whose main result has a value."""
+        """Stores rows whose main result has a value, in memory and on disk; only the first process does so."""
         scored_rows = {key: row for key, row in rows.items() if self._is_scored(row)}
         if not scored_rows or not is_writer():
             return
@@ -163,7 +170,7 @@ class _Table:
 
 
 def _check_score(value: object, label: object) -> tuple[float | None, str | None]:
-    """Returns a (value, label) that was read from a file; ValueError if their types or the size are wrong."""
+    """Returns (value, label) as read from a file; raises a `ValueError` if a type or the size of the value is wrong."""
     if label is not None and not isinstance(label, str):
         raise ValueError(label)
     if value is None:
@@ -184,9 +191,10 @@ def _digest(*parts: str) -> str:
 def directory_fingerprint(directory: str | os.PathLike[str]) -> str:
     """Returns a short hash of the files in a checkpoint's directory; a copy elsewhere has the same hash.
 
-    It covers the name and size of every file except hidden ones and *.md. Files up to 1 MiB are read in full. Of larger
-    files it covers the first MiB (which includes a safetensors header) and 256 evenly spread blocks of 4 KiB, the last
-    of which ends the file. This takes seconds for any size. A change between the blocks that keeps the size is missed.
+    It covers the name and size of every file except hidden files and *.md. Files up to 1 MiB are read in full. Of
+    larger files it covers the first MiB (which includes a safetensors header) and 256 evenly spread blocks of 4 KiB,
+    the last of which ends the file. This takes only seconds, however large the files are. A change between the blocks
+    that does not change the file's size remains unnoticed.
 
     Raises:
       UserError: a file cannot be read.

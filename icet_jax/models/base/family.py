@@ -25,8 +25,8 @@ class Family:
       table: function of the config that returns the key table.
       image_shape: function of the config that returns the shape of one image's pixels.
       image_parts: function of (config, outputs of the processor, input_ids [B, T]) that returns the `ImageParts`.
-      processor: class of its processor.
-      reference: the family in transformers, for `--mode=verify`.
+      processor: class of the family's processor.
+      reference: how to run the family's models in transformers, for `--mode=verify`.
       exit_options: {option: possible values, the default first} that choose between definitions of an exit; empty if
         the family has one definition.
     """

@@ -49,11 +49,12 @@ def batch_images(
       inputs: output of the family's processor, with input_ids [B, T] padded as for the network.
       num_rows: number of rows of the batch, at least B.
       per_row: number of images of every row, filler images included. None adds no filler images.
-      share: the part of the batch that `inputs` contain. If it is not all, every row must have `per_row` real images.
+      share: the part of the batch that `inputs` contain. If it is not the whole batch, every row must have `per_row`
+        real images.
 
     Returns:
-      The images, with fixed places (see `Images`) if `per_row` is set; None if there are no images. For a share, its
-      part of every array; `rows` are numbers of rows in the whole batch.
+      The images, with fixed places (see `Images`) if `per_row` is set; None if there are no images. For a share, the
+      result is that part of every array; its `rows` are row indices in the whole batch.
 
     Raises:
       UserError: the inputs do not fit each other or the model, or a row has more than `per_row` images.
@@ -91,11 +92,11 @@ def pixel_values(inputs: Inputs, shape: tuple[int, ...], axes: int, some_tiles: 
     Args:
       inputs: output of the family's processor.
       shape: shape of one image.
-      axes: number of axes before it: 1 for images, 2 for rows and images.
+      axes: number of axes before those of an image: 1 (images) or 2 (rows, images).
       some_tiles: whether an image may have fewer tiles than `shape`.
 
     Raises:
-      UserError: the shape differs.
+      UserError: the array has another shape.
     """
     values = inputs.get("pixel_values")
     if values is None or not len(values):
@@ -112,7 +113,7 @@ def required_entry(inputs: Inputs, name: str) -> Any:
     """Returns the input called `name`.
 
     Raises:
-      UserError: it is missing.
+      UserError: there is no such input.
     """
     if inputs.get(name) is None:
         raise UserError(f"inputs: '{name}' is missing; give what the processor returns")

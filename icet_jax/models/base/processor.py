@@ -25,7 +25,7 @@ from icet_jax.models.base.image_batches import batch_images
 from icet_jax.nn.protocols import Images
 
 RowImages: TypeAlias = ImageLike | Sequence[ImageLike] | None
-"""The images of one prompt."""
+"""The images of one prompt: an image, a list of images, or None."""
 
 Inputs: TypeAlias = dict[str, np.ndarray]
 """{name: array} that a processor returns, see `Processor.__call__`."""
@@ -34,7 +34,9 @@ SETTINGS_FILE = "preprocessor_config.json"
 
 
 class Processor(ABC):
-    """Applies the chat template, opens and normalises images, tokenises and pads; and converts responses to text.
+    """Turns prompts and images into the model's input arrays, and responses into text.
+
+    For the inputs it applies the chat template, opens and normalises images, tokenises and pads.
 
     Attributes:
       tokenizer: transformers' tokenizer, padding on the left.
@@ -52,7 +54,8 @@ class Processor(ABC):
         """Checks that tokenizer and image processor fit the model.
 
         Raises:
-          UserError: the image placeholder has another id, or images would get another shape than the model needs.
+          UserError: the tokenizer's id of the image placeholder is not the model's, or images would get another shape
+            than the model needs.
         """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -98,8 +101,8 @@ class Processor(ABC):
         """Returns the tokens of each row, image positions included, without decoding images; see `__call__`.
 
         Raises:
-          UserError: a prompt contains the image placeholder; or the number of positions of an image depends on its
-            size, which cannot be read. The message names the row or the image.
+          UserError: a prompt contains the image placeholder; or the number of an image's positions depends on its size,
+            and the size cannot be read. The message names the row or the image.
         """
         rows = _as_rows(images, prompts)
         texts = [self._expand(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
@@ -149,7 +152,7 @@ class Processor(ABC):
     def _expand(self, row: int, prompt: str, images: Sequence[ImageLike]) -> str:
         """Returns the prompt in its chat template, with one placeholder for each position of its images.
 
-        `row` is the number of the prompt, for error messages.
+        `row` is the index of the prompt, for error messages.
         """
         if self.placeholder in prompt:
             raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
@@ -259,7 +262,7 @@ def template_of_backbone(values: JsonObject, templates: Mapping[str, Template]) 
 
 
 def edges(size: Any) -> tuple[int | None, int | None]:
-    """Returns (height, width) of an HF image processor's `size` or `crop_size`, None for what it does not set."""
+    """Returns (height, width) from an HF image processor's `size` or `crop_size`, with None where it sets none."""
     shortest = getattr(size, "shortest_edge", None)
     return shortest or getattr(size, "height", None), shortest or getattr(size, "width", None)
 
@@ -313,8 +316,11 @@ def _load_image_processor(directory: Path, classes: JsonObject) -> Any:
 
 
 def _image_settings(directory: Path) -> tuple[Path, JsonObject]:
-    """Returns (file, the image processor's settings in it): processor_config.json (transformers 5), or an older file
-    that contains nothing else."""
+    """Returns (file, the image processor's settings in this file).
+
+    The file is processor_config.json, as transformers 5 writes it, or else the preprocessor_config.json of earlier
+    versions, which contains nothing but these settings.
+    """
     combined_file = directory / "processor_config.json"
     if combined_file.is_file():
         settings = _read_json(combined_file).get("image_processor")
@@ -325,7 +331,7 @@ def _image_settings(directory: Path) -> tuple[Path, JsonObject]:
 
 
 def _read_json(path: Path) -> JsonObject:
-    """Returns the object in a JSON file; raises a UserError if there is none."""
+    """Returns the object in a JSON file; raises a UserError if the file cannot be read or contains something else."""
     try:
         settings = parse_json(read_text(path))
         if not isinstance(settings, dict):

@@ -24,10 +24,10 @@ States = list[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Holds what is needed to run a family's models in transformers, in which *config* means this package's config.
+    """Holds what is needed to run a family's models in transformers; below, *config* means this package's config.
 
     Attributes:
-      processor: name of the class of its processor.
+      processor: name of the class of the family's processor in transformers.
       random_row: function of (config, tokens of the text, number of images, random generator) that returns arrays of a
         random row, in the form of `hf_row`.
       states: function of (model, config, torch tensors of a row) that returns the hidden states of the image encoder.
@@ -80,7 +80,7 @@ def hf_row(processor: Any, template: Template, images: Sequence[Any], prompt: st
       prompt: the raw prompt.
 
     Returns:
-      {name: array}. The first axis is 1 (the row), or the images in arrays that have no axis of rows.
+      {name: array}. The first axis has size 1, the row; arrays without an axis of rows begin with the axis of images.
     """
     text = template(prompt, len(images))
     if processor.chat_template is not None:
@@ -118,7 +118,7 @@ def join(config: NetworkConfig, rows: Sequence[Inputs], pad_id: int) -> Inputs:
 
     Args:
       config: config of the network.
-      rows: results of `hf_row`; the one with most images and tiles determines the shapes of the image arrays.
+      rows: results of `hf_row`. The largest number of images and of tiles determines the shapes of the image arrays.
       pad_id: token id of the padding.
     """
     length = max(row["input_ids"].shape[1] for row in rows)
@@ -131,7 +131,7 @@ def join(config: NetworkConfig, rows: Sequence[Inputs], pad_id: int) -> Inputs:
 
 
 def concatenate_images(rows: Sequence[Inputs], length: int) -> Inputs:
-    """Returns the image arrays of all rows, concatenated along their first axis, the images; `length` is not used."""
+    """Returns the image arrays of all rows, concatenated along the first axis (images); `length` is not used."""
     names = {name for row in rows for name in row} - {"input_ids", "attention_mask"}
     return {name: _concatenate_padded([row[name] for row in rows if name in row]) for name in sorted(names)}
 
@@ -146,7 +146,7 @@ def _concatenate_padded(parts: list[np.ndarray]) -> np.ndarray:
 def encoder_states(model: Any, config: NetworkConfig, row: dict[str, Any]) -> States:
     """Returns all hidden states of transformers' image encoder for one row's images.
 
-    They are in the same form as those of `VisionLanguageModel.hidden_states`.
+    They have the same form as the result of `VisionLanguageModel.hidden_states`.
 
     Args:
       model: transformers' model.
@@ -186,7 +186,7 @@ def norms_in_own_dtype(model: Any) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def torch_hooks(hooks: Sequence[Any]) -> Iterator[None]:
-    """Returns a context at the end of which these hooks of torch modules are removed."""
+    """Returns a context that removes these hooks of torch modules at its end."""
     try:
         yield
     finally:

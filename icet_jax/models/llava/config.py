@@ -67,7 +67,7 @@ def llava_values(values: JsonObject, where: str) -> JsonObject:
 def _decoder(values: Any, tied: bool, where: str) -> LlamaConfig:
     """Returns the decoder's config from the file's `text_config`; refuses sliding-window attention.
 
-    `values` are those of `text_config`, and `tied` says whether input and output embeddings share their weights.
+    `values` is the content of `text_config`, and `tied` says whether input and output embeddings share their weights.
     """
     where, values = f"{where}: text_config", values or {}
     config, window = decoder_from_hf(values, where, tied=tied), attention_window(values, where)
@@ -104,7 +104,7 @@ def llava_to_hf(config: LlavaConfig, source: JsonObject | None, dtype: str) -> J
 
     Args:
       config: config of the network.
-      source: the `config.json` that it came from, whose other keys are kept; None for a model that was not loaded.
+      source: the `config.json` that the model was loaded with, whose other keys are kept; None for a new model.
       dtype: torch's name of the dtype of the stored weights, such as "float16".
     """
     out = copy.deepcopy(source or {})

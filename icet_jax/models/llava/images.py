@@ -22,8 +22,8 @@ def image_rows(input_ids: np.ndarray, num_images: int, config: LlavaConfig) -> n
     """Returns the row of each image, int32 [I] ascending, from the placeholders in input_ids [B, T].
 
     Raises:
-      UserError: the placeholders of a row are not a multiple of the `config.image_tokens` of one image, or those of all
-        rows are not for `num_images` images.
+      UserError: the number of placeholders in a row is not a multiple of `config.image_tokens` (the positions of one
+        image), or all rows together do not have placeholders for `num_images` images.
     """
     counts, rest = np.divmod((input_ids == config.image_token_index).sum(axis=1), config.image_tokens)
     if rest.any():

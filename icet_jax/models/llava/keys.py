@@ -21,8 +21,8 @@ normalise_llava = renaming(
     (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
     (r"(model\.)?image_newline$", "image_newline"),
 )
-"""Function of a tensor's key, as any transformers from 4.46 to 5.x writes it, that returns the key in this table; None
-for a tensor that is not a parameter."""
+"""Function that takes a tensor's key, as any transformers from 4.46 to 5.x writes it, and returns the key in this
+table, or None for a tensor that is not a parameter."""
 
 
 def llava_table(config: LlavaConfig) -> Table:

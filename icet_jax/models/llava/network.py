@@ -37,7 +37,7 @@ class LlavaConfig:
 
     @property
     def max_tiles(self) -> int:
-        """Returns the most tiles (images of the encoder's size) that one image is cut into; LLaVA-1.5 has one."""
+        """Returns the largest number of tiles that one image is cut into: always 1 for LLaVA-1.5."""
         return 1
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -121,7 +121,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         return self.config.image_token_index
 
     def encode(self, images: Images, upto: int | None = None) -> LlavaEncoded:
-        """Runs the tower once; a static `upto` skips the blocks after it."""
+        """Runs the tower once; with a static `upto`, only its first `upto` blocks."""
         return LlavaEncoded(states=self.vision_tower(images.pixels, upto), images=images)
 
     def hidden_states(self, images: Images) -> Float[Array, "X I P D"]:
@@ -131,9 +131,10 @@ class Llava(DelegatesToDecoder, nnx.Module):
     def visual(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."], rows: Int[Array, "R"] | None = None
     ) -> Float[Array, "R MN E"]:
-        """Returns the features of each row's M images at its exit, image after image; see `VisionLanguageModel.visual`.
+        """Returns the features of each row's M images at the row's exit; see `VisionLanguageModel.visual`.
 
-        They equal HF's `get_image_features`; a row with fewer images has zeros at the end.
+        The N features of an image equal HF's `get_image_features`. The images of a row follow one another; a row with
+        fewer than M images has zeros at the end.
         """
         images = encoded.images
         image_exits, numbers = images.image_exits(exits, rows)
@@ -141,7 +142,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
     def features(self, states: Float[Array, "I P D"]) -> Float[Array, "I N E"]:
-        """Returns the image features of hidden states: without the class token, unless the model uses it, projected."""
+        """Returns the projected hidden states, without the class token unless the model uses it: the image features."""
         if self.config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
         return self.projector(states)
@@ -149,7 +150,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
-        """Returns (features of `visual` for all rows, which of them belong to an image)."""
+        """Returns (result of `visual` for all rows, whether each feature belongs to an image)."""
         is_present = encoded.images.index() >= 0
         return self.visual(encoded, exits), jnp.repeat(is_present, self.config.image_tokens, axis=1)
 

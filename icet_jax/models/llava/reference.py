@@ -39,8 +39,10 @@ def at_exit(model: Any, config: LlavaConfig, layer: int) -> Iterator[None]:
 
 
 def prepare_processor(processor: Any, config: LlavaConfig) -> None:
-    """Sets the attributes of transformers' `processor` that determine the number of image positions to the values of
-    `config`, because published processor files have others."""
+    """Changes transformers' `processor` so that an image gets as many positions as `config` says.
+
+    The attributes that determine this number have other values in published processor files.
+    """
     processor.patch_size = config.vision.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     processor.num_additional_image_tokens = 1

@@ -34,11 +34,12 @@ def canvas(size: Size, pinpoints: Sequence[Size]) -> Size:
 
 @lru_cache(maxsize=4096)
 def packing(size: Size, config: LlavaNextConfig) -> np.ndarray:
-    """Returns the number of the feature at each of an image's N positions in the prompt, int32 [N].
+    """Returns the index of the feature at each of an image's N positions in the prompt, int32 [N].
 
-    Features are numbered in the order of the network: the patches of the scaled-down image, then those of its tiles,
-    tile by tile. The positions in the prompt are those of the scaled-down image, then the patches of the canvas row by
-    row, across tiles and without the margins around the image. Each row ends with `image_newline`, which is -1 here.
+    The network computes the features in this order, to which the indices refer: the patches of the scaled-down image,
+    then the patches of the tiles, tile by tile. The prompt has them in another order: the patches of the scaled-down
+    image, then the patches of the canvas row by row, across tiles and without the margins around the image. Each row of
+    the canvas ends with `image_newline`, for which the index is -1.
 
     Args:
       size: (height, width) of the image in pixels.
@@ -58,7 +59,7 @@ def packing(size: Size, config: LlavaNextConfig) -> np.ndarray:
 def _without_margins(grid: np.ndarray, size: Size) -> np.ndarray:
     """Returns the part of a canvas's grid of patches that an image of this size covers (HF `unpad_image`).
 
-    The margins on two opposite sides have the same width, so an odd margin leaves one more row or column.
+    Two opposite margins have the same width. If the number of rows or columns to remove is odd, one more is kept.
     """
     height, width = size
     rows, columns = grid.shape
@@ -81,21 +82,21 @@ def gather_rows(
     image_numbers: Sequence[int] | np.ndarray | None = None,
     num_images: int | None = None,
 ) -> np.ndarray:
-    """Returns LLaVA-NeXT's `Images.layout`: the number of the feature at each image position of each row.
+    """Returns LLaVA-NeXT's `Images.layout`: the index of the feature at each image position of each row.
 
     Args:
       sizes: (height, width) of each image in pixels.
       rows: row of each image, ascending.
       num_rows: number of rows B.
-      length: most image positions of a row.
+      length: largest number of image positions of a row.
       tiles: number of tiles that every image is padded to.
       config: config of the network.
-      image_numbers: number of each image in the batch; None means 0, 1, ...
+      image_numbers: index of each image in the batch; None means 0, 1, ...
       num_images: number of images in the batch, filler images included; None means as many as `sizes`.
 
     Returns:
-      int32 [B, length]. The features of all images of the batch are numbered consecutively; the number after the last
-      feature means `image_newline`. A row is filled up with -1 after its last image position.
+      int32 [B, length]. The features of all images of the batch are indexed consecutively; the index after that of the
+      last feature means `image_newline`. A row is filled up with -1 after its last image position.
     """
     per_image = tiles * config.image_tokens
     newline = (len(sizes) if num_images is None else num_images) * per_image

@@ -52,7 +52,7 @@ def anyres_rows(input_ids: np.ndarray, sizes: list[tuple[int, int]], config: Lla
       config: config of the network.
 
     Raises:
-      UserError: the placeholders are not those of images of these sizes.
+      UserError: images of these sizes need another number of placeholders.
     """
     lengths = [len(packing(size, config)) for size in sizes]
     rows, image = [], 0

@@ -1,9 +1,9 @@
 """LLaVA-NeXT (v1.6): LLaVA on tiles, for images of any resolution (HF `LlavaNextForConditionalGeneration`).
 
-All tiles of an image use the same exit. The image's sequence in the prompt is the features of the scaled-down image,
-then the features of the tiles in the order of the image's rows of patches, where each row ends with `image_newline`.
-This order depends only on the image's size, so it is computed on the host as indices (`Images.layout`), and the shapes
-of the network's arrays do not depend on sizes of images.
+All tiles of an image use the same exit. In the prompt, an image takes the features of the scaled-down image, then the
+features of the tiles in the order of the image's rows of patches, where each row ends with `image_newline`. This order
+depends only on the image's size. It is therefore computed on the host as indices (`Images.layout`), so that the shapes
+of the network's arrays do not depend on the sizes of images.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class LlavaNextConfig(LlavaConfig):
 
     @property
     def max_tiles(self) -> int:
-        """Returns the most tiles of an image, plus one for the scaled-down image."""
+        """Returns the largest number of tiles of an image, plus one for the scaled-down image."""
         size = self.vision.image_size
         return 1 + max((height // size) * (width // size) for height, width in self.image_grid_pinpoints)
 
@@ -62,7 +62,7 @@ class LlavaNext(Llava):
         return self._states(images, None)
 
     def _states(self, images: Images, upto: int | None) -> Float[Array, "X I P D"]:
-        """Returns the hidden states of all tiles, at all exits (None) or up to `upto`; I counts tiles."""
+        """Returns the hidden states of all I tiles of all images, up to exit `upto` or at all exits if it is None."""
         return self.vision_tower(images.pixels.reshape(-1, *images.pixels.shape[2:]), upto)
 
     def visual(
@@ -89,5 +89,5 @@ class LlavaNext(Llava):
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
-        """Returns (features of `visual` for all rows, which of them belong to an image)."""
+        """Returns (result of `visual` for all rows, whether each feature belongs to an image)."""
         return self.visual(encoded, exits), encoded.images.layout >= 0

@@ -25,7 +25,7 @@ _DECODER = Decoder("mllama_text_model", {
     "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
 })  # fmt: skip
 _CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
-_MOST_TILES = 64  # along one side of an image
+_MOST_TILES = 64  # largest number of tiles along one side of an image
 _EXTRA_EMBEDDINGS = 8  # HF's embedding always has this many more rows than the vocabulary
 
 
@@ -117,8 +117,8 @@ def mllama_to_hf(config: MllamaConfig, source: JsonObject | None, dtype: str) ->
 
     Args:
       config: config of the network.
-      source: the `config.json` that it came from, whose other keys and `intermediate_layers_indices` are kept; None for
-        a model that was not loaded.
+      source: the `config.json` that the model was loaded with, whose `intermediate_layers_indices` and other keys are
+        kept; None for a new model.
       dtype: torch's name of the dtype of the stored weights.
     """
     out = copy.deepcopy(source or {})

@@ -61,7 +61,7 @@ def _stack_entries(
     """Yields the entries of one of the decoder's two stacks of layers.
 
     Args:
-      hf_layers: numbers of the stack's layers in HF's decoder.
+      hf_layers: indices of the stack's layers in HF's decoder.
       stack: name of the stack in this package.
       modules: (HF's name of a module, its name in this package).
       leaves: tensors of each module, such as `LINEAR`.
@@ -103,12 +103,11 @@ normalise_mllama = renaming(
     (r"(model\.)?vision_model\.", "vision_model."),
     (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
 )
-"""Function of a tensor's key, as any transformers from 4.46 to 5.x writes it, that returns the key in this table; None
-for a tensor that is not a parameter."""
+"""Function that takes a tensor's key, as any transformers from 4.46 to 5.x writes it, and returns the key in this
+table, or None for a tensor that is not a parameter."""
 
 
 def mllama_table(config: MllamaConfig) -> Table:
-    """Returns the key table of the model: image encoder, projector, and self- and cross-attention layers of the
-    decoder."""
+    """Returns the key table of the whole model: image encoder, projector, and both kinds of decoder layers."""
     projector = single((("multi_modal_projector", "projector"),), LINEAR)
     return Table((*_vision_entries(config), *projector, *_text_entries(config)), normalise_mllama)

@@ -80,7 +80,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
 
     @property
     def default_exit(self) -> int:
-        """Returns the last exit. With the exit rules E1 and E2 it is the model as trained; with E5 no exit is."""
+        """Returns the last exit, at which exit rules E1 and E2 give the model as trained (with E5 no exit does)."""
         return self.num_exits
 
     @property
@@ -103,7 +103,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         return self.config.image_token_index
 
     def encode(self, images: Images, upto: int | None = None) -> MllamaEncoded:
-        """Returns the states of the local blocks; a static `upto` skips blocks that exits 1..upto do not need."""
+        """Returns the states of the local blocks; with a static `upto`, only of blocks that exits 1..upto need."""
         if upto is not None and self.config.exit_rule != "E1":
             upto = max(upto, *self.config.vision.intermediate_layers_indices)
         states = self.vision_tower.local_states(images.pixels, images.layout, upto)
@@ -130,7 +130,7 @@ class Mllama(DelegatesToDecoder, nnx.Module):
     def image_features(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
-        """Returns (image features of `visual` for all rows, which of them belong to an existing tile)."""
+        """Returns (image features of `visual` for all rows, whether each belongs to an existing tile)."""
         cross = self.visual(encoded, exits)
         return cross.states, jnp.repeat(
             cross.tiles.reshape(cross.tiles.shape[0], -1), self.config.vision.tokens_per_tile, 1

@@ -56,7 +56,8 @@ class MllamaProcessor(Processor):
 def cross_attention_mask(input_ids: np.ndarray, image_token: int, tiles: np.ndarray) -> np.ndarray:
     """Returns which tiles each token attends to, int64 [B, T, M, tiles] (HF `get_cross_attention_token_mask`).
 
-    A token attends to the last image before it, and to earlier images if only placeholders separate them from it.
+    A token attends to the last image before it. If other image placeholders directly precede that image's placeholder,
+    the token attends to their images too.
 
     Args:
       input_ids: token ids [B, T].

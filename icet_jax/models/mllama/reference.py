@@ -18,7 +18,7 @@ def transformers_capture() -> str:
     """Returns whether the installed transformers captures the "input" or the "output" of a block.
 
     Raises:
-      UserError: the installed version does neither.
+      UserError: the installed version is 4.55, which captures neither.
     """
     import transformers
 

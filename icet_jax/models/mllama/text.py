@@ -41,9 +41,9 @@ class MllamaTextConfig:
     """Holds the sizes of the decoder.
 
     Attributes:
-      llama: sizes of its layers; `num_hidden_layers` counts all layers, `vocab_size` the logits.
-      cross_attention_layers: numbers (from 0) of the layers that attend to images instead of the text.
-      extra_embeddings: rows of the embedding beyond the vocabulary (8: the image placeholder and its neighbours).
+      llama: sizes of the decoder's layers; `num_hidden_layers` counts both kinds of layers, `vocab_size` the logits.
+      cross_attention_layers: indices (from 0) of the layers that attend to images instead of the text.
+      extra_embeddings: number of embedding rows beyond the vocabulary, one of which is the image placeholder's.
     """
 
     llama: LlamaConfig
@@ -68,7 +68,7 @@ class MllamaTextConfig:
 
     @property
     def super_blocks(self) -> tuple[int, tuple[bool, ...]]:
-        """Returns (number of equal super-blocks, for each layer of a super-block whether it attends to images)."""
+        """Returns (number of super-blocks, list that says for each layer of a super-block if it attends to images)."""
         kinds = tuple(layer in self.cross_attention_layers for layer in range(self.llama.num_hidden_layers))
         count = max(len(self.cross_attention_layers), 1)
         period, rest = divmod(len(kinds), count)
@@ -110,7 +110,7 @@ class MllamaCache:
 
     @property
     def columns(self) -> int:
-        """Returns the most text tokens that a row can have."""
+        """Returns the largest number of text tokens that a row can have."""
         return self.text.columns
 
     def with_room(self, columns: int) -> "MllamaCache":
@@ -131,8 +131,8 @@ class MllamaCache:
 class CrossBlocks(nnx.Module):
     """Holds the weights of all cross-attention layers, stacked along their first axis.
 
-    The methods run one layer. Call them on a module of one layer, `nnx.merge(graphdef, that layer's slice)`. They take
-    the layer's LoRA adapters (empty without) and the adapters' scale.
+    The methods run one layer. Call them on a module of one layer, `nnx.merge(graphdef, that layer's slice)`. Their
+    arguments `lora` are the layer's LoRA adapters, {} without any, and `scale` is the scale of the adapters.
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):
@@ -191,17 +191,17 @@ class CrossBlocks(nnx.Module):
 def image_visibility(tokens: Int[Array, "B T"], image_token: int, count: int) -> Bool[Array, "B T M"]:
     """Returns which of a row's images each token may attend to (HF `get_cross_attention_token_mask`).
 
-    An image is visible from its placeholder up to the next image's placeholder. Images with consecutive placeholders
-    are all visible up to the end of the last one's range.
+    An image is visible from its placeholder up to the next image's placeholder. If the placeholders of several images
+    follow one another directly, all these images stay visible as long as the last of them.
 
     Args:
       tokens: the tokens of the row, padding included.
       image_token: id of the placeholder.
-      count: M, the most images of a row.
+      count: M, the largest number of images of a row.
     """
     placeholder = tokens == image_token
     follows_placeholder = jnp.pad(placeholder[:, :-1], ((0, 0), (1, 0)))
-    group = jnp.cumsum(placeholder & ~follows_placeholder, axis=1)  # of consecutive placeholders
+    group = jnp.cumsum(placeholder & ~follows_placeholder, axis=1)  # index of the group of consecutive placeholders
     number = jnp.cumsum(placeholder, axis=1)
     columns = jnp.arange(tokens.shape[1])
     images = jnp.arange(1, count + 1)
@@ -313,7 +313,7 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
         return self.norm(x)[:, 0], dataclasses.replace(cache, text=text.updated_cache(active))
 
     def _stack_indices(self) -> list[tuple[bool, int]]:
-        """Returns for each layer (whether it attends to images, its index in the stack of its kind)."""
+        """Returns (whether it attends to images, its index in the stack of such layers) for each layer."""
         counts, indices = [0, 0], []
         for number in range(self.config.llama.num_hidden_layers):
             is_cross = number in self.config.cross_attention_layers
@@ -404,7 +404,7 @@ class Vision:
 
     @property
     def attended(self) -> Bool[Array, "B T MN"]:
-        """Returns which image features a token attends to: the allowed ones, or all of its row if none is allowed."""
+        """Returns which image features each token attends to: those allowed, or all of the row if none is allowed."""
         return jnp.where(self.sees[..., None], self.allowed, self.real[:, None])
 
 

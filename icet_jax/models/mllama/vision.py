@@ -20,7 +20,7 @@ from icet_jax.parallel.traced import by_rows, gather_kernel, gather_weights, mes
 from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
 _EMBED_EPS = 1e-5  # epsilon of layernorm_pre and layernorm_post, which ignore the config's norm_eps
-_SCORE_BYTES = 4 << 30  # most bytes of one block's float32 attention scores on a device
+_SCORE_BYTES = 4 << 30  # most bytes that the float32 attention scores of one block may take on a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class MllamaVisionConfig:
     """Holds the sizes of the encoder under HF's names.
 
     Attributes:
-      intermediate_layers_indices: states of the local blocks that the projector also gets; index i is the output of i
-        blocks, which is how the model was trained.
-      max_num_tiles: most tiles of an image, each `[num_channels, image_size, image_size]` pixels.
+      intermediate_layers_indices: states of the local blocks that the projector gets besides the final one. Index i is
+        the output of the first i blocks, as in the model's training.
+      max_num_tiles: largest number of tiles of an image, each `[num_channels, image_size, image_size]` pixels.
     """
 
     hidden_size: int
@@ -59,7 +59,7 @@ class MllamaVisionConfig:
 
     @property
     def output_dim(self) -> int:
-        """Returns the size of a token for the projector: the last state and every captured intermediate state."""
+        """Returns the width of the projector's input: the last state joined with every captured intermediate state."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
 
@@ -122,14 +122,14 @@ class TileEmbedding(nnx.Module):
         self.embedding = layers.normal(rngs, shape, 0.02, param_dtype)
 
     def __call__(self, aspect_ratio_ids: Int[Array, "I"], dtype: DType) -> Float[Array, "I M 1 D"]:
-        """Returns for each tile of each image the vector, times its gate, that is added to all tokens of the tile."""
+        """Returns for each tile of each image the gated vector that is to be added to all tokens of the tile."""
         vectors = self.embedding[...][aspect_ratio_ids].astype(dtype)
         vectors = vectors.reshape(-1, self.config.max_num_tiles, 1, self.config.hidden_size)
         return jnp.tanh(self.gate[...].astype(dtype)) * vectors
 
 
 class GatedPositions(nnx.Module):
-    """Holds embeddings of the positions within a tile: shared by all tiles, and for each tile of each aspect ratio.
+    """Holds position embeddings within a tile: one set for all tiles, and one set for each tile of each aspect ratio.
 
     Source: HF `MllamaPrecomputedPositionEmbedding`.
     """
@@ -208,7 +208,7 @@ class MllamaVisionTower(nnx.Module):
           upto: number of blocks to compute, static; None computes all.
 
         Raises:
-          ValueError: `upto` is not a number of blocks.
+          ValueError: `upto` is negative or larger than the number of blocks.
         """
         depth = self.config.num_hidden_layers if upto is None else upto
         if not 0 <= depth <= self.config.num_hidden_layers:
@@ -227,7 +227,7 @@ class MllamaVisionTower(nnx.Module):
     def attention_mask(self, aspect_ratio_ids: Int[Array, "I"]) -> Bool[Array, "I 1 Q Q"]:
         """Returns True where a token may attend to another: everywhere except from padding to padding.
 
-        That tokens of a tile attend to padding is how the model was trained.
+        Real tokens attend to padding, because the model was trained in this way.
         """
         config = self.config
         real = jnp.arange(config.padded_tokens) < config.tokens_per_tile
@@ -261,11 +261,11 @@ class MllamaVisionTower(nnx.Module):
           exits: exit of each requested image.
           aspect_ratio_ids: aspect ratio of each of the I images.
           rule: "E1", "E2" or "E5".
-          images: numbers of the R requested images; None requests all.
+          images: indices of the R requested images; None requests all.
 
         Returns:
           For N = M * tokens_per_tile tokens of M tiles, vectors of size O = output_dim: the final state, then the
-          captured states, whose channels are interleaved.
+          captured states with their channels interleaved (channel 0 of each, channel 1 of each, ...).
         """
         indices, last = self.config.intermediate_layers_indices, self.config.num_hidden_layers
         exit_states = take_exit_states(states, exits, images)
@@ -279,7 +279,7 @@ class MllamaVisionTower(nnx.Module):
         return self._without_padding(out)
 
     def _global_blocks(self, x: Float[Array, "I Q D"], aspect_ratio_ids: Int[Array, "I"]) -> Float[Array, "I Q D"]:
-        """Applies to a state of the local blocks what follows them: norm, tile embedding and global blocks."""
+        """Applies what follows the local blocks to one of their states: norm, tile embedding and global blocks."""
         count, length, width = x.shape
         x = self.layernorm_post(x).reshape(count, self.config.max_num_tiles, -1, width)
         x = (x + self.post_tile_positional_embedding(aspect_ratio_ids, x.dtype)).reshape(count, length, width)
@@ -309,7 +309,7 @@ class MllamaVisionTower(nnx.Module):
 def in_chunks(function: Callable[..., Array], size: int, *arrays: Array) -> Array:
     """Returns `function(*arrays)`, computed in chunks of elements one after another, to save memory.
 
-    A chunk takes elements at a constant distance, so that an axis that is split over devices stays split in each chunk.
+    The elements of a chunk are evenly spaced over the axis. If the axis is split over devices, so is each chunk.
 
     Args:
       function: function of arrays with equal first axes that treats each element of these axes independently.
