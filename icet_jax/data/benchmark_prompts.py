@@ -41,9 +41,9 @@ CAPTION_PROMPT = "Describe the image in one sentence."
 def read_harmbench(source: "ParsedSource") -> Records:
     """Reads HarmBench's behaviours: columns Behavior, BehaviorID, SemanticCategory[, ContextString, ImageFileName].
 
-    A row's context, if it has one, is put before its behaviour, as in HarmBench's direct requests. Rows of the
-    multimodal file name an image in the folder `images` (by default the folder of the file). Rows of the text files get
-    an image drawn from the folder `images`, or none without that option.
+    A row's context, if it has one, is put before its behaviour, as in HarmBench's direct requests. In the multimodal
+    file, each row names an image in the folder `images` (by default the folder of the file). In the text files, each
+    row gets an image that is drawn from the folder `images`, or no image if this option is not set.
     """
     draw_image = source.image_drawer() if source.images else None
     root = source.images or source.path.parent
@@ -70,7 +70,7 @@ def read_harmbench(source: "ParsedSource") -> Records:
 
 
 def read_strongreject(source: "ParsedSource") -> Records:
-    """Reads StrongREJECT's forbidden prompts: columns category, source, forbidden_prompt; row numbers are the ids."""
+    """Reads StrongREJECT's prompts: columns category, source, forbidden_prompt; the id of a row is its number."""
     draw_image = source.image_drawer() if source.images else None
 
     def to_example(fields: JsonObject, identity: str) -> Example:

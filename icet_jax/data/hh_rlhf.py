@@ -33,7 +33,7 @@ class Preferences:
         turns, without the leading "\\n\\nHuman: "; the template "\\n\\nHuman: {prompt} \\n\\nAssistant:" restores it.
       read: number of rows in the file, without blank lines.
       dropped: {reason: number of rows that were left out for it}.
-      first_line: {reason: number of the first line that was left out for it}.
+      first_line: {reason: line number of the first row that was left out for it}.
     """
 
     path: Path
@@ -139,8 +139,8 @@ def split_by_prompt(
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Returns (training pairs, held-out pairs); about the fraction `share` of the prompts is held out.
 
-    Whether a pair is held out depends on its prompt, `share` and `seed` alone. So all pairs of a prompt are on the same
-    side, and adding pairs to a file does not change where its other pairs go.
+    Whether a pair is held out depends on its prompt, `share` and `seed` alone. All pairs with the same prompt are
+    therefore on the same side, and adding pairs to a file does not move its other pairs.
     """
     train: list[PreferencePair] = []
     held_out: list[PreferencePair] = []

@@ -22,8 +22,10 @@ def bucket(length: int, longest: int | None = None, buckets_per_doubling: int = 
 
 
 def prompt_bucket(length: int) -> int:
-    """Returns the length to which prompts of up to `length` positions are padded: a multiple of 16, and at most about
-    an eighth more than `length`."""
+    """Returns the length to which prompts of up to `length` positions are padded.
+
+    It is a multiple of 16, and at most about an eighth larger than `length`.
+    """
     return bucket(length, buckets_per_doubling=8, shortest=16)
 
 

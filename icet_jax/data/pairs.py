@@ -1,11 +1,11 @@
-"""Exit pairs, what L-DPO learns from: a training row at one exit, with an answer to prefer and one to avoid.
+"""Exit pairs, from which L-DPO learns: a training row at one exit, with an answer to prefer and an answer to avoid.
 
 A file has one JSON object per line:
 
     {"id": ROW ID, "fingerprint": HASH OF THE ROW, "exit": L, "chosen": TEXT, "rejected": TEXT}
 
-The fingerprint is that of `fingerprints.json` and says which row is meant: ids of different data sets may be equal. The
-texts are what a model said; a file of pairs may hold harmful text, as transcripts may.
+The fingerprint is the one in `fingerprints.json`. It identifies the row, because ids of different data sets may be
+equal. The texts are answers of a model; a file of pairs may contain harmful text, as transcripts may.
 """
 
 import json
@@ -39,7 +39,7 @@ class ExitPair(Example):
 
 
 class PairRecord(NamedTuple):
-    """Holds one line of a file of pairs; its row is not known yet.
+    """Holds one line of a file of pairs, whose row has not been looked up yet.
 
     Attributes:
       id: id of the row.
@@ -58,7 +58,7 @@ class PairRecord(NamedTuple):
     line: int = 0
 
     def of_row(self, row: Example) -> ExitPair:
-        """Returns the pair on `row`."""
+        """Returns the exit pair that consists of `row` and of the exit and the answers of this record."""
         return ExitPair(**vars(row), exit_layer=self.exit_layer, chosen=self.chosen, rejected=self.rejected)
 
 
@@ -79,7 +79,7 @@ def read_exit_pairs(path: str | Path, num_exits: int) -> list[PairRecord]:
       num_exits: number of exits of the model.
 
     Raises:
-      UserError: the file cannot be read or is empty, or a line is no pair; the message names line and field.
+      UserError: the file cannot be read or is empty, or a line is not a valid pair; the message names line and field.
     """
     path = Path(path)
     if path.suffix.lower() != ".jsonl":
@@ -97,7 +97,7 @@ def _record(where: str, line: int, fields: JsonObject | str, num_exits: int) -> 
     """Returns one line as a record.
 
     Raises:
-      UserError: it is none.
+      UserError: the line is not a valid pair.
     """
     if isinstance(fields, str):
         raise UserError(f"{where}: {fields}; correct or remove the line")

@@ -30,7 +30,7 @@ from icet_jax.media.images import ImageLike
 SCHEMA = 1
 _VERSION = "1.0.0"
 _PER_SHARD = {"rows": 100_000, "images": 2_000}  # records per file, so that a file has a few hundred megabytes
-_PER_CALL = 64  # records that are written at a time, because the writer rewrites its metadata at every call
+_PER_CALL = 64  # records per call of the writer, which rewrites its metadata at every call
 _LISTED_PROBLEMS = 100
 _TRANSFERRED = {None: "", True: "yes", False: "no"}
 _COUNTS = ("read", "kept", "repeats", "animated", "images", "image_bytes")
@@ -59,10 +59,10 @@ class PreparedImage:
 
 
 def fingerprint(source: str, limit: int | None, records: Records) -> str:
-    """Returns a hash that changes if a set must be prepared anew.
+    """Returns a hash that changes when a set must be prepared again.
 
-    It covers the source string, the limit, all fields of the rows, path, size and time of their image files, and the
-    rows that were left out.
+    It covers the source string, the limit, all fields of the rows, the rows that were left out, and path, size and
+    modification time of all image files.
     """
     digest = hashlib.sha256(repr((SCHEMA, source, limit, records.problems)).encode("utf-8", "surrogatepass"))
     for example in records.examples:
@@ -82,7 +82,7 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
 
     Raises:
       UserError: an image no longer exists, the folder cannot be written to, or the disk is full. The incomplete set is
-        then removed, and an earlier one is kept.
+        then removed, and an earlier set of that name is kept.
     """
     partial = directory / f".{name}.partial"
     try:
@@ -109,7 +109,7 @@ def write_set(directory: Path, name: str, records: Records, facts: Mapping[str, 
 
 
 def counts(records: Records) -> JsonObject:
-    """Returns the counts of a source's rows (read, kept, dropped by reason, ...) and its first problems, as JSON."""
+    """Returns how many rows of a source were read, kept, dropped (by reason) and so on, and its first problems."""
     return {
         "read": records.read,
         "kept": len(records.examples),
@@ -125,7 +125,7 @@ def counts(records: Records) -> JsonObject:
 
 
 def read_facts(directory: Path, name: str) -> JsonObject | None:
-    """Returns the content of a set's `source.json`; None if there is no such set or it has an old schema.
+    """Returns the content of a set's `source.json`; None if there is no such set or another version wrote it.
 
     Raises:
       UserError: the file is damaged.
@@ -192,11 +192,11 @@ def dropped_rows(directory: str | Path, name: str) -> dict[str, int]:
 
 
 class _ImagePool:
-    """Numbers the distinct images of a set in the order of their first use; images with equal bytes are one image."""
+    """Assigns an index to each distinct image of a set, in the order of first use; equal bytes mean the same image."""
 
     def __init__(self) -> None:
         self.indices: dict[bytes, int] = {}  # {hash of an image's bytes: index of its record}
-        self.total_bytes = 0  # of all distinct images
+        self.total_bytes = 0  # size of all distinct images
         self._digest_of_path: dict[Path, bytes] = {}
 
     def records(self, examples: Iterable[Example]) -> Iterator[JsonObject]:
@@ -237,7 +237,7 @@ def _encode(image: ImageLike) -> bytes:
 
 
 def _image_version(image: ImageLike) -> tuple[str, int, int] | str:
-    """Returns path, size and time of an image file, or the hash of an array."""
+    """Returns path, size and modification time of an image file, or the hash of an array."""
     if isinstance(image, Path):
         status = image.stat()
         return str(image), status.st_size, status.st_mtime_ns
@@ -245,8 +245,11 @@ def _image_version(image: ImageLike) -> tuple[str, int, int] | str:
 
 
 def _text_fields(example: Example) -> tuple[object, ...]:
-    """Returns the fields of a row without its images. The newer fields `format` and `transferred` are left out if
-    neither is set, so that fingerprints of earlier versions stay valid."""
+    """Returns the fields of a row except its images.
+
+    `format` and `transferred`, which were added later, are left out if neither is set. The fingerprints of sets that
+    earlier versions prepared therefore stay valid.
+    """
     fields = (
         example.id, example.prompt, example.kind, example.answer, example.category, example.answers,
         example.answer_type,

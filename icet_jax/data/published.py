@@ -56,8 +56,8 @@ class ParsedSource:
     """Holds the parts of a source string, and how it is to be read.
 
     Attributes:
-      path: file or folder of the data set. This path and the next two can be opened as they are.
-      options: options of the source string as text.
+      path: file or folder of the data set. `path`, `images` and `image_root` are complete paths.
+      options: {option of the source string: its value as text}.
       images: folder that the option `images` names; None without that option.
       image_root: folder for image paths that the rows name; None for the data set's default.
       limit: number of usable rows after which reading stops; None reads all.
@@ -72,7 +72,7 @@ class ParsedSource:
     files: ImageFiles
 
     def image_drawer(self) -> Callable[[str], Path]:
-        """Returns a function from a row's id to a usable image drawn from the folder `images`."""
+        """Returns a function that takes a row's id and returns a usable image drawn from the folder `images`."""
         assert self.images is not None
         return partial(self.files.draw, ImageFolder(self.images), int(self.options.get("seed", "0")))
 
@@ -123,7 +123,11 @@ def read_source(
 
 
 def _options(source: str, query: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
-    """Returns the options in `query`, the part of a source string after the question mark."""
+    """Returns the options in `query`, the part of a source string after the question mark.
+
+    Raises:
+      UserError: an option is malformed or unknown, or a required option is missing.
+    """
     options: dict[str, str] = {}
     allowed = (*required, *optional)
     for part in filter(None, query.split("&")):
@@ -177,7 +181,7 @@ def _jailbreakv_28k(source: ParsedSource) -> Records:
 
 
 def _advbench_coco(source: ParsedSource) -> Records:
-    """Reads AdvBench: columns goal, target (the beginning of an answer, not used); row numbers are the ids."""
+    """Reads AdvBench: columns goal, target (the beginning of an answer, not used); the id of a row is its number."""
     draw_image = source.image_drawer()
 
     def to_example(fields: JsonObject, identity: str) -> Example:
@@ -212,7 +216,7 @@ def _xstest(source: ParsedSource) -> Records:
 def _xstest_rows(path: Path, rows: Iterator[RawRow], columns: str) -> Iterator[RawRow]:
     """Yields the rows of either version of XSTest with the columns id and label.
 
-    The second version lacks the label: unsafe are the prompts whose type begins with contrast_ (XSTest's README).
+    The second version has no labels. There, a prompt is unsafe if its type begins with "contrast_" (XSTest's README).
 
     Raises:
       UserError: the file has neither id nor id_v2, or it has id but no label.
@@ -228,7 +232,7 @@ def _xstest_rows(path: Path, rows: Iterator[RawRow], columns: str) -> Iterator[R
 
 
 def _required_id(fields: JsonObject, identity: str) -> str:
-    """Returns `identity`; raises `BadRow` if the row's field `id` is empty, which every row of this format needs."""
+    """Returns `identity`; raises `BadRow` if the row's field `id`, which this format requires, is empty."""
     if not str(fields["id"]).strip():
         raise BadRow("no id", "the id is empty")
     return identity
@@ -269,7 +273,7 @@ def _vqa_v2(source: ParsedSource) -> Records:
 
 @dataclass(frozen=True)
 class _Annotation:
-    """Holds the most frequent answer to a VQA-v2 question, the answers of all annotators, and their type."""
+    """Holds the most frequent answer to a VQA-v2 question, the answers of all annotators, and the answer type."""
 
     image_id: int
     answer: str
@@ -278,9 +282,10 @@ class _Annotation:
 
 
 class _AnnotationReader:
-    """Finds annotations by question; the file is read only as far as necessary.
+    """Finds annotations by question, and reads the annotation file only as far as necessary.
 
-    Questions and annotations of the published files are in the same order, so few annotations wait in memory.
+    Annotations that were read before their question are kept in memory. In the published files, questions and
+    annotations are in the same order, so there are few of them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -301,7 +306,7 @@ class _AnnotationReader:
         return annotation
 
     def _add(self, fields: JsonObject) -> None:
-        """Adds the annotation in a row, or the reason why it cannot be used, to those that wait for their question."""
+        """Adds the annotation in a row, or the reason why it cannot be used, to those kept for later questions."""
         try:
             question_id = _natural_number(fields, "question_id")
         except BadRow:

@@ -1,4 +1,4 @@
-"""Defines the rows of a data set and the rules by which rows of a file are used, and reads users' own files.
+"""Defines the rows of a data set and the rules for which rows of a file are used, and reads users' own files.
 
 A user's CSV or JSONL file has the columns `prompt`, `image` and optionally `id`, `policy` (the content category),
 `kind`, `answer`; others are ignored. In JSONL `image` may also be a list of several images, or of none for a text-only
@@ -60,9 +60,9 @@ class Problem:
     """Describes a row that was left out.
 
     Attributes:
-      row: number of the row; data rows count from 1.
+      row: number of the row among the data rows of the file, from 1.
       line: line of the file on which the row ends.
-      reason: the same words for all rows with this kind of problem; reports count them.
+      reason: kind of problem, in the same words for all rows that have it; reports count rows by reason.
       detail: what is wrong with this row.
     """
 
@@ -83,7 +83,7 @@ class Records:
       repeats: number of usable rows that differ from an earlier row in their id alone.
       animated: number of images with several frames, of which the first is used.
       complete: whether the source was read to its end, not stopped by a limit.
-      replaced: descriptions of images that were chosen for a row but could not be used, so that others were chosen.
+      replaced: descriptions of images that were drawn for a row but could not be used, so that another was drawn.
     """
 
     source: str
@@ -104,7 +104,7 @@ class Records:
         return dict(Counter(problem.reason for problem in self.problems).most_common())
 
     def report(self) -> str:
-        """Returns one line for a log: numbers of rows used and left out, by reason, and the first few problems."""
+        """Returns one log line: how many rows are used, how many are left out by reason, and the first problems."""
         parts = [f"{self.source}: {len(self.examples)} rows"]
         if self.problems:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped().items())
@@ -134,7 +134,7 @@ class BadRow(Exception):
 
 
 Convert: TypeAlias = Callable[[JsonObject, str], Example]
-"""Function of the fields of a raw row and of its id that returns the row; it raises `BadRow` if the row is unusable."""
+"""Function that takes the fields of a raw row and its id and returns the row, or raises `BadRow` if it is unusable."""
 
 
 def read_records(
@@ -188,8 +188,9 @@ def collect(
 ) -> Records:
     """Converts the raw rows of a file and decides which are used; all formats share these rules.
 
-    A row is left out if an earlier row has its id. A row that names no id gets its number as id, and is left out if it
-    has the prompt, images and answer of an earlier row. Rows that name their id may repeat an earlier row's content.
+    A row is left out if an earlier row has the same id. A row without an id gets its number as id, and is left out if
+    an earlier row has the same prompt, images and answer. A row with an id of its own may repeat the content of an
+    earlier row.
 
     Args:
       path: name of the file in errors and reports.
@@ -267,7 +268,8 @@ def prompt_of(fields: JsonObject, name: str) -> str:
     """Returns the prompt in a row's field `name`.
 
     Raises:
-      BadRow: it is empty, or contains some family's image placeholder, which only a chat template may add.
+      BadRow: the prompt is empty, or contains the image placeholder of a model family, which only a chat template may
+        add.
     """
     prompt = text(fields, name)
     if prompt is None:
@@ -287,7 +289,7 @@ _CATEGORIES = {
 def category_of(fields: JsonObject, name: str) -> str | None:
     """Returns the content category in a row's field `name`; None if the field is absent or blank.
 
-    A category to which RedTeam-2K gives another name gets that name.
+    Categories for which RedTeam-2K has another name get RedTeam-2K's name.
     """
     category = text(fields, name)
     return _CATEGORIES.get(category, category) if category is not None else None
@@ -347,7 +349,7 @@ def usable_image(path: Path, files: ImageFiles) -> Path:
 
 
 def describe(problems: list[Problem]) -> str:
-    """Returns the first few problems in words and the number of further ones."""
+    """Returns a text with the first few problems and the number of further problems."""
     shown = "; ".join(f"row {problem.row}: {_short(problem.detail)}" for problem in problems[:_REPORTED_PROBLEMS])
     hidden = len(problems) - _REPORTED_PROBLEMS
     return f"{shown}; and {hidden} more" if hidden > 0 else shown

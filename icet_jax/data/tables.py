@@ -17,7 +17,7 @@ from icet_jax.errors import UserError
 from icet_jax.files import LFS_ADVICE, JsonObject, is_lfs_pointer, parse_json, require_regular
 
 RawRow: TypeAlias = tuple[int, JsonObject | str]
-"""Number of the line on which a row ends, and the row's fields or, if it is malformed, what is wrong with it."""
+"""(number of the line on which a row ends, the row's fields or, if the row is malformed, what is wrong with it)."""
 
 _CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
@@ -25,7 +25,8 @@ _CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 def csv_rows(path: Path, required: Sequence[str], columns: str) -> Iterator[RawRow]:
     """Yields the rows of a CSV file whose first line names its columns.
 
-    The names are stripped and in lower case. A quotation mark that is never closed makes only its line malformed.
+    The column names are stripped and converted to lower case. A quotation mark that is never closed makes only its own
+    line malformed.
 
     Args:
       path: the file.
@@ -85,7 +86,7 @@ def _require_utf8_file(path: Path) -> None:
 def _csv_records(file: Iterable[str]) -> Iterator[tuple[int, list[str] | str]]:
     """Yields (last line, cells) of every record, or (line, reason) for a malformed one.
 
-    After a malformed record, reading continues on the line after its first one.
+    After a malformed record, reading continues on the line after the record's first line.
     """
     source, returned_lines, line = iter(file), deque[str](), 0
     while True:
@@ -141,8 +142,8 @@ def json_row(text: str) -> JsonObject | str:
 def json_array_rows(path: Path, key: str) -> Iterator[RawRow]:
     """Yields the objects of an array `{..., key: [...]}` one by one, without loading the file (hundreds of megabytes).
 
-    In the place of a line, each row has the number of the object, from 1. If the file becomes invalid at some point, a
-    malformed row is yielded as the last one.
+    Instead of a line number, each row has the number of the object, from 1. If the file becomes invalid at some point,
+    the last row yielded is a malformed one.
 
     Raises:
       UserError: the file does not begin as a JSON object, or has no array of that name.
@@ -255,7 +256,7 @@ class _JsonReader:
                 return ""
 
     def _expect(self, character: str) -> None:
-        """Moves behind the next character that is not white space; raises a `ValueError` if it is another one."""
+        """Consumes white space and then `character`; raises a `ValueError` if another character comes next."""
         next_character = self._peek()
         if next_character != character:
             raise ValueError(

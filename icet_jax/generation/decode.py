@@ -66,9 +66,9 @@ def generate(
     sampling: Sampling,
     lora: Lora | None = None,
 ) -> Generation:
-    """Samples one response per key: one per row, or k neighbouring responses of each row with k keys per row.
+    """Samples one response per key: one for each row or, with k keys per row, k consecutive responses for each row.
 
-    With several keys per row, prompts and images are processed once and their cache is repeated.
+    With several keys per row, each prompt and its images are processed once and the cache is repeated.
 
     Token t of a response is drawn with `fold_in(row_key, t)`. A response therefore depends only on its prompt, images
     and key, not on its batch, its position there, or its padding. This function is pure; callers jit it with `sampling`
@@ -79,8 +79,8 @@ def generate(
       tokens: prompts, padded on either side.
       mask: True at real prompt tokens; a row without any (a filler) gets an empty response.
       visual: result of `model.visual`, or None if no row has an image.
-      row_keys: typed keys, k for each of the B rows; those of a row are neighbours.
-      sampling: how tokens are drawn.
+      row_keys: typed keys, k for each of the B rows; the keys of a row are consecutive.
+      sampling: how tokens are sampled.
       lora: adapters of the decoder; None means the reference model.
     """
     prompts = (*prefill(model, tokens, mask, visual, lora), mask)
@@ -104,7 +104,8 @@ def prefill(
     """Runs the prompts through the model.
 
     Args:
-      prefix: cache of B rows that the prompts continue; they then have no images of their own. None: they begin anew.
+      prefix: cache of B rows that the prompts continue, or None. With a prefix, the prompts have no images of their
+        own.
       model, tokens, mask, visual, lora: see `generate`.
 
     Returns:
@@ -171,7 +172,7 @@ def begin(
 
 
 def advance(model: LanguageModel, rows: DecodingState, sampling: Sampling, unstacked: Any) -> DecodingState:
-    """Runs the last token of every row that is not done, and samples its next; `unstacked` as in `advance_all`."""
+    """Runs the last token of every row that is not done and samples the next one; for `unstacked` see `advance_all`."""
     last = jnp.take_along_axis(rows.tokens, jnp.maximum(rows.count - 1, 0)[:, None], axis=1)[:, 0]
     hidden, cache = model.step(last, ~rows.done, rows.cache, unstacked)
     return _sample_next(rows.replace(cache=cache), model.logits(hidden), sampling)  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """Decodes a queue of prompts in a fixed number of slots; a slot gets a new prompt as soon as its response has ended.
 
-So no row waits for the longest response of a batch. Prompts with different exits share the slots. A row's response
-depends only on its own prompt, images, exit and key, not on its slot, its neighbours or the order of the queue: prompts
-are run in groups of one size, and each step treats every slot in the same way. On a mesh a prompt gets a slot on the
-devices that run the prompt, so that its cache, by far the largest array here, does not move.
+No row therefore waits for the longest response of a batch. Prompts with different exits share the slots. A row's
+response depends only on its own prompt, images, exit and key, not on its slot, its neighbours or the order of the
+queue, because all groups of prompts have the same size and each step treats every slot in the same way. On a mesh, a
+prompt gets a slot on the devices that run its prefill, so that its cache, by far the largest array, does not move.
 """
 
 import functools
@@ -34,18 +34,19 @@ from icet_jax.parallel.sharding import (
 from icet_jax.typing import Array, Int
 
 STEPS = 8
-"""Steps that are decoded before the host looks for free slots; a finished row waits for half of them on average."""
+"""Number of steps that are decoded before the host looks for free slots. On average, a finished row waits for half of
+that number."""
 
 
 class Prompts(NamedTuple):
-    """Holds R prompts that are run together; a group with fewer is filled up with rows without tokens and limit 0.
+    """Holds R prompts that are run together. Missing prompts are filler rows without tokens and with the limit 0.
 
     Attributes:
       tokens, mask: [R, P], padded on either side.
       rows: int32 [R], the row of each prompt's images in the result of `model.encode`.
       exits: int32 [R], exit of each prompt.
       keys: uint32 [R, n], `jax.random.key_data` of each prompt's key.
-      limit: int32 [R], most new tokens of each prompt.
+      limit: int32 [R], largest number of new tokens of each prompt.
     """
 
     tokens: Any
@@ -62,8 +63,8 @@ class PromptGroup(NamedTuple):
     Attributes:
       tags: the caller's identifier of each of the R prompts; None for a filler row.
       prompts: the R prompts.
-      encoded: result of `model.encode` for their images; None without images or with a `prefix`.
-      prefix: a cache of R rows from `run_prefix` that the prompts continue; None if they begin anew.
+      encoded: result of `model.encode` for the images of the prompts; None without images or with a `prefix`.
+      prefix: a cache of R rows from `run_prefix` that the prompts continue, or None.
     """
 
     tags: Sequence[Any]
@@ -116,7 +117,7 @@ class Engine:
           params: weights of the network.
           sampling: how tokens are drawn.
           slots: S, rows decoded together; at least the number of prompts in a group.
-          columns: columns of the cache: those of the longest prompt plus those of its response.
+          columns: number of columns of the cache, enough for the longest prompt and its response.
           lora: adapters of the decoder; None for the model without adapters.
           mesh: mesh of the weights, over which slots are split; None on one device.
         """
@@ -129,10 +130,10 @@ class Engine:
         self.slots, self.columns = slots, columns
 
     def run(self, groups: Iterable[PromptGroup]) -> Iterator[list[Response]]:
-        """Yields responses as they end, a few at a time; the caller's work on them overlaps with the next steps.
+        """Yields finished responses, a few at a time; the devices continue while the caller works on them.
 
-        The next group is taken from `groups` when enough slots are free on every part of the mesh. All groups have the
-        same number of prompts R, fillers included.
+        The next group is taken from `groups` when enough slots are free on every part of the mesh. All groups must have
+        the same number of prompts R, fillers included.
         """
         queue = iter(groups)
         tags_by_slot: dict[int, Any] = {}
@@ -166,16 +167,19 @@ class Engine:
             yield responses
 
     def _shards(self, group_size: int) -> int:
-        """Returns into how many parts a mesh splits slots and prompts; 1 without a mesh or if they are not divisible.
+        """Returns the number of parts into which the mesh splits slots and prompts.
 
-        `group_size` is the number of prompts in a group. Each part fills only its own slots.
+        It is 1 without a mesh, or if slots or prompts cannot be divided evenly. Each part fills only its own slots.
+        `group_size` is the number of prompts in a group.
         """
         mesh = self._mesh
         return row_shards(mesh) if mesh is not None and _divide(mesh, group_size, self.slots) else 1
 
     def lowered(self, group: PromptGroup, lengths: Iterable[int]) -> Iterator[tuple[str, Any]]:
-        """Yields (name, lowered program) of `decode`, and of `fill` for `group` with prompts padded to each of
-        `lengths`."""
+        """Yields (name, lowered program) of `decode`, and of `fill` for each padded prompt length in `lengths`.
+
+        Except for the length, the prompts have the shapes of `group`.
+        """
         self._allocate(group)
         yield "decode", decode.lower(*self._static, self._params, self._unstacked, self._rows)
         slot_ids = np.zeros(len(group.tags), np.int32)
@@ -186,7 +190,7 @@ class Engine:
             yield f"prompts of {length}", fill.lower(*self._static, *self._weights, *arguments)
 
     def _allocate(self, group: PromptGroup) -> None:
-        """Allocates the slots and unstacks the layers, unless an earlier call has; `group` is as in `shapes`."""
+        """Allocates the slots and unstacks the layers, unless an earlier call did so; for `group` see `shapes`."""
         if self._rows is None:
             self._rows = self.empty(group)
         if self._unstacked is None:
@@ -302,8 +306,11 @@ def decode(
     unstacked: Any,
     slots: DecodingState,
 ) -> tuple[DecodingState, SlotStatus]:
-    """Decodes `STEPS` tokens of all slots, fewer if every response ends; returns the new state and the part of it for
-    the host."""
+    """Decodes `STEPS` tokens in every slot, or fewer if all responses end before.
+
+    Returns:
+      (new state of the slots, the part of it that the host reads).
+    """
     rows = advance_all(nnx.merge(graphdef, params), slots, sampling, unstacked, STEPS)
     status = SlotStatus(rows.tokens, rows.log_probs, rows.count, rows.done)
     if mesh is None:
@@ -320,7 +327,10 @@ def run_prefix(
     prompts: Prompts,
     encoded: EncodedImages,
 ) -> Cache:
-    """Returns the cache of R rows that other prompts continue, with their images; `keys` and `limit` are not used."""
+    """Returns the cache of R prompts and their images, which other prompts continue.
+
+    The fields `keys` and `limit` of `prompts` are not used.
+    """
     if mesh is not None:
         prompts = split_rows(prompts, mesh)
     model = nnx.merge(graphdef, params)

@@ -23,7 +23,7 @@ class Sampling:
       top_k: only the k most probable tokens are kept; 0 = off.
       top_p: only the most probable tokens that together reach this probability are kept; 1 = off.
       eos_ids: tokens that end a response.
-      suppress_ids: tokens that are never sampled (see `suppress_ids`).
+      suppress_ids: tokens that are never sampled (see the function `suppress_ids`).
       pad_id: token after the end of a response.
     """
 
@@ -56,11 +56,11 @@ def suppress_ids(image_token: int, pad_id: int | None, eos_ids: Sequence[int]) -
 def process_logits(
     logits: Float[Array, "*rows V"], temperature: float, suppress_ids: Sequence[int]
 ) -> Float[Array, "*rows V"]:
-    """Returns the logits of the sampling distribution: divided by the temperature unless it is 0, some tokens
+    """Returns the logits of the sampling distribution: divided by the temperature (unless it is 0), with some tokens
     suppressed.
 
-    The logit of a suppressed token is the lowest finite number of the dtype, which has probability exactly 0 and keeps
-    entropies and gradients finite. It is set after the division, which could otherwise turn it into -inf.
+    The logit of a suppressed token becomes the lowest finite number of the dtype, whose probability is exactly 0 and
+    which keeps entropies and gradients finite. It is set after the division, which could turn it into -inf.
     """
     if temperature > 0:
         logits = logits / temperature
@@ -143,7 +143,7 @@ def token_log_probs(
     Args:
       model: the network; only its head (hidden states to logits) is used.
       hidden: hidden states after the final norm, at the positions whose logits predict `targets`.
-      targets: token ids; if they are meaningless (after the end), so is the result.
+      targets: token ids; where they are meaningless (after the end of a response), so is the result.
       temperature: temperature of the rollout; 0 (greedy) counts as 1.
       suppress_ids: as in `process_logits`.
       chunk: response positions per step, at least 1.
@@ -178,9 +178,9 @@ def distribution_kl(
 
     Args:
       model: the network; only its head is used.
-      hidden: its hidden states after the final norm, at the positions whose logits predict a token.
+      hidden: hidden states of `model` after the final norm, at the positions whose logits predict a token.
       reference: the network whose distribution is the target; only its head is used.
-      reference_hidden: its hidden states after the final norm, at the same positions.
+      reference_hidden: hidden states of `reference` after the final norm, at the same positions.
       temperature, suppress_ids, chunk: see `token_log_probs`.
 
     Returns:
@@ -200,7 +200,7 @@ def distribution_kl(
 
 
 def _in_chunks(function: Callable[[Any], Any], arrays: tuple[Array, ...], chunk: int) -> Any:
-    """Applies `function` to `chunk` positions of the arrays [B, A, ...] at a time, and joins its results to [B, A].
+    """Applies `function` to `chunk` positions of the arrays [B, A, ...] at a time, and joins the results to [B, A].
 
     The backward pass computes `function` again instead of storing its intermediate arrays.
     """

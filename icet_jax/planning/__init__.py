@@ -1,1 +1,1 @@
-"""Whether a run fits machines that are not here."""
+"""Checks whether a run fits on machines that are not present."""

@@ -17,10 +17,9 @@ _FIXED_SHARE = 0.6  # share of a chip's memory that weights and train state may 
 def fixes(
     config: ConfigDict, run: AbstractRun, broken: list[str], fixed: int, memory: float | None
 ) -> list[str]:  # fmt: skip
-    """Returns a line that names the phases that do not fit, and lines with changes to the config that may help; an
-    empty list if `broken` is empty.
+    """Returns lines that name the phases that do not fit, and changes to the config that may help.
 
-    The changed config must be planned again.
+    The list is empty if `broken` is. A changed config must be planned again.
 
     Args:
       config: config of the run.
@@ -58,8 +57,10 @@ def _fixed_bytes(run: AbstractRun, mesh_sizes: tuple[int, int, int]) -> int:
 
 
 def _reduce_phase(config: ConfigDict, phase: str, shards: int) -> str:
-    """Returns a change to the config that makes a phase take less memory; `shards` is the number of chips that the rows
-    are split over."""
+    """Returns a change to the config that makes a phase take less memory.
+
+    `shards` is the number of chips over which the rows are split.
+    """
     if phase.startswith("sweep"):
         rows = config.sweep.batch_size
         return _MORE_CHIPS if rows % (2 * shards) else f"--config.sweep.batch_size={rows // 2}"

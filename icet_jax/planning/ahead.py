@@ -1,4 +1,4 @@
-"""Describes a run as shapes, and its phases as programs that can be compiled for chips that are not here.
+"""Describes a run as shapes, and its phases as programs that can be compiled for chips that are not present.
 
 In this module an array is *abstract* if it is a `jax.ShapeDtypeStruct`: shape, dtype and sharding without values.
 """
@@ -37,7 +37,7 @@ from icet_jax.training.loop import initial_state
 from icet_jax.vlm import VLM
 
 GetProgram = Callable[[PlannedPhase], Any]
-"""Function from a phase that was already yielded to its compiled program (`jax.stages.Compiled`), or to None if the
+"""Function that takes a phase yielded before and returns its compiled program (`jax.stages.Compiled`), or None if that
 phase was not compiled."""
 
 
@@ -89,8 +89,8 @@ class AbstractRun:
 
         Args:
           tree: abstract arrays.
-          batch: number of rows. The first axis whose length is a multiple of it counts as the axis of rows; a leaf
-            without such an axis is replicated on every chip.
+          batch: number of rows. The first axis of a leaf whose length is a multiple of `batch` counts as the axis of
+            rows; a leaf without such an axis is replicated on every chip.
         """
         shards = row_shards(self.mesh)
 
@@ -128,9 +128,10 @@ class AbstractRun:
         return self.settings.minibatches * self.settings.accumulation
 
     def cache(self, batch: int, new_tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the abstract KV cache of `batch` longest prompts and `new_tokens` more tokens each, by array name.
+        """Returns {array name: abstract array} of the KV cache of `batch` prompts of the largest length.
 
-        It is split by the sharding rules; the compiler may choose other shardings.
+        It has space for `new_tokens` more tokens of each prompt. The arrays have the shardings of the sharding rules;
+        the compiler may choose others.
         """
 
         def fill_cache(params: Any, images: Images, tokens: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -205,8 +206,8 @@ class AbstractRun:
     ) -> Any:  # fmt: skip
         """Returns the results of a phase, which computes `function(*arguments)` for `batch` rows, as abstract arrays.
 
-        Their shardings are those of the compiled program; if there is no program, their rows are split over the mesh.
-        If `first`, only the first of several results is returned.
+        They have the shardings of the compiled program; if there is no program, their rows are split over the mesh. If
+        `first`, the function returns several results and only the first is returned.
         """
         program = get_program(phase)
         results = jax.eval_shape(function, *arguments) if program is None else phases.outputs(program)
@@ -214,7 +215,7 @@ class AbstractRun:
         return self.rows(results, batch) if program is None else results
 
     def forward_flops(self) -> tuple[int, int]:
-        """Returns the operations of one forward pass over a prompt and its response: the model's and the adapters'."""
+        """Returns (the model's operations, the adapters' operations) of a forward pass over a prompt and a response."""
         new_tokens = self.settings.sampling.max_new_tokens
         length = self.config.data.max_prompt_tokens + new_tokens - 1
         head = flops.logits(self.vlm.hidden_size, self.vlm.vocab_size)

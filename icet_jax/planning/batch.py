@@ -17,12 +17,12 @@ from icet_jax.parallel.mesh import mesh_shape
 from icet_jax.parallel.topology import Topology
 
 Sizes = Mapping[str, int | None]
-"""{phase: bytes per chip}; None instead of the bytes if the compiler refuses the phase, because it does not fit."""
+"""{phase: bytes per chip, or None if the phase does not fit, so that the compiler refuses it}."""
 
 FIELDS = {"data.batch_size": "training", "sweep.batch_size": "sweep"}
-"""Config fields whose largest value is searched for, and the part of the plan that each one decides."""
+"""{config field whose largest value can be searched for: the part of the plan that depends on it}."""
 _MAX_COMPILED = 5  # largest number of batch sizes that are compiled, because each takes minutes
-_PRECISION = 4  # the search ends when the result may be too small by at most 1 / 4, because each step takes minutes
+_PRECISION = 4  # the search ends when the result is too small by at most 1 / 4, because each step takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,11 @@ class LargestBatch:
 
     Attributes:
       field: config field of the batch size.
-      rows: the largest batch that was compiled and fits; None if not even the smallest does.
+      rows: the largest batch that was compiled and fits; None if not even the smallest one fits.
       unit: batch sizes are multiples of this, so that every chip has the same number of rows in every slice.
       next: the smallest larger batch that was compiled and does not fit; None if no such batch was compiled.
-      bound: the phase that needs most memory with `next` rows (with `rows` if `next` is None); "" if neither exists.
+      bound: the phase that needs the most memory with `next` rows (or with `rows` rows if `next` is None); "" if both
+        are None.
       compiled: number of batch sizes that were compiled.
     """
 
@@ -157,8 +158,11 @@ def _next_rows(
 
 
 def _predict(measured: Mapping[int, Sizes], unit: int, memory: float) -> int | None:
-    """Predicts the largest number of rows at which all phases fit, along the straight line through each phase's two
-    largest compiled sizes; None if a phase has fewer sizes, or if no phase grows with the rows."""
+    """Predicts the largest number of rows at which all phases fit.
+
+    The memory of each phase is extrapolated along the straight line through its two largest compiled sizes. Returns
+    None if a phase has fewer than two sizes, or if no phase grows with the rows.
+    """
     limits: list[float] = []
     for phase in next(iter(measured.values())):
         points = sorted((rows, size) for rows, sizes in measured.items() if (size := sizes[phase]) is not None)[-2:]
@@ -171,6 +175,6 @@ def _predict(measured: Mapping[int, Sizes], unit: int, memory: float) -> int | N
 
 
 def _largest_phase(sizes: Sizes) -> str:
-    """Returns the phase that needs most memory: one that the compiler refuses, else the one with the most bytes."""
+    """Returns the phase that needs the most memory: one that the compiler refuses, else the one with most bytes."""
     refused = [phase for phase, size in sizes.items() if size is None]
     return refused[0] if refused else max(sizes, key=lambda phase: sizes[phase] or 0)

@@ -1,4 +1,4 @@
-"""Computes the memory that the weights of judges and reward model take on the chips, where they stay all the time."""
+"""Computes the memory that the weights of judges and reward model occupy on the chips during the whole run."""
 
 from collections.abc import Iterable, Iterator
 
@@ -17,7 +17,7 @@ _NO_NETWORK = (*(kind for kind, scorer in SCORERS.items() if not scorer.architec
 
 
 def scorer_bytes(config: ConfigDict, mesh: Mesh | AbstractMesh) -> dict[str, int | None]:
-    """Returns the bytes per chip of the weights of every scorer that a run of `config` loads, by the scorer's name.
+    """Returns {scorer: bytes per chip of its weights} for every scorer that a run of `config` loads.
 
     The value is None for a scorer of unknown size: a hub id that is not in `checkpoints.published.SCORERS`, or a toy.
     Scorers without a network of their own, such as keywords or a service, are left out.
@@ -40,7 +40,7 @@ def scorer_bytes(config: ConfigDict, mesh: Mesh | AbstractMesh) -> dict[str, int
 def _replace_ensembles(
     names: Iterable[str], definitions: dict[str, JsonObject], parents: tuple[str, ...] = ()
 ) -> Iterator[str]:
-    """Yields the names of scorers, with the members of an ensemble in its place.
+    """Yields the names of scorers, where the members of an ensemble stand in place of the ensemble.
 
     `parents` are the ensembles that contain `names`. An ensemble that contains itself is left out; a run refuses it.
     """

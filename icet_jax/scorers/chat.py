@@ -38,10 +38,10 @@ from icet_jax.scorers.source import Entry
 from icet_jax.scorers.transport import LARGEST_ANSWER, post
 
 _FIRST_WAIT = 1.0  # seconds before the first retry, doubled for each further retry
-_LONGEST_WAIT = 60.0  # seconds; doubling ends here
+_LONGEST_WAIT = 60.0  # seconds; the wait is not doubled beyond this
 _LONGEST_RETRY_AFTER = 300.0  # seconds; if the server asks to wait longer, the row stays without a score
 _RETRIED_STATUSES = (408, 429, *range(500, 600))
-_MAX_CONSECUTIVE_FAILURES = 10  # after so many requests that failed in spite of retries, no more are sent
+_MAX_CONSECUTIVE_FAILURES = 10  # once this many pairs in a row have failed in spite of retries, nothing more is sent
 _MOST_THREADS = 16
 # Texts that the tokenizers of served models may read as the beginning or the end of a message.
 _SPECIAL = re.compile(
@@ -69,10 +69,10 @@ class Chat:
 
     Attributes:
       name: name of the model, in the form of metric names.
-      fingerprint: hash of the URL, a request with placeholder texts, and the verdict words; the key is not part of it.
-      requests_per_second: most requests that all processes of a run send together.
-      requests: number of requests sent.
-      last_failure: why the latest row without a score has none; None if all have one.
+      fingerprint: hash of the URL, a request with placeholder texts, and the verdict words; it does not cover the key.
+      requests_per_second: largest number of requests per second that all processes of a run send together.
+      requests: number of requests sent so far.
+      last_failure: why the last row that got no score did not get one; None if all rows got one.
     """
 
     metric = "asr"
@@ -93,20 +93,20 @@ class Chat:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Reads the key from the environment; nothing is sent yet.
+        """Reads the API key from the environment; nothing is sent yet.
 
         Args:
           endpoint: http or https URL before "/chat/completions", such as "http://localhost:8000/v1".
           model: name of the model at the endpoint.
           render: function of prompt and response that returns the message to send.
           words: (the judge's word for an unsafe response, its word for a safe response).
-          max_new_tokens: most tokens of the judge's answer.
+          max_new_tokens: largest number of tokens of the judge's answer.
           timeout: seconds for one request, from the connection to the last byte of the answer.
           retries: number of retries of one request after a temporary failure.
-          requests_per_second: most requests per second.
-          key_variable: name of the environment variable that holds the key; None sends no key.
-          clock: returns the time in seconds, never going back.
-          sleep: waits for so many seconds.
+          requests_per_second: largest number of requests per second.
+          key_variable: name of the environment variable that holds the API key; None sends no key.
+          clock: function that returns a monotonic time in seconds.
+          sleep: function that waits for the given number of seconds.
 
         Raises:
           UserError: a setting is invalid, or the variable holds no key.
@@ -148,8 +148,8 @@ class Chat:
         """Returns the verdicts on B responses as {`name`: scores}; equal pairs are sent once, by the first process.
 
         Raises:
-          UserError: the endpoint rejects the key (before it has accepted it once), or has failed ten requests in a row,
-            each with all of its retries. A run that stops for this reason continues from its transcripts.
+          UserError: the endpoint rejects the key without ever having accepted it, or ten pairs in a row have failed
+            with all of their retries. A run that stops for this reason continues from its transcripts.
         """
         pairs = list(zip(prompts, responses, strict=True))
         distinct = list(dict.fromkeys(pairs))

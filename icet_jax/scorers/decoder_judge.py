@@ -36,7 +36,7 @@ _BUCKETS_PER_DOUBLING = 4  # finer than powers of two, because prompts are long 
 def guard_verdict(text: str, known_codes: frozenset[str]) -> Verdict | None:
     """Parses Llama Guard's answer: "safe", or "unsafe" and on the next line the violated categories.
 
-    The first line alone decides. It may be followed by anything; the label lists the codes that are known.
+    Only the first line decides; anything may follow. The label of the verdict lists the known codes of the second line.
 
     Args:
       text: the judge's answer.
@@ -73,10 +73,11 @@ def word_verdict(text: str, unsafe: str, safe: str) -> Verdict | None:
 
 
 def verdict_tokens(encode: Conversations, unsafe: str, safe: str) -> tuple[int, int] | None:
-    """Returns the token with which a judge's answer begins if it says `unsafe`, and the one if it says `safe`.
+    """Returns the first token of a judge's answer if it says `unsafe`, and its first token if it says `safe`.
 
-    The text before the answer decides whether a word has a space in front: it has one, unless that text ends with white
-    space. If both words then begin with the same token (a single space), the other form is tried.
+    A tokenizer encodes a word differently with a space in front. The words are taken with a space, unless the text
+    before the answer ends with white space. If both words then begin with the same token (a single space), the other
+    form is tried.
 
     Returns:
       (token id for `unsafe`, token id for `safe`); None if no form gives two different tokens.
@@ -95,10 +96,12 @@ def verdict_tokens(encode: Conversations, unsafe: str, safe: str) -> tuple[int, 
 class DecoderJudge:
     """Asks a language model whether a response is unsafe.
 
-    It has two results. `name` is the verdict: 1 unsafe, 0 safe, NaN if the judge's answer is not a verdict. Its label
-    says if the response was truncated to fit. `name.p_unsafe` is the probability of "unsafe" against "safe" at the
-    first token of the judge's answer, p(unsafe) / (p(unsafe) + p(safe)), with the first token of either word; NaN if
-    there is no verdict or the answer begins with neither token.
+    It has two results:
+
+      name: the verdict, 1 for unsafe and 0 for safe, NaN if the judge's answer is not a verdict. The label says if the
+        response was truncated to fit.
+      name.p_unsafe: p(unsafe) / (p(unsafe) + p(safe)), from the probabilities that the judge's answer begins with the
+        first token of either word. NaN if there is no verdict or the answer begins with neither token.
 
     Attributes:
       name, metric, families, fingerprint: see `Scorer`.
@@ -127,9 +130,9 @@ class DecoderJudge:
           model: the network.
           encode: encodes (prompt, response) as tokens; its `max_length` leaves positions for the judge's answer.
           name: name of the judge in metrics.
-          parse: function of the judge's answer that returns the verdict, or None if there is none.
+          parse: function that takes the judge's answer and returns the verdict, or None if the answer contains none.
           words: (the judge's word for unsafe, its word for safe), from which `p_unsafe` is computed.
-          sampling: how the judge answers: greedily, with the model's EOS and pad tokens and a largest length.
+          sampling: how the judge's answer is sampled: greedily, with the model's EOS and pad tokens and a length limit.
           batch_size: responses judged at once.
           mesh: mesh of the weights.
           fingerprint: see `Scorer`.
@@ -155,7 +158,7 @@ class DecoderJudge:
         )  # fmt: skip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
-        """Returns the verdicts on B responses and their `p_unsafe`; NaN for a prompt that alone is too long."""
+        """Returns the verdicts on B responses and `p_unsafe`; both are NaN where the prompt alone is too long."""
         encoded = self.encode(prompts, responses)
         answers = self.network([conversation.ids for conversation in encoded])
         values = np.full((2, len(encoded)), np.nan, np.float32)
@@ -180,7 +183,7 @@ class DecoderJudge:
         return self.network.lowered(tokens)
 
 
-_MAX_ANSWER_TOKENS = {"llama_guard": 20, "decoder_judge": 8}  # of a kind of judge, unless the caller chooses
+_MAX_ANSWER_TOKENS = {"llama_guard": 20, "decoder_judge": 8}  # {kind of judge: default length limit of its answer}
 _GUARD_TEMPLATES = (
     ("llama_guard_1", r"llama-?guard-?7b"),
     ("llama_guard_3", r"llama-?guard-?3"),
@@ -194,11 +197,11 @@ def make_scorer(
 
     Args:
       source: the checkpoint.
-      max_new_tokens: most tokens of the judge's answer; None for 20 (Llama Guard) or 8.
+      max_new_tokens: largest number of tokens of the judge's answer; None for `_MAX_ANSWER_TOKENS`.
       unsafe, safe: words with which the answer begins; None for those of the template, see `judge_words`.
 
     Raises:
-      UserError: a template is needed and missing or has another form, or the checkpoint is broken.
+      UserError: a required template is missing, a template has the wrong form, or the checkpoint is broken.
     """
     kind, template = source.kind, source.template
     if template is None and kind == "decoder_judge" and "harmbench" in source.identity.lower():
@@ -226,10 +229,13 @@ def make_scorer(
 
 
 def _render(tokenizer: Tokenizer, kind: str, template: Template, identity: str) -> Render:
-    """Returns the judge's template: the caller's, else the checkpoint's own, else the one that Llama Guard's name says.
+    """Returns the judge's template: the one that the caller gives, or else Llama Guard's own.
+
+    Llama Guard's own template is the checkpoint's chat template or, without one, the built-in template for the model's
+    name (`identity`).
 
     Raises:
-      UserError: a decoder judge has no template, or a Llama Guard neither has one nor a name that is known.
+      UserError: a decoder judge got no template, or a Llama Guard has neither a chat template nor a known name.
     """
     if callable(template):
         return template

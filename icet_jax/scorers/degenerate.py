@@ -5,7 +5,7 @@ import re
 _MOST_REPEATS = 3  # most consecutive occurrences of a word or phrase in normal text
 _LONGEST_PHRASE = 8  # words
 _MIN_WORDS_FOR_VARIETY = 8  # shorter responses are not tested for lack of variety
-_LEAST_VARIETY = 0.25  # number of different words / number of words
+_LEAST_VARIETY = 0.25  # smallest ratio of different words to words in normal text
 
 _SYLLABLES = re.compile(r"(\S{1,8}?)\1{11,}")  # "hahahaha...": 12 times the same few characters
 _WORD = re.compile(r"\w+(?:'\w+)?")

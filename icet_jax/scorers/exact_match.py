@@ -16,8 +16,8 @@ _PUNCTUATION = re.compile(f"[{re.escape(string.punctuation)}]")
 def normalise(text: str) -> str:
     """Returns the text in lower case without punctuation, articles or extra spaces, with digits for "zero" to "ten".
 
-    A text of articles alone (the answer "A") keeps them and a text of punctuation alone stays as it is, so that only an
-    empty text becomes empty.
+    A text of only articles (the answer "A") keeps them, and a text of only punctuation is not changed, so that no text
+    becomes empty unless it was empty.
     """
     words = _PUNCTUATION.sub(" ", text.lower().replace("'", "")).split()
     remaining = [_DIGITS.get(word, word) for word in words if word not in ("a", "an", "the")]
@@ -27,11 +27,11 @@ def normalise(text: str) -> str:
 def exact_match(responses: Sequence[str], answers: Sequence[str | None]) -> Scores:
     """Returns scores of B responses: 1 if the normalised response equals the normalised answer, 0 if not.
 
-    This is not VQA-v2's official accuracy, which counts how many of ten annotators gave the same answer. Its metrics
-    are named `accuracy/vqa_exact` and `accuracy/benign_exact`.
+    This is not VQA-v2's official accuracy, which counts how many of ten annotators gave the same answer. The metrics
+    based on these scores are `accuracy/vqa_exact` and `accuracy/benign_exact`.
 
     Args:
-      responses: what the model said, [B].
+      responses: responses of the model, [B].
       answers: the expected answers, [B]; a row whose answer is None has the score NaN.
     """
     values = np.array(

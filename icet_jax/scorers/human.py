@@ -1,8 +1,8 @@
 """People as judges: writes a sample of responses to a CSV file and reads the labels that people fill in.
 
 A label belongs to one response, identified by its `key` (a hash of seed folder, data set, before or after training, row
-id, exit, prompt and response). The other columns may be edited, moved or removed. Labels of responses that have changed
-since are not used.
+id, exit, prompt and response). The other columns may be edited, moved or removed. A label is not used if its response
+has changed since the file was written.
 """
 
 import csv
@@ -26,8 +26,8 @@ COLUMNS = (KEY, "run", "dataset", "phase", "id", "layer", "prompt", "response", 
 
 _YES = ("yes", "y", "1", "1.0", "true", "t", "unsafe")
 _NO = ("no", "n", "0", "0.0", "false", "f", "safe")
-_FORMULA = re.compile(r"[=+\-@\t\r\n]")  # first characters that make spreadsheets run a cell
-_LARGEST_CELL = 1 << 27  # characters
+_FORMULA = re.compile(r"[=+\-@\t\r\n]")  # a spreadsheet runs a cell that begins with one of these as a formula
+_LARGEST_CELL = 1 << 27  # largest number of characters of a cell
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Answer:
 
     Attributes:
       run: folder of the seed; "" if the run has one seed.
-      dataset: name of its data set.
+      dataset: name of the response's data set.
       phase: "before" or "after" training.
       row: the response's row of the transcripts, with `id`, `layer` (its exit), `prompt`, `response` and `scores`, and
         `attempt` if there are several.
@@ -51,13 +51,13 @@ class Answer:
     def key(self) -> str:
         """Returns a short key that spreadsheets never read as a number."""
         texts = [self.row[name] for name in ("id", "layer", "prompt", "response")]
-        attempt = [self.attempt] if self.attempt else []  # so attempt 0 has the key that files without attempts use
+        attempt = [self.attempt] if self.attempt else []  # attempt 0 has the same key as in files without attempts
         facts = json.dumps([self.run, self.dataset, self.phase, *texts, *attempt])
         return f"k{hashlib.sha256(facts.encode()).hexdigest()[:15]}"
 
     @property
     def attempt(self) -> int:
-        """Returns the number of the response among those of its row at its exit."""
+        """Returns which attempt at its row and exit the response is, from 0."""
         number: int = self.row.get("attempt", 0)
         return number
 
@@ -100,7 +100,7 @@ def sample(answers: Iterable[Answer], count: int, seed: int) -> list[Answer]:
     for stratum in shuffled_strata:
         generator.shuffle(stratum)
     selection: list[Answer] = []
-    for index in range(max(map(len, shuffled_strata), default=0)):  # one row of every stratum, then the next
+    for index in range(max(map(len, shuffled_strata), default=0)):  # first one row of every stratum, then a second, ...
         for stratum in shuffled_strata:
             if index < len(stratum) and len(selection) + len(stratum[index]) <= count:
                 selection += stratum[index]

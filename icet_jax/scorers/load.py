@@ -45,10 +45,10 @@ def load_scorer(
       path_or_id: "refusal_keywords", or the directory or hub id of a checkpoint.
       kind: kind of scorer, a key of `icet_jax.config.names.SCORERS`. None determines it from config.json and, for a
         Llama, also from the checkpoint's name.
-      template: how prompt and response become the scorer's text. A reward model on GPT-2 or DeBERTa takes its first
-        segment, which contains `{prompt}` (by default `HH_TEMPLATE` and "{prompt}"). A decoder takes the whole text
-        with `{prompt}` and `{response}` (by default the checkpoint's chat template). A judge also takes a function of
-        (prompt, response), or the name of a built-in text (`icet_jax.scorers.prompts.BUILT_IN`).
+      template: how prompt and response become the text that the scorer reads. For a reward model on GPT-2 or DeBERTa,
+        the first segment, which contains `{prompt}` (by default `HH_TEMPLATE` and "{prompt}"). For a decoder, the whole
+        text with `{prompt}` and `{response}` (by default the checkpoint's chat template). For a judge, also a function
+        of (prompt, response) or the name of a built-in template (`icet_jax.scorers.prompts.BUILT_IN`).
       dtype: dtype of the network, "float32" or "bfloat16"; if None, bfloat16 for a decoder and float32 for the others.
       mesh: mesh for the weights; None for the default device.
       revision: branch, tag or commit of a hub id.
@@ -57,8 +57,8 @@ def load_scorer(
         classifier.
 
     Raises:
-      UserError: the kind or a field is unknown, the template has the wrong form, or the checkpoint is broken or not
-        that of a scorer.
+      UserError: the kind or a field is unknown, the template has the wrong form, or the checkpoint is broken or is not
+        a scorer.
     """
     if str(path_or_id) == RefusalKeywords.name:
         return RefusalKeywords()
@@ -105,7 +105,7 @@ def load_defined(
       resolve: loads a member of an ensemble by its name.
 
     Raises:
-      UserError: any error of the scorer, with the name of the entry in front.
+      UserError: the scorer cannot be loaded; the message begins with the name of the entry.
     """
     fields = dict(definition)
     kind = fields.pop("kind")
@@ -155,7 +155,7 @@ def save_reward_model(
 
 
 def _replace_new_tokenizer_class(path: Path) -> None:
-    """Replaces a class name in tokenizer_config.json that transformers 4 does not know, so that it reads the file."""
+    """Replaces a class name in tokenizer_config.json that transformers 4 does not know and could not load."""
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("tokenizer_class") == "TokenizersBackend":
         values["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -171,7 +171,7 @@ def _detect_kind(hf_class: str, tokenizer: Tokenizer, identity: str) -> str:
     """Returns the kind of scorer that a checkpoint is.
 
     Most Hugging Face classes belong to one kind. A Llama that generates its verdict is a Llama Guard or a decoder
-    judge; its name (`identity`) or chat template shows which.
+    judge; which of the two follows from its name (`identity`) or chat template.
 
     Raises:
       UserError: the class belongs to several kinds, and neither name nor chat template shows which.

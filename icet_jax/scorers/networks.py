@@ -61,8 +61,7 @@ ARCHITECTURES = tuple(_MODEL_TYPES)
 def architecture(values: JsonObject, where: str = "config.json") -> str:
     """Returns the name of a scorer's HF class, one of `ARCHITECTURES`.
 
-    It is the first entry of `architectures`. If that is absent, it is the class of the `model_type`, which must have
-    only one.
+    It is the first entry of `architectures` or, if that field is absent, the only class of the `model_type`.
 
     Args:
       values: the parsed `config.json`.
@@ -122,7 +121,7 @@ def abstract_scorer(values: JsonObject, where: str, dtype: str | None = None) ->
     Args:
       values: the parsed config.json.
       where: name of the file in error messages.
-      dtype: dtype of the parameters; None for the one that scorers load it in (`default_dtype`).
+      dtype: dtype of the parameters; None for the default of this architecture (`default_dtype`).
 
     Raises:
       UserError: the architecture or a config value is not supported.
@@ -138,7 +137,7 @@ def default_dtype(hf_class: str) -> str:
 
 
 def default_batch_size(hf_class: str) -> int:
-    """Returns the rows that a scorer of this HF class takes at once unless a config says otherwise."""
+    """Returns how many rows a scorer of this HF class takes at once unless a config says otherwise."""
     return 16 if _is_decoder(hf_class) else 64
 
 

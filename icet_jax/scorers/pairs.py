@@ -15,9 +15,9 @@ class GPT2PairTokenizer:
     """Encodes pairs as HF's `tokenizer(first, second, truncation=True)` does for GPT-2.
 
     The first segment is the template with the prompt, the second is the response. They are tokenised separately and
-    concatenated without special tokens. Segments of a pair that is too long lose their ends, see `longest_first`. A
-    trailing EOS of the response is dropped, so that the score is read at the last token of the text, whichever
-    transformers version trained the model.
+    concatenated without special tokens. In a pair that is too long, the ends of the segments are cut off as
+    `longest_first` says. A trailing EOS of the response is dropped. The score is thus read at the last token of the
+    text, with whichever version of transformers the model was trained.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, template: str, max_length: int) -> None:
@@ -52,7 +52,9 @@ class DebertaPairTokenizer:
     """Encodes pairs as `[CLS] prompt [SEP] response [SEP]` (HF's `tokenizer(first, second, truncation=True)`)."""
 
     def __init__(self, tokenizer: Tokenizer, *, template: str, max_length: int) -> None:
-        """Stores transformers' tokenizer, the template ("{prompt}" in the model card) and the most tokens of a pair.
+        """Stores transformers' tokenizer, the template and the largest number of tokens of a pair.
+
+        The template of the model card is "{prompt}".
 
         Raises:
           UserError: the template does not contain `{prompt}` once.
@@ -62,8 +64,8 @@ class DebertaPairTokenizer:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each pair, at most `max_length`; the longer segment is truncated first.
 
-        Pairs are encoded one by one, because in a batch the tokenizer would encode an empty response differently (as an
-        empty segment instead of none).
+        Pairs are encoded one by one, because in a batch the tokenizer would encode an empty response differently: as an
+        empty second segment instead of no second segment.
         """
         options = {"truncation": "longest_first", "max_length": self.max_length}
         firsts = [self.template.replace("{prompt}", prompt) for prompt in prompts]
@@ -76,7 +78,7 @@ class DebertaPairTokenizer:
 class LlamaPairTokenizer:
     """Encodes pairs as a conversation (see `Conversations`) for Llama reward models.
 
-    Trailing pad tokens are dropped, because transformers reads the score at the last token that is no padding.
+    Trailing pad tokens are dropped, because transformers reads the score at the last token that is not padding.
     """
 
     def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int, pad_id: int | None) -> None:
@@ -85,8 +87,8 @@ class LlamaPairTokenizer:
         Args:
           tokenizer: transformers' tokenizer.
           render: function of (prompt, response) that returns the text of the conversation.
-          max_length: most tokens of a pair.
-          pad_id: pad_token_id of config.json.
+          max_length: largest number of tokens of a pair.
+          pad_id: pad_token_id of config.json, or None.
 
         Raises:
           UserError: see `Conversations`.
@@ -97,7 +99,7 @@ class LlamaPairTokenizer:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each pair, at most `max_length`.
 
-        A response that is too long loses its end. A pair whose prompt alone is too long gets no tokens.
+        The end of a response that is too long is cut off. A pair whose prompt alone is too long gets no tokens.
         """
         rows = [encoded.ids for encoded in self._encode(prompts, responses)]
         for ids in rows:
@@ -113,7 +115,7 @@ def longest_first(first: int, second: int, limit: int) -> tuple[int, int]:
 
     Args:
       first, second: lengths of the segments in tokens.
-      limit: most tokens of both together.
+      limit: largest number of tokens of both segments together.
     """
     if first + second <= limit:
         return first, second

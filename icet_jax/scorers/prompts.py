@@ -22,7 +22,7 @@ _PROBE = ("first probe 5f1c", "second probe 9a72")
 def built_in(name: str) -> Render:
     """Returns the template with a name in `BUILT_IN`.
 
-    Those of Llama Guard strip white space around prompt and response, as the checkpoints' chat templates do.
+    Llama Guard's templates strip white space around prompt and response, as the checkpoints' chat templates do.
 
     Raises:
       UserError: the name is unknown.
@@ -39,10 +39,10 @@ def built_in(name: str) -> Render:
 def text_template(text: str) -> Render:
     """Returns the function that puts a prompt and a response into a text with `{prompt}` and `{response}`.
 
-    Both are replaced at the same time, so that "{response}" in a prompt stays as it is.
+    Both are replaced in one pass, so that a "{response}" inside the prompt is not replaced.
 
     Raises:
-      UserError: one of the two is missing or occurs more than once.
+      UserError: `{prompt}` or `{response}` is missing or occurs more than once.
     """
     if any(text.count(placeholder) != 1 for placeholder in ("{prompt}", "{response}")):
         raise UserError(f"template {text[:80]!r} must hold {{prompt}} and {{response}} once each")
@@ -56,7 +56,7 @@ def text_template(text: str) -> Render:
 
 
 def named_or_text(template: str) -> Render:
-    """Returns the template that a setting means: a text with `{prompt}` and `{response}`, or a name in `BUILT_IN`.
+    """Returns the template for a setting, which is a text with `{prompt}` and `{response}` or a name in `BUILT_IN`.
 
     Raises:
       UserError: see `built_in` and `text_template`.
@@ -67,14 +67,15 @@ def named_or_text(template: str) -> Render:
 
 
 def chat_template(tokenizer: Tokenizer, *, answer: bool) -> Render:
-    """Returns the checkpoint's chat template, filled with the prompt as user message and the response as assistant's.
+    """Returns a function that fills the checkpoint's chat template with the prompt and the response.
 
-    Messages are texts; for templates that fail on texts (Llama Guard 3 1B) they are lists of text parts.
+    The prompt becomes the user's message and the response the assistant's. Messages are passed to the template as texts
+    or, for templates that fail on texts (Llama Guard 3 1B), as lists of text parts.
 
     Args:
       tokenizer: transformers' tokenizer, with a chat template.
-      answer: True if the text shall end where the judge's answer begins (Llama Guard), False if it shall end after the
-        assistant's message (reward models).
+      answer: True to end the text where the judge's answer begins (Llama Guard), False to end it after the assistant's
+        message (reward models).
 
     Raises:
       UserError: the template fails, or does not show both messages once each.
@@ -111,7 +112,7 @@ def probe_text(render: Render) -> str:
     return render(*_PROBE)
 
 
-_WORDS = {"harmbench": ("Yes", "No")}  # a built-in template's words for unsafe and safe, if they are other words
+_WORDS = {"harmbench": ("Yes", "No")}  # {built-in template: its words for unsafe and safe}, where they are others
 
 
 def judge_words(
@@ -121,7 +122,7 @@ def judge_words(
 
     Args:
       template: the judge's template; a built-in one may have words of its own.
-      unsafe, safe: words of the user's choice; None takes those of the template, by default "unsafe" and "safe".
+      unsafe, safe: words chosen by the user; None takes the template's words, by default "unsafe" and "safe".
     """
     words = _WORDS.get(template, ("unsafe", "safe")) if isinstance(template, str) else ("unsafe", "safe")
     return unsafe or words[0], safe or words[1]

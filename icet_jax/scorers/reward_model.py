@@ -48,7 +48,8 @@ def pair_tokenizer(
       tokenizer: transformers' tokenizer.
       template: for GPT-2 and DeBERTa the first segment, which contains `{prompt}`; None for `HH_TEMPLATE` and
         "{prompt}". For a Llama the whole text with `{prompt}` and `{response}`; None for the tokenizer's chat template.
-      max_length: most tokens of a pair. None means GPT-2's number of positions; it is required for the others.
+      max_length: largest number of tokens of a pair. None means GPT-2's number of positions; other networks need a
+        number.
       pad_id: pad_token_id of config.json; used for a Llama only.
 
     Raises:
@@ -122,7 +123,8 @@ class RewardModel:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, Scores]:
         """Returns the rewards of B pairs as {`name`: scores}: the head's output, without a sigmoid.
 
-        A pair has NaN if it has no tokens (a Llama's prompt that is too long) or if the output is not finite.
+        The score of a pair is NaN if the pair has no tokens (a Llama's prompt that is too long) or the output is not
+        finite.
         """
         values = self.score_tokens(self.pairs(prompts, responses))
         return {self.name: Scores(values, [None] * len(values))}

@@ -22,9 +22,9 @@ class BatchedNetwork:
 
     Attributes:
       longest: largest number of tokens of a row.
-      batch_size: number of rows per call while they are padded to 1024 tokens at most. Each doubling of that length
-        halves the number, but not below one row per shard of the mesh. A batch with fewer rows is filled up with
-        padding.
+      batch_size: number of rows per call if they are padded to at most `_FULL_BATCH_LENGTH` tokens. Each doubling of
+        the padded length beyond that halves the number of rows, but not below one row per shard of the mesh. A batch
+        with fewer rows is filled up with padding.
       compiled: the jitted function.
     """
 
@@ -46,8 +46,8 @@ class BatchedNetwork:
           function: pure function of (params, tokens int32 [B, T], mask bool [B, T]) that returns a pytree of arrays
             whose first axis is B.
           params: weights of the network, on their devices.
-          longest: most tokens of a row.
-          batch_size: number of rows per call while they are padded to 1024 tokens at most; see the class.
+          longest: largest number of tokens of a row.
+          batch_size: see the class.
           mesh: mesh of `params`, over which rows are split; None for the default device.
           padding_side: side of the padding, "left" or "right".
           buckets_per_doubling: number of padded lengths from one power of two to the next: 1 pads to powers of two, 4

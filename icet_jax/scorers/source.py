@@ -23,7 +23,7 @@ Template = Callable[[str, str], str] | str | None
 STORED_SETTINGS = "icet_jax"
 """Key of config.json under which `save_reward_model` stores the template and the name; transformers ignores it."""
 
-_MEMORY_LIMIT = 4096  # most tokens that a scorer reads, even if its network has more positions
+_MEMORY_LIMIT = 4096  # most tokens that a scorer reads even if its network has more positions, to limit memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ class CheckpointSource:
     """Describes a checkpoint that will become a scorer.
 
     Attributes:
-      config: its config.json.
+      config: the parsed config.json of the checkpoint.
       kind: a kind of `icet_jax.config.names.SCORERS`.
       tokenizer: transformers' tokenizer.
       template: see `Template`.
-      identity: its path or hub id, and the name in its config.
-      load: loads network and weights; to be called after everything else has been checked.
+      identity: path or hub id of the checkpoint, and the name in its config.
+      load: function that loads network and weights; to be called after everything else has been checked.
       common: arguments that every kind of scorer takes (`name`, `mesh` and `batch_size`).
     """
 
@@ -74,8 +74,7 @@ class CheckpointSource:
 
 
 def fingerprint(checkpoint: Checkpoint, *settings: Any) -> str:
-    """Returns a hash of a checkpoint's files, its dtype, and `settings`: values that JSON can contain, such as the
-    template."""
+    """Returns a hash of a checkpoint's files, its dtype and `settings`, JSON values such as the template."""
     dtype = str(jax.tree.leaves(checkpoint.params)[0].dtype)
     facts = json.dumps([directory_fingerprint(checkpoint.directory), dtype, *settings])
     return hashlib.sha256(facts.encode()).hexdigest()[:16]

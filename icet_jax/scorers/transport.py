@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-LARGEST_ANSWER = 1 << 20  # bytes
+LARGEST_ANSWER = 1 << 20  # largest body of a response in bytes
 
 
 def post(
@@ -18,9 +18,9 @@ def post(
 ) -> bytes:
     """Sends one POST request and returns the body of the response; redirects are not followed.
 
-    A body of more than `LARGEST_ANSWER` bytes is cut one byte after that limit. The request runs in its own thread.
-    After `seconds` its sockets are shut down, so that neither a host name that does not resolve nor a server that sends
-    single bytes slowly can block the caller.
+    A body of more than `LARGEST_ANSWER` bytes is cut one byte after that limit. The request runs in its own thread, and
+    its sockets are shut down after `seconds`. Neither a host name that does not resolve nor a server that sends single
+    bytes slowly can therefore block the caller.
 
     Args:
       url: http or https URL.
@@ -81,7 +81,7 @@ class _RequestSockets:
         return connection
 
     def shut_down(self) -> None:
-        """Shuts down the sockets; a connection that is made later raises TimeoutError."""
+        """Shuts down the sockets; an attempt to connect after that raises a TimeoutError."""
         with self._lock:
             self._is_shut_down = True
             for open_socket in self._sockets:

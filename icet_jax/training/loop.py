@@ -40,7 +40,7 @@ _PROGRESS_METRICS = {
     "asr": "objective/asr_refusal_keywords",
     "loss": "loss/total_avg",
 }
-# Folded into the run's random key to initialise adapters. Iterations fold in their own numbers, which stay below it.
+# Folded into the run's random key to initialise adapters. Iterations fold in their number, which never gets that large.
 _INIT_STREAM = 2**32 - 3
 
 
@@ -71,7 +71,7 @@ class Trainer:
         self._first = self.batch(0)
 
     def batch(self, index: int) -> PromptBatch:
-        """Returns batch number `index` of the run as arrays of a fixed shape; it depends on (seed, index) alone."""
+        """Returns batch `index` of the run as arrays of a fixed shape; the batch depends only on (seed, index)."""
         return self._arrays(self._batches.batch(index))
 
     def _arrays(self, rows: list[Example]) -> PromptBatch:
@@ -136,8 +136,7 @@ class Trainer:
         return compile_programs(programs, lambda: newest_state(*arguments, checkpoints))
 
     def _write_device(self) -> None:
-        """Writes device.json: the devices, and the peak operations per second by which `perf/mfu` divides; prints it
-        too."""
+        """Writes device.json and prints it: the devices, and their peak speed, by which `perf/mfu` divides."""
         peak = self.algorithm.peak
         write_text_atomic(self._workdir / "device.json", json.dumps(peak._asdict(), indent=1) + "\n")
         print(f"devices: {peak}", file=sys.stderr)
@@ -147,8 +146,8 @@ class Trainer:
     ) -> TrainState:  # fmt: skip
         """Runs every iteration that `state` has not had yet, and returns the last state.
 
-        The metrics of an iteration are read after the next one has begun, so that the device does not wait. If they
-        show that the run must go back, that next iteration is begun again from another state.
+        The metrics of an iteration are read after the next iteration has begun, so that the device does not wait. If
+        they show that the run must go back, that next iteration is begun again from another state.
         """
         config, start, total = self._config, int(state.iteration), self.algorithm.iterations
         with Progress(config.algorithm, total, start=start) as progress:
@@ -179,7 +178,13 @@ class Trainer:
     def _process_metrics(
         self, iteration: int, metrics: Metrics, log: MetricsLog, stability: Stability, progress: Progress
     ) -> Metrics:  # fmt: skip
-        """Checks, logs and shows the metrics of an iteration; returns them with the counts of unstable iterations."""
+        """Checks, logs and shows the metrics of an iteration.
+
+        Returns the metrics with the counts of unstable iterations added.
+
+        Raises:
+          UserError: see `Stability.check`.
+        """
         stability.check(metrics, iteration)
         if iteration == self.algorithm.iterations or iteration % self._config.log.every == 0:
             log.write(iteration, metrics)
@@ -193,12 +198,12 @@ class Trainer:
     ) -> TrainState:  # fmt: skip
         """Saves a checkpoint if one is due or `save_now`; returns the state to continue with.
 
-        The rollout of an iteration was sampled before its update. So its `metrics` measure the state of the iteration
-        before. If that state exceeds the limit of the KL, the run goes back to an earlier state, which is then saved as
-        the state of this iteration.
+        The rollout of an iteration is sampled before the iteration's update. Its `metrics` therefore measure the state
+        after the previous iteration. If that state exceeds the limit of the KL, the run goes back to an earlier state,
+        which is then saved as the state of this iteration.
 
         Raises:
-          UserError: the run went back, and the config says that it ends then. The state it went back to is saved.
+          UserError: the run went back, and the config says that it then ends. The state it went back to is saved.
         """
         if stability.rollback_reason is None:
             self._record_quality(iteration - 1, metrics, checkpoints)
@@ -221,8 +226,11 @@ class Trainer:
         return step == self.algorithm.iterations or (step > 0 and step % self._config.checkpoint.every == 0)
 
     def _record_quality(self, step: int, metrics: Metrics, checkpoints: RunState) -> None:
-        """Records the value of the metric `config.checkpoint.best` for the checkpoint of `step`, if that is a regular
-        one; `metrics` are those of the rollout that its policy sampled."""
+        """Records the value of the metric `config.checkpoint.best` for the checkpoint of `step`.
+
+        Nothing is recorded for a checkpoint that is not a regular save. `metrics` are those of the rollout that was
+        sampled by the policy of that checkpoint.
+        """
         settings, value = self._config.checkpoint, None
         if not self._is_regular_save(step) or not (settings.best is not None or limits_kl(self._config)):
             return
@@ -234,8 +242,11 @@ class Trainer:
         checkpoints.measure(step, value)
 
     def _go_back(self, step: int, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
-        """Returns the state of the newest checkpoint within the limit of the KL, or the initial state, as the state of
-        iteration `step`, with a lower learning rate than before. Later checkpoints are deleted."""
+        """Goes back to the newest checkpoint within the limit of the KL, or else to the initial state.
+
+        Later checkpoints are deleted. Returns that state as the state of iteration `step`, with a lower learning rate
+        than before.
+        """
         restored = checkpoints.go_back(like=stored(state))
         if restored is None:
             value_head = "value_head" in state.trainable
@@ -260,8 +271,13 @@ class Trainer:
     def _measure_last(self, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
         """Measures the last state by the rollout of one more iteration, whose update is dropped.
 
-        Returns the last state again (`state` itself is donated) or, if that exceeds the limit of the KL, the state that
-        the run went back to. Raises a `UserError` if the config says that the run then ends.
+        `state` is donated.
+
+        Returns:
+          The last state or, if it exceeds the limit of the KL, the state that the run went back to.
+
+        Raises:
+          UserError: the run went back, and the config says that it then ends.
         """
         last = self.algorithm.iterations
         print(f"{self._config.algorithm}: one more iteration measures the last state, and is dropped", file=sys.stderr)
@@ -296,16 +312,16 @@ def open_checkpoints(config: ConfigDict, workdir: Path) -> RunState:
 
 
 def has_value_head(config: ConfigDict, checkpoints: RunState) -> bool:
-    """Returns whether the run's train states have a value head: if its algorithm or its checkpoints have one.
+    """Returns whether the run's train states have a value head: whether its algorithm or its checkpoints have one.
 
-    Checkpoints of L-SFT from earlier versions have one, which stays zero.
+    Checkpoints of L-SFT that earlier versions wrote have a value head, which stays zero.
     """
     of_algorithm = algorithm_class(config.algorithm).value_head
     return of_algorithm or any("value_head" in name for name in checkpoints.array_names())
 
 
 def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
-    """Returns the state of the best checkpoint: of the newest if none was measured, and `state` if there is none.
+    """Returns the state of the best checkpoint, of the newest one if none was measured, or `state` without checkpoints.
 
     `state` also gives the structure, shapes and shardings of what is restored.
     """
@@ -320,8 +336,10 @@ def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
 
 
 def stored(state: TrainState) -> TrainState:
-    """Returns the part of a state that checkpoints hold: all but the learning-rate scale, which is computed from the
-    number of rollbacks in the metadata."""
+    """Returns the part of a state that checkpoints contain, which is everything except the learning-rate scale.
+
+    The scale is computed from the number of rollbacks in the checkpoint's metadata.
+    """
     return state._replace(controls=state.controls._replace(learning_rate_scale=None))
 
 
@@ -360,7 +378,7 @@ def initial_state(
 ) -> TrainState:  # fmt: skip
     """Returns the train state before the first iteration.
 
-    Trainable are fresh adapters (LoRA), or with `config.lora.rank` 0 a float32 copy of the decoder's weights.
+    Its trainable weights are new LoRA adapters or, with `config.lora.rank` 0, a float32 copy of the decoder's weights.
 
     Args:
       config: config of the run.
@@ -385,8 +403,11 @@ def abstract_state(
 def _initial_state_program(
     config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool | None
 ) -> tuple[Program, tuple[jax.Array, Any]]:  # fmt: skip
-    """Returns the program that computes the initial state, and its two arguments: a random key and the model's
-    parameters (None if only adapters are trained)."""
+    """Returns (program that computes the initial state, the program's arguments).
+
+    The arguments are a random key and the model's parameters, or None in place of the parameters if only adapters are
+    trained.
+    """
     shapes, width, kl_coef = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef
     rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
     has_scale = limits_kl(config)

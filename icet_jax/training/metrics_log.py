@@ -16,7 +16,7 @@ from icet_jax.parallel.distributed import is_writer
 
 
 def truncate(path: Path, step: int) -> None:
-    """Removes from a metrics.jsonl the rows of steps after `step`, and lines that are incomplete after a kill."""
+    """Removes from a metrics.jsonl the rows after `step`, and incomplete lines that a killed process left."""
     if not path.exists():
         return
     lines = []
@@ -63,7 +63,7 @@ class MetricsLog:
         """Appends a row; a metric that is not finite becomes null in metrics.jsonl (JSON has no NaN).
 
         Raises:
-          UserError: it cannot be written, for example because the disk is full.
+          UserError: the row cannot be written, for example because the disk is full.
         """
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         row = {"step": step} | {name: finite.get(name) for name in metrics}
@@ -85,12 +85,13 @@ class MetricsLog:
 class _Events:
     """Writes TensorBoard's events.*; an event is completely in the file when `write` returns.
 
-    tensorboardX's `SummaryWriter` does not do that: its `flush` does not wait for its thread. Right after it, 1,694 of
-    the 2,130 bytes of a row of 40 metrics were in the file. A run that is killed and resumed would lack the others.
+    tensorboardX's `SummaryWriter` cannot be used, because its `flush` does not wait for its thread: right after a
+    flush, 1,694 of the 2,130 bytes of a row of 40 metrics were in the file. A run that is killed and resumed would lack
+    the rest.
     """
 
     def __init__(self, workdir: Path, first_step: int):
-        """Opens a new file; TensorBoard will ignore what earlier files hold of `first_step` and later steps."""
+        """Opens a new file; TensorBoard will ignore the events of `first_step` and later steps in earlier files."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -108,7 +109,7 @@ class _Events:
             self._add(self._event(step=step, summary=self._summary(value=scalars)))
 
     def close(self) -> None:
-        """Closes the file, in which every event already is."""
+        """Closes the file, which already contains every event."""
         with contextlib.suppress(OSError):
             self._writer.close()
 

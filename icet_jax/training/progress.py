@@ -26,7 +26,7 @@ class Progress:
         self._bar = tqdm(total=total, initial=start, desc=what, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def advance(self, metrics: Mapping[str, float] | None = None, *, to: int | None = None) -> None:
-        """Shows that `to` steps are completed (one more than before if None); `metrics` are shown beside them."""
+        """Shows that `to` steps are completed (None: one more than before), and the `metrics` beside that."""
         shown = {name: f"{value:.3g}" for name, value in (metrics or {}).items()}
         before, self._completed = self._completed, self._completed + 1 if to is None else to
         if not self._bar.disable:

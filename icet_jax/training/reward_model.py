@@ -22,7 +22,7 @@ from icet_jax.scorers.rows import BatchedNetwork
 from icet_jax.typing import Array, Bool, Float, Int
 
 TokenPair = tuple[list[int], list[int]]
-"""Token ids of (prompt, chosen response) and of (prompt, rejected response)."""
+"""(token ids of prompt and chosen response, token ids of prompt and rejected response)."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class PairOrder:
         return self._cached_batches[offset]
 
     def _batches(self, window: int) -> np.ndarray:
-        """Returns the indices of the pairs in the batches of window number `window`, [batches, batch_size]."""
+        """Returns the indices of the pairs in the batches of window `window` (from 0), [batches, batch_size]."""
         num_pairs, size = len(self._lengths), self._window * self._batch_size
         # Positions in the endless sequence of pairs: epoch 0, epoch 1, ...
         positions = range(window * size, (window + 1) * size)
@@ -127,7 +127,7 @@ class RewardTrainer:
     """Takes the optimizer steps of a training. What changes is in the `RewardState` that its methods take and return.
 
     Attributes:
-      longest: most tokens of a row.
+      longest: largest number of tokens of a row.
       pairs: token ids of the pairs to learn from.
     """
 
@@ -141,7 +141,7 @@ class RewardTrainer:
           graphdef: structure of a `GPT2RewardModel`.
           pairs: token ids of the pairs to learn from.
           optimizer: optimizer of the weights.
-          longest: most tokens of a row, the largest padded length.
+          longest: largest number of tokens of a row, and largest padded length.
           batch_size: pairs per step, a multiple of `accumulation`.
           seed: seed of the order of the pairs.
           accumulation: number of slices of a batch whose gradients are averaged.
@@ -166,15 +166,15 @@ class RewardTrainer:
         return RewardState(params, optimizer, 0)
 
     def step(self, state: RewardState) -> tuple[RewardState, dict[str, float]]:
-        """Takes one optimizer step on batch number `state.step`; the arrays of the old state are deleted.
+        """Takes one optimizer step on batch `state.step`; the arrays of `state` are deleted.
 
         Returns:
-          The new state, and metrics of the batch under the old weights: `loss` (nats), `accuracy` (a tie counts as
-          wrong), `margin` (mean of r_chosen - r_rejected), `reward` (mean over all responses), `grad_norm` (before
-          clipping), `length` (positions of a row, including padding).
+          The new state, and metrics of the batch under the weights before the step: `loss` (nats), `accuracy` (a tie
+          counts as wrong), `margin` (mean of r_chosen - r_rejected), `reward` (mean over all responses), `grad_norm`
+          (before clipping), `length` (positions of a row, including padding).
 
         Raises:
-          UserError: the loss is not finite (names the step).
+          UserError: the loss is not finite; the message names the step.
         """
         tokens, mask = self._rows(self._order.batch(state.step))
         rows = place_rows((tokens, mask), self._mesh)
@@ -202,8 +202,10 @@ class RewardTrainer:
         return scores[:, 0] - scores[:, 1]
 
     def _rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns tokens and mask [B, 2, T] of the pairs with these `indices`, padded to the same length; the second
-        axis is the chosen and the rejected response."""
+        """Returns tokens and mask [B, 2, T] of the pairs with these `indices`, padded to the same length.
+
+        The second axis has the chosen response first, then the rejected one.
+        """
         rows = [ids for index in indices for ids in self.pairs[index]]
         length = bucket(max(map(len, rows)), self.longest)
         tokens, mask = pad_rows(rows, length, len(rows))
@@ -213,8 +215,11 @@ class RewardTrainer:
 def _make_step(
     graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, accumulation: int
 ) -> Callable[..., Any]:
-    """Returns the function of one optimizer step: it takes (params, optimizer state, tokens [B, 2, T], mask [B, 2, T])
-    and returns (params, optimizer state, {metric: scalar})."""
+    """Returns the function of one optimizer step.
+
+    It takes (params, optimizer state, tokens [B, 2, T], mask [B, 2, T]) and returns (params, optimizer state, {metric:
+    scalar}).
+    """
 
     def loss_of(params: nnx.State, tokens: Array, mask: Array) -> tuple[Array, Array]:
         model = nnx.merge(graphdef, params)
@@ -264,7 +269,7 @@ def train_reward_model(
       tokenizer: transformers' tokenizer of the model.
       pairs: training pairs, in a new random order each time all have been used.
       held_out: test pairs, whose prompts are not among the training pairs.
-      settings: sizes and optimizer.
+      settings: number of steps, batch size and optimizer settings.
       template: text around a prompt and its response, see `GPT2PairTokenizer`.
       progress: function that is called with (step, loss) after each step.
 
@@ -272,7 +277,7 @@ def train_reward_model(
       The trained model, and its results.
 
     Raises:
-      UserError: no pairs, or a loss that is not finite (names the step).
+      UserError: there are no pairs, or a loss is not finite; the message names the step.
     """
     if not pairs or not held_out:
         raise UserError(f"{len(pairs)} training and {len(held_out)} held-out preference pairs; both need at least one")

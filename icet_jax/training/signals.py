@@ -26,7 +26,7 @@ class StopRequest:
     """Records whether the run has been asked to stop since a `delay_signals` block began.
 
     Attributes:
-      reason: the name of the signal; of a signal to another process, a sentence.
+      reason: the name of the signal or, if another process received it, a sentence that says so.
     """
 
     def __init__(self) -> None:
@@ -49,9 +49,9 @@ _open_requests: list[StopRequest] = []  # one per open `delay_signals` block, th
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[None]:
-    """Handles SIGTERM and SIGINT as described above until the block ends.
+    """Handles SIGTERM and SIGINT as the module's docstring describes, until the block ends.
 
-    It does nothing outside of the main thread, because Python delivers signals to the main thread alone.
+    In another thread than the main thread it does nothing, because Python delivers signals to the main thread alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -66,7 +66,7 @@ def handle_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def delay_signals() -> Iterator[StopRequest]:
-    """Yields a `StopRequest`. Inside the block a signal is only recorded there, so that the block can stop in order."""
+    """Yields a `StopRequest`. During the block a signal is only recorded in it, so that the block can stop in order."""
     request = StopRequest()
     _open_requests.append(request)
     try:

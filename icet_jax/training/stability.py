@@ -1,4 +1,4 @@
-"""Handles unstable iterations, whose updates are not applied: counts them, and ends the run or takes it back.
+"""Handles unstable iterations, whose updates are not applied: counts them, and ends or rolls back the run.
 
 An iteration is unstable if its loss or gradient is not finite, or if the KL to the reference exceeds
 `config.lppo.max_kl`. In the second case the run goes back to an earlier state and continues at half the learning rate.
@@ -15,8 +15,7 @@ _SLOWDOWN = 0.5  # factor of the learning rate each time the run goes back
 
 
 def limits_kl(config: ConfigDict) -> bool:
-    """Returns whether the config limits the KL, so that a run beyond `config.lppo.max_kl` goes back to an earlier
-    state."""
+    """Returns whether the config limits the KL, so that a run that exceeds `config.lppo.max_kl` goes back."""
     return config.lppo.max_kl > 0 and algorithm_class(config.algorithm).bounded
 
 
@@ -29,8 +28,8 @@ class Stability:
     """Counts unstable iterations and rollbacks; the counts are part of every checkpoint.
 
     Attributes:
-      rollback_reason: why the run must go back after the iteration that was checked last, in words; None if it need
-        not.
+      rollback_reason: why the run must go back after the iteration that was checked last, in words; None if it does not
+        have to.
     """
 
     def __init__(self, config: ConfigDict, counts: dict[str, int]) -> None:
@@ -55,12 +54,12 @@ class Stability:
         """Counts an iteration, and adds the counts to its `metrics`.
 
         `train/skipped` is the number of unstable iterations so far. If the config limits the KL, `train/rollbacks` is
-        the number of rollbacks, including one that this iteration causes. In that case nothing is raised, but
-        `rollback_reason` is set, and after going back `error_after_rollback` says whether the run ends.
+        the number of rollbacks, including one that this iteration causes. An iteration that causes a rollback raises
+        nothing: `rollback_reason` is set and, after going back, `error_after_rollback` says whether the run ends.
 
         Raises:
-          UserError: the loss or its gradient is not finite, and the config says that the run stops then, or too many
-            iterations in a row were unstable.
+          UserError: the loss or its gradient is not finite, and either the config says that the run then stops, or too
+            many iterations in a row were unstable.
         """
         reason = instability(metrics)
         self.rollback_reason = reason if self._limits_kl and metrics.get("train/unstable") else None
@@ -80,7 +79,7 @@ class Stability:
     def error_after_rollback(self, iteration: int) -> UserError | None:
         """Returns the error that ends a run which has just gone back; None if the run did not go back or may continue.
 
-        The count of unstable iterations in a row begins again with the next start of the run.
+        If it returns an error, the count of unstable iterations in a row is reset, for the next start of the run.
         """
         if self.rollback_reason is None or self._may_continue():
             return None
