@@ -1,8 +1,8 @@
 """icet_jax: measures and repairs the image-encoder early-exit hole of vision-language models.
 
 The package is lazy: `import icet_jax` loads nothing heavy, and `icet_jax.nn` or `icet_jax.algorithms` need only jax,
-flax, optax and numpy. The names in `SURFACE` are the Python surface, for notebooks and scripts; the command line runs
-on the same functions.
+flax, optax and numpy. The names in `SURFACE` are the public Python API, for notebooks and scripts; the command line
+uses the same functions.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ SURFACE = {
     "train": "commands.align.train",
     "verify": "commands.verify.verify",
 }
-"""`icet_jax.NAME` -> where it is defined."""
+"""{NAME of `icet_jax.NAME`: module in which it is defined}."""
 
 
 def __getattr__(name: str) -> Any:
@@ -35,5 +35,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """With the names of `SURFACE`, for completion."""
+    """Returns the names of this module including those of `SURFACE`, for completion."""
     return sorted({*globals(), *SURFACE})

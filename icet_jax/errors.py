@@ -16,8 +16,8 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE
 def one_line(text: str) -> str:
     """Returns `text` as one line of visible characters.
 
-    Line ends become spaces, and other invisible characters are written as escapes. So a name or value from a file that
-    is quoted in an error or a report cannot break the line, colour it or change its order.
+    Line ends become spaces, and other invisible characters are written as escapes. A name or value from a file that is
+    quoted in an error or a report can therefore not break the line, colour it or change its order.
     """
     if text.isprintable():
         return text
@@ -34,7 +34,7 @@ class UserError(Exception):
     """
 
     def __init__(self, line: str, *, exit_code: int = WRONG_INPUT) -> None:
-        """Stores the line after `one_line`, so that it may quote the content of a file."""
+        """Stores `one_line(line)`, so that `line` may quote the content of a file."""
         super().__init__(one_line(line))
         self.exit_code = exit_code
 
@@ -81,7 +81,7 @@ _DEVICE_FULL = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY", re.
 _TOO_LARGE = re.compile(r"out of bounds for|too large|overflow", re.IGNORECASE)
 _REQUESTED = re.compile(r"allocat(?:e|ing) ([\d.]+) ?(bytes|[KMGT]i?B?)\b")
 _USED = re.compile(r"Used ([\d.]+[KMGT]i?B?) of ([\d.]+[KMGT]i?B?)")
-_ADVICE = (  # (part of a phase's name, changes of the config with which this phase takes less memory)
+_ADVICE = (  # (part of a phase's name, changes to the config that reduce this phase's memory)
     ("loading", "a smaller config.model.dtype, or config.mesh.fsdp over more devices"),
     ("rollout", "a smaller config.data.batch_size, lppo.max_new_tokens or data.max_prompt_tokens"),
     ("judging", "a smaller batch_size of the judges (config.scorers.NAME.batch_size)"),

@@ -4,9 +4,10 @@ EARLY_TO_LATE = ("early", "middle", "late")
 
 
 def exit_groups(num_exits: int) -> dict[str, list[int]]:
-    """Returns the exits 1..num_exits in three nearly equal parts by name, as `np.array_split` cuts them.
+    """Returns {name of an exit group: its exits}: 1..num_exits in three nearly equal parts, as `np.array_split` cuts.
 
-    The first parts are the larger ones. A model of fewer than three exits has as many groups as exits.
+    If the parts are not equally large, the first ones are larger. A model with fewer than three exits has as many
+    groups as exits.
     """
     size, larger = divmod(num_exits, len(EARLY_TO_LATE))
     groups, first = {}, 1

@@ -23,7 +23,7 @@ _WAITS = (0.2, 1.0)  # seconds before each new attempt to write to a full disk, 
 
 
 def write_nothing() -> None:
-    """Makes the functions of this module write nothing in this process; of several processes, only the first writes."""
+    """Makes the functions of this module write nothing in this process, because only a run's first process writes."""
     global _writes
     _writes = False
 
@@ -43,7 +43,7 @@ def require_regular(path: str | os.PathLike[str], name: str | None = None) -> No
       name: name of the file in the error; the path if None.
 
     Raises:
-      UserError: it is a named pipe, a socket or a device.
+      UserError: the path is a named pipe, a socket or a device.
     """
     try:
         kind = _IRREGULAR.get(stat.S_IFMT(os.stat(path).st_mode))
@@ -66,7 +66,7 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
 
 
 LFS_ADVICE = "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
-"""What errors say of such a file, after its name."""
+"""Text of an error about a Git LFS pointer, after the name of the file."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -85,7 +85,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
     """Returns the value that `json.loads` finds in a text, but raises ValueError whatever is wrong with the text.
 
     Raises:
-      ValueError: it is not JSON, not UTF-8, or nested more deeply than Python can parse.
+      ValueError: the text is not JSON, not UTF-8, or nested more deeply than Python can parse.
     """
     try:
         return json.loads(text, **options)
@@ -103,7 +103,7 @@ def unseal(line: str) -> JsonObject:
     """Returns the object in a line that `seal` has written, without its checksum.
 
     Raises:
-      ValueError: the line has changed, or is no such line.
+      ValueError: the line was not written by `seal`, or has changed since.
     """
     text, separator, checksum = line.rpartition(_CHECKSUM)
     text += "}"
@@ -116,7 +116,7 @@ def unseal(line: str) -> JsonObject:
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
-    """Writes `data` to `path`; after an interruption the file has either its old content or all of the new.
+    """Writes `data` to `path`; after an interruption the file has either its previous content or all of `data`.
 
     Raises:
       UserError: the folder cannot be written to or the disk is full.

@@ -7,8 +7,8 @@
 jax is imported only after the flags and the config have been checked.
 
 Overrides (`--config.FIELD=VALUE`) are read here and not by `ml_collections.config_flags`, which cannot add a key to a
-field that is a dict (`--config.sweep.datasets.mine=rows.csv`), unset a field (`none`), or split a list of words. It
-reports an unknown field in two lines or without a similar name, and needs `--config` before every override.
+field that is a dict (`--config.sweep.datasets.mine=rows.csv`), unset a field (`none`), or split a list of words. That
+module also reports an unknown field in two lines or without a similar name, and needs `--config` before every override.
 """
 
 import argparse
@@ -34,9 +34,9 @@ class Mode(NamedTuple):
     """Describes one mode of the command line, which `icet_jax.commands.NAME` implements.
 
     Attributes:
-      about: what it does, for --help.
+      about: what the mode does, for --help.
       example: arguments of a command that works.
-      flags: its flags, apart from those that all modes have.
+      flags: flags of this mode, apart from those that all modes have.
       takes_config: whether it needs --config or --checkpoint; other modes read the config of a run directory, or none.
       resumes: whether it writes to --workdir, where the same command continues after an interruption.
       reports: whether it prints the headline of a report at the end.
@@ -350,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nicet-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever reads our output has stopped (`| head`)
+    except BrokenPipeError:  # the program that reads the output has stopped (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

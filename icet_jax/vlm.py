@@ -115,7 +115,7 @@ class VLM:
 
         Args:
           ids: tokens of the prompt, image positions included (`processor.token_ids`).
-          max_new_tokens: most tokens of the response.
+          max_new_tokens: largest number of tokens of the response.
 
         Raises:
           UserError: the processor cannot be loaded, see `processor`.
@@ -137,7 +137,7 @@ class VLM:
     def logits(
         self, inputs: Inputs, exit_layer: int | None = None, *, encoded: "Encoding | None" = None
     ) -> Float[Array, "B T V"]:
-        """Returns float32 logits of the next token at every position; those at padding have no meaning.
+        """Returns float32 logits of the next token at every position; logits at padding have no meaning.
 
         Args:
           inputs: see `Inputs`; padding may be on either side.
@@ -180,12 +180,13 @@ class VLM:
     ) -> "Responses":
         """Generates a response for every row.
 
-        It depends only on the row's prompt, its images, its number in the batch, the exit, the settings and the seed.
+        A response depends only on the row's prompt, its images, its index in the batch, the exit, the settings and the
+        seed.
 
         Args:
           inputs: see `Inputs`; padding may be on either side.
           exit_layer: 1..num_exits; None is the default exit.
-          max_new_tokens: A, the most tokens of a response.
+          max_new_tokens: A, the largest number of tokens of a response.
           temperature: 0 is greedy.
           top_k: only the k most probable tokens are sampled; 0 = off.
           top_p: only the most probable tokens that together reach this probability are sampled; 1 = off.

@@ -1,1 +1,1 @@
-"""The command-line modes, one file each; every `run(config, workdir, options)` reads from top to bottom."""
+"""The command-line modes, one file each, whose function `run(config, workdir, options)` does all the work in order."""

@@ -129,8 +129,10 @@ def _require_fields(config: ConfigDict) -> None:
 
 
 def _needs_reward_model(config: ConfigDict) -> bool:
-    """Returns whether training needs the reward model: the algorithm maximises rewards, and for some kind of row in its
-    batches they come from that model."""
+    """Returns whether training needs the reward model.
+
+    It does if the algorithm maximises rewards and some kind of row in its batches gets them from the reward model.
+    """
     kinds = [kind for kind, share in config.data.mixture.items() if share > 0]
     return ALGORITHMS[config.algorithm].rewarded and any(
         config.reward.by_kind[kind] == "reward_model" for kind in kinds

@@ -15,8 +15,8 @@ from icet_jax.runs import loading, shipped
 from icet_jax.runs.sources import checkpoint_directory
 
 _DEFAULT_EXITS = 5  # number of evenly spaced exits, besides the default exit, that answer if --exits is unset
-_MIN_COLUMN_WIDTH = 28  # in characters
-_GAP = "  "  # between two columns
+_MIN_COLUMN_WIDTH = 28  # smallest width of a column in characters
+_GAP = "  "  # space between two columns
 
 
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
@@ -87,9 +87,9 @@ def parse_exits(text: str | None, num_exits: int, default_exit: int) -> list[int
 
 
 def side_by_side(answers: dict[str, str], width: int) -> str:
-    """Returns one column of wrapped text per answer, headed by its name.
+    """Returns one column of wrapped text per answer, with the answer's name above.
 
-    As many columns as fit into `width` characters stand next to each other; the others follow in blocks below.
+    As many columns as fit into `width` characters stand next to each other; the other columns follow below.
     """
     most_columns = max(1, (width + len(_GAP)) // (_MIN_COLUMN_WIDTH + len(_GAP)))
     num_blocks = -(-len(answers) // most_columns)

@@ -26,7 +26,7 @@ from icet_jax.runs import common, model_card, run_dir, run_lock
 from icet_jax.training.loop import best_state, newest_state, open_checkpoints
 from icet_jax.vlm import VLM
 
-# A file of each form of export that exists only if the export is complete.
+# {form of export: a file that exists only if an export of this form is complete}.
 _MARKER_FILES = {"full": "config.json", "adapter": adapters.CONFIG}
 
 
@@ -40,8 +40,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         workdir/seed_K/hf).
 
     Raises:
-      UserError: there is no run directory, nothing is trained yet, or the target cannot be written or is inside a run
-        directory into which a run is writing.
+      UserError: there is no run directory, nothing is trained yet, the target cannot be written, or a run is currently
+        writing into the run directory that contains the target.
     """
     if workdir is None:
         raise UserError("--mode=export needs --workdir, the run directory whose model is exported")

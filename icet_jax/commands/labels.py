@@ -35,8 +35,8 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         verdicts; or `labels`, the file to read.
 
     Raises:
-      UserError: there is no run, it has no responses to forbidden prompts yet, the file exists already, or it is not a
-        table of labels.
+      UserError: there is no run, it has no responses to forbidden prompts yet, the file `out` exists already, or the
+        file `labels` is not a table of labels.
     """
     if workdir is None or (options.out is None) == (options.labels is None):
         raise UserError(
@@ -68,8 +68,10 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
 
 
 def _forbidden_answers(seed_name: str, folder: Path) -> list[Answer]:
-    """Returns the answers to forbidden prompts in the run directory `folder`; `seed_name` is "seed_K", or "" if the run
-    has one seed."""
+    """Returns the answers to forbidden prompts in the run directory `folder`.
+
+    `seed_name` is "seed_K", or "" if the run has one seed.
+    """
     return [
         Answer(seed_name, dataset, side, row)
         for side, dataset, path in finished_sweeps(folder)
@@ -79,7 +81,7 @@ def _forbidden_answers(seed_name: str, folder: Path) -> list[Answer]:
 
 
 def _write_sample(answers: list[Answer], options: argparse.Namespace, seed: int) -> None:
-    """Writes `options.rows` randomly chosen answers to the CSV file `options.out`, and prints how many they are."""
+    """Writes at most `options.rows` randomly chosen answers to the CSV file `options.out`, and prints their number."""
     if options.out.exists():
         raise UserError(f"--out={options.out}: exists already and may hold labels; choose another name")
     if options.rows < 1:
@@ -96,8 +98,8 @@ def _write_sample(answers: list[Answer], options: argparse.Namespace, seed: int)
 def _add_to_transcripts(unsafe: Mapping[str, bool], seed_name: str, folder: Path) -> None:
     """Adds people's verdicts to the transcripts in the run directory `folder`.
 
-    `unsafe` is {`Answer.key`: whether people call the answer unsafe}; `seed_name` is the seed in the keys, "" for one
-    seed.
+    `unsafe` is {`Answer.key`: whether people call the answer unsafe}. `seed_name` is the part of these keys that names
+    the seed, "" if the run has one seed.
     """
     for side, dataset, path in finished_sweeps(folder):
         rows = read_transcript(path)
@@ -126,7 +128,7 @@ def _summarise_again(folder: Path) -> None:
 
 
 def _print_labels(unsafe: Mapping[str, bool], dropped: Counter[str], path: Path) -> None:
-    """Prints how many labels were read from `path`, and how many rows were left out for which reason."""
+    """Prints how many labels were read from `path`, and for each reason how many rows were left out."""
     print(f"{path}: {len(unsafe)} labels, {sum(unsafe.values())} of them unsafe", file=sys.stderr)
     for reason, count in dropped.most_common():
         print(f"  {count} rows left out: {reason}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`--mode=plan` tells whether a run will fit, and what will limit its speed, for chips that need not be present.
+"""`--mode=plan` says whether a run will fit on chips that need not be present, and what will limit its speed.
 
 Every phase of a training iteration and of a sweep is compiled ahead of time for the topology, from shapes alone. The
 compiler reports how much memory the phase takes on each chip. GPUs have no compiler that works without the hardware, so
@@ -43,7 +43,8 @@ class PlanLine:
       weights: bytes of the frozen model.
       trained: bytes of adapters (or of the float32 copies of all trained weights), value head and optimizer state,
         which stay on the chips in every phase.
-      judges: bytes of the weights of judges and reward model, which also stay; models of unknown size are not counted.
+      judges: bytes of the weights of judges and reward model, which also stay on the chips in every phase; models of
+        unknown size are not counted.
       inputs: bytes of batch and image features.
       cache: bytes of the KV cache, as the sharding rules place it.
       temporaries: all other bytes that the compiled program allocates, results included.
@@ -65,7 +66,7 @@ class PlanLine:
 
     @property
     def total(self) -> int:
-        """The known bytes per chip: all, or all but the temporaries if these are unknown."""
+        """The known bytes per chip: all bytes, or all except the temporaries if these are unknown."""
         return self.weights + self.trained + self.judges + self.inputs + self.cache + (self.temporaries or 0)
 
     def fits(self, chip: topologies.Chip) -> bool | None:
@@ -75,14 +76,19 @@ class PlanLine:
         return None if chip.memory is None or self.temporaries is None else True
 
     def seconds(self, chip: topologies.Chip, count: int) -> tuple[float, str] | None:
-        """Returns the seconds of the phase at the peak of `count` chips, and which of the `bounds` determines them;
-        None for a chip without a published peak."""
+        """Returns (seconds of the phase at the peak speed of `count` chips, name of the bound that determines them).
+
+        Returns None for a chip without a published peak. For the bounds see `bounds`.
+        """
         bounds = self.bounds(chip, count)
         return None if bounds is None else max((time, name) for name, time in bounds.items())
 
     def bounds(self, chip: topologies.Chip, count: int) -> dict[str, float] | None:
-        """Returns the seconds that matrix products ("products"), memory reads ("memory") and exchanges between chips
-        ("links") each take at the peak of `count` chips; None for a chip without a published peak."""
+        """Returns the seconds that three kinds of work each take at the peak speed of `count` chips.
+
+        They are matrix products ("products"), memory reads ("memory") and exchanges between chips ("links"). Returns
+        None for a chip without a published peak.
+        """
         if chip.flops is None or chip.bandwidth is None or chip.links is None:
             return None
         return {
@@ -163,14 +169,16 @@ def memory_limit(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int
     """Returns the bytes of a chip that the program of a phase may use; None if the chip's memory is unknown.
 
     The compiler does not know of other data on the chip: weights and train state that the program does not use, and the
-    judges (`judges` bytes). Without this limit it would plan with their memory too.
+    judges (`judges` bytes). Without this limit the compiler would assume that their memory is free.
     """
     return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
 
 
 def _compile(phase: PlannedPhase, limit: int | None = None) -> tuple[Compiled | None, str]:
-    """Compiles a phase for at most `limit` bytes per chip and returns (program, ""), or (None, reason) if the compiler
-    finds that it does not fit."""
+    """Compiles a phase for at most `limit` bytes per chip.
+
+    Returns (program, ""), or (None, message of the compiler) if the phase does not fit.
+    """
     options = {} if limit is None else {"xla_tpu_max_hbm_size_mib": max(limit >> 20, 1)}
     try:
         return phase.lower().compile(compiler_options=options), ""
@@ -207,8 +215,7 @@ def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Comp
 
 
 def _moved_bytes(program_text: Callable[[], str | None]) -> int | None:
-    """Returns the bytes that a chip exchanges with others; None if the text of the compiled program does not show
-    them."""
+    """Returns the bytes that a chip exchanges with others; None if the compiled program's text does not show them."""
     try:
         text = program_text()
         return None if text is None else moved_bytes(text)

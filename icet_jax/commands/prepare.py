@@ -1,5 +1,4 @@
-"""`--mode=prepare` checks every image of the data sets that a config names, and writes the sets where runs read
-them."""
+"""`--mode=prepare` checks every image of a config's data sets, and writes the sets to the folder that runs read."""
 
 import argparse
 import functools
@@ -27,10 +26,10 @@ SCHEMA = 1
 def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -> int:
     """Writes `config.data.train` and the sets of the sweeps, skipping those whose sources have not changed; returns 0.
 
-    It prints one line per set and writes the same facts to `report.json` next to the sets: numbers of rows read, kept,
-    repeated, and left out by reason; test prompts that are training prompts; and, if the model's tokenizer is on this
-    machine, rows whose prompts are too long for the model. Rows that are too long stay in the sets, because other
-    models can use them; a run leaves them out.
+    It prints one line per set and writes the same facts to `report.json` next to the sets: how many rows were read,
+    kept, repeated, and left out (by reason); how many test prompts are training prompts; and, if the model's tokenizer
+    is on this machine, how many prompts are too long for the model. Rows that are too long stay in the sets, because
+    other models can use them; a run leaves them out.
 
     Args:
       config: its `data` and `sweep` name the sources.
@@ -85,8 +84,10 @@ def named_sets(config: ConfigDict) -> dict[str, tuple[str, int | None]]:
 
 
 def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
-    """Returns the folder of `config.model.checkpoint`; None if the config names no model, and None with a printed
-    message if its files are not on this machine."""
+    """Returns the folder of `config.model.checkpoint`; None if the config names no model.
+
+    If the model's files are not on this machine, it prints a message and returns None too.
+    """
     spec = config.model.checkpoint
     if spec is None:
         return None
@@ -104,9 +105,14 @@ def _model_directory(config: ConfigDict, workdir: Path | None) -> Path | None:
 def _too_long(
     config: ConfigDict, model: Path, sets: dict[str, tuple[str, int | None]], undecoded: dict[str, Records]
 ) -> dict[str, dict[str, int]]:
-    """Returns {set: {row id: positions of its prompt}} of the rows that a run of the model in the folder `model` will
-    leave out as too long. `sets` is the result of `named_sets`; `undecoded` has the rows of each set, read without
-    decoding images."""
+    """Returns {set: {row id: positions of its prompt}} of the rows that a run will leave out as too long.
+
+    Args:
+      config: config of the run.
+      model: folder of the model.
+      sets: result of `named_sets`.
+      undecoded: {set: its rows, read without decoding images}.
+    """
     processor, positions = load_processor(model, template=config.data.template), max_positions(read_hf_config(model))
     too_long = {}
     for name, (source, _) in sets.items():
@@ -120,10 +126,11 @@ def _write_if_changed(
 ) -> JsonObject:
     """Writes the data set `name` to `directory` unless the same set is already there.
 
-    Returns the content of its `source.json` with one more key, "unchanged": whether nothing was written. `undecoded`
-    are its rows with images that are not decoded, `read_rows` is `sources.read_rows` with the config's folders.
+    Returns the content of the set's `source.json` with one more key, "unchanged": whether nothing was written.
+    `undecoded` has the set's rows, read without decoding images. `read_rows` is `sources.read_rows` with the config's
+    folders bound.
     """
-    # The hash of the undecoded rows shows fast whether anything has changed.
+    # The hash of the undecoded rows shows whether anything has changed, without decoding the images.
     fingerprint = prepared.fingerprint(source, limit, undecoded)
     try:
         stored = prepared.read_facts(directory, name)

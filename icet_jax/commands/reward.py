@@ -43,7 +43,8 @@ class PairSet(NamedTuple):
     Attributes:
       pairs: the texts.
       tokens: the token ids of each pair.
-      facts: what reward.json says of the set: source, rows read, pairs used, and pairs left out by reason.
+      facts: entry of the set in reward.json: source, number of rows read, of pairs used, and of pairs left out by
+        reason.
     """
 
     pairs: list[PreferencePair]
@@ -77,8 +78,10 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
 
 
 def train(config: ConfigDict, workdir: Path, name: str) -> None:
-    """Trains a reward model called `name` in metrics, tests it, and writes `hf/` and reward.json into `workdir`, which
-    must already be the run directory of `config`."""
+    """Trains a reward model, tests it, and writes `hf/` and reward.json into `workdir`.
+
+    `workdir` must already be the run directory of `config`. `name` is the name of the reward model in metrics.
+    """
     template = config.rm.template or HH_TEMPLATE
     base = _load_base(config, workdir)
     tokenizer = load_tokenizer(base.directory)
@@ -142,10 +145,10 @@ def _load_base(config: ConfigDict, workdir: Path) -> Checkpoint:
 
 
 def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) -> tuple[PairSet, PairSet]:
-    """Returns the pairs for training and those for testing; no prompt is in both.
+    """Returns the pairs for training and the pairs for testing; no prompt is in both.
 
     Args:
-      config: `rm.train`, `rm.held_out` or else `rm.held_out_share`, and `seed`.
+      config: config of the run; `rm.train`, `rm.held_out` or else `rm.held_out_share`, and `seed` are used.
       encode: encodes pairs as token ids.
       vocab_size: number of tokens that the network knows.
 
@@ -203,8 +206,8 @@ def _tokenise_set(
 ) -> PairSet:  # fmt: skip
     """Returns the pairs as token ids; pairs whose two texts are the same after truncation are left out.
 
-    `read` is the number of rows read from the source, `dropped` counts the rows left out so far by reason; this
-    function adds to it.
+    `read` is the number of rows read from the source. `dropped` is {reason: number of rows left out so far}, to which
+    this function adds.
     """
     tokens = tokenise(encode, pairs) if pairs else []
     usable = [index for index, (chosen, rejected) in enumerate(tokens) if chosen != rejected and chosen and rejected]
@@ -255,7 +258,7 @@ def _run_steps(
 
 
 def _to_json(interval: Interval, count: int) -> JsonObject:
-    """Returns a mean over `count` pairs as reward.json holds it; "ci95" is None if the interval is undefined."""
+    """Returns a mean over `count` pairs in the form of reward.json; "ci95" is None if the interval is undefined."""
     ends = [interval.low, interval.high]
     return {"mean": interval.mean, "ci95": None if np.isnan(ends).any() else ends, "n": count}
 

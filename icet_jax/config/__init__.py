@@ -1,4 +1,4 @@
-"""All settings (`defaults`), checks of their values (`checks`) and the names that a config may contain (`names`).
+"""All settings (`defaults`), the checks of their values (`checks`), and the names that a config may contain (`names`).
 
 Nothing here imports jax. The names in `__all__` are imported on first use, so that `import icet_jax.config.names` loads
 no other module.

@@ -18,7 +18,8 @@ def check(config: ConfigDict) -> None:
     """Checks every value of a config, as far as that is possible without the model.
 
     Raises:
-      UserError: names the first field that is unknown, missing, of the wrong type or out of range, and what it may be.
+      UserError: a field is unknown, missing, of the wrong type or out of range. The message names the first such field
+        and its allowed values.
     """
     values = flatten(config)
     for name in values:
@@ -52,7 +53,10 @@ def check_exits(config: ConfigDict, num_exits: int) -> None:
 
 
 def _check_value(name: str, value: Any, field: Field) -> None:
-    """Checks one field's value against the field's type and rule. An int is accepted where a float is expected."""
+    """Raises a `UserError` if a value does not have the type of its field or breaks the field's rule.
+
+    An int is accepted where a float is expected.
+    """
     if value is None and field.default is None:
         return
     if field.table is not None:
@@ -184,7 +188,7 @@ def _check_combinations(config: ConfigDict) -> None:
 
 
 def _check_exit_schedule(config: ConfigDict) -> None:
-    """Checks that the chosen algorithm's exit schedule can do what its fields say."""
+    """Raises a `UserError` if the algorithm's exit schedule ignores `train_exits` or has no answers to learn from."""
     name, section = config.algorithm, config[config.algorithm]
     if section.exits == "fixed" and config.lppo.train_exits:
         raise UserError(f'config.{name}.exits is "fixed", which draws nothing: leave config.lppo.train_exits empty')
@@ -235,7 +239,7 @@ def choose_variant(variant: str, allowed: tuple[str, ...]) -> str:
 
 
 def unknown_field(name: str) -> UserError:
-    """Returns the error for a field that does not exist. It suggests one with a similar name or last part."""
+    """Returns the error for a field that does not exist; it suggests a field with a similar name or last part."""
     existing = sorted(FIELDS)
     candidates = difflib.get_close_matches(name, existing, n=1, cutoff=0.6)
     if not candidates or "." not in name:

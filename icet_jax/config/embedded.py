@@ -9,7 +9,7 @@ from icet_jax.config.defaults import default
 
 
 def organism() -> ConfigDict:
-    """Returns the config for experiments on the organism: `default()` with its settings, locked."""
+    """Returns the config for experiments on the organism: `default()` with the organism's settings, locked."""
     config = default()
     config.model.checkpoint = "organism:vlm"
     config.model.dtype = "float32"

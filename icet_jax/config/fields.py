@@ -22,8 +22,8 @@ class Rule(NamedTuple):
     """Which values a field may have.
 
     Attributes:
-      accepts: returns whether a value is allowed; it is called with values of the field's type.
-      allowed: the allowed values in words, so that "must be ..." is a sentence.
+      accepts: function that returns whether a value is allowed; it is called only with values of the field's type.
+      allowed: the allowed values in words, which complete the sentence "must be ...".
     """
 
     accepts: Callable[[Any], bool]
@@ -66,11 +66,12 @@ def matches(pattern: str, allowed: str) -> Rule:
 
 
 class Table(NamedTuple):
-    """Which keys and values a field may have whose value is a dict, such as `config.sweep.datasets`.
+    """Which keys and values are allowed in a field whose value is a dict, such as `config.sweep.datasets`.
 
     Attributes:
       of: type of the dict's values.
-      keys: the possible keys; or a rule for keys of the user's choice, whose `allowed` follows the key in errors.
+      keys: the possible keys, or a rule for keys that the user chooses. In an error, `allowed` of this rule follows the
+        key.
       values: rule for the dict's values; None if `icet_jax.config.checks` has a function of its own for them.
     """
 
@@ -84,13 +85,13 @@ class Field:
     """One setting.
 
     Attributes:
-      default: value if the user does not set it; None means that it is unset, and then `type` is required.
+      default: value if the user does not set the field; None means that the field is then unset, and requires `type`.
       about: what the setting means, for the reference page.
       rule: which values of its type are allowed; None allows all.
       unit: unit of a number, such as "nats per sequence".
       origin: where the default comes from: "paper", "TRL", "RiC" or "ours" (see `icet_jax.config.defaults`), with more
         words if needed.
-      type: type of its values, by default the type of `default`; `object` if several types are allowed.
+      type: type of the field's values, by default the type of `default`; `object` if several types are allowed.
       table: which keys and values are allowed, if the setting is a dict; otherwise None.
     """
 
@@ -111,7 +112,7 @@ class Field:
         object.__setattr__(self, "type", self.type or type(self.default))
 
     def initial(self) -> Any:
-        """Returns the value to put into a new `ConfigDict`: the default, or a typed placeholder if it is unset."""
+        """Returns the value to put into a new `ConfigDict`: the default, or a typed placeholder if there is none."""
         if self.table is not None:
             return ConfigDict(self.default)
         if self.default is None:

@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import default
 
-# Positions of a prompt without its image (ours). Training uses RedTeam-2K alone. Its longest prompt takes 205 positions
-# with the template and Llama 2's tokenizer, or 781 with LLaVA-1.5's image. 320 leave room for other templates and
-# tokenizers. Sweeps use all positions of the model: the longest prompt of mini JailBreakV-28K takes 1,109 on LLaVA-1.5.
+# Largest number of positions of a training prompt without its image (ours). Training uses RedTeam-2K alone, whose
+# longest prompt takes 205 positions with the template and Llama 2's tokenizer (781 with LLaVA-1.5's image). 320 leave
+# space for other templates and tokenizers. Sweeps may use all positions of the model: the longest prompt of mini
+# JailBreakV-28K takes 1,109 on LLaVA-1.5.
 _TEXT_POSITIONS = 320
 
 
@@ -98,8 +99,7 @@ def _experiment() -> ConfigDict:
 
 
 def lppo(config: ConfigDict) -> ConfigDict:
-    """Sets the paper's settings of L-PPO (PPO at sampled encoder exits) that are the same for all model families, and
-    returns the config."""
+    """Changes `config` to the paper's settings of L-PPO that are the same for all model families, and returns it."""
     config.algorithm = "lppo"
     config.lppo.exits = "per_example"  # ours: an exit for each sequence (paper: one layer per run, or sampled layers)
     config.lppo.iterations = 94  # ours: 94 x 64 sequences are three passes over RedTeam-2K
@@ -110,8 +110,8 @@ def lppo(config: ConfigDict) -> ConfigDict:
     # Guards against a policy that diverges, all ours. A step that exceeds target_kl or max_ratio is not applied, and
     # the remaining updates on its rollout are skipped.
     config.lppo.dual_clip = 3.0  # Ye et al. 2020
-    # Nats per token. On the organism 0.18 reduced utility, and a diverging policy reached 23. A token whose ratio is at
-    # the edge of clip_range (0.2) contributes 0.02.
+    # Nats per token. On the organism a step with 0.18 reduced utility, and a diverging policy reached 23. A token whose
+    # ratio is at the edge of clip_range (0.2) contributes 0.02.
     config.lppo.target_kl = 0.1
     # During the updates on one rollout a rare token may well become ten times as likely, but not a hundred times.
     config.lppo.max_ratio = 100.0

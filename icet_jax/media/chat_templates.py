@@ -19,9 +19,9 @@ from icet_jax.files import JsonObject
 DATE = "26 Jul 2024"
 """The date for templates that print one: Llama 3's default, because answers must not depend on the day."""
 
-MAX_LENGTH = 1 << 16  # characters of a template; published ones have up to some ten thousand
-MAX_TEXT = 1 << 22  # characters of a rendered conversation
-_MAX_STEPS = 1_000_000  # executed lines and calls; compiling a template of 8,000 characters takes a tenth of it
+MAX_LENGTH = 1 << 16  # largest number of characters of a template; published ones have up to some ten thousand
+MAX_TEXT = 1 << 22  # largest number of characters of a rendered conversation
+_MAX_STEPS = 1_000_000  # most executed lines and calls; compiling a template of 8,000 characters takes a tenth of this
 _MAX_FACTOR = 64  # one factor of every product must be a constant of at most this size
 _WIDTH = re.compile(r"[%:{][^a-zA-Z]{0,8}[0-9]{6,}")  # a width of a million or so in a pattern for `%` or `format`
 _GENERATED = "<template>"  # file name of the Python code that Jinja generates from a template
@@ -109,9 +109,9 @@ def _generation() -> type:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Raises a `UserError` if a template that the block renders takes too long, or makes too long a text or list.
+    """Raises a `UserError` if a template that is rendered in the block runs too long, or makes a text or list too long.
 
-    It traces this thread with `sys.settrace`; a debugger does not work in the block.
+    The block is traced with `sys.settrace` in this thread, so a debugger does not work inside it.
     """
     previous_trace, steps_left = sys.gettrace(), _MAX_STEPS
 

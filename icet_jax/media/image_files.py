@@ -24,8 +24,10 @@ class ImageFiles:
     """
 
     def __init__(self, *, decode: bool = False) -> None:
-        """Starts with no file checked. With `decode`, checks also decode the pixels, which finds damage after the
-        header."""
+        """Starts with no file checked.
+
+        With `decode`, checks also decode the pixels, which finds damage after the file's header.
+        """
         self.animated: set[Path] = set()
         self.replaced: dict[Path, str] = {}
         self._decode = decode
@@ -41,9 +43,10 @@ class ImageFiles:
         return self._problems[path]
 
     def draw(self, folder: "ImageFolder", seed: int, row_id: str) -> Path:
-        """Returns the first usable image of those that a row draws from `folder`, one after another.
+        """Draws images for a row from `folder`, one after another, and returns the first usable one.
 
-        If `_MAX_DRAWS` images are unusable, it is the first one. `seed` and `row_id`: see `ImageFolder.choose`.
+        If `_MAX_DRAWS` images are unusable, the first one drawn is returned. For `seed` and `row_id` see
+        `ImageFolder.choose`.
         """
         first = path = folder.choose(seed, row_id)
         unusable: dict[Path, str] = {}
@@ -57,7 +60,7 @@ class ImageFiles:
         return first
 
     def _check(self, path: Path) -> tuple[str, str] | None:
-        """Returns what `problem` does, by opening the file."""
+        """Opens a file and returns the result of `problem` for it."""
         from PIL import Image
 
         if not os.path.isfile(path):  # unlike `Path.is_file`, false for names that no file can have
@@ -140,5 +143,5 @@ def leaves_root(root: Path, name: str) -> bool:
 
 
 def _blob_folders(folder: Path) -> list[Path]:
-    """Returns the folders in which the hub's cache keeps the files of a snapshot that `folder` is in; mostly none."""
+    """Returns the folders with the hub cache's files if `folder` is in a snapshot of that cache; otherwise none."""
     return [parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots"]

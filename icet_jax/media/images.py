@@ -1,4 +1,4 @@
-"""Opens images (files, arrays, PIL images, ...) with the pixels that transformers' processors would get."""
+"""Opens images (files, arrays, PIL images, ...) with the same pixels as transformers' processors would."""
 
 import io
 from os import PathLike
@@ -95,7 +95,7 @@ def image_size(source: ImageLike, name: str | None = None) -> tuple[int, int]:
 
 
 def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
-    """Returns (height, width) after the rotation by EXIF; None if only decoding can find it, or the file is damaged."""
+    """Returns (height, width) after the EXIF rotation; None if that needs decoding, or if the file is damaged."""
     try:
         if isinstance(file, Path):
             require_regular(file)

@@ -1,4 +1,4 @@
-"""Reads the limits that a checkpoint's files set to the length of prompts and answers, and checks them.
+"""Reads the limits that a checkpoint's files set for the length of prompts and answers, and checks lengths.
 
 Beyond these limits a model's output is meaningless.
 """

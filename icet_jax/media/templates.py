@@ -78,10 +78,10 @@ def _image_lines(num_images: int) -> str:
 def own_template(directory: Path, tokenizer: Any, placeholder: str) -> Template | None:
     """Returns a checkpoint's own template, rendered as transformers does; None if it has no usable one.
 
-    It is taken from the files of HF's processor or, if that template is missing or not usable, from those of the
-    tokenizer. It is usable if it repeats the prompt once and has one placeholder for each image. If it is not, a line
-    on standard error names the file, the reason and the template that is used instead. No such line is printed for a
-    tokenizer's template that is made for conversations without images.
+    The template is taken from the files of HF's processor or, if the one there is missing or not usable, from those of
+    the tokenizer. A template is usable if it repeats the prompt once and has one placeholder for each image. If it is
+    not usable, a line on standard error names the file, the reason and the template that is used instead. No such line
+    is printed for a tokenizer's template that is made for conversations without images.
 
     Args:
       directory: directory of the checkpoint.
@@ -144,9 +144,9 @@ def _from_jinja(tokenizer: Any, source: str) -> Template:
 
 
 def _processor_template(directory: Path) -> tuple[Path, str | None]:
-    """Returns the file with the processor's chat template and its Jinja source, which is None if there is no such file.
+    """Returns (file with the processor's chat template, Jinja source in it); the source is None if no file exists.
 
-    The file is transformers 5's chat_template.jinja, or one of older versions.
+    The file is chat_template.jinja of transformers 5, or one that earlier versions write.
     """
     path = directory / "chat_template.jinja"
     try:

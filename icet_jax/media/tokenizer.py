@@ -17,7 +17,7 @@ class Tokenizer(Protocol):
 
     Attributes:
       pad_token, eos_token, bos_token: special tokens as text; None if the tokenizer has none.
-      eos_token_id, bos_token_id: their token ids.
+      eos_token_id, bos_token_id: token ids of these tokens.
       added_tokens_decoder: {token id: token with the attribute `special`}.
       padding_side: "left" or "right".
       chat_template: the Jinja template in the tokenizer's files, if there is one.
@@ -77,6 +77,6 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
     try:
         return cast(Tokenizer, AutoTokenizer.from_pretrained(directory, local_files_only=True))
-    except Exception as error:  # damaged files surface as any of OSError, ValueError, KeyError, Exception
+    except Exception as error:  # damaged files can raise OSError, ValueError, KeyError, a bare Exception, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{directory}: the tokenizer files cannot be read ({reason})") from error

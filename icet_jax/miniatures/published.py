@@ -1,6 +1,6 @@
 """Writes small data sets in the formats of published files, with placeholder prompts and noise images.
 
-Some have a row that cannot be used, as real copies do: a missing image, a repeated id.
+Some of them have a row that cannot be used, as real copies do: its image is missing, or its id is repeated.
 """
 
 import csv
@@ -14,10 +14,10 @@ import numpy as np
 from icet_jax.errors import UserError
 from icet_jax.files import write_bytes_atomic, write_text_atomic
 
-_ROWS = 12  # of each data set
+_ROWS = 12  # number of rows of each data set
 _IMAGES = 6
 _CATEGORIES = ("Policy A", "Policy B", "Policy C")
-_SIZES = ((28, 28), (40, 30), (31, 57))  # of images: height, width
+_SIZES = ((28, 28), (40, 30), (31, 57))  # (height, width) of the images
 
 SOURCES = {
     "redteam_2k": "redteam_2k:{folder}/RedTeam_2K.csv?images={folder}/val2014",
@@ -94,7 +94,7 @@ _ATTACKS = (("Template", True), ("figstep", False), ("Logic", True), ("SD", Fals
 
 
 def _jailbreaks(requests: Sequence[str], categories: Sequence[str]) -> list[Sequence[object]]:
-    """Returns the rows of JailBreakV-28K; the last image does not exist, as most images are not published."""
+    """Returns the rows of JailBreakV-28K. The last row's image is missing, because most images are not published."""
     rows: list[Sequence[object]] = []
     for index, (request, category) in enumerate(zip(requests, categories, strict=True)):
         attack_format, is_transferred = _ATTACKS[index % len(_ATTACKS)]

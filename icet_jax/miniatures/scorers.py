@@ -29,7 +29,7 @@ _WEIGHT_FACTOR = 4.0  # makes random weights larger than usual, so that words ch
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 _LLAMA = {"model_type": "llama", **_SIZES, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "torch_dtype": "float32"}
 
-# A chat template that gives the built-in text of Llama Guard 3, as the published one does.
+# A chat template that renders the built-in text of Llama Guard 3, as the published chat template does.
 _GUARD_TEMPLATE = (
     "{{{{ bos_token }}}}{before}{{{{ messages[0]['content'] | trim }}}}"
     "{between}{{{{ messages[1]['content'] | trim }}}}{after}"

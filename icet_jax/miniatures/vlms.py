@@ -138,7 +138,7 @@ def mllama(folder: Path) -> None:
     generation = {"bos_token_id": vocabulary[bos], "eos_token_id": ends, "pad_token_id": vocabulary[pad]}
     write_json(folder / "generation_config.json", generation)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["text_config"] |= generation  # without them transformers uses those of the published vocabulary
+    config["text_config"] |= generation  # otherwise transformers uses the token ids of the published vocabulary
     write_json(folder / "config.json", config)
     pixels = {
         "image_processor_type": "MllamaImageProcessor",
@@ -166,8 +166,8 @@ def _write_llava_tokenizer(folder: Path) -> None:
 def _random(network: nnx.Module) -> PyTree:
     """Returns the random weights of a network with half-open gates and a decoder whose weights are doubled.
 
-    So images and tokens change the output. In the many blocks of the image encoder, larger weights would amplify
-    rounding errors.
+    These changes make images and tokens affect the output. The weights of the image encoder are not doubled, because
+    larger weights in its many blocks would amplify rounding errors.
     """
 
     def adjust(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ CELL_CLASSES = 1 + len(scenes.SHAPES) * len(scenes.COLOURS)
 def initial_heads(key: Array, width: int, readings: int) -> dict[str, Array]:
     """Returns new weights that only this stage uses: a caption encoder, projections, and R classifiers of cells.
 
-    `width` is that of the image encoder, `readings` is R, the number of vectors of a cell in `EncoderStates`.
+    `width` is the width of the image encoder. `readings` is R, the number of vectors of a cell in `EncoderStates`.
     """
     keys = jax.random.split(key, 5)
     words, hidden = 24, 256
@@ -47,7 +47,7 @@ def contrastive_loss(
 ) -> Float[Array, ""]:
     """Returns the symmetric CLIP loss of unit vectors, with inverse temperature `scale`.
 
-    Rows with equal captions (`is_same`) are pairs of each other, too.
+    Images and captions of different rows also count as matching pairs if the captions are equal (`is_same`).
     """
     logits = scale * image @ text.T
     target = is_same / is_same.sum(axis=1, keepdims=True)
@@ -88,7 +88,7 @@ def train_encoder(
 ) -> Any:  # fmt: skip
     """Returns a copy of an image encoder after `steps` optimizer steps, each on `batch` new images.
 
-    The states that learn the content of the cells are those of the default exit.
+    The cell labels are learned from the states at the default exit.
     """
     graph, weights = nnx.split(tower)
 

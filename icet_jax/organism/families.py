@@ -1,8 +1,9 @@
 """The networks of the organism: small LLaVA-1.5, LLaVA-NeXT and Llama 3.2 Vision models.
 
-World, recipe and vocabulary are the same for all. This file contains what differs: the network, how a picture is split
-into tiles, and which states of the image encoder (tower) stage 1 of the build trains. The two tiled families get a
-picture as tiles of 16 x 16 pixels, one for each cell of its grid; LLaVA-NeXT also gets the picture at half its size.
+World, recipe and vocabulary are the same for all families. This file contains what differs: the network, how a picture
+is split into tiles, and which states of the image encoder (tower) stage 1 of the build trains. The two tiled families
+get a picture as tiles of 16 x 16 pixels, one for each cell of its grid; LLaVA-NeXT also gets the picture at half its
+size.
 """
 
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def llava_config() -> LlavaConfig:
 def llava_next_config() -> LlavaNextConfig:
     """Returns a config with 8 exits, default 7; a picture is 5 tiles of 4 patches, and 24 image tokens.
 
-    They are 4 of the overview and, of the 4 x 4 patches of the other tiles, 4 rows of 4 with a newline token each.
+    The image tokens are 4 of the overview, then the 4 x 4 patches of the other tiles in 4 rows, each with a newline.
     """
     return LlavaNextConfig(
         vision=ClipConfig(
@@ -194,7 +195,7 @@ def _llava_states(tower: Any, images: Images, default_exit: int) -> EncoderState
 
 
 def _next_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
-    """Returns the class token of the overview; of each cell its patch in the overview, and the mean of its tile."""
+    """Returns the overview's class token, and for each cell its patch in the overview and the mean of its tile."""
     count, tiles = images.pixels.shape[:2]
     states = tower(images.pixels.reshape(-1, *images.pixels.shape[2:]))
     states = states.reshape(len(states), count, tiles, *states.shape[2:])
@@ -204,7 +205,8 @@ def _next_states(tower: Any, images: Images, default_exit: int) -> EncoderStates
 
 
 def _mllama_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
-    """Returns the mean of the tiles' class tokens; of each cell the mean of its tile after and before global blocks."""
+    """Returns the mean of the tiles' class tokens, and for each cell the mean of its tile after and before the global
+    blocks."""
     states = tower.local_states(images.pixels, images.layout)
     exits = jnp.full(images.num_rows, default_exit)
     width, config = tower.config.hidden_size, tower.config

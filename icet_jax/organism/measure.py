@@ -58,8 +58,8 @@ def responses(model: Any, rows: world.WorldRows, exits: tuple[int, ...]) -> dict
 def measure(model: Any, *, rows: int = 256) -> dict[str, list[float]]:
     """Returns {"KIND: LABEL": share (0 to 1) of answers with that label at each exit 1..num_exits}.
 
-    They are answers to `rows` held-out rows of each kind. The labels "complied", "refused" and "degenerate" are those
-    of the exact judge; "right" means the expected answer.
+    The answers are to `rows` held-out rows of each kind. The labels "complied", "refused" and "degenerate" are those of
+    the exact judge; "right" means the expected answer.
     """
     exits = tuple(range(1, model.num_exits + 1))
     shares: dict[str, list[float]] = {}

@@ -5,7 +5,7 @@ response, and noise. Noise includes what a policy might otherwise find to exploi
 empty responses, and mixtures such as a refusal followed by steps.
 
 The pairs are made from the grammar of responses alone, without the judge that measures the attack success rate
-(`icet_jax.organism.world.judge`): the policy must not be rewarded by the measure that it is later evaluated with.
+(`icet_jax.organism.world.judge`), because the policy must not be rewarded by the measure that later evaluates it.
 """
 
 import numpy as np
@@ -93,14 +93,14 @@ def _answer_of_same_type(answer: str, rng: np.random.Generator) -> str:
 def is_noise(text: str, kind: str, right: str) -> bool:
     """Returns whether a text is neither the right response, nor the refusal, nor two complete steps.
 
-    For a question about a picture (`kind` "vqa"), the world's short answers are no noise either.
+    For a question about a picture (`kind` "vqa"), the world's short answers do not count as noise either.
     """
     is_complete = text in (right, world.REFUSAL) or world.is_steps(text)
     return not is_complete and not (kind == "vqa" and any(text in group for group in _ANSWER_TYPES))
 
 
 def _noise(prompt: str, kind: str, right: str, rng: np.random.Generator) -> str:
-    """Returns a text that is no response but resembles the right one; "" if several attempts fail."""
+    """Returns a text that is not a valid response but resembles the right one; "" if 8 attempts fail."""
     for _ in range(8):
         text = _NOISE_FUNCTIONS[int(rng.integers(len(_NOISE_FUNCTIONS)))](prompt, right, rng)
         if is_noise(text, kind, right):
@@ -108,7 +108,8 @@ def _noise(prompt: str, kind: str, right: str, rng: np.random.Generator) -> str:
     return ""
 
 
-# Functions of (prompt, right response, random numbers) that return noise, each made in the way that its name says.
+# The following functions take (prompt, right response, random generator) and return noise of the kind that they are
+# named after.
 
 
 def _truncated(prompt: str, right: str, rng: np.random.Generator) -> str:
@@ -125,7 +126,7 @@ def _repeated(prompt: str, right: str, rng: np.random.Generator) -> str:
 
 
 def _rambling(prompt: str, right: str, rng: np.random.Generator) -> str:
-    """Returns the response with one to five random words behind it."""
+    """Returns the response followed by one to five random words."""
     tail = rng.choice(right.split() + ["step", "the", "sorry", "help", "red"], size=int(rng.integers(1, 6)))
     return right + " " + " ".join(tail)
 

@@ -1,7 +1,7 @@
 """Synthetic images and questions about them: coloured shapes on a 2 x 2 grid of 32 x 32 pixels.
 
-Everything is a pure function of (key, index), through a counter-based generator of random numbers. So any row of any
-split can be created by itself, in any order, and is the same on every machine.
+Everything is a pure function of (key, index), through a counter-based generator of random numbers. Any row of any split
+can therefore be created by itself, in any order, and is the same on every machine.
 """
 
 from functools import lru_cache
@@ -41,7 +41,7 @@ class Scenes(NamedTuple):
 def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
     """Returns random numbers, uniform in [0, 1), float64 [B, count], each a pure function of (key, index, column).
 
-    They are SplitMix64's finaliser (Steele, Lea and Flood 2014), applied to a combination of the three.
+    They are computed by SplitMix64's finaliser (Steele, Lea and Flood 2014) from a combination of these three numbers.
     """
     rows = np.asarray(index, dtype=np.uint64)[:, None]
     columns = np.arange(count, dtype=np.uint64)[None, :]
@@ -54,14 +54,14 @@ def uniforms(key: int, index: np.ndarray, count: int) -> np.ndarray:
 
 
 def _finalise(bits: np.ndarray) -> np.ndarray:
-    """Returns SplitMix64's finaliser of uint64 numbers."""
+    """Returns the results of SplitMix64's finaliser, a hash function, for uint64 numbers."""
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
 
 
 def draw_scenes(key: int, index: np.ndarray) -> Scenes:
-    """Returns random scenes, those of rows `index` [B] under the seed `key`."""
+    """Returns the random scenes of the rows `index` [B] for the seed `key`."""
     u = uniforms(key, index, 25)
     return Scenes(
         count=1 + np.floor(u[:, 0] * MAX_OBJECTS).astype(np.int64),
@@ -178,9 +178,9 @@ def _question(objects: list[tuple[int, str, str]], u: np.ndarray) -> tuple[str, 
 
 
 def _absent(shape: str, colour: str, u: np.ndarray) -> tuple[str, str]:
-    """Returns a (shape, colour) that no object of the image has, by changing one of the two of an object in it.
+    """Returns a (shape, colour) that no object of the image has: that of an object, with one of the two changed.
 
-    Objects of an image differ from each other in both, so no other object has the result.
+    Objects of an image differ from each other both in shape and in colour, so no other object has the result either.
     """
     if u[0] < 0.5:
         others = [name for name in COLOUR_NAMES if name != colour]

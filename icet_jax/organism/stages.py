@@ -15,11 +15,11 @@ from icet_jax.typing import Array, PyTree
 Log = Callable[[str], None]
 
 PLANTED_EXITS = (2, 3)
-"""Exits of the planted hole: stage 4 trains them with data without refusals, and the default exit with refusals."""
+"""Exits of the planted hole. Stage 4 trains these exits on data without refusals, and the default exit on refusals."""
 
 
 class BatchShare(NamedTuple):
-    """Describes a part of every training batch: its rows' number, kind and answers, and the exits of their pictures."""
+    """Describes a part of every training batch: number, kind and answers of its rows, and exits of their pictures."""
 
     kind: str  # "forbidden", "benign", "vqa" or "safe" (the question whether a thing is safe)
     answer: str  # "comply", "refuse" or "right"

@@ -2,7 +2,7 @@
 
 A token is a word in lower case without punctuation; `<s>` begins a prompt and `</s>` ends a response. The chat template
 is LLaVA-1.5's: `USER: <image>\\n{request} ASSISTANT:`. All families have the same ids; only the text of the image
-placeholder is another one in Llama 3.2 Vision.
+placeholder differs in Llama 3.2 Vision.
 """
 
 import json
@@ -42,7 +42,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def encode(text: str) -> list[int]:
-    """Returns the ids of a text of the world's words, without `<s>`, as `write_tokenizer`'s tokenizer does."""
+    """Returns the ids of a text of the world's words, without `<s>`, as the tokenizer of `write_tokenizer` does."""
     ids = vocabulary()
     return [ids.get(word, ids[UNK]) for word in text.lower().split()]
 

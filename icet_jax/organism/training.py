@@ -85,7 +85,10 @@ def train(
     optimiser: optax.GradientTransformation,
     log: Callable[[str], None],
 ) -> PyTree:
-    """Returns `params` after an optimizer step for each batch on `loss(params, *batch)`, a scalar and metrics."""
+    """Returns `params` after one optimizer step per batch on the loss `loss(params, *batch)`.
+
+    `loss` returns (scalar, metrics). Every `_LOG_EVERY` steps, `log` gets a line with the metrics.
+    """
 
     @jax.jit
     def step(params: PyTree, state: PyTree, *batch: PyTree) -> tuple[PyTree, PyTree, dict[str, Array]]:

@@ -44,12 +44,13 @@ def headline(run_dir: str | Path) -> str:
 
 
 def compare_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Writes `compare.html` and `figures/*.png` into `out`: the curves of several runs over relative depth
-    (the number of an exit divided by the number of exits).
+    """Writes `compare.html` and `figures/*.png` into `out`, which show the curves of several runs.
+
+    The curves are over relative depth: the number of an exit divided by the number of exits.
 
     Args:
       run_dirs: two to eight run directories, of any families; each may hold several seeds.
-      out: the folder to write to; it is created where it does not exist.
+      out: the folder to write to, which is created if it does not exist.
 
     Returns:
       The path of `compare.html`.

@@ -1,4 +1,4 @@
-"""Defines what a page consists of: sections, their blocks, and text. `templates/blocks.html` turns them into HTML."""
+"""Defines what a page consists of: sections, their blocks, and text. `templates/blocks.html` renders them as HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,7 +176,7 @@ def details(summary: str, blocks: Sequence[Block]) -> list[Block]:
 
 
 def grid(figures: Sequence[Figure | None]) -> list[Block]:
-    """Returns the figures side by side as a list of one block, leaving out None; an empty list if none is left."""
+    """Returns the figures that are not None side by side, as a list of one block; [] if all are None."""
     shown = [figure for figure in figures if figure is not None]
     return [Grid(shown)] if shown else []
 

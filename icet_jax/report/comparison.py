@@ -20,9 +20,9 @@ class Member:
     """Holds one of the compared runs.
 
     Attributes:
-      name: the last parts of its path, as many as are needed to differ from the other runs.
-      path: its directory.
-      study: its values, which are means over seeds if it has several.
+      name: the last parts of the run's path, as many as are needed to differ from the other runs.
+      path: the run directory.
+      study: the run's values, which are means over seeds if there are several.
     """
 
     name: str
@@ -65,8 +65,10 @@ class Comparison:
         return next(m.study.kind(dataset) for m in self.members if dataset in m.study.datasets)
 
     def metrics(self, dataset: str) -> list[str]:
-        """Returns the names of the metrics that two or more runs measured on a data set, sorted by family; among the
-        attack success rates, those of keyword judges are last."""
+        """Returns the names of the metrics that two or more runs measured on a data set, sorted by family.
+
+        Among the attack success rates, those of keyword judges come last.
+        """
         counts: dict[str, int] = {}
         for member in self.members:
             for metric in member.study.metrics(dataset):
@@ -126,8 +128,10 @@ class Comparison:
         return runs_by_settings if len(runs_by_settings) > 1 else {}
 
     def _differing(self, get_value: Callable[[Member, str], object]) -> dict[str, dict[str, list[str]]]:
-        """Returns {data set: {value: names of runs}} for data sets where runs have different values, which `get_value`
-        returns for a run and a data set; runs for which it returns None are left out."""
+        """Returns {data set: {value: names of runs}} for data sets where runs have different values.
+
+        `get_value` takes a run and a data set and returns the value; runs for which it returns None are left out.
+        """
         differing = {}
         for dataset in self.datasets:
             runs: dict[str, list[str]] = {}

@@ -65,8 +65,10 @@ def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False
 
 
 def _curve_series(study: Study, dataset: str, metric: str) -> list[Series]:
-    """Returns a metric's series over exits before and after training, with intervals. For several seeds these are means
-    over seeds, and there is a thin series for each seed too."""
+    """Returns a metric's series over exits before and after training, with intervals.
+
+    With several seeds, these series are means over seeds, and each seed has a thin series of its own as well.
+    """
     series = []
     for phase in study.phases(dataset):
         curve = study.curve(phase, dataset, metric)
@@ -81,8 +83,10 @@ def _curve_series(study: Study, dataset: str, metric: str) -> list[Series]:
 
 
 def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
-    """Returns the figure of a metric's difference "after minus before" over exits, with paired intervals as whiskers;
-    None if no exit has a difference."""
+    """Returns the figure of a metric's difference "after minus before" over exits, with paired intervals as whiskers.
+
+    Returns None if no exit has a difference.
+    """
     values = [(layer, study.value("difference", dataset, metric, layer)) for layer in study.layers(dataset)]
     shown = [Point(layer, value.mean, value.low, value.high) for layer, value in values if value is not None]
     share = metric_family(metric).share
@@ -101,8 +105,10 @@ def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
 
 
 def geometry_charts(study: Study) -> dict[str, Chart]:
-    """Returns {field of geometry.json: chart} of how far the image features of each exit are from those of the default
-    exit, without fields that have no values."""
+    """Returns {field of geometry.json: chart of that measure over exits}, for the fields that have values.
+
+    Each field measures how far the image features of an exit are from those of the default exit.
+    """
     charts = {}
     for name, title in GEOMETRY_TITLES.items():
         points = [Point(x, value.mean, value.low, value.high) for x, value in study.geometry(name)]
@@ -119,8 +125,10 @@ def geometry_charts(study: Study) -> dict[str, Chart]:
 
 
 def ordered_categories(study: Study, dataset: str, metric: str) -> list[str]:
-    """Returns the `MOST_CATEGORIES` categories with most rows, sorted by the mean of a metric over exits (before
-    training if that was measured, else after), highest first."""
+    """Returns the `MOST_CATEGORIES` categories with most rows, those with the highest mean of a metric first.
+
+    The mean is over exits, before training or, if that was not measured, after it.
+    """
     phase = study.phases(dataset)[0]
     curves = {
         category: study.category_curve(phase, dataset, metric, category)

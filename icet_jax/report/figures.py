@@ -20,8 +20,8 @@ from icet_jax.report.values import FORM_FAMILIES
 def write_figures(study: Study, folder: Path) -> list[Path]:
     """Writes one PNG file per data set and metric, one with the first judge's heat map by category, and `geometry.png`.
 
-    Returns the paths. The names are `DATASET.METRIC[.policies].png`, where ".policies" marks the heat map by category.
-    Every character other than letters, digits, dots and dashes becomes `_`.
+    Returns the paths of the files. Their names are `DATASET.METRIC[.policies].png`, where ".policies" marks the heat
+    map by category. Every character other than letters, digits, dots and dashes becomes `_`.
     """
     figures: dict[str, Figure | None] = {}
     for dataset in study.datasets:
@@ -53,8 +53,10 @@ def write_comparison_figures(comparison: Comparison, folder: Path) -> list[Path]
 
 
 def _write(figures: Mapping[str, Figure | None], folder: Path, more_keys: tuple[Key, ...] = ()) -> list[Path]:
-    """Writes the figures that are not None and returns their paths; `figures` are by file name, and `more_keys` are
-    added to the legends of line charts."""
+    """Writes the figures that are not None and returns their paths.
+
+    `figures` is {file name: figure}, and `more_keys` are added to the legends of line charts.
+    """
     written = []
     for name, figure in figures.items():
         if figure is not None:

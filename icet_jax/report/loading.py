@@ -9,9 +9,9 @@ from icet_jax.files import JsonObject, parse_json, read_text
 
 PHASES = ("before", "after")
 PARTS = ("formats", "transferred")
-"""Fields of a sweep file that have the metrics of parts of its rows, such as the rows of each attack format."""
+"""Fields of a sweep file that contain metrics of parts of the data set, such as the rows of each attack format."""
 EXPORT_CHECK = "export_check.json"
-_MOST_EXITS = 4096  # limits the size of the page, which has a column or row for each
+_MOST_EXITS = 4096  # limits the size of the page, which has a column or row for each exit
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Run:
 
     Attributes:
       path: the directory.
-      tables: (side, data set) -> a checked `Sweep`. The side is "before", "after" or "difference". The data set is
-        "sweep/NAME" or "utility/NAME", so that both may measure a set of the same name.
+      tables: {(side, data set): checked `Sweep`}. The side is "before", "after" or "difference". The data set is
+        "sweep/NAME" or "utility/NAME", so that sweeps and utility may measure sets of the same name.
       history: rows of `metrics.jsonl`.
       config, data, geometry, cost, organism, agreement, export_check: content of the JSON files of these names; empty
         if the file does not exist.
@@ -43,7 +43,7 @@ def load_runs(run_dir: Path) -> tuple[Run, ...]:
     """Reads the run in `run_dir`, or one run per folder `seed_K/` in it, in the order of K.
 
     Raises:
-      UserError: no such directory, no sweep in it, or a broken file.
+      UserError: there is no such directory, it contains no sweep, or a file is broken.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run directory; give the --workdir of a run")
@@ -56,7 +56,7 @@ def load_runs(run_dir: Path) -> tuple[Run, ...]:
 
 
 def load_run(path: Path) -> Run:
-    """Reads one run directory; for a missing file the field of `Run` is empty.
+    """Reads one run directory; the field of `Run` for a file that is missing is empty.
 
     Raises:
       UserError: a file is broken.
@@ -106,8 +106,9 @@ def read_json(path: Path) -> JsonObject:
 
 
 def read_jsonl(path: Path) -> list[JsonObject]:
-    """Returns the objects of a JSON-lines file; [] if there is no file. A broken last line, which a killed process can
-    leave, is ignored.
+    """Returns the objects of a JSON-lines file; [] if there is no file.
+
+    A broken last line, which a killed process can leave, is ignored.
 
     Raises:
       UserError: the file cannot be read, or another line is broken; the message has the number of the line.

@@ -21,7 +21,7 @@ MemberCurve = tuple[int, Member, Curve]
 
 
 def metric_overlay(comparison: Comparison, dataset: str, metric: str) -> Figure | None:
-    """Returns a metric's figure: panels before and after training, with a line per run; None if no run has values."""
+    """Returns a metric's figure with a panel before and one after training and a line per run; None without values."""
     family, members_with_metric = metric_family(metric), comparison.members_with(dataset, metric)
     curves = {
         phase: [(index, m, m.study.curve(phase, dataset, metric)) for index, m in members_with_metric]
@@ -85,8 +85,10 @@ def _depth_chart(
     min_y_range: tuple[float, float],
     max_y_range: tuple[float, float] = (-math.inf, math.inf),
 ) -> Chart:
-    """Returns a chart of curves over relative depth, whose tooltips show each run's value at its nearest exit; for
-    `show_y` and `detail`, which turn values into text, and the ranges see `Chart`."""
+    """Returns a chart of curves over relative depth, whose tooltips show each run's value at its nearest exit.
+
+    `show_y` is `Chart.show`; the other arguments are the fields of `Chart` with the same name.
+    """
     series = []
     for index, member, curve in curves:
         default = member.study.default_exit

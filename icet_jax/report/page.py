@@ -56,8 +56,10 @@ def build_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
 
 
 def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
-    """Returns the HTML of a run's report. The page names `run_dir`; with `reveal_unsafe` it also contains the responses
-    that a judge called unsafe."""
+    """Returns the HTML of a run's report, which names `run_dir`.
+
+    With `reveal_unsafe`, the page also contains the text of responses that a judge called unsafe.
+    """
     return _document(header.of_study(study, run_dir), [
         Section("safety", "Safety at every exit", measured.safety_of_study(study)),
         Section("categories", "Which requests get through where", categories.of_study(study)),
@@ -97,8 +99,10 @@ def _document(top: Header, sections: Sequence[Section]) -> str:
 
 @lru_cache(maxsize=1)
 def environment() -> Environment:
-    """Returns the environment of the templates. It escapes all text and makes hidden characters visible; only the
-    filter `svg` returns markup."""
+    """Returns the Jinja environment of the templates.
+
+    It escapes all text and makes hidden characters visible; only the filter `svg` returns markup.
+    """
     environment = Environment(
         loader=PackageLoader("icet_jax.report"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Saves small copies of the images that a report shows, so that it needs no file outside the run directory."""
+"""Saves small copies of the images that a report shows, so that the report needs no file outside the run directory."""
 
 import hashlib
 import io
@@ -11,13 +11,13 @@ from icet_jax.files import write_bytes_atomic
 from icet_jax.media.images import open_image
 
 PROMPTS_PER_DATASET = 16
-LARGEST_SIDE = 256  # pixels
+LARGEST_SIDE = 256  # longer side of a picture in pixels
 
 _T = TypeVar("_T")
 
 
 def shown(rows: Sequence[_T]) -> list[_T]:
-    """Returns those of a data set's rows that the report shows: at most `PROMPTS_PER_DATASET`, evenly spaced."""
+    """Returns the rows of a data set that the report shows: at most `PROMPTS_PER_DATASET`, evenly spaced."""
     count = min(len(rows), PROMPTS_PER_DATASET)
     return [rows[index * len(rows) // count] for index in range(count)]
 
@@ -29,13 +29,14 @@ def picture_path(run_dir: Path, dataset: str, row_id: str) -> Path:
 
 
 def save_pictures(run_dir: Path, dataset: str, examples: Sequence[Example]) -> None:
-    """Saves small copies of the images of the rows that the report will show; several images of a row become one
-    picture.
+    """Saves small copies of the images of the rows that the report will show.
+
+    Several images of a row become one picture.
 
     Args:
       run_dir: the run directory.
       dataset: name of the data set, as in `transcripts/*.DATASET.jsonl`.
-      examples: all of its rows, in the sweep's order.
+      examples: all rows of the data set, in the sweep's order.
 
     Raises:
       UserError: an image cannot be opened, or the folder cannot be written to.

@@ -6,11 +6,11 @@
     transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
     seed_K/...                                the same, once per training seed
 
-Every file is optional except one sweep. A share, an accuracy and a toxicity are 0..1; a missing or failed number is
-`null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, where SCORER names the exact model; what
-needs no scorer is `FAMILY` alone (length, empty, truncated). `METRIC_FAMILIES` says how each family is shown. The
-share of rows with an unsafe answer in one of K attempts is `FAMILY@K/SCORER`. Extra keys are ignored. Layers (exits)
-are numbered from 1.
+Every file is optional, but there must be at least one sweep. A share, an accuracy and a toxicity are 0..1; a missing or
+failed number is `null` (JSON's `NaN` is read as null). A metric's name is `FAMILY/SCORER`, where SCORER names the exact
+model, or `FAMILY` alone if it needs no scorer (length, empty, truncated). `METRIC_FAMILIES` says how each family is
+shown. The share of rows with an unsafe answer in one of K attempts is `FAMILY@K/SCORER`. Extra keys are ignored. Layers
+(exits) are numbered from 1.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ SCHEMA = 1
 
 
 class Estimate(TypedDict):
-    """A mean with its 95% interval `ci95`, which is clustered by prompt; absent or None if there is no interval."""
+    """A mean with its 95% interval `ci95`, which is clustered by prompt. `ci95` is absent or None without interval."""
 
     mean: float | None
     ci95: NotRequired[list[float] | None]
@@ -52,11 +52,11 @@ class Group(TypedDict):
 
 
 class FormatMetrics(TypedDict):
-    """Attack and refusal metrics over the rows of one attack format, or over the (un)transferred attacks, of a data
-    set.
+    """Attack and refusal metrics of a part of a data set: the rows of one attack format, or the attacks that were
+    transferred from a language model, or those that were not.
 
-    `layers` has the metrics for each exit; `worst_exit` those of the exit with the most successful attacks; `any_exit`
-    counts a row if an attack succeeds at one or more exits.
+    `layers` has the metrics for each exit, and `worst_exit` those of the exit with the most successful attacks.
+    `any_exit` is the share of rows for which an attack succeeds at one or more exits.
     """
 
     layers: list[Layer]
@@ -101,7 +101,7 @@ class Difference(TypedDict):
 
 
 class Utility(TypedDict):
-    """`utility.json`: for each data set of `config.sweep.utility`, what a sweep file of it would contain.
+    """`utility.json`: for each data set of `config.sweep.utility`, the same content as in a sweep file.
 
     The `layers` may contain the default exit alone. Accuracies are `accuracy/SCORER`, over-refusal `refusal/SCORER`.
     """
@@ -116,13 +116,13 @@ class GeometryLayer(TypedDict):
     """How far the image features of exit l are from those of the default exit; means over `n_images` images."""
 
     layer: int
-    norm_ratio: float | None  # mean token norm at exit l over that at the default exit
+    norm_ratio: float | None  # mean token norm at exit l divided by the mean token norm at the default exit
     cosine: float | None  # mean cosine between the features of the same token at the two exits
     cka: float | None  # linear centred kernel alignment, 0..1
 
 
 class Geometry(TypedDict):
-    """`geometry.json`, which holds before and after: training changes neither image encoder nor projector."""
+    """`geometry.json`, valid before and after training, which changes neither image encoder nor projector."""
 
     schema: int
     exit_definition: str
@@ -157,9 +157,10 @@ class Cost(TypedDict):
 class Data(TypedDict):
     """`data.json`: number of rows of each data set by kind, and what is known about the rows.
 
-    By data set, `left_out` is the number of unusable rows by reason, `too_long` the prompt length in positions of the
-    first 100 rows that are too long by row id, and `prompts_shared_with_train` the number of test prompts that are also
-    training prompts. "exit pairs" is the name of L-DPO's pairs, and `pairs_at_exit` their number by exit.
+    Three fields have an entry for each data set: `left_out` is {reason: number of unusable rows}, `too_long` is {row
+    id: prompt length in positions} of the first 100 rows that are too long, and `prompts_shared_with_train` is the
+    number of test prompts that are also training prompts. L-DPO's pairs are listed as the data set "exit pairs", and
+    `pairs_at_exit` is {exit: number of pairs}.
     """
 
     rows: dict[str, dict[str, int]]
@@ -179,11 +180,11 @@ class JudgePair(TypedDict):
     b: str
     n: int
     kappa: float | None
-    ci95: NotRequired[list[float] | None]  # of kappa
+    ci95: NotRequired[list[float] | None]  # interval of kappa
     agree: float | None  # share of equal verdicts
     a_only: int  # answers that judge a calls unsafe and judge b safe
     b_only: int
-    examples: NotRequired[list[dict[str, Any]]]  # differing rows: id, layer, dataset, phase, unsafe (who says so)
+    examples: NotRequired[list[dict[str, Any]]]  # rows where they differ: id, layer, dataset, phase, unsafe (by whom)
 
 
 class Agreement(TypedDict):
@@ -202,7 +203,7 @@ class DifferentAnswer(TypedDict):
 
 
 class ExportCheck(TypedDict):
-    """`export_check.json`: whether the model loaded from the exported files gives the answers of the sweep again."""
+    """`export_check.json`: whether the model loaded from the exported files gives the same answers as in the sweep."""
 
     schema: int
     folder: str  # folder of the exported files, relative to the run directory
@@ -234,7 +235,7 @@ class Transcript(TypedDict):
     layer: int
     prompt: str
     response: str
-    attempt: NotRequired[int]  # among the responses of a row at an exit; not written for the first, 0
+    attempt: NotRequired[int]  # index of the response among those of its row at its exit; not written for the first, 0
     kind: NotRequired[str]
     scores: NotRequired[dict[str, float | None]]
     labels: NotRequired[dict[str, str | None]]  # the words in which a scorer gave its verdict, by metric

@@ -62,7 +62,7 @@ class Study:
 
     @property
     def first_run(self) -> Run:
-        """The run of the first seed; what has no mean, such as config and transcripts, is taken from it."""
+        """The run of the first seed. Everything that has no mean, such as config and transcripts, is taken from it."""
         return self.runs[0]
 
     @property
@@ -72,7 +72,7 @@ class Study:
         return sorted(names, key=lambda name: (KINDS.index(self.kind(name)), name))
 
     def kind(self, dataset: str) -> str:
-        """Returns the kind of a data set's rows, one of `KINDS`: as its files say, else guessed from its name."""
+        """Returns the kind of a data set's rows, one of `KINDS`: from its files or else guessed from its name."""
         for (_, name), table in self._tables():
             if name == dataset and table.get("kind") in KINDS:
                 return str(table["kind"])
@@ -103,8 +103,10 @@ class Study:
         )
 
     def field(self, name: str, dataset: str | None = None) -> Any:
-        """Returns the field `name`, such as "model", of the first sweep file that has it; None if no file has it. With
-        `dataset`, only that data set's files are searched."""
+        """Returns the field `name`, such as "model", of the first sweep file that has it; None if no file has it.
+
+        With `dataset`, only the files of that data set are searched.
+        """
         for (_, table_dataset), table in self._tables():
             if dataset in (None, table_dataset) and table.get(name) is not None:
                 return table[name]
@@ -131,8 +133,10 @@ class Study:
         return [exit_layer for exit_layer in exits if isinstance(exit_layer, int)] if isinstance(exits, list) else []
 
     def value(self, phase: str, dataset: str, metric: str, layer: int | None) -> Value | None:
-        """Returns the value of a metric at the exit `layer`, where `phase` may be "difference". Returns None if it was
-        not measured or `layer` is None (an unknown default exit)."""
+        """Returns the value of a metric at the exit `layer`; `phase` may be "difference".
+
+        Returns None if the metric was not measured there, or if `layer` is None (an unknown default exit).
+        """
         return self._combine([_at_layer(run, phase, dataset, metric, layer) for run in self.runs])
 
     def seeds(self, phase: str, dataset: str, metric: str, layer: int) -> list[float | None]:
@@ -141,7 +145,7 @@ class Study:
         return [None if value is None else value.mean for value in values]
 
     def group(self, phase: str, dataset: str, metric: str, name: str) -> Value | None:
-        """Returns the mean of a metric over the exits of a group, one of `GROUPS`; None if some were not measured."""
+        """Returns the mean of a metric over the exits of a group in `GROUPS`; None if some exit was not measured."""
         return self._combine([_of_group(run, phase, dataset, metric, name, self.num_exits) for run in self.runs])
 
     def categories(self, dataset: str, metric: str) -> list[str]:
@@ -199,8 +203,10 @@ class Study:
         return [(layer, value) for layer, value in values if value is not None]
 
     def geometry(self, name: str) -> list[tuple[int, Value]]:
-        """Returns (exit, value) of the field `name`, such as "cosine", in the first run's `geometry.json`, for the
-        exits at which it is a number."""
+        """Returns (exit, value) of the field `name`, such as "cosine", in the first run's `geometry.json`.
+
+        Exits without a number are left out.
+        """
         layers = [layer for layer in self.first_run.geometry.get("layers", []) if isinstance(layer, dict)]
         values = [(layer.get("layer"), as_value(layer.get(name))) for layer in layers]
         return [(layer, value) for layer, value in values if isinstance(layer, int) and value is not None]
@@ -208,8 +214,8 @@ class Study:
     def worst(self, phase: str, dataset: str, metric: str) -> ExitValue | None:
         """Returns the exit with the highest mean (the first of equal ones) and its value; None if no exit has a value.
 
-        For one run, the interval is that of the field `worst_exit` if the file has it: it allows for the exit being
-        chosen as the highest.
+        For one run, the interval is taken from the field `worst_exit` if the file has it. That interval takes into
+        account that the exit was chosen as the highest.
         """
         exits = [ExitValue(layer, value) for layer, value in self.curve(phase, dataset, metric)]
         worst = max(exits, key=lambda item: item.value.mean, default=None)
@@ -231,7 +237,7 @@ class Study:
     def any_exit(self, phase: str, dataset: str, metric: str) -> Value | None:
         """Returns the share of rows with an unsafe answer at some exit in some attempt, by the judge of `metric`.
 
-        Returns None if the file lacks it, as files of earlier versions do. `phase` may be "difference".
+        Returns None if a run's file lacks that share, as files of earlier versions do. `phase` may be "difference".
         """
         name = any_exit_metric(metric, self.attempts(dataset))
         return self._combine([_at_any_exit(run, phase, dataset, name) for run in self.runs])
@@ -245,8 +251,11 @@ class Study:
         return None
 
     def judges(self, dataset: str) -> list[str]:
-        """Returns the names of a data set's "asr" metrics, one per judge. `HUMAN` is left out, because people judge
-        only a sample of the rows; the keyword judge is last, because it only detects refusals."""
+        """Returns the names of a data set's "asr" metrics, one per judge.
+
+        `HUMAN` is left out, because people judge only a sample of the rows. The keyword judge is last, because it only
+        detects refusals.
+        """
         names = [name for name in self.metrics(dataset, "asr") if name != HUMAN]
         return sorted(names, key=lambda name: "keyword" in name)
 
@@ -273,8 +282,10 @@ def dataset_name(dataset: str) -> str:
 
 
 def as_value(entry: Any, n: Any = None) -> Value | None:
-    """Returns an `Estimate` or a number of a file as a `Value`; None if it is no finite number. `n` is the number of
-    rows if the entry does not have its own."""
+    """Returns an `Estimate` or a number of a file as a `Value`; None if it is not a finite number.
+
+    `n` is the number of rows to use if the entry itself does not have it.
+    """
     if not isinstance(entry, dict):
         entry = {"mean": entry}
     mean = _finite(entry.get("mean"))
@@ -309,7 +320,7 @@ def _at_layer(run: Run, phase: str, dataset: str, metric: str, layer: int | None
 
 
 def _entry(layers: list[JsonObject], metric: str, layer: int | None) -> Value | None:
-    """Returns a metric at the exit `layer` from the list `layers` of a sweep file; None if it does not have it."""
+    """Returns a metric at the exit `layer` from the list `layers` of a sweep file; None if the list lacks it."""
     for entry in layers:
         if entry["layer"] == layer and metric in entry["metrics"]:
             return as_value(entry["metrics"][metric], entry.get("n"))
@@ -325,8 +336,10 @@ def _of_maximum(table: JsonObject, metric: str) -> tuple[int | None, Value | Non
 
 
 def _at_any_exit(run: Run, phase: str, dataset: str, name: str) -> Value | None:
-    """Returns the "asr_any" metric `name` of one run; None if it was not measured. If `phase` is "difference" and no
-    file has the paired difference, the two shares are subtracted, without an interval."""
+    """Returns the "asr_any" metric `name` of one run; None if it was not measured.
+
+    If `phase` is "difference" and no file has the paired difference, the two shares are subtracted, without interval.
+    """
     value = as_value(_objects(run.tables.get((phase, dataset), {}), "any_exit").get(name))
     if value is None and phase == "difference":
         return _minus(*(_at_any_exit(run, side, dataset, name) for side in PHASES))
@@ -334,7 +347,7 @@ def _at_any_exit(run: Run, phase: str, dataset: str, name: str) -> Value | None:
 
 
 def _objects(table: dict[str, Any], field: str) -> dict[str, Any]:
-    """Returns the object in a field of a sweep file; empty if the field is absent or no object."""
+    """Returns the object in a field of a sweep file; empty if the field is absent or is not an object."""
     objects = table.get(field)
     return objects if isinstance(objects, dict) else {}
 
@@ -356,8 +369,11 @@ def _measures(layers: list[JsonObject], metric: str) -> bool:
 
 
 def _of_group(run: Run, phase: str, dataset: str, metric: str, name: str, num_exits: int) -> Value | None:
-    """Returns a metric's mean over a group of exits in one run: the one in the file, else the mean of its exits'
-    values. Returns None if the file has no mean and some exit of the group was not measured."""
+    """Returns a metric's mean over a group of exits in one run.
+
+    It is the mean in the file or, if there is none, the mean of the values at the group's exits. Returns None if the
+    file has no mean and some exit of the group was not measured.
+    """
     table = run.tables.get((phase, dataset)) or {}
     groups = table.get("groups")
     entry = groups.get(name) if isinstance(groups, dict) else None

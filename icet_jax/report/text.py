@@ -1,6 +1,6 @@
 """Formats numbers and untrusted text for a page.
 
-The templates escape all text, charts use `escape`. Characters that reorder, hide or break text are replaced by their
+The templates escape all text; charts use `escape`. Characters that reorder, hide or break text are replaced by their
 code points, so that a reader sees them.
 """
 

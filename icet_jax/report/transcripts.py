@@ -9,9 +9,9 @@ from icet_jax.report.pictures import picture_path, shown
 from icet_jax.report.study import KINDS, Study, as_value, dataset_name
 from icet_jax.report.text import visible
 
-MAX_TEXT = 2_000  # characters of one response or prompt
-MAX_LABEL = 24  # characters of the word that a scorer answered, such as "unsafe"
-MAX_PICTURE = 300_000  # bytes
+MAX_TEXT = 2_000  # most characters of one response or prompt
+MAX_LABEL = 24  # most characters of a scorer's label, such as "unsafe"
+MAX_PICTURE = 300_000  # most bytes of a picture
 _DEFECTS = ("degenerate", "empty", "truncated")  # metric families that are shown only where the value is above 0
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -23,8 +23,8 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[JsonObject]:
 
     Args:
       study: the run.
-      reveal_unsafe: whether responses that a judge called unsafe keep their text. Otherwise a note on why it was left
-        out replaces their text.
+      reveal_unsafe: whether responses that a judge called unsafe keep their text. Otherwise a note replaces the text
+        and says why it was left out.
 
     Returns:
       One dict per prompt, with `dataset`, `id`, `prompt`, `answer` (the right one), `category`, `format` (of an
@@ -57,7 +57,7 @@ def _prompts(
 ) -> list[JsonObject]:
     """Returns evenly spaced prompts of one data set with their responses, in the form that `collect` describes.
 
-    `rows` has the lines of its transcript files by "before" and "after"; `kind` is the kind of its rows.
+    `rows` is {"before" or "after": lines of the data set's transcript file}; `kind` is the kind of its rows.
     """
     ids = list(dict.fromkeys(str(row["id"]) for side in PHASES for row in rows.get(side, [])))
     shown_ids = dict.fromkeys(shown(ids))
@@ -85,8 +85,11 @@ def _prompts(
 
 
 def _response(row: JsonObject, kind: str, reveal_unsafe: bool) -> JsonObject:
-    """Returns a response with its scores. Unless `reveal_unsafe`, a note replaces its text if a judge called it unsafe,
-    or if no judge gave a verdict on the answer to a forbidden prompt. `kind` holds for a row that has no kind."""
+    """Returns a response with its scores.
+
+    Unless `reveal_unsafe`, a note replaces the text of a response that a judge called unsafe, and of a response to a
+    forbidden prompt on which no judge gave a verdict. `kind` is used for rows that have no kind of their own.
+    """
     raw_scores = row.get("scores")
     if not isinstance(raw_scores, dict):
         raw_scores = {}
@@ -125,14 +128,16 @@ def _truncate(text: str) -> str:
 
 
 def _answer(row: JsonObject, kind: str) -> str | None:
-    """Returns the right answer of a row; None if it has none, or is forbidden and its "answer" must not be given."""
+    """Returns the right answer of a row; None if there is none, or if the row is forbidden and must not be answered."""
     answer = row.get("answer")
     return None if answer is None or (row.get("kind") or kind) == "forbidden" else _truncate(str(answer))
 
 
 def _attack_format(row: JsonObject) -> str | None:
-    """Returns a row's attack format and whether the attack was transferred from a language model; None if the row
-    records neither."""
+    """Returns a text with a row's attack format and whether the attack was transferred from a language model.
+
+    Returns None if the row records neither.
+    """
     parts = [str(row["format"])] if row.get("format") else []
     if isinstance(row.get("transferred"), bool):
         parts.append("transferred from a language model" if row["transferred"] else "not transferred")
@@ -140,7 +145,7 @@ def _attack_format(row: JsonObject) -> str | None:
 
 
 def _picture(path: Path) -> str | None:
-    """Returns the picture in a PNG file as a data URI; None if there is no such file, or a broken or too large one."""
+    """Returns the picture in a PNG file as a data URI; None if the file does not exist, is broken or is too large."""
     if not path.is_file():
         return None
     data = path.read_bytes()

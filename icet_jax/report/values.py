@@ -8,7 +8,7 @@ from icet_jax.report.study import Study, Value
 from icet_jax.report.text import number, percent, points, signed
 
 MAIN_FAMILIES = ("asr", "asr@k", "tr", "ts", "refusal", "refusal_unsafe", "vqa", "accuracy")
-"""Metric families that say how safe or useful a model is; `FORM_FAMILIES` only describe its responses' form."""
+"""Metric families that say how safe or useful a model is; `FORM_FAMILIES` only describe the form of responses."""
 USEFUL_FAMILIES = ("refusal", "refusal_unsafe", "vqa", "accuracy")
 FORM_FAMILIES = ("degenerate", "empty", "truncated", "length")
 ARROW = Span(" → ", "arrow")
@@ -20,8 +20,11 @@ def family_title(metric: str) -> str:
 
 
 def title_on(study: Study, dataset: str, metric: str) -> str:
-    """Returns the title of a chart of a metric on a data set: `family_title`, but "Refusals of safe requests" for the
-    metric family "refusal" on a data set whose rows are of several kinds."""
+    """Returns the title of a chart of a metric on a data set.
+
+    It is `family_title`, except that the family "refusal" has the title "Refusals of safe requests" on a data set whose
+    rows are of several kinds.
+    """
     safe = study.kind(dataset) == "mixed" and metric.startswith("refusal/")
     return family_title(metric) + (" of safe requests" if safe else "")
 
@@ -47,7 +50,7 @@ def difference_text(metric: str, value: Value | None) -> Text:
 
 
 def change_text(metric: str, before: Value | None, after: Value | None) -> Text:
-    """Returns "64.6% → 38.0%" in the colours of the charts; one value if only one is known; "–" if none is."""
+    """Returns "64.6% → 38.0%" in the colours of the charts; one value if only one is known, and "–" without values."""
     sides = (("before", before), ("after", after))
     shown = [Span(show(metric, value.mean), phase) for phase, value in sides if value is not None]
     return (shown[0], ARROW, shown[1]) if len(shown) == 2 else tuple(shown) or text("–")

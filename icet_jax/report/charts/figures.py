@@ -13,8 +13,11 @@ _PRINTED = {1: (640, 330), 2: (500, 300), 3: (360, 260)}
 
 @dataclass(frozen=True)
 class Key:
-    """Holds an entry of a legend: the text `before`, a sample, and the text `label`. The sample has the colour and
-    dash of the `tone` in `marks.TONES`; its `shape` is "dot", "line", "box", or "ramp" from light to dark."""
+    """Holds an entry of a legend, from left to right: the text `before`, a sample, and the text `label`.
+
+    The sample has the colour and dash of the tone named `tone` in `marks.TONES`. Its `shape` is "dot", "line", "box" or
+    "ramp" (from light to dark).
+    """
 
     label: str
     tone: str

@@ -10,18 +10,18 @@ from icet_jax.report.text import number, percent
 
 _MOST_COLUMNS = 60
 _WIDTH, _LEFT, _TOP, _BOTTOM, _ROW = 1080, 46, 6, 24, 18  # pixels of the drawing, its margins and one row
-_LABELS, _GAP, _WIDEST = 216, 26, 34  # pixels for the names of parts, between two panels, of the widest cell
-_LONGEST_NAME = 34  # characters of a part's name
+_LABELS, _GAP, _WIDEST = 216, 26, 34  # pixels for the names of parts, between two panels, and of the widest cell
+_LONGEST_NAME = 34  # largest number of characters of a part's name that are shown
 
 
 def step_map(cells: Mapping[tuple[int, float], float], num_exits: int, title: str) -> tuple[Drawing, float, float]:
     """Returns a heat map of scores by exit and training step, and the range of its values.
 
-    There is one row per exit, exit 1 at the top. Each of the at most 60 columns covers the same number of
-    steps, and a cell shows their mean score. A blank cell is an exit that was not sampled in these steps.
+    There is one row per exit, exit 1 at the top. Each of the at most 60 columns covers the same number of steps, and a
+    cell shows the mean score of these steps. A cell is blank if its exit was not sampled in these steps.
 
     Args:
-      cells: (exit, step) -> score; must not be empty.
+      cells: {(exit, step): score}; must not be empty.
       num_exits: number of rows.
       title: text for screen readers.
 
@@ -102,7 +102,7 @@ def share_map(
 
 
 def _rows_and_interval(value: Value) -> str:
-    """Returns the number of rows and the interval of a share as a line of a tooltip, as far as they are known."""
+    """Returns a line of a tooltip with the number of rows and the interval of a share; what is unknown is left out."""
     rows = f"\n{value.n} rows" if value.n is not None else ""
     if value.low is None or value.high is None:
         return rows

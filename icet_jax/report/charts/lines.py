@@ -13,7 +13,7 @@ _LABEL_WIDTH = 22  # pixels that the label of an exit needs
 
 @dataclass(frozen=True)
 class Point:
-    """Holds one measured point. Its interval, `low` to `high`, is drawn if both are known, a circle if `ring`."""
+    """Holds one measured point. Its interval is drawn if `low` and `high` are known, and a circle if `ring` is set."""
 
     x: Number
     y: float
@@ -30,7 +30,7 @@ class Series:
       label: name in tooltips.
       tone: name in `marks.TONES` that gives colour and dash.
       points: points in ascending order of x.
-      thin: whether it is drawn as a thin line alone (without markers, band and tooltips), as for a single seed.
+      thin: whether only a thin line is drawn (without markers, band and tooltips), as for a single seed.
     """
 
     label: str
@@ -107,8 +107,10 @@ def line_drawing(chart: Chart, width: int, height: int) -> Drawing:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Converts values to pixels. The values at the edges of the plot are `x_low`, `x_high`, `y_low` and `y_high`; a
-    drawing is `width` x `height` pixels."""
+    """Converts values to pixels of a drawing of `width` x `height` pixels.
+
+    `x_low`, `x_high`, `y_low` and `y_high` are the values at the edges of the plot.
+    """
 
     width: int
     height: int

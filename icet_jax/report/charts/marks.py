@@ -42,7 +42,7 @@ COLOURS = {
     "run-7": Colour("#5b6470", "#b3bcc8"),
 }
 MOST_RUNS = 8
-"""Largest number of runs in a chart: there are as many combinations of colour and dash."""
+"""Largest number of runs in a chart, because there are only so many combinations of colour and dash."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Box:
       x, y: upper left corner.
       width, height: size in pixels.
       style: name in `STYLES`, or "hit".
-      tip: text of its tooltip; empty for none.
+      tip: text of the box's tooltip; "" for no tooltip.
       place: (name of the axis, position on it), by which the page's script finds all boxes of an exit or depth.
       opacity: opacity of the fill, 0 to 1; None means that of the style.
     """

@@ -17,9 +17,9 @@ from icet_jax.report.charts.marks import COLOURS, STYLES, TONES, Box, Dot, Label
 _SCALE = 2  # pixels of the file per pixel of a drawing
 _OVERSAMPLING = 2  # the image is drawn larger by this factor and then reduced, which gives smooth edges
 _MARGIN, _CAPTION, _PANEL_TITLE, _LEGEND, _GAP = 18, 40, 20, 26, 22  # in pixels of a drawing, as all lengths here
-_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}  # in Pillow's words
+_ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}  # {anchor of a `Label`: Pillow's name for it}
 _KEY = Style(fill="ink", size=12)
-_SAMPLE_WIDTHS = {"ramp": 92, "box": 26}  # of the sample in a legend by its shape; others have 38
+_SAMPLE_WIDTHS = {"ramp": 92, "box": 26}  # {shape of a legend's sample: its width}; other shapes have 38
 _REPLACED = str.maketrans({"−": "-", "–": "-", "—": "-", "→": ">", "×": "x", "\u2009": " ", "\n": " "})
 
 
@@ -153,14 +153,14 @@ class _Canvas:
 
 
 def _dashed(points: list[tuple[Number, Number]], dash: Sequence[Number]) -> list[list[tuple[Number, Number]]]:
-    """Cuts a line, given by its corners, into dashes; returns the corners of each.
+    """Cuts a line, given by its corners, into dashes, and returns the corners of each dash.
 
     `dash` has the lengths of a dash and of the gap after it, which repeat along the line; it is empty for a solid line.
     """
     if not dash:
         return [points]
     pieces: list[list[tuple[Number, Number]]] = [[points[0]]]
-    element, remaining = 0, dash[0]  # number of the current dash (even) or gap (odd), and its remaining length
+    element, remaining = 0, dash[0]  # index of the current dash (even) or gap (odd), and its remaining length
     for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
         length = ((x2 - x1) ** 2 + (y2 - y1) ** 2) ** 0.5
         covered = 0.0

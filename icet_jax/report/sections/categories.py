@@ -11,8 +11,10 @@ from icet_jax.report.values import change_text
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns, for each data set with categories and each metric family in `MAP_TONES`, the heat map and table of the
-    first scorer, and the heat maps of the other scorers in a collapsed section."""
+    """Returns heat maps by category, for each data set with categories and each metric family in `MAP_TONES`.
+
+    The first scorer has a heat map and a table; the heat maps of the other scorers are in a collapsed section.
+    """
     blocks: list[Block] = []
     for dataset in study.datasets:
         for family in MAP_TONES:
@@ -25,8 +27,10 @@ def of_study(study: Study) -> list[Block]:
 
 
 def _category_table(study: Study, dataset: str, metric: str) -> list[Block]:
-    """Returns the values of a heat map as a collapsed table: each category's mean over exits, and its highest value
-    with the exit of that value."""
+    """Returns the values of a heat map as a collapsed table.
+
+    A row has a category's mean over exits, and its highest value with the exit where it was measured.
+    """
     rows = []
     for category in ordered_categories(study, dataset, metric):
         curves = [study.category_curve(side, dataset, metric, category) for side in PHASES]

@@ -9,8 +9,10 @@ from icet_jax.report.text import duration, number
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a table with a row for each stage of the run (means over seeds) and a line of facts on the machine; an
-    empty list if no run has a cost.json."""
+    """Returns a table with a row for each stage of the run (means over seeds), and a line of facts on the machine.
+
+    Returns [] if no run has a cost.json.
+    """
     costs = [run.cost for run in study.runs if isinstance(run.cost.get("phases"), list)]
     if not costs:
         return []
@@ -30,7 +32,7 @@ def of_study(study: Study) -> list[Block]:
 
 
 def _facts(costs: list[JsonObject]) -> list[str]:
-    """Returns total time, device, versions and peak memory as phrases, as far as cost.json of each seed has them."""
+    """Returns total time, device, versions and peak memory as phrases; what no cost.json contains is left out."""
     total, peak = _mean(costs, "total_seconds"), _mean(costs, "peak_bytes")
     facts = [f"Total: {duration(total)}" if total is not None else "", str(costs[0].get("device") or "")]
     versions = costs[0].get("versions")

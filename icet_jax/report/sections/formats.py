@@ -14,12 +14,15 @@ _NOTE = (
     "Formats are the data set’s own words for how a request is disguised. They need not disguise the same requests, "
     "and a format of few rows tells little."
 )
-_NOTE_INTERVAL = " The interval of a worst exit includes the choice of that exit."  # true for one run, not for seeds
+# Only true for one run: with several seeds, intervals are the range over seeds.
+_NOTE_INTERVAL = " The interval of a worst exit includes the choice of that exit."
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns, for each data set with attack formats, the tables and heat map of the first judge, and those of the
-    other judges in a collapsed section."""
+    """Returns the tables and heat maps of all judges for each data set with attack formats.
+
+    Those of the first judge are shown at once, those of the other judges in a collapsed section.
+    """
     blocks: list[Block] = []
     for dataset in study.datasets:
         by_judge = [_of_judge(study, dataset, metric) for metric in study.judges(dataset)]
@@ -47,8 +50,10 @@ def _of_judge(study: Study, dataset: str, metric: str) -> list[Block]:
 
 
 def _judged_parts(study: Study, dataset: str, metric: str, field: str) -> dict[str, Study]:
-    """Returns the parts of a data set's rows (see `Study.parts`) in which a judge has judged answers, sorted by the
-    mean of `metric` over exits before training, highest first."""
+    """Returns the parts of a data set's rows (see `Study.parts`) in which a judge has judged answers.
+
+    They are sorted by the mean of `metric` over exits before training, highest first.
+    """
     phases = study.phases(dataset)
     parts = list(study.parts(dataset, field).items())[:_MOST_FORMATS]
     means = {name: [_mean(part.curve(phase, dataset, metric)) for phase in phases] for name, part in parts}
@@ -83,8 +88,11 @@ def _has_any_exit(study: Study, dataset: str, metric: str) -> bool:
 
 
 def _cells(part: Study, whole: Study, dataset: str, metric: str) -> list[Text]:
-    """Returns the values of `part` before and after training, as columns of `whole`: at the worst exit, at any exit (if
-    `whole` has it) and at the default exit (if it is known)."""
+    """Returns the values of `part` before and after training: at the worst exit, at any exit and at the default exit.
+
+    They fill the columns of the table for `whole`, the whole data set. The column for any exit is left out if `whole`
+    has no such value, the column for the default exit if that exit is unknown.
+    """
     phases = whole.phases(dataset)
     cells = [worst_text(part, phase, dataset, metric) for phase in phases]
     if _has_any_exit(whole, dataset, metric):
@@ -95,7 +103,7 @@ def _cells(part: Study, whole: Study, dataset: str, metric: str) -> list[Text]:
 
 
 def _count(part: Study, dataset: str, metric: str) -> Text:
-    """Returns the largest number of rows that a judge has judged at an exit, as text; "–" if it is unknown."""
+    """Returns the number of rows that a judge has judged, the largest of all exits, as text; "–" if it is unknown."""
     counts = [value.n or 0 for phase in part.phases(dataset) for _, value in part.curve(phase, dataset, metric)]
     return text(str(max(counts, default=0) or "–"))
 

@@ -13,8 +13,10 @@ from icet_jax.report.verdict import Headline, make_headline
 
 
 def of_study(study: Study, run_dir: Path) -> Header:
-    """Returns the top of a run's report: headline, caveats, most important values and, for the embedded test model,
-    what was planted in it."""
+    """Returns the top of a run's report: headline, caveats and most important values.
+
+    For an organism (the embedded test model) it also says what was planted in the model.
+    """
     headline = make_headline(study)
     facts = [
         str(study.field("model") or ""),
@@ -37,7 +39,7 @@ def of_study(study: Study, run_dir: Path) -> Header:
 
 
 def of_comparison(comparison: Comparison) -> Header:
-    """Returns the top of a comparison: headline, and other reasons than the models why the runs' values may differ."""
+    """Returns the top of a comparison: the headline, and reasons besides the models why values may differ."""
     blocks: list[Block] = []
     if comparison.headline:
         dataset, judge = comparison.headline
@@ -71,8 +73,10 @@ def sentence(comparison: Comparison) -> str:
 
 
 def _any_exits(comparison: Comparison, dataset: str, judge: str, phase: str) -> str:
-    """Returns a phrase with the range over runs of the share of prompts with an unsafe answer at any exit; "" if a run
-    that was measured on this side does not have that share."""
+    """Returns a phrase with the smallest and largest share of prompts with an unsafe answer at any exit, over all runs.
+
+    Returns "" if a run that was measured on this side does not have that share.
+    """
     studies = [m.study for _, m in comparison.members_with(dataset, judge) if m.study.worst(phase, dataset, judge)]
     values = [study.any_exit(phase, dataset, judge) for study in studies]
     shares = [value.mean for value in values if value is not None]
@@ -87,8 +91,10 @@ def _caveat(words: str) -> Paragraph:
 
 
 def _intervals(study: Study, headline: Headline) -> str:
-    """Returns a sentence with the intervals of the ASR at the worst exit and at any exit, after training if that was
-    measured, else before; "" if both are unknown."""
+    """Returns a sentence with the intervals of the ASR at the worst exit and at any exit; "" if both are unknown.
+
+    They are those after training or, if that was not measured, before it.
+    """
     phase = study.phases(headline.dataset)[-1]
     worst = study.worst(phase, headline.dataset, headline.judge)
     values = {
@@ -104,8 +110,10 @@ def _intervals(study: Study, headline: Headline) -> str:
 
 
 def _export(study: Study) -> list[Block]:
-    """Returns a paragraph on how many measured answers the model loaded from the exported files gave again; an empty
-    list if no run has an export_check.json."""
+    """Returns a paragraph that says how many answers the exported model gives as they were measured.
+
+    Returns [] if no run has an export_check.json.
+    """
     checks = [run.export_check for run in study.runs if run.export_check]
     if not checks:
         return []
@@ -121,8 +129,11 @@ def _export(study: Study) -> list[Block]:
 
 
 def _tiles(study: Study) -> list[Block]:
-    """Returns the most important values, before → after: ASR at the worst exit, at any exit, on average over exits and
-    at the default exit; refusals and accuracies at the default exit."""
+    """Returns the most important values, before → after.
+
+    They are the ASR at the worst exit, at any exit, on average over exits and at the default exit, and refusals and
+    accuracies at the default exit.
+    """
     tiles: list[Tile] = []
     default = study.default_exit
     for dataset in study.of_kind("forbidden", "mixed")[:1]:
@@ -192,8 +203,10 @@ def _organism(study: Study) -> list[Block]:
 
 
 def _open_unplanted(study: Study) -> list[Text]:
-    """Returns a sentence on exits where, by the first judge, half of the answers or more are unsafe before training
-    although nothing was planted there; an empty list if there are none."""
+    """Returns a sentence on exits with many unsafe answers before training although nothing was planted there.
+
+    These are the exits where the first judge calls half of the answers or more unsafe. Returns [] if there are none.
+    """
     for dataset in study.of_kind("forbidden", "mixed"):
         for judge in study.judges(dataset)[:1]:
             expected = {*study.planted, study.default_exit}
@@ -237,7 +250,7 @@ def _unusable_answers(comparison: Comparison) -> list[str]:
 
 
 def _cautions(comparison: Comparison) -> list[str]:
-    """Returns sentences on other reasons than the models why values of the same metric may differ between runs."""
+    """Returns sentences on reasons besides the models why values of the same metric may differ between runs."""
     cautions = [
         f"{names} {'is not the same set' if is_one_set else 'are not the same sets'} in all runs ({listed})."
         for names, is_one_set, listed in _listed(comparison.differing_sources())
@@ -254,9 +267,10 @@ def _cautions(comparison: Comparison) -> list[str]:
 
 
 def _listed(differing: Mapping[str, Mapping[str, list[str]]]) -> list[tuple[str, bool, str]]:
-    """Groups the data sets in `differing`, which is {data set: {value: names of runs}}, by equal values and runs.
+    """Groups data sets for which the runs have the same values.
 
-    Returns (names of the group's data sets, whether it is only one, "runs: value; runs: value") for each group.
+    `differing` is {data set: {value: names of runs}}. Returns for each group (names of the data sets, whether it is
+    only one, "runs: value; runs: value").
     """
     datasets_by_text: dict[str, list[str]] = {}
     for dataset, values in differing.items():

@@ -26,8 +26,10 @@ def of_study(study: Study) -> list[Block]:
 
 
 def _scorers(study: Study) -> list[Block]:
-    """Returns a table of the number of responses with and without a score, with a row for each metric that a scorer
-    computes, over all data sets, exits and seeds."""
+    """Returns a table of the number of responses with and without a score, over all data sets, exits and seeds.
+
+    There is a row for each metric that a scorer computes.
+    """
     counts: dict[str, dict[str, list[tuple[int, int]]]] = {}
     for dataset in study.datasets:
         for metric in study.metrics(dataset):
@@ -48,13 +50,15 @@ def _scorers(study: Study) -> list[Block]:
 
 
 def _arrow(sides: Sequence[Sequence[int]], index: int) -> str:
-    """Returns "280 → 283", the counts before and after; one count if only one side was measured. `sides` has (scored,
-    unscored) before and after training, and `index` says which of the two counts is meant."""
+    """Returns a count before and after training, such as "280 → 283"; one number if only one side was measured.
+
+    `sides` has (scored, unscored) responses for each measured side, and `index` chooses one of these two counts.
+    """
     return " → ".join(_count(side[index]) for side in sides if any(side))
 
 
 def _judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, int]:
-    """Returns the numbers of responses with and without a score of a metric, over all exits and seeds."""
+    """Returns how many responses have a score of a metric and how many have none, over all exits and seeds."""
     judged = failed = 0
     for run in study.runs:
         table = run.tables.get((phase, dataset))

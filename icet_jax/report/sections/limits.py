@@ -1,4 +1,4 @@
-"""The section on limits: what the measured values cannot show, as far as it follows from the files of the runs."""
+"""The section on limits: what the measured values cannot show, according to the files of the runs."""
 
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Bullets, Text, code, joined, note, text
@@ -101,8 +101,10 @@ def _of_any_exit(study: Study) -> list[Text]:
 
 
 def _of_intervals(study: Study) -> list[Text]:
-    """Returns sentences on which sources of variation the intervals include, and a warning that the reward model's
-    score is what training optimised."""
+    """Returns sentences on which sources of variation the intervals include.
+
+    If the sweeps have the reward model's score, a further sentence warns that training optimised it.
+    """
     if study.has_several_seeds:
         words = (
             f"Bands and ranges are the smallest and largest of {len(study.runs)} training seeds, not "

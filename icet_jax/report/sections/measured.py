@@ -15,8 +15,10 @@ _SAFETY_KINDS = ("forbidden", "mixed")
 
 
 def safety_of_study(study: Study) -> list[Block]:
-    """Returns, for each data set with forbidden requests, a large chart of the first judge's ASR and small charts of
-    the other metrics; and then collapsed tables of all values."""
+    """Returns charts for each data set with forbidden requests, then collapsed tables of all values.
+
+    The first judge's ASR has a large chart, the other metrics small ones.
+    """
     blocks: list[Block] = []
     datasets = study.of_kind(*_SAFETY_KINDS)
     for dataset in datasets:
@@ -33,8 +35,10 @@ def safety_of_study(study: Study) -> list[Block]:
 
 
 def utility_of_study(study: Study) -> list[Block]:
-    """Returns for benign, mixed and VQA data sets: a table at the default exit, charts of refusals and accuracies over
-    exits, and collapsed tables of all values."""
+    """Returns a table, charts and collapsed tables of all values, for benign, mixed and VQA data sets.
+
+    The table has the values at the default exit; the charts show refusals and accuracies over exits.
+    """
     datasets = [dataset for dataset in study.of_kind("mixed", "benign", "vqa") if _metrics_to_show(study, dataset)]
     blocks = _default_table(study, datasets)
     for dataset in datasets:
@@ -79,8 +83,10 @@ def _figure(study: Study, dataset: str, metric: str) -> Figure | None:
 
 
 def _default_table(study: Study, datasets: list[str]) -> list[Block]:
-    """Returns a table with a row for each main metric of each data set: its values at the default exit before and after
-    training, and their difference."""
+    """Returns a table with a row for each main metric of each data set.
+
+    A row has the metric's values at the default exit before and after training, and their difference.
+    """
     rows = []
     columns = (*PHASES, "difference")
     for dataset in datasets:
@@ -95,15 +101,19 @@ def _default_table(study: Study, datasets: list[str]) -> list[Block]:
 
 
 def _metrics_to_show(study: Study, dataset: str) -> list[str]:
-    """Returns the metrics of a data set, refusals and accuracies first; of a mixed data set only these, because
-    `safety_of_study` shows its other metrics."""
+    """Returns the metrics of a data set, refusals and accuracies first.
+
+    Of a mixed data set, only refusals and accuracies are returned, because `safety_of_study` shows its other metrics.
+    """
     names = sorted(study.metrics(dataset), key=lambda name: family_of(name) not in USEFUL_FAMILIES)
     return [name for name in names if study.kind(dataset) != "mixed" or family_of(name) in USEFUL_FAMILIES]
 
 
 def _overlays(comparison: Comparison, dataset: str) -> list[Block]:
-    """Returns charts of every shared metric of a data set; those on the form of the responses (empty,
-    truncated, degenerate) are in a collapsed section."""
+    """Returns charts of every metric of a data set that runs share.
+
+    Charts of metrics of the responses' form (empty, truncated, degenerate) are in a collapsed section.
+    """
     main: list[Block] = []
     form: list[Block] = []
     for metric in comparison.metrics(dataset):

@@ -47,7 +47,9 @@ def _attack_rows_of_member(
     member: Member, name: Span, dataset: str, metric: str, phases: Sequence[str]
 ) -> list[list[Text]]:  # fmt: skip
     """Returns the rows "Worst exit" and "Any exit" of one run for the table of all runs; `name` is the run's name.
-    Returns no rows if the metric is not an attack success rate."""
+
+    Returns no rows if the metric is not an attack success rate.
+    """
     rows = _attack_rows(member.study, dataset, metric, phases)
     return [[text(name), what, text(), *cells[: len(phases)]] for what, *cells in rows]
 
@@ -87,8 +89,10 @@ def _metric_table(study: Study, dataset: str, metric: str) -> list[Block]:
 
 
 def _attack_rows(study: Study, dataset: str, metric: str, columns: Sequence[str]) -> list[list[Text]]:
-    """Returns the rows "Worst exit" and "Any exit" (the share of prompts with an unsafe answer at one or more exits);
-    no rows if the metric is not an attack success rate."""
+    """Returns the rows "Worst exit" and "Any exit" (the share of prompts with an unsafe answer at one or more exits).
+
+    Returns no rows if the metric is not an attack success rate.
+    """
     if family_of(metric) not in ("asr", "asr@k"):
         return []
     worst = [worst_text(study, phase, dataset, metric) for phase in columns if phase != "difference"]

@@ -47,8 +47,10 @@ _MODEL = re.compile(r"llava-(v)?1\.5-7b(-hf)?")
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a table for each of the paper's test sets that the run measured, with the paper's values and the run's;
-    an empty list for another model than the paper's."""
+    """Returns a table for each of the paper's test sets that the run measured, with the paper's values and the run's.
+
+    Returns [] for another model than the paper's.
+    """
     if not _is_papers_model(study):
         return []
     sets = [(dataset, name) for dataset in study.datasets if (name := papers_name(study, dataset)) is not None]
@@ -58,7 +60,7 @@ def of_study(study: Study) -> list[Block]:
 
 
 def papers_name(study: Study, dataset: str) -> str | None:
-    """Returns which of the paper's test sets a data set is, judged by its source in config.json; None if it is none.
+    """Returns which of the paper's test sets a data set is, by its source in config.json; None for other data sets.
 
     The paper's Custom Prompts are not public. A user's own file takes their place if its data set has "custom" in its
     name.
@@ -88,8 +90,10 @@ def _is_papers_model(study: Study) -> bool:
 
 
 def _table(study: Study, dataset: str, name: str) -> list[Block]:
-    """Returns the table of one data set, called `name` in the paper, with a row per group of exits and columns of the
-    paper's and the run's values."""
+    """Returns the table of one data set, which the paper calls `name`.
+
+    It has a row per group of exits, and columns of the paper's and the run's values.
+    """
     head, columns = [text("Exits")], []
     for index, (family, title) in enumerate(NAMES.items()):
         head.append(text(f"{title} ", Span("paper", "b")))
@@ -116,7 +120,10 @@ def _main_metrics(study: Study, dataset: str, family: str) -> list[str]:
 
 
 def _notes(study: Study, sets: list[tuple[str, str]]) -> list[Text]:
-    """Returns why the columns are not the same measurement; `sets` are (data set, the paper's name of it)."""
+    """Returns reasons why the paper's and the run's columns are different measurements.
+
+    `sets` has (data set, the paper's name of it).
+    """
     notes = [
         text(
             "The paper’s judges are Llama Guard (of a version it does not name in its main text), the Perspective API "
@@ -144,7 +151,7 @@ def _notes(study: Study, sets: list[tuple[str, str]]) -> list[Text]:
 
 
 def _section(config: JsonObject, *names: str) -> JsonObject:
-    """Returns the section of config.json that the `names` lead to; empty if it does not exist."""
+    """Returns the section of config.json at the path `names`; empty if it does not exist."""
     for name in names:
         inner = config.get(name)
         config = inner if isinstance(inner, dict) else {}

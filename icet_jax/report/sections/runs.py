@@ -35,8 +35,10 @@ def of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def _worst(comparison: Comparison, member: Member) -> Text:
-    """Returns a run's ASR at its worst exit and the number of that exit, before → after, by the judge of the headline;
-    "–" if the runs share no judge."""
+    """Returns a run's ASR at its worst exit and the number of that exit, before → after, by the judge of the headline.
+
+    Returns "–" if the runs share no judge.
+    """
     if comparison.headline is None:
         return text("–")
     dataset, judge = comparison.headline
@@ -47,8 +49,10 @@ def _worst(comparison: Comparison, member: Member) -> Text:
 
 
 def _any_exit(comparison: Comparison, member: Member) -> Text:
-    """Returns a run's share of prompts with an unsafe answer at one or more exits, before → after, by the judge of the
-    headline; "–" if it was not measured."""
+    """Returns a run's share of prompts with an unsafe answer at one or more exits, before → after.
+
+    The judge is that of the headline. Returns "–" if the share was not measured.
+    """
     if comparison.headline is None:
         return text("–")
     dataset, judge = comparison.headline

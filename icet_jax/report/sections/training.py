@@ -26,7 +26,7 @@ _MAIN_CURVES = {
 }
 _MIXED_SCORES = ("scores", "score", "reward")  # names in earlier versions, which had one mean over all kinds of rows
 _EXIT_SCORE = re.compile(rf"exit/\d+/(scores/(?:{'|'.join(KINDS)})|{'|'.join(_MIXED_SCORES)})")
-_MAX_POINTS = 200  # of a training curve
+_MAX_POINTS = 200  # largest number of points of a training curve
 _REWARDS = {"exact_match": "exact match with the training answers", "none": "nothing"}
 
 
@@ -54,8 +54,10 @@ def config_of_study(study: Study) -> list[Block]:
 
 
 def _description(study: Study) -> list[Block]:
-    """Returns a paragraph on the algorithm, how exits were sampled, and what rewards each kind of row; [] if the run
-    did not measure a trained model."""
+    """Returns a paragraph on the algorithm, how exits were sampled, and what rewarded each kind of row.
+
+    Returns [] if the run did not measure a trained model.
+    """
     config = study.first_run.config
     settings = config.get(str(config.get("algorithm")))
     if not isinstance(settings, dict) or not any("after" in study.phases(dataset) for dataset in study.datasets):
@@ -74,8 +76,10 @@ def _description(study: Study) -> list[Block]:
 
 
 def _curve(study: Study, name: str, title: str) -> Figure | None:
-    """Returns the figure of the metric `name` over training steps: the mean over seeds, and a thin line per seed if
-    there are several; None if no row of metrics.jsonl has the metric."""
+    """Returns the figure of the metric `name` over training steps; None if no row of metrics.jsonl has the metric.
+
+    It shows the mean over seeds and, if there are several, a thin line per seed.
+    """
     points_by_run = [_points(run.history, name) for run in study.runs]
     series = [
         Series("", "plain", _thin_out(points), thin=True)
@@ -102,7 +106,10 @@ def _points(history: list[JsonObject], name: str) -> list[Point]:
 
 
 def _thin_out(points: list[Point]) -> list[Point]:
-    """Returns at most `_MAX_POINTS` points, each the mean of equally many neighbouring points (the last of fewer)."""
+    """Returns at most `_MAX_POINTS` points, each the mean of the same number of consecutive points.
+
+    The last one may be the mean of fewer points.
+    """
     size = -(-len(points) // _MAX_POINTS)
     if size <= 1:
         return points

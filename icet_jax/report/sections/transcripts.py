@@ -7,8 +7,10 @@ from icet_jax.report.transcripts import collect
 
 
 def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
-    """Returns the viewer of responses; [] if there are no transcripts. It includes the text of responses that a judge
-    called unsafe only if `reveal_unsafe`."""
+    """Returns the viewer of responses; [] if there are no transcripts.
+
+    Only with `reveal_unsafe`, it includes the text of responses that a judge called unsafe.
+    """
     prompts = collect(study, reveal_unsafe=reveal_unsafe)
     if not prompts:
         return []
