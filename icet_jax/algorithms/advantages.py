@@ -102,7 +102,7 @@ def whiten_cells(
     Statistics of few rows are uncertain. Where an exit and kind together have fewer than `min_rows` rows, the
     statistics of the kind over all exits are used instead, and where the kind too has fewer, those of all rows.
 
-    Source: this package; the paper whitens over all rows.
+    Source: this package. TRL's PPO whitens over the whole rollout, as `whiten` does.
 
     Args:
       x: values; entries outside the mask may be anything, NaN included.

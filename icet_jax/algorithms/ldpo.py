@@ -1,5 +1,7 @@
 """L-DPO: direct preference optimisation at exits, which prefers the model's own answers at its default exit.
 
+The paper has no such algorithm.
+
 The pairs are created once, before the first iteration (`runs.pairs`, `evaluation.harvest`): the model before training
 answers the prompts of the run's batches at its default exit and at the exits of the schedule of `config.ldpo.exits`.
 

@@ -113,7 +113,7 @@ def _prepare(
     """
     # 7. log pi_old, V and log pi_ref of every token, at the row's exit; r normalised, clipped, less the EOS penalty.
     evaluated = evaluate_rollout(graphdef, settings, params, trainable, controls, rollout, rows, columns)
-    rollout, old, mask = evaluated.rollout, evaluated.old, evaluated.mask
+    cut_rollout, old, mask = evaluated.rollout, evaluated.old, evaluated.mask
 
     # 8. R_t = -eta KL_t + [t is the last token] r(x, y).
     reward = rewards.token_rewards(evaluated.shaped, evaluated.kl, mask, kl_coef=controls.kl_coef)
@@ -124,14 +124,16 @@ def _prepare(
     advantages, returns = gae(reward, old.values, mask, gamma=settings.gamma, lam=settings.lam)
 
     batch = TrainBatch(
-        prompts=rollout.prompts,
-        prompt_mask=rollout.prompt_mask,
-        visual=rollout.visual,
-        responses=rollout.tokens,
+        prompts=cut_rollout.prompts,
+        prompt_mask=cut_rollout.prompt_mask,
+        visual=cut_rollout.visual,
+        responses=cut_rollout.tokens,
         mask=mask & evaluated.stable,
         old_log_probs=old.log_probs,
         old_values=old.values,
-        advantages=_whitened(settings, advantages, mask, rollout.exits, rows, nnx.merge(graphdef, params).num_exits),
+        advantages=_whitened(
+            settings, advantages, mask, cut_rollout.exits, rows, nnx.merge(graphdef, params).num_exits
+        ),
         returns=returns,
         anchor_hidden=evaluated.anchor_hidden,
     )

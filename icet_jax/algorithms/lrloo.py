@@ -115,7 +115,7 @@ def _prepare(
     """
     # 7. log pi_old and log pi_ref of every token, at the row's exit; r normalised, clipped, less the EOS penalty.
     evaluated = evaluate_rollout(graphdef, settings, params, trainable, controls, rollout, rows, columns)
-    rollout, mask = evaluated.rollout, evaluated.mask
+    cut_rollout, mask = evaluated.rollout, evaluated.mask
 
     # 8 and 9. R_i and A_i; the KL is a part of the reward (rloo) or a term of the loss (grpo).
     reward, in_loss = evaluated.shaped, advantage == "grpo"
@@ -123,10 +123,10 @@ def _prepare(
         reward = jnp.sum(rewards.token_rewards(reward, evaluated.kl, mask, kl_coef=controls.kl_coef), axis=1)
     advantages, compared = group_advantages(reward, evaluated.scored, group_size=group_size, scaled=in_loss)
     batch = GroupBatch(
-        prompts=rollout.prompts,
-        prompt_mask=rollout.prompt_mask,
-        visual=rollout.visual,
-        responses=rollout.tokens,
+        prompts=cut_rollout.prompts,
+        prompt_mask=cut_rollout.prompt_mask,
+        visual=cut_rollout.visual,
+        responses=cut_rollout.tokens,
         mask=mask & compared[:, None] & evaluated.stable,
         old_log_probs=evaluated.old.log_probs,
         advantages=advantages,

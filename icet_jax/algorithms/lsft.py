@@ -1,6 +1,6 @@
-"""L-SFT, an ablation of L-PPO: supervised learning of given answers at drawn exits, with the same number of updates.
+"""L-SFT, an ablation of L-PPO: supervised learning of given answers at drawn exits.
 
-It corresponds to the SFT that the paper compares with.
+The paper has no such algorithm; it compares with SFT.
 
 One iteration, step by step:
 

@@ -143,23 +143,23 @@ def sample_responses(
     """
     policy, lora = (params, None) if by_reference else with_policy(params, state.trainable, settings.lora_scale)
     model = nnx.merge(graphdef, policy)
-    exit_choices = (exits, jnp.full_like(exits, model.default_exit)) if anchored else (exits,)
-    visual, anchor_visual = [*_visuals(model, images, *exit_choices), None][:2]
+    if anchored:
+        visual, anchor_visual = _visuals(model, images, exits, jnp.full_like(exits, model.default_exit))
+    else:
+        (visual,), anchor_visual = _visuals(model, images, exits), None
     iteration_key = jax.random.fold_in(run_key, state.iteration)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(iteration_key, jnp.arange(tokens.shape[0] * group_size))
     out = generate(model, tokens, mask, anchor_visual if by_reference else visual, row_keys, settings.sampling, lora)
-    prompts = (tokens, mask, visual, exits, anchor_visual)
-    tokens, mask, visual, exits, anchor_visual = repeat_rows(prompts, group_size)
+    per_prompt = {
+        "prompts": tokens,
+        "prompt_mask": mask,
+        "visual": visual,
+        "exits": exits,
+        "anchor_visual": anchor_visual,
+    }
     return Rollout(
-        prompts=tokens,
-        prompt_mask=mask,
-        visual=visual,
-        exits=exits,
-        tokens=out.tokens,
-        log_probs=out.log_probs,
-        mask=out.mask,
-        anchor_visual=anchor_visual,
-    )
+        tokens=out.tokens, log_probs=out.log_probs, mask=out.mask, **repeat_rows(per_prompt, group_size)
+    )  # fmt: skip
 
 
 def cut_columns(rollout: Rollout, columns: int | None) -> Rollout:

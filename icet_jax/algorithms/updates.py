@@ -158,9 +158,9 @@ def optimise(
         loss, stats, grads = gradients(loss_function, trainable, batch, row_tokens, slices)
         norm = optax.tree.norm(grads)
         stats = stats | {"loss": loss, "grad_norm": norm}
-        bad = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
-        far = stats["approxkl"] > target_kl if target_kl else jnp.zeros((), bool)
-        far |= stats["ratio_max"] > max_ratio if max_ratio else False
+        is_nonfinite = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
+        exceeds_limit = stats["approxkl"] > target_kl if target_kl else jnp.zeros((), bool)
+        exceeds_limit |= stats["ratio_max"] > max_ratio if max_ratio else False
 
         def apply(_: Any) -> Any:
             updates, new_opt_state = optimizer.update(grads, opt_state, trainable)
@@ -168,12 +168,14 @@ def optimise(
                 updates = jax.tree.map(lambda update: scale * update, updates)
             return optax.apply_updates(trainable, updates), new_opt_state
 
-        good = ~bad & ~far & (jnp.sum(_tokens(row_tokens, slices)) > 0)
-        trainable, opt_state = jax.lax.cond(good, apply, lambda _: (trainable, opt_state), None)
-        return (trainable, opt_state, applied + good, stopped | (far & ~bad), nonfinite | bad), stats
+        is_applied = ~is_nonfinite & ~exceeds_limit & (jnp.sum(_tokens(row_tokens, slices)) > 0)
+        trainable, opt_state = jax.lax.cond(is_applied, apply, lambda _: (trainable, opt_state), None)
+        stopped, nonfinite = stopped | (exceeds_limit & ~is_nonfinite), nonfinite | is_nonfinite
+        return (trainable, opt_state, applied + is_applied, stopped, nonfinite), stats
 
     def step(carry: Any, slices: Array) -> tuple[Any, Any]:
-        halted = carry[3] | carry[4]
+        *_, stopped, nonfinite = carry
+        halted = stopped | nonfinite
         shapes = jax.eval_shape(evaluate, carry, slices)[1]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         carry, stats = jax.lax.cond(halted, lambda c: (c, zeros), lambda c: evaluate(c, slices), carry)

@@ -41,7 +41,10 @@ class Peak(NamedTuple):
 
 
 def device_peak(devices: Sequence[Any], dtype: str) -> Peak:
-    """Returns the peak speed of devices of one kind: the published one for bfloat16, otherwise measured in `dtype`."""
+    """Returns the peak speed of devices of one kind.
+
+    It is the chip's published speed for bfloat16 or, for an unknown chip, a speed that is measured in `dtype`.
+    """
     kind, count = devices[0].device_kind, len(devices)
     chip = topology.chip_of(kind)
     if chip is not None and chip.flops is not None:

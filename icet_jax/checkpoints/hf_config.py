@@ -171,7 +171,7 @@ def drop_new_keys(values: JsonObject) -> None:
 
 
 def gpt2_to_hf(config: GPT2Config, source: JsonObject | None, dtype: str) -> JsonObject:
-    """Returns the `config.json` of a GPT-2 reward model with the old keys.
+    """Returns the `config.json` of a GPT-2 reward model with the old keys (see the module's docstring).
 
     It always has a `pad_token_id`, which transformers needs for padded batches.
 

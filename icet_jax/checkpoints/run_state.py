@@ -354,6 +354,7 @@ def _checksum(array: ArrayLike, xp: Any) -> Any:
         offsets = xp.arange(bits.shape[axis], dtype=np.uint32) * np.uint32(stride % 2**32)
         index = index + offsets.reshape([-1 if other == axis else 1 for other in range(bits.ndim)])
         stride *= bits.shape[axis]
+    # 2^32 / golden ratio spreads the weights of neighbouring elements; odd weights keep every change of a single one.
     odd_weights = index * np.uint32(2 * 0x9E3779B1 % 2**32) + np.uint32(1)
     return xp.sum((bits ^ index) * odd_weights, dtype=np.uint32)
 

@@ -97,7 +97,7 @@ def deberta_from_hf(values: JsonObject, where: str = "config.json") -> DebertaCo
       where: name of the file in error messages.
 
     Raises:
-      UserError: there are several labels, or a value would need a different network. The values of DeBERTa-v2 do.
+      UserError: there are several labels, or a value would need a different network (as a DeBERTa-v2's values would).
     """
     fields = Fields(values, _DEBERTA_DEFAULTS, where)
     require_one_label(fields)

@@ -117,14 +117,14 @@ def _summarise_again(folder: Path) -> None:
     rows: dict[tuple[str, str], list[Row]] = {}
     for side, dataset, path in finished_sweeps(folder):
         rows[side, dataset] = read_transcript(path)
-        table = folder / "sweeps" / f"{side}.{dataset}.json"
-        content = read_json(table)
+        sweep_file = folder / "sweeps" / f"{side}.{dataset}.json"
+        content = read_json(sweep_file)
         exits = [layer["layer"] for layer in content["layers"]]
-        _write(table, content | summarise(rows[side, dataset], exits, content["num_exits"]))
-        table = folder / "sweeps" / f"difference.{dataset}.json"
-        if side == "after" and table.exists():
-            both = rows["before", dataset], rows["after", dataset]
-            _write(table, read_json(table) | difference(*both, exits, content["num_exits"]))
+        _write(sweep_file, content | summarise(rows[side, dataset], exits, content["num_exits"]))
+        difference_file = folder / "sweeps" / f"difference.{dataset}.json"
+        if side == "after" and difference_file.exists():
+            sides = rows["before", dataset], rows["after", dataset]
+            _write(difference_file, read_json(difference_file) | difference(*sides, exits, content["num_exits"]))
 
 
 def _print_labels(unsafe: Mapping[str, bool], dropped: Counter[str], path: Path) -> None:

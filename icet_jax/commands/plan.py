@@ -252,7 +252,7 @@ def table(lines: list[PlanLine], topology: topologies.Topology) -> str:
         )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     return "\n".join(
-        "  ".join(cell.ljust(width) if column in (0, 12) else cell.rjust(width)
+        "  ".join(cell.ljust(width) if column in (0, len(_HEADER) - 1) else cell.rjust(width)
                   for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
         for row in rows
     )  # fmt: skip

@@ -84,8 +84,8 @@ def generate(
       lora: adapters of the decoder; None means the reference model.
     """
     prompts = (*prefill(model, tokens, mask, visual, lora), mask)
-    logits, cache, mask = repeat_rows(prompts, row_keys.shape[0] // tokens.shape[0])
-    return continue_from(model, logits, cache, mask, row_keys, sampling, lora)
+    logits, cache, repeated_mask = repeat_rows(prompts, row_keys.shape[0] // tokens.shape[0])
+    return continue_from(model, logits, cache, repeated_mask, row_keys, sampling, lora)
 
 
 def repeat_rows(tree: Any, count: int) -> Any:
@@ -198,6 +198,6 @@ def _pad_right(tokens: Int[Array, "B P"], mask: Bool[Array, "B P"]) -> tuple[Arr
     columns = jnp.arange(mask.shape[1])
     length = mask.sum(axis=1, keepdims=True)
     source_columns = jnp.argmax(mask, axis=1)[:, None] + columns
-    tokens = jnp.take_along_axis(tokens, jnp.minimum(source_columns, mask.shape[1] - 1), axis=1)
-    mask = columns < length
-    return jnp.where(mask, tokens, 0), mask
+    moved_tokens = jnp.take_along_axis(tokens, jnp.minimum(source_columns, mask.shape[1] - 1), axis=1)
+    moved_mask = columns < length
+    return jnp.where(moved_mask, moved_tokens, 0), moved_mask

@@ -39,6 +39,7 @@ MAX_ASPECT_RATIO = 500
 
 _SIZED_BY_HEADER = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112  # EXIF's tag for the orientation
+_SIDEWAYS = (5, 6, 7, 8)  # values of this tag that exchange width and height
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -108,7 +109,7 @@ def _header_size(file: Path | io.BytesIO) -> tuple[int, int] | None:
             if image.format == "PNG" and "exif" not in image.info and _has_late_metadata(image):
                 return None
             # The method of the base class, because PNG's decodes the image to find metadata after the pixels.
-            is_sideways = Image.Image.getexif(image).get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            is_sideways = Image.Image.getexif(image).get(_ORIENTATION, 1) in _SIDEWAYS
             return (width, height) if is_sideways else (height, width)
     # `open_image` will report what is wrong with the file.
     except Exception:
@@ -120,6 +121,7 @@ def _has_late_metadata(image: Any) -> bool:
     file = image.fp
     file.seek(len(_PNG_SIGNATURE))
     is_past_pixels = False
+    # A PNG chunk is the length of its data (4 bytes), its type (4), the data and a checksum (4).
     while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
         is_past_pixels = is_past_pixels or head[4:] == b"IDAT"
         if is_past_pixels and head[4:] in (b"eXIf", b"zTXt", b"iTXt", b"tEXt"):

@@ -306,9 +306,9 @@ def prompt_cache(
         return KVCache(k=k, v=v, length=length, next_position=last + 1)
     wide = prefix.with_room(mask.shape[1])
     pairs = [wide.append_to_layer(layer, *pair) for layer, pair in enumerate(zip(k, v, strict=True))]
-    k, v = (tuple(parts) for parts in zip(*pairs, strict=True))
+    all_k, all_v = (tuple(parts) for parts in zip(*pairs, strict=True))
     next_position = jnp.maximum(prefix.next_position, last + 1)
-    return KVCache(k=k, v=v, length=prefix.length + length, next_position=next_position)
+    return KVCache(k=all_k, v=all_v, length=prefix.length + length, next_position=next_position)
 
 
 def layer_at(stacks: Any, index: int | Array) -> Any:

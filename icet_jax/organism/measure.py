@@ -29,7 +29,7 @@ def responses(model: Any, rows: world.WorldRows, exits: tuple[int, ...]) -> dict
     tokens, mask = (jnp.asarray(column[:, :width]) for column in (packed.tokens, packed.mask))
     eos, pad, image = (vocabulary[name] for name in (tokenizer.EOS, tokenizer.PAD, tokenizer.IMAGE))
     sampling = Sampling(
-        max_new_tokens=training.RESPONSE_TOKENS + 4,
+        max_new_tokens=training.RESPONSE_TOKENS + 4,  # more than any right response has
         temperature=0.0,
         eos_ids=(eos,),
         suppress_ids=suppress_ids(image, pad, (eos,)),

@@ -22,7 +22,7 @@ def moved_bytes(hlo: str) -> int | None:
 
     Each collective counts as in a ring of many devices: an all-gather with the size of its result, an all-reduce with
     twice the size of its operand, every other one with the size of its operand. Loops count with all iterations, and
-    all branches of a conditional count as taken. In training, the only conditional is the one that skips a step.
+    all branches of a conditional count as taken, which in training is wrong only for a skipped step.
 
     Args:
       hlo: text of one device's optimised program, `compiled.as_text()`.

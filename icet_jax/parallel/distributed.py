@@ -172,7 +172,7 @@ def on_first(function: Callable[[], _T]) -> _T:
         with _working_alone():
             result = function()
         _set(key, result)
-    if call % 100 == 99:
+    if call % 100 == 99:  # now and then
         barrier()  # deletes the messages that all processes have read
     return result
 

@@ -29,10 +29,11 @@ def product_speed(rows: int, width: int, ffn: int, dtype: str) -> float:
     seconds_of(1)  # compiles
     repeats, seconds = 1, seconds_of(1)
     while seconds < _SECONDS:
+        # At most 64 times as many, because a very short time is measured inexactly.
         repeats *= max(2, min(64, math.ceil(_SECONDS / max(seconds, 1e-6))))
         seconds = seconds_of(repeats)
     fastest = min(seconds, *(seconds_of(repeats) for _ in range(_RUNS - 1)))
-    return repeats * 4 * rows * width * ffn / fastest
+    return repeats * 4 * rows * width * ffn / fastest  # two products, of two operations for each pair of elements
 
 
 @jax.jit

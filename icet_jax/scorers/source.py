@@ -63,11 +63,11 @@ class CheckpointSource:
 
     @property
     def positions(self) -> int:
-        """Most tokens of a text: what the network can read, but at most 4096 to save memory."""
+        """Largest number of tokens of a text: as many as the network can read, but at most `_MEMORY_LIMIT`."""
         if self.config["model_type"] in DECODERS:
             longest = readable_tokens(self.config)
         elif "text_config" in self.config:
-            longest = max_positions(self.config) or 2048
+            longest = max_positions(self.config) or 2048  # transformers' class default for Llama
         else:
             longest = self.config.get("max_position_embeddings") or 512  # transformers' class default for DeBERTa
         return min(longest, _MEMORY_LIMIT)

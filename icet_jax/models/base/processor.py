@@ -89,8 +89,8 @@ class Processor(ABC):
           aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles].
 
         Raises:
-          UserError: an image cannot be opened; or a prompt is longer than `pad_to` or the tokenizer allows, or contains
-            the image placeholder. The message names the row.
+          UserError: an image cannot be opened; or a prompt is longer than `pad_to` or than the tokenizer allows, or
+            contains the image placeholder. The message names the row.
         """
         rows = self._open_rows(images, prompts)
         texts = [self._expand(i, prompt, row) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]

@@ -63,6 +63,7 @@ def _without_margins(grid: np.ndarray, size: Size) -> np.ndarray:
     """
     height, width = size
     rows, columns = grid.shape
+    # Rounding to 7 digits before cutting off the fraction is what HF does.
     if width / height > columns / rows:
         covered = int(round(height * (columns / width), 7))
         margin = (rows - covered) // 2

@@ -28,12 +28,14 @@ def random_row(config: LlavaNextConfig, text: np.ndarray, count: int, noise: np.
 
 
 def hidden_states(model: Any, config: LlavaNextConfig, row: JsonObject) -> States:
-    """Returns hidden states 0..num_exits of the image encoder for one row's images; see `Reference.states`."""
+    """Returns hidden states 0..num_exits of the image encoder for one row's images; see `Reference.states`.
+
+    Every image is padded with zeros to `config.max_tiles` tiles, as in this package.
+    """
     pixels = row["pixel_values"]
     tiles = pixels.new_zeros((len(pixels), config.max_tiles, *pixels.shape[2:]))
     tiles[:, : pixels.shape[1]] = pixels
-    pixels = tiles.flatten(0, 1)
-    return list(model.model.vision_tower(pixels, output_hidden_states=True).hidden_states)
+    return list(model.model.vision_tower(tiles.flatten(0, 1), output_hidden_states=True).hidden_states)
 
 
 REFERENCE = Reference("LlavaNextProcessor", random_row, hidden_states, at_exit, concatenate_images, prepare_processor)

@@ -45,7 +45,8 @@ def mllama_from_hf(
       UserError: the model type differs, or a value would need a different network.
     """
     require_model_type(values, "mllama", where)
-    fields = Fields(values, {"image_token_index": 128256, "tie_word_embeddings": False}, where)
+    hf_defaults = {"image_token_index": 128256, "tie_word_embeddings": False}
+    fields = Fields(values, hf_defaults, where)
     if "image_token_id" in fields.values and "image_token_index" not in values:
         fields.values["image_token_index"] = fields.values["image_token_id"]
     fields.only("tie_word_embeddings", False)
