@@ -283,7 +283,8 @@ class Rewarded(Algorithm):
         passes = _passes(run.settings)
         return {
             "rollout": run.rollout_work(),
-            "prepare": PhaseWork(batch * (passes * policy + adapters), passes * run.slices),
+            # Only the pass of the policy has adapters.
+            "prepare": PhaseWork(flops=batch * (passes * policy + adapters), reads=passes * run.slices),
             "update": run.update_work(),
         }
 

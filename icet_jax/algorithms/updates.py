@@ -48,12 +48,14 @@ def shuffled_order(
 ) -> Int[Array, "S G M"]:
     """Returns, for every slice of every optimizer step, which rows it takes, as indices for `take_rows`.
 
-    Rows are shuffled within groups of `minibatches` neighbouring rows: in each epoch, every row of a group goes to a
-    different mini-batch at random. Rows therefore never move to another device; with a free permutation every device
-    would receive the images of all rows. The rows of a mini-batch do not depend on the number of slices or devices.
+    In each epoch, every group of `minibatches` neighbouring rows deals its rows at random, one to each mini-batch.
+    Neighbouring rows lie on the same device, and every mini-batch takes one row of each group, so that no row has to
+    move to another device; with a free permutation every device would receive the images of all rows. The rows of a
+    mini-batch do not depend on the number of slices or devices.
 
     Returns:
-      int32 [S, G, M]: epochs * minibatches steps, accumulation slices, rows / (minibatches * accumulation) rows.
+      int32 [S, G, M]: S = `epochs * minibatches` steps, G = `accumulation` slices of each step, and
+      M = `rows / (minibatches * accumulation)` rows of each slice.
     """
     neighbours = jnp.broadcast_to(jnp.arange(minibatches, dtype=jnp.int32)[:, None], (minibatches, rows // minibatches))
 

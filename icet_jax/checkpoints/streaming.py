@@ -32,13 +32,16 @@ def load_params(
     table: Table, abstract: nnx.State, reader: TensorReader, keys: dict[str, str], mesh: Mesh | None,
     delta: Callable[[TableEntry], np.ndarray | None],
 ) -> nnx.State:  # fmt: skip
-    """Returns the parameters, read from files. Besides the parameters, the host's memory must hold about two blocks.
+    """Returns the parameters, read from files block by block.
+
+    A block is one layer of a parameter, or several layers of up to `BLOCK_BYTES` together. Beside parameters that stay
+    on the host, host memory holds about two blocks at a time.
 
     Args:
       table: key table of the family.
       abstract: parameters as abstract arrays (shapes and dtypes).
       reader: the open files.
-      keys: {key in the old layout: key in the files}.
+      keys: {key of `table`: key in the files}.
       mesh: mesh for the parameters (`icet_jax.parallel.sharding.RULES`), or None for the default device.
       delta: function that returns the float32 update to add to the tensor of an entry, or None for no update.
     """
@@ -202,7 +205,8 @@ def _copy_sharding(array: jax.Array, layer: int | None, replicate: bool) -> Name
 def _copier(target: NamedSharding | None, stacked: bool) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns a function of (array, layer) that copies one layer, or the array if it is not stacked, to new memory.
 
-    The copy is freed together with the host's array, which may share its memory.
+    `array` may share the memory of an array on the host. The result does not, so that it outlives both. It is placed as
+    `target` says.
     """
 
     def copy(array: jax.Array, layer: jax.Array) -> jax.Array:

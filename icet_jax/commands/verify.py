@@ -273,7 +273,7 @@ def _build_rows(
 def _compare_inputs(
     vlm: VLM, images: list[list[_Image]], prompts: list[str]
 ) -> tuple[list[Inputs], Inputs, list[Check]]:
-    """Compares the arrays of transformers' processor with those of this package's.
+    """Compares the arrays of transformers' processor with those of this package's processor.
 
     Returns transformers' arrays of each row, those of all rows as one padded batch, and the checks. If the checkpoint
     has no tokenizer, nothing is compared and token ids and pixels are random.

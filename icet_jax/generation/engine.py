@@ -39,10 +39,12 @@ that number."""
 
 
 class Prompts(NamedTuple):
-    """Holds R prompts that are run together. Missing prompts are filler rows without tokens and with the limit 0.
+    """Holds R prompts that are run together.
+
+    If there are fewer prompts, the rest are filler rows without tokens and with the limit 0.
 
     Attributes:
-      tokens, mask: [R, P], padded on either side.
+      tokens, mask: [R, P], padded on the left or on the right.
       rows: int32 [R], the row of each prompt's images in the result of `model.encode`.
       exits: int32 [R], exit of each prompt.
       keys: uint32 [R, n], `jax.random.key_data` of each prompt's key.

@@ -34,7 +34,8 @@ class ClipConfig:
 class ClipBlocks(nnx.Module):
     """Holds the weights of all blocks, stacked along their first axis.
 
-    A call runs one block. Call it on a module of one block, `nnx.merge(graphdef, that block's slice)`.
+    It cannot be called in this stacked form. To run one block, call the module `nnx.merge(graphdef, slice)`, made
+    of that block's slice of the weights.
     """
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):

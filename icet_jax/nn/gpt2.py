@@ -26,7 +26,8 @@ class GPT2Config:
 class GPT2Blocks(nnx.Module):
     """Holds the weights of all blocks, stacked along their first axis.
 
-    A call runs one block. Call it on a module of one block, `nnx.merge(graphdef, that block's slice)`.
+    It cannot be called in this stacked form. To run one block, call the module `nnx.merge(graphdef, slice)`, made
+    of that block's slice of the weights.
     """
 
     def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs, dtype: DType, param_dtype: DType):

@@ -95,9 +95,10 @@ def find_address(
     find everything under SLURM, under Open MPI 4, and on the hosts of a TPU.
 
     This function decides whether to let jax search, and does not simply call `jax.distributed.initialize()` (0.10.2),
-    for two reasons. With Open MPI 5, that call raises the same `ValueError` for several processes as for one, so that
-    all of them would write into one run directory. In a SLURM step of one task, it starts a coordinator on a port that
-    depends on the job alone, so that a second step of the job could not start.
+    for two reasons. With Open MPI 5, that call raises the same `ValueError` whether there are several processes or one.
+    If that error meant "one process", several processes would run independently and write into one run directory. In a
+    SLURM step of one task, it starts a coordinator on a port that depends on the job alone, so that a second step of
+    the job could not start.
 
     Args:
       coordinator, process_id, process_count: see `join_processes`.

@@ -87,7 +87,7 @@ def visible_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh | No
     """Returns the mesh over all devices of this run, in all processes; None if there is only one device.
 
     Raises:
-      UserError: the sizes do not fit the devices, or the only device.
+      UserError: the sizes do not fit the number of devices, even if there is only one.
     """
     visible_shape(data=data, fsdp=fsdp, tensor=tensor)
     return make_mesh(data=data, fsdp=fsdp, tensor=tensor) if jax.device_count() > 1 else None

@@ -87,13 +87,13 @@ def largest(
     config: ConfigDict, topology: Topology, field: str, planned: Sequence[_PlanLine],
     plan: Callable[[ConfigDict, str], Sequence[_PlanLine]],
 ) -> LargestBatch:  # fmt: skip
-    """Searches for the largest batch of `field` whose programs fit on the topology.
+    """Searches for the largest value of the batch-size field `field` with which the run's programs fit on the topology.
 
     Args:
       config: config of the run.
       topology: the chips, which must be TPUs.
-      field: one of `FIELDS`.
-      planned: lines of the plan of `config` itself, so that it is not compiled again.
+      field: name of a batch-size field, one of `FIELDS`.
+      planned: lines of the plan of `config` as it stands, whose programs are then not compiled again.
       plan: function of (config, "training" or "sweep") that returns the lines of that part of the config's plan.
     """
     part = FIELDS[field]

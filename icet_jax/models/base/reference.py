@@ -170,7 +170,7 @@ def random_pixels(noise: np.random.Generator, shape: tuple[int, ...], config: An
 def norms_in_own_dtype(model: Any) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which a float64 model computes its RMS norms in float64; other models stay as they are.
 
-    transformers computes RMS norms in float32 whatever the dtype of the model, so that its float64 results would have
+    transformers computes RMS norms in float32 whatever the dtype of the model. Its float64 results would therefore have
     the rounding errors of float32.
     """
 

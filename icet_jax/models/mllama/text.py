@@ -411,7 +411,7 @@ class Vision:
 def new_images(
     tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], images: CrossStates | None, image_token: int
 ) -> Vision | None:
-    """Returns the images of these tokens and which tokens attend to them; None if there are no images.
+    """Returns `images` together with which of these tokens attend to them; None if `images` is None or empty.
 
     Args:
       tokens: tokens with the placeholders of the images.

@@ -27,9 +27,10 @@ def of_study(study: Study) -> list[Block]:
 
 
 def _category_table(study: Study, dataset: str, metric: str) -> list[Block]:
-    """Returns the values of a heat map as a collapsed table.
+    """Returns a table that summarises the heat map of a metric by category, folded up until the reader opens it.
 
-    A row has a category's mean over exits, and its highest value with the exit where it was measured.
+    Each category's row has its number of data rows and, before and after training, its mean over exits and its highest
+    value with the exit where it was measured.
     """
     rows = []
     for category in ordered_categories(study, dataset, metric):
