@@ -3,8 +3,8 @@
 transformers renders them in Jinja's sandbox, which blocks attributes and calls that could reach the machine, but allows
 endless loops and arithmetic on huge numbers. This module stops both.
 
-The limits hold in this process: a worker process with a time limit would first import transformers, which takes 1.1 s of
-processor time in every run, while `sys.settrace` takes 0.4 ms per conversation (a Llama Guard conversation of 400
+The limits hold in this process: a worker process with a time limit would first import transformers, which takes 1.1 s
+of processor time in every run, while `sys.settrace` takes 0.4 ms per conversation (a Llama Guard conversation of 400
 characters). Only runs of more than 2,500 conversations would gain.
 """
 
