@@ -211,7 +211,7 @@ def run(command: Command, folder: Path, owners: dict[str, tuple[str, ...]]) -> i
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{FASTER} {os.environ.get('XLA_FLAGS', '')}".strip(),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")),
     }
     result = subprocess.run(command.words, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     lines = [f"{time.monotonic() - began:.0f} s, {result.returncode}: {command}"]
