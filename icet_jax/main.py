@@ -76,8 +76,8 @@ MODES = {
     "compare": Mode("lay the curves of several finished runs over each other, in one report",
         "compare runs/organism runs/control --out=runs/compare", flags=("runs", "out"), takes_config=False,
         compiles=False),
-    "export": Mode("write a run's aligned model in the Hugging Face layout",
-        "export --workdir=runs/organism --out=aligned", flags=("out",), takes_config=False, is_shared=True),
+    "export": Mode("write a run's aligned model in the Hugging Face layout, or one exit of it (--exit)",
+        "export --workdir=runs/organism --out=aligned", flags=("out", "exit"), takes_config=False, is_shared=True),
     "labels": Mode("write a sample of a run's answers for people to judge, or read their labels",
         "labels --workdir=runs/organism --out=labels.csv", flags=("out", "labels", "rows", "verdicts"),
         takes_config=False, compiles=False),
@@ -133,6 +133,9 @@ def _build_parser(mode: str | None = None) -> argparse.ArgumentParser:
     )
     add("--prompt", metavar="TEXT", help=help_of_mode("prompt", "the question about the images"))
     add("--exits", help=help_of_mode("exits", '"all", or exits such as 1,12,23'))
+    add("--exit", type=_exit_number, metavar="L",
+        help=help_of_mode("exit", "write a model with this exit alone, without the encoder's blocks behind it; "
+                          "of --workdir's run or of any --checkpoint"))  # fmt: skip
     add("--out", type=Path, metavar="PATH", help=help_of_mode("out", "where to write"))
     add("--topology", metavar="CHIPS", help=help_of_mode("topology", "such as v5e:8x8, v5p:4x4x4, h100:8 or cpu:1"))
     add(
@@ -154,6 +157,14 @@ def _build_parser(mode: str | None = None) -> argparse.ArgumentParser:
     add("--process-id", type=int, metavar="I", help=help_of_processes("which one this is, from 0"))
     add("--process-count", type=int, metavar="N", help=help_of_processes("how many there are"))
     return parser
+
+
+def _exit_number(word: str) -> int:
+    """Returns the value of --exit; raises a `UserError` if it is not a whole number."""
+    try:
+        return int(word)
+    except ValueError as error:
+        raise UserError(f"--exit={word}: give one exit, a whole number such as 12") from error
 
 
 def _modes_with(flag: str) -> list[str]:

@@ -211,20 +211,29 @@ class VLM:
             responses, log_probs, is_response, decode=lambda tokens, mask: self.processor.decode(tokens, mask)
         )
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, exit_layer: int | None = None) -> Path:
         """Writes the model to a new directory in the Hugging Face layout, which transformers 4.46 to 5.x can load.
 
         `lora` and the adapter that was merged when the model was loaded are part of the written weights. With several
         processes all of them call this method, and the first one writes.
 
+        Args:
+          directory: the directory to write.
+          exit_layer: the only exit of the written model, see `icet_jax.models.saving.save_vlm`; None writes the whole
+            model.
+
         Returns:
           `directory` as a path.
 
         Raises:
-          UserError: the directory cannot be written.
+          UserError: the directory cannot be written, or there is no such exit.
         """
-        source, merged_adapter = self.directory, self.adapter
-        return save_vlm(directory, self.config, self.params, source_dir=source, start=merged_adapter, lora=self.lora)
+        if exit_layer is not None:
+            self._exit(exit_layer, self.num_exits)
+        return save_vlm(
+            directory, self.config, self.params, source_dir=self.directory, start=self.adapter, lora=self.lora,
+            exit_layer=exit_layer,
+        )  # fmt: skip
 
     def _exit(self, exit_layer: int | None, upto: int) -> Int[Array, ""]:
         """Returns the exit (None: the default one) as an array; raises UserError if it is beyond 1..`upto`."""

@@ -8,7 +8,7 @@ layer of a stacked parameter) at a time. All processes of a run must call an exp
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -48,7 +48,7 @@ class Export:
 
     Attributes:
       table: key table of the family.
-      params: parameters by path.
+      params: parameters by path; shapes are enough for those that cannot differ from the source (`trained`).
       reader: the source's open files, or None.
       keys: {key in the old layout: key in the source}.
       start: adapter that was merged into the source's weights when they were loaded, or None.
@@ -57,7 +57,7 @@ class Export:
     """
 
     table: Table
-    params: dict[str, jax.Array]
+    params: dict[str, jax.Array | jax.ShapeDtypeStruct]
     reader: TensorReader | None
     keys: dict[str, str]
     start: Adapter | None
@@ -78,7 +78,9 @@ class Export:
         deltas = [] if self.lora is None else [self.lora.delta(entry)]
         tensor = None
         if self.may_differ(entry):
-            tensor = entry.transform.to_hf(to_host(self.params[entry.path], entry.layer))
+            parameter = self.params[entry.path]
+            assert isinstance(parameter, jax.Array)
+            tensor = entry.transform.to_hf(to_host(parameter, entry.layer))
         if self.reader is not None:
             source = self.source(entry)
             start = None if self.start is None else self.start.delta(entry)
@@ -146,6 +148,7 @@ def save_network(
     value_head: dict[str, jax.Array] | None = None,
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    keys: Collection[str] | None = None,
 ) -> Path:
     """Writes a checkpoint directory, completely or not at all.
 
@@ -158,6 +161,7 @@ def save_network(
       start, lora, trained: see `Export`.
       value_head, texts: what to write beside the weights, see `folder.write_beside_weights`.
       max_shard_bytes: largest size of a weight file.
+      keys: keys of the table's tensors to write; None writes all.
 
     Returns:
       `out_dir`.
@@ -168,7 +172,7 @@ def save_network(
     source = None if source_dir is None else Path(source_dir)
     head = folder.head_on_host(value_head)
     with open_export(table, params, source, start, lora, trained) as export:
-        _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {})
+        _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {}, keys)
     return Path(out_dir)
 
 
@@ -205,10 +209,13 @@ def _save(
     config_json: ConfigWriter,
     head: dict[str, np.ndarray] | None,
     texts: Mapping[str, str],
+    keys: Collection[str] | None,
 ) -> None:
     """Writes all files of a checkpoint in the first process; the others only take part in reading the tensors."""
     tied = export.tied()
     entries = {entry.key: entry for entry in export.table.entries if entry.key not in tied}
+    if keys is not None:
+        entries = {key: entry for key, entry in entries.items() if key in keys}
     specs = {
         key: (export.dtype(entry), hf_shape(entry, export.params[entry.path].shape)) for key, entry in entries.items()
     }

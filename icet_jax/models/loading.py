@@ -6,7 +6,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from icet_jax.checkpoints.hf_config import read_hf_config
-from icet_jax.checkpoints.hf_import import Checkpoint, load_network
+from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.models import family_of, vlm_config
 from icet_jax.models.adapters import read_adapter
 
@@ -41,3 +41,24 @@ def load_vlm(
     dtypes = {"dtype": dtype, "param_dtype": param_dtype or dtype}
     graphdef, params = load_network(directory, build_network, table, **dtypes, mesh=mesh, adapter=start)
     return Checkpoint(graphdef, params, config, values, directory, start)
+
+
+def load_shapes(directory: str | Path, *, adapter: str | Path | None = None) -> Checkpoint:
+    """Returns a checkpoint whose `params` are shapes in place of weights, which are not read.
+
+    `models.saving.save_vlm` copies such a checkpoint tensor by tensor, if `trained` is ().
+
+    Args:
+      directory: directory with config.json and safetensors weights.
+      adapter: PEFT directory of a LoRA, which becomes `Checkpoint.adapter`; None for none.
+
+    Raises:
+      UserError: the config is not supported, or the adapter is broken.
+    """
+    directory = Path(directory)
+    values = read_hf_config(directory)
+    config = vlm_config(values, str(directory / "config.json"))
+    start = None if adapter is None else read_adapter(adapter, config)
+    build_network = functools.partial(family_of(config).network, config)
+    graphdef, shapes = abstract_params(build_network, "float32", "float32")
+    return Checkpoint(graphdef, shapes, config, values, directory, start)

@@ -26,6 +26,7 @@ def save_vlm(
     value_head: dict[str, jax.Array] | None = None,
     texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    exit_layer: int | None = None,
 ) -> Path:
     """Writes a vision-language model's checkpoint directory; if this is interrupted, `out_dir` is unchanged.
 
@@ -44,25 +45,31 @@ def save_vlm(
       value_head: saved as `value_head.safetensors`, which transformers does not read.
       texts: {file name: content} of further files, such as the model card.
       max_shard_bytes: larger models are split into several files with an index.
+      exit_layer: the only exit of the written model, whose image encoder has no blocks behind it. Loaded here, the
+        model has exits 1..exit_layer, of which the last is the default. None writes the whole model.
 
     Returns:
       `out_dir`.
 
     Raises:
       UserError: the directory cannot be written, or contains something other than an export; or the source does not fit
-        `config`.
+        `config`; or there is no such exit, or the family's files cannot describe a model with one exit alone.
     """
     family = family_of(config)
+    table, keys, written = family.table(config), None, config
+    if exit_layer is not None:
+        written = family.config_at_exit(config, exit_layer, "exit_layer")
+        keys = {entry.key for entry in family.table(written).entries}
 
     def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
         """Returns the config.json, which declares tied embeddings if `tied` (the keys of tied tensors) is not empty."""
-        out = family.config_to_hf(config, values, dtype)
+        out = family.config_to_hf(written, values, dtype)
         if out["tie_word_embeddings"] and not tied:
             out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False
         return out
 
     return save_network(
-        out_dir, family.table(config), params, config_json, source_dir=source_dir, start=start,
+        out_dir, table, params, config_json, source_dir=source_dir, start=start,
         lora=None if lora is None else adapter_from_lora(lora), trained=trained, value_head=value_head, texts=texts,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=max_shard_bytes, keys=keys,
     )  # fmt: skip

@@ -47,6 +47,10 @@ safeguard by itself: deploy it, if at all, behind filters and monitoring of your
 prompts. Publish early-exit findings about other people's models responsibly: tell their makers first, and keep working
 attacks and harmful responses out of what you publish.
 """
+_LICENSE = (
+    "## License\n\nNone is set here: these weights are derived from the base model's, whose license binds them. "
+    "Add a `license` field above that it allows.\n"
+)
 
 
 def write_model_card(
@@ -62,7 +66,9 @@ def write_model_card(
     return path
 
 
-def text(workdir: Path, *, form: str = "full", check: JsonObject | None = None) -> str:
+def text(
+    workdir: Path, *, form: str = "full", check: JsonObject | None = None, exit_layer: int | None = None
+) -> str:  # fmt: skip
     """Returns the model card of the run in `workdir`: Markdown with a YAML front matter for the Hugging Face hub.
 
     A section whose files the run has not written yet is left out, or says that there are no results yet.
@@ -71,35 +77,91 @@ def text(workdir: Path, *, form: str = "full", check: JsonObject | None = None) 
       workdir: run directory (of one seed).
       form: form of the export: "full" (merged weights) or "adapter" (PEFT).
       check: content of export_check.json, for a call before that file is written; None reads the file.
+      exit_layer: the only exit of the exported model; None if it is the whole model.
 
     Raises:
       UserError: a file of the run is broken.
     """
     run = load_run(Path(workdir))
     base = str(_public(_field(run.config, "model.checkpoint")) or "an unnamed model")
+    title = f"# {_plain(base)}, aligned over the exits of its image encoder"
+    if exit_layer is None:
+        results = [_results(run), _check(run.export_check if check is None else check, form)]
+    else:
+        title += f": exit {exit_layer} alone"
+        results = [_results_at_exit(run, exit_layer)]
     parts = [
         _front_matter(base, form),
-        f"# {_plain(base)}, aligned over the exits of its image encoder\n",
+        f"{title}\n",
         _summary(run, base),
-        _loading(base, form),
+        "" if exit_layer is None else _one_exit(exit_layer),
+        _loading(base, form, exit_layer),
         _training(run, base),
-        _results(run),
-        _check(run.export_check if check is None else check, form),
+        *results,
         f"## Limits\n\n{_LIMITS}",
         f"## Responsible use\n\n{_RESPONSIBLE_USE}",
-        "## License\n\nNone is set here: these weights are derived from the base model's, whose license binds them. "
-        "Add a `license` field above that it allows.\n",
+        _LICENSE,
     ]
     return "\n".join(part for part in parts if part)
 
 
+def text_of_exit(
+    checkpoint: str,
+    exit_layer: int,
+    num_exits: int,
+    default_exit: int,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+) -> str:
+    """Returns the model card of a checkpoint from which one exit alone was exported, without a run.
+
+    Args:
+      checkpoint: directory, hub id or name of the whole model; of a directory only the last part is named.
+      exit_layer: the only exit of the exported model.
+      num_exits: number of exits of the whole model.
+      default_exit: exit that the whole model was trained with.
+      revision: revision of a hub id.
+      adapter: adapter that is merged into the weights, or None.
+    """
+    base = str(_public(checkpoint))
+    added = f", with the adapter {_plain(_public(adapter))} merged into its language model" if adapter else ""
+    whole = f"{_plain(base)}{f', revision {_plain(revision)}' if revision else ''}"
+    parts = [
+        _front_matter(base, "copy"),
+        f"# {_plain(base)}: exit {exit_layer} alone\n",
+        f"This is {whole}{added}. Its image encoder has {num_exits} exits, of which the whole model reads number "
+        f"{default_exit}. Nothing was trained for this export.\n",
+        _one_exit(exit_layer),
+        _loading(base, "full", exit_layer),
+        "## Measured\n\nNothing was measured for this export. A vision-language model may answer at an early exit what "
+        "it refuses at its default one, so measure this exit before you deploy it:\n\n"
+        f"```sh\nicet-jax sweep --checkpoint=THIS_FOLDER --config.sweep.exits={exit_layer} "
+        "--config.sweep.datasets.mine=PROMPTS.csv --workdir=runs/this_exit\n```\n",
+        f"## Responsible use\n\n{_RESPONSIBLE_USE}",
+        _LICENSE,
+    ]
+    return "\n".join(parts)
+
+
+def _one_exit(exit_layer: int) -> str:
+    """Returns the section that says what a model with one exit alone is."""
+    return (
+        f"## One exit\n\nThese files hold exit {exit_layer} alone. The image encoder ends with block {exit_layer}, the "
+        "blocks behind it are left out, and `vision_feature_layer` is -1, the output of the last block that is left. "
+        f"The logits are those of the whole model at exit {exit_layer}.\n"
+    )
+
+
 def _front_matter(base: str, form: str) -> str:
-    """Returns the YAML block at the top of the card; `base` is the name of the base model."""
+    """Returns the YAML block at the top of the card; `base` is the name of the base model. `form` is "full", "adapter",
+    or "copy" for weights that were not trained, a relation for which the hub has no name."""
     lines = ["---"]
     # A path or a built-in name means nothing on the hub.
     if _HUB_ID.fullmatch(base):
-        relation = "adapter" if form == "adapter" else "finetune"
-        lines += [f"base_model: {json.dumps(base)}", f"base_model_relation: {relation}"]
+        relations = {"full": "finetune", "adapter": "adapter"}
+        lines.append(f"base_model: {json.dumps(base)}")
+        lines += [f"base_model_relation: {relations[form]}"] if form in relations else []
     lines += [
         f"library_name: {'peft' if form == 'adapter' else 'transformers'}",
         "pipeline_tag: image-text-to-text",
@@ -134,8 +196,8 @@ def _summary(run: Run, base: str) -> str:
     return "\n".join(lines)
 
 
-def _loading(base: str, form: str) -> str:
-    """Returns the section with the Python code that loads the model."""
+def _loading(base: str, form: str, exit_layer: int | None = None) -> str:
+    """Returns the section with the Python code that loads the model; `exit_layer` is its only exit, or None."""
     if form == "adapter":
         code = (
             "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"
@@ -148,6 +210,8 @@ def _loading(base: str, form: str) -> str:
             'model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")\n'
             'processor = AutoProcessor.from_pretrained("THIS_FOLDER")'
         )
+    if exit_layer is not None:
+        return f"## Loading\n\n```python\n{code}\n```\n\n`icet_jax.load` reads it too, at exits 1 to {exit_layer}.\n"
     note = "" if form == "adapter" else "\n`icet_jax.load` reads it too, at any exit. "
     return f"## Loading\n\n```python\n{code}\n```\n{note}`value_head.safetensors`, if there, is training's critic.\n"
 
@@ -228,6 +292,40 @@ def _results(run: Run) -> str:
         parts.append(f"### {title}\n\n{_result_table(tables)}")
         parts.append(_attack_table(Study((run,)), name))
     return "\n".join(parts)
+
+
+def _results_at_exit(run: Run, exit_layer: int) -> str:
+    """Returns the section with a table of the metrics at one exit, before and after training, for each data set."""
+    columns: dict[str, dict[str, Any]] = {}  # {data set: {side: metrics at the exit}}
+    for (side, name), table in run.tables.items():
+        for layer in table["layers"]:
+            if layer["layer"] == exit_layer:
+                columns.setdefault(name, {})[side] = layer["metrics"]
+    if not columns:
+        return f"## Measured at exit {exit_layer}\n\nNot measured.\n"
+    folder = _plain(run.path.resolve().name)
+    parts = [
+        f"## Measured at exit {exit_layer}\n",
+        f"Measured in the run {folder} with the whole model at exit {exit_layer}, before → after training; in brackets "
+        "the change (percentage points for shares) with its 95% interval, paired by prompt. These files were not "
+        "measured again.\n",
+    ]
+    for name, sides in columns.items():
+        metrics = dict.fromkeys(metric for side in sides.values() for metric in side)
+        rows = [
+            [f"{_plain(metric_family(metric).title)}: {_plain(metric)}", _cell(metric, _of_metric(sides, metric))]
+            for metric in metrics
+            if metric.partition("/")[0] not in _HIDDEN_METRICS
+        ]
+        parts.append(f"### {_plain(name.partition('/')[2])}\n\n{_table(('metric', f'exit {exit_layer}'), rows)}")
+    if not any("after" in sides for sides in columns.values()):
+        parts.insert(1, "The trained model has not been measured at this exit; these are the base model's numbers.\n")
+    return "\n".join(parts)
+
+
+def _of_metric(sides: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """Returns {side: estimate of one metric} from {side: metrics}."""
+    return {side: metrics.get(metric) for side, metrics in sides.items()}
 
 
 def _attack_table(study: Study, dataset: str) -> str:

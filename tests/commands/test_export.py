@@ -140,18 +140,18 @@ def test_a_finished_export_is_left_alone_and_a_missing_one_made(tmp_path, direct
 def test_full_fine_tuning_has_no_adapter(tmp_path, directory):
     a_run(tmp_path, directory, 0, **{"export.form": "both"})
     with pytest.raises(UserError, match="export.form=both needs LoRA"):
-        export.run(config_files.load(None), tmp_path, argparse.Namespace(out=None))
+        export.run(config_files.load(None), tmp_path, argparse.Namespace(out=None, exit=None, checkpoint=None))
 
 
 def test_another_place(tmp_path, directory):
     a_run(tmp_path / "run", directory, 2, **{"mesh.fsdp": "16"})  # trained on sixteen devices, exported on one
-    options = argparse.Namespace(out=tmp_path / "elsewhere")
+    options = argparse.Namespace(out=tmp_path / "elsewhere", exit=None, checkpoint=None)
     assert export.run(config_files.load(None), tmp_path / "run", options) == 0
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file() and not (tmp_path / "run" / "hf").exists()
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path, directory):
-    options, config = argparse.Namespace(out=None), config_files.load(None)
+    options, config = argparse.Namespace(out=None, exit=None, checkpoint=None), config_files.load(None)
     with pytest.raises(UserError, match="needs --workdir"):
         export.run(config, None, options)
     with pytest.raises(UserError, match="no run .config.json. is there"):

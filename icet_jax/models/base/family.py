@@ -6,6 +6,7 @@ from typing import Any
 
 from icet_jax.checkpoints.tables import Table
 from icet_jax.files import JsonObject
+from icet_jax.models.base.encoder_work import EncoderWork
 from icet_jax.models.base.image_batches import ImageParts
 from icet_jax.models.base.processor import Processor
 from icet_jax.models.base.reference import Reference
@@ -27,6 +28,10 @@ class Family:
       image_parts: function of (config, outputs of the processor, input_ids [B, T]) that returns the `ImageParts`.
       processor: class of the family's processor.
       reference: how to run the family's models in transformers, for `--mode=verify`.
+      config_at_exit: function of (config, exit, name of the argument in error messages) that returns the config of the
+        model whose image encoder ends at that exit. Raises a `UserError` if there is no such exit, or if HF's files of
+        the family cannot describe such a model.
+      encoder_work: function of (config, exit) that returns the `EncoderWork` of one image if only that exit is used.
       exit_options: {option: possible values, the default first} that choose between definitions of an exit; empty if
         the family has one definition.
     """
@@ -40,4 +45,6 @@ class Family:
     image_parts: Callable[[Any, Mapping[str, Any], Any], ImageParts]
     processor: type[Processor]
     reference: Reference
+    config_at_exit: Callable[[Any, int, str], Any]
+    encoder_work: Callable[[Any, int], EncoderWork]
     exit_options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

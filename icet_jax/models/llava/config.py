@@ -1,7 +1,8 @@
 """Converts HF's `config.json` of LLaVA-1.5 to `LlavaConfig` and back."""
 
 import copy
-from typing import Any
+import dataclasses
+from typing import Any, TypeVar
 
 from icet_jax.checkpoints.decoders import attention_window, decoder_from_hf, decoder_to_hf
 from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, require_model_type
@@ -12,6 +13,9 @@ from icet_jax.models.llava.network import LlavaConfig
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.layers import ACTIVATIONS
 from icet_jax.nn.llama import LlamaConfig
+from icet_jax.nn.protocols import check_exit
+
+AnyLlavaConfig = TypeVar("AnyLlavaConfig", bound=LlavaConfig)
 
 # transformers' class defaults, used for fields that the vision config leaves out.
 _VISION_DEFAULTS = {
@@ -97,6 +101,26 @@ def _vision(values: Any, where: str) -> ClipConfig:
         layer_norm_eps=fields.number("layer_norm_eps"),
         hidden_act=fields.choice("hidden_act", ACTIVATIONS),
     )
+
+
+def llava_at_exit(config: AnyLlavaConfig, exit_layer: int, field: str) -> AnyLlavaConfig:
+    """Returns the config of the model whose image encoder ends at an exit, of LLaVA-1.5 or LLaVA-NeXT.
+
+    Its `vision_feature_layer` is -1, the state behind the last block. transformers and vLLM read that value alike: the
+    output of the last block, without `post_layernorm`. A positive number means one block more in older versions of
+    vLLM.
+
+    Args:
+      config: config of the whole network.
+      exit_layer: the exit, 1..num_hidden_layers of the image encoder.
+      field: name of the argument in error messages.
+
+    Raises:
+      UserError: the model has no such exit.
+    """
+    depth = check_exit(exit_layer, config.vision.num_hidden_layers, field)
+    vision = dataclasses.replace(config.vision, num_hidden_layers=depth)
+    return dataclasses.replace(config, vision=vision, vision_feature_layer=-1)
 
 
 def llava_to_hf(config: LlavaConfig, source: JsonObject | None, dtype: str) -> JsonObject:

@@ -7,6 +7,7 @@ import flax
 import jax.numpy as jnp
 from flax import nnx
 
+from icet_jax.models.base.encoder_work import EncoderWork
 from icet_jax.nn import flops, layers
 from icet_jax.nn.clip import ClipConfig, ClipVisionTower
 from icet_jax.nn.kv_cache import KVCache
@@ -57,6 +58,12 @@ class LlavaEncoded:
     # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
     states: Any
     images: Images
+
+
+def encoder_work(config: LlavaConfig, exit_layer: int) -> EncoderWork:
+    """Returns what encoding one image takes if only an exit is used, of LLaVA-1.5 or LLaVA-NeXT; see `Family`."""
+    tower = dataclasses.replace(config.vision, num_hidden_layers=exit_layer)
+    return EncoderWork(exit_layer, config.max_tiles * flops.clip(tower))
 
 
 class Projector(nnx.Module):
@@ -160,7 +167,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         projector = (self.config.vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)
         head = flops.logits(text.hidden_size, text.vocab_size)
         return Operations(
-            encode=tiles * flops.clip(self.config.vision),
+            encode=encoder_work(self.config, self.num_exits).operations,
             visual=flops.products(tiles * self.config.image_tokens, *projector),
             prefill=flops.llama_prefill(text, length) + head,
             step=flops.llama_layers(text, 1, cached) + head,

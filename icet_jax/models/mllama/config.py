@@ -1,7 +1,7 @@
 """Converts HF's `config.json` of Llama 3.2 Vision to `MllamaConfig` and back."""
 
 import copy
-from typing import Any
+from typing import Any, NoReturn
 
 from icet_jax.checkpoints.decoders import Decoder, decoder_from_hf, decoder_to_hf
 from icet_jax.checkpoints.hf_config import Fields, drop_new_keys, require_model_type
@@ -111,6 +111,15 @@ def _is_ascending(numbers: Any, last: int) -> bool:
     if not isinstance(numbers, list | tuple) or not numbers or any(type(number) is not int for number in numbers):
         return False
     return list(numbers) == sorted(set(numbers)) and numbers[0] >= 0 and numbers[-1] <= last
+
+
+def mllama_at_exit(config: MllamaConfig, exit_layer: int, field: str) -> NoReturn:
+    """Raises a `UserError`: HF's files of this family always describe the whole image encoder; see `Family`."""
+    raise UserError(
+        f"{field}: Llama 3.2 Vision has no files with one exit alone, because its config.json cannot name an exit: the "
+        "projector always takes the states of fixed blocks and the output of all global blocks; export the whole model "
+        "and choose the exit in icet_jax"
+    )
 
 
 def mllama_to_hf(config: MllamaConfig, source: JsonObject | None, dtype: str) -> JsonObject:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from icet_jax.config.names import EXIT_RULES
+from icet_jax.models.base.encoder_work import EncoderWork
 from icet_jax.models.mllama.text import CrossStates, MllamaCache, MllamaDecoder, MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig, MllamaVisionTower
 from icet_jax.nn import flops, layers
@@ -36,6 +37,26 @@ class MllamaConfig:
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Returns {projection that LoRA can adapt: (layers, input size, output size)}, for both stacks of layers."""
         return self.text.lora_shapes()
+
+
+def encoder_work(config: MllamaConfig, exit_layer: int) -> EncoderWork:
+    """Returns what encoding one image takes if only an exit is used: local blocks and global blocks; see `Family`."""
+    vision = config.vision
+    depth = exit_layer if config.exit_rule == "E1" else max(exit_layer, *vision.intermediate_layers_indices)
+    patches = vision.max_num_tiles * (vision.tokens_per_tile - 1)
+    embedding = flops.products(patches, (vision.num_channels, vision.patch_size**2, vision.hidden_size))
+    blocks = flops.encoder_blocks(depth + _global_blocks(config), *_encoder_sizes(vision))
+    return EncoderWork(depth, embedding + blocks)
+
+
+def _global_blocks(config: MllamaConfig) -> int:
+    """Returns the number of global blocks that run behind the local ones."""
+    return 0 if config.exit_rule == "E5" else config.vision.num_global_layers
+
+
+def _encoder_sizes(vision: MllamaVisionConfig) -> tuple[int, int, int]:
+    """Returns (tokens of an image, width, inner size of the MLPs) of the encoder."""
+    return vision.max_num_tiles * vision.padded_tokens, vision.hidden_size, vision.intermediate_size
 
 
 @flax.struct.dataclass
@@ -104,8 +125,8 @@ class Mllama(DelegatesToDecoder, nnx.Module):
 
     def encode(self, images: Images, upto: int | None = None) -> MllamaEncoded:
         """Returns the states of the local blocks; with a static `upto`, only of blocks that exits 1..upto need."""
-        if upto is not None and self.config.exit_rule != "E1":
-            upto = max(upto, *self.config.vision.intermediate_layers_indices)
+        if upto is not None:
+            upto = encoder_work(self.config, upto).blocks
         states = self.vision_tower.local_states(images.pixels, images.layout, upto)
         return MllamaEncoded(states=states, images=images)
 
@@ -142,10 +163,8 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         A row without images skips the cross-attention layers.
         """
         vision, text = self.config.vision, self.config.text
-        encoder = vision.max_num_tiles * vision.padded_tokens, vision.hidden_size, vision.intermediate_size
-        patches = vision.max_num_tiles * (vision.tokens_per_tile - 1)
         image_tokens = vision.max_num_tiles * vision.tokens_per_tile
-        global_blocks = 0 if self.config.exit_rule == "E5" else vision.num_global_layers
+        global_operations = flops.encoder_blocks(_global_blocks(self.config), *_encoder_sizes(vision))
         head = flops.logits(text.llama.hidden_size, text.llama.vocab_size)
         text_prefill = flops.llama_layers(text.self_layers, length, length)
         text_step = flops.llama_layers(text.self_layers, 1, cached)
@@ -153,10 +172,8 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         cross_step = flops.cross_layers(text.cross_layers, 1, per_row * image_tokens)
         image_keys = flops.keys_and_values(text.cross_layers, per_row * image_tokens)
         return Operations(
-            encode=flops.encoder_blocks(vision.num_hidden_layers, *encoder)
-            + flops.products(patches, (vision.num_channels, vision.patch_size**2, vision.hidden_size)),
-            visual=flops.encoder_blocks(global_blocks, *encoder)
-            + flops.products(image_tokens, (vision.output_dim, text.llama.hidden_size)),
+            encode=encoder_work(self.config, self.num_exits).operations - global_operations,
+            visual=global_operations + flops.products(image_tokens, (vision.output_dim, text.llama.hidden_size)),
             prefill=text_prefill + cross_prefill + image_keys + head,
             step=text_step + cross_step + head,
             forward=flops.llama_layers(text.self_layers, length, cached) + cross_prefill + image_keys,
