@@ -61,6 +61,7 @@ def align(config: ConfigDict, workdir: Path) -> None:
         cost["tokens"] = measurements.utility("before", inputs.vlm)
     with costs.stage("geometry"):
         measurements.geometry(inputs.vlm)
+        measurements.encoder_cost(inputs.vlm)
 
     with costs.stage("train"):
         state = trainer.run()

@@ -41,6 +41,7 @@ def measure(config: ConfigDict, workdir: Path) -> None:
         cost["tokens"] = measurements.utility("before", inputs.vlm)
     with costs.stage("geometry"):
         measurements.geometry(inputs.vlm)
+        measurements.encoder_cost(inputs.vlm)
     write_sweep_pairs(config, workdir, inputs.vlm, inputs.tests)
     if not is_writer():
         return

@@ -43,15 +43,14 @@ def geometry(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
     Raises:
       UserError: no row has an image, or an image cannot be opened.
     """
-    rows_with_images = [example for example in examples if example.images][:_MAX_IMAGES]
-    if not rows_with_images:
+    batches = image_batches(examples)
+    if not batches:
         raise UserError("geometry: no row has an image; give rows that have")
-    rows = [Example(example.id, "", example.images[:1]) for example in rows_with_images]
+    num_images = sum(map(len, batches))
     comparisons_by_exit: list[list[_Comparison]] = [[] for _ in range(vlm.num_exits)]
-    for start in range(0, len(rows), _BATCH_SIZE):
-        batch = rows[start : start + _BATCH_SIZE]
-        encoded = encode(vlm.graphdef, vlm.params, prompt_batch(vlm, batch, min(_BATCH_SIZE, len(rows)), 1).images)
-        num_samples = -(-_CKA_TOKENS * len(batch) // len(rows))
+    for batch in batches:
+        encoded = encode(vlm.graphdef, vlm.params, prompt_batch(vlm, batch, len(batches[0]), 1).images)
+        num_samples = -(-_CKA_TOKENS * len(batch) // num_images)
         for layer, comparisons in enumerate(comparisons_by_exit, start=1):
             exits = jnp.int32(layer), jnp.int32(vlm.default_exit)
             comparisons.append(_compare(vlm.graphdef, vlm.params, encoded, *exits, num_samples))
@@ -64,9 +63,20 @@ def geometry(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
         "exit_definition": vlm.exit_definition,
         "num_exits": vlm.num_exits,
         "default_exit": vlm.default_exit,
-        "n_images": len(rows),
+        "n_images": num_images,
         "layers": layers,
     }
+
+
+def image_batches(examples: Sequence[Example]) -> list[list[Example]]:
+    """Returns the images that are compared, as rows without a prompt, in batches of at most 4.
+
+    Args:
+      examples: rows; the first image of at most 32 of them is used.
+    """
+    with_images = [example for example in examples if example.images][:_MAX_IMAGES]
+    rows = [Example(example.id, "", example.images[:1]) for example in with_images]
+    return [rows[start : start + _BATCH_SIZE] for start in range(0, len(rows), _BATCH_SIZE)]
 
 
 @jax.jit

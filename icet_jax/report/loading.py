@@ -23,8 +23,8 @@ class Run:
       tables: {(side, data set): checked `Sweep`}. The side is "before", "after" or "difference". The data set is
         "sweep/NAME" or "utility/NAME", so that sweeps and utility may measure sets of the same name.
       history: rows of `metrics.jsonl`.
-      config, data, geometry, cost, organism, agreement, export_check: content of the JSON files of these names; empty
-        if the file does not exist.
+      config, data, geometry, encoder, cost, organism, agreement, export_check: content of the JSON files of these
+        names; empty if the file does not exist.
     """
 
     path: Path
@@ -33,6 +33,7 @@ class Run:
     config: JsonObject = field(default_factory=dict)
     data: JsonObject = field(default_factory=dict)
     geometry: JsonObject = field(default_factory=dict)
+    encoder: JsonObject = field(default_factory=dict)
     cost: JsonObject = field(default_factory=dict)
     organism: JsonObject = field(default_factory=dict)
     agreement: JsonObject = field(default_factory=dict)
@@ -81,6 +82,7 @@ def load_run(path: Path) -> Run:
         config=read_json(path / "config.json"),
         data=read_json(path / "data.json"),
         geometry=geometry,
+        encoder=read_json(path / "encoder.json"),
         cost=read_json(path / "cost.json"),
         organism=read_json(path / "organism.json"),
         agreement=read_json(path / "agreement.json"),

@@ -19,6 +19,7 @@ from icet_jax.report.loading import load_runs
 from icet_jax.report.sections import (
     categories,
     cost,
+    deployment,
     differences,
     formats,
     geometry,
@@ -67,6 +68,7 @@ def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
         Section("groups", "Early, middle, late", groups.of_study(study)),
         Section("paper", "Beside the paper’s Table 2", paper.of_study(study)),
         Section("utility", "Over-refusal and utility", measured.utility_of_study(study)),
+        Section("deployment", "Which exit to deploy", deployment.of_study(study)),
         Section("transcripts", "What the model said", transcripts.of_study(study, reveal_unsafe=reveal_unsafe)),
         Section("differences", "Before and after on the same prompts", differences.of_study(study)),
         Section("judges", "Who judged", judges.of_study(study)),

@@ -1,7 +1,7 @@
 """Declares the content of the files of a run directory, as the report reads them.
 
-    config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  cost.json  agreement.json
-    export_check.json
+    config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  encoder.json  cost.json
+    agreement.json  export_check.json
     sweeps/{before,after}[.DATASET].json      sweeps/difference[.DATASET].json
     transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
     seed_K/...                                the same, once per training seed
@@ -130,6 +130,28 @@ class Geometry(TypedDict):
     default_exit: int
     n_images: int
     layers: list[GeometryLayer]
+
+
+class EncoderLayer(TypedDict):
+    """What the image encoder takes if only exit l is used, by arithmetic."""
+
+    layer: int
+    blocks: int  # blocks that run, of those that can be left out
+    flops: int  # of one image, with all its tiles
+    weight_bytes: int  # of the encoder's weights, in the run's dtype
+
+
+class EncoderCost(TypedDict):
+    """`encoder.json`: what each exit of the image encoder costs. The time is measured of the whole encoder alone."""
+
+    schema: int
+    num_exits: int
+    default_exit: int
+    device: str
+    milliseconds: NotRequired[float]  # measured: one image through the blocks of all exits; absent without images
+    measured_flops: NotRequired[int]  # operations that took this time
+    batch: NotRequired[int]  # images that were encoded together
+    layers: list[EncoderLayer]
 
 
 class Stage(TypedDict):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.evaluation.combined import row_attempts, transcript_key
 from icet_jax.evaluation.cost import Cost, estimate
+from icet_jax.evaluation.encoder_cost import encoder_cost
 from icet_jax.evaluation.geometry import geometry
 from icet_jax.evaluation.recheck import answer_again
 from icet_jax.evaluation.summary import difference
@@ -134,6 +135,13 @@ class Measurements:
         rows = [row for examples in self._tests.values() for row in examples if row.images]
         if rows and not agree(path.exists()):
             _write(path, geometry(vlm, rows))
+
+    def encoder_cost(self, vlm: VLM) -> None:
+        """Writes `encoder.json`: operations and weights of the image encoder at every exit, and the time it takes."""
+        path = self._workdir / "encoder.json"
+        rows = [row for examples in self._tests.values() for row in examples if row.images]
+        if not agree(path.exists()):
+            _write(path, encoder_cost(vlm, rows))
 
     def reuse_before_of_other_seeds(self) -> None:
         """Copies the measurements before training from another seed of the same run, if answers are greedy.

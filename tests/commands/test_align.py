@@ -44,6 +44,7 @@ def test_it_leaves_a_whole_run_directory(finished):
         "fingerprints.json",
         "utility.json",
         "geometry.json",
+        "encoder.json",
         "report.html",
     ):
         assert (workdir / name).stat().st_size > 0, name
