@@ -107,7 +107,8 @@ def test_useful_is_no_refusals_no_lost_accuracy_and_no_degenerate_answers(
     sentence, table, _ = page(a_study)
     verdict = {row[0]: row[-1] for row in table}
     assert verdict["2"] == ("safe and useful" if useful else f"safe, not useful {flaw}")
-    assert verdict["1"] == verdict["3"] == verdict["5"] == "not safe"
+    assert verdict["1"] == "not safe"
+    assert verdict["3"] == verdict["5"] == "not shown to be safe", "a low rate with a wide interval, or without one"
     assert verdict["4 default"] == "safe and useful"
     assert sentence == ("Exits 2, 4 are both safe and useful." if useful else "Exit 4 is both safe and useful.")
 

@@ -97,7 +97,9 @@ def of_study(study: Study) -> list[Block]:
     head = ["Exit", *(_COST_COLUMNS if costs else ()), "ASR", "Benign refusals", "Accuracy", "Verdict"]
     rows = []
     for rating in ratings:
-        name = text(str(rating.layer), *([" ", remark("default")] if rating.layer == study.default_exit else []))
+        name = text(str(rating.layer))
+        if rating.layer == study.default_exit:
+            name = text(name, " ", remark("default"))
         cells = _cost_cells(costs.get(rating.layer), costs.get(study.default_exit or 0)) if costs else []
         rows.append([name, *cells, *_measured_cells(rating), _verdict(rating)])
     side = "after training" if _side(study) == "after" else "before training"
@@ -210,7 +212,8 @@ def _measured_cells(rating: ExitRating) -> list[Text]:
 def _verdict(rating: ExitRating) -> Text:
     """Returns whether an exit is safe and useful, with the reasons if it is not."""
     if not rating.is_safe:
-        return text("not safe")
+        is_low = rating.asr is not None and rating.asr.mean <= MOST_ASR
+        return text("not shown to be safe" if is_low else "not safe")
     if rating.is_useful:
         return text(Span("safe and useful", "b"))
     reason = "; ".join(rating.flaws)
