@@ -11,6 +11,7 @@ from pathlib import Path
 from icet_jax.errors import UserError
 from icet_jax.report.charts.marks import MOST_RUNS
 from icet_jax.report.loading import PHASES, load_runs
+from icet_jax.report.method import UNTRAINED, method_name
 from icet_jax.report.schema import family_index
 from icet_jax.report.study import KINDS, Study, dataset_name
 
@@ -20,12 +21,14 @@ class Member:
     """Holds one of the compared runs.
 
     Attributes:
-      name: the last parts of the run's path, as many as are needed to differ from the other runs.
+      name: the run's method if the runs were trained with different ones, else `folder`; see `member_names`.
+      folder: the last parts of the run's path, as many as are needed to differ from the other runs.
       path: the run directory.
       study: the run's values, which are means over seeds if there are several.
     """
 
     name: str
+    folder: str
     path: Path
     study: Study
 
@@ -162,12 +165,30 @@ def load_comparison(run_dirs: Sequence[Path]) -> Comparison:
         if path in resolved[:index]:
             raise UserError(f"{run_dirs[index]}: given twice; name each run once")
     studies = [Study(load_runs(path)) for path in run_dirs]
-    members = map(Member, short_names(resolved), run_dirs, studies)
+    folders = short_names(resolved)
+    members = map(Member, member_names(studies, folders), folders, run_dirs, studies)
     comparison = Comparison(tuple(members))
     if not comparison.datasets:
         had = "; ".join(f"{m.name} has {', '.join(map(dataset_name, m.study.datasets))}" for m in comparison.members)
         raise UserError(f"these runs share no metric on a data set of one name: {had}; sweep the same sets")
     return comparison
+
+
+def member_names(studies: Sequence[Study], folders: Sequence[str]) -> list[str]:
+    """Returns the name of each run on the page.
+
+    It is the method that trained it if two runs were trained with different methods, else the name of its folder, from
+    `folders`. The folder stands behind a method that several runs share, and behind every method if the runs' models
+    differ.
+    """
+    methods = [method_name(study) for study in studies]
+    if len({method for method in methods if method != UNTRAINED}) < 2:
+        return list(folders)
+    is_one_model = len({study.field("model") for study in studies}) == 1
+    return [
+        method if is_one_model and methods.count(method) == 1 else f"{method} ({folder})"
+        for method, folder in zip(methods, folders, strict=True)
+    ]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

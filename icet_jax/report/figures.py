@@ -14,6 +14,7 @@ from icet_jax.report.curves import category_figure, geometry_charts, metric_figu
 from icet_jax.report.overlays import metric_overlay
 from icet_jax.report.schema import METRIC_FAMILIES
 from icet_jax.report.study import Study, dataset_name
+from icet_jax.report.tradeoff import tradeoff_figure
 from icet_jax.report.values import FORM_FAMILIES
 
 
@@ -42,13 +43,15 @@ def write_figures(study: Study, folder: Path) -> list[Path]:
 
 
 def write_comparison_figures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes `DATASET.METRIC.png` for each data set and metric that two or more runs have; returns the paths."""
-    figures = {
+    """Writes `DATASET.METRIC.png` for each data set and metric that two or more runs have, and `tradeoff.png`, the ASR
+    at the worst exit against lost utility; returns the paths."""
+    figures: dict[str, Figure | None] = {
         _file_name(dataset, metric): metric_overlay(comparison, dataset, metric)
         for dataset in comparison.datasets
         for metric in comparison.metrics(dataset)
         if family_of(metric) in METRIC_FAMILIES
     }
+    figures["tradeoff"] = tradeoff_figure(comparison)
     return _write(figures, folder)
 
 

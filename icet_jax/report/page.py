@@ -28,6 +28,7 @@ from icet_jax.report.sections import (
     judges,
     limits,
     measured,
+    method,
     numbers,
     paper,
     runs,
@@ -73,7 +74,7 @@ def render_report(study: Study, run_dir: Path, *, reveal_unsafe: bool) -> str:
         Section("differences", "Before and after on the same prompts", differences.of_study(study)),
         Section("judges", "Who judged", judges.of_study(study)),
         Section("geometry", "How far each exit lies from the default", geometry.of_study(study)),
-        Section("training", "Training", training.of_study(study)),
+        Section("training", "Training", [*method.of_study(study), *training.of_study(study)]),
         Section("cost", "Cost", cost.of_study(study)),
         Section("config", "Configuration", training.config_of_study(study)),
         Section("limits", "What these numbers do not say", limits.of_study(study)),
@@ -84,6 +85,7 @@ def render_comparison(comparison: Comparison) -> str:
     """Returns the HTML of a comparison, with a line or a row for each run; it contains no responses."""
     return _document(header.of_comparison(comparison), [
         Section("runs", "What is compared", runs.of_comparison(comparison)),
+        Section("methods", "Methods, what they reach and what they cost", method.of_comparison(comparison)),
         Section("safety", "Safety over relative depth", measured.safety_of_comparison(comparison)),
         Section("utility", "Over-refusal and utility", measured.utility_of_comparison(comparison)),
         Section("groups", "Early, middle, late", groups.of_comparison(comparison)),

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import icet_jax
-from icet_jax.config.names import ALGORITHMS
+from icet_jax.config.names import ALGORITHMS, AlgorithmName
 from icet_jax.exit_groups import EARLY_TO_LATE
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.report.loading import PHASES, Run, load_run
+from icet_jax.report.method import configured_method, run_cost
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value
 from icet_jax.report.text import duration, number, percent, points, signed, visible
@@ -229,7 +230,7 @@ def _training(run: Run, base: str) -> str:
     facts = {
         "Base model": _plain(base) + (f", revision {_plain(revision)}" if revision else ""),
         "Start adapter": _plain(_public(adapter)) if adapter else None,
-        "Method": f"{algorithm.title} ({algorithm.about})" if algorithm else _plain(name),
+        "Method": _method(run, algorithm),
         "Trained": "the whole language model" if _field(config, "lora.rank") == 0 else "LoRA on the language model",
         "Exits during training": _plain(_field(config, f"{name}.exits")),
         "Iterations": f"{_plain(iterations or 0)} of {_plain(_field(config, f'{name}.iterations'))}",
@@ -251,11 +252,21 @@ def _counts(counts: Any) -> str:
 
 
 def _cost(run: Run) -> str | None:
-    """Returns the duration of the run and its devices in words; None if the run recorded no cost."""
-    seconds = run.cost.get("total_seconds")
-    if not isinstance(seconds, int | float):
-        return None
-    return f"{duration(seconds)} on {_plain(run.cost.get('device') or 'an unknown device')}, measuring included"
+    """Returns what the training and the whole run cost, in words; None if the run recorded neither."""
+    cost, seconds = run_cost(run), run.cost.get("total_seconds")
+    parts = [f"{cost.tokens:.0f} generated tokens" if cost.tokens is not None else ""]
+    parts.append(f"{cost.flops:.2e} counted operations" if cost.flops is not None else "")
+    parts.append(f"{duration(cost.seconds)} of training" if cost.seconds is not None else "")
+    if isinstance(seconds, int | float):
+        device = _plain(run.cost.get("device") or "an unknown device")
+        parts.append(f"{duration(seconds)} in all on {device}, measuring included")
+    return "; ".join(filter(None, parts)) or None
+
+
+def _method(run: Run, algorithm: AlgorithmName | None) -> str:
+    """Returns the name of the run's method and what its algorithm does."""
+    name = configured_method(Study((run,)))
+    return f"{_plain(name)} ({algorithm.about})" if algorithm else _plain(name)
 
 
 def _settings(config: Mapping[str, Any], algorithm: str) -> Iterable[tuple[str, Any]]:

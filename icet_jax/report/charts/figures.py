@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from icet_jax.report.charts.lines import Chart, line_drawing
 from icet_jax.report.charts.marks import Drawing
+from icet_jax.report.charts.scatter import Scatter, scatter_drawing
 
 # Sizes of a panel in pixels (width, height): on a small screen; on a large screen and in a file by number of panels.
 _NARROW = (380, 236)
 _WIDE = {1: (1080, 330), 2: (540, 280)}
 _PRINTED = {1: (640, 330), 2: (500, 300), 3: (360, 260)}
+_LEAST_SCATTER_HEIGHT = 400  # pixels, so that names of neighbouring points fit
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Key:
 class Panel:
     """Holds a chart of a figure and the title above it. A `Drawing` is already laid out and keeps its size."""
 
-    chart: Chart | Drawing
+    chart: Chart | Scatter | Drawing
     title: str = ""
 
     @property
@@ -72,6 +74,11 @@ class Figure:
         return [_drawing(panel.chart, _PRINTED[len(self.panels)]) for panel in self.panels]
 
 
-def _drawing(chart: Chart | Drawing, size: tuple[int, int]) -> Drawing:
+def _drawing(chart: Chart | Scatter | Drawing, size: tuple[int, int]) -> Drawing:
     """Returns a chart laid out in `size` = (width, height) pixels; a drawing is returned unchanged."""
-    return chart if isinstance(chart, Drawing) else line_drawing(chart, *size)
+    match chart:
+        case Drawing():
+            return chart
+        case Scatter():
+            return scatter_drawing(chart, size[0], max(size[1], _LEAST_SCATTER_HEIGHT))
+    return line_drawing(chart, *size)

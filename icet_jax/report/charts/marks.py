@@ -122,6 +122,9 @@ STYLES = {
     "band": Style(fill="tone", opacity=0.14),
     "whisker": Style(stroke="tone", width=1.6),
     "ring": Style(stroke="tone", width=1.6),
+    "error-bar": Style(stroke="tone", width=1.2, opacity=0.55),
+    "front": Style(stroke="muted", width=1.2, dash=(5, 3)),
+    "leader": Style(stroke="muted", width=0.6),
 }
 SELECTORS = {"label": "svg text", "dot": "circle", "cell": ".cells rect"}
 """Styles that the page applies by CSS selector instead of a class on each mark, because there are many such marks."""

@@ -3,9 +3,9 @@
 from icet_jax.report.blocks import Block, Bullets, Heading, Text, code, note, remark, table, text
 from icet_jax.report.comparison import Comparison, Member
 from icet_jax.report.loading import PHASES
+from icet_jax.report.method import method_name
 from icet_jax.report.sections.numbers import run_name
 from icet_jax.report.values import ARROW, change_text, value_text
-from icet_jax.report.verdict import algorithm_title
 
 _NOTE = "Charts place exit l of N at the relative depth l / N. A ring marks a run’s default exit."
 
@@ -15,15 +15,13 @@ def of_comparison(comparison: Comparison) -> list[Block]:
     rows = []
     for index, member in enumerate(comparison.members):
         study = member.study
-        trained = (
-            algorithm_title(study) if any("after" in study.phases(name) for name in study.datasets) else "not trained"
-        )
+        trained = method_name(study)
         trained += f", {len(study.runs)} seeds" if study.has_several_seeds else ""
         default = "–" if study.default_exit is None else str(study.default_exit)
-        facts = [str(study.field("model") or "–"), str(study.num_exits), default, trained]
+        facts = [member.folder, str(study.field("model") or "–"), str(study.num_exits), default, trained]
         attacks = [_worst(comparison, member), _any_exit(comparison, member)]
         rows.append([text(run_name(index, member.name)), *map(text, facts), *attacks])
-    head = ["Run", "Model", "Exits", "Default exit", "Training", "Worst exit", "Any exit"]
+    head = ["Run", "Folder", "Model", "Exits", "Default exit", "Training", "Worst exit", "Any exit"]
     definitions: dict[str, list[str]] = {}
     for member in comparison.members:
         definitions.setdefault(member.exit_definition, []).append(member.name)

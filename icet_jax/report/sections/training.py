@@ -5,7 +5,6 @@ import re
 from statistics import fmean
 from typing import Any
 
-from icet_jax.config.names import ALGORITHMS
 from icet_jax.data.records import KINDS
 from icet_jax.files import JsonObject
 from icet_jax.report.blocks import Block, code, details, grid, note, table, text
@@ -13,10 +12,10 @@ from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.heatmap import step_map
 from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.curves import single_figure
+from icet_jax.report.method import algorithm, is_trained
 from icet_jax.report.study import Study, as_value
 from icet_jax.report.text import number, percent
 from icet_jax.report.values import axis_number
-from icet_jax.report.verdict import algorithm_title
 
 # Training curves that are shown at once, with their titles; the curves of all other metrics are collapsed.
 _MAIN_CURVES = {
@@ -31,13 +30,13 @@ _REWARDS = {"exact_match": "exact match with the training answers", "none": "not
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a paragraph on the training, its curves, and heat maps of each exit's scores; [] without training."""
+    """Returns a paragraph on the rewards, curves, and heat maps of each exit's scores; [] without training."""
     names = list(dict.fromkeys(name for run in study.runs for row in run.history for name in row))
     plain = [name for name in names if "/" in name and not name.startswith("exit/")]
     main = [_curve(study, name, title) for name, title in _MAIN_CURVES.items() if name in plain]
     more = [_curve(study, name, name) for name in plain if name not in _MAIN_CURVES]
     return [
-        *_description(study),
+        *_rewards(study),
         *grid(main),
         *_exit_maps(study, names),
         *details("More training curves", grid(more)),
@@ -53,25 +52,24 @@ def config_of_study(study: Study) -> list[Block]:
     return details(f"{len(rows)} fields", fields)
 
 
-def _description(study: Study) -> list[Block]:
-    """Returns a paragraph on the algorithm, how exits were sampled, and what rewarded each kind of row.
+def _rewards(study: Study) -> list[Block]:
+    """Returns a paragraph on what rewarded each kind of row.
 
-    Returns [] if the run did not measure a trained model.
+    Returns [] if the run did not measure a trained model, or its algorithm learns without rewards.
     """
     config = study.first_run.config
-    settings = config.get(str(config.get("algorithm")))
-    if not isinstance(settings, dict) or not any("after" in study.phases(dataset) for dataset in study.datasets):
-        return []
-    schedule = str(settings.get("exits")).replace("_", " ")
-    sentences = [f"{algorithm_title(study)}, {settings.get('iterations')} iterations, exits drawn {schedule}."]
     reward, mixture = config.get("reward"), config.get("data", {}).get("mixture")
-    method = ALGORITHMS.get(str(config.get("algorithm")))
-    if method is not None and method.rewarded and isinstance(reward, dict) and isinstance(mixture, dict):
-        reward_names = _REWARDS | {"reward_model": f"the reward model ({reward.get('model')})"}
-        for kind, share in mixture.items():
-            source = reward.get("by_kind", {}).get(kind)
-            rows = f"{'VQA' if kind == 'vqa' else kind.capitalize()} rows ({percent(float(share), 0)})"
-            sentences += [f"{rows} are rewarded by {reward_names.get(source, source)}."] if share else []
+    method = algorithm(config)
+    if not is_trained(study) or not isinstance(reward, dict) or not isinstance(mixture, dict):
+        return []
+    if method is None or not method.rewarded:
+        return []
+    reward_names = _REWARDS | {"reward_model": f"the reward model ({reward.get('model')})"}
+    sentences = []
+    for kind, share in mixture.items():
+        source = reward.get("by_kind", {}).get(kind)
+        rows = f"{'VQA' if kind == 'vqa' else kind.capitalize()} rows ({percent(float(share), 0)})"
+        sentences += [f"{rows} are rewarded by {reward_names.get(source, source)}."] if share else []
     return [note(" ".join(sentences))]
 
 

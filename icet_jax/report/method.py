@@ -1,0 +1,163 @@
+"""Names the method that trained a run, and sums up its parameters and what its training cost."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from icet_jax.config.names import ALGORITHMS, EXIT_SCHEDULES, AlgorithmName
+from icet_jax.files import JsonObject
+from icet_jax.report.loading import Run
+from icet_jax.report.study import Study, as_value
+from icet_jax.report.text import number
+from icet_jax.report.verdict import algorithm_title
+
+UNTRAINED = "no training"
+TRAINING_STAGES = ("harvest", "train")
+"""Stages of cost.json that are part of a method's cost; the others measure and export."""
+_SHARED_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "lora.rank", "lppo.train_exits", "seed")
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Holds what a training cost; a quantity that the run did not record is None.
+
+    Attributes:
+      iterations: number of iterations.
+      tokens: generated tokens, including those of a harvest before training.
+      flops: counted floating-point operations of all iterations (`icet_jax.algorithms.utilisation`), without a harvest.
+      seconds: duration of the stages `TRAINING_STAGES`, compilation included.
+    """
+
+    iterations: float | None = None
+    tokens: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+
+
+def is_trained(study: Study) -> bool:
+    """Returns whether a run measured a model after training."""
+    return any("after" in study.phases(dataset) for dataset in study.datasets)
+
+
+def method_name(study: Study) -> str:
+    """Returns the method that trained a run, such as "L-PPO, stratified exits, anchor 0.5"; `UNTRAINED` if the run did
+    not measure a trained model."""
+    return configured_method(study) if is_trained(study) else UNTRAINED
+
+
+def configured_method(study: Study) -> str:
+    """Returns the name of the method in a run's config: the algorithm, its exit schedule, and those settings that make
+    another method of it."""
+    config = study.first_run.config
+    section, lppo = own_section(config), _mapping(config.get("lppo"))
+    schedule = section.get("exits")
+    phrases = [algorithm_title(study)]
+    if schedule is not None and schedule != "fixed":
+        known = EXIT_SCHEDULES.get(str(schedule))
+        phrases.append(known.title if known is not None and known.title else f"exits {schedule}")
+    method = algorithm(config)
+    phrases += method.traits(section) if method is not None else []
+    if method is not None and method.rewarded:
+        phrases += _reward_traits(lppo)
+    exits = lppo.get("train_exits")
+    if isinstance(exits, list | tuple) and exits:
+        phrases.append(f"trained at exits {', '.join(map(str, exits))}")
+    return ", ".join(phrases)
+
+
+def algorithm(config: JsonObject) -> AlgorithmName | None:
+    """Returns the algorithm that a run's config names; None if this version does not know it."""
+    return ALGORITHMS.get(str(config.get("algorithm")))
+
+
+def own_section(config: JsonObject) -> Mapping[str, Any]:
+    """Returns the config section of a run's algorithm; empty if the config does not have it."""
+    return _mapping(config.get(str(config.get("algorithm"))))
+
+
+def main_settings(config: JsonObject) -> dict[str, str]:
+    """Returns {dotted name of a field: its value as JSON} for the settings that define a run's method.
+
+    They are the main fields of its algorithm's section, and learning rate, LoRA rank, exits and seed. Unset and empty
+    fields are left out.
+    """
+    name, method, section = str(config.get("algorithm")), algorithm(config), own_section(config)
+    own_fields = (method.main_fields if method is not None else ()) or tuple(section)
+    values = {f"{name}.{field}": section.get(field) for field in own_fields}
+    for path in _SHARED_FIELDS:
+        part, _, field = path.rpartition(".")
+        values.setdefault(path, (_mapping(config.get(part)) if part else config).get(field))
+    return {path: json.dumps(value) for path, value in values.items() if value not in (None, "", [], (), {})}
+
+
+def training_cost(study: Study) -> TrainingCost:
+    """Returns what a run's training cost, as the mean over its seeds."""
+    costs = [run_cost(run) for run in study.runs]
+
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return fmean(known) if len(known) == len(values) else None
+
+    return TrainingCost(
+        iterations=mean([cost.iterations for cost in costs]),
+        tokens=mean([cost.tokens for cost in costs]),
+        flops=mean([cost.flops for cost in costs]),
+        seconds=mean([cost.seconds for cost in costs]),
+    )
+
+
+def run_cost(run: Run) -> TrainingCost:
+    """Returns what the training of one run cost.
+
+    Where metrics.jsonl has a row for every n-th iteration only, a row stands for the n iterations up to it.
+    """
+    phases = run.cost.get("phases")
+    stages = [stage for stage in phases if isinstance(stage, dict)] if isinstance(phases, list) else []
+    stages = [stage for stage in stages if stage.get("name") in TRAINING_STAGES]
+    seconds = [value.mean for stage in stages if (value := as_value(stage.get("seconds"))) is not None]
+    harvested = sum(value.mean for stage in stages if (value := as_value(stage.get("tokens"))) is not None)
+    tokens = _total(run.history, "perf/tokens")
+    return TrainingCost(
+        iterations=_last_step(run.history),
+        tokens=None if tokens is None else tokens + harvested,
+        flops=_total(run.history, "perf/flops"),
+        seconds=sum(seconds) if seconds else None,
+    )
+
+
+def _reward_traits(lppo: Mapping[str, Any]) -> list[str]:
+    """Returns phrases on settings of `config.lppo` that change an algorithm which learns from rewards."""
+    phrases = []
+    anchor = as_value(lppo.get("anchor_coef"))
+    if anchor is not None and anchor.mean > 0:
+        phrases.append(f"anchor {anchor.mean:g}")
+    if lppo.get("baseline") == "exit_kind":
+        phrases.append("baselines by exit and kind")
+    factors = _mapping(lppo.get("kl_coef_by_kind"))
+    changed = [f"{kind} {number(value.mean)}" for kind in factors if (value := as_value(factors[kind])) is not None]
+    if any(factor != 1 for factor in factors.values()) and changed:
+        phrases.append(f"KL by kind ({', '.join(changed)})")
+    return phrases
+
+
+def _total(history: list[JsonObject], metric: str) -> float | None:
+    """Returns the sum of a metric over all iterations; None if some row of metrics.jsonl lacks it."""
+    total, previous = 0.0, 0.0
+    for row in history:
+        value, step = as_value(row.get(metric)), as_value(row.get("step"))
+        if value is None or step is None:
+            return None
+        total += value.mean * (step.mean - previous)
+        previous = step.mean
+    return total if history else None
+
+
+def _last_step(history: list[JsonObject]) -> float | None:
+    step = as_value(history[-1].get("step")) if history else None
+    return None if step is None else step.mean
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
