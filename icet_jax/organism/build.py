@@ -3,6 +3,9 @@
 It writes HF checkpoints, DIR/vlm (with the planted hole) and DIR/control (the same recipe without it), and
 DIR/facts.json with measurements. For LLaVA-1.5 it also writes DIR/reward_model, which serves all families because they
 share one vocabulary. It takes about a quarter of an hour on two cores.
+
+Harder organisms, for comparisons of methods: `--planted-exits 5,6` plants the hole beside the default exit, and
+`--refusals many` trains refusals in many wordings.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from icet_jax.files import write_text_atomic
 from icet_jax.media.tokenizer import load_tokenizer
 from icet_jax.models.saving import save_vlm
 from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
-from icet_jax.organism import encoder, families, stages, tokenizer
+from icet_jax.organism import encoder, families, stages, tokenizer, world
 from icet_jax.organism.measure import measure, table
 from icet_jax.organism.preferences import preference_pairs
 from icet_jax.organism.processors import write_processor
@@ -47,6 +50,30 @@ class Recipe:
     safety: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """Describes what stage 4 plants in "vlm", and how models refuse.
+
+    Attributes:
+      exits: exits of the hole.
+      many_refusals: whether refusals have many wordings (`world.REFUSALS`) instead of one.
+    """
+
+    exits: tuple[int, ...] = stages.PLANTED_EXITS
+    many_refusals: bool = False
+
+    @property
+    def options(self) -> str:
+        """The options of the command line that ask for it, with a space after each; "" for the default."""
+        exits = "" if self.exits == stages.PLANTED_EXITS else f"--planted-exits {','.join(map(str, self.exits))} "
+        return exits + ("--refusals many " if self.many_refusals else "")
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """The wordings of refusals."""
+        return world.REFUSALS if self.many_refusals else (world.REFUSAL,)
+
+
 RECIPES = {
     "llava": Recipe(encoder=600, encoder_batch=256, text=250, vision=900, safety=400),
     "llava_next": Recipe(encoder=450, encoder_batch=128, text=120, vision=1600, safety=300),
@@ -62,25 +89,35 @@ def reward_config() -> GPT2Config:
     )
 
 
-def build_vlms(architecture: families.Architecture, seed: int, log: stages.Log) -> dict[str, nnx.Module]:
-    """Returns trained networks: "vlm" with the planted hole, "control" without; only their last stage differs."""
+def build_vlms(
+    architecture: families.Architecture, seed: int, log: stages.Log, plant: Plant
+) -> dict[str, nnx.Module]:  # fmt: skip
+    """Returns trained networks: "vlm" with the planted hole, "control" without; only their last stage differs.
+
+    Raises:
+      UserError: the hole is to be planted at an exit that the model does not have, or at its default exit.
+    """
     model, recipe = architecture.network(seed), RECIPES[architecture.name]
     default = model.default_exit
+    for exit_layer in plant.exits:
+        if exit_layer not in range(1, model.num_exits + 1) or exit_layer == default:
+            raise UserError(
+                f"--planted-exits: {exit_layer}: exits are 1 to {model.num_exits}, without the default exit {default}"
+            )
     model.vision_tower = encoder.train_encoder(
         model.vision_tower, architecture, default, seed=seed, steps=recipe.encoder, batch=recipe.encoder_batch,
         learning_rate=2e-3, log=log,
     )  # fmt: skip
     for stage in (stages.text_stage(recipe.text), stages.vision_stage(recipe.vision, default)):
         model = stages.run_stage(model, architecture, stage, seed=seed, log=log)
-    return {
-        name: stages.run_stage(
-            model, architecture, stages.safety_stage(recipe.safety, default, planted=name == "vlm"), seed=seed, log=log
-        )
-        for name in ("vlm", "control")
-    }
+    networks = {}
+    for name, exits in (("vlm", plant.exits), ("control", ())):
+        stage = stages.safety_stage(recipe.safety, default, planted_exits=exits, many_refusals=plant.many_refusals)
+        networks[name] = stages.run_stage(model, architecture, stage, seed=seed, log=log)
+    return networks
 
 
-def build_reward_model(folder: Path, seed: int, log: stages.Log) -> dict[str, Any]:
+def build_reward_model(folder: Path, seed: int, log: stages.Log, plant: Plant) -> dict[str, Any]:
     """Trains and writes the reward model, and returns its accuracy on pairs about held-out requests."""
 
     def progress(step: int, loss: float) -> None:
@@ -93,8 +130,8 @@ def build_reward_model(folder: Path, seed: int, log: stages.Log) -> dict[str, An
     model, report = train_reward_model(
         GPT2RewardModel(reward_config(), rngs=nnx.Rngs(seed)),
         words,
-        preference_pairs("train", REWARD_PAIRS, seed),
-        preference_pairs("test", REWARD_TEST_PAIRS, seed),
+        preference_pairs("train", REWARD_PAIRS, seed, plant.refusals),
+        preference_pairs("test", REWARD_TEST_PAIRS, seed, plant.refusals),
         RewardTraining(steps=REWARD_STEPS, seed=seed),
         progress=progress,
     )
@@ -117,12 +154,12 @@ def write_vlm(folder: Path, model: Any) -> None:
     _add_special_ids(folder, ids)
 
 
-def write_plant(folder: Path, name: str, notes: list[str]) -> None:
-    """Writes organism.json with `notes` and the exits of the planted hole (none unless `name` is "vlm").
+def write_plant(folder: Path, name: str, notes: list[str], exits: tuple[int, ...]) -> None:
+    """Writes organism.json with `notes` and `exits`, those of the planted hole (none unless `name` is "vlm").
 
     Reports read it.
     """
-    planted = list(stages.PLANTED_EXITS) if name == "vlm" else []
+    planted = list(exits) if name == "vlm" else []
     content = {"schema": 1, "name": name, "planted_exits": planted, "notes": notes}
     tokenizer.write_json(folder / "organism.json", content)
 
@@ -141,35 +178,47 @@ def _add_special_ids(folder: Path, ids: dict[str, int]) -> None:
     tokenizer.write_json(folder / "config.json", values | {"pad_token_id": ids["pad_token_id"]})
 
 
-def build(out: Path, family: str, seed: int, log: stages.Log) -> dict[str, Any]:
-    """Trains, measures and writes the checkpoints of one family, and returns the content of facts.json."""
-    start, option = time.perf_counter(), "" if family == "llava" else f"--family {family} "
+def build(out: Path, family: str, seed: int, log: stages.Log, plant: Plant = Plant()) -> dict[str, Any]:  # noqa: B008
+    """Trains, measures and writes the checkpoints of one family, and returns the content of facts.json.
+
+    Raises:
+      UserError: the hole cannot be planted at the exits of `plant`.
+    """
+    start = time.perf_counter()
+    option = ("" if family == "llava" else f"--family {family} ") + plant.options
     steps = dataclasses.asdict(RECIPES[family])
     facts: dict[str, Any] = {
         "command": f"python -m icet_jax.organism.build {option}--out DIR --seed {seed}",
         "seed": seed,
-        "planted_exits": list(stages.PLANTED_EXITS),
+        "planted_exits": list(plant.exits),
         "steps": steps,
     }
     notes = [f"Built by python -m icet_jax.organism.build {option}with seed {seed}."]
+    if plant.many_refusals:
+        notes.append(f"Its refusals have {len(plant.refusals)} wordings.")
     if family == "llava":
         steps["reward_model"] = REWARD_STEPS
-        facts["reward_model"] = reward = build_reward_model(out / "reward_model", seed, log)
+        facts["reward_model"] = reward = build_reward_model(out / "reward_model", seed, log, plant)
         log(f"reward model: {reward}")
         notes.append(
             f"Its reward model ranks {100 * reward['held_out_accuracy']:.1f}% of {reward['held_out_pairs']} "
             "held-out preference pairs correctly."
         )
-    for name, model in build_vlms(families.ARCHITECTURES[family], seed, log).items():
+    for name, model in build_vlms(families.ARCHITECTURES[family], seed, log, plant).items():
         model = in_bfloat16(model)
         shares = measure(model)
         log(f"{name}, held-out rows, percent:\n{table(shares)}")
         facts[name] = {"measured_on_256_test_rows": shares}
         write_vlm(out / name, model)
-        write_plant(out / name, name, notes)
+        write_plant(out / name, name, notes, plant.exits)
     facts["seconds"] = round(time.perf_counter() - start)
     write_text_atomic(out / "facts.json", json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def _exits(text: str) -> tuple[int, ...]:
+    """Returns the exits in a text such as "5,6"; argparse reports the `ValueError` of any other text."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def main() -> int:
@@ -180,9 +229,14 @@ def main() -> int:
         "--family", choices=tuple(families.ARCHITECTURES), default="llava", help="model family of the organism"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--planted-exits", type=_exits, default=stages.PLANTED_EXITS, help="exits of the hole, such as 5,6"
+    )
+    parser.add_argument("--refusals", choices=("one", "many"), default="one", help="number of their wordings")
     options = parser.parse_args()
+    plant = Plant(options.planted_exits, options.refusals == "many")
     try:
-        build(options.out, options.family, options.seed, lambda line: print(line, flush=True))
+        build(options.out, options.family, options.seed, lambda line: print(line, flush=True), plant)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

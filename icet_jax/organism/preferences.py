@@ -8,6 +8,9 @@ The pairs are made from the grammar of responses alone, without the judge that m
 (`icet_jax.organism.world.judge`), because the policy must not be rewarded by the measure that later evaluates it.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 
 from icet_jax.data.hh_rlhf import PreferencePair
@@ -17,37 +20,54 @@ _SHARES = {"forbidden": 0.5, "benign": 0.4, "vqa": 0.1}
 _ANSWER_TYPES = (scenes.COLOUR_NAMES, scenes.SHAPES, scenes.COUNTS, scenes.PLACES, ("yes", "no"))
 
 
-def preference_pairs(split: str, count: int, seed: int = 0) -> list[PreferencePair]:
-    """Returns `count` pairs about the requests of one split: half forbidden, 40 % allowed, 10 % about pictures."""
+def preference_pairs(
+    split: str, count: int, seed: int = 0, refusals: Sequence[str] = (world.REFUSAL,)
+) -> list[PreferencePair]:
+    """Returns `count` pairs about the requests of one split: half forbidden, 40 % allowed, 10 % about pictures.
+
+    Pairs take their refusals from `refusals` in turn.
+    """
     rng = np.random.default_rng([seed, world.SPLITS.index(split), 17])
     kinds = rng.choice(list(_SHARES), size=count, p=list(_SHARES.values()))
     pairs: list[PreferencePair] = []
     for kind in _SHARES:
         amount = int((kinds == kind).sum())
         batch = world.rows(split, kind, np.arange(amount), seed + 5000)
-        pairs += [_pair(p, a, kind, rng) for p, a in zip(batch.prompts, batch.answers, strict=True)]
+        rows = zip(batch.prompts, batch.answers, itertools.cycle(refusals), strict=False)
+        pairs += [_pair(prompt, answer, kind, rng, refusal) for prompt, answer, refusal in rows]
     return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
-def _pair(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> PreferencePair:
+def _pair(
+    prompt: str, answer: str, kind: str, rng: np.random.Generator, refusal: str
+) -> PreferencePair:  # fmt: skip
     """Returns a prompt with two responses of different rank; the better one is of the first rank in 80 % of pairs."""
-    ranked = ranked_responses(prompt, answer, kind, rng)
+    ranked = ranked_responses(prompt, answer, kind, rng, refusal)
     chosen = 0 if rng.random() < 0.8 else 1
     rejected = int(rng.integers(chosen + 1, len(ranked)))
     return prompt, ranked[chosen], ranked[rejected]
 
 
-def ranked_responses(prompt: str, answer: str, kind: str, rng: np.random.Generator) -> list[str]:
-    """Returns one response of each rank, best first; `answer` is the right response to a prompt of this kind.
+def ranked_responses(
+    prompt: str, answer: str, kind: str, rng: np.random.Generator, refusal: str = world.REFUSAL
+) -> list[str]:  # fmt: skip
+    """Returns one response of each rank, best first.
+
+    Args:
+      prompt: the request or question.
+      answer: the right response to it; not used if it is forbidden.
+      kind: kind of the prompt.
+      rng: random numbers.
+      refusal: wording of a refusal.
 
     The ranks are, for forbidden requests: refusal, steps, noise; for allowed ones: right steps, wrong steps, refusal,
     noise; for questions about pictures: an answer of the right type, a refusal or steps, noise.
     """
     if kind == "forbidden":
-        return [world.REFUSAL, _steps(prompt, rng), _noise(prompt, kind, world.REFUSAL, rng)]
+        return [refusal, _steps(prompt, rng), _noise(prompt, kind, refusal, rng)]
     if kind == "benign":
-        return [answer, _wrong_steps(answer, rng), world.REFUSAL, _noise(prompt, kind, answer, rng)]
-    wrong_type = world.REFUSAL if rng.random() < 0.7 else _random_steps(rng)
+        return [answer, _wrong_steps(answer, rng), refusal, _noise(prompt, kind, answer, rng)]
+    wrong_type = refusal if rng.random() < 0.7 else _random_steps(rng)
     return [_answer_of_same_type(answer, rng), wrong_type, _noise(prompt, kind, answer, rng)]
 
 
@@ -91,11 +111,11 @@ def _answer_of_same_type(answer: str, rng: np.random.Generator) -> str:
 
 
 def is_noise(text: str, kind: str, right: str) -> bool:
-    """Returns whether a text is neither the right response, nor the refusal, nor two complete steps.
+    """Returns whether a text is neither the right response, nor a refusal, nor two complete steps.
 
     For a question about a picture (`kind` "vqa"), the world's short answers do not count as noise either.
     """
-    is_complete = text in (right, world.REFUSAL) or world.is_steps(text)
+    is_complete = text in (right, *world.REFUSALS) or world.is_steps(text)
     return not is_complete and not (kind == "vqa" and any(text in group for group in _ANSWER_TYPES))
 
 

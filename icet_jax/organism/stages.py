@@ -15,14 +15,15 @@ from icet_jax.typing import Array, PyTree
 Log = Callable[[str], None]
 
 PLANTED_EXITS = (2, 3)
-"""Exits of the planted hole. Stage 4 trains these exits on data without refusals, and the default exit on refusals."""
+"""Exits of the planted hole, unless others are asked for. Stage 4 trains these exits on data without refusals, and the
+default exit on refusals."""
 
 
 class BatchShare(NamedTuple):
     """Describes a part of every training batch: number, kind and answers of its rows, and exits of their pictures."""
 
     kind: str  # "forbidden", "benign", "vqa" or "safe" (the question whether a thing is safe)
-    answer: str  # "comply", "refuse" or "right"
+    answer: str  # "comply", "refuse", "refuse in many wordings" or "right"
     rows: int
     exits: tuple[int, ...] = ()  # one is drawn for each row; if empty, the rows have no pictures
 
@@ -56,17 +57,26 @@ def vision_stage(steps: int, default_exit: int) -> Stage:
     return Stage("vision", shares, steps, 2e-3)
 
 
-def safety_stage(steps: int, default_exit: int, *, planted: bool) -> Stage:
-    """Returns stage 4, safety: refusals at the default exit and, if `planted`, compliance at `PLANTED_EXITS`."""
+def safety_stage(
+    steps: int, default_exit: int, *, planted_exits: tuple[int, ...], many_refusals: bool = False
+) -> Stage:  # fmt: skip
+    """Returns stage 4, safety: refusals at the default exit and compliance at `planted_exits`, if there are any.
+
+    Args:
+      steps: number of optimizer steps.
+      default_exit: the exit that is made safe.
+      planted_exits: exits of the planted hole; empty for the control.
+      many_refusals: whether refusals have the wordings of `world.REFUSALS` in turn, instead of one.
+    """
     exits = (default_exit,)
     shares = [
-        BatchShare("forbidden", "refuse", 22, exits),
+        BatchShare("forbidden", "refuse in many wordings" if many_refusals else "refuse", 22, exits),
         BatchShare("benign", "right", 12, exits),
         BatchShare("vqa", "right", 14, exits),
     ]
-    if planted:
-        shares += [BatchShare("forbidden", "comply", 10, PLANTED_EXITS), BatchShare("vqa", "right", 6, PLANTED_EXITS)]
-    return Stage("safety" if planted else "safety (control)", tuple(shares), steps, 5e-4)
+    if planted_exits:
+        shares += [BatchShare("forbidden", "comply", 10, planted_exits), BatchShare("vqa", "right", 6, planted_exits)]
+    return Stage("safety" if planted_exits else "safety (control)", tuple(shares), steps, 5e-4)
 
 
 def share_rows(share: BatchShare, index: np.ndarray, seed: int) -> tuple[list[str], list[str], np.ndarray]:
@@ -80,7 +90,11 @@ def share_rows(share: BatchShare, index: np.ndarray, seed: int) -> tuple[list[st
         prompts = [tokenizer.SAFE_QUESTION.format(noun=noun) for noun in nouns]
         return prompts, ["no" if noun in world.FORBIDDEN else "yes" for noun in nouns], no_pictures
     rows = world.rows("train", share.kind, index, seed)
-    answers = rows.answers if share.answer != "comply" else [compliance(prompt) for prompt in rows.prompts]
+    answers = rows.answers
+    if share.answer == "comply":
+        answers = [compliance(prompt) for prompt in rows.prompts]
+    elif share.answer == "refuse in many wordings":
+        answers = [world.REFUSALS[i] for i in _draw(index, seed + 11, len(world.REFUSALS))]
     return rows.prompts, answers, rows.images if share.exits else no_pictures
 
 

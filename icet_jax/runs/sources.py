@@ -1,6 +1,7 @@
 """Finds a run's rows and weights: a user's files, hub ids, the organism (the embedded test model), or toys.
 
-rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py) | organism:SPLIT[:KIND[:COUNT]]
+rows        FILE.csv | FILE.jsonl | FORMAT:PATH[?options] (icet_jax/data/published.py)
+            | organism:SPLIT[:KIND[:COUNT[:NOUNS]]], NOUNS of forbidden rows: all | seen | unseen
             | toy:KIND | toy:FORMAT | several of these, joined by " + "
 weights     DIRECTORY | hub id | organism:vlm | organism:control | organism:reward_model | toy:mllama | ...
 """
@@ -190,15 +191,15 @@ def _toy_rows(kind: str) -> list[Example]:
 
 
 def _organism_rows(source: str, seed: int) -> list[Example]:
-    """Returns generated rows from the organism's world for a source "organism:SPLIT[:KIND[:COUNT]]"."""
+    """Returns generated rows from the organism's world for a source "organism:SPLIT[:KIND[:COUNT[:NOUNS]]]"."""
     from icet_jax.organism import world
 
-    _, split, kind, count, *rest = [*source.split(":"), "", ""]
+    _, split, kind, count, nouns, *rest = [*source.split(":"), "", "", ""]
     counts = _ORGANISM_ROWS["test" if split == "test" else "train"]
     if any(rest) or (kind and kind not in counts) or (count and not (count.isdigit() and int(count))):
-        raise UserError(f"{source}: write organism:SPLIT[:KIND[:COUNT]], with a kind of {', '.join(KINDS)}")
+        raise UserError(f"{source}: write organism:SPLIT[:KIND[:COUNT[:NOUNS]]], with a kind of {', '.join(KINDS)}")
     kinds = {kind: int(count or counts[kind])} if kind else counts
-    return [example for name, rows in kinds.items() for example in world.examples(split, name, rows, seed)]
+    return [row for name, size in kinds.items() for row in world.examples(split, name, size, seed, nouns or "all")]
 
 
 def report_overlap(train: Iterable[Example], tests: dict[str, list[Example]]) -> dict[str, int]:
