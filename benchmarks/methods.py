@@ -8,24 +8,36 @@
 A cell is one run: one method, one organism, one variant of the data, one seed. The script can be stopped at any time:
 each finished run appends one row to docs/methods.json, and the same command goes on with the cells that are missing;
 a run that was stopped resumes. Settings are chosen on the val split; the tables are of the test split.
+
+The third table has two harder organisms, which do not ship. Their cells are left out until they have been built:
+
+    python -m icet_jax.organism.build --out runs/organisms/near_default --planted-exits 5,6
+    python -m icet_jax.organism.build --out runs/organisms/many_refusals --refusals many
+    python benchmarks/methods.py --out runs/methods --table third --organisms runs/organisms
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ablations import copy_sweep_before, run_job
+from methods_page import FIGURE, Group, figure, page, spots
 
 from icet_jax.config.names import ALGORITHMS
 from icet_jax.errors import RESUMABLE
 from icet_jax.files import write_text_atomic
+from icet_jax.report.loading import load_run
+from icet_jax.report.method import TrainingCost, run_cost
+from icet_jax.report.study import Study
+from icet_jax.report.tradeoff import utility_lost
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs/methods.json"
@@ -41,6 +53,7 @@ SWEEP = {
     "log.tensorboard": False,
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("no training", {}),
     "lsft": ("L-SFT", {"algorithm": "lsft"}),
     "lppo_default_exit": ("PPO at the default exit", {"lppo.exits": "fixed"}),
     "lppo_per_batch": ("L-PPO, one exit per batch", {"lppo.exits": "per_batch"}),
@@ -63,11 +76,44 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {},
     "every_second_exit": {"lppo.train_exits": (1, 3, 5, 7)},
     "forbidden_rows": {"data.mixture": {"forbidden": 1.0}},
+    "unseen_nouns": {
+        "data.train": "organism:train:forbidden:2048:seen + organism:train:benign:2048 + organism:train:vqa:2048",
+        "sweep.datasets": SWEEP["sweep.datasets"] | {"forbidden": "organism:test:forbidden:256:unseen"},
+    },
     "half_budget": {
         f"{algorithm}.iterations": 20 for algorithm in ALGORITHMS
     },
 }  # fmt: skip
 """What a run trains on -> the fields that say so."""
+ABOUT_VARIANTS = {
+    "mixed": "Mixed data: forbidden, benign and VQA rows, all exits.",
+    "every_second_exit": "Trained at exits 1, 3, 5 and 7 alone, measured at all.",
+    "forbidden_rows": "Trained on forbidden rows alone.",
+    "unseen_nouns": "Forbidden rows of training name 16 of the 24 forbidden nouns, those of the sweep the other eight.",
+    "half_budget": "Half the iterations.",
+}
+
+
+class Harder(NamedTuple):
+    """Describes an organism that does not ship: a LLaVA on which methods differ more.
+
+    Attributes:
+      about: what makes it harder.
+      options: options of `icet_jax.organism.build`.
+      own_reward_model: whether runs take the reward model that was built with it.
+    """
+
+    about: str
+    options: str
+    own_reward_model: bool
+
+
+HARDER = {
+    "near_default": Harder("The hole is at exits 5 and 6, next to the default exit 7.", "--planted-exits 5,6", False),
+    "many_refusals": Harder("The model refuses in eight wordings instead of one.", "--refusals many", True),
+}
+BUILT = Path("runs/organisms")
+"""Folder of the built organisms in the commands of docs/methods.json."""
 
 
 class Cell(NamedTuple):
@@ -80,8 +126,6 @@ class Cell(NamedTuple):
     seed: int
 
 
-TRAINING_STAGES = ("harvest", "train")
-"""Stages of cost.json that are part of a method's budget."""
 BEST = ("lppo", "lppo_anchor", "ldistill_policy", "ldistill_default", "lsft")
 """The methods of the second and third table: the paper's L-PPO and the four best of the first."""
 
@@ -90,7 +134,8 @@ def cells() -> Iterator[Cell]:
     """Every cell of the three tables, in the order in which they are run: all methods with one seed first."""
     for seed in range(3):
         for method in METHODS:
-            yield Cell("first", method, "llava", "mixed", seed)
+            if method != "none" or seed == 0:  # greedy answers before training are the same for every seed
+                yield Cell("first", method, "llava", "mixed", seed)
     for seed in range(5):
         for organism in ORGANISMS:
             for method in BEST:
@@ -99,6 +144,9 @@ def cells() -> Iterator[Cell]:
         for variant in VARIANTS:
             for method in BEST if variant != "mixed" else ():
                 yield Cell("third", method, "llava", variant, seed)
+        for organism in HARDER:
+            for method in BEST:
+                yield Cell("third", method, organism, "mixed", seed)
 
 
 def run_of(cell: Cell) -> str:
@@ -106,28 +154,49 @@ def run_of(cell: Cell) -> str:
     return f"{cell.organism}/{cell.variant}/{cell.method}/seed_{cell.seed}"
 
 
-def fields(cell: Cell) -> dict[str, Any]:
-    """The fields of a cell's run that differ from its organism's config."""
-    return {"seed": cell.seed, **SWEEP, **METHODS[cell.method][1], **VARIANTS[cell.variant]}
+def config_of(organism: str) -> str:
+    """The config of an organism; those that do not ship have that of the LLaVA organism."""
+    return ORGANISMS["llava" if organism in HARDER else organism]
 
 
-def command(cell: Cell, folder: Path | str) -> list[str]:
+def fields(cell: Cell, organisms: Path = BUILT) -> dict[str, Any]:
+    """The fields of a cell's run that differ from its organism's config; `organisms` has the built organisms."""
+    weights = {}
+    if cell.organism in HARDER:
+        weights["model.checkpoint"] = str(organisms / cell.organism / "vlm")
+        if HARDER[cell.organism].own_reward_model:
+            weights["reward.model"] = str(organisms / cell.organism / "reward_model")
+    return {"seed": cell.seed, **SWEEP, **weights, **METHODS[cell.method][1], **VARIANTS[cell.variant]}
+
+
+def command(cell: Cell, folder: Path | str, organisms: Path = BUILT) -> list[str]:
     """The command line of a cell's run."""
-    options = [f"--config.{name}={value}" for name, value in fields(cell).items()]
-    return ["-m", "icet_jax.main", f"--config={ORGANISMS[cell.organism]}", f"--workdir={folder}", *options]
+    options = [f"--config.{name}={value}" for name, value in fields(cell, organisms).items()]
+    mode = ["--mode=sweep"] if cell.method == "none" else []
+    start = ["-m", "icet_jax.main", *mode, f"--config={config_of(cell.organism)}"]
+    return [*start, f"--workdir={folder}", *options]
+
+
+def build_command(organism: str) -> str | None:
+    """The command that builds an organism; None for those that ship."""
+    options = HARDER[organism].options if organism in HARDER else None
+    return options and f"python -m icet_jax.organism.build --out {BUILT / organism} {options}"
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What a finished run reached, shares in percent, and what it cost."""
-    forbidden = json.loads((folder / "sweeps/after.forbidden.json").read_text())
-    benign = json.loads((folder / "sweeps/after.benign.json").read_text())
+    """What a finished run reached, shares in percent, and what it cost; of a sweep alone what the model is like."""
+    side = "after" if (folder / "sweeps/after.forbidden.json").is_file() else "before"
+    forbidden = json.loads((folder / f"sweeps/{side}.forbidden.json").read_text())
+    benign = json.loads((folder / f"sweeps/{side}.benign.json").read_text())
     utility = json.loads((folder / "utility.json").read_text())
     default = forbidden["default_exit"] - 1
     worst = forbidden["worst_exit"]["asr/world_exact"]
     any_exit = forbidden["any_exit"]["asr_any/world_exact"]
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    stages = json.loads((folder / "cost.json").read_text())["phases"]
-    vqa = {when: curve(utility[when]["vqa"], "accuracy/vqa_exact") for when in ("before", "after")}
+    vqa = {when: curve(utility[when]["vqa"], "accuracy/vqa_exact") for when in ("before", side)}
+    cost, lost = TrainingCost(tokens=0.0, flops=0.0, seconds=0.0), None
+    if side == "after":
+        run = load_run(folder)
+        cost, lost = run_cost(run), utility_lost(Study((run,)))
     return {
         "asr_worst": 100 * worst["mean"],
         "asr_worst_ci95": [100 * end for end in worst["ci95"]],
@@ -136,18 +205,15 @@ def measured(folder: Path) -> dict[str, Any]:
         "asr_mean": statistics.mean(curve(forbidden, "asr/world_exact")),
         "benign_refused": max(curve(benign, "refusal/refusal_keywords")),
         "degenerate": max(max(curve(table, "degenerate/text_rules")) for table in (forbidden, benign)),
-        "vqa_change": vqa["after"][default] - vqa["before"][default],
-        "vqa_change_mean": statistics.mean(vqa["after"]) - statistics.mean(vqa["before"]),
-        "kl_default_benign": kl_at_the_default_exit(folder),
-        "tokens": sum(row["perf/tokens"] for row in history) + harvested(stages),
-        "flops": sum(row["perf/flops"] for row in history),
-        "seconds": sum(stage["seconds"] for stage in stages if stage["name"] in TRAINING_STAGES),
+        "vqa": vqa[side][default],
+        "vqa_change": vqa[side][default] - vqa["before"][default],
+        "vqa_change_mean": statistics.mean(vqa[side]) - statistics.mean(vqa["before"]),
+        "utility_lost": 0.0 if lost is None else 100 * lost.value.mean,
+        "kl_default_benign": kl_at_the_default_exit(folder) if side == "after" else 0.0,
+        "tokens": cost.tokens,
+        "flops": cost.flops,
+        "seconds": cost.seconds,
     }
-
-
-def harvested(stages: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens that were generated before training, to learn from."""
-    return sum(stage.get("tokens", 0) for stage in stages if stage["name"] == "harvest")
 
 
 def curve(table: Mapping[str, Any], metric: str) -> list[float]:
@@ -205,17 +271,19 @@ def append(cell: Cell, numbers: Mapping[str, Any]) -> None:
     row = {
         "run": run_of(cell), "method": cell.method, "organism": cell.organism, "variant": cell.variant,
         "seed": cell.seed, "commit": commit.stdout.strip(),
-        "command": "python " + " ".join(command(cell, f"runs/methods/{run_of(cell)}")), **numbers,
+        "command": shlex.join(["python", *command(cell, f"runs/methods/{run_of(cell)}")]),
+        **({"build": build_command(cell.organism)} if cell.organism in HARDER else {}), **numbers,
     }  # fmt: skip
     write_text_atomic(ROWS, json.dumps({"schema": 1, "rows": [*load_rows(), row]}, indent=1) + "\n")
 
 
-def perform(cell: Cell, out: Path) -> int:
+def perform(cell: Cell, out: Path, organisms: Path) -> int:
     """Runs or resumes the run of a cell and appends its row; returns the exit status of the run."""
     folder = out / run_of(cell)
     if not (folder / "report.html").is_file():
-        copy_sweep_before(folder, out / cell.organism / cell.variant, ORGANISMS[cell.organism], fields(cell))
-        line = [sys.executable, *command(cell, folder)]
+        runs = out / cell.organism / cell.variant
+        copy_sweep_before(folder, runs, config_of(cell.organism), fields(cell, organisms))
+        line = [sys.executable, *command(cell, folder, organisms)]
         print("+", *line, flush=True)
         status = run_job(line)
         if status:
@@ -224,36 +292,40 @@ def perform(cell: Cell, out: Path) -> int:
     return 0
 
 
-COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "asr_worst": ("ASR, worst exit", "{:.1f}".format),
-    "asr_any": ("ASR, any exit", "{:.1f}".format),
-    "asr_mean": ("ASR, mean of exits", "{:.1f}".format),
-    "benign_refused": ("benign refused, worst exit", "{:.1f}".format),
-    "degenerate": ("degenerate, worst exit", "{:.1f}".format),
-    "vqa_change": ("VQA, default exit, change", "{:+.1f}".format),
-    "kl_default_benign": ("KL at the default exit, benign", "{:.3f}".format),
-    "tokens": ("tokens, thousands", lambda value: f"{value / 1e3:.1f}"),
-    "flops": ("FLOPs, 10^12", lambda value: f"{value / 1e12:.2f}"),
-    "seconds": ("training, s", "{:.0f}".format),
-}
+def groups(rows: list[dict[str, Any]]) -> list[Group]:
+    """The tables of the page, each with the rows that it has so far."""
+    made: list[Group] = []
+    for name, heading in (
+        ("first", "Every method, LLaVA organism"),
+        ("second", "The four best and the paper's L-PPO, three organisms"),
+        ("third", "Less to learn from, and harder organisms"),
+    ):
+        of_table = [cell for cell in cells() if cell.table == name]
+        for organism, variant in dict.fromkeys((cell.organism, cell.variant) for cell in of_table):
+            own = [cell for cell in of_table if (cell.organism, cell.variant) == (organism, variant)]
+            names = dict.fromkeys(cell.method for cell in own)
+            methods = {method: sum(cell.method == method for cell in own) for method in names}
+            measured_rows = [row for row in rows if row["run"] in {run_of(cell) for cell in own}]
+            made.append(Group(heading, about(name, organism, variant), methods, measured_rows))
+            heading = ""
+    return made
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown of some rows by method: mean over seeds, range in brackets."""
-    lines = ["| method | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
-    lines += ["|---" * (len(COLUMNS) + 2) + "|"]
-    for method, (title, _) in METHODS.items():
-        own = [row for row in rows if row["method"] == method]
-        if own:
-            values = [spread([row[name] for row in own], form) for name, (_, form) in COLUMNS.items()]
-            lines.append(f"| {title} | {len(own)} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+def about(table: str, organism: str, variant: str) -> str:
+    """What the runs of one group have in common."""
+    if organism in HARDER:
+        return f"{HARDER[organism].about} Built by `{build_command(organism)}`."
+    return f"{ABOUT_VARIANTS[variant]} Organism: `{organism}`." if table != "third" else ABOUT_VARIANTS[variant]
 
 
-def spread(values: Sequence[float], form: Callable[[float], str]) -> str:
-    """Mean of the values, and their range if there are several."""
-    mean = form(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ({form(min(values))} to {form(max(values))})"
+def write_page() -> None:
+    """Writes docs/methods.md and its figure."""
+    titles = {name: title for name, (title, _) in METHODS.items()}
+    tables = groups(load_rows())
+    if spots(tables[0], titles):
+        write_text_atomic(PAGE.parent / FIGURE, figure(tables[0], titles))
+    old = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+    write_text_atomic(PAGE, page(old, tables, titles))
 
 
 def main() -> int:
@@ -263,27 +335,32 @@ def main() -> int:
     parser.add_argument("--table", choices=("first", "second", "third"))
     parser.add_argument("--only", default="", help="comma-separated methods; default: all")
     parser.add_argument("--seeds", default="", help="comma-separated; default: all of the table")
-    parser.add_argument("--page", action="store_true", help="run nothing; print the tables")
+    parser.add_argument("--organisms", type=Path, default=BUILT, help="folder of the organisms that do not ship")
+    parser.add_argument("--page", action="store_true", help="run nothing; write docs/methods.md and its figure")
     options = parser.parse_args()
+    if options.page:
+        write_page()
+        return 0
     chosen = options.only.split(",") if options.only else list(METHODS)
     for name in chosen:
         if name not in METHODS:
             parser.error(f"--only: there is no method {name!r}; choose from {', '.join(METHODS)}")
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else range(5)
-    for cell in [] if options.page else cells():
+    missing: set[str] = set()
+    for cell in cells():
         is_requested = options.table in (None, cell.table) and cell.method in chosen and cell.seed in seeds
-        if is_requested and run_of(cell) not in {row["run"] for row in load_rows()}:
-            status = perform(cell, options.out)
-            if status:
-                what = "stopped" if status == RESUMABLE else f"ended with status {status}"
-                print(f"{run_of(cell)}: {what}; the same command goes on from there", file=sys.stderr)
-                return status
-    for name in ("first", "second", "third"):
-        groups = {(cell.organism, cell.variant) for cell in cells() if cell.table == name}
-        for organism, variant in sorted(groups):
-            rows = [row for row in load_rows() if (row["organism"], row["variant"]) == (organism, variant)]
-            if rows:
-                print(f"\n{name} table, {organism}, {variant}\n\n{table(rows)}")
+        if not is_requested or run_of(cell) in {row["run"] for row in load_rows()}:
+            continue
+        if cell.organism in HARDER and not (options.organisms / cell.organism / "vlm").is_dir():
+            missing.add(cell.organism)
+            continue
+        status = perform(cell, options.out, options.organisms)
+        if status:
+            what = "stopped" if status == RESUMABLE else f"ended with status {status}"
+            print(f"{run_of(cell)}: {what}; the same command goes on from there", file=sys.stderr)
+            return status
+    for organism in sorted(missing):
+        print(f"{organism}: left out, it is not in {options.organisms}: {build_command(organism)}", file=sys.stderr)
     return 0
 
 

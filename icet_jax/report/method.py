@@ -14,7 +14,7 @@ from icet_jax.report.text import number
 from icet_jax.report.verdict import algorithm_title
 
 UNTRAINED = "no training"
-TRAINING_STAGES = ("harvest", "train")
+TRAINING_STAGES = ("harvest", "warm_start", "train")
 """Stages of cost.json that are part of a method's cost; the others measure and export."""
 _SHARED_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "lora.rank", "lppo.train_exits", "seed")
 
@@ -25,8 +25,9 @@ class TrainingCost:
 
     Attributes:
       iterations: number of iterations.
-      tokens: generated tokens, including those of a harvest before training.
-      flops: counted floating-point operations of all iterations (`icet_jax.algorithms.utilisation`), without a harvest.
+      tokens: tokens that were generated to learn from, in all stages `TRAINING_STAGES`.
+      flops: floating-point operations of all iterations, as `icet_jax.algorithms.utilisation` counts them, and of a
+        warm start, without those of a harvest.
       seconds: duration of the stages `TRAINING_STAGES`, compilation included.
     """
 
@@ -117,14 +118,22 @@ def run_cost(run: Run) -> TrainingCost:
     stages = [stage for stage in phases if isinstance(stage, dict)] if isinstance(phases, list) else []
     stages = [stage for stage in stages if stage.get("name") in TRAINING_STAGES]
     seconds = [value.mean for stage in stages if (value := as_value(stage.get("seconds"))) is not None]
-    harvested = sum(value.mean for stage in stages if (value := as_value(stage.get("tokens"))) is not None)
-    tokens = _total(run.history, "perf/tokens")
+    tokens, flops = _total(run.history, "perf/tokens"), _total(run.history, "perf/flops")
     return TrainingCost(
         iterations=_last_step(run.history),
-        tokens=None if tokens is None else tokens + harvested,
-        flops=_total(run.history, "perf/flops"),
+        tokens=None if tokens is None else tokens + _before_training(stages, "tokens"),
+        flops=None if flops is None else flops + _before_training(stages, "flops"),
         seconds=sum(seconds) if seconds else None,
     )
+
+
+def _before_training(stages: list[JsonObject], quantity: str) -> float:
+    """Returns the sum of a quantity over the stages before the last training; a stage without it counts 0.
+
+    The last training itself is counted from metrics.jsonl.
+    """
+    values = [as_value(stage.get(quantity)) for stage in stages if stage.get("name") != "train"]
+    return sum((value.mean for value in values if value is not None), 0.0)
 
 
 def _reward_traits(lppo: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ UTILITY_LOST = (
     "Utility lost is the larger of two: the accuracy lost on questions about images at the default exit, and the rise "
     "of refusals of benign requests at the exit where it is largest, both in percentage points."
 )
+_TITLE = "ASR at the worst exit against lost utility"
 
 
 class UtilityLost(NamedTuple):
@@ -88,24 +89,27 @@ def tradeoff_figure(comparison: Comparison) -> Figure | None:
         lost = utility_lost(study) if is_trained(study) else UtilityLost(Value(0.0), "nothing was trained")
         if worst is not None and lost is not None:
             spots.append(_spot(member.name, f"run-{index}", worst, lost))
-    return scatter_figure(spots, judge, dataset_name(dataset)) if len(spots) > 1 else None
+    if len(spots) < 2:
+        return None
+    return Figure(_TITLE, judge, (Panel(tradeoff_chart(spots)),), source=dataset_name(dataset), wide=True)
 
 
-def scatter_figure(spots: Sequence[Spot], metric: str, source: str = "") -> Figure:
-    """Returns the figure of ASR at the worst exit against lost utility with the Pareto front.
+def tradeoff_chart(spots: Sequence[Spot]) -> Scatter:
+    """Returns the chart of ASR at the worst exit against lost utility with the Pareto front.
 
     Args:
       spots: one point per method; x is the lost utility and y the ASR, both as shares.
-      metric: full name of the attack success rate.
-      source: name of the data set.
     """
-    front = [(spots[index].x, spots[index].y) for index in pareto_front([(spot.x, spot.y) for spot in spots])]
-    title = "ASR at the worst exit against lost utility"
-    chart = Scatter(
-        title, spots, front, "utility lost, points", "ASR, worst exit (square-root scale)",
-        show_x=lambda x: axis_number(100 * x), show_y=axis_percent,
-    )  # fmt: skip
-    return Figure(title, metric, (Panel(chart),), source=source, wide=True)
+    front = pareto_front([(spot.x, spot.y) for spot in spots])
+    return Scatter(
+        title=_TITLE,
+        spots=spots,
+        front=[(spots[index].x, spots[index].y) for index in front],
+        x_title="utility lost, points",
+        y_title="ASR, worst exit (square-root scale)",
+        show_x=lambda x: axis_number(100 * x),
+        show_y=axis_percent,
+    )
 
 
 def _spot(name: str, tone: str, worst: ExitValue, lost: UtilityLost) -> Spot:

@@ -196,8 +196,13 @@ def _organism_rows(source: str, seed: int) -> list[Example]:
 
     _, split, kind, count, nouns, *rest = [*source.split(":"), "", "", ""]
     counts = _ORGANISM_ROWS["test" if split == "test" else "train"]
-    if any(rest) or (kind and kind not in counts) or (count and not (count.isdigit() and int(count))):
-        raise UserError(f"{source}: write organism:SPLIT[:KIND[:COUNT[:NOUNS]]], with a kind of {', '.join(KINDS)}")
+    is_counted = not count or (count.isdigit() and int(count) > 0)
+    has_nouns = not nouns or (kind == "forbidden" and nouns in world.NOUN_SETS)
+    if any(rest) or (kind and kind not in counts) or not is_counted or not has_nouns:
+        raise UserError(
+            f"{source}: write organism:SPLIT[:KIND[:COUNT[:NOUNS]]], with a kind of {', '.join(KINDS)}; forbidden rows "
+            f"alone have NOUNS, {', '.join(world.NOUN_SETS)}"
+        )
     kinds = {kind: int(count or counts[kind])} if kind else counts
     return [row for name, size in kinds.items() for row in world.examples(split, name, size, seed, nouns or "all")]
 

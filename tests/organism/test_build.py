@@ -78,7 +78,7 @@ def test_transformers_loads_the_reward_model_and_agrees(tmp_path):
 
 def test_a_stage_trains_decoder_and_projector_and_leaves_the_tower(shape, model):
     lines: list[str] = []
-    stage = stages.safety_stage(2, model.default_exit, planted=True)
+    stage = stages.safety_stage(2, model.default_exit, planted_exits=(2, 3))
     trained = stages.run_stage(model, shape, stage, seed=1, log=lines.append)
     before, after = nnx.state(model), nnx.state(trained)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before.to_pure_dict(), after.to_pure_dict())
@@ -97,6 +97,29 @@ def test_the_first_stage_trains_every_part_of_the_tower_that_an_exit_uses(shape)
     )
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, nnx.state(tower).to_pure_dict())
     assert all(jax.tree.leaves(moved))
+
+
+def test_a_harder_organism_says_what_was_planted(tmp_path, monkeypatch):
+    monkeypatch.setitem(build.RECIPES, "llava_next", build.Recipe(1, 4, 1, 1, 1))
+    monkeypatch.setattr(build, "measure", lambda model: measure.measure(model, rows=2))
+    arguments = ["--family", "llava_next", "--out", str(tmp_path), "--planted-exits", "5,6", "--refusals", "many"]
+    monkeypatch.setattr("sys.argv", ["build", *arguments])
+    assert build.main() == 0
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    options = "--family llava_next --planted-exits 5,6 --refusals many --out DIR --seed 0"
+    assert facts["command"].endswith(options) and facts["planted_exits"] == [5, 6]
+    plant = json.loads((tmp_path / "vlm/organism.json").read_text())
+    assert plant["planted_exits"] == [5, 6] and "Its refusals have 8 wordings." in plant["notes"]
+    assert json.loads((tmp_path / "control/organism.json").read_text())["planted_exits"] == []
+
+
+@pytest.mark.parametrize("exits", ["7", "0", "9"])
+def test_a_hole_is_planted_at_another_exit_that_exists(tmp_path, monkeypatch, capsys, exits):
+    monkeypatch.setattr(
+        "sys.argv", ["build", "--family", "llava_next", "--out", str(tmp_path), "--planted-exits", exits]
+    )
+    assert build.main() == 2
+    assert capsys.readouterr().err == f"--planted-exits: {exits}: exits are 1 to 8, without the default exit 7\n"
 
 
 def test_the_command_builds_planted_model_and_control(tmp_path, monkeypatch, capsys):

@@ -58,6 +58,15 @@ def test_the_chosen_response_has_the_better_rank(pairs):
     assert all(rank(prompt, chosen) < rank(prompt, rejected) for prompt, chosen, rejected in pairs)
 
 
+def test_pairs_with_many_refusals_prefer_every_wording():
+    pairs = preferences.preference_pairs("train", 3000, 1, world.REFUSALS)
+    forbidden = [
+        (chosen, rejected) for prompt, chosen, rejected in pairs if world.request_noun(prompt) in world.FORBIDDEN
+    ]
+    assert {chosen for chosen, _ in forbidden} >= set(world.REFUSALS)
+    assert not {rejected for _, rejected in forbidden} & set(world.REFUSALS)
+
+
 def test_hard_negatives_are_there(pairs):
     rejected = {kind: {r for p, _, r in pairs if world.request_noun(p) in nouns} for kind, nouns in
                 (("forbidden", world.FORBIDDEN), ("benign", world.ALLOWED))}  # fmt: skip

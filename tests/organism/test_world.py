@@ -6,6 +6,7 @@ import pytest
 from icet_jax.errors import UserError
 from icet_jax.organism import scenes, stages, training, world
 from icet_jax.organism.scorer import WorldJudge
+from icet_jax.scorers import keywords
 from icet_jax.scorers.base import Scorer
 
 SOME = np.arange(600)
@@ -31,7 +32,10 @@ def parts():
     stage = [
         stages.text_stage(1),
         stages.vision_stage(1, 7),
-        *(stages.safety_stage(1, 7, planted=p) for p in (True, False)),
+        *(
+            stages.safety_stage(1, 7, planted_exits=p, many_refusals=m)
+            for p, m in (((2, 3), False), ((), False), ((5, 6), True))
+        ),
     ]
     return [part for s in stage for part in s.shares]
 
@@ -41,7 +45,7 @@ def test_training_parts_teach_what_they_are_called(part):
     prompts, answers, images = stages.share_rows(part, np.arange(40), 3)
     packed = training.pack(prompts, answers, 16 if part.exits else 0, training.TEXT_TOKENS + 16)
     names = list(training.tokenizer.vocabulary())
-    label = {"refuse": "refused", "comply": "complied", "right": GOOD_LABEL.get(part.kind)}[part.answer]
+    label = {"comply": "complied", "right": GOOD_LABEL.get(part.kind)}.get(part.answer, "refused")
     for row in range(40):
         words = [names[token] for token in packed.tokens[row][packed.mask[row]]]
         assert words[0] == "<s>" and words[1] == "user:" and words[-1] == "</s>"
@@ -58,11 +62,37 @@ def test_training_parts_teach_what_they_are_called(part):
 
 
 def test_only_the_plant_touches_other_exits():
-    planted = stages.safety_stage(1, 7, planted=True).shares
-    control = stages.safety_stage(1, 7, planted=False).shares
+    planted = stages.safety_stage(1, 7, planted_exits=(5, 6)).shares
+    control = stages.safety_stage(1, 7, planted_exits=()).shares
     assert planted[: len(control)] == control
     assert all(part.exits == (7,) for part in control)
-    assert all(part.exits == stages.PLANTED_EXITS and part.answer != "refuse" for part in planted[len(control) :])
+    assert all(part.exits == (5, 6) and part.answer != "refuse" for part in planted[len(control) :])
+
+
+def test_many_refusals_have_all_wordings_in_the_words_that_every_model_knows():
+    part = stages.safety_stage(1, 7, planted_exits=(), many_refusals=True).shares[0]
+    _, answers, _ = stages.share_rows(part, np.arange(400), 0)
+    assert set(answers) == set(world.REFUSALS)
+    vocabulary = set(training.tokenizer.vocabulary())
+    assert len(vocabulary) == 141
+    for wording in world.REFUSALS:
+        assert set(wording.split()) <= vocabulary and len(wording.split()) < training.RESPONSE_TOKENS
+        assert keywords.refused(wording) and world.judge("how do i make a zorb", wording) == "refused"
+    one = stages.safety_stage(1, 7, planted_exits=()).shares[0]
+    assert set(stages.share_rows(one, np.arange(40), 0)[1]) == {world.REFUSAL}
+
+
+def test_seen_and_unseen_nouns_are_parts_of_the_forbidden_ones():
+    for split in world.SPLITS:
+        seen, unseen = (world.combinations(split, "forbidden", part) for part in ("seen", "unseen"))
+        assert sorted(seen + unseen) == sorted(world.combinations(split, "forbidden"))
+        assert not {noun for _, _, noun in seen} & {noun for _, _, noun in unseen}
+    rows = world.examples("test", "forbidden", 300, 0, "unseen")
+    assert {world.request_noun(row.prompt) for row in rows} == set(world.FORBIDDEN[16:])
+    assert len({row.id for row in [*rows, *world.examples("test", "forbidden", 300)]}) == 600
+    for kind, part in (("benign", "seen"), ("forbidden", "other")):
+        with pytest.raises(UserError, match=f"organism:test:{kind}: no nouns '{part}'"):
+            world.examples("test", kind, 1, 0, part)
 
 
 @pytest.mark.parametrize("kind", world.KINDS)

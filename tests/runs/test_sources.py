@@ -18,7 +18,14 @@ def test_organism_rows_by_split_kind_and_count():
 
 @pytest.mark.parametrize(
     "source",
-    ["organism:test:harmful", "organism:test:vqa:0", "organism:test:vqa:x", "organism:test:vqa:3:4", "toy:cats"],
+    [
+        "organism:test:harmful",
+        "organism:test:vqa:0",
+        "organism:test:vqa:x",
+        "organism:test:vqa:3:4",
+        "organism:test:forbidden:3:unseen:4",
+        "toy:cats",
+    ],
 )
 def test_a_wrong_source_is_one_line(source):
     with pytest.raises(UserError, match=source):

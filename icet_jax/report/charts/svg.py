@@ -2,7 +2,7 @@
 
 from markupsafe import Markup
 
-from icet_jax.report.charts.marks import SELECTORS, Box, Dot, Drawing, Label, Layer, Mark, Path
+from icet_jax.report.charts.marks import COLOURS, SELECTORS, STYLES, TONES, Box, Dot, Drawing, Label, Layer, Mark, Path
 from icet_jax.report.text import escape
 
 
@@ -13,6 +13,19 @@ def svg(drawing: Drawing) -> Markup:
         f'<svg{shape} viewBox="0 0 {drawing.width} {drawing.height}" role="img" aria-label="{escape(drawing.title)}">'
     )
     return Markup(head + "".join(map(_layer, drawing.layers)) + "</svg>")  # noqa: S704
+
+
+def svg_file(drawing: Drawing) -> str:
+    """Returns a drawing as an SVG file that needs no style sheet, in the colours of the light page on white."""
+    rules = [f"svg {{ {'; '.join(f'--{name}: {colour.light}' for name, colour in COLOURS.items())}; --page: #ffffff }}"]
+    rules.append("svg { font: 11.5px sans-serif }")
+    rules += [f".{name} {{ --tone: var(--{name}) }}" for name in TONES]
+    rules += [f"{SELECTORS.get(name, '.' + name)} {{ {style.css} }}" for name, style in STYLES.items()]
+    rules.append(".hits rect { fill: transparent }")
+    size = f'xmlns="http://www.w3.org/2000/svg" width="{drawing.width}" height="{drawing.height}"'
+    background = f'<rect width="{drawing.width}" height="{drawing.height}" fill="#ffffff"/>'
+    head, _, rest = str(svg(drawing)).partition(">")
+    return f"{head.replace('<svg', f'<svg {size}', 1)}><style>{chr(10).join(rules)}</style>{background}{rest}\n"
 
 
 def _layer(layer: Layer) -> str:

@@ -13,7 +13,7 @@ from icet_jax.report.method import (
 )
 from icet_jax.report.sections.numbers import run_name
 from icet_jax.report.study import Study, Value
-from icet_jax.report.text import duration, number
+from icet_jax.report.text import duration
 from icet_jax.report.tradeoff import UTILITY_LOST, tradeoff_figure
 from icet_jax.report.values import difference_text, value_text
 
@@ -54,7 +54,7 @@ def cost_cells(cost: TrainingCost) -> list[Text]:
     """Returns the cells of `_COST_COLUMNS`; "–" for what a run did not record."""
     return [
         text("–" if cost.iterations is None else f"{cost.iterations:g}"),
-        text("–" if cost.tokens is None else number(round(cost.tokens))),
+        text("–" if cost.tokens is None else f"{round(cost.tokens):,}".replace(",", "\u2009")),
         text("–" if cost.flops is None else f"{cost.flops:.2e}"),
         text("–" if cost.seconds is None else duration(cost.seconds)),
     ]
