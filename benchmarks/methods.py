@@ -5,9 +5,10 @@
     python benchmarks/methods.py --out runs/methods --only lppo_anchor --seeds 0
     python benchmarks/methods.py --page                                  # docs/methods.md from docs/methods.json
 
-A cell is one run: one method, one organism, one variant of the data, one seed. The script can be stopped at any time:
-each finished run appends one row to docs/methods.json, and the same command goes on with the cells that are missing;
-a run that was stopped resumes. Settings are chosen on the val split; the tables are of the test split.
+A cell is one run: one method, one organism, one variant of the data, one seed. Each finished run appends one row to
+docs/methods.json and renews docs/methods.md. The script can be stopped at any time: the same command goes on with the
+cells that are missing, and a run that was stopped resumes. Settings are chosen on the val split; the tables are
+of the test split.
 
 The third table has two harder organisms, which do not ship. Their cells are left out until they have been built:
 
@@ -278,7 +279,7 @@ def append(cell: Cell, numbers: Mapping[str, Any]) -> None:
 
 
 def perform(cell: Cell, out: Path, organisms: Path) -> int:
-    """Runs or resumes the run of a cell and appends its row; returns the exit status of the run."""
+    """Runs or resumes the run of a cell, appends its row and renews the page; returns the exit status of the run."""
     folder = out / run_of(cell)
     if not (folder / "report.html").is_file():
         runs = out / cell.organism / cell.variant
@@ -289,6 +290,7 @@ def perform(cell: Cell, out: Path, organisms: Path) -> int:
         if status:
             return status
     append(cell, measured(folder))
+    write_page()
     return 0
 
 

@@ -199,7 +199,7 @@ ALGORITHMS = {
         module="icet_jax.algorithms.ldistill",
         samples=lambda section: section.on == "policy",
         equation="L = E_t[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]",
-        traits=lambda section: [f"on the {_DISTILLED_ANSWERS.get(section.get('on'), section.get('on'))} answers"],
+        traits=lambda section: [f"on the {_DISTILLED_ANSWERS.get(str(section.get('on')), section.get('on'))} answers"],
     ),
     "lrloo": AlgorithmName(
         title="L-RLOO",

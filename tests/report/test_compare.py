@@ -169,7 +169,8 @@ def test_another_number_of_attempts_is_another_way_of_generating(runs):
 def test_a_planted_hole_is_no_evidence(runs, tmp_path):
     organism = synthetic.write_run(tmp_path / "organism")
     page = render(load_comparison([*runs, organism]))
-    assert "organism: a small model trained here" in page and "no evidence that the hole emerges" in page
+    assert "L-PPO, stratified exits (organism): a small model trained here" in page
+    assert "no evidence that the hole emerges" in page
     assert synthetic.UNSAFE_TEXT not in page
 
 
@@ -177,7 +178,7 @@ def test_runs_of_several_seeds_count_as_one(runs, tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "seeds" / f"seed_{seed}", exits=8, default=7)
     page = render(load_comparison([runs[0], tmp_path / "seeds"]))
-    assert "L-PPO, 2 seeds" in page and "range over 2 seeds" in page
+    assert "L-PPO, one exit per row, 2 seeds" in page and "range over 2 seeds" in page
 
 
 def test_groups_are_each_runs_own_thirds(runs):
@@ -207,7 +208,7 @@ def test_the_page_is_whole_alone_and_safe(tmp_path):
     text = render(load_comparison(runs))
     page = Page(text)
     assert [name for name in page.ids if name != "tip"] == [
-        *("runs", "safety", "utility", "groups", "geometry", "numbers", "limits")
+        *("runs", "methods", "safety", "utility", "groups", "geometry", "numbers", "limits")
     ]
     assert PAYLOAD not in text and "\u202e" not in text and "onerror=alert" not in text.replace("src=x onerror", "")
     assert all(not name.startswith("on") for name, _ in page.attributes)

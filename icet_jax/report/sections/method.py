@@ -1,5 +1,6 @@
 """The part on the method: of a run what trained it and what that cost; of several runs all methods side by side."""
 
+from icet_jax.files import JsonObject
 from icet_jax.report.blocks import Block, Heading, Span, Text, code, joined, note, remark, table, text
 from icet_jax.report.charts.figures import Figure
 from icet_jax.report.comparison import Comparison, Member
@@ -13,7 +14,7 @@ from icet_jax.report.method import (
 )
 from icet_jax.report.sections.numbers import run_name
 from icet_jax.report.study import Study, Value
-from icet_jax.report.text import duration
+from icet_jax.report.text import duration, percent
 from icet_jax.report.tradeoff import UTILITY_LOST, tradeoff_figure
 from icet_jax.report.values import difference_text, value_text
 
@@ -21,6 +22,7 @@ _COST_NOTE = (
     "Tokens are those that were generated to learn from, those of a harvest included. Operations are counted from the "
     "lengths of all rows, without padding, scoring and harvest. Time includes compilation."
 )
+_REWARDS = {"exact_match": "exact match with the training answers", "none": "nothing"}
 _FRONT_NOTE = "The dashed line joins the methods that no other one beats in both directions (the Pareto front)."
 
 
@@ -39,12 +41,26 @@ def of_study(study: Study) -> list[Block]:
     mean = ", mean over seeds" if study.has_several_seeds else ""
     return [
         Heading("Method"),
-        note(Span(method_name(study), "b"), about),
+        note(Span(method_name(study), "b"), about, *(f" {sentence}" for sentence in _rewards(config))),
         note("Equation: ", code(equation), " (step by step in ", code(file), ")."),
         note("Settings: ", joined(settings, " · "), "."),
         *table(f"What the training cost{mean}", ["", *_COST_COLUMNS], [[text("Training"), *cost_cells(cost)]]),
         note(_COST_NOTE),
     ]
+
+
+def _rewards(config: JsonObject) -> list[str]:
+    """Returns a sentence for each kind of training row on what rewards it; [] if the algorithm has no rewards."""
+    reward, mixture, method = config.get("reward"), config.get("data", {}).get("mixture"), algorithm(config)
+    if method is None or not method.rewarded or not isinstance(reward, dict) or not isinstance(mixture, dict):
+        return []
+    names = _REWARDS | {"reward_model": f"the reward model ({reward.get('model')})"}
+    sentences = []
+    for kind, share in mixture.items():
+        source = reward.get("by_kind", {}).get(kind)
+        rows = f"{'VQA' if kind == 'vqa' else kind.capitalize()} rows ({percent(float(share), 0)})"
+        sentences += [f"{rows} are rewarded by {names.get(source, source)}."] if share else []
+    return sentences
 
 
 _COST_COLUMNS = ("Iterations", "Tokens", "Operations", "Time")

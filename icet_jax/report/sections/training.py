@@ -12,9 +12,8 @@ from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.heatmap import step_map
 from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.curves import single_figure
-from icet_jax.report.method import algorithm, is_trained
 from icet_jax.report.study import Study, as_value
-from icet_jax.report.text import number, percent
+from icet_jax.report.text import number
 from icet_jax.report.values import axis_number
 
 # Training curves that are shown at once, with their titles; the curves of all other metrics are collapsed.
@@ -26,17 +25,15 @@ _MAIN_CURVES = {
 _MIXED_SCORES = ("scores", "score", "reward")  # names in earlier versions, which had one mean over all kinds of rows
 _EXIT_SCORE = re.compile(rf"exit/\d+/(scores/(?:{'|'.join(KINDS)})|{'|'.join(_MIXED_SCORES)})")
 _MAX_POINTS = 200  # largest number of points of a training curve
-_REWARDS = {"exact_match": "exact match with the training answers", "none": "nothing"}
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns a paragraph on the rewards, curves, and heat maps of each exit's scores; [] without training."""
+    """Returns the training's curves, and heat maps of each exit's scores; [] without training."""
     names = list(dict.fromkeys(name for run in study.runs for row in run.history for name in row))
     plain = [name for name in names if "/" in name and not name.startswith("exit/")]
     main = [_curve(study, name, title) for name, title in _MAIN_CURVES.items() if name in plain]
     more = [_curve(study, name, name) for name in plain if name not in _MAIN_CURVES]
     return [
-        *_rewards(study),
         *grid(main),
         *_exit_maps(study, names),
         *details("More training curves", grid(more)),
@@ -50,27 +47,6 @@ def config_of_study(study: Study) -> list[Block]:
     if study.has_several_seeds and rows:
         fields = [note("Shown for the first seed."), *fields]
     return details(f"{len(rows)} fields", fields)
-
-
-def _rewards(study: Study) -> list[Block]:
-    """Returns a paragraph on what rewarded each kind of row.
-
-    Returns [] if the run did not measure a trained model, or its algorithm learns without rewards.
-    """
-    config = study.first_run.config
-    reward, mixture = config.get("reward"), config.get("data", {}).get("mixture")
-    method = algorithm(config)
-    if not is_trained(study) or not isinstance(reward, dict) or not isinstance(mixture, dict):
-        return []
-    if method is None or not method.rewarded:
-        return []
-    reward_names = _REWARDS | {"reward_model": f"the reward model ({reward.get('model')})"}
-    sentences = []
-    for kind, share in mixture.items():
-        source = reward.get("by_kind", {}).get(kind)
-        rows = f"{'VQA' if kind == 'vqa' else kind.capitalize()} rows ({percent(float(share), 0)})"
-        sentences += [f"{rows} are rewarded by {reward_names.get(source, source)}."] if share else []
-    return [note(" ".join(sentences))]
 
 
 def _curve(study: Study, name: str, title: str) -> Figure | None:
