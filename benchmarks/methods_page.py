@@ -6,6 +6,7 @@ edited by hand and kept. A page that does not exist yet begins with a statement 
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,13 +68,14 @@ def page(old: str, groups: Sequence[Group], titles: Mapping[str, str]) -> str:
       titles: {name of a method: its name on the page}.
     """
     kept = re.search(f"{re.escape(BEGIN)}\n(.*?)\n{re.escape(END)}", old, re.S)
-    statement = kept[1] if kept else summary(groups[0], titles)
+    statement = kept[1] if kept else _filled(summary(groups[0], titles))
     parts = [f"# Methods that close the exits\n\n{BEGIN}\n{statement}\n{END}", _READING]
     if spots(groups[0], titles):
-        parts.append(f"![ASR at the worst exit against lost utility, a point per method]({FIGURE})\n\n{_FIGURE_TEXT}")
+        picture = f"![ASR at the worst exit against lost utility, a point per method]({FIGURE})"
+        parts.append(f"{picture}\n\n{_filled(_FIGURE_TEXT)}")
     for group in groups:
         heading = f"## {group.heading}\n\n" if group.heading else ""
-        parts.append(f"{heading}{group.about}\n\n{table(group, titles)}")
+        parts.append(f"{heading}{_filled(group.about)}\n\n{table(group, titles)}")
     return "\n\n".join([*parts, _commands(groups, titles)]) + "\n"
 
 
@@ -167,6 +169,11 @@ def _measured(group: Group, titles: Mapping[str, str]) -> list[Spot]:
             spread = (min(lost), max(lost)) if len(rows) > 1 else None
             found.append(Spot(titles[method], "plain", statistics.mean(lost), asr, spread, (min(ends), max(ends))))
     return found
+
+
+def _filled(prose: str) -> str:
+    """Returns a paragraph in lines of at most 120 characters."""
+    return textwrap.fill(prose, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _of_method(group: Group, method: str) -> list[Row]:
