@@ -16,6 +16,7 @@ from icet_jax.report.verdict import algorithm_title
 UNTRAINED = "no training"
 TRAINING_STAGES = ("harvest", "warm_start", "train")
 """Stages of cost.json that are part of a method's cost; the others measure and export."""
+_ANCHOR = "c E[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]"
 _SHARED_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "lora.rank", "lppo.train_exits", "seed")
 
 
@@ -76,6 +77,16 @@ def algorithm(config: JsonObject) -> AlgorithmName | None:
 def own_section(config: JsonObject) -> Mapping[str, Any]:
     """Returns the config section of a run's algorithm; empty if the config does not have it."""
     return _mapping(config.get(str(config.get("algorithm"))))
+
+
+def equation(config: JsonObject) -> str:
+    """Returns the loss that a run's config asks for; "–" if this version does not know its algorithm."""
+    method = algorithm(config)
+    if method is None:
+        return "–"
+    anchor = as_value(_mapping(config.get("lppo")).get("anchor_coef"))
+    has_anchor = method.rewarded and anchor is not None and anchor.mean > 0
+    return method.equation + (f"; {_ANCHOR} is added to L" if has_anchor else "")
 
 
 def main_settings(config: JsonObject) -> dict[str, str]:

@@ -115,8 +115,11 @@ def test_the_report_names_method_equation_settings_and_cost(tmp_path):
     training = text[text.index('id="training"') : text.index('id="cost"')]
     assert "<b>L-PPO, stratified exits, anchor 0.5</b>: Clip-PPO" in training
     assert "<code>L = E[max(-K A, " in training and "<code>icet_jax/algorithms/lppo.py</code>" in training
+    assert "; c E[KL(pi_ref(. | P(e_default), " in training
     assert "<code>lppo.anchor_coef = 0.5</code>" in training and "<code>lora.rank = 8</code>" in training
     assert "<td>2</td><td>1\u2009400</td><td>2.00e+09</td><td>1 min 36 s</td>" in training
+    plain = report.build(write_run(tmp_path / "plain")).read_text(encoding="utf-8")
+    assert "<h3>Method</h3>" in plain and "c E[KL(" not in plain
     assert "<h3>Method</h3>" not in report.build(write_run(tmp_path / "old", after=False)).read_text(encoding="utf-8")
 
 

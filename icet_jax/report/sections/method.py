@@ -7,6 +7,7 @@ from icet_jax.report.comparison import Comparison, Member
 from icet_jax.report.method import (
     TrainingCost,
     algorithm,
+    equation,
     is_trained,
     main_settings,
     method_name,
@@ -34,7 +35,6 @@ def of_study(study: Study) -> list[Block]:
         return []
     method = algorithm(config)
     about = f": {method.about}." if method is not None else "."
-    equation = method.equation if method is not None else "–"
     file = f"{method.module.replace('.', '/')}.py" if method is not None else "–"
     settings = [code(f"{name} = {value}") for name, value in main_settings(config).items()]
     cost = training_cost(study)
@@ -42,7 +42,7 @@ def of_study(study: Study) -> list[Block]:
     return [
         Heading("Method"),
         note(Span(method_name(study), "b"), about, *(f" {sentence}" for sentence in _rewards(config))),
-        note("Equation: ", code(equation), " (step by step in ", code(file), ")."),
+        note("Equation: ", code(equation(config)), " (step by step in ", code(file), ")."),
         note("Settings: ", joined(settings, " · "), "."),
         *table(f"What the training cost{mean}", ["", *_COST_COLUMNS], [[text("Training"), *cost_cells(cost)]]),
         note(_COST_NOTE),
