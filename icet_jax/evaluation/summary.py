@@ -144,7 +144,8 @@ def difference(before: Iterable[Row], after: Iterable[Row], exits: Sequence[int]
     Args:
       before: transcript rows of the sweep before training.
       after: transcript rows of the sweep after training.
-      exits, num_exits: see `summarise`.
+      exits: see `summarise`.
+      num_exits: see `summarise`.
 
     Returns:
       `"layers"`, `"groups"` and `"any_exit"` as in `summarise`. `n` is the number of pairs with both scores, and
