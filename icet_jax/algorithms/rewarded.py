@@ -49,53 +49,26 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """Holds the compiled phases of an iteration.
+    """Holds the compiled phases of an iteration; `build_phases` builds them.
 
     Attributes:
       rollout: function of (params, state, images, tokens, mask, exits, run_key) that returns a `Rollout`.
-      prepare: the function between scoring and update; `build_phases` documents its arguments.
       prepare_arrays: the jitted part of `prepare`.
       update: function of (params, state, batch, run_key) that returns (state, metrics) and donates the state.
-      lowered: function of the arguments of `rollout` that yields (name, program) of all three phases, which can be
-        compiled for these shapes in any order.
-    """
-
-    rollout: Program
-    prepare: Callable[..., tuple[TrainState, Any, dict[str, Any]]]
-    prepare_arrays: Program
-    update: Program
-    lowered: Callable[..., Iterator[tuple[str, Any]]]
-
-
-def build_phases(
-    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, prepare_rows: Callable[..., Any],
-    loss: Callable[..., tuple[Array, losses.Stats]], *, cache_key: Sequence[Any], group_size: int = 1,
-) -> Phases:  # fmt: skip
-    """Returns the phases for one model structure and one `Settings`; nothing is compiled before the first call.
-
-    With a `mesh`, the train state is split over it as `parallel.sharding.shardings` says.
-
-    Args:
-      graphdef: structure of the network.
-      settings: settings that the phases are compiled for.
       mesh: mesh of the arrays; None on one device.
-      prepare_rows: function of (params, trainable, controls, rollout, `RowRewards`, columns=) that returns (batch of
-        the update, controls of the next rollout, metrics).
-      loss: function of (params, trainable, rows of the batch) that returns (loss, statistics), see
-        `updates.LossFunction`.
-      cache_key: name of the algorithm, and the values that `prepare_rows` and `loss` depend on beside graphdef,
-        settings and mesh (see `parallel.programs.Program`).
+      max_new_tokens: number of columns of the responses.
       group_size: number of responses to each prompt.
     """
 
-    def prepare_columns(*arrays: Any, columns: int | None = None) -> Any:
-        return placed_results(prepare_rows(*arrays, columns=columns), mesh)
-
-    everything = (graphdef, settings, mesh, group_size, *cache_key)
-    prepare_arrays = Program(prepare_columns, cache_key=everything, static="columns")
+    rollout: Program
+    prepare_arrays: Program
+    update: Program
+    mesh: jax.sharding.Mesh | None
+    max_new_tokens: int
+    group_size: int
 
     def prepare(
-        params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None,
+        self, params: Any, state: TrainState, rollout: Rollout, scores: Any, learned: Any, longest: int | None = None,
         rewarded: Any = None, failures: Any = None, kinds: Any = None,
     ) -> tuple[TrainState, Any, dict[str, Any]]:  # fmt: skip
         """Computes the batch of the update from a rollout and its scores.
@@ -123,14 +96,60 @@ def build_phases(
         width, length = rollout.prompts.shape[1], rollout.mask.shape[1]
         columns = response_columns(width, length, length if longest is None else longest)
         arguments = (params, state.trainable, state.controls, rollout, rows)
-        batch, controls, metrics = prepare_arrays(*arguments, columns=columns)
+        batch, controls, metrics = self.prepare_arrays(*arguments, columns=columns)
         return state._replace(controls=controls), batch, metrics
+
+    def lowered(
+        self, params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
+    ) -> Iterator[tuple[str, Any]]:
+        """Yields (name, program) of all phases; the phase that takes longest to compile comes first.
+
+        The arguments are those of `rollout`. The shardings of a phase's results are fixed, so that the programs can be
+        compiled for these shapes in any order.
+        """
+        arguments = (params, state, images, tokens, mask, exits, key)
+        sampled = abstract_results(self.rollout.eval_shape(*arguments), self.mesh)
+        rows = _row_shapes(tokens.shape[0] * self.group_size, observed=state.controls.exits is not None)
+        prepared = (params, state.trainable, state.controls, sampled, rows)
+        widths = response_widths(tokens.shape[1], self.max_new_tokens)
+        for columns in widths:
+            batch, controls, _ = abstract_results(self.prepare_arrays.eval_shape(*prepared, columns=columns), self.mesh)
+            next_state = state._replace(controls=controls)
+            yield program_name("update", columns), self.update.lower(params, next_state, batch, key)
+        yield "rollout", self.rollout.lower(*arguments)
+        for columns in widths:
+            yield program_name("prepare", columns), self.prepare_arrays.lower(*prepared, columns=columns)
+
+
+def build_phases(
+    graphdef: Any, settings: Settings, mesh: jax.sharding.Mesh | None, prepare_rows: Callable[..., Any],
+    loss: Callable[..., tuple[Array, losses.Stats]], *, cache_key: Sequence[Any], group_size: int = 1,
+) -> Phases:  # fmt: skip
+    """Returns the phases for one model structure and one `Settings`; nothing is compiled before the first call.
+
+    With a `mesh`, the train state is split over it as `parallel.sharding.shardings` says.
+
+    Args:
+      graphdef: structure of the network.
+      settings: settings that the phases are compiled for.
+      mesh: mesh of the arrays; None on one device.
+      prepare_rows: function of (params, trainable, controls, rollout, `RowRewards`, columns=) that returns (batch of
+        the update, controls of the next rollout, metrics).
+      loss: function of (params, trainable, rows of the batch) that returns (loss, statistics), see
+        `updates.LossFunction`.
+      cache_key: name of the algorithm, and the values that `prepare_rows` and `loss` depend on beside graphdef,
+        settings and mesh (see `parallel.programs.Program`).
+      group_size: number of responses to each prompt.
+    """
 
     def sample(*arrays: Any) -> Rollout:
         sampled = sample_responses(
             graphdef, settings, *arrays, anchored=settings.anchor_coef > 0, group_size=group_size
         )
         return placed_results(sampled, mesh)
+
+    def prepare_columns(*arrays: Any, columns: int | None = None) -> Any:
+        return placed_results(prepare_rows(*arrays, columns=columns), mesh)
 
     def learn(params: Any, state: TrainState, batch: Any, run_key: Array) -> tuple[TrainState, dict[str, Any]]:
         """Updates the policy for all epochs on one rollout; returns (state after the iteration, metrics)."""
@@ -139,29 +158,15 @@ def build_phases(
         new_state, outcome = run_epochs(loss_of_trainable, settings, mesh, state, batch, run_key, **guards)
         return new_state, policy_metrics(outcome) | step_metrics(state, outcome, settings.optimizer)
 
-    rollout = Program(sample, cache_key=everything)
-    update = Program(learn, cache_key=everything, donate=1)
-
-    def lowered(
-        params: Any, state: TrainState, images: Any, tokens: Any, mask: Any, exits: Any, key: Any
-    ) -> Iterator[tuple[str, Any]]:
-        """Yields (name, program) of all phases; the phase that takes longest to compile comes first.
-
-        The shardings of a phase's results are fixed, so that no phase has to be compiled before another.
-        """
-        arguments = (params, state, images, tokens, mask, exits, key)
-        sampled = abstract_results(rollout.eval_shape(*arguments), mesh)
-        rows = _row_shapes(tokens.shape[0] * group_size, observed=state.controls.exits is not None)
-        prepared = (params, state.trainable, state.controls, sampled, rows)
-        widths = response_widths(tokens.shape[1], settings.sampling.max_new_tokens)
-        for columns in widths:
-            batch, controls, _ = abstract_results(prepare_arrays.eval_shape(*prepared, columns=columns), mesh)
-            yield program_name("update", columns), update.lower(params, state._replace(controls=controls), batch, key)
-        yield "rollout", rollout.lower(*arguments)
-        for columns in widths:
-            yield program_name("prepare", columns), prepare_arrays.lower(*prepared, columns=columns)
-
-    return Phases(rollout=rollout, prepare=prepare, prepare_arrays=prepare_arrays, update=update, lowered=lowered)
+    everything = (graphdef, settings, mesh, group_size, *cache_key)
+    return Phases(
+        rollout=Program(sample, cache_key=everything),
+        prepare_arrays=Program(prepare_columns, cache_key=everything, static="columns"),
+        update=Program(learn, cache_key=everything, donate=1),
+        mesh=mesh,
+        max_new_tokens=settings.sampling.max_new_tokens,
+        group_size=group_size,
+    )
 
 
 def _row_shapes(rows: int, *, observed: bool) -> RowRewards:
