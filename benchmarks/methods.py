@@ -69,6 +69,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lrloo": ("L-RLOO", {"algorithm": "lrloo"}),
     "lrloo_grpo": ("L-RLOO with GRPO's advantage", {"algorithm": "lrloo", "lrloo.advantage": "grpo"}),
+    "lppo_warm": ("L-SFT, then L-PPO", {"warm_start": "lsft", "lsft.iterations": 10, "lppo.iterations": 30}),
     "ldpo": ("L-DPO", {"algorithm": "ldpo"}),
     "ldpo_plain": ("L-DPO without the SFT term", {"algorithm": "ldpo", "ldpo.sft_coef": 0.0}),
 }
@@ -167,7 +168,10 @@ def fields(cell: Cell, organisms: Path = BUILT) -> dict[str, Any]:
         weights["model.checkpoint"] = str(organisms / cell.organism / "vlm")
         if HARDER[cell.organism].own_reward_model:
             weights["reward.model"] = str(organisms / cell.organism / "reward_model")
-    return {"seed": cell.seed, **SWEEP, **weights, **METHODS[cell.method][1], **VARIANTS[cell.variant]}
+    method, variant = METHODS[cell.method][1], VARIANTS[cell.variant]
+    # A method with iterations of its own, such as those of a warm start, has half of them in half the budget.
+    halved = {name: method[name] // 2 for name in method if name.endswith(".iterations") and name in variant}
+    return {"seed": cell.seed, **SWEEP, **weights, **method, **variant, **halved}
 
 
 def command(cell: Cell, folder: Path | str, organisms: Path = BUILT) -> list[str]:

@@ -25,6 +25,11 @@ _STATE, _METADATA = "state", "metadata"
 _MEASURED = "measured.json"  # file with the values that `measure` recorded for the saves
 
 
+def saved_steps(directory: Path) -> list[int]:
+    """Returns the steps of the complete saves in a directory of `RunState`, ascending, without opening it."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+
+
 class RunState:
     """Manages the numbered checkpoints of one run in one directory.
 

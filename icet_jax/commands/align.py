@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -10,8 +11,9 @@ from ml_collections import ConfigDict
 from icet_jax import report
 from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.commands.export import as_exported, check_form, write_exports
-from icet_jax.config import check_exits, require
+from icet_jax.config import check_exits, require, warm_start_config
 from icet_jax.config.names import ALGORITHMS
+from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.parallel.distributed import is_writer
 from icet_jax.runs import common, fingerprints
@@ -23,6 +25,7 @@ from icet_jax.runs.run_dir import Costs
 from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.sources import TRAIN
 from icet_jax.runs.too_long import fitting_rows
+from icet_jax.runs.warm_start import WarmStart
 from icet_jax.training.loop import Trainer
 from icet_jax.vlm import VLM
 
@@ -48,10 +51,10 @@ def align(config: ConfigDict, workdir: Path) -> None:
     The sweep after training measures exactly the weights that the export contains. As a check, the responses of 32 rows
     are generated again by the model loaded from the exported files.
     """
+    warm_start = WarmStart(config, workdir)
     inputs = common.load_inputs(config, workdir, training=True)
     costs = Costs(workdir)
-    rows = training_rows(config, workdir, inputs.vlm, inputs.train, costs)
-    trainer = Trainer(config, workdir, inputs.vlm, rows, _reward(config, workdir, inputs.vlm.mesh))
+    trainer = _prepare_training(config, workdir, inputs.vlm, inputs.train, warm_start, costs)
     measurements = Measurements(config, workdir, inputs)
 
     measurements.reuse_before_of_other_seeds()
@@ -63,6 +66,7 @@ def align(config: ConfigDict, workdir: Path) -> None:
         measurements.geometry(inputs.vlm)
         measurements.encoder_cost(inputs.vlm)
 
+    warm_start.train(costs)
     with costs.stage("train"):
         state = trainer.run()
 
@@ -112,14 +116,25 @@ def train(config: ConfigDict, workdir: str | Path) -> VLM:
     if config.seeds:
         raise UserError("config.seeds: one run per seed is what --mode=align does; here give config.seed alone")
     with common.claimed(workdir, config):
+        warm_start, costs = WarmStart(config, workdir), Costs(workdir)
         rows, _ = common.train_rows(config, workdir)
         fingerprints.check_rows(workdir, {TRAIN: rows})
         vlm = common.load_model(config, workdir)
         check_exits(config, vlm.num_exits)
         rows, _ = fitting_rows(config, vlm.processor, vlm.max_positions, config.data.train, TRAIN, rows, training=True)
-        rows = training_rows(config, workdir, vlm, rows, Costs(workdir))
-        trainer = Trainer(config, workdir, vlm, rows, _reward(config, workdir, vlm.mesh))
+        trainer = _prepare_training(config, workdir, vlm, rows, warm_start, costs)
+        warm_start.train(costs)
         return trainer.policy(trainer.run())
+
+
+def _prepare_training(
+    config: ConfigDict, workdir: Path, vlm: VLM, rows: Sequence[Example], warm_start: WarmStart, costs: Costs
+) -> Trainer:  # fmt: skip
+    """Returns the trainer of a run, and prepares that of its warm start; `rows` are the training rows that fit."""
+    reward = _reward(config, workdir, vlm.mesh)
+    warm_start.prepare(vlm, rows, reward, costs)
+    examples = training_rows(config, workdir, vlm, rows, costs)
+    return Trainer(config, workdir, vlm, examples, reward, warm_start.first_policy(vlm))
 
 
 def _require_fields(config: ConfigDict) -> None:
@@ -132,8 +147,12 @@ def _require_fields(config: ConfigDict) -> None:
 def _needs_reward_model(config: ConfigDict) -> bool:
     """Returns whether training needs the reward model.
 
-    It does if the algorithm maximises rewards and some kind of row in its batches gets them from the reward model.
+    It does if the algorithm, or that of the warm start, maximises rewards and some kind of row in its batches gets them
+    from the reward model.
     """
+    first = warm_start_config(config)
+    if first is not None and _needs_reward_model(first):
+        return True
     kinds = [kind for kind, share in config.data.mixture.items() if share > 0]
     return ALGORITHMS[config.algorithm].rewarded and any(
         config.reward.by_kind[kind] == "reward_model" for kind in kinds

@@ -19,7 +19,7 @@ from jax.stages import Compiled
 from ml_collections import ConfigDict
 
 from icet_jax.algorithms.base import PlannedPhase
-from icet_jax.config import require
+from icet_jax.config import require, warm_start_config
 from icet_jax.errors import UserError
 from icet_jax.parallel import topology as topologies
 from icet_jax.parallel.collectives import moved_bytes
@@ -32,6 +32,7 @@ from icet_jax.planning.scorers import scorer_bytes
 from icet_jax.planning.work import PhaseCost, phase_cost
 
 _GIB = 2**30
+_FIRST = "warm start: "  # begins the names of the phases of the algorithm that a run trains first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,17 +153,29 @@ def plan(
     abstract = AbstractRun(config, mesh)
     check_heads(mesh.shape["tensor"], abstract.vlm.config)
     judges = sum(size or 0 for size in scorer_bytes(config, mesh).values())
+    lines = _plan_phases(abstract, topology, part, judges)
+    first = warm_start_config(config)
+    if first is not None and part != "sweep":
+        first_lines = _plan_phases(AbstractRun(first, mesh), topology, "training", judges)
+        lines += [dataclasses.replace(line, phase=_FIRST + line.phase) for line in first_lines]
+    return lines, abstract
+
+
+def _plan_phases(
+    abstract: AbstractRun, topology: topologies.Topology, part: str | None, judges: int
+) -> list[PlanLine]:  # fmt: skip
+    """Returns the lines of one part of a run, see `plan`; `judges` are the bytes of the judges' weights on a chip."""
     phases = {None: abstract.phases, "sweep": abstract.sweep_phases, "training": abstract.training_phases}[part]
     programs: dict[str, Compiled | None] = {}
     lines = []
     for phase in phases(lambda phase: programs.get(phase.name)):
         program, refused = None, ""
-        if devices is not None:
+        if abstract.devices is not None:
             print(f"icet-jax: compiling {phase.name} for {topology.name}", file=sys.stderr)
             program, refused = _compile(phase, memory_limit(topology.chip, phase, judges))
             programs[phase.name] = program
         lines.append(_line(abstract, phase, judges, program, refused))
-    return lines, abstract
+    return lines
 
 
 def memory_limit(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int | None:
@@ -291,7 +304,8 @@ def remarks(
     if chip.flops is not None:
         sentences.append(f"peak: {chip.flops / 1e12:.0f} Tflop/s, {chip.bandwidth or 0:.3g} B/s memory, ")
         sentences[-1] += f"{chip.links or 0:.3g} B/s links; {chip.source}"
-        iteration = [line.seconds(chip, topology.count) for line in lines if not line.phase.startswith("sweep")]
+        training = [line for line in lines if not line.phase.startswith(("sweep", _FIRST))]
+        iteration = [line.seconds(chip, topology.count) for line in training]
         total = math.fsum(time[0] for time in iteration if time is not None)
         sentences.append(f"one iteration at that peak: about {total:.3g} s, without reward model and host")
     if any(line.temporaries is None and not line.refused for line in lines):
@@ -304,6 +318,6 @@ def remarks(
     if any(line.temporaries is not None for line in lines) and chip.memory is not None:
         sentences.append(_MEMORY_LIMIT_REMARK)
     sentences += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
-    broken = [line.phase for line in lines if line.fits(chip) is False]
+    broken = list(dict.fromkeys(line.phase.removeprefix(_FIRST) for line in lines if line.fits(chip) is False))
     fixed = lines[0].weights + lines[0].trained + lines[0].judges
     return sentences + plan_advice.fixes(config, abstract, broken, fixed, chip.memory)

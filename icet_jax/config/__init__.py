@@ -16,11 +16,13 @@ if TYPE_CHECKING:
         check_exits,
         check_names,
         choose_variant,
+        did_you_mean,
         flatten,
         group_size,
         require,
         scorer_fields,
         unknown_field,
+        warm_start_config,
     )
     from icet_jax.config.defaults import FIELDS, OPEN_FIELDS, default
     from icet_jax.config.embedded import organism
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "ml_collections": ("ConfigDict",),
     "icet_jax.config.checks": (
-        "check", "check_exits", "check_names", "choose_variant", "flatten", "group_size", "require", "scorer_fields",
-        "unknown_field",
+        "check", "check_exits", "check_names", "choose_variant", "did_you_mean", "flatten", "group_size", "require",
+        "scorer_fields", "unknown_field", "warm_start_config",
     ),
     "icet_jax.config.defaults": ("FIELDS", "OPEN_FIELDS", "default"),
     "icet_jax.config.embedded": ("organism",),
@@ -51,6 +53,7 @@ __all__ = [
     "check_names",
     "choose_variant",
     "default",
+    "did_you_mean",
     "flatten",
     "group_size",
     "organism",
@@ -58,6 +61,7 @@ __all__ = [
     "require",
     "scorer_fields",
     "unknown_field",
+    "warm_start_config",
 ]
 
 

@@ -1,5 +1,6 @@
 """Checks a config and reports the first wrong field in one line."""
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,6 +35,28 @@ def check(config: ConfigDict) -> None:
     _check_scorers(values["scorers"])
     _check_mixture(values["data.mixture"], values["reward.by_kind"])
     _check_combinations(config)
+    if config.warm_start == config.algorithm:
+        raise UserError(
+            f"config.warm_start={config.warm_start} is config.algorithm itself: raise "
+            f"config.{config.algorithm}.iterations to train longer, or give the directory of an earlier run"
+        )
+    first = warm_start_config(config)
+    if first is not None:
+        _check_combinations(first)
+
+
+def warm_start_config(config: ConfigDict) -> ConfigDict | None:
+    """Returns the config of the training that runs first if `config.warm_start` names an algorithm; else None.
+
+    It differs in the algorithm. It has no best checkpoint, because it ends with its last policy and its algorithm may
+    not have the metric, and does not log to Weights & Biases, where the run itself is one curve.
+    """
+    if config.warm_start not in ALGORITHMS:
+        return None
+    first = copy.deepcopy(config).unlock()
+    first.algorithm, first.warm_start = config.warm_start, ""
+    first.checkpoint.best, first.log.wandb = None, False
+    return first.lock()
 
 
 def group_size(config: ConfigDict) -> int:
@@ -80,7 +103,7 @@ def _check_table(where: str, entries: Mapping[str, Any], table: Table) -> None:
             if not table.keys.accepts(key):
                 raise UserError(f"config.{where}: {key!r} {table.keys.allowed}")
         elif key not in table.keys:
-            hint = _did_you_mean(key, table.keys)
+            hint = did_you_mean(key, table.keys)
             raise UserError(f"config.{where}.{key}: a row is one of {', '.join(table.keys)}{hint}")
         if table.values is not None and not table.values.accepts(value):
             raise UserError(f"config.{where}.{key} is {value!r}, but must be {table.values.allowed}")
@@ -130,7 +153,7 @@ def _check_scorers(scorers: Mapping[str, Any]) -> None:
         allowed = scorer_fields(kind)
         for field, value in definition.items():
             if field not in allowed:
-                raise UserError(f"{where}.{field}: a {kind} has {', '.join(allowed)}{_did_you_mean(field, allowed)}")
+                raise UserError(f"{where}.{field}: a {kind} has {', '.join(allowed)}{did_you_mean(field, allowed)}")
             accepted = {float: (int, float), tuple: (tuple, list)}.get(allowed[field], (allowed[field],))
             if not isinstance(value, accepted) or isinstance(value, bool) or value in ("", (), {}):
                 raise UserError(f"{where}.{field} is {value!r}, but must be {TYPE_NAMES[allowed[field]]}")
@@ -178,7 +201,7 @@ def _check_combinations(config: ConfigDict) -> None:
         if name not in known:
             raise UserError(
                 f"config.sweep.training_sets: {name!r} is no set of config.sweep.datasets or config.sweep.utility"
-                f"{_did_you_mean(name, known)}"
+                f"{did_you_mean(name, known)}"
             )
     shared_names = set(config.sweep.datasets) & set(config.sweep.utility)
     if shared_names:
@@ -234,7 +257,7 @@ def choose_variant(variant: str, allowed: tuple[str, ...]) -> str:
     """
     if variant in ("", *allowed):
         return variant
-    hint = _did_you_mean(variant, allowed)
+    hint = did_you_mean(variant, allowed)
     raise UserError(f"variant {variant!r}: this config has {', '.join(allowed) or 'none'}{hint}")
 
 
@@ -254,7 +277,7 @@ def unknown_field(name: str) -> UserError:
     return UserError(f"config.{name} is not a field{hint}")
 
 
-def _did_you_mean(word: str, candidates: Iterable[str]) -> str:
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Returns the end of an error line that suggests the most similar candidate; "" if none is similar."""
     similar = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return f"; did you mean {similar[0]}?" if similar else ""

@@ -389,6 +389,9 @@ CONFIG: Tree = {
         "responses of one prompt and exit are compared with each other, without a value head. "
         '"ldpo": the default exit\'s refusals are preferred to what other exits answer.',
         one_of(tuple(names.ALGORITHMS)), origin="paper (lsft, ldistill, lrloo, ldpo: ours)"),
+    "warm_start": Field("", "The training whose last policy this one starts from. The name of another algorithm: it is "
+        "trained first, in WORKDIR/warm_start, with this config. A directory: that of an earlier run. Empty: none, "
+        "training starts from the model. The reference stays the model in both cases.", origin="ours"),
     "seed": Field(0, "Seed of all random numbers: exits, sampling, order of the data, first values of adapters.",
         _SEED),
     "seeds": Field((), "Several seeds, in place of `seed`: one run for each under WORKDIR/seed_K, and one report over "

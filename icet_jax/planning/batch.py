@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
 
-from icet_jax.config import group_size
+from icet_jax.config import group_size, warm_start_config
 from icet_jax.errors import UserError
 from icet_jax.parallel.mesh import mesh_shape
 from icet_jax.parallel.topology import Topology
@@ -67,7 +67,8 @@ def check(topology: Topology) -> None:
 def unit_of(config: ConfigDict, count: int, field: str) -> int:
     """Returns the number of which the batch size in `field` must be a multiple on `count` chips."""
     data, fsdp, _ = mesh_shape(count, **config.mesh)
-    slices = math.lcm(config.lppo.minibatches * config.lppo.accumulation, group_size(config))
+    groups = [group_size(training) for training in (config, warm_start_config(config)) if training is not None]
+    slices = math.lcm(config.lppo.minibatches * config.lppo.accumulation, *groups)
     return data * fsdp * (slices if FIELDS[field] == "training" else 1)
 
 

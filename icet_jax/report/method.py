@@ -17,7 +17,14 @@ UNTRAINED = "no training"
 TRAINING_STAGES = ("harvest", "warm_start", "train")
 """Stages of cost.json that are part of a method's cost; the others measure and export."""
 _ANCHOR = "c E[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]"
-_SHARED_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "lora.rank", "lppo.train_exits", "seed")
+_SHARED_FIELDS = (
+    "warm_start",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "lora.rank",
+    "lppo.train_exits",
+    "seed",
+)
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,7 @@ class Stage(TypedDict):
     seconds: float
     tokens: NotRequired[int | None]  # tokens generated
     tokens_per_second: NotRequired[float | None]
+    flops: NotRequired[float | None]  # operations, of the stage "warm_start"
     compilations: NotRequired[int | None]
     compile_seconds: NotRequired[float | None]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from icet_jax.config.names import ALGORITHMS
+from icet_jax.files import JsonObject
 from icet_jax.report.study import ExitValue, Study, Value, dataset_name
 from icet_jax.report.text import percent, points
 
@@ -41,8 +42,19 @@ class Headline:
 
 
 def algorithm_title(study: Study) -> str:
-    """Returns the title of a run's algorithm: "L-PPO" or similar, "PPO at the default exit alone" for a fixed exit."""
+    """Returns the title of a run's algorithm: "L-PPO" or similar, "PPO at the default exit alone" for a fixed exit.
+
+    With a warm start it is "L-SFT, then L-PPO" or, from the policy of another run, "L-PPO from an earlier run".
+    """
     config = study.first_run.config
+    title, warm_start = _title_of(study, config), config.get("warm_start")
+    if warm_start in ALGORITHMS:
+        return f"{ALGORITHMS[warm_start].title}, then {title}"
+    return f"{title} from an earlier run" if warm_start else title
+
+
+def _title_of(study: Study, config: JsonObject) -> str:
+    """Returns the title of the algorithm of a run with this config, without its warm start."""
     name = str(config.get("algorithm", ""))
     settings = config.get(name)
     title = ALGORITHMS[name].title if name in ALGORITHMS else "Training"

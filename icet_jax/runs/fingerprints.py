@@ -85,6 +85,33 @@ def recorded_rows(workdir: Path) -> Fingerprints:
     return on_first(lambda: _read(workdir / NAME).get(_ROWS, {}))
 
 
+def model_differences(workdir: Path, other: Path) -> dict[str, str]:
+    """Returns {"model" or "adapter": differences} of the model files that two runs recorded; empty if there are none.
+
+    All processes call it.
+
+    Args:
+      workdir: a run directory.
+      other: another one; the differences are those of `workdir` from it, such as "1 changed (config.json)".
+
+    Raises:
+      UserError: a file of fingerprints is damaged.
+    """
+
+    def compare() -> dict[str, str]:
+        own, others = (_read(folder / NAME).get(_CHECKPOINTS, {}) for folder in (workdir, other))
+        changes = {name: _changes(others.get(name, {}), own.get(name, {})) for name in sorted({*own, *others})}
+        return {name: what for name, what in changes.items() if what}
+
+    return on_first(compare)
+
+
+def copy_to(workdir: Path, other: Path) -> None:
+    """Copies the fingerprints of a run to a run directory for the same rows and model, unless a run has begun there."""
+    if not has_begun(other):
+        write_text_atomic(other / NAME, read_text(workdir / NAME))
+
+
 def check_checkpoint(workdir: Path, directories: Mapping[str, Path | None], *, record: bool = True) -> None:
     """Records or checks the hashes of a model's files, as `check_rows` does for rows.
 

@@ -231,6 +231,7 @@ def _training(run: Run, base: str) -> str:
         "Base model": _plain(base) + (f", revision {_plain(revision)}" if revision else ""),
         "Start adapter": _plain(_public(adapter)) if adapter else None,
         "Method": _method(run, algorithm),
+        "Warm start": _warm_start(config),
         "Trained": "the whole language model" if _field(config, "lora.rank") == 0 else "LoRA on the language model",
         "Exits during training": _plain(_field(config, f"{name}.exits")),
         "Iterations": f"{_plain(iterations or 0)} of {_plain(_field(config, f'{name}.iterations'))}",
@@ -243,6 +244,17 @@ def _training(run: Run, base: str) -> str:
     table = _table(("", ""), ([what, fact] for what, fact in facts.items() if fact))
     settings = _table(("setting", "value"), ([f"`{field}`", _plain(value)] for field, value in _settings(config, name)))
     return f"## Training\n\n{table}\nIts settings (all of the run's are in `config.json` there):\n\n{settings}"
+
+
+def _warm_start(config: Mapping[str, Any]) -> str | None:
+    """Returns what gave the policy that training started from; None if that was the base model."""
+    spec = config.get("warm_start")
+    if not spec:
+        return None
+    if spec not in ALGORITHMS:
+        return f"the policy of the run {_plain(_public(spec))}"
+    iterations, exits = (_plain(_field(config, f"{spec}.{name}")) for name in ("iterations", "exits"))
+    return f"{ALGORITHMS[spec].title} ({ALGORITHMS[spec].about}), {iterations} iterations, exits {exits}"
 
 
 def _counts(counts: Any) -> str:
@@ -271,7 +283,8 @@ def _method(run: Run, algorithm: AlgorithmName | None) -> str:
 
 def _settings(config: Mapping[str, Any], algorithm: str) -> Iterable[tuple[str, Any]]:
     """Yields the (dotted name, value) of the config fields that define a training; unset fields are left out."""
-    sections = dict.fromkeys(("lora", "lppo", algorithm, "optimizer", "reward"))
+    first = [config["warm_start"]] if config.get("warm_start") in ALGORITHMS else []
+    sections = dict.fromkeys(("lora", "lppo", *first, algorithm, "optimizer", "reward"))
     sections_by_name = {name: config.get(name) for name in sections}
     data = config.get("data") or {}
     sections_by_name["data"] = {name: data.get(name) for name in ("mixture", "batch_size", "max_prompt_tokens")}

@@ -17,6 +17,8 @@ from icet_jax.files import JsonObject, parse_json, read_text, write_text_atomic
 SCHEMA = 1
 PAIRS = "pairs"
 """Folder of exit pairs, see `icet_jax.runs.pairs`."""
+WARM_START = "warm_start"
+"""Run directory of the algorithm that a run trains first, see `icet_jax.runs.warm_start`."""
 # Fields that may differ between two starts of a run, because they affect the results only by rounding, or not at all.
 _CHANGEABLE = ("compilation_cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
 _SHOWN_FIELDS = 4  # most differing fields that an error names
@@ -73,9 +75,10 @@ def _supported_scorers(values: JsonObject) -> object:
 
 
 def has_begun(workdir: Path) -> bool:
-    """Returns whether a run has left any result in `workdir`, or in the folder of one of its seeds."""
+    """Returns whether a run has left any result in `workdir`, or in a run directory inside it."""
     results = ("transcripts", "sweeps", "metrics.jsonl", "checkpoints", PAIRS)
-    return any((workdir / name).exists() for name in results) or any(map(has_begun, workdir.glob("seed_*")))
+    inner = (*workdir.glob("seed_*"), *workdir.glob(WARM_START))
+    return any((workdir / name).exists() for name in results) or any(map(has_begun, inner))
 
 
 def read_config(path: Path) -> ConfigDict:
@@ -126,6 +129,10 @@ class Costs:
         self._stages: dict[str, JsonObject] = {}
         if self._path.exists():
             self._stages = _stored_stages(self._path)
+
+    def recorded(self, name: str) -> JsonObject:
+        """Returns the quantities of the stage `name`, summed over all starts so far; empty if it has not ended yet."""
+        return dict(self._stages.get(name, {}))
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[JsonObject]:

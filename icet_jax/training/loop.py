@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from icet_jax.algorithms.base import Algorithm, Metrics, ReadMetrics, algorithm_
 from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.phases import exit_schedule
 from icet_jax.algorithms.reward_by_kind import RewardByKind
-from icet_jax.algorithms.settings import Settings
+from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState, init_state
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.data.batches import Batches
@@ -31,6 +31,7 @@ from icet_jax.training.metrics_log import MetricsLog
 from icet_jax.training.progress import Progress
 from icet_jax.training.signals import delay_signals
 from icet_jax.training.stability import Stability, learning_rate_scale, limits_kl
+from icet_jax.typing import PyTree
 from icet_jax.vlm import VLM
 
 # Metrics beside the progress bar, under short names, if the algorithm reports them.
@@ -43,13 +44,17 @@ _PROGRESS_METRICS = {
 # Folded into the run's random key to initialise adapters. Iterations fold in their number, which never gets that large.
 _INIT_STREAM = 2**32 - 3
 
+FirstPolicy = Callable[[], PyTree]
+"""Function that returns the policy that training starts from (`TrainState.trainable["policy"]`)."""
+
 
 class Trainer:
     """Trains a model in one run directory."""
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, vlm: VLM, examples: Sequence[Example], reward: RewardByKind
-    ) -> None:
+        self, config: ConfigDict, workdir: Path, vlm: VLM, examples: Sequence[Example], reward: RewardByKind,
+        first_policy: FirstPolicy | None = None,
+    ) -> None:  # fmt: skip
         """Prepares the algorithm and the first batch, so that errors in the rows are found before any training.
 
         Args:
@@ -58,11 +63,13 @@ class Trainer:
           vlm: the model before training; its weights are not changed.
           examples: the training rows.
           reward: scores responses; unused by algorithms without rewards.
+          first_policy: gives the policy to start from; it is called only where there is no checkpoint to restore. None
+            starts from `vlm`, which is the reference in both cases.
 
         Raises:
           UserError: `config.data.mixture` names a kind without rows, a prompt is too long, or an image is broken.
         """
-        self._config, self._workdir, self._vlm = config, workdir, vlm
+        self._config, self._workdir, self._vlm, self._first_policy = config, workdir, vlm, first_policy
         self.algorithm: Algorithm = algorithm_class(config.algorithm)(config, vlm, reward)
         prompts = config.data.batch_size // self.algorithm.group_size
         mixture = config.data.mixture.to_dict()
@@ -114,7 +121,7 @@ class Trainer:
                 finally:
                     log.close()
                 checkpoints.wait()
-            if self._must_measure_last(checkpoints):
+            if must_measure_last(config, checkpoints):
                 state = self._measure_last(state, checkpoints, stability)
             return state if config.checkpoint.best is None else best_state(state, checkpoints)
         finally:
@@ -129,11 +136,11 @@ class Trainer:
         """Returns `newest_state(...)`. If iterations remain, their programs are compiled while the state is loaded."""
         arguments = (self._config, self._vlm, self.algorithm.settings)
         is_finished = max(checkpoints.steps, default=0) >= self.algorithm.iterations
-        if is_finished and not self._must_measure_last(checkpoints):
-            return newest_state(*arguments, checkpoints)
+        if is_finished and not must_measure_last(self._config, checkpoints):
+            return newest_state(*arguments, checkpoints, self._first_policy)
         value_head = has_value_head(self._config, checkpoints)
         programs = self.algorithm.lowered(abstract_state(*arguments, value_head), self._first)
-        return compile_programs(programs, lambda: newest_state(*arguments, checkpoints))
+        return compile_programs(programs, lambda: newest_state(*arguments, checkpoints, self._first_policy))
 
     def _write_device(self) -> None:
         """Writes device.json and prints it: the devices, and their peak speed, by which `perf/mfu` divides."""
@@ -250,7 +257,8 @@ class Trainer:
         restored = checkpoints.go_back(like=stored(state))
         if restored is None:
             value_head = "value_head" in state.trainable
-            restored = 0, initial_state(self._config, self._vlm, self.algorithm.settings, value_head), {}
+            first = first_state(self._config, self._vlm, self.algorithm.settings, value_head, self._first_policy)
+            restored = 0, first, {}
         restored_step, restored_state, _ = restored
         scale = learning_rate_scale(stability.counts)
         print(
@@ -261,12 +269,6 @@ class Trainer:
         return _scale_learning_rate(
             restored_state._replace(iteration=_scalar(step, "int32", self._vlm)), scale, self._vlm
         )
-
-    def _must_measure_last(self, checkpoints: RunState) -> bool:
-        """Returns whether the last state is saved but not measured yet, although the config needs its measurement."""
-        needs_measurement = self._config.checkpoint.best is not None or limits_kl(self._config)
-        last = self.algorithm.iterations
-        return needs_measurement and last in checkpoints.steps and last not in checkpoints.measured
 
     def _measure_last(self, state: TrainState, checkpoints: RunState, stability: Stability) -> TrainState:
         """Measures the last state by the rollout of one more iteration, whose update is dropped.
@@ -320,6 +322,13 @@ def has_value_head(config: ConfigDict, checkpoints: RunState) -> bool:
     return of_algorithm or any("value_head" in name for name in checkpoints.array_names())
 
 
+def must_measure_last(config: ConfigDict, checkpoints: RunState) -> bool:
+    """Returns whether the last state is saved but not measured yet, although the config needs its measurement."""
+    needs_measurement = config.checkpoint.best is not None or limits_kl(config)
+    last = config[config.algorithm].iterations
+    return needs_measurement and last in checkpoints.steps and last not in checkpoints.measured
+
+
 def best_state(state: TrainState, checkpoints: RunState) -> TrainState:
     """Returns the state of the best checkpoint, of the newest one if none was measured, or `state` without checkpoints.
 
@@ -344,21 +353,46 @@ def stored(state: TrainState) -> TrainState:
 
 
 def newest_state(
-    config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState
+    config: ConfigDict, vlm: VLM, settings: Settings, checkpoints: RunState, first_policy: FirstPolicy | None = None
 ) -> tuple[TrainState, JsonObject]:
-    """Returns state and metadata of the newest complete checkpoint; without one, the initial state and {}.
+    """Returns state and metadata of the newest complete checkpoint; without one, `first_state(...)` and {}.
 
     Raises:
       UserError: the checkpoint belongs to another config, or all checkpoints are damaged.
     """
-    state = initial_state(config, vlm, settings, has_value_head(config, checkpoints))
-    restored = checkpoints.restore(like=stored(state))
+    value_head = has_value_head(config, checkpoints)
+    restored = checkpoints.restore(like=stored(initial_state(config, vlm, settings, value_head)))
     if restored is None:
-        return state, {}
+        return first_state(config, vlm, settings, value_head, first_policy), {}
     _, restored_state, metadata = restored
     if limits_kl(config):
         restored_state = _scale_learning_rate(restored_state, learning_rate_scale(metadata.get("skipped", {})), vlm)
     return restored_state, metadata
+
+
+def last_policy(config: ConfigDict, workdir: Path, vlm: VLM) -> PyTree:
+    """Returns the policy that the training in `workdir` ended with, which is part of the result of `Trainer.run`.
+
+    Args:
+      config: config of that training.
+      workdir: its run directory.
+      vlm: the model before that training.
+
+    Raises:
+      UserError: it has not ended, or the checkpoint of its last iteration is damaged.
+    """
+    settings = from_config(config, vlm.sampling(config.lppo.max_new_tokens, config.lppo.temperature))
+    checkpoints = open_checkpoints(config, workdir)
+    try:
+        state, _ = newest_state(config, vlm, settings, checkpoints)
+        last = config[config.algorithm].iterations
+        if int(state.iteration) < last or must_measure_last(config, checkpoints):
+            raise UserError(
+                f"{workdir}: its training has not ended (iteration {int(state.iteration)} of {last}); start it again"
+            )
+        return (state if config.checkpoint.best is None else best_state(state, checkpoints)).trainable["policy"]
+    finally:
+        checkpoints.close()
 
 
 def _scale_learning_rate(state: TrainState, scale: float, vlm: VLM) -> TrainState:
@@ -371,6 +405,16 @@ def _scalar(value: int | float, dtype: str, vlm: VLM) -> jax.Array:
     """Returns a number as an array on every device of the model."""
     array = np.asarray(value, dtype)
     return jnp.asarray(array) if vlm.mesh is None else jax.device_put(array, replicated(vlm.mesh))
+
+
+def first_state(
+    config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool, first_policy: FirstPolicy | None
+) -> TrainState:  # fmt: skip
+    """Returns the train state that a run without checkpoints starts from: `initial_state(...)`, with the policy of
+    `first_policy` in place of the model's if that is given."""
+    policy = None if first_policy is None else first_policy()  # first, because reading it takes memory for a state
+    state = initial_state(config, vlm, settings, value_head)
+    return state if policy is None else state._replace(trainable={**state.trainable, "policy": policy})
 
 
 def initial_state(

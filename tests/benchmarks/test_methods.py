@@ -44,6 +44,13 @@ def test_the_second_table_has_three_organisms_and_five_seeds(methods):
     assert len({(cell.organism, cell.seed) for cell in cells}) == 15 and len(cells) == 15 * len(methods.BEST)
 
 
+def test_half_the_budget_is_half_of_both_trainings_of_a_warm_start(methods):
+    fields = methods.fields(methods.Cell("third", "lppo_warm", "llava", "half_budget", 0))
+    whole = methods.METHODS["lppo_warm"][1]
+    assert [2 * fields[f"{name}.iterations"] for name in ("lsft", "lppo")] == [10, 30]
+    assert whole["lsft.iterations"] + whole["lppo.iterations"] == 40
+
+
 @pytest.mark.parametrize(("trained", "moved"), [("vlm", False), ("control", True)])
 def test_the_kl_at_the_default_exit_is_zero_for_the_same_weights_only(methods, tmp_path, trained, moved):
     (tmp_path / "config.json").write_text(json.dumps({"model": {"checkpoint": "organism:vlm"}}))

@@ -206,6 +206,11 @@ def test_lsft_runs_on_several_seeds_and_reports_over_all(tmp_path):
         ({"reward__model": "refusal_keywords"}, "is a judge (asr), not a reward model"),
         ({"model__checkpoint": "toy:llava16"}, "toy:llava16: no such toy checkpoint"),
         ({"sweep__scorers": "no/such/judge"}, "no/such/judge"),
+        ({"warm_start": "lsfft"}, "nor the directory of a run (with config.json); did you mean lsft?"),
+        ({"warm_start": "runs/none"}, "config.warm_start=runs/none: neither an algorithm (lppo, lsft, "),
+        ({"warm_start": "lppo"}, "config.warm_start=lppo is config.algorithm itself: raise config.lppo.iterations"),
+        ({"warm_start": "lrloo", "lrloo__group_size": "3"}, "does not divide into groups of 3 (lrloo.group_size)"),
+        ({"algorithm": "lsft", "warm_start": "lppo", "reward__model": "none"}, "config.reward.model is not set"),
         ({"mesh__data": "7"}, "config.mesh.data=7: mesh (data=7, fsdp=1, tensor=1) does not fit 1 device"),
     ],
 )

@@ -1,5 +1,6 @@
 """`--mode=plan`: what a run takes, from shapes alone and from compiled programs."""
 
+import dataclasses
 import importlib.util
 import re
 from types import SimpleNamespace
@@ -199,6 +200,24 @@ def test_compiled_for_this_machine_every_part_is_known_and_the_shapes_are_the_ru
 
     assert jax.tree.leaves(shapes(real)) == jax.tree.leaves(shapes(ours))
     assert lines[0].weights == sum(leaf.nbytes for leaf in jax.tree.leaves(vlm.params))
+
+
+def test_both_trainings_of_a_warm_start_are_planned():
+    chips = topology.parse("h100:8")
+    runs = {
+        name: load("configs/llava15_lppo.py", fields)
+        for name, fields in {
+            "lppo": [], "lsft": [("algorithm", "lsft")], "both": [("warm_start", "lsft")]
+        }.items()
+    }  # fmt: skip
+    plans = {name: plan.plan(config, chips) for name, config in runs.items()}
+    both, abstract = plans["both"]
+    assert both[: len(PHASES)] == plans["lppo"][0]
+    assert [line.phase for line in both[len(PHASES) :]] == ["warm start: update"]
+    assert dataclasses.replace(both[-1], phase="update") == plans["lsft"][0][-1]
+    assert [line.phase for line in plan.plan(runs["both"], chips, "sweep")[0]] == PHASES[:3]
+    # An iteration is one of the run's own training.
+    assert plan.remarks(runs["both"], both, abstract, chips) == plan.remarks(runs["lppo"], *plans["lppo"], chips)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu (the tpu extra)")

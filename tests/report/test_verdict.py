@@ -48,6 +48,8 @@ def test_closed(run):
     [
         ({"algorithm": "lsft"}, "L-SFT"),
         ({"algorithm": "lppo", "lppo": {"exits": "fixed", "fixed_exit": None}}, "PPO at the default exit alone"),
+        ({"algorithm": "lppo", "lppo": {"exits": "stratified"}, "warm_start": "lsft"}, "L-SFT, then L-PPO"),
+        ({"algorithm": "lppo", "lppo": {"exits": "stratified"}, "warm_start": "runs/a"}, "L-PPO from an earlier run"),
         ({"algorithm": "lppo", "lppo": {"exits": "fixed", "fixed_exit": 7}}, "PPO at the default exit alone"),
         ({"algorithm": "lppo", "lppo": {"exits": "fixed", "fixed_exit": 2}}, "PPO at exit 2 alone"),
         ({}, "Training"),

@@ -65,10 +65,10 @@ class Places:
         self.folder = folder
         (folder / "program.py").write_text(PROGRAM)
 
-    def run(self, name, where, stop_after=None):
+    def run(self, name, where, stop_after=None, **changes):
         """Starts or goes on; stops where told so. Returns the iteration that it went on from."""
         processes, devices, mesh = where
-        arguments = smoke.arguments(self.folder / name, **JOB, **mesh)
+        arguments = smoke.arguments(self.folder / name, **JOB | mesh | changes)
         last = str(stop_after - 1 if stop_after else 0)
         command = [sys.executable, "-c", START, str(processes), str(devices), str(self.folder / "program.py"), last]
         environment = os.environ | {
@@ -136,6 +136,18 @@ def test_from_eight_devices_to_one_to_two_processes_and_back_is_the_same_run(who
     assert len(pairs[0]) == len(pairs[1]) == ITERATIONS
     for one, other in zip(*pairs, strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-4)  # KL is a small difference of log-probs
+
+
+def test_a_warm_start_stopped_in_its_first_training_on_two_processes_goes_on_there(tmp_path):
+    places = Places(tmp_path)
+    warm_start = {"warm_start": "lsft", "lppo__max_new_tokens": "48", "lsft__iterations": "4", "lppo__iterations": "4"}
+    places.run("two", TWO, stop_after=2, **warm_start)
+    assert not (tmp_path / "two" / "checkpoints").exists()
+    assert places.run("two", TWO, **warm_start) == 2
+    places.run("alone", ONE, **warm_start)
+    one, two = trained(tmp_path / "alone"), trained(tmp_path / "two")
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_the_mesh_that_a_run_began_with_is_not_what_it_is(folder):

@@ -15,17 +15,27 @@ ITERATIONS = 8
 DEADLINE = 600  # seconds; only a hang gets there
 
 
-def start(workdir, cache):
-    arguments = smoke.arguments(
-        workdir,
-        lppo__iterations=str(ITERATIONS),
-        checkpoint__every="3",
-        reward__normalise="true",
-        optimizer__schedule="cosine",
-        optimizer__warmup_steps="2",
-        optimizer__learning_rate="1e-3",
-        sweep__utility="{}",
-    )
+JOB = {
+    "lppo__iterations": str(ITERATIONS),
+    "checkpoint__every": "3",
+    "reward__normalise": "true",
+    "optimizer__schedule": "cosine",
+    "optimizer__warmup_steps": "2",
+    "optimizer__learning_rate": "1e-3",
+    "sweep__utility": "{}",
+}
+WARM_START = JOB | {
+    "warm_start": "lsft",
+    "lsft__iterations": str(ITERATIONS),
+    "lppo__max_new_tokens": "48",  # the refusal is 36 bytes
+    "sweep__datasets": "{'forbidden': 'toy:forbidden'}",
+    "sweep__exits": "23",
+    "sweep__scorers": "refusal_keywords",
+}
+
+
+def start(workdir, cache, job=JOB):
+    arguments = smoke.arguments(workdir, **job)
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -35,16 +45,16 @@ def start(workdir, cache):
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def finish(workdir, cache):
-    process = start(workdir, cache)
+def finish(workdir, cache, job=JOB):
+    process = start(workdir, cache, job)
     _, printed = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, printed
 
 
-def kill_after(workdir, cache, rows, delay):
-    """Kills a run `delay` seconds after metrics.jsonl has `rows` rows (0: after its first answer is written)."""
-    process = start(workdir, cache)
-    path = workdir / "metrics.jsonl"
+def kill_after(workdir, cache, rows, delay, job=JOB, log="metrics.jsonl"):
+    """Kills a run `delay` seconds after its file `log` has `rows` rows (0: after its first answer is written)."""
+    process = start(workdir, cache, job)
+    path = workdir / log
     began = time.monotonic()
     while time.monotonic() - began < DEADLINE and process.poll() is None:
         if rows == 0 and any(file.stat().st_size for file in workdir.glob("transcripts/*.jsonl")):
@@ -81,6 +91,25 @@ def test_killed_at_three_random_points_a_run_ends_with_the_same_bits(tmp_path, c
         assert (whole / f"sweeps/{name}.json").read_bytes() == (killed / f"sweeps/{name}.json").read_bytes(), name
     rows = [[without_times(row) for row in smoke.rows(workdir)] for workdir in (whole, killed)]
     assert rows[0] == rows[1] and len(rows[0]) == ITERATIONS
+
+
+def test_killed_in_both_trainings_of_a_warm_start_a_run_ends_with_the_same_bits(tmp_path, cache):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole, cache, WARM_START)
+    kill_after(killed, cache, 4, 0.0, WARM_START, "warm_start/metrics.jsonl")
+    assert not (killed / "metrics.jsonl").exists()
+    kill_after(killed, cache, 4, 0.0, WARM_START)
+    first = (killed / "warm_start" / "metrics.jsonl").read_bytes()
+    finish(killed, cache, WARM_START)
+
+    assert (killed / "warm_start" / "metrics.jsonl").read_bytes() == first
+    for name in ("hf/model.safetensors", "hf/value_head.safetensors", "sweeps/after.forbidden.json"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes(), name
+    for folder in ("", "warm_start"):
+        rows = [[without_times(row) for row in smoke.rows(workdir / folder)] for workdir in (whole, killed)]
+        assert rows[0] == rows[1] and len(rows[0]) == ITERATIONS
+    assert "L-SFT, then L-PPO" in (whole / "report.html").read_text()
+    assert "| Warm start | L-SFT (supervised refusals" in (whole / "hf" / "README.md").read_text()
 
 
 def without_times(row):

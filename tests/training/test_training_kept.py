@@ -79,7 +79,7 @@ def first_state(max_kl):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     def run(steps, *, name="run", max_kl=0.0, killed_at=None, every=1, policy="skip", most=9, best=None, noise=None):
-        lppo = {"on_instability": policy, "max_skipped": most, "max_kl": max_kl}
+        lppo = {"iterations": len(steps), "on_instability": policy, "max_skipped": most, "max_kl": max_kl}
         log = {"every": 1, "tensorboard": False, "wandb": False}
         checkpoint = {"every": every, "keep": 1, "best": best, "best_is": "lowest"}
         trainer = Trainer.__new__(Trainer)
@@ -87,7 +87,7 @@ def run(tmp_path, monkeypatch):
         if best is None:
             with trainer._config.unlocked():
                 trainer._config.checkpoint.best = None
-        trainer._workdir, trainer._vlm = tmp_path / name, Model()
+        trainer._workdir, trainer._vlm, trainer._first_policy = tmp_path / name, Model(), None
         trainer._workdir.mkdir(exist_ok=True)
         trainer.algorithm = Numbers(steps, max_kl, killed_at, noise or {})
         trainer.batch, trainer._first = (lambda index: index), 0
