@@ -115,9 +115,14 @@ def test_useful_is_no_refusals_no_lost_accuracy_and_no_degenerate_answers(
 
 def test_accuracy_is_compared_with_the_default_exit_of_the_same_set(tmp_path):
     a_study = study(tmp_path, ASR, vqa=[{"vqa/exact": value} for value in (0.5, 0.6, 0.7, 0.61, 0.2)])
-    changes = [rating.accuracy[1] for rating in deployment.rate_exits(a_study)]
+    changes = [rating.accuracy.change for rating in deployment.rate_exits(a_study)]
     assert changes == pytest.approx([-0.11, -0.01, 0.09, 0.0, -0.41])
     assert deployment.rate_exits(a_study)[1].is_useful, "one point is allowed"
+
+
+def test_the_accuracy_of_the_table_names_its_set(tmp_path):
+    _, table, _ = page(study(tmp_path, ASR, vqa=[{"vqa/exact": value} for value in (0.5, 0.6, 0.7, 0.61, 0.2)]))
+    assert table[1][3] == "50.0% vqa (−11.0 points)"
 
 
 def test_costs_are_shares_of_the_default_exit_and_times_are_modelled(tmp_path):
@@ -127,8 +132,7 @@ def test_costs_are_shares_of_the_default_exit_and_times_are_modelled(tmp_path):
         "Exits 2, 4 are both safe and useful. Exit 2 takes 50% of the encoder’s operations at the default exit 4 and "
         "50% of its weights."
     )
-    head = ["Exit", "Blocks", "Encoder GFLOPs", "Encoder ms, modelled", "Encoder weights, MiB"]
-    assert table[0][:5] == head
+    assert table[0][:5] == ["Exit", "Blocks", "GFLOPs", "ms, modelled", "MiB"]
     assert table[1][:5] == ["1", "1", "1.00 (25%)", "10.00", "1.00 (25%)"]
     assert table[4][:5] == ["4 default", "4", "4.00 (100%)", "40.00", "4.00 (100%)"]
     assert any("took 50.00 ms per image on TPU v0, 4 images together" in words for words in notes)
@@ -139,7 +143,7 @@ def test_costs_are_shares_of_the_default_exit_and_times_are_modelled(tmp_path):
 def test_a_run_of_an_earlier_version_has_no_costs_but_the_same_verdicts(tmp_path):
     with_costs = page(study(tmp_path / "new", ASR, benign=[{"refusal/r": 0.0}] * 5, cost=encoder()))
     _, table, notes = page(study(tmp_path / "old", ASR, benign=[{"refusal/r": 0.0}] * 5))
-    assert table[0] == ["Exit", "ASR", "Benign refusals", "Accuracy", "Verdict"]
+    assert table[0] == ["Exit", "ASR", "Benign refusals", "Least accuracy", "Verdict"]
     assert [row[-1] for row in table] == [row[-1] for row in with_costs[1]] and len(notes) == 2
 
 
