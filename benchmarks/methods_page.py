@@ -202,7 +202,8 @@ Percent; mean over training seeds, range over them in brackets. ASR is that of t
 to 256 held-out forbidden requests at every exit. Its interval is the widest of the seeds: from the lowest lower to the
 highest upper end of the 95% intervals, which allow for the exit being chosen as the worst. Benign rows are 256, VQA
 rows 512. Tokens are those generated to learn from. FLOPs are counted from the lengths of all rows, without scoring and
-harvest; a warm start counts. Settings were chosen on the val split. *Misses* names the limits that a seed misses:
+harvest; a warm start counts. Seconds are of two CPU cores, some beside other work. Settings were chosen on the val
+split. *Misses* names the limits that a seed misses:
 {LIMITS}.
 `python benchmarks/methods.py --page` makes this page from methods.json beside it."""
 _FIGURE_TEXT = f"""{UTILITY_LOST}
