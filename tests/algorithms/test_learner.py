@@ -394,7 +394,8 @@ def test_every_row_is_as_likely_in_every_mini_batch():
 
 def test_a_batch_that_does_not_divide_is_refused(model):
     _, params = model
-    uneven = dataclasses.replace(toy.phases(toy.SETTINGS), prepare=toy.phases(toy.settings(minibatches=3)).prepare)
+    prepare_arrays = toy.phases(toy.settings(minibatches=3)).prepare_arrays
+    uneven = dataclasses.replace(toy.phases(toy.SETTINGS), prepare_arrays=prepare_arrays)
     with pytest.raises(UserError, match="batch_size 8 does not divide into 3 mini-batches"):
         iterate(uneven, params, toy.state(params))
 
