@@ -194,7 +194,9 @@ def _commands(groups: Sequence[Group], titles: Mapping[str, str]) -> str:
             lines += [f"# after: {row['build']}"] if row.get("build") else []
             lines.append(row["command"])
     text = "## Commands\n\n`python benchmarks/methods.py` runs all cells that are missing. One by one:"
-    return f"{text}\n\n```sh\n" + "\n".join(lines) + "\n```" if lines else f"{text}\n\nNothing has been run yet."
+    if not lines:
+        return f"{text}\n\nNothing has been run yet."
+    return f"{text}\n\n<!-- no-run: each takes minutes -->\n```sh\n" + "\n".join(lines) + "\n```"
 
 
 _READING = f"""\

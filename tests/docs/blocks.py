@@ -5,7 +5,7 @@ here; one of ours must parse, with a config and overrides that load. The `python
 one namespace and an empty folder, with stand-ins for what must be downloaded. A comment on the line before a block may
 say more:
 
-    <!-- no-run: why -->    python that is compiled, not run
+    <!-- no-run: why -->    python that is compiled, not run; commands that are checked, and left out of scripts/walk.py
     <!-- fails: why -->     shell that shows what is refused
     <!-- from: FILE -->     lines of that file, in this order
     <!-- rows -->           a data set: every row of it is read
