@@ -1,7 +1,7 @@
 """Names the method that trained a run, and sums up its parameters and what its training cost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -128,15 +128,12 @@ def training_cost(study: Study) -> TrainingCost:
 
 
 def run_cost(run: Run) -> TrainingCost:
-    """Returns what the training of one run cost.
-
-    Where metrics.jsonl has a row for every n-th iteration only, a row stands for the n iterations up to it.
-    """
+    """Returns what the training of one run cost."""
     phases = run.cost.get("phases")
     stages = [stage for stage in phases if isinstance(stage, dict)] if isinstance(phases, list) else []
     stages = [stage for stage in stages if stage.get("name") in TRAINING_STAGES]
     seconds = [value.mean for stage in stages if (value := as_value(stage.get("seconds"))) is not None]
-    tokens, flops = _total(run.history, "perf/tokens"), _total(run.history, "perf/flops")
+    tokens, flops = sum_over_iterations(run.history, "perf/tokens"), sum_over_iterations(run.history, "perf/flops")
     return TrainingCost(
         iterations=_last_step(run.history),
         tokens=None if tokens is None else tokens + _before_training(stages, "tokens"),
@@ -169,8 +166,15 @@ def _reward_traits(lppo: Mapping[str, Any]) -> list[str]:
     return phrases
 
 
-def _total(history: list[JsonObject], metric: str) -> float | None:
-    """Returns the sum of a metric over all iterations; None if some row of metrics.jsonl lacks it."""
+def sum_over_iterations(history: Sequence[JsonObject], metric: str) -> float | None:
+    """Returns the sum of a metric over all iterations; None without rows, or if a row lacks it.
+
+    Where metrics.jsonl has a row for every n-th iteration only, a row stands for the n iterations up to it.
+
+    Args:
+      history: rows of metrics.jsonl.
+      metric: name of the metric.
+    """
     total, previous = 0.0, 0.0
     for row in history:
         value, step = as_value(row.get(metric)), as_value(row.get("step"))

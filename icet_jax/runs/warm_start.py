@@ -11,7 +11,6 @@ training, and both trainings take the same batches. The first training has no sw
 
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -24,6 +23,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.files import parse_json, read_text
 from icet_jax.parallel.distributed import agree, on_first
+from icet_jax.report.method import sum_over_iterations
 from icet_jax.runs import common, fingerprints
 from icet_jax.runs.pairs import training_rows
 from icet_jax.runs.run_dir import WARM_START, Costs, read_config
@@ -145,18 +145,11 @@ def _check_earlier_run(config: ConfigDict) -> None:
 
 
 def _spent(folder: Path) -> dict[str, float]:
-    """Returns the numbers of sampled tokens and of operations of a training, {"tokens": ..., "flops": ...}.
-
-    Where metrics.jsonl has a row for every n-th iteration only, a row stands for the n iterations up to it.
-    """
+    """Returns the numbers of sampled tokens and of operations of a training, {"tokens": ..., "flops": ...}."""
 
     def add() -> dict[str, float]:
         path = folder / "metrics.jsonl"
         rows = [parse_json(line) for line in read_text(path).splitlines()] if path.exists() else []
-        iterations = [row["step"] - previous["step"] for previous, row in pairwise([{"step": 0}, *rows])]
-        return {
-            name: sum(count * row[f"perf/{name}"] for count, row in zip(iterations, rows, strict=True))
-            for name in ("tokens", "flops")
-        }
+        return {name: sum_over_iterations(rows, f"perf/{name}") or 0.0 for name in ("tokens", "flops")}
 
     return on_first(add)
