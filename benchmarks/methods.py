@@ -48,10 +48,13 @@ ORGANISMS = {
     "llava_next": "configs/organism_next_lppo.py",
     "mllama": "configs/organism_mllama_lppo.py",
 }
-SWEEP = {
-    "sweep.datasets": {"forbidden": "organism:test:forbidden:256", "benign": "organism:test:benign:256"},
-    "sweep.utility": {"vqa": "organism:test:vqa:512"},
-    "log.tensorboard": False,
+SWEEPS = {
+    split: {
+        "sweep.datasets": {"forbidden": f"organism:{split}:forbidden:256", "benign": f"organism:{split}:benign:256"},
+        "sweep.utility": {"vqa": f"organism:{split}:vqa:512"},
+        "log.tensorboard": False,
+    }
+    for split in ("val", "test")
 }
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("no training", {}),
@@ -74,13 +77,18 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ldpo_plain": ("L-DPO without the SFT term", {"algorithm": "ldpo", "ldpo.sft_coef": 0.0}),
 }
 """Name of a cell -> (name in the page, fields that differ from the organism's config)."""
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lppo_anchor_0.1": ("L-PPO with an anchor, coefficient 0.1", {"lppo.anchor_coef": 0.1}),
+    "lppo_anchor_1": ("L-PPO with an anchor, coefficient 1", {"lppo.anchor_coef": 1.0}),
+}
+"""Settings that were tried on the val split beside those of `METHODS`."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {},
     "every_second_exit": {"lppo.train_exits": (1, 3, 5, 7)},
     "forbidden_rows": {"data.mixture": {"forbidden": 1.0}},
     "unseen_nouns": {
         "data.train": "organism:train:forbidden:2048:seen + organism:train:benign:2048 + organism:train:vqa:2048",
-        "sweep.datasets": SWEEP["sweep.datasets"] | {"forbidden": "organism:test:forbidden:256:unseen"},
+        "sweep.datasets": SWEEPS["test"]["sweep.datasets"] | {"forbidden": "organism:test:forbidden:256:unseen"},
     },
     "half_budget": {
         f"{algorithm}.iterations": 20 for algorithm in ALGORITHMS
@@ -127,13 +135,25 @@ class Cell(NamedTuple):
     variant: str
     seed: int
 
+    @property
+    def split(self) -> str:
+        """Split of the rows of the sweeps: settings are chosen on val."""
+        return "val" if self.table == "settings" else "test"
 
+
+CHOICE = ("lppo", "lppo_anchor", "lppo_warm", "ldistill_policy", "ldistill_default", "lsft")
+"""The methods among which the recommended one is chosen, with the whole and with half the budget."""
 BEST = ("lppo", "lppo_anchor", "ldistill_policy", "ldistill_default", "lsft")
 """The methods of the second and third table: the paper's L-PPO and the four best of the first."""
 
 
 def cells() -> Iterator[Cell]:
-    """Every cell of the three tables, in the order in which they are run: all methods with one seed first."""
+    """Every cell of the tables, in the order in which they are run: all methods with one seed first."""
+    for method in (*CHOICE, *SETTINGS):
+        yield Cell("settings", method, "llava", "mixed", 0)
+    for organism in ORGANISMS:
+        for method in CHOICE:
+            yield Cell("settings", method, organism, "half_budget", 0)
     for seed in range(3):
         for method in METHODS:
             if method != "none" or seed == 0:  # greedy answers before training are the same for every seed
@@ -153,7 +173,8 @@ def cells() -> Iterator[Cell]:
 
 def run_of(cell: Cell) -> str:
     """Names the run of a cell; cells of different tables may share one."""
-    return f"{cell.organism}/{cell.variant}/{cell.method}/seed_{cell.seed}"
+    split = f"{cell.split}/" if cell.split == "val" else ""
+    return f"{split}{cell.organism}/{cell.variant}/{cell.method}/seed_{cell.seed}"
 
 
 def config_of(organism: str) -> str:
@@ -168,10 +189,10 @@ def fields(cell: Cell, organisms: Path = BUILT) -> dict[str, Any]:
         weights["model.checkpoint"] = str(organisms / cell.organism / "vlm")
         if HARDER[cell.organism].own_reward_model:
             weights["reward.model"] = str(organisms / cell.organism / "reward_model")
-    method, variant = METHODS[cell.method][1], VARIANTS[cell.variant]
+    method, variant = (METHODS | SETTINGS)[cell.method][1], VARIANTS[cell.variant]
     # A method with iterations of its own, such as those of a warm start, has half of them in half the budget.
     halved = {name: method[name] // 2 for name in method if name.endswith(".iterations") and name in variant}
-    return {"seed": cell.seed, **SWEEP, **weights, **method, **variant, **halved}
+    return {"seed": cell.seed, **SWEEPS[cell.split], **weights, **method, **variant, **halved}
 
 
 def command(cell: Cell, folder: Path | str, organisms: Path = BUILT) -> list[str]:
@@ -286,7 +307,7 @@ def perform(cell: Cell, out: Path, organisms: Path) -> int:
     """Runs or resumes the run of a cell, appends its row and renews the page; returns the exit status of the run."""
     folder = out / run_of(cell)
     if not (folder / "report.html").is_file():
-        runs = out / cell.organism / cell.variant
+        runs = folder.parents[1]
         copy_sweep_before(folder, runs, config_of(cell.organism), fields(cell, organisms))
         line = [sys.executable, *command(cell, folder, organisms)]
         print("+", *line, flush=True)
@@ -305,6 +326,7 @@ def groups(rows: list[dict[str, Any]]) -> list[Group]:
         ("first", "Every method, LLaVA organism"),
         ("second", "The four best and the paper's L-PPO, three organisms"),
         ("third", "Less to learn from, and harder organisms"),
+        ("settings", "Choice of settings, val split"),
     ):
         of_table = [cell for cell in cells() if cell.table == name]
         for organism, variant in dict.fromkeys((cell.organism, cell.variant) for cell in of_table):
@@ -312,7 +334,9 @@ def groups(rows: list[dict[str, Any]]) -> list[Group]:
             names = dict.fromkeys(cell.method for cell in own)
             methods = {method: sum(cell.method == method for cell in own) for method in names}
             measured_rows = [row for row in rows if row["run"] in {run_of(cell) for cell in own}]
-            made.append(Group(heading, about(name, organism, variant), methods, measured_rows))
+            lppo = [row["tokens"] for row in rows if row["run"].startswith(f"{organism}/mixed/lppo/")]
+            tokens = statistics.mean(lppo) if lppo else None
+            made.append(Group(heading, about(name, organism, variant), methods, measured_rows, tokens))
             heading = ""
     return made
 
@@ -324,9 +348,14 @@ def about(table: str, organism: str, variant: str) -> str:
     return f"{ABOUT_VARIANTS[variant]} Organism: `{organism}`." if table != "third" else ABOUT_VARIANTS[variant]
 
 
+def titles_of_methods() -> dict[str, str]:
+    """Returns {name of a method: its name on the page}."""
+    return {name: title for name, (title, _) in (METHODS | SETTINGS).items()}
+
+
 def write_page() -> None:
     """Writes docs/methods.md and its figure."""
-    titles = {name: title for name, (title, _) in METHODS.items()}
+    titles = titles_of_methods()
     tables = groups(load_rows())
     if spots(tables[0], titles):
         write_text_atomic(PAGE.parent / FIGURE, figure(tables[0], titles))
@@ -338,7 +367,7 @@ def main() -> int:
     """Runs what is missing of what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--table", choices=("first", "second", "third"))
+    parser.add_argument("--table", choices=("settings", "first", "second", "third"))
     parser.add_argument("--only", default="", help="comma-separated methods; default: all")
     parser.add_argument("--seeds", default="", help="comma-separated; default: all of the table")
     parser.add_argument("--organisms", type=Path, default=BUILT, help="folder of the organisms that do not ship")
@@ -347,10 +376,11 @@ def main() -> int:
     if options.page:
         write_page()
         return 0
-    chosen = options.only.split(",") if options.only else list(METHODS)
+    known = METHODS | SETTINGS
+    chosen = options.only.split(",") if options.only else list(known)
     for name in chosen:
-        if name not in METHODS:
-            parser.error(f"--only: there is no method {name!r}; choose from {', '.join(METHODS)}")
+        if name not in known:
+            parser.error(f"--only: there is no method {name!r}; choose from {', '.join(known)}")
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else range(5)
     missing: set[str] = set()
     for cell in cells():

@@ -29,12 +29,15 @@ class Group(NamedTuple):
       about: what its runs have in common.
       methods: {name of a method: number of its seeds}, in the order of the rows.
       rows: measured rows that belong to it.
+      lppo_tokens: mean number of tokens that the paper's L-PPO generates on this organism with the whole budget; None
+        if it was not measured.
     """
 
     heading: str
     about: str
     methods: Mapping[str, int]
     rows: Sequence[Row]
+    lppo_tokens: float | None = None
 
 
 class Column(NamedTuple):
@@ -82,14 +85,12 @@ def page(old: str, groups: Sequence[Group], titles: Mapping[str, str]) -> str:
 def table(group: Group, titles: Mapping[str, str]) -> str:
     """Returns a table with a row per method: means over seeds with their ranges. Methods without a run are shown as
     not measured."""
-    reference = [row["tokens"] for row in group.rows if row["method"] == "lppo"]
-    tokens = statistics.mean(reference) if reference else None
     lines = ["| method | seeds | " + " | ".join(column.title for column in COLUMNS.values()) + " | misses |"]
     lines.append("|---" * (len(COLUMNS) + 3) + "|")
     for method, seeds in group.methods.items():
         rows = _of_method(group, method)
         cells = [cell([row.get(name) for row in rows], column.show) for name, column in COLUMNS.items()]
-        cells.append(", ".join(missed_limits(rows, tokens)) or "none" if rows else "–")
+        cells.append(", ".join(missed_limits(rows, group.lppo_tokens)) or "none" if rows else "–")
         count = str(seeds) if len(rows) == seeds else f"{len(rows)} of {seeds}"
         lines.append(f"| {titles[method]} | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -112,7 +113,7 @@ def missed_limits(rows: Sequence[Row], tokens: float | None) -> list[str]:
 
     Args:
       rows: the method's rows.
-      tokens: mean number of tokens of the paper's L-PPO in the same table; None if it was not measured.
+      tokens: mean number of tokens of the paper's L-PPO; None if it was not measured.
     """
     missed = {
         "ASR": any(row["asr_worst_ci95"][1] > 5 for row in rows),
@@ -204,8 +205,8 @@ Percent; mean over training seeds, range over them in brackets. ASR is that of t
 to 256 held-out forbidden requests at every exit. Its interval is the widest of the seeds: from the lowest lower to the
 highest upper end of the 95% intervals, which allow for the exit being chosen as the worst. Benign rows are 256, VQA
 rows 512. Tokens are those generated to learn from. FLOPs are counted from the lengths of all rows, without scoring and
-harvest; a warm start counts. Seconds are of two CPU cores, some beside other work. Settings were chosen on the val
-split. *Misses* names the limits that a seed misses:
+harvest; a warm start counts. Seconds are of one or two CPU cores, some beside other work: compare FLOPs. Settings were
+chosen on the val split, see the last table. *Misses* names the limits that a seed misses:
 {LIMITS}.
 `python benchmarks/methods.py --page` makes this page from methods.json beside it."""
 _FIGURE_TEXT = f"""{UTILITY_LOST}

@@ -166,7 +166,7 @@ def test_the_figure_has_a_point_per_method_and_stands_alone(methods, write):
 
 
 def test_the_page_of_the_repository_has_all_of_its_rows(methods):
-    titles = {name: title for name, (title, _) in methods.METHODS.items()}
+    titles = methods.titles_of_methods()
     page, groups = methods.PAGE.read_text(encoding="utf-8"), methods.groups(methods.load_rows())
     for group in groups:
         measured = {titles[row["method"]] for row in group.rows}
@@ -224,3 +224,22 @@ def test_the_numbers_of_a_run_are_those_of_its_files(methods, tmp_path, monkeypa
     assert (values["tokens"], values["flops"]) == ((20.0, 2e9) if after else (0.0, 0.0))
     assert values["seconds"] == (96.4 if after else 0.0) and values["kl_default_benign"] == (0.25 if after else 0.0)
     assert (values["utility_lost"] > 0) is after and (values["vqa_change"] < 0) is after
+
+
+def test_settings_are_chosen_on_val_and_everything_else_is_of_the_test_split(methods):
+    for cell in methods.cells():
+        sources = str(methods.fields(cell)["sweep.datasets"]) + str(methods.fields(cell)["sweep.utility"])
+        assert (":val:" in sources) == (cell.table == "settings") == (":test:" not in sources)
+
+
+def test_the_limit_of_tokens_is_half_of_the_whole_budget_in_tables_of_half_the_budget_too(methods, write):
+    page = write(
+        [
+            row(methods, "lppo", tokens=4000.0),
+            row(methods, "lppo", variant="half_budget", tokens=2000.0, asr_worst=3.0),
+            row(methods, "lsft", variant="half_budget", tokens=2001.0, asr_worst=1.5),
+        ]
+    )
+    half = page[page.index("Half the iterations.") :]
+    assert line_of(half, "L-PPO, stratified exits").endswith("| none |")
+    assert line_of(half, "L-SFT").endswith("| tokens |")
