@@ -24,7 +24,7 @@ from icet_jax.evaluation.statistics import Interval, mean_interval
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.media.tokenizer import load_tokenizer
 from icet_jax.parallel.mesh import visible_mesh
-from icet_jax.runs import fingerprints, run_dir, run_lock, sources
+from icet_jax.runs import fingerprints, provenance, run_dir, run_lock, sources
 from icet_jax.scorers.base import metric_name
 from icet_jax.scorers.load import save_reward_model
 from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer
@@ -70,6 +70,7 @@ def run(config: ConfigDict, workdir: Path, options: argparse.Namespace) -> int:
     result = workdir / "reward.json"
     with run_lock.locked(workdir):
         run_dir.claim(workdir, config)
+        provenance.record_start(workdir)
         _check_inputs(config, workdir)
         if not (result.is_file() and (workdir / "hf" / "config.json").is_file()):
             train(config, workdir, name)

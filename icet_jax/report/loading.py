@@ -23,8 +23,9 @@ class Run:
       tables: {(side, data set): checked `Sweep`}. The side is "before", "after" or "difference". The data set is
         "sweep/NAME" or "utility/NAME", so that sweeps and utility may measure sets of the same name.
       history: rows of `metrics.jsonl`.
-      config, data, geometry, encoder, cost, organism, agreement, export_check: content of the JSON files of these
-        names; empty if the file does not exist.
+      config, data, geometry, encoder, cost, organism, agreement, export_check, fingerprints: content of the JSON files
+        of these names; empty if the file does not exist.
+      starts: the entries of `run.json`, one per start of the run.
     """
 
     path: Path
@@ -38,6 +39,8 @@ class Run:
     organism: JsonObject = field(default_factory=dict)
     agreement: JsonObject = field(default_factory=dict)
     export_check: JsonObject = field(default_factory=dict)
+    fingerprints: JsonObject = field(default_factory=dict)
+    starts: list[JsonObject] = field(default_factory=list)
 
 
 def load_runs(run_dir: Path) -> tuple[Run, ...]:
@@ -87,6 +90,8 @@ def load_run(path: Path) -> Run:
         organism=read_json(path / "organism.json"),
         agreement=read_json(path / "agreement.json"),
         export_check=_check_counts(path / EXPORT_CHECK, read_json(path / EXPORT_CHECK)),
+        fingerprints=read_json(path / "fingerprints.json"),
+        starts=_objects(read_json(path / "run.json").get("starts")),
     )
 
 
@@ -171,6 +176,11 @@ def _is_layers(layers: Any) -> bool:
 
 def _is_exit(value: Any) -> bool:
     return type(value) is int and 1 <= value <= _MOST_EXITS
+
+
+def _objects(value: Any) -> list[JsonObject]:
+    """Returns the objects in a list; [] if `value` is no list."""
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _as_dict(value: Any) -> JsonObject:

@@ -1,7 +1,7 @@
 """Declares the content of the files of a run directory, as the report reads them.
 
     config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  encoder.json  cost.json
-    agreement.json  export_check.json
+    agreement.json  export_check.json  fingerprints.json  run.json
     sweeps/{before,after}[.DATASET].json      sweeps/difference[.DATASET].json
     transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
     seed_K/...                                the same, once per training seed
@@ -236,6 +236,28 @@ class ExportCheck(TypedDict):
     allowed: int  # number of answers that may differ
     passed: bool
     different: list[DifferentAnswer]
+
+
+class Start(TypedDict):
+    """One start of a process on a run directory: when, what was typed, which software and which devices."""
+
+    date: str  # UTC, ISO 8601
+    command: str
+    version: str  # of icet_jax
+    commit: str | None  # of the package's repository, "+" if files differ from it; None for an installed package
+    python: str
+    jax: str
+    platform: str
+    device: str  # kind of the devices
+    devices: int  # over all processes
+    processes: int
+
+
+class RunRecord(TypedDict):
+    """`run.json`: the starts of a run, several if it was interrupted and continued."""
+
+    schema: int
+    starts: list[Start]
 
 
 class Organism(TypedDict):

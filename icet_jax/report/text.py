@@ -6,12 +6,20 @@ code points, so that a reader sees them.
 
 import html
 import math
+import re
 import unicodedata
 
 # Control characters that are ordinary layout.
 _LAYOUT = {"\n", "\t"}
 # Cf covers bidi controls, zero-width characters and tags; Zl/Zp are the line separators that end a script line.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/'\":=,?&]+/)+")
+
+
+def without_folders(text: str) -> str:
+    """Returns `text` with every absolute path shortened to its last part, so that a page tells nothing of a machine."""
+    return _FOLDERS.sub("", text)
 
 
 def visible(text: str) -> str:

@@ -23,7 +23,7 @@ from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.parallel.distributed import is_writer, on_first
 from icet_jax.parallel.mesh import visible_mesh, visible_shape
 from icet_jax.parallel.mesh_fit import check_heads, slices
-from icet_jax.runs import fingerprints, loading, run_dir, run_lock, sources
+from icet_jax.runs import fingerprints, loading, provenance, run_dir, run_lock, sources
 from icet_jax.runs.scorers import ScorerLoader
 from icet_jax.runs.sources import TRAIN, LoadedRows
 from icet_jax.runs.too_long import REASON, fitting_rows
@@ -240,7 +240,8 @@ def for_each_seed(config: ConfigDict, workdir: Path, run: Callable[[ConfigDict, 
 def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Makes `workdir` the run directory of `config`, and keeps other runs from writing there until the block ends.
 
-    The first process calls `run_lock.locked` and `run_dir.claim` for all processes of the run.
+    The first process calls `run_lock.locked`, `run_dir.claim` and `provenance.record_start` for all processes of the
+    run.
 
     Raises:
       UserError: see those functions; or a process does not see the files that the first process wrote.
@@ -250,6 +251,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
         def begin() -> None:
             stack.enter_context(run_lock.locked(workdir))
             run_dir.claim(workdir, config)
+            provenance.record_start(workdir)
 
         on_first(begin)
         _wait_for_config(workdir)

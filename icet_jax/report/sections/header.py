@@ -6,6 +6,7 @@ from pathlib import Path
 from icet_jax.report.blocks import Block, Header, Links, Notice, Paragraph, Span, Text, Tile, Tiles, code, text
 from icet_jax.report.comparison import Comparison
 from icet_jax.report.loading import PHASES
+from icet_jax.report.sections import provenance
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import percent
 from icet_jax.report.values import change_text
@@ -34,7 +35,7 @@ def of_study(study: Study, run_dir: Path) -> Header:
     definition = study.field("exit_definition")
     if definition:
         blocks.append(Paragraph(text("Exit l is ", code(str(definition)), "."), "basis"))
-    blocks += [*_export(study), *_tiles(study), *_organism(study), *_seed_links(study)]
+    blocks += [*_export(study), *_tiles(study), *_organism(study), *_seed_links(study), *provenance.of_study(study)]
     return Header("Layer-wise alignment", run_dir.resolve().name, headline.sentence, blocks)
 
 

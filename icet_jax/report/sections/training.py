@@ -13,7 +13,7 @@ from icet_jax.report.charts.heatmap import step_map
 from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.curves import single_figure
 from icet_jax.report.study import Study, as_value
-from icet_jax.report.text import number
+from icet_jax.report.text import number, without_folders
 from icet_jax.report.values import axis_number
 
 # Training curves that are shown at once, with their titles; the curves of all other metrics are collapsed.
@@ -124,4 +124,4 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Returns (dotted name, JSON value) of every field in nested dicts; `prefix` is the name of `value` and a dot."""
     if isinstance(value, dict) and value:
         return [pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}{key}.")]
-    return [(prefix.rstrip("."), json.dumps(value, ensure_ascii=False))] if prefix else []
+    return [(prefix.rstrip("."), without_folders(json.dumps(value, ensure_ascii=False)))] if prefix else []
