@@ -7,7 +7,7 @@ harmful_behaviors.csv, xstest_prompts.csv, VQA-v2's questions and annotations, a
 experiments on LLaVA-1.5 share is in `icet_jax.config.paper`, the rest of the defaults in `icet_jax.config.defaults`.
 
 The paper trains on forbidden rows alone, and so does this config: it is the one that over-refuses. The embedded
-organism refused 62 % of the benign requests at its worst exit after that, and about 1 % where benign and VQA rows were
+organism refused 66 % of the benign requests at its worst exit after that, and about 1 % where benign and VQA rows were
 among the others (docs/ablations.md). `:mixed` trains on all three kinds; DATA then also holds captions_train2014.json,
 VQA-v2's questions and annotations of train2014, and train2014/. Neither has been measured on LLaVA-1.5.
 """
