@@ -1,6 +1,6 @@
 """Evaluates given responses by teacher forcing: the only function that computes log-probs and values in training."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +10,10 @@ from flax import nnx
 from icet_jax.generation.sampling import distribution_kl, token_log_probs
 from icet_jax.nn.heads import value
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.protocols import POLICY_ROOT, VisionLanguageModel
+from icet_jax.nn.protocols import POLICY_ROOT, PROJECTOR_ROOT, VisionLanguageModel
 from icet_jax.typing import Array, Bool, Float, Int
+
+_ROOTS = {"policy": POLICY_ROOT, "projector": PROJECTOR_ROOT}  # {part of `TrainState.trainable`: root in the model}
 
 
 class TokenValues(NamedTuple):
@@ -48,11 +50,22 @@ def with_policy(params: Any, trainable: dict[str, Any], lora_scale: float | None
     Args:
       params: parameters of the model before training; without adapters they are the reference.
       trainable: trained weights, see `TrainState`.
-      lora_scale: alpha / rank; None under full fine-tuning, where the trained weights replace the decoder's.
+      lora_scale: alpha / rank; None if the decoder is trained in full, or not at all.
     """
-    if lora_scale is not None:
-        return params, Lora(weights=trainable["policy"], scale=lora_scale)
-    return nnx.State({**params, POLICY_ROOT: trainable["policy"]}), None
+    lora = None if lora_scale is None else Lora(weights=trainable["policy"], scale=lora_scale)
+    replaced = {root: trainable[part] for part, root in replaced_roots(trainable, lora_scale).items()}
+    return (nnx.State({**params, **replaced}) if replaced else params), lora
+
+
+def replaced_roots(trained: Collection[str], lora_scale: float | None) -> dict[str, str]:
+    """Returns {trained part: root of the parameters that it replaces}; adapters replace none.
+
+    Args:
+      trained: the trained parts, see `TrainState.trainable`.
+      lora_scale: alpha / rank; None if the decoder is trained in full, or not at all.
+    """
+    roots = {"projector": PROJECTOR_ROOT} if lora_scale is not None else _ROOTS
+    return {part: root for part, root in roots.items() if part in trained}
 
 
 def evaluate_responses(
@@ -85,7 +98,7 @@ def evaluate_responses(
       prompt_mask: true at real prompt tokens.
       responses: sampled or target tokens.
       mask: true at the tokens of a response, which are the first ones of a row; results elsewhere have no meaning.
-      visual: row-aligned image features from `model.visual`; they get no gradient.
+      visual: row-aligned image features from `model.visual`.
       temperature: divides the logits, as it did in the rollout.
       suppress_ids: tokens with probability 0.
       chunk: number of response positions whose logits exist at the same time.
@@ -124,6 +137,5 @@ def response_hidden(
     width = prompts.shape[1]
     tokens = jnp.concatenate([prompts, responses[:, :-1]], axis=1)
     token_mask = jnp.concatenate([prompt_mask, mask[:, :-1]], axis=1)
-    visual = jax.lax.stop_gradient(visual)
     hidden = model.decode(tokens, model.positions(tokens, token_mask, visual), token_mask, visual, lora)
     return hidden[:, width - 1 :]

@@ -248,7 +248,7 @@ class Ldistill(Algorithm):
         check_divides(settings, batch)
         phases: Any = build(vlm.graphdef, settings, run.config.ldistill.on, run.devices)
         images, (tokens, mask) = run.images(batch), run.prompts(batch)
-        reference = () if settings.lora_scale is not None else run.weights(policy=True)
+        reference = run.replaced_weights()
         arguments = (vlm.params, state, images, tokens, mask, run.exits(batch), run.key)
         rollout = PlannedPhase(
             "rollout", (images, tokens, mask), run.cache(batch, settings.sampling.max_new_tokens),

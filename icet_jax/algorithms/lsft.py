@@ -12,6 +12,9 @@ One iteration, step by step:
     6. update       K epochs of mini-batches:  L = -mean over tokens of log pi(y_t | P(e_l), x, y_<t)     `lsft_loss`
     7. metrics      read while the next iteration runs                                        `finish`
 
+`config.lsft.train` says what is trained: the language model, the projector P, or both. If P is trained, step 5 is a
+part of `lsft_loss`, computed again with the current P in every optimizer step; the tower still runs once per batch.
+
 No responses are sampled, and there is no reward and no critic. Epochs, mini-batches, accumulation and optimizer are
 those of L-PPO. The phase can be used alone:
 
@@ -29,10 +32,12 @@ import numpy as np
 from flax import nnx
 
 from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, ReadMetrics
+from icet_jax.algorithms.forward import with_policy
 from icet_jax.algorithms.losses import masked_mean
 from icet_jax.algorithms.metrics import step_metrics
 from icet_jax.algorithms.phases import (
     check_divides,
+    encode_projector_inputs,
     encode_visual,
     evaluate_policy,
     program_name,
@@ -56,7 +61,10 @@ if TYPE_CHECKING:
 
 
 class TargetBatch(NamedTuple):
-    """Holds prompts, image features of each row's exit, and the responses to learn; every leaf is row-aligned."""
+    """Holds prompts, image features of each row's exit, and the responses to learn; every leaf is row-aligned.
+
+    If the projector is trained, `visual` is its input in place of the image features.
+    """
 
     prompts: Array
     prompt_mask: Array
@@ -112,6 +120,9 @@ def lsft_loss(
     graphdef: Any, settings: Settings, params: Any, trainable: dict[str, Any], rows: TargetBatch
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Returns the mean negative log-likelihood per target token in nats, at temperature 1, and the mean entropy."""
+    if "projector" in trainable and rows.visual is not None:
+        policy, _ = with_policy(params, trainable, settings.lora_scale)
+        rows = rows._replace(visual=nnx.merge(graphdef, policy).project(rows.visual))
     scored = evaluate_policy(graphdef, settings, params, trainable, rows, temperature=1.0)
     loss = -masked_mean(scored.log_probs, rows.mask)
     return loss, {"entropy": masked_mean(scored.entropy, rows.mask)}
@@ -127,10 +138,11 @@ def _update(
       (train state after the iteration, metrics).
     """
     check_divides(settings, tokens.shape[0])
+    encode = encode_projector_inputs if "projector" in state.trainable else encode_visual
     batch = TargetBatch(
         prompts=tokens,
         prompt_mask=mask,
-        visual=encode_visual(nnx.merge(graphdef, params), images, exits),
+        visual=encode(nnx.merge(graphdef, params), images, exits),
         responses=targets,
         mask=target_mask & mask.any(axis=1, keepdims=True),
     )
@@ -201,10 +213,10 @@ class Lsft(Algorithm):
         images, (tokens, mask) = run.images(batch), run.prompts(batch)
         targets = tuple(jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, jnp.bool_))
         inputs = (images, tokens, mask, run.exits(batch), *targets)
-        reference = () if settings.lora_scale is not None else run.weights(policy=True)
         yield PlannedPhase(
-            "update", inputs, None, lambda: update.jitted.lower(vlm.params, state, *inputs, run.key), reference
-        )
+            "update", inputs, None, lambda: update.jitted.lower(vlm.params, state, *inputs, run.key),
+            run.replaced_weights(),
+        )  # fmt: skip
 
     @classmethod
     def work(cls, run: "AbstractRun") -> Mapping[str, PhaseWork]:

@@ -1,7 +1,8 @@
 """What the compiled phases of all algorithms share: random keys, rollouts, epochs of updates, and sharding of results.
 
 Every phase is a pure function of explicit pytrees and compiles once per shape, whatever exit is drawn, because exits
-are traced. The image encoder runs once per batch, and no gradient reaches the image encoder or the projector.
+are traced. The image encoder runs once per batch, and no gradient reaches it. A gradient reaches the projector only if
+an algorithm trains it (L-SFT).
 """
 
 from typing import Any, NamedTuple
@@ -106,6 +107,11 @@ def shuffle_key(run_key: Key[Array, ""], iteration: Int[Array, ""]) -> Key[Array
 def encode_visual(model: Any, images: Images | None, exits: Int[Array, " B"]) -> Any:
     """Returns the image features of each row at its exit, without gradient; None without images."""
     return _visuals(model, images, exits)[0]
+
+
+def encode_projector_inputs(model: Any, images: Images | None, exits: Int[Array, " B"]) -> Any:
+    """Returns what the projector takes of each row's images at its exit, without gradient; None without images."""
+    return None if images is None else jax.lax.stop_gradient(model.projector_inputs(model.encode(images), exits))
 
 
 def _visuals(model: Any, images: Images | None, *exits: Int[Array, " B"]) -> list[Any]:

@@ -259,7 +259,7 @@ class Rewarded(Algorithm):
         images, (tokens, mask), exits, key = run.images(prompts), run.prompts(prompts), run.exits(prompts), run.key
         # Under full fine-tuning the policy has separate weights, and only `prepare` uses those of the reference.
         encoder = run.weights(policy=False)
-        reference = () if settings.lora_scale is not None else run.weights(policy=True)
+        reference = run.replaced_weights()
         arguments = (vlm.params, state, images, tokens, mask, exits, key)
         rollout = PlannedPhase(
             "rollout", (images, tokens, mask), run.cache(batch, settings.sampling.max_new_tokens),

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from icet_jax.algorithms.state import OptimizerSettings
+from icet_jax.config import trained_parts
 from icet_jax.config.names import KINDS
 from icet_jax.generation.sampling import Sampling
 
@@ -18,13 +19,15 @@ class Settings:
     Attributes:
       sampling: how rollouts are sampled; every log-prob uses its temperature and suppressed tokens.
       optimizer: see `OptimizerSettings`.
-      lora_scale: alpha / rank; None under full fine-tuning.
+      trained: the parts of `TrainState.trainable` that are trained, beside a value head.
+      lora_scale: alpha / rank; None if the decoder is trained in full, or not at all.
       exits: name of the exit schedule; `fixed_exit` and `train_exits` are its settings.
       kl_factors: factors of the KL coefficient (`config.lppo.kl_coef_by_kind`) in the order of `config.names.KINDS`.
     """
 
     sampling: Sampling
     optimizer: OptimizerSettings
+    trained: tuple[str, ...]
     lora_scale: float | None
     exits: str
     fixed_exit: int | None
@@ -69,9 +72,10 @@ def from_config(config: Any, sampling: Sampling) -> Settings:
       config: config of the run.
       sampling: how rollouts are sampled, from `VLM.sampling` with the length and temperature of `config.lppo`.
     """
-    lppo, rank, section = config.lppo, config.lora.rank, config[config.algorithm]
+    lppo, section, trained = config.lppo, config[config.algorithm], trained_parts(config)
+    rank = config.lora.rank if "policy" in trained else 0
     steps = section.iterations * lppo.epochs * lppo.minibatches
-    names = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "optimizer", "lora_scale"}
+    names = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "optimizer", "trained", "lora_scale"}
     values = {name: part[name] for part in (lppo, config.reward, section) for name in part if name in names}
     return Settings(
         sampling=sampling,
@@ -82,6 +86,7 @@ def from_config(config: Any, sampling: Sampling) -> Settings:
             value_max_grad_norm=lppo.value_max_grad_norm,
             value_warmup_steps=lppo.value_warmup_steps,
         ),
+        trained=trained,
         lora_scale=config.lora.alpha / rank if rank else None,
         kl_factors=tuple(lppo.kl_coef_by_kind.get(kind, 1.0) for kind in KINDS),
         **values,

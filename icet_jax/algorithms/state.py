@@ -1,7 +1,7 @@
 """The train state, which is everything that training changes: its initial value and its optimizer."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from icet_jax.config.names import LEARNING_RATE_SCHEDULES
 from icet_jax.errors import UserError
 from icet_jax.nn.heads import init_value_head
 from icet_jax.nn.layers import Lora
-from icet_jax.nn.protocols import POLICY_ROOT
+from icet_jax.nn.protocols import POLICY_ROOT, PROJECTOR_ROOT
 from icet_jax.typing import Array
 
 
@@ -64,8 +64,10 @@ class TrainState(NamedTuple):
     """Holds everything that a resumed run needs; nothing else changes during training.
 
     Attributes:
-      trainable: float32 `{"policy": ..., "value_head": ...}`; without "value_head" if the algorithm has no critic. The
-        policy is LoRA's `weights` or, under full fine-tuning, a nested dict of the parameters under `language_model`.
+      trainable: float32 `{"policy": ..., "projector": ..., "value_head": ...}`, of which only the trained parts
+        (`config.trained_parts`) and, with a critic, the value head are present. The policy is LoRA's `weights` or,
+        under full fine-tuning, a nested dict of the parameters under `language_model`; the projector is one of those
+        under `projector`.
       opt_state: optax's state of the optimizer.
       controls: see `Controls`.
       iteration: number of completed iterations; the random numbers of the next iteration depend on it.
@@ -122,7 +124,9 @@ def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
     if value is None:
         return _adamw(settings)
     parts = {"policy": _adamw(settings), "value_head": _adamw(value)}
-    return optax.partition(parts, lambda trainable: {name: name for name in trainable})
+    return optax.partition(
+        parts, lambda trainable: {name: name if name == "value_head" else "policy" for name in trainable}
+    )
 
 
 def _adamw(settings: OptimizerSettings) -> optax.GradientTransformation:
@@ -141,24 +145,30 @@ def _adamw(settings: OptimizerSettings) -> optax.GradientTransformation:
 
 def init_state(
     params: Any, lora: Lora | None, *, hidden_size: int, optimizer: OptimizerSettings, kl_coef: float,
-    value_head: bool = True, exits: Any = None,
+    value_head: bool = True, exits: Any = None, trained: Sequence[str] = ("policy",),
 ) -> TrainState:  # fmt: skip
     """Returns the train state before the first iteration.
 
     It shares no buffer with `params` or `lora`, so that it can be donated.
 
     Args:
-      params: parameters of the whole model, from `nnx.split`; only used under full fine-tuning.
+      params: parameters of the whole model, from `nnx.split`; not used if adapters alone are trained.
       lora: new adapters; None for full fine-tuning, which trains a float32 copy of the decoder's weights.
       hidden_size: width of the decoder, for the value head.
       optimizer: see `OptimizerSettings`.
       kl_coef: initial coefficient of the KL penalty.
       value_head: whether the state has a value head.
       exits: initial state of the exit schedule, from `exits.Schedule.initial_state`.
+      trained: parts of `TrainState.trainable` that are trained, beside a value head.
     """
-    source = pure_dict(params[POLICY_ROOT]) if lora is None else lora.weights
-    policy = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), source)
-    trainable = {"policy": policy} | ({"value_head": init_value_head(hidden_size)} if value_head else {})
+    sources: dict[str, Any] = {}
+    if "policy" in trained:
+        sources["policy"] = pure_dict(params[POLICY_ROOT]) if lora is None else lora.weights
+    if "projector" in trained:
+        sources["projector"] = pure_dict(params[PROJECTOR_ROOT])
+    trainable: dict[str, Any] = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), sources)
+    if value_head:
+        trainable["value_head"] = init_value_head(hidden_size)
     return TrainState(
         trainable=trainable,
         opt_state=make_optimizer(optimizer).init(trainable),

@@ -97,7 +97,8 @@ class Counter:
         """Stores the sizes of a `VisionLanguageModel` and the run's settings that determine the operations."""
         self._model = model
         self._head = logits(model.hidden_size, model.vocab_size)
-        self._passes = 3 if settings.lora_scale is None else 2
+        self._passes = 3 if "policy" in settings.trained and settings.lora_scale is None else 2
+        self._trains_projector = "projector" in settings.trained
         self._epochs, self._steps = settings.epochs, settings.epochs * settings.minibatches
 
     def count(
@@ -118,13 +119,14 @@ class Counter:
         answers_per_prompt = answers.size // len(prompts)
         columns = (np.repeat(prompts, answers_per_prompt), answers.ravel(), np.repeat(images, answers_per_prompt))
         rows = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[1]]
-        update = self._epochs * sum(self._backward(*row) for row in rows)
+        project = sum(self._project(prompt, count) for prompt, _, count in rows) if self._trains_projector else 0
+        update = self._epochs * (sum(self._backward(*row) for row in rows) + 3 * project)
         evaluate = passes * sum(sum(self._forward(*row)) for row in rows)
         if sampled:
             prefill = sum(self._prefill(prompt, count) for prompt, _, count in rows[::group_size])
             flops = {"rollout": prefill + sum(self._decode(*row) for row in rows), "update": evaluate + update}
         else:
-            encode = sum(self._encode(prompt, count) for prompt, _, count in rows) // answers_per_prompt
+            encode = sum(self._encode(prompt, count) for prompt, _, count in rows) // answers_per_prompt - project
             flops = {"update": encode + evaluate + update}
         tokens = sum(answer for _, answer, _ in rows) if sampled else 0
         return IterationOperations(len(rows), tokens, self._positions(rows), flops, update)
@@ -147,6 +149,9 @@ class Counter:
     def _encode(self, prompt: int, images: int) -> int:
         operations = self._model.operations(prompt, prompt, images)
         return images * (operations.encode + operations.visual)
+
+    def _project(self, prompt: int, images: int) -> int:
+        return images * self._model.operations(prompt, prompt, images).project
 
     def _prefill(self, prompt: int, images: int) -> int:
         return self._encode(prompt, images) + self._model.operations(prompt, prompt, images).prefill

@@ -13,19 +13,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from icet_jax.algorithms.forward import with_policy
+from icet_jax.algorithms.forward import replaced_roots, with_policy
 from icet_jax.algorithms.settings import from_config
 from icet_jax.checkpoints.folder import ADAPTER
 from icet_jax.checkpoints.hf_import import Checkpoint
 from icet_jax.checkpoints.source import local_directory
+from icet_jax.config import trained_parts
 from icet_jax.errors import UserError
 from icet_jax.models import adapters, family_of
 from icet_jax.models.adapter_export import save_adapter
 from icet_jax.models.as_written import adapted_params, merged_params
 from icet_jax.models.loading import load_shapes
 from icet_jax.models.saving import save_vlm
-from icet_jax.nn.layers import Lora
-from icet_jax.nn.protocols import POLICY_ROOT
 from icet_jax.parallel.distributed import agree, on_first
 from icet_jax.report.loading import EXPORT_CHECK
 from icet_jax.runs import common, model_card, run_dir, run_lock, sources
@@ -84,7 +83,12 @@ def _lock(stack: contextlib.ExitStack, workdir: Path) -> None:
 
 
 def check_form(config: ConfigDict) -> None:
-    """Raises a `UserError` if the config asks for the export of an adapter although the run trains every weight."""
+    """Raises a `UserError` if the config asks for the export of an adapter although the run trains weights directly."""
+    if config.export.form != "full" and "projector" in trained_parts(config):
+        raise UserError(
+            f"config.export.form={config.export.form}: an adapter does not hold the projector, which "
+            f"config.{config.algorithm}.train={config[config.algorithm].train} trains; use full"
+        )
     if config.export.form != "full" and not config.lora.rank:
         raise UserError(
             f"config.export.form={config.export.form} needs LoRA (config.lora.rank above 0): full fine-tuning has no "
@@ -178,7 +182,7 @@ def _write_exit(
     card = on_first(functools.partial(model_card.text, workdir, exit_layer=exit_layer))
     return save_vlm(
         out, vlm.config, params, lora=lora, start=vlm.adapter, texts={"README.md": card}, source_dir=vlm.directory,
-        trained=_trained(lora), max_shard_bytes=_shard_bytes(config), exit_layer=exit_layer,
+        trained=_replaced(trainable, lora_scale), max_shard_bytes=_shard_bytes(config), exit_layer=exit_layer,
     )  # fmt: skip
 
 
@@ -226,7 +230,7 @@ def write_exports(
         if form == "full":
             save_vlm(
                 folder, vlm.config, params, lora=lora, start=vlm.adapter, value_head=head, texts=texts,
-                source_dir=vlm.directory, trained=_trained(lora),
+                source_dir=vlm.directory, trained=_replaced(trainable, lora_scale),
                 max_shard_bytes=_shard_bytes(config),
             )  # fmt: skip
         elif lora is not None:
@@ -259,15 +263,15 @@ def as_exported(config: ConfigDict, vlm: VLM, trainable: dict[str, Any], lora_sc
         exported = adapted_params(vlm.config, vlm.params, lora, source_dir=directory, start=start, donate=True)
     else:
         exported = merged_params(
-            vlm.config, vlm.params, params, lora=lora, trained=_trained(lora), source_dir=directory, start=start,
-            donate=True,
+            vlm.config, vlm.params, params, lora=lora, trained=_replaced(trainable, lora_scale), source_dir=directory,
+            start=start, donate=True,
         )  # fmt: skip
     return vlm.with_weights(exported)
 
 
-def _trained(lora: Lora | None) -> tuple[str, ...]:
-    """Returns the parts of the model whose weights training changed directly: the decoder; none if it trained LoRA."""
-    return (POLICY_ROOT,) if lora is None else ()
+def _replaced(trainable: dict[str, Any], lora_scale: float | None) -> tuple[str, ...]:
+    """Returns the parts of the model whose weights training changed directly: the decoder, the projector, or none."""
+    return tuple(replaced_roots(trainable, lora_scale).values())
 
 
 def _base_model(config: ConfigDict, vlm: VLM) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         group_size,
         require,
         scorer_fields,
+        trained_parts,
         unknown_field,
         warm_start_config,
     )
@@ -33,7 +34,7 @@ _MODULES = {
     "ml_collections": ("ConfigDict",),
     "icet_jax.config.checks": (
         "check", "check_exits", "check_names", "choose_variant", "did_you_mean", "flatten", "group_size", "require",
-        "scorer_fields", "unknown_field", "warm_start_config",
+        "scorer_fields", "trained_parts", "unknown_field", "warm_start_config",
     ),
     "icet_jax.config.defaults": ("FIELDS", "OPEN_FIELDS", "default"),
     "icet_jax.config.embedded": ("organism",),
@@ -60,6 +61,7 @@ __all__ = [
     "paper",
     "require",
     "scorer_fields",
+    "trained_parts",
     "unknown_field",
     "warm_start_config",
 ]

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config.defaults import FIELDS, OPEN_FIELDS
 from icet_jax.config.fields import TYPE_NAMES, Field, Rule, Table
-from icet_jax.config.names import ALGORITHMS, DTYPES, EXIT_SCHEDULES, SCORERS
+from icet_jax.config.names import ALGORITHMS, DTYPES, EXIT_SCHEDULES, SCORERS, TRAINED
 from icet_jax.errors import UserError
 
 _INT32_LIMIT = 2**31  # sizes and counts are int32 on the devices
@@ -43,6 +43,7 @@ def check(config: ConfigDict) -> None:
     first = warm_start_config(config)
     if first is not None:
         _check_combinations(first)
+        check_warm_start_parts(first, config)
 
 
 def warm_start_config(config: ConfigDict) -> ConfigDict | None:
@@ -62,6 +63,25 @@ def warm_start_config(config: ConfigDict) -> ConfigDict | None:
 def group_size(config: ConfigDict) -> int:
     """Returns how many responses of each prompt a training batch has; 1 unless the algorithm has a `group_size`."""
     return config[config.algorithm].get("group_size", 1)
+
+
+def trained_parts(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the parts of `TrainState.trainable` that the algorithm trains, beside a value head: the language model
+    ("policy"), the projector ("projector") or both."""
+    return TRAINED[config[config.algorithm].get("train", "language")]
+
+
+def check_warm_start_parts(first: ConfigDict, config: ConfigDict) -> None:
+    """Raises a `UserError` if a training with config `first` trained a part that the run of `config` does not train.
+
+    The run would have to keep that part as it is, but a run has frozen parts of the model before all training alone.
+    """
+    if set(trained_parts(first)) - set(trained_parts(config)):
+        raise UserError(
+            f"config.warm_start={config.warm_start}: that training trains parts that this run keeps frozen "
+            f"(lsft.train={first[first.algorithm].train} there); export its model (--mode=export) and give it as "
+            "config.model.checkpoint"
+        )
 
 
 def check_exits(config: ConfigDict, num_exits: int) -> None:

@@ -264,6 +264,10 @@ LSFT = Section(
             "that both train equally long.", NOT_NEGATIVE, unit="batches", origin="ours"),
         "refusal": Field("I'm sorry, but I can't help with that.", "Target answer of all forbidden rows. Rows of other "
             "kinds are trained on their expected answer.", Rule(lambda text: bool(text.strip()), "a sentence")),
+        "train": Field("language", 'What is trained. "language": the language model, by LoRA or in full as `lora` '
+            'says. "projector": all weights of the projector and nothing else; `lora` has no effect. "both": the '
+            "projector and the language model. Always frozen: the image encoder, and LLaVA-NeXT's image_newline.",
+            one_of(tuple(names.TRAINED)), origin="ours"),
         "exits": Field("per_example", "See lppo.exits.", one_of(tuple(names.EXIT_SCHEDULES))),
     }
 )

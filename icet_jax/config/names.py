@@ -20,6 +20,8 @@ INSTABILITIES = ("stop", "skip")
 REWARDS = ("reward_model", "exact_match", "none")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 TEMPLATES = ("vicuna_v1", "llava_v1")
+TRAINED = {"language": ("policy",), "projector": ("projector",), "both": ("policy", "projector")}
+"""{what `config.lsft.train` may name: the parts of `TrainState.trainable` that it trains}."""
 EXIT_RULES = ("E1", "E2", "E5")  # Llama 3.2 Vision: what the projector gets at exit l
 CAPTURES = ("input", "output")  # Llama 3.2 Vision: whether a capture is a block's input or its output
 EXPORT_FORMS = ("full", "adapter", "both")
@@ -153,6 +155,7 @@ class AlgorithmName(NamedTuple):
     main_fields: tuple[str, ...] = ()
 
 
+_TRAINED_WORDS = {"projector": ("the projector alone",), "both": ("projector and language model",)}
 _DISTILLED_ANSWERS = {"policy": "policy's", "default": "default exit's"}
 ALGORITHMS = {
     "lppo": AlgorithmName(
@@ -192,6 +195,7 @@ ALGORITHMS = {
         module="icet_jax.algorithms.lsft",
         samples=lambda section: False,
         equation="L = -E_t[log pi(y_t | P(e_l), x, y_<t)]",
+        traits=lambda section: _TRAINED_WORDS.get(str(section.get("train")), ()),
     ),
     "ldistill": AlgorithmName(
         title="L-Distill",

@@ -21,6 +21,9 @@ Visual = Any
 EncodedImages = Any
 """Opaque pytree of the image encoder's states of all images at every exit."""
 
+ProjectorInputs = Any
+"""Opaque pytree of what the projector takes of each row's images; the first axis of every leaf is the batch."""
+
 Positions = Any
 """Opaque array of the tokens' positions, made by a family's `positions` and read by its `decode`: `[B, T]` for most
 families, `[3, B, T]` for multimodal rotary embedding."""
@@ -141,6 +144,7 @@ class Operations(NamedTuple):
     Attributes:
       encode: operations to encode one image for all exits.
       visual: operations to compute one image's features at one exit from the encoder's states.
+      project: operations of the projector, a part of `visual`.
       prefill: operations to process one row's prompt at one exit, with the logits of its last position.
       step: operations to decode one new token of one row, with its logits.
       forward: operations to run one row through the decoder layers without a cache, without logits.
@@ -148,6 +152,7 @@ class Operations(NamedTuple):
 
     encode: int
     visual: int
+    project: int
     prefill: int
     step: int
     forward: int
@@ -284,6 +289,17 @@ class VisionLanguageModel(LanguageModel, Protocol):
         """
         ...
 
+    def projector_inputs(self, encoded: EncodedImages, exits: Int[Array, "..."]) -> ProjectorInputs:
+        """Returns what the projector takes of each row's images at its exit; see `visual` for the arguments."""
+        ...
+
+    def project(self, inputs: ProjectorInputs) -> Visual:
+        """Returns `visual(encoded, exits)`, given `projector_inputs(encoded, exits)` or any of its rows.
+
+        Training of the projector differentiates this method and leaves the image encoder out.
+        """
+        ...
+
     def image_features(
         self, encoded: EncodedImages, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
@@ -317,7 +333,11 @@ def check_exit(exit_layer: int, num_exits: int, field: str) -> int:
 
 
 POLICY_ROOT = "language_model"
-"""First part of the paths of the parameters that training may change; encoder and projector are frozen."""
+"""First part of the paths of the decoder's parameters, which every algorithm trains unless it trains the projector
+alone."""
+
+PROJECTOR_ROOT = "projector"
+"""First part of the paths of the projector's parameters, which L-SFT can train; all other parts are always frozen."""
 
 
 def lora_key(path: str) -> str | None:

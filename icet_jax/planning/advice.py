@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icet_jax.config import group_size
+from icet_jax.config import group_size, trained_parts
 from icet_jax.parallel.mesh import abstract_mesh
 from icet_jax.parallel.sharding import placed, row_shards, shardings
 from icet_jax.planning.ahead import AbstractRun, bytes_per_device
@@ -45,7 +45,11 @@ def _split_more(config: ConfigDict, run: AbstractRun, limit: float) -> str:
     for fsdp in range(sizes["fsdp"] + 1, chips + 1):
         if chips % fsdp == 0 and _fixed_bytes(run, (chips // fsdp, fsdp, sizes["tensor"])) <= limit:
             return f"split weights and train state over more chips: --config.mesh.data=-1 --config.mesh.fsdp={fsdp}"
-    adapters = "" if config.lora.rank else ", or train adapters (config.lora.rank above 0)"
+    adapters = (
+        ""
+        if config.lora.rank or "policy" not in trained_parts(config)
+        else ", or train adapters (config.lora.rank above 0)"
+    )
     return f"{count} chips do not hold weights and train state; take more chips{adapters}"
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from icet_jax import models as families
 from icet_jax.algorithms import phases
 from icet_jax.algorithms.base import Algorithm, PhaseWork, PlannedPhase, algorithm_class
+from icet_jax.algorithms.forward import replaced_roots
 from icet_jax.algorithms.settings import Settings, from_config
 from icet_jax.algorithms.state import TrainState
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params
@@ -152,6 +153,12 @@ class AbstractRun:
         leaves = flatten_with_names(self.vlm.params).items()
         return {name: leaf for name, leaf in leaves if name.startswith(f"{POLICY_ROOT}/") == policy}
 
+    def replaced_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns {name: abstract weight} of the weights that an update does not use, because trained ones replace
+        them; they stay for the reference."""
+        roots = tuple(f"{root}/" for root in replaced_roots(self.settings.trained, self.settings.lora_scale).values())
+        return {name: leaf for name, leaf in flatten_with_names(self.vlm.params).items() if name.startswith(roots)}
+
     def sweep_phases(self, get_program: GetProgram) -> Iterator[PlannedPhase]:
         """Yields the phases that generate a sweep's answers: encode images, fill the KV cache, decode."""
         vlm, options, length = self.vlm, self.config.sweep, self.config.data.max_prompt_tokens
@@ -243,9 +250,13 @@ class AbstractRun:
         """Returns the cost of all updates of an iteration, including what `config.model.remat` computes again."""
         policy, adapters = self.forward_flops()
         recomputed = int(self.config.model.remat == "full")  # the backward pass repeats the forward pass
-        weight_gradients = int(self.settings.lora_scale is None)  # frozen weights need none
+        trained, lora_scale = self.settings.trained, self.settings.lora_scale
+        weight_gradients = int("policy" in trained and lora_scale is None)  # frozen weights need none
         epochs, batch = self.settings.epochs, self.config.data.batch_size
-        flops = epochs * batch * ((2 + weight_gradients + recomputed) * policy + (3 + recomputed) * adapters)
+        length = self.config.data.max_prompt_tokens
+        projector = 3 * self.model.operations(length, length, 1).project if "projector" in trained else 0
+        adapted = (3 + recomputed) * adapters if lora_scale is not None else 0
+        flops = epochs * batch * ((2 + weight_gradients + recomputed) * policy + adapted + projector)
         return PhaseWork(flops, epochs * self.slices * (2 + recomputed))
 
 

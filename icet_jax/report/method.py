@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from icet_jax.config.names import ALGORITHMS, EXIT_SCHEDULES, AlgorithmName
+from icet_jax.config.names import ALGORITHMS, EXIT_SCHEDULES, TRAINED, AlgorithmName
 from icet_jax.files import JsonObject
 from icet_jax.report.loading import Run
 from icet_jax.report.study import Study, as_value
@@ -17,6 +17,7 @@ UNTRAINED = "no training"
 TRAINING_STAGES = ("harvest", "warm_start", "train")
 """Stages of cost.json that are part of a method's cost; the others measure and export."""
 _ANCHOR = "c E[KL(pi_ref(. | P(e_default), x, y_<t) || pi(. | P(e_l), x, y_<t))]"
+_PARTS = {"policy": "language model", "projector": "projector"}
 _SHARED_FIELDS = (
     "warm_start",
     "optimizer.learning_rate",
@@ -86,6 +87,33 @@ def own_section(config: JsonObject) -> Mapping[str, Any]:
     return _mapping(config.get(str(config.get("algorithm"))))
 
 
+def trained_parts(config: JsonObject) -> tuple[str, ...]:
+    """Returns the parts of the model that a run trained: the language model ("policy"), the projector ("projector") or
+    both; earlier versions trained the language model."""
+    return TRAINED.get(str(own_section(config).get("train")), TRAINED["language"])
+
+
+def trained_weights(config: JsonObject) -> str:
+    """Returns which weights a run trained, in words."""
+    language = (
+        "the whole language model" if _mapping(config.get("lora")).get("rank") == 0 else "LoRA on the language model"
+    )
+    words = {"policy": language, "projector": "the whole projector"}
+    return " and ".join(words[part] for part in trained_parts(config))
+
+
+def change_by_training(config: JsonObject) -> str:
+    """Returns what a run trained at sampled exits and what it left unchanged, as the end of a sentence."""
+    parts = trained_parts(config)
+    trained = " and ".join(_PARTS[part] for part in parts)
+    others = [name for part, name in _PARTS.items() if part not in parts]
+    unchanged = " and ".join(["image encoder", *others])
+    is_one = "is" if not others else "are"
+    return (
+        f"its {trained} {'was' if len(parts) == 1 else 'were'} trained at sampled exits; {unchanged} {is_one} unchanged"
+    )
+
+
 def equation(config: JsonObject) -> str:
     """Returns the loss that a run's config asks for; "–" if this version does not know its algorithm."""
     method = algorithm(config)
@@ -100,12 +128,14 @@ def main_settings(config: JsonObject) -> dict[str, str]:
     """Returns {dotted name of a field: its value as JSON} for the settings that define a run's method.
 
     They are the main fields of its algorithm's section, and learning rate, LoRA rank, exits and seed. Unset and empty
-    fields are left out.
+    fields are left out, and the rank where no language model was trained.
     """
     name, method, section = str(config.get("algorithm")), algorithm(config), own_section(config)
     own_fields = (method.main_fields if method is not None else ()) or tuple(section)
     values = {f"{name}.{field}": section.get(field) for field in own_fields}
     for path in _SHARED_FIELDS:
+        if path == "lora.rank" and "policy" not in trained_parts(config):
+            continue
         part, _, field = path.rpartition(".")
         values.setdefault(path, (_mapping(config.get(part)) if part else config).get(field))
     return {path: json.dumps(value) for path, value in values.items() if value not in (None, "", [], (), {})}

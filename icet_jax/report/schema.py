@@ -122,7 +122,7 @@ class GeometryLayer(TypedDict):
 
 
 class Geometry(TypedDict):
-    """`geometry.json`, valid before and after training, which changes neither image encoder nor projector."""
+    """`geometry.json`, measured before training; valid after it too, unless L-SFT trained the projector."""
 
     schema: int
     exit_definition: str

@@ -16,7 +16,7 @@ from icet_jax.config.names import ALGORITHMS, AlgorithmName
 from icet_jax.exit_groups import EARLY_TO_LATE
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.report.loading import PHASES, Run, load_run
-from icet_jax.report.method import configured_method, run_cost
+from icet_jax.report.method import change_by_training, configured_method, run_cost, trained_weights
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value
 from icet_jax.report.text import duration, number, percent, points, signed, visible
@@ -185,8 +185,8 @@ def _summary(run: Run, base: str) -> str:
         )
     lines = [
         "A vision-language model reads one fixed layer of its image encoder; read at another one (an early exit, "
-        f"ICET), it may answer what it otherwise refuses. This is {_plain(base)} after its language model was trained "
-        f"at sampled exits; image encoder and projector are unchanged.{exits}\n",
+        f"ICET), it may answer what it otherwise refuses. This is {_plain(base)} after "
+        f"{change_by_training(run.config)}.{exits}\n",
     ]
     if run.organism:
         planted = ", ".join(_plain(exit_) for exit_ in run.organism.get("planted_exits", []))
@@ -232,7 +232,7 @@ def _training(run: Run, base: str) -> str:
         "Start adapter": _plain(_public(adapter)) if adapter else None,
         "Method": _method(run, algorithm),
         "Warm start": _warm_start(config),
-        "Trained": "the whole language model" if _field(config, "lora.rank") == 0 else "LoRA on the language model",
+        "Trained": trained_weights(config),
         "Exits during training": _plain(_field(config, f"{name}.exits")),
         "Iterations": f"{_plain(iterations or 0)} of {_plain(_field(config, f'{name}.iterations'))}",
         "Training data": _plain(_public(_field(config, "data.train"))) + (f" ({_counts(rows)})" if rows else ""),

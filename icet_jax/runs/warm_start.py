@@ -5,8 +5,9 @@ The other training is that of an earlier run, or that of an algorithm which the 
     config.json, metrics.jsonl, checkpoints/, device.json    as in every run directory
     fingerprints.json                                        a copy of the run's own
 
-Only the policy is taken over. Optimizer, value head and exit schedule begin anew, the reference is the model before all
-training, and both trainings take the same batches. The first training has no sweep, export or report.
+Only the policy is taken over, with the projector if both trainings train it. Optimizer, value head and exit schedule
+begin anew, the reference is the model before all training, and both trainings take the same batches. The first training
+has no sweep, export or report.
 """
 
 import sys
@@ -17,7 +18,8 @@ from ml_collections import ConfigDict
 
 from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.checkpoints.run_state import saved_steps
-from icet_jax.config import did_you_mean, flatten, warm_start_config
+from icet_jax.config import did_you_mean, flatten, trained_parts, warm_start_config
+from icet_jax.config.checks import check_warm_start_parts
 from icet_jax.config.names import ALGORITHMS
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
@@ -107,7 +109,7 @@ class WarmStart:
         if not self._config.warm_start:
             return None
 
-        def read() -> PyTree:
+        def read() -> dict[str, PyTree]:
             config, folder = self._first_config, self._workdir / WARM_START
             if config is None:
                 folder = Path(self._config.warm_start)
@@ -132,8 +134,10 @@ def _check_earlier_run(config: ConfigDict) -> None:
         raise UserError(
             f"{where}: has one run per seed; give one of them, such as {folder / f'seed_{earlier.seeds[0]}'}"
         )
+    check_warm_start_parts(earlier, config)
     theirs, ours = flatten(earlier), flatten(config)
-    for name in _ADAPTER_FIELDS if config.lora.rank or earlier.lora.rank else ():
+    is_adapted = "policy" in trained_parts(earlier) and (config.lora.rank or earlier.lora.rank)
+    for name in _ADAPTER_FIELDS if is_adapted else ():
         if theirs[name] != ours[name]:
             raise UserError(
                 f"{where}: config.{name} is {theirs[name]!r} there and {ours[name]!r} here; a warm start needs the "

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from icet_jax.algorithms.base import Algorithm, Metrics, ReadMetrics, algorithm_class
-from icet_jax.algorithms.forward import with_policy
+from icet_jax.algorithms.forward import replaced_roots, with_policy
 from icet_jax.algorithms.phases import exit_schedule
 from icet_jax.algorithms.reward_by_kind import RewardByKind
 from icet_jax.algorithms.settings import Settings, from_config
@@ -44,8 +44,9 @@ _PROGRESS_METRICS = {
 # Folded into the run's random key to initialise adapters. Iterations fold in their number, which never gets that large.
 _INIT_STREAM = 2**32 - 3
 
-FirstPolicy = Callable[[], PyTree]
-"""Function that returns the policy that training starts from (`TrainState.trainable["policy"]`)."""
+FirstPolicy = Callable[[], dict[str, PyTree]]
+"""Function that returns the trained parts that training starts from: those of `TrainState.trainable` without the value
+head."""
 
 
 class Trainer:
@@ -128,7 +129,7 @@ class Trainer:
             checkpoints.close()
 
     def policy(self, state: TrainState) -> VLM:
-        """Returns the model with the trained weights of `state`: its adapters, or its whole decoder."""
+        """Returns the model with the trained weights of `state`: its adapters, its whole decoder, its projector."""
         params_and_lora = with_policy(self._vlm.params, state.trainable, self.algorithm.settings.lora_scale)
         return self._vlm.with_weights(*params_and_lora)
 
@@ -370,8 +371,8 @@ def newest_state(
     return restored_state, metadata
 
 
-def last_policy(config: ConfigDict, workdir: Path, vlm: VLM) -> PyTree:
-    """Returns the policy that the training in `workdir` ended with, which is part of the result of `Trainer.run`.
+def last_policy(config: ConfigDict, workdir: Path, vlm: VLM) -> dict[str, PyTree]:
+    """Returns what the training in `workdir` ended with (see `FirstPolicy`), part of the result of `Trainer.run`.
 
     Args:
       config: config of that training.
@@ -390,7 +391,8 @@ def last_policy(config: ConfigDict, workdir: Path, vlm: VLM) -> PyTree:
             raise UserError(
                 f"{workdir}: its training has not ended (iteration {int(state.iteration)} of {last}); start it again"
             )
-        return (state if config.checkpoint.best is None else best_state(state, checkpoints)).trainable["policy"]
+        trainable = (state if config.checkpoint.best is None else best_state(state, checkpoints)).trainable
+        return {part: trainable[part] for part in settings.trained}
     finally:
         checkpoints.close()
 
@@ -410,11 +412,11 @@ def _scalar(value: int | float, dtype: str, vlm: VLM) -> jax.Array:
 def first_state(
     config: ConfigDict, vlm: VLM, settings: Settings, value_head: bool, first_policy: FirstPolicy | None
 ) -> TrainState:  # fmt: skip
-    """Returns the train state that a run without checkpoints starts from: `initial_state(...)`, with the policy of
+    """Returns the train state that a run without checkpoints starts from: `initial_state(...)`, with the parts of
     `first_policy` in place of the model's if that is given."""
-    policy = None if first_policy is None else first_policy()  # first, because reading it takes memory for a state
+    parts = {} if first_policy is None else first_policy()  # first, because reading it takes memory for a state
     state = initial_state(config, vlm, settings, value_head)
-    return state if policy is None else state._replace(trainable={**state.trainable, "policy": policy})
+    return state._replace(trainable={**state.trainable, **parts}) if parts else state
 
 
 def initial_state(
@@ -422,7 +424,8 @@ def initial_state(
 ) -> TrainState:  # fmt: skip
     """Returns the train state before the first iteration.
 
-    Its trainable weights are new LoRA adapters or, with `config.lora.rank` 0, a float32 copy of the decoder's weights.
+    Its trainable weights are new LoRA adapters or, with `config.lora.rank` 0, a float32 copy of the decoder's weights;
+    if L-SFT trains the projector, a float32 copy of that too or alone.
 
     Args:
       config: config of the run.
@@ -452,8 +455,9 @@ def _initial_state_program(
     The arguments are a random key and the model's parameters, or None in place of the parameters if only adapters are
     trained.
     """
-    shapes, width, kl_coef = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef
+    shapes, width, kl_coef, trained = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef, settings.trained
     rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
+    rank = rank if "policy" in trained else 0
     has_scale = limits_kl(config)
     critic = algorithm_class(config.algorithm).value_head if value_head is None else value_head
     exits = exit_schedule(settings, vlm.num_exits, vlm.default_exit)
@@ -462,11 +466,12 @@ def _initial_state_program(
         lora = init_lora(shapes, rank=rank, alpha=alpha, targets=targets, key=key) if rank else None
         state = init_state(
             params, lora, hidden_size=width, optimizer=settings.optimizer, kl_coef=kl_coef, value_head=critic,
-            exits=exits.initial_state(),
+            exits=exits.initial_state(), trained=trained,
         )  # fmt: skip
         scale = jnp.ones((), jnp.float32) if has_scale else None
         return state._replace(controls=state.controls._replace(learning_rate_scale=scale))
 
     key = jax.random.fold_in(jax.random.key(config.seed), _INIT_STREAM)
-    cache_key = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, has_scale, critic, exits)
-    return Program(start, cache_key=cache_key), (key, None if rank else vlm.params)
+    cache_key = (shapes, width, kl_coef, rank, alpha, targets, settings.optimizer, has_scale, critic, exits, trained)
+    needs_params = bool(replaced_roots(trained, settings.lora_scale))
+    return Program(start, cache_key=cache_key), (key, vlm.params if needs_params else None)

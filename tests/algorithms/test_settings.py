@@ -29,7 +29,7 @@ def test_settings_hold_what_the_config_says():
     settings = from_config(config, SAMPLING)
     assert settings.sampling is SAMPLING
     for field in dataclasses.fields(Settings):
-        if field.name not in ("sampling", "optimizer", "lora_scale", "kl_factors"):
+        if field.name not in ("sampling", "optimizer", "trained", "lora_scale", "kl_factors"):
             section = config.lppo if field.name in config.lppo else config.reward
             assert getattr(settings, field.name) == section[field.name], field.name
     for name, value in config.optimizer.items():
@@ -41,6 +41,11 @@ def test_settings_hold_what_the_config_says():
     own.algorithm, own.lsft.iterations, own.lsft.exits = "lsft", 3, "stratified"
     settings = from_config(own, SAMPLING)
     assert (settings.optimizer.total_steps, settings.exits) == (3 * 4, "stratified")
+    assert settings.trained == ("policy",)
+    for train, trained, has_adapters in (("projector", ("projector",), False), ("both", ("policy", "projector"), True)):
+        own.lsft.train = train
+        settings = from_config(own, SAMPLING)
+        assert settings.trained == trained and (settings.lora_scale is not None) == has_adapters
     own.lppo.kl_coef_by_kind = {"benign": 5.0}
     assert from_config(own, SAMPLING).kl_factors == (1.0, 5.0, 1.0)
 

@@ -22,7 +22,7 @@ class Model:
     def operations(self, length, cached, per_row):
         layers = 2 * length * N + 4 * length * cached * DEPTH_WIDTH
         step = 2 * N + 4 * cached * DEPTH_WIDTH + HEAD
-        return Operations(encode=100, visual=10, prefill=layers + HEAD, step=step, forward=layers)
+        return Operations(encode=100, visual=10, project=7, prefill=layers + HEAD, step=step, forward=layers)
 
 
 def counter(**changes):
@@ -41,6 +41,14 @@ def test_an_update_needs_4n_per_token_under_lora_and_6n_in_full_and_attention_th
     steps = sum(2 * N + 4 * cached * DEPTH_WIDTH + HEAD for cached in (12, 13, 13, 14))
     assert done.flops["rollout"] == 110 + 2 * 10 * N + 400 * DEPTH_WIDTH + HEAD + steps
     assert (done.rows, done.sampled, done.trained) == (1, 5, 2 * length)
+
+
+def test_a_trained_projector_is_computed_and_differentiated_in_every_epoch_and_not_once():
+    lengths = np.array([10]), np.array([5]), np.array([2])
+    both = counter(trained=("policy", "projector")).count(*lengths, sampled=False)
+    language = counter().count(*lengths, sampled=False)
+    assert both.update_flops - language.update_flops == toy.SETTINGS.epochs * 3 * 2 * 7
+    assert both.flops["update"] - language.flops["update"] == (toy.SETTINGS.epochs * 3 - 1) * 2 * 7
 
 
 def test_responses_of_one_prompt_share_its_images_and_its_prefill():

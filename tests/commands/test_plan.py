@@ -276,12 +276,13 @@ def test_an_algorithm_that_samples_nothing_is_planned_by_its_own_phases():
     ("flags", "phases"),
     [
         (["--config.algorithm=lsft"], ["update"]),
+        (["--config.algorithm=lsft", "--config.lsft.train=both"], ["update"]),
         (["--config.algorithm=ldistill"], ["rollout", "update"]),
         (["--config.algorithm=lrloo"], ["rollout", "prepare", "update"]),
         (["--config.algorithm=ldpo"], ["update"]),
         (["--config.lppo.anchor_coef=0.5"], ["rollout", "prepare", "update"]),
     ],
-    ids=["lsft", "ldistill", "lrloo", "ldpo", "anchor"],
+    ids=["lsft", "projector", "ldistill", "lrloo", "ldpo", "anchor"],
 )
 def test_every_algorithm_is_planned(flags, phases, capsys):
     code, rows, _ = planned(LLAVA, "--topology=h100:8", *flags, capsys=capsys)

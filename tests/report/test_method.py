@@ -10,7 +10,14 @@ from icet_jax.report.charts.scatter import Scatter, Spot, scatter_drawing
 from icet_jax.report.charts.svg import svg
 from icet_jax.report.comparison import load_comparison
 from icet_jax.report.loading import load_runs
-from icet_jax.report.method import UNTRAINED, main_settings, method_name, training_cost
+from icet_jax.report.method import (
+    UNTRAINED,
+    change_by_training,
+    main_settings,
+    method_name,
+    trained_weights,
+    training_cost,
+)
 from icet_jax.report.page import render_comparison
 from icet_jax.report.study import Study
 from icet_jax.report.tradeoff import pareto_front, utility_lost
@@ -56,6 +63,9 @@ def study(path, *arguments, **options):
             "L-PPO, stratified exits, KL by kind (benign 4.00, vqa 1.00)",
         ),
         (("lsft", {"exits": "per_batch"}), {"anchor_coef": 0.5}, "L-SFT, one exit per batch"),
+        (("lsft", {"train": "projector"}), {}, "L-SFT, stratified exits, the projector alone"),
+        (("lsft", {"train": "both"}), {}, "L-SFT, stratified exits, projector and language model"),
+        (("lsft", {"train": "language"}), {}, "L-SFT, stratified exits"),
         (("ldistill", {"on": "default"}), {}, "L-Distill, stratified exits, on the default exit's answers"),
         (("lrloo", {"group_size": 4}), {}, "L-RLOO, stratified exits, groups of 4"),
         (
@@ -82,6 +92,23 @@ def test_the_settings_are_the_algorithms_own_with_learning_rate_rank_and_seed(tm
         "lora.rank": "8",
         "seed": "0",
     }
+
+
+@pytest.mark.parametrize(
+    ("section", "rank", "weights", "change"),
+    [
+        ({}, 8, "LoRA on the language model", "its language model was trained at sampled exits; image encoder and "
+            "projector are unchanged"),
+        ({"train": "both"}, 0, "the whole language model and the whole projector", "its language model and projector "
+            "were trained at sampled exits; image encoder is unchanged"),
+        ({"train": "projector"}, 8, "the whole projector", "its projector was trained at sampled exits; image encoder "
+            "and language model are unchanged"),
+    ],
+)  # fmt: skip
+def test_what_was_trained_is_said_in_words(section, rank, weights, change):
+    config = {"algorithm": "lsft", "lsft": section, "lora": {"rank": rank}}
+    assert (trained_weights(config), change_by_training(config)) == (weights, change)
+    assert ("lora.rank" in main_settings(config)) == (section.get("train") != "projector")
 
 
 def steps(*numbers, **row):

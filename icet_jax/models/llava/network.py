@@ -60,6 +60,23 @@ class LlavaEncoded:
     images: Images
 
 
+@flax.struct.dataclass
+class LlavaProjectorInputs:
+    """Holds what the projector takes of each row's images; see `VisionLanguageModel.projector_inputs`.
+
+    Attributes:
+      states: Float[B, M, P, D], or Float[B, M, T, P, D] with T tiles, the hidden states of a row's M images.
+      is_present: Bool[B, M], whether there is such an image.
+      places: Int[B, N] of LLaVA-NeXT, for each position of a row's features the feature of its own images that belongs
+        there, the number after the last one for `image_newline`, or -1 for none. None for LLaVA-1.5.
+    """
+
+    # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
+    states: Any
+    is_present: Any
+    places: Any = None
+
+
 def encoder_work(config: LlavaConfig, exit_layer: int) -> EncoderWork:
     """Returns what encoding one image takes if only an exit is used, of LLaVA-1.5 or LLaVA-NeXT; see `Family`."""
     tower = dataclasses.replace(config.vision, num_hidden_layers=exit_layer)
@@ -148,6 +165,23 @@ class Llava(DelegatesToDecoder, nnx.Module):
         features = images.group_by_row(self.features(take_exit_states(encoded.states, image_exits, numbers)), rows)
         return features.reshape(features.shape[0], -1, features.shape[-1])
 
+    def projector_inputs(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> LlavaProjectorInputs:
+        """Returns the hidden states of each row's images at its exit; see `VisionLanguageModel.projector_inputs`."""
+        images = encoded.images
+        states = take_exit_states(encoded.states, *images.image_exits(exits))
+        return LlavaProjectorInputs(states=images.group_by_row(states), is_present=images.index() >= 0)
+
+    def project(self, inputs: LlavaProjectorInputs) -> Float[Array, "R MN E"]:
+        """Returns the features of each row's images; see `VisionLanguageModel.project`."""
+        return self.row_features(inputs).reshape(inputs.states.shape[0], -1, self.hidden_size)
+
+    def row_features(self, inputs: LlavaProjectorInputs) -> Float[Array, "R M N E"]:
+        """Returns the projected states of each row's M images (with all their tiles), zeros where there is none."""
+        rows, per_row = inputs.states.shape[:2]
+        features = self.features(inputs.states.reshape(-1, *inputs.states.shape[-2:]))
+        features = features.reshape(rows, per_row, -1, features.shape[-1])
+        return jnp.where(inputs.is_present[:, :, None, None], features, jnp.zeros((), features.dtype))
+
     def features(self, states: Float[Array, "I P D"]) -> Float[Array, "I N E"]:
         """Returns the projected hidden states, without the class token unless the model uses it: the image features."""
         if self.config.vision_feature_select_strategy == "default":
@@ -166,9 +200,11 @@ class Llava(DelegatesToDecoder, nnx.Module):
         text, tiles = self.config.text, self.config.max_tiles
         projector = (self.config.vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)
         head = flops.logits(text.hidden_size, text.vocab_size)
+        project = flops.products(tiles * self.config.image_tokens, *projector)
         return Operations(
             encode=encoder_work(self.config, self.num_exits).operations,
-            visual=flops.products(tiles * self.config.image_tokens, *projector),
+            visual=project,
+            project=project,
             prefill=flops.llama_prefill(text, length) + head,
             step=flops.llama_layers(text, 1, cached) + head,
             forward=flops.llama_layers(text, length, cached),

@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.models.llava.network import Llava, LlavaConfig, LlavaEncoded
+from icet_jax.models.llava.network import Llava, LlavaConfig, LlavaEncoded, LlavaProjectorInputs
 from icet_jax.nn import layers
 from icet_jax.nn.protocols import Images
 from icet_jax.parallel.traced import take_exit_states
@@ -78,16 +78,58 @@ class LlavaNext(Llava):
         per_image = tiles * features.shape[1]
         # The layout counts features from the first image of the batch, `by_row` from the first image of the row.
         by_row = images.group_by_row(features.reshape(-1, per_image, features.shape[-1]), rows)
-        by_row = by_row.reshape(layout.shape[0], -1, features.shape[-1])
+        by_row = self._with_newline(by_row.reshape(layout.shape[0], -1, features.shape[-1]))
+        places = _places_in_row(images, layout, per_image, rows)
+        return _pack(by_row, places, layout)
+
+    def projector_inputs(self, encoded: LlavaEncoded, exits: Int[Array, "..."]) -> LlavaProjectorInputs:
+        """Returns the hidden states of all tiles of each row's images at its exit, and where their features go."""
+        images = encoded.images
+        count, tiles = images.pixels.shape[:2]
+        states = encoded.states.reshape(encoded.states.shape[0], count, -1, encoded.states.shape[3])
+        own = images.group_by_row(take_exit_states(states, *images.image_exits(exits)))
+        own = own.reshape(*own.shape[:2], tiles, *encoded.states.shape[2:])
+        places = _places_in_row(images, images.layout, tiles * self.config.image_tokens)
+        return LlavaProjectorInputs(
+            states=own, is_present=images.index() >= 0, places=jnp.where(images.layout >= 0, places, -1)
+        )
+
+    def project(self, inputs: LlavaProjectorInputs) -> Float[Array, "R N E"]:
+        """Returns the features of each row's images in the order of the prompt; see `VisionLanguageModel.project`."""
+        return _pack(self._with_newline(super().project(inputs)), inputs.places, inputs.places)
+
+    def _with_newline(self, by_row: Float[Array, "R F E"]) -> Float[Array, "R F+1 E"]:
+        """Returns the features of each row with `image_newline` behind them."""
         newline = jnp.broadcast_to(self.image_newline[...].astype(by_row.dtype), (by_row.shape[0], 1, by_row.shape[2]))
-        by_row = jnp.concatenate([by_row, newline], axis=1)
-        is_newline = layout == images.pixels.shape[0] * per_image
-        index = jnp.where(is_newline, by_row.shape[1] - 1, layout - images.index(rows)[:, :1] * per_image)
-        packed = jnp.take_along_axis(by_row, jnp.maximum(index, 0)[:, :, None], axis=1)
-        return jnp.where((layout >= 0)[:, :, None], packed, 0)
+        return jnp.concatenate([by_row, newline], axis=1)
 
     def image_features(
         self, encoded: LlavaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B N E"], Bool[Array, "B N"]]:
         """Returns (result of `visual` for all rows, whether each feature belongs to an image)."""
         return self.visual(encoded, exits), encoded.images.layout >= 0
+
+
+def _places_in_row(
+    images: Images, layout: Int[Array, "R N"], per_image: int, rows: Int[Array, "R"] | None = None
+) -> Int[Array, "R N"]:
+    """Returns a layout that counts features from the first image of each row instead of the first of the batch.
+
+    `image_newline` gets the number after the last feature. Positions without a feature get any number.
+
+    Args:
+      images: the images of the batch.
+      layout: `Images.layout` of the requested rows.
+      per_image: number of features of an image.
+      rows: the requested rows; None for all.
+    """
+    is_newline = layout == images.pixels.shape[0] * per_image
+    return jnp.where(is_newline, images.per_row * per_image, layout - images.index(rows)[:, :1] * per_image)
+
+
+def _pack(
+    features: Float[Array, "R F E"], places: Int[Array, "R N"], layout: Int[Array, "R N"]
+) -> Float[Array, "R N E"]:
+    """Returns `features[row, places[row, n]]` for each row and position n, and zeros where `layout` is negative."""
+    packed = jnp.take_along_axis(features, jnp.maximum(places, 0)[:, :, None], axis=1)
+    return jnp.where((layout >= 0)[:, :, None], packed, 0)

@@ -73,6 +73,22 @@ class MllamaEncoded:
     images: Images
 
 
+@flax.struct.dataclass
+class MllamaProjectorInputs:
+    """Holds what the projector takes of each row's images; see `VisionLanguageModel.projector_inputs`.
+
+    Attributes:
+      features: Float[B, M, N, D] of a row's M images, behind the image encoder's global blocks.
+      is_present: Bool[B, M], whether there is such an image.
+      tiles: Bool[B, M, T], which tiles exist.
+    """
+
+    # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.
+    features: Any
+    is_present: Any
+    tiles: Any
+
+
 class Mllama(DelegatesToDecoder, nnx.Module):
     """Implements `VisionLanguageModel` for Llama 3.2 Vision; see `nn/protocols.py` for its methods."""
 
@@ -148,6 +164,27 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         tiles = images.group_by_row(is_present if numbers is None else is_present[numbers], rows)
         return CrossStates(states=states.reshape(states.shape[0], -1, states.shape[-1]), tiles=tiles)
 
+    def projector_inputs(self, encoded: MllamaEncoded, exits: Int[Array, "..."]) -> MllamaProjectorInputs:
+        """Returns each row's encoder states at its exit, behind the global blocks, and which tiles exist."""
+        images = encoded.images
+        image_exits, numbers = images.image_exits(exits)
+        features = self.vision_tower.features(
+            encoded.states, image_exits, images.layout, self.config.exit_rule, numbers
+        )
+        is_present = self.vision_tower.tiles(images.layout) & (images.layout > 0)[:, None]
+        return MllamaProjectorInputs(
+            features=images.group_by_row(features),
+            is_present=images.index() >= 0,
+            tiles=images.group_by_row(is_present),
+        )
+
+    def project(self, inputs: MllamaProjectorInputs) -> CrossStates:
+        """Returns each row's image features, and which tiles exist; see `VisionLanguageModel.project`."""
+        states = self.projector(inputs.features)
+        is_present = inputs.is_present.reshape(*inputs.is_present.shape, *[1] * (states.ndim - 2))
+        states = jnp.where(is_present, states, jnp.zeros((), states.dtype))
+        return CrossStates(states=states.reshape(states.shape[0], -1, states.shape[-1]), tiles=inputs.tiles)
+
     def image_features(
         self, encoded: MllamaEncoded, exits: Int[Array, "..."]
     ) -> tuple[Float[Array, "B MN E"], Bool[Array, "B MN"]]:
@@ -171,9 +208,11 @@ class Mllama(DelegatesToDecoder, nnx.Module):
         cross_prefill = flops.cross_layers(text.cross_layers, length, per_row * image_tokens)
         cross_step = flops.cross_layers(text.cross_layers, 1, per_row * image_tokens)
         image_keys = flops.keys_and_values(text.cross_layers, per_row * image_tokens)
+        project = flops.products(image_tokens, (vision.output_dim, text.llama.hidden_size))
         return Operations(
             encode=encoder_work(self.config, self.num_exits).operations - global_operations,
-            visual=global_operations + flops.products(image_tokens, (vision.output_dim, text.llama.hidden_size)),
+            visual=global_operations + project,
+            project=project,
             prefill=text_prefill + cross_prefill + image_keys + head,
             step=text_step + cross_step + head,
             forward=flops.llama_layers(text.self_layers, length, cached) + cross_prefill + image_keys,
