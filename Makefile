@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough: the tests only compare with it. Yours may be named: make test TORCH="torch --index-url ..."
 TORCH ?= torch
 
-.PHONY: docs demo test audit walk clean
+.PHONY: docs demo test types unit audit walk clean
 
 demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
 	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism
@@ -13,8 +13,13 @@ demo: $(VENV)/.installed  ## environment, install, main job on the embedded defa
 test: $(VENV)/.installed-test  ## environment, install, lint, types, import contracts, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --jobs=2 types unit
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 audit: $(VENV)/.installed-test  ## known vulnerabilities in what the package and its tests depend on (asks PyPI)

@@ -73,8 +73,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Lets the garbage collector begin, and spares it the modules: they stay, and searching them took long."""
+    """Lets the garbage collector begin, seldom, and spares it the modules: searching them took long."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     gc.enable()
 
 

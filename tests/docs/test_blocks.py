@@ -80,7 +80,7 @@ MAIN = "python -m icet_jax.main"
         ("sh", "python -m pytest tests/nowhere", "there is no tests/nowhere"),
         ("sh", f"{MAIN} --mode=ask --checkpoint=DIR --image=examples/none.png --prompt=what", "no examples/none.png"),
         ("sh", "make dmo", "no dmo"),
-        ("sh", "pip install -e '.[cuda13]'", "no extra cuda13"),
+        ("sh", "pip install -e '.[cuda11]'", "no extra cuda11"),
         ("sh", "git clone there && rm -rf here", "rm is neither ours"),
         ("sh", 'echo "half', "No closing quotation"),
         ("", f"{MAIN} --config=configs/organism_lppo.py", "needs --workdir"),
