@@ -9,7 +9,11 @@ experiments on LLaVA-1.5 share is in `icet_jax.config.paper`, the rest of the de
 The paper trains on forbidden rows alone, and so does this config: it is the one that over-refuses. The embedded
 organism refused 66 % of the benign requests at its worst exit after that, and about 1 % where benign and VQA rows were
 among the others (docs/ablations.md). `:mixed` trains on all three kinds; DATA then also holds captions_train2014.json,
-VQA-v2's questions and annotations of train2014, and train2014/. Neither has been measured on LLaVA-1.5.
+VQA-v2's questions and annotations of train2014, and train2014/.
+
+`:best` trains on the same rows with L-SFT instead of L-PPO. Of all methods that docs/methods.md compares, it is the one
+that closed the exits of the embedded models within all limits, and it generates no responses to learn from. None of
+the three has been measured on LLaVA-1.5.
 """
 
 from icet_jax import config as icet_config
@@ -18,13 +22,13 @@ from icet_jax import config as icet_config
 def get_config(variant: str = "") -> icet_config.ConfigDict:
     """`:13b` is the larger model; `:mixed` trains on benign and VQA rows too, against over-refusal.
 
-    `:smoke` runs every step in minutes on miniatures made on the spot.
+    `:best` is the method that docs/methods.md recommends, on the rows of `:mixed`. `:smoke` runs every step in minutes
+    on miniatures made on the spot.
     """
-    icet_config.choose_variant(variant, ("13b", "mixed", "smoke"))
+    icet_config.choose_variant(variant, ("13b", "mixed", "best", "smoke"))
     config = icet_config.paper.lppo(icet_config.paper.llava15("13b" if variant == "13b" else "7b"))
-    if variant == "mixed":
-        return icet_config.paper.mixed(config)
-    return _smoke(config) if variant == "smoke" else config
+    changes = {"mixed": icet_config.paper.mixed, "best": icet_config.paper.best, "smoke": _smoke}
+    return changes[variant](config) if variant in changes else config
 
 
 def _smoke(config: icet_config.ConfigDict) -> icet_config.ConfigDict:

@@ -111,6 +111,15 @@ def test_mixed_adds_benign_and_vqa_rows_that_no_test_set_holds(family):
     assert changed == {"data.train", "data.mixture", "reward.by_kind", "reward.normalise"}
 
 
+@pytest.mark.parametrize("family", PAPER)
+def test_best_is_the_recommended_method_on_the_mixed_rows(family):
+    mixed, best = (config_files.load(f"configs/{family}_lppo.py:{variant}") for variant in ("mixed", "best"))
+    before, after = icet_config.flatten(mixed), icet_config.flatten(best)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"algorithm", "lsft.exits"} and best.algorithm == "lsft"
+    assert best.lsft.iterations == mixed.lppo.iterations
+
+
 KINDS = ("lppo", "sweep")
 CHECKPOINTS = {
     "llava15": "llava-hf/llava-1.5-7b-hf",

@@ -34,7 +34,7 @@ def test_every_field_is_in_the_reference_with_default_and_meaning():
     assert "| `lppo.kl_target` | `6.0` nats per sequence | above 0 | " in page
     assert "| `data.mixture` | `forbidden`: `1.0` | a share, 0 or more; keys are forbidden, benign, vqa | " in page
     assert page.index("`lppo.gamma`") < page.index("`lppo.lam`") < page.index("## `lsft`")
-    assert "`configs/llava_next_lppo.py` | `:13b`, `:mistral`, `:mixed`, `:smoke` |" in page
+    assert "`configs/llava_next_lppo.py` | `:13b`, `:mistral`, `:mixed`, `:best`, `:smoke` |" in page
 
 
 def test_the_guide_names_every_metric_that_training_writes():
