@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -314,6 +315,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("meshes", nargs="*")
     options = parser.parse_intermixed_args()
+    sys.modules["torch"] = None  # type: ignore[assignment]  # transformers would import it, as in icet_jax.main
     with distributed.join_processes(None, None, None):
         if options.record:
             record(options.folder, options.full)
