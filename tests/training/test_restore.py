@@ -44,7 +44,7 @@ def process_and_stop(self, finished, *rest):
         os.kill(os.getpid(), signal.SIGTERM)
     return process_metrics(self, finished, *rest)
 training.Trainer._process_metrics = process_and_stop
-sys.exit(main.main())
+main.console()  # without torch, as the command is
 """
 START = """
 import sys
