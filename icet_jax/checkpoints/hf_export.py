@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from icet_jax.checkpoints import folder, hf_config, safetensors_io, tables
+from icet_jax.checkpoints import folder, hf_config, safetensors_io
 from icet_jax.checkpoints.adapter import Adapter
 from icet_jax.checkpoints.hf_import import hf_shape, match_keys
 from icet_jax.checkpoints.progress import ByteProgress
@@ -24,7 +24,6 @@ from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
 from icet_jax.checkpoints.streaming import to_host
 from icet_jax.checkpoints.tables import Table, TableEntry
 from icet_jax.files import JsonObject
-from icet_jax.nn.gpt2 import GPT2Config
 from icet_jax.parallel.distributed import barrier
 from icet_jax.parallel.sharding import flatten_with_names
 
@@ -174,17 +173,6 @@ def save_network(
     with open_export(table, params, source, start, lora, trained) as export:
         _save(Path(out_dir), export, source, max_shard_bytes, config_json, head, texts or {}, keys)
     return Path(out_dir)
-
-
-def save_gpt2_reward(
-    out_dir: str | Path, config: GPT2Config, params: nnx.State, *, source_dir: str | Path | None = None
-) -> Path:
-    """Writes a GPT-2 reward model directory (HF `GPT2ForSequenceClassification`), completely or not at all."""
-
-    def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
-        return hf_config.gpt2_to_hf(config, values, dtype)
-
-    return save_network(out_dir, tables.gpt2_table(config), params, config_json, source_dir=source_dir)
 
 
 @contextlib.contextmanager

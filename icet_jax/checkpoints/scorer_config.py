@@ -4,8 +4,11 @@ A field that the file lacks has the default of its transformers class. DeBERTa-v
 defaults are not the values of DeBERTa-v3.
 """
 
-from icet_jax.checkpoints.decoders import decoder_from_hf
-from icet_jax.checkpoints.hf_config import Fields
+import copy
+
+from icet_jax.checkpoints.decoders import decoder_from_hf, decoder_to_hf
+from icet_jax.checkpoints.hf_config import Fields, drop_new_keys
+from icet_jax.config.names import DECODERS
 from icet_jax.files import JsonObject
 from icet_jax.nn.bert import BertConfig
 from icet_jax.nn.deberta import DebertaConfig
@@ -140,6 +143,21 @@ def decoder_reward_from_hf(values: JsonObject, where: str = "config.json") -> Ll
     """
     require_one_label(Fields(values, {}, where))
     return decoder_from_hf(values, where)
+
+
+def decoder_reward_to_hf(config: LlamaConfig, source: JsonObject | None, dtype: str) -> JsonObject:
+    """Returns the `config.json` of a decoder as reward model, with the keys of transformers before version 5.
+
+    Args:
+      config: config of the network.
+      source: the `config.json` of the base model, whose other keys are kept; None for a new Llama.
+      dtype: torch's name of the dtype of the stored weights.
+    """
+    out = copy.deepcopy(source or {"model_type": "llama"})
+    drop_new_keys(out)
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    hf_class = f"{DECODERS[out['model_type']]}ForSequenceClassification"
+    return out | decoder_to_hf(config, dtype, out["model_type"]) | labels | {"architectures": [hf_class]}
 
 
 def require_one_label(fields: Fields) -> None:

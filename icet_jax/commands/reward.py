@@ -1,4 +1,4 @@
-"""`--mode=reward` trains a GPT-2 reward model on preference pairs and tests it on held-out pairs."""
+"""`--mode=reward` trains a reward model (GPT-2, Llama) on preference pairs and tests it on held-out pairs."""
 
 import argparse
 import json
@@ -13,7 +13,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from icet_jax.algorithms.state import OptimizerSettings, learning_rate, make_optimizer
-from icet_jax.checkpoints.gpt2_base import load_gpt2_base
 from icet_jax.checkpoints.hf_import import Checkpoint
 from icet_jax.checkpoints.run_state import RunState
 from icet_jax.checkpoints.source import local_directory
@@ -26,14 +25,17 @@ from icet_jax.media.tokenizer import load_tokenizer
 from icet_jax.parallel.mesh import visible_mesh
 from icet_jax.runs import fingerprints, provenance, run_dir, run_lock, sources
 from icet_jax.scorers.base import metric_name
-from icet_jax.scorers.load import save_reward_model
-from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer
+from icet_jax.scorers.load import pad_token, save_reward_model
+from icet_jax.scorers.networks import readable_positions
+from icet_jax.scorers.reward_base import load_reward_base
+from icet_jax.scorers.reward_model import PairTokenizer, pair_tokenizer, template_to_train
 from icet_jax.training.metrics_log import MetricsLog
 from icet_jax.training.progress import Progress
 from icet_jax.training.reward_model import RewardState, RewardTrainer, TokenPair, tokenise
 from icet_jax.training.signals import delay_signals
 
 SCHEMA = 1
+_REPEATED = "repeats an earlier pair"
 _ORGANISM_PAIRS = {"train": 4096, "test": 1024}
 
 
@@ -43,12 +45,14 @@ class PairSet(NamedTuple):
     Attributes:
       pairs: the texts.
       tokens: the token ids of each pair.
+      sources: the source of each pair.
       facts: entry of the set in reward.json: source, number of rows read, of pairs used, and of pairs left out by
         reason.
     """
 
     pairs: list[PreferencePair]
     tokens: list[TokenPair]
+    sources: list[str]
     facts: JsonObject
 
 
@@ -83,11 +87,11 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
 
     `workdir` must already be the run directory of `config`. `name` is the name of the reward model in metrics.
     """
-    template = config.rm.template or HH_TEMPLATE
     base = _load_base(config, workdir)
     tokenizer = load_tokenizer(base.directory)
-    longest = min(config.rm.max_tokens, base.config.n_positions)
-    encode = GPT2PairTokenizer(tokenizer, template=template, max_length=longest)
+    template = template_to_train(base.config, tokenizer, config.rm.template)
+    longest = min(config.rm.max_tokens, readable_positions(base))
+    encode = pair_tokenizer(base.config, tokenizer, template, max_length=longest, pad_id=pad_token(tokenizer))
     train_set, held_out = load_sets(config, encode, base.config.vocab_size)
     steps = max(1, int(config.rm.epochs * len(train_set.pairs) / config.rm.batch_size))
     optimizer = OptimizerSettings(**dict(config.optimizer), total_steps=steps)
@@ -109,9 +113,9 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
         margins = trainer.margins(state.params, held_out.tokens)
     with costs.stage("export"):
         save_reward_model(
-            workdir / "hf", nnx.merge(base.graphdef, state.params), tokenizer, name=name, template=template
-        )
-    prompts = [prompt for prompt, _, _ in held_out.pairs]
+            workdir / "hf", nnx.merge(base.graphdef, state.params), tokenizer, name=name, template=template,
+            base=base.hf_config,
+        )  # fmt: skip
     content = {
         "schema": SCHEMA,
         "name": name,
@@ -119,8 +123,8 @@ def train(config: ConfigDict, workdir: Path, name: str) -> None:
         "steps": steps,
         "last_step": last_metrics,
         "pairs": {"train": train_set.facts, "held_out": held_out.facts},
-        "accuracy": _to_json(mean_interval((margins > 0).astype(float), prompts, share=True), len(prompts)),
-        "margin": _to_json(mean_interval(margins, prompts, share=False), len(prompts)),
+        **_held_out_results(held_out, margins),
+        "by_source": _results_by_source(held_out, margins),
     }
     write_text_atomic(workdir / "reward.json", json.dumps(content, indent=1) + "\n")
 
@@ -134,18 +138,18 @@ def _check_inputs(config: ConfigDict, workdir: Path) -> None:
 
 
 def _base_directory(config: ConfigDict, workdir: Path) -> Path:
-    """Returns the folder of the GPT-2 checkpoint that training starts from."""
+    """Returns the folder of the checkpoint that training starts from."""
     return local_directory(sources.checkpoint_directory(config.model.checkpoint, workdir), config.model.revision)
 
 
 def _load_base(config: ConfigDict, workdir: Path) -> Checkpoint:
-    """Returns the GPT-2 model that training starts from, with a score head."""
+    """Returns the model that training starts from, with a score head."""
     directory = _base_directory(config, workdir)
     mesh = visible_mesh(**config.mesh)
-    return load_gpt2_base(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat, seed=config.seed)
+    return load_reward_base(directory, dtype=config.model.dtype, mesh=mesh, remat=config.model.remat, seed=config.seed)
 
 
-def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) -> tuple[PairSet, PairSet]:
+def load_sets(config: ConfigDict, encode: PairTokenizer, vocab_size: int) -> tuple[PairSet, PairSet]:
     """Returns the pairs for training and the pairs for testing; no prompt is in both.
 
     Args:
@@ -156,18 +160,19 @@ def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) ->
     Raises:
       UserError: a file has no usable pairs, nothing is left of a set, or the tokenizer belongs to another model.
     """
-    train = _read_and_report(config.rm.train, config.seed)
+    train = _read_pairs(config.rm.train, config.seed, report=True)
+    held_out = train
     if config.rm.held_out is None:
         train_pairs, test_pairs = split_by_prompt(train.pairs, config.rm.held_out_share, config.seed)
         test_read, test_dropped = len(test_pairs), Counter[str]()
         train.dropped["held out"] += test_read
     else:
-        held_out = _read_and_report(config.rm.held_out, config.seed)
+        held_out = _read_pairs(config.rm.held_out, config.seed, report=True)
         train_pairs, test_pairs = train.pairs, without_prompts(held_out.pairs, train.pairs)
         test_read, test_dropped = held_out.read, held_out.dropped
         test_dropped["a prompt of the training pairs"] += len(held_out.pairs) - len(test_pairs)
-    train_set = _tokenise_set(config.rm.train, train_pairs, train.read, train.dropped, encode)
-    test_set = _tokenise_set(config.rm.held_out or config.rm.train, test_pairs, test_read, test_dropped, encode)
+    train_set = _tokenise_set(train, train_pairs, train.read, train.dropped, encode)
+    test_set = _tokenise_set(held_out, test_pairs, test_read, test_dropped, encode)
     for field, pair_set in (("train", train_set), ("held_out", test_set)):
         if not pair_set.pairs:
             raise UserError(f"config.rm.{field}: no pair is left ({_reasons(pair_set.facts['dropped'])}); give more")
@@ -180,15 +185,32 @@ def load_sets(config: ConfigDict, encode: GPT2PairTokenizer, vocab_size: int) ->
     return train_set, test_set
 
 
-def _read_and_report(source: str, seed: int) -> Preferences:
-    """Returns the pairs of a source, and prints how many rows of a file were left out and why."""
-    preferences = _read_pairs(source, seed)
-    if not source.startswith("organism:"):
-        print(f"icet-jax: {preferences.report()}", file=sys.stderr)
-    return preferences
+def _read_pairs(source: str, seed: int, *, report: bool = False) -> Preferences:
+    """Returns the pairs of a source, or of several sources joined by `SOURCE_JOIN`, in their order.
+
+    A pair that an earlier source has too is left out. With `report`, it prints for each file how many rows were left
+    out and why.
+    """
+    parts = [part.strip() for part in source.split(sources.SOURCE_JOIN)]
+    if not all(parts):
+        raise UserError(f"{source}: a source is missing beside '{sources.SOURCE_JOIN}'")
+    read, dropped, pairs = 0, Counter[str](), list[PreferencePair]()
+    source_of: dict[PreferencePair, str] = {}
+    for part in parts:
+        preferences = _read_source(part, seed)
+        if report and not part.startswith("organism:"):
+            print(f"icet-jax: {preferences.report()}", file=sys.stderr)
+        read += preferences.read
+        dropped.update(preferences.dropped)
+        new = [pair for pair in preferences.pairs if pair not in source_of]
+        if len(new) < len(preferences.pairs):
+            dropped[_REPEATED] += len(preferences.pairs) - len(new)
+        source_of |= dict.fromkeys(new, part)
+        pairs += new
+    return Preferences(source, pairs, read, dropped, sources=source_of)
 
 
-def _read_pairs(source: str, seed: int) -> Preferences:
+def _read_source(source: str, seed: int) -> Preferences:
     """Returns the pairs of a file, or pairs generated for the small embedded test model ("organism:train:COUNT")."""
     origin, _, rest = source.partition(":")
     if origin != "organism":
@@ -199,23 +221,24 @@ def _read_pairs(source: str, seed: int) -> Preferences:
     if split not in _ORGANISM_PAIRS or (count and not (count.isdigit() and int(count))):
         raise UserError(f"{source}: write organism:train[:COUNT] or organism:test[:COUNT]")
     pairs = preference_pairs(split, int(count or _ORGANISM_PAIRS[split]), seed)
-    return Preferences(Path(source), pairs, len(pairs))
+    return Preferences(source, pairs, len(pairs))
 
 
 def _tokenise_set(
-    source: str, pairs: Sequence[PreferencePair], read: int, dropped: Counter[str], encode: GPT2PairTokenizer
+    origin: Preferences, pairs: Sequence[PreferencePair], read: int, dropped: Counter[str], encode: PairTokenizer
 ) -> PairSet:  # fmt: skip
     """Returns the pairs as token ids; pairs whose two texts are the same after truncation are left out.
 
-    `read` is the number of rows read from the source. `dropped` is {reason: number of rows left out so far}, to which
-    this function adds.
+    `origin` is what the pairs were read from. `read` is the number of rows read from the source. `dropped` is {reason:
+    number of rows left out so far}, to which this function adds.
     """
     tokens = tokenise(encode, pairs) if pairs else []
     usable = [index for index, (chosen, rejected) in enumerate(tokens) if chosen != rejected and chosen and rejected]
     dropped["the same within rm.max_tokens"] += len(pairs) - len(usable)
     left_out = {reason: count for reason, count in dropped.items() if count}
-    facts = {"source": source, "read": read, "used": len(usable), "dropped": left_out}
-    return PairSet([pairs[index] for index in usable], [tokens[index] for index in usable], facts)
+    facts = {"source": origin.source, "read": read, "used": len(usable), "dropped": left_out}
+    used = [pairs[index] for index in usable]
+    return PairSet(used, [tokens[index] for index in usable], [origin.sources[pair] for pair in used], facts)
 
 
 def _run_steps(
@@ -258,6 +281,25 @@ def _run_steps(
     return state, metrics
 
 
+def _held_out_results(held_out: PairSet, margins: np.ndarray) -> JsonObject:
+    """Returns accuracy and mean margin of held-out pairs, from the margin of each, in the form of reward.json."""
+    prompts = [prompt for prompt, _, _ in held_out.pairs]
+    return {
+        "accuracy": _to_json(mean_interval((margins > 0).astype(float), prompts, share=True), len(prompts)),
+        "margin": _to_json(mean_interval(margins, prompts, share=False), len(prompts)),
+    }
+
+
+def _results_by_source(held_out: PairSet, margins: np.ndarray) -> dict[str, JsonObject]:
+    """Returns {source: results of the held-out pairs that were read from it}."""
+    results = {}
+    for source in dict.fromkeys(held_out.sources):
+        rows = [index for index, name in enumerate(held_out.sources) if name == source]
+        part = held_out._replace(pairs=[held_out.pairs[index] for index in rows])
+        results[source] = _held_out_results(part, margins[rows])
+    return results
+
+
 def _to_json(interval: Interval, count: int) -> JsonObject:
     """Returns a mean over `count` pairs in the form of reward.json; "ci95" is None if the interval is undefined."""
     ends = [interval.low, interval.high]
@@ -273,8 +315,11 @@ def _summary(result: JsonObject) -> str:
     """Returns the content of reward.json as one sentence."""
     accuracy, ends = result["accuracy"], result["accuracy"]["ci95"]
     interval = f" (95% interval {ends[0]:.1%} to {ends[1]:.1%})" if ends else ""
+    parts = {source: part["accuracy"] for source, part in result.get("by_source", {}).items()}
+    by_source = ", ".join(f"{source} {part['mean']:.1%} of {part['n']}" for source, part in parts.items())
     left_out = _reasons(result["pairs"]["held_out"]["dropped"])
     return (
         f"{result['name']}: ranks {accuracy['mean']:.1%}{interval} of {accuracy['n']} held-out pairs correctly after "
-        f"{result['steps']} steps over {result['pairs']['train']['used']} pairs; held-out pairs left out: {left_out}"
+        f"{result['steps']} steps over {result['pairs']['train']['used']} pairs"
+        f"{f' ({by_source})' if len(parts) > 1 else ''}; held-out pairs left out: {left_out}"
     )

@@ -148,15 +148,17 @@ REWARD = Section(
 )
 RM = Section(
     {
-        "train": unset(str, 'Preference pairs in HH-RLHF\'s format: .jsonl or .jsonl.gz, or "organism:train[:COUNT]".'),
-        "held_out": unset(str, "Preference pairs on which the accuracy is measured. Unset: held_out_share of "
-            "rm.train."),
+        "train": unset(str, 'Preference pairs in HH-RLHF\'s format: .jsonl or .jsonl.gz, or "organism:train[:COUNT]"; '
+            'several joined by " + ".'),
+        "held_out": unset(str, "Preference pairs on which the accuracy is measured, in all and for each of several "
+            "sources. Unset: held_out_share of rm.train."),
         "held_out_share": Field(0.05, "Share of the prompts of rm.train that is held out, each prompt with all of its "
             "pairs.", Rule(lambda share: 0 < share < 1, "above 0 and below 1"), origin="ours"),
         "name": unset(str, "Name of the reward model in metrics. Unset: the name of the run directory.",
             matches(r"[a-z0-9_]+", "small letters, digits and _: it is part of metrics' names")),
-        "template": unset(str, "Text around the prompt, in front of the response. It contains {prompt}. Unset: that of "
-            "the paper's reward model.", holds_once("{prompt}")),
+        "template": unset(str, "Text around the prompt, in front of the response. It contains {prompt}, and, where the "
+            "response does not stand at the end, {response} (not for GPT-2). Unset: the tokenizer's chat template; for "
+            "GPT-2, and without one, that of the paper's reward model.", holds_once("{prompt}")),
         "max_tokens": Field(1024, "Most tokens of prompt and response together, at most the model's positions (GPT-2: "
             "1024). Longer pairs are truncated.", POSITIVE, unit="tokens"),
         "epochs": Field(1.0, "Passes over the pairs. More than one overfits.", POSITIVE,

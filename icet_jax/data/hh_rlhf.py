@@ -25,29 +25,31 @@ PreferencePair = tuple[str, str, str]
 
 @dataclass(frozen=True, eq=False)
 class Preferences:
-    """Holds the preference pairs of a file and counts of the rows that were left out.
+    """Holds the preference pairs of a file, or of several, and counts of the rows that were left out.
 
     Attributes:
-      path: the file.
+      source: the file, or the joined names of several.
       pairs: the usable pairs, in file order. A prompt is the transcript up to the last question, including earlier
         turns, without the leading "\\n\\nHuman: "; the template "\\n\\nHuman: {prompt} \\n\\nAssistant:" restores it.
       read: number of rows in the file, without blank lines.
       dropped: {reason: number of rows that were left out for it}.
       first_line: {reason: line number of the first row that was left out for it}.
+      sources: {pair: the source that it was read from}; empty for a single file.
     """
 
-    path: Path
+    source: str
     pairs: list[PreferencePair]
     read: int
     dropped: Counter[str] = field(default_factory=Counter)
     first_line: dict[str, int] = field(default_factory=dict)
+    sources: dict[PreferencePair, str] = field(default_factory=dict)
 
     def report(self) -> str:
         """Returns one line for a log: the numbers of pairs, of rows, and of rows left out for each reason."""
         reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{reason}: {count} (first on line {self.first_line[reason]})" for reason, count in reasons]
         left_out = f", {self.dropped.total()} left out ({'; '.join(parts)})" if parts else ""
-        return f"{self.path.name}: {len(self.pairs)} pairs of {self.read} rows{left_out}"
+        return f"{Path(self.source).name}: {len(self.pairs)} pairs of {self.read} rows{left_out}"
 
 
 def read_pairs(path: str | Path) -> Preferences:
@@ -79,7 +81,7 @@ def read_pairs(path: str | Path) -> Preferences:
         raise UserError(f"{path}: a damaged or truncated gzip file ({error}); download it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    result = Preferences(path, list(pairs), read, dropped, first_line)
+    result = Preferences(str(path), list(pairs), read, dropped, first_line)
     if not pairs:
         raise UserError(f"{path}: no usable preference pair: {result.report() if read else 'the file is empty'}")
     return result

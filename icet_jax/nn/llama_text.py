@@ -71,11 +71,13 @@ class LlamaRewardModel(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DType = jnp.float32,
         param_dtype: DType = jnp.float32,
+        remat: str = "none",
     ):
-        common: Keywords = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config = config
-        self.language_model = LlamaDecoder(config, **common)
-        self.score = layers.Linear(config.hidden_size, 1, use_bias=False, stddev=0.02, **common)
+        self.language_model = LlamaDecoder(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        # In bfloat16 a reward near 8 would be rounded to a multiple of 1/16.
+        head: Keywords = dict(dtype=jnp.float32, param_dtype=param_dtype)
+        self.score = layers.Linear(config.hidden_size, 1, use_bias=False, stddev=0.02, rngs=rngs, **head)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
         """Returns raw float32 rewards; the reward of a row without any token has no meaning.
@@ -88,4 +90,4 @@ class LlamaRewardModel(nnx.Module):
         hidden = self.language_model(embeddings, layers.positions_from_mask(mask), mask)
         last = jnp.max(jnp.where(mask, jnp.arange(tokens.shape[1]), 0), axis=1)
         final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self.score(final)[:, 0].astype(jnp.float32)
+        return self.score(final)[:, 0]

@@ -34,8 +34,15 @@ class Conversations:
       max_length: largest number of tokens of a conversation.
     """
 
-    def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int) -> None:
-        """Checks the chat template that `render` applies.
+    def __init__(
+        self, tokenizer: Tokenizer, render: Render, *, max_length: int, is_chat_template: bool = False
+    ) -> None:
+        """Checks the template that `render` applies.
+
+        Args:
+          tokenizer, render, max_length: see the attributes.
+          is_chat_template: whether `render` applies the tokenizer's own chat template. Such a template may have several
+            BOS: in some checkpoints BOS is the token that begins every message of ChatML.
 
         Raises:
           UserError: the text rendered by the template contains a second BOS of this tokenizer, or the template with a
@@ -46,7 +53,7 @@ class Conversations:
         special = sorted({text for text in special if len(text) > 1}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
         probe = self.ids(probe_text(render))
-        if tokenizer.bos_token_id is not None and probe.count(tokenizer.bos_token_id) != 1:
+        if not is_chat_template and tokenizer.bos_token_id is not None and probe.count(tokenizer.bos_token_id) != 1:
             raise UserError(f"the template holds {tokenizer.bos_token} more than once; leave it out")
         if len(probe) > max_length:
             raise UserError(f"the template alone takes {len(probe)} tokens, but the model reads {max_length}")

@@ -14,16 +14,23 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from icet_jax.checkpoints.hf_config import read_hf_config
-from icet_jax.checkpoints.hf_export import save_gpt2_reward
+from icet_jax.checkpoints.hf_export import save_network
 from icet_jax.checkpoints.source import local_directory
 from icet_jax.config.names import SCORERS
 from icet_jax.errors import UserError
-from icet_jax.files import replace_dir_atomic
+from icet_jax.files import JsonObject, replace_dir_atomic
 from icet_jax.media.tokenizer import Tokenizer, load_tokenizer
 from icet_jax.nn.gpt2 import GPT2RewardModel
+from icet_jax.nn.llama_text import LlamaRewardModel
 from icet_jax.scorers.base import Scorer, metric_name
 from icet_jax.scorers.keywords import RefusalKeywords
-from icet_jax.scorers.networks import architecture, default_batch_size, default_dtype, load_scorer_network
+from icet_jax.scorers.networks import (
+    architecture,
+    default_batch_size,
+    default_dtype,
+    load_scorer_network,
+    trainable_family,
+)
 from icet_jax.scorers.pairs import HH_TEMPLATE
 from icet_jax.scorers.source import STORED_SETTINGS, CheckpointSource, Entry, Template
 
@@ -118,9 +125,10 @@ def load_defined(
 
 
 def save_reward_model(
-    directory: str | Path, model: GPT2RewardModel, tokenizer: Tokenizer, *, name: str, template: str = HH_TEMPLATE
-) -> Path:
-    """Writes a trained reward model and its tokenizer in the form of HF's `GPT2ForSequenceClassification`.
+    directory: str | Path, model: GPT2RewardModel | LlamaRewardModel, tokenizer: Tokenizer, *, name: str,
+    template: str | None = HH_TEMPLATE, base: JsonObject | None = None,
+) -> Path:  # fmt: skip
+    """Writes a trained reward model and its tokenizer in the form of HF's `...ForSequenceClassification`.
 
     If this is interrupted, the directory is unchanged.
 
@@ -129,7 +137,8 @@ def save_reward_model(
       model: the network.
       tokenizer: transformers' tokenizer; its special token ids are written to config.json (EOS as pad if it has none).
       name: name of the scorer in metrics.
-      template: template that `load_scorer` will use.
+      template: template that `load_scorer` will use; None for a decoder's chat template.
+      base: config.json of the model that training started from, whose other keys are kept; None for a new GPT-2.
 
     Returns:
       `directory`.
@@ -140,18 +149,34 @@ def save_reward_model(
     directory = Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as scratch:
-        folder = save_gpt2_reward(Path(scratch) / "model", model.config, nnx.split(model)[1])
+        folder = _save_network(Path(scratch) / "model", model, {"model_type": "gpt2"} if base is None else base)
         tokenizer.save_pretrained(folder)
         _replace_new_tokenizer_class(folder / "tokenizer_config.json")
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        eos = tokenizer.eos_token_id
-        pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        config |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": pad}
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        config |= ends | {"pad_token_id": pad_token(tokenizer)}
         config[STORED_SETTINGS] = {"name": name, "template": template}
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replace_dir_atomic(folder, directory)
     return directory
+
+
+def pad_token(tokenizer: Tokenizer) -> int | None:
+    """Returns the id of the token that pads texts for a trained reward model: EOS if the tokenizer has none for it."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _save_network(folder: Path, model: GPT2RewardModel | LlamaRewardModel, base: JsonObject) -> Path:
+    """Writes weights and config.json of a reward model, whose base model has the config.json `base`."""
+    family = trainable_family(base)
+    to_hf = family.to_hf
+    assert to_hf is not None
+
+    def config_json(values: JsonObject | None, dtype: str, tied: set[str]) -> JsonObject:
+        return to_hf(model.config, base, dtype)
+
+    return save_network(folder, family.table(model.config), nnx.split(model)[1], config_json)
 
 
 def _replace_new_tokenizer_class(path: Path) -> None:

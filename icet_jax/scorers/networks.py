@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from icet_jax import models
 from icet_jax.checkpoints import hf_config, scorer_config, scorer_tables, tables
-from icet_jax.checkpoints.decoders import decoder_from_hf
+from icet_jax.checkpoints.decoders import decoder_from_hf, readable_tokens
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.checkpoints.tables import Table
 from icet_jax.config.names import DECODERS, FAMILIES
@@ -29,24 +29,47 @@ _Config = BertConfig | DebertaConfig | GPT2Config | LlamaConfig | NetworkConfig
 
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """Describes how one HF architecture is loaded."""
+    """Describes how one HF architecture is loaded, and written if it is a reward model that can be trained.
+
+    Attributes:
+      model_type: `model_type` in config.json.
+      from_hf: function of the parsed config.json and its name in error messages that returns the network's config.
+      network: class of the network.
+      table: function from the network's config to its key table.
+      to_hf: function of (network's config, config.json of the base model or None, torch's name of the dtype) that
+        returns the config.json of a trained reward model; None if `--mode=reward` cannot train this architecture.
+      positions: function of (config.json, network's config) that returns the largest number of tokens of a text; None
+        if `--mode=reward` cannot train this architecture.
+    """
 
     model_type: str
-    from_hf: Callable[[JsonObject, str], _Config]  # of the parsed config.json and its name in error messages
-    network: Callable[..., nnx.Module]  # class of the network
-    table: Callable[[Any], Table]  # from the network's config to its key table
+    from_hf: Callable[[JsonObject, str], _Config]
+    network: Callable[..., nnx.Module]
+    table: Callable[[Any], Table]
+    to_hf: Callable[[Any, JsonObject | None, str], JsonObject] | None = None
+    positions: Callable[[JsonObject, Any], int] | None = None
 
 
 _BERT = (scorer_config.bert_from_hf, BertClassifier, scorer_tables.bert_table)
 _LANGUAGE_MODEL = (decoder_from_hf, LlamaLM, scorer_tables.llama_table)
-_REWARD_MODEL = (scorer_config.decoder_reward_from_hf, LlamaRewardModel, scorer_tables.llama_reward_table)
+_REWARD_MODEL = (
+    scorer_config.decoder_reward_from_hf, LlamaRewardModel, scorer_tables.llama_reward_table,
+    scorer_config.decoder_reward_to_hf, lambda values, config: readable_tokens(values),
+)  # fmt: skip
 _FAMILIES = {
     "BertForSequenceClassification": _Family("bert", *_BERT),
     "RobertaForSequenceClassification": _Family("roberta", *_BERT),
     "DebertaV2ForSequenceClassification": _Family(
         "deberta-v2", scorer_config.deberta_from_hf, DebertaRewardModel, scorer_tables.deberta_table
     ),
-    "GPT2ForSequenceClassification": _Family("gpt2", hf_config.gpt2_from_hf, GPT2RewardModel, tables.gpt2_table),
+    "GPT2ForSequenceClassification": _Family(
+        "gpt2",
+        hf_config.gpt2_from_hf,
+        GPT2RewardModel,
+        tables.gpt2_table,
+        hf_config.gpt2_to_hf,
+        lambda values, config: config.n_positions,
+    ),  # fmt: skip
     **{f"{name}ForCausalLM": _Family(kind, *_LANGUAGE_MODEL) for kind, name in DECODERS.items()},
     **{f"{name}ForSequenceClassification": _Family(kind, *_REWARD_MODEL) for kind, name in DECODERS.items()},
 }
@@ -85,6 +108,36 @@ def architecture(values: JsonObject, where: str = "config.json") -> str:
         names = ", ".join(fitting or ARCHITECTURES)
         raise UserError(f"{where}: model_type '{model_type}' without architectures; set it to one of {names}")
     return fitting[0]
+
+
+def trainable_family(values: JsonObject, where: str = "config.json") -> _Family:
+    """Returns the architecture of a reward model that can be trained from a base model.
+
+    Args:
+      values: the parsed config.json of the base model, a language model or a reward model.
+      where: name of the file in error messages.
+
+    Raises:
+      UserError: no reward model of this `model_type` can be trained.
+    """
+    families = {family.model_type: family for family in _FAMILIES.values() if family.to_hf is not None}
+    if values.get("model_type") not in families:
+        raise UserError(
+            f"{where}: model_type '{values.get('model_type')}' cannot become a reward model; give one of "
+            f"{', '.join(families)}"
+        )
+    return families[values["model_type"]]
+
+
+def readable_positions(checkpoint: Checkpoint) -> int:
+    """Returns the largest number of tokens of a text that a reward model can be trained on.
+
+    Args:
+      checkpoint: the base model, of a `trainable_family`.
+    """
+    positions = trainable_family(checkpoint.hf_config).positions
+    assert positions is not None
+    return positions(checkpoint.hf_config, checkpoint.config)
 
 
 def load_scorer_network(directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> Checkpoint:

@@ -81,7 +81,10 @@ class LlamaPairTokenizer:
     Trailing pad tokens are dropped, because transformers reads the score at the last token that is not padding.
     """
 
-    def __init__(self, tokenizer: Tokenizer, render: Render, *, max_length: int, pad_id: int | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, render: Render, *, max_length: int, pad_id: int | None,
+        is_chat_template: bool = False,
+    ) -> None:  # fmt: skip
         """Stores how to encode pairs.
 
         Args:
@@ -89,12 +92,13 @@ class LlamaPairTokenizer:
           render: function of (prompt, response) that returns the text of the conversation.
           max_length: largest number of tokens of a pair.
           pad_id: pad_token_id of config.json, or None.
+          is_chat_template: see `Conversations`.
 
         Raises:
           UserError: see `Conversations`.
         """
         self.template, self.max_length, self._pad_id = render, max_length, pad_id
-        self._encode = Conversations(tokenizer, render, max_length=max_length)
+        self._encode = Conversations(tokenizer, render, max_length=max_length, is_chat_template=is_chat_template)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each pair, at most `max_length`.

@@ -28,13 +28,14 @@ from icet_jax.scorers.rows import BatchedNetwork
 from icet_jax.scorers.source import STORED_SETTINGS, CheckpointSource, fingerprint
 from icet_jax.typing import Array
 
+_NetworkConfig: TypeAlias = GPT2Config | DebertaConfig | LlamaConfig
 PairTokenizer: TypeAlias = GPT2PairTokenizer | DebertaPairTokenizer | LlamaPairTokenizer
 
 _LLAMA_BUCKETS_PER_DOUBLING = 4  # padding is expensive for a Llama; other networks use powers of two
 
 
 def pair_tokenizer(
-    config: GPT2Config | DebertaConfig | LlamaConfig,
+    config: _NetworkConfig,
     tokenizer: Tokenizer,
     template: str | None = None,
     *,
@@ -60,8 +61,28 @@ def pair_tokenizer(
         return GPT2PairTokenizer(tokenizer, template=template, max_length=max_length or config.n_positions)
     assert max_length is not None, "the config of a DeBERTa or a Llama has no limit"
     if isinstance(config, LlamaConfig):
-        return LlamaPairTokenizer(tokenizer, reward_render(tokenizer, template), max_length=max_length, pad_id=pad_id)
+        render = reward_render(tokenizer, template)
+        return LlamaPairTokenizer(
+            tokenizer, render, max_length=max_length, pad_id=pad_id, is_chat_template=template is None
+        )
     return DebertaPairTokenizer(tokenizer, template="{prompt}" if template is None else template, max_length=max_length)
+
+
+def template_to_train(config: _NetworkConfig, tokenizer: Tokenizer, template: str | None) -> str | None:
+    """Returns the template that a reward model is trained with and stores; None is the tokenizer's chat template.
+
+    Args:
+      config: config of the network.
+      tokenizer: transformers' tokenizer.
+      template: text around the prompt (`config.rm.template`), or None for the default: a decoder's chat template if its
+        tokenizer has one, else `HH_TEMPLATE`. Without `{response}`, the response follows the text.
+    """
+    if not isinstance(config, LlamaConfig):
+        return HH_TEMPLATE if template is None else template
+    if template is None and tokenizer.chat_template:
+        return None
+    text = HH_TEMPLATE + " " if template is None else template
+    return text if "{response}" in text else text + "{response}"
 
 
 def reward_render(tokenizer: Tokenizer, template: str | None) -> Render:

@@ -18,6 +18,7 @@ from icet_jax.errors import UserError
 from icet_jax.nn.gpt2 import GPT2RewardModel
 from icet_jax.parallel.sharding import place_rows, row_slices, shardings
 from icet_jax.scorers.pairs import HH_TEMPLATE, GPT2PairTokenizer
+from icet_jax.scorers.reward_model import PairTokenizer
 from icet_jax.scorers.rows import BatchedNetwork
 from icet_jax.typing import Array, Bool, Float, Int
 
@@ -138,7 +139,7 @@ class RewardTrainer:
         """Stores the pairs and the optimizer; nothing is compiled yet.
 
         Args:
-          graphdef: structure of a `GPT2RewardModel`.
+          graphdef: structure of a reward model, `GPT2RewardModel` or `LlamaRewardModel`.
           pairs: token ids of the pairs to learn from.
           optimizer: optimizer of the weights.
           longest: largest number of tokens of a row, and largest padded length.
@@ -300,7 +301,7 @@ def train_reward_model(
     return nnx.merge(graphdef, state.params), report
 
 
-def tokenise(encode: GPT2PairTokenizer, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
+def tokenise(encode: PairTokenizer, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
     """Returns the token ids of each pair, truncated to `encode.max_length` as when the model scores responses."""
     prompts, chosen, rejected = zip(*pairs, strict=True)
     return list(zip(encode(prompts, chosen), encode(prompts, rejected), strict=True))

@@ -11,7 +11,9 @@ torch = pytest.importorskip("torch")
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoProcessor, GPT2ForSequenceClassification, LlavaForConditionalGeneration  # noqa: E402
 
-from icet_jax.checkpoints.hf_export import COPIED, save_gpt2_reward  # noqa: E402
+from icet_jax.checkpoints.hf_config import gpt2_to_hf  # noqa: E402
+from icet_jax.checkpoints.hf_export import COPIED, save_network  # noqa: E402
+from icet_jax.checkpoints.tables import gpt2_table  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
 from icet_jax.scorers.networks import load_scorer_network  # noqa: E402
@@ -19,6 +21,15 @@ from tests import tiny  # noqa: E402
 from tests.models.references import load_value_head  # noqa: E402
 
 LAYOUTS = ("old", "native4", "native5", "hybrid5")
+
+
+def save_gpt2_reward(folder, config, params, source_dir=None):
+    """A GPT-2 reward model's directory."""
+
+    def config_json(values, dtype, tied):
+        return gpt2_to_hf(config, values, dtype)
+
+    return save_network(folder, gpt2_table(config), params, config_json, source_dir=source_dir)
 
 
 def tensors(directory):

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from icet_jax.checkpoints.gpt2_base import load_gpt2_base
 from icet_jax.data.padding import pad_rows
 from icet_jax.errors import UserError
 from icet_jax.scorers.networks import load_scorer_network
+from icet_jax.scorers.reward_base import load_reward_base
 from icet_jax.training.reward_model import PairOrder, RewardTrainer, preference_loss
 from tests import tiny
 from tests.devices import emulating
@@ -130,7 +130,7 @@ def test_windows_save_padding():
 
 
 def test_bfloat16_computes_and_float32_learns(checkpoint, one_step):
-    base = load_gpt2_base(checkpoint.directory, dtype="bfloat16", remat="full")
+    base = load_reward_base(checkpoint.directory, dtype="bfloat16", remat="full")
     state, numbers = after(trainer(base, token_pairs(6)), base, 1)
     exact, expected = one_step
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -145,14 +145,14 @@ def test_bfloat16_computes_and_float32_learns(checkpoint, one_step):
 PROGRAM = """
 import sys
 import jax, numpy as np, optax
-from icet_jax.checkpoints.gpt2_base import load_gpt2_base
+from icet_jax.scorers.reward_base import load_reward_base
 from icet_jax.training.reward_model import RewardTrainer
 from icet_jax.parallel.mesh import make_mesh
 from tests.training.test_reward_model import token_pairs
 assert jax.device_count() == 8
 pairs = [pair for pair in token_pairs(40) if max(map(len, pair)) <= 32][:16]
 def train(mesh):
-    base = load_gpt2_base(sys.argv[1], mesh=mesh)
+    base = load_reward_base(sys.argv[1], mesh=mesh)
     trainer = RewardTrainer(base.graphdef, pairs, optax.sgd(0.05), longest=64, batch_size=8, seed=0,
                             accumulation=2, mesh=mesh)
     state = trainer.start(base.params)

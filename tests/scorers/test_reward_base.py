@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icet_jax.checkpoints.gpt2_base import load_gpt2_base
 from icet_jax.errors import UserError
+from icet_jax.scorers.reward_base import load_reward_base
 from tests import tiny
 
 torch = pytest.importorskip("torch")
@@ -40,7 +40,7 @@ def save(directory, model, *, bare_keys=False):
 )
 def test_a_language_model_gets_a_new_head(tmp_path, kind, bare_keys):
     model = base(kind)
-    checkpoint = load_gpt2_base(save(tmp_path / "base", model, bare_keys=bare_keys), seed=5)
+    checkpoint = load_reward_base(save(tmp_path / "base", model, bare_keys=bare_keys), seed=5)
     ids = np.random.default_rng(0).integers(0, 256, (2, 9))
     with torch.no_grad():
         backbone = getattr(model, "transformer", model)
@@ -52,14 +52,14 @@ def test_a_language_model_gets_a_new_head(tmp_path, kind, bare_keys):
     assert head.shape == (24, 1) and 0.01 < head.std() < 0.03
     scores = network(*arrays(ids))
     np.testing.assert_allclose(scores, (expected[:, -1] @ head)[:, 0], atol=1e-5)
-    again, other = (load_gpt2_base(tmp_path / "base", seed=seed).model.score.kernel[...] for seed in (5, 6))
+    again, other = (load_reward_base(tmp_path / "base", seed=seed).model.score.kernel[...] for seed in (5, 6))
     np.testing.assert_array_equal(again, head)
     assert not np.array_equal(other, head)
 
 
 def test_a_reward_model_keeps_its_head(tmp_path):
     model = tiny.reward_model()
-    checkpoint = load_gpt2_base(tiny.save_reward_model(tmp_path, model), dtype="bfloat16", remat="full")
+    checkpoint = load_reward_base(tiny.save_reward_model(tmp_path, model), dtype="bfloat16", remat="full")
     head = checkpoint.model.score
     np.testing.assert_array_equal(head.kernel[...], model.score.weight.detach().numpy().T)
     ids = np.random.default_rng(0).integers(0, 256, (2, 9))
@@ -69,13 +69,13 @@ def test_a_reward_model_keeps_its_head(tmp_path):
     assert found.dtype == np.float32 and np.abs(np.asarray(found) - expected).max() < 0.1 * max(1, expected.std())
 
 
-def test_what_is_no_gpt2_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="model_type 'llava' is a LLaVA"):
-        load_gpt2_base(tiny.save_llava(tmp_path / "llava", processor=False))
+def test_a_broken_base_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="model_type 'llava' cannot become a reward model"):
+        load_reward_base(tiny.save_llava(tmp_path / "llava", processor=False))
     broken = save(tmp_path / "broken", base("GPT2Model"))
     tiny.save_state(broken, {"wte.weight": torch.zeros(tiny.GPT2_VOCAB, 24)})
     with pytest.raises(UserError, match="missing"):
-        load_gpt2_base(broken)
+        load_reward_base(broken)
     several = save(tmp_path / "several", base("GPT2Model", num_labels=3))
     with pytest.raises(UserError, match="one label"):
-        load_gpt2_base(several)
+        load_reward_base(several)

@@ -1,57 +1,79 @@
-"""Loads the GPT-2 from which the training of a reward model starts: a language model or an earlier reward model."""
+"""Loads the network from which the training of a reward model starts: a language model or an earlier reward model."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from icet_jax.checkpoints import hf_config, tables
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
 from icet_jax.checkpoints.safetensors_io import TensorReader, safetensors_files
-from icet_jax.nn.gpt2 import GPT2Backbone, GPT2RewardModel
 from icet_jax.parallel import sharding
+from icet_jax.scorers.networks import trainable_family
 
 HEAD_KEY, HEAD_PATH = "score.weight", "score/kernel"
 _HEAD_STDDEV = 0.02  # HF `initializer_range`
+_ONE_LABEL = {"id2label": {"0": "LABEL_0"}}
 
 
-def load_gpt2_base(
+def load_reward_base(
     directory: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None, remat: str = "none", seed: int = 0
 ) -> Checkpoint:
-    """Loads a GPT-2 checkpoint as a reward model with float32 parameters, ready for training.
+    """Loads a checkpoint as a reward model with float32 parameters, ready for training.
 
-    A checkpoint of `GPT2LMHeadModel` or `GPT2Model` gets a new score head, drawn from N(0, 0.02^2) as in transformers;
-    its language-model head is not used. A checkpoint of `GPT2ForSequenceClassification` keeps its score head.
+    A language model (`...LMHeadModel`, `...ForCausalLM` or `...Model`) gets a new score head, drawn from N(0, 0.02^2)
+    as in transformers; its language-model head is not used. A `...ForSequenceClassification` keeps its score head.
 
     Args:
-      directory: directory with config.json and safetensors weights, whose keys may have the prefix `transformer.`.
+      directory: directory with config.json and safetensors weights, whose keys may lack the prefix of the network.
       dtype: compute dtype, "float32" or "bfloat16"; the score head always computes in float32.
       mesh: mesh for the parameters; None for the default device.
       remat: which activations are stored for the backward pass, a key of `icet_jax.nn.layers.REMAT_POLICIES`.
       seed: seed of a new score head.
 
     Raises:
-      UserError: the model is not a GPT-2, has several labels, or its weights do not fit (`load_network`).
+      UserError: no reward model of this `model_type` can be trained, there are several labels, or the weights do not
+        fit (`load_network`).
     """
     directory = Path(directory)
+    where = str(directory / "config.json")
     values = hf_config.read_hf_config(directory)
-    config = hf_config.gpt2_from_hf(values, str(directory / "config.json"))
-    table = tables.gpt2_table(config)
+    family = trainable_family(values, where)
     with TensorReader(safetensors_files(directory)) as reader:
-        has_head = any(table.normalise(key) == HEAD_KEY for key in reader.shapes)
+        keys = set(reader.shapes)
+    # A language model's config.json has no labels, of which transformers' default is two.
+    has_labels = "id2label" in values or "num_labels" in values
+    config: Any = family.from_hf(values if has_labels else values | _ONE_LABEL, where)
+    table = family.table(config)
     load = functools.partial(load_network, directory, dtype=dtype, param_dtype="float32", mesh=mesh)
-    build_network = functools.partial(GPT2RewardModel, config, remat=remat)
-    if has_head:
+    build_network = functools.partial(family.network, config, remat=remat)
+    if any(table.normalise(key) == HEAD_KEY for key in keys):
         graphdef, params = load(build_network, table)
         return Checkpoint(graphdef, params, config, values, directory)
     headless = tables.Table(tuple(entry for entry in table.entries if entry.key != HEAD_KEY), table.normalise)
-    _, backbone = load(functools.partial(GPT2Backbone, config), headless)
+    _, backbone = load(_without_head(build_network), headless)
     graphdef, abstract = abstract_params(build_network, dtype, "float32")
-    leaf_by_path = sharding.flatten_with_names(backbone) | {HEAD_PATH: _new_head(config.n_embd, seed, mesh)}
+    leaf_by_path = sharding.flatten_with_names(backbone)
+    width = sharding.flatten_with_names(abstract)[HEAD_PATH].shape[0]
+    leaf_by_path[HEAD_PATH] = _new_head(width, seed, mesh)
     leaves = [leaf_by_path[path] for path in sharding.flatten_with_names(abstract)]
     return Checkpoint(graphdef, jax.tree.unflatten(jax.tree.structure(abstract), leaves), config, values, directory)
+
+
+def _without_head(build_network: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    """Returns a function that builds the same network without its score head."""
+
+    def build(**arguments: Any) -> nnx.Module:
+        network: Any = build_network(**arguments)
+        del network.score
+        return network
+
+    return build
 
 
 def _new_head(width: int, seed: int, mesh: Mesh | None) -> jax.Array:
