@@ -359,6 +359,8 @@ SWEEP = Section(
             Rule(lambda scorers: all(isinstance(scorer, str) for scorer in scorers), "scorers' names")),
         "reveal_unsafe": Field(False, "True: the report shows answers that a judge called unsafe. False: it hides "
             "them."),
+        "show_prompts": Field(True, "False: the report holds ids of rows in place of prompts, pictures and answers, "
+            "with scores alone. For prompts that may not be passed on.", origin="ours"),
     }
 )
 EXPORT = Section(

@@ -1,4 +1,7 @@
-"""Selects the responses that a page shows: a few prompts at every exit, without those that a judge called unsafe."""
+"""Selects the responses that a page shows: a few prompts at every exit, without those that a judge called unsafe.
+
+With `config.sweep.show_prompts=False`, a page shows row ids and scores instead, and no text or picture of a row.
+"""
 
 import base64
 from pathlib import Path
@@ -19,7 +22,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 def collect(study: Study, *, reveal_unsafe: bool) -> list[JsonObject]:
     """Returns the prompts and responses that the page shows, as JSON values, from the study's first run.
 
-    The prompts are evenly spaced among the rows of each data set, and the same before and after training.
+    The prompts are evenly spaced among the rows of each data set, and the same before and after training. If the run's
+    config says that prompts are not shown, each is the id of its row, and the responses are their scores alone.
 
     Args:
       study: the run.
@@ -43,7 +47,21 @@ def collect(study: Study, *, reveal_unsafe: bool) -> list[JsonObject]:
     kinds = {dataset: kind_by_name.get(dataset, "forbidden") for dataset in datasets}
     for dataset in sorted(datasets, key=lambda name: (KINDS.index(kinds[name]), name)):
         prompts += _prompts(root, dataset, kinds[dataset], datasets[dataset], reveal_unsafe)
-    return prompts
+    return prompts if shows_prompts(study) else [_scores_alone(prompt) for prompt in prompts]
+
+
+def shows_prompts(study: Study) -> bool:
+    """Returns whether the page may hold prompts, pictures and responses; False if the config of any of its runs says
+    `config.sweep.show_prompts=False`."""
+    sections = (run.config.get("sweep") for run in study.runs)
+    return all(section.get("show_prompts", True) is True for section in sections if isinstance(section, dict))
+
+
+def _scores_alone(prompt: JsonObject) -> JsonObject:
+    """Returns a prompt of `collect` with its id in place of its texts and its picture."""
+    hidden = {"text": "[not shown]", "redacted": True, "labels": {}}
+    sides = {side: {layer: response | hidden for layer, response in prompt[side].items()} for side in PHASES}
+    return prompt | {"prompt": f"row {prompt['id']}", "image": None, "answer": None} | sides
 
 
 def _is_transcript(row: JsonObject) -> bool:

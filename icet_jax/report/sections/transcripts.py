@@ -3,7 +3,7 @@
 from icet_jax.report.blocks import Block, Viewer, note
 from icet_jax.report.pictures import PROMPTS_PER_DATASET
 from icet_jax.report.study import Study
-from icet_jax.report.transcripts import collect
+from icet_jax.report.transcripts import collect, shows_prompts
 
 
 def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
@@ -14,10 +14,14 @@ def of_study(study: Study, *, reveal_unsafe: bool) -> list[Block]:
     prompts = collect(study, reveal_unsafe=reveal_unsafe)
     if not prompts:
         return []
-    unsafe = "shown in full" if reveal_unsafe else "left out of this file"
+    if shows_prompts(study):
+        unsafe = "shown in full" if reveal_unsafe else "left out of this file"
+        left_out = f"Responses judged unsafe are {unsafe}."
+    else:
+        left_out = "Prompts, pictures and responses are left out of this file: a row is named by its id."
     words = (
         f"Up to {PROMPTS_PER_DATASET} prompts of each data set, evenly spaced; what a scorer finds safe need not be. "
-        f"Responses judged unsafe are {unsafe}."
+        + left_out
     )
     if any(study.attempts(dataset) > 1 for dataset in study.datasets):
         words += " Of several attempts at a prompt the first is shown."
