@@ -1,7 +1,9 @@
 """The sections with charts over exits: safety, over-refusal and utility."""
 
+from collections.abc import Sequence
+
 from icet_jax.evaluation.combined import family_of
-from icet_jax.report.blocks import Block, Heading, code, details, grid, table, text
+from icet_jax.report.blocks import Block, Heading, code, details, grid, note, table, text
 from icet_jax.report.charts.figures import Figure
 from icet_jax.report.comparison import Comparison
 from icet_jax.report.curves import metric_figure
@@ -9,7 +11,9 @@ from icet_jax.report.loading import PHASES
 from icet_jax.report.overlays import metric_overlay
 from icet_jax.report.sections.numbers import COLUMN_TITLES, study_numbers, value_cells
 from icet_jax.report.study import HUMAN, Study, dataset_name
+from icet_jax.report.text import number, percent
 from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, USEFUL_FAMILIES
+from icet_jax.scorers.calibration import calibrations
 
 _SAFETY_KINDS = ("forbidden", "mixed")
 
@@ -31,7 +35,23 @@ def safety_of_study(study: Study) -> list[Block]:
             figure = metric_figure(study, dataset, metric, wide=True)
             blocks += [figure] if figure is not None else []
         blocks += grid([_figure(study, dataset, name) for name in others])
+    blocks += _agreement_with_people([name for dataset in datasets for name in study.judges(dataset)])
     return [*blocks, *study_numbers(study, datasets)]
+
+
+def _agreement_with_people(metrics: Sequence[str]) -> list[Block]:
+    """Returns a note for each of these metrics whose judge was compared with people's labels."""
+    measured = calibrations()
+    notes: list[Block] = []
+    for metric in dict.fromkeys(metrics):
+        people = measured.get(metric.removeprefix("asr/"))
+        if people is not None:
+            words = (
+                f" agrees with people on {percent(people.agree, 0)} of {people.n} of {people.responses}, "
+                f"κ {number(people.kappa)} (docs/judging.md)."
+            )
+            notes.append(note(code(metric), words))
+    return notes
 
 
 def utility_of_study(study: Study) -> list[Block]:
