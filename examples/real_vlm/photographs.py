@@ -133,13 +133,13 @@ def read_objects(instances: Path) -> dict[str, Counter[str]]:
       UserError: the file does not exist or is not in MS-COCO's layout.
     """
     content = read_coco(instances, "--instances", ("images", "annotations", "categories"))
-    names = {image.get("id"): image.get("file_name") for image in content["images"] if isinstance(image, dict)}
-    categories = {row.get("id"): row.get("name") for row in content["categories"] if isinstance(row, dict)}
-    counts: dict[str, Counter[str]] = {
-        name: Counter(dict.fromkeys(categories.values(), 0)) for name in names.values() if isinstance(name, str)
-    }
+    names = {image.get("id"): str(image.get("file_name")) for image in content["images"] if isinstance(image, dict)}
+    categories = {row.get("id"): str(row.get("name")) for row in content["categories"] if isinstance(row, dict)}
+    counts: dict[str, Counter[str]] = {name: Counter(dict.fromkeys(categories.values(), 0)) for name in names.values()}
     for row in content["annotations"]:
-        name, category = names.get(row.get("image_id")), categories.get(row.get("category_id"))
+        if not isinstance(row, dict) or row.get("image_id") not in names:
+            continue
+        name, category = names[row["image_id"]], categories.get(row.get("category_id"))
         if row.get("iscrowd"):
             counts.pop(name, None)
         elif name in counts and category is not None:

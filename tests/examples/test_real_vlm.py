@@ -347,7 +347,9 @@ def test_captions_that_the_training_has_no_room_for_are_left_out(tmp_path, input
     sources = rows.Sources(found, None, inputs["instructions"], None, limit=5)
     tokenizer = load_tokenizer(llava)
     rows.write_rows(tmp_path, sources, tokenizer, longest_caption=30)
-    written = [row["answer"] for name in ("", "held_out_") for row in rows.read_jsonl(tmp_path / f"{name}captions.jsonl")]
+    written = [
+        row["answer"] for name in ("", "held_out_") for row in rows.read_jsonl(tmp_path / f"{name}captions.jsonl")
+    ]
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written]
     assert 0 < max(lengths) < 30
 
