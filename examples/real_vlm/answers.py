@@ -6,6 +6,7 @@ from pathlib import Path
 
 from examples.real_vlm.rows import read_jsonl, write_jsonl
 from icet_jax.files import JsonObject
+from icet_jax.scorers.degenerate import degenerate_reason
 from icet_jax.scorers.keywords import refused
 from icet_jax.training.progress import Progress
 from icet_jax.vlm import VLM
@@ -18,7 +19,7 @@ def write_answers(vlm: VLM, instructions: Path, out: Path, max_tokens: int) -> J
     """Writes the instructions with the model's own answers, greedy and without the photograph; returns counts.
 
     An answer that is longer than `max_tokens` is cut after its last whole sentence. An instruction is left out if the
-    model refuses it, or if no sentence of its answer is whole.
+    model refuses it, or if what it says is degenerate or has no whole sentence.
 
     Args:
       vlm: the model before training.
@@ -31,7 +32,7 @@ def write_answers(vlm: VLM, instructions: Path, out: Path, max_tokens: int) -> J
     for row, text in zip(rows, _answers(vlm, [row["prompt"] for row in rows], max_tokens), strict=True):
         if refused(text):
             refusals += 1
-        elif text:
+        elif degenerate_reason(text) is None:
             answered.append({**row, "answer": text})
     write_jsonl(out, answered)
     return {"asked": len(rows), "answered": len(answered), "refused": refusals}

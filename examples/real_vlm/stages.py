@@ -6,7 +6,7 @@ build.py runs them. By hand, after its stage `data` and for another number of st
         --config.model.checkpoint=WORKDIR/start --config.data.train=WORKDIR/data/captions.jsonl \
         --config.sweep.datasets.harmless=WORKDIR/data/held_out_harmless.jsonl
 
-Times are those of two idle cores of a server of 2024, at 64 image tokens.
+At 64 image tokens a step takes 7 seconds of one core for the projector, and 16 for the tuning.
 """
 
 from icet_jax import config as icet_config
@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> icet_config.ConfigDict:
 def _projector(config: icet_config.ConfigDict) -> icet_config.ConfigDict:
     """Captions; tower and decoder are frozen."""
     config.lsft.train = "projector"
-    config.lsft.iterations = 300
+    config.lsft.iterations = 360
     config.lppo.max_new_tokens = 32  # longest caption, with EOS
     config.data.mixture = {"benign": 1.0}
     config.data.max_prompt_tokens = IMAGE_TOKENS + 24
@@ -50,7 +50,7 @@ def _projector(config: icet_config.ConfigDict) -> icet_config.ConfigDict:
 def _tuning(config: icet_config.ConfigDict) -> icet_config.ConfigDict:
     """Captions, questions, harmless instructions and refusals; projector and decoder (LoRA) are trained."""
     config.lsft.train = "both"
-    config.lsft.iterations = 150
+    config.lsft.iterations = 120
     config.lora.rank = 32
     config.lora.alpha = 64.0
     config.lppo.max_new_tokens = 64  # longest answer, with EOS
