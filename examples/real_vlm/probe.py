@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from scipy.stats import rankdata
 
 from examples.real_vlm.photographs import Photograph
 from icet_jax.evaluation.statistics import Interval
@@ -135,7 +134,13 @@ def mean_area(scores: np.ndarray, labels: np.ndarray) -> float:
     """
     present = labels.sum(axis=0)
     usable = (present > 0) & (present < len(labels))
-    ranks = rankdata(scores[:, usable], axis=0)
+    ranks = np.apply_along_axis(_ranks, 0, scores[:, usable]) if usable.any() else scores[:, usable]
     present = present[usable]
     sums = np.where(labels[:, usable], ranks, 0).sum(axis=0) - present * (present + 1) / 2
     return float(np.mean(sums / (present * (len(labels) - present)))) if usable.any() else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Returns the rank of each value, from 1; equal values share their mean rank."""
+    ordered = np.sort(values)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") + 1) / 2

@@ -573,6 +573,13 @@ def test_without_forbidden_requests_nothing_is_refused_and_the_build_says_so(min
     assert "its stage 'start' was made with other inputs (seed is 1, not 0)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ("build.py", "flickr8k.py"))
+def test_scripts_start_by_their_path_in_any_folder(script, tmp_path):
+    path = build.Path(build.__file__).with_name(script)
+    done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--images" in done.stdout, done.stderr[-1000:]
+
+
 def test_wrong_input_is_one_line(miniature, capsys, tmp_path):
     assert build.main(miniature(captions=tmp_path / "gone.json")) == 2
     assert capsys.readouterr().err.startswith("real_vlm: --captions=")
