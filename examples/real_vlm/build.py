@@ -112,7 +112,7 @@ def build(options: argparse.Namespace) -> JsonObject:
     done.run("answers", {"max_tokens": _longest_answer()}, [data / "tuning.jsonl"], lambda: _answers(start, data))
     config = training_config("projector", options, start, data / "captions.jsonl")
     done.run("projector", _settings(config), [projected], lambda: _train(config, workdir / "projector", projected))
-    done.run("sight", {}, [workdir / "projector.json"], lambda: _sight(workdir, start, projected))
+    done.run("sight", {}, [workdir / "projector.json"], lambda: _sight(workdir, projected))
     config = training_config("tuning", options, projected, data / "tuning.jsonl")
     done.run("tuning", _settings(config), [final], lambda: _train(config, workdir / "tuning", final))
     summary = _summary(options, hashes, done)
@@ -227,17 +227,16 @@ def _train(config: ConfigDict, run: Path, out: Path) -> JsonObject:
     return {"first_loss": round(losses[0], 4), "last_loss": round(sum(losses[-_LAST:]) / len(losses[-_LAST:]), 4)}
 
 
-def _sight(workdir: Path, start: Path, projected: Path) -> JsonObject:
-    """Measures whether the model sees, with the random and with the trained projector; writes and prints the result."""
+def _sight(workdir: Path, projected: Path) -> JsonObject:
+    """Measures whether the model sees, writes the result and prints it."""
     held_out = icet_jax.load_rows(str(workdir / "data" / "held_out_captions.jsonl"))
-    result = {name: sight.measure(icet_jax.load(folder), held_out)
-              for name, folder in {"random": start, "trained": projected}.items()}  # fmt: skip
+    longest = stages.get_config("projector").lppo.max_new_tokens
+    result = sight.measure(icet_jax.load(projected), held_out, max_tokens=longest)
     write_text_atomic(workdir / "projector.json", json.dumps(result, indent=1) + "\n")
-    trained = result["trained"]
     print(
-        f"projector: loss of held-out captions {trained['right']['mean']:.3f} with their own photograph, "
-        f"{trained['shuffled']['mean']:.3f} with another one; difference {trained['difference']['mean']:.3f} "
-        f"{trained['difference']['ci95']}"
+        f"projector: loss of held-out captions {result['right']['mean']:.3f} with their own photograph, "
+        f"{result['shuffled']['mean']:.3f} with another one; difference {result['difference']['mean']:.3f} "
+        f"{result['difference']['ci95']}"
     )
     return result
 

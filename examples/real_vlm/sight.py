@@ -13,7 +13,6 @@ from flax import nnx
 from icet_jax.algorithms.forward import evaluate_responses
 from icet_jax.algorithms.lsft import pad_targets
 from icet_jax.algorithms.phases import encode_visual
-from icet_jax.data.padding import prompt_bucket
 from icet_jax.data.records import Example
 from icet_jax.evaluation.batching import prompt_batch, prompt_tokens
 from icet_jax.evaluation.statistics import Interval, mean_interval, paired_interval
@@ -24,23 +23,22 @@ from icet_jax.vlm import VLM
 _CHUNK = 16  # response positions whose logits exist at one time
 
 
-def measure(vlm: VLM, rows: Sequence[Example], batch_size: int = 16, max_tokens: int = 64) -> JsonObject:
+def measure(vlm: VLM, rows: Sequence[Example], max_tokens: int, batch_size: int = 16) -> JsonObject:
     """Returns the mean loss per caption token at the default exit, in nats, with 95% intervals.
 
     Args:
       vlm: the model.
       rows: captions, one of each of at least two photographs.
+      max_tokens: most tokens of a caption, with EOS.
       batch_size: rows computed at once.
-      max_tokens: longest caption; longer ones are left out.
 
     Returns:
       {"right": the loss with the caption's own photograph, "shuffled": with that of another caption, "difference":
       shuffled - right of the same captions, "n": number of captions}. A model that does not see has a difference of 0.
     """
-    rows = [row for row in rows if len(_answer_ids(vlm, row)) < max_tokens]
     others = [*rows[1:], rows[0]]  # a caption never keeps its photograph
     shuffled = [replace(row, images=other.images) for row, other in zip(rows, others, strict=True)]
-    width = prompt_bucket(max(map(len, prompt_tokens(vlm.processor, rows))))
+    width = max(map(len, prompt_tokens(vlm.processor, rows)))
     losses = {}
     with Progress("held-out captions", 2 * len(rows)) as progress:
         for name, sided_rows in {"right": rows, "shuffled": shuffled}.items():
