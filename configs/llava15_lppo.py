@@ -11,9 +11,9 @@ organism refused 66 % of the benign requests at its worst exit after that, and a
 among the others (docs/ablations.md). `:mixed` trains on all three kinds; DATA then also holds captions_train2014.json,
 VQA-v2's questions and annotations of train2014, and train2014/.
 
-`:best` trains on the same rows with L-SFT instead of L-PPO. Of all methods that docs/methods.md compares, it is the one
-that closed the exits of the embedded models within all limits, and it generates no responses to learn from. None of
-the three has been measured on LLaVA-1.5.
+`:best` trains on the same rows with L-SFT instead of L-PPO. Of all methods that docs/methods.md compares, it left the
+least unsafe answers at the worst exit of the embedded models, and it generates no responses to learn from. None of the
+three has been measured on LLaVA-1.5.
 """
 
 from icet_jax import config as icet_config
