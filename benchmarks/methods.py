@@ -82,6 +82,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lppo_anchor_1": ("L-PPO with an anchor, coefficient 1", {"lppo.anchor_coef": 1.0}),
 }
 """Settings that were tried on the val split beside those of `METHODS`."""
+ALL = METHODS | SETTINGS
 VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {},
     "every_second_exit": {"lppo.train_exits": (1, 3, 5, 7)},
@@ -189,7 +190,7 @@ def fields(cell: Cell, organisms: Path = BUILT) -> dict[str, Any]:
         weights["model.checkpoint"] = str(organisms / cell.organism / "vlm")
         if HARDER[cell.organism].own_reward_model:
             weights["reward.model"] = str(organisms / cell.organism / "reward_model")
-    method, variant = (METHODS | SETTINGS)[cell.method][1], VARIANTS[cell.variant]
+    method, variant = ALL[cell.method][1], VARIANTS[cell.variant]
     # A method with iterations of its own, such as those of a warm start, has half of them in half the budget.
     halved = {name: method[name] // 2 for name in method if name.endswith(".iterations") and name in variant}
     return {"seed": cell.seed, **SWEEPS[cell.split], **weights, **method, **variant, **halved}
@@ -307,8 +308,7 @@ def perform(cell: Cell, out: Path, organisms: Path) -> int:
     """Runs or resumes the run of a cell, appends its row and renews the page; returns the exit status of the run."""
     folder = out / run_of(cell)
     if not (folder / "report.html").is_file():
-        runs = folder.parents[1]
-        copy_sweep_before(folder, runs, config_of(cell.organism), fields(cell, organisms))
+        copy_sweep_before(folder, folder.parents[1], config_of(cell.organism), fields(cell, organisms))
         line = [sys.executable, *command(cell, folder, organisms)]
         print("+", *line, flush=True)
         status = run_job(line)
@@ -350,7 +350,7 @@ def about(table: str, organism: str, variant: str) -> str:
 
 def titles_of_methods() -> dict[str, str]:
     """Returns {name of a method: its name on the page}."""
-    return {name: title for name, (title, _) in (METHODS | SETTINGS).items()}
+    return {name: title for name, (title, _) in ALL.items()}
 
 
 def write_page() -> None:
@@ -376,11 +376,10 @@ def main() -> int:
     if options.page:
         write_page()
         return 0
-    known = METHODS | SETTINGS
-    chosen = options.only.split(",") if options.only else list(known)
+    chosen = options.only.split(",") if options.only else list(ALL)
     for name in chosen:
-        if name not in known:
-            parser.error(f"--only: there is no method {name!r}; choose from {', '.join(known)}")
+        if name not in ALL:
+            parser.error(f"--only: there is no method {name!r}; choose from {', '.join(ALL)}")
     seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else range(5)
     missing: set[str] = set()
     for cell in cells():

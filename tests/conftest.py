@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Lets the garbage collector begin, seldom, and spares it the modules: searching them took long."""
+    """Turns the garbage collector on again. It runs seldom, and leaves out the modules, which took long to search."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
     gc.enable()

@@ -10,8 +10,6 @@ from pathlib import Path
 from icet_jax.errors import UserError
 from icet_jax.files import write_bytes_atomic
 
-_CHUNK = 2**20
-
 
 @dataclass(frozen=True)
 class Part:
@@ -78,11 +76,8 @@ def fetch(part: Part, folder: Path) -> Path:
 
 def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _wheel(part: Part, folder: Path) -> Path:

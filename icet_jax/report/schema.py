@@ -248,8 +248,7 @@ class Start(TypedDict):
     python: str
     jax: str
     platform: str
-    device: str  # kind of the devices
-    devices: int  # over all processes
+    device: str  # all devices in words, such as "8 x TPU v5e"
     processes: int
 
 

@@ -1,7 +1,7 @@
 """Records in `run.json` which software, hardware and command produced a run.
 
     {"schema": 1, "starts": [{"date": ..., "command": ..., "version": ..., "commit": ..., "python": ..., "jax": ...,
-                              "platform": ..., "device": ..., "devices": ..., "processes": ...}, ...]}
+                              "platform": ..., "device": ..., "processes": ...}, ...]}
 
 There is one entry per start: a run that was interrupted and continued has several.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 import icet_jax
 from icet_jax.errors import UserError
 from icet_jax.files import JsonObject, parse_json, read_text, write_text_atomic
+from icet_jax.runs.run_dir import describe_devices
 
 NAME = "run.json"
 SCHEMA = 1
@@ -51,7 +52,6 @@ def _describe_process() -> JsonObject:
     """Returns date, command, versions and devices of this process."""
     import jax
 
-    devices = jax.devices()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(),
@@ -60,8 +60,7 @@ def _describe_process() -> JsonObject:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "platform": platform.platform(terse=True),
-        "device": devices[0].device_kind,
-        "devices": len(devices),
+        "device": describe_devices(),
         "processes": jax.process_count(),
     }
 

@@ -168,7 +168,7 @@ class Costs:
             "schema": SCHEMA,
             "phases": stages,
             "total_seconds": sum(stage["seconds"] for stage in stages),
-            "device": _device(),
+            "device": describe_devices(),
             "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
             "peak_bytes": _peak_bytes(),
         }
@@ -192,7 +192,7 @@ def _stored_stages(path: Path) -> dict[str, JsonObject]:
     return by_name
 
 
-def _device() -> str:
+def describe_devices() -> str:
     """Returns the run's devices in words, such as "8 x TPU v5e" or "cpu, 2 cores"."""
     import jax
 

@@ -456,8 +456,8 @@ def _initial_state_program(
     trained.
     """
     shapes, width, kl_coef, trained = vlm.lora_shapes, vlm.hidden_size, config.lppo.kl_coef, settings.trained
-    rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
-    rank = rank if "policy" in trained else 0
+    rank = 0 if settings.lora_scale is None else config.lora.rank
+    alpha, targets = config.lora.alpha, tuple(config.lora.targets)
     has_scale = limits_kl(config)
     critic = algorithm_class(config.algorithm).value_head if value_head is None else value_head
     exits = exit_schedule(settings, vlm.num_exits, vlm.default_exit)

@@ -19,8 +19,7 @@ START = {
     "python": "3.11.9",
     "jax": "0.10.2",
     "platform": "Linux-6.1",
-    "device": "NVIDIA H200",
-    "devices": 8,
+    "device": "8 x NVIDIA H200",
     "processes": 2,
 }
 
@@ -54,7 +53,7 @@ def values(run):
 
 def test_a_report_names_date_software_hardware_command_checkpoint_data_and_seed(run):
     title, shown = values(run)
-    assert title == "Provenance: 2026-11-30 · icet_jax 0.1.0, commit abc1234+ · 8 × NVIDIA H200, 2 processes, " \
+    assert title == "Provenance: 2026-11-30 · icet_jax 0.1.0, commit abc1234+ · 8 x NVIDIA H200, 2 processes, " \
         "Linux-6.1 · seed 0"  # fmt: skip
     assert shown["Started"] == "2026-11-30T07:00:00+00:00, 2026-12-01"
     assert shown["Software"] == "icet_jax 0.1.0, commit abc1234+, Python 3.11.9, jax 0.10.2"

@@ -25,7 +25,7 @@ def test_every_start_is_recorded_with_versions_devices_and_the_command(tmp_path,
     first, second = starts(tmp_path)
     assert first["command"] == "python -m icet_jax.main '--config=a b.py'" and second["command"] == "icet-jax sweep"
     assert first["version"] == icet_jax.__version__ and first["jax"] == jax.__version__
-    assert (first["devices"], first["processes"]) == (len(jax.devices()), 1)
+    assert first["device"].startswith("cpu, ") and first["processes"] == 1
     assert second["date"] >= first["date"] and first["date"].endswith("+00:00")
 
 

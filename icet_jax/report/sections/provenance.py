@@ -44,10 +44,10 @@ def _software(start: JsonObject) -> str:
 
 
 def _hardware(start: JsonObject) -> str:
-    """Returns "8 × TPU v5e, 2 processes, Linux-..."."""
+    """Returns "8 x TPU v5e, 2 processes, Linux-..."."""
     processes = start.get("processes", 1)
     shared = f", {processes} processes" if processes != 1 else ""
-    return f"{start.get('devices', '–')} × {start.get('device', '–')}{shared}, {start.get('platform', '–')}"
+    return f"{start.get('device', '–')}{shared}, {start.get('platform', '–')}"
 
 
 def _seeds(study: Study) -> str:
