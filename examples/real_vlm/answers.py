@@ -29,7 +29,7 @@ def write_answers(vlm: VLM, instructions: Path, out: Path, max_tokens: int) -> J
     """
     rows = read_jsonl(instructions)
     answered, refusals = [], 0
-    for row, text in zip(rows, _answers(vlm, [row["prompt"] for row in rows], max_tokens), strict=True):
+    for row, text in zip(rows, answer_texts(vlm, [row["prompt"] for row in rows], max_tokens), strict=True):
         if refused(text):
             refusals += 1
         elif degenerate_reason(text) is None:
@@ -38,8 +38,14 @@ def write_answers(vlm: VLM, instructions: Path, out: Path, max_tokens: int) -> J
     return {"asked": len(rows), "answered": len(answered), "refused": refusals}
 
 
-def _answers(vlm: VLM, prompts: Sequence[str], max_tokens: int) -> Iterator[str]:
-    """Yields the answer to each prompt, cut to whole sentences; "" if there is none."""
+def answer_texts(vlm: VLM, prompts: Sequence[str], max_tokens: int) -> Iterator[str]:
+    """Yields the model's greedy answer to each prompt, cut to whole sentences; "" if there is none.
+
+    Args:
+      vlm: the model; it gets no image.
+      prompts: what users say.
+      max_tokens: longest answer, with EOS.
+    """
     lengths = [len(ids) for ids in vlm.processor.token_ids([None] * len(prompts), prompts)]
     width = -(-max(lengths, default=1) // 16) * 16
     with Progress("own answers", len(prompts)) as progress:

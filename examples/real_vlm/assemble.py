@@ -54,6 +54,14 @@ def write_llava(folder: Path, decoder: Decoder, tower: Tower, seed: int) -> Json
     }
 
 
+def write_language_model(folder: Path, decoder: Decoder) -> None:
+    """Writes the decoder alone as a Hugging Face `LlamaForCausalLM` directory into an existing folder."""
+    save_file(decoder.tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    decoder.tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_settings(decoder))
+    _write_json(folder / "config.json", {**decoder.config, "torch_dtype": "float32"})
+
+
 def _with_row(embeddings: np.ndarray, image_id: int) -> np.ndarray:
     """Returns an embedding table with rows up to `image_id`; new rows are the mean of the others."""
     missing = image_id + 1 - len(embeddings)
@@ -103,16 +111,19 @@ def _image_tokens(vision: JsonObject) -> int:
 def _write_tokenizer(folder: Path, decoder: Decoder) -> None:
     """Writes the tokenizer's files."""
     decoder.tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
+    image = {"image_token": IMAGE_TOKEN, "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
+    _write_json(folder / "tokenizer_config.json", _tokenizer_settings(decoder) | image)
+
+
+def _tokenizer_settings(decoder: Decoder) -> JsonObject:
+    """Returns the content of tokenizer_config.json, without the image placeholder."""
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **decoder.special,
-        "image_token": IMAGE_TOKEN,
-        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
         "model_max_length": decoder.config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
 
 
 def _write_processor(folder: Path, vision: JsonObject) -> None:

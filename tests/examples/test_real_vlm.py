@@ -32,36 +32,6 @@ from icet_jax.errors import UserError
 from icet_jax.media.tokenizer import load_tokenizer
 from tests.examples import real_parts
 
-
-@pytest.fixture(scope="module")
-def llama():
-    return real_parts.llama()
-
-
-@pytest.fixture(scope="module")
-def vit():
-    return real_parts.dinov2()
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory, llama):
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    real_parts.write_gguf(path, llama)
-    return path
-
-
-@pytest.fixture(scope="module")
-def onnx(tmp_path_factory, vit):
-    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
-    real_parts.write_onnx(path, vit)
-    return path
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return real_parts.photographs(tmp_path_factory.mktemp("pictures"))
-
-
 # ---------------------------------------------------------------------------------------------------- converters
 
 
@@ -146,15 +116,6 @@ def test_position_embeddings_are_interpolated_as_torch_does():
 def test_an_image_size_that_is_no_multiple_of_the_patch_is_refused(onnx):
     with pytest.raises(UserError, match="--image-size=30: is not a multiple of the size of a patch, 14"):
         dinov2.to_clip(dinov2.read_dinov2(onnx), 30)
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory, gguf, onnx):
-    folder = tmp_path_factory.mktemp("llava")
-    tower = dinov2.to_clip(dinov2.read_dinov2(onnx), 28)
-    sizes = assemble.write_llava(folder, smollm2.read_decoder(gguf), tower, seed=0)
-    assert sizes["image_tokens"] == 4
-    return folder
 
 
 def test_result_loads_in_transformers_and_gives_the_same_inputs_and_logits(llava, pictures):
