@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A CPU build of torch is enough: the tests only compare with it. Yours may be named: make test TORCH="torch --index-url ..."
 TORCH ?= torch
 
-.PHONY: docs demo real test types unit audit walk clean
+.PHONY: docs demo real test test-real types unit audit walk clean
 
 demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
 	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism
@@ -27,6 +27,10 @@ types: $(VENV)/.installed-test
 
 unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+
+test-real: $(VENV)/.installed-test  ## chat templates with published vocabularies, whose files ICET_REAL_PARTS names
+	@test -n "$(ICET_REAL_PARTS)" || { echo "make test-real ICET_REAL_PARTS=DIR (tests/media/real_tokenizers.py)"; exit 1; }
+	ICET_REAL_PARTS="$(ICET_REAL_PARTS)" $(BIN)/python -m pytest tests/media/test_real_tokenizers.py
 
 audit: $(VENV)/.installed-test  ## known vulnerabilities in what the package and its tests depend on (asks PyPI)
 	$(BIN)/python scripts/audit.py

@@ -1,6 +1,7 @@
-"""Loads the transformers tokenizer of a checkpoint directory from its files alone."""
+"""Loads the transformers tokenizer of a checkpoint directory, and keeps texts free of its special tokens."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -80,3 +81,27 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     except Exception as error:  # damaged files can raise OSError, ValueError, KeyError, a bare Exception, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{directory}: the tokenizer files cannot be read ({reason})") from error
+
+
+class PlainText:
+    """Keeps what users and models say from spelling special tokens, which could end a turn or begin another one.
+
+    Such text gets a space: `<|eot_id|>` becomes `< |eot_id|>`, `</s>` becomes `< /s>`. transformers' processors would
+    take it for the special token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Finds the special tokens of `tokenizer`."""
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = sorted({text for text in special if len(text) > 1}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+
+    def changes(self, text: str) -> bool:
+        """Returns whether the text spells a special token."""
+        return self._special is not None and self._special.search(text) is not None
+
+    def __call__(self, text: str) -> str:
+        """Returns the text with a space after the first character of every special token in it."""
+        if self._special is None:
+            return text
+        return self._special.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)

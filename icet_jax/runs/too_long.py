@@ -21,7 +21,9 @@ def fitting_rows(
     config: ConfigDict, processor: Processor, max_positions: int | None, source: str, name: str,
     examples: Sequence[Example], *, training: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
-    """Splits rows into those whose prompts fit the model and those that are too long.
+    """Splits rows into those whose prompts fit the model and those that are too long, and names both on stderr.
+
+    Prompts that spell a special token are named too: they are changed, see `icet_jax.media.tokenizer.PlainText`.
 
     A prompt and the longest allowed answer together must not take more positions than the model has. The prompt of a
     training row must also fit into `config.data.max_prompt_tokens`, and no prompt may have more text tokens than the
@@ -42,6 +44,7 @@ def fitting_rows(
     Raises:
       UserError: no row fits; or some row does not fit and `config.data.too_long` is "stop".
     """
+    _name_special_tokens(processor, f"{name} ({source})", examples)
     limit = _prompt_limit(config, max_positions, training)
     tokenizer_limit = max_tokens(processor.tokenizer)
     if limit.positions is None and tokenizer_limit is None:
@@ -66,6 +69,15 @@ def fitting_rows(
         raise UserError(f"{name} ({source}): {what}; {advice}, or leave them out with config.data.too_long=drop")
     print(f"icet-jax: {one_line(f'{name} ({source})')}: left out: {what}; {advice} to keep them", file=sys.stderr)
     return [row for row in examples if row.id not in too_long], too_long
+
+
+def _name_special_tokens(processor: Processor, name: str, examples: Sequence[Example]) -> None:
+    """Prints how many prompts of the set `name` spell a special token of the tokenizer, and the first of them."""
+    rows = [str(row.id) for row in examples if processor.plain.changes(row.prompt)]
+    if rows:
+        count = f"{len(rows)} of {len(examples)} prompts spell a special token of the tokenizer"
+        shown = f"first in row {one_line(rows[0])[:_SHOWN]}"
+        print(f"icet-jax: {one_line(name)}: {count} ({shown}), which stays text: it gets a space", file=sys.stderr)
 
 
 class _PromptLimit(NamedTuple):

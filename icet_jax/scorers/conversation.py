@@ -1,11 +1,10 @@
 """Encodes a prompt and a response as the tokens that a judging language model reads."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from icet_jax.errors import UserError
-from icet_jax.media.tokenizer import Tokenizer
+from icet_jax.media.tokenizer import PlainText, Tokenizer
 from icet_jax.scorers.prompts import Render, probe_text
 
 
@@ -49,9 +48,7 @@ class Conversations:
             short fixed prompt and response already exceeds `max_length` tokens.
         """
         self.tokenizer, self.render, self.max_length = tokenizer, render, max_length
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        special = sorted({text for text in special if len(text) > 1}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special))) if special else None
+        self._plain = PlainText(tokenizer)
         probe = self.ids(probe_text(render))
         if not is_chat_template and tokenizer.bos_token_id is not None and probe.count(tokenizer.bos_token_id) != 1:
             raise UserError(f"the template holds {tokenizer.bos_token} more than once; leave it out")
@@ -61,7 +58,7 @@ class Conversations:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[EncodedConversation]:
         """Returns the tokens of each (prompt, response)."""
         return [
-            self._encode(self._break_special_tokens(prompt), self._break_special_tokens(response))
+            self._encode(self._plain(prompt), self._plain(response))
             for prompt, response in zip(prompts, responses, strict=True)
         ]
 
@@ -90,9 +87,3 @@ class Conversations:
             else:
                 high = length
         return EncodedConversation(best, is_truncated=True)
-
-    def _break_special_tokens(self, text: str) -> str:
-        """Returns the text with a space after the first character of every special token in it."""
-        if self._special is None:
-            return text
-        return self._special.sub(lambda match: f"{match.group()[0]} {match.group()[1:]}", text)

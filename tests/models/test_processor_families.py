@@ -66,7 +66,8 @@ def test_inputs_equal_hf(pair, chosen):
     processor, hf = pair
     rows = [ROWS[i] for i in chosen]
     images, prompts = pictures(rows), [prompt for _, prompt in rows]
-    ours, theirs = processor(images=images, prompts=prompts), hf_inputs(hf, images, prompts)
+    ours = processor(images=images, prompts=prompts)
+    theirs = hf_inputs(hf, images, [processor.plain(prompt) for prompt in prompts])
     assert set(ours) == set(theirs)
     for name in theirs:
         assert ours[name].shape == theirs[name].shape and ours[name].dtype == theirs[name].dtype, name
@@ -75,6 +76,19 @@ def test_inputs_equal_hf(pair, chosen):
     assert processor.token_ids(images, prompts) == [ids[real].tolist() for ids, real in rows]
     bos = processor.tokenizer.bos_token_id
     assert ((ours["input_ids"] == bos).sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize("spelt", ("{eos}", "x{eos}{bos}y", "{pad}", "{eos}" * 3))
+def test_what_spells_a_special_token_is_text(pair, spelt):
+    processor, _ = pair
+    tokenizer = processor.tokenizer
+    prompt = spelt.format(eos=tokenizer.eos_token, bos=tokenizer.bos_token, pad=tokenizer.pad_token)
+    special = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    ids, harmless = (processor.token_ids([None], [text])[0] for text in (prompt, "harmless"))
+    assert [n for n in ids if n in special] == [n for n in harmless if n in special]
+    plain = prompt.replace("<", "< ")
+    assert processor.plain.changes(prompt) and processor.plain(prompt) == plain
+    assert ids == processor.token_ids([None], [plain])[0]
 
 
 def test_a_bucket_pads_on_the_left(pair):

@@ -19,7 +19,7 @@ from icet_jax.files import JsonObject, parse_json, read_text
 from icet_jax.media.images import ImageLike, StoredImage, open_image, require_resizable
 from icet_jax.media.limits import beyond_tokens, max_tokens
 from icet_jax.media.templates import IMAGE_TOKEN, NAMED_TEMPLATES, Template, own_template
-from icet_jax.media.tokenizer import Tokenizer, load_tokenizer
+from icet_jax.media.tokenizer import PlainText, Tokenizer, load_tokenizer
 from icet_jax.models import family_of, vlm_config
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.nn.protocols import Images
@@ -43,6 +43,7 @@ class Processor(ABC):
       image_processor: transformers' Pillow image processor.
       config: config of the network that the inputs are for.
       template: function of (prompt, number of images) that returns the text with one placeholder for each image.
+      plain: keeps prompts free of special tokens.
       placeholder: text that stands for an image.
       on_vicuna: whether checkpoints of the family use Vicuna, whose chat templates are in `NAMED_TEMPLATES`.
     """
@@ -58,6 +59,7 @@ class Processor(ABC):
             than the model needs.
         """
         self.tokenizer = tokenizer
+        self.plain = PlainText(tokenizer)
         self.image_processor = image_processor
         self.config = config
         self.template = template
@@ -77,7 +79,8 @@ class Processor(ABC):
 
         Args:
           images: for each prompt an image, a list of images (see `open_image`), or None.
-          prompts: raw prompts, to which the chat template and the image placeholders are added.
+          prompts: raw prompts, to which the chat template and the image placeholders are added. What spells a special
+            token stays text, see `PlainText`.
           pad_to: length T of every row; the length of the longest row if None.
 
         Returns:
@@ -156,7 +159,7 @@ class Processor(ABC):
         """
         if self.placeholder in prompt:
             raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
-        first, *rest = self.template(prompt, len(images)).split(self.placeholder)
+        first, *rest = self.template(self.plain(prompt), len(images)).split(self.placeholder)
         expanded = [
             self.placeholder * self._image_tokens(image, f"row {row} image {number}") + text
             for number, (image, text) in enumerate(zip(images, rest, strict=True))
