@@ -30,10 +30,14 @@ def get_config(variant: str = "") -> icet_config.ConfigDict:
     config.reward.model = f"{BUILD}/reward_model"
     config.reward.by_kind = {"forbidden": "reward_model", "benign": "none", "vqa": "exact_match"}
     config.reward.normalise = True  # the reward model's scale would drown the exact-match rewards (0 or 1)
-    config.lppo.iterations = 60
+    config.lppo.iterations = config.lsft.iterations = 40
+    config.lppo.exits = config.lsft.exits = "stratified"
     config.lppo.epochs = 2
+    config.lppo.minibatches = 1
     config.lppo.accumulation = 4
     config.lppo.max_new_tokens = 48
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule = "cosine"
     config.lora.rank = 32
     config.lora.alpha = 64.0
     config.sweep.datasets = {
