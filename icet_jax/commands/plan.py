@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         plan_batch.check(topology)
     lines, abstract = plan(config, topology)
     print(table(lines, topology))
-    print("\n".join(remarks(config, lines, abstract, topology)))
+    print("\n".join(_wrapped(line) for line in remarks(config, lines, abstract, topology)))
     if options.largest_batch:
         for field in plan_batch.FIELDS:
             print(plan_batch.largest(config, topology, field, lines, lambda cfg, part: plan(cfg, topology, part)[0]))
@@ -236,39 +237,46 @@ def _moved_bytes(program_text: Callable[[], str | None]) -> int | None:
         return None
 
 
-_HEADER = (
-    "phase", "weights", "trained", "judges", "inputs", "cache", "temporaries", "GiB/chip", "fits", "Tflop/chip",
-    "moved GiB", "seconds", "bound by",
-)  # fmt: skip
+_PER_BLOCK = 6  # phases beside each other
+_WIDTH = 100  # columns of the printed plan
 
 
 def table(lines: list[PlanLine], topology: topologies.Topology) -> str:
-    """Returns the plan as a text table: memory per chip in GiB, and the seconds of each phase at the chips' peak."""
-    chip = topology.chip
-    rows: list[tuple[str, ...]] = [_HEADER]
-    for line in lines:
-        time = line.seconds(chip, topology.count)
-        fits = line.fits(chip)
-        sizes = (line.weights, line.trained, line.judges, line.inputs, line.cache, line.temporaries)
-        at_least = ">" if line.temporaries is None else ""
-        rows.append(
-            (
-                line.phase,
-                *map(_gib, sizes),
-                at_least + _gib(line.total),
-                "?" if fits is None else "yes" if fits else "NO",
-                f"{line.work.flops / topology.count / 1e12:.3g}",
-                _gib(line.moved),
-                "-" if time is None else f"{time[0]:.3g}",
-                "-" if time is None else time[1],
-            )
-        )  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    """Returns the plan as a text table with a column per phase: memory of each chip, and seconds at the chips' peak."""
+    blocks = [lines[start : start + _PER_BLOCK] for start in range(0, len(lines), _PER_BLOCK)]
+    return "\n\n".join(_block(block, topology) for block in blocks)
+
+
+def _block(lines: list[PlanLine], topology: topologies.Topology) -> str:
+    """Returns the columns of some phases; their names stand above them in two lines."""
+    groups, names = zip(*(line.phase.rpartition(": ")[::2] for line in lines), strict=True)
+    times = [line.seconds(topology.chip, topology.count) for line in lines]
+    fits = {None: "unknown", True: "yes", False: "NO"}
+    rows: list[tuple[str, ...]] = [
+        ("", *groups),
+        ("per chip", *names),
+        *((f"{name}, GiB", *(_gib(getattr(line, name)) for line in lines)) for name in _MEMORY),
+        ("together, GiB", *((">" if line.temporaries is None else "") + _gib(line.total) for line in lines)),
+        ("fits", *(fits[line.fits(topology.chip)] for line in lines)),
+        ("work, Tflop", *(f"{line.work.flops / topology.count / 1e12:.3g}" for line in lines)),
+        ("exchanged, GiB", *(_gib(line.moved) for line in lines)),
+        ("seconds", *("-" if time is None else f"{time[0]:.3g}" for time in times)),
+        ("bound by", *("-" if time is None else time[1] for time in times)),
+    ]
+    rows = rows[not any(groups) :]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) if column in (0, len(_HEADER) - 1) else cell.rjust(width)
-                  for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in rows
-    )  # fmt: skip
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+_MEMORY = ("weights", "trained", "judges", "inputs", "cache", "temporaries")
+"""What takes memory of each chip: attributes of `PlanLine`."""
+
+
+def _wrapped(text: str) -> str:
+    """Returns a line broken at `_WIDTH` columns; the lines after the first are indented."""
+    return textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _gib(size: int | None) -> str:
@@ -310,9 +318,10 @@ def remarks(
         sentences.append(f"one iteration at that peak: about {total:.3g} s, without reward model and host")
     if any(line.temporaries is None and not line.refused for line in lines):
         sentences.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
+        sentences[-1] += "; without them the memory is a lower bound, and whether a phase fits is unknown"
     if any(line.moved is None and line.temporaries is not None for line in lines):
         sentences.append(
-            "moved '-': the text of the program does not show it, or a loop that exchanges data has unknown length"
+            "exchanged '-': the text of the program does not show it, or a loop that exchanges data has unknown length"
         )
     sentences += _scorer_remarks(config, abstract.mesh)
     if any(line.temporaries is not None for line in lines) and chip.memory is not None:

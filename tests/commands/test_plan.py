@@ -36,8 +36,18 @@ def planned(*flags, capsys):
     code = main.main(["--mode=plan", *flags])
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
-    rows = {line[:13].strip(): line[13:].split() for line in printed.out.splitlines()[1:7]}
-    return code, rows, printed
+    said = SimpleNamespace(out=" ".join(printed.out.split()), err=printed.err)  # lines are broken where they are long
+    return code, phases(printed.out) if printed.out else {}, said
+
+
+def phases(text):
+    """{phase: values of its column, from top to bottom}."""
+    above, *lines = text.split("\n\n")[0].splitlines()
+    names, *rows = (re.split(r"\s{2,}", line.strip())[1:] for line in lines)
+    groups = above.split() + [""] * (len(names) - len(above.split()))
+    assert max(map(len, text.splitlines())) <= 100
+    phases = [f"{group}: {name}" if group else name for group, name in zip(groups, names, strict=True)]
+    return dict(zip(phases, map(list, zip(*rows, strict=True)), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +132,7 @@ def test_memory_from_shapes_alone_is_what_arithmetic_says(capsys):
     judges = 2 * 6_738_415_616 + 4 * (109_486_854 + 774_031_360 + 435_062_785)  # Llama Guard in bfloat16
     assert float(whole["rollout"][2]) == pytest.approx(judges / GIB, abs=0.01)
     assert "llama_guard_1 12.55, toxic_bert 0.41" in printed.out
-    assert {row[5] for row in whole.values()} == {"-"} and {row[7] for row in whole.values()} == {"?"}
+    assert {row[5] for row in whole.values()} == {"-"} and {row[7] for row in whole.values()} == {"unknown"}
     _, split, _ = planned(LLAVA, "--topology=h100:8", "--config.mesh.fsdp=8", "--config.mesh.data=1", capsys=capsys)
     assert float(split["update"][0]) == pytest.approx(2 * 7_063_427_072 / 8 / GIB, abs=0.02)
 
