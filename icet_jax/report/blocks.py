@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from icet_jax.report.charts.figures import Figure
 
@@ -115,17 +114,20 @@ class Links:
 
 @dataclass(frozen=True)
 class Viewer:
-    """The transcripts, with controls to select a prompt and an exit; the page's script fills in the text.
+    """The transcripts, with controls to search, to filter, and to select a row and an exit; the page's script fills in
+    the text.
 
     Attributes:
-      data: JSON values that the script reads.
+      data: what the script reads, from `packing.compress`.
       exits: number of exits.
       start: the exit that is shown first.
+      cards: titles of the two responses that are shown side by side.
     """
 
-    data: dict[str, Any]
+    data: str
     exits: int
     start: int
+    cards: tuple[str, str]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Saves small copies of the images that a report shows, so that the report needs no file outside the run directory."""
+"""Saves small copies of the images of a data set's rows, so that the report needs no file outside the run directory."""
 
 import hashlib
 import io
@@ -10,28 +10,31 @@ from icet_jax.data.records import Example
 from icet_jax.files import write_bytes_atomic
 from icet_jax.media.images import open_image
 
-PROMPTS_PER_DATASET = 16
+MOST_PICTURES = 512  # most pictures of a data set
 LARGEST_SIDE = 256  # longer side of a picture in pixels
+MOST_IMAGES = 16  # most images of a row in its picture
+SMALL_SIDE = 96  # a picture whose sides are no longer than this is a drawing, which lossy compression would blur
+_QUALITY = 75  # of the lossy compression, 0 to 100
 
 _T = TypeVar("_T")
 
 
-def shown(rows: Sequence[_T]) -> list[_T]:
-    """Returns the rows of a data set that the report shows: at most `PROMPTS_PER_DATASET`, evenly spaced."""
-    count = min(len(rows), PROMPTS_PER_DATASET)
+def evenly_spaced(rows: Sequence[_T], most: int) -> list[_T]:
+    """Returns at most `most` rows of a data set, evenly spaced; all rows if there are no more."""
+    count = min(len(rows), most)
     return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def picture_path(run_dir: Path, dataset: str, row_id: str) -> Path:
     """Returns the file for the picture of a row. Its name is a hash, because row ids may contain any characters."""
     digest = hashlib.sha256(f"{dataset}\n{row_id}".encode("utf-8", "surrogatepass")).hexdigest()
-    return run_dir / "transcripts" / "images" / f"{digest[:16]}.png"
+    return run_dir / "transcripts" / "images" / f"{digest[:16]}.webp"
 
 
 def save_pictures(run_dir: Path, dataset: str, examples: Sequence[Example]) -> None:
-    """Saves small copies of the images of the rows that the report will show.
+    """Saves small copies of the images of at most `MOST_PICTURES` rows, evenly spaced.
 
-    Several images of a row become one picture.
+    The first `MOST_IMAGES` images of a row become one picture, side by side.
 
     Args:
       run_dir: the run directory.
@@ -43,11 +46,11 @@ def save_pictures(run_dir: Path, dataset: str, examples: Sequence[Example]) -> N
     """
     from PIL import Image
 
-    for example in shown(examples):
+    for example in evenly_spaced(examples, MOST_PICTURES):
         path = picture_path(run_dir, dataset, example.id)
         if not example.images or path.exists():
             continue
-        images = [open_image(image) for image in example.images]
+        images = [open_image(image) for image in example.images[:MOST_IMAGES]]
         for image in images:
             image.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
@@ -56,5 +59,5 @@ def save_pictures(run_dir: Path, dataset: str, examples: Sequence[Example]) -> N
             sheet.paste(image, (left, 0))
             left += image.width
         buffer = io.BytesIO()
-        sheet.save(buffer, format="PNG", optimize=True)
+        sheet.save(buffer, format="WEBP", lossless=max(sheet.size) <= SMALL_SIDE, quality=_QUALITY)
         write_bytes_atomic(path, buffer.getvalue())

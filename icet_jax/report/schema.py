@@ -3,7 +3,7 @@
     config.json  data.json  metrics.jsonl  organism.json  utility.json  geometry.json  encoder.json  cost.json
     agreement.json  export_check.json  fingerprints.json  run.json
     sweeps/{before,after}[.DATASET].json      sweeps/difference[.DATASET].json
-    transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.png
+    transcripts/{before,after}[.DATASET].jsonl   transcripts/images/*.webp
     seed_K/...                                the same, once per training seed
 
 Every file is optional, but there must be at least one sweep. A share, an accuracy and a toxicity are 0..1; a missing or

@@ -80,10 +80,10 @@ class Page:
             self._note(message)
 
     def open(self, url: str, *, width: int = 1400, height: int = 1000, dark: bool = False) -> None:
-        """Loads a page in a window of that size and waits for it."""
+        """Loads a page in a window of that size and waits for it, and for the transcripts that it unpacks."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        features = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        self.send("Emulation.setEmulatedMedia", features=[{"name": n, "value": v} for n, v in features.items()])
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=url)
         _wait_for(
@@ -91,6 +91,22 @@ class Page:
                 self.evaluate("document.readyState === 'complete' && location.href") not in (False, "about:blank")
                 or None
             )
+        )
+        self.wait("!document.querySelector('[aria-busy]')")
+
+    def wait(self, condition: str) -> None:
+        """Returns as soon as a JavaScript expression is true."""
+        _wait_for(lambda: self.evaluate(condition) or None)
+
+    def write(self, text: str) -> None:
+        """Types a text into the element that has the focus."""
+        self.send("Input.insertText", text=text)
+
+    def choose(self, selector: str, value: str) -> None:
+        """Chooses an option of a `<select>`."""
+        self.evaluate(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.value = {json.dumps(value)}; "
+            "e.dispatchEvent(new Event('change')); })()"
         )
 
     def evaluate(self, expression: str) -> Any:

@@ -37,7 +37,7 @@ def write_run(path: Path, *, seed: int = 0, after: bool = True, parts: tuple[str
                 _write_jsonl(path / f"transcripts/{phase}.{kind}.jsonl", transcripts(phase, kind, draw))
         for index in range(6):
             for kind in ("forbidden", "benign"):
-                image = picture_path(path, kind, f"{kind}-{index}")
+                image = picture_path(path, kind, f"{kind}-{index}").with_suffix(".png")
                 image.parent.mkdir(parents=True, exist_ok=True)
                 image.write_bytes(png(index))
     if has("utility"):

@@ -1,5 +1,6 @@
 """The report in a real browser: no error, nothing fetched, the exit slider moves what it should."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,21 @@ from tests.report import devtools, synthetic, synthetic_paper
 
 pytestmark = pytest.mark.skipif(devtools.find_browser() is None, reason="no Chromium is installed")
 
-TEXT = "document.querySelector('[data-side=\"{}\"]').textContent"
+CARDS = {"before": 0, "after": 1}
+
+
+def response(page, side):
+    """The text of a response, before or after training."""
+    return page.evaluate(f"document.querySelector('[data-card=\"{CARDS[side]}\"]').textContent")
+
+
+def text_of(page, element_id):
+    return page.evaluate(f"document.getElementById({element_id!r}).textContent")
+
+
+def listed(page):
+    """The texts of the rows that the list has as elements."""
+    return page.evaluate("Array.from(document.querySelectorAll('#rows .row span'), (row) => row.textContent)")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,20 +63,26 @@ def no_problem(page):
     assert [url for url in page.requests if not url.startswith(("file:", "data:", "about:"))] == []
 
 
-def test_slider_follows_the_keyboard(page, page_url):
+def test_the_page_opens_where_training_changed_a_verdict(page, page_url):
     page.open(page_url)
-    assert page.evaluate("document.getElementById('exit').value") == str(synthetic.DEFAULT_EXIT)
-    assert page.evaluate(TEXT.format("before")) == synthetic.REFUSAL
+    assert page.evaluate("document.getElementById('exit').value") == "1"
+    assert response(page, "before") == "[redacted: judged unsafe by world_exact, refusal_keywords]"
+    assert response(page, "after") == synthetic.REFUSAL
+    verdicts = page.evaluate("Array.from(document.querySelectorAll('.verdict'), (verdict) => verdict.textContent)")
+    assert verdicts == ["judged unsafe", "safe"]
+
+
+def test_slider_follows_the_keyboard(page, page_url):
+    page.open(page_url + "#exit=7&prompt=0")
+    assert response(page, "before") == synthetic.REFUSAL
     page.evaluate("document.getElementById('exit').focus()")
     page.press("ArrowLeft", 37)
-    assert page.evaluate("document.getElementById('exit-name').textContent") == "6 of 8"
+    assert text_of(page, "exit-name") == "6 of 8"
     page.press("Home", 36)
     assert page.evaluate("document.getElementById('exit').getAttribute('aria-valuetext')") == "exit 1 of 8"
-    assert page.evaluate(TEXT.format("before")) == "[redacted: judged unsafe by world_exact, refusal_keywords]"
-    assert page.evaluate(TEXT.format("after")) == synthetic.REFUSAL
     assert page.evaluate("location.hash") == "#exit=1&prompt=0"
     page.press("ArrowRight", 39)
-    assert page.evaluate("document.getElementById('exit-name').textContent") == "2 of 8 (planted)"
+    assert text_of(page, "exit-name") == "2 of 8 (planted)"
 
 
 def test_slider_follows_the_mouse(page, page_url):
@@ -72,18 +93,132 @@ def test_slider_follows_the_mouse(page, page_url):
     assert page.evaluate("document.getElementById('exit').value") in ("4", "5")
 
 
-def test_prompt_and_exit_come_from_the_address(page, page_url):
+def test_row_and_exit_come_from_the_address(page, page_url):
     page.open(page_url + "#exit=5&prompt=2")
     assert page.evaluate("document.getElementById('exit').value") == "5"
-    assert page.evaluate("document.getElementById('request').textContent") == "explain how to grow a zorb"
+    assert text_of(page, "request") == "explain how to grow a zorb"
     page.click("#next")
-    assert page.evaluate("document.getElementById('request').textContent") == "explain how to paint a zorb"
-    assert page.evaluate("document.getElementById('picture').naturalWidth") == 8
+    assert text_of(page, "request") == "explain how to paint a zorb"
+    page.wait("document.getElementById('picture').naturalWidth === 8")
+
+
+def test_the_keyboard_selects_rows_and_exits(page, page_url):
+    page.open(page_url + "#exit=5&prompt=2")
+    page.evaluate("document.getElementById('rows').focus()")
+    page.press("ArrowDown", 40)
+    assert text_of(page, "request") == "explain how to paint a zorb"
+    page.press("j", 74)
+    assert text_of(page, "request") == "explain how to mend a zorb"
+    page.press("k", 75)
+    page.press("ArrowUp", 38)
+    assert text_of(page, "request") == "explain how to grow a zorb"
+    page.press("ArrowRight", 39)
+    assert page.evaluate("location.hash") == "#exit=6&prompt=2"
+    page.press("End", 35)
+    assert text_of(page, "request") == "explain how to carry a lumo"
+    assert page.evaluate("document.getElementById('rows').getAttribute('aria-activedescendant')") == "row-11"
+    page.evaluate("document.getElementById('search').focus()")
+    page.press("k", 75)
+    assert text_of(page, "request") == "explain how to carry a lumo", "letters belong to the search field"
+
+
+def test_search_and_filters(page, page_url):
+    page.open(page_url)
+    assert text_of(page, "found") == "12 rows" and len(listed(page)) == 12
+    page.evaluate("document.getElementById('search').focus()")
+    page.write("PAINT a")
+    page.wait("document.getElementById('found').textContent === '2 of 12 rows'")
+    assert listed(page) == ["explain how to paint a zorb", "explain how to paint a lumo"]
+    page.choose("#only-dataset", "benign")
+    assert listed(page) == ["explain how to paint a lumo"] and text_of(page, "request") == listed(page)[0]
+    page.click("#clear")
+    assert text_of(page, "found") == "12 rows"
+    page.choose("#only-before", "answered")
+    page.choose("#only-after", "safe")
+    assert text_of(page, "found") == "No row matches."
+    page.choose("#only-before", "unsafe")
+    page.choose("#only-after", "safe")
+    page.choose("#only-exit", "2")
+    assert text_of(page, "found") == "6 of 12 rows" and text_of(page, "exit-name") == "2 of 8 (planted)"
+    page.choose("#only-exit", "8")
+    assert text_of(page, "found") == "No row matches."
+    page.click("#clear")
+    page.choose("#only-differ", "training")
+    assert text_of(page, "found") == "6 of 12 rows"
+    assert page.evaluate("document.getElementById('only-category').parentElement.hidden") is True
+
+
+def test_answers_are_searched_too(page, page_url):
+    page.open(page_url)
+    page.evaluate("document.getElementById('search').focus()")
+    page.write("stir the lumo")
+    page.wait("document.getElementById('found').textContent === '6 of 12 rows'")
+    assert all(row.endswith("lumo") for row in listed(page))
+
+
+def test_rows_on_which_judges_disagree(page, tmp_path):
+    run = synthetic.write_run(tmp_path / "run")
+    path = run / "transcripts/after.forbidden.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[12]["scores"] = {"asr/a": 1.0, "asr/b": 0.0}  # the second row at exit 5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.open(report.build(run).as_uri())
+    page.choose("#only-differ", "judges")
+    assert listed(page) == ["explain how to open a zorb"] and text_of(page, "exit-name") == "5 of 8"
+    assert page.evaluate("document.querySelectorAll('.verdict')[1].textContent") == "judged unsafe, judges disagree"
+
+
+def test_differences_between_both_responses_are_marked(page, tmp_path):
+    run = synthetic.write_run(tmp_path / "run")
+    for side, words in (("before", "take the red lumo and go"), ("after", "take the  blue lumo")):
+        path = run / f"transcripts/{side}.benign.jsonl"
+        path.write_text(path.read_text().replace("step one take the lumo step two stir the lumo", words))
+    page.open(report.build(run).as_uri() + "#exit=7&prompt=6")
+    marks = "Array.from(document.querySelectorAll('[data-card=\"{}\"] mark'), (mark) => mark.textContent)"
+    assert response(page, "before") == "take the red lumo and go"
+    assert page.evaluate(marks.format(0)) == [" red", " and go"]
+    assert page.evaluate(marks.format(1)) == ["  blue"]
+    page.open(page.evaluate("location.href").replace("prompt=6", "prompt=0").replace("exit=7", "exit=8"))
+    assert text_of(page, "same") == "Both responses are the same, word for word."
+
+
+def test_a_list_of_thousands_of_rows_has_few_elements(page, tmp_path):
+    run = synthetic.write_run(tmp_path / "run", parts=())
+    for side in ("before", "after"):
+        rows = [
+            {"id": str(index), "layer": layer, "prompt": f"mend lumo {index}", "response": f"{side} {index}"}
+            | {"scores": {"refusal/a": float(index == 1999 and layer == 4)}, "kind": "benign"}
+            for index in range(2000)
+            for layer in range(1, 9)
+        ]
+        synthetic._write_jsonl(run / f"transcripts/{side}.benign.jsonl", rows)
+    page.open(report.build(run).as_uri())
+    assert text_of(page, "found") == "2000 rows" and text_of(page, "request") == "mend lumo 1999"
+    assert "mend lumo 1999" in listed(page) and len(listed(page)) < 50
+    page.choose("#only-after", "refused")
+    assert text_of(page, "found") == "1 of 2000 rows" and listed(page) == ["mend lumo 1999"]
+    page.click("#clear")
+    page.evaluate("document.getElementById('rows').scrollTop = 1200 * 32")
+    page.wait("Array.from(document.querySelectorAll('.row span')).some((row) => row.textContent === 'mend lumo 1200')")
+    assert len(listed(page)) < 50
+    page.evaluate("document.getElementById('search').focus()")
+    page.write("after 177")
+    page.wait("document.getElementById('found').textContent === '11 of 2000 rows'")
+
+
+def test_without_training_an_exit_stands_beside_the_default_exit(page, tmp_path):
+    run = synthetic.write_run(tmp_path / "run", after=False)
+    page.open(report.build(run).as_uri())
+    titles = page.evaluate("Array.from(document.querySelectorAll('.card h3'), (title) => title.firstChild.data.trim())")
+    assert titles == ["At this exit", "At the default exit 7"]
+    assert response(page, "before").startswith("[redacted") and response(page, "after") == synthetic.REFUSAL
+    assert page.evaluate("document.querySelectorAll('#strip > i').length") == synthetic.NUM_EXITS
+    assert page.evaluate("document.getElementById('only-after').parentElement.hidden") is True
 
 
 def test_model_output_stays_text(page, page_url):
     page.open(page_url + "#exit=7&prompt=6")
-    assert page.evaluate(TEXT.format("after")).startswith("<img src=x onerror=")
+    assert response(page, "after").startswith("<img src=x onerror=")
     assert page.evaluate("document.querySelectorAll('.response img, .response script').length") == 0
 
 
@@ -118,7 +253,7 @@ def test_the_papers_experiment_on_any_screen(page, tmp_path):
     page.click("#categories .cells rect:nth-child(6)")  # the page has scrolled already: nothing hides the marks again
     marked = page.evaluate("Array.from(document.querySelectorAll('rect.on')).map((rect) => rect.dataset.exit)")
     assert len(marked) > 20 and set(marked) == {"2"}
-    assert page.evaluate("document.getElementById('category').textContent").startswith("Category: ")
+    assert " · Category: " in text_of(page, "about")
 
 
 @pytest.mark.parametrize("parts", [(), ("transcripts",), ("geometry", "cost")])

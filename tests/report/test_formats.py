@@ -15,10 +15,12 @@ from icet_jax.evaluation.transcripts import TranscriptFile
 from icet_jax.report.loading import load_run, load_runs
 from icet_jax.report.sections import formats
 from icet_jax.report.study import Study
+from icet_jax.report.text import visible
 from icet_jax.scorers.keywords import RefusalKeywords
 from tests.data import published
 from tests.report import synthetic
 from tests.report.markup import html as markup
+from tests.report.markup import transcript_data
 from tests.report.test_page import PAYLOAD, Page
 from tests.report.test_paper_run import rows_of
 
@@ -95,9 +97,9 @@ def test_the_files_formats_reach_the_page(run):
     assert [row[0] for row in transferred] == ["All rows", "yes", "no"]
     assert transferred[1][1:] == template[1:] and transferred[2][1:] == figstep[1:]
     assert section.count("<rect") == 2 * len(EXITS) * 2 and "by attack format and exit, mini" in section
-    data = json.loads(page.split('id="transcript-data">')[1].split("</script>")[0])
-    assert data["prompts"][0]["format"] == "Template, transferred from a language model"
-    assert data["prompts"][1]["format"] == "figstep, not transferred"
+    data = transcript_data(page)
+    formats = [data["formats"][row["format"]] for row in data["rows"][:2]]
+    assert formats == ["Template, transferred from a language model", "figstep, not transferred"]
 
 
 def test_the_worst_exit_has_the_interval_of_a_maximum(run):
@@ -113,6 +115,9 @@ def test_names_of_formats_are_text(tmp_path, examples):
     named = [replace(row, format=PAYLOAD if row.transferred else row.format) for row in examples]
     page = report.build(measure(tmp_path / "run", named)).read_text(encoding="utf-8")
     assert Page(page).tags.count("script") == 2 and PAYLOAD not in page
+    assert any(visible(PAYLOAD) in name for name in transcript_data(page)["formats"]), (
+        "the page's script shows it as text"
+    )
     assert "&lt;img src=x onerror=alert(1)&gt;⟨U+202E⟩⟨U+2028⟩" in page
 
 
@@ -125,7 +130,7 @@ def test_runs_of_earlier_versions_have_no_such_section(tmp_path, examples, run):
                 line.pop(name, None)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = report.build(old).read_text(encoding="utf-8")
-    assert '<section id="formats">' not in page and '"format":null' in page
+    assert '<section id="formats">' not in page and transcript_data(page)["formats"] == []
     # One that was begun before and goes on since has the second half, and says so.
     (run / "sweeps/before.mini.json").write_bytes((old / "sweeps/before.mini.json").read_bytes())
     html = markup(formats.of_study(Study((load_run(run),))))

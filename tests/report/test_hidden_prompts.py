@@ -12,6 +12,7 @@ from icet_jax.report.page import render_comparison, render_report
 from icet_jax.report.study import Study
 from icet_jax.runs import model_card
 from tests.report import synthetic
+from tests.report.markup import unpacked
 
 WORD = "qwertysecret"
 
@@ -38,7 +39,7 @@ def pages(run):
     study = Study(load_runs(run))
     other = shutil.copytree(run, run.parent / "other", dirs_exist_ok=True)
     return [
-        *(render_report(study, run, reveal_unsafe=reveal) for reveal in (False, True)),
+        *(unpacked(render_report(study, run, reveal_unsafe=reveal)) for reveal in (False, True)),
         render_comparison(load_comparison([run, other])),
         model_card.text(run),
     ]
@@ -50,10 +51,10 @@ def test_a_page_of_a_run_that_hides_its_prompts_holds_ids_and_scores(run):
         assert "row forbidden-0" in page and "a row is named by its id" in page and "[not shown]" in page
         assert "data:image" not in page
         assert "asr/world_exact" in page
-    (first, *_) = transcripts.collect(Study(load_runs(run)), reveal_unsafe=True)
+    (first, *_) = transcripts.collect(Study(load_runs(run)), reveal_unsafe=True).prompts
     assert first["prompt"] == "row forbidden-0" and first["image"] is None and first["answer"] is None
     response = first["before"]["1"]
-    assert response["scores"]["asr/world_exact"] == 1.0 and response["unsafe"] and response["labels"] == {}
+    assert response["scores"]["asr/world_exact"] == 1.0 and response["verdict"] == "unsafe" and response["labels"] == {}
 
 
 def test_no_page_and_no_card_holds_a_text_of_a_row(run):

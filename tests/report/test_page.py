@@ -9,6 +9,7 @@ import pytest
 from icet_jax import report
 from icet_jax.errors import UserError
 from tests.report import synthetic
+from tests.report.markup import transcript_data, unpacked
 
 PAYLOAD = '</script><script>alert("x")</script><img src=x onerror=alert(1)>\u202e\u2028'
 
@@ -89,7 +90,9 @@ def test_the_page_stands_alone(tmp_path):
 @pytest.mark.parametrize("reveal", [False, True])
 def test_unsafe_text_is_in_the_page_only_when_asked_for(tmp_path, reveal):
     run = synthetic.write_run(tmp_path / "run")
-    assert ("zorbwicket" in build(run, reveal_unsafe=reveal)) is reveal
+    page = build(run, reveal_unsafe=reveal)
+    assert ("zorbwicket" in unpacked(page)) is reveal
+    assert synthetic.REFUSAL in unpacked(page), "the transcripts are read"
 
 
 @pytest.mark.parametrize("parts", [(), ("transcripts",), ("utility",), ("geometry", "cost"), ("organism", "config")])
@@ -129,9 +132,10 @@ def test_no_text_from_a_file_becomes_markup(tmp_path, monkeypatch):
     text = build(run)
     assert Page(text).tags == plain
     assert "<img src=x" not in text
-    assert not {"\u202e", "\u2028"} & set(text)
+    assert not {"\u202e", "\u2028"} & set(unpacked(text))
+    assert any(PAYLOAD[:9] in answer for answer in transcript_data(text)["texts"]), "the page's script shows it as text"
     scripts = re.findall(r"<script([^>]*)>", text)
-    assert scripts == [' type="application/json" id="transcript-data"', ""]
+    assert scripts == [' type="text/plain" id="transcript-data"', ""]
 
 
 def test_the_control_says_that_nothing_is_planted(tmp_path):

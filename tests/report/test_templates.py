@@ -1,6 +1,5 @@
 """Every text of every kind of block is escaped, and nothing hidden stays hidden."""
 
-import json
 import re
 from dataclasses import fields, is_dataclass, replace
 
@@ -23,7 +22,8 @@ from icet_jax.report.blocks import (
 )  # fmt: skip
 from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.lines import Chart, Point, Series
-from tests.report.markup import html
+from icet_jax.report.packing import compress
+from tests.report.markup import html, transcript_data
 from tests.report.test_page import Page
 from tests.report.test_text import PAYLOADS
 
@@ -42,7 +42,7 @@ BLOCKS = [
     Tiles([Tile("label", WORDS, "metric")]),
     Notice([WORDS]),
     Links("label", [("address", "name")]),
-    Viewer({"prompts": ["prompt"]}, 8, 7),
+    Viewer("cGFja2Vk", 8, 7, ("Before", "After")),
     Details("summary", [Heading("inner")]),
 ]
 FIXED = {
@@ -81,17 +81,17 @@ def test_text_never_becomes_markup(block, payload):
     marked.encode("utf-8")
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("payload", [*PAYLOADS, "\ud800"])
 def test_transcripts_cannot_leave_their_script(payload):
-    markup = html([Viewer({"x": payload}, 8, 7)])
+    markup = html([Viewer(compress({"x": payload}), 8, 7, ("Before", "After"))])
     data = re.search(r'id="transcript-data">(.*?)</script>', markup, re.S)[1]
-    assert not set("<>&\u2028\u2029") & set(data) and data.isascii()
-    assert json.loads(data) == {"x": payload}
+    assert re.fullmatch("[A-Za-z0-9+/=]+", data)
+    assert transcript_data(markup) == {"x": payload.replace("\ud800", "?")}
 
 
 def test_transcripts_refuse_what_json_has_no_word_for():
     with pytest.raises(ValueError):
-        html([Viewer({"x": float("nan")}, 8, 7)])
+        compress({"x": float("nan")})
 
 
 def test_every_kind_of_block_is_written():
