@@ -51,15 +51,18 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
+	@echo "installing the package and what it needs into $(VENV): a minute or two"
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.installed-real: $(BIN)/python pyproject.toml setup.py
+	@echo "installing the package and what it needs into $(VENV): a minute or two"
 	$(BIN)/python -m pip install --quiet --editable ".[real]"
 	touch $(VENV)/.installed $@
 
 # The CPU build where pip finds one, else whatever it finds.
 $(VENV)/.installed-test: $(BIN)/python pyproject.toml setup.py
+	@echo "installing the package, torch and the tools of the tests into $(VENV): some minutes"
 	$(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config import require
 from icet_jax.errors import UserError
+from icet_jax.media.images import open_image
 from icet_jax.runs import loading, shipped
 from icet_jax.runs.sources import checkpoint_directory
 
@@ -36,6 +37,9 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
     if not (options.prompt or "").strip():
         raise UserError('--mode=ask needs a question: --prompt="what is this?"')
     require(config, "model.checkpoint")
+    images = [shipped.example(path) for path in options.image]
+    for image in images:
+        open_image(image)  # what cannot be opened is found before the model is loaded
     model = config.model
     directory = checkpoint_directory(model.checkpoint, workdir)
     vlm = loading.load(
@@ -43,7 +47,7 @@ def run(config: ConfigDict, workdir: Path | None, options: argparse.Namespace) -
         capture=model.intermediate_capture, template=config.data.template,
     )  # fmt: skip
     exits = parse_exits(options.exits, vlm.num_exits, vlm.default_exit)
-    inputs = vlm.processor(images=[[shipped.example(path) for path in options.image]], prompts=[options.prompt])
+    inputs = vlm.processor(images=[images], prompts=[options.prompt])
     problem = vlm.misfit(inputs["input_ids"][0], config.sweep.max_new_tokens)
     if problem is not None:
         raise UserError(f"--prompt: {problem}")

@@ -138,7 +138,7 @@ def _print_agreement(table: JsonObject) -> None:
     """Prints the agreement of people with every other judge, from the content of agreement.json."""
     for pair in table["pairs"]:
         if METRIC in (pair["a"], pair["b"]):
-            kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.2f}"
+            kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:z.2f}"
             print(f"{pair['a']} and {pair['b']}: kappa {kappa} over {pair['n']} answers", file=sys.stderr)
 
 

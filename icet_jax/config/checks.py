@@ -247,7 +247,9 @@ def require(config: ConfigDict, *names: str) -> None:
     """Raises a `UserError` if one of these fields (dotted names) is unset or empty."""
     values = flatten(config)
     for name in names:
-        if values[name] in (None, "") or (name in OPEN_FIELDS and not values[name]):
+        if name in OPEN_FIELDS and not values[name]:
+            raise UserError(f"config.{name} has no entry: give one in the config file or as --config.{name}.NAME=...")
+        if values[name] in (None, ""):
             raise UserError(f"config.{name} is not set: give it in the config file or as --config.{name}=...")
 
 

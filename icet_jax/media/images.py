@@ -1,6 +1,7 @@
 """Opens images (files, arrays, PIL images, ...) with the same pixels as transformers' processors would."""
 
 import io
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -37,6 +38,7 @@ MAX_PIXELS = 1 << 26
 MAX_ASPECT_RATIO = 500
 """Largest ratio of the sides. An image is resized until its short side fits the model, so more could take gigabytes."""
 
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs|data):", re.IGNORECASE)
 _SIZED_BY_HEADER = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112  # EXIF's tag for the orientation
 _SIDEWAYS = (5, 6, 7, 8)  # values of this tag that exchange width and height
@@ -58,6 +60,8 @@ def open_image(source: ImageLike, name: str | None = None) -> Image.Image:
       UserError: the source is not an image, truncated, too large to be decoded safely, or an unsupported array.
     """
     if isinstance(source, (str, PathLike)):
+        if _ADDRESS.match(str(source)):
+            raise UserError(f"{name or source}: an address; images are files: download it, and give its path")
         return _decode(Path(source), name or str(source))
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), name or "image")

@@ -6,6 +6,7 @@ or "toy:NAME").
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from icet_jax.runs.sources import checkpoint_directory
 from icet_jax.scorers.base import Scorer
 from icet_jax.scorers.cache import ScoreCache, cached
 
+_EMBEDDED = ("refusal_keywords", "organism:judge", "organism:reward_model")
 _LOADED: dict[tuple[str, str, str, Mesh | None], Scorer] = {}
 """Loaded scorers by (name, definition as JSON, folder of toy weights or "", mesh)."""
 
@@ -73,15 +75,22 @@ class ScorerLoader:
         return _LOADED[key]
 
     def _load_undefined(self, name: str) -> Scorer:
-        """Returns the scorer `name`, which is not a key of `config.scorers`; an error names the nearest key."""
+        """Returns the scorer `name`, which is not a key of `config.scorers`; an error names the nearest scorer.
+
+        A word alone is not looked for on the hub, where a misspelt name would cost minutes of retries.
+        """
+        known = [*_EMBEDDED, *self._definitions]
+        nearest = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}."
+        if name not in _EMBEDDED and not re.search("[:/]", name) and not Path(name).exists():
+            raise UserError(f"{name}: no such scorer: {meant} Ids on the Hugging Face hub have the form OWNER/NAME")
         path_or_id = checkpoint_directory(name, self._workdir) if name.startswith("toy:") else name
         try:
             return loading.load_scorer(path_or_id, mesh=self._mesh)
         except UserError as error:
-            nearest = difflib.get_close_matches(name, self._definitions, n=1)
             if not nearest:
                 raise
-            raise UserError(f"{name}: did you mean {nearest[0]}, of config.scorers? ({error})") from error
+            raise UserError(f"{name}: {meant} ({error})") from error
 
     def _load_defined(self, name: str, definition: JsonObject, parents: tuple[str, ...]) -> Scorer:
         """Returns the scorer that `config.scorers` defines under `name`; for `parents` see `_load`."""

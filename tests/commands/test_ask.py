@@ -64,6 +64,7 @@ def test_what_is_printed_is_what_the_model_says(directory, picture, capsys, monk
         (["--prompt=x", "--exits=2,5"], "exit 5 is out of range"),
         (["--prompt=x", "--exits=two"], 'give "all" or numbers'),
         (["--prompt=x", "--image=/no/such.png"], "/no/such.png: no such image file"),
+        (["--prompt=x", "--image=https://a.b/c.png"], "c.png: an address; images are files: download it"),
     ],
 )
 def test_bad_questions_are_one_line(directory, capsys, more, complaint):
