@@ -2,6 +2,7 @@
 
 import pytest
 
+import icet_jax
 from icet_jax.checkpoints import source
 from icet_jax.config import default, require
 from icet_jax.errors import UserError
@@ -24,7 +25,7 @@ def load(tmp_path, monkeypatch):
     ("name", "complaint"),
     [
         ("refusal_keyword", "refusal_keyword: no such scorer: did you mean refusal_keywords?"),
-        ("my_juge", "my_juge: no such scorer: did you mean my_judge?"),
+        ("llama_gard_1", "llama_gard_1: no such scorer: did you mean llama_guard_1?"),
         (
             "something",
             "something: no such scorer: known are refusal_keywords, organism:judge, organism:reward_model, my_",
