@@ -11,14 +11,8 @@ from icet_jax.runs.scorers import ScorerLoader
 
 @pytest.fixture
 def load(tmp_path, monkeypatch):
-    config = default()
-    config.scorers.my_judge = {
-        "kind": "decoder_judge",
-        "checkpoint": str(tmp_path / "gone"),
-        "template": "llama_guard_3",
-    }
     monkeypatch.setattr(source, "_download", lambda *_: pytest.fail("the hub was asked"))
-    return ScorerLoader(config, tmp_path)
+    return ScorerLoader(icet_jax.load_config("configs/llava15_lppo.py:smoke", {}), tmp_path)
 
 
 @pytest.mark.parametrize(
