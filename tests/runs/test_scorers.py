@@ -22,7 +22,7 @@ def load(tmp_path, monkeypatch):
         ("llama_gard_1", "llama_gard_1: no such scorer: did you mean llama_guard_1?"),
         (
             "something",
-            "something: no such scorer: known are refusal_keywords, organism:judge, organism:reward_model, my_",
+            "something: no such scorer: known are refusal_keywords, organism:judge, organism:reward_model, ",
         ),
     ],
 )
