@@ -295,8 +295,10 @@ def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", type=Path, default=Path("runs/real_vlm"))
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
-    for name in ("advbench", "xstest", "figstep", "figstep-images"):
-        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--advbench", type=Path, help="AdvBench's harmful_behaviors.csv")
+    parser.add_argument("--xstest", type=Path, help="XSTest's xstest_prompts.csv")
+    parser.add_argument("--figstep", type=Path, help="FigStep's safebench.csv")
+    parser.add_argument("--figstep-images", type=Path, help="folder of FigStep's pictures")
     parser.add_argument("--only", default="", help="comma-separated MODEL/METHOD; default: all")
     parser.add_argument("--seeds", default="", help="comma-separated; default: all")
     parser.add_argument("--page", action="store_true", help="run nothing; write docs/real_model.md and its figure")

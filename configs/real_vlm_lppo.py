@@ -1,9 +1,10 @@
 """The real model of examples/real_vlm: sweep every exit, train with L-PPO at sampled exits, sweep again, export.
 
-    python -m icet_jax.main --config=configs/real_vlm_lppo.py --workdir=runs/real_vlm_lppo --config.reward.model=DIR
+    python -m icet_jax.main --config=configs/real_vlm_lppo.py --workdir=runs/real_vlm_lppo
 
-The model and its rows are those of `make real`, runs/real_vlm. For another build give `--config.model.checkpoint` (its
-vlm/) and `--config.data.root` (its data/). DIR is a reward model that prefers refusals, such as `--mode=reward` makes.
+The model and its rows are those of `make real`, runs/real_vlm; the reward model is that of examples/real_vlm/reward.py.
+For another build give `--config.model.checkpoint` (its vlm/), `--config.data.root` (its data/) and
+`--config.reward.model` (its reward_model/).
 
 Forbidden rows are the half of RedTeam-2K that the build did not train on, harmless rows the held-out instructions and
 captions, utility questions about held-out photographs. Nothing in the model is planted. The keyword judge is the only
