@@ -34,9 +34,10 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> Json
       num_exits: number of exits of the model, which determines the groups.
 
     Returns:
-      A dict with these entries; all but the first two exist only if rows have the metrics or fields that they need:
+      A dict with these entries; all but the first three exist only if rows have the metrics or fields that they need:
       `"layers": [...]` and `"groups": {...}`: means of every metric over the rows, at each exit and in each group of
       exits. With K attempts this includes `asr@K/JUDGE`, see `icet_jax.evaluation.combined`.
+      `"prompts"`: number of distinct prompts among the rows; intervals are clustered by prompt.
       `"worst_exit": {metric: {"layer", "mean", "ci95", ...}}`: the exit with the highest attack success rate.
       `"any_exit": {metric: {"mean", "ci95", ...}}`: the share of rows with an unsafe response at one or more exits
       (metrics `asr_any/JUDGE`).
@@ -49,6 +50,7 @@ def summarise(rows: Iterable[Row], exits: Sequence[int], num_exits: int) -> Json
     rows = list(rows)
     measured = _Measured(rows, exits)
     tables = _share_tables(measured, exits, num_exits) | _attack_tables(measured, exits)
+    tables["prompts"] = len(set(measured.row_prompts))
     categories = _parts(rows, lambda row: row.get("policy"))
     if categories:
         tables["policies"] = {

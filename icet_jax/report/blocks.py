@@ -99,9 +99,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Notice:
-    """Paragraphs in a coloured box, for what a reader must not miss."""
+    """Paragraphs in a coloured box, for what a reader must not miss; `look` is "notice" or, in red, "alert"."""
 
     paragraphs: Sequence[Text]
+    look: str = "notice"
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ class Sweep(TypedDict):
     generation: dict[str, Any]
     layers: list[Layer]
     groups: dict[str, Group]  # early, middle, late, average
+    prompts: NotRequired[int]  # number of distinct prompts among the rows
     worst_exit: NotRequired[dict[str, WorstExit]]  # by asr metric
     any_exit: NotRequired[dict[str, Estimate]]  # by asr_any metric; `n` counts rows, `n_error` rows without a result
     policies: NotRequired[dict[str, list[Layer]]]  # attack and refusal metrics by the data set's category ("policy")

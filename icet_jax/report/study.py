@@ -179,6 +179,11 @@ class Study:
         ]
         return max(counts, default=None)
 
+    def num_prompts(self, dataset: str) -> int | None:
+        """Returns the number of distinct prompts of a data set's rows; None for sweeps of earlier versions."""
+        count = self.field("prompts", dataset)
+        return count if type(count) is int and count > 0 else None
+
     def parts(self, dataset: str, field: str) -> dict[str, "Study"]:
         """Returns {name: study} for the parts into which a data set's rows are divided, the part with most rows first.
 

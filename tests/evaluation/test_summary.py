@@ -172,3 +172,8 @@ def test_difference_of_groups(shift):
     average = table["groups"]["average"]["metrics"]["tr/r"]
     assert average["mean"] == pytest.approx(shift, abs=1e-12)
     assert average["ci95"] == pytest.approx([shift, shift], abs=1e-9)
+
+
+def test_distinct_prompts_are_counted():
+    rows = [row(name, 1, {"refusal/x": 1.0}) | {"prompt": prompt} for name, prompt in zip("abc", "ppq", strict=True)]
+    assert summarise(rows, [1], 3)["prompts"] == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 from icet_jax.report.blocks import Block, Header, Links, Notice, Paragraph, Span, Text, Tile, Tiles, code, text
 from icet_jax.report.comparison import Comparison
 from icet_jax.report.loading import PHASES
-from icet_jax.report.sections import provenance
+from icet_jax.report.sections import provenance, trust
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import percent
 from icet_jax.report.values import change_text
@@ -25,7 +25,7 @@ def of_study(study: Study, run_dir: Path) -> Header:
         f"default exit {study.default_exit}" if study.default_exit is not None else "",
         f"{len(study.runs)} training seeds" if study.has_several_seeds else "",
     ]
-    blocks: list[Block] = [_caveat(words) for words in headline.caveats]
+    blocks: list[Block] = [*trust.of_study(study), *(_caveat(words) for words in headline.caveats)]
     blocks.append(Paragraph(text(" · ".join(filter(None, facts))), "facts"))
     if headline.judge:
         basis = text(
@@ -52,7 +52,8 @@ def of_comparison(comparison: Comparison) -> Header:
             f"{', '.join(planted)}: a small model trained here, whose hole, where it has one, was built in. It is no "
             "evidence that the hole emerges in real models."
         )
-    return Header("Layer-wise comparison", "", sentence(comparison), [*blocks, *map(_caveat, caveats)])
+    blocks = [*trust.of_comparison(comparison), *blocks, *map(_caveat, caveats)]
+    return Header("Layer-wise comparison", "", sentence(comparison), blocks)
 
 
 def sentence(comparison: Comparison) -> str:

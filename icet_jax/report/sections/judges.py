@@ -34,7 +34,7 @@ def _scorers(study: Study) -> list[Block]:
     for dataset in study.datasets:
         for metric in study.metrics(dataset):
             if family_of(metric) not in _WITHOUT_SCORER and metric != "degenerate/text_rules":
-                counts.setdefault(metric, {})[dataset] = [_judged(study, phase, dataset, metric) for phase in PHASES]
+                counts.setdefault(metric, {})[dataset] = [judged(study, phase, dataset, metric) for phase in PHASES]
     rows, has_failures = [], False
     for metric, datasets in counts.items():
         sides = [tuple(map(sum, zip(*side, strict=True))) for side in zip(*datasets.values(), strict=True)]
@@ -57,7 +57,7 @@ def _arrow(sides: Sequence[Sequence[int]], index: int) -> str:
     return " → ".join(_count(side[index]) for side in sides if any(side))
 
 
-def _judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, int]:
+def judged(study: Study, phase: str, dataset: str, metric: str) -> tuple[int, int]:
     """Returns how many responses have a score of a metric and how many have none, over all exits and seeds."""
     judged = failed = 0
     for run in study.runs:

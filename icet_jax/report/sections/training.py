@@ -12,6 +12,7 @@ from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.heatmap import step_map
 from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.curves import single_figure
+from icet_jax.report.sections import stability
 from icet_jax.report.study import Study, as_value
 from icet_jax.report.text import number, without_folders
 from icet_jax.report.values import axis_number
@@ -21,6 +22,7 @@ _MAIN_CURVES = {
     "objective/scores": "Reward (score of the sampled responses)",
     "objective/kl": "KL to the reference, nats per response",
     "loss/value_avg": "Value loss",
+    "val/explained_variance": "Explained variance of the value head",
 }
 _MIXED_SCORES = ("scores", "score", "reward")  # names in earlier versions, which had one mean over all kinds of rows
 _EXIT_SCORE = re.compile(rf"exit/\d+/(scores/(?:{'|'.join(KINDS)})|{'|'.join(_MIXED_SCORES)})")
@@ -28,12 +30,13 @@ _MAX_POINTS = 200  # largest number of points of a training curve
 
 
 def of_study(study: Study) -> list[Block]:
-    """Returns the training's curves, and heat maps of each exit's scores; [] without training."""
+    """Returns what its guards did, the training's curves, and heat maps of each exit's scores; [] without training."""
     names = list(dict.fromkeys(name for run in study.runs for row in run.history for name in row))
     plain = [name for name in names if "/" in name and not name.startswith("exit/")]
     main = [_curve(study, name, title) for name, title in _MAIN_CURVES.items() if name in plain]
     more = [_curve(study, name, name) for name in plain if name not in _MAIN_CURVES]
     return [
+        *stability.of_study(study),
         *grid(main),
         *_exit_maps(study, names),
         *details("More training curves", grid(more)),
