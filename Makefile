@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A CPU build of torch is enough: the tests only compare with it. Yours may be named: make test TORCH="torch --index-url ..."
 TORCH ?= torch
+# One more than there are cores: many tests wait for processes that they have started.
+WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 
 .PHONY: docs demo real test test-real types unit audit walk clean
 
@@ -26,7 +28,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
 test-real: $(VENV)/.installed-test  ## chat templates with published vocabularies, whose files ICET_REAL_PARTS names
 	@test -n "$(ICET_REAL_PARTS)" || { echo "make test-real ICET_REAL_PARTS=DIR (tests/media/real_tokenizers.py)"; exit 1; }
