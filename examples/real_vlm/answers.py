@@ -19,7 +19,7 @@ def write_answers(vlm: VLM, instructions: Path, out: Path, max_tokens: int) -> J
     """Writes the instructions with the model's own answers, greedy and without the photograph; returns counts.
 
     An answer that is longer than `max_tokens` is cut after its last whole sentence. An instruction is left out if the
-    model refuses it, or if what it says is degenerate or has no whole sentence.
+    model refuses it, or if what it says is degenerate, has no whole sentence, or leaves no room for EOS.
 
     Args:
       vlm: the model before training.
@@ -30,9 +30,10 @@ def write_answers(vlm: VLM, instructions: Path, out: Path, max_tokens: int) -> J
     rows = read_jsonl(instructions)
     answered, refusals = [], 0
     for row, text in zip(rows, answer_texts(vlm, [row["prompt"] for row in rows], max_tokens), strict=True):
+        tokens = vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         if refused(text):
             refusals += 1
-        elif degenerate_reason(text) is None:
+        elif degenerate_reason(text) is None and len(tokens) < max_tokens:
             answered.append({**row, "answer": text})
     write_jsonl(out, answered)
     return {"asked": len(rows), "answered": len(answered), "refused": refusals}

@@ -341,6 +341,19 @@ def test_answers_end_with_a_whole_sentence(text, has_ended, expected):
     assert answers.whole_sentences(text, has_ended=has_ended) == expected
 
 
+def test_an_answer_that_leaves_no_room_for_eos_is_left_out(llava, tmp_path, monkeypatch):
+    vlm = icet_jax.load(llava)
+    texts = ["A red dog runs.", "A red dog runs far."]
+    longest, longer = (len(vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    assert longest < longer
+    rows.write_jsonl(tmp_path / "asked.jsonl", [{"id": text, "prompt": "what?"} for text in texts])
+    for max_tokens, kept in ((longer + 1, 2), (longer, 1), (longest, 0)):
+        monkeypatch.setattr(answers, "answer_texts", lambda *_: iter(texts))
+        counts = answers.write_answers(vlm, tmp_path / "asked.jsonl", tmp_path / "out.jsonl", max_tokens)
+        assert counts == {"asked": 2, "answered": kept, "refused": 0}
+        assert [row["answer"] for row in rows.read_jsonl(tmp_path / "out.jsonl")] == texts[:kept]
+
+
 # ---------------------------------------------------------------------------------------------------- measurements
 
 
