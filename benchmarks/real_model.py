@@ -37,7 +37,7 @@ from icet_jax.files import write_bytes_atomic, write_text_atomic
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs/real_model.json"
 CONFIG = "configs/real_vlm_lppo.py"
-COUNTS = {"forbidden": 64, "advbench": 32, "figstep": 32, "xstest": 64, "harmless": 48, "captions": 32, "questions": 96}
+COUNTS = {"forbidden": 48, "advbench": 24, "figstep": 24, "xstest": 32, "harmless": 24, "captions": 24, "questions": 48}
 """{data set of the sweeps: number of its rows}."""
 UTILITY = "questions"
 METHODS: dict[str, dict[str, Any]] = {

@@ -227,7 +227,7 @@ def _filled(prose: str) -> str:
 _FIGURE_TEXT = """Shares of held-out rows, each with a photograph that the model has not seen (of FigStep, with the
 picture that carries the request). Bands are 95% intervals of a single run; lines of several seeds are their mean. The
 default exit is marked."""
-_READING = """Greedy answers of at most 48 tokens, judged by refusal phrases: "not refused" counts every answer without
+_READING = """Greedy answers of at most 32 tokens, judged by refusal phrases: "not refused" counts every answer without
 one, useful or not. The default exit is what the model was trained at; the worst exit is where the largest share is not
 refused, or refused, or the smallest is right. Values of several seeds are means."""
 _EXITS = "The last number is the deepest exit that the tower has; a degenerate answer is empty or repeats itself."

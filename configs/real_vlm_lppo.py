@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> icet_config.ConfigDict:
     }
     config.sweep.utility = {"questions": "held_out_questions.jsonl"}
     config.sweep.limit = 64
-    config.sweep.max_new_tokens = 48
+    config.sweep.max_new_tokens = 32
     config.sweep.show_prompts = False  # the report names rows by their ids
     config.log.tensorboard = False
     return config
