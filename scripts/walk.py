@@ -7,8 +7,8 @@ The folder has what the pages expect of the reader: DIR is a miniature checkpoin
 folder with rows. A config of a published model is replaced by its `:smoke` variant, which uses miniatures of weights,
 judges and data sets. A command that is on several pages runs once.
 
-Commands run side by side, one per core. Those that name the same output run one after the other, in the order of the
-pages. As in the tests, XLA optimises almost nothing, and all commands share their compiled programs.
+Commands run side by side, one more than there are cores. Those that name the same output run one after the other, in
+the order of the pages. As in the tests, XLA optimises almost nothing, and all commands share their compiled programs.
 """
 
 import argparse
@@ -40,7 +40,9 @@ LEFT_OUT = (  # (pattern of commands that need more than this machine has, what 
     (re.compile(r"--labels="), "needs people's labels", lambda: False),
 )
 OUTPUTS = ("--workdir=", "--out=", "--config.data.directory=")  # flags with a path that a command may write to
-AT_ONCE = min(4, os.cpu_count() or 1)
+_SAME = ("--workdir=", "--config.data.root=", "--config.data.directory=")
+"""Flags in which commands may differ that do the same with miniatures; the first of them is run."""
+AT_ONCE = min(4, (os.cpu_count() or 1) + 1)  # processes wait for files and for their imports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,7 @@ def commands() -> Iterator[Command]:
                 continue
             for words in blocks.commands(block.text, strict=block.kind != ""):
                 runnable = _runnable(words)
-                # Commands that differ only in these two flags do the same with miniatures.
-                key = tuple(word for word in runnable if not word.startswith(("--workdir", "--config.data.root")))
+                key = tuple(word for word in runnable if not word.startswith(_SAME))
                 if runnable and key not in seen:
                     seen.add(key)
                     yield Command(str(path.relative_to(ROOT)), block.line, tuple(runnable))
