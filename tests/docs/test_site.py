@@ -32,10 +32,10 @@ def site(tmp_path_factory):
 def test_the_site_is_built_and_every_page_is_in_it(site):
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").with_suffix("")
-        assert (site / ("index.html" if name.name == "index" else f"{name}/index.html")).is_file(), name
+        assert (site / f"{name}.html").is_file(), name
     assert (site / "launch" / "index.html").is_file()
     for notebook in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
-        assert (site / "notebooks" / notebook.stem / "index.html").is_file(), notebook
+        assert (site / "notebooks" / f"{notebook.stem}.html").is_file(), notebook
     assert not list(site.rglob("*.ipynb"))
 
 
@@ -67,13 +67,23 @@ def test_nothing_is_fetched_from_elsewhere(site):
         assert "url(http" not in style.read_text(encoding="utf-8"), style
 
 
+def test_pages_and_their_search_work_from_a_file(site):
+    text = (site / "guides" / "machines.html").read_text(encoding="utf-8")
+    assert 'src="../javascripts/iframe-worker.js"' in text and (site / "javascripts/iframe-worker.js").is_file()
+    assert (site / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index = {")
+    folders = re.compile(r'href="(?![a-z]+:)[^"#]*/(?:#[^"]*)?"')  # a browser would list the folder
+    for page in site.rglob("*.html"):
+        found = folders.search(page.read_text(encoding="utf-8"))
+        assert found is None or page.name == "404.html", (page, found)
+
+
 def test_no_page_names_the_machine_that_it_was_made_on(site):
     for page in site.rglob("*.html"):
         assert "site-packages" not in page.read_text(encoding="utf-8"), page
 
 
 def test_the_reference_has_the_python_surface_with_its_arguments(site):
-    text = (site / "reference" / "api" / "index.html").read_text(encoding="utf-8")
+    text = (site / "reference" / "api.html").read_text(encoding="utf-8")
     for name in (
         *icet_jax.SURFACE.values(),
         "vlm.VLM.generate",
@@ -94,6 +104,7 @@ def test_a_page_that_leads_nowhere_fails_the_build(tmp_path, text):
     (docs / "index.md").write_text(f"# Top\n\n{text}\n", encoding="utf-8")
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     settings |= {"docs_dir": str(docs), "nav": [{"Home": "index.md"}], "hooks": [], "theme": {"name": "mkdocs"}}
+    settings["plugins"].remove("offline")  # which belongs to the site's theme
     config = tmp_path / "mkdocs.yml"
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     code, said = build(config, tmp_path / "site")
