@@ -7,7 +7,7 @@ TORCH ?= torch
 # One more than there are cores: many tests wait for processes that they have started.
 WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 
-.PHONY: docs demo real test test-real types unit audit walk clean
+.PHONY: docs demo real test test-real types unit test-browser audit walk clean
 
 demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
 	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism

@@ -1,6 +1,6 @@
 """Defines what a page consists of: sections, their blocks, and text. `templates/blocks.html` renders them as HTML."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from icet_jax.report.charts.figures import Figure
@@ -160,12 +160,26 @@ class Header:
       name: name of the run directory; empty if there are several.
       sentence: the headline.
       blocks: what follows below the headline.
+      alerts: what stands above the headline, so that no reader misses it.
     """
 
     kicker: str
     name: str
     sentence: str
     blocks: Sequence[Block]
+    alerts: Sequence[Block] = ()
+
+
+def figures(blocks: Sequence[Block]) -> Iterator[Figure]:
+    """Yields the figures in blocks, in the order in which the page has them."""
+    for block in blocks:
+        match block:
+            case Figure():
+                yield block
+            case Grid():
+                yield from block.figures
+            case Details():
+                yield from figures(block.blocks)
 
 
 def table(caption: str, head: Sequence[str | Text], rows: Sequence[Sequence[Text]]) -> list[Block]:

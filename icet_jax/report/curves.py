@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from icet_jax.evaluation.combined import family_of
-from icet_jax.report.charts.figures import Figure, Key, Panel
+from icet_jax.report.charts.figures import DataTable, Figure, Key, Panel
 from icet_jax.report.charts.heatmap import share_map
 from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.schema import metric_family
@@ -76,9 +76,9 @@ def _curve_series(study: Study, dataset: str, metric: str) -> list[Series]:
             by_seed = {layer: study.seeds(phase, dataset, metric, layer) for layer, _ in curve}
             for index in range(len(study.runs)):
                 of_seed = [(layer, values[index]) for layer, values in by_seed.items()]
-                series.append(Series("", phase, [Point(x, y) for x, y in of_seed if y is not None], thin=True))
+                series.append(Series("", phase, [Point(x, y) for x, y in of_seed if y is not None], thin=True, gap=1))
         shown = [Point(layer, value.mean, value.low, value.high) for layer, value in curve]
-        series.append(Series(phase, phase, shown))
+        series.append(Series(phase, phase, shown, gap=1))
     return [each for each in series if each.points]
 
 
@@ -101,7 +101,7 @@ def difference_figure(study: Study, dataset: str, metric: str) -> Figure | None:
         highlights=exit_highlights(study),
         whiskers=True,
     )
-    return single_figure(chart, metric)
+    return single_figure(chart, metric, source=dataset_name(dataset))
 
 
 def geometry_charts(study: Study) -> dict[str, Chart]:
@@ -114,7 +114,7 @@ def geometry_charts(study: Study) -> dict[str, Chart]:
         points = [Point(x, value.mean, value.low, value.high) for x, value in study.geometry(name)]
         charts[name] = Chart(
             title=title,
-            series=[Series("", "plain", points)],
+            series=[Series("", "plain", points, gap=1)],
             show=axis_number,
             detail=number,
             ticks=range(1, study.num_exits + 1),
@@ -172,4 +172,11 @@ def map_figure(
     drawing = share_map(
         panels, list(curves), study.layers(dataset), title=title, tone=tone, default_exit=study.default_exit
     )
-    return Figure(title, metric, (Panel(drawing),), (Key("100%", tone, "ramp", before="0%"),), wide=True)
+    rows = [
+        (phase, part, layer, value.mean, value.low, value.high, value.n)
+        for phase, values in panels.items()
+        for (part, layer), value in values.items()
+    ]
+    data = DataTable(("phase", by, "exit", "share", "low", "high", "n"), rows)
+    keys = (Key("100%", tone, "ramp", before="0%"),)
+    return Figure(title, metric, (Panel(drawing, data=data),), keys, wide=True)

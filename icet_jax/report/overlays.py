@@ -93,7 +93,7 @@ def _depth_chart(
     for index, member, curve in curves:
         default = member.study.default_exit
         points = [Point(member.depth(x), v.mean, v.low, v.high, ring=x == default) for x, v in curve]
-        series.append(Series(member.name, f"run-{index}", points))
+        series.append(Series(member.name, f"run-{index}", points, gap=1 / member.study.num_exits))
     return Chart(
         title=title,
         series=series,

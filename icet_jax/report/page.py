@@ -10,12 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from icet_jax.files import write_text_atomic
-from icet_jax.report import figures
+from icet_jax.report import blocks, figures
 from icet_jax.report.blocks import Block, Header, Section
+from icet_jax.report.charts.data import figure_data
 from icet_jax.report.charts.marks import COLOURS, SELECTORS, STYLES, TONES
 from icet_jax.report.charts.svg import svg
 from icet_jax.report.comparison import Comparison, load_comparison
 from icet_jax.report.loading import load_runs
+from icet_jax.report.packing import compress
 from icet_jax.report.sections import (
     categories,
     cost,
@@ -96,9 +98,12 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def _document(top: Header, sections: Sequence[Section]) -> str:
-    """Returns the HTML of a page; sections without blocks are left out."""
+    """Returns the HTML of a page with the data of its charts; sections without blocks are left out."""
     shown = [section for section in sections if section.blocks]
-    return environment().get_template("document.html").render(header=top, sections=shown)
+    charts = [figure_data(figure) for section in shown for figure in blocks.figures(section.blocks)]
+    light = {name: colour.light for name, colour in COLOURS.items()}
+    data = compress({"figures": charts, "colours": light}) if charts else ""
+    return environment().get_template("document.html").render(header=top, sections=shown, chart_data=data)
 
 
 @lru_cache(maxsize=1)

@@ -44,7 +44,7 @@ def browser(profile: Path) -> Iterator["Page"]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **quiet, start_new_session=True) as child:
         try:
-            port = _wait_for(lambda: (profile / "DevToolsActivePort").read_text().split()[0])
+            port = wait_for(lambda: (profile / "DevToolsActivePort").read_text().split()[0])
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=120) as reply:
                 target = next(target for target in json.load(reply) if target["type"] == "page")
             page = Page(target["webSocketDebuggerUrl"])
@@ -86,7 +86,7 @@ class Page:
         self.send("Emulation.setEmulatedMedia", features=[{"name": n, "value": v} for n, v in features.items()])
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=url)
-        _wait_for(
+        wait_for(
             lambda: (
                 self.evaluate("document.readyState === 'complete' && location.href") not in (False, "about:blank")
                 or None
@@ -96,7 +96,7 @@ class Page:
 
     def wait(self, condition: str) -> None:
         """Returns as soon as a JavaScript expression is true."""
-        _wait_for(lambda: self.evaluate(condition) or None)
+        wait_for(lambda: self.evaluate(condition) or None)
 
     def write(self, text: str) -> None:
         """Types a text into the element that has the focus."""
@@ -110,8 +110,8 @@ class Page:
         )
 
     def evaluate(self, expression: str) -> Any:
-        """The JSON value of a JavaScript expression."""
-        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The JSON value of a JavaScript expression, or of the promise that it returns."""
+        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
@@ -166,8 +166,10 @@ class _WebSocket:
     def send(self, text: str) -> None:
         data, mask = text.encode(), os.urandom(4)
         size = len(data)
-        head = struct.pack("!BB", 0x81, 0x80 | size) if size < 126 else struct.pack("!BBH", 0x81, 0xFE, size)
-        assert size < 65536
+        if size < 126:
+            head = struct.pack("!BB", 0x81, 0x80 | size)
+        else:
+            head = struct.pack("!BBH", 0x81, 0xFE, size) if size < 65536 else struct.pack("!BBQ", 0x81, 0xFF, size)
         self._socket.sendall(head + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(data)))
 
     def receive(self) -> str:
@@ -184,7 +186,7 @@ class _WebSocket:
                     return b"".join(parts).decode()
 
 
-def _wait_for(read: Any, seconds: float = 120.0) -> Any:
+def wait_for(read: Any, seconds: float = 120.0) -> Any:
     """`read()` as soon as it neither raises nor returns None."""
     end = time.monotonic() + seconds
     while True:

@@ -7,8 +7,6 @@ import re
 
 from icet_jax.report.page import environment
 
-_PACKED = re.compile(r'<script type="text/plain" id="transcript-data">([^<]*)</script>')
-
 
 def html(blocks):
     """Blocks as the page has them."""
@@ -17,10 +15,19 @@ def html(blocks):
 
 def transcript_data(page):
     """The transcripts that a page unpacks; None for a page without any."""
-    packed = _PACKED.search(page)
+    return _packed(page, "transcript-data")
+
+
+def chart_data(page):
+    """The data of a page's charts."""
+    return _packed(page, "chart-data")
+
+
+def _packed(page, element_id):
+    packed = re.search(rf'<script type="text/plain" id="{element_id}">([^<]*)</script>', page)
     return None if packed is None else json.loads(gzip.decompress(base64.b64decode(packed[1])))
 
 
 def unpacked(page):
-    """All text that a page holds: its markup, and the transcripts that it unpacks."""
-    return page + json.dumps(transcript_data(page), ensure_ascii=False)
+    """All text that a page holds: its markup, and the transcripts and numbers that it unpacks."""
+    return page + json.dumps([transcript_data(page), chart_data(page)], ensure_ascii=False)

@@ -1,12 +1,19 @@
 """The report in a real browser: no error, nothing fetched, the exit slider moves what it should."""
 
+import io
 import json
+import os
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 from icet_jax import report
 from tests.report import devtools, synthetic, synthetic_paper
+
+AXE = Path(os.environ.get("AXE", Path(__file__).parents[2] / "build/axe/node_modules/axe-core/axe.min.js"))
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 
 pytestmark = pytest.mark.skipif(devtools.find_browser() is None, reason="no Chromium is installed")
 
@@ -268,3 +275,86 @@ def test_seeds_have_a_page_of_their_own(page, tmp_path):
         synthetic.write_run(tmp_path / f"run/seed_{seed}", seed=seed)
     page.open(report.build(tmp_path / "run").as_uri())
     assert page.evaluate("document.querySelectorAll('.on-wide path.thin').length") == 6
+
+
+def download(page, folder, figure, ending):
+    """The bytes of a file that a figure offers."""
+    known = set(folder.iterdir())
+    page.evaluate(
+        f"(() => {{ const box = document.querySelectorAll('.get')[{figure}]; box.open = true; "
+        f"Array.from(box.querySelectorAll('button')).find((button) => button.textContent === {ending!r}).click(); }})()"
+    )
+    suffix = f".{ending.lower()}"
+    file = devtools.wait_for(lambda: next((f for f in folder.iterdir() if f not in known and f.suffix == suffix), None))
+    return file.name, file.read_bytes()
+
+
+def test_figures_and_their_numbers_are_downloaded(page, page_url, tmp_path):
+    page.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    page.open(page_url, dark=True)
+    count = page.evaluate("document.querySelectorAll('figure.chart').length")
+    assert page.evaluate("document.querySelectorAll('figure.chart .get').length") == count
+    name, csv = download(page, tmp_path, 0, "CSV")
+    assert name == "forbidden.asr_world_exact.Attack_success_rate.csv"
+    lines = csv.decode().splitlines()
+    assert lines[0] == "series,exit,value,low,high" and lines[1].startswith("before,1,")
+    assert len(lines) == 1 + 2 * synthetic.NUM_EXITS
+    content = json.loads(download(page, tmp_path, 0, "JSON")[1])
+    assert content["metric"] == "asr/world_exact" and len(content["panels"][0]["rows"]) == 16
+    svg = download(page, tmp_path, 0, "SVG")[1].decode()
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg") and "Attack success rate" in svg and "class=" not in svg
+    assert "rgb(191, 68, 23)" in svg, "the colour of the light page"
+    _, png = download(page, tmp_path, 0, "PNG")
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.width > 2000 and len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+@pytest.fixture(scope="module")
+def doubtful_url(tmp_path_factory):
+    """A report that says why its numbers should not be trusted."""
+    run = synthetic.write_run(tmp_path_factory.mktemp("doubtful") / "run")
+    for path in run.glob("sweeps/*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": 20}))
+    return report.build(run).as_uri()
+
+
+@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed; make test-browser installs it")
+@pytest.mark.parametrize(("width", "dark"), [(1400, False), (390, True)])
+def test_axe_finds_no_barrier(page, doubtful_url, width, dark):
+    page.open(doubtful_url, width=width, dark=dark)
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    page.evaluate(AXE.read_text(encoding="utf-8") + "; 1")
+    found = page.evaluate(
+        f"axe.run({{runOnly: {json.dumps(RULES)}}}).then(({{violations}}) => violations.map((violation) => "
+        "violation.id + ': ' + violation.nodes.slice(0, 5).map((node) => node.html.slice(0, 200)).join('\\n')))"
+    )
+    assert found == []
+
+
+def test_tables_that_scroll_show_it(page, page_url):
+    page.open(page_url, width=390)
+    wide = "Array.from(document.querySelectorAll('.scroll')).filter((box) => box.scrollWidth > box.clientWidth)"
+    assert page.evaluate(f"{wide}.length") > 2
+    assert page.evaluate(
+        f"{wide}.every((box) => getComputedStyle(box).backgroundAttachment === 'local, local, scroll, scroll')"
+    )
+
+
+def test_the_box_of_doubts_is_on_the_first_screen(page, doubtful_url):
+    page.open(doubtful_url, width=390, height=844)
+    bottom = page.evaluate("document.querySelector('.alert p').getBoundingClientRect().bottom")
+    assert 0 < bottom < 844
+
+
+def test_nothing_is_cut_in_print(page, doubtful_url):
+    page.open(doubtful_url, width=718, dark=True)  # A4 at 96 dots per inch, less the margins
+    page.send("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
+    boxes = "Array.from(document.querySelectorAll('.scroll, figure'))"
+    assert page.evaluate(f"{boxes}.filter((box) => box.scrollWidth > box.clientWidth + 1).length") == 0
+    assert page.evaluate("getComputedStyle(document.querySelector('figure')).breakInside") == "avoid"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.querySelector('h1')).color") == "rgb(30, 29, 26)"
+    page.send("Emulation.setEmulatedMedia", media="")

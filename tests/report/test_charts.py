@@ -72,3 +72,33 @@ def test_heat_map_has_a_cell_per_exit_and_bin():
     assert (low, high) == (1.0, 3.0)
     assert svg(drawing).count("<rect") == 3
     assert "exit 2, step 1: 3.00" in svg(drawing)
+
+
+def paths(markup, style):
+    return re.findall(rf'<path class="{style}" d="([^"]*)"', markup)
+
+
+def test_a_line_does_not_cross_unmeasured_exits():
+    points = [Point(x, 0.5, 0.48, 0.52) for x in (1, 2, 3, 6, 7, 10)]
+    joined = svg_chart(Chart("ASR", [Series("", "plain", points)], show=str, min_y_range=(0.0, 1.0)))
+    split = svg_chart(Chart("ASR", [Series("", "plain", points, gap=1)], show=str, min_y_range=(0.0, 1.0)))
+    assert [path.count("L") for path in paths(joined, "stroke")] == [5]
+    assert [path.count("L") for path in paths(split, "stroke")] == [2, 1]
+    assert len(paths(split, "band")) == 2 and len(paths(split, "error-bar")) == 1, "exit 10 has a bar of its own"
+    assert len(circles(split)) == 6
+
+
+def test_gaps_of_relative_depth_survive_rounding():
+    points = [Point(layer / 24, 0.5) for layer in (1, 2, 3, 4, 5, 7, 8)]
+    assert [len(piece) for piece in Series("", "plain", points, gap=1 / 24).pieces] == [5, 2]
+
+
+def test_wide_intervals_are_thin_bars_and_no_block():
+    def chart(high):
+        series = [Series(side, side, [Point(x, 0.0, 0.0, high) for x in range(1, 9)]) for side in ("before", "after")]
+        return svg_chart(Chart("empty", series, show=str, min_y_range=(0.0, 0.1)))
+
+    assert len(paths(chart(0.02), "band")) == 2 and not paths(chart(0.02), "error-bar")
+    assert not paths(chart(0.06), "band")
+    bars = paths(chart(0.06), "error-bar")
+    assert len(bars) == 16 and len(set(bars)) == 16, "bars of both series stand beside each other"

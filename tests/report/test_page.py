@@ -135,7 +135,7 @@ def test_no_text_from_a_file_becomes_markup(tmp_path, monkeypatch):
     assert not {"\u202e", "\u2028"} & set(unpacked(text))
     assert any(PAYLOAD[:9] in answer for answer in transcript_data(text)["texts"]), "the page's script shows it as text"
     scripts = re.findall(r"<script([^>]*)>", text)
-    assert scripts == [' type="text/plain" id="transcript-data"', ""]
+    assert scripts == [*(f' type="text/plain" id="{name}"' for name in ("transcript-data", "chart-data")), ""]
 
 
 def test_the_control_says_that_nothing_is_planted(tmp_path):

@@ -1,6 +1,8 @@
 """Defines a figure: charts with the same scale, side by side under one title and one legend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from icet_jax.report.charts.lines import Chart, line_drawing
 from icet_jax.report.charts.marks import Drawing
@@ -28,11 +30,23 @@ class Key:
 
 
 @dataclass(frozen=True)
+class DataTable:
+    """Holds the numbers behind a chart: names of the columns, and rows of texts, numbers and None."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
 class Panel:
-    """Holds a chart of a figure and the title above it. A `Drawing` is already laid out and keeps its size."""
+    """Holds a chart of a figure and the title above it.
+
+    A `Drawing` is already laid out and keeps its size; `data` has its numbers, which other charts hold themselves.
+    """
 
     chart: Chart | Scatter | Drawing
     title: str = ""
+    data: DataTable | None = None
 
     @property
     def narrow(self) -> Drawing:

@@ -8,6 +8,8 @@ from icet_jax.report.charts.marks import Box, Dot, Drawing, Label, Layer, Mark, 
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 16, 24
 _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
+_MOST_COVERED = 0.3  # share of the plot's height
+_BAR_GAP = 3  # pixels from a series' bars to those of the next series
 _LABEL_WIDTH = 22  # pixels that the label of an exit needs
 
 
@@ -31,12 +33,24 @@ class Series:
       tone: name in `marks.TONES` that gives colour and dash.
       points: points in ascending order of x.
       thin: whether only a thin line is drawn (without markers, band and tooltips), as for a single seed.
+      gap: largest distance in x of two points that the line joins, so that it does not cross unmeasured exits.
     """
 
     label: str
     tone: str
     points: Sequence[Point]
     thin: bool = False
+    gap: Number = math.inf
+
+    @property
+    def pieces(self) -> list[list[Point]]:
+        """The points in runs that a line joins."""
+        pieces: list[list[Point]] = []
+        for point in self.points:
+            if not pieces or point.x - pieces[-1][-1].x > self.gap * (1 + 1e-9):
+                pieces.append([])
+            pieces[-1].append(point)
+        return pieces
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,8 @@ class Chart:
       min_y_range: (low, high) that the vertical axis covers at least; None means that it follows from the points.
       highlights: exits to emphasise, each with "default" or "planted".
       max_y_range: (low, high) that the vertical axis never exceeds, such as (0, 1) for a share.
-      whiskers: whether intervals are drawn as bars, without a line through the points and with an axis at zero.
+      whiskers: whether intervals are drawn as bars, without a line through the points and with an axis at zero. Other
+        charts have bands, and thin bars where bands would cover `_MOST_COVERED` of the plot.
     """
 
     title: str
@@ -96,10 +111,15 @@ def line_drawing(chart: Chart, width: int, height: int) -> Drawing:
     pad = {"exit": 0.4, "depth": 0.04}.get(chart.x_name, 0.0)
     left, right = min(*ticks, *(p.x for p in points)) - pad, max(*ticks, *(p.x for p in points)) + pad
     frame = _Frame(width, height, left, right if right > left else left + 1, levels[0], levels[-1])
-    thin_first = sorted(chart.series, key=lambda series: not series.thin)
+    look = "whiskers" if chart.whiskers else "bars" if _has_wide_intervals(frame, chart) else "band"
+    shown = [series for series in chart.series if series.points]
+    thick = [series for series in shown if not series.thin]
+    # Bars of several series stand beside each other.
+    shifts = {id(series): _BAR_GAP * (index - (len(thick) - 1) / 2) for index, series in enumerate(thick)}
+    thin_first = sorted(shown, key=lambda series: not series.thin)
     layers = [
         Layer("axes", _axes(frame, chart, levels, ticks)),
-        *(Layer("series", _series_marks(frame, s, chart.whiskers), s.tone) for s in thin_first if s.points),
+        *(Layer("series", _series_marks(frame, s, look, shifts.get(id(s), 0.0)), s.tone) for s in thin_first),
         Layer("hits", _tooltip_areas(frame, chart)),
     ]
     return Drawing(width, height, chart.title, layers)
@@ -179,29 +199,50 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
     return [*marks, Label(LEFT - 7, frame.bottom + 16, chart.x_name, "end")]
 
 
-def _series_marks(frame: _Frame, series: Series, whiskers: bool) -> list[Mark]:
-    """Returns the marks of one series: intervals, line and markers."""
-    positions = [(frame.x(p.x), frame.y(p.y)) for p in series.points]
+def _has_wide_intervals(frame: _Frame, chart: Chart) -> bool:
+    """Returns whether the intervals of a series are so wide that its band would cover much of the plot."""
+    for series in chart.series:
+        heights = [frame.y(p.low) - frame.y(p.high) for p in series.points if p.low is not None and p.high is not None]
+        if heights and sum(heights) / len(heights) > _MOST_COVERED * (frame.bottom - TOP):
+            return True
+    return False
+
+
+def _series_marks(frame: _Frame, series: Series, look: str, shift: float) -> list[Mark]:
+    """Returns the marks of one series: intervals ("band", "bars" or "whiskers", as `look` says), line and markers.
+
+    `shift` is the distance in pixels of bars from their points.
+    """
     if series.thin:
-        return [Path(positions, "thin")]
-    intervals = [
-        (frame.x(p.x), frame.y(p.low), frame.y(p.high))
-        for p in series.points
-        if p.low is not None and p.high is not None
-    ]
+        return [Path(_positions(frame, piece), "thin") for piece in series.pieces if len(piece) > 1]
     marks: list[Mark] = []
-    if whiskers:
-        marks += [Path(((x, low), (x, high)), "whisker") for x, low, high in intervals]
-    else:
-        if len(intervals) > 1:
-            upper = [(x, high) for x, _, high in intervals]
-            lower = [(x, low) for x, low, _ in reversed(intervals)]
-            marks.append(Path([*upper, *lower], "band", closed=True))
-        marks.append(Path(positions, "stroke"))
+    for piece in series.pieces:
+        marks += _intervals(frame, piece, look, shift)
+        if look != "whiskers" and (len(piece) > 1 or len(series.points) == 1):
+            marks.append(Path(_positions(frame, piece), "stroke"))
+    positions = _positions(frame, series.points)
     if len(positions) <= _MOST_MARKERS:
-        marks += [Dot(x, y, 3.4 if whiskers else 3) for x, y in positions]
+        marks += [Dot(x, y, 3.4 if look == "whiskers" else 3) for x, y in positions]
     rings = [position for position, point in zip(positions, series.points, strict=True) if point.ring]
     return [*marks, *(Dot(x, y, 6.5, "ring") for x, y in rings)]
+
+
+def _positions(frame: _Frame, points: Sequence[Point]) -> list[tuple[float, float]]:
+    return [(frame.x(point.x), frame.y(point.y)) for point in points]
+
+
+def _intervals(frame: _Frame, points: Sequence[Point], look: str, shift: float) -> list[Mark]:
+    """Returns the intervals of points that a line joins; for `look` and `shift` see `_series_marks`."""
+    intervals = [
+        (frame.x(p.x), frame.y(p.low), frame.y(p.high)) for p in points if p.low is not None and p.high is not None
+    ]
+    if look == "band" and len(intervals) > 1:
+        upper = [(x, high) for x, _, high in intervals]
+        lower = [(x, low) for x, low, _ in reversed(intervals)]
+        return [Path([*upper, *lower], "band", closed=True)]
+    if look == "whiskers":
+        return [Path(((x, low), (x, high)), "whisker") for x, low, high in intervals]
+    return [Path(((x + shift, low), (x + shift, high)), "error-bar") for x, low, high in intervals]
 
 
 def _tooltip_areas(frame: _Frame, chart: Chart) -> list[Mark]:

@@ -25,6 +25,7 @@ COLOURS = {
     "rule": Colour("#e3dfd3", "#32363b"),
     "grid": Colour("#ece8dd", "#2a2e33"),
     "notice": Colour("#f5efdc", "#2a2617"),
+    "shadow": Colour("#b9b2a0", "#000000"),
     "alert": Colour("#b3171e", "#ff8080"),
     "changed": Colour("#f6e3a4", "#5b4a12"),
     "before": Colour("#bf4417", "#ff8d63"),

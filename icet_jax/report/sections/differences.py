@@ -3,7 +3,7 @@
 from icet_jax.evaluation.combined import family_of
 from icet_jax.report.blocks import Block, Heading, grid
 from icet_jax.report.curves import difference_figure
-from icet_jax.report.sections.measured import dataset_heading
+from icet_jax.report.sections.measured import dataset_heading, flat_line, is_flat
 from icet_jax.report.study import Study
 from icet_jax.report.values import MAIN_FAMILIES
 
@@ -15,5 +15,7 @@ def of_study(study: Study) -> list[Block]:
         metrics = [name for name in study.metrics(dataset) if family_of(name) in MAIN_FAMILIES]
         if len(study.phases(dataset)) == 2 and metrics:
             blocks.append(Heading(dataset_heading(study, dataset)))
-            blocks += grid([difference_figure(study, dataset, metric) for metric in metrics])
+            flat = [metric for metric in metrics if is_flat(study, dataset, metric, ["difference"])]
+            blocks += grid([difference_figure(study, dataset, metric) for metric in metrics if metric not in flat])
+            blocks += flat_line(study, dataset, flat, ["difference"])
     return blocks

@@ -25,7 +25,7 @@ def of_study(study: Study, run_dir: Path) -> Header:
         f"default exit {study.default_exit}" if study.default_exit is not None else "",
         f"{len(study.runs)} training seeds" if study.has_several_seeds else "",
     ]
-    blocks: list[Block] = [*trust.of_study(study), *(_caveat(words) for words in headline.caveats)]
+    blocks: list[Block] = [_caveat(words) for words in headline.caveats]
     blocks.append(Paragraph(text(" · ".join(filter(None, facts))), "facts"))
     if headline.judge:
         basis = text(
@@ -36,7 +36,8 @@ def of_study(study: Study, run_dir: Path) -> Header:
     if definition:
         blocks.append(Paragraph(text("Exit l is ", code(str(definition)), "."), "basis"))
     blocks += [*_export(study), *_tiles(study), *_organism(study), *_seed_links(study), *provenance.of_study(study)]
-    return Header("Layer-wise alignment", run_dir.resolve().name, headline.sentence, blocks)
+    name = run_dir.resolve().name
+    return Header("Layer-wise alignment", name, headline.sentence, blocks, trust.of_study(study))
 
 
 def of_comparison(comparison: Comparison) -> Header:
@@ -52,8 +53,8 @@ def of_comparison(comparison: Comparison) -> Header:
             f"{', '.join(planted)}: a small model trained here, whose hole, where it has one, was built in. It is no "
             "evidence that the hole emerges in real models."
         )
-    blocks = [*trust.of_comparison(comparison), *blocks, *map(_caveat, caveats)]
-    return Header("Layer-wise comparison", "", sentence(comparison), blocks)
+    blocks += map(_caveat, caveats)
+    return Header("Layer-wise comparison", "", sentence(comparison), blocks, trust.of_comparison(comparison))
 
 
 def sentence(comparison: Comparison) -> str:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from icet_jax.evaluation.combined import family_of
-from icet_jax.report.blocks import Block, Heading, code, details, grid, note, table, text
-from icet_jax.report.charts.figures import Figure
+from icet_jax.report.blocks import Block, Heading, code, details, grid, joined, note, remark, table, text
 from icet_jax.report.comparison import Comparison
 from icet_jax.report.curves import metric_figure
 from icet_jax.report.loading import PHASES
@@ -12,7 +11,7 @@ from icet_jax.report.overlays import metric_overlay
 from icet_jax.report.sections.numbers import COLUMN_TITLES, study_numbers, value_cells
 from icet_jax.report.study import HUMAN, Study, dataset_name
 from icet_jax.report.text import number, percent
-from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, USEFUL_FAMILIES
+from icet_jax.report.values import FORM_FAMILIES, MAIN_FAMILIES, USEFUL_FAMILIES, show
 from icet_jax.scorers.calibration import calibrations
 
 _SAFETY_KINDS = ("forbidden", "mixed")
@@ -34,7 +33,7 @@ def safety_of_study(study: Study) -> list[Block]:
         for metric in first:
             figure = metric_figure(study, dataset, metric, wide=True)
             blocks += [figure] if figure is not None else []
-        blocks += grid([_figure(study, dataset, name) for name in others])
+        blocks += charts(study, dataset, others)
     blocks += _agreement_with_people([name for dataset in datasets for name in study.judges(dataset)])
     return [*blocks, *study_numbers(study, datasets)]
 
@@ -66,7 +65,7 @@ def utility_of_study(study: Study) -> list[Block]:
         names = [name for name in names if family_of(name) in (*MAIN_FAMILIES, *FORM_FAMILIES)]
         if len(study.layers(dataset)) > 1:
             blocks.append(Heading(dataset_heading(study, dataset)))
-            blocks += grid([_figure(study, dataset, name) for name in names])
+            blocks += charts(study, dataset, names)
     return [*blocks, *study_numbers(study, study.of_kind("benign", "vqa"))]
 
 
@@ -83,7 +82,11 @@ def utility_of_comparison(comparison: Comparison) -> list[Block]:
 
 
 def dataset_heading(study: Study, dataset: str) -> str:
-    """Returns "xstest: benign requests, 256 responses per exit"; the name is left out if it only repeats the kind."""
+    """Returns "xstest: benign requests, 256 responses per exit"; the name is left out if it only repeats the kind.
+
+    The number of distinct prompts is added where rows share prompts: intervals are clustered by prompt, so that few
+    prompts make them wide.
+    """
     name, kind = dataset_name(dataset), study.kind(dataset)
     what = {
         "forbidden": "forbidden requests",
@@ -95,11 +98,43 @@ def dataset_heading(study: Study, dataset: str) -> str:
     suffix = (
         f", {count} responses per exit{' and seed' if study.has_several_seeds else ''}" if count is not None else ""
     )
+    prompts = study.num_prompts(dataset)
+    if prompts is not None and count is not None and prompts < count:
+        suffix += f", {prompts} distinct prompt{'' if prompts == 1 else 's'}"
     return (what.capitalize() if name == kind else f"{name}: {what}") + suffix
 
 
-def _figure(study: Study, dataset: str, metric: str) -> Figure | None:
-    return metric_figure(study, dataset, metric, full=family_of(metric) not in FORM_FAMILIES)
+def charts(study: Study, dataset: str, metrics: Sequence[str]) -> list[Block]:
+    """Returns the small charts of metrics over exits, and one line for those that are 0 at every exit and on both
+    sides."""
+    flat = [metric for metric in metrics if is_flat(study, dataset, metric, study.phases(dataset))]
+    full = {metric: family_of(metric) not in FORM_FAMILIES for metric in metrics}
+    figures = [metric_figure(study, dataset, metric, full=full[metric]) for metric in metrics if metric not in flat]
+    return [*grid(figures), *flat_line(study, dataset, flat, study.phases(dataset))]
+
+
+def is_flat(study: Study, dataset: str, metric: str, columns: Sequence[str]) -> bool:
+    """Returns whether a metric is 0 at every measured exit in all `columns` ("before", "after", "difference")."""
+    curves = [study.curve(column, dataset, metric) for column in columns]
+    means = [value.mean for curve in curves for _, value in curve]
+    return len(means) > 0 and not any(means)
+
+
+def flat_line(study: Study, dataset: str, metrics: Sequence[str], columns: Sequence[str]) -> list[Block]:
+    """Returns one line for metrics that are 0 everywhere, with the highest end of their intervals; [] without metrics.
+
+    For the other arguments see `is_flat`.
+    """
+    names = []
+    for metric in metrics:
+        ends = [value.high for column in columns for _, value in study.curve(column, dataset, metric)]
+        highest = max((end for end in ends if end is not None), default=0.0)
+        interval = text(" ", remark(f"(intervals up to {show(metric, highest)})")) if highest > 0 else ()
+        names.append(text(code(metric), interval))
+    if not names:
+        return []
+    where = "in the differences" if "difference" in columns else " and ".join(columns) + " training"
+    return [note(f"0 at every exit, {where}: ", joined(names), ".")]
 
 
 def _default_table(study: Study, datasets: list[str]) -> list[Block]:
@@ -108,7 +143,8 @@ def _default_table(study: Study, datasets: list[str]) -> list[Block]:
     A row has the metric's values at the default exit before and after training, and their difference.
     """
     rows = []
-    columns = (*PHASES, "difference")
+    columns = [phase for phase in PHASES if any(phase in study.phases(dataset) for dataset in datasets)]
+    columns += ["difference"] if len(columns) == len(PHASES) else []
     for dataset in datasets:
         for metric in _metrics_to_show(study, dataset):
             values = [study.value(column, dataset, metric, study.default_exit) for column in columns]

@@ -44,7 +44,7 @@ def of_study(study: Study) -> list[Block]:
         note(Span(method_name(study), "b"), about, *(f" {sentence}" for sentence in _rewards(config))),
         note("Equation: ", code(equation(config)), " (step by step in ", code(file), ")."),
         note("Settings: ", joined(settings, " · "), "."),
-        *table(f"What the training cost{mean}", ["", *_COST_COLUMNS], [[text("Training"), *cost_cells(cost)]]),
+        *table(f"What the training cost{mean}", ["What", *_COST_COLUMNS], [[text("Training"), *cost_cells(cost)]]),
         note(_COST_NOTE),
     ]
 

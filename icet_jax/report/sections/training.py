@@ -8,7 +8,7 @@ from typing import Any
 from icet_jax.data.records import KINDS
 from icet_jax.files import JsonObject
 from icet_jax.report.blocks import Block, code, details, grid, note, table, text
-from icet_jax.report.charts.figures import Figure, Key, Panel
+from icet_jax.report.charts.figures import DataTable, Figure, Key, Panel
 from icet_jax.report.charts.heatmap import step_map
 from icet_jax.report.charts.lines import Chart, Point, Series
 from icet_jax.report.curves import single_figure
@@ -115,7 +115,9 @@ def _exit_maps(study: Study, names: list[str]) -> list[Block]:
             means = {key: fmean(values) for key, values in cells.items()}
             drawing, low, high = step_map(means, study.num_exits, titles[metric])
             key = Key(number(high), "after", "ramp", before=number(low))
-            figures.append(Figure(titles[metric], f"exit/*/{metric}", (Panel(drawing),), (key,), wide=True))
+            data = DataTable(("exit", "step", "score"), [(layer, step, mean) for (layer, step), mean in means.items()])
+            panel = Panel(drawing, data=data)
+            figures.append(Figure(titles[metric], f"exit/*/{metric}", (panel,), (key,), wide=True))
     return figures
 
 

@@ -1,5 +1,12 @@
 "use strict";
-// Adds tooltips to the charts of a page that reads without it.
+// Adds to a page that reads without it: here tooltips of charts; in downloads.js their files; in transcripts.js the rows.
+
+// Returns the JSON value of a gzip stream in base64 (icet_jax.report.packing).
+async function unpack(text) {
+  const binary = atob(text.trim()), bytes = new Uint8Array(binary.length);
+  for (let index = 0; index < bytes.length; index++) bytes[index] = binary.charCodeAt(index);
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
 
 (function tooltips() {
   const tip = document.getElementById("tip");

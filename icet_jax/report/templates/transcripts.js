@@ -1,4 +1,3 @@
-"use strict";
 // Shows the transcripts: a searchable list of rows, and the responses to the selected row at the selected exit.
 // Model output only ever becomes text (textContent), never markup.
 
@@ -10,13 +9,6 @@
   const LINE = 32, REDACTED = 1, SPLIT = 2, MOST_WORDS = 1000;
   const VERDICTS = { none: "no verdict", unsafe: "judged unsafe" };
   const PHASES = { before: "Before", after: "After" };
-
-  // Returns the JSON value of a gzip stream in base64 (icet_jax.report.packing).
-  async function unpack(text) {
-    const binary = atob(text.trim()), bytes = new Uint8Array(binary.length);
-    for (let index = 0; index < bytes.length; index++) bytes[index] = binary.charCodeAt(index);
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
-  }
 
   if (typeof DecompressionStream === "undefined") {
     found.textContent = "This browser is too old to unpack the transcripts (it has no DecompressionStream).";
