@@ -8,6 +8,7 @@ from icet_jax.evaluation.combined import family_of
 from icet_jax.report.charts.figures import DataTable, Figure, Key, Panel
 from icet_jax.report.charts.heatmap import share_map
 from icet_jax.report.charts.lines import Chart, Point, Series
+from icet_jax.report.paper import paper_references
 from icet_jax.report.schema import metric_family
 from icet_jax.report.study import Study, Value, dataset_name
 from icet_jax.report.text import number
@@ -59,8 +60,11 @@ def metric_figure(study: Study, dataset: str, metric: str, *, wide: bool = False
         min_y_range=_UNIT if metric == "length" else min_y_range,
         max_y_range=_UNIT if family.share else (-math.inf, math.inf),
         highlights=exit_highlights(study),
+        references=paper_references(study, dataset, metric),
     )
     keys = phase_keys(study.phases(dataset))
+    if chart.references:
+        keys += (Key("paper’s Table 2", "plain", "dotted"),)
     return single_figure(chart, metric, keys=keys, source=dataset_name(dataset), wide=wide)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from icet_jax.evaluation.agreement import agreement
 from icet_jax.evaluation.summary import difference, summarise
-from icet_jax.report.sections.paper import TABLE_2
+from icet_jax.report.paper import TABLE_2
 from tests.report import synthetic
 
 NUM_EXITS = 24

@@ -8,10 +8,11 @@ import pytest
 
 from icet_jax import report
 from icet_jax.errors import UserError
-from icet_jax.report.curves import ordered_categories
+from icet_jax.report.charts.svg import svg
+from icet_jax.report.curves import metric_figure, ordered_categories
 from icet_jax.report.loading import load_run, load_runs
+from icet_jax.report.paper import TABLE_2, paper_references, papers_name
 from icet_jax.report.sections import categories, judges, paper
-from icet_jax.report.sections.paper import TABLE_2, papers_name
 from icet_jax.report.study import Study
 from icet_jax.report.verdict import make_headline
 from tests.report import synthetic, synthetic_paper
@@ -231,3 +232,36 @@ def test_seeds_are_averaged_in_maps_and_judges(tmp_path):
     rows = {row[0]: row[1] for row in rows_of(judges_html(study), "Over all data sets and exits, before → after")}
     assert rows[metric] == "2\u2009016 → 2\u2009016"
     assert paper.NAMES["asr"] in paper_html(study)
+
+
+def test_the_papers_means_are_marks_in_the_charts(study):
+    figure = metric_figure(study, "sweep/mini", synthetic_paper.JUDGES[0], wide=True)
+    marks = figure.panels[0].chart.references
+    values = {(mark.tone, mark.first, mark.last): mark.y for mark in marks}
+    assert values == {
+        ("before", 1, 8): 0.5379, ("after", 1, 8): 0.1840, ("before", 9, 16): 0.4933, ("after", 9, 16): 0.0957,
+        ("before", 17, 24): 0.4862, ("after", 17, 24): 0.0353,
+    }  # fmt: skip
+    assert figure.keys[-1].label == "paper’s Table 2"
+    drawn = svg(figure.wide_drawing(figure.panels[0]))
+    assert drawn.count('class="reference"') == 6 and "paper, after: 3.5% (mean of exits 17 to 24)" in drawn
+    assert metric_figure(study, "sweep/mini", "ts/toxic_bert").panels[0].chart.references[0].y == 0.0903
+
+
+def test_marks_need_the_papers_set_model_and_kind_of_metric(study, tmp_path):
+    assert not paper_references(study, "sweep/xstest", synthetic_paper.JUDGES[0])
+    assert not paper_references(study, "sweep/mini", "asr/refusal_keywords")
+    assert not paper_references(study, "sweep/mini", "truncated")
+    run = study.first_run
+    model = {**run.config, "model": {"checkpoint": "llava-hf/llava-1.5-13b-hf"}}
+    tables = {key: {**table, "model": "llava-1.5-13b-hf"} for key, table in run.tables.items()}
+    other = Study((dataclasses.replace(run, config=model, tables=tables),))
+    assert not paper_references(other, "sweep/mini", synthetic_paper.JUDGES[0])
+
+
+def test_a_sweep_without_training_has_the_papers_original_alone(study):
+    run = study.first_run
+    tables = {key: table for key, table in run.tables.items() if key[0] == "before"}
+    before = Study((dataclasses.replace(run, tables=tables),))
+    tones = [mark.tone for mark in paper_references(before, "sweep/mini", synthetic_paper.JUDGES[0])]
+    assert tones == ["before"] * 3

@@ -44,6 +44,9 @@ def _of_lines(chart: Chart) -> DataTable:
             counts[series.tone] += 1
             name = f"{'' if series.tone == 'plain' else f'{series.tone}, '}seed {counts[series.tone]}"
         rows += [(name, point.x, point.y, point.low, point.high) for point in series.points]
+    rows += [
+        (f"{mark.label}, {mark.tone}", f"{mark.first} to {mark.last}", mark.y, None, None) for mark in chart.references
+    ]
     return DataTable(("series", chart.x_name, "value", "low", "high"), rows)
 
 

@@ -19,8 +19,8 @@ _LEAST_SCATTER_HEIGHT = 400  # pixels, so that names of neighbouring points fit
 class Key:
     """Holds an entry of a legend, from left to right: the text `before`, a sample, and the text `label`.
 
-    The sample has the colour and dash of the tone named `tone` in `marks.TONES`. Its `shape` is "dot", "line", "box" or
-    "ramp" (from light to dark).
+    The sample has the colour and dash of the tone named `tone` in `marks.TONES`. Its `shape` is "dot", "line",
+    "dotted" (a dotted line), "box" or "ramp" (from light to dark).
     """
 
     label: str

@@ -10,6 +10,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 16, 24
 _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
 _MOST_COVERED = 0.3  # share of the plot's height
 _BAR_GAP = 3  # pixels from a series' bars to those of the next series
+_REFERENCE_END = 4  # half the height in pixels of the bars at the ends of a published mean
 _LABEL_WIDTH = 22  # pixels that the label of an exit needs
 
 
@@ -54,6 +55,20 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Holds a published mean over the exits `first` to `last`, which a chart shows as a horizontal mark.
+
+    `label` names its source in tooltips, and `tone` is the name in `marks.TONES` of the phase that it belongs to.
+    """
+
+    label: str
+    tone: str
+    first: int
+    last: int
+    y: float
+
+
+@dataclass(frozen=True)
 class Chart:
     """Describes a line chart.
 
@@ -71,6 +86,7 @@ class Chart:
       max_y_range: (low, high) that the vertical axis never exceeds, such as (0, 1) for a share.
       whiskers: whether intervals are drawn as bars, without a line through the points and with an axis at zero. Other
         charts have bands, and thin bars where bands would cover `_MOST_COVERED` of the plot.
+      references: published values beside the measured ones.
     """
 
     title: str
@@ -85,6 +101,7 @@ class Chart:
     max_y_range: tuple[float, float] = (-math.inf, math.inf)
     highlights: dict[int, str] = field(default_factory=dict)
     whiskers: bool = False
+    references: Sequence[Reference] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -120,6 +137,7 @@ def line_drawing(chart: Chart, width: int, height: int) -> Drawing:
     layers = [
         Layer("axes", _axes(frame, chart, levels, ticks)),
         *(Layer("series", _series_marks(frame, s, look, shifts.get(id(s), 0.0)), s.tone) for s in thin_first),
+        *(Layer("series", _reference_marks(frame, reference), reference.tone) for reference in chart.references),
         Layer("hits", _tooltip_areas(frame, chart)),
     ]
     return Drawing(width, height, chart.title, layers)
@@ -159,6 +177,7 @@ class _Frame:
 def _levels(chart: Chart, points: Sequence[Point]) -> list[float]:
     """Returns the values of the horizontal grid lines, in ascending order."""
     values = [value for p in points for value in (p.y, p.low, p.high) if value is not None]
+    values += [reference.y for reference in chart.references]
     low, high = chart.min_y_range or (values[0], values[0])
     if chart.whiskers:
         values.append(0.0)
@@ -227,6 +246,13 @@ def _series_marks(frame: _Frame, series: Series, look: str, shift: float) -> lis
     return [*marks, *(Dot(x, y, 6.5, "ring") for x, y in rings)]
 
 
+def _reference_marks(frame: _Frame, reference: Reference) -> list[Mark]:
+    """Returns the mark of a published mean: a line over its exits with a short bar at both ends."""
+    left, right, y = frame.x(reference.first - 0.35), frame.x(reference.last + 0.35), frame.y(reference.y)
+    ends = [Path(((x, y - _REFERENCE_END), (x, y + _REFERENCE_END)), "reference-end") for x in (left, right)]
+    return [Path(((left, y), (right, y)), "reference"), *ends]
+
+
 def _positions(frame: _Frame, points: Sequence[Point]) -> list[tuple[float, float]]:
     return [(frame.x(point.x), frame.y(point.y)) for point in points]
 
@@ -258,6 +284,11 @@ def _tooltip_areas(frame: _Frame, chart: Chart) -> list[Mark]:
             if point.low is not None and point.high is not None:
                 text += f" ({detail(point.low)} to {detail(point.high)})"
             rows.setdefault(point.x, []).append(text)
+    for reference in chart.references:
+        for x in rows:
+            if reference.first <= x <= reference.last:
+                exits = f"mean of exits {reference.first} to {reference.last}"
+                rows[x].append(f"{reference.label}, {reference.tone}: {detail(reference.y)} ({exits})")
     if len(rows) > _MOST_TOOLTIPS:
         return []
     xs = sorted(rows)

@@ -126,6 +126,8 @@ STYLES = {
     "whisker": Style(stroke="tone", width=1.6),
     "ring": Style(stroke="tone", width=1.6),
     "error-bar": Style(stroke="tone", width=1.2, opacity=0.55),
+    "reference": Style(stroke="tone", width=1.6, dash=(1.5, 3)),
+    "reference-end": Style(stroke="tone", width=1.6),
     "front": Style(stroke="muted", width=1.2, dash=(5, 3)),
     "leader": Style(stroke="muted", width=0.6),
 }

@@ -78,7 +78,7 @@ def _draw_keys(canvas: "_Canvas", keys: Sequence[Key], y: Number) -> None:
         elif key.shape == "box":
             marks = [Box(x, y - 6, 18, 12, "mark-planted")]
         else:
-            marks = [Path(((x, y), (x + 30, y)), "stroke")]
+            marks = [Path(((x, y), (x + 30, y)), "reference" if key.shape == "dotted" else "stroke")]
             marks += [Dot(x + 15, y, 3)] if key.shape == "dot" else []
         canvas.layer(Layer("series", marks, key.tone))
         x += _SAMPLE_WIDTHS.get(key.shape, 38)
