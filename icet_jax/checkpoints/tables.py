@@ -155,6 +155,22 @@ def clip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntr
     yield TableEntry(f"{root}.embeddings.position_embedding.weight", f"{path}/position_embedding", None, SAME)
     outer_norms = tuple((f"{root}.{name}", f"{path}/{name}") for name in ("pre_layrnorm", "post_layernorm"))
     yield from single(outer_norms, NORM)
+    yield from _encoder_entries(vision, root, path)
+
+
+def siglip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntry]:
+    """Yields the entries of a SigLIP vision tower (HF `SmolVLMVisionTransformer`); arguments as in `clip_entries`."""
+    convolution = patches(vision.num_channels, vision.patch_size)
+    embeddings, patch = f"{root}.embeddings", f"{path}/patch_embedding"
+    yield TableEntry(f"{embeddings}.patch_embedding.weight", f"{patch}/kernel", None, convolution)
+    yield TableEntry(f"{embeddings}.patch_embedding.bias", f"{patch}/bias", None, SAME)
+    yield TableEntry(f"{embeddings}.position_embedding.weight", f"{path}/position_embedding", None, SAME)
+    yield from single(((f"{root}.post_layernorm", f"{path}/post_layernorm"),), NORM)
+    yield from _encoder_entries(vision, root, path)
+
+
+def _encoder_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntry]:
+    """Yields the entries of the blocks of a CLIP or SigLIP tower; arguments as in `clip_entries`."""
     attention = tuple((f"self_attn.{name}", name) for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
     linears = (*attention, ("mlp.fc1", "fc1"), ("mlp.fc2", "fc2"))
     block_norms = (("layer_norm1", "layer_norm1"), ("layer_norm2", "layer_norm2"))

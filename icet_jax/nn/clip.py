@@ -8,7 +8,7 @@ from flax import nnx
 
 from icet_jax.nn import layers
 from icet_jax.parallel.traced import by_rows, gather_weights
-from icet_jax.typing import Array, DType, Float, Keywords
+from icet_jax.typing import Array, Bool, DType, Float, Keywords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,17 @@ class ClipBlocks(nnx.Module):
         self.fc1 = layers.Linear(width, ffn, **common)
         self.fc2 = layers.Linear(ffn, width, stddev=layers.depth_scaled(ffn**-0.5, depth), **common)
 
-    def __call__(self, x: Float[Array, "I P D"]) -> Float[Array, "I P D"]:
-        """Applies one block: bidirectional attention, then the MLP, each after a norm (HF `CLIPEncoderLayer`)."""
+    def __call__(
+        self, x: Float[Array, "I P D"], is_attended: Bool[Array, "I 1 1 P"] | None = None
+    ) -> Float[Array, "I P D"]:
+        """Applies one block: bidirectional attention, then the MLP, each after a norm (HF `CLIPEncoderLayer`).
+
+        `is_attended` is True at the positions that all positions of the image attend to; None means all.
+        """
         heads = self.config.num_attention_heads
         y = self.layer_norm1(x)
         q, k, v = (layers.split_heads(proj(y), heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.out_proj(layers.attention(q, k, v))
+        x = x + self.out_proj(layers.attention(q, k, v, is_attended))
         y = layers.ACTIVATIONS[self.config.hidden_act](self.fc1(self.layer_norm2(x)))
         return x + self.fc2(y)
 
@@ -84,14 +89,8 @@ class ClipVisionTower(nnx.Module):
 
     def embed(self, pixels: Float[Array, "I C H W"]) -> Float[Array, "I P D"]:
         """Returns hidden state 0: embeddings of the class token and of the patches in row-major order, normalised."""
-        count, channels, height, width = pixels.shape
-        size = self.config.patch_size
-        rows, columns = height // size, width // size
-        # Incomplete patches at the bottom and right are dropped, as torch's strided convolution does.
-        patches = pixels[:, :, : rows * size, : columns * size].reshape(count, channels, rows, size, columns, size)
-        patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * size * size)
-        x = self.patch_embedding(patches)
-        class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (count, 1, x.shape[-1]))
+        x = self.patch_embedding(flat_patches(pixels, self.config.patch_size))
+        class_token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1) + self.position_embedding[...].astype(self.dtype)
         return self.pre_layrnorm(x)
 
@@ -110,16 +109,50 @@ class ClipVisionTower(nnx.Module):
         Raises:
           ValueError: `upto` is negative or larger than the number of blocks.
         """
-        depth = self.config.num_hidden_layers if upto is None else upto
-        if not 0 <= depth <= self.config.num_hidden_layers:
-            raise ValueError(f"upto={upto} is outside 0..{self.config.num_hidden_layers}")
-        graph, state = nnx.split(self.layers)
-        state = jax.tree.map(lambda weight: weight[:depth], state)
+        return run_blocks(self.layers, self.embed(pixels), upto, self.remat)
 
-        def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
-            x = by_rows(nnx.merge(graph, gather_weights(weights, x))(x))
-            return x, x
 
-        embedded = by_rows(self.embed(pixels))
-        _, outputs = jax.lax.scan(layers.rematerialise(body, self.remat), embedded, state)
-        return jnp.concatenate([embedded[None], outputs], axis=0)
+def flat_patches(pixels: Float[Array, "I C H W"], size: int) -> Float[Array, "I P patch"]:
+    """Returns the patches of images in row-major order, each flattened to (channel, row, column).
+
+    Incomplete patches at the bottom and right are dropped, as torch's strided convolution does.
+
+    Args:
+      pixels: I images.
+      size: height and width of a patch.
+    """
+    count, channels, height, width = pixels.shape
+    rows, columns = height // size, width // size
+    patches = pixels[:, :, : rows * size, : columns * size].reshape(count, channels, rows, size, columns, size)
+    return patches.transpose(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * size * size)
+
+
+def run_blocks(
+    blocks: ClipBlocks, embedded: Float[Array, "I P D"], upto: int | None, remat: str,
+    is_attended: Bool[Array, "I 1 1 P"] | None = None,
+) -> Float[Array, "X I P D"]:  # fmt: skip
+    """Returns the input of the first block, and the output of each block up to block `upto`.
+
+    Args:
+      blocks: the weights of all blocks.
+      embedded: input of the first block.
+      upto: number of blocks to compute, static; None computes all.
+      remat: activations to store for the backward pass, see `layers.REMAT_POLICIES`.
+      is_attended: see `ClipBlocks`.
+
+    Raises:
+      ValueError: `upto` is negative or larger than the number of blocks.
+    """
+    depth = blocks.config.num_hidden_layers if upto is None else upto
+    if not 0 <= depth <= blocks.config.num_hidden_layers:
+        raise ValueError(f"upto={upto} is outside 0..{blocks.config.num_hidden_layers}")
+    graph, state = nnx.split(blocks)
+    state = jax.tree.map(lambda weight: weight[:depth], state)
+
+    def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
+        x = by_rows(nnx.merge(graph, gather_weights(weights, x))(x, is_attended))
+        return x, x
+
+    embedded = by_rows(embedded)
+    _, outputs = jax.lax.scan(layers.rematerialise(body, remat), embedded, state)
+    return jnp.concatenate([embedded[None], outputs], axis=0)

@@ -46,6 +46,13 @@ def clip(config: ClipConfig) -> int:
     return patches + encoder_blocks(*sizes)
 
 
+def siglip(config: ClipConfig) -> int:
+    """Returns the operations of the whole SigLIP tower, which has no class token, for one image."""
+    patches = products(config.num_patches, (config.num_channels, config.patch_size**2, config.hidden_size))
+    sizes = config.num_hidden_layers, config.num_patches, config.hidden_size, config.intermediate_size
+    return patches + encoder_blocks(*sizes)
+
+
 def llama_layers(config: LlamaConfig, length: int, cached: int) -> int:
     """Returns the operations of all decoder layers for one row.
 

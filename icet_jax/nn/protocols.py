@@ -47,7 +47,8 @@ class Images:
       rows: Int[I], the row of each image; a filler image has row `num_rows`. Without fixed places, fillers come last.
       num_rows: number of rows B of the batch, static.
       per_row: largest number M of images in one row, static.
-      layout: array with what else the family's network needs to know about the images (`image_parts`), or None.
+      layout: array, or pytree of arrays, with what else the family's network needs to know about the images
+        (`image_parts`), or None.
     """
 
     # Not annotated as arrays: jax also builds this pytree with other leaves, for example in jit(...).lower.

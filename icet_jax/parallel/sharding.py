@@ -51,6 +51,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"wte|wpe", P(None, "fsdp")),
     (r"(word|position|token_type|rel)_embeddings", P(None, "fsdp")),
     (r"patch_embedding/kernel", P(None, "fsdp")),
+    (r"patch_embedding/bias", P()),
     (r"class_embedding|position_embedding|image_newline", P()),
     # Llama 3.2 Vision's position embeddings: within a tile [P, D], of the tiles of each aspect ratio [ids, M * P * D],
     # and their gates.
