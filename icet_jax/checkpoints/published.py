@@ -37,6 +37,39 @@ def _llava(model_type: str, text: JsonObject, pad: int) -> JsonObject:
     }  # fmt: skip
 
 
+_SIGLIP_BASE = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 512, "patch_size": 16,
+}  # fmt: skip
+_SIGLIP_SO400M = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+    "image_size": 384, "patch_size": 14,
+}  # fmt: skip
+_SMOLLM2_135M = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "rope_theta": 1e5, "vocab_size": 49280,
+}  # fmt: skip
+_SMOLLM2_360M = {
+    "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+    "num_key_value_heads": 5, "rope_theta": 1e5, "vocab_size": 49280,
+}  # fmt: skip
+_SMOLLM2_1B7 = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+    "rope_theta": 273768.0, "vocab_size": 49155,
+}  # fmt: skip
+
+
+def _smolvlm(
+    text: JsonObject, vision: JsonObject, scale_factor: int, image_token: int, model_type: str = "idefics3"
+) -> JsonObject:
+    """Returns the config of a SmolVLM with these sub-configs, whose embeddings are not tied."""
+    return {
+        "model_type": model_type, "image_token_id": image_token, "scale_factor": scale_factor,
+        "tie_word_embeddings": False, "vision_config": vision,
+        "text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "pad_token_id": 2} | text,
+    }  # fmt: skip
+
+
 PUBLISHED: dict[str, JsonObject] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", _VICUNA_7B, 32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", _VICUNA_13B, 32001),
@@ -52,6 +85,10 @@ PUBLISHED: dict[str, JsonObject] = {
         },
         "vision_config": {"model_type": "mllama_vision_model", "image_size": 560},
     },
+    "HuggingFaceTB/SmolVLM-256M-Instruct": _smolvlm(_SMOLLM2_135M, _SIGLIP_BASE, 4, 49190),
+    "HuggingFaceTB/SmolVLM-500M-Instruct": _smolvlm(_SMOLLM2_360M, _SIGLIP_BASE, 4, 49190),
+    "HuggingFaceTB/SmolVLM-Instruct": _smolvlm(_SMOLLM2_1B7, _SIGLIP_SO400M, 3, 49153),
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _smolvlm(_SMOLLM2_360M, _SIGLIP_BASE, 4, 49190, "smolvlm"),
 }  # fmt: skip
 """{hub id: parsed `config.json`} of the vision-language models in `configs/`."""
 

@@ -53,6 +53,8 @@ FAMILIES = {
     "llava": FamilyName("LLaVA-1.5", "icet_jax.models.llava", "LlavaForConditionalGeneration"),
     "llava_next": FamilyName("LLaVA-NeXT", "icet_jax.models.llava_next", "LlavaNextForConditionalGeneration"),
     "mllama": FamilyName("Llama 3.2 Vision", "icet_jax.models.mllama", "MllamaForConditionalGeneration"),
+    "smolvlm": FamilyName("SmolVLM", "icet_jax.models.smolvlm", "SmolVLMForConditionalGeneration"),
+    "idefics3": FamilyName("Idefics3", "icet_jax.models.smolvlm", "Idefics3ForConditionalGeneration"),
 }
 """{`model_type` in a checkpoint's config.json: that family}."""
 

@@ -5,6 +5,7 @@ describes the family to the rest of the package. An entry in `icet_jax.config.na
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icet_jax.config.names import CAPTURES, FAMILIES
@@ -44,6 +45,21 @@ def family(model_type: object, where: str = "config.json") -> "Family":
 def family_of(config: "NetworkConfig") -> "Family":
     """Returns the family that a network's config belongs to."""
     return family(config.model_type)
+
+
+def checkpoint_config(directory: Path, values: JsonObject, **options: str | None) -> Any:
+    """Returns the network's config for a checkpoint directory.
+
+    Args:
+      directory: directory of the checkpoint.
+      values: its parsed `config.json`.
+      options: see `vlm_config`.
+
+    Raises:
+      UserError: see `vlm_config`.
+    """
+    config = vlm_config(values, str(directory / "config.json"), **options)
+    return family_of(config).with_files(config, directory)
 
 
 def vlm_config(values: JsonObject, where: str = "config.json", **options: str | None) -> Any:

@@ -11,14 +11,11 @@ import numpy as np
 from icet_jax.checkpoints import folder, safetensors_io
 from icet_jax.checkpoints.adapter import Adapter, adapter_from_lora
 from icet_jax.files import JsonObject
+from icet_jax.models import family_of
 from icet_jax.models.adapters import CONFIG, WEIGHTS, concatenate, hf_modules
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.protocols import NetworkConfig
 from icet_jax.parallel.distributed import barrier
-
-ROOTS = ("base_model.model.language_model.model.layers", "base_model.model.model.language_model.layers")
-"""Paths of the decoder's layers in transformers before version 4.52 and since. A version of transformers ignores
-tensors under the path of other versions, sometimes without an error, so every tensor is written under both paths."""
 
 
 def save_adapter(
@@ -81,8 +78,13 @@ def save_adapter(
 
 
 def _tensor_keys(adapter: Adapter, config: NetworkConfig) -> Iterator[tuple[str, tuple[str, int, str]]]:
-    """Yields (key in the file, (target, layer of the target's stack, "A" or "B")) of every tensor to write."""
-    for root in ROOTS:
+    """Yields (key in the file, (target, layer of the target's stack, "A" or "B")) of every tensor to write.
+
+    A version of transformers ignores tensors under the decoder's path of other versions, sometimes without an error, so
+    every tensor is written under all paths.
+    """
+    for path in family_of(config).decoder_paths:
+        root = f"base_model.model.{path}.layers"
         for (target, layer), (hf_layer, module) in hf_modules(config).items():
             if target in adapter.targets:
                 for side in "AB":
@@ -105,7 +107,8 @@ def _target_modules(adapter: Adapter, config: NetworkConfig) -> str:
     for module, numbers in sorted(adapted_layers.items()):
         layers = r"\d+" if numbers == all_layers[module] else f"({'|'.join(map(str, sorted(numbers)))})"
         patterns.append(rf"{layers}\.{re.escape(module)}")
-    return rf"(model\.language_model|language_model\.model)\.layers\.({'|'.join(patterns)})"
+    decoder = "|".join(map(re.escape, reversed(family_of(config).decoder_paths)))
+    return rf"({decoder})\.layers\.({'|'.join(patterns)})"
 
 
 def _adapter_config(adapter: Adapter, modules: str, base: str, revision: str | None) -> JsonObject:

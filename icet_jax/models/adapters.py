@@ -29,11 +29,14 @@ _ALLOWED_FIELDS = frozenset(
 )  # fmt: skip
 _ALLOWED_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 
-# Pattern of a tensor's key in the file. It allows the decoder's path in transformers before version 4.52 and since.
-_KEY = re.compile(
-    r"(base_model\.model\.)?(language_model\.model|model\.language_model)\.layers\.(?P<layer>[0-9]{1,9})"
-    r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
-)
+
+def _key_pattern(config: NetworkConfig) -> re.Pattern[str]:
+    """Returns the pattern of a tensor's key in the file, with any of the paths of the family's decoder."""
+    decoder = "|".join(map(re.escape, family_of(config).decoder_paths))
+    return re.compile(
+        rf"(base_model\.model\.)?({decoder})\.layers\.(?P<layer>[0-9]{{1,9}})"
+        r"\.(?P<module>\w+\.\w+)\.lora_(?P<side>[AB])\.weight"
+    )
 
 
 def hf_modules(config: NetworkConfig) -> dict[tuple[str, int], tuple[int, str]]:
@@ -45,11 +48,11 @@ def hf_modules(config: NetworkConfig) -> dict[tuple[str, int], tuple[int, str]]:
     Returns:
       {(key in `Lora.weights`, layer within its stack): (layer in HF's decoder, name of the module in that layer)}.
     """
-    modules = {}
-    for entry in family_of(config).table(config).entries:
+    modules, family = {}, family_of(config)
+    for entry in family.table(config).entries:
         target = lora_key(entry.path)
         if target is not None and entry.layer is not None:
-            hf_layer, module = entry.key.removeprefix("language_model.model.layers.").split(".", 1)
+            hf_layer, module = entry.key.removeprefix(f"{family.decoder_paths[0]}.layers.").split(".", 1)
             modules[target, entry.layer] = int(hf_layer), module.removesuffix(".weight")
     return modules
 
@@ -159,8 +162,9 @@ def _keys_in_file(
     shapes = config.lora_shapes()
     target_of_module = {module: target for target, module in hf_modules(config).items()}
     keys: dict[tuple[str, int, str], str] = {}
+    pattern = _key_pattern(config)
     for key, shape in reader.shapes.items():
-        match = _KEY.fullmatch(key)
+        match = pattern.fullmatch(key)
         target_and_layer = None if match is None else target_of_module.get((int(match["layer"]), match["module"]))
         if match is None or target_and_layer is None:
             problems.add("not on a decoder projection", key)

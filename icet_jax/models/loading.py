@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from icet_jax.checkpoints.hf_config import read_hf_config
 from icet_jax.checkpoints.hf_import import Checkpoint, abstract_params, load_network
-from icet_jax.models import family_of, vlm_config
+from icet_jax.models import checkpoint_config, family_of
 from icet_jax.models.adapters import read_adapter
 
 
@@ -33,7 +33,7 @@ def load_vlm(
     """
     directory = Path(directory)
     values = read_hf_config(directory)
-    config = vlm_config(values, str(directory / "config.json"), exit_rule=exit_rule, capture=capture)
+    config = checkpoint_config(directory, values, exit_rule=exit_rule, capture=capture)
     family = family_of(config)
     table = family.table(config)
     build_network = functools.partial(family.network, config, remat=remat)
@@ -57,7 +57,7 @@ def load_shapes(directory: str | Path, *, adapter: str | Path | None = None) -> 
     """
     directory = Path(directory)
     values = read_hf_config(directory)
-    config = vlm_config(values, str(directory / "config.json"))
+    config = checkpoint_config(directory, values)
     start = None if adapter is None else read_adapter(adapter, config)
     build_network = functools.partial(family_of(config).network, config)
     graphdef, shapes = abstract_params(build_network, "float32", "float32")

@@ -267,6 +267,7 @@ def _abstract_vlm(config: ConfigDict, mesh: Mesh | AbstractMesh) -> VLM:
     values = config_values(spec)
     where = f"{spec}: config.json"
     sizes = families.vlm_config(values, where, exit_rule=model.exit_rule, capture=model.intermediate_capture)
+    sizes = families.family_of(sizes).with_files(sizes, Path(spec))
     build_network = functools.partial(families.family_of(sizes).network, sizes, remat=model.remat)
     graphdef, params = abstract_params(build_network, model.dtype, model.dtype)
     params = placed(params, shardings(params, mesh))

@@ -12,7 +12,7 @@ from icet_jax import main
 from icet_jax.commands import verify
 from icet_jax.models.base import processor, reference
 from icet_jax.nn import layers
-from tests import tiny, tiny_families
+from tests import tiny, tiny_families, tiny_smolvlm
 
 torch = pytest.importorskip("torch")
 
@@ -55,6 +55,26 @@ def test_a_faithful_port_of_mllama_passes(tmp_path, capsys):
     for line in (*lines, "logits, exit 2", "greedy tokens, exit 6"):
         assert line in table
     assert "FAIL" not in table and "each block's output, as this transformers has it" in table
+
+
+def test_a_faithful_port_of_smolvlm_passes(tmp_path, capsys):
+    """With an image row of two wide pictures, which need fewer tiles than one group has."""
+    directory = tiny_smolvlm.save(tmp_path / "model", tiny_smolvlm.model(num_hidden_layers=2))
+    wide = [tmp_path / f"{number}.png" for number in range(2)]
+    for path, image in zip(wide, tiny_families.pictures([(10, 100), (20, 112)]), strict=True):
+        image.save(path)
+    assert verified(directory, "--exits=1,4", *(f"--image={path}" for path in wide)) == 0
+    table = capsys.readouterr().out
+    for line in ("token ids", "pixels", "pixel attention mask", "hidden states 0..4", "greedy tokens, exit 1"):
+        assert line in table
+    assert "FAIL" not in table
+
+
+def test_random_rows_where_idefics3_has_no_tokenizer(tmp_path, capsys):
+    """Some tiles of these rows have padding."""
+    model = tiny_smolvlm.model("idefics3", tied=True, num_hidden_layers=2)
+    assert verified(tiny_smolvlm.save(tmp_path, model, processor=False), "--exits=2") == 0
+    assert "skipped: no tokenizer files" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rule", ["E2", "E5"])

@@ -23,7 +23,7 @@ from icet_jax.nn.llama import LlamaConfig
 from icet_jax.runs.loading import load
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.keywords import RefusalKeywords
-from tests import tiny, tiny_families
+from tests import tiny, tiny_families, tiny_smolvlm
 from tests.evaluation import bundle
 
 RATES = Rates(prompts=1e9, steps=1e8)
@@ -33,6 +33,7 @@ FAMILIES = {
     "LLaVA-1.5": tiny.save_llava,
     "LLaVA-NeXT": tiny_families.save_llava_next,
     "Llama 3.2 Vision": tiny_families.save_mllama,
+    "SmolVLM": tiny_smolvlm.save,
 }
 
 
@@ -153,7 +154,7 @@ def test_operations_are_those_of_the_traced_functions(tmp_path, family, images):
     assert counted(next_logits, cache.with_room(9), batch.tokens[:, 0]) == found.step
 
 
-@pytest.mark.parametrize("family", ["LLaVA-NeXT", "Llama 3.2 Vision"])
+@pytest.mark.parametrize("family", ["LLaVA-NeXT", "Llama 3.2 Vision", "SmolVLM"])
 def test_prompts_of_every_family_are_counted(tmp_path, family):
     vlm = load(FAMILIES[family](tmp_path))
     rows = [(list(row.images), row.prompt) for row in bundle.rows()]

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 from icet_jax.errors import UserError  # noqa: E402
-from icet_jax.models.adapter_export import ROOTS, save_adapter  # noqa: E402
+from icet_jax.models.adapter_export import save_adapter  # noqa: E402
 from icet_jax.models.adapters import read_adapter  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
@@ -107,7 +107,8 @@ def test_the_files_are_what_every_version_reads(tmp_path, loaded):
 
     state = load_file(out / "adapter_model.safetensors")
     assert len(state) == 2 * 2 * 3 * len(TARGETS)
-    old, new = (f"{root}.1.mlp.down_proj.lora_B.weight" for root in ROOTS)
+    roots = ("base_model.model.language_model.model", "base_model.model.model.language_model")
+    old, new = (f"{root}.layers.1.mlp.down_proj.lora_B.weight" for root in roots)
     np.testing.assert_array_equal(state[old], state[new])
     np.testing.assert_array_equal(state[old], np.asarray(lora.weights["down_proj"]["b"])[1].T)
     assert load_value_head(out)["kernel"].shape == (32, 1) and (out / "README.md").read_text() == "hi\n"

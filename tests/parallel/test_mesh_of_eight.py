@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 
-from tests import tiny, tiny_families
+from tests import tiny, tiny_families, tiny_smolvlm
 from tests.devices import emulating
 
 pytest.importorskip("torch")
 
+from icet_jax.models.base.image_batches import batch_images  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from tests.models import families, parity  # noqa: E402
 
@@ -19,6 +20,7 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from icet_jax.models.loading import load_vlm
+from icet_jax.models.smolvlm.network import TileLayout
 from icet_jax.nn.protocols import Images, init_lora
 from icet_jax.nn.layers import positions_from_mask
 from icet_jax.parallel.mesh import make_mesh
@@ -26,6 +28,8 @@ from icet_jax.parallel.sharding import place_rows, shardings
 assert jax.device_count() == 8
 saved = dict(np.load(sys.argv[2]))
 per_row = int(saved.pop("per_row"))
+if "num_tiles" in saved:
+    saved["layout"] = TileLayout(num_tiles=saved.pop("num_tiles"))
 tokens, mask = saved.pop("tokens"), saved.pop("mask")
 batch = tokens, mask, Images(num_rows=8, per_row=per_row, **saved)
 alone = load_vlm(sys.argv[1])
@@ -73,11 +77,22 @@ def mllama(folder):
     return families.mllama_batch(tiny_families.mllama_rows(model.config, SIZES))
 
 
-@pytest.mark.parametrize("family", [llava, llava_next, mllama], ids=lambda family: family.__name__)
+def smolvlm(folder):
+    """Images of five tiles each."""
+    model = tiny_smolvlm.model(num_hidden_layers=2, vision={"num_hidden_layers": 2})
+    config = load_vlm(tiny_smolvlm.save(folder, model, processor=False)).config
+    inputs = tiny_smolvlm.batch(model.config, [[(20, 112)] * len(row) for row in SIZES])
+    images = batch_images(config, inputs, num_rows=8, per_row=2)
+    return families.Batch(inputs["input_ids"], inputs["attention_mask"] == 1, images)
+
+
+@pytest.mark.parametrize("family", [llava, llava_next, mllama, smolvlm], ids=lambda family: family.__name__)
 def test_spread_weights_give_the_same_logits(tmp_path, family):
     batch = family(tmp_path)
     arrays = {"tokens": batch.tokens, "mask": batch.mask, "pixels": batch.images.pixels, "rows": batch.images.rows}
-    if batch.images.layout is not None:
+    if family is smolvlm:
+        arrays["num_tiles"] = batch.images.layout.num_tiles
+    elif batch.images.layout is not None:
         arrays["layout"] = batch.images.layout
     np.savez(tmp_path / "batch.npz", per_row=batch.images.per_row, **{k: np.asarray(x) for k, x in arrays.items()})
     environment = emulating(8)

@@ -20,6 +20,7 @@ from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama.network import Mllama, MllamaConfig
 from icet_jax.models.mllama.text import CrossStates, MllamaCache, MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.models.smolvlm.network import SmolVLM, SmolVLMConfig
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
 from icet_jax.nn.heads import init_value_head
@@ -45,12 +46,17 @@ MLLAMA_11B = MllamaConfig(
     MllamaTextConfig(LlamaConfig(128256, 4096, 14336, 40, 32, 8, 128), (3, 8, 13, 18, 23, 28, 33, 38)),
     image_token_index=128256,
 )
+SIGLIP = ClipConfig(
+    768, 3072, 12, 12, image_size=512, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"
+)
+SMOLVLM_500M = SmolVLMConfig(SIGLIP, LlamaConfig(49280, 960, 2560, 32, 15, 5, 64), 49190, scale_factor=4)
 MODELS = {
     "llava-7b": (Llava, LLAVA_7B, 39, 7_063_427_072),
     "llava-13b": (Llava, LLAVA_13B, 39, 13_351_494_656),
     "next-vicuna-7b": (LlavaNext, NEXT_7B, 40, 7_063_431_168),
     "next-mistral-7b": (LlavaNext, NEXT_MISTRAL, 40, 7_566_747_648),
     "mllama-11b": (Mllama, MLLAMA_11B, 66, 10_670_220_835),
+    "smolvlm-500m": (SmolVLM, SMOLVLM_500M, 34, 507_482_304),
     "gpt2-large": (GPT2RewardModel, GPT2_LARGE, 17, 774_031_360),
 }
 LARGE = [pytest.param(*model, id=name) for name, model in MODELS.items()]

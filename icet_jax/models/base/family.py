@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from icet_jax.checkpoints.tables import Table
@@ -32,6 +33,10 @@ class Family:
         model whose image encoder ends at that exit. Raises a `UserError` if there is no such exit, or if HF's files of
         the family cannot describe such a model.
       encoder_work: function of (config, exit) that returns the `EncoderWork` of one image if only that exit is used.
+      decoder_paths: paths of the decoder in transformers' model: the one that begins the keys in `table`, then those of
+        other versions of transformers.
+      with_files: function of (config, directory of the checkpoint) that returns the config with what other files than
+        config.json determine, such as the number of tiles of an image.
       exit_options: {option: possible values, the default first} that choose between definitions of an exit; empty if
         the family has one definition.
     """
@@ -47,4 +52,6 @@ class Family:
     reference: Reference
     config_at_exit: Callable[[Any, int, str], Any]
     encoder_work: Callable[[Any, int], EncoderWork]
+    decoder_paths: tuple[str, ...] = ("language_model.model", "model.language_model")
+    with_files: Callable[[Any, Path], Any] = lambda config, directory: config
     exit_options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

@@ -12,7 +12,7 @@ from icet_jax.parallel.distributed import Share
 
 Inputs: TypeAlias = Mapping[str, Any]
 
-ImageParts: TypeAlias = tuple[np.ndarray, np.ndarray, Callable[["Placement"], np.ndarray | None]]
+ImageParts: TypeAlias = tuple[np.ndarray, np.ndarray, Callable[["Placement"], Any]]
 """(pixels of I images, the row of each image, function of the images' `Placement` that returns `Images.layout`)."""
 
 _WHOLE_BATCH = Share(0, 1)

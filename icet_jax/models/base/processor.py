@@ -20,7 +20,7 @@ from icet_jax.media.images import ImageLike, StoredImage, open_image, require_re
 from icet_jax.media.limits import beyond_tokens, max_tokens
 from icet_jax.media.templates import IMAGE_TOKEN, NAMED_TEMPLATES, Template, own_template
 from icet_jax.media.tokenizer import PlainText, Tokenizer, load_tokenizer
-from icet_jax.models import family_of, vlm_config
+from icet_jax.models import checkpoint_config, family_of
 from icet_jax.models.base.image_batches import batch_images
 from icet_jax.nn.protocols import Images
 
@@ -89,7 +89,9 @@ class Processor(ABC):
           LLaVA-NeXT: pixel_values [I, tiles, C, S, S], where the first tile is the scaled-down image, and image_sizes
           int64 [I, 2] (height, width);
           Llama 3.2 Vision: pixel_values [B, M, tiles, C, S, S], aspect_ratio_ids int64 [B, M] (0 is no image),
-          aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles].
+          aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles];
+          SmolVLM: pixel_values [B, N, C, S, S], the tiles of all images of a row and then zeros, and
+          pixel_attention_mask int64 [B, N, S, S], 0 where there is no tile.
 
         Raises:
           UserError: an image cannot be opened; or a prompt is longer than `pad_to` or than the tokenizer allows, or
@@ -148,6 +150,10 @@ class Processor(ABC):
     def _image_tokens(self, image: ImageLike, name: str) -> int:
         """Returns the number of positions of an image in the prompt; `name` names the image in error messages."""
 
+    def _image_text(self, image: ImageLike, name: str) -> str:
+        """Returns the text that stands for an image in the prompt, with a placeholder for each of its positions."""
+        return self.placeholder * self._image_tokens(image, name)
+
     @abstractmethod
     def _with_pixels(self, inputs: Inputs, rows: list[list[Image]]) -> Inputs:
         """Returns `inputs` together with the image processor's arrays for the images of all rows, at least one."""
@@ -161,7 +167,7 @@ class Processor(ABC):
             raise UserError(f"row {row}: the prompt holds '{self.placeholder}', which is put there for you; remove it")
         first, *rest = self.template(self.plain(prompt), len(images)).split(self.placeholder)
         expanded = [
-            self.placeholder * self._image_tokens(image, f"row {row} image {number}") + text
+            self._image_text(image, f"row {row} image {number}") + text
             for number, (image, text) in enumerate(zip(images, rest, strict=True))
         ]
         return "".join([first, *expanded])
@@ -216,7 +222,7 @@ def load_processor(directory: str | Path, config: Any = None, template: str | No
     directory = Path(directory)
     values = read_hf_config(directory)
     if config is None:
-        config = vlm_config(values, str(directory / "config.json"))
+        config = checkpoint_config(directory, values)
     processor_class, tokenizer = family_of(config).processor, load_tokenizer(directory)
     image_processor = _load_image_processor(directory, processor_class.image_processors())
     if template is not None:
@@ -331,6 +337,17 @@ def _image_settings(directory: Path) -> tuple[Path, JsonObject]:
             return combined_file, settings
     path = directory / SETTINGS_FILE
     return path, _read_json(path)
+
+
+def image_settings(directory: Path) -> JsonObject | None:
+    """Returns the settings of a checkpoint's image processor; None if the directory has no readable file of them.
+
+    A model is loaded without such a file, too. `load_processor` says what is wrong with it.
+    """
+    try:
+        return _image_settings(directory)[1]
+    except UserError:
+        return None
 
 
 def _read_json(path: Path) -> JsonObject:
