@@ -78,7 +78,7 @@ def test_every_config_loads_from_any_working_directory(name, tmp_path, monkeypat
     icet_config.require(config, "model.checkpoint", *([] if name == "rm_gpt2" else ["reward.model"]))
 
 
-PAPER = {"llava15": ("13b",), "llava_next": ("13b", "mistral"), "llama32v": ("E2", "E5")}
+PAPER = {"llava15": ("13b",), "llava_next": ("13b", "mistral"), "llama32v": ("E2", "E5"), "smolvlm": ("256m", "2b")}
 EXPERIMENTS = [(family, variant) for family, variants in PAPER.items() for variant in ("", "smoke", *variants)]
 
 
@@ -132,6 +132,10 @@ CHECKPOINTS = {
     "llava15:smoke": "toy:llava15",
     "llava_next:smoke": "toy:llava_next",
     "llama32v:smoke": "toy:mllama",
+    "smolvlm": "HuggingFaceTB/SmolVLM-500M-Instruct",
+    "smolvlm:256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "smolvlm:2b": "HuggingFaceTB/SmolVLM-Instruct",
+    "smolvlm:smoke": "toy:smolvlm",
 }
 
 
@@ -146,7 +150,7 @@ def test_each_family_and_variant_is_its_checkpoint(spec):
 def test_families_differ_in_the_model_and_its_memory_alone():
     base = icet_config.flatten(config_files.load("configs/llava15_lppo.py"))
     allowed = {"data.max_prompt_tokens", "lppo.accumulation", "sweep.batch_size"}
-    for family in ("llava_next", "llama32v"):
+    for family in ("llava_next", "llama32v", "smolvlm"):
         other = icet_config.flatten(config_files.load(f"configs/{family}_lppo.py"))
         differing = {name for name in base if base[name] != other[name]}
         assert {name for name in differing if not name.startswith("model.")} <= allowed

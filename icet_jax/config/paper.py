@@ -1,4 +1,4 @@
-"""Parts of the configs for the paper's experiment on three model families, at full size and on miniatures.
+"""Parts of the configs for the paper's experiment, on its three model families and on SmolVLM, and on miniatures.
 
 Origins: *paper* is the ICML 2025 text, *cards* the model cards of the checkpoints, *ours* this project's own choice.
 """
@@ -50,6 +50,30 @@ def llama32v() -> ConfigDict:
     config.data.max_prompt_tokens = _TEXT_POSITIONS  # an image takes one position and is read by cross-attention
     config.lppo.accumulation = 16  # ours, for memory
     config.sweep.batch_size = 4  # ours, for memory: the states of all exits of an image are 0.54 GB in bfloat16
+    return config
+
+
+_SMOLVLM = {
+    # {size: (checkpoint, largest number of positions of an image)}. An image has up to 17 tiles, each of 64 positions
+    # (2b: 81). Around them are 40 tokens, or about 190 with the tokenizer of "2b", which has no token for a tile's row
+    # and column.
+    "256m": ("HuggingFaceTB/SmolVLM-256M-Instruct", 17 * 64 + 40),
+    "500m": ("HuggingFaceTB/SmolVLM-500M-Instruct", 17 * 64 + 40),
+    "2b": ("HuggingFaceTB/SmolVLM-Instruct", 17 * 81 + 200),
+}
+
+
+def smolvlm(size: str = "500m") -> ConfigDict:
+    """Returns the config of the experiment on SmolVLM, which the paper neither sweeps nor trains.
+
+    Args:
+      size: "256m", "500m" or "2b".
+    """
+    config = _experiment()
+    config.model.checkpoint, positions = _SMOLVLM[size]
+    config.data.max_prompt_tokens = positions + _TEXT_POSITIONS
+    config.lppo.accumulation = 16  # ours, for memory: sequences are twice as long as LLaVA-1.5's
+    config.sweep.batch_size = 4  # ours, for memory: the states of all exits of an image are 0.35 GB in bfloat16
     return config
 
 

@@ -17,6 +17,7 @@ from icet_jax.models.mllama.network import Mllama, MllamaConfig
 from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
 from icet_jax.models.saving import save_vlm
+from icet_jax.models.smolvlm.network import SmolVLM, SmolVLMConfig
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig, RopeScaling
 from icet_jax.typing import PyTree
@@ -71,6 +72,26 @@ _MLLAMA = MllamaConfig(
     image_token_index=_MLLAMA_VOCABULARY,
 )  # fmt: skip
 
+_SMOLVLM_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_SMOLVLM_LAST = (
+    "<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)),
+    "<fake_token_around_image>", IMAGE_TOKEN, "<end_of_utterance>",
+)  # fmt: skip
+_SMOLVLM_VOCABULARY = len(_SMOLVLM_SPECIAL) + BYTES + len(_SMOLVLM_LAST)
+# As in SmolVLM 256M and 500M: 12 blocks of the image encoder, at most 4 x 4 tiles and the whole image. A tile takes 4
+# positions.
+_SMOLVLM = SmolVLMConfig(
+    vision=ClipConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=12, num_attention_heads=2, image_size=IMAGE_SIZE,
+        patch_size=IMAGE_SIZE // 4, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh",
+    ),
+    text=LlamaConfig(
+        vocab_size=_SMOLVLM_VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=100000.0,
+    ),
+    image_token_index=_SMOLVLM_VOCABULARY - 2,
+)  # fmt: skip
+
 _CLIP_PIXELS = {
     "do_resize": True,
     "do_rescale": True,
@@ -94,6 +115,13 @@ _LLAMA3_TEMPLATE = (
     "{% for part in m['content'] %}{{ '<|image|>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+_SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}"
+    "{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}"
+    "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
 
@@ -151,7 +179,31 @@ def mllama(folder: Path) -> None:
     write_json(folder / "chat_template.json", template)
 
 
-WRITERS: dict[str, Callable[[Path], None]] = {"llava15": llava15, "llava_next": llava_next, "mllama": mllama}
+def smolvlm(folder: Path) -> None:
+    """Writes a miniature of HuggingFaceTB/SmolVLM2-500M-Video-Instruct."""
+    save_vlm(folder, _SMOLVLM, _random(SmolVLM(_SMOLVLM, rngs=nnx.Rngs(4))))
+    roles = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    template = {"chat_template": _SMOLVLM_TEMPLATE}
+    vocabulary = write_tokenizer(folder, _SMOLVLM_SPECIAL, last=_SMOLVLM_LAST, settings=roles | template)
+    write_json(folder / "generation_config.json", {f"{role}_id": vocabulary[name] for role, name in roles.items()})
+    pixels = {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "resample": 1,
+        "do_image_splitting": True,
+        "do_pad": True,
+        "size": {"longest_edge": 4 * IMAGE_SIZE},
+        "max_image_size": {"longest_edge": IMAGE_SIZE},
+    }
+    halves = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    write_json(folder / "preprocessor_config.json", pixels | _CLIP_PIXELS | halves)
+    processor = {"processor_class": "SmolVLMProcessor", "image_seq_len": _SMOLVLM.image_tokens}
+    write_json(folder / "processor_config.json", processor)
+    write_json(folder / "chat_template.json", template)
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "llava15": llava15, "llava_next": llava_next, "mllama": mllama, "smolvlm": smolvlm,
+}  # fmt: skip
 """{NAME in `toy:NAME`: function that writes the checkpoint to a directory}."""
 
 

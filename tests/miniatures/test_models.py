@@ -42,6 +42,11 @@ def hf_processor(name, directory):
         kind, more = LlavaNextProcessor, {
             "patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
         }  # fmt: skip
+    elif name == "smolvlm":
+        from transformers import Idefics3Processor
+        from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil as Images
+
+        kind, more = Idefics3Processor, {"image_seq_len": 4}
     else:
         from transformers import MllamaProcessor
         from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil as Images
@@ -51,7 +56,7 @@ def hf_processor(name, directory):
     return kind(Images.from_pretrained(directory), tokenizer, chat_template=template, **more)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "mllama"])
+@pytest.mark.parametrize("name", ["llava_next", "mllama", "smolvlm"])
 def test_transformers_reads_the_same(name, folder):
     import torch
     from transformers import AutoModelForImageTextToText
@@ -79,7 +84,9 @@ def test_transformers_reads_the_same(name, folder):
         np.testing.assert_allclose(logits[index, -len(wanted) :], wanted, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "exits", "default"), [("llava_next", 24, 23), ("mllama", 32, 32)])
+@pytest.mark.parametrize(
+    ("name", "exits", "default"), [("llava_next", 24, 23), ("mllama", 32, 32), ("smolvlm", 12, 12)]
+)
 def test_exits_and_images_change_the_answer(name, exits, default, folder):
     vlm = icet_jax.load(toy.checkpoint(name, folder), dtype="float32")
     assert (vlm.num_exits, vlm.default_exit) == (exits, default)
@@ -91,5 +98,7 @@ def test_exits_and_images_change_the_answer(name, exits, default, folder):
 
 
 def test_an_unknown_toy_is_one_line(folder):
-    with pytest.raises(UserError, match="toy:llama: no such toy checkpoint; there are llava15, llava_next, mllama"):
+    with pytest.raises(
+        UserError, match="toy:llama: no such toy checkpoint; there are llava15, llava_next, mllama, smolvlm"
+    ):
         toy.checkpoint("llama", folder)

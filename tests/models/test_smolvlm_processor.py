@@ -16,7 +16,7 @@ from tests import tiny_families, tiny_smolvlm
 
 ROWS = [
     ([(31, 57)], "what is this?"),
-    ([], "no picture, ünïcode and <fake_token_around_image> inside"),
+    ([], "no picture, ünïcode and <image inside"),
     ([(28, 28), (90, 200)], "which one is larger\nand why "),
     ([(3, 2)], ""),
     ([(40, 300), (12, 13), (60, 60)], "  three"),

@@ -1,4 +1,4 @@
-"""Every step of the experiment on the other two families: prepare, sweep, L-PPO, sweep, export, report; and compare."""
+"""Every step of the experiment on the other families: prepare, sweep, L-PPO, sweep, export, report; and compare."""
 
 import json
 
@@ -12,6 +12,7 @@ from tests.runs import smoke
 FAMILIES = {
     "llava_next": ("llava_next", 24, "hidden_states[l] of the CLIP tower, every tile"),
     "llama32v": ("mllama", 32, "E1: local blocks after l skipped"),
+    "smolvlm": ("smolvlm", 12, "output of block l of the SigLIP tower, every tile"),
 }
 
 
@@ -25,7 +26,7 @@ def finished(tmp_path_factory):
             lppo__iterations="1",
             data__batch_size="4",
             data__train="toy:redteam_2k + toy:benign + toy:vqa_v2",
-            data__max_prompt_tokens="128",
+            data__max_prompt_tokens="224" if family == "smolvlm" else "128",
             data__directory=str(folder / f"{family}_data"),
             sweep__datasets="{'forbidden': 'toy:custom'}",
             sweep__utility="{}",
