@@ -34,6 +34,11 @@ test-real: $(VENV)/.installed-test  ## chat templates with published vocabularie
 	@test -n "$(ICET_REAL_PARTS)" || { echo "make test-real ICET_REAL_PARTS=DIR (tests/media/real_tokenizers.py)"; exit 1; }
 	ICET_REAL_PARTS="$(ICET_REAL_PARTS)" $(BIN)/python -m pytest tests/media/test_real_tokenizers.py
 
+# Where npm is missing, the test with axe-core is skipped; where Chromium is missing, all of them are.
+test-browser: $(VENV)/.installed-test  ## reports in Chromium, also for barriers (axe-core of npm, in build/axe)
+	@if command -v npm > /dev/null; then npm install --silent --no-save --prefix build/axe axe-core@4.14.1; fi
+	$(BIN)/python -m pytest tests/report/test_browser.py
+
 audit: $(VENV)/.installed-test  ## known vulnerabilities in what the package and its tests depend on (asks PyPI)
 	$(BIN)/python scripts/audit.py
 
