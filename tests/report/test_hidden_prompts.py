@@ -49,7 +49,7 @@ def test_a_page_of_a_run_that_hides_its_prompts_holds_ids_and_scores(run):
     report, revealing, *_ = pages(configure(run, show_prompts=False))
     for page in (report, revealing):
         assert "row forbidden-0" in page and "a row is named by its id" in page and "[not shown]" in page
-        assert "data:image" not in page
+        assert "data:image/png" not in page and "data:image/webp" not in page
         assert "asr/world_exact" in page
     (first, *_) = transcripts.collect(Study(load_runs(run)), reveal_unsafe=True).prompts
     assert first["prompt"] == "row forbidden-0" and first["image"] is None and first["answer"] is None
@@ -59,7 +59,7 @@ def test_a_page_of_a_run_that_hides_its_prompts_holds_ids_and_scores(run):
 
 def test_no_page_and_no_card_holds_a_text_of_a_row(run):
     shown = pages(configure(run, show_prompts=True))
-    assert WORD in shown[0] and "data:image" in shown[0], "a page that shows prompts must hold them"
+    assert WORD in shown[0] and "data:image/png" in shown[0], "a page that shows prompts must hold them"
     assert [WORD in page for page in pages(configure(run, show_prompts=False))] == [False] * 4
 
 
