@@ -208,26 +208,30 @@ def first_words(checkpoint: Path, rows: Path) -> dict[str, Any]:
     import icet_jax
     from icet_jax.algorithms.forward import evaluate_responses
     from icet_jax.algorithms.lsft import pad_targets
-    from icet_jax.algorithms.phases import encode_visual
     from icet_jax.evaluation.batching import prompt_batch
+    from icet_jax.evaluation.queue import encode
 
     vlm = icet_jax.load(checkpoint)
     examples = icet_jax.load_rows(str(rows / "forbidden.jsonl"))
     batch = prompt_batch(vlm, examples, len(examples), 1)
     refusal = list(vlm.processor.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
-    targets, mask = pad_targets([refusal] * len(examples), eos_id=vlm.eos_ids[0], length=16, pad_id=vlm.pad_id)
+    targets, mask = pad_targets(
+        [refusal] * len(examples), eos_id=vlm.eos_ids[0], length=len(refusal) + 1, pad_id=vlm.pad_id
+    )
+
+    encoded = encode(vlm.graphdef, vlm.params, batch.images)
 
     @jax.jit
-    def scored(params: Any, layer: Any) -> Any:
+    def scored(params: Any, encoded: Any, layer: Any) -> Any:
         model = nnx.merge(vlm.graphdef, params)
-        visual = encode_visual(model, batch.images, jnp.full(len(examples), layer))
-        inputs = (batch.tokens, batch.mask, targets, mask, visual)
+        visual = model.visual(encoded, jnp.full(len(examples), layer))
+        inputs = (batch.tokens, batch.mask, jnp.asarray(targets), jnp.asarray(mask), visual)
         options = {"temperature": 1.0, "suppress_ids": vlm.suppress_ids, "chunk": 4}
         return evaluate_responses(model, None, None, *inputs, **options)
 
     found: dict[str, list[float]] = {"refusal_log_odds": [], "refusal_nats": [], "entropy": []}
     for layer in range(1, vlm.num_exits + 1):
-        values = jax.device_get(scored(vlm.params, jnp.int32(layer)))
+        values = jax.device_get(scored(vlm.params, encoded, jnp.int32(layer)))
         first = values.log_probs[:, 0].astype(np.float64)
         found["refusal_log_odds"].append(float(np.mean(first - np.log(-np.expm1(first)))))
         nats = -np.where(mask, values.log_probs, 0).sum(axis=1) / np.asarray(mask).sum(axis=1)

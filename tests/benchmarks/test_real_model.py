@@ -13,6 +13,8 @@ from PIL import Image
 
 import icet_jax
 from examples.real_vlm.rows import write_jsonl
+from examples.real_vlm.stages import REFUSAL
+from tests import tiny
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/real_model.py"
 ASR, REFUSED, DEGENERATE, ACCURACY = (
@@ -178,3 +180,31 @@ def test_numbers_of_a_run_are_those_of_its_files(real_model, tmp_path):
         ASR: {"layer": 1}
     }
     assert numbers["sets"]["questions"][ACCURACY]["mean"] == [0.5, 0.25] and numbers["default_exit"] == 2
+
+
+def test_first_words_are_those_of_the_logits_at_each_exit(real_model, tmp_path):
+    pytest.importorskip("torch")
+    folder = tiny.save_llava(tmp_path / "vlm")
+    images = np.random.default_rng(0).integers(0, 256, (3, 30, 40, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for number, pixels in enumerate(images):
+        Image.fromarray(pixels).save(tmp_path / "images" / f"p{number}.png")
+    write_jsonl(tmp_path / "forbidden.jsonl", _rows("forbidden", 3, "forbidden"))
+    found = real_model.first_words(folder, tmp_path)
+    vlm = icet_jax.load(folder)
+    refusal = [*vlm.processor.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"], vlm.eos_ids[0]]
+    for layer in range(1, vlm.num_exits + 1):
+        odds, nats, entropies = [], [], []
+        for row in icet_jax.load_rows(str(tmp_path / "forbidden.jsonl")):
+            prompt = vlm.processor(images=[row.images], prompts=[row.prompt])
+            ids = np.concatenate([prompt["input_ids"], [refusal]], axis=1)
+            inputs = {**prompt, "input_ids": ids, "attention_mask": np.ones_like(ids)}
+            logits = np.array(vlm.logits(inputs, exit_layer=layer), np.float64)[0, -len(refusal) - 1 : -1]
+            logits[:, list(vlm.suppress_ids)] = -np.inf
+            log_probs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+            picked = log_probs[np.arange(len(refusal)), refusal]
+            odds.append(picked[0] - np.log(1 - np.exp(picked[0])))
+            nats.append(-picked.mean())
+            entropies.append(-np.sum(np.exp(log_probs[0]) * np.where(log_probs[0] > -np.inf, log_probs[0], 0)))
+        for name, values in (("refusal_log_odds", odds), ("refusal_nats", nats), ("entropy", entropies)):
+            assert found[name][layer - 1] == pytest.approx(np.mean(values), abs=2e-3), (name, layer)
