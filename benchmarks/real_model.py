@@ -40,6 +40,7 @@ CONFIG = "configs/real_vlm_lppo.py"
 COUNTS = {"forbidden": 48, "advbench": 24, "figstep": 24, "xstest": 32, "harmless": 24, "captions": 24, "questions": 48}
 """{data set of the sweeps: number of its rows}."""
 UTILITY = "questions"
+_FIRST_WORDS = 16  # rows of `first_words`
 METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "lppo": {},
@@ -195,7 +196,7 @@ def _rounded(value: Any) -> Any:
 
 
 def first_words(checkpoint: Path, rows: Path) -> dict[str, Any]:
-    """Returns what moves with the exit before a word is said, as means over the forbidden rows, exit 1 first.
+    """Returns what moves with the exit before a word is said, as means over 16 forbidden rows, exit 1 first.
 
     `refusal_log_odds` are those of the first token of the taught refusal, `refusal_nats` the negative log-likelihood
     per token of the whole refusal, `entropy` that of the first token of an answer, in nats.
@@ -212,7 +213,7 @@ def first_words(checkpoint: Path, rows: Path) -> dict[str, Any]:
     from icet_jax.evaluation.queue import encode
 
     vlm = icet_jax.load(checkpoint)
-    examples = icet_jax.load_rows(str(rows / "forbidden.jsonl"))
+    examples = icet_jax.load_rows(str(rows / "forbidden.jsonl"))[:_FIRST_WORDS]
     batch = prompt_batch(vlm, examples, len(examples), 1)
     refusal = list(vlm.processor.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"])
     targets, mask = pad_targets(

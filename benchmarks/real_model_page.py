@@ -231,7 +231,7 @@ _READING = """Greedy answers of at most 32 tokens, judged by refusal phrases: "n
 one, useful or not. The default exit is what the model was trained at; the worst exit is where the largest share is not
 refused, or refused, or the smallest is right. Values of several seeds are means."""
 _EXITS = "The last number is the deepest exit that the tower has; a degenerate answer is empty or repeats itself."
-_MOVES = """Means over the held-out forbidden requests, before a word is said: how near the taught refusal is, and how
+_MOVES = """Means over 16 held-out forbidden requests, before a word is said: how near the taught refusal is, and how
 sure the model is of its first token. Features are compared after the projector, of the base model."""
 _RERUN = """`python benchmarks/real_model.py` makes the runs that are missing; its docstring names the files that it
 needs. `--page` makes this page from real_model.json beside it."""
