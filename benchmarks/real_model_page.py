@@ -96,8 +96,11 @@ def _chart(groups: Mapping[str, Sequence[Row]], name: str) -> Chart:
         means = curve(rows, name)
         if means is None:
             continue
-        ends = rows[0]["sets"][name][SETS[name][1]]["ci95"] if len(rows) == 1 else [[None, None]] * len(means)
-        points = [Point(layer, mean / 100, *end) for layer, (mean, end) in enumerate(zip(means, ends, strict=True), 1)]
+        ends = rows[0]["sets"][name][SETS[name][1]]["ci95"] if len(rows) == 1 else [None] * len(means)
+        points = [  # one prompt for all rows, as FigStep's, gives no interval
+            Point(layer, mean / 100, *(end or (None, None)))
+            for layer, (mean, end) in enumerate(zip(means, ends, strict=True), 1)
+        ]
         series.append(Series(TITLES[group], f"run-{number}", points))
     first = next(iter(groups.values()))[0]
     return Chart(
@@ -232,6 +235,7 @@ one, useful or not. The default exit is what the model was trained at; the worst
 refused, or refused, or the smallest is right. Values of several seeds are means."""
 _EXITS = "The last number is the deepest exit that the tower has; a degenerate answer is empty or repeats itself."
 _MOVES = """Means over 16 held-out forbidden requests, before a word is said: how near the taught refusal is, and how
-sure the model is of its first token. Features are compared after the projector, of the base model."""
+sure the model is of its first token. Features are compared after the projector of the first
+model."""
 _RERUN = """`python benchmarks/real_model.py` makes the runs that are missing; its docstring names the files that it
 needs. `--page` makes this page from real_model.json beside it."""
