@@ -7,7 +7,7 @@ uses the same functions.
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 SURFACE = {
     "load": "runs.loading.load",
