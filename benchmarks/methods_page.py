@@ -6,9 +6,10 @@ edited by hand and kept. A page that does not exist yet begins with a statement 
 
 import re
 import statistics
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from pages import by_hand, filled
 
 from icet_jax.report.charts.scatter import Spot, scatter_drawing
 from icet_jax.report.charts.svg import svg_file
@@ -16,7 +17,6 @@ from icet_jax.report.text import percent
 from icet_jax.report.tradeoff import UTILITY_LOST, pareto_front, tradeoff_chart
 
 Row = Mapping[str, Any]
-BEGIN, END = "<!-- result: edited by hand, kept by --page -->", "<!-- end of the result -->"
 FIGURE = "images/methods.svg"
 LIMITS = "ASR at the worst exit (upper end) 5, benign refused 2, VQA 1 down, half the tokens of the paper's L-PPO"
 
@@ -70,15 +70,14 @@ def page(old: str, groups: Sequence[Group], titles: Mapping[str, str]) -> str:
       groups: the tables; the first one has all methods, and is what the figure shows.
       titles: {name of a method: its name on the page}.
     """
-    kept = re.search(f"{re.escape(BEGIN)}\n(.*?)\n{re.escape(END)}", old, re.S)
-    statement = kept[1] if kept else _filled(summary(groups[0], titles))
-    parts = [f"# Methods that close the exits\n\n{BEGIN}\n{statement}\n{END}", _READING]
+    statement = by_hand(old, filled(summary(groups[0], titles)))
+    parts = [f"# Methods that close the exits\n\n{statement}", _READING]
     if spots(groups[0], titles):
         picture = f"![ASR at the worst exit against lost utility, a point per method]({FIGURE})"
-        parts.append(f"{picture}\n\n{_filled(_FIGURE_TEXT)}")
+        parts.append(f"{picture}\n\n{filled(_FIGURE_TEXT)}")
     for group in groups:
         heading = f"## {group.heading}\n\n" if group.heading else ""
-        parts.append(f"{heading}{_filled(group.about)}\n\n{table(group, titles)}")
+        parts.append(f"{heading}{filled(group.about)}\n\n{table(group, titles)}")
     return "\n\n".join([*parts, _commands(groups, titles)]) + "\n"
 
 
@@ -170,11 +169,6 @@ def _measured(group: Group, titles: Mapping[str, str]) -> list[Spot]:
             spread = (min(lost), max(lost)) if len(rows) > 1 else None
             found.append(Spot(titles[method], "plain", statistics.mean(lost), asr, spread, (min(ends), max(ends))))
     return found
-
-
-def _filled(prose: str) -> str:
-    """Returns a paragraph in lines of at most 120 characters."""
-    return textwrap.fill(prose, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _of_method(group: Group, method: str) -> list[Row]:

@@ -157,19 +157,12 @@ def measured(folder: Path) -> dict[str, Any]:
     for path in sorted((folder / "sweeps").glob(f"{side}.*.json")):
         table = json.loads(path.read_text())
         exits = {"num_exits": table["num_exits"], "default_exit": table["default_exit"]}
-        prompts = {row["prompt"] for row in _transcripts(folder, side, path.name.split(".")[1])}
-        sets[path.name.split(".")[1]] = {"prompts": len(prompts), **_curves(table["layers"]), **_ends(table)}
+        sets[path.name.split(".")[1]] = {"prompts": table["prompts"], **_curves(table["layers"]), **_ends(table)}
     utility = json.loads((folder / "utility.json").read_text())
     sets[UTILITY] = _curves(utility[side][UTILITY]["layers"])
     geometry = json.loads((folder / "geometry.json").read_text())["layers"]
     cost = json.loads((folder / "cost.json").read_text())
     return {**exits, "sets": sets, "geometry": geometry, "cost": cost}
-
-
-def _transcripts(folder: Path, side: str, name: str) -> Iterator[Mapping[str, Any]]:
-    """Yields the rows of a sweep's transcripts."""
-    for path in (folder / "transcripts").glob(f"{side}.{name}*.jsonl"):
-        yield from map(json.loads, path.read_text().splitlines())
 
 
 def _curves(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

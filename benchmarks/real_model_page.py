@@ -4,17 +4,16 @@ Everything in the page is generated, except what stands between the two marks: t
 edited by hand and kept.
 """
 
-import re
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pages import by_hand, filled
 
 from icet_jax.report.charts.figures import Figure, Key, Panel
 from icet_jax.report.charts.lines import Chart, Point, Series
 
 Row = Mapping[str, Any]
-BEGIN, END = "<!-- result: edited by hand, kept by --page -->", "<!-- end of the result -->"
 ASR, REFUSED, DEGENERATE, ACCURACY = (
     "asr/refusal_keywords", "refusal/refusal_keywords", "degenerate/text_rules", "accuracy/vqa_exact",
 )  # fmt: skip
@@ -48,16 +47,14 @@ def page(old: str, content: Mapping[str, Any]) -> str:
       old: the present page, whose statement of the result is kept; "" if there is none.
       content: content of docs/real_model.json.
     """
-    kept = re.search(f"{re.escape(BEGIN)}\n(.*?)\n{re.escape(END)}", old, re.S)
-    statement = kept[1] if kept else "Not written yet."
     groups = by_group(content["rows"])
     parts = [
-        f"# A model of real weights\n\n{BEGIN}\n{statement}\n{END}",
-        f"![Shares at every exit]({FIGURE})\n\n{_filled(_FIGURE_TEXT)}",
+        f"# A model of real weights\n\n{by_hand(old, 'Not written yet.')}",
+        f"![Shares at every exit]({FIGURE})\n\n{filled(_FIGURE_TEXT)}",
         "## How the model was built\n\n" + _built(content["build"]),
-        "## Every set, at the default exit and at the worst\n\n" + _filled(_READING) + "\n\n" + summary(groups),
-        "## Every exit\n\n" + _filled(_EXITS) + "\n\n" + exits_table(groups),
-        "## What moves with the exit\n\n" + _filled(_MOVES) + "\n\n" + moves_table(groups),
+        "## Every set, at the default exit and at the worst\n\n" + filled(_READING) + "\n\n" + summary(groups),
+        "## Every exit\n\n" + filled(_EXITS) + "\n\n" + exits_table(groups),
+        "## What moves with the exit\n\n" + filled(_MOVES) + "\n\n" + moves_table(groups),
         _commands(content["rows"]),
     ]
     return "\n\n".join(parts) + "\n"
@@ -197,7 +194,7 @@ def _built(build: Mapping[str, Any]) -> str:
             for source, part in reward["by_source"].items()
         ]
         text += f" The reward model ranks these held-out pairs correctly: {', '.join(parts)}."
-    return _filled(text)
+    return filled(text)
 
 
 def _mean(estimate: Mapping[str, Any]) -> str:
@@ -213,18 +210,13 @@ def _commands(rows: Sequence[Row]) -> str:
         if row["seed"] == min(other["seed"] for other in rows if _group(other) == _group(row)):
             seeds = ", ".join(str(other["seed"]) for other in rows if _group(other) == _group(row))
             lines += [f"# {_group(row)}, seeds {seeds} (commit {row['commit']})", row["command"]]
-    text = "## Commands\n\n" + _filled(_RERUN)
+    text = "## Commands\n\n" + filled(_RERUN)
     return f"{text}\n\n<!-- no-run: needs the built model -->\n```sh\n" + "\n".join(lines) + "\n```"
 
 
 def _group(row: Row) -> str:
     """Returns the key of a row in `TITLES`."""
     return f"{row['model']}/{row['method']}"
-
-
-def _filled(prose: str) -> str:
-    """Returns a paragraph in lines of at most 120 characters."""
-    return textwrap.fill(" ".join(prose.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
 _FIGURE_TEXT = """Shares of held-out rows, each with a photograph that the model has not seen (of FigStep, with the

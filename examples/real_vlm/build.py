@@ -18,13 +18,11 @@ With `--forbidden`, half of the requests in RedTeam-2K's file are answered with 
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,17 +36,14 @@ import icet_jax
 from examples.real_vlm import answers, parts, rows, sight, stages
 from examples.real_vlm.assemble import write_llava
 from examples.real_vlm.dinov2 import read_dinov2, to_clip
-from examples.real_vlm.markers import Stages, fresh_folder
+from examples.real_vlm.markers import Stages, fresh_folder, run_script
 from examples.real_vlm.photographs import Photograph, hash_order, read_photographs
 from examples.real_vlm.probe import probe
 from examples.real_vlm.smollm2 import read_decoder
 from icet_jax.config import ConfigDict
-from icet_jax.errors import StopRun, UserError
+from icet_jax.errors import UserError
 from icet_jax.files import JsonObject, write_text_atomic
 from icet_jax.media.tokenizer import load_tokenizer
-from icet_jax.parallel.compilations import keep_programs
-from icet_jax.runs.run_lock import locked
-from icet_jax.training.signals import handle_signals
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 _FEWEST_CAPTIONS = 200  # of the tuning's rows, if there are so many
@@ -264,22 +259,7 @@ def _summary(options: argparse.Namespace, hashes: JsonObject, done: Stages) -> J
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Builds the model that the command line describes, and returns the exit code."""
-    begin = time.monotonic()
-    try:
-        options = options_of(arguments)
-        keep_programs(None)
-        with contextlib.ExitStack() as contexts:
-            contexts.enter_context(handle_signals())
-            contexts.enter_context(locked(options.workdir))
-            build(options)
-    except UserError as error:
-        print(f"real_vlm: {error}", file=sys.stderr)
-        return error.exit_code
-    except StopRun as stop:
-        print(f"real_vlm: {stop.line}", file=sys.stderr)
-        return int(str(stop.code))
-    print(f"model: {options.workdir / 'vlm'} ({(time.monotonic() - begin) / 60:.0f} minutes)")
-    return 0
+    return run_script("model", "vlm", lambda: options_of(arguments), build)
 
 
 if __name__ == "__main__":

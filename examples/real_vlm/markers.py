@@ -1,5 +1,6 @@
-"""Runs the stages of the build one after another, and leaves out those that an earlier process has completed."""
+"""Runs a script and its stages one after another, without the stages that an earlier process has completed."""
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -7,9 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from icet_jax.errors import UserError
+from icet_jax.errors import StopRun, UserError
 from icet_jax.files import JsonObject, parse_json, write_text_atomic
+from icet_jax.parallel.compilations import keep_programs
+from icet_jax.runs.run_lock import locked
+from icet_jax.training.signals import handle_signals
 
 _FOLDER = "stages"  # of the markers
 
@@ -93,6 +98,33 @@ def _read_marker(path: Path) -> JsonObject | None:
 def _write(path: Path, marker: JsonObject) -> None:
     """Writes a marker."""
     write_text_atomic(path, json.dumps(marker, indent=1) + "\n")
+
+
+def run_script(
+    what: str, folder: str, options_of: Callable[[], argparse.Namespace], work: Callable[[argparse.Namespace], Any]
+) -> int:
+    """Does the work of a script, prints one line that says how it ended, and returns the exit code.
+
+    Args:
+      what: name of what the work makes.
+      folder: the folder in the working directory that it is written to.
+      options_of: reads the command line, whose option --workdir is locked for the time of the work.
+      work: does the work.
+    """
+    begin = time.monotonic()
+    try:
+        options = options_of()
+        keep_programs(None)
+        with handle_signals(), locked(options.workdir):
+            work(options)
+    except UserError as error:
+        print(f"real_vlm: {error}", file=sys.stderr)
+        return error.exit_code
+    except StopRun as stop:
+        print(f"real_vlm: {stop.line}", file=sys.stderr)
+        return int(str(stop.code))
+    print(f"{what}: {options.workdir / folder} ({(time.monotonic() - begin) / 60:.0f} minutes)")
+    return 0
 
 
 def fresh_folder(folder: Path) -> Path:

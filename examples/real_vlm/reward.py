@@ -16,11 +16,9 @@ WORKDIR/reward/run/reward.json.
 """
 
 import argparse
-import contextlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,20 +29,17 @@ if __name__ == "__main__":
 import icet_jax
 from examples.real_vlm import answers, parts, rows, stages
 from examples.real_vlm.assemble import write_language_model
-from examples.real_vlm.markers import Stages, fresh_folder
+from examples.real_vlm.markers import Stages, fresh_folder, run_script
 from examples.real_vlm.photographs import hash_order
 from examples.real_vlm.smollm2 import read_decoder
 from icet_jax.commands import reward
 from icet_jax.config import ConfigDict
 from icet_jax.data.hh_rlhf import ASSISTANT, HUMAN, read_pairs
-from icet_jax.errors import StopRun, UserError
+from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
 from icet_jax.media.tokenizer import Tokenizer, load_tokenizer
-from icet_jax.parallel.compilations import keep_programs
-from icet_jax.runs.run_lock import locked
 from icet_jax.scorers.degenerate import degenerate_reason
 from icet_jax.scorers.keywords import refused
-from icet_jax.training.signals import handle_signals
 
 
 def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -185,22 +180,7 @@ def _train(config: ConfigDict, run: Path, out: Path) -> JsonObject:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the reward model that the command line describes, and returns the exit code."""
-    begin = time.monotonic()
-    try:
-        options = options_of(arguments)
-        keep_programs(None)
-        with contextlib.ExitStack() as contexts:
-            contexts.enter_context(handle_signals())
-            contexts.enter_context(locked(options.workdir))
-            make(options)
-    except UserError as error:
-        print(f"real_vlm: {error}", file=sys.stderr)
-        return error.exit_code
-    except StopRun as stop:
-        print(f"real_vlm: {stop.line}", file=sys.stderr)
-        return int(str(stop.code))
-    print(f"reward model: {options.workdir / 'reward_model'} ({(time.monotonic() - begin) / 60:.0f} minutes)")
-    return 0
+    return run_script("reward model", "reward_model", lambda: options_of(arguments), make)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class PlainText:
 
     def changes(self, text: str) -> bool:
         """Returns whether the text spells a special token."""
-        return self._special is not None and self._special.search(text) is not None
+        return self(text) != text
 
     def __call__(self, text: str) -> str:
         """Returns the text with a space after the first character of every special token in it."""

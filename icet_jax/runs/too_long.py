@@ -21,9 +21,10 @@ def fitting_rows(
     config: ConfigDict, processor: Processor, max_positions: int | None, source: str, name: str,
     examples: Sequence[Example], *, training: bool = False,
 ) -> tuple[list[Example], dict[str, int]]:  # fmt: skip
-    """Splits rows into those whose prompts fit the model and those that are too long, and names both on stderr.
+    """Splits rows into those whose prompts fit the model and those that are too long.
 
-    Prompts that spell a special token are named too: they are changed, see `icet_jax.media.tokenizer.PlainText`.
+    It names the latter on standard error, and the rows whose prompts spell a special token (see
+    `icet_jax.media.tokenizer.PlainText`).
 
     A prompt and the longest allowed answer together must not take more positions than the model has. The prompt of a
     training row must also fit into `config.data.max_prompt_tokens`, and no prompt may have more text tokens than the

@@ -164,12 +164,10 @@ def test_numbers_of_a_run_are_those_of_its_files(real_model, tmp_path):
         ]
 
     (tmp_path / "sweeps").mkdir()
-    (tmp_path / "transcripts").mkdir()
     for side, values in (("before", [1.0, 1.0]), ("after", [0.123456, 0.0])):
-        table = {"num_exits": 2, "default_exit": 2, "layers": layers(ASR, values), "worst_exit": {ASR: {"layer": 1}}}
+        sizes = {"num_exits": 2, "default_exit": 2, "prompts": 2}
+        table = {**sizes, "layers": layers(ASR, values), "worst_exit": {ASR: {"layer": 1}}}
         (tmp_path / "sweeps" / f"{side}.forbidden.json").write_text(json.dumps(table))
-        lines = [json.dumps({"prompt": f"p{n % 2}"}) for n in range(4)]
-        (tmp_path / "transcripts" / f"{side}.forbidden.jsonl").write_text("\n".join(lines))
     utility = {side: {"questions": {"layers": layers(ACCURACY, [0.5, 0.25])}} for side in ("before", "after")}
     (tmp_path / "utility.json").write_text(json.dumps(utility))
     (tmp_path / "geometry.json").write_text(json.dumps({"layers": [{"layer": 1}, {"layer": 2}]}))

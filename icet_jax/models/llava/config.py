@@ -85,6 +85,19 @@ def _vision(values: Any, where: str) -> ClipConfig:
     """Returns the config of the image encoder from the file's `vision_config`, which may be missing."""
     fields = Fields(_VISION_ABSENT if values is None else values, _VISION_DEFAULTS, where)
     fields.only("model_type", "clip_vision_model")
+    return clip_config(fields, where)
+
+
+def clip_config(fields: Fields, where: str) -> ClipConfig:
+    """Returns the sizes of a CLIP or SigLIP tower.
+
+    Args:
+      fields: fields of a `vision_config`.
+      where: name of the `vision_config` in error messages.
+
+    Raises:
+      UserError: the sizes do not fit each other.
+    """
     heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
     if width % heads:
         raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")

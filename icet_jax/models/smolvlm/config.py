@@ -10,10 +10,10 @@ from icet_jax.checkpoints.hf_config import Fields, drop_new_keys
 from icet_jax.config.names import FAMILIES
 from icet_jax.errors import UserError
 from icet_jax.files import JsonObject
+from icet_jax.models.llava.config import clip_config
 from icet_jax.models.smolvlm.network import Idefics3Config, SmolVLMConfig
 from icet_jax.models.smolvlm.tiles import most_tiles
 from icet_jax.nn.clip import ClipConfig
-from icet_jax.nn.layers import ACTIVATIONS
 
 _CONFIGS = {config.model_type: config for config in (SmolVLMConfig, Idefics3Config)}
 # transformers' class defaults, used for fields that the file leaves out.
@@ -65,22 +65,7 @@ def _vision(values: Any, where: str) -> ClipConfig:
     """Returns the config of the image encoder from the file's `vision_config`, which may be missing."""
     fields = Fields({} if values is None else values, _VISION_DEFAULTS, where)
     fields.only("model_type", *(f"{name}{suffix}" for name in _CONFIGS for suffix in ("", "_vision")))
-    heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
-    if width % heads:
-        raise UserError(f"{where}: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-    if fields.size("patch_size") > fields.size("image_size"):
-        raise fields.fail("patch_size", f"at most image_size={fields.size('image_size')}")
-    return ClipConfig(
-        hidden_size=width,
-        intermediate_size=fields.size("intermediate_size"),
-        num_hidden_layers=fields.size("num_hidden_layers"),
-        num_attention_heads=heads,
-        image_size=fields.size("image_size"),
-        patch_size=fields.size("patch_size"),
-        num_channels=fields.size("num_channels"),
-        layer_norm_eps=fields.number("layer_norm_eps"),
-        hidden_act=fields.choice("hidden_act", ACTIVATIONS),
-    )
+    return clip_config(fields, where)
 
 
 def smolvlm_to_hf(config: SmolVLMConfig, source: JsonObject | None, dtype: str) -> JsonObject:
