@@ -6,7 +6,9 @@ while the device works on earlier images.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -20,7 +22,7 @@ from icet_jax.data.records import Example
 from icet_jax.errors import UserError
 from icet_jax.evaluation.batching import PromptBatch, prompt_batch, prompt_tokens
 from icet_jax.evaluation.schedule import ImageGroup, LengthGroup, length_groups
-from icet_jax.generation.engine import Engine, PromptGroup, Prompts, Response, run_prefix
+from icet_jax.generation.engine import DECODE, Engine, PromptGroup, Prompts, Response, fill_name, run_prefix
 from icet_jax.generation.sampling import Sampling
 from icet_jax.nn.protocols import Cache, EncodedImages, Images
 from icet_jax.parallel.sharding import row_shards
@@ -31,8 +33,11 @@ _T = TypeVar("_T")
 
 _GROUP_SIZE = 8  # prompts of a group: enough for full speed, few enough that free slots need not wait for each other
 
-CompileAhead = Callable[[Iterable[tuple[str, Any]]], None]
-"""Function that takes programs as (name, `jax.stages.Lowered`) and compiles them before they are needed."""
+_MIN_REQUESTS = 128  # a padded length for fewer requests than this is not worth a program of its own
+
+CompileAhead = Callable[[Iterable[tuple[str, Any]]], AbstractContextManager[Any]]
+"""Function that takes programs as (name, `jax.stages.Lowered`) and compiles them before they are needed, such as
+`parallel.compilations.Compiling`."""
 
 Request = tuple[int, int, int, int]
 """(row index in the data set, exit, attempt, row of the encoded batch that has the images)."""
@@ -112,27 +117,43 @@ class Queue:
                 vlm.graphdef, vlm.params, self._sampling,
                 slots=self._slots, columns=columns, lora=vlm.lora, mesh=vlm.mesh,
             )  # fmt: skip
-            groups = self._prompt_groups(length_group)
+            widths = self._widths(length_group)
+            groups = self._prompt_groups(length_group, widths)
             first = next(groups, None)
             if first is None:
                 continue
-            if self._compile_ahead is not None:
-                self._compile_ahead(engine.lowered(first, self._padded_lengths(length_group, first)))
-            yield from engine.run(itertools.chain([first], groups))
+            groups = itertools.chain([first], groups)
+            if self._compile_ahead is None:
+                yield from engine.run(groups)
+                continue
+            # Prompts after a shared beginning have programs of their own.
+            needed = [first.prompts.tokens.shape[1]] if first.prefix is not None else self._used(widths, length_group)
+            with self._compile_ahead(engine.lowered(first, needed)) as compiling:
+                compiling.wait(DECODE)
+                yield from engine.run(_compiled(groups, needed, compiling))
 
-    def _padded_lengths(self, length_group: LengthGroup, first: PromptGroup) -> list[int]:
-        """Returns the different padded prompt lengths in a length group, among prompts of the same kind as `first`.
+    def _widths(self, length_group: LengthGroup) -> list[int]:
+        """Returns the lengths to which the prompts of a length group are padded, of those that share no beginning.
 
-        The two kinds are prompts after a shared prefix and prompts without one; each is processed by its own programs.
+        Prompts of rare lengths are padded to the next longer one: compiling a program for them would take longer.
         """
-        if first.prefix is not None:
-            return [first.prompts.tokens.shape[1]]
-        groups = (group for group in length_group.image_groups if not group.shared)
-        rows = (row for group in groups for row in group.rows if row in self._todo)
-        return sorted({prompt_bucket(len(self._prompts[row])) for row in rows})
+        lengths = [len(self._prompts[row]) for row in _unshared_rows(length_group)]
+        rows_by_width = Counter(map(prompt_bucket, lengths))
+        widths, requests = list[int](), 0
+        for width in sorted(rows_by_width):
+            requests += rows_by_width[width] * self._vlm.num_exits
+            if requests >= _MIN_REQUESTS or width == max(rows_by_width):
+                widths.append(width)
+                requests = 0
+        return widths
 
-    def _prompt_groups(self, length_group: LengthGroup) -> Iterator[PromptGroup]:
-        """Yields the requested prompts of a length group, in groups for the engine."""
+    def _used(self, widths: Sequence[int], length_group: LengthGroup) -> list[int]:
+        """Returns those of `widths`, see `_widths`, that the requested prompts of the length group take."""
+        rows = (row for row in _unshared_rows(length_group) if row in self._todo)
+        return sorted({_width(widths, len(self._prompts[row])) for row in rows})
+
+    def _prompt_groups(self, length_group: LengthGroup, widths: Sequence[int]) -> Iterator[PromptGroup]:
+        """Yields the requested prompts of a length group, in groups for the engine; for `widths` see `_widths`."""
         image_groups = [group for group in length_group.image_groups if any(row in self._todo for row in group.rows)]
         batches = _parts(image_groups, self._encoded_at_once)
         for groups, batch in zip(batches, load_ahead(self._images, batches), strict=True):
@@ -147,7 +168,7 @@ class Queue:
                     pairs = ((row, pair) for row in group.rows for pair in self._todo.get(row, ()))
                     unshared += [(row, layer, attempt, image_row) for row, (layer, attempt) in pairs]
             for requests in _parts(unshared, self._group_size):
-                yield self._full_prompts(requests, encoded)
+                yield self._full_prompts(requests, encoded, widths)
 
     def _images(self, groups: Sequence[ImageGroup]) -> PromptBatch:
         """Opens the images of some image groups and returns them as a batch with one row for each group."""
@@ -156,10 +177,12 @@ class Queue:
         examples = [self._examples[row] for row in rows]
         return prompt_batch(self._vlm, examples, self._encoded_at_once, self._per_row, length=length)
 
-    def _full_prompts(self, requests: Sequence[Request], encoded: EncodedImages) -> PromptGroup:
-        """Returns the group of prompts for these requests, which share no prefix."""
+    def _full_prompts(
+        self, requests: Sequence[Request], encoded: EncodedImages, widths: Sequence[int]
+    ) -> PromptGroup:
+        """Returns the group of prompts for these requests, which share no prefix, padded to one of `widths`."""
         rows = [row for row, *_ in requests]
-        width = prompt_bucket(max(len(self._prompts[row]) for row in rows))
+        width = _width(widths, max(len(self._prompts[row]) for row in rows))
         prompts = self._prompt_arrays(requests, [self._prompts[row] for row in rows], width)
         return PromptGroup(self._pad_tags(request[:3] for request in requests), prompts, encoded)
 
@@ -213,6 +236,25 @@ class Queue:
         """Returns the tags of a group of prompts, filled up with None."""
         padded = list(tags)
         return padded + [None] * (self._group_size - len(padded))
+
+
+def _unshared_rows(length_group: LengthGroup) -> list[int]:
+    """Returns the rows of a length group whose prompts are processed from their first token on."""
+    return [row for group in length_group.image_groups if not group.shared for row in group.rows]
+
+
+def _width(widths: Sequence[int], length: int) -> int:
+    """Returns the first of the ascending `widths` that holds `length` positions."""
+    return next(width for width in widths if width >= length)
+
+
+def _compiled(groups: Iterable[PromptGroup], widths: Collection[int], compiling: Any) -> Iterator[PromptGroup]:
+    """Yields groups of prompts, each as soon as the program for its width is compiled, if it is one of `widths`."""
+    for group in groups:
+        width = group.prompts.tokens.shape[1]
+        if width in widths:
+            compiling.wait(fill_name(width))
+        yield group
 
 
 def _parts(items: Sequence[_T], size: int) -> list[Sequence[_T]]:

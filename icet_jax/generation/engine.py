@@ -37,6 +37,14 @@ STEPS = 8
 """Number of steps that are decoded before the host looks for free slots. On average, a finished row waits for half of
 that number."""
 
+DECODE = "decode"
+"""Name of the program that decodes."""
+
+
+def fill_name(length: int) -> str:
+    """Returns the name of the program that processes prompts which are padded to `length` positions."""
+    return f"prompts of {length}"
+
 
 class Prompts(NamedTuple):
     """Holds R prompts that are run together.
@@ -183,13 +191,13 @@ class Engine:
         Except for the length, the prompts have the shapes of `group`.
         """
         self._allocate(group)
-        yield "decode", decode.lower(*self._static, self._params, self._unstacked, self._rows)
+        yield DECODE, decode.lower(*self._static, self._params, self._unstacked, self._rows)
         slot_ids = np.zeros(len(group.tags), np.int32)
         for length in lengths:
             shape = (len(group.tags), length)
             prompts = group.prompts._replace(tokens=np.zeros(shape, np.int32), mask=np.zeros(shape, bool))
             arguments = (self._rows, slot_ids, prompts, group.encoded, group.prefix)
-            yield f"prompts of {length}", fill.lower(*self._static, *self._weights, *arguments)
+            yield fill_name(length), fill.lower(*self._static, *self._weights, *arguments)
 
     def _allocate(self, group: PromptGroup) -> None:
         """Allocates the slots and unstacks the layers, unless an earlier call did so; for `group` see `shapes`."""

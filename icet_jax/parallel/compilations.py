@@ -6,7 +6,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock, current_thread
 from types import TracebackType
@@ -111,33 +112,69 @@ def _drop_oldest(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def compile_programs(programs: Iterable[tuple[str, Lowered]], meanwhile: Callable[[], Any] = lambda: None) -> Any:
-    """Compiles programs in parallel, each as soon as it is traced, and prints the seconds of each to standard error.
+class Compiling:
+    """Compiles programs in threads while the `with` block runs.
 
-    Later calls of the programs' jitted functions with the same shapes do not compile again.
+    At its end it waits for all of them and prints the seconds of each to standard error. Later calls of the programs'
+    jitted functions with the same shapes do not compile again.
+    """
+
+    def __init__(self, programs: Iterable[tuple[str, Lowered]]) -> None:
+        """Stores the programs; they are traced when the block begins, and each compiles as soon as it is traced.
+
+        Args:
+          programs: (name, traced program) pairs; taking the next pair from the iterator usually traces a program.
+        """
+        self._programs = programs
+        self._futures: dict[str, Future[float]] = {}
+        self._context = ExitStack()
+
+    def wait(self, name: str) -> None:
+        """Waits until the program of this name is compiled; raises what its compilation raised."""
+        self._futures[name].result()
+
+    def __enter__(self) -> "Compiling":
+        self._start = time.perf_counter()
+        with ExitStack() as context:
+            self._counter = context.enter_context(CompilationCounter())
+            threads = context.enter_context(ThreadPoolExecutor(os.cpu_count(), _THREAD_PREFIX))
+            for name, lowered in self._programs:
+                self._futures[name] = threads.submit(_compile, name, lowered)
+            self._context = context.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._context:
+            if error is not None:
+                return
+            parts = ", ".join(f"{name} {future.result():.1f} s" for name, future in self._futures.items())
+        seconds, cached = time.perf_counter() - self._start, self._counter.cached
+        kept = f", {cached} of {len(self._futures)} kept from before" if cached else ""
+        print(f"compiled: {parts}; {seconds:.1f} s in all{kept}", file=sys.stderr)
+
+
+def _compile(name: str, lowered: Lowered) -> float:
+    """Compiles a program and returns the seconds that it took."""
+    began = time.perf_counter()
+    with during(f"compiling {name}"):
+        lowered.compile()
+    return time.perf_counter() - began
+
+
+def compile_programs(programs: Iterable[tuple[str, Lowered]], meanwhile: Callable[[], Any] = lambda: None) -> Any:
+    """Compiles programs in parallel, see `Compiling`, and waits for all of them.
 
     Args:
-      programs: (name, traced program) pairs; taking the next pair from the iterator usually traces a program.
+      programs: (name, traced program) pairs.
       meanwhile: other work, done while the last programs compile.
 
     Returns:
       The result of `meanwhile`.
     """
-
-    def compile_timed(name: str, lowered: Lowered) -> float:
-        began = time.perf_counter()
-        with during(f"compiling {name}"):
-            lowered.compile()
-        return time.perf_counter() - began
-
-    start = time.perf_counter()
-    with CompilationCounter() as counter, ThreadPoolExecutor(os.cpu_count(), _THREAD_PREFIX) as threads:
-        futures = [(name, threads.submit(compile_timed, name, lowered)) for name, lowered in programs]
-        result = meanwhile()
-        parts = ", ".join(f"{name} {future.result():.1f} s" for name, future in futures)
-    cached = f", {counter.cached} of {len(futures)} kept from before" if counter.cached else ""
-    print(f"compiled: {parts}; {time.perf_counter() - start:.1f} s in all{cached}", file=sys.stderr)
-    return result
+    with Compiling(programs):
+        return meanwhile()
 
 
 class CompilationCounter:

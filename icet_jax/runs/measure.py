@@ -17,7 +17,7 @@ from icet_jax.evaluation.summary import difference
 from icet_jax.evaluation.sweep import SweepProgress, SweepResult, sweep
 from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.files import JsonObject, read_text, write_text_atomic
-from icet_jax.parallel.compilations import compile_programs
+from icet_jax.parallel.compilations import Compiling
 from icet_jax.parallel.distributed import agree, is_writer, on_first
 from icet_jax.report.pictures import save_pictures
 from icet_jax.runs.common import RunInputs, model_name
@@ -104,7 +104,7 @@ class Measurements:
         settings = {
             key: value for key, value in self._sweep_settings(name, vlm).items() if key in ("sampling", "batch_size")
         }
-        settings |= {"seed": self._config.seed, "compile_ahead": compile_programs}
+        settings |= {"seed": self._config.seed, "compile_ahead": Compiling}
         answers = answer_again(vlm, rows, requested_exits, **settings)
 
         def compare() -> list[tuple[str, int]]:
@@ -199,7 +199,7 @@ class Measurements:
             model=model_name(self._config),
             seed=self._config.seed,
             tag=side,
-            compile_ahead=compile_programs,
+            compile_ahead=Compiling,
         )
         save_pictures(self._workdir, name, self._tests[name])
         _write(path, result.sweep)

@@ -28,7 +28,7 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation.harvest import answers_at, drawn_exits, exit_pairs
 from icet_jax.evaluation.transcripts import finished_rows
 from icet_jax.files import parse_json, read_text, write_text_atomic
-from icet_jax.parallel.compilations import compile_programs
+from icet_jax.parallel.compilations import Compiling
 from icet_jax.parallel.distributed import agree, on_first
 from icet_jax.runs import fingerprints
 from icet_jax.runs.run_dir import PAIRS, Costs
@@ -111,7 +111,7 @@ def _harvest(
             batch_size=config.sweep.batch_size,
             path=workdir / PAIRS / "answers.jsonl",
             progress=lambda done: progress.advance(to=done),
-            compile_ahead=compile_programs,
+            compile_ahead=Compiling,
         )
     recorded = fingerprints.recorded_rows(workdir)[TRAIN]
     pairs = exit_pairs(rows, [recorded[row.id] for row in rows], drawn, answers, default)

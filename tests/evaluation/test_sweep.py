@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import io
+import itertools
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from PIL import Image
 
 from icet_jax.data.records import Example
 from icet_jax.errors import UserError
+from icet_jax.evaluation import queue
 from icet_jax.evaluation import sweep as sweeping
 from icet_jax.evaluation.batching import prompt_tokens
 from icet_jax.evaluation.combined import transcript_key
@@ -21,7 +24,7 @@ from icet_jax.evaluation.sweep import sweep
 from icet_jax.generation import engine
 from icet_jax.models.llava.network import Llava
 from icet_jax.nn.protocols import init_lora
-from icet_jax.parallel.compilations import CompilationCounter
+from icet_jax.parallel.compilations import CompilationCounter, Compiling
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.keywords import RefusalKeywords
 from tests.evaluation import bundle
@@ -245,24 +248,63 @@ def test_each_image_is_encoded_once_and_an_exit_compiles_nothing(counting):
     assert compiled[0] == compiled[1]
 
 
-def test_programs_are_compiled_before_they_are_needed(tmp_path):
+def test_programs_are_compiled_before_they_are_needed(tmp_path, monkeypatch):
     """Decoding, and one program for each length that prompts are padded to; then no more."""
+    monkeypatch.setattr(queue, "_MIN_REQUESTS", 1)
     vlm, names = bundle.tiny_vlm(tmp_path), []
-
-    def compile_ahead(programs):
-        for name, lowered in programs:
-            names.append(name)
-            lowered.compile()
-
     jax.clear_caches()
     with CompilationCounter() as plain:
         run(vlm, exits=[2])
     jax.clear_caches()
     with CompilationCounter() as ahead:
-        result = run(vlm, exits=[2], compile_ahead=compile_ahead)
+        result = run(vlm, exits=[2], compile_ahead=compiling(names))
     assert names == ["decode", "prompts of 32", "prompts of 48", "prompts of 64"]
     assert abs(ahead.count - plain.count) <= 2, "what was compiled ahead was not compiled again"
     assert texts(result) == texts(run(vlm, exits=[2]))
+
+
+def compiling(names, change=lambda name, lowered: lowered):
+    """A `CompileAhead` that appends the names of the programs to a list."""
+
+    def compile_ahead(programs):
+        programs = [(name, change(name, lowered)) for name, lowered in programs]
+        names.extend(name for name, _ in programs)
+        return Compiling(programs)
+
+    return compile_ahead
+
+
+def test_prompts_of_rare_lengths_take_the_program_of_longer_ones(vlm, plain):
+    names = []
+    assert texts(run(vlm, compile_ahead=compiling(names))) == texts(plain)
+    assert names == ["decode", "prompts of 64"]
+
+
+def test_first_answers_do_not_wait_for_the_programs_of_longer_prompts(vlm, plain, monkeypatch):
+    monkeypatch.setattr(queue, "_MIN_REQUESTS", 1)
+    answered = threading.Event()
+
+    class Late:
+        def __init__(self, lowered):
+            self.lowered = lowered
+
+        def compile(self):
+            assert answered.wait(60), "the first answers wait for this program"
+            return self.lowered.compile()
+
+    ahead = compiling([], lambda name, lowered: Late(lowered) if name == "prompts of 64" else lowered)
+    rows, exits = bundle.rows(), range(1, 5)
+    todo = {row: [(layer, 0) for layer in exits] for row in range(len(rows))}
+    keys = sweeping.answer_keys(jax.random.key(0), len(rows), 1)
+    answers = queue.Queue(vlm, rows, keys, todo, vlm.sampling(6), 3, ahead).answers()
+    responses = next(answers)
+    answered.set()
+    responses = [*responses, *itertools.chain.from_iterable(answers)]
+    found = {}
+    for response in responses:
+        row, layer, _ = response.tag
+        found[rows[row].id, layer] = sweeping.read_answer(response, vlm, vlm.sampling(6), rows[row].id).text
+    assert found == texts(plain)
 
 
 def test_rows_about_one_image_share_what_they_begin_with(vlm, counting, tmp_path):
