@@ -177,9 +177,7 @@ class Queue:
         examples = [self._examples[row] for row in rows]
         return prompt_batch(self._vlm, examples, self._encoded_at_once, self._per_row, length=length)
 
-    def _full_prompts(
-        self, requests: Sequence[Request], encoded: EncodedImages, widths: Sequence[int]
-    ) -> PromptGroup:
+    def _full_prompts(self, requests: Sequence[Request], encoded: EncodedImages, widths: Sequence[int]) -> PromptGroup:
         """Returns the group of prompts for these requests, which share no prefix, padded to one of `widths`."""
         rows = [row for row, *_ in requests]
         width = _width(widths, max(len(self._prompts[row]) for row in rows))
