@@ -7,7 +7,7 @@ TORCH ?= torch
 # One more than there are cores: many tests wait for processes that they have started.
 WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
 
-.PHONY: docs demo real test test-real types unit test-browser audit walk clean
+.PHONY: docs demo real test test-real test-gpu-programs types unit test-browser audit walk clean
 
 demo: $(VENV)/.installed  ## environment, install, main job on the embedded default: runs/organism/report.html
 	$(BIN)/python -m icet_jax.main --config=configs/organism_lppo.py --workdir=runs/organism
@@ -33,6 +33,11 @@ unit: $(VENV)/.installed-test
 test-real: $(VENV)/.installed-test  ## chat templates with published vocabularies, whose files ICET_REAL_PARTS names
 	@test -n "$(ICET_REAL_PARTS)" || { echo "make test-real ICET_REAL_PARTS=DIR (tests/media/real_tokenizers.py)"; exit 1; }
 	ICET_REAL_PARTS="$(ICET_REAL_PARTS)" $(BIN)/python -m pytest tests/media/test_real_tokenizers.py
+
+# `make test` skips these tests where the extra is not installed, and runs them where it is.
+test-gpu-programs: $(VENV)/.installed-test  ## programs compiled for an H200 without one (the extra plan-gpu, 3 GB)
+	$(BIN)/python -m pip install --quiet --editable ".[plan-gpu]"
+	$(BIN)/python -m pytest tests/planning/test_gpu_programs.py
 
 # Where npm is missing, the test with axe-core is skipped; where Chromium is missing, all of them are.
 test-browser: $(VENV)/.installed-test  ## reports in Chromium, also for barriers (axe-core of npm, in build/axe)

@@ -1,8 +1,9 @@
 """`--mode=plan` says whether a run will fit on chips that need not be present, and what will limit its speed.
 
 Every phase of a training iteration and of a sweep is compiled ahead of time for the topology, from shapes alone. The
-compiler reports how much memory the phase takes on each chip. GPUs have no compiler that works without the hardware, so
-for them the plan is a lower bound from shapes. Times are estimates at the chip's published peak, which no run reaches.
+compiler reports how much memory the phase takes on each chip. The compiler for GPUs comes with the extra `plan-gpu`;
+without it the plan for GPUs is a lower bound from shapes. Times are estimates at the chip's published peak, which no
+run reaches. For GPUs there is also a modelled time of each compiled program (`icet_jax.planning.kernels`).
 """
 
 import argparse
@@ -29,6 +30,7 @@ from icet_jax.parallel.mesh_fit import check_heads
 from icet_jax.planning import advice as plan_advice
 from icet_jax.planning import batch as plan_batch
 from icet_jax.planning.ahead import AbstractRun, bytes_per_device
+from icet_jax.planning.kernels import REACHED_BANDWIDTH, REACHED_FLOPS, GpuProgram, ProgramCost
 from icet_jax.planning.scorers import scorer_bytes
 from icet_jax.planning.work import PhaseCost, phase_cost
 
@@ -53,6 +55,7 @@ class PlanLine:
       work: operations, and bytes of weights read.
       moved: bytes that a chip exchanges with others.
       refused: message of the compiler if the program does not fit, else "".
+      program: kernels and modelled time of the compiled program; None if it was not compiled for a GPU.
     """
 
     phase: str
@@ -65,6 +68,7 @@ class PlanLine:
     work: PhaseCost
     moved: int | None
     refused: str = ""
+    program: ProgramCost | None = None
 
     @property
     def total(self) -> int:
@@ -173,9 +177,10 @@ def _plan_phases(
         program, refused = None, ""
         if abstract.devices is not None:
             print(f"icet-jax: compiling {phase.name} for {topology.name}", file=sys.stderr)
-            program, refused = _compile(phase, memory_limit(topology.chip, phase, judges))
+            limit = None if topology.chip.options is None else memory_limit(topology.chip, phase, judges)
+            program, refused = _compile(phase, limit)
             programs[phase.name] = program
-        lines.append(_line(abstract, phase, judges, program, refused))
+        lines.append(_line(abstract, phase, judges, program, refused, topology.chip))
     return lines
 
 
@@ -203,9 +208,12 @@ def _compile(phase: PlannedPhase, limit: int | None = None) -> tuple[Compiled | 
         return None, f"the compiler needs {match[1].lstrip('(')}iB for it" if match else str(error).splitlines()[0]
 
 
-def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Compiled | None, refused: str) -> PlanLine:
+def _line(
+    abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Compiled | None, refused: str,
+    chip: topologies.Chip,
+) -> PlanLine:  # fmt: skip
     """Returns the line of one phase: sizes from shapes and, if there is a `program`, from the compiler's report."""
-    cache, temporaries, moved = bytes_per_device(phase.cache), None, None
+    cache, temporaries, moved, cost = bytes_per_device(phase.cache), None, None, None
     memory = None if program is None else program.memory_analysis()
     if program is not None and memory is not None:
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -214,6 +222,8 @@ def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Comp
         cache = cache if phase.held else cache_in_program
         temporaries = allocated - cache_in_program
         moved = _moved_bytes(program.as_text)
+        if chip.target is not None:
+            cost = GpuProgram(program.as_text() or "").cost(chip)
     return PlanLine(
         phase=phase.name,
         weights=bytes_per_device(abstract.vlm.params),
@@ -225,6 +235,7 @@ def _line(abstract: AbstractRun, phase: PlannedPhase, judges: int, program: Comp
         work=phase_cost(abstract, phase.name),
         moved=moved,
         refused=refused,
+        program=cost,
     )
 
 
@@ -263,6 +274,11 @@ def _block(lines: list[PlanLine], topology: topologies.Topology) -> str:
         ("seconds", *("-" if time is None else f"{time[0]:.3g}" for time in times)),
         ("bound by", *("-" if time is None else time[1] for time in times)),
     ]
+    costs = [line.program for line in lines]
+    if any(cost is not None for cost in costs):
+        rows += [
+            (name, *("-" if cost is None else _PROGRAM[name](cost) for cost in costs)) for name in _PROGRAM
+        ]  # fmt: skip
     rows = rows[not any(groups) :]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -272,6 +288,14 @@ def _block(lines: list[PlanLine], topology: topologies.Topology) -> str:
 
 _MEMORY = ("weights", "trained", "judges", "inputs", "cache", "temporaries")
 """What takes memory of each chip: attributes of `PlanLine`."""
+
+_PROGRAM: dict[str, Callable[[ProgramCost], str]] = {
+    "kernels": lambda cost: str(cost.kernels),
+    "kernels / step": lambda cost: str(cost.step_kernels),
+    "traffic, GiB": lambda cost: f"{cost.bytes / _GIB:.4g}",
+    "modelled s": lambda cost: f"{cost.seconds:.3g}",
+}
+"""{what is said of a program that was compiled for GPUs: its text}."""
 
 
 def _wrapped(text: str) -> str:
@@ -288,6 +312,17 @@ _MEMORY_LIMIT_REMARK = (
     "each program was compiled to leave free what weights and train state outside of it take on its chips; "
     "a run's compiler does so with LIBTPU_INIT_ARGS=--xla_tpu_max_hbm_size_mib=MIB"
 )
+
+
+def _modelled_remark(chip: topologies.Chip) -> str:
+    """Returns the sentence about the rows of programs that were compiled for GPUs of this kind."""
+    flops, bandwidth = REACHED_FLOPS * (chip.flops or 0), REACHED_BANDWIDTH * (chip.bandwidth or 0)
+    return (
+        "kernels, traffic (what they read and write) and modelled s are of the compiled program; kernels / step are "
+        "those of one iteration of its longest loop; modelled, not measured: every kernel at "
+        f"{flops / 1e12:.0f} Tflop/s or {bandwidth / 1e12:.1f} TB/s, one after another, without exchanges; "
+        f"jax {jax.__version__}"
+    )
 
 
 def _scorer_remarks(config: ConfigDict, mesh: Mesh | AbstractMesh) -> list[str]:
@@ -317,14 +352,17 @@ def remarks(
         total = math.fsum(time[0] for time in iteration if time is not None)
         sentences.append(f"one iteration at that peak: about {total:.3g} s, without reward model and host")
     if any(line.temporaries is None and not line.refused for line in lines):
-        sentences.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs and cpu")
-        sentences[-1] += "; without them the memory is a lower bound, and whether a phase fits is unknown"
+        sentences.append("temporaries and what chips exchange are known only where a compiler is at hand: TPUs, cpu, ")
+        sentences[-1] += "and GPUs with the extra plan-gpu (pip install 'icet-jax[plan-gpu]'; Linux, 3 GB, no GPU); "
+        sentences[-1] += "without them the memory is a lower bound, and whether a phase fits is unknown"
+    if any(line.program is not None for line in lines):
+        sentences.append(_modelled_remark(chip))
     if any(line.moved is None and line.temporaries is not None for line in lines):
         sentences.append(
             "exchanged '-': the text of the program does not show it, or a loop that exchanges data has unknown length"
         )
     sentences += _scorer_remarks(config, abstract.mesh)
-    if any(line.temporaries is not None for line in lines) and chip.memory is not None:
+    if any(line.temporaries is not None for line in lines) and chip.options is not None:
         sentences.append(_MEMORY_LIMIT_REMARK)
     sentences += [f"{line.phase}: {line.refused}" for line in lines if line.refused]
     broken = list(dict.fromkeys(line.phase.removeprefix(_FIRST) for line in lines if line.fits(chip) is False))

@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from icet_jax.parallel.sharding import ROWS, row_shards
-from icet_jax.parallel.traced import mesh_of
+from icet_jax.parallel.topology import chip_of
+from icet_jax.parallel.traced import mesh_of, target_device
 from icet_jax.typing import Array, Bool, Float, Int
 
 P = PartitionSpec
@@ -50,7 +51,7 @@ def attention(
       gradient.
     """
     mesh = mesh_of(q, k, v)
-    kernel = None if mask is not None else kernel_for(q, k, causal, mesh)
+    kernel = None if mask is not None else kernel_for(q, k, causal, mesh, target_device(q, k, v))
     if kernel is not None:
         out = _on_each_device(functools.partial(kernel, causal=causal), mesh, q, k, v, real)
     else:
@@ -75,13 +76,16 @@ Kernel = Callable[..., Float[Array, "B T H D"]]
 """Function of (q, k, v, real or None, causal=) that gives the same result as `xla_attention` at real queries."""
 
 
-def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> Kernel | None:
+def kernel_for(
+    q: Array, k: Array, causal: bool, mesh: AbstractMesh | None, device: AbstractDevice | None
+) -> Kernel | None:  # fmt: skip
     """Returns the fused kernel for arrays of these shapes and dtypes, or None if XLA's attention must be used.
 
     Args:
       q, k: queries `[B, T, H, D]` and keys `[B, S, K, D]`.
       causal: whether the mask is causal.
-      mesh: mesh of the arrays, whose devices determine the platform; None for the default device.
+      mesh: mesh of the arrays; None on one device.
+      device: the kind of device for which the program is compiled; None for the default device.
     """
     length, heads, size = q.shape[1:]
     if length != k.shape[1] or length < _MIN_QUERIES:
@@ -90,31 +94,40 @@ def kernel_for(q: Array, k: Array, causal: bool, mesh: AbstractMesh | None) -> K
         q.shape[0] % row_shards(mesh) or heads % mesh.shape["tensor"] or k.shape[2] % mesh.shape["tensor"]
     ):
         return None
-    platform = _platform(mesh)
+    platform = platform_of(device)
     # Splash attention is faster because it skips scores above the diagonal. Without causal mask (CLIP) XLA is as fast.
     if platform == "tpu" and causal and q.dtype == jnp.bfloat16 and size % 8 == 0 and size >= 64:
         # The kernel multiplies in bfloat16 and does not compile if a higher precision is requested.
         precision = getattr(jax.config, "jax_default_matmul_precision", None)
         return splash if precision in (None, "default", "bfloat16") else None
-    if platform in ("gpu", "cuda") and q.dtype in (jnp.bfloat16, jnp.float16):
-        capability = _compute_capability()
+    if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+        capability = _compute_capability(device)
         if capability >= 8 and size % 8 == 0 and size <= (256 if capability >= 9 else 128):
             return cudnn
     return None
 
 
-def _platform(mesh: AbstractMesh | None) -> str:
-    """Returns the platform that the program is compiled for: the mesh's or, without a mesh, the default device's."""
-    if mesh is not None and mesh.abstract_device is not None:
-        return str(mesh.abstract_device.platform)
-    device = getattr(jax.config, "jax_default_device", None)
-    return str(getattr(device, "platform", device or jax.default_backend()))
+def platform_of(device: AbstractDevice | None) -> str:
+    """Returns "cpu", "gpu" or "tpu", the platform of a kind of device; of the default device if it is None."""
+    default = getattr(jax.config, "jax_default_device", None)
+    if device is not None:
+        platform = device.platform
+    else:
+        platform = getattr(default, "platform", default or jax.default_backend())
+    return "gpu" if platform in ("cuda", "rocm") else str(platform)
 
 
-def _compute_capability() -> float:
-    """Returns the compute capability of the first device, 0 if it is not from NVIDIA (AMD devices report a name)."""
+def _compute_capability(device: AbstractDevice | None) -> float:
+    """Returns the compute capability of a kind of device, 0 if it is not from NVIDIA (AMD devices report a name).
+
+    The device need not be present. None is the default device.
+    """
+    local = jax.devices()[0]
+    if device is not None and device.device_kind != local.device_kind:
+        chip = chip_of(device.device_kind)
+        return 0.0 if chip is None else chip.compute_capability
     try:
-        return float(getattr(jax.devices()[0], "compute_capability", 0))
+        return float(getattr(local, "compute_capability", 0))
     except ValueError:
         return 0.0
 

@@ -9,6 +9,7 @@ import re
 import jax
 
 from icet_jax.errors import UserError
+from icet_jax.parallel import gpu_targets
 
 _GIB = 2**30
 
@@ -24,7 +25,8 @@ class Chip:
       bandwidth: bytes per second between the chip and its memory.
       links: bytes per second that a chip sends to its neighbours over all links.
       source: where `flops`, `bandwidth` and `links` are published.
-      options: options of libtpu with which one device is one chip; None if only the hardware itself can compile.
+      options: options of libtpu with which one device is one chip; None if the chip is not a TPU.
+      target: description of the GPU for XLA; None if the chip is not a GPU.
     """
 
     name: str
@@ -34,6 +36,17 @@ class Chip:
     links: float | None = None
     source: str = ""
     options: dict[str, str] | None = None
+    target: gpu_targets.GpuTarget | None = None
+
+    @property
+    def compute_capability(self) -> float:
+        """The compute capability of a GPU, such as 9.0; 0 for other chips."""
+        return 0.0 if self.target is None else float(".".join(map(str, self.target.capability)))
+
+
+def _gpu(name: str, memory: float, flops: float, bandwidth: float, links: float) -> Chip:
+    """Returns a GPU with the numbers of its data sheet."""
+    return Chip(name, memory, flops, bandwidth, links, _NVIDIA_SOURCE, target=gpu_targets.TARGETS[name])
 
 
 _TPU_SOURCE = "Google Cloud's TPU documentation (system architecture, per chip)"
@@ -46,9 +59,10 @@ CHIPS = {
         Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 200e9, _TPU_SOURCE, {}),
         Chip("v5p", 95.73 * _GIB, 459e12, 2765e9, 600e9, _TPU_SOURCE, {}),
         Chip("v6e", 31.24 * _GIB, 918e12, 1640e9, 448e9, _TPU_SOURCE, {}),
-        Chip("a100", 80e9, 312e12, 2039e9, 300e9, _NVIDIA_SOURCE),
-        Chip("h100", 80e9, 989e12, 3350e9, 450e9, _NVIDIA_SOURCE),
-        Chip("h200", 141e9, 989e12, 4800e9, 450e9, _NVIDIA_SOURCE),
+        _gpu("a100", 80e9, 312e12, 2039e9, 300e9),
+        _gpu("h100", 80e9, 989e12, 3350e9, 450e9),
+        _gpu("h200", 141e9, 989e12, 4800e9, 450e9),
+        _gpu("b200", 180e9, 2250e12, 8000e9, 900e9),
         Chip("cpu"),
     )
 }
@@ -69,15 +83,17 @@ class Topology:
     count: int
 
     def devices(self) -> list[jax.Device] | None:
-        """Returns a device for each chip, to compile programs for; None if only the hardware itself can compile (GPUs).
+        """Returns a device for each chip, to compile programs for; None if there is no compiler for these GPUs here.
 
         Raises:
-          UserError: libtpu is not installed or does not know the topology, or there are fewer CPU devices than
-            requested.
+          UserError: libtpu is not installed or does not know the topology, there are fewer CPU devices than requested,
+            or the installed compiler for GPUs does not work.
         """
         if self.chip.name == "cpu":
             return _cpu_devices(self)
-        return None if self.chip.options is None else _tpu_devices(self)
+        if self.chip.target is not None:
+            return _gpu_devices(self, self.chip.target) if gpu_targets.installed() else None
+        return _tpu_devices(self)
 
 
 def parse(text: str) -> Topology:
@@ -107,6 +123,7 @@ _KINDS = {
     r"NVIDIA A100.*": "a100",
     r"NVIDIA H100(?!.*(PCIe|NVL)).*": "h100",
     r"NVIDIA H200(?!.*NVL).*": "h200",
+    r"NVIDIA B200.*": "b200",
 }
 
 
@@ -142,4 +159,22 @@ def _tpu_devices(topology: Topology) -> list[jax.Device]:
         raise UserError(f"--topology={topology.name}: libtpu does not know it ({reason})") from error
     if len(description.devices) != topology.count:
         raise UserError(f"--topology={topology.name}: libtpu has {len(description.devices)} devices for it")
+    return list(description.devices)
+
+
+def _gpu_devices(topology: Topology, target: gpu_targets.GpuTarget) -> list[jax.Device]:
+    """Returns XLA's descriptions of the topology's GPUs, all in one machine, which need not be present."""
+    from jax.experimental import topologies
+
+    shape = f"1x1x{topology.count}"  # partitions, machines in each, GPUs in each
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda", target_config=gpu_targets.target_config(target), topology=shape
+        )
+    except Exception as error:  # jax raises exceptions of several types
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology={topology.name}: jax {jax.__version__} cannot compile for GPUs here ({reason}); "
+            "install the extra again: pip install 'icet-jax[plan-gpu]'"
+        ) from error
     return list(description.devices)

@@ -5,10 +5,11 @@ return their input.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 from icet_jax.parallel.sharding import ROWS, fit, partition_spec, path_name, row_shards
 from icet_jax.typing import Array, ArrayLike, Float, Int, PyTree, Shaped
@@ -19,11 +20,25 @@ _MAX_SEND_BYTES = 1 << 28  # largest number of bytes that each device sends at a
 
 def mesh_of(*arrays: Any) -> AbstractMesh | None:
     """Returns the mesh of the first array that has one; None on one device or outside compiled functions."""
+    return next((mesh for mesh in _meshes(arrays) if mesh.size > 1), None)
+
+
+def target_device(*arrays: Any) -> AbstractDevice | None:
+    """Returns the kind of device for which a function of these arrays is compiled; None if that is the default device.
+
+    A mesh names its devices, even if it has only one. An `AbstractMesh` that was made without devices names none.
+    """
+    devices = (mesh.abstract_device for mesh in _meshes(arrays))
+    return next((device for device in devices if device is not None), None)
+
+
+def _meshes(arrays: Sequence[Any]) -> Iterator[AbstractMesh]:
+    """Yields the meshes of traced arrays, also those of one device."""
     for array in arrays:
-        mesh = jax.typeof(array).sharding.mesh if isinstance(array, jax.core.Tracer) else None
-        if mesh is not None and mesh.size > 1:
-            return mesh
-    return None
+        if isinstance(array, jax.core.Tracer):
+            mesh = jax.typeof(array).sharding.mesh
+            if not mesh.empty:
+                yield mesh
 
 
 def by_rows(x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from icet_jax.config import group_size, warm_start_config
 from icet_jax.errors import UserError
+from icet_jax.parallel import gpu_targets
 from icet_jax.parallel.mesh import mesh_shape
 from icet_jax.parallel.topology import Topology
 
@@ -60,8 +61,12 @@ class LargestBatch:
 
 def check(topology: Topology) -> None:
     """Raises a `UserError` if the search is impossible, because these chips have no compiler or no known memory."""
-    if topology.chip.options is None:
-        raise UserError(f"--largest-batch: what fits {topology.chip.name} chips is not known; it is for TPUs")
+    chip = topology.chip
+    if chip.options is None and (chip.target is None or not gpu_targets.installed()):
+        raise UserError(
+            f"--largest-batch: what fits {chip.name} chips is not known; it is for TPUs, and for GPUs with the extra "
+            "plan-gpu: pip install 'icet-jax[plan-gpu]'"
+        )
 
 
 def unit_of(config: ConfigDict, count: int, field: str) -> int:
@@ -92,7 +97,7 @@ def largest(
 
     Args:
       config: config of the run.
-      topology: the chips, which must be TPUs.
+      topology: the chips, for which there must be a compiler, see `check`.
       field: name of a batch-size field, one of `FIELDS`.
       planned: lines of the plan of `config` as it stands, whose programs are then not compiled again.
       plan: function of (config, "training" or "sweep") that returns the lines of that part of the config's plan.

@@ -14,10 +14,11 @@ from icet_jax.checkpoints.published import PUBLISHED, SCORERS, config_values
 from icet_jax.commands import plan
 from icet_jax.errors import UserError
 from icet_jax.nn.protocols import count_parameters
-from icet_jax.parallel import topology
+from icet_jax.parallel import gpu_targets, topology
 from icet_jax.parallel.mesh import abstract_mesh, make_mesh
 from icet_jax.planning.advice import fixes
 from icet_jax.planning.ahead import AbstractRun
+from icet_jax.planning.kernels import ProgramCost
 from icet_jax.planning.scorers import scorer_bytes
 from icet_jax.planning.work import PhaseCost
 from icet_jax.runs import sources
@@ -30,6 +31,12 @@ ORGANISM = "configs/organism_lppo.py"
 SMALL = [("data.batch_size", "8"), ("sweep.batch_size", "8"), ("lppo.max_new_tokens", "4")]
 GIB = 2**30
 PHASES = ["sweep: encode", "sweep: fill", "sweep: decode", "rollout", "prepare", "update"]
+
+
+@pytest.fixture(autouse=True)
+def without_compiler_for_gpus(monkeypatch):
+    """GPUs are planned from shapes, also where they could be compiled for; tests/planning/test_gpu_programs.py does."""
+    monkeypatch.setattr(gpu_targets, "PACKAGES", ("nobody.nothing",))
 
 
 def planned(*flags, capsys):
@@ -188,6 +195,17 @@ def test_the_least_time_is_the_slowest_of_three_bounds():
     assert line.seconds(chip, 400)[1] == "links" and line.seconds(topology.CHIPS["cpu"], 1) is None
 
 
+def test_kernels_and_modelled_times_are_printed_of_programs_for_gpus_and_said_to_be_modelled():
+    chips = topology.parse("h200:1")
+    line = plan.PlanLine("update", GIB, 0, 0, 0, 0, GIB, PhaseCost(10**15, 3, GIB), 0)
+    compiled = dataclasses.replace(line, program=ProgramCost(1676, 838, 10**15, 3 * GIB, 1.25))
+    printed = plan.table([compiled, line], chips)
+    for row in ("kernels 1676 -", "kernels / step 838 -", "traffic, GiB 3 -", "modelled s 1.25 -"):
+        assert row in [" ".join(text.split()) for text in printed.splitlines()]
+    assert "modelled" not in plan.table([line], chips) and line.fits(chips.chip) is True
+    assert "modelled, not measured: every kernel at 780 Tflop/s or 4.3 TB/s" in plan._modelled_remark(chips.chip)
+
+
 def test_compiled_for_this_machine_every_part_is_known_and_the_shapes_are_the_runs():
     config = load(ORGANISM, SMALL)
     lines, abstract = plan.plan(config, topology.parse("cpu:1"))
@@ -236,7 +254,7 @@ def test_a_rollout_compiles_for_tpus_that_are_not_here():
     abstract = AbstractRun(config, make_mesh(**config.mesh, devices=topology.parse("v5e:2x2").devices()))
     phase = next(phase for phase in abstract.phases(lambda phase: None) if phase.name == "rollout")
     program, refused = plan._compile(phase, plan.memory_limit(topology.CHIPS["v5e"], phase, judges=0))
-    line = plan._line(abstract, phase, 0, program, refused)
+    line = plan._line(abstract, phase, 0, program, refused, topology.CHIPS["v5e"])
     assert refused == "" and line.temporaries > 0 and line.moved > 0
     assert line.fits(topology.CHIPS["v5e"]) is True
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from icet_jax.algorithms.forward import evaluate_responses
 from icet_jax.models.llava.network import Llava, LlavaConfig
@@ -176,14 +176,43 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch):
 )
 def test_which_kernel_runs(monkeypatch, platform, capability, changes, expected):
     device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    local = types.SimpleNamespace(device_kind="any", compute_capability=capability)
     mesh = AbstractMesh((2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    monkeypatch.setattr(jax, "devices", lambda: [local])
     sizes = {"rows": 4, "length": 256, "keys": None, "heads": 8, "kv_heads": 4, "size": 128, "causal": True}
     sizes |= {"dtype": jnp.bfloat16, "precision": "default"} | changes
     q = jnp.zeros((sizes["rows"], sizes["length"], sizes["heads"], sizes["size"]), sizes["dtype"])
     k = jnp.zeros((sizes["rows"], sizes["keys"] or sizes["length"], sizes["kv_heads"], sizes["size"]), sizes["dtype"])
     with jax.default_matmul_precision(sizes["precision"]):
-        assert attention.kernel_for(q, k, sizes["causal"], mesh) is expected
+        assert attention.kernel_for(q, k, sizes["causal"], mesh, device) is expected
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "expected"),
+    [
+        ("tpu", "TPU v5 lite", attention.splash),
+        ("gpu", "NVIDIA H200", attention.cudnn),
+        ("gpu", "NVIDIA Tesla T4", None),
+        ("cpu", "cpu", None),
+    ],
+)
+def test_the_kernel_is_that_of_the_device_that_a_program_is_for(monkeypatch, platform, kind, expected):
+    """A mesh of one device names it too, and the device need not be here."""
+    chosen = []
+
+    def remember(*arguments):
+        chosen.append((kernel_for(*arguments), arguments[3]))
+
+    kernel_for = attention.kernel_for
+    monkeypatch.setattr(attention, "kernel_for", remember)
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    for sizes in ((1, 1, 1), (2, 1, 1)):
+        mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)
+        q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("data")))
+        with jax.default_matmul_precision("default"):
+            jax.eval_shape(lambda q: attention.attention(q, q, q, causal=True), q)
+    assert [kernel for kernel, _ in chosen] == [expected, expected]
+    assert [mesh is None for _, mesh in chosen] == [True, False]
 
 
 PROGRAM = """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from icet_jax.errors import UserError
-from icet_jax.parallel import topology
+from icet_jax.parallel import gpu_targets, topology
 from icet_jax.parallel.collectives import moved_bytes
 from icet_jax.parallel.mesh import make_mesh
 
@@ -42,7 +42,8 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
         topology.parse("v5e:4x4").devices()
 
 
-def test_devices_of_what_is_here_and_of_what_is_not():
+def test_devices_of_what_is_here_and_of_what_is_not(monkeypatch):
+    monkeypatch.setattr(gpu_targets, "PACKAGES", ("nobody.nothing",))
     assert topology.parse("h100:8").devices() is None
     assert topology.parse("cpu:1").devices() == jax.devices("cpu")[:1]
     with pytest.raises(UserError, match="device_count=4096"):
@@ -55,6 +56,24 @@ def test_every_tpu_has_one_device_per_chip_and_bad_shapes_are_one_line():
         assert len(topology.parse(text).devices()) == topology.parse(text).count
     with pytest.raises(UserError, match="v5e:3x3: libtpu does not know it"):
         topology.parse("v5e:3x3").devices()
+
+
+def test_a_gpu_is_described_by_its_own_numbers():
+    for name, target in gpu_targets.TARGETS.items():
+        text = gpu_targets.target_config(target)
+        assert f"major: {target.capability[0]} minor: 0" in text and text.count(target.name) == 2
+        assert text.count("{") == text.count("}") and str(target.memory) in text
+        assert topology.chip_of(target.name) is topology.CHIPS[name]
+    assert topology.CHIPS["a100"].compute_capability == 8.0 and topology.CHIPS["v5e"].compute_capability == 0
+    hopper = gpu_targets.target_config(gpu_targets.TARGETS["h200"])
+    assert "key: 16 value { clock_rate_ghz: 1.8295201 units_per_core: 4 ops_per_clock: 512 }" in hopper
+
+
+@pytest.mark.skipif(not gpu_targets.installed(), reason="needs the compiler for GPUs (the plan-gpu extra)")
+@pytest.mark.parametrize("name", gpu_targets.TARGETS)
+def test_gpus_that_are_not_here_have_devices(name):
+    devices = topology.parse(f"{name}:2").devices()
+    assert len(devices) == 2 and topology.chip_of(devices[0].device_kind) is topology.CHIPS[name]
 
 
 LOOP = """HloModule step

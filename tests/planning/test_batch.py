@@ -3,6 +3,7 @@
 import pytest
 
 from icet_jax.errors import UserError
+from icet_jax.parallel import gpu_targets
 from icet_jax.parallel.topology import parse
 from icet_jax.planning import batch as plan_batch
 from icet_jax.runs.config_files import load
@@ -64,6 +65,7 @@ def test_the_programs_planned_already_are_not_compiled_again():
     assert config.data.batch_size == 64
 
 
-def test_only_where_there_is_a_compiler():
+def test_only_where_there_is_a_compiler(monkeypatch):
+    monkeypatch.setattr(gpu_targets, "PACKAGES", ("nobody.nothing",))
     with pytest.raises(UserError, match="--largest-batch: what fits h100 chips is not known"):
         plan_batch.check(parse("h100:8"))

@@ -1,0 +1,40 @@
+"""The programs that XLA makes for an H200 from two-layer models of LLaVA-1.5-7B's widths; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from icet_jax.parallel import gpu_targets
+
+pytestmark = pytest.mark.skipif(not gpu_targets.installed(), reason="needs the compiler for GPUs (the plan-gpu extra)")
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """{phase: what its program holds}, of a run that trains adapters."""
+    removed = ("XLA_FLAGS", "JAX_ENABLE_COMPILATION_CACHE")
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
+    command = [sys.executable, "-m", "tests.planning.gpu_programs", str(tmp_path_factory.mktemp("checkpoint"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_products_are_those_that_were_counted_and_nothing_is_computed_twice(programs):
+    for phase, program in programs.items():
+        assert 0.97 < program["flops"] / program["work"] < 1.03, phase
+
+
+def test_prompts_are_attended_to_by_the_fused_kernel(programs):
+    for phase in ("sweep: fill", "rollout", "prepare", "update"):
+        assert programs[phase]["attention"] > 0, phase
+    assert programs["update"]["attention"] > programs["prepare"]["attention"]  # forward again, and backward
+
+
+def test_the_slots_are_decoded_in_place(programs):
+    for phase in ("sweep: fill", "sweep: decode"):
+        assert programs[phase]["aliased"] >= programs[phase]["cache"] > 0, phase
+    assert programs["sweep: decode"]["temporaries"] < programs["sweep: decode"]["cache"]
