@@ -284,6 +284,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.checkpoint is not None:
         overrides.append(("model.checkpoint", options.checkpoint))
     config = config_files.load(options.config, overrides)
+    from icet_jax.media.library_messages import quiet_pillow
+
+    quiet_pillow()
     if mode.compiles:
         from icet_jax.parallel.compilations import keep_programs
 

@@ -1,12 +1,12 @@
 """Loads the transformers tokenizer of a checkpoint directory, and keeps texts free of its special tokens."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 from icet_jax.errors import UserError
+from icet_jax.media.library_messages import quiet_transformers
 
 # If a directory contains any of these files, it has a tokenizer.
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -72,8 +72,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{directory}: no tokenizer files (tokenizer.json); copy them from the checkpoint's source, "
             "or work on token ids"
         )
-    # Without torch, transformers warns that it cannot run models, which is not needed here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    quiet_transformers()
     from transformers import AutoTokenizer
 
     try:
