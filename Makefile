@@ -30,9 +30,11 @@ types: $(VENV)/.installed-test
 unit: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 
-test-real: $(VENV)/.installed-test  ## chat templates with published vocabularies, whose files ICET_REAL_PARTS names
-	@test -n "$(ICET_REAL_PARTS)" || { echo "make test-real ICET_REAL_PARTS=DIR (tests/media/real_tokenizers.py)"; exit 1; }
-	ICET_REAL_PARTS="$(ICET_REAL_PARTS)" $(BIN)/python -m pytest tests/media/test_real_tokenizers.py
+# make test-real ICET_REAL_PARTS=DIR ICET_REAL_BUILD=runs/real_vlm, or one of them: make exports both
+test-real: $(VENV)/.installed-test  ## chat templates with published vocabularies; the notebook on the model of `make real`
+	@test -n "$(ICET_REAL_PARTS)$(ICET_REAL_BUILD)" || \
+	  { echo "make test-real ICET_REAL_PARTS=DIR (tests/media/real_tokenizers.py) or ICET_REAL_BUILD=runs/real_vlm"; exit 1; }
+	$(BIN)/python -m pytest tests/media/test_real_tokenizers.py tests/examples/test_real_notebook.py
 
 # `make test` skips these tests where the extra is not installed, and runs them where it is.
 test-gpu-programs: $(VENV)/.installed-test  ## programs compiled for an H200 without one (the extra plan-gpu, 3 GB)

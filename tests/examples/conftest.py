@@ -1,5 +1,8 @@
 """The miniature parts of examples/real_vlm, and a LLaVA made of them."""
 
+import csv
+import json
+
 import pytest
 
 from examples.real_vlm import assemble, dinov2, smollm2
@@ -42,3 +45,20 @@ def llava(tmp_path_factory, gguf, onnx):
     sizes = assemble.write_llava(folder, smollm2.read_decoder(gguf), tower, seed=0)
     assert sizes["image_tokens"] == 4
     return folder
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory, pictures):
+    """Options that name the miniatures: captions, images, instructions, forbidden requests (placeholders)."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with (folder / "red.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("id", "question", "policy", "from"))
+        writer.writerows((number, f"placeholder request {number}", f"policy {number % 3}", "") for number in range(40))
+    instructions = [{"instruction": f"Name {number} things."} for number in range(24)]
+    instructions += [{"instruction": "name  3 THINGS."}, {"instruction": "x" * 500}, {"instruction": "see <image>"}]
+    (folder / "instructions.json").write_text(json.dumps(instructions))
+    return {
+        "captions": pictures[0], "images": pictures[1], "instructions": folder / "instructions.json",
+        "forbidden": folder / "red.csv",
+    }  # fmt: skip

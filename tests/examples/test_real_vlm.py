@@ -1,6 +1,5 @@
 """examples/real_vlm: its converters against transformers, its rows, and a whole build of miniature parts."""
 
-import csv
 import dataclasses
 import json
 import subprocess
@@ -263,23 +262,6 @@ def test_questions_from_objects_count_them(tmp_path):
     apple = [question for question in asked if question.text.startswith("Is there an apple")]
     assert Counter(question.answer for question in apple) == {"Yes": 1, "No": 1}
     assert not any(question.photograph == "2.png" for question in asked)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, pictures):
-    """Options that name the miniatures: captions, images, instructions, forbidden requests (placeholders)."""
-    folder = tmp_path_factory.mktemp("inputs")
-    with (folder / "red.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("id", "question", "policy", "from"))
-        writer.writerows((number, f"placeholder request {number}", f"policy {number % 3}", "") for number in range(40))
-    instructions = [{"instruction": f"Name {number} things."} for number in range(24)]
-    instructions += [{"instruction": "name  3 THINGS."}, {"instruction": "x" * 500}, {"instruction": "see <image>"}]
-    (folder / "instructions.json").write_text(json.dumps(instructions))
-    return {
-        "captions": pictures[0], "images": pictures[1], "instructions": folder / "instructions.json",
-        "forbidden": folder / "red.csv",
-    }  # fmt: skip
 
 
 def test_rows_of_both_sides_share_nothing_and_are_read_by_the_package(tmp_path, inputs, llava):

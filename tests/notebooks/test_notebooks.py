@@ -40,7 +40,20 @@ def read(name):
 
 
 def test_every_notebook_is_tried():
-    assert notebooks.names() == sorted(CLAIMS)
+    assert notebooks.names() == sorted([*CLAIMS, *notebooks.NEEDS])  # tests/examples/test_real_notebook.py
+
+
+@pytest.mark.parametrize("name", notebooks.NEEDS)
+def test_outputs_that_depend_on_the_reader_s_files_are_not_stored(name):
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in read(name)["cells"])
+
+
+def test_a_notebook_whose_files_are_missing_is_left_out(monkeypatch, capsys):
+    monkeypatch.delenv("ICET_REAL_BUILD", raising=False)
+    monkeypatch.setattr("sys.argv", ["notebooks.py", "--only=real_model"])
+    monkeypatch.setattr(notebooks, "execute", lambda *_: pytest.fail("it was run"))
+    assert notebooks.main() == 0
+    assert "left out, because ICET_REAL_BUILD is not set" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -48,7 +61,7 @@ def test_it_runs_and_shows_what_it_says(name, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")  # as a reader runs it; one of them trains, which optimised programs do faster
     notebook = notebooks.execute(name, [CLAIMS[name]])
     text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "Traceback" not in text and "FAIL" not in text
+    assert "Traceback" not in text and "FAIL" not in text and "IProgress not found" not in text
 
 
 @pytest.mark.parametrize("name", CLAIMS)
