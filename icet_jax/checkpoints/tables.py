@@ -40,16 +40,17 @@ SAME = Transform(lambda x: x, lambda x: x, lambda shape: shape)
 TRANSPOSED = Transform(lambda x: x.T, lambda x: x.T, lambda shape: shape[::-1])
 
 
-def patches(channels: int, size: int) -> Transform:
+def patches(*shape: int) -> Transform:
     """Returns the transform of the weights that embed image patches.
 
-    HF has a convolution `[D, channels, size, size]`; here it is a matrix `[channels * size * size, D]`, by which
-    flattened patches are multiplied.
+    HF has a convolution `[D, *shape]`; here it is a matrix `[prod(shape), D]`, by which flattened patches are
+    multiplied.
+
+    Args:
+      shape: axes of a patch: channels, (frames,) rows, columns.
     """
     return Transform(
-        lambda x: x.reshape(x.shape[0], -1).T,
-        lambda x: x.T.reshape(-1, channels, size, size),
-        lambda shape: (shape[1], channels, size, size),
+        lambda x: x.reshape(x.shape[0], -1).T, lambda x: x.T.reshape(-1, *shape), lambda matrix: (matrix[1], *shape)
     )
 
 
@@ -149,7 +150,7 @@ def clip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntr
       root: prefix of the tower's keys, such as "vision_tower.vision_model".
       path: prefix of the paths of the tower's parameters.
     """
-    convolution = patches(vision.num_channels, vision.patch_size)
+    convolution = patches(vision.num_channels, vision.patch_size, vision.patch_size)
     yield TableEntry(f"{root}.embeddings.class_embedding", f"{path}/class_embedding", None, SAME)
     yield TableEntry(f"{root}.embeddings.patch_embedding.weight", f"{path}/patch_embedding/kernel", None, convolution)
     yield TableEntry(f"{root}.embeddings.position_embedding.weight", f"{path}/position_embedding", None, SAME)
@@ -160,7 +161,7 @@ def clip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntr
 
 def siglip_entries(vision: ClipConfig, root: str, path: str) -> Iterator[TableEntry]:
     """Yields the entries of a SigLIP vision tower (HF `SmolVLMVisionTransformer`); arguments as in `clip_entries`."""
-    convolution = patches(vision.num_channels, vision.patch_size)
+    convolution = patches(vision.num_channels, vision.patch_size, vision.patch_size)
     embeddings, patch = f"{root}.embeddings", f"{path}/patch_embedding"
     yield TableEntry(f"{embeddings}.patch_embedding.weight", f"{patch}/kernel", None, convolution)
     yield TableEntry(f"{embeddings}.patch_embedding.bias", f"{patch}/bias", None, SAME)

@@ -14,6 +14,7 @@ from icet_jax.evaluation.queue import encode
 from icet_jax.files import JsonObject
 from icet_jax.models import family_of
 from icet_jax.models.base.encoder_work import encoder_bytes
+from icet_jax.nn.protocols import Images
 from icet_jax.vlm import VLM
 
 SCHEMA = 1
@@ -33,16 +34,18 @@ def encoder_cost(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
     Raises:
       UserError: an image cannot be opened.
     """
-    work = family_of(vlm.config).encoder_work
-    exits = {layer: work(vlm.config, layer) for layer in range(1, vlm.num_exits + 1)}
+    work, length = family_of(vlm.config).encoder_work, 0
     batch = next(iter(image_batches(examples)), [])
     timing: JsonObject = {}
     if batch:
+        arrays = prompt_batch(vlm, batch, len(batch), 1)
+        length = arrays.tokens.shape[1]
         timing = {
-            "milliseconds": 1e3 * _seconds(vlm, batch),
-            "measured_flops": nnx.merge(vlm.graphdef, vlm.params).operations(1, 1, 1).encode,
+            "milliseconds": 1e3 * _seconds(vlm, arrays.images) / len(batch),
+            "measured_flops": nnx.merge(vlm.graphdef, vlm.params).operations(length, 1, 1).encode,
             "batch": len(batch),
         }
+    exits = {layer: work(vlm.config, layer, length) for layer in range(1, vlm.num_exits + 1)}
     return {
         "schema": SCHEMA,
         "num_exits": vlm.num_exits,
@@ -61,9 +64,8 @@ def encoder_cost(vlm: VLM, examples: Sequence[Example]) -> JsonObject:
     }
 
 
-def _seconds(vlm: VLM, batch: Sequence[Example]) -> float:
-    """Returns the median time in seconds in which the whole encoder processes one image of a batch."""
-    images = prompt_batch(vlm, batch, len(batch), 1).images
+def _seconds(vlm: VLM, images: Images | None) -> float:
+    """Returns the median time in seconds in which the whole encoder processes the images of a batch."""
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -71,4 +73,4 @@ def _seconds(vlm: VLM, batch: Sequence[Example]) -> float:
         return time.perf_counter() - start
 
     seconds()
-    return median(seconds() for _ in range(_REPEATS)) / len(batch)
+    return median(seconds() for _ in range(_REPEATS))

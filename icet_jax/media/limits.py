@@ -10,7 +10,7 @@ _LARGEST = 1 << 24  # a larger number means "no limit" in transformers' files
 
 def max_positions(config: JsonObject) -> int | None:
     """Returns the decoder's `max_position_embeddings`, from a VLM's parsed config.json; None if it names no limit."""
-    text = config.get("text_config")
+    text = config.get("text_config", config)  # some files have the decoder's fields at their root
     return _limit(text.get("max_position_embeddings") if isinstance(text, dict) else None)
 
 

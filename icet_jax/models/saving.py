@@ -65,7 +65,8 @@ def save_vlm(
         """Returns the config.json, which declares tied embeddings if `tied` (the keys of tied tensors) is not empty."""
         out = family.config_to_hf(written, values, dtype)
         if out["tie_word_embeddings"] and not tied:
-            out["tie_word_embeddings"] = out["text_config"]["tie_word_embeddings"] = False
+            # Some families have the decoder's fields at the root.
+            out["tie_word_embeddings"] = out.get("text_config", out)["tie_word_embeddings"] = False
         return out
 
     return save_network(

@@ -22,6 +22,7 @@ from icet_jax.typing import Array, Bool, Float, Int
 P = PartitionSpec
 _MIN_QUERIES = 128  # with fewer queries XLA's attention is used
 _TPU_LANES = 128  # tile sizes on a TPU are multiples of this
+_SCORE_BYTES = 1 << 28  # most bytes of a row's scores that XLA's attention writes at a time, without mask or causality
 _MAX_TILE = 512  # most queries or keys in a tile; float32 scores of 512 x 512 take 1 MiB of the chip's memory
 
 
@@ -54,6 +55,8 @@ def attention(
     kernel = None if mask is not None else kernel_for(q, k, causal, mesh, target_device(q, k, v))
     if kernel is not None:
         out = _on_each_device(functools.partial(kernel, causal=causal), mesh, q, k, v, real)
+    elif mask is None and not causal:
+        out = _in_parts(q, k, v, real)
     else:
         out = xla_attention(q, k, v, mask, real=real, causal=causal)
     return out.reshape(*out.shape[:2], -1)
@@ -70,6 +73,24 @@ def xla_attention(
     if real is not None:
         mask = real[:, None, None, :] if mask is None else mask & real[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def _in_parts(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], v: Float[Array, "B S K D"], real: Bool[Array, "B S"] | None
+) -> Float[Array, "B T H D"]:
+    """Computes attention with XLA, for as many queries at a time as `_SCORE_BYTES` allows.
+
+    The scores of a large image's thousands of patches would otherwise fill the memory.
+    """
+    length = q.shape[1]
+    query_bytes = 4 * q.shape[2] * k.shape[1]
+    divisors = (parts for parts in range(1, length) if length % parts == 0)
+    parts = next((parts for parts in divisors if length // parts * query_bytes <= _SCORE_BYTES), length)
+    if parts == 1:
+        return xla_attention(q, k, v, real=real)
+    split = jnp.moveaxis(q.reshape(q.shape[0], parts, -1, *q.shape[2:]), 1, 0)
+    out = jax.lax.map(lambda part: xla_attention(part, k, v, real=real), split)
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
 
 Kernel = Callable[..., Float[Array, "B T H D"]]

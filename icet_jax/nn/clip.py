@@ -1,6 +1,7 @@
 """CLIP vision tower that returns the hidden state after every block (HF `CLIPVisionModel`, as of transformers 5)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,17 +129,18 @@ def flat_patches(pixels: Float[Array, "I C H W"], size: int) -> Float[Array, "I 
 
 
 def run_blocks(
-    blocks: ClipBlocks, embedded: Float[Array, "I P D"], upto: int | None, remat: str,
-    is_attended: Bool[Array, "I 1 1 P"] | None = None,
+    blocks: Any, embedded: Float[Array, "I P D"], upto: int | None, remat: str, *arguments: Any,
+    per_block: tuple[Any, ...] = (),
 ) -> Float[Array, "X I P D"]:  # fmt: skip
     """Returns the input of the first block, and the output of each block up to block `upto`.
 
     Args:
-      blocks: the weights of all blocks.
+      blocks: module with the weights of all blocks, such as `ClipBlocks`.
       embedded: input of the first block.
       upto: number of blocks to compute, static; None computes all.
       remat: activations to store for the backward pass, see `layers.REMAT_POLICIES`.
-      is_attended: see `ClipBlocks`.
+      arguments: what every block takes after its input.
+      per_block: arrays whose first axis is that of the blocks; each block takes its parts after `arguments`.
 
     Raises:
       ValueError: `upto` is negative or larger than the number of blocks.
@@ -147,12 +149,13 @@ def run_blocks(
     if not 0 <= depth <= blocks.config.num_hidden_layers:
         raise ValueError(f"upto={upto} is outside 0..{blocks.config.num_hidden_layers}")
     graph, state = nnx.split(blocks)
-    state = jax.tree.map(lambda weight: weight[:depth], state)
+    slices = jax.tree.map(lambda leaf: leaf[:depth], (state, per_block))
 
-    def body(x: Array, weights: nnx.State) -> tuple[Array, Array]:
-        x = by_rows(nnx.merge(graph, gather_weights(weights, x))(x, is_attended))
+    def body(x: Array, slices: tuple[nnx.State, tuple[Any, ...]]) -> tuple[Array, Array]:
+        weights, parts = slices
+        x = by_rows(nnx.merge(graph, gather_weights(weights, x))(x, *arguments, *parts))
         return x, x
 
     embedded = by_rows(embedded)
-    _, outputs = jax.lax.scan(layers.rematerialise(body, remat), embedded, state)
+    _, outputs = jax.lax.scan(layers.rematerialise(body, remat), embedded, slices)
     return jnp.concatenate([embedded[None], outputs], axis=0)

@@ -43,7 +43,7 @@ class Images:
     split over devices in the same way. Without fixed places, I is smaller and the images are in the order of the rows.
 
     Attributes:
-      pixels: Float[I, C, H, W], normalised.
+      pixels: Float[I, C, H, W], normalised; in some families with an axis of tiles, or as flat patches.
       rows: Int[I], the row of each image; a filler image has row `num_rows`. Without fixed places, fillers come last.
       num_rows: number of rows B of the batch, static.
       per_row: largest number M of images in one row, static.

@@ -73,6 +73,20 @@ def test_xla_computes_the_formula(shape, causal):
     np.testing.assert_array_equal(out, layers.attention(q, k, v, jnp.asarray(allowed(real, causal))[:, None]))
 
 
+@pytest.mark.parametrize(("limit", "parts"), [(1, 12), (4 * 8 * 12 * 3, 4), (4 * 8 * 12 * 7, 2), (1 << 28, 1)])
+def test_a_large_image_is_computed_in_parts(monkeypatch, limit, parts):
+    """As few parts of equal size as the limit allows."""
+    q, k, v, _ = drawn(2, 12, 8, 4, 6)
+    real = jnp.asarray(padding(2, 12))
+    expected = attention.xla_attention(q, k, v, real=real).reshape(2, 12, -1)
+    monkeypatch.setattr(attention, "_SCORE_BYTES", limit)
+    traced = jax.make_jaxpr(lambda *qkv: layers.attention(*qkv, real=real))(q, k, v)
+    assert [equation.params["length"] for equation in traced.eqns if equation.primitive.name == "scan"] == (
+        [parts] if parts > 1 else []
+    )
+    np.testing.assert_allclose(layers.attention(q, k, v, real=real), expected, atol=1e-6)
+
+
 def compared(kernel, arrays, real, causal, atol):
     """A kernel's outputs and gradients at real queries against XLA's, where nothing is made of the other outputs."""
     *qkv, weights = arrays

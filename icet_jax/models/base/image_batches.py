@@ -1,4 +1,4 @@
-"""Converts the image arrays of Hugging Face processors to `Images`, whose shapes are the same for all image sizes."""
+"""Converts the image arrays of Hugging Face processors to `Images`, whose arrays have few different shapes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -42,7 +42,9 @@ def batch_images(
     """Returns the images of a batch, or of one process's share of it, as numpy arrays.
 
     The arrays' shapes do not depend on the sizes of the images: every image has as many tiles as the largest possible
-    image, and LLaVA-NeXT's layout is as long as the padded tokens.
+    image, and LLaVA-NeXT's layout is as long as the padded tokens. Only Qwen2.5-VL, whose images have no tiles, has
+    some shapes (`Family.image_shape`). With `per_row` its shape is that for images as long as the padded tokens;
+    without, that for the largest image of the batch.
 
     Args:
       config: config of the network.
@@ -64,9 +66,9 @@ def batch_images(
     counts: list[int] = np.bincount(rows).tolist()
     most = max(counts, default=0)
     if per_row is None:
-        per_row, num_images = most, len(rows)
+        per_row, num_images, positions = most, len(rows), _longest_run(ids == config.image_token_index)
     else:
-        num_images = num_rows * per_row
+        num_images, positions = num_rows * per_row, ids.shape[1]
     if most > per_row:
         raise UserError(f"inputs: row {counts.index(most)} has {most} images, but there is room for {per_row}")
     if not num_images:
@@ -77,13 +79,20 @@ def batch_images(
     indices = np.arange(len(rows))
     if images_of_share > len(rows):  # the k-th image of a row goes to the k-th of the row's `per_row` indices
         indices += rows * per_row - rows.searchsorted(rows)
-    padded_pixels = np.zeros((images_of_share, *family.image_shape(config)), np.float32)
+    padded_pixels = np.zeros((images_of_share, *family.image_shape(config, positions)), np.float32)
     real_tiles: tuple[Any, ...] = (indices, *map(slice, pixels.shape[1:]))
     padded_pixels[real_tiles] = pixels
     row_of_image = np.full(images_of_share, num_rows, np.int32)
     row_of_image[indices] = rows + share.rows(num_rows).start
     placement = Placement(images_of_share, indices, num_rows // share.count, share.rows(num_images).start, num_images)
     return Images(pixels=padded_pixels, rows=row_of_image, num_rows=num_rows, per_row=per_row, layout=layout(placement))
+
+
+def _longest_run(is_image: np.ndarray) -> int:
+    """Returns the largest number of consecutive True values in a row of a bool array [B, T]."""
+    changes = np.diff(np.pad(is_image.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    starts, ends = np.nonzero(changes == 1)[1], np.nonzero(changes == -1)[1]
+    return int((ends - starts).max(initial=0))
 
 
 def pixel_values(inputs: Inputs, shape: tuple[int, ...], axes: int, some_tiles: bool = False) -> np.ndarray:

@@ -91,7 +91,10 @@ class Processor(ABC):
           Llama 3.2 Vision: pixel_values [B, M, tiles, C, S, S], aspect_ratio_ids int64 [B, M] (0 is no image),
           aspect_ratio_mask [B, M, tiles] and cross_attention_mask [B, T, M, tiles];
           SmolVLM: pixel_values [B, N, C, S, S], the tiles of all images of a row and then zeros, and
-          pixel_attention_mask int64 [B, N, S, S], 0 where there is no tile.
+          pixel_attention_mask int64 [B, N, S, S], 0 where there is no tile;
+          Qwen2.5-VL: pixel_values [patches, C * frames * S * S], the patches of all images in row order, and
+          image_grid_thw int64 [I, 3] (frames, rows and columns of patches). Even without images it has
+          mm_token_type_ids int64 [B, T], 1 at the positions of images.
 
         Raises:
           UserError: an image cannot be opened; or a prompt is longer than `pad_to` or than the tokenizer allows, or

@@ -27,7 +27,7 @@ class Reference:
     """Holds what is needed to run a family's models in transformers; below, *config* means this package's config.
 
     Attributes:
-      processor: name of the class of the family's processor in transformers.
+      processor: name of the class of the family's processor in transformers, or function that returns the class.
       random_row: function of (config, tokens of the text, number of images, random generator) that returns arrays of a
         random row, in the form of `hf_row`.
       states: function of (model, config, torch tensors of a row) that returns the hidden states of the image encoder.
@@ -39,7 +39,7 @@ class Reference:
         None for a family without this option.
     """
 
-    processor: str
+    processor: str | Callable[[], Any]
     random_row: Callable[[Any, np.ndarray, int, np.random.Generator], Inputs]
     states: Callable[[Any, Any, dict[str, Any]], States]
     at_exit: Callable[[Any, Any, int], contextlib.AbstractContextManager[None]]
@@ -64,9 +64,12 @@ def hf_processor(directory: str | Path, config: NetworkConfig) -> Any:
     """Returns transformers' processor of a checkpoint, with the image processor that needs no torch."""
     import transformers
 
-    processor = getattr(transformers, family_of(config).reference.processor).from_pretrained(directory)
+    reference = family_of(config).reference
+    name = reference.processor
+    processor_class = getattr(transformers, name) if isinstance(name, str) else name()
+    processor = processor_class.from_pretrained(directory)
     processor.image_processor = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
-    family_of(config).reference.prepare_processor(processor, config)
+    reference.prepare_processor(processor, config)
     return processor
 
 
@@ -133,10 +136,10 @@ def join(config: NetworkConfig, rows: Sequence[Inputs], pad_id: int) -> Inputs:
 def concatenate_images(rows: Sequence[Inputs], length: int) -> Inputs:
     """Returns the image arrays of all rows, concatenated along the first axis (images); `length` is not used."""
     names = {name for row in rows for name in row} - {"input_ids", "attention_mask"}
-    return {name: _concatenate_padded([row[name] for row in rows if name in row]) for name in sorted(names)}
+    return {name: concatenate_padded([row[name] for row in rows if name in row]) for name in sorted(names)}
 
 
-def _concatenate_padded(parts: list[np.ndarray]) -> np.ndarray:
+def concatenate_padded(parts: list[np.ndarray]) -> np.ndarray:
     """Returns arrays concatenated along the first axis; their other axes are padded with zeros to the largest."""
     shape = np.max([part.shape[1:] for part in parts], axis=0)
     widths = [[(0, 0), *((0, most - size) for most, size in zip(shape, part.shape[1:], strict=True))] for part in parts]

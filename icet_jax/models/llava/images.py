@@ -7,8 +7,8 @@ from icet_jax.models.base.image_batches import ImageParts, Inputs, pixel_values
 from icet_jax.models.llava.network import LlavaConfig
 
 
-def image_shape(config: LlavaConfig) -> tuple[int, ...]:
-    """Returns the shape of one image, (C, H, W)."""
+def image_shape(config: LlavaConfig, positions: int = 0) -> tuple[int, ...]:
+    """Returns the shape of one image, (C, H, W); the same for any number of `positions`."""
     return (config.vision.num_channels, config.vision.image_size, config.vision.image_size)
 
 

@@ -13,7 +13,7 @@ from icet_jax.nn.clip import ClipConfig, ClipVisionTower
 from icet_jax.nn.kv_cache import KVCache
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.llama import DelegatesToDecoder, Llama, LlamaConfig, lora_shapes
-from icet_jax.nn.protocols import Images, Operations
+from icet_jax.nn.protocols import Images, Operations, Visual
 from icet_jax.parallel.traced import take_exit_states
 from icet_jax.typing import Array, Bool, DType, Float, Int, Keywords
 
@@ -77,7 +77,7 @@ class LlavaProjectorInputs:
     places: Any = None
 
 
-def encoder_work(config: LlavaConfig, exit_layer: int) -> EncoderWork:
+def encoder_work(config: LlavaConfig, exit_layer: int, length: int = 0) -> EncoderWork:
     """Returns what encoding one image takes if only an exit is used, of LLaVA-1.5 or LLaVA-NeXT; see `Family`."""
     tower = dataclasses.replace(config.vision, num_hidden_layers=exit_layer)
     return EncoderWork(exit_layer, config.max_tiles * flops.clip(tower))
@@ -225,7 +225,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "*sections B T"],
         mask: Bool[Array, "B T"],
-        visual: Float[Array, "B MN E"] | None = None,
+        visual: Visual | None = None,
         lora: Lora | None = None,
     ) -> Float[Array, "B T E"]:
         """Returns the hidden states of whole sequences with their images; see `LanguageModel.decode`."""
@@ -235,7 +235,7 @@ class Llava(DelegatesToDecoder, nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         mask: Bool[Array, "B T"],
-        visual: Float[Array, "B MN E"] | None = None,
+        visual: Visual | None = None,
         prefix: KVCache | None = None,
         lora: Lora | None = None,
     ) -> tuple[Float[Array, "B E"], KVCache]:

@@ -9,8 +9,8 @@ from icet_jax.models.llava_next.anyres import canvas, gather_rows, packing
 from icet_jax.models.llava_next.network import LlavaNextConfig
 
 
-def image_shape(config: LlavaNextConfig) -> tuple[int, ...]:
-    """Returns the shape of one image, (tiles, C, H, W)."""
+def image_shape(config: LlavaNextConfig, positions: int = 0) -> tuple[int, ...]:
+    """Returns the shape of one image, (tiles, C, H, W); the same for any number of `positions`."""
     return (config.max_tiles, *tile_shape(config))
 
 

@@ -7,8 +7,8 @@ from icet_jax.models.base.image_batches import ImageParts, Inputs, Placement, pi
 from icet_jax.models.mllama.network import MllamaConfig
 
 
-def image_shape(config: MllamaConfig) -> tuple[int, ...]:
-    """Returns the shape of one image, (tiles, C, H, W)."""
+def image_shape(config: MllamaConfig, positions: int = 0) -> tuple[int, ...]:
+    """Returns the shape of one image, (tiles, C, H, W); the same for any number of `positions`."""
     vision = config.vision
     return (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
 

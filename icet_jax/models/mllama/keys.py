@@ -27,7 +27,7 @@ def _vision_entries(config: MllamaConfig) -> Iterator[TableEntry]:
     """Yields the entries of the image encoder."""
     root, path = "vision_model", "vision_tower"
     vision = config.vision
-    convolution = patches(vision.num_channels, vision.patch_size)
+    convolution = patches(vision.num_channels, vision.patch_size, vision.patch_size)
     yield TableEntry(f"{root}.class_embedding", f"{path}/class_embedding", None, SAME)
     yield TableEntry(f"{root}.patch_embedding.weight", f"{path}/patch_embedding/kernel", None, convolution)
     for leaf, name in (("gate", "gate"), ("embedding", "embedding"), ("tile_embedding.weight", "tile_embedding")):

@@ -39,7 +39,7 @@ class MllamaConfig:
         return self.text.lora_shapes()
 
 
-def encoder_work(config: MllamaConfig, exit_layer: int) -> EncoderWork:
+def encoder_work(config: MllamaConfig, exit_layer: int, length: int = 0) -> EncoderWork:
     """Returns what encoding one image takes if only an exit is used: local blocks and global blocks; see `Family`."""
     vision = config.vision
     depth = exit_layer if config.exit_rule == "E1" else max(exit_layer, *vision.intermediate_layers_indices)

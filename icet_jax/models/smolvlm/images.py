@@ -9,8 +9,8 @@ from icet_jax.models.smolvlm.network import SmolVLMConfig, TileLayout
 from icet_jax.nn.siglip import patch_positions
 
 
-def image_shape(config: SmolVLMConfig) -> tuple[int, ...]:
-    """Returns the shape of one group of tiles, (tiles, C, H, W)."""
+def image_shape(config: SmolVLMConfig, positions: int = 0) -> tuple[int, ...]:
+    """Returns the shape of one group of tiles, (tiles, C, H, W); the same for any number of `positions`."""
     return (config.max_tiles, *tile_shape(config))
 
 

@@ -71,7 +71,7 @@ class TileLayout:
     positions: Any = None
 
 
-def encoder_work(config: SmolVLMConfig, exit_layer: int) -> EncoderWork:
+def encoder_work(config: SmolVLMConfig, exit_layer: int, length: int = 0) -> EncoderWork:
     """Returns what encoding one image of the largest number of tiles takes if only an exit is used; see `Family`."""
     tower = dataclasses.replace(config.vision, num_hidden_layers=exit_layer)
     return EncoderWork(exit_layer, config.max_tiles * flops.siglip(tower))
