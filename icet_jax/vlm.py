@@ -155,8 +155,8 @@ class VLM:
     def hidden_states(self, inputs: Inputs) -> Float[Array, "X I P D"]:
         """Returns hidden states 0..num_exits (axis X) of the image encoder for I images.
 
-        State 0 is the input of the first block, state l the output of block l. Except in SmolVLM, the first of the P
-        positions is the class token.
+        State 0 is the input of the first block, state l the output of block l. The first of the P positions is the
+        class token, except in SmolVLM and Qwen2.5-VL, which have none.
 
         Raises:
           UserError: `inputs` has no images.

@@ -70,6 +70,26 @@ def _smolvlm(
     }  # fmt: skip
 
 
+_QWEN25_VISION = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+_QWEN25_7B = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
+
+
+def _qwen25vl(text: JsonObject, vision: JsonObject | None = None) -> JsonObject:
+    """Returns the config of a Qwen2.5-VL with these decoder fields, and `vision` where it differs from 3B and 7B."""
+    return {
+        "model_type": "qwen2_5_vl", "image_token_id": 151655, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "pad_token_id": 151643,
+        "eos_token_id": 151645, "use_sliding_window": False, "tie_word_embeddings": False,
+        "vision_config": _QWEN25_VISION | {"out_hidden_size": text["hidden_size"]} | (vision or {}), **text,
+    }  # fmt: skip
+
+
 PUBLISHED: dict[str, JsonObject] = {
     "llava-hf/llava-1.5-7b-hf": _llava("llava", _VICUNA_7B, 32001),
     "llava-hf/llava-1.5-13b-hf": _llava("llava", _VICUNA_13B, 32001),
@@ -89,6 +109,18 @@ PUBLISHED: dict[str, JsonObject] = {
     "HuggingFaceTB/SmolVLM-500M-Instruct": _smolvlm(_SMOLLM2_360M, _SIGLIP_BASE, 4, 49190),
     "HuggingFaceTB/SmolVLM-Instruct": _smolvlm(_SMOLLM2_1B7, _SIGLIP_SO400M, 3, 49153),
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _smolvlm(_SMOLLM2_360M, _SIGLIP_BASE, 4, 49190, "smolvlm"),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen25vl({
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    }),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen25vl(_QWEN25_7B),
+    "Qwen/Qwen2.5-VL-32B-Instruct": _qwen25vl(
+        _QWEN25_7B | {
+            "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+        },
+        {"intermediate_size": 3456},
+    ),
 }  # fmt: skip
 """{hub id: parsed `config.json`} of the vision-language models in `configs/`."""
 

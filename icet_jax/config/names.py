@@ -55,6 +55,7 @@ FAMILIES = {
     "mllama": FamilyName("Llama 3.2 Vision", "icet_jax.models.mllama", "MllamaForConditionalGeneration"),
     "smolvlm": FamilyName("SmolVLM", "icet_jax.models.smolvlm", "SmolVLMForConditionalGeneration"),
     "idefics3": FamilyName("Idefics3", "icet_jax.models.smolvlm", "Idefics3ForConditionalGeneration"),
+    "qwen2_5_vl": FamilyName("Qwen2.5-VL", "icet_jax.models.qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
 }
 """{`model_type` in a checkpoint's config.json: that family}."""
 

@@ -16,7 +16,8 @@ from icet_jax.media.chat_templates import DATE, render
 
 IMAGE_TOKEN = "<image>"
 MLLAMA_IMAGE_TOKEN = "<|image|>"
-PLACEHOLDERS = (IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN)
+QWEN_IMAGE_TOKEN = "<|image_pad|>"
+PLACEHOLDERS = (IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN, QWEN_IMAGE_TOKEN)
 """Texts that stand for an image in some family. No prompt may contain them, so that all families use the same rows."""
 
 Template: TypeAlias = Callable[[str, int], str]

@@ -34,6 +34,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (rf"\w*layers/{_FIRST}/bias", P(None, "tensor")),
     (rf"\w*layers/{_SECOND}/kernel", P(None, "tensor", "fsdp")),
     (rf"\w*layers/{_SECOND}/bias", P()),
+    # Qwen2.5-VL's fused q, k, v, each with an axis of its own: kernel [L, 3, in, out], bias [L, 3, out].
+    (r"layers/qkv/kernel", P(None, None, "fsdp", "tensor")),
+    (r"layers/qkv/bias", P(None, None, "tensor")),
     # GPT-2's fused q, k, v cannot be split by heads, so its attention is not split over `tensor`.
     (r"layers/c_attn/kernel", P(None, "fsdp", None)),
     (r"layers/c_proj/kernel", P(None, None, "fsdp")),

@@ -12,7 +12,7 @@ from icet_jax import main
 from icet_jax.commands import verify
 from icet_jax.models.base import processor, reference
 from icet_jax.nn import layers
-from tests import tiny, tiny_families, tiny_smolvlm
+from tests import tiny, tiny_families, tiny_qwen, tiny_smolvlm
 
 torch = pytest.importorskip("torch")
 
@@ -74,6 +74,25 @@ def test_random_rows_where_idefics3_has_no_tokenizer(tmp_path, capsys):
     """Some tiles of these rows have padding."""
     model = tiny_smolvlm.model("idefics3", tied=True, num_hidden_layers=2)
     assert verified(tiny_smolvlm.save(tmp_path, model, processor=False), "--exits=2") == 0
+    assert "skipped: no tokenizer files" in capsys.readouterr().out
+
+
+def test_a_faithful_port_of_qwen_passes(tmp_path, capsys):
+    """With an image row of two pictures, one of which has more patches than any of the built-in ones."""
+    directory = tiny_qwen.save(tmp_path / "model", tiny_qwen.model(num_hidden_layers=2))
+    pictures = [tmp_path / f"{number}.png" for number in range(2)]
+    for path, image in zip(pictures, tiny_families.pictures([(2, 300), (20, 112)]), strict=True):
+        image.save(path)
+    assert verified(directory, "--exits=1,4", *(f"--image={path}" for path in pictures)) == 0
+    table = capsys.readouterr().out
+    for line in ("token ids", "pixels", "image grid thw", "mm token type ids", "hidden states 0..4"):
+        assert line in table
+    assert "FAIL" not in table
+
+
+def test_random_rows_where_qwen_has_no_tokenizer(tmp_path, capsys):
+    model = tiny_qwen.model(tied=True, num_hidden_layers=2)
+    assert verified(tiny_qwen.save(tmp_path, model, processor=False), "--exits=2") == 0
     assert "skipped: no tokenizer files" in capsys.readouterr().out
 
 

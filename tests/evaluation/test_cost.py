@@ -1,5 +1,6 @@
 """What a sweep will take: operations against those in the traced functions, counts against the sweep itself."""
 
+import functools
 import math
 
 import jax
@@ -23,17 +24,26 @@ from icet_jax.nn.llama import LlamaConfig
 from icet_jax.runs.loading import load
 from icet_jax.scorers.base import Scores
 from icet_jax.scorers.keywords import RefusalKeywords
-from tests import tiny, tiny_families, tiny_smolvlm
+from tests import tiny, tiny_families, tiny_qwen, tiny_smolvlm
 from tests.evaluation import bundle
 
 RATES = Rates(prompts=1e9, steps=1e8)
 CLIP = ClipConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
 LLAMA = LlamaConfig(32064, 4096, 11008, 32, 32, 32, 128)
+
+
+def save_qwen(directory, full=()):
+    """A Qwen2.5-VL all of whose blocks are of one kind: the trace of a tower of both kinds has both in every block."""
+    return tiny_qwen.save(directory, tiny_qwen.model(vision={"fullatt_block_indexes": list(full)}))
+
+
 FAMILIES = {
     "LLaVA-1.5": tiny.save_llava,
     "LLaVA-NeXT": tiny_families.save_llava_next,
     "Llama 3.2 Vision": tiny_families.save_mllama,
     "SmolVLM": tiny_smolvlm.save,
+    "Qwen2.5-VL": save_qwen,
+    "Qwen2.5-VL without windows": functools.partial(save_qwen, full=range(4)),
 }
 
 
@@ -154,7 +164,7 @@ def test_operations_are_those_of_the_traced_functions(tmp_path, family, images):
     assert counted(next_logits, cache.with_room(9), batch.tokens[:, 0]) == found.step
 
 
-@pytest.mark.parametrize("family", ["LLaVA-NeXT", "Llama 3.2 Vision", "SmolVLM"])
+@pytest.mark.parametrize("family", ["LLaVA-NeXT", "Llama 3.2 Vision", "SmolVLM", "Qwen2.5-VL"])
 def test_prompts_of_every_family_are_counted(tmp_path, family):
     vlm = load(FAMILIES[family](tmp_path))
     rows = [(list(row.images), row.prompt) for row in bundle.rows()]

@@ -12,7 +12,7 @@ from icet_jax.errors import UserError
 from icet_jax.evaluation import geometry as geometry_module
 from icet_jax.evaluation.geometry import geometry, linear_cka
 from icet_jax.runs.loading import load
-from tests import tiny_families, tiny_smolvlm
+from tests import tiny_families, tiny_qwen, tiny_smolvlm
 from tests.evaluation import bundle
 
 
@@ -69,7 +69,10 @@ def test_geometry_of_a_model(tmp_path):
     json.dumps(table, allow_nan=False)
 
 
-@pytest.mark.parametrize("family", [tiny_families.save_llava_next, tiny_families.save_mllama, tiny_smolvlm.save])
+TILED = [tiny_families.save_llava_next, tiny_families.save_mllama, tiny_smolvlm.save, tiny_qwen.save]
+
+
+@pytest.mark.parametrize("family", TILED)
 def test_geometry_of_tiled_images(tmp_path, family, monkeypatch):
     """Only tokens that are there count, however many images are encoded together."""
     vlm, sizes = load(family(tmp_path)), [(30, 50), (5, 400), (200, 30)]

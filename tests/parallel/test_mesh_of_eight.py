@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests import tiny, tiny_families, tiny_smolvlm
+from tests import tiny, tiny_families, tiny_qwen, tiny_smolvlm
 from tests.devices import emulating
 
 pytest.importorskip("torch")
@@ -22,7 +22,6 @@ from flax import nnx
 from icet_jax.models.loading import load_vlm
 from icet_jax.models.smolvlm.network import TileLayout
 from icet_jax.nn.protocols import Images, init_lora
-from icet_jax.nn.layers import positions_from_mask
 from icet_jax.parallel.mesh import make_mesh
 from icet_jax.parallel.sharding import place_rows, shardings
 assert jax.device_count() == 8
@@ -41,7 +40,8 @@ def logits(checkpoint, lora, mesh):
     def run(params, lora, tokens, mask, images):
         model = nnx.merge(checkpoint.graphdef, params)
         visual = model.visual(model.encode(images), jnp.int32(2))
-        return model.logits(model.decode(tokens, positions_from_mask(mask), mask, visual, lora=lora))
+        positions = model.positions(tokens, mask, visual)
+        return model.logits(model.decode(tokens, positions, mask, visual, lora=lora))
     return np.asarray(run(checkpoint.params, lora, *place_rows(batch, mesh)))[mask]
 single = logits(alone, lora, None)
 assert np.abs(single - logits(alone, None, None)).max() > 0.1
@@ -86,7 +86,16 @@ def smolvlm(folder):
     return families.Batch(inputs["input_ids"], inputs["attention_mask"] == 1, images)
 
 
-@pytest.mark.parametrize("family", [llava, llava_next, mllama, smolvlm], ids=lambda family: family.__name__)
+def qwen(folder):
+    """Images of different sizes, padded to one number of patches."""
+    model = tiny_qwen.model(num_hidden_layers=2, vision={"depth": 2})
+    config = load_vlm(tiny_qwen.save(folder, model)).config
+    inputs = tiny_qwen.batch(model.config, SIZES)
+    images = batch_images(config, inputs, num_rows=8, per_row=2)
+    return families.Batch(inputs["input_ids"], inputs["attention_mask"] == 1, images)
+
+
+@pytest.mark.parametrize("family", [llava, llava_next, mllama, smolvlm, qwen], ids=lambda family: family.__name__)
 def test_spread_weights_give_the_same_logits(tmp_path, family):
     batch = family(tmp_path)
     arrays = {"tokens": batch.tokens, "mask": batch.mask, "pixels": batch.images.pixels, "rows": batch.images.rows}

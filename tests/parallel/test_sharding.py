@@ -20,6 +20,8 @@ from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama.network import Mllama, MllamaConfig
 from icet_jax.models.mllama.text import CrossStates, MllamaCache, MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.models.qwen2_5_vl.network import Qwen25VL, Qwen25VLConfig
+from icet_jax.models.qwen2_5_vl.vision import QwenVisionConfig
 from icet_jax.models.smolvlm.network import SmolVLM, SmolVLMConfig
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.gpt2 import GPT2Config, GPT2RewardModel
@@ -50,6 +52,12 @@ SIGLIP = ClipConfig(
     768, 3072, 12, 12, image_size=512, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"
 )
 SMOLVLM_500M = SmolVLMConfig(SIGLIP, LlamaConfig(49280, 960, 2560, 32, 15, 5, 64), 49190, scale_factor=4)
+# The image encoder's MLPs of 3B and 7B are 3420 wide, which 8 does not divide.
+QWEN_32B = Qwen25VLConfig(
+    QwenVisionConfig(1280, 3456, 32, 16, 14, 2, 2, 112, (7, 15, 23, 31)),
+    LlamaConfig(152064, 5120, 27648, 64, 40, 8, 128, biased=("q_proj", "k_proj", "v_proj")),
+    image_token_index=151655,
+)
 MODELS = {
     "llava-7b": (Llava, LLAVA_7B, 39, 7_063_427_072),
     "llava-13b": (Llava, LLAVA_13B, 39, 13_351_494_656),
@@ -57,6 +65,7 @@ MODELS = {
     "next-mistral-7b": (LlavaNext, NEXT_MISTRAL, 40, 7_566_747_648),
     "mllama-11b": (Mllama, MLLAMA_11B, 66, 10_670_220_835),
     "smolvlm-500m": (SmolVLM, SMOLVLM_500M, 34, 507_482_304),
+    "qwen2.5-vl-32b": (Qwen25VL, QWEN_32B, 33, 33_452_718_336),
     "gpt2-large": (GPT2RewardModel, GPT2_LARGE, 17, 774_031_360),
 }
 LARGE = [pytest.param(*model, id=name) for name, model in MODELS.items()]
