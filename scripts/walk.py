@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.devices import FASTER  # noqa: E402
 
-PUBLISHED = re.compile(r"(configs/(?:llava15|llava_next|llama32v|smolvlm)_\w+\.py|configs/rm_gpt2\.py)(?!:)")
+PUBLISHED = re.compile(r"(configs/(?:llava15|llava_next|llama32v|smolvlm|qwen25vl)_\w+\.py|configs/rm_gpt2\.py)(?!:)")
 LEFT_OUT = (  # (pattern of commands that need more than this machine has, what they need, whether it is present)
     (re.compile(r"--topology=v"), "needs libtpu", lambda: importlib.util.find_spec("libtpu") is not None),
     (re.compile(r"--checkpoint=(?!runs/)[\w-]+/"), "needs weights from the hub", lambda: False),

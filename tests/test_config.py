@@ -78,7 +78,8 @@ def test_every_config_loads_from_any_working_directory(name, tmp_path, monkeypat
     icet_config.require(config, "model.checkpoint", *([] if name == "rm_gpt2" else ["reward.model"]))
 
 
-PAPER = {"llava15": ("13b",), "llava_next": ("13b", "mistral"), "llama32v": ("E2", "E5"), "smolvlm": ("256m", "2b")}
+PAPER = {"llava15": ("13b",), "llava_next": ("13b", "mistral"), "llama32v": ("E2", "E5"), "smolvlm": ("256m", "2b"),
+         "qwen25vl": ("3b", "32b")}  # fmt: skip
 EXPERIMENTS = [(family, variant) for family, variants in PAPER.items() for variant in ("", "smoke", *variants)]
 
 
@@ -136,6 +137,10 @@ CHECKPOINTS = {
     "smolvlm:256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
     "smolvlm:2b": "HuggingFaceTB/SmolVLM-Instruct",
     "smolvlm:smoke": "toy:smolvlm",
+    "qwen25vl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen25vl:3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen25vl:32b": "Qwen/Qwen2.5-VL-32B-Instruct",
+    "qwen25vl:smoke": "toy:qwen2_5_vl",
 }
 
 
@@ -150,7 +155,7 @@ def test_each_family_and_variant_is_its_checkpoint(spec):
 def test_families_differ_in_the_model_and_its_memory_alone():
     base = icet_config.flatten(config_files.load("configs/llava15_lppo.py"))
     allowed = {"data.max_prompt_tokens", "lppo.accumulation", "sweep.batch_size"}
-    for family in ("llava_next", "llama32v", "smolvlm"):
+    for family in ("llava_next", "llama32v", "smolvlm", "qwen25vl"):
         other = icet_config.flatten(config_files.load(f"configs/{family}_lppo.py"))
         differing = {name for name in base if base[name] != other[name]}
         assert {name for name in differing if not name.startswith("model.")} <= allowed

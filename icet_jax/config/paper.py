@@ -1,4 +1,4 @@
-"""Parts of the configs for the paper's experiment, on its three model families and on SmolVLM, and on miniatures.
+"""Parts of the configs for the paper's experiment: its three model families, SmolVLM, Qwen2.5-VL, and miniatures.
 
 Origins: *paper* is the ICML 2025 text, *cards* the model cards of the checkpoints, *ours* this project's own choice.
 """
@@ -74,6 +74,21 @@ def smolvlm(size: str = "500m") -> ConfigDict:
     config.data.max_prompt_tokens = positions + _TEXT_POSITIONS
     config.lppo.accumulation = 16  # ours, for memory: sequences are twice as long as LLaVA-1.5's
     config.sweep.batch_size = 4  # ours, for memory: the states of all exits of an image are 0.35 GB in bfloat16
+    return config
+
+
+def qwen25vl(size: str = "7b") -> ConfigDict:
+    """Returns the config of the experiment on Qwen2.5-VL, which the paper neither sweeps nor trains.
+
+    Args:
+      size: "3b", "7b" or "32b".
+    """
+    config = _experiment()
+    config.model.checkpoint = f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct"
+    # An image of up to a megapixel (`max_pixels` 1003520 in preprocessor_config.json, as Qwen recommends) takes 1,280.
+    config.data.max_prompt_tokens = 1280 + _TEXT_POSITIONS
+    config.lppo.accumulation = 16  # ours, for memory: sequences are twice as long as LLaVA-1.5's
+    config.sweep.batch_size = 4  # ours, for memory: the states of all exits of an image are 0.69 GB in bfloat16
     return config
 
 

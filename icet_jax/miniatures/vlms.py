@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.media.templates import IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN
+from icet_jax.media.templates import IMAGE_TOKEN, MLLAMA_IMAGE_TOKEN, QWEN_IMAGE_TOKEN
 from icet_jax.miniatures.tokenizers import BYTES, write_json, write_tokenizer
 from icet_jax.models.llava.network import Llava, LlavaConfig
 from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama.network import Mllama, MllamaConfig
 from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.models.qwen2_5_vl.network import Qwen25VL, Qwen25VLConfig
+from icet_jax.models.qwen2_5_vl.vision import QwenVisionConfig
 from icet_jax.models.saving import save_vlm
 from icet_jax.models.smolvlm.network import SmolVLM, SmolVLMConfig
 from icet_jax.nn.clip import ClipConfig
@@ -92,6 +94,24 @@ _SMOLVLM = SmolVLMConfig(
     image_token_index=_SMOLVLM_VOCABULARY - 2,
 )  # fmt: skip
 
+_QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+_QWEN_LAST = (QWEN_IMAGE_TOKEN, "<|video_pad|>")
+_QWEN_VOCABULARY = len(_QWEN_SPECIAL) + BYTES + len(_QWEN_LAST)
+# As in Qwen2.5-VL: 32 blocks of the image encoder, of which the same four attend to the whole image, and windows of 4 x
+# 4 positions. An image takes up to 16 positions.
+_QWEN = Qwen25VLConfig(
+    vision=QwenVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=32, num_attention_heads=2, patch_size=_PATCH_SIZE,
+        temporal_patch_size=2, spatial_merge_size=2, window_size=112, fullatt_block_indexes=(7, 15, 23, 31),
+    ),
+    text=LlamaConfig(
+        vocab_size=_QWEN_VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-6, rope_theta=1000000.0, mrope_section=(2, 1, 1),
+        biased=("q_proj", "k_proj", "v_proj"),
+    ),
+    image_token_index=_QWEN_VOCABULARY - 2,
+)  # fmt: skip
+
 _CLIP_PIXELS = {
     "do_resize": True,
     "do_rescale": True,
@@ -122,6 +142,12 @@ _SMOLVLM_TEMPLATE = (
     "{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}"
     "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+_QWEN_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% for part in m['content'] %}{{ '<|vision_start|><|image_pad|><|vision_end|>' if part['type'] == 'image' "
+    "else part['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -201,8 +227,32 @@ def smolvlm(folder: Path) -> None:
     write_json(folder / "chat_template.json", template)
 
 
+def qwen2_5_vl(folder: Path) -> None:
+    """Writes a miniature of Qwen/Qwen2.5-VL-7B-Instruct."""
+    save_vlm(folder, _QWEN, _random(Qwen25VL(_QWEN, rngs=nnx.Rngs(5))))
+    roles = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    template = {"chat_template": _QWEN_TEMPLATE}
+    vocabulary = write_tokenizer(folder, _QWEN_SPECIAL, last=_QWEN_LAST, settings=roles | template)
+    write_json(folder / "generation_config.json", {f"{role}_id": vocabulary[name] for role, name in roles.items()})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = {"video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
+    names |= {"vision_end_token_id": "<|vision_end|>", "bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
+    write_json(folder / "config.json", config | {field: vocabulary[name] for field, name in names.items()})
+    side = 2 * _PATCH_SIZE
+    pixels = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": 4 * side**2,
+        "max_pixels": 16 * side**2,
+        "patch_size": _PATCH_SIZE,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    write_json(folder / "preprocessor_config.json", pixels | _CLIP_PIXELS)
+    write_json(folder / "chat_template.json", template)
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
-    "llava15": llava15, "llava_next": llava_next, "mllama": mllama, "smolvlm": smolvlm,
+    "llava15": llava15, "llava_next": llava_next, "mllama": mllama, "smolvlm": smolvlm, "qwen2_5_vl": qwen2_5_vl,
 }  # fmt: skip
 """{NAME in `toy:NAME`: function that writes the checkpoint to a directory}."""
 

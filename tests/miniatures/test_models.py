@@ -47,6 +47,12 @@ def hf_processor(name, directory):
         from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil as Images
 
         kind, more = Idefics3Processor, {"image_seq_len": 4}
+    elif name == "qwen2_5_vl":
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as Images
+
+        from icet_jax.models.qwen2_5_vl.reference import image_only_processor
+
+        kind, more = image_only_processor(), {}
     else:
         from transformers import MllamaProcessor
         from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil as Images
@@ -56,7 +62,7 @@ def hf_processor(name, directory):
     return kind(Images.from_pretrained(directory), tokenizer, chat_template=template, **more)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "mllama", "smolvlm"])
+@pytest.mark.parametrize("name", ["llava_next", "mllama", "smolvlm", "qwen2_5_vl"])
 def test_transformers_reads_the_same(name, folder):
     import torch
     from transformers import AutoModelForImageTextToText
@@ -85,7 +91,8 @@ def test_transformers_reads_the_same(name, folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "exits", "default"), [("llava_next", 24, 23), ("mllama", 32, 32), ("smolvlm", 12, 12)]
+    ("name", "exits", "default"),
+    [("llava_next", 24, 23), ("mllama", 32, 32), ("smolvlm", 12, 12), ("qwen2_5_vl", 32, 32)],
 )
 def test_exits_and_images_change_the_answer(name, exits, default, folder):
     vlm = icet_jax.load(toy.checkpoint(name, folder), dtype="float32")
@@ -98,7 +105,6 @@ def test_exits_and_images_change_the_answer(name, exits, default, folder):
 
 
 def test_an_unknown_toy_is_one_line(folder):
-    with pytest.raises(
-        UserError, match="toy:llama: no such toy checkpoint; there are llava15, llava_next, mllama, smolvlm"
-    ):
+    known = "llava15, llava_next, mllama, smolvlm, qwen2_5_vl"
+    with pytest.raises(UserError, match=f"toy:llama: no such toy checkpoint; there are {known}"):
         toy.checkpoint("llama", folder)

@@ -13,7 +13,10 @@ FAMILIES = {
     "llava_next": ("llava_next", 24, "hidden_states[l] of the CLIP tower, every tile"),
     "llama32v": ("mllama", 32, "E1: local blocks after l skipped"),
     "smolvlm": ("smolvlm", 12, "output of block l of the SigLIP tower, every tile"),
+    "qwen25vl": ("qwen2_5_vl", 32, "output of block l of the vision transformer through the unchanged merger"),
 }
+POSITIONS = {"smolvlm": "224", "qwen25vl": "160"}
+"""{family: longest prompt}, where it is not 128."""
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def finished(tmp_path_factory):
             lppo__iterations="1",
             data__batch_size="4",
             data__train="toy:redteam_2k + toy:benign + toy:vqa_v2",
-            data__max_prompt_tokens="224" if family == "smolvlm" else "128",
+            data__max_prompt_tokens=POSITIONS.get(family, "128"),
             data__directory=str(folder / f"{family}_data"),
             sweep__datasets="{'forbidden': 'toy:custom'}",
             sweep__utility="{}",
