@@ -5,6 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
+import pytest
+
+from icet_jax.algorithms import advantages
+from icet_jax.nn import llama
+from tests.annotations import with_array_annotations
 from tests.conftest import LONG, pytest_collection_modifyitems
 from tests.devices import emulating
 
@@ -23,6 +30,13 @@ def test_a_process_with_three_devices_compiles_as_the_tests_do_and_shares_their_
     count, backend, folder = done.stdout.split(maxsplit=2)
     assert (count, backend) == ("3", "cpu")
     assert Path(folder.strip()).is_dir() and folder.strip() == os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+def test_shapes_are_checked_in_every_module_that_annotates_arrays():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        advantages.whiten(np.zeros((2, 3), np.float32), np.ones((2, 4), bool))
+    assert {advantages.__name__, llama.__name__} < set(with_array_annotations())
+    assert "icet_jax.report.study" not in with_array_annotations()
 
 
 class Item:
