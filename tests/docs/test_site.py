@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import yaml
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import Files
 
 import icet_jax
 from scripts import docs_hooks
@@ -56,6 +58,28 @@ def test_a_notebook_becomes_a_page_with_what_its_code_printed_and_drew():
         "# Top\ntext\n\n```python\nprint(1)\n```\n\n```text\none\n```\n\n"
         '<img alt="what this cell draws" src="data:image/png;base64,QUJD">\n'
     )
+
+
+def test_reports_that_are_present_are_in_the_site_and_linked(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs_hooks, "ROOT", tmp_path)
+    report = next(iter(docs_hooks.REPORTS))
+    text = f"Before.\n\n<!-- report: {report} -->\n\nAfter."
+    assert docs_hooks.report_links(text, "gallery.md") == "Before.\n\n\n\nAfter."
+    (tmp_path / report).parent.mkdir(parents=True)
+    (tmp_path / report).write_text("<!doctype html>")
+    assert f"[Open the report]({docs_hooks.REPORTS[report]})" in docs_hooks.report_links(text, "gallery.md")
+    assert f"[Open the report](../{docs_hooks.REPORTS[report]})" in docs_hooks.report_links(text, "guides/demo.md")
+    config = MkDocsConfig()
+    config.load_dict({"site_name": "test", "docs_dir": str(tmp_path), "use_directory_urls": False})
+    config.validate()
+    config.plugins._current_plugin = "hooks"  # as mkdocs sets it while it calls a hook
+    paths = [file.src_uri for file in docs_hooks.on_files(Files([]), config)]
+    assert docs_hooks.REPORTS[report] in paths and len(paths) == 1 + len(docs_hooks.OUTSIDE)
+
+
+def test_the_gallery_names_every_report():
+    page = (ROOT / "docs/gallery.md").read_text(encoding="utf-8")
+    assert re.findall(r"<!-- report: (\S+) -->", page) == list(docs_hooks.REPORTS)
 
 
 def test_nothing_is_fetched_from_elsewhere(site):
