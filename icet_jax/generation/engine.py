@@ -156,6 +156,7 @@ class Engine:
         free = [list(part) for part in _split(range(self.slots), shards)]
         rows = self._rows
         self._rows = None  # the programs reuse their memory from here on
+        ahead: SlotStatus | None = None  # of a call that was dispatched before the last status was read
         while waiting is not None or tags_by_slot:
             while waiting is not None and shards * min(map(len, free)) >= len(waiting.tags):
                 shard_pairs = zip(free, _split(waiting.tags, shards), strict=True)
@@ -165,7 +166,11 @@ class Engine:
                 )
                 rows = fill(*self._static, *self._weights, rows, np.array(slot_ids, np.int32), *waiting[1:])
                 waiting = next(queue, None)
-            rows, status = decode(*self._static, self._params, self._unstacked, rows)
+            status, ahead = ahead, None
+            if status is None:
+                rows, status = self._decode(rows)
+            if waiting is None:  # no prompt needs a free slot, so the devices need not wait for the host
+                rows, ahead = self._decode(rows)
             if responses:
                 yield responses
             status = SlotStatus(*map(np.asarray, status))
@@ -175,6 +180,10 @@ class Engine:
             free = [[slot for slot in part if slot not in tags_by_slot] for part in _split(range(self.slots), shards)]
         if responses:
             yield responses
+
+    def _decode(self, rows: DecodingState | None) -> tuple[DecodingState, SlotStatus]:
+        """Starts `decode` on all slots; see there."""
+        return decode(*self._static, self._params, self._unstacked, rows)
 
     def _shards(self, group_size: int) -> int:
         """Returns the number of parts into which the mesh splits slots and prompts.

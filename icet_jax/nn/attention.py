@@ -34,6 +34,7 @@ def attention(
     *,
     real: Bool[Array, "B S"] | None = None,
     causal: bool = False,
+    right_padded: bool = False,
 ) -> Float[Array, "B T HD"]:
     """Computes attention with scores scaled by `D^-0.5` and a float32 softmax.
 
@@ -45,6 +46,7 @@ def attention(
       mask: True where query t may attend to key s; broadcasts to `[B, H, T, S]`.
       real: True at keys that are not padding. The real keys of a row are contiguous; padding may be on either side.
       causal: if True, query t attends to no key after t; needs T == S.
+      right_padded: whether all padding is known to be on the right, which saves cuDNN's kernel work.
 
     Returns:
       The outputs of the heads, concatenated: `[B, T, H * D]`. The output of a padding query, or of a query without any
@@ -54,6 +56,8 @@ def attention(
     mesh = mesh_of(q, k, v)
     kernel = None if mask is not None else kernel_for(q, k, causal, mesh, target_device(q, k, v))
     if kernel is not None:
+        if kernel is cudnn and right_padded:
+            kernel = functools.partial(cudnn, right_padded=True)
         out = _on_each_device(functools.partial(kernel, causal=causal), mesh, q, k, v, real)
     elif mask is None and not causal:
         out = _in_parts(q, k, v, real)
@@ -207,11 +211,12 @@ def splash(
 
 def cudnn(
     q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"],
-    real: Bool[Array, "B T"] | None, *, causal: bool,
+    real: Bool[Array, "B T"] | None, *, causal: bool, right_padded: bool = False,
 ) -> Float[Array, "B T H D"]:  # fmt: skip
     """Computes attention with cuDNN's flash attention, see `attention`.
 
-    The kernel supports padding only at the end of a row, so each row is rotated until its padding comes last.
+    The kernel supports padding only at the end of a row, so each row is rotated until its padding comes last, unless
+    that is known of all rows (`right_padded`).
     """
     run = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     length = q.shape[1]
@@ -220,12 +225,15 @@ def cudnn(
         q, k, v, real = (jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2)) for x in (q, k, v, real))
     if real is None:
         return run(q, k, v)
-    start = jnp.argmax(real, axis=1).astype(jnp.int32)
     # A row of padding alone needs a valid length too; its result is not used.
     lengths = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.int32), 1)
-    q, k, v = (rotate_rows(x, start) for x in (q, k, v))
-    out = run(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    return jnp.where(real[:, :, None, None], rotate_rows(out, -start), 0)[:, :length]
+    attend = functools.partial(run, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    if right_padded:
+        out = attend(q, k, v)
+    else:
+        start = jnp.argmax(real, axis=1).astype(jnp.int32)
+        out = rotate_rows(attend(*(rotate_rows(x, start) for x in (q, k, v))), -start)
+    return jnp.where(real[:, :, None, None], out, 0)[:, :length]
 
 
 @jax.custom_vjp

@@ -14,9 +14,12 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from icet_jax.nn.attention import attention as attention
 from icet_jax.typing import Array, Bool, DType, Float, Int
+
+_OUTPUT, _INNER = "projection", "adapter"  # names by which remat saves `y` and `x @ a` of a `Linear`
 
 
 @flax.struct.dataclass
@@ -66,8 +69,10 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         y = x @ self.kernel[...].astype(self.dtype)
         if lora is not None:
-            y = y + (x @ lora["a"].astype(self.dtype)) @ lora["b"].astype(self.dtype) * scale
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+            # `scale` multiplies `b`, which is much smaller than the result.
+            inner = checkpoint_name(x @ lora["a"].astype(self.dtype), _INNER)
+            y = y + inner @ (lora["b"] * scale).astype(self.dtype)
+        return checkpoint_name(y if self.bias is None else y + self.bias[...].astype(self.dtype), _OUTPUT)
 
 
 class LayerNorm(nnx.Module):
@@ -98,9 +103,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises the last axis; the result has the dtype of `x`."""
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.epsilon)
-        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, "D"], epsilon: float) -> Float[Array, "*batch D"]:
+    """Computes `RMSNorm` with the given scale."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -172,11 +182,11 @@ def depth_scaled(stddev: float, layers: int) -> float:
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(_OUTPUT, _INNER),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """Which activations of a layer are stored for the backward pass: "none" recomputes none and stores all, "dots" stores
-the matrix products, "full" stores only the layer's input."""
+the outputs of all projections (once, with bias and adapter added), "full" stores only the layer's input."""
 
 
 def rematerialise(body: Callable[..., Any], remat: str) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icet_jax.nn import layers
+from icet_jax.nn import fused, layers
+from icet_jax.nn.alignment import align
 from icet_jax.nn.kv_cache import KVCache, attend
 from icet_jax.nn.layers import Lora
 from icet_jax.parallel.traced import by_rows, gather_kernel, gather_weights
@@ -150,15 +151,18 @@ class SelfAttention:
     With a prefix, the tokens also attend to all cached tokens of their row.
     """
 
-    def __init__(self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None):
+    def __init__(
+        self, angles: Angles, mask: Bool[Array, "B T"], prefix: KVCache | None = None, *, right_padded: bool = False
+    ):  # fmt: skip
         """Prepares the attention of all layers.
 
         Args:
           angles: rotary angles of the tokens.
           mask: True at tokens that are not padding.
           prefix: cache of the tokens that come before these, or None.
+          right_padded: whether all padding is known to be on the right.
         """
-        self.angles, self.mask = angles, mask
+        self.angles, self.mask, self.right_padded = angles, mask, right_padded
         length = mask.shape[1]
         self.allowed = jnp.tril(jnp.ones((length, length), bool))[None, None] & mask[:, None, None, :]
         self.past = None if prefix is None else (jnp.stack(prefix.k), jnp.stack(prefix.v))
@@ -182,7 +186,7 @@ class SelfAttention:
         """
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
         if self.past is None:
-            attended = layers.attention(q, k, v, real=self.mask, causal=True)
+            attended = layers.attention(q, k, v, real=self.mask, causal=True, right_padded=self.right_padded)
         else:
             attended = self._attend(q, k, v, self.allowed, index)
         return by_rows(layer.after_attention(x, attended, adapters, scale)), _heads_first(k, v)
@@ -230,7 +234,7 @@ class UnstackedLayers:
     With arrays that hold all layers, a step over few rows would spend most of its time on slicing out each layer.
 
     Attributes:
-      layers: (weights, LoRA adapters) of each layer, in the order of the decoder.
+      layers: (weights, LoRA adapters) of each layer, in the order of the decoder; or (`fused.FusedLayer`, {}).
       scale: scale of the adapters, static.
     """
 
@@ -251,7 +255,12 @@ class NextToken:
         self.k, self.v = list(cache.k), list(cache.v)
 
     def __call__(
-        self, x: Float[Array, "B 1 E"], layer: LlamaBlocks, adapters: Adapters, scale: float, index: int
+        self,
+        x: Float[Array, "B 1 E"],
+        layer: LlamaBlocks | fused.FusedLayer,
+        adapters: Adapters,
+        scale: float,
+        index: int,
     ) -> Float[Array, "B 1 E"]:
         """Runs layer `index` on the new token, updates `k` and `v` and returns the output; see `SelfAttention`."""
         q, k, v = layer.qkv(x, self.angles, adapters, scale)
@@ -349,16 +358,19 @@ class LlamaDecoder(nnx.Module):
           mask: True at real tokens; padding may be on either side.
           lora: adapters, or None for the model without adapters.
         """
-        self_attention = SelfAttention(rotary(self.config, positions), mask)
+        aligned = align(embeddings.astype(self.dtype), positions, mask)
+        self_attention = SelfAttention(
+            rotary(self.config, aligned.positions), aligned.mask, right_padded=aligned.right_padded
+        )
         graph, state, adapters, scale = self._stacks(lora)
 
         def body(x: Array, slices: Any) -> tuple[Array, None]:
             weights, adapters = (gather_weights(part, x) for part in slices)
             return self_attention(x, nnx.merge(graph, weights), adapters, scale, None)[0], None
 
-        x = by_rows(embeddings.astype(self.dtype))
+        x = by_rows(aligned.embeddings)
         x, _ = jax.lax.scan(layers.rematerialise(body, self.remat), x, (state, adapters))
-        return self.norm(x)
+        return aligned.restore(self.norm(x))
 
     def prefill(
         self,
@@ -378,7 +390,7 @@ class LlamaDecoder(nnx.Module):
           lora: adapters, or None.
         """
         positions = after_prefix(positions, prefix)
-        self_attention = SelfAttention(rotary(self.config, positions), mask, prefix)
+        self_attention = SelfAttention(rotary(self.config, positions), mask, prefix, right_padded=True)
         graph, state, adapters, scale = self._stacks(lora)
         depth = self.config.num_hidden_layers
         x = by_rows(embeddings.astype(self.dtype))
@@ -400,9 +412,13 @@ class LlamaDecoder(nnx.Module):
     def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
         """Returns the layers as separate arrays, for `step`."""
         _, state, adapters, scale = self._stacks(lora)
-        return UnstackedLayers(
-            tuple(layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)), scale
-        )
+        unstacked = [layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)]
+        if fused.joins_projections(state):
+            unstacked = [
+                (fused.fuse(nnx.to_pure_dict(weights), pairs, scale, self.config, self.dtype), {})
+                for weights, pairs in unstacked
+            ]
+        return UnstackedLayers(tuple(unstacked), scale)
 
     def step(
         self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: KVCache, unstacked: UnstackedLayers
@@ -412,7 +428,8 @@ class LlamaDecoder(nnx.Module):
         graph, _ = nnx.split(self.layers)
         x = self.embed(tokens)[:, None]
         for index, (weights, adapters) in enumerate(unstacked.layers):
-            x = next_token(x, nnx.merge(graph, weights), adapters, unstacked.scale, index)
+            layer = weights if isinstance(weights, fused.FusedLayer) else nnx.merge(graph, weights)
+            x = next_token(x, layer, adapters, unstacked.scale, index)
         return self.norm(x)[:, 0], next_token.updated_cache(active)
 
     def _stacks(self, lora: Lora | None) -> tuple[Any, Any, dict[str, Any], float]:

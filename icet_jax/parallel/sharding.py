@@ -37,6 +37,8 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     # Qwen2.5-VL's fused q, k, v, each with an axis of its own: kernel [L, 3, in, out], bias [L, 3, out].
     (r"layers/qkv/kernel", P(None, None, "fsdp", "tensor")),
     (r"layers/qkv/bias", P(None, None, "tensor")),
+    # Layers for decoding steps with joined projections, which are not used if a mesh splits weights.
+    (r"layers/((attention_in|attention_out|gate_up|down)/(kernel|a|bias)|norms)", P()),
     # GPT-2's fused q, k, v cannot be split by heads, so its attention is not split over `tensor`.
     (r"layers/c_attn/kernel", P(None, "fsdp", None)),
     (r"layers/c_proj/kernel", P(None, None, "fsdp")),

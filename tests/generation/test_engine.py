@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icet_jax.generation import Sampling
+from icet_jax.generation import Sampling, engine
 from icet_jax.generation.engine import Engine, PromptGroup, Prompts, run_prefix
 from icet_jax.nn.protocols import one_image_per_row
 from icet_jax.parallel.compilations import CompilationCounter
@@ -130,6 +130,32 @@ def test_slots_are_refilled_before_the_longest_response_ends(network):
     assert order.index(5) < order.index(0), "a short one of the second four ends before the long one of the first"
     batches = -(-len(requests()) // 4)
     assert 20 < len(Stepping.steps) < 0.85 * batches * 19
+
+
+@pytest.mark.parametrize(("slots", "before"), [(18, 2), (4, 1)], ids=["nothing waits", "prompts wait"])
+def test_the_next_call_starts_before_the_status_is_read_where_no_prompt_waits(network, monkeypatch, slots, before):
+    events = []
+
+    class Numpy:
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+        def asarray(self, array):
+            events.append("read")
+            return np.asarray(array)
+
+    def decode(*arguments):
+        events.append("call")
+        return compiled(*arguments)
+
+    compiled = engine.decode
+    monkeypatch.setattr(engine, "np", Numpy())
+    monkeypatch.setattr(engine, "decode", decode)
+    answers(network, requests(), slots=slots)
+    assert events.index("read") == before
+    calls = [index for index, event in enumerate(events) if event == "call"]
+    reads = len(events) - len(calls)
+    assert reads == 4 * (len(calls) - 1)  # the last call finds nothing to do, and is not read
 
 
 def test_exits_and_order_compile_nothing(network):

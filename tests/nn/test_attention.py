@@ -135,15 +135,17 @@ def without_cudnn(q, k, v, *, implementation, **options):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("padded", ["no", "anywhere", "right"])
 def test_cudnn_is_asked_for_xlas(monkeypatch, padded, causal):
     arrays = drawn(5, 13, 4, 2, 8)
-    real = padding(5, 13) if padded else None
+    real = None if padded == "no" else padding(5, 13)
+    if padded == "right":
+        real = np.arange(13) < real.sum(axis=1, keepdims=True)
 
     def kernel(*arguments, **options):
         with monkeypatch.context() as patch:
             patch.setattr(jax.nn, "dot_product_attention", without_cudnn)
-            return attention.cudnn(*arguments, **options)
+            return attention.cudnn(*arguments, **options, right_padded=padded == "right")
 
     compared(kernel, arrays, real, causal, 2e-6)
 

@@ -24,6 +24,7 @@ MODEL = "llava-hf/llava-1.5-7b-hf"
 LIMIT = 20 * 2**20  # bytes that a loop may copy, convert or join at a time
 FIELDS = {
     "data.batch_size": 8, "data.max_prompt_tokens": 640, "lppo.max_new_tokens": 64, "lppo.epochs": 1,
+    "lppo.accumulation": 2,
     "sweep.batch_size": 8, "sweep.max_new_tokens": 64,
 }  # fmt: skip
 

@@ -271,7 +271,7 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
             vision, stored = cached_images(prefix, tokens.shape[1]), (jnp.stack(prefix.k), jnp.stack(prefix.v))
         before = None if prefix is None else prefix.text
         positions = after_prefix(positions, before)
-        text = SelfAttention(rotary(self.config.llama, positions), mask, before)
+        text = SelfAttention(rotary(self.config.llama, positions), mask, before, right_padded=True)
         x, (text_kv, image_kv) = self._run(self.embed(tokens), text, vision, lora, stored=stored, keep=True)
         last = jnp.maximum(mask.sum(axis=1) - 1, 0)[:, None, None]
         k, v = map(tuple, text_kv)
