@@ -211,6 +211,7 @@ def run(command: Command, folder: Path, owners: dict[str, tuple[str, ...]]) -> i
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
+        "OMP_NUM_THREADS": "1",
         "XLA_FLAGS": f"{FASTER} {os.environ.get('XLA_FLAGS', '')}".strip(),
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")),
     }
