@@ -1,6 +1,7 @@
 """A zoo of image files: pixels equal those of each family's HF image processor; what is no image is refused."""
 
 import io
+import json
 import zlib
 
 import numpy as np
@@ -12,13 +13,15 @@ from icet_jax.data.records import Example, Records
 from icet_jax.errors import UserError
 from icet_jax.media.image_files import ImageFiles
 from icet_jax.media.images import image_size, open_image
-from tests import tiny_families
+from icet_jax.models.base.processor import load_processor
+from tests import tiny_families, tiny_qwen, tiny_smolvlm
 from tests.media.test_images import png
 from tests.models import by_hand as tiled_by_hand
 from tests.models import processor_families as families
 
 pytestmark = pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 SIZE = 28
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
 def noise(height, width, channels=3, seed=0):
@@ -87,14 +90,21 @@ ZOO = {
 ANIMATED = {name for name in ZOO if "animated" in name or "many pages" in name}
 
 
-@pytest.fixture(scope="module", params=families.FAMILIES)
+@pytest.fixture(scope="module", params=(*families.FAMILIES, "smolvlm", "qwen2_5_vl"))
 def family(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def processor(family, tmp_path_factory):
-    return families.processor(tmp_path_factory.mktemp("checkpoint"), family)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny = {"smolvlm": tiny_smolvlm, "qwen2_5_vl": tiny_qwen}.get(family)
+    if tiny is None:
+        return families.processor(folder, family)
+    config = tiny.config()
+    tiny.save_processor(folder, config)
+    (folder / "config.json").write_text(json.dumps(tiny.hub_config(config)))
+    return load_processor(folder)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +130,10 @@ def hf_pixels(family, image):
         images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square)
     elif family == "llava_next":
         images = tiny_families.next_processor(tiny_families.llava_next_config()).image_processor
+    elif family == "smolvlm":
+        images = tiny_smolvlm.processor(tiny_smolvlm.config()).image_processor
+    elif family == "qwen2_5_vl":
+        images = tiny_qwen.processor(tiny_qwen.config()).image_processor
     else:
         images = tiny_families.mllama_processor(tiny_families.mllama_config()).image_processor
     return images(image, return_tensors="np")["pixel_values"]
@@ -133,10 +147,30 @@ def by_hand(family, path):
     if family == "llava":
         return clip_by_hand(path)
     image = convert_to_rgb(load_image(str(path)))
+    if family == "qwen2_5_vl":
+        return qwen_by_hand(image)
     if family == "llava_next":
         return tiled_by_hand.llava_next(image, tiny_families.PINPOINTS, SIZE)[None]
     tiles, _ = tiled_by_hand.mllama(image, tiny_families.RATIOS, SIZE)
     return np.pad(tiles, ((0, 4 - len(tiles)), *[(0, 0)] * 3))[None, None]
+
+
+def qwen_by_hand(image):
+    """Groups of 2 x 2 patches in row-major order; a patch has its pixels twice, as two frames."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    limits = tiny_qwen.LIMITS["min_pixels"], tiny_qwen.LIMITS["max_pixels"]
+    high, wide = smart_resize(image.height, image.width, tiny_qwen.SIDE, *limits)
+    array = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC)).transpose(2, 0, 1) * (1 / 255)
+    mean, std = (np.array(row, np.float32)[:, None, None] for row in (CLIP_MEAN, CLIP_STD))
+    array = ((array.astype(np.float32) - mean) / std).astype(np.float32)
+    patches = []
+    for top in range(0, high, tiny_qwen.SIDE):
+        for left in range(0, wide, tiny_qwen.SIDE):
+            for row, column in ((0, 0), (0, 4), (4, 0), (4, 4)):
+                patch = array[:, top + row : top + row + 4, left + column : left + column + 4]
+                patches.append(np.stack([patch, patch], axis=1).ravel())
+    return np.stack(patches)
 
 
 def clip_by_hand(path):
@@ -151,8 +185,7 @@ def clip_by_hand(path):
     image = transforms.resize(image, (height, width), PILImageResampling.BICUBIC, input_data_format="channels_last")
     image = transforms.center_crop(image, (SIZE, SIZE), input_data_format=ChannelDimension.LAST)
     image = transforms.rescale(image, 1 / 255, input_data_format=ChannelDimension.LAST)
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    image = transforms.normalize(image, mean, std, input_data_format=ChannelDimension.LAST)
+    image = transforms.normalize(image, CLIP_MEAN, CLIP_STD, input_data_format=ChannelDimension.LAST)
     return np.moveaxis(image, -1, 0)[None]
 
 
@@ -162,7 +195,8 @@ def test_pixels_of_the_zoo_equal_hf(name, zoo, family, processor):
 
     ours = pixels(processor, zoo[name])
     np.testing.assert_array_equal(ours, hf_pixels(family, load_image(str(zoo[name]))))
-    np.testing.assert_array_equal(ours, by_hand(family, zoo[name]))
+    if family != "smolvlm":  # its tiles are compared in tests/models/test_smolvlm_processor.py
+        np.testing.assert_array_equal(ours, by_hand(family, zoo[name]))
     np.testing.assert_array_equal(ours, pixels(processor, zoo[name].read_bytes()))
 
 
@@ -196,7 +230,7 @@ def test_a_prompt_is_measured_without_decoding_its_image(zoo, family, processor,
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
     assert [len(ids) for ids in processor.token_ids(files, ["x"] * len(files))] == expected
-    if family != "llava_next":
+    if family in ("llava", "mllama"):
         assert processor.token_ids(["/not/looked/at.png"], ["x"])
 
 
