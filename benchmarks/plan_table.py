@@ -229,20 +229,35 @@ def render(results: dict[str, Any]) -> str:
     for training in ("LoRA", "full"):
         chosen = [cell for cell in cells() if cell.training == training]
         known = [(cell, results[cell.key]) for cell in chosen if cell.key in results]
-        parts[f"memory {training}"] = _table(_MEMORY, [_memory(*pair) for pair in known])
-        parts[f"time {training}"] = _table(_TIME, [_time(cell, found, results) for cell, found in known])
+        parts[f"memory {training}"] = table(_MEMORY, [_memory(*pair) for pair in known])
+        parts[f"time {training}"] = table(_TIME, [_time(cell, found, results) for cell, found in known])
         left = [cell.key for cell in chosen if cell.key not in results]
         parts[f"left {training}"] = "\n" + f"Not compiled yet: {'; '.join(left)}.\n" if left else ""
     fixes = [_wrapped(f"- {cell.key}: {'; '.join(results[cell.key]['mend'])}")
              for cell in cells() if results.get(cell.key, {}).get("mend")]  # fmt: skip
     searched = [f"- {cell.key}: {_largest(results[cell.key]['largest'])}"
                 for cell in cells() if "largest" in results.get(cell.key, {})]  # fmt: skip
+    parts["gpus"] = gpus_of(PAGE.read_text(encoding="utf-8") if PAGE.exists() else "")
     parts["largest"] = "\n".join(searched) or "None yet."
     parts["fixes"] = "\n".join(fixes) or "Every cell fits."
     parts["versions"] = ", ".join(sorted({f"jax {found['jax']}" for found in results.values()})) or "none yet"
     for name, part in parts.items():
         text = text.replace("{" + name + "}", part)
     return text
+
+
+GPUS_BEGIN, GPUS_END = "<!-- made by benchmarks/gpu_table.py -->", "<!-- end of what it makes -->"
+
+
+def gpus_of(page: str) -> str:
+    """The part of a page that gpu_table.py makes, which is kept."""
+    return page.partition(f"{GPUS_BEGIN}\n")[2].partition(f"\n{GPUS_END}")[0]
+
+
+def with_gpus(page: str, part: str) -> str:
+    """The page with another such part."""
+    before, _, rest = page.partition(f"{GPUS_BEGIN}\n")
+    return f"{before}{GPUS_BEGIN}\n{part}\n{GPUS_END}{rest.partition(GPUS_END)[2]}"
 
 
 def _wrapped(item: str) -> str:
@@ -256,7 +271,7 @@ _TIME = ("model", "chips", "Tflop/chip", "moved GiB", "rollout", "prepare", "upd
          "ms / row / chip", "weak scaling")  # fmt: skip
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import flax
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from icet_jax.nn import layers
 from icet_jax.nn.attention import platform_of
@@ -18,6 +19,23 @@ from icet_jax.typing import Array, DType, Float, PyTree
 
 if TYPE_CHECKING:
     from icet_jax.nn.llama import LlamaConfig
+
+
+def for_steps(
+    weights: Any, adapters: Mapping[str, Any], scale: float, config: "LlamaConfig", dtype: DType
+) -> tuple[Any, Mapping[str, Any]]:  # fmt: skip
+    """Returns (weights, adapters) of one layer for `UnstackedLayers`, with joined projections where they pay.
+
+    `weights` are the `nnx.State` of one layer of `LlamaBlocks`; for the other arguments see `fuse`.
+    """
+    if not joins_projections(weights):
+        return weights, adapters
+    return fuse(nnx.to_pure_dict(weights), adapters, scale, config, dtype), {}
+
+
+def layer_for_step(graph: nnx.GraphDef, weights: Any) -> Any:
+    """Returns the layer that runs with weights from `for_steps`; `graph` is the structure of one `LlamaBlocks`."""
+    return weights if isinstance(weights, FusedLayer) else nnx.merge(graph, weights)
 
 
 def joins_projections(weights: PyTree) -> bool:

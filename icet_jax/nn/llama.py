@@ -412,12 +412,8 @@ class LlamaDecoder(nnx.Module):
     def unstack_layers(self, lora: Lora | None = None) -> UnstackedLayers:
         """Returns the layers as separate arrays, for `step`."""
         _, state, adapters, scale = self._stacks(lora)
-        unstacked = [layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers)]
-        if fused.joins_projections(state):
-            unstacked = [
-                (fused.fuse(nnx.to_pure_dict(weights), pairs, scale, self.config, self.dtype), {})
-                for weights, pairs in unstacked
-            ]
+        layers_apart = (layer_at((state, adapters), index) for index in range(self.config.num_hidden_layers))
+        unstacked = (fused.for_steps(weights, pairs, scale, self.config, self.dtype) for weights, pairs in layers_apart)
         return UnstackedLayers(tuple(unstacked), scale)
 
     def step(
@@ -428,8 +424,7 @@ class LlamaDecoder(nnx.Module):
         graph, _ = nnx.split(self.layers)
         x = self.embed(tokens)[:, None]
         for index, (weights, adapters) in enumerate(unstacked.layers):
-            layer = weights if isinstance(weights, fused.FusedLayer) else nnx.merge(graph, weights)
-            x = next_token(x, layer, adapters, unstacked.scale, index)
+            x = next_token(x, fused.layer_for_step(graph, weights), adapters, unstacked.scale, index)
         return self.norm(x)[:, 0], next_token.updated_cache(active)
 
     def _stacks(self, lora: Lora | None) -> tuple[Any, Any, dict[str, Any], float]:

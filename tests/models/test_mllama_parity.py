@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from icet_jax.models.mllama import vision as mllama_vision  # noqa: E402
 from icet_jax.models.mllama.network import Mllama  # noqa: E402
+from icet_jax.nn import fused  # noqa: E402
 from tests import tiny_families  # noqa: E402
 from tests.models import families  # noqa: E402
 
@@ -252,6 +253,18 @@ def test_greedy_tokens_are_the_same(usual, layer):
     for pad in ("left", "right"):
         ours = families.our_greedy(checkpoint, families.mllama_batch(rows, pad), layer, 64, tiny_families.MLLAMA_PAD)
         np.testing.assert_array_equal(ours, np.stack(theirs))
+
+
+def test_joined_projections_say_the_same(usual, monkeypatch):
+    """As on GPUs; 12 tokens, which no other test asks for, so that the program is traced here."""
+    model, checkpoint, rows = usual
+    with At(model, "E1", 6):
+        theirs = [families.hf_greedy(model, row, 12, tiny_families.MLLAMA_PAD)[0] for row in rows]
+    joined = []
+    monkeypatch.setattr(fused, "platform_of", lambda device: joined.append(device) or "gpu")
+    ours = families.our_greedy(checkpoint, families.mllama_batch(rows), 6, 12, tiny_families.MLLAMA_PAD)
+    assert joined
+    np.testing.assert_array_equal(ours, np.stack(theirs))
 
 
 def test_one_prefill_serves_several_responses(usual):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from icet_jax.nn import layers
+from icet_jax.nn import fused, layers
 from icet_jax.nn.kv_cache import KVCache, attend
 from icet_jax.nn.layers import Lora
 from icet_jax.nn.llama import (
@@ -287,11 +287,14 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
         self_adapters, cross_adapters = _split_adapters(lora)
         _, self_state = nnx.split(self.layers)
         _, cross_state = nnx.split(self.cross_layers)
-        unstacked = tuple(
-            layer_at((cross_state, cross_adapters) if is_cross else (self_state, self_adapters), index)
-            for is_cross, index in self._stack_indices()
-        )
-        return UnstackedLayers(unstacked, 1.0 if lora is None else lora.scale)
+        scale, unstacked = 1.0 if lora is None else lora.scale, []
+        for is_cross, index in self._stack_indices():
+            stacks = (cross_state, cross_adapters) if is_cross else (self_state, self_adapters)
+            weights, adapters = layer_at(stacks, index)
+            if not is_cross:
+                weights, adapters = fused.for_steps(weights, adapters, scale, self.config.llama, self.dtype)
+            unstacked.append((weights, adapters))
+        return UnstackedLayers(tuple(unstacked), scale)
 
     def step(
         self, tokens: Int[Array, "B"], active: Bool[Array, "B"], cache: MllamaCache, unstacked: UnstackedLayers
@@ -304,7 +307,7 @@ class MllamaDecoder(HasLanguageModelHead, nnx.Module):
         x = self.embed(tokens)[:, None]
         for (is_cross, index), (weights, adapters) in zip(self._stack_indices(), unstacked.layers, strict=True):
             if not is_cross:
-                x = text(x, nnx.merge(self_graph, weights), adapters, unstacked.scale, index)
+                x = text(x, fused.layer_for_step(self_graph, weights), adapters, unstacked.scale, index)
             elif vision is not None:
                 layer = nnx.merge(cross_graph, weights)
                 q = layer.query(x, adapters, unstacked.scale)[:, 0]
