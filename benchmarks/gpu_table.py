@@ -47,8 +47,29 @@ class Cell:
         return found if self.training == "LoRA" else found | {"lora.rank": 0, "model.remat": "full"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding(Cell):
+    """One line of the table of decoding steps: the sweep's program for some number of slots, always compiled."""
+
+    slots: int = 1
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return f"{super().key}, {self.slots} slots"
+
+    def fields(self) -> dict[str, int | str]:
+        """What differs from the config."""
+        return {"sweep.batch_size": self.slots}
+
+
+def decodings() -> list[Decoding]:
+    """The table of decoding steps."""
+    return [Decoding("LLaVA-1.5-7B", "h200:1", "LoRA", slots) for slots in (1, 64)]
+
+
 def cells() -> list[Cell]:
-    """The table."""
+    """The table of docs/scaling.md."""
     return [Cell(name, gpus, kind) for kind in ("LoRA", "full") for name in plan_table.MODELS for gpus in GPUS]
 
 
@@ -71,6 +92,8 @@ def compute(cell: Cell, compiled: bool) -> dict[str, Any]:
     config = load(str(path), [(name, str(fields[name])) for name in fields])
     topology = topologies.parse(cell.topology)
     chip = topology.chip
+    if isinstance(cell, Decoding):
+        return decoding(config, topology) | {"fields": fields, "jax": jax.__version__}
     lines, abstract = plan.plan(config, topology)
     return {
         "prompt_flops": prompt_flops(abstract) / topology.count,
@@ -84,6 +107,28 @@ def compute(cell: Cell, compiled: bool) -> dict[str, Any]:
             | {"total": line.total, "fits": line.fits(chip), "bounds": line.bounds(chip, topology.count)}
             for line in lines
         ],
+    }
+
+
+def decoding(config: Any, topology: Any) -> dict[str, Any]:
+    """What one call of the sweep's decoding program holds."""
+    from icet_jax.commands import plan
+    from icet_jax.generation.engine import STEPS
+    from icet_jax.parallel.mesh import make_mesh
+    from icet_jax.planning.ahead import AbstractRun
+    from icet_jax.planning.kernels import GpuProgram
+    from icet_jax.planning.work import phase_cost
+
+    run = AbstractRun(config, make_mesh(**config.mesh, devices=topology.devices()))
+    (phase,) = (phase for phase in run.sweep_phases(lambda phase: None) if phase.name == "sweep: decode")
+    program = phase.lower().compile()
+    work, cache = phase_cost(run, phase.name), plan.bytes_per_device(phase.cache)
+    return {
+        "steps": STEPS,
+        "program": dataclasses.asdict(GpuProgram(program.as_text()).cost(topology.chip)),
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "cache": cache,
+        "memory": work.steps * (work.read + cache) / topology.chip.bandwidth,
     }
 
 
@@ -112,7 +157,7 @@ def fill(only: str, compiled: bool) -> None:
 
 
 def _missing(only: str, compiled: bool) -> Iterator[Cell]:
-    for cell in cells():
+    for cell in [*cells(), *decodings()] if compiled else cells():
         known = read().get(cell.key)
         done = known is not None and known["fields"] == cell.fields() and not (compiled and not is_compiled(known))
         if only in cell.key and not done:
@@ -121,7 +166,7 @@ def _missing(only: str, compiled: bool) -> Iterator[Cell]:
 
 def is_compiled(found: dict[str, Any]) -> bool:
     """Whether a result is of compiled programs."""
-    return all(line["temporaries"] is not None for line in found["phases"])
+    return all(line["temporaries"] is not None for line in found.get("phases", ()))
 
 
 def read() -> dict[str, Any]:
@@ -174,7 +219,22 @@ def performance(results: dict[str, Any]) -> str:
             title = f"{cell.model} on {cell.topology}, {cell.training}, {found['rows']} rows a batch, "
             title += f"{found['sweep_rows']} slots in a sweep (jax {found['jax']}):"
             parts.append(f"{title}\n\n{plan_table.table(_PERFORMANCE, rows)}")
+    steps = [_decoding_row(cell, results[cell.key]) for cell in decodings() if cell.key in results]
+    if steps:
+        parts.append(f"One step of a sweep's decoding, with LoRA:\n\n{plan_table.table(_DECODING, steps)}")
     return "\n\n".join(parts) or "Nothing has been compiled yet."
+
+
+_DECODING = ("model", "GPU", "slots", "cache, GiB", "kernels", "modelled ms", "bound ms", "ratio")
+
+
+def _decoding_row(cell: Decoding, found: dict[str, Any]) -> tuple[str, ...]:
+    program, least = found["program"], found["memory"] / REACHED_BANDWIDTH
+    milliseconds = (1e3 * seconds / found["steps"] for seconds in (program["seconds"], least))
+    return (
+        cell.model, cell.topology, str(cell.slots), f"{found['cache'] / _GIB:.1f}", f"{program['step_kernels']:,}",
+        *(f"{value:.3g}" for value in milliseconds), f"{program['seconds'] / least:.2f}",
+    )  # fmt: skip
 
 
 def bound(found: dict[str, Any], line: dict[str, Any]) -> float:
@@ -209,7 +269,7 @@ def main() -> None:
     if options.render:
         render()
     elif options.cell:
-        (cell,) = (cell for cell in cells() if cell.key == options.cell)
+        (cell,) = (cell for cell in [*cells(), *decodings()] if cell.key == options.cell)
         print(json.dumps(compute(cell, options.compile)))
     else:
         fill(options.only, options.compile)
