@@ -85,7 +85,7 @@ def qwen25vl(size: str = "7b") -> ConfigDict:
     """
     config = _experiment()
     config.model.checkpoint = f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct"
-    # An image of up to a megapixel (`max_pixels` 1003520 in preprocessor_config.json, as Qwen recommends) takes 1,280.
+    # An image of up to a megapixel (`max_pixels` 1003520 in preprocessor_config.json) takes 1,280 positions.
     config.data.max_prompt_tokens = 1280 + _TEXT_POSITIONS
     config.lppo.accumulation = 16  # ours, for memory: sequences are twice as long as LLaVA-1.5's
     config.sweep.batch_size = 4  # ours, for memory: the states of all exits of an image are 0.69 GB in bfloat16

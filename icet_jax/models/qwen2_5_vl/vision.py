@@ -206,7 +206,7 @@ class QwenVisionBlocks(nnx.Module):
 
     def _in_image(self, q: Array, k: Array, v: Array, places: PatchPlaces) -> Float[Array, "I P D"]:
         """Returns the attention of each patch to all patches of its image."""
-        return layers.attention(q, k, v, real=places.is_patch)
+        return layers.attention(q, k, v, real=places.is_patch, right_padded=True)
 
     def _in_windows(self, q: Array, k: Array, v: Array, places: PatchPlaces) -> Float[Array, "I P D"]:
         """Returns the attention of each patch to the patches of its window."""
