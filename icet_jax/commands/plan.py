@@ -193,15 +193,22 @@ def memory_limit(chip: topologies.Chip, phase: PlannedPhase, judges: int) -> int
     return None if chip.memory is None else max(int(chip.memory) - judges - bytes_per_device(phase.beside), 0)
 
 
+# Without a GPU on which to try several kernels, XLA takes Triton's for each matrix product. It has none for some small
+# ones, and then ends with this message.
+_NO_TILES, _WITHOUT_TRITON = "Couldn't find output tile sizes", {"xla_gpu_enable_triton_gemm": False}
+
+
 def _compile(phase: PlannedPhase, limit: int | None = None) -> tuple[Compiled | None, str]:
     """Compiles a phase for at most `limit` bytes per chip.
 
     Returns (program, ""), or (None, message of the compiler) if the phase does not fit.
     """
-    options = {} if limit is None else {"xla_tpu_max_hbm_size_mib": max(limit >> 20, 1)}
+    options: dict[str, int | bool] = {} if limit is None else {"xla_tpu_max_hbm_size_mib": max(limit >> 20, 1)}
     try:
         return phase.lower().compile(compiler_options=options), ""
     except jax.errors.JaxRuntimeError as error:
+        if _NO_TILES in str(error):
+            return phase.lower().compile(compiler_options=_WITHOUT_TRITON), ""
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         match = re.search(r"(\S*)\) exceeds available HBM", str(error))

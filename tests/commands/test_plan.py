@@ -188,6 +188,19 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
     assert line.fits(topology.CHIPS["v5e"]) is False
 
 
+def test_a_product_without_a_kernel_is_compiled_in_another_way():
+    tried = []
+
+    def compile(compiler_options):
+        tried.append(compiler_options)
+        if not compiler_options:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.502")
+        return "a program"
+
+    program, refused = plan._compile(PlannedPhase("rollout", None, None, lambda: SimpleNamespace(compile=compile)))
+    assert (program, refused) == ("a program", "") and tried == [{}, {"xla_gpu_enable_triton_gemm": False}]
+
+
 def test_the_least_time_is_the_slowest_of_three_bounds():
     chip, gib = topology.CHIPS["v5e"], GIB
     line = plan.PlanLine("update", gib, 0, 0, 0, 0, 0, PhaseCost(10**15, 3, gib), 10 * gib)
