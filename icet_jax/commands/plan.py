@@ -228,9 +228,10 @@ def _line(
         cache_in_program = 0 if phase.held else min(cache, allocated)
         cache = cache if phase.held else cache_in_program
         temporaries = allocated - cache_in_program
-        moved = _moved_bytes(program.as_text)
-        if chip.target is not None:
-            cost = GpuProgram(program.as_text() or "").cost(chip)
+        text = _text(program)
+        moved = None if text is None else moved_bytes(text)
+        if chip.target is not None and text is not None:
+            cost = GpuProgram(text).cost(chip)
     return PlanLine(
         phase=phase.name,
         weights=bytes_per_device(abstract.vlm.params),
@@ -246,11 +247,10 @@ def _line(
     )
 
 
-def _moved_bytes(program_text: Callable[[], str | None]) -> int | None:
-    """Returns the bytes that a chip exchanges with others; None if the compiled program's text does not show them."""
+def _text(program: Compiled) -> str | None:
+    """Returns the text of a compiled program; None if it cannot be had."""
     try:
-        text = program_text()
-        return None if text is None else moved_bytes(text)
+        return program.as_text()
     except jax.errors.JaxRuntimeError:  # some versions of libtpu write programs that jaxlib's older XLA cannot read
         return None
 

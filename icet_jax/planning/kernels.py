@@ -11,8 +11,9 @@ import math
 import re
 from collections import Counter, defaultdict
 
+from icet_jax.parallel.collectives import COLLECTIVES
+from icet_jax.parallel.hlo import FREE, HloProgram, Instruction, dimensions
 from icet_jax.parallel.topology import Chip
-from icet_jax.planning.hlo import FREE, HloProgram, Instruction, dimensions
 
 REACHED_FLOPS, REACHED_BANDWIDTH = 780 / 989, 4.3 / 4.8
 """Shares of the published peaks that an H200 was measured to reach: bfloat16 products at 780 of 989 Tflop/s, and copies
@@ -25,7 +26,6 @@ _REARRANGING = frozenset((
     "reshape", "reverse",
 ))  # fmt: skip
 _PRODUCTS = re.compile(r"cublas|__triton_gemm")
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ class GpuProgram(HloProgram):
 
     def _kind(self, instruction: Instruction) -> str:
         """Returns the kind of the kernel that an instruction launches, see `Kernel`."""
-        if instruction.operation.removesuffix("-start") in _COLLECTIVES:
+        if instruction.operation.removesuffix("-start") in COLLECTIVES:
             return "collective"
         if "fmha" in instruction.target:
             return "attention"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+import types
 from types import SimpleNamespace
 
 import jax
@@ -272,11 +273,11 @@ def test_a_rollout_compiles_for_tpus_that_are_not_here():
     assert line.fits(topology.CHIPS["v5e"]) is True
 
 
-def test_a_program_whose_text_cannot_be_read_moves_an_unknown_amount():
+def test_the_text_of_a_program_that_cannot_be_read_is_none():
     def unread() -> str:
         raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
-    assert plan._moved_bytes(unread) is None
+    assert plan._text(types.SimpleNamespace(as_text=unread)) is None
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from icet_jax.parallel.hlo import HloProgram, dimensions, shape_bytes
 from icet_jax.parallel.topology import CHIPS
-from icet_jax.planning.hlo import HloProgram, dimensions, shape_bytes
 from icet_jax.planning.kernels import LAUNCH_SECONDS, REACHED_BANDWIDTH, REACHED_FLOPS, GpuProgram
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
