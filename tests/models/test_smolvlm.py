@@ -9,15 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.numpy import load_file  # noqa: E402
-from transformers import AutoModelForImageTextToText  # noqa: E402
 
 import icet_jax  # noqa: E402
 from icet_jax.checkpoints.hf_import import abstract_params  # noqa: E402
 from icet_jax.checkpoints.published import PUBLISHED  # noqa: E402
 from icet_jax.errors import UserError  # noqa: E402
 from icet_jax.models import family_of, vlm_config  # noqa: E402
-from icet_jax.models.adapter_export import save_adapter  # noqa: E402
 from icet_jax.models.base.image_batches import batch_images  # noqa: E402
 from icet_jax.models.loading import load_vlm  # noqa: E402
 from icet_jax.models.saving import save_vlm  # noqa: E402
@@ -27,7 +24,13 @@ from icet_jax.parallel.distributed import Share  # noqa: E402
 from tests import tiny_smolvlm  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
 from tests.models import families  # noqa: E402
-from tests.models.test_adapters import random_lora  # noqa: E402
+from tests.models.round_trip import (  # noqa: E402
+    assert_an_adapter_of_peft_is_the_start_of_an_export,
+    assert_trained_adapters_reach_transformers,
+    hf_load,
+    hf_logits,
+    our_logits,
+)
 
 SIZES = [[(30, 50)], [], [(20, 112)]]
 SMALL = {"num_hidden_layers": 2, "vision": {"num_hidden_layers": 3}}
@@ -47,23 +50,6 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="module")
 def inputs():
     return tiny_smolvlm.batch(tiny_smolvlm.config(**SMALL), SIZES)
-
-
-def hf_load(directory):
-    """transformers' model; nothing may be missing, unexpected or mis-shaped."""
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def hf_logits(model, inputs):
-    return families.hf_logits(model, inputs)[inputs["attention_mask"] == 1]
-
-
-def our_logits(vlm, inputs, layer=None):
-    return np.asarray(vlm.logits(inputs, layer))[inputs["attention_mask"] == 1]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -103,47 +89,12 @@ def test_transformers_gives_the_same_logits_from_every_export(tmp_path, sources,
 
 
 def test_trained_adapters_reach_transformers_merged_and_as_peft(tmp_path, sources, inputs):
-    peft = pytest.importorskip("peft")
-    source = sources["smolvlm"]
-    vlm = icet_jax.load(source)
-    lora = random_lora(vlm.config)
-    ours = our_logits(vlm.with_weights(vlm.params, lora), inputs)
-    assert np.abs(ours - our_logits(vlm, inputs)).max() > 0.1
-    merged = save_vlm(tmp_path / "m", vlm.config, vlm.params, source_dir=source, lora=lora, trained=())
-    families.assert_agree(ours, hf_logits(hf_load(merged), inputs), 2e-5)
-    touched = {key for key, tensor in tensors(merged).items() if tensor != tensors(source)[key]}
-    assert len(touched) == 3 * 2 and all(key.startswith("model.text_model.layers.") for key in touched)
-    adapter = save_adapter(tmp_path / "a", lora, vlm.config, base=str(source))
-    adapted = peft.PeftModel.from_pretrained(hf_load(source), adapter).eval()
-    injected = {key.rpartition(".lora_A")[0] for key in adapted.state_dict() if ".lora_A." in key}
-    modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-    root = "base_model.model.model.text_model.layers"
-    assert injected == {f"{root}.{layer}.{module}" for layer in range(2) for module in modules}
-    assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * len(injected)
-    families.assert_agree(ours, hf_logits(adapted, inputs), 2e-5)
-    families.assert_agree(ours, our_logits(icet_jax.load(source, adapter=adapter), inputs), 2e-5)
+    layers = "model.text_model.layers", "model.text_model.layers"
+    assert_trained_adapters_reach_transformers(tmp_path, sources["smolvlm"], inputs, *layers)
 
 
 def test_a_peft_adapter_is_the_start_of_what_is_exported(tmp_path, sources, inputs):
-    peft = pytest.importorskip("peft")
-    source = sources["idefics3"]
-    modules = r".*text_model\.layers\.\d+\.(self_attn\.(k_proj|o_proj)|mlp\.up_proj)"
-    theirs = peft.get_peft_model(hf_load(source), peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    theirs.save_pretrained(tmp_path / "start")
-    begun = load_vlm(source, adapter=tmp_path / "start")
-    lora = random_lora(begun.config)
-    common = {"start": begun.adapter, "lora": lora}
-    both = save_adapter(tmp_path / "a", lora, begun.config, base=str(source), start=begun.adapter)
-    merged = save_vlm(tmp_path / "m", begun.config, begun.params, source_dir=source, trained=(), **common)
-    ours = hf_logits(hf_load(merged), inputs)
-    families.assert_agree(ours, hf_logits(peft.PeftModel.from_pretrained(hf_load(source), both).eval(), inputs), 2e-5)
-    families.assert_agree(ours, our_logits(icet_jax.load(source, adapter=both), inputs), 2e-5)
-    assert np.abs(ours - hf_logits(theirs, inputs)).max() > 0.1
+    assert_an_adapter_of_peft_is_the_start_of_an_export(tmp_path, sources["idefics3"], inputs, "text_model")
 
 
 def test_an_adapter_elsewhere_than_on_the_decoder_is_refused(tmp_path, sources):
