@@ -11,19 +11,17 @@ cell is not made again from shapes.
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import plan_table
+from pages import with_generated
 
 from icet_jax.planning.kernels import REACHED_BANDWIDTH, REACHED_FLOPS
 
 RESULTS, PERFORMANCE = plan_table.ROOT / "docs" / "gpu_plans.json", plan_table.ROOT / "docs" / "performance.md"
 GPUS = ("h100:1", "h200:1", "h100:8", "h200:8")
 _GIB = 2**30
-_ITERATION = ("rollout", "prepare", "update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ def compute(cell: Cell, compiled: bool) -> dict[str, Any]:
 
     jax.config.update("jax_platforms", "cpu")
     if not compiled:
-        gpu_targets.PACKAGES = ("from.shapes",)
+        gpu_targets.PACKAGES = ("from.shapes",)  # no such package, so that the plan takes the compiler as missing
     elif not gpu_targets.installed():
         raise SystemExit("--compile needs the extra: pip install -e '.[plan-gpu]'")
     fields = cell.fields()
@@ -144,15 +142,9 @@ def fill(only: str, compiled: bool) -> None:
     """Makes what is missing, one process each."""
     for cell in _missing(only, compiled):
         print(cell.key, flush=True)
-        command = [sys.executable, __file__, "--cell", cell.key, *["--compile"] * compiled]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=plan_table.ROOT)
-        said = done.stdout.strip().splitlines()
-        if done.returncode or not said:
-            print(f"  failed ({done.returncode}): {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
-            continue
-        plan_table.write(
-            RESULTS, json.dumps(read() | {cell.key: json.loads(said[-1])}, indent=1, sort_keys=True) + "\n"
-        )
+        found = plan_table.computed([__file__, "--cell", cell.key, *["--compile"] * compiled])
+        if found is not None:
+            plan_table.write(RESULTS, json.dumps(read() | {cell.key: found}, indent=1, sort_keys=True) + "\n")
     render()
 
 
@@ -171,13 +163,14 @@ def is_compiled(found: dict[str, Any]) -> bool:
 
 def read() -> dict[str, Any]:
     """The results so far."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return plan_table.read(RESULTS)
 
 
 def render() -> None:
     """Writes both pages."""
     for page, part in ((plan_table.PAGE, scaling(read())), (PERFORMANCE, performance(read()))):
-        plan_table.write(page, plan_table.with_gpus(page.read_text(encoding="utf-8"), part))
+        marks = plan_table.GPUS_BEGIN, plan_table.GPUS_END
+        plan_table.write(page, with_generated(page.read_text(encoding="utf-8"), *marks, part))
 
 
 _SCALING = ("model", "GPUs", "training", "data x fsdp", "weights", "trained", "judges", "inputs + cache",

@@ -17,6 +17,17 @@ def by_hand(old: str, default: str) -> str:
     return f"{BEGIN}\n{kept[1] if kept else default}\n{END}"
 
 
+def generated(page: str, begin: str, end: str) -> str:
+    """Returns what stands between two marks of a page, which a script makes; "" if the marks are missing."""
+    return page.partition(f"{begin}\n")[2].partition(f"\n{end}")[0]
+
+
+def with_generated(page: str, begin: str, end: str, part: str) -> str:
+    """Returns a page with `part` between the two marks."""
+    before, _, rest = page.partition(f"{begin}\n")
+    return f"{before}{begin}\n{part}\n{end}{rest.partition(end)[2]}"
+
+
 def filled(prose: str) -> str:
     """Returns a paragraph in lines of at most 120 characters."""
     return textwrap.fill(" ".join(prose.split()), 120, break_long_words=False, break_on_hyphens=False)

@@ -20,6 +20,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pages import generated
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "docs" / "scaling.json", ROOT / "docs" / "scaling.md"
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4")
@@ -159,13 +163,10 @@ def fill(only: str, renew: bool, largest: bool) -> None:
     for cell, part in _missing(only, renew, largest):
         began = time.monotonic()
         print(f"{cell.key}: {part}", flush=True)
-        command = [sys.executable, __file__, "--cell", cell.key, "--part", part]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        said = done.stdout.strip().splitlines()
-        if done.returncode or not said:
-            print(f"  failed ({done.returncode}): {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+        found = computed([__file__, "--cell", cell.key, "--part", part])
+        if found is None:
             continue
-        found = json.loads(said[-1]) | {"seconds": round(time.monotonic() - began)}
+        found |= {"seconds": round(time.monotonic() - began)}
         results = read()
         if part == "plan":
             results[cell.key] = found
@@ -174,6 +175,16 @@ def fill(only: str, renew: bool, largest: bool) -> None:
         write(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
         write(PAGE, render(results))
         print(f"  {found['seconds']} s", flush=True)
+
+
+def computed(command: list[str]) -> dict[str, Any] | None:
+    """What a script prints as JSON in its last line; None, after saying why, if it fails."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT)
+    said = done.stdout.strip().splitlines()
+    if done.returncode or not said:
+        print(f"  failed ({done.returncode}): {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+        return None
+    return json.loads(said[-1])
 
 
 def _missing(only: str, renew: bool, largest: bool) -> Iterator[tuple[Cell, str]]:
@@ -187,9 +198,10 @@ def _missing(only: str, renew: bool, largest: bool) -> Iterator[tuple[Cell, str]
                 yield cell, part
 
 
-def read() -> dict[str, Any]:
-    """The results so far."""
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+def read(path: Path | None = None) -> dict[str, Any]:
+    """The results so far; without a path, those of this script."""
+    path = path or RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write(path: Path, text: str) -> None:
@@ -237,7 +249,7 @@ def render(results: dict[str, Any]) -> str:
              for cell in cells() if results.get(cell.key, {}).get("mend")]  # fmt: skip
     searched = [f"- {cell.key}: {_largest(results[cell.key]['largest'])}"
                 for cell in cells() if "largest" in results.get(cell.key, {})]  # fmt: skip
-    parts["gpus"] = gpus_of(PAGE.read_text(encoding="utf-8") if PAGE.exists() else "")
+    parts["gpus"] = generated(PAGE.read_text(encoding="utf-8") if PAGE.exists() else "", GPUS_BEGIN, GPUS_END)
     parts["largest"] = "\n".join(searched) or "None yet."
     parts["fixes"] = "\n".join(fixes) or "Every cell fits."
     parts["versions"] = ", ".join(sorted({f"jax {found['jax']}" for found in results.values()})) or "none yet"
@@ -247,17 +259,6 @@ def render(results: dict[str, Any]) -> str:
 
 
 GPUS_BEGIN, GPUS_END = "<!-- made by benchmarks/gpu_table.py -->", "<!-- end of what it makes -->"
-
-
-def gpus_of(page: str) -> str:
-    """The part of a page that gpu_table.py makes, which is kept."""
-    return page.partition(f"{GPUS_BEGIN}\n")[2].partition(f"\n{GPUS_END}")[0]
-
-
-def with_gpus(page: str, part: str) -> str:
-    """The page with another such part."""
-    before, _, rest = page.partition(f"{GPUS_BEGIN}\n")
-    return f"{before}{GPUS_BEGIN}\n{part}\n{GPUS_END}{rest.partition(GPUS_END)[2]}"
 
 
 def _wrapped(item: str) -> str:

@@ -20,8 +20,11 @@ def gpu_table(monkeypatch):
 def test_both_pages_are_what_the_results_render_to(gpu_table):
     results, pages = gpu_table.read(), (gpu_table.plan_table.PAGE, gpu_table.PERFORMANCE)
     assert results.keys() <= {cell.key for cell in [*gpu_table.cells(), *gpu_table.decodings()]}
+    marks = gpu_table.plan_table.GPUS_BEGIN, gpu_table.plan_table.GPUS_END
     for page, part in zip(pages, (gpu_table.scaling(results), gpu_table.performance(results)), strict=True):
-        assert gpu_table.plan_table.gpus_of(page.read_text()) == part, "run python benchmarks/gpu_table.py --render"
+        assert gpu_table.plan_table.generated(page.read_text(), *marks) == part, (
+            "run python benchmarks/gpu_table.py --render"
+        )
 
 
 def test_every_cell_is_a_config_whose_rows_spread(gpu_table):

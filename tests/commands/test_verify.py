@@ -57,15 +57,24 @@ def test_a_faithful_port_of_mllama_passes(tmp_path, capsys):
     assert "FAIL" not in table and "each block's output, as this transformers has it" in table
 
 
-def test_a_faithful_port_of_smolvlm_passes(tmp_path, capsys):
-    """With an image row of two wide pictures, which need fewer tiles than one group has."""
-    directory = tiny_smolvlm.save(tmp_path / "model", tiny_smolvlm.model(num_hidden_layers=2))
-    wide = [tmp_path / f"{number}.png" for number in range(2)]
-    for path, image in zip(wide, tiny_families.pictures([(10, 100), (20, 112)]), strict=True):
+@pytest.mark.parametrize(
+    ("tiny_family", "sizes", "lines"),
+    [
+        # Two wide pictures, which need fewer tiles than one group has.
+        (tiny_smolvlm, [(10, 100), (20, 112)], ("pixel attention mask", "greedy tokens, exit 1")),
+        # One of them has more patches than any of the built-in pictures.
+        (tiny_qwen, [(2, 300), (20, 112)], ("image grid thw", "mm token type ids")),
+    ],
+    ids=["smolvlm", "qwen2_5_vl"],
+)
+def test_a_faithful_port_passes_with_pictures_of_other_sizes(tmp_path, capsys, tiny_family, sizes, lines):
+    directory = tiny_family.save(tmp_path / "model", tiny_family.model(num_hidden_layers=2))
+    pictures = [tmp_path / f"{number}.png" for number in range(2)]
+    for path, image in zip(pictures, tiny_families.pictures(sizes), strict=True):
         image.save(path)
-    assert verified(directory, "--exits=1,4", *(f"--image={path}" for path in wide)) == 0
+    assert verified(directory, "--exits=1,4", *(f"--image={path}" for path in pictures)) == 0
     table = capsys.readouterr().out
-    for line in ("token ids", "pixels", "pixel attention mask", "hidden states 0..4", "greedy tokens, exit 1"):
+    for line in ("token ids", "pixels", "hidden states 0..4", *lines):
         assert line in table
     assert "FAIL" not in table
 
@@ -75,19 +84,6 @@ def test_random_rows_where_idefics3_has_no_tokenizer(tmp_path, capsys):
     model = tiny_smolvlm.model("idefics3", tied=True, num_hidden_layers=2)
     assert verified(tiny_smolvlm.save(tmp_path, model, processor=False), "--exits=2") == 0
     assert "skipped: no tokenizer files" in capsys.readouterr().out
-
-
-def test_a_faithful_port_of_qwen_passes(tmp_path, capsys):
-    """With an image row of two pictures, one of which has more patches than any of the built-in ones."""
-    directory = tiny_qwen.save(tmp_path / "model", tiny_qwen.model(num_hidden_layers=2))
-    pictures = [tmp_path / f"{number}.png" for number in range(2)]
-    for path, image in zip(pictures, tiny_families.pictures([(2, 300), (20, 112)]), strict=True):
-        image.save(path)
-    assert verified(directory, "--exits=1,4", *(f"--image={path}" for path in pictures)) == 0
-    table = capsys.readouterr().out
-    for line in ("token ids", "pixels", "image grid thw", "mm token type ids", "hidden states 0..4"):
-        assert line in table
-    assert "FAIL" not in table
 
 
 def test_random_rows_where_qwen_has_no_tokenizer(tmp_path, capsys):
