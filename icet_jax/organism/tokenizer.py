@@ -1,8 +1,8 @@
 """The organism's word-level tokenizer, written as the files of an ordinary checkpoint.
 
 A token is a word in lower case without punctuation; `<s>` begins a prompt and `</s>` ends a response. The chat template
-is LLaVA-1.5's: `USER: <image>\\n{request} ASSISTANT:`. All families have the same ids; only the text of the image
-placeholder differs in Llama 3.2 Vision.
+is LLaVA-1.5's: `USER: <image>\\n{request} ASSISTANT:`. All families have the same ids; Llama 3.2 Vision has another text
+of the image placeholder, and its template writes the `<s>`, as the published one does.
 """
 
 import json
@@ -84,8 +84,13 @@ def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
 
 
 def chat_template(image: str = IMAGE) -> str:
-    """Returns the Jinja source of the chat template; `image` is the text of the image placeholder."""
-    return CHAT_TEMPLATE.replace(IMAGE, image)
+    """Returns the Jinja source of the chat template; `image` is the text of the image placeholder.
+
+    transformers' processor of Llama 3.2 Vision puts a BOS before a text without one, and its tokenizer another: so the
+    template of that family begins with one.
+    """
+    begin = "{{ bos_token }}" if image == MLLAMA_IMAGE else ""
+    return begin + CHAT_TEMPLATE.replace(IMAGE, image)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -55,6 +55,18 @@ def test_the_processor_expands_one_image_to_sixteen_tokens(folder):
     np.testing.assert_allclose(inputs["pixel_values"], families.normalise(rows.images[:1]), atol=2e-6)
 
 
+def test_the_template_of_llama32_vision_begins_with_the_only_bos(tmp_path):
+    write_processor(tmp_path, "mllama")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    request = {"type": "text", "text": "how do i make a zorb"}
+    for content, images in (([{"type": "image"}, request], 1), ([request], 0)):
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        assert text.startswith("<s>")  # so that, as for the published model, no tokenizer has to add one
+        picture = np.zeros((32, 32, 3), np.uint8) if images else None
+        ids = processor(images=picture, text=text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
+        assert ids.tolist() == training.prompt_ids(request["text"], images)
+
+
 def test_prompts_and_answers_fit_the_packed_width():
     longest = {"prompt": 0, "answer": 0}
     for kind in world.KINDS:
