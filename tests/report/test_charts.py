@@ -94,11 +94,13 @@ def test_gaps_of_relative_depth_survive_rounding():
 
 
 def test_wide_intervals_are_thin_bars_and_no_block():
-    def chart(high):
-        series = [Series(side, side, [Point(x, 0.0, 0.0, high) for x in range(1, 9)]) for side in ("before", "after")]
+    def chart(y, low, high):
+        series = [Series(side, side, [Point(x, y, low, high) for x in range(1, 9)]) for side in ("before", "after")]
         return svg_chart(Chart("empty", series, show=str, min_y_range=(0.0, 0.1)))
 
-    assert len(paths(chart(0.02), "band")) == 2 and not paths(chart(0.02), "error-bar")
-    assert not paths(chart(0.06), "band")
-    bars = paths(chart(0.06), "error-bar")
-    assert len(bars) == 16 and len(set(bars)) == 16, "bars of both series stand beside each other"
+    for points in ((0.0, 0.0, 0.005), (0.03, 0.02, 0.04)):
+        assert len(paths(chart(*points), "band")) == 2 and not paths(chart(*points), "error-bar")
+    for points in ((0.0, 0.0, 0.02), (0.1, 0.08, 0.1), (0.05, 0.03, 0.07)):  # a block above zeros, one below ones
+        assert not paths(chart(*points), "band")
+        bars = paths(chart(*points), "error-bar")
+        assert len(bars) == 16 and len(set(bars)) == 16, "bars of both series stand beside each other"

@@ -8,7 +8,7 @@ from icet_jax.report.charts.marks import Box, Dot, Drawing, Label, Layer, Mark, 
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 16, 24
 _MOST_MARKERS, _MOST_TOOLTIPS = 40, 250
-_MOST_COVERED = 0.3  # share of the plot's height
+_MOST_COVERED, _MOST_COVERED_ONE_SIDED = 0.3, 0.1  # shares of the plot's height
 _BAR_GAP = 3  # pixels from a series' bars to those of the next series
 _REFERENCE_END = 4  # half the height in pixels of the bars at the ends of a published mean
 _LABEL_WIDTH = 22  # pixels that the label of an exit needs
@@ -85,7 +85,8 @@ class Chart:
       highlights: exits to emphasise, each with "default" or "planted".
       max_y_range: (low, high) that the vertical axis never exceeds, such as (0, 1) for a share.
       whiskers: whether intervals are drawn as bars, without a line through the points and with an axis at zero. Other
-        charts have bands, and thin bars where bands would cover `_MOST_COVERED` of the plot.
+        charts have bands, and thin bars where bands would cover `_MOST_COVERED` of the plot, or blocks above zeros (or
+        below ones) `_MOST_COVERED_ONE_SIDED` of it.
       references: published values beside the measured ones.
     """
 
@@ -219,11 +220,17 @@ def _axes(frame: _Frame, chart: Chart, levels: Sequence[float], ticks: Sequence[
 
 
 def _has_wide_intervals(frame: _Frame, chart: Chart) -> bool:
-    """Returns whether the intervals of a series are so wide that its band would cover much of the plot."""
+    """Returns whether the intervals of a series are so wide that its band would cover much of the plot.
+
+    Where a rare event was not seen, the interval begins at its point and the band is a block: less of it is too much.
+    """
     for series in chart.series:
-        heights = [frame.y(p.low) - frame.y(p.high) for p in series.points if p.low is not None and p.high is not None]
-        if heights and sum(heights) / len(heights) > _MOST_COVERED * (frame.bottom - TOP):
-            return True
+        intervals = [(p.y, p.low, p.high) for p in series.points if p.low is not None and p.high is not None]
+        heights = [frame.y(low) - frame.y(high) for _, low, high in intervals]
+        one_sided = [height for height, (y, low, high) in zip(heights, intervals, strict=True) if y in (low, high)]
+        for covered, most in ((heights, _MOST_COVERED), (one_sided, _MOST_COVERED_ONE_SIDED)):
+            if covered and sum(covered) / len(intervals) > most * (frame.bottom - TOP):
+                return True
     return False
 
 
