@@ -18,7 +18,6 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
 from icet_jax.exit_groups import exit_groups
 
@@ -179,6 +178,8 @@ def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]
 
 def student_quantile(degrees: int) -> float:
     """Returns the two-sided 95% quantile of Student's t: 12.71 for 1 degree of freedom, 1.96 for many."""
+    from scipy.special import stdtrit  # takes as long to import as flax
+
     return float(stdtrit(degrees, 0.975))
 
 
