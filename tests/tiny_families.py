@@ -67,10 +67,10 @@ MLLAMA_TEXT = {
     "vocab_size": MLLAMA_VOCAB,
     "hidden_size": 32,
     "intermediate_size": 53,
-    "num_hidden_layers": 10,
+    "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "cross_attention_layers": [3, 8],
+    "cross_attention_layers": [1, 4],
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }

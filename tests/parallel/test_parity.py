@@ -34,7 +34,7 @@ def llava_next(folder):
 def mllama(folder):
     """A vocabulary that no mesh divides."""
     vision = {**TOWER, "attention_heads": 8, "num_global_layers": 1, "intermediate_layers_indices": [1]}
-    text = {**DECODER, "num_hidden_layers": 5, "cross_attention_layers": [3], "num_key_value_heads": 8}
+    text = {**DECODER, "num_hidden_layers": 3, "cross_attention_layers": [1], "num_key_value_heads": 8}
     tiny_families.save_mllama(folder, tiny_families.mllama(vision=vision, **text))
 
 
