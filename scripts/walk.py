@@ -7,7 +7,7 @@ The folder has what the pages expect of the reader: DIR is a miniature checkpoin
 folder with rows. A config of a published model is replaced by its `:smoke` variant, which uses miniatures of weights,
 judges and data sets. A command that is on several pages runs once.
 
-Commands run side by side, one more than there are cores. Those that name the same output run one after the other, in
+Commands run side by side, one more than there are cores, or as many as `--at-once` says. Those that name the same output run one after the other, in
 the order of the pages. As in the tests, XLA optimises almost nothing, and all commands share their compiled programs.
 """
 
@@ -42,7 +42,8 @@ LEFT_OUT = (  # (pattern of commands that need more than this machine has, what 
 OUTPUTS = ("--workdir=", "--out=", "--config.data.directory=")  # flags with a path that a command may write to
 _SAME = ("--workdir=", "--config.data.root=", "--config.data.directory=")
 """Flags in which commands may differ that do the same with miniatures; the first of them is run."""
-AT_ONCE = min(4, (os.cpu_count() or 1) + 1)  # processes wait for files and for their imports
+AT_ONCE = min(4, (os.cpu_count() or 1) + 1)
+"""Commands that run at a time, unless `--at-once` says so: they wait for files and for their imports."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="run nothing")
     parser.add_argument("--demo", type=Path, default=ROOT / "runs" / "organism", help="the run of `make demo`")
     parser.add_argument("--only", default="", help="commands that contain this")
+    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="commands that run at a time")
     options = parser.parse_args()
     chosen: list[Command] = []
     exit_codes: list[int] = []
@@ -164,22 +166,25 @@ def main() -> int:
     if chosen:
         with tempfile.TemporaryDirectory() as name:
             furnish(Path(name), options.demo)
-            exit_codes = run_all(chosen, Path(name))
+            exit_codes = run_all(chosen, Path(name), options.at_once)
     print(f"{len(exit_codes)} commands ran, {sum(map(bool, exit_codes))} of them failed; {num_left_out} left out")
     return int(any(exit_codes))
 
 
-def run_all(chosen: Sequence[Command], folder: Path) -> list[int]:
-    """Runs each command as soon as all earlier ones that name one of its outputs have ended; returns the exit codes."""
+def run_all(chosen: Sequence[Command], folder: Path, at_once: int = AT_ONCE) -> list[int]:
+    """Runs commands, up to `at_once` at a time, and returns their exit codes.
+
+    Each waits for all earlier ones that name one of its outputs.
+    """
     outputs = {word.partition("=")[2] for command in chosen for word in command.words if word.startswith(OUTPUTS)}
     waiting, running, exit_codes = list(chosen), dict[Future[int], Command](), list[int]()
     owners: dict[str, tuple[str, ...]] = {}
-    with ThreadPoolExecutor(AT_ONCE) as threads:
+    with ThreadPoolExecutor(at_once) as threads:
         while waiting or running:
             in_use = {path for command in running.values() for path in command.names(outputs)}
             for command in tuple(waiting):
                 paths = command.names(outputs)
-                if len(running) < AT_ONCE and not paths & in_use:
+                if len(running) < at_once and not paths & in_use:
                     running[threads.submit(run, command, folder, owners)] = command
                     waiting.remove(command)
                 in_use |= paths

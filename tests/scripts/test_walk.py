@@ -47,14 +47,13 @@ pathlib.Path(f"runs/{own.name}").touch()
 """
 
 
-def test_commands_that_name_one_place_run_in_order_and_others_side_by_side(tmp_path, monkeypatch):
+def test_commands_that_name_one_place_run_in_order_and_others_side_by_side(tmp_path):
     """Two commands wait for each other; the one between them on the page reads what the first writes."""
-    monkeypatch.setattr(walk, "AT_ONCE", 2)
     exists = "import pathlib, sys; sys.exit(not pathlib.Path('runs/first').exists())"
     words = [("-c", MEET, "first", "second", "--out=runs/first"), ("-c", exists, "--checkpoint=runs/first/hf")]
     words.append(("-c", MEET, "second", "first", "--out=runs/second"))
     commands = [walk.Command("page.md", line, (sys.executable, *each)) for line, each in enumerate(words)]
-    assert walk.run_all(commands, tmp_path) == [0, 0, 0]
+    assert walk.run_all(commands, tmp_path, at_once=2) == [0, 0, 0]
 
 
 def test_a_run_directory_is_one_command_s(tmp_path):
