@@ -110,7 +110,7 @@ def _decoder(kind: str, head: str, config: dict[str, Any]) -> Any:
 def llama_lm(seed: int = 0, *, kind: str = "Llama", scale: float = 1.0, **config: Any) -> Any:
     """A `...ForCausalLM` with grouped-query attention; `rope_parameters=LLAMA3_ROPE` scales its frequencies.
 
-    `kind` is Llama, Mistral or Qwen2.
+    `kind` is Llama, Mistral, Qwen2 or Qwen3.
     """
     return randomise(_decoder(kind, "CausalLM", config), seed, scale)
 
@@ -160,7 +160,7 @@ _TOKENIZERS = {
     "bert": _bert_tokenizer,
     "roberta": _roberta_tokenizer,
     "deberta-v2": _deberta_tokenizer,
-    **dict.fromkeys(("llama", "mistral", "qwen2"), _llama_tokenizer),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama_tokenizer),
 }
 
 

@@ -30,6 +30,7 @@ class Decoder:
       biased: projections that always have a bias.
       bias_fields: {field of config.json: projections that have a bias if the field is true}. A file in which another
         field of this sort is true is refused.
+      qk_norm: whether each head's queries and keys are normalised before the rotary embedding.
       window: when attention is limited to the last `sliding_window` tokens: "never"; "unless null", if the field
         `sliding_window` is set; "if used", if the field `use_sliding_window` is true.
     """
@@ -38,6 +39,7 @@ class Decoder:
     defaults: JsonObject
     biased: tuple[str, ...] = ()
     bias_fields: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    qk_norm: bool = False
     window: Literal["never", "unless null", "if used"] = "never"
 
 
@@ -49,12 +51,16 @@ _MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_
 _QWEN2 = {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
 }  # fmt: skip
+_QWEN3 = _QWEN2 | {"head_dim": 128}
 _WINDOW = {"sliding_window": 4096}
 
 DECODERS = {
     "llama": Decoder("llama", _LLAMA, bias_fields={"attention_bias": _ATTENTION, "mlp_bias": _MLP}),
     "mistral": Decoder("mistral", _LLAMA | _MISTRAL | _WINDOW, window="unless null"),
     "qwen2": Decoder("qwen2", _LLAMA | _QWEN2 | _WINDOW, biased=("q_proj", "k_proj", "v_proj"), window="if used"),
+    "qwen3": Decoder(
+        "qwen3", _LLAMA | _QWEN3 | _WINDOW, bias_fields={"attention_bias": _ATTENTION}, qk_norm=True, window="if used"
+    ),
 }
 """{`model_type`: decoder}; the keys are those of `icet_jax.config.names.DECODERS`."""
 
@@ -100,6 +106,7 @@ def decoder_from_hf(
         raise fields.fail("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
     if fields.size("head_dim") % 2:
         raise fields.fail("head_dim", "an even number")
+    _check_layer_types(fields, kind, _window(values, kind, where))
     theta, scaling = _rope(fields)
     return LlamaConfig(
         vocab_size=fields.size("vocab_size"),
@@ -114,6 +121,7 @@ def decoder_from_hf(
         rope_scaling=scaling,
         tie_word_embeddings=tied or bool(fields.values.get("tie_word_embeddings", False)),
         biased=_biased(fields, kind),
+        qk_norm=kind.qk_norm,
     )
 
 
@@ -128,6 +136,14 @@ def _biased(fields: Fields, kind: Decoder) -> tuple[str, ...]:
         if fields.choice(field, (True, False)):
             names += kind.bias_fields[field]
     return names
+
+
+def _check_layer_types(fields: Fields, kind: Decoder, window: int | None) -> None:
+    """Raises a `UserError` if `layer_types` names layers that are not the network's for texts within the window."""
+    types = fields.values.get("layer_types", []) if kind.window == "if used" else []
+    allowed = ("full_attention",) if window is None else ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or any(layer not in allowed for layer in types):
+        raise fields.fail("layer_types", f"a list of {' or '.join(map(repr, allowed))}")
 
 
 def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
@@ -162,7 +178,11 @@ def attention_window(values: JsonObject, where: str = "config.json") -> int | No
     Raises:
       UserError: the part has no supported `model_type`, or its `sliding_window` is not a positive integer.
     """
-    kind = decoder_kind(values, where)
+    return _window(values, decoder_kind(values, where), where)
+
+
+def _window(values: JsonObject, kind: Decoder, where: str) -> int | None:
+    """Returns `attention_window` of a decoder of this kind."""
     is_null = "sliding_window" in values and values["sliding_window"] is None
     if kind.window == "never" or is_null or (kind.window == "if used" and not values.get("use_sliding_window")):
         return None
@@ -192,12 +212,15 @@ def decoder_to_hf(config: LlamaConfig, dtype: str, model_type: str = "llama") ->
       model_type: model type of the part.
 
     Raises:
-      ValueError: a decoder of this model type cannot have biases at exactly the projections that have one.
+      ValueError: a decoder of this model type cannot have biases at exactly the projections that have one, or its
+        queries and keys are normalised and the config's are not, or the other way round.
     """
     rope, kind = config.rope_scaling, DECODERS.get(model_type, Decoder(model_type, {}))
     bias_fields = [field for field, names in kind.bias_fields.items() if set(names) <= set(config.biased)]
     if {*kind.biased, *(name for field in bias_fields for name in kind.bias_fields[field])} != set(config.biased):
         raise ValueError(f"a {model_type} decoder has no way to say that the biased projections are {config.biased}")
+    if config.qk_norm != kind.qk_norm:
+        raise ValueError(f"a {model_type} decoder has no way to say that qk_norm is {config.qk_norm}")
     return {
         "model_type": model_type,
         **{field: getattr(config, field) for field in _SIZES},

@@ -195,6 +195,8 @@ def llama_entries(config: LlamaConfig, root: str, path: str, head: str | None) -
     attention = tuple((f"self_attn.{name}", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
     linears = (*attention, *((f"mlp.{name}", name) for name in ("gate_proj", "up_proj", "down_proj")))
     norms = tuple((name, name) for name in ("input_layernorm", "post_attention_layernorm"))
+    if config.qk_norm:
+        norms += tuple((f"self_attn.{name}", name) for name in ("q_norm", "k_norm"))
     keys, paths, depth = f"{root}.layers", f"{path}/layers", config.num_hidden_layers
     yield from stacked(keys, paths, norms, NORM_SCALE, depth)
     yield from stacked(keys, paths, linears, LINEAR_KERNEL, depth)

@@ -59,7 +59,7 @@ FAMILIES = {
 }
 """{`model_type` in a checkpoint's config.json: that family}."""
 
-DECODERS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+DECODERS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """{`model_type` of a decoder: beginning of its HF classes, `...ForCausalLM` and `...ForSequenceClassification`}.
 
 `icet_jax.checkpoints.decoders` defines how each decoder is read."""

@@ -81,6 +81,7 @@ class FusedLayer:
     Attributes:
       attention_in, attention_out, gate_up, down: the projections; the first one is of q, k and v.
       norms: scales of the norms before attention and before the MLP.
+      head_norms: scales of the norms of each head's queries and keys; None if the decoder has none.
       config: sizes of the decoder, static.
     """
 
@@ -89,6 +90,7 @@ class FusedLayer:
     gate_up: JoinedLinear
     down: JoinedLinear
     norms: tuple[Any, Any]
+    head_norms: tuple[Any, Any] | None
     config: "LlamaConfig" = flax.struct.field(pytree_node=False)
 
     def qkv(self, x: Float[Array, "B T E"], angles: Any, lora: Any, scale: float) -> tuple[Array, Array, Array]:
@@ -96,7 +98,12 @@ class FusedLayer:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         normed = layers.rms_norm(x, self.norms[0], self.config.rms_norm_eps)
         y = layers.split_heads(self.attention_in(normed), heads + 2 * kv_heads)
-        rotated = layers.rotate(y[:, :, : heads + kv_heads], *angles)
+        queries_keys = y[:, :, : heads + kv_heads]
+        if self.head_norms is not None:
+            parts = zip(jnp.split(queries_keys, [heads], axis=2), self.head_norms, strict=True)
+            normed_parts = [layers.rms_norm(part, scales, self.config.rms_norm_eps) for part, scales in parts]
+            queries_keys = jnp.concatenate(normed_parts, axis=2)
+        rotated = layers.rotate(queries_keys, *angles)
         return rotated[:, :, :heads], rotated[:, :, heads:], y[:, :, heads + kv_heads :]
 
     def after_attention(
@@ -130,6 +137,7 @@ def fuse(
         gate_up=joined("gate_proj", "up_proj"),
         down=joined("down_proj"),
         norms=(weights["input_layernorm"]["scale"], weights["post_attention_layernorm"]["scale"]),
+        head_norms=(weights["q_norm"]["scale"], weights["k_norm"]["scale"]) if config.qk_norm else None,
         config=config,
     )
 

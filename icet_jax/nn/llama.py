@@ -35,9 +35,10 @@ class RopeScaling:
 class LlamaConfig:
     """Holds the sizes of the decoder under HF's names.
 
-    Two fields do not exist in HF's config. `mrope_section` says how many rotary frequencies use the first, the second
+    Three fields do not exist in HF's config. `mrope_section` says how many rotary frequencies use the first, the second
     and the third position of a token (multimodal rotary embedding); it is empty if a token has one position. `biased`
-    lists the projections that have a bias, such as "q_proj".
+    lists the projections that have a bias, such as "q_proj". `qk_norm` says whether each head's queries and keys are
+    normalised before the rotary embedding (HF `Qwen3Attention`).
     """
 
     vocab_size: int
@@ -53,6 +54,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     mrope_section: tuple[int, ...] = ()
     biased: tuple[str, ...] = ()
+    qk_norm: bool = False
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -99,6 +101,8 @@ class LlamaBlocks(nnx.Module):
         norm: Keywords = dict(epsilon=config.rms_norm_eps, param_dtype=param_dtype, layers=depth)
         self.input_layernorm = layers.RMSNorm(config.hidden_size, **norm)
         self.post_attention_layernorm = layers.RMSNorm(config.hidden_size, **norm)
+        self.q_norm = layers.RMSNorm(config.head_dim, **norm) if config.qk_norm else None
+        self.k_norm = layers.RMSNorm(config.head_dim, **norm) if config.qk_norm else None
         shapes = lora_shapes(config)
 
         def projection(name: str, residual: bool = False) -> layers.Linear:
@@ -120,8 +124,9 @@ class LlamaBlocks(nnx.Module):
 
     def query(self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float) -> Float[Array, "B T H D"]:
         """Returns the queries, with rotary embedding."""
-        q = self.q_proj(self.input_layernorm(x), lora.get("q_proj"), scale)
-        return layers.rotate(layers.split_heads(q, self.config.num_attention_heads), *angles)
+        y, heads = self.input_layernorm(x), self.config.num_attention_heads
+        q = layers.split_heads(self.q_proj(y, lora.get("q_proj"), scale), heads)
+        return layers.rotate(q if self.q_norm is None else self.q_norm(q), *angles)
 
     def keys_values(
         self, x: Float[Array, "B T E"], angles: Angles, lora: Adapters, scale: float
@@ -130,7 +135,7 @@ class LlamaBlocks(nnx.Module):
         y, heads = self.input_layernorm(x), self.config.num_key_value_heads
         k = layers.split_heads(self.k_proj(y, lora.get("k_proj"), scale), heads)
         v = layers.split_heads(self.v_proj(y, lora.get("v_proj"), scale), heads)
-        return layers.rotate(k, *angles), v
+        return layers.rotate(k if self.k_norm is None else self.k_norm(k), *angles), v
 
     def after_attention(
         self, x: Float[Array, "B T E"], attended: Float[Array, "B T HD"], lora: Adapters, scale: float

@@ -38,7 +38,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/qkv/kernel", P(None, None, "fsdp", "tensor")),
     (r"layers/qkv/bias", P(None, None, "tensor")),
     # Layers for decoding steps with joined projections, which are not used if a mesh splits weights.
-    (r"layers/((attention_in|attention_out|gate_up|down)/(kernel|a|bias)|norms)", P()),
+    (r"layers/((attention_in|attention_out|gate_up|down)/(kernel|a|bias)|(head_)?norms)", P()),
     # GPT-2's fused q, k, v cannot be split by heads, so its attention is not split over `tensor`.
     (r"layers/c_attn/kernel", P(None, "fsdp", None)),
     (r"layers/c_proj/kernel", P(None, None, "fsdp")),

@@ -154,7 +154,7 @@ def edit(directory, change):
     [
         ("text_config", "attention_bias", "yes", "text_config: attention_bias='yes' is not supported; needs True or"),
         ("text_config", "hidden_act", "relu", "text_config: hidden_act='relu' is not supported; needs 'silu'"),
-        ("text_config", "model_type", "qwen3", "text_config: model_type='qwen3' is not supported; needs 'llama' or"),
+        ("text_config", "model_type", "gemma", "text_config: model_type='gemma' is not supported; needs 'llama' or"),
         ("text_config", "model_type", "mistral", "sliding_window=4096 (the default) is not supported; needs null"),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type 'linear' is not supported"),
         ("text_config", "rope_theta", "big", "rope_theta='big' is not supported; needs a number"),

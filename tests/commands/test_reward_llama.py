@@ -170,7 +170,7 @@ def test_the_chat_template_is_the_default_where_there_is_one(tmp_path, own, give
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_a_base_scores_as_transformers_does_with_the_same_head(tmp_path, kind, tied, side):
     import transformers
 

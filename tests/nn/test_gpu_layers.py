@@ -18,8 +18,8 @@ from tests.nn.test_attention import padding
 ROWS, LENGTH, ROOM = 5, 13, 4
 
 
-def network(biased=()):
-    config = dataclasses.replace(toy.TEXT, biased=biased, num_attention_heads=4, num_key_value_heads=2)
+def network(biased=(), qk_norm=False):
+    config = dataclasses.replace(toy.TEXT, biased=biased, qk_norm=qk_norm, num_attention_heads=4, num_key_value_heads=2)
     graphdef, state = nnx.split(Llama(config, rngs=nnx.Rngs(0)))
     leaves, structure = jax.tree.flatten(state)
     noise = jax.random.split(jax.random.key(1), len(leaves))  # biases are not zero
@@ -32,10 +32,14 @@ def adapters(config, targets):
     return Lora(jax.tree.map(lambda leaf: leaf + 0.1, lora.weights), lora.scale)
 
 
-@pytest.mark.parametrize("biased", [(), ("q_proj", "k_proj", "v_proj")], ids=["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("biased", "qk_norm"),
+    [((), False), (("q_proj", "k_proj", "v_proj"), False), ((), True)],
+    ids=["llama", "qwen2", "qwen3"],
+)
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj", "gate_proj", "down_proj")], ids=["plain", "lora"])
-def test_joined_projections_decode_the_same(monkeypatch, biased, targets):
-    model = network(biased)
+def test_joined_projections_decode_the_same(monkeypatch, biased, qk_norm, targets):
+    model = network(biased, qk_norm)
     lora = adapters(model.config, targets) if targets else None
     mask = jnp.arange(LENGTH) < jnp.array([13, 5, 9, 1, 0])[:, None]
     embeddings = jax.random.normal(jax.random.key(3), (ROWS, LENGTH, model.config.hidden_size))

@@ -1,4 +1,4 @@
-"""Llama, Mistral and Qwen2 as language models and reward models agree with transformers, generation included."""
+"""Llama, Mistral, Qwen2 and Qwen3 as language models and reward models agree with transformers, generation included."""
 
 import functools
 
@@ -28,12 +28,15 @@ CASES = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"kind": "Mistral", "sliding_window": 40},  # beyond the longest row
     "qwen2": {"kind": "Qwen2"},
+    "qwen3": {"kind": "Qwen3", "head_dim": 10},  # not hidden_size / num_attention_heads
+    "qwen3, tied, biased": {"kind": "Qwen3", "head_dim": 10, "tie_word_embeddings": True, "attention_bias": True},
 }
 LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
 GUARD_1 = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128)
 GUARD_3 = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5, rope_scaling=LLAMA3)
 HARMBENCH = LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128)
 QWEN2_7B = LlamaConfig(152064, 3584, 18944, 28, 28, 4, 128, biased=("q_proj", "k_proj", "v_proj"))
+QWEN3_8B = LlamaConfig(151936, 4096, 12288, 36, 32, 8, 128, rms_norm_eps=1e-6, rope_theta=1e6, qk_norm=True)
 
 
 def rows(lengths, **options):
@@ -73,8 +76,9 @@ def test_rotary_frequencies_of_llama_guard_3():
     assert frequencies[[31, 32, 63]] == pytest.approx([8.5675146e-4, 5.24846022e-4, 3.06892588e-7], rel=1e-6)
 
 
-def test_greedy_generation_is_that_of_transformers(tmp_path):
-    model = tiny_scorers.llama_lm(seed=2, rope_parameters=tiny_scorers.LLAMA3_ROPE, **CASES["biases"])
+@pytest.mark.parametrize("case", ["biases", "qwen3, tied, biased"])
+def test_greedy_generation_is_that_of_transformers(tmp_path, case):
+    model = tiny_scorers.llama_lm(seed=2, rope_parameters=tiny_scorers.LLAMA3_ROPE, **CASES[case])
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, model))
     lengths = [4, 11, 26]
     sampling = Sampling(max_new_tokens=12, temperature=0.0, eos_ids=(tiny.EOS,), pad_id=tiny.PAD)
@@ -94,7 +98,7 @@ def test_greedy_generation_is_that_of_transformers(tmp_path):
         np.testing.assert_array_equal(np.asarray(out.tokens)[:, : expected.shape[1]], expected)
 
 
-@pytest.mark.parametrize("case", ["llama3 rope", "deeper", "mistral", "qwen2"])
+@pytest.mark.parametrize("case", ["llama3 rope", "deeper", "mistral", "qwen2", "qwen3"])
 def test_rewards_agree(tmp_path, case):
     model = tiny_scorers.llama_reward(seed=3, **CASES[case])
     checkpoint = load_scorer_network(tiny_scorers.save(tmp_path, model))
@@ -137,9 +141,10 @@ def test_bfloat16_stays_near(tmp_path):
         (LlamaLM, GUARD_3, 8_030_261_248),
         (LlamaLM, HARMBENCH, 13_015_864_320),
         (LlamaLM, QWEN2_7B, 7_615_616_512),
+        (LlamaLM, QWEN3_8B, 8_190_735_360),
         (LlamaRewardModel, GUARD_3, 7_504_928_768),
     ],
-    ids=["guard-1", "guard-3", "harmbench", "qwen2-7b", "rm-8b"],
+    ids=["guard-1", "guard-3", "harmbench", "qwen2-7b", "qwen3-8b", "rm-8b"],
 )
 def test_parameters_at_full_size_are_the_published_ones_and_have_rules(module, config, published):
     assert_full_size(module, config, published)
