@@ -107,6 +107,11 @@ SCORERS = {
     "llama_guard": ScorerName(
         "icet_jax.scorers.decoder_judge", {"template": str, "max_new_tokens": int}, ("LlamaForCausalLM",)
     ),
+    "qwen3_guard": ScorerName(
+        "icet_jax.scorers.decoder_judge",
+        {"template": str, "controversial": str, "max_new_tokens": int},
+        ("Qwen3ForCausalLM",),
+    ),
     "decoder_judge": ScorerName(
         "icet_jax.scorers.decoder_judge",
         {"template": str, "unsafe": str, "safe": str, "max_new_tokens": int},

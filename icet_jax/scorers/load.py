@@ -51,7 +51,7 @@ def load_scorer(
     Args:
       path_or_id: "refusal_keywords", or the directory or hub id of a checkpoint.
       kind: kind of scorer, a key of `icet_jax.config.names.SCORERS`. None determines it from config.json and, for a
-        Llama, also from the checkpoint's name.
+        Llama or Qwen3, also from the checkpoint's name.
       template: how prompt and response become the text that the scorer reads. For a reward model on GPT-2 or DeBERTa,
         the first segment, which contains `{prompt}` (by default `HH_TEMPLATE` and "{prompt}"). For a decoder, the whole
         text with `{prompt}` and `{response}` (by default the checkpoint's chat template). For a judge, also a function
@@ -195,8 +195,8 @@ def _scorer_factory(kind: str) -> Callable[..., Scorer]:
 def _detect_kind(hf_class: str, tokenizer: Tokenizer, identity: str) -> str:
     """Returns the kind of scorer that a checkpoint is.
 
-    Most Hugging Face classes belong to one kind. A Llama that generates its verdict is a Llama Guard or a decoder
-    judge; which of the two follows from its name (`identity`) or chat template.
+    Most Hugging Face classes belong to one kind. A Llama or Qwen3 that generates its verdict is a guard of that family
+    or a decoder judge; which of the two follows from its name (`identity`) or chat template.
 
     Raises:
       UserError: the class belongs to several kinds, and neither name nor chat template shows which.
@@ -204,10 +204,9 @@ def _detect_kind(hf_class: str, tokenizer: Tokenizer, identity: str) -> str:
     kinds = [kind for kind, scorer in SCORERS.items() if hf_class in scorer.architectures]
     if len(kinds) == 1:
         return kinds[0]
-    if re.search(r"llama-?guard", identity, re.IGNORECASE) or "UNSAFE CONTENT CATEGORIES" in str(
-        tokenizer.chat_template
-    ):
-        return "llama_guard"
+    is_guard = re.search(r"(llama|qwen3)-?guard", identity, re.IGNORECASE)
+    if is_guard or "UNSAFE CONTENT CATEGORIES" in str(tokenizer.chat_template):
+        return next(kind for kind in kinds if kind.endswith("_guard"))
     if "harmbench" in identity.lower():
         return "decoder_judge"
     raise UserError(f"{identity.split()[0]}: a {hf_class} may judge in several ways; give kind, {' or '.join(kinds)}")

@@ -74,7 +74,7 @@ def chat_template(tokenizer: Tokenizer, *, answer: bool) -> Render:
 
     Args:
       tokenizer: transformers' tokenizer, with a chat template.
-      answer: True to end the text where the judge's answer begins (Llama Guard), False to end it after the assistant's
+      answer: True to end the text where the judge's answer begins (guards), False to end it after the assistant's
         message (reward models).
 
     Raises:
@@ -105,6 +105,15 @@ def chat_template(tokenizer: Tokenizer, *, answer: bool) -> Render:
 def categories(render: Render) -> frozenset[str]:
     """Returns the category codes that a Llama Guard template defines: "S1" if one of its lines begins with "S1:"."""
     return frozenset(re.findall(r"^\s*([SO]\d{1,2}):", render(*_PROBE), re.MULTILINE))
+
+
+def category_names(render: Render) -> frozenset[str]:
+    """Returns the categories that a Qwen3Guard template defines, one a line, without the full stop at their ends."""
+    found = re.search(
+        r"<BEGIN UNSAFE CONTENT CATEGORIES>\n(.*?)<END UNSAFE CONTENT CATEGORIES>", render(*_PROBE), re.DOTALL
+    )
+    lines = found[1].splitlines() if found else []
+    return frozenset(filter(None, (line.strip().rstrip(".") for line in lines)))
 
 
 def probe_text(render: Render) -> str:

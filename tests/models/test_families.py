@@ -148,6 +148,16 @@ def test_transformers_gives_the_same_logits_from_every_export(tmp_path, sources,
     assert_agree(our_logits(load(out), rows), before)
 
 
+def test_a_qwen3_decoder_is_read_and_written(tmp_path):
+    model = tiny_families.llava_next(seed=4, backbone="qwen3", head_dim=10)
+    source = save(tmp_path / "in", model)
+    loaded = load_vlm(source)
+    rows = hf_rows(model)[:1]
+    assert_agree(our_logits(loaded, rows), hf_logits(model, rows))
+    out = save_vlm(tmp_path / "out", loaded.config, loaded.params, source_dir=source)
+    assert tensors(out) == tensors(source) and load_vlm(out).config == loaded.config
+
+
 def test_the_exported_configs_speak_the_old_dialect(tmp_path, sources):
     for name, source in sources.items():
         values = json.loads((source / "config.json").read_text()) | {"house": "kept"}

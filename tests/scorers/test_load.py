@@ -131,10 +131,20 @@ def test_kinds_are_told_by_config_name_or_chat_template(tmp_path):
         plain, kind="decoder_judge", template=lambda prompt, response: f"{prompt}/{response}", unsafe="bad"
     )
     assert asked.name == "vicuna" and asked.encode.render("a", "b") == "a/b"
+    qwen3 = tiny_scorers.save(tmp_path / "qwen3", tiny_scorers.llama_lm(kind="Qwen3"))
+    with pytest.raises(UserError, match="may judge in several ways; give kind, qwen3_guard or decoder_judge"):
+        load_scorer(qwen3)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "<BEGIN UNSAFE CONTENT CATEGORIES>{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(plain)
-    assert isinstance(load_scorer(plain), DecoderJudge)
+    for folder in (plain, qwen3):
+        tokenizer.save_pretrained(folder)
+        assert isinstance(load_scorer(folder), DecoderJudge)
+    for file in qwen3.glob("*templat*"):
+        file.unlink()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(qwen3)
+    with pytest.raises(UserError, match="has no chat template; copy chat_template.jinja"):
+        load_scorer(qwen3, kind="qwen3_guard")
 
 
 def test_a_wrong_template_is_named_before_the_weights_are_read(tmp_path):
