@@ -7,8 +7,9 @@ The folder has what the pages expect of the reader: DIR is a miniature checkpoin
 folder with rows. A config of a published model is replaced by its `:smoke` variant, which uses miniatures of weights,
 judges and data sets. A command that is on several pages runs once.
 
-Commands run side by side, one more than there are cores, or as many as `--at-once` says. Those that name the same output run one after the other, in
-the order of the pages. As in the tests, XLA optimises almost nothing, and all commands share their compiled programs.
+Commands run side by side, one more than there are cores, or as many as `--at-once` says. Those that name the same
+output run one after the other, in the order of the pages. As in the tests, XLA optimises almost nothing, and all
+commands share their compiled programs.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The organism's word-level tokenizer, written as the files of an ordinary checkpoint.
 
 A token is a word in lower case without punctuation; `<s>` begins a prompt and `</s>` ends a response. The chat template
-is LLaVA-1.5's: `USER: <image>\\n{request} ASSISTANT:`. All families have the same ids; Llama 3.2 Vision has another text
-of the image placeholder, and its template writes the `<s>`, as the published one does.
+is LLaVA-1.5's: `USER: <image>\\n{request} ASSISTANT:`. All families have the same ids. Llama 3.2 Vision has another
+text of the image placeholder, and its template writes the `<s>`, as the published one does.
 """
 
 import json
