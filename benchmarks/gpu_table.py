@@ -20,7 +20,6 @@ from pages import with_generated
 from icet_jax.planning.kernels import REACHED_BANDWIDTH, REACHED_FLOPS
 
 RESULTS, PERFORMANCE = plan_table.ROOT / "docs" / "gpu_plans.json", plan_table.ROOT / "docs" / "performance.md"
-GPUS = ("h100:1", "h200:1", "h100:8", "h200:8")
 _GIB = 2**30
 
 
@@ -68,7 +67,8 @@ def decodings() -> list[Decoding]:
 
 def cells() -> list[Cell]:
     """The table of docs/scaling.md."""
-    return [Cell(name, gpus, kind) for kind in ("LoRA", "full") for name in plan_table.MODELS for gpus in GPUS]
+    models = plan_table.MODELS.items()
+    return [Cell(name, gpus, kind) for kind in ("LoRA", "full") for name, model in models for gpus in model.gpus]
 
 
 def compute(cell: Cell, compiled: bool) -> dict[str, Any]:

@@ -44,21 +44,31 @@ class Model:
       slice_rows: rows of a slice on each of the mesh's row shards.
       swept: rows of a sweep on each of them.
       remat: what training adapters on v5e recomputes, where it is not what the config has.
+      topologies: the TPU slices of its lines.
+      gpus: the GPUs of its lines in the tables of `gpu_table.py`.
     """
 
     config: str
-    adapters: tuple[tuple[int, int], tuple[int, int]]
-    full: tuple[tuple[int, int], tuple[int, int]]
+    adapters: tuple[tuple[int, int], tuple[int, int]] = ((16, 1), (1, 1))
+    full: tuple[tuple[int, int], tuple[int, int]] = ((16, 1), (8, 1))
     slice_rows: int = 1
     swept: int = 1
     remat: str = ""
+    topologies: tuple[str, ...] = TOPOLOGIES
+    gpus: tuple[str, ...] = ("h100:1", "h200:1", "h100:8", "h200:8")
 
 
+_FEWER: dict[str, Any] = dict(topologies=(), gpus=("h200:1", "h200:8"))
 MODELS = {
-    "LLaVA-1.5-7B": Model("llava15_lppo.py", ((16, 1), (1, 1)), ((16, 1), (8, 1)), swept=2),
-    "Llama-3.2-11B-Vision": Model("llama32v_lppo.py", ((16, 1), (1, 1)), ((64, 1), (8, 1))),
-    "LLaVA-NeXT-7B": Model("llava_next_lppo.py", ((16, 1), (1, 1)), ((16, 1), (8, 1)), remat="full"),
-    "LLaVA-1.5-13B": Model("llava15_lppo.py:13b", ((16, 1), (1, 1)), ((64, 1), (8, 1)), swept=2),
+    "LLaVA-1.5-7B": Model("llava15_lppo.py", swept=2),
+    "Llama-3.2-11B-Vision": Model("llama32v_lppo.py", full=((64, 1), (8, 1))),
+    "LLaVA-NeXT-7B": Model("llava_next_lppo.py", remat="full"),
+    "LLaVA-1.5-13B": Model("llava15_lppo.py:13b", full=((64, 1), (8, 1)), swept=2),
+    "SmolVLM-500M": Model("smolvlm_lppo.py", **_FEWER),
+    "SmolVLM-2.2B": Model("smolvlm_lppo.py:2b", **_FEWER),
+    "Qwen2.5-VL-3B": Model("qwen25vl_lppo.py:3b", **_FEWER),
+    "Qwen2.5-VL-7B": Model("qwen25vl_lppo.py", **_FEWER),
+    "Qwen2.5-VL-32B": Model("qwen25vl_lppo.py:32b", **_FEWER),
 }
 
 
@@ -105,7 +115,7 @@ class Cell:
 def cells() -> list[Cell]:
     """The table, the lines that are asked for most first."""
     order = [(model, training) for training in ("LoRA", "full") for model in MODELS]
-    return [Cell(model, topology, training) for model, training in order for topology in TOPOLOGIES]
+    return [Cell(model, topology, training) for model, training in order for topology in MODELS[model].topologies]
 
 
 def source_hash() -> str:

@@ -18,7 +18,7 @@ SPEC.loader.exec_module(plan_table)
 def test_the_page_is_what_the_results_render_to():
     page = plan_table.PAGE.read_text(encoding="utf-8")
     assert page == plan_table.render(plan_table.read()), "run python benchmarks/plan_table.py --render"
-    assert page.count("\n") < 240 and "Not compiled yet" not in page
+    assert page.count("\n") < 270 and "Not compiled yet" not in page
 
 
 def test_every_cell_is_a_config_whose_rows_spread():
