@@ -37,7 +37,6 @@ from icet_jax.evaluation.batching import prompt_batch
 from icet_jax.evaluation.queue import Queue
 from icet_jax.files import write_text_atomic
 from icet_jax.generation.sampling import Sampling
-from icet_jax.nn.layers import positions_from_mask
 from icet_jax.nn.protocols import init_lora
 from icet_jax.parallel import distributed
 from icet_jax.parallel.mesh import make_mesh
@@ -187,7 +186,8 @@ class Bench:
         def last(params: Any, lora: Any) -> Any:
             model = nnx.merge(self.vlm.graphdef, params)
             visual = model.visual(model.encode(batch.images), jnp.full(1, layer))
-            return model.logits(model.decode(tokens, positions_from_mask(mask), mask, visual, lora))[0, -1]
+            positions = model.positions(tokens, mask, visual)
+            return model.logits(model.decode(tokens, positions, mask, visual, lora))[0, -1]
 
         logits = np.array(last(params, lora))
         logits[[token for token in self.vlm.suppress_ids if token < len(logits)]] = -np.inf
