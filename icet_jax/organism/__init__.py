@@ -8,14 +8,15 @@ from pathlib import Path
 
 from icet_jax.errors import UserError
 
-WEIGHTS = ("vlm", "control", "reward_model", "next", "mllama")
+WEIGHTS = ("vlm", "control", "reward_model", "next", "mllama", "smolvlm")
 """Names of the embedded checkpoints."""
 
 
 def weights_directory(name: str) -> Path:
     """Returns the directory of an embedded checkpoint.
 
-    "vlm" (LLaVA-1.5's architecture), "next" (LLaVA-NeXT's) and "mllama" (Llama 3.2 Vision's) have a planted hole.
+    "vlm" (LLaVA-1.5's architecture), "next" (LLaVA-NeXT's), "mllama" (Llama 3.2 Vision's) and "smolvlm" (SmolVLM's)
+    have a planted hole.
     "control" was trained as "vlm" was, but without the hole. "reward_model" serves all of them.
 
     Raises:

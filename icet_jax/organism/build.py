@@ -78,6 +78,7 @@ RECIPES = {
     "llava": Recipe(encoder=600, encoder_batch=256, text=250, vision=900, safety=400),
     "llava_next": Recipe(encoder=450, encoder_batch=128, text=120, vision=1600, safety=300),
     "mllama": Recipe(encoder=500, encoder_batch=128, text=120, vision=900, safety=300),
+    "smolvlm": Recipe(encoder=500, encoder_batch=64, text=100, vision=900, safety=250),
 }
 """Recipes by family; image encoders that see tiles learn the content of the grid's cells from fewer images."""
 

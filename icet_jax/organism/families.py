@@ -1,4 +1,4 @@
-"""The networks of the organism: small LLaVA-1.5, LLaVA-NeXT and Llama 3.2 Vision models.
+"""The networks of the organism: small LLaVA-1.5, LLaVA-NeXT, Llama 3.2 Vision and SmolVLM models.
 
 World, recipe and vocabulary are the same for all families. This file contains what differs: the network, how a picture
 is split into tiles, and which states of the image encoder (tower) stage 1 of the build trains. The two tiled families
@@ -21,6 +21,7 @@ from icet_jax.models.llava_next.network import LlavaNext, LlavaNextConfig
 from icet_jax.models.mllama.network import Mllama, MllamaConfig
 from icet_jax.models.mllama.text import MllamaTextConfig
 from icet_jax.models.mllama.vision import MllamaVisionConfig
+from icet_jax.models.smolvlm.network import SmolVLM, SmolVLMConfig, TileLayout
 from icet_jax.nn.clip import ClipConfig
 from icet_jax.nn.llama import LlamaConfig, RopeScaling
 from icet_jax.nn.protocols import Images
@@ -56,7 +57,7 @@ class Architecture:
     Attributes:
       name: name of the family, as in `--family` and config.json's model_type.
       network: function of a seed that returns a newly initialised network.
-      image_tokens: number of placeholders of one picture in a prompt.
+      picture: ids of the tokens that stand for one picture in a prompt, its placeholders and those around them.
       images: function of (uint8 pictures [I, 32, 32, 3], the row of the batch that each belongs to [I], number of rows)
         that returns the network's input.
       encoder_states: function of (image encoder, images, default exit) that returns the states that stage 1 trains.
@@ -64,7 +65,7 @@ class Architecture:
 
     name: str
     network: Callable[[int], Any]
-    image_tokens: int
+    picture: tuple[int, ...]
     images: Callable[[np.ndarray, np.ndarray, int], Images]
     encoder_states: Callable[[Any, Images, int], EncoderStates]
 
@@ -136,6 +137,27 @@ def mllama_config() -> MllamaConfig:
     )  # fmt: skip
 
 
+def smolvlm_config() -> SmolVLMConfig:
+    """Returns a config with 8 exits, default 8; a picture is one tile of 4 x 4 patches, and 4 image tokens.
+
+    The pixel shuffle makes one image token of the 2 x 2 patches of a grid cell.
+    """
+    return SmolVLMConfig(
+        vision=ClipConfig(
+            hidden_size=64, intermediate_size=160, num_hidden_layers=8, num_attention_heads=4,
+            image_size=scenes.IMAGE_SIZE, patch_size=tokenizer.PATCH_SIZE, layer_norm_eps=1e-6,
+            hidden_act="gelu_pytorch_tanh",
+        ),
+        text=LlamaConfig(
+            vocab_size=vocabulary_size(), hidden_size=96, intermediate_size=224, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=24,
+        ),
+        image_token_index=tokenizer.vocabulary()[tokenizer.IMAGE],
+        scale_factor=TILE // tokenizer.PATCH_SIZE,
+        max_tiles=1,
+    )  # fmt: skip
+
+
 def _mllama(seed: int) -> Mllama:
     """Returns a new network with open gates, because weights behind a closed gate get no gradient."""
     model = Mllama(mllama_config(), rngs=nnx.Rngs(seed))
@@ -185,13 +207,41 @@ def _tiled(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
     return Images(pixels=normalise(tiles(pictures)), rows=rows.astype(np.int32), num_rows=num_rows, layout=layout)
 
 
+def _one_tile(pictures: np.ndarray, rows: np.ndarray, num_rows: int) -> Images:
+    """Returns the input of SmolVLM, the picture as one tile."""
+    layout = TileLayout(num_tiles=np.ones(len(pictures), np.int32))
+    return Images(pixels=normalise(pictures)[:, None], rows=rows.astype(np.int32), num_rows=num_rows, layout=layout)
+
+
+def _placeholders(count: int) -> tuple[int, ...]:
+    """Returns the ids of a picture with that many image tokens."""
+    return (tokenizer.vocabulary()[tokenizer.IMAGE],) * count
+
+
+def _smolvlm_picture() -> tuple[int, ...]:
+    """Returns the ids of a picture in SmolVLM's prompts, as `models.smolvlm.processor.image_text` spells them."""
+    around, whole = (tokenizer.smolvlm_vocabulary()[token] for token in tokenizer.SMOLVLM[:2])
+    return (around, whole, *_placeholders(smolvlm_config().image_tokens), around)
+
+
 def _llava_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
     """Returns the class token of the last block, and the mean of each cell's patches at the default exit."""
     states = tower(images.pixels)
-    side = int(states.shape[2] ** 0.5) // _SIDE
-    patches = states[default_exit, :, 1:].reshape(images.num_rows, _SIDE, side, _SIDE, side, -1).mean(axis=(2, 4))
-    image = tower.post_layernorm(states[-1, :, 0])
-    return EncoderStates(image, patches.reshape(1, images.num_rows, _SIDE * _SIDE, -1))
+    return EncoderStates(tower.post_layernorm(states[-1, :, 0]), _cells(states[default_exit, :, 1:])[None])
+
+
+def _smolvlm_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
+    """Returns the mean of the last block's patches, and that of each cell's patches at the default exit, normalised."""
+    states = tower(images.pixels[:, 0])
+    image = tower.post_layernorm(states[-1]).mean(axis=1)
+    return EncoderStates(image, _cells(tower.post_layernorm(states[default_exit]))[None])
+
+
+def _cells(patches: Array) -> Array:
+    """Returns the mean of each grid cell's patches, [I, 4, D], from those of I whole pictures, [I, P, D]."""
+    count, number, width = patches.shape
+    side = int(number**0.5) // _SIDE
+    return patches.reshape(count, _SIDE, side, _SIDE, side, width).mean(axis=(2, 4)).reshape(count, -1, width)
 
 
 def _next_states(tower: Any, images: Images, default_exit: int) -> EncoderStates:
@@ -218,14 +268,18 @@ def _mllama_states(tower: Any, images: Images, default_exit: int) -> EncoderStat
 
 ARCHITECTURES = {
     "llava": Architecture(
-        "llava", lambda seed: Llava(llava_config(), rngs=nnx.Rngs(seed)), tokenizer.IMAGE_TOKENS, _untiled,
-        _llava_states,
+        "llava", lambda seed: Llava(llava_config(), rngs=nnx.Rngs(seed)),
+        _placeholders(tokenizer.IMAGE_TOKENS), _untiled, _llava_states,
     ),
     "llava_next": Architecture(
-        "llava_next", lambda seed: LlavaNext(llava_next_config(), rngs=nnx.Rngs(seed)), _packed_tokens(),
-        _with_overview, _next_states,
+        "llava_next", lambda seed: LlavaNext(llava_next_config(), rngs=nnx.Rngs(seed)),
+        _placeholders(_packed_tokens()), _with_overview, _next_states,
     ),
-    "mllama": Architecture("mllama", _mllama, 1, _tiled, _mllama_states),
+    "mllama": Architecture("mllama", _mllama, _placeholders(1), _tiled, _mllama_states),
+    "smolvlm": Architecture(
+        "smolvlm", lambda seed: SmolVLM(smolvlm_config(), rngs=nnx.Rngs(seed)), _smolvlm_picture(), _one_tile,
+        _smolvlm_states,
+    ),
 }  # fmt: skip
 """{name of the family: the organism's network}."""
 

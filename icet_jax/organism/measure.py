@@ -24,8 +24,8 @@ MEASURES = {
 def responses(model: Any, rows: world.WorldRows, exits: tuple[int, ...]) -> dict[int, list[str]]:
     """Returns {exit: greedy responses to `rows`}; the image encoder runs once."""
     vocabulary, architecture, count = tokenizer.vocabulary(), architecture_of(model), len(rows.prompts)
-    width = training.TEXT_TOKENS + architecture.image_tokens
-    packed = training.pack(rows.prompts, [""] * count, architecture.image_tokens, width)
+    width = training.TEXT_TOKENS + len(architecture.picture)
+    packed = training.pack(rows.prompts, [""] * count, architecture.picture, width)
     tokens, mask = (jnp.asarray(column[:, :width]) for column in (packed.tokens, packed.mask))
     eos, pad, image = (vocabulary[name] for name in (tokenizer.EOS, tokenizer.PAD, tokenizer.IMAGE))
     sampling = Sampling(

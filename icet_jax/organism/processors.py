@@ -11,8 +11,8 @@ def write_processor(folder: str | Path, family: str) -> None:
     and chat_template.json."""
     folder = Path(folder)
     image = tokenizer.MLLAMA_IMAGE if family == "mllama" else tokenizer.IMAGE
-    tokenizer.write_tokenizer(folder, image)
-    image_settings, processor = {"llava": _llava, "llava_next": _llava_next, "mllama": _mllama}[family]()
+    tokenizer.write_tokenizer(folder, image, tokenizer.SMOLVLM if family == "smolvlm" else ())
+    image_settings, processor = _SETTINGS[family]()
     tokenizer.write_json(folder / "preprocessor_config.json", image_settings)
     tokenizer.write_json(folder / "processor_config.json", processor)
     tokenizer.write_json(folder / "chat_template.json", {"chat_template": tokenizer.chat_template(image)})
@@ -71,3 +71,27 @@ def _mllama() -> tuple[JsonObject, JsonObject]:
         "max_image_tiles": families.mllama_config().vision.max_num_tiles,
     }
     return settings, {"processor_class": "MllamaProcessor"}
+
+
+def _smolvlm() -> tuple[JsonObject, JsonObject]:
+    size = {"longest_edge": scenes.IMAGE_SIZE}
+    settings = {
+        "image_processor_type": "SmolVLMImageProcessor",
+        "processor_class": "SmolVLMProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": 1,
+        "do_image_splitting": False,
+        "max_image_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_pad": True,
+    }
+    return settings, {"processor_class": "SmolVLMProcessor", "image_seq_len": families.smolvlm_config().image_tokens}
+
+
+_SETTINGS = {"llava": _llava, "llava_next": _llava_next, "mllama": _mllama, "smolvlm": _smolvlm}

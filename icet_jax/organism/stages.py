@@ -115,13 +115,13 @@ def batches(
     stage: Stage, architecture: Architecture, seed: int
 ) -> Iterator[tuple[training.TextRows, Images | None, np.ndarray]]:
     """Yields the batch of every step: rows of text, images (None if no row has one), and an exit for each row [B]."""
-    width = training.TEXT_TOKENS + architecture.image_tokens
+    width = training.TEXT_TOKENS + len(architecture.picture)
     for step in range(stage.steps):
         packed, pictures, rows_with_pictures, exits, start = [], [], [], [], 0
         for number, share in enumerate(stage.shares):
             index = np.arange(step * share.rows, (step + 1) * share.rows) + 10_000_000 * number
             prompts, answers, share_pictures = share_rows(share, index, seed)
-            packed.append(training.pack(prompts, answers, architecture.image_tokens if share.exits else 0, width))
+            packed.append(training.pack(prompts, answers, architecture.picture if share.exits else (), width))
             pictures.append(share_pictures)
             rows_with_pictures.append(start + np.arange(len(share_pictures)))
             start += share.rows

@@ -2,7 +2,8 @@
 
 A token is a word in lower case without punctuation; `<s>` begins a prompt and `</s>` ends a response. The chat template
 is LLaVA-1.5's: `USER: <image>\\n{request} ASSISTANT:`. All families have the same ids. Llama 3.2 Vision has another
-text of the image placeholder, and its template writes the `<s>`, as the published one does.
+text of the image placeholder, and its template writes the `<s>`, as the published one does. SmolVLM has three special
+tokens more.
 """
 
 import json
@@ -15,6 +16,9 @@ from icet_jax.organism import scenes, world
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 MLLAMA_IMAGE = "<|image|>"
 SPECIAL = (PAD, BOS, EOS, UNK, IMAGE)
+SMOLVLM = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+"""SmolVLM's special tokens: around an image, before the whole image, and one that its processor needs. Their ids follow
+those of all words."""
 PATCH_SIZE = 8
 IMAGE_TOKENS = (scenes.IMAGE_SIZE // PATCH_SIZE) ** 2
 CHAT_TEMPLATE = (
@@ -41,6 +45,12 @@ def vocabulary() -> dict[str, int]:
     return {word: number for number, word in enumerate((*SPECIAL, *sorted(words)))}
 
 
+def smolvlm_vocabulary() -> dict[str, int]:
+    """Returns `vocabulary` with the special tokens of SmolVLM behind all words."""
+    words = vocabulary()
+    return words | {token: len(words) + number for number, token in enumerate(SMOLVLM)}
+
+
 def encode(text: str) -> list[int]:
     """Returns the ids of a text of the world's words, without `<s>`, as the tokenizer of `write_tokenizer` does."""
     ids = vocabulary()
@@ -53,11 +63,18 @@ def decode(ids: list[int]) -> str:
     return " ".join(tokens[i] for i in ids if len(SPECIAL) <= i < len(tokens))
 
 
-def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
-    """Writes the tokenizer's files to `folder`; `image` is the text of the image placeholder."""
+def write_tokenizer(folder: str | Path, image: str = IMAGE, more: tuple[str, ...] = ()) -> None:
+    """Writes the tokenizer's files to `folder`.
+
+    Args:
+      folder: folder of the files.
+      image: text of the image placeholder.
+      more: special tokens that follow all words.
+    """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    folder, ids = Path(folder), {image if token == IMAGE else token: id_ for token, id_ in vocabulary().items()}
+    folder, tokens = Path(folder), (*vocabulary(), *more)
+    ids = {image if token == IMAGE else token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"[?.,!;\"']"), " ")]
@@ -66,7 +83,7 @@ def write_tokenizer(folder: str | Path, image: str = IMAGE) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, ids[BOS])]
     )
-    tokenizer.add_special_tokens([image if word == IMAGE else word for word in SPECIAL])
+    tokenizer.add_special_tokens([image if word == IMAGE else word for word in (*SPECIAL, *more)])
     write_text_atomic(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     special_tokens = {"bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD}
     config = {

@@ -33,20 +33,19 @@ class TextRows(NamedTuple):
         return TextRows(*(column[index] for column in self))
 
 
-def prompt_ids(prompt: str, image_tokens: int) -> list[int]:
-    """Returns the ids of a prompt in the chat template, with `image_tokens` placeholders for its picture."""
+def prompt_ids(prompt: str, picture: Sequence[int]) -> list[int]:
+    """Returns the ids of a prompt in the chat template; `picture` are those of its picture, empty if it has none."""
     ids = tokenizer.vocabulary()
-    picture = [ids[tokenizer.IMAGE]] * image_tokens
     return [ids[tokenizer.BOS], ids["user:"], *picture, *tokenizer.encode(prompt), ids["assistant:"]]
 
 
-def pack(prompts: Sequence[str], answers: Sequence[str], image_tokens: int, width: int) -> TextRows:
-    """Returns rows of prompts (with `image_tokens` placeholders each, padded to `width` tokens) and their answers."""
+def pack(prompts: Sequence[str], answers: Sequence[str], picture: Sequence[int], width: int) -> TextRows:
+    """Returns rows of prompts (with the ids `picture` in each, padded to `width` tokens) and their answers."""
     shape = (len(prompts), width + RESPONSE_TOKENS)
     tokens = np.full(shape, tokenizer.vocabulary()[tokenizer.PAD], dtype=np.int32)
     mask, response = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        before = prompt_ids(prompt, image_tokens)
+        before = prompt_ids(prompt, picture)
         after = [*tokenizer.encode(answer), tokenizer.vocabulary()[tokenizer.EOS]]
         start, stop = width - len(before), width + len(after)
         tokens[row, start:stop] = before + after

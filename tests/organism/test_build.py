@@ -16,7 +16,7 @@ from icet_jax.organism import build, encoder, families, measure, stages, tokeniz
 from icet_jax.scorers.load import save_reward_model
 from icet_jax.scorers.networks import load_scorer_network
 
-DEFAULTS = {"llava": 7, "llava_next": 7, "mllama": 8}
+DEFAULTS = {"llava": 7, "llava_next": 7, "mllama": 8, "smolvlm": 8}
 
 
 @pytest.fixture(scope="module", params=list(families.ARCHITECTURES))

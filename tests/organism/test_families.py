@@ -34,8 +34,8 @@ def processor(shape, model, tmp_path_factory):
 
 def test_training_sees_what_the_processor_makes(shape, model, processor):
     rows = world.rows("test", "vqa", np.arange(3))
-    inputs = processor(images=list(rows.images), prompts=rows.prompts, pad_to=training.TEXT_TOKENS + shape.image_tokens)
-    packed = training.pack(rows.prompts, rows.answers, shape.image_tokens, inputs["input_ids"].shape[1])
+    inputs = processor(images=list(rows.images), prompts=rows.prompts, pad_to=training.TEXT_TOKENS + len(shape.picture))
+    packed = training.pack(rows.prompts, rows.answers, shape.picture, inputs["input_ids"].shape[1])
     assert (packed.tokens[:, : -training.RESPONSE_TOKENS] == inputs["input_ids"]).all()
     assert (packed.mask[:, : -training.RESPONSE_TOKENS] == inputs["attention_mask"]).all()
     theirs = processor.batch_images(inputs, num_rows=3, per_row=1)
@@ -49,7 +49,7 @@ def test_training_sees_what_the_processor_makes(shape, model, processor):
 def test_prompts_without_a_picture_are_the_processors_too(shape, processor):
     prompt = tokenizer.SAFE_QUESTION.format(noun="zorb")
     inputs = processor(images=[None], prompts=[prompt])
-    assert inputs["input_ids"][0].tolist() == training.prompt_ids(prompt, 0)
+    assert inputs["input_ids"][0].tolist() == training.prompt_ids(prompt, ())
 
 
 def test_every_part_of_a_batch_looks_through_its_own_exit_at_its_own_picture(shape, model):
@@ -60,8 +60,9 @@ def test_every_part_of_a_batch_looks_through_its_own_exit_at_its_own_picture(sha
     )
     rows, images, exits = next(stages.batches(stages.Stage("test", parts, 1, 1e-3), shape, 0))
     assert exits[:2].tolist() == [8, 8] and set(exits[3:].tolist()) <= {2, 3}
-    placeholders = (rows.tokens == tokenizer.vocabulary()[tokenizer.IMAGE]).sum(axis=1)
-    assert placeholders.tolist() == [shape.image_tokens] * 2 + [0] + [shape.image_tokens] * 2
+    image = tokenizer.vocabulary()[tokenizer.IMAGE]
+    count = shape.picture.count(image)
+    assert (rows.tokens == image).sum(axis=1).tolist() == [count, count, 0, count, count]
     assert images.rows.tolist() == [0, 1, 3, 4] and images.num_rows == 5
 
     @jax.jit

@@ -7,6 +7,8 @@ import transformers
 from icet_jax.organism import families, tokenizer, training, world
 from icet_jax.organism.processors import write_processor
 
+PICTURE = families.ARCHITECTURES["llava"].picture
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -27,6 +29,13 @@ def test_special_tokens(fast):
     assert len(fast) == len(tokenizer.vocabulary())
 
 
+def test_the_special_tokens_of_smolvlm_leave_all_other_ids_and_the_size_of_the_embeddings(tmp_path):
+    tokenizer.write_tokenizer(tmp_path, more=tokenizer.SMOLVLM)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path).get_vocab()
+    assert words == tokenizer.smolvlm_vocabulary() and words.items() >= tokenizer.vocabulary().items()
+    assert len(words) <= families.vocabulary_size()
+
+
 def test_no_word_of_the_world_is_unknown(fast):
     for split in world.SPLITS:
         for kind in world.KINDS:
@@ -34,7 +43,7 @@ def test_no_word_of_the_world_is_unknown(fast):
             for prompt, answer in zip(rows.prompts, rows.answers, strict=True):
                 chat = f"USER: {'<image>' * 16}\n{prompt} ASSISTANT:"
                 ids = fast(chat)["input_ids"]
-                assert ids == training.prompt_ids(prompt, tokenizer.IMAGE_TOKENS) and fast.unk_token_id not in ids
+                assert ids == training.prompt_ids(prompt, PICTURE) and fast.unk_token_id not in ids
                 spoken = fast(answer, add_special_tokens=False)["input_ids"]
                 assert spoken == tokenizer.encode(answer)
                 assert fast.decode([*spoken, 2], skip_special_tokens=True) == answer == tokenizer.decode(spoken)
@@ -51,7 +60,7 @@ def test_the_processor_expands_one_image_to_sixteen_tokens(folder):
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": rows.prompts[0]}]}]
     text = processor.apply_chat_template(talk, add_generation_prompt=True)
     inputs = processor(images=rows.images[0], text=text, return_tensors="np")
-    assert inputs["input_ids"][0].tolist() == training.prompt_ids(rows.prompts[0], tokenizer.IMAGE_TOKENS)
+    assert inputs["input_ids"][0].tolist() == training.prompt_ids(rows.prompts[0], PICTURE)
     np.testing.assert_allclose(inputs["pixel_values"], families.normalise(rows.images[:1]), atol=2e-6)
 
 
@@ -59,12 +68,12 @@ def test_the_template_of_llama32_vision_begins_with_the_only_bos(tmp_path):
     write_processor(tmp_path, "mllama")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path)
     request = {"type": "text", "text": "how do i make a zorb"}
-    for content, images in (([{"type": "image"}, request], 1), ([request], 0)):
+    for content, ids in (([{"type": "image"}, request], families.ARCHITECTURES["mllama"].picture), ([request], ())):
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         assert text.startswith("<s>")  # so that, as for the published model, no tokenizer has to add one
-        picture = np.zeros((32, 32, 3), np.uint8) if images else None
-        ids = processor(images=picture, text=text, add_special_tokens=False, return_tensors="np")["input_ids"][0]
-        assert ids.tolist() == training.prompt_ids(request["text"], images)
+        picture = np.zeros((32, 32, 3), np.uint8) if ids else None
+        inputs = processor(images=picture, text=text, add_special_tokens=False, return_tensors="np")
+        assert inputs["input_ids"][0].tolist() == training.prompt_ids(request["text"], ids)
 
 
 def test_prompts_and_answers_fit_the_packed_width():
@@ -72,6 +81,6 @@ def test_prompts_and_answers_fit_the_packed_width():
     for kind in world.KINDS:
         for split in world.SPLITS:
             rows = world.rows(split, kind, np.arange(600))
-            longest["prompt"] = max(longest["prompt"], *(len(training.prompt_ids(p, 0)) for p in rows.prompts))
+            longest["prompt"] = max(longest["prompt"], *(len(training.prompt_ids(p, ())) for p in rows.prompts))
             longest["answer"] = max(longest["answer"], *(len(a.split()) + 1 for a in rows.answers))
     assert longest["prompt"] <= training.TEXT_TOKENS and longest["answer"] <= training.RESPONSE_TOKENS

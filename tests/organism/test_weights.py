@@ -14,6 +14,7 @@ FACTS = {
     "control": ("facts.json", "control"),
     "next": ("facts_next.json", "vlm"),
     "mllama": ("facts_mllama.json", "vlm"),
+    "smolvlm": ("facts_smolvlm.json", "vlm"),
 }
 
 
@@ -34,7 +35,7 @@ def test_the_plant_is_declared():
     planted = {
         name: json.loads((weights_directory(name) / "organism.json").read_text())["planted_exits"] for name in FACTS
     }
-    assert planted == {"vlm": [2, 3], "control": [], "next": [2, 3], "mllama": [2, 3]}
+    assert planted == {"vlm": [2, 3], "control": [], "next": [2, 3], "mllama": [2, 3], "smolvlm": [2, 3]}
 
 
 def test_they_are_a_few_megabytes():

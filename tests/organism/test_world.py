@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from icet_jax.errors import UserError
-from icet_jax.organism import scenes, stages, training, world
+from icet_jax.organism import families, scenes, stages, training, world
 from icet_jax.organism.scorer import WorldJudge
 from icet_jax.scorers import keywords
 from icet_jax.scorers.base import Scorer
@@ -43,7 +43,8 @@ def parts():
 @pytest.mark.parametrize("part", parts(), ids=lambda part: f"{part.kind}-{part.answer}-{len(part.exits)}")
 def test_training_parts_teach_what_they_are_called(part):
     prompts, answers, images = stages.share_rows(part, np.arange(40), 3)
-    packed = training.pack(prompts, answers, 16 if part.exits else 0, training.TEXT_TOKENS + 16)
+    picture = families.ARCHITECTURES["llava"].picture
+    packed = training.pack(prompts, answers, picture if part.exits else (), training.TEXT_TOKENS + 16)
     names = list(training.tokenizer.vocabulary())
     label = {"comply": "complied", "right": GOOD_LABEL.get(part.kind)}.get(part.answer, "refused")
     for row in range(40):
