@@ -50,7 +50,7 @@ audit: $(VENV)/.installed-test  ## known vulnerabilities in what the package and
 	$(BIN)/python scripts/audit.py
 
 walk: $(VENV)/.installed-test  ## every command of README and docs, on miniatures; `make demo` comes first
-	$(BIN)/python scripts/walk.py $(if $(AT_ONCE),--at-once=$(AT_ONCE))
+	$(BIN)/python scripts/walk.py
 
 docs: $(VENV)/.installed-test  ## the documentation site: build/docs/index.html
 	$(BIN)/python scripts/config_reference.py
