@@ -7,9 +7,8 @@ The folder has what the pages expect of the reader: DIR is a miniature checkpoin
 folder with rows. A config of a published model is replaced by its `:smoke` variant, which uses miniatures of weights,
 judges and data sets. A command that is on several pages runs once.
 
-Commands run side by side, one more than there are cores, or as many as `--at-once` says. Those that name the same
-output run one after the other, in the order of the pages. As in the tests, XLA optimises almost nothing, and all
-commands share their compiled programs.
+Commands run side by side, one more than there are cores. Those that name the same output run one after the other, in
+the order of the pages. As in the tests, XLA optimises almost nothing, and all commands share their compiled programs.
 """
 
 import argparse
@@ -44,7 +43,7 @@ OUTPUTS = ("--workdir=", "--out=", "--config.data.directory=")  # flags with a p
 _SAME = ("--workdir=", "--config.data.root=", "--config.data.directory=")
 """Flags in which commands may differ that do the same with miniatures; the first of them is run."""
 AT_ONCE = min(4, (os.cpu_count() or 1) + 1)
-"""Commands that run at a time, unless `--at-once` says so: they wait for files and for their imports."""
+"""Commands that run at a time; each waits for files and for its imports."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +150,6 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="run nothing")
     parser.add_argument("--demo", type=Path, default=ROOT / "runs" / "organism", help="the run of `make demo`")
     parser.add_argument("--only", default="", help="commands that contain this")
-    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="commands that run at a time")
     options = parser.parse_args()
     chosen: list[Command] = []
     exit_codes: list[int] = []
@@ -167,7 +165,7 @@ def main() -> int:
     if chosen:
         with tempfile.TemporaryDirectory() as name:
             furnish(Path(name), options.demo)
-            exit_codes = run_all(chosen, Path(name), options.at_once)
+            exit_codes = run_all(chosen, Path(name))
     print(f"{len(exit_codes)} commands ran, {sum(map(bool, exit_codes))} of them failed; {num_left_out} left out")
     return int(any(exit_codes))
 

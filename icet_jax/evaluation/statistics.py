@@ -178,7 +178,7 @@ def group_weights(exits: Sequence[int], num_exits: int) -> dict[str, np.ndarray]
 
 def student_quantile(degrees: int) -> float:
     """Returns the two-sided 95% quantile of Student's t: 12.71 for 1 degree of freedom, 1.96 for many."""
-    from scipy.special import stdtrit  # takes as long to import as flax
+    from scipy.special import stdtrit  # importing it takes as long as importing flax
 
     return float(stdtrit(degrees, 0.975))
 

@@ -18,6 +18,17 @@ def write_processor(folder: str | Path, family: str) -> None:
     tokenizer.write_json(folder / "chat_template.json", {"chat_template": tokenizer.chat_template(image)})
 
 
+_PIXELS: JsonObject = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+"""The settings of preprocessor_config.json that all families share."""
+
 # Each function returns the contents of preprocessor_config.json and processor_config.json.
 
 
@@ -25,17 +36,11 @@ def _llava(size: int = scenes.IMAGE_SIZE) -> tuple[JsonObject, JsonObject]:
     settings = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+        **_PIXELS,
         "size": {"shortest_edge": size},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
     }
     processor = {
         "processor_class": "LlavaProcessor",
@@ -58,15 +63,9 @@ def _mllama() -> tuple[JsonObject, JsonObject]:
     settings = {
         "image_processor_type": "MllamaImageProcessor",
         "processor_class": "MllamaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+        **_PIXELS,
         "size": {"height": families.TILE, "width": families.TILE},
         "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
         "do_pad": True,
         "max_image_tiles": families.mllama_config().vision.max_num_tiles,
     }
@@ -78,17 +77,11 @@ def _smolvlm() -> tuple[JsonObject, JsonObject]:
     settings = {
         "image_processor_type": "SmolVLMImageProcessor",
         "processor_class": "SmolVLMProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+        **_PIXELS,
         "size": size,
         "resample": 1,
         "do_image_splitting": False,
         "max_image_size": size,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
         "do_pad": True,
     }
     return settings, {"processor_class": "SmolVLMProcessor", "image_seq_len": families.smolvlm_config().image_tokens}

@@ -59,17 +59,24 @@ def assert_trained_adapters_reach_transformers(folder, source, inputs, keys, pat
     families.assert_agree(ours, our_logits(icet_jax.load(source, adapter=adapter), inputs), 2e-5)
 
 
+def saved_random_adapter(folder, model, modules):
+    """transformers' model with a random adapter of peft at `modules`, a pattern of names; `folder` gets the adapter."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def assert_an_adapter_of_peft_is_the_start_of_an_export(folder, source, inputs, decoder):
     """What training adds to peft's adapter is exported with it; `decoder` is the name of the decoder's module."""
     peft = pytest.importorskip("peft")
     modules = rf".*{decoder}\.layers\.\d+\.(self_attn\.(k_proj|o_proj)|mlp\.up_proj)"
-    theirs = peft.get_peft_model(hf_load(source), peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    theirs.save_pretrained(folder / "start")
+    theirs = saved_random_adapter(folder / "start", hf_load(source), modules)
     begun = load_vlm(source, adapter=folder / "start")
     lora = random_lora(begun.config)
     common = {"start": begun.adapter, "lora": lora}

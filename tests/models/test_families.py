@@ -10,7 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from safetensors.numpy import load_file  # noqa: E402
-from transformers import AutoModelForImageTextToText  # noqa: E402
 
 from icet_jax.errors import UserError  # noqa: E402
 from icet_jax.models import family_of, vlm_config  # noqa: E402
@@ -22,15 +21,14 @@ from tests import tiny, tiny_families  # noqa: E402
 from tests.checkpoints.test_round_trip import tensors  # noqa: E402
 from tests.models import families as parity  # noqa: E402
 from tests.models.references import load_value_head, merge_lora  # noqa: E402
+from tests.models.round_trip import hf_load, saved_random_adapter  # noqa: E402
 from tests.models.test_adapters import random_lora  # noqa: E402
 
 SIZES = [[(30, 50)], [], [(20, 60), (57, 57)]]
 MAKERS = {
     "next": lambda: tiny_families.llava_next(seed=1),
     "mistral": lambda: tiny_families.llava_next(seed=2, backbone="mistral"),
-    "mllama": lambda: tiny_families.mllama(
-        seed=3, vision={"num_hidden_layers": 5}, num_hidden_layers=5, cross_attention_layers=[1, 4]
-    ),
+    "mllama": lambda: tiny_families.mllama(seed=3, vision={"num_hidden_layers": 5}),
 }
 # Those of `tiny.in_layout` that differ: Llama 3.2 Vision's tower has one name only.
 LAYOUTS = [("next", name) for name in ("old", "native4", "native5", "hybrid5")]
@@ -68,15 +66,6 @@ def load(source, **options):
     """As transformers since 4.56 reads it, so that logits can be compared."""
     is_mllama = json.loads((source / "config.json").read_text())["model_type"] == "mllama"
     return load_vlm(source, **({"capture": "output"} if is_mllama else {}), **options)
-
-
-def hf_load(directory):
-    """transformers' model; nothing may be missing, unexpected or mis-shaped."""
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
-    )
-    assert not any(info.values()), info
-    return model.eval()
 
 
 def hf_rows(model):
@@ -232,13 +221,7 @@ def test_a_peft_adapter_is_the_start_of_what_is_exported(tmp_path, sources, name
     peft = pytest.importorskip("peft")
     source = sources[name]
     modules = r".*language_model\.layers\.\d+\.((self|cross)_attn\.(k_proj|o_proj)|mlp\.up_proj)"
-    theirs = peft.get_peft_model(hf_load(source), peft.LoraConfig(r=3, lora_alpha=5, target_modules=modules)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    theirs.save_pretrained(tmp_path / "start")
+    theirs = saved_random_adapter(tmp_path / "start", hf_load(source), modules)
     rows = hf_rows(theirs.base_model.model)
     begun = load(source, adapter=tmp_path / "start")
     assert_agree(our_logits(begun, rows), hf_logits(theirs, rows))

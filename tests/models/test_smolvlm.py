@@ -9,7 +9,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-
 import icet_jax  # noqa: E402
 from icet_jax.checkpoints.hf_import import abstract_params  # noqa: E402
 from icet_jax.checkpoints.published import PUBLISHED  # noqa: E402
